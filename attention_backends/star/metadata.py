@@ -1,0 +1,72 @@
+"""Rewrites vLLM's per-batch attention metadata from batch rows to virtual rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from attention_backends.star.rows import VirtualRows
+
+# Fields with one entry a batch row, or keyed by batch row, that no row split is defined for. The features
+# that set them are refused at startup (engine_ext/refusals.py); one that still comes up must not be ignored.
+ROW_FIELDS_WITHOUT_A_SPLIT = (
+    "logits_indices_padded",
+    "encoder_seq_lens",
+    "encoder_seq_lens_cpu",
+    "dcp_local_seq_lens",
+    "dcp_local_seq_lens_cpu_upper_bound",
+    "mm_req_doc_ranges",
+    "rswa_prefix_lens",
+    "replayssm_decode_base_cpu",
+)
+
+
+def virtual_block_table(table: torch.Tensor, rows: VirtualRows) -> torch.Tensor:
+    """(batch rows, columns) pages -> (virtual rows, columns) pages; columns past a row's end are unspecified."""
+    source = torch.from_numpy(rows.source).to(table.device)
+    virtual = table[source]
+    if len(rows.gathered):
+        gathered = torch.from_numpy(rows.gathered).to(table.device)
+        columns = torch.from_numpy(rows.pages).to(table.device)
+        virtual[gathered, : columns.shape[1]] = table[source[gathered]].gather(1, columns)
+    return virtual
+
+
+def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> CommonAttentionMetadata:
+    """The same tokens in virtual rows. Slot mapping and positions are per token and stay as they are.
+
+    Raises:
+        RuntimeError: the batch carries a per-row field that can't be split.
+    """
+    for name in ROW_FIELDS_WITHOUT_A_SPLIT:
+        if getattr(common, name) is not None:
+            raise RuntimeError(f"star rows in a batch with {name}, which has no split into virtual rows")
+    if not isinstance(common.causal, bool):
+        raise RuntimeError("star rows in a batch with a per-row causal tensor, which has no split")
+    device = common.seq_lens.device
+    source = torch.from_numpy(rows.source)
+    device_source = source.to(device)
+    starts = np.concatenate(([0], np.cumsum(rows.query_lens))).astype(np.int32)
+    query_start_loc_cpu = torch.from_numpy(starts)
+    # The host's length of a decode row may be an upper bound (async scheduling): keep the device's.
+    seq_lens = common.seq_lens[device_source]
+    star = torch.from_numpy(rows.star)
+    star_lens = torch.from_numpy(rows.seq_lens[rows.star]).to(seq_lens.dtype)
+    seq_lens[star.to(device)] = star_lens.to(device)
+    # The last piece of a row that leaves the context keeps the row's length; earlier ones are star rows.
+    upper_bound = torch.from_numpy(rows.seq_lens).to(common.seq_lens_cpu_upper_bound.dtype)
+    return common.replace(
+        query_start_loc=query_start_loc_cpu.to(device),
+        query_start_loc_cpu=query_start_loc_cpu,
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=upper_bound,
+        num_reqs=len(rows.source),
+        max_query_len=int(rows.query_lens.max()),
+        max_seq_len=int(rows.seq_lens.max()),
+        block_table_tensor=virtual_block_table(common.block_table_tensor, rows),
+        is_prefilling=None if common.is_prefilling is None else common.is_prefilling[source],
+        req_idx=None if common.req_idx is None else common.req_idx[rows.source],
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )

@@ -1,0 +1,99 @@
+"""Virtual rows: phase 1 of Star Attention as plain causal varlen paged attention.
+
+A batch row whose query span lies in star blocks is cut at block borders. Each piece becomes a row of its
+own whose block table holds just the pages it may see (anchor, overlap, own block) and whose length is the
+sum of those. K is cached after RoPE, so where a key stands in the table does not matter, and causal
+attention aligned bottom-right is exactly the star mask. vLLM does the same for chunked local attention
+(vllm/model_executor/layers/attention/chunked_local_attention.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scheduler.plan import KeyRanges, StarPlan, count_pairs
+
+
+@dataclass(frozen=True)
+class VirtualRows:
+    """The rows that replace a batch's own, in order; R of them.
+
+    Attributes:
+        source: (R,) int64, the batch row each one comes from.
+        query_lens: (R,) int64, its tokens in this step.
+        seq_lens: (R,) int64, keys it sees, its own included.
+        star: (R,) bool, whether the row lies in the context of a star plan.
+        gathered: (G,) int64, rows whose pages are not those of ``source`` in order.
+        pages: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
+        context_tokens: query tokens in star rows.
+        star_pairs: query-key pairs of the star rows, per head and layer.
+        dense_pairs: the pairs that the same tokens would have under dense attention.
+    """
+
+    source: np.ndarray
+    query_lens: np.ndarray
+    seq_lens: np.ndarray
+    star: np.ndarray
+    gathered: np.ndarray
+    pages: np.ndarray
+    context_tokens: int
+    star_pairs: int
+    dense_pairs: int
+
+
+def split_rows(
+    plans: Sequence[StarPlan | None], query_lens: Sequence[int], seq_lens: Sequence[int], page: int
+) -> VirtualRows | None:
+    """Split a batch of rows by their plans; None where no row lies in star blocks.
+
+    Args:
+        plans: one a row; None for a dense row.
+        query_lens: tokens of each row in this step (0 for padding rows).
+        seq_lens: tokens of each row so far, this step's included.
+        page: tokens of a page of the block table.
+    """
+    starts = [length - queries for queries, length in zip(query_lens, seq_lens, strict=True)]
+    if not any(
+        plan is not None and queries and start < plan.context_end
+        for plan, queries, start in zip(plans, query_lens, starts, strict=True)
+    ):
+        return None
+    source, lens, totals, star, gathered, columns = [], [], [], [], [], []
+    context_tokens = star_pairs = dense_pairs = 0
+    for row, (plan, start, end) in enumerate(zip(plans, starts, seq_lens, strict=True)):
+        pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
+        for piece_start, piece_end, keys in pieces:
+            in_context = plan is not None and piece_start < plan.context_end
+            if in_context:
+                queries = piece_end - piece_start
+                context_tokens += queries
+                star_pairs += count_pairs(queries, keys)
+                dense_pairs += count_pairs(queries, ((0, piece_end),))
+            if keys[0][0] or len(keys) > 1:
+                gathered.append(len(source))
+                columns.append(_page_columns(keys, page))
+            source.append(row)
+            lens.append(piece_end - piece_start)
+            totals.append(sum(stop - first for first, stop in keys))
+            star.append(in_context)
+    pages = np.zeros((len(columns), max(map(len, columns), default=0)), dtype=np.int64)
+    for index, column in enumerate(columns):
+        pages[index, : len(column)] = column
+    return VirtualRows(
+        np.asarray(source, dtype=np.int64),
+        np.asarray(lens, dtype=np.int64),
+        np.asarray(totals, dtype=np.int64),
+        np.asarray(star, dtype=bool),
+        np.asarray(gathered, dtype=np.int64),
+        pages,
+        context_tokens,
+        star_pairs,
+        dense_pairs,
+    )
+
+
+def _page_columns(keys: KeyRanges, page: int) -> np.ndarray:
+    return np.concatenate([np.arange(start // page, -(-stop // page)) for start, stop in keys])

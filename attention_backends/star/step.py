@@ -1,0 +1,102 @@
+"""The step that runs now: which plan each batch row follows.
+
+The worker opens a step around the model runner's ``execute_model``; the metadata builders read it. Dummy,
+profiling and capture runs happen outside of a step and so never see a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from attention_backends.star.rows import VirtualRows, split_rows
+from scheduler.plan import StarPlan
+
+RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
+
+
+class StarStep:
+    """One scheduler step that holds at least one star request.
+
+    Args:
+        plans: request id -> plan, for the star requests in the step.
+        num_scheduled_tokens: request id -> tokens in this step, for all its requests.
+        row_ids: request id of each batch row, in the model runner's order.
+        on_rows: called with the rows of the step, once, when a builder first asks for them.
+    """
+
+    def __init__(
+        self,
+        plans: Mapping[str, StarPlan],
+        num_scheduled_tokens: Mapping[str, int],
+        row_ids: RowIds,
+        on_rows: Callable[[VirtualRows], None],
+    ) -> None:
+        self.plans = plans
+        self.num_scheduled_tokens = num_scheduled_tokens
+        self.row_ids = row_ids
+        self.on_rows = on_rows
+        self.engaged = False
+        self._rows: dict[int, VirtualRows | None] = {}
+
+    def rows(self, common: CommonAttentionMetadata, page: int) -> VirtualRows | None:
+        """The batch's virtual rows for pages of ``page`` tokens; None where none lies in star blocks.
+
+        Raises:
+            RuntimeError: the batch rows are not those of the scheduler's step. A plan on the wrong row
+                would be silent corruption.
+        """
+        self.engaged = True
+        if page not in self._rows:
+            first = not self._rows
+            self._rows[page] = self._split(common, page)
+            if first and self._rows[page] is not None:
+                self.on_rows(self._rows[page])
+        return self._rows[page]
+
+    def built_rows(self, page: int) -> VirtualRows | None:
+        """The rows that an earlier call of ``rows`` made for this page size."""
+        return self._rows.get(page)
+
+    def _split(self, common: CommonAttentionMetadata, page: int) -> VirtualRows | None:
+        starts = common.query_start_loc_cpu.tolist()
+        query_lens = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        ids = list(self.row_ids(common))
+        scheduled = [self.num_scheduled_tokens[request_id] for request_id in ids]
+        padding = query_lens[len(ids) :]
+        if query_lens[: len(ids)] != scheduled or any(padding):
+            raise RuntimeError(
+                f"batch rows {ids} have {query_lens} tokens, the scheduler gave {scheduled}: "
+                "star plans can't be matched to rows"
+            )
+        plans = [self.plans.get(request_id) for request_id in ids] + [None] * len(padding)
+        seq_lens = common.seq_lens_cpu_upper_bound.tolist()
+        seq_lens[len(ids) :] = [0] * len(padding)
+        return split_rows(plans, query_lens, seq_lens, page)
+
+
+_current: StarStep | None = None
+
+
+def current_step() -> StarStep | None:
+    """The open step; None in dense steps and outside of steps."""
+    return _current
+
+
+@contextmanager
+def open_step(step: StarStep | None) -> Iterator[None]:
+    """Make ``step`` the current one.
+
+    Raises:
+        RuntimeError: no attention layer asked for the plans. The answer would be dense without saying so.
+    """
+    global _current
+    _current = step
+    try:
+        yield
+    finally:
+        _current = None
+    if step is not None and not step.engaged:
+        raise RuntimeError("a step with star requests ran, but no full-attention layer took their plans")

@@ -1,0 +1,1 @@
+"""Measurements of Starling beside plain vLLM; each writes JSON and a plot."""

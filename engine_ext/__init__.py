@@ -1,0 +1,1 @@
+"""Starling's engine room: plugin entry point, activation, worker, models and serving, on plain vLLM."""

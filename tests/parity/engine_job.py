@@ -1,0 +1,58 @@
+"""Runs batches of token-id prompts through one vLLM engine, in a process of its own, and prints the results.
+
+A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}; a prompt is
+{"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", ...}. Batches run one after the other, the
+prompts of a batch together. The result is a line of standard output, RESULT before it: {"batches", "metrics"}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+RESULT = "starling-result: "
+
+
+def params_of(prompt: dict, sampling_params: type):
+    return sampling_params(
+        max_tokens=prompt.get("max_tokens", 1),
+        temperature=0,
+        ignore_eos=True,
+        logprobs=0,
+        n=prompt.get("n", 1),
+        prompt_logprobs=0 if prompt.get("prompt_logprobs") else None,
+        extra_args=prompt.get("extra_args") or None,
+    )
+
+
+def result_of(output) -> dict:
+    chosen = output.outputs[0]
+    prompt = output.prompt_logprobs
+    return {
+        "token_ids": list(chosen.token_ids),
+        "all_token_ids": [list(choice.token_ids) for choice in output.outputs],
+        "logprobs": [step[token].logprob for step, token in zip(chosen.logprobs, chosen.token_ids, strict=True)],
+        "cached": output.num_cached_tokens,
+        "prompt_logprobs": None
+        if prompt is None
+        else [step[token].logprob for step, token in zip(prompt[1:], output.prompt_token_ids[1:], strict=True)],
+    }
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(disable_log_stats=False, skip_tokenizer_init=True, **job["engine"])
+    batches = []
+    for batch in job["batches"]:
+        prompts = [{"prompt_token_ids": prompt["ids"]} for prompt in batch]
+        outputs = llm.generate(prompts, [params_of(prompt, SamplingParams) for prompt in batch], use_tqdm=False)
+        batches.append([result_of(output) for output in outputs])
+    wanted = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "starling:requests")
+    metrics = {m.name: m.value for m in llm.get_metrics() if m.name.startswith(wanted) and hasattr(m, "value")}
+    print("\n" + RESULT + json.dumps({"batches": batches, "metrics": metrics}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Engine jobs and the independent reference that they are held against."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attention_backends.star.reference import star_mask
+from tests.parity.engine_job import RESULT
+
+ROOT = Path(__file__).resolve().parents[2]
+V2_SHIM = ROOT / "tests" / "v2_shim"
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+def run_engine(
+    model: Path, batches: list[list[dict]], *, env: dict[str, str] | None = None, star: dict | None = None, **engine: Any
+) -> dict:
+    """Run the batches on one engine; see engine_job.py for the shapes of ``batches`` and the result."""
+    arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, "block_size": 32}
+    arguments["additional_config"] = {"starling": {"star": star or {}}}
+    job = {"engine": arguments | engine, "batches": batches}
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parity.engine_job"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        env=os.environ | quiet | (env or {}),
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    return json.loads(line.removeprefix(RESULT))
+
+
+def v2_env() -> dict[str, str]:
+    """The V2 model runner on CPU, its Triton kernels under the interpreter."""
+    path = os.pathsep.join(filter(None, [str(V2_SHIM), os.environ.get("PYTHONPATH")]))
+    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+
+
+@functools.cache
+def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Transformers' own model, eager attention: nothing of vLLM's or ours but the mask it is given."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager").eval()
+
+
+def reference_logprobs(model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32) -> torch.Tensor:
+    """Log-probability of each of ``ids[1:]`` given what its predecessors may see."""
+    reference = load_reference(model, dtype)
+    if mask is None:
+        mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    with torch.no_grad():
+        logits = reference(torch.tensor([ids]), attention_mask=bias[None, None], use_cache=False).logits[0]
+    logprobs = logits[:-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def mask_of(numbers: dict[str, int], num_tokens: int) -> torch.Tensor:
+    """The explicit mask for options given as plain numbers (block_size, anchor_size, overlap_size, context_end)."""
+    return star_mask(num_tokens, **numbers)
+
+
+def star(block_size: int, query_tokens: int, anchor_size: int | None = None, overlap_size: int = 0) -> dict:
+    """Per-request options."""
+    options = {"star": "on", "star_block_size": block_size, "star_query_tokens": query_tokens}
+    options |= {} if anchor_size is None else {"star_anchor_size": anchor_size}
+    return options | ({"star_overlap_size": overlap_size} if overlap_size else {})
+
+
+def numbers(options: dict, num_prompt_tokens: int) -> dict[str, int]:
+    """What those options mean, worked out by hand rather than by the plan."""
+    block_size = options["star_block_size"]
+    return {
+        "block_size": block_size,
+        "anchor_size": options.get("star_anchor_size", block_size),
+        "overlap_size": options.get("star_overlap_size", 0),
+        "context_end": num_prompt_tokens - options["star_query_tokens"],
+    }
+
+
+def max_gap(got: list[float], want: torch.Tensor) -> float:
+    """Largest absolute difference; the lengths must agree."""
+    assert len(got) == len(want)
+    return (torch.tensor(got, dtype=want.dtype) - want).abs().max().item()

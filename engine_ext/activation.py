@@ -95,7 +95,9 @@ def _say(star: StarOptions, refusals: list[str], model: Any) -> None:
     logger.info("Starling is activated; star defaults: %s", star.model_dump())
     if star.mode == "auto" and model.max_model_len < star.min_tokens:
         logger.warning(
-            "star=auto never engages: max_model_len=%d is below star_min_tokens=%d", model.max_model_len, star.min_tokens
+            "star=auto never engages: max_model_len=%d is below star_min_tokens=%d",
+            model.max_model_len,
+            star.min_tokens,
         )
 
 

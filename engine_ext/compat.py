@@ -196,7 +196,7 @@ def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) ->
 
     generate_block_hash_extra_keys.__starling__ = True  # type: ignore[attr-defined]
     for module in (kv_cache_utils, block_pool):
-        module.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+        setattr(module, original.__name__, generate_block_hash_extra_keys)
 
 
 def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:

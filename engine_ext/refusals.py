@@ -33,20 +33,47 @@ def _backend(config: Any) -> str | None:
 
 
 RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (lambda c: c.model_config.runner_type != "generate", "the model does not generate, so there is no prefill to cut"),
-    (lambda c: c.model_config.is_encoder_decoder, "encoder-decoder models: the prompt is not one causal sequence"),
-    (lambda c: c.model_config.use_mla, "MLA models: their latent cache has backends of its own, not wrapped yet"),
+    (
+        lambda c: c.model_config.runner_type != "generate",
+        "the model does not generate, so there is no prefill to cut",
+    ),
+    (
+        lambda c: c.model_config.is_encoder_decoder,
+        "encoder-decoder models: the prompt is not one causal sequence",
+    ),
+    (
+        lambda c: c.model_config.use_mla,
+        "MLA models: their latent cache has backends of its own, not wrapped yet",
+    ),
     (lambda c: not _full_attention_layers(c.model_config), "the model has no full-attention layer"),
-    (lambda c: c.model_config.uses_alibi, "ALiBi: a key's distance is lost when its page moves in the block table"),
-    (lambda c: c.model_config.is_mm_prefix_lm, "prefix-LM multi-modal models attend both ways over image tokens"),
+    (
+        lambda c: c.model_config.uses_alibi,
+        "ALiBi: a key's distance is lost when its page moves in the block table",
+    ),
+    (
+        lambda c: c.model_config.is_mm_prefix_lm,
+        "prefix-LM multi-modal models attend both ways over image tokens",
+    ),
     (lambda c: c.model_config.rswa_window is not None, "R-SWA models keep a prefix length per batch row"),
     (lambda c: c.model_config.is_diffusion, "diffusion models decode whole canvases, not token by token"),
     (lambda c: c.speculative_config, "speculative decoding: drafters build attention metadata of their own"),
-    (lambda c: c.parallel_config.decode_context_parallel_size > 1, "decode context parallelism shards the pages"),
-    (lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism splits the prompt"),
-    (lambda c: c.parallel_config.enable_dbo, "dual-batch overlap slices batches by row before rows are split"),
+    (
+        lambda c: c.parallel_config.decode_context_parallel_size > 1,
+        "decode context parallelism shards the pages",
+    ),
+    (
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
+        "prefill context parallelism splits the prompt",
+    ),
+    (
+        lambda c: c.parallel_config.enable_dbo,
+        "dual-batch overlap slices batches by row before rows are split",
+    ),
     (lambda c: c.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill skips tokens by batch row"),
-    (_connector, "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix"),
+    (
+        _connector,
+        "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix",
+    ),
     (_backend, f"the attention backend is not one of those wrapped: {', '.join(WRAPPED)}"),
 )
 

@@ -59,13 +59,11 @@ class StarRequests:
             return None
         request = parse_options(given, flat=True) if given else None
         mode = self.config.star.mode if request is None or "mode" not in request.model_fields_set else request.mode
-        if mode == "off":
-            return None
-        if self.refusals:
+        if mode != "off" and self.refusals:
             raise OptionError("star", mode, "; ".join(self.refusals), "off")
-        if self.page is None:
+        if mode != "off" and self.page is None:
             raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
-        return make_plan(num_prompt_tokens, self.config.star, request, self.page)
+        return make_plan(num_prompt_tokens, self.config.star, request, self.page or 1)
 
 
 def star_requests(input_processor: Any) -> StarRequests:
@@ -87,7 +85,9 @@ def resolve_request(input_processor: Any, request: Any) -> None:
     if resolver.config is None:
         return
     if plan is not None and request.resumable:
-        raise VLLMValidationError("star is refused: a streaming-input session has no final prompt to plan for. Allowed: off.")
+        raise VLLMValidationError(
+            "star is refused: a streaming-input session has no final prompt to plan for. Allowed: off."
+        )
     if params.extra_args or plan is not None:
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
         params.extra_args = rest if plan is None else rest | {PLAN_KEY: plan.to_wire()}

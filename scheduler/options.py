@@ -53,7 +53,8 @@ class StarOptions(BaseModel):
         description="trailing prompt tokens that attend globally; default the lesser of 512 and half the prompt",
     )
     context_tokens: Tokens | None = Field(
-        None, description="the same said from the front: leading prompt tokens in blocks; not with query_tokens"
+        None,
+        description="the same said from the front: leading prompt tokens in blocks; not with query_tokens",
     )
 
 
@@ -114,7 +115,10 @@ def _expected(field: str) -> str:
 
 def _refuse_contradictions(options: StarOptions, show: Any) -> None:
     given = options.model_fields_set
-    if {"query_tokens", "context_tokens"} <= given and None not in (options.query_tokens, options.context_tokens):
+    if {"query_tokens", "context_tokens"} <= given and None not in (
+        options.query_tokens,
+        options.context_tokens,
+    ):
         raise OptionError(
             show("context_tokens"),
             options.context_tokens,
@@ -130,7 +134,10 @@ def _refuse_contradictions(options: StarOptions, show: Any) -> None:
         )
     if "block_size" in given and not options.block_size and not options.num_blocks:
         raise OptionError(
-            show("block_size"), 0, f"{show('num_blocks')} is 0 too, so nothing says the size", ALLOWED["block_size"]
+            show("block_size"),
+            0,
+            f"{show('num_blocks')} is 0 too, so nothing says the size",
+            ALLOWED["block_size"],
         )
 
 

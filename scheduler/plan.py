@@ -109,9 +109,7 @@ def plan_of(extra_args: Mapping[str, Any] | None) -> StarPlan | None:
     return None if plan.is_dense else plan
 
 
-def make_plan(
-    num_prompt_tokens: int, defaults: StarOptions, request: StarOptions | None, page: int
-) -> StarPlan | None:
+def make_plan(num_prompt_tokens: int, defaults: StarOptions, request: StarOptions | None, page: int) -> StarPlan | None:
     """Resolve options to numbers for one prompt; None: dense.
 
     Args:
@@ -124,13 +122,18 @@ def make_plan(
         OptionError: an option does not fit the page, the block or the prompt.
     """
     options = defaults if request is None else merge(defaults, request)
-    given = frozenset() if request is None else request.model_fields_set
-    if options.mode == "off" or (options.mode == "auto" and num_prompt_tokens < options.min_tokens):
+    given: set[str] = set() if request is None else request.model_fields_set
+    if options.mode == "off":
+        for field in sorted(given - {"mode"}) if "mode" not in given else ():
+            reason = f"{flat_name('mode')} is off on this server, so it would have no effect"
+            raise OptionError(flat_name(field), getattr(options, field), reason, "with star=on or star=auto")
         return None
     block_size = _block_size(options, num_prompt_tokens, page)
     anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page)
     overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page)
     context_end = _context_end(options, given, num_prompt_tokens)
+    if options.mode == "auto" and num_prompt_tokens < options.min_tokens:
+        return None
     return StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
 
 
@@ -159,7 +162,7 @@ def _block_size(options: StarOptions, num_prompt_tokens: int, page: int) -> int:
     return max(-(-num_prompt_tokens // (options.num_blocks * page)), 1) * page
 
 
-def _bounded(field: str, value: int | None, given: frozenset[str] | set[str], block_size: int, page: int) -> int:
+def _bounded(field: str, value: int | None, given: set[str], block_size: int, page: int) -> int:
     """A or O: within the block. A value the request gave is refused above B, a default becomes B."""
     if value is None:
         return block_size
@@ -174,7 +177,7 @@ def _bounded(field: str, value: int | None, given: frozenset[str] | set[str], bl
     return min(value, block_size)
 
 
-def _context_end(options: StarOptions, given: frozenset[str] | set[str], num_prompt_tokens: int) -> int:
+def _context_end(options: StarOptions, given: set[str], num_prompt_tokens: int) -> int:
     for field in ("query_tokens", "context_tokens"):
         value = getattr(options, field)
         if field in given and value is not None and value > num_prompt_tokens:
@@ -195,5 +198,8 @@ def _context_end(options: StarOptions, given: frozenset[str] | set[str], num_pro
 def _refuse_off_page(field: str, value: int, page: int) -> None:
     if value % page:
         raise OptionError(
-            flat_name(field), value, f"it is not a multiple of the KV page of {page} tokens", f"a multiple of {page}"
+            flat_name(field),
+            value,
+            f"it is not a multiple of the KV page of {page} tokens",
+            f"a multiple of {page}",
         )

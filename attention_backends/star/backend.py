@@ -11,10 +11,10 @@ import functools
 from typing import Any
 
 import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from attention_backends.star.step import current_step
@@ -50,7 +50,14 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     base_builder: Any = base.get_builder_cls()
 
     class StarBuilder(base_builder):
-        def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kw: Any):
+        def __init__(
+            self,
+            kv_cache_spec: Any,
+            layer_names: list[str],
+            vllm_config: Any,
+            device: torch.device,
+            **kw: Any,
+        ):
             self.takes_star = takes_star(kv_cache_spec)
             if self.takes_star and device.type != "cpu":
                 vllm_config = _room_for_virtual_rows(vllm_config, kv_cache_spec.block_size)
@@ -64,7 +71,10 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             return min(support, decode_only, key=lambda level: level.value)
 
         def build(
-            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
         ) -> Any:
             step = current_step() if self.takes_star else None
             rows = step.rows(common_attn_metadata, self.kv_cache_spec.block_size) if step else None

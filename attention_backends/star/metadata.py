@@ -54,8 +54,7 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     star = torch.from_numpy(rows.star)
     star_lens = torch.from_numpy(rows.seq_lens[rows.star]).to(seq_lens.dtype)
     seq_lens[star.to(device)] = star_lens.to(device)
-    # The last piece of a row that leaves the context keeps the row's length; earlier ones are star rows.
-    upper_bound = torch.from_numpy(rows.seq_lens).to(common.seq_lens_cpu_upper_bound.dtype)
+    upper_bound = torch.from_numpy(rows.seq_lens).to(seq_lens.dtype)
     return common.replace(
         query_start_loc=query_start_loc_cpu.to(device),
         query_start_loc_cpu=query_start_loc_cpu,

@@ -61,7 +61,12 @@ def split_rows(
         for plan, queries, start in zip(plans, query_lens, starts, strict=True)
     ):
         return None
-    source, lens, totals, star, gathered, columns = [], [], [], [], [], []
+    source: list[int] = []
+    lens: list[int] = []
+    totals: list[int] = []
+    star: list[bool] = []
+    gathered: list[int] = []
+    columns: list[np.ndarray] = []
     context_tokens = star_pairs = dense_pairs = 0
     for row, (plan, start, end) in enumerate(zip(plans, starts, seq_lens, strict=True)):
         pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)

@@ -50,10 +50,10 @@ class StarStep:
         """
         self.engaged = True
         if page not in self._rows:
-            first = not self._rows
-            self._rows[page] = self._split(common, page)
-            if first and self._rows[page] is not None:
-                self.on_rows(self._rows[page])
+            rows = self._split(common, page)
+            if rows is not None and not self._rows:
+                self.on_rows(rows)
+            self._rows[page] = rows
         return self._rows[page]
 
     def built_rows(self, page: int) -> VirtualRows | None:
@@ -61,8 +61,7 @@ class StarStep:
         return self._rows.get(page)
 
     def _split(self, common: CommonAttentionMetadata, page: int) -> VirtualRows | None:
-        starts = common.query_start_loc_cpu.tolist()
-        query_lens = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        query_lens = common.query_start_loc_cpu.diff().tolist()
         ids = list(self.row_ids(common))
         scheduled = [self.num_scheduled_tokens[request_id] for request_id in ids]
         padding = query_lens[len(ids) :]
@@ -72,6 +71,8 @@ class StarStep:
                 "star plans can't be matched to rows"
             )
         plans = [self.plans.get(request_id) for request_id in ids] + [None] * len(padding)
+        if common.seq_lens_cpu_upper_bound is None:
+            raise RuntimeError("the model runner gave no host copy of seq_lens: rows can't be split")
         seq_lens = common.seq_lens_cpu_upper_bound.tolist()
         seq_lens[len(ids) :] = [0] * len(padding)
         return split_rows(plans, query_lens, seq_lens, page)

@@ -1,1 +1,1 @@
-"""What serves: the `starling` command, the gRPC front beside the OpenAI server, and what both tell clients."""
+"""What serves: the `starling` command, the gRPC front beside the OpenAI server, what both tell clients."""

@@ -16,7 +16,8 @@ RESULT = "starling-result: "
 def params_of(prompt: dict, sampling_params: type):
     return sampling_params(
         max_tokens=prompt.get("max_tokens", 1),
-        temperature=0,
+        temperature=1,
+        top_k=1,  # greedy, and unlike temperature 0 allowed with n > 1
         ignore_eos=True,
         logprobs=0,
         n=prompt.get("n", 1),

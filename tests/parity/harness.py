@@ -28,7 +28,12 @@ TINY = {
 
 
 def run_engine(
-    model: Path, batches: list[list[dict]], *, env: dict[str, str] | None = None, star: dict | None = None, **engine: Any
+    model: Path,
+    batches: list[list[dict]],
+    *,
+    env: dict[str, str] | None = None,
+    star: dict | None = None,
+    **engine: Any,
 ) -> dict:
     """Run the batches on one engine; see engine_job.py for the shapes of ``batches`` and the result."""
     arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, "block_size": 32}
@@ -63,7 +68,9 @@ def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager").eval()
 
 
-def reference_logprobs(model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32) -> torch.Tensor:
+def reference_logprobs(
+    model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32
+) -> torch.Tensor:
     """Log-probability of each of ``ids[1:]`` given what its predecessors may see."""
     reference = load_reference(model, dtype)
     if mask is None:

@@ -43,7 +43,11 @@ def model(tmp_path_factory):
 def prompts() -> list[dict]:
     tokens = random.Random(7)
     return [
-        {"ids": [tokens.randrange(256) for _ in range(length)], "extra_args": options, "prompt_logprobs": True}
+        {
+            "ids": [tokens.randrange(256) for _ in range(length)],
+            "extra_args": options,
+            "prompt_logprobs": True,
+        }
         for length, options in CASES
     ]
 
@@ -75,15 +79,28 @@ def test_prompt_logprobs_are_those_of_the_mask(model, prompts, wanted, runner):
 
 
 def test_preempted_requests_give_the_same(model, prompts, wanted):
-    """A KV cache too small for all: requests are preempted in their prefill and in their decode, and resume."""
+    """A KV cache too small for all that was admitted: requests are preempted while they decode, and resume."""
     longer = [prompt | {"max_tokens": 200} for prompt in prompts[:4]]
     calm = run_engine(model, [longer], max_num_batched_tokens=300)
-    tight = run_engine(model, [longer], max_num_batched_tokens=300, num_gpu_blocks_override=90, max_model_len=2048)
+    tight = run_engine(model, [longer], max_num_batched_tokens=300, num_gpu_blocks_override=122, max_model_len=2048)
     assert calm["metrics"]["vllm:num_preemptions"] == 0
     assert tight["metrics"]["vllm:num_preemptions"] > 0
     for output, quiet, (want, _) in zip(tight["batches"][0], calm["batches"][0], wanted, strict=False):
         assert max_gap(output["prompt_logprobs"], want) <= LIMIT
         assert output["token_ids"] == quiet["token_ids"]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_a_request_preempted_in_its_prefill_gives_the_same(model, prompts, wanted, runner):
+    """The star prompt's last chunks find no page, for the dense one before it has grown."""
+    decoding = prompts[5] | {"ids": prompts[5]["ids"][:300], "max_tokens": 120, "prompt_logprobs": False}
+    blocks = -(-300 // 32) + -(-len(prompts[2]["ids"]) // 32) + 1
+    env = {"v1": None, "v2": v2_env()}[runner]
+    batch = [decoding, prompts[2]]
+    sizes = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": blocks, "max_model_len": 1216}
+    result = run_engine(model, [batch], env=env, **sizes)
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+    assert max_gap(result["batches"][0][1]["prompt_logprobs"], wanted[2][0]) <= LIMIT
 
 
 def test_parallel_samples_share_the_prompt(model, prompts):

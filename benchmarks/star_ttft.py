@@ -1,0 +1,174 @@
+"""Time to first token, dense against Star Attention, in one engine: `python -m benchmarks.star_ttft`.
+
+Each repetition runs every configuration once, one right after the other; a speed-up is the median over
+repetitions of dense / star. Writes results/star_ttft.json and results/star_ttft.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.engine import ROOT, Engine
+from benchmarks.random_llama import make_random_llama
+from benchmarks.report import OUT, median_ratio, write_json
+from scheduler.options import StarOptions, parse_options
+from scheduler.plan import make_plan
+
+QUERY_TOKENS = 32
+SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
+RANDOM_LLAMA = {
+    "num_hidden_layers": 2,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+ENGINE = {
+    "additional_config": {"starling": {}},
+    "max_num_batched_tokens": 2048,
+    "max_num_seqs": 4,
+}
+
+
+def configurations(fixed_block: int | None) -> dict[str, dict[str, Any]]:
+    """Name -> per-request options."""
+    options: dict[str, dict[str, Any]] = {"dense": {}}
+    for blocks in (4, 8, 16):
+        options[f"n/B = {blocks}"] = {
+            "star": "on",
+            "star_num_blocks": blocks,
+            "star_query_tokens": QUERY_TOKENS,
+        }
+    if fixed_block is not None:
+        options[f"B = {fixed_block}"] = {
+            "star": "on",
+            "star_block_size": fixed_block,
+            "star_query_tokens": QUERY_TOKENS,
+        }
+    return options
+
+
+def measure(engine: Engine, length: int, options: dict[str, dict], repeats: int, vocabulary: int, page: int) -> dict:
+    """Run every configuration ``repeats`` times on prompts of ``length`` random tokens."""
+    tokens = random.Random(length)
+    runs: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "attention_seconds": []} for name in options}
+    for _ in track(range(repeats), description=f"{length:,} tokens"):
+        ids = [tokens.randrange(vocabulary) for _ in range(length)]
+        for name, extra_args in options.items():
+            answer = engine.generate(ids, extra_args)
+            for figure in ("seconds", "attention_seconds"):
+                runs[name][figure].append(answer[figure])
+    dense = runs["dense"]
+    rows = []
+    for name, run in runs.items():
+        plan = (
+            make_plan(length, StarOptions(), parse_options(options[name], flat=True), page) if options[name] else None
+        )
+        keys = 1.0 if plan is None else plan.dense_keys() / plan.keys_attended()
+        attention = median_ratio(dense["attention_seconds"], run["attention_seconds"])
+        rows.append(
+            {
+                "configuration": name,
+                "block_size": None if plan is None else plan.block_size,
+                **run,
+                "ttft_speedup": median_ratio(dense["seconds"], run["seconds"]),
+                "attention_speedup": attention,
+                "keys_ratio": keys,
+                "attention_over_keys": attention / keys,
+            }
+        )
+    return {"tokens": length, "rows": rows}
+
+
+def show(title: str, results: list[dict]) -> None:
+    table = Table(title=title)
+    for column in ("tokens", "configuration", "B", "TTFT s", "speed-up", "attention speed-up", "keys ratio"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for row in result["rows"]:
+            table.add_row(
+                f"{result['tokens']:,}",
+                row["configuration"],
+                str(row["block_size"] or "-"),
+                f"{min(row['seconds']):.2f}",
+                f"{row['ttft_speedup']:.2f}x",
+                f"{row['attention_speedup']:.2f}x",
+                f"{row['keys_ratio']:.2f}",
+            )
+    Console().print(table)
+
+
+def plot(sections: dict[str, list[dict]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(sections), figsize=(6 * len(sections), 4.2), squeeze=False)
+    for axis, (title, results) in zip(axes[0], sections.items(), strict=True):
+        if len(results) == 1:
+            rows = [row for row in results[0]["rows"] if row["block_size"]]
+            axis.bar([row["configuration"] for row in rows], [row["ttft_speedup"] for row in rows])
+            title = f"{title}, {results[0]['tokens']:,} tokens"
+        else:
+            lengths = [result["tokens"] for result in results]
+            for index, row in enumerate(results[0]["rows"]):
+                if row["block_size"]:
+                    axis.plot(
+                        lengths,
+                        [result["rows"][index]["ttft_speedup"] for result in results],
+                        marker="o",
+                        label=row["configuration"],
+                    )
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+            axis.set_xlabel("prompt tokens")
+            axis.legend()
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_ylabel("time to first token, dense / star")
+        axis.set_title(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 16384, 32768, 65536], help="random Llama")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--smollm2-tokens", type=int, default=8064, help="0 leaves SmolLM2 out")
+    args = parser.parse_args()
+    sections: dict[str, list[dict]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        if args.lengths:
+            model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
+            arguments = {"dtype": "float32", "kv_cache_memory_bytes": 2 << 30} | ENGINE
+            with Engine(model, timed_attention=True, **arguments) as engine:
+                engine.generate([1] * 4096)
+                sections["random Llama, 2 layers, float32"] = [
+                    measure(engine, length, configurations(2048), args.repeats, 256, 128) for length in args.lengths
+                ]
+    if args.smollm2_tokens:
+        arguments = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30} | ENGINE
+        with Engine(SMOLLM2, timed_attention=True, **arguments) as engine:
+            engine.generate([1] * 4096)
+            sections["SmolLM2-135M, bfloat16"] = [
+                measure(engine, args.smollm2_tokens, configurations(None), args.repeats, 40000, 128)
+            ]
+    for title, results in sections.items():
+        show(title, results)
+    path = write_json("star_ttft", {"query_tokens": QUERY_TOKENS, "sections": sections})
+    plot(sections, OUT / "star_ttft.png")
+    print(f"{path} and {OUT / 'star_ttft.png'}")
+
+
+if __name__ == "__main__":
+    main()

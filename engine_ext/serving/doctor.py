@@ -1,0 +1,186 @@
+"""`starling doctor`: what is installed, what works on this machine with this model, what a prompt would cost.
+
+Starts no engine and no server. With --json, standard output holds one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from engine_ext import compat, plugin
+
+UNUSABLE = 2
+PACKAGES = ("vllm-starling", "torch", "triton", "transformers", "xformers", "grpcio")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Examine and print; returns the exit code: 0, or 2 for arguments that can't be used."""
+    parser = argparse.ArgumentParser(
+        prog="starling doctor",
+        description="What is installed and what works here; with a model, what Star Attention does and costs.",
+        epilog="Any option of `starling serve` may follow; it is looked at as the server would.",
+    )
+    parser.add_argument("model", nargs="?", help="a model as `starling serve` takes it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="show plan, memory and work of such a prompt")
+    args, serve_options = parser.parse_known_args(argv)
+    if args.prompt_tokens is not None and (args.prompt_tokens < 1 or args.model is None):
+        parser.error("--prompt-tokens takes a number from 1, and a model")
+    with output_of_our_own() as output:
+        report: dict[str, Any] = {"installation": installation()}
+        if args.model is not None:
+            try:
+                report |= examine(args.model, serve_options, args.prompt_tokens)
+            except (ValueError, OSError) as error:
+                print(f"starling doctor: error: {error}", file=sys.stderr)
+                return UNUSABLE
+        if args.json:
+            print(json.dumps(report, indent=2), file=output)
+        else:
+            print_report(report, output)
+    return 0
+
+
+@contextlib.contextmanager
+def output_of_our_own() -> Iterator[TextIO]:
+    """Standard output for us alone: what vLLM and its libraries print there goes to standard error."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(real, "w", closefd=False) as output:
+            yield output
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def installation() -> dict[str, Any]:
+    """Versions, and what of the machine matters."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    notes = [] if compiler else ["no C++ compiler: torch.compile can't run on CPU, serve with --enforce-eager"]
+    if version("xformers") is None:
+        notes.append("xformers is not installed; it is optional (extra `xformers`)")
+    return {
+        "python": sys.version.split()[0],
+        "vllm": compat.vllm_version(),
+        "vllm_supported": compat.VLLM_RANGE,
+        **{name: version(name) for name in PACKAGES},
+        "compiler": compiler,
+        "problem": plugin.problem(),
+        "notes": notes,
+    }
+
+
+def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None) -> dict[str, Any]:
+    """What the server would decide for this model (raises ValueError, OSError: as it would refuse to start)."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from engine_ext.activation import parse_config
+    from engine_ext.refusals import star_refusals
+    from engine_ext.serving.serve_args import parse
+
+    args, _ = parse([model, *serve_options])
+    args.model = model
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    starling = parse_config(config.additional_config)
+    assert starling is not None
+    refusals = star_refusals(config)
+    page, bytes_per_token = page_size(config)
+    report: dict[str, Any] = {
+        "model": model,
+        "attention_backend": attention_backend(config),
+        "model_runner": "V2" if config.use_v2_model_runner else "V1",
+        "kv_cache": {
+            "page_tokens": page,
+            "page_bytes": page * bytes_per_token,
+            "bytes_per_token": bytes_per_token,
+        },
+        "star_defaults": starling.star.model_dump(),
+        "star_refused": refusals,
+    }
+    if prompt_tokens is not None:
+        report["prompt"] = prompt_cost(prompt_tokens, starling.star, page, bytes_per_token, bool(refusals))
+    return report
+
+
+def page_size(config: Any) -> tuple[int, int]:
+    """(tokens of a KV page, bytes a token takes in all attention layers of all ranks together)."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    layers = model.get_num_layers_by_block_type(parallel, "attention")
+    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
+    ranks = parallel.tensor_parallel_size
+    per_layer = 2 * model.get_num_kv_heads(parallel) * ranks * model.get_head_size() * dtype.itemsize
+    return cache.block_size, layers * parallel.pipeline_parallel_size * per_layer
+
+
+def attention_backend(config: Any) -> dict[str, str]:
+    """Which backend attends, and why."""
+    from attention_backends.star.backend import WRAPPED
+
+    if config.device_config.device_type == "cpu":
+        return {"name": "CPU_ATTN", "why": "the only one of the CPU platform"}
+    chosen = config.attention_config.backend
+    if chosen is not None:
+        return {"name": chosen.name, "why": "--attention-backend names it"}
+    return {"name": "automatic", "why": f"vLLM picks at start; Star Attention runs on {', '.join(WRAPPED)}"}
+
+
+def prompt_cost(num_tokens: int, star: Any, page: int, bytes_per_token: int, refused: bool) -> dict[str, Any]:
+    """Plan, KV memory and attention work of one prompt (raises OptionError: it would be refused)."""
+    from engine_ext.requests import describe
+    from scheduler.options import StarOptions
+    from scheduler.plan import make_plan
+
+    as_asked = None if refused else make_plan(num_tokens, star, None, page)
+    if_on = make_plan(num_tokens, StarOptions(**(star.model_dump() | {"mode": "on"})), None, page)
+    assert if_on is not None
+    pages = -(-num_tokens // page)
+    return {
+        "tokens": num_tokens,
+        "kv_pages": pages,
+        "kv_bytes": pages * page * bytes_per_token,
+        "by_default": "dense" if as_asked is None else "star",
+        "plan_with_star_on": None if refused else describe(if_on, num_tokens),
+        "attention_work_dense_over_star": None if refused else round(if_on.dense_keys() / if_on.keys_attended(), 2),
+    }
+
+
+def print_report(report: dict[str, Any], output: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=output)
+    for section, content in report.items():
+        table = Table(show_header=False, title=section.replace("_", " "), title_justify="left", min_width=60)
+        for key, value in (content if isinstance(content, dict) else {"": content}).items():
+            table.add_row(key.replace("_", " "), _shown(value))
+        console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return "\n".join(f"{key.replace('_', ' ')}: {_shown(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) or "nothing"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

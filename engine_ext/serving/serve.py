@@ -1,0 +1,127 @@
+"""`starling serve`: vLLM's OpenAI server with Starling activated, and gRPC beside it on the same engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Any
+
+import uvloop
+from vllm import envs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
+from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args, init_logger
+from vllm.utils.system_utils import decorate_logs
+
+from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
+from engine_ext.serving.grpc_gate import server_credentials
+from engine_ext.serving.serve_args import parse
+
+logger = init_logger("vllm.starling")
+
+LOOPBACK = "127.0.0.1"
+UNUSABLE = 2
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve until a signal; returns the exit code, 2 for arguments that can't be used."""
+    # vLLM reports usage to a server of its project unless told not to; ours calls out only where asked to.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    cli_env_setup()
+    try:
+        args, grpc_port = parse(argv)
+        configure_logging_from_args(args)
+        validate_parsed_serve_args(args)
+        if grpc_port is not None:
+            server_credentials(args)
+            refuse_taken_port(args.host or LOOPBACK, grpc_port)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"starling serve: error: {error}", file=sys.stderr)
+        return UNUSABLE
+    if grpc_port is None:
+        ServeSubcommand.cmd(args)
+    else:
+        args.model = args.model_tag or args.model
+        uvloop.run(serve_both(args, grpc_port))
+    return 0
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Fail now and not after the model has been loaded (raises OSError)."""
+    family = socket.getaddrinfo(host, port)[0][0]
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(f"--grpc-port {port} can't be had on {host}: {error.strerror}") from None
+
+
+async def serve_both(args: Namespace, grpc_port: int) -> None:
+    """vLLM's run_server, with gRPC on the same engine: started before HTTP, stopped before the engine."""
+    decorate_logs("APIServer", skip_if_decorated=True)
+    signal.signal(signal.SIGTERM, interrupt_start)
+    listen_address, sock = setup_server(args, reuse_port=False)
+    with sock:
+        async with build_async_engine_client(args) as engine:
+            front = await start_front(engine, args, grpc_port)
+            grace = max(GRACE_SECONDS, args.shutdown_timeout)
+            stop_before_engine(engine, front, grace)
+            try:
+                http_shutdown = await build_and_serve(engine, listen_address, sock, args)
+            finally:
+                await front.stop(grace)
+        await http_shutdown
+
+
+def interrupt_start(*_: Any) -> None:
+    """SIGTERM before the HTTP server has handlers of its own."""
+    raise KeyboardInterrupt("terminated")
+
+
+async def start_front(engine: Any, args: Namespace, port: int) -> Front:
+    host = args.host or LOOPBACK
+    credentials = server_credentials(args)
+    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key])
+    address = f"[{host}]" if ":" in host else host
+    port = await front.start(f"{address}:{port}", credentials)
+    logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")
+    if args.host is None:
+        logger.info("gRPC listens on loopback alone: give --host to serve other machines")
+    if credentials is None and not is_loopback(host):
+        logger.warning(
+            "gRPC on %s is not encrypted: prompts, outputs and API keys can be read on the way. "
+            "Give --ssl-certfile and --ssl-keyfile, or put a TLS proxy before it.",
+            host,
+        )
+    return front
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def stop_before_engine(engine: Any, front: Front, grace: float) -> None:
+    """Let gRPC streams end before the engine does: on a signal vLLM's serve_http stops the engine first.
+
+    It does so in a thread, where waiting for the event loop is safe. Can go when serve_http takes a hook.
+    """
+    loop, loop_thread, stop_engine = asyncio.get_running_loop(), threading.get_ident(), engine.shutdown
+
+    def shutdown(timeout: float | None = None) -> None:
+        if threading.get_ident() != loop_thread:
+            asyncio.run_coroutine_threadsafe(front.stop(grace), loop).result()
+        stop_engine(timeout=timeout)
+
+    engine.shutdown = shutdown

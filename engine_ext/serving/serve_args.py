@@ -1,0 +1,122 @@
+"""The options of `starling serve`: all of `vllm serve`, and Starling's own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from engine_ext.activation import ENTRY, parse_config
+from scheduler.options import FIELDS, Mode, OptionError, flat_name, parse_options
+
+GRPC_PORT_HELP = (
+    "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
+    "127.0.0.1 where --host is not given. 0 takes a free port. Default: no gRPC."
+)
+
+
+def flag(field: str) -> str:
+    """``block_size`` -> ``--star-block-size``."""
+    return "--" + flat_name(field).replace("_", "-")
+
+
+def number(text: str) -> int | str:
+    """The number that a flag's value says; other text as it is, for parse_options to refuse."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def make_parser() -> FlexibleArgumentParser:
+    """vLLM's parser of `vllm serve`, with --star* added and --grpc-port given Starling's meaning."""
+    top = FlexibleArgumentParser(prog="starling")
+    parser = ServeSubcommand().subparser_init(top.add_subparsers(dest="subparser"))
+    parser.usage = "starling serve [MODEL] [options]"
+    parser.epilog = (parser.epilog or "").replace("vllm serve", "starling serve")
+    group = parser.add_argument_group("Starling", "Star Attention (arXiv 2411.17116): defaults for every request.")
+    for field, info in FIELDS.items():
+        default = "" if info.default is None else f" (default: {info.default})"
+        kind: dict[str, Any] = {"choices": get_args(Mode)} if field == "mode" else {"type": number, "metavar": "N"}
+        # Not in the namespace where not given: with None the formatter would add a wrong default to the help.
+        group.add_argument(flag(field), default=argparse.SUPPRESS, help=f"{info.description}{default}", **kind)
+    for action in parser._actions:
+        if action.dest == "grpc_port":
+            action.help = GRPC_PORT_HELP
+    return top
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
+    """Parse a command line into vLLM's arguments, Starling activated in them, and the gRPC port.
+
+    Raises:
+        ValueError: options that can't be used, alone or together (OptionError is one).
+        SystemExit: from argparse, after its own message or help.
+    """
+    args = make_parser().parse_args(["serve", *argv])
+    flags = {field: vars(args).pop(flat_name(field)) for field in FIELDS if flat_name(field) in args}
+    args.additional_config = activate(args.additional_config, flags)
+    refuse_bypasses(os.environ)
+    # vLLM refuses a gRPC port anywhere but before its Rust front.
+    grpc_port, args.grpc_port = args.grpc_port, None
+    if grpc_port is not None:
+        refuse_grpc_with(args, grpc_port)
+        args.api_server_count = None  # one, also before several data-parallel engines
+    return args, grpc_port
+
+
+def activate(additional_config: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """``additional_config`` with its `starling` entry, into which the --star* flags are merged.
+
+    Raises:
+        OptionError: a bad option, or one that a flag and --additional-config give different values.
+    """
+    if not isinstance(additional_config, Mapping):
+        raise OptionError("additional_config", additional_config, "it must be an object", '{"starling": {...}}')
+    entry = additional_config.get(ENTRY, {})
+    merged = {**additional_config, ENTRY: entry}
+    parse_config(merged)
+    parse_options({flat_name(field): value for field, value in flags.items()}, flat=True)
+    star = entry.get("star", {})
+    for field, value in flags.items():
+        if star.get(field, value) != value:
+            raise OptionError(
+                flag(field),
+                value,
+                f"--additional-config says {field}={star[field]!r}",
+                "one of the two, or the same",
+            )
+    if flags:
+        merged[ENTRY] = {**entry, "star": {**star, **flags}}
+        parse_config(merged)
+    return merged
+
+
+def refuse_bypasses(environ: Mapping[str, str]) -> None:
+    """Refuse settings under which requests or processes would miss Starling (raises ValueError)."""
+    plugins = environ.get("VLLM_PLUGINS")
+    if plugins is not None and ENTRY not in plugins.split(","):
+        raise ValueError(f"VLLM_PLUGINS={plugins!r} keeps Starling out of vLLM's processes: add `{ENTRY}` or unset it")
+    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ValueError("VLLM_USE_RUST_FRONTEND is set: the Rust front reads no star options; unset it")
+
+
+def refuse_grpc_with(args: argparse.Namespace, grpc_port: int) -> None:
+    """Refuse what can't go with --grpc-port, by name (raises ValueError)."""
+    for refused, reason in (
+        (args.headless, "--headless starts no front"),
+        (args.grpc, "--grpc serves vLLM's own gRPC, in place of HTTP"),
+        (args.api_server_count not in (None, 1), "gRPC runs in one API server: --api-server-count must be 1"),
+        (
+            args.data_parallel_multi_port_external_lb,
+            "--data-parallel-multi-port-external-lb starts several servers",
+        ),
+        (not 0 <= grpc_port <= 65535, "a port is 0 to 65535"),
+        (grpc_port and grpc_port == args.port and not args.uds, "--port is the same"),
+    ):
+        if refused:
+            raise ValueError(f"--grpc-port {grpc_port} is refused: {reason}")

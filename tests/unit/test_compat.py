@@ -1,0 +1,107 @@
+"""The shims against the installed vLLM, and what happens beside another one."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import pytest
+
+from engine_ext import compat, plugin
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("0.32.0", None),
+        ("0.32.7+cpu", None),
+        ("0.31.9", "outside the supported range >=0.32,<0.33"),
+        ("0.33.0", "outside the supported range"),
+        ("1.0", "outside the supported range"),
+        (None, "not installed"),
+    ],
+)
+def test_the_supported_range(version, problem):
+    found = compat.version_problem(version)
+    assert found is None if problem is None else problem in found and "install vllm>=0.32" in found
+
+
+def test_this_vllm_is_supported_and_nothing_hides_our_packages():
+    assert plugin.problem() is None
+
+
+def test_an_intruder_is_named(monkeypatch, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "scheduler")
+    assert str(tmp_path / "scheduler") in compat.intruder()
+
+
+def test_outside_the_range_the_plugin_hooks_nothing_and_options_fail(monkeypatch, caplog):
+    """Registration warns and goes on; an engine that asks for Starling is told what to install."""
+    hooks = []
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.0")
+    monkeypatch.setattr(compat, "on_engine_config", lambda before, after: hooks.append(before))
+    monkeypatch.setattr(plugin.logger, "propagate", True)
+    with caplog.at_level(logging.WARNING, "vllm.starling"):
+        plugin.register.__wrapped__()
+    assert "0.31.0 is outside" in caplog.text
+    (before,) = hooks
+    before(type("Args", (), {"additional_config": {}}))
+    with pytest.raises(ValueError, match=r"install vllm>=0\.32"):
+        before(type("Args", (), {"additional_config": {"starling": {}}}))
+
+
+def test_wrapping_twice_wraps_once():
+    class Owner:
+        def method(self):
+            return ["original"]
+
+        @classmethod
+        def maker(cls, value):
+            return [cls.__name__, value]
+
+    def around(original):
+        return lambda *args: [*original(*args), "wrapped"]
+
+    for _ in range(2):
+        compat.wrap(Owner, "method", around)
+        compat.wrap(Owner, "maker", around)
+    assert Owner().method() == ["original", "wrapped"]
+    assert Owner.maker(3) == ["Owner", 3, "wrapped"]
+
+
+def test_the_names_we_hook_are_there():
+    """A new vLLM that moves one of these fails here first."""
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    assert {"usage_context", "headless"} <= inspect.signature(EngineArgs.create_engine_config).parameters.keys()
+    assert list(inspect.signature(AsyncEngineArgs.from_cli_args).parameters) == ["args"]
+    assert "params" in inspect.signature(InputProcessor.process_inputs).parameters
+    assert {"prompt", "sampling_params"} <= inspect.signature(AsyncLLM.generate).parameters.keys()
+    builtin_tools = inspect.signature(OpenAIServingResponses._generate_with_builtin_tools).parameters
+    assert {"engine_input", "sampling_params"} <= builtin_tools.keys()
+    for module in (kv_cache_utils, block_pool):
+        assert list(inspect.signature(module.generate_block_hash_extra_keys).parameters) == [
+            "request",
+            "start_token_idx",
+            "end_token_idx",
+            "start_mm_idx",
+        ]
+
+
+@pytest.mark.parametrize("shim", ["on_generate", "on_beam_search"])
+def test_each_shim_is_still_needed(shim):
+    """Fails when vLLM does by itself what the shim is for: then the shim can go."""
+    from vllm.sampling_params import BeamSearchParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if shim == "on_generate":
+        assert inspect.isasyncgenfunction(inspect.unwrap(AsyncLLM.generate))
+    else:
+        assert "extra_args" not in BeamSearchParams.__struct_fields__

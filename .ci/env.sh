@@ -83,7 +83,8 @@ fi
 case "${1:-}" in
   install)
     say "installing $(grep -c == "$LOCK") locked requirements (about 3 GB with torch)"
-    "$uv" pip install --python .venv -r "$LOCK"
+    # Compiled now: an engine starts several processes, each of which imports vLLM, and not all may write bytecode.
+    "$uv" pip install --python .venv --compile-bytecode -r "$LOCK"
     say "installing Starling (editable) and the vllm alias"
     "$uv" pip install --python .venv --quiet --no-deps -e .
     .venv/bin/python -m engine_ext.vllm_alias

@@ -85,6 +85,7 @@ def after_engine_config(vllm_config: Any) -> None:
     scheduling = vllm_config.scheduler_config
     scheduling.scheduler_cls = ASYNC_SCHEDULER if scheduling.async_scheduling else SCHEDULER
     metrics.share_with_workers()
+    metrics.front_metrics()
     _say(config.star, refusals, vllm_config.model_config)
 
 

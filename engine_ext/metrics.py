@@ -25,6 +25,8 @@ class FrontMetrics:
 
     def __init__(self) -> None:
         self.requests = Counter("starling:requests", "Requests admitted, by prefill attention.", ["attention"])
+        for attention in ("dense", "star"):
+            self.requests.labels(attention)
         self.rejections = Counter("starling:plan_rejections", "Requests whose star options were refused.", ["option"])
 
 

@@ -26,6 +26,10 @@ def _connector(config: Any) -> str | None:
     return None if transfer is None or transfer.kv_connector in CONNECTORS else transfer.kv_connector
 
 
+def _decode_graphs(config: Any) -> bool:
+    return config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+
+
 def _backend(config: Any) -> str | None:
     backend = config.attention_config.backend
     on_cpu = config.device_config.device_type == "cpu"  # the CPU platform always takes CPU_ATTN
@@ -70,6 +74,10 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "dual-batch overlap slices batches by row before rows are split",
     ),
     (lambda c: c.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill skips tokens by batch row"),
+    (
+        lambda c: _decode_graphs(c) and c.scheduler_config.long_prefill_token_threshold == 1,
+        "long_prefill_token_threshold=1 with full decode graphs leaves star prompts no chunk to run in",
+    ),
     (
         _connector,
         "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix",

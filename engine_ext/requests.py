@@ -16,7 +16,8 @@ from scheduler.options import FIELD_OF, OptionError, is_star_key, parse_options
 from scheduler.plan import PLAN_KEY, StarPlan, make_plan
 
 # The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
-response_plans: ContextVar[list[dict[str, Any]] | None] = ContextVar("starling_response_plans", default=None)
+# By prompt object: /v1/responses passes each prompt through check_early twice.
+response_plans: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("starling_response_plans", default=None)
 
 HOW_TO_ACTIVATE = (
     f"Starling is not activated on this server: start it with `starling serve`, or give vLLM "
@@ -108,7 +109,7 @@ def check_early(input_processor: Any, engine_input: Any, params: Any) -> None:
     plan = resolver.plan(extra_args, len(token_ids))
     told = response_plans.get()
     if told is not None and resolver.config is not None:
-        told.append(describe(plan, len(token_ids)))
+        told[id(engine_input)] = describe(plan, len(token_ids))
 
 
 def describe(plan: StarPlan | None, num_prompt_tokens: int) -> dict[str, Any]:

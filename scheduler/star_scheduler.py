@@ -10,24 +10,31 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from engine_ext import compat
 from scheduler.cache_keys import star_page_key
 from scheduler.options import OptionError, parse_options
-from scheduler.plan import check_sizes, plan_of
+from scheduler.plan import StarPlan, check_sizes, plan_of
 
 
-def _page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
+def request_plan(request: Any) -> StarPlan | None:
+    """The plan in an engine request's sampling parameters; None: dense, or a pooling request."""
     params = request.sampling_params
-    plan = plan_of(params.extra_args) if params is not None and params.extra_args else None
+    return plan_of(params.extra_args) if params is not None and params.extra_args else None
+
+
+def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
+    """The extra key of a request's page over positions ``[start, end)``."""
+    plan = request_plan(request)
     return None if plan is None else star_page_key(plan, start, end)
 
 
-class StarKeys:
+class StarMixin:
     """Mixed into a vLLM scheduler: from its start on, pages are keyed by their star plan too.
 
     The keys go in where vLLM makes its own, so that hashing, KV events and partial hits agree.
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        compat.add_page_key(_page_key)
+        compat.add_page_key(page_key)
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._check_defaults(vllm_config.additional_config["starling"].get("star", {}))
 
     def _check_defaults(self, star: dict[str, Any]) -> None:
@@ -40,10 +47,24 @@ class StarKeys:
             raise OptionError("star", options.mode, "the full-attention layers have no one KV page size", "off")
         check_sizes(options, page)
 
+    def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Where full decode graphs are in use, never schedule a star chunk of one token: it waits a step.
 
-class StarScheduler(StarKeys, Scheduler):
+        A batch of one-token rows replays such a graph, whose block tables can't be rewritten into virtual rows.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
+            request, num_computed_tokens, num_new_tokens
+        )
+        if num_new_tokens == 1 and self.decode_graphs:
+            plan = request_plan(request)
+            if plan is not None and plan.block_size <= num_computed_tokens < plan.context_end:
+                return 0
+        return num_new_tokens
+
+
+class StarScheduler(StarMixin, Scheduler):
     """For engines without async scheduling (CPU)."""
 
 
-class AsyncStarScheduler(StarKeys, AsyncScheduler):
+class AsyncStarScheduler(StarMixin, AsyncScheduler):
     """For engines with async scheduling: vLLM turns it off for a class that is not an AsyncScheduler."""

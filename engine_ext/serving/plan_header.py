@@ -21,12 +21,12 @@ class PlanHeader:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        plans: list[dict[str, Any]] = []
+        plans: dict[int, dict[str, Any]] = {}
         response_plans.set(plans)
 
         async def send_with_plans(message: Any) -> None:
             if message["type"] == "http.response.start" and plans:
-                headers = [(HEADER, json.dumps(plan).encode()) for plan in plans]
+                headers = [(HEADER, json.dumps(plan).encode()) for plan in plans.values()]
                 message = message | {"headers": [*message.get("headers", []), *headers]}
             await send(message)
 

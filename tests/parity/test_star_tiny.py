@@ -93,8 +93,8 @@ def test_preempted_requests_give_the_same(model, prompts, wanted):
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_a_request_preempted_in_its_prefill_gives_the_same(model, prompts, wanted, runner):
     """The star prompt's last chunks find no page, for the dense one before it has grown."""
-    decoding = prompts[5] | {"ids": prompts[5]["ids"][:300], "max_tokens": 120, "prompt_logprobs": False}
-    blocks = -(-300 // 32) + -(-len(prompts[2]["ids"]) // 32) + 1
+    decoding = prompts[5] | {"ids": prompts[5]["ids"][:310], "max_tokens": 120, "prompt_logprobs": False}
+    blocks = -(-310 // 32) + -(-len(prompts[2]["ids"]) // 32) + 1
     env = {"v1": None, "v2": v2_env()}[runner]
     batch = [decoding, prompts[2]]
     sizes = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": blocks, "max_model_len": 1216}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.random_llama import make_random_llama
@@ -120,6 +121,8 @@ def fake_config(**changes):
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         kv_transfer_config=None,
         attention_config=SimpleNamespace(backend=None),
+        scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         device_config=SimpleNamespace(device_type="cuda"),
     )
     for name, value in changes.items():
@@ -142,6 +145,7 @@ REFUSED = {
     "prefill context": {"parallel_config__prefill_context_parallel_size": 2},
     "dual-batch": {"parallel_config__enable_dbo": True},
     "fast prefill": {"cache_config__kv_sharing_fast_prefill": True},
+    "long_prefill_token_threshold=1": {"scheduler_config__long_prefill_token_threshold": 1},
     "LMCacheConnectorV1": {"kv_transfer_config": SimpleNamespace(kv_connector="LMCacheConnectorV1")},
     "FLEX_ATTENTION": {"attention_config__backend": SimpleNamespace(name="FLEX_ATTENTION")},
 }

@@ -15,15 +15,15 @@ from attention_backends.star.reference import star_mask
 from engine_ext import compat
 from scheduler.cache_keys import star_page_key
 from scheduler.plan import PLAN_KEY, StarPlan
-from scheduler.star_scheduler import _page_key
+from scheduler.star_scheduler import page_key
 
 PAGE = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hashing():
-    compat.add_page_key(_page_key)
-    compat.add_page_key(_page_key)
+    compat.add_page_key(page_key)
+    compat.add_page_key(page_key)
     init_none_hash(get_hash_fn_by_name("sha256"))
 
 

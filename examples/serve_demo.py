@@ -1,0 +1,76 @@
+"""Serve the demo model over HTTP and gRPC until Ctrl-C, and print commands to try.
+
+python examples/serve_demo.py --port 8000 --grpc-port 50051
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+from rich.console import Console
+from server import Server, serving
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "smollm2-135m-instruct"
+LOG = ROOT / "build" / "serve-server.log"
+
+
+def commands(server: Server) -> dict[str, str]:
+    """A line to try for each way in, by what it shows; each works as it is, from this directory."""
+    chat = {
+        "model": MODEL.name,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 32,
+        "temperature": 0,
+        "vllm_xargs": {"star": "on", "star_block_size": 128},
+    }
+    generate = {
+        "text": "The capital of France is",
+        "sampling": {"maxTokens": 16, "temperature": 0},
+        "star": {"mode": "MODE_ON", "blockSize": 128},
+    }
+    python, script = (os.path.relpath(path) for path in (sys.executable, ROOT / "examples" / "grpc_stream.py"))
+    return {
+        "OpenAI API; the x-starling-plan header says how the prompt was prefilled": (
+            f"curl -i {server.http}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(chat)}'"
+        ),
+        "gRPC, from Python": (
+            f"{python} {script} 'The capital of France is' --address {server.grpc} --star-block-size 128"
+        ),
+        "gRPC, with grpcurl": (
+            f"grpcurl -plaintext -d '{json.dumps(generate)}' {server.grpc} starling.v1.InferenceService/GenerateStream"
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=8000, help="HTTP port; a free one where taken (%(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port; likewise (%(default)s)")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
+        with console.status("starting") as status:
+            server = stack.enter_context(
+                serving(
+                    MODEL,
+                    *("--served-model-name", MODEL.name, "--enforce-eager", "--dtype", "bfloat16"),
+                    log=LOG,
+                    port=args.port,
+                    grpc_port=args.grpc_port,
+                    tell=lambda message: status.update(f"starting: {message:.80}"),
+                )
+            )
+        print(f"{MODEL.name} is served on {server.http} and over gRPC on {server.grpc}; log: {os.path.relpath(LOG)}")
+        for what, command in commands(server).items():
+            print(f"\n{what}:\n{textwrap.indent(command, '    ')}")
+        print("\nCtrl-C ends the server.", flush=True)
+        server.process.wait()
+
+
+if __name__ == "__main__":
+    main()

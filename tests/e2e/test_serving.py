@@ -1,0 +1,354 @@
+"""One `starling serve` process, asked over HTTP and gRPC at once: answers, plans, refusals, metrics, shutdown."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import grpc
+import httpx
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from benchmarks.random_llama import make_random_llama
+from examples.server import serving
+from starling.v1 import inference_pb2 as pb
+from starling.v1 import inference_pb2_grpc
+
+pytestmark = pytest.mark.e2e
+
+PAGE = 32
+MODEL = "tiny"
+PROMPT = "".join(chr(ord("a") + (i * i * 7 + i // 3) % 26) for i in range(701))  # a token a character
+STAR = {"star": "on", "star_block_size": 128, "star_anchor_size": 64, "star_query_tokens": 40}
+NUMBERS = {
+    "star_blocks": 6,
+    "block_size": 128,
+    "anchor_size": 64,
+    "overlap_size": 0,
+    "context_end": 661,
+    "prompt_tokens": 701,
+}
+DENSE_KEYS = 701 * 702 // 2
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    model = make_random_llama(
+        folder / MODEL,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+    )
+    options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE), "--enforce-eager"]
+    # A grace for running streams that a slow machine can't use up, in the test of SIGTERM.
+    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "20"]
+    with serving(model, *options, log=folder / "log", seconds=300) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def channel(server):
+    with grpc.insecure_channel(server.grpc) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="module")
+def generate(channel):
+    return inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.http, timeout=120) as client:
+        yield client
+
+
+def body(path: str, *, stream: bool = False, xargs: dict | None = None, **fields) -> dict:
+    """A greedy request to generate 16 tokens, in the words of each API."""
+    messages = [{"role": "user", "content": PROMPT}]
+    of_path = {
+        "/v1/completions": {"prompt": PROMPT, "max_tokens": 16},
+        "/v1/chat/completions": {"messages": messages, "max_tokens": 16},
+        "/v1/responses": {"input": PROMPT, "max_output_tokens": 16},
+        "/v1/messages": {"messages": messages, "max_tokens": 16},
+    }
+    common = {"model": MODEL, "temperature": 0, "stream": stream, "vllm_xargs": xargs or {}}
+    return common | of_path[path] | fields
+
+
+PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"]
+
+
+def request(star: pb.StarOptions | None = None, **fields) -> pb.GenerateStreamRequest:
+    sampling = pb.SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    return pb.GenerateStreamRequest(**{"text": PROMPT, "sampling": sampling, "star": star} | fields)
+
+
+def options(xargs: dict) -> pb.StarOptions:
+    fields = {key.removeprefix("star_"): value for key, value in xargs.items() if key != "star"}
+    return pb.StarOptions(mode=f"MODE_{xargs['star'].upper()}", **fields)
+
+
+def read(call) -> tuple[str, list[int], pb.Final]:
+    *deltas, last = call
+    text = "".join(event.delta.text for event in deltas)
+    return text, [token for event in deltas for token in event.delta.token_ids], last.final
+
+
+def metrics(http, name: str) -> float:
+    """Sum of a metric's series; 0 where there is none."""
+    lines = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", http.get("/metrics").text, re.MULTILINE)
+    return sum(map(float, lines))
+
+
+def eventually(condition, what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("path", PATHS)
+def test_http_says_the_plan(http, path, stream):
+    with http.stream("POST", path, json=body(path, stream=stream, xargs=STAR)) as response:
+        response.read()
+    assert response.status_code == 200, response.text
+    plan = json.loads(response.headers["x-starling-plan"])
+    prompt_tokens = plan["prompt_tokens"]  # a chat template adds its own
+    assert prompt_tokens >= 701
+    expected = NUMBERS | {"prompt_tokens": prompt_tokens, "context_end": prompt_tokens - 40}
+    assert {name: plan[name] for name in NUMBERS} == expected
+    assert plan["attention"] == "star"
+    assert plan["keys_attended"] < plan["dense_keys"] == prompt_tokens * (prompt_tokens + 1) // 2
+
+
+def test_http_says_dense(http):
+    response = http.post("/v1/completions", json=body("/v1/completions"))
+    assert json.loads(response.headers["x-starling-plan"]) == {"attention": "dense", "prompt_tokens": 701}
+
+
+@pytest.mark.parametrize("star", [None, STAR], ids=["dense", "star"])
+def test_grpc_equals_http(http, generate, star):
+    path = "/v1/completions"
+    answer = http.post(path, json=body(path, xargs=star, ignore_eos=True, return_token_ids=True)).json()
+    choice = answer["choices"][0]
+    text, tokens, final = read(generate(request(star and options(star))))
+    assert tokens == choice["token_ids"]
+    assert text == choice["text"]
+    assert final.finish_reason == pb.Final.FINISH_REASON_LENGTH
+    assert (final.usage.prompt_tokens, final.usage.completion_tokens) == (701, 16)
+    if star is None:
+        assert final.plan.attention == pb.Plan.ATTENTION_DENSE
+        assert final.plan.keys_attended == final.plan.dense_keys == DENSE_KEYS
+    else:
+        assert final.plan.attention == pb.Plan.ATTENTION_STAR
+        assert {name: getattr(final.plan, name) for name in NUMBERS} == NUMBERS
+        assert final.plan.keys_attended < final.plan.dense_keys == DENSE_KEYS
+
+
+def test_star_is_not_dense(generate):
+    dense, star = (read(generate(request(options_)))[1] for options_ in (None, options(STAR)))
+    assert dense != star
+
+
+def test_text_and_token_ids_are_the_same_prompt(http, generate):
+    tokens = http.post("/tokenize", json={"model": MODEL, "prompt": PROMPT}).json()["tokens"]
+    ids = pb.GenerateStreamRequest(token_ids=pb.TokenIds(ids=tokens), sampling=request().sampling)
+    assert read(generate(ids))[:2] == read(generate(request()))[:2]
+
+
+def test_deltas_are_the_whole_output(http, generate):
+    """With a stop string, whose possible beginnings are held back, and bytes that make no character alone."""
+    sampling = pb.SamplingParams(temperature=1.5, seed=5, max_tokens=200, ignore_eos=True, stop=["\x02", "qz"])
+    text, tokens, final = read(generate(request(sampling=sampling)))
+    fields = {"temperature": 1.5, "seed": 5, "max_tokens": 200, "ignore_eos": True, "stop": ["\x02", "qz"]}
+    path = "/v1/completions"
+    choice = http.post(path, json=body(path, return_token_ids=True, **fields)).json()["choices"][0]
+    assert (text, tokens) == (choice["text"], choice["token_ids"])
+    assert final.usage.completion_tokens == len(tokens)
+    assert (final.stop_string or None) == choice["stop_reason"]
+
+
+def test_cached_tokens(generate):
+    salted = request(cache_salt="test-cached")
+    assert read(generate(salted))[2].usage.cached_tokens == 0
+    assert read(generate(salted))[2].usage.cached_tokens == 701 // PAGE * PAGE
+    assert read(generate(request(cache_salt="another")))[2].usage.cached_tokens == 0
+
+
+BAD = {
+    "unknown": ({"star_blok": 128}, ["star_blok", "128", "no such star option", "star_block_size"]),
+    "text": ({"star_block_size": "big"}, ["star_block_size", "big", "whole number", "multiple of the KV page"]),
+    "list": ({"star_block_size": [128]}, ["star_block_size", "128", "whole number"]),
+    "true": ({"star": True}, ["star", "1", "one of off, on, auto"]),
+    "off the page": ({"star": "on", "star_block_size": 100}, ["star_block_size", "100", "32 tokens", "multiple of 32"]),
+    "A above B": (
+        {"star": "on", "star_block_size": 64, "star_anchor_size": 128},
+        ["star_anchor_size", "128", "larger than the star block of 64", "from 0 to 64"],
+    ),
+    "O above B": (
+        {"star": "on", "star_block_size": 64, "star_overlap_size": 96},
+        ["star_overlap_size", "96", "larger than the star block of 64", "from 0 to 64"],
+    ),
+    "long query": ({"star": "on", "star_query_tokens": 9000}, ["star_query_tokens", "9000", "prompt has only"]),
+    "long context": ({"star": "on", "star_context_tokens": 9000}, ["star_context_tokens", "9000", "prompt has only"]),
+    "negative": ({"star_query_tokens": -1}, ["star_query_tokens", "-1", "0 or more"]),
+    "both ends": (
+        {"star_query_tokens": 8, "star_context_tokens": 8},
+        ["star_context_tokens", "8", "star_query_tokens=8 says the same"],
+    ),
+    "nested": ({"star": {"block_size": 64}}, ["vllm_xargs"]),  # vLLM's own refusal
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_bad_option_is_a_400(http, path, stream, bad):
+    xargs, says = BAD[bad]
+    response = http.post(path, json=body(path, stream=stream, xargs=xargs))
+    assert response.status_code == 400, response.text
+    message = response.json()["error"]["message"]
+    assert all(part in message for part in says), message
+    assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("bad", ["off the page", "A above B", "O above B", "long query", "long context"])
+def test_a_bad_option_is_invalid_argument(generate, bad):
+    xargs, says = BAD[bad]
+    with pytest.raises(grpc.RpcError) as refused:
+        read(generate(request(options(xargs))))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert all(part in refused.value.details() for part in says)
+    details = error_details_pb2.BadRequest()
+    assert rpc_status.from_call(refused.value).details[0].Unpack(details)
+    assert [violation.field for violation in details.field_violations] == [says[0].replace("_", ".", 1)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"star": pb.StarOptions(mode=9)}, "star.mode"),
+        ({"text": ""}, "text"),
+        ({"text": "x" * 9000}, "text"),
+        ({"text": "x" * 8192}, "text"),
+        ({"text": None, "token_ids": pb.TokenIds(ids=[9999])}, "token_ids"),
+        ({"cache_salt": "a/b"}, "cache_salt"),
+        ({"sampling": pb.SamplingParams(top_p=2)}, "sampling.top_p"),
+        ({"sampling": pb.SamplingParams(max_tokens=0)}, "sampling.max_tokens"),
+        ({"sampling": pb.SamplingParams(stop_token_ids=[9999])}, "sampling.stop_token_ids"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_bad_input_is_invalid_argument(generate, fields, field):
+    with pytest.raises(grpc.RpcError) as refused:
+        read(generate(request(**fields)))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    details = error_details_pb2.BadRequest()
+    assert rpc_status.from_call(refused.value).details[0].Unpack(details)
+    assert [violation.field for violation in details.field_violations] == [field]
+
+
+def test_the_server_still_answers(http, generate):
+    assert http.post("/v1/completions", json=body("/v1/completions", xargs=STAR)).status_code == 200
+    assert len(read(generate(request(options(STAR))))[1]) == 16
+
+
+LONG = pb.SamplingParams(temperature=0, max_tokens=7000, ignore_eos=True)
+
+
+def test_cancel_frees_the_request(http, generate):
+    call = generate(request(sampling=LONG, request_id="long"))
+    next(call)
+    eventually(lambda: metrics(http, "vllm:num_requests_running") == 1, "the request does not run")
+    with pytest.raises(grpc.RpcError) as refused:
+        next(generate(request(request_id="long")))
+    assert refused.value.code() == grpc.StatusCode.ALREADY_EXISTS
+    call.cancel()
+    eventually(lambda: metrics(http, "vllm:num_requests_running") == 0, "a cancelled request still runs", 5)
+    assert len(read(generate(request(request_id="long")))[1]) == 16
+
+
+def test_a_lost_client_frees_the_request(server, http):
+    code = (
+        "import sys, grpc; from starling.v1 import inference_pb2 as pb, inference_pb2_grpc as stubs\n"
+        "channel = grpc.insecure_channel(sys.argv[1])\n"
+        "stub = stubs.InferenceServiceStub(channel)\n"
+        "sampling = pb.SamplingParams(max_tokens=7000, ignore_eos=True)\n"
+        "for _ in stub.GenerateStream(pb.GenerateStreamRequest(text='abc', sampling=sampling)): pass\n"
+    )
+    client = subprocess.Popen([sys.executable, "-c", code, server.grpc])
+    try:
+        eventually(lambda: metrics(http, "vllm:num_requests_running") == 1, "the request does not run")
+    finally:
+        client.kill()
+        client.wait()
+    eventually(lambda: metrics(http, "vllm:num_requests_running") == 0, "its request still runs", 5)
+
+
+def test_health_and_reflection(channel):
+    health = health_pb2_grpc.HealthStub(channel)
+    for service in ("", "starling.v1.InferenceService"):
+        answer = health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    (answer,) = reflection.ServerReflectionInfo(iter([asked]))
+    listed = {service.name for service in answer.list_services_response.service}
+    assert {"starling.v1.InferenceService", "grpc.health.v1.Health"} <= listed
+
+
+def test_metrics_move(http, generate):
+    names = [f'starling:requests_total{{attention="{attention}"}}' for attention in ("dense", "star")]
+    names += ["starling:context_tokens_total", "starling:keys_attended_total", "starling:keys_dense_total"]
+    names += ['starling:plan_rejections_total{option="star_block_size"}']
+
+    def values() -> list[float]:
+        text = http.get("/metrics").text
+        found = [re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE) for name in names]
+        return [float(match[1]) if match else 0.0 for match in found]
+
+    before = values()
+    read(generate(request(cache_salt="metrics")))
+    _, _, final = read(generate(request(options(STAR), cache_salt="metrics-star")))
+    with pytest.raises(grpc.RpcError):
+        read(generate(request(options({"star": "on", "star_block_size": 100}))))
+    dense, star, tokens, attended, dense_keys, rejected = (
+        after - was for after, was in zip(values(), before, strict=True)
+    )
+    assert (dense, star, rejected) == (1, 1, 1)
+    assert 0 < tokens <= 661
+    assert 0 < attended < dense_keys < final.plan.dense_keys
+
+
+def test_sigterm_lets_streams_end_and_exits_with_0(server, channel, generate):
+    """Last in this file: it ends the server."""
+    health = health_pb2_grpc.HealthStub(channel)
+
+    def status() -> int:
+        return health.Check(health_pb2.HealthCheckRequest()).status
+
+    sampling = pb.SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
+    call = generate(request(sampling=sampling))
+    first = next(call)
+    server.process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    eventually(lambda: status() == health_pb2.HealthCheckResponse.NOT_SERVING, "still SERVING", 5)
+    with pytest.raises(grpc.RpcError) as refused:
+        next(generate(request()))
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    _, tokens, final = read(call)
+    assert len(first.delta.token_ids) + len(tokens) == final.usage.completion_tokens == 1500
+    assert server.process.wait(30) == 0
+    assert time.monotonic() - started < 30

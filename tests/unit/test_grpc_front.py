@@ -1,0 +1,312 @@
+"""The gRPC front over a stand-in for the engine: what a client sees when things go otherwise than planned."""
+
+import asyncio
+from argparse import Namespace
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from engine_ext.serving.grpc_front import SERVICE, Front
+from engine_ext.serving.grpc_gate import server_credentials
+from starling.v1 import inference_pb2 as pb
+from starling.v1 import inference_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+PROMPT = pb.GenerateStreamRequest(text="abc")
+
+
+class FakeEngine:
+    """Streams ``script``: texts, then an exception to raise, or None to wait for `release` first."""
+
+    def __init__(self, *script, refuses: Exception | None = None, max_model_len: int = 100) -> None:
+        self.script = script
+        self.release = asyncio.Event()
+        self.ended: list[str] = []  # ids of generators that were closed, by whatever way
+        self.errored = False
+        self.dead_error = EngineDeadError()
+        self.renderer = self
+        self.input_processor = SimpleNamespace(starling=SimpleNamespace(plan=lambda extra_args, tokens: None))
+        self.model_config = SimpleNamespace(
+            max_model_len=max_model_len,
+            generation_config="auto",
+            override_generation_config={},
+            get_diff_sampling_param=dict,
+        )
+        self.refuses = refuses
+
+    def check_admission(self, n: int) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+
+    def validate_token_ids(self, ids, parameter) -> None:
+        pass
+
+    async def render_cmpl_async(self, prompts, prompt_extras):
+        return [{"type": "token", "prompt_token_ids": [1] * 10}]
+
+    async def generate(self, prompt, params, request_id, priority):
+        try:
+            for step in self.script:
+                if step is None:
+                    await self.release.wait()
+                elif isinstance(step, Exception):
+                    raise step
+                else:
+                    yield result(step)
+            yield result("", finish_reason="length")
+        finally:
+            self.ended.append(request_id)
+
+
+def result(text: str, finish_reason: str | None = None) -> RequestOutput:
+    output = CompletionOutput(0, text, [7] * len(text), None, None, finish_reason=finish_reason)
+    return RequestOutput("id", None, [1] * 10, None, [output], finish_reason is not None, num_cached_tokens=4)
+
+
+@asynccontextmanager
+async def front_of(engine, api_keys=(), credentials=None, channel_credentials=None):
+    front = Front(engine, list(api_keys))
+    port = await front.start("localhost:0", credentials)
+    address = f"localhost:{port}"
+    if channel_credentials is None:
+        channel = grpc.aio.insecure_channel(address)
+    else:
+        channel = grpc.aio.secure_channel(address, channel_credentials)
+    async with channel:
+        try:
+            yield SimpleNamespace(
+                front=front,
+                generate=inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream,
+                health=health_pb2_grpc.HealthStub(channel),
+            )
+        finally:
+            await front.stop(0)
+
+
+async def status_of(client, service: str = SERVICE) -> int:
+    return (await client.health.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def events_of(call) -> list[pb.GenerateStreamResponse]:
+    """What is left of a stream that has been read from already."""
+    events = []
+    while (event := await call.read()) is not grpc.aio.EOF:
+        events.append(event)
+    return events
+
+
+async def error_of(call) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await events_of(call)
+    return failed.value.code(), failed.value.details()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_deltas_then_final():
+    async def scenario():
+        async with front_of(FakeEngine("ab", "", "c")) as client:
+            return await events_of(client.generate(PROMPT))
+
+    *deltas, last = asyncio.run(scenario())
+    assert [event.delta.text for event in deltas] == ["ab", "c"]
+    assert last.final.usage == pb.Usage(prompt_tokens=10, cached_tokens=4, completion_tokens=3)
+    assert last.final.finish_reason == pb.Final.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "health"),
+    [
+        (EngineDeadError(), grpc.StatusCode.UNAVAILABLE, NOT_SERVING),
+        (EngineGenerateError(), grpc.StatusCode.INTERNAL, SERVING),
+        (VLLMValidationError("no"), grpc.StatusCode.INVALID_ARGUMENT, SERVING),
+        (ValueError("no"), grpc.StatusCode.INVALID_ARGUMENT, SERVING),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_errors_of_the_engine(error, code, health):
+    async def scenario():
+        async with front_of(FakeEngine("a", error)) as client:
+            got = await error_of(client.generate(PROMPT))
+            return got[0], await status_of(client), await status_of(client, "")
+
+    assert asyncio.run(scenario()) == (code, health, health)
+
+
+def test_a_dead_engine_and_a_full_one_are_told_apart():
+    async def scenario():
+        engine = FakeEngine("a", refuses=QueueOverflowError())
+        async with front_of(engine) as client:
+            full = await error_of(client.generate(PROMPT))
+            engine.errored = True
+            dead = await error_of(client.generate(PROMPT))
+            return full[0], dead[0], engine.ended
+
+    assert asyncio.run(scenario()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, [])
+
+
+def test_a_prompt_that_fills_the_context_is_named():
+    async def scenario():
+        async with front_of(FakeEngine(max_model_len=10)) as client:
+            return await error_of(client.generate(PROMPT))
+
+    code, text = asyncio.run(scenario())
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "10 tokens fills" in text
+
+
+def test_duplicate_id_until_the_first_has_ended():
+    async def scenario():
+        engine = FakeEngine("a", None)
+        named = pb.GenerateStreamRequest(text="abc", request_id="mine")
+        async with front_of(engine) as client:
+            first = client.generate(named)
+            await first.read()
+            code, text = await error_of(client.generate(named))
+            other = client.generate(pb.GenerateStreamRequest(text="abc", request_id="other"))
+            await other.read()
+            engine.release.set()
+            for call in (first, other, client.generate(named)):
+                assert (await events_of(call))[-1].WhichOneof("event") == "final"
+            return code, text
+
+    code, text = asyncio.run(scenario())
+    assert code == grpc.StatusCode.ALREADY_EXISTS
+    assert "'mine'" in text
+
+
+@pytest.mark.parametrize("way", ["cancel", "deadline"])
+def test_ending_the_call_ends_the_request(way):
+    async def scenario():
+        engine = FakeEngine("a", None)
+        async with front_of(engine) as client:
+            named = pb.GenerateStreamRequest(text="abc", request_id="mine")
+            call = client.generate(named, timeout=1 if way == "deadline" else None)
+            await call.read()
+            assert engine.ended == []
+            if way == "cancel":
+                call.cancel()
+            await until(lambda: engine.ended == ["grpc-mine"])
+            engine.release.set()
+            await events_of(client.generate(named))  # its id is free again
+
+    asyncio.run(scenario())
+
+
+def test_shutdown_drains():
+    async def scenario():
+        engine = FakeEngine("a", None, "b")
+        async with front_of(engine) as client:
+            call = client.generate(PROMPT)
+            await call.read()
+            stopping = asyncio.create_task(client.front.stop(10))
+            await until(lambda: client.front.gate.draining)
+            health = await status_of(client)
+            code, text = await error_of(client.generate(PROMPT))
+            assert not stopping.done()
+            engine.release.set()
+            rest = await events_of(call)
+            await stopping
+            return health, code, text, [event.WhichOneof("event") for event in rest]
+
+    health, code, text, rest = asyncio.run(scenario())
+    assert (health, code, rest) == (NOT_SERVING, grpc.StatusCode.UNAVAILABLE, ["delta", "final"])
+    assert "shutting down" in text
+
+
+def test_shutdown_ends_streams_after_the_grace():
+    async def scenario():
+        engine = FakeEngine("a", None)
+        async with front_of(engine) as client:
+            call = client.generate(PROMPT)
+            await call.read()
+            await client.front.stop(0.1)
+            await until(lambda: len(engine.ended) == 1)
+            return (await error_of(call))[0]
+
+    assert asyncio.run(scenario()) == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code"),
+    [
+        ((), grpc.StatusCode.UNAUTHENTICATED),
+        ((("authorization", "Bearer wrong"),), grpc.StatusCode.UNAUTHENTICATED),
+        ((("authorization", "Bearer right"),), grpc.StatusCode.OK),
+    ],
+    ids=["none", "wrong", "right"],
+)
+def test_api_key(metadata, code):
+    async def scenario():
+        async with front_of(FakeEngine("a"), api_keys=["other", "right"]) as client:
+            call = client.generate(PROMPT, metadata=metadata)
+            if code is grpc.StatusCode.OK:
+                return len(await events_of(call)), await call.code(), await status_of(client)
+            return 2, (await error_of(call))[0], await status_of(client)
+
+    assert asyncio.run(scenario()) == (2, code, SERVING), "health needs no key"
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """Paths of a certificate for localhost, which is its own authority, and of its key."""
+    import datetime
+
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize("refresh", [False, True], ids=["fixed", "refreshed"])
+@pytest.mark.parametrize(
+    ("require", "present", "fine"),
+    [(False, False, True), (True, True, True), (True, False, False)],
+    ids=["TLS", "mTLS", "mTLS without a client certificate"],
+)
+def test_tls(certificates, require, present, fine, refresh):
+    cert, key = certificates
+    args = Namespace(
+        ssl_certfile=str(cert),
+        ssl_keyfile=str(key),
+        ssl_ca_certs=str(cert) if require else None,
+        ssl_cert_reqs=2 if require else 0,
+        enable_ssl_refresh=refresh,
+    )
+    own = {"private_key": key.read_bytes(), "certificate_chain": cert.read_bytes()} if present else {}
+    trust = grpc.ssl_channel_credentials(root_certificates=cert.read_bytes(), **own)
+
+    async def scenario():
+        async with front_of(FakeEngine("a"), credentials=server_credentials(args), channel_credentials=trust) as client:
+            call = client.generate(PROMPT, timeout=10)
+            return len(await events_of(call)) if fine else (await error_of(call))[0]
+
+    assert asyncio.run(scenario()) == (2 if fine else grpc.StatusCode.UNAVAILABLE)

@@ -76,7 +76,7 @@ def after_engine_config(vllm_config: Any) -> None:
         return
     refusals = star_refusals(vllm_config)
     if refusals and config.star.mode != "off":
-        raise ValueError(f"Star Attention is on by default (star={config.star.mode}), but: " + "; ".join(refusals))
+        raise OptionError("star", config.star.mode, "; ".join(refusals), "off")
     check_sizes(config.star, vllm_config.cache_config.block_size)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:

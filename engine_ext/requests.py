@@ -86,9 +86,8 @@ def resolve_request(input_processor: Any, request: Any) -> None:
     if resolver.config is None:
         return
     if plan is not None and request.resumable:
-        raise VLLMValidationError(
-            "star is refused: a streaming-input session has no final prompt to plan for. Allowed: off."
-        )
+        reason = "a streaming-input session has no final prompt to plan for"
+        raise VLLMValidationError(str(OptionError("star", "on", reason, "off")), parameter="star")
     if params.extra_args or plan is not None:
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
         params.extra_args = rest if plan is None else rest | {PLAN_KEY: plan.to_wire()}

@@ -20,7 +20,7 @@ import httpx
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
-from server import Server, serving
+from server import Server, end_on_signals, serving
 
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -104,6 +104,7 @@ def ask(name: str, over: Callable[..., Any], *arguments: Any) -> tuple[str, ...]
 
 
 def main() -> None:
+    end_on_signals()
     text = document()
     messages = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
     console.print(f"starting [bold]starling serve {MODEL.name}[/bold], log in {LOG.relative_to(ROOT)}")
@@ -128,4 +129,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 from rich.console import Console
-from server import Server, serving
+from server import Server, end_on_signals, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="HTTP port; a free one where taken (%(default)s)")
     parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port; likewise (%(default)s)")
     args = parser.parse_args()
+    end_on_signals()
     console = Console(highlight=False)
     with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
         with console.status("starting") as status:

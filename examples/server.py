@@ -55,6 +55,16 @@ class Server:
             return self.process.wait()
 
 
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this program as Ctrl-C does, so that its server ends with it."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
 def free_port(wanted: int = 0) -> int:
     """``wanted`` where nothing listens on that loopback port, else a free one."""
     with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", wanted)) as listener:

@@ -31,10 +31,11 @@ logger = init_logger("vllm.starling")
 
 LOOPBACK = "127.0.0.1"
 UNUSABLE = 2
+INTERRUPTED = 130
 
 
 def run(argv: Sequence[str]) -> int:
-    """Serve until a signal; returns the exit code, 2 for arguments that can't be used."""
+    """Serve until a signal; returns the exit code: 2 for unusable arguments, 130 for a signal at the start."""
     # vLLM reports usage to a server of its project unless told not to; ours calls out only where asked to.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     cli_env_setup()
@@ -52,7 +53,10 @@ def run(argv: Sequence[str]) -> int:
         ServeSubcommand.cmd(args)
     else:
         args.model = args.model_tag or args.model
-        uvloop.run(serve_both(args, grpc_port))
+        try:
+            uvloop.run(serve_both(args, grpc_port))
+        except KeyboardInterrupt:  # a signal while the engine starts; later ones end serve_both in order
+            return INTERRUPTED
     return 0
 
 

@@ -65,7 +65,7 @@ def test_engines_that_do_not_ask_are_left_alone(model):
                     "prompt_lookup_max": 3,
                 },
             },
-            "on by default .star=auto., but: speculative decoding",
+            "star='auto' is refused: speculative decoding",
         ),
     ],
 )

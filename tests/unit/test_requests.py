@@ -1,0 +1,120 @@
+"""A request's options at the fronts: resolved into its own parameters, told to the client, or refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from engine_ext.metrics import front_metrics
+from engine_ext.requests import check_early, refuse_beam_search, resolve_request, response_plans, star_requests
+from scheduler.plan import PLAN_KEY
+from tests.unit.test_activation import fake_config
+
+STAR = {"star": "on", "star_block_size": 64}
+
+
+def processor(additional_config, page: int | None = 16, **changes):
+    """An input processor as far as we look at one."""
+    config = fake_config(**changes)
+    config.additional_config = additional_config
+    config.cache_config.effective_attention_block_size = page
+    return SimpleNamespace(vllm_config=config)
+
+
+def processed(extra_args, length: int = 300, resumable: bool = False):
+    params = SamplingParams(extra_args=extra_args)
+    return SimpleNamespace(
+        sampling_params=params, prompt_token_ids=[1] * length, prompt_embeds=None, resumable=resumable
+    )
+
+
+ON = {"starling": {}}
+
+
+def test_options_are_replaced_by_the_plan_and_others_kept():
+    mine = {"theirs": 7} | STAR
+    request = processed(mine)
+    resolve_request(processor(ON), request)
+    assert request.sampling_params.extra_args == {"theirs": 7, PLAN_KEY: [64, 64, 0, 150, 300]}
+    assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
+
+
+@pytest.mark.parametrize(("extra_args", "left"), [(None, None), ({"theirs": 7}, {"theirs": 7}), ({"star": "off"}, {})])
+def test_dense_requests_carry_nothing(extra_args, left):
+    request = processed(extra_args)
+    resolve_request(processor(ON), request)
+    assert request.sampling_params.extra_args == left
+
+
+def test_pooling_requests_are_none_of_ours():
+    resolve_request(processor({"starling": {"star": {"mode": "on"}}}), SimpleNamespace(sampling_params=None))
+
+
+def test_without_activation_a_star_key_is_refused_and_says_how_to_activate():
+    request = processed(STAR)
+    with pytest.raises(VLLMValidationError, match=r"not activated.*starling serve.*--additional-config") as refused:
+        resolve_request(processor({}), request)
+    assert refused.value.parameter == "star"
+    dense = processed({"theirs": 7, PLAN_KEY[:3]: 1})
+    resolve_request(processor({}), dense)
+    assert dense.sampling_params.extra_args == {"theirs": 7, PLAN_KEY[:3]: 1}
+
+
+@pytest.mark.parametrize("forged", [{PLAN_KEY: [64, 64, 0, 10, 20]}, {"star_": 1}])
+def test_keys_of_ours_can_not_be_forged(forged):
+    with pytest.raises(VLLMValidationError, match="no such star option"):
+        resolve_request(processor(ON), processed(forged))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speculative_config": object()}, "star='on' is refused: speculative decoding"),
+        ({"page": None}, "no one KV page size"),
+    ],
+)
+def test_engines_that_can_not_run_star_refuse_it_and_serve_dense(changes, message):
+    front = processor(ON, **changes)
+    with pytest.raises(VLLMValidationError, match=message):
+        resolve_request(front, processed(STAR))
+    resolve_request(front, processed(None))
+
+
+def test_sessions_are_refused():
+    with pytest.raises(VLLMValidationError, match="streaming-input session"):
+        resolve_request(processor(ON), processed(STAR, resumable=True))
+
+
+def test_the_client_is_told_before_the_response_starts():
+    front, told = processor(ON), {}
+    prompts = [{"prompt_token_ids": [1] * 300}, {"prompt_token_ids": [1] * 300}]
+    token = response_plans.set(told)
+    try:
+        for engine_input, extra_args in zip(prompts, (STAR, {}), strict=True):
+            check_early(front, engine_input, SamplingParams(extra_args=extra_args))  # the responses API asks twice
+            check_early(front, engine_input, SamplingParams(extra_args=extra_args))
+    finally:
+        response_plans.reset(token)
+    star, dense = told.values()
+    assert (star["attention"], star["star_blocks"], star["context_end"]) == ("star", 3, 150)
+    assert dense == {"attention": "dense", "prompt_tokens": 300}
+    with pytest.raises(VLLMValidationError, match="star_block_size=65"):
+        check_early(front, {"prompt_token_ids": [1] * 300}, SamplingParams(extra_args=STAR | {"star_block_size": 65}))
+
+
+def test_rejections_are_counted_by_option_and_not_by_what_clients_make_up():
+    counter = front_metrics().rejections
+    for key, label in (("star_anchor_size", "star_anchor_size"), ("star_made_up", "unknown")):
+        before = counter.labels(label)._value.get()
+        with pytest.raises(VLLMValidationError):
+            star_requests(processor(ON)).plan({"star": "on", key: -1}, 300)
+        assert counter.labels(label)._value.get() == before + 1
+
+
+def test_beam_search_refuses_star_options():
+    refuse_beam_search(SimpleNamespace(vllm_xargs=None))
+    with pytest.raises(VLLMValidationError, match="star='on' is refused: beam search"):
+        refuse_beam_search(SimpleNamespace(vllm_xargs={"theirs": 1, "star": "on"}))

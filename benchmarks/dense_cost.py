@@ -1,7 +1,8 @@
 """What Starling costs whoever does not use it: `python -m benchmarks.dense_cost`.
 
 Three engines side by side, the same prompts: plain vLLM (no plugin loaded), Starling installed but not
-activated, Starling activated with star off. Each round runs one prompt on each, in rotated order. Writes
+activated, Starling activated with star off. Each round runs one prompt on each, in rotated order; the three
+are started anew several times, in rotated order too. Writes
 results/dense_cost.json and .png: the ratio to plain vLLM with a 95 % interval, which should hold 1.0.
 """
 
@@ -27,38 +28,47 @@ ENGINES = {
     "installed, not activated": {},
     "activated, dense": {"additional_config": {"starling": {}}},
 }
+ARGUMENTS = {
+    "dtype": "float32",
+    "kv_cache_memory_bytes": 1 << 29,
+    "max_model_len": 8192,
+    "max_num_batched_tokens": 2048,
+}
 # Prefill of chunks, and steps of one token: (prompt tokens, new tokens).
 WORKLOADS = {"prefill 4,096 tokens": (4096, 1), "decode 48 tokens": (256, 48)}
 
 
-def run(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Workload -> engine -> seconds of each round."""
-    seconds = {workload: {name: [] for name in ENGINES} for workload in WORKLOADS}
-    tokens = random.Random(0)
-    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+def run(starts: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Workload -> engine -> seconds of each round, ``rounds`` of them after each of ``starts`` fresh starts."""
+    seconds: dict[str, dict[str, list[float]]] = {workload: {name: [] for name in ENGINES} for workload in WORKLOADS}
+    names = list(ENGINES)
+    with tempfile.TemporaryDirectory() as directory:
         model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
-        engines = {
-            name: stack.enter_context(
-                Engine(
-                    model,
-                    dtype="float32",
-                    kv_cache_memory_bytes=1 << 29,
-                    max_num_batched_tokens=2048,
-                    **arguments,
-                )
-            )
-            for name, arguments in ENGINES.items()
-        }
-        names = list(engines)
-        for workload, (prompt, new) in WORKLOADS.items():
-            for name in names:
-                engines[name].generate([1] * prompt, max_tokens=new)
-            for index in track(range(rounds), description=workload):
-                ids = [tokens.randrange(256) for _ in range(prompt)]
-                turn = index % len(names)
-                for name in names[turn:] + names[:turn]:
-                    seconds[workload][name].append(engines[name].generate(ids, max_tokens=new)["seconds"])
+        for start in range(starts):
+            # A process keeps the memory it happened to get: started first, it is some per cent faster or slower.
+            order = names[start % len(names) :] + names[: start % len(names)]
+            with contextlib.ExitStack() as stack:
+                engines = {
+                    name: stack.enter_context(Engine(model, **ARGUMENTS, **ENGINES[name]))
+                    for name in track(order, description=f"start {start + 1} of {starts}")
+                }
+                for workload, (prompt, new) in WORKLOADS.items():
+                    interleave(engines, prompt, new, rounds, seconds[workload], seed=start)
     return seconds
+
+
+def interleave(
+    engines: dict[str, Engine], prompt: int, new: int, rounds: int, seconds: dict[str, list[float]], seed: int
+) -> None:
+    """Run the same prompts on every engine, in rotated order, after one that warms up."""
+    tokens, names = random.Random(seed), list(engines)
+    for name in names:
+        engines[name].generate([1] * prompt, max_tokens=new)
+    for index in track(range(rounds), description=f"{prompt:,} + {new} tokens"):
+        ids = [tokens.randrange(256) for _ in range(prompt)]
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(engines[name].generate(ids, max_tokens=new)["seconds"])
 
 
 def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path) -> None:
@@ -83,8 +93,10 @@ def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    seconds = run(parser.parse_args().rounds)
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8, help="after each start")
+    args = parser.parse_args()
+    seconds = run(args.starts, args.rounds)
     plain = next(iter(ENGINES))
     figures = {
         workload: {name: ratio_interval(runs[plain], times) for name, times in runs.items() if name != plain}

@@ -20,7 +20,7 @@ from scheduler.plan import check_sizes
 logger = init_logger("vllm.starling")
 
 ENTRY = "starling"
-MIDDLEWARE = "engine_ext.serving.plan_header.PlanHeader"
+MIDDLEWARE = ("engine_ext.serving.plan_header.PlanHeader", "engine_ext.serving.http_progress.HttpProgress")
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
@@ -103,6 +103,6 @@ def _say(star: StarOptions, refusals: list[str], model: Any) -> None:
 
 
 def add_middleware(args: Any) -> None:
-    """Let the server that is about to start tell each client the plan it got."""
-    if parse_config(args.additional_config) is not None and MIDDLEWARE not in args.middleware:
-        args.middleware = [*args.middleware, MIDDLEWARE]
+    """Let the server that is about to start tell each client the plan it got, and how far its prompt is."""
+    if parse_config(args.additional_config) is not None:
+        args.middleware = [*args.middleware, *(name for name in MIDDLEWARE if name not in args.middleware)]

@@ -6,6 +6,7 @@ more than once in a process. Tested by tests/unit/test_compat.py against the ins
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.metadata
 import importlib.util
@@ -126,8 +127,10 @@ def on_processed_request(callback: Callable[[Any, Any], None]) -> None:
     wrap(InputProcessor, "process_inputs", around)
 
 
-def on_generate(callback: Callable[[Any, Any, Any], None]) -> None:
-    """Call ``callback(input_processor, engine_input, sampling_params)`` before a response has started.
+def on_generate(callback: Callable[[Any, Any, Any, str | None], None]) -> None:
+    """Call ``callback(input_processor, engine_input, sampling_params, request_id)`` before a response has started.
+
+    ``request_id`` is the one that the engine is about to get; None where it does not have one yet.
 
     AsyncLLM.generate is an async generator: its body, and with it every check, runs after a streamed
     response's 200 has gone out. OpenAIServingResponses puts a second generator around it. Goes when vLLM
@@ -137,16 +140,16 @@ def on_generate(callback: Callable[[Any, Any, Any], None]) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     def around_engine(original: Callable[..., Any]) -> Wrapper:
-        def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-            callback(self.input_processor, prompt, sampling_params)
-            return original(self, prompt, sampling_params, *args, **kwargs)
+        def generate(self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> Any:
+            callback(self.input_processor, prompt, sampling_params, request_id)
+            return original(self, prompt, sampling_params, request_id, **kwargs)
 
         return generate
 
     def around_responses(original: Callable[..., Any]) -> Wrapper:
         def _generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
             processor = getattr(self.engine_client, "input_processor", None)
-            callback(processor, kwargs.get("engine_input"), kwargs.get("sampling_params"))
+            callback(processor, kwargs.get("engine_input"), kwargs.get("sampling_params"), None)
             return original(self, *args, **kwargs)
 
         return _generate_with_builtin_tools
@@ -230,6 +233,97 @@ def scheduler_page(scheduler: Any) -> int | None:
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     sizes = {manager.block_size for manager in managers if is_full_attention_spec(manager.kv_cache_spec)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def add_core_utility(name: str, function: Callable[..., Any]) -> None:
+    """Let a front call ``function(engine_core, *args)`` in the engine-core process, by ``call_core``.
+
+    Only that process has the scheduler, and vLLM hands nothing of it to the front but token outputs and
+    averages. A utility call looks its name up on the EngineCore, and runs between two steps, so it sees the
+    scheduler at rest. It takes and returns what msgpack has: None, bool, int, float, str, lists and dicts of
+    them (tuples come back as lists). Called in the engine core alone. Goes when vLLM lets a plugin register
+    utilities.
+
+    Raises:
+        RuntimeError: vLLM has a method of that name, which this would replace.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    current = getattr(EngineCore, name, None)
+    if current is not None and not getattr(current, "__starling__", False):
+        raise RuntimeError(f"vLLM's EngineCore has a method {name!r} of its own")
+    function.__starling__ = True  # type: ignore[attr-defined]
+    setattr(EngineCore, name, function)
+
+
+DEATH_CHECK_SECONDS = 1.0
+SHUTTING_DOWN = "Server shutting down"
+
+
+async def call_core(engine: Any, name: str, *args: Any) -> list[Any]:
+    """Call a utility in every engine core of an AsyncLLM; one result per data-parallel engine.
+
+    Beside several engines ``call_utility_async`` returns the first one's result only, hence ``_all_``. A call
+    to an engine that dies is never answered, hence the look at its health while waiting. Goes when AsyncLLM
+    has a public way to utilities that ends with the engine.
+
+    Raises:
+        EngineDeadError: the engine is dead, or dies meanwhile.
+        RetryableRequestError: it is shutting down.
+        Exception: the utility failed; vLLM gives its message, not its type.
+    """
+    from vllm.exceptions import RetryableRequestError
+
+    if engine.errored:
+        raise engine.dead_error
+    call = asyncio.ensure_future(engine.engine_core.call_utility_all_async(name, *args))
+    try:
+        while not (await asyncio.wait({call}, timeout=DEATH_CHECK_SECONDS))[0]:
+            if engine.errored:
+                raise engine.dead_error
+        return call.result()
+    except Exception as error:
+        if str(error) == SHUTTING_DOWN:
+            raise RetryableRequestError("the server is shutting down") from None
+        raise
+    finally:
+        call.cancel()
+
+
+def refuse_admission(engine: Any, error: Exception) -> None:
+    """Let every front of an AsyncLLM refuse new requests with ``error``; those admitted go on.
+
+    vLLM asks ``check_admission`` before a response starts, and again when the engine gets the request. Goes
+    when vLLM's server can drain while it runs.
+    """
+
+    def check_admission(n: int = 1, request_id: str | None = None) -> None:
+        raise error
+
+    engine.check_admission = check_admission
+
+
+def engine_request_ids(engine: Any, request_id: str) -> list[str]:
+    """The engine's own ids of what a front calls ``request_id``: one, or one per choice; none: it is unknown.
+
+    vLLM adds random characters to a front's id, and splits n > 1 into a request per choice. Goes with a
+    public look-up.
+    """
+    return list(engine.output_processor.external_req_ids.get(request_id, ()))
+
+
+def front_request(engine: Any, engine_request_id: str) -> Any | None:
+    """vLLM's state of a request in the front: ``external_req_id``, ``is_prefilling``, ``num_cached_tokens``.
+
+    None where it has ended. Goes with a public look-up.
+    """
+    return engine.output_processor.request_states.get(engine_request_id)
+
+
+def attention_backends(worker: Any) -> list[str]:
+    """Names of the attention backends that a worker's layers run on. Goes when vLLM reports them."""
+    groups = [group for groups in worker.model_runner.attn_groups for group in groups]
+    return sorted({group.backend.get_name() for group in groups})
 
 
 def use_multiprocess_values(directory: str) -> None:

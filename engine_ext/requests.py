@@ -19,6 +19,9 @@ from scheduler.plan import PLAN_KEY, StarPlan, make_plan
 # By prompt object: /v1/responses passes each prompt through check_early twice.
 response_plans: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("starling_response_plans", default=None)
 
+# The ids of the engine requests that the HTTP request being handled made: filled here, read by HttpProgress.
+response_requests: ContextVar[list[str] | None] = ContextVar("starling_response_requests", default=None)
+
 HOW_TO_ACTIVATE = (
     f"Starling is not activated on this server: start it with `starling serve`, or give vLLM "
     f"--additional-config '{{\"{ENTRY}\": {{}}}}'"
@@ -94,8 +97,8 @@ def resolve_request(input_processor: Any, request: Any) -> None:
     front_metrics().requests.labels("dense" if plan is None else "star").inc()
 
 
-def check_early(input_processor: Any, engine_input: Any, params: Any) -> None:
-    """Refuse bad options, and note the plan, while the response can still be an error with headers."""
+def check_early(input_processor: Any, engine_input: Any, params: Any, request_id: str | None = None) -> None:
+    """Refuse bad options, and note plan and request id, while the response can still be an error with headers."""
     if input_processor is None or not isinstance(engine_input, Mapping):
         return
     resolver = star_requests(input_processor)
@@ -109,6 +112,9 @@ def check_early(input_processor: Any, engine_input: Any, params: Any) -> None:
     told = response_plans.get()
     if told is not None and resolver.config is not None:
         told[id(engine_input)] = describe(plan, len(token_ids))
+    made = response_requests.get()
+    if made is not None and request_id is not None:
+        made.append(request_id)
 
 
 def describe(plan: StarPlan | None, num_prompt_tokens: int) -> dict[str, Any]:

@@ -63,6 +63,12 @@ class StarPlan:
             yield start, stop, self.key_ranges(star_block, stop)
             start = stop
 
+    def blocks_done(self, num_computed_tokens: int) -> int:
+        """Star blocks whose context tokens are all computed; the last one may be shorter than B."""
+        if num_computed_tokens >= self.context_end:
+            return self.num_star_blocks
+        return num_computed_tokens // self.block_size
+
     def keys_attended(self) -> int:
         """Query-key pairs of the whole prompt, per head and layer."""
         return sum(count_pairs(stop - start, keys) for start, stop, keys in self.split(0, self.num_prompt_tokens))
@@ -107,6 +113,12 @@ def plan_of(extra_args: Mapping[str, Any] | None) -> StarPlan | None:
         return None
     plan = StarPlan(*wire)
     return None if plan.is_dense else plan
+
+
+def request_plan(request: Any) -> StarPlan | None:
+    """The plan in an engine request's sampling parameters; None: dense, or a pooling request."""
+    params = request.sampling_params
+    return plan_of(params.extra_args) if params is not None and params.extra_args else None
 
 
 def make_plan(num_prompt_tokens: int, defaults: StarOptions, request: StarOptions | None, page: int) -> StarPlan | None:

@@ -9,14 +9,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from engine_ext import compat
 from scheduler.cache_keys import star_page_key
+from scheduler.core_utilities import add_core_utilities
 from scheduler.options import OptionError, parse_options
-from scheduler.plan import StarPlan, check_sizes, plan_of
-
-
-def request_plan(request: Any) -> StarPlan | None:
-    """The plan in an engine request's sampling parameters; None: dense, or a pooling request."""
-    params = request.sampling_params
-    return plan_of(params.extra_args) if params is not None and params.extra_args else None
+from scheduler.plan import check_sizes, request_plan
 
 
 def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
@@ -33,6 +28,7 @@ class StarMixin:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         compat.add_page_key(page_key)
+        add_core_utilities()
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._check_defaults(vllm_config.additional_config["starling"].get("star", {}))

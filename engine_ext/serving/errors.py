@@ -11,6 +11,7 @@ from http import HTTPStatus
 from grpc import StatusCode
 from vllm.exceptions import (
     GenerationError,
+    GracefulHTTPError,
     MaxQueuedTokensError,
     QueueOverflowError,
     RetryableRequestError,
@@ -25,6 +26,13 @@ class DuplicateRequestError(ValueError):
     """A request has the id of one that is still running."""
 
 
+class DrainingError(GracefulHTTPError):
+    """An operator has told the server to admit no more requests."""
+
+    def __init__(self, message: str = "the server is draining: it admits no more requests") -> None:
+        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
 # Most specific first: the first class that the exception is an instance of decides.
 TABLE: tuple[tuple[type[Exception], StatusCode, HTTPStatus], ...] = (
     (DuplicateRequestError, StatusCode.ALREADY_EXISTS, HTTPStatus.CONFLICT),
@@ -32,6 +40,7 @@ TABLE: tuple[tuple[type[Exception], StatusCode, HTTPStatus], ...] = (
     (EngineGenerateError, StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR),
     (RetryableRequestError, StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE),
     (GenerationError, StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR),
+    (DrainingError, StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE),
     (QueueOverflowError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
     (MaxQueuedTokensError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
     (VLLMNotFoundError, StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND),

@@ -85,7 +85,7 @@ def test_the_server_gets_the_header_middleware_once():
     args = SimpleNamespace(additional_config={"starling": {}}, middleware=["theirs"])
     add_middleware(args)
     add_middleware(args)
-    assert args.middleware == ["theirs", MIDDLEWARE]
+    assert args.middleware == ["theirs", *MIDDLEWARE]
     plain = SimpleNamespace(additional_config={}, middleware=[])
     add_middleware(plain)
     assert plain.middleware == []

@@ -1,0 +1,138 @@
+"""What the paged KV cache holds, and how far prompts are: read from vLLM's scheduler, as plain numbers and names.
+
+To be read between two steps. Numbers are those of one worker: with tensor parallelism each rank has as many
+pages, of its share of the heads. Keys are the names of the fields in proto/starling/v1/admin.proto.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_cache_spec_kind
+from vllm.v1.request import RequestStatus
+
+from scheduler.plan import request_plan
+
+
+def cache_state(scheduler: Any, per_request: bool) -> dict[str, Any]:
+    """Pages of the pool and of each KV cache group, request counts, and on demand what each request holds.
+
+    Pages are used (a request holds them), cached (free, but with content that a prompt can still hit) or
+    free; these add up to the total. The pool's null page is none of them. Walks the whole pool: some
+    milliseconds per 100,000 pages, in which the engine makes no step.
+    """
+    manager = scheduler.kv_cache_manager
+    pool = manager.block_pool
+    held = [block for block in pool.blocks if block.ref_cnt == 0 and not block.is_null and block.block_hash is not None]
+    cached_of_group = Counter(get_group_id(block.block_hash) for block in held)
+    total, available = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
+    running, waiting = scheduler.get_request_counts()
+    state = {
+        "pages_total": total,
+        "pages_used": total - available,
+        "pages_cached": len(held),
+        "pages_free": available - len(held),
+        "requests_running": running,
+        "requests_waiting": waiting,
+        "groups": [
+            group_state(group, of_group) | {"pages_cached": cached_of_group[index]}
+            for index, (group, of_group) in enumerate(_groups(scheduler))
+        ],
+    }
+    if per_request:
+        states = (request_state(scheduler, request) for request in scheduler.requests.values())
+        state["requests"] = [found for found in states if found is not None]
+    return state
+
+
+def _groups(scheduler: Any) -> Sequence[tuple[Any, Any]]:
+    """(KVCacheGroupSpec, its manager) of each KV cache group."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return list(zip(scheduler.kv_cache_config.kv_cache_groups, managers, strict=True))
+
+
+def group_state(group: Any, manager: Any) -> dict[str, Any]:
+    """Shape of a group's pages, and how many of them requests hold; a page that several share counts once.
+
+    ``compression`` is the bytes a token would take with a state of its own over those it takes. A group whose
+    states stand for the whole sequence so far (Mamba) has neither it nor tokens per state.
+    """
+    spec = group.kv_cache_spec
+    held = {block.block_id for blocks in manager.req_to_blocks.values() for block in blocks if not block.is_null}
+    state = {
+        "kind": get_kv_cache_spec_kind(spec).value,
+        "layers": len(group.layer_names),
+        "page_bytes": spec.page_size_bytes * len(group.layer_names),
+        "page_tokens": manager.block_size,
+        "page_states": spec.num_states,
+        "pages_used": len(held),
+    }
+    if isinstance(spec, AttentionSpec):
+        state["tokens_per_state"] = float(spec.tokens_per_state)
+        state["compression"] = spec.block_size / spec.num_states
+    return state
+
+
+def computed_tokens(request: Any) -> int:
+    """Tokens whose step has come back; vLLM counts those in flight as computed."""
+    return max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+
+
+def cached_tokens(request: Any) -> int | None:
+    """Prompt tokens found in the prefix cache; None after the first token, when vLLM has handed the number on."""
+    stats = request.prefill_stats
+    return None if stats is None else stats.num_cached_tokens
+
+
+def request_state(scheduler: Any, request: Any) -> dict[str, Any] | None:
+    """What one request holds; None where it neither runs nor holds a page.
+
+    States are the K/V states in its pages: one a token, one per chunk of tokens in a compressed group (of its
+    complete chunks), one a page where a state stands for the sequence so far.
+    """
+    computed = computed_tokens(request)
+    groups = []
+    for group, manager in _groups(scheduler):
+        spec = group.kv_cache_spec
+        pages = sum(not block.is_null for block in manager.req_to_blocks.get(request.request_id, ()))
+        room = pages * spec.num_states
+        states = min(int(computed / spec.tokens_per_state), room) if isinstance(spec, AttentionSpec) else room
+        groups.append({"pages": pages, "states": states})
+    if request.status != RequestStatus.RUNNING and not any(group["pages"] for group in groups):
+        return None
+    state = {
+        "engine_request_id": request.request_id,
+        "status": request.status.name.lower(),
+        "computed_tokens": computed,
+        "prompt_tokens": request.num_prompt_tokens,
+        "groups": groups,
+    }
+    cached = cached_tokens(request)
+    return state if cached is None else state | {"cached_tokens": cached}
+
+
+def prefill_progress(scheduler: Any, request_ids: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How far the prompts of these requests are, by the engine's request id; unknown and ended ones are left out.
+
+    ``computed`` of ``prompt`` tokens are done, ``cached`` of them came from the prefix cache. A star request
+    also has done ``star_blocks_done`` of ``star_blocks``, which hold its first ``context`` tokens; a dense one
+    has 0 for these.
+    """
+    found = ((name, scheduler.requests.get(name)) for name in request_ids)
+    return {name: _progress(request) for name, request in found if request is not None and not request.is_finished()}
+
+
+def _progress(request: Any) -> dict[str, int]:
+    plan = request_plan(request)
+    computed = min(computed_tokens(request), request.num_prompt_tokens)
+    return {
+        "computed": computed,
+        "prompt": request.num_prompt_tokens,
+        "cached": cached_tokens(request) or 0,
+        "context": plan.context_end if plan else 0,
+        "star_blocks_done": plan.blocks_done(computed) if plan else 0,
+        "star_blocks": plan.num_star_blocks if plan else 0,
+    }

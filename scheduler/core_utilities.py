@@ -1,0 +1,32 @@
+"""What a front can ask an engine core, by name, with engine_ext.compat.call_core. Plain numbers and names cross."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine_ext import compat
+from scheduler.cache_state import cache_state, prefill_progress
+
+CACHE_STATE = "starling_cache_state"
+PREFILL_PROGRESS = "starling_prefill_progress"
+ATTENTION_BACKENDS = "starling_attention_backends"
+
+
+def _cache_state(core: Any, per_request: bool) -> dict[str, Any]:
+    return cache_state(core.scheduler, per_request)
+
+
+def _prefill_progress(core: Any, request_ids: list[str]) -> dict[str, dict[str, int]]:
+    return prefill_progress(core.scheduler, request_ids)
+
+
+def _attention_backends(core: Any) -> list[str]:
+    of_workers = core.model_executor.collective_rpc(compat.attention_backends)
+    return sorted({name for names in of_workers for name in names})
+
+
+def add_core_utilities() -> None:
+    """Offer them in this process's engine core."""
+    compat.add_core_utility(CACHE_STATE, _cache_state)
+    compat.add_core_utility(PREFILL_PROGRESS, _prefill_progress)
+    compat.add_core_utility(ATTENTION_BACKENDS, _attention_backends)

@@ -1,0 +1,134 @@
+"""Plain `vllm serve` and `vllm bench`, as they are, with the plugin activated: counts, not times."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.random_llama import make_random_llama
+from examples.server import Server, free_port
+
+pytestmark = pytest.mark.e2e
+
+VLLM = str(Path(sys.executable).with_name("vllm"))
+ENV = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENGINE = ("--dtype", "float32", "--enforce-eager", "--block-size", "32")
+PROMPTS, TOKENS, NEW = 5, 600, 4
+STAR = {"star": "on", "star_block_size": 128, "star_query_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_random_llama(
+        tmp_path_factory.mktemp("models") / "tiny",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    """`vllm serve`, not `starling serve`: activated by --additional-config alone."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *ENGINE]
+    command += ["--additional-config", '{"starling": {}}', "--max-num-batched-tokens", "512"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENV, start_new_session=True)
+    server = Server(process, f"http://127.0.0.1:{port}", "", str(model), log)
+    try:
+        server.wait(300, lambda message: None)
+        yield server
+    finally:
+        server.stop()
+
+
+def complete(server, **fields) -> httpx.Response:
+    body = {"model": server.model, "prompt": "ab" * 300, "max_tokens": 8, "temperature": 0, "vllm_xargs": STAR}
+    return httpx.post(f"{server.http}/v1/completions", json=body | fields, timeout=120)
+
+
+def test_the_plan_is_told(server):
+    answer = complete(server)
+    plan = json.loads(answer.headers["x-starling-plan"])
+    assert (plan["attention"], plan["star_blocks"], plan["context_end"]) == ("star", 5, 560)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_options_are_a_400(server, stream):
+    answer = complete(server, stream=stream, vllm_xargs=STAR | {"star_block_size": 100})
+    assert answer.status_code == 400
+    assert "star_block_size=100 is refused" in answer.text
+    assert complete(server).status_code == 200
+
+
+def test_structured_output_with_star(server):
+    """A random model would say anything: the grammar holds, and star stays engaged."""
+    answer = complete(server, structured_outputs={"choice": ["anchor", "block"]}, max_tokens=16)
+    assert answer.json()["choices"][0]["text"] in ("anchor", "block")
+    assert json.loads(answer.headers["x-starling-plan"])["attention"] == "star"
+
+
+def test_several_prompts_are_told_one_by_one(server):
+    answer = complete(server, prompt=["ab" * 300, "cd" * 100])
+    plans = [json.loads(plan) for plan in answer.headers.get_list("x-starling-plan")]
+    assert [plan["prompt_tokens"] for plan in plans] == [600, 200]
+
+
+def vllm_bench(*arguments: str) -> str:
+    """Run `vllm bench ...` in the environment of the tests; its output."""
+    done = subprocess.run([VLLM, "bench", *arguments], capture_output=True, text=True, timeout=300, env=ENV)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def counters(server) -> dict[str, float]:
+    text = httpx.get(f"{server.http}/metrics").text
+    return {name: float(value) for name, value in re.findall(r"^(starling:\S+) (\S+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("options", [{}, STAR], ids=["dense", "star"])
+def test_bench_serve(server, model, tmp_path, options):
+    """The JSON is complete, and the rows that the kernel got are star's exactly where star was asked for."""
+    before = counters(server)
+    vllm_bench(
+        *("serve", "--backend", "openai", "--base-url", server.http, "--endpoint", "/v1/completions"),
+        *("--model", server.model, "--tokenizer", str(model), "--dataset-name", "random", "--ignore-eos"),
+        *("--random-input-len", str(TOKENS), "--random-output-len", str(NEW), "--num-prompts", str(PROMPTS)),
+        *("--extra-body", json.dumps({"vllm_xargs": options})),
+        *("--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"),
+    )
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["completed"] == PROMPTS
+    assert result["total_output_tokens"] == PROMPTS * NEW
+    grown = {name: value - before[name] for name, value in counters(server).items()}
+    asked, other = ("star", "dense") if options else ("dense", "star")
+    assert grown[f'starling:requests_total{{attention="{asked}"}}'] >= PROMPTS
+    assert grown[f'starling:requests_total{{attention="{other}"}}'] == 0
+    context_tokens = grown["starling:context_tokens_total"]
+    assert context_tokens >= PROMPTS * (TOKENS - 40 - 128) if options else context_tokens == 0
+    assert grown["starling:keys_attended_total"] < grown["starling:keys_dense_total"] or not options
+
+
+def test_bench_throughput(model, tmp_path):
+    """With the plugin activated, star on: every prompt completes, and vLLM's log says what was in force."""
+    output = vllm_bench(
+        *("throughput", "--model", str(model), *ENGINE),
+        *("--dataset-name", "random", "--random-input-len", str(TOKENS), "--random-output-len", str(NEW)),
+        *("--num-prompts", str(PROMPTS), "--output-json", str(tmp_path / "result.json")),
+        *("--additional-config", json.dumps({"starling": {"star": {"mode": "on", "block_size": 128}}})),
+    )
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["num_requests"] == PROMPTS
+    assert result["total_num_tokens"] >= PROMPTS * TOKENS
+    assert "Starling is activated; star defaults: {'mode': 'on'" in output

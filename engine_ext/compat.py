@@ -7,12 +7,13 @@ more than once in a process. Tested by tests/unit/test_compat.py against the ins
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,25 @@ def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:
     return [names[int(index)] for index in common.req_idx]
 
 
+@contextlib.contextmanager
+def spare_discarded_generators(runner: Any) -> Iterator[None]:
+    """While this holds, rows whose sample will be discarded (an unfinished prefill) have no generator of their own.
+
+    vLLM's V1 runner lets them sample and then rewinds their generators by offset, which a CPU generator refuses:
+    one seeded request, prefilled in more than one step, ends a CPU engine. Left out, a generator needs no rewinding.
+    Goes when v1/worker/gpu_model_runner.py does not call set_offset on CPU generators.
+    """
+    generators = runner.input_batch.generators if hasattr(runner, "discard_request_mask") else None
+    if not generators or runner.device.type != "cpu":
+        yield
+        return
+    spared = {row: generators.pop(row) for row in list(generators) if runner.discard_request_mask.np[row]}
+    try:
+        yield
+    finally:
+        generators.update(spared)
+
+
 def metadata_builders(runner: Any) -> list[tuple[Any, list[str]]]:
     """(metadata builder, its layers' names) of a model runner, V1 or V2. Goes with a public accessor."""
     groups = [group for groups in runner.attn_groups for group in groups]
@@ -310,6 +330,11 @@ def engine_request_ids(engine: Any, request_id: str) -> list[str]:
     public look-up.
     """
     return list(engine.output_processor.external_req_ids.get(request_id, ()))
+
+
+def unfinished_ids(engine: Any) -> tuple[list[str], list[str]]:
+    """(ids that fronts gave, the engine's own) of all requests of an AsyncLLM. Goes with a public list."""
+    return list(engine.output_processor.external_req_ids), list(engine.output_processor.request_states)
 
 
 def front_request(engine: Any, engine_request_id: str) -> Any | None:

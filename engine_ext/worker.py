@@ -98,6 +98,10 @@ def make_star_worker(base: type) -> type:
             with open_step(step):
                 return super().execute_model(scheduler_output, *args, **kwargs)
 
+        def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+            with compat.spare_discarded_generators(self.model_runner):
+                return super().sample_tokens(*args, **kwargs)
+
     StarWorker.__name__ = StarWorker.__qualname__ = f"Star{base.__name__}"
     return StarWorker
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, get_args
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -17,6 +19,18 @@ GRPC_PORT_HELP = (
     "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
     "127.0.0.1 where --host is not given. 0 takes a free port. Default: no gRPC."
 )
+
+ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class AdminOptions:
+    """Where AdminService is served: on ``port`` of ``host``, on the gRPC port for those who bear ``key``, or both."""
+
+    port: int | None
+    host: str
+    key: str | None
 
 
 def flag(field: str) -> str:
@@ -47,7 +61,59 @@ def make_parser() -> FlexibleArgumentParser:
     for action in parser._actions:
         if action.dest == "grpc_port":
             action.help = GRPC_PORT_HELP
+    add_admin_flags(group)
     return top
+
+
+def add_admin_flags(group: argparse._ArgumentGroup) -> None:
+    """The options of gRPC's AdminService, which admin_options takes out of the parsed namespace."""
+    group.add_argument(
+        "--grpc-admin-port",
+        type=int,
+        help="Serve starling.v1.AdminService (cache state, abort, reset, drain) on this port too. 0 takes a free port.",
+    )
+    group.add_argument(
+        "--grpc-admin-host",
+        help=f"The host of --grpc-admin-port; other than loopback only with an admin key (default: {LOOPBACK})",
+    )
+    group.add_argument(
+        "--grpc-admin-key",
+        help="Let calls to AdminService in, on --grpc-port too, that bear this key (`authorization: Bearer KEY`). "
+        f"{ADMIN_KEY_ENV} in the environment says it without showing it to other users.",
+    )
+
+
+def admin_options(args: argparse.Namespace, grpc_port: int | None, environ: Mapping[str, str]) -> AdminOptions:
+    """Take the admin options out of the parsed arguments, which vLLM logs, the key among them.
+
+    Raises:
+        ValueError: options that have no effect, or would leave control of the server open to a network.
+    """
+    given = {name: vars(args).pop(f"grpc_admin_{name}", None) for name in ("port", "host", "key")}
+    port, host = given["port"], given["host"] or LOOPBACK
+    key = given["key"] or environ.get(ADMIN_KEY_ENV) or None
+    for refused, reason in (
+        (grpc_port is None and set(given.values()) != {None}, "without --grpc-port there is no gRPC to control"),
+        (given["key"] == "", "the key is empty"),
+        (port is not None and not 0 <= port <= 65535, "a port is 0 to 65535"),
+        (port and port in (grpc_port, args.port), "another server of this process has that port"),
+        (given["host"] is not None and port is None, "a host without --grpc-admin-port has no effect"),
+        (
+            port is not None and key is None and not is_loopback(host),
+            f"whoever reaches {host} could control the server: give --grpc-admin-key or {ADMIN_KEY_ENV} too",
+        ),
+    ):
+        if refused:
+            shown = ", ".join(f"--grpc-admin-{name}={given[name]}" for name in ("port", "host") if given[name])
+            raise ValueError(f"{shown or '--grpc-admin-key'} is refused: {reason}")
+    return AdminOptions(port, host, key)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:

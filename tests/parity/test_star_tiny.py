@@ -108,3 +108,11 @@ def test_parallel_samples_share_the_prompt(model, prompts):
     prompt = prompts[1] | {"max_tokens": 6, "prompt_logprobs": False}
     single, triple = run_engine(model, [[prompt], [prompt | {"n": 3}]])["batches"]
     assert triple[0]["all_token_ids"] == [single[0]["token_ids"]] * 3
+
+
+def test_a_seeded_prompt_of_several_steps_is_answered_the_same_way_twice(model, prompts):
+    """Plain vLLM 0.32 ends a CPU engine on it (see compat.spare_discarded_generators)."""
+    seeded = prompts[0] | {"max_tokens": 8, "prompt_logprobs": False, "seed": 3}
+    other = seeded | {"seed": 4}
+    batches = run_engine(model, [[seeded, other], [seeded]], max_num_batched_tokens=300)["batches"]
+    assert batches[0][0]["token_ids"] == batches[1][0]["token_ids"] != batches[0][1]["token_ids"]

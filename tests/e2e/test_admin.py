@@ -1,0 +1,301 @@
+"""AdminService and prefill progress on one real engine: in-process AsyncLLM, a gRPC port, the OpenAI application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing
+
+import grpc
+import httpx
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from benchmarks.random_llama import make_random_llama
+from engine_ext import compat, plugin
+from engine_ext.serving.errors import DrainingError
+from scheduler.plan import StarPlan
+from starling.v1 import admin_pb2 as pb
+from starling.v1 import admin_pb2_grpc
+from starling.v1 import inference_pb2 as inference
+
+pytestmark = pytest.mark.e2e
+
+PAGE = 32
+LENGTH = 7000  # of the prompts: some 55 steps of 128 tokens
+BLOCKS = {"star": "on", "star_block_size": 1024, "star_query_tokens": 100}
+
+
+class Front:
+    """As much of the gRPC front as Drain needs."""
+
+    draining = False
+
+    async def stop_admitting(self) -> None:
+        self.draining = True
+
+
+class Server:
+    """The engine and its fronts, all in one event loop."""
+
+    async def start(self, model) -> None:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.api_server.entry import build_app
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from engine_ext.serving.grpc_admin import AdminServicer, start_own_port
+        from engine_ext.serving.serve_args import parse
+
+        plugin.register()
+        options = ["--dtype", "float32", "--block-size", str(PAGE), "--max-num-batched-tokens", "128"]
+        args, _ = parse([str(model), "--enforce-eager", "--served-model-name", "tiny", *options])
+        args.model = str(model)
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+        self.front = Front()
+        servicer = AdminServicer(self.engine, self.front, key=None, own_port=True, max_message_bytes=2**20)
+        self.server, port = await start_own_port(servicer, "localhost:0", None, ())
+        self.channel = grpc.aio.insecure_channel(f"localhost:{port}")
+        self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
+        tasks = await self.engine.get_supported_tasks()
+        app = build_app(args, tasks, self.engine.model_config)
+        await init_app_state(self.engine, app.state, args, tasks)
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=120)
+
+    async def stop(self) -> None:
+        await self.http.aclose()
+        await self.channel.close()
+        await self.server.stop(None)
+        self.engine.shutdown()
+
+    def generate(self, name: str, *, seed: int = 0, max_tokens: int = 4, **extra):
+        prompt = {"prompt_token_ids": [(seed * 31 + index * index) % 250 for index in range(LENGTH)]}
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            extra_args=extra or None,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        return self.engine.generate(prompt, params, name)
+
+    async def run_to_end(self, name: str, **options) -> tuple[int, str]:
+        """(generated tokens, finish reason)"""
+        tokens, reason = 0, None
+        async for output in self.generate(name, **options):
+            tokens += len(output.outputs[0].token_ids)
+            reason = output.outputs[0].finish_reason
+        return tokens, reason
+
+    async def cache(self, per_request: bool = True) -> pb.EngineCache:
+        """The state of the one engine, whose pages add up."""
+        (state,) = (await self.admin.GetCacheState(pb.GetCacheStateRequest(per_request=per_request))).engines
+        assert state.pages_used + state.pages_cached + state.pages_free == state.pages_total
+        assert sum(group.pages_used for group in state.groups) == state.pages_used
+        return state
+
+    async def idle(self) -> pb.EngineCache:
+        """The state once nothing runs; aborts reach the engine with its next step."""
+        async with asyncio.timeout(10):
+            while (state := await self.cache()).requests_running or state.requests_waiting or state.pages_used:
+                pass
+        return state
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def server(runner, tmp_path_factory):
+    model = make_random_llama(
+        tmp_path_factory.mktemp("models") / "tiny",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+    )
+    server = Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }.items():
+            patch.setenv(name, value)
+        runner.run(server.start(model))
+        try:
+            yield server
+        finally:
+            runner.run(server.stop())
+
+
+def test_server_info(runner, server):
+    async def scenario():
+        return await server.admin.GetServerInfo(pb.GetServerInfoRequest())
+
+    info = runner.run(scenario())
+    assert info.models == ["tiny"]
+    assert info.attention_backends == ["CPU_ATTN"]
+    assert info.star_defaults.mode == inference.StarOptions.MODE_OFF
+    assert (info.limits.max_model_tokens, info.limits.max_step_tokens) == (8192, 128)
+    assert not info.limits.HasField("max_queued_requests")
+    assert (info.draining, list(info.refused_features)) == (False, [])
+
+
+def test_cache_state_while_a_request_runs_and_after(runner, server):
+    async def scenario():
+        states = []
+        running = asyncio.create_task(server.run_to_end("mine", **BLOCKS))
+        while not running.done():
+            states.append(await server.cache())
+        return states, await server.idle(), await running
+
+    states, after, end = runner.run(scenario())
+    assert end == (4, "length")
+    (group,) = after.groups
+    assert (group.kind, group.layers, group.page_tokens, group.page_states) == ("full_attention", 2, PAGE, PAGE)
+    assert group.page_bytes == 2 * 2 * PAGE * 64 * 4, "layers, K and V, tokens, values, bytes"
+    assert (group.tokens_per_state, group.compression) == (1, 1)
+    seen = [state.requests[0] for state in states if state.requests]
+    assert len(seen) > 5
+    assert {(request.request_id, request.status, request.prompt_tokens) for request in seen} == {
+        ("mine", "running", LENGTH)
+    }
+    computed = [request.computed_tokens for request in seen]
+    assert computed == sorted(computed)
+    assert len(set(computed)) > 5
+    for request in seen:
+        (held,) = request.groups
+        assert held.states == request.computed_tokens <= held.pages * PAGE
+    assert after.pages_cached == LENGTH // PAGE
+    assert after.pages_free == after.pages_total - after.pages_cached
+
+
+def test_cached_tokens_and_reset(runner, server):
+    async def scenario():
+        cached = []
+        for reset in (False, True):
+            if reset:
+                assert (await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())).reset
+                assert (await server.cache()).pages_cached == 0
+            async with aclosing(server.generate("again", max_tokens=1000, **BLOCKS)) as outputs:
+                await anext(outputs)
+                (request,) = (await server.cache()).requests
+                cached.append(request.cached_tokens)
+                assert not (await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())).reset, "it runs"
+            await server.idle()
+        return cached
+
+    assert runner.run(scenario()) == [LENGTH // PAGE * PAGE, 0]
+
+
+def test_abort_frees_everything(runner, server):
+    async def scenario():
+        names = [f"request-{index}" for index in range(6)]
+        running = [
+            asyncio.create_task(server.run_to_end(name, seed=index + 1, max_tokens=1000))
+            for index, name in enumerate(names)
+        ]
+        while (await server.cache()).requests_running < 2:
+            pass
+        answer = await server.admin.Abort(pb.AbortRequest(request_ids=[*names, "never-was"]))
+        ends = [reason for _, reason in await asyncio.gather(*running)]
+        return answer, names, ends, await server.idle()
+
+    answer, names, ends, after = runner.run(scenario())
+    assert (list(answer.found), list(answer.unknown)) == (names, ["never-was"])
+    assert ends == ["abort"] * 6
+    assert (after.pages_used, list(after.requests)) == (0, [])
+
+
+@pytest.mark.parametrize("star", [BLOCKS, {}], ids=["star", "dense"])
+def test_progress_grows_to_the_whole_prompt(runner, server, star):
+    from engine_ext.serving.progress import poller_of, watch_prefill
+
+    async def scenario():
+        await server.idle()
+        await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
+        async with aclosing(watch_prefill(server.engine, "watched", 0.02)) as states:
+            running = asyncio.create_task(server.run_to_end("watched", max_tokens=200, **star))
+            told = [state async for state in states]
+        await server.engine.abort("watched")
+        await running
+        assert poller_of(server.engine).watches == set()
+        return told
+
+    told = runner.run(scenario())
+    computed = [state.computed for state in told]
+    assert len(computed) > 3
+    assert computed == sorted(set(computed))
+    assert computed[-1] == LENGTH
+    assert {(state.prompt, state.cached) for state in told} == {(LENGTH, 0)}
+    if star:
+        plan = StarPlan(1024, 1024, 0, LENGTH - 100, LENGTH)
+        assert {(state.context, state.star_blocks) for state in told} == {(plan.context_end, 7)}
+        assert [state.star_blocks_done for state in told] == [plan.blocks_done(done) for done in computed]
+    else:
+        assert {(state.context, state.star_blocks, state.star_blocks_done) for state in told} == {(0, 0, 0)}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_progress_over_http(runner, server, path, monkeypatch):
+    from engine_ext.serving import http_progress
+
+    fast = http_progress.watch_prefill
+    monkeypatch.setattr(http_progress, "watch_prefill", lambda engine, name: fast(engine, name, 0.02))
+    text = "".join(chr(97 + (index * index + len(path)) % 26) for index in range(6000))
+    prompt = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    body = {"model": "tiny", "max_tokens": 3, "ignore_eos": True, "stream": True, **prompt}
+
+    async def scenario():
+        plain = await server.http.post(path, json=body | {"temperature": 0})
+        await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
+        asked = await server.http.post(
+            path, json=body | {"temperature": 0, "vllm_xargs": BLOCKS}, headers={"x-starling-progress": "true"}
+        )
+        return plain, asked
+
+    plain, asked = runner.run(scenario())
+    assert plain.status_code == asked.status_code == 200, asked.text
+    assert "starling-progress" not in plain.text
+    events = asked.text.removesuffix("\n\n").split("\n\n")
+    comments = [event for event in events if event.startswith(": ")]
+    assert events[: len(comments)] == comments, "before the first data"
+    assert all(event.startswith("data: ") for event in events[len(comments) :])
+    assert len(comments) > 3
+    told = [json.loads(line.removeprefix(": starling-progress ")) for line in comments]
+    computed = [state["computed"] for state in told]
+    assert computed == sorted(set(computed))
+    assert {(state["prompt_index"], state["star_blocks"]) for state in told} == {(0, 6)}
+    assert [event.split('"object"')[0][:10] for event in events[len(comments) :]][-1] == "data: [DON"
+
+
+def test_a_utility_that_is_not_there(runner, server):
+    with pytest.raises(Exception, match="starling_nothing"):
+        runner.run(compat.call_core(server.engine, "starling_nothing"))
+
+
+def test_drain_lets_requests_end_and_admits_no_more(runner, server):
+    """Last in this file: there is no way back."""
+
+    async def scenario():
+        running = asyncio.create_task(server.run_to_end("running", max_tokens=50))
+        while not (await server.cache()).requests_running:
+            pass
+        first = await server.admin.Drain(pb.DrainRequest())
+        with pytest.raises(DrainingError):
+            await server.run_to_end("late")
+        refused = await server.http.post("/v1/completions", json={"model": "tiny", "prompt": "abc", "max_tokens": 1})
+        info = await server.admin.GetServerInfo(pb.GetServerInfoRequest())
+        last = await server.admin.Drain(pb.DrainRequest(wait_seconds=60))
+        return first.requests_left, refused, info.draining, last.requests_left, await running
+
+    first, refused, draining, last, end = runner.run(scenario())
+    assert (first, draining, last, end) == (1, True, 0, (50, "length"))
+    assert refused.status_code == 503
+    assert "draining" in refused.text

@@ -1,0 +1,191 @@
+"""What the cache state says, step by step, on vLLM's own schedulers without a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.request import RequestStatus
+
+from scheduler.cache_state import cache_state, group_state, prefill_progress
+from scheduler.plan import StarPlan
+from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
+from tests.unit.test_star_scheduler import PAGE, PLAN, answer, config, make_request, make_scheduler, step_is_prefill
+
+__all__ = ["config"]
+
+TOTAL = 39  # of 40 blocks, one is vLLM's null page
+
+
+def pages(scheduler) -> tuple[int, int, int]:
+    """(used, cached, free) pages, which add up."""
+    state = cache_state(scheduler, per_request=False)
+    found = state["pages_used"], state["pages_cached"], state["pages_free"]
+    assert sum(found) == state["pages_total"] == TOTAL
+    (group,) = state["groups"]
+    assert (group["pages_used"], group["pages_cached"]) == found[:2]
+    return found
+
+
+def step(scheduler) -> None:
+    scheduled = scheduler.schedule()
+    output = answer(scheduled)
+    for index, name in enumerate(output.req_ids):
+        if step_is_prefill(scheduled, scheduler.requests[name], name):
+            output.sampled_token_ids[index] = []
+    scheduler.update_from_output(scheduled, output)
+
+
+def counts(scheduler) -> tuple[int, int]:
+    state = cache_state(scheduler, per_request=False)
+    return state["requests_running"], state["requests_waiting"]
+
+
+@pytest.mark.parametrize("scheduler_type", [StarScheduler, AsyncStarScheduler])
+def test_pages_through_a_requests_life(config, scheduler_type):
+    """300 prompt tokens in steps of 100 and 3 output tokens, over pages of 32."""
+    scheduler = make_scheduler(config, scheduler_type)
+    assert (pages(scheduler), counts(scheduler)) == ((0, 0, 39), (0, 0))
+    scheduler.add_request(make_request("first", None))
+    assert (pages(scheduler), counts(scheduler)) == ((0, 0, 39), (0, 1))
+    for used in (4, 7, 10):
+        step(scheduler)
+        assert (pages(scheduler), counts(scheduler)) == ((used, 0, 39 - used), (1, 0))
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    assert (pages(scheduler), counts(scheduler)) == ((0, 9, 30), (0, 0)), "nine full pages can be hit"
+
+    scheduler.add_request(make_request("again", None))
+    step(scheduler)
+    assert pages(scheduler) == (10, 0, 29), "the nine it hit and one of its own"
+    scheduler.add_request(make_request("beside", None))
+    step(scheduler)
+    used, _, _ = pages(scheduler)
+    assert used == 11, "pages that two hold count once"
+
+    (request, *_) = scheduler.running
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)
+    assert request.status is RequestStatus.PREEMPTED
+    assert (pages(scheduler)[0], counts(scheduler)) == (10, (1, 1))
+
+    scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert (pages(scheduler), counts(scheduler)) == ((0, 9, 30), (0, 0))
+    assert scheduler.reset_prefix_cache()
+    assert pages(scheduler) == (0, 0, 39)
+
+
+def test_per_request(config):
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.add_request(make_request("star", PLAN))
+    scheduler.add_request(make_request("behind", None))
+    assert cache_state(scheduler, per_request=True)["requests"] == [], "nothing runs, nothing is held"
+    step(scheduler)
+    (found,) = cache_state(scheduler, per_request=True)["requests"]
+    assert found == {
+        "engine_request_id": "star",
+        "status": "running",
+        "computed_tokens": 100,
+        "prompt_tokens": 300,
+        "cached_tokens": 0,
+        "groups": [{"pages": 4, "states": 100}],
+    }
+    while scheduler.requests["star"].num_output_tokens == 0:
+        step(scheduler)
+    (found,) = cache_state(scheduler, per_request=True)["requests"]
+    assert "cached_tokens" not in found, "vLLM has sent it out with the first token"
+
+
+def test_only_plain_numbers_and_names(config):
+    """What msgpack carries between the processes without pickle."""
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.add_request(make_request("star", PLAN))
+    step(scheduler)
+
+    def check(value) -> None:
+        if isinstance(value, (dict, list)):
+            for item in value.values() if isinstance(value, dict) else value:
+                check(item)
+        else:
+            assert type(value) in (int, float, str)
+
+    check(cache_state(scheduler, per_request=True))
+    check(prefill_progress(scheduler, ["star"]))
+
+
+BYTES = PAGE * 2 * 32 * 4  # K and V of 32 values of 4 bytes a token, one head
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (
+            FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.float32),
+            ("full_attention", 2 * BYTES, PAGE, 1.0, 1.0),
+        ),
+        (
+            FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.float32, tokens_per_state=8),
+            ("full_attention", 2 * BYTES // 8, PAGE // 8, 8.0, 8.0),
+        ),
+        (
+            SlidingWindowSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.float32, sliding_window=100),
+            ("sliding_window", 2 * BYTES, PAGE, 1.0, 1.0),
+        ),
+        (
+            MambaSpec(block_size=PAGE, shapes=((16, 4),), dtypes=(torch.float32,)),
+            ("mamba", 2 * 16 * 4 * 4, 1, None, None),
+        ),
+    ],
+    ids=["full", "compressed", "sliding window", "mamba"],
+)
+def test_groups(spec, expected):
+    manager = SimpleNamespace(block_size=PAGE, req_to_blocks={})
+    state = group_state(KVCacheGroupSpec(["one", "two"], spec), manager)
+    names = ("kind", "page_bytes", "page_states", "tokens_per_state", "compression")
+    assert tuple(state.get(name) for name in names) == expected
+    assert (state["layers"], state["page_tokens"]) == (2, PAGE)
+
+
+def progress(scheduler, name: str) -> tuple[int, int, int]:
+    state = prefill_progress(scheduler, [name])[name]
+    assert (state["prompt"], state["star_blocks"]) == (300, 4 if state["context"] else 0)
+    return state["computed"], state["cached"], state["star_blocks_done"]
+
+
+def test_progress_of_a_star_prompt(config):
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.add_request(make_request("star", PLAN))
+    told = [progress(scheduler, "star")]
+    for _ in range(4):
+        step(scheduler)
+        told.append(progress(scheduler, "star"))
+    assert told == [(0, 0, 0), (100, 0, 1), (200, 0, 3), (300, 0, 4), (300, 0, 4)]
+    assert prefill_progress(scheduler, ["star"])["star"]["context"] == PLAN.context_end
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    assert prefill_progress(scheduler, ["star", "never was"]) == {}
+
+    scheduler.add_request(make_request("dense", None))
+    step(scheduler)
+    assert progress(scheduler, "dense") == (164, 64, 0), "block 0 was in the cache"
+
+
+def test_tokens_in_flight_are_not_done_yet(config):
+    scheduler = make_scheduler(config, AsyncStarScheduler)
+    scheduler.add_request(make_request("star", PLAN))
+    flying = [scheduler.schedule(), scheduler.schedule()]
+    assert scheduler.requests["star"].num_computed_tokens == 200
+    told = [progress(scheduler, "star")[0]]
+    for scheduled in flying:
+        output = answer(scheduled)
+        output.sampled_token_ids = [[]]
+        scheduler.update_from_output(scheduled, output)
+        told.append(progress(scheduler, "star")[0])
+    assert told == [0, 100, 200]
+
+
+@pytest.mark.parametrize(("computed", "done"), [(0, 0), (63, 0), (64, 1), (249, 3), (250, 4), (300, 4)])
+def test_blocks_done(computed, done):
+    assert StarPlan(64, 64, 0, 250, 300).blocks_done(computed) == done

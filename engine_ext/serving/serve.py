@@ -23,8 +23,10 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
+from engine_ext import compat
 from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
 from engine_ext.serving.grpc_gate import server_credentials
+from engine_ext.serving.grpc_prompts import chat_params
 from engine_ext.serving.serve_args import parse
 
 logger = init_logger("vllm.starling")
@@ -94,7 +96,8 @@ def interrupt_start(*_: Any) -> None:
 async def start_front(engine: Any, args: Namespace, port: int) -> Front:
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
-    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key])
+    compat.note_lora_adapters()
+    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key], chat_params(args))
     address = f"[{host}]" if ":" in host else host
     port = await front.start(f"{address}:{port}", credentials)
     logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")

@@ -345,6 +345,25 @@ def front_request(engine: Any, engine_request_id: str) -> Any | None:
     return engine.output_processor.request_states.get(engine_request_id)
 
 
+def is_bench(argv: Sequence[str]) -> bool:
+    """Whether a command line is `vllm bench ...`: the first argument that is no option, as vLLM itself looks."""
+    return next((argument for argument in argv[1:] if not argument.startswith("-")), None) == "bench"
+
+
+def add_bench_backend(name: str, request: Callable[..., Any]) -> None:
+    """Let `vllm bench serve --backend name` send its requests by ``request``, a vLLM RequestFunc.
+
+    vLLM's parser takes the choices of --backend from this table, and sampling options (--temperature ...) for the
+    listed backends only; plugins are loaded while the parser of the first `vllm bench` command is made, before that
+    of `serve`. Goes when vLLM lets a plugin register backends.
+    """
+    from vllm.benchmarks.lib import endpoint_request_func as table
+
+    table.ASYNC_REQUEST_FUNCS[name] = request
+    if name not in table.OPENAI_COMPATIBLE_BACKENDS:
+        table.OPENAI_COMPATIBLE_BACKENDS.append(name)
+
+
 def note_lora_adapters() -> None:
     """Let lora_adapters find the adapters of an engine that a server is made for after this.
 

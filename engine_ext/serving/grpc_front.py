@@ -128,7 +128,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                     yield prompt_logprobs(token_ids, result.prompt_logprobs, params.prompt_logprobs)
                 for output in result.outputs:
                     if output.finish_reason == "error":
-                        raise GenerationError
+                        raise self._generation_error(request, usages[output.index])
                     usages[output.index].completion_tokens += len(output.token_ids)
                     if output.text or output.token_ids:
                         yield delta(output, params.logprobs)
@@ -161,6 +161,15 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         plan = star_requests(self.engine.input_processor).plan(star, num_tokens)
         return engine_input, params, describe(plan, num_tokens)
+
+    def _generation_error(self, request: GenerateRequest, used: pb.Usage) -> Exception:
+        """What a choice that ended with an error says: the engine gives no reason.
+
+        A constraint that passed vLLM's checks, but that no grammar could be made of, ends so before the first token.
+        """
+        if constraint_path(request.sampling) and not used.completion_tokens:
+            return VLLMValidationError("The engine could not make a grammar of this constraint; its log says why.")
+        return GenerationError()
 
     def _refuse_without_effect(self, request: GenerateRequest) -> None:
         """Refuse what vLLM would take and then pass over."""

@@ -15,6 +15,9 @@ from starling.v1 import inference_pb2 as pb
 MAX_BIAS = 100.0
 MAX_NESTING = 64  # levels of extra_args: far below where the transport to the engine gives up
 MAX_SEED = 2**63 - 1
+TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
+"""Read by vLLM itself, which fails where they hold no object; their other half, a reply's, is not sent here."""
+
 TEXT_FIELDS = ("stop", "bad_words", "skip_special_tokens", "structured_outputs")
 """What needs the server's tokenizer."""
 
@@ -91,6 +94,8 @@ def parse_extra_args(text: str) -> dict[str, Any]:
     for key in values:
         if is_star_key(key):
             raise refused(f"{key!r} is an option of Star Attention, which has the request's field `star`")
+        if key in TRANSFER_KEYS:
+            raise refused(f"{key!r} belongs to disaggregated serving, which is not served over gRPC")
     return values
 
 

@@ -266,6 +266,10 @@ def test_a_bad_option_is_invalid_argument(generate, bad):
         ({"sampling": {"structured_outputs": {"regex": "("}}}, "sampling.structured_outputs.regex"),
         ({"sampling": {"structured_outputs": {"json_schema": "{"}}}, "sampling.structured_outputs.json_schema"),
         ({"sampling": {"structured_outputs": {"json_schema": ""}}}, "sampling.structured_outputs.json_schema"),
+        (
+            {"sampling": {"structured_outputs": {"json_schema": '{"type": "string", "minLength": -1}'}}},
+            "sampling.structured_outputs.json_schema",
+        ),
         ({"lora_name": "none"}, "lora_name"),
         ({"priority": 1}, "priority"),
     ],

@@ -252,3 +252,22 @@ def test_a_refused_form_is_named(error, field):
 def test_bad_input_is_named(fields, named):
     code, _, got = refusal(FakeEngine(), "Generate", pb.GenerateRequest(**fields))
     assert (code, got) == (grpc.StatusCode.INVALID_ARGUMENT, [named])
+
+
+@pytest.mark.parametrize(
+    ("script", "constraint", "code"),
+    [
+        (["", "error"], "(", grpc.StatusCode.INVALID_ARGUMENT),
+        (["a", "error"], "(", grpc.StatusCode.INTERNAL),
+        (["", "error"], None, grpc.StatusCode.INTERNAL),
+    ],
+    ids=["no grammar", "after tokens", "no constraint"],
+)
+def test_an_error_of_the_engine(script, constraint, code):
+    first, end = script
+    form = pb.StructuredOutputs(regex=constraint) if constraint else None
+    engine = FakeEngine(first, result(output("", finish_reason=end)))
+    request = pb.GenerateRequest(text="p", sampling=pb.SamplingParams(structured_outputs=form))
+    got, _, fields = refusal(engine, "Generate", request)
+    assert got == code
+    assert fields == (["sampling.structured_outputs.regex"] if code is grpc.StatusCode.INVALID_ARGUMENT else [])

@@ -106,6 +106,7 @@ REFUSED = {
     "star": (pb.SamplingParams(extra_args='{"star": "on"}'), "extra_args", "field `star`"),
     "star option": (pb.SamplingParams(extra_args='{"star_block_size": 64}'), "extra_args", "field `star`"),
     "the plan itself": (pb.SamplingParams(extra_args='{"star_plan": {}}'), "extra_args", "field `star`"),
+    "transfer": (pb.SamplingParams(extra_args='{"kv_transfer_params": 7}'), "extra_args", "disaggregated serving"),
     "no JSON": (pb.SamplingParams(extra_args="{"), "extra_args", "it is not JSON"),
     "empty": (pb.SamplingParams(extra_args=""), "extra_args", "it is not JSON"),
     "NaN": (pb.SamplingParams(extra_args='{"a": NaN}'), "extra_args", "JSON has no NaN"),

@@ -26,7 +26,7 @@ from engine_ext.requests import describe, star_requests
 from engine_ext.serving.errors import DuplicateRequestError, grpc_code, root
 from engine_ext.serving.grpc_capabilities import capabilities
 from engine_ext.serving.grpc_gate import Gate
-from engine_ext.serving.grpc_messages import error_status, given, star_args
+from engine_ext.serving.grpc_messages import RETRY_SECONDS, error_status, given, star_args
 from engine_ext.serving.grpc_outputs import Reply, delta, final, prompt_logprobs
 from engine_ext.serving.grpc_prompts import GenerateRequest, prompt_field, render
 from engine_ext.serving.grpc_sampling import TEXT_FIELDS, constraint_path, sampling_params
@@ -38,6 +38,8 @@ logger = init_logger("vllm.starling")
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MAX_REQUEST_BYTES = 64 * 2**20  # some 15 million token ids
 GRACE_SECONDS = 5.0
+# RetryInfo is for programs to read; this is what gRPC's own retry policy of a client goes by.
+PUSHBACK = ("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000))
 
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -200,7 +202,10 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if isinstance(error, EngineDeadError):
             await self.on_dead()
         status = rpc_status.to_status(error_status(error, code, blamed))
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        metadata = status.trailing_metadata
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            metadata = (*metadata, PUSHBACK)
+        await context.abort(status.code, status.details, metadata)
         raise AssertionError("abort has raised")
 
 

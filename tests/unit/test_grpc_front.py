@@ -1,6 +1,8 @@
 """The gRPC front over a stand-in for the engine: what a client sees when things go otherwise than planned."""
 
 import asyncio
+import json
+import time
 from argparse import Namespace
 
 import grpc
@@ -14,6 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from engine_ext.serving.grpc_front import SERVICE
 from engine_ext.serving.grpc_gate import server_credentials
 from starling.v1 import inference_pb2 as pb
+from starling.v1 import inference_pb2_grpc
 from tests.unit.grpc_fakes import FakeEngine, front_of
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -103,6 +106,30 @@ def test_overload_says_when_to_try_again(error):
     assert rpc_status.from_call(refused).details[0].Unpack(retry)
     assert (refused.code(), retry.retry_delay.seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
     assert asked == [3], "each choice counts as a request"
+
+
+def test_a_stock_client_with_a_retry_policy_gets_in_when_there_is_room():
+    """The policy of docs/grpc.md: gRPC's own, no code of ours in the client."""
+    policy = {"maxAttempts": 4, "initialBackoff": "0.01s", "maxBackoff": "0.01s", "backoffMultiplier": 1}
+    policy["retryableStatusCodes"] = ["RESOURCE_EXHAUSTED", "UNAVAILABLE"]
+    methods = [{"name": [{"service": SERVICE}], "retryPolicy": policy}]
+
+    async def scenario():
+        engine = FakeEngine("a", refuses=QueueOverflowError())
+        async with front_of(engine) as client:
+            options = [("grpc.service_config", json.dumps({"methodConfig": methods}))]
+            async with grpc.aio.insecure_channel(client.address, options) as channel:
+                call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(PROMPT)
+                await until(lambda: engine.admitted)
+                engine.refuses = None
+                asked = time.monotonic()
+                events = await events_of(call)
+                return events, time.monotonic() - asked, len(engine.admitted)
+
+    events, waited, attempts = asyncio.run(scenario())
+    assert [event.WhichOneof("event") for event in events] == ["delta", "final"]
+    assert attempts == 2
+    assert waited > 0.5, "the server's 1 s, not the policy's 10 ms"
 
 
 def test_a_prompt_that_fills_the_context_is_named():

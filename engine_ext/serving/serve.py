@@ -26,6 +26,7 @@ from vllm.utils.system_utils import decorate_logs
 from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
 from engine_ext.serving.grpc_gate import server_credentials
 from engine_ext.serving.serve_args import parse
+from scheduler.options import OptionError
 
 logger = init_logger("vllm.starling")
 
@@ -49,14 +50,17 @@ def run(argv: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
-    if grpc_port is None:
-        ServeSubcommand.cmd(args)
-    else:
-        args.model = args.model_tag or args.model
-        try:
+    try:
+        if grpc_port is None:
+            ServeSubcommand.cmd(args)
+        else:
+            args.model = args.model_tag or args.model
             uvloop.run(serve_both(args, grpc_port))
-        except KeyboardInterrupt:  # a signal while the engine starts; later ones end serve_both in order
-            return INTERRUPTED
+    except KeyboardInterrupt:  # a signal while the engine starts; later ones end serve_both in order
+        return INTERRUPTED
+    except OptionError as error:  # what only the model's configuration tells: the page, what star does not run with
+        print(f"starling serve: error: {error}", file=sys.stderr)
+        return UNUSABLE
     return 0
 
 

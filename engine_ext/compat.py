@@ -345,6 +345,49 @@ def front_request(engine: Any, engine_request_id: str) -> Any | None:
     return engine.output_processor.request_states.get(engine_request_id)
 
 
+def is_bench(argv: Sequence[str]) -> bool:
+    """Whether a command line is `vllm bench ...`: the first argument that is no option, as vLLM itself looks."""
+    return next((argument for argument in argv[1:] if not argument.startswith("-")), None) == "bench"
+
+
+def add_bench_backend(name: str, request: Callable[..., Any]) -> None:
+    """Let `vllm bench serve --backend name` send its requests by ``request``, a vLLM RequestFunc.
+
+    vLLM's parser takes the choices of --backend from this table, and sampling options (--temperature ...) for the
+    listed backends only; plugins are loaded while the parser of the first `vllm bench` command is made, before that
+    of `serve`. Goes when vLLM lets a plugin register backends.
+    """
+    from vllm.benchmarks.lib import endpoint_request_func as table
+
+    table.ASYNC_REQUEST_FUNCS[name] = request
+    if name not in table.OPENAI_COMPATIBLE_BACKENDS:
+        table.OPENAI_COMPATIBLE_BACKENDS.append(name)
+
+
+def note_lora_adapters() -> None:
+    """Let lora_adapters find the adapters of an engine that a server is made for after this.
+
+    vLLM's HTTP server alone knows adapters by name, and its application keeps it to itself. Goes when the engine
+    client lists adapters by name.
+    """
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def __init__(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, engine_client, *args, **kwargs)
+            engine_client.starling_serving_models = self
+
+        return __init__
+
+    wrap(OpenAIServingModels, "__init__", around)
+
+
+def lora_adapters(engine: Any) -> dict[str, Any]:
+    """The LoRA adapters (vLLM's LoRARequests) of an engine by their names, those loaded while it runs included."""
+    models = getattr(engine, "starling_serving_models", None)
+    return {} if models is None else dict(models.lora_requests)
+
+
 def attention_backends(worker: Any) -> list[str]:
     """Names of the attention backends that a worker's layers run on. Goes when vLLM reports them."""
     groups = [group for groups in worker.model_runner.attn_groups for group in groups]

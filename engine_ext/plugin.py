@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
+from typing import Any
 
 from engine_ext import compat
 
@@ -54,8 +56,15 @@ def _hook_in() -> None:
         compat.on_generate(check_early)
         compat.on_beam_search(refuse_beam_search)
 
+    async def bench_request(*args: Any, **kwargs: Any) -> Any:
+        from engine_ext.serving.grpc_bench import request_starling
+
+        return await request_starling(*args, **kwargs)
+
     compat.on_engine_config(before, after)
     compat.on_server_args(server_args)
+    if compat.is_bench(sys.argv):
+        compat.add_bench_backend("starling-grpc", bench_request)
 
 
 def _refuse_options(reason: str) -> None:

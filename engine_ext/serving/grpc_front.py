@@ -6,7 +6,8 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,13 +17,20 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.logger import init_logger
+from vllm.renderers import ChatParams
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from engine_ext import compat
 from engine_ext.requests import describe, star_requests
 from engine_ext.serving import grpc_admin
-from engine_ext.serving import grpc_messages as messages
 from engine_ext.serving.errors import DuplicateRequestError, grpc_code, root
+from engine_ext.serving.grpc_capabilities import capabilities
 from engine_ext.serving.grpc_gate import Gate
+from engine_ext.serving.grpc_messages import error_status, given, star_args
+from engine_ext.serving.grpc_outputs import Reply, delta, final, prompt_logprobs
+from engine_ext.serving.grpc_prompts import GenerateRequest, prompt_field, render
+from engine_ext.serving.grpc_sampling import TEXT_FIELDS, constraint_path, sampling_params
 from engine_ext.serving.serve_args import NO_ADMIN, AdminOptions, authority
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
@@ -47,9 +55,10 @@ SERVER_OPTIONS = (
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
     """Translates calls; the engine does everything else."""
 
-    def __init__(self, engine: Any, on_dead: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, engine: Any, on_dead: Callable[[], Awaitable[None]], chat: ChatParams) -> None:
         self.engine = engine
         self.on_dead = on_dead
+        self.chat = chat
         self.running: set[str] = set()
         config = engine.model_config
         self.defaults = config.get_diff_sampling_param()
@@ -61,55 +70,118 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext) -> None:
         # A coroutine that writes, not a generator: cancelling it then closes the engine's generator, and with
         # it the request, at once, wherever it waits.
+        await self._serve(request, context, context.write)
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
+        reply = Reply()
+
+        async def add(event: pb.GenerateStreamResponse) -> None:
+            reply.add(event)
+
+        await self._serve(request, context, add)
+        return reply.whole()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        try:
+            engine_input = await render(self.engine.renderer, request, self.chat, {}, any_length=True)
+        except Exception as raised:
+            await self._fail(raised, prompt_field(request), context)
+        token_ids = engine_input["prompt_token_ids"]
+        return pb.TokenizeResponse(
+            token_ids=token_ids, count=len(token_ids), max_model_len=self.engine.model_config.max_model_len
+        )
+
+    async def GetCapabilities(
+        self, request: pb.GetCapabilitiesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetCapabilitiesResponse:
+        return capabilities(self.engine, MAX_REQUEST_BYTES)
+
+    async def _serve(
+        self,
+        request: GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        send: Callable[[pb.GenerateStreamResponse], Awaitable[None]],
+    ) -> None:
+        """Send the events of a request; an error ends the call with its status."""
+        call = Call(prompt_field(request))
         try:
             with self._claim(request.request_id) as request_id:
-                async with aclosing(self._generate(request, request_id)) as events:
+                async with aclosing(self._generate(request, request_id, call)) as events:
                     async for event in events:
-                        await context.write(event)
+                        await send(event)
         except Exception as raised:
-            await self._fail(root(raised), request, context)
+            await self._fail(root(raised), call.blamed, context)
 
     async def _generate(
-        self, request: pb.GenerateStreamRequest, request_id: str
+        self, request: GenerateRequest, request_id: str, call: Call
     ) -> AsyncGenerator[pb.GenerateStreamResponse]:
         engine_input, params, plan = await self._prepare(request)
-        usage = pb.Usage(prompt_tokens=len(engine_input["prompt_token_ids"]))
-        outputs = self.engine.generate(engine_input, params, request_id, priority=request.priority)
+        lora = adapter(self.engine, request)
+        # The prompt is fine by now: what the engine still refuses without a name is the form of the output.
+        call.blamed = constraint_path(request.sampling) or call.blamed
+        token_ids = engine_input["prompt_token_ids"]
+        usages = [pb.Usage() for _ in range(params.n)]
+        usages[0].prompt_tokens = len(token_ids)
+        outputs = self.engine.generate(engine_input, params, request_id, priority=request.priority, lora_request=lora)
         async with aclosing(outputs):
             async for result in outputs:
-                output = result.outputs[0]
-                if output.finish_reason == "error":
-                    raise GenerationError
-                usage.cached_tokens = result.num_cached_tokens or 0
-                usage.completion_tokens += len(output.token_ids)
-                if output.text or output.token_ids:
-                    yield messages.delta(output)
-                if output.finish_reason is not None:
-                    yield messages.final(output, usage, plan)
+                if result.prompt_logprobs and not call.told_prompt:
+                    call.told_prompt = True  # with n > 1 each choice comes with them
+                    yield prompt_logprobs(token_ids, result.prompt_logprobs, params.prompt_logprobs)
+                for output in result.outputs:
+                    if output.finish_reason == "error":
+                        raise self._generation_error(request, usages[output.index])
+                    usages[output.index].completion_tokens += len(output.token_ids)
+                    if output.text or output.token_ids:
+                        yield delta(output, params.logprobs)
+                if result.outputs and result.outputs[0].index == 0:
+                    usages[0].cached_tokens = result.num_cached_tokens or 0
+                for output in result.outputs:
+                    if output.finish_reason is not None:
+                        yield final(output, usages[output.index], plan)
 
-    async def _prepare(self, request: pb.GenerateStreamRequest) -> tuple[Any, Any, dict[str, Any]]:
+    async def _prepare(self, request: GenerateRequest) -> tuple[Any, SamplingParams, dict[str, Any]]:
         """Engine input, sampling parameters and described plan of a request; raises for bad input."""
         if self.engine.errored:
             raise self.engine.dead_error
-        self.engine.check_admission(1)
-        star = messages.star_args(request.star)
-        prompt = messages.prompt_of(request)
+        self.engine.check_admission(max(request.sampling.n, 1))
+        star = star_args(request.star)
+        self._refuse_without_effect(request)
         extras = {"cache_salt": request.cache_salt} if request.HasField("cache_salt") else {}
         validate_cache_salt(extras.get("cache_salt"))
-        renderer = self.engine.renderer
-        renderer.validate_token_ids(request.token_ids.ids, parameter="token_ids")
-        (engine_input,) = await renderer.render_cmpl_async([prompt], prompt_extras=extras)
+        engine_input = await render(self.engine.renderer, request, self.chat, extras)
         num_tokens = len(engine_input["prompt_token_ids"])
+        if not num_tokens:
+            raise VLLMValidationError("The prompt has no tokens.", parameter=prompt_field(request))
         wanted = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None
         max_tokens = get_max_tokens(
             self.engine.model_config.max_model_len, wanted, num_tokens, self.defaults, self.max_tokens_cap
         )
         if max_tokens < 1 and wanted != 0:
             room = f"The prompt of {num_tokens} tokens fills the model's context: there is no room for output."
-            raise VLLMValidationError(room, parameter=messages.prompt_field(request))
-        params = messages.sampling_params(request.sampling, self.defaults, max_tokens, star)
+            raise VLLMValidationError(room, parameter=prompt_field(request))
+        params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         plan = star_requests(self.engine.input_processor).plan(star, num_tokens)
         return engine_input, params, describe(plan, num_tokens)
+
+    def _generation_error(self, request: GenerateRequest, used: pb.Usage) -> Exception:
+        """What a choice that ended with an error says: the engine gives no reason.
+
+        A constraint that passed vLLM's checks, but that no grammar could be made of, ends so before the first token.
+        """
+        if constraint_path(request.sampling) and not used.completion_tokens:
+            return VLLMValidationError("The engine could not make a grammar of this constraint; its log says why.")
+        return GenerationError()
+
+    def _refuse_without_effect(self, request: GenerateRequest) -> None:
+        """Refuse what vLLM would take and then pass over."""
+        if request.priority and self.engine.vllm_config.scheduler_config.policy != "priority":
+            reason = "the server does not run with --scheduling-policy priority: only 0 has a meaning"
+            raise VLLMValidationError(f"priority={request.priority} is refused: {reason}", parameter="priority")
+        if self.engine.renderer.tokenizer is None:
+            for field in set(TEXT_FIELDS) & set(given(request.sampling)):
+                reason = "the server runs with --skip-tokenizer-init and knows tokens only"
+                raise VLLMValidationError(f"{field} is refused: {reason}", parameter=field)
 
     @contextmanager
     def _claim(self, client_id: str):
@@ -123,28 +195,49 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         finally:
             self.running.discard(name)
 
-    async def _fail(
-        self, error: Exception, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def _fail(self, error: Exception, blamed: str, context: grpc.aio.ServicerContext) -> NoReturn:
         code = grpc_code(error)
         if code is grpc.StatusCode.INTERNAL:
             logger.error("a gRPC request failed", exc_info=error)
         if isinstance(error, EngineDeadError):
             await self.on_dead()
-        status = rpc_status.to_status(messages.error_status(error, code, messages.prompt_field(request)))
+        status = rpc_status.to_status(error_status(error, code, blamed))
         await context.abort(status.code, status.details, status.trailing_metadata)
+        raise AssertionError("abort has raised")
+
+
+@dataclass
+class Call:
+    """What is known of a call so far: the field an error without a name is about, and what has been told."""
+
+    blamed: str
+    told_prompt: bool = False
+
+
+def adapter(engine: Any, request: GenerateRequest) -> Any:
+    """The LoRA adapter that a request asks for; None: the base model (raises VLLMValidationError)."""
+    if not request.HasField("lora_name"):
+        return None
+    loaded = compat.lora_adapters(engine)
+    if request.lora_name not in loaded:
+        has = f"it has {', '.join(sorted(loaded))}" if loaded else "it has none (--enable-lora, --lora-modules)"
+        reason = f"lora_name={request.lora_name!r} is refused: the server has no such adapter; {has}"
+        raise VLLMValidationError(reason, parameter="lora_name")
+    return loaded[request.lora_name]
 
 
 class Front:
     """The gRPC server with its health and reflection services, and AdminService's own port where it has one."""
 
-    def __init__(self, engine: Any, api_keys: list[str], admin: AdminOptions = NO_ADMIN) -> None:
+    def __init__(
+        self, engine: Any, api_keys: list[str], chat: ChatParams | None = None, admin: AdminOptions = NO_ADMIN
+    ) -> None:
         self.admin = admin
         self.admin_server: grpc.aio.Server | None = None
         self.gate = Gate(api_keys)
         self.server = grpc.aio.server(interceptors=[self.gate], options=SERVER_OPTIONS)
         self.health = health.aio.HealthServicer()
-        inference = Inference(engine, self.health.enter_graceful_shutdown)
+        inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(engine, own_port=False), self.server)

@@ -22,8 +22,10 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
+from engine_ext import compat
 from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
 from engine_ext.serving.grpc_gate import server_credentials
+from engine_ext.serving.grpc_prompts import chat_params
 from engine_ext.serving.serve_args import LOOPBACK, AdminOptions, admin_options, authority, is_loopback, parse
 from scheduler.options import OptionError
 
@@ -99,7 +101,8 @@ def interrupt_start(*_: Any) -> None:
 async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptions) -> Front:
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
-    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key], admin)
+    compat.note_lora_adapters()
+    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key], chat_params(args), admin)
     address = authority(host)
     port = await front.start(f"{address}:{port}", credentials)
     logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")

@@ -258,6 +258,20 @@ def test_a_bad_option_is_invalid_argument(generate, bad):
         ({"sampling": pb.SamplingParams(top_p=2)}, "sampling.top_p"),
         ({"sampling": pb.SamplingParams(max_tokens=0)}, "sampling.max_tokens"),
         ({"sampling": pb.SamplingParams(stop_token_ids=[9999])}, "sampling.stop_token_ids"),
+        ({"sampling": pb.SamplingParams(n=2, temperature=0)}, "sampling.n"),
+        ({"sampling": pb.SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"sampling": pb.SamplingParams(prompt_logprobs=21)}, "sampling.prompt_logprobs"),
+        ({"sampling": pb.SamplingParams(logit_bias={9999: 1})}, "sampling.logit_bias"),
+        ({"sampling": pb.SamplingParams(extra_args='{"star": "on"}')}, "sampling.extra_args"),
+        ({"sampling": {"structured_outputs": {"regex": "("}}}, "sampling.structured_outputs.regex"),
+        ({"sampling": {"structured_outputs": {"json_schema": "{"}}}, "sampling.structured_outputs.json_schema"),
+        ({"sampling": {"structured_outputs": {"json_schema": ""}}}, "sampling.structured_outputs.json_schema"),
+        (
+            {"sampling": {"structured_outputs": {"json_schema": '{"type": "string", "minLength": -1}'}}},
+            "sampling.structured_outputs.json_schema",
+        ),
+        ({"lora_name": "none"}, "lora_name"),
+        ({"priority": 1}, "priority"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -309,6 +323,150 @@ def test_a_lost_client_frees_the_request(server, http):
         client.wait()
     eventually(lambda: metrics(http, "vllm:num_requests_running") == 0, "its request still runs")
     assert metrics(http, "vllm:generation_tokens_total") - generated < LONG.max_tokens
+
+
+@pytest.fixture(scope="module")
+def stub(channel):
+    return inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+def unary(star: pb.StarOptions | None = None, **fields) -> pb.GenerateRequest:
+    return pb.GenerateRequest.FromString(request(star, **fields).SerializeToString())
+
+
+def greedy(**fields) -> pb.SamplingParams:
+    return pb.SamplingParams(**{"temperature": 0, "max_tokens": 8} | fields)
+
+
+def test_generate_and_its_stream_give_the_same_choices(stub):
+    sampling = pb.SamplingParams(n=3, temperature=1, seed=7, max_tokens=16, ignore_eos=True, logprobs=2)
+    whole = stub.Generate(unary(sampling=sampling, cache_salt="n-whole"))
+    streamed: dict[int, tuple[str, list[int], int]] = {index: ("", [], 0) for index in range(3)}
+    usage = pb.Usage()
+    for event in stub.GenerateStream(request(sampling=sampling, cache_salt="n-stream")):
+        if event.HasField("delta"):
+            text, tokens, logprobs = streamed[event.delta.index]
+            tokens = [*tokens, *event.delta.token_ids]
+            streamed[event.delta.index] = (text + event.delta.text, tokens, logprobs + len(event.delta.logprobs))
+        else:
+            usage.prompt_tokens += event.final.usage.prompt_tokens
+            usage.completion_tokens += event.final.usage.completion_tokens
+    assert streamed == {
+        choice.index: (choice.text, list(choice.token_ids), len(choice.logprobs)) for choice in whole.choices
+    }
+    assert len({text for text, _, _ in streamed.values()}) == 3
+    for used in (usage, whole.usage):
+        assert (used.prompt_tokens, used.completion_tokens) == (701, 48)
+
+
+def test_logprobs_are_those_of_http(http, stub):
+    fields = {"logprobs": 3, "prompt_logprobs": 2, "max_tokens": 4, "ignore_eos": True}
+    (choice,) = http.post("/v1/completions", json=body("/v1/completions", **fields)).json()["choices"]
+    reply = stub.Generate(unary(sampling=greedy(**fields)))
+    (own,) = reply.choices
+    told = [entry.chosen.logprob for entry in own.logprobs]
+    assert told == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-5)
+    assert [len(entry.top) for entry in own.logprobs] == [3] * 4
+    assert [entry.top[0].token_id for entry in own.logprobs] == list(own.token_ids), "greedy"
+    assert len(reply.prompt_logprobs.tokens) == len(choice["prompt_logprobs"]) == 701
+    ids = stub.Tokenize(pb.TokenizeRequest(text=PROMPT)).token_ids
+    for position, entry in enumerate(reply.prompt_logprobs.tokens[1:], 1):
+        same = choice["prompt_logprobs"][position][str(ids[position])]
+        assert (entry.chosen.token_id, entry.chosen.rank) == (ids[position], same["rank"])
+        assert entry.chosen.logprob == pytest.approx(same["logprob"], abs=1e-4)
+    assert not reply.prompt_logprobs.tokens[0].HasField("chosen")
+
+
+def test_prompt_logprobs_of_a_star_prompt_are_its_own(stub):
+    sampling = greedy(prompt_logprobs=0)
+    dense, star = (stub.Generate(unary(chosen, sampling=sampling)) for chosen in (None, options(STAR)))
+    assert star.plan.attention == pb.Plan.ATTENTION_STAR
+    both = [[entry.chosen.logprob for entry in reply.prompt_logprobs.tokens[1:]] for reply in (dense, star)]
+    assert both[0][:127] == pytest.approx(both[1][:127], abs=1e-3), "the first block sees what dense attention sees"
+    assert both[0][127:] != pytest.approx(both[1][127:], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("form", "fits"),
+    [
+        ({"regex": "(ab|cd){3}"}, lambda text: re.fullmatch("(ab|cd){3}", text)),
+        ({"choices": pb.Choices(choices=["yes", "no"])}, lambda text: text in ("yes", "no")),
+        ({"json_schema": '{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}'}, json.loads),
+    ],
+    ids=["regex", "choices", "schema"],
+)
+def test_structured_outputs(stub, form, fits):
+    sampling = greedy(structured_outputs=pb.StructuredOutputs(**form), max_tokens=64)
+    (choice,) = stub.Generate(unary(sampling=sampling)).choices
+    assert choice.finish_reason == pb.Final.FINISH_REASON_STOP
+    assert fits(choice.text) is not False, choice.text
+
+
+def test_each_sampling_field_has_an_effect(stub):
+    def text(**fields) -> str:
+        return stub.Generate(unary(sampling=greedy(ignore_eos=True, **fields))).choices[0].text
+
+    (first,) = stub.Tokenize(pb.TokenizeRequest(text="a")).token_ids
+    plain = text()
+    assert text(logit_bias={first: 100}) == "a" * 8
+    assert text(logit_bias={first: 100}, stop=["aaa"]) == ""
+    assert text(logit_bias={first: 100}, stop=["aaa"], include_stop_str_in_output=True) == "aaa"
+    banned = plain[0]
+    assert text(bad_words=[banned])[0] != banned
+    end = 256  # the byte tokenizer's only special token
+    assert text(logit_bias={end: 100}) == ""
+    assert text(logit_bias={end: 100}, skip_special_tokens=False) == "<|end|>" * 8
+    assert text(extra_args='{"unknown": 9007199254740993}') == plain
+
+
+def test_chat_is_that_of_http(http, stub):
+    answer = http.post("/v1/chat/completions", json=body("/v1/chat/completions")).json()
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content=PROMPT)])
+    reply = stub.Generate(unary(text=None, chat=chat, sampling=pb.SamplingParams(temperature=0, max_tokens=16)))
+    assert reply.choices[0].text == answer["choices"][0]["message"]["content"]
+    tokens = stub.Tokenize(pb.TokenizeRequest(chat=chat))
+    assert tokens.count == reply.usage.prompt_tokens == answer["usage"]["prompt_tokens"]
+    assert tokens.max_model_len == 8192
+
+
+def test_tokenize_is_that_of_http(http, stub):
+    told = http.post("/tokenize", json={"model": MODEL, "prompt": "ab ä"}).json()
+    assert list(stub.Tokenize(pb.TokenizeRequest(text="ab ä")).token_ids) == told["tokens"]
+    assert stub.Tokenize(pb.TokenizeRequest(text="x" * 9000)).count == 9000, "counted, though beyond the context"
+
+
+def test_capabilities(stub):
+    told = stub.GetCapabilities(pb.GetCapabilitiesRequest())
+    assert (list(told.models), told.max_model_len, told.vocabulary_size) == ([MODEL], 8192, 320)
+    assert (told.kv_page_tokens, told.star_available, list(told.star_refusals)) == (PAGE, True, [])
+    assert told.star_defaults.mode == pb.StarOptions.MODE_OFF
+
+
+def test_a_cancelled_generate_frees_the_request(http, stub):
+    call = stub.Generate.future(unary(sampling=LONG))
+    eventually(lambda: metrics(http, "vllm:num_requests_running") == 1, "the request does not run")
+    call.cancel()
+    eventually(lambda: metrics(http, "vllm:num_requests_running") == 0, "a cancelled request still runs")
+
+
+def test_vllms_benchmark_over_grpc_gives_the_fields_of_http(server, tmp_path):
+    results = {}
+    for backend, address in (("vllm", server.http), ("starling-grpc", f"http://{server.grpc}")):
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", backend]
+        command += ["--base-url", address, "--model", server.model, "--served-model-name", MODEL]
+        command += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "16"]
+        command += ["--num-prompts", "6", "--max-concurrency", "2", "--temperature", "0", "--disable-tqdm"]
+        command += ["--save-result", "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", backend]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+        results[backend] = json.loads((tmp_path / backend).read_text())
+    ours, vllms = results["starling-grpc"], results["vllm"]
+    assert set(ours) == set(vllms)
+    for field in ("completed", "failed", "total_output_tokens", "output_lens", "total_input_tokens"):
+        assert ours[field] == vllms[field], field
+    assert ours["completed"] == 6
+    assert [len(gaps) for gaps in ours["itls"]] == [15] * 6
+    assert all(ttft > 0 for ttft in ours["ttfts"])
 
 
 def test_health_and_reflection(channel):

@@ -4,14 +4,13 @@ import asyncio
 import contextlib
 import socket
 from argparse import Namespace
-from contextlib import asynccontextmanager
-from types import SimpleNamespace
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from vllm.exceptions import QueueOverflowError, VLLMValidationError
-from vllm.outputs import CompletionOutput, RequestOutput
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
+from grpc_status import rpc_status
+from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from engine_ext.serving.grpc_front import SERVICE, Front
@@ -19,78 +18,11 @@ from engine_ext.serving.grpc_gate import server_credentials
 from engine_ext.serving.serve_args import AdminOptions
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
+from tests.unit.grpc_fakes import FakeEngine, front_of
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 PROMPT = pb.GenerateStreamRequest(text="abc")
-
-
-class FakeEngine:
-    """Streams ``script``: texts, then an exception to raise, or None to wait for `release` first."""
-
-    def __init__(self, *script, refuses: Exception | None = None, max_model_len: int = 100) -> None:
-        self.script = script
-        self.release = asyncio.Event()
-        self.ended: list[str] = []  # ids of generators that were closed, by whatever way
-        self.errored = False
-        self.dead_error = EngineDeadError()
-        self.renderer = self
-        self.input_processor = SimpleNamespace(starling=SimpleNamespace(plan=lambda extra_args, tokens: None))
-        self.model_config = SimpleNamespace(
-            max_model_len=max_model_len,
-            generation_config="auto",
-            override_generation_config={},
-            get_diff_sampling_param=dict,
-        )
-        self.refuses = refuses
-
-    def check_admission(self, n: int) -> None:
-        if self.refuses is not None:
-            raise self.refuses
-
-    def validate_token_ids(self, ids, parameter) -> None:
-        pass
-
-    async def render_cmpl_async(self, prompts, prompt_extras):
-        return [{"type": "token", "prompt_token_ids": [1] * 10}]
-
-    async def generate(self, prompt, params, request_id, priority):
-        try:
-            for step in self.script:
-                if step is None:
-                    await self.release.wait()
-                elif isinstance(step, Exception):
-                    raise step
-                else:
-                    yield result(step)
-            yield result("", finish_reason="length")
-        finally:
-            self.ended.append(request_id)
-
-
-def result(text: str, finish_reason: str | None = None) -> RequestOutput:
-    output = CompletionOutput(0, text, [7] * len(text), None, None, finish_reason=finish_reason)
-    return RequestOutput("id", None, [1] * 10, None, [output], finish_reason is not None, num_cached_tokens=4)
-
-
-@asynccontextmanager
-async def front_of(engine, api_keys=(), credentials=None, channel_credentials=None):
-    front = Front(engine, list(api_keys))
-    port = await front.start("localhost:0", credentials)
-    address = f"localhost:{port}"
-    if channel_credentials is None:
-        channel = grpc.aio.insecure_channel(address)
-    else:
-        channel = grpc.aio.secure_channel(address, channel_credentials)
-    async with channel:
-        try:
-            yield SimpleNamespace(
-                front=front,
-                generate=inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream,
-                health=health_pb2_grpc.HealthStub(channel),
-            )
-        finally:
-            await front.stop(0)
 
 
 async def status_of(client, service: str = SERVICE) -> int:
@@ -157,6 +89,24 @@ def test_a_dead_engine_and_a_full_one_are_told_apart():
             return full[0], dead[0], engine.ended
 
     assert asyncio.run(scenario()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, [])
+
+
+@pytest.mark.parametrize(
+    "error", [QueueOverflowError(), MaxQueuedTokensError()], ids=lambda error: type(error).__name__
+)
+def test_overload_says_when_to_try_again(error):
+    async def scenario():
+        engine = FakeEngine(refuses=error)
+        async with front_of(engine) as client:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await events_of(client.generate(pb.GenerateStreamRequest(text="abc", sampling={"n": 3})))
+            return refused.value, engine.admitted
+
+    refused, asked = asyncio.run(scenario())
+    retry = error_details_pb2.RetryInfo()
+    assert rpc_status.from_call(refused).details[0].Unpack(retry)
+    assert (refused.code(), retry.retry_delay.seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
+    assert asked == [3], "each choice counts as a request"
 
 
 def test_a_prompt_that_fills_the_context_is_named():
@@ -334,7 +284,7 @@ def test_admin_calls_need_their_port_or_key(key, sent, own_port, code):
             admin_port = free.getsockname()[1]
         engine = FakeEngine("a")
         engine.get_num_unfinished_requests = lambda: 0
-        front = Front(engine, ["api-key"], AdminOptions(admin_port, "127.0.0.1", key))
+        front = Front(engine, ["api-key"], admin=AdminOptions(admin_port, "127.0.0.1", key))
         port = await front.start("127.0.0.1:0", None)
         metadata = [("authorization", f"Bearer {sent or 'api-key'}")]
         target = f"127.0.0.1:{admin_port if own_port else port}"

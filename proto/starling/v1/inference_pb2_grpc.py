@@ -42,6 +42,21 @@ class InferenceServiceStub:
                 request_serializer=starling_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=starling_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_unary(
+                '/starling.v1.InferenceService/Generate',
+                request_serializer=starling_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=starling_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/starling.v1.InferenceService/Tokenize',
+                request_serializer=starling_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=starling_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.GetCapabilities = channel.unary_unary(
+                '/starling.v1.InferenceService/GetCapabilities',
+                request_serializer=starling_dot_v1_dot_inference__pb2.GetCapabilitiesRequest.SerializeToString,
+                response_deserializer=starling_dot_v1_dot_inference__pb2.GetCapabilitiesResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -53,6 +68,28 @@ class InferenceServiceServicer:
     def GenerateStream(self, request, context):
         """Streams what one prompt generates: deltas as they come, then one Final. Ending the call (cancel,
         deadline, lost connection) ends the request in the engine at once.
+        With n > 1 there is a Final for each choice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Generate(self, request, context):
+        """The same in one reply, when all of it is there. Ending the call ends the request just so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The token ids that Generate would put before the model; the engine is not asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCapabilities(self, request, context):
+        """What a client can ask of this server, and how much of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -65,6 +102,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=starling_dot_v1_dot_inference__pb2.GenerateStreamRequest.FromString,
                     response_serializer=starling_dot_v1_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=starling_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=starling_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=starling_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=starling_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'GetCapabilities': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCapabilities,
+                    request_deserializer=starling_dot_v1_dot_inference__pb2.GetCapabilitiesRequest.FromString,
+                    response_serializer=starling_dot_v1_dot_inference__pb2.GetCapabilitiesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -97,6 +149,87 @@ class InferenceService:
             '/starling.v1.InferenceService/GenerateStream',
             starling_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
             starling_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/starling.v1.InferenceService/Generate',
+            starling_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            starling_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/starling.v1.InferenceService/Tokenize',
+            starling_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            starling_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCapabilities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/starling.v1.InferenceService/GetCapabilities',
+            starling_dot_v1_dot_inference__pb2.GetCapabilitiesRequest.SerializeToString,
+            starling_dot_v1_dot_inference__pb2.GetCapabilitiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

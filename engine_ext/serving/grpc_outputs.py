@@ -1,0 +1,117 @@
+"""What vLLM gives back, as messages of starling.v1. Pure functions, and the sum of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput
+
+from starling.v1 import inference_pb2 as pb
+
+ATTENTION = {"dense": pb.Plan.ATTENTION_DENSE, "star": pb.Plan.ATTENTION_STAR}
+FINISH_REASONS = {
+    "stop": pb.Final.FINISH_REASON_STOP,
+    "length": pb.Final.FINISH_REASON_LENGTH,
+    "abort": pb.Final.FINISH_REASON_ABORT,
+    "repetition": pb.Final.FINISH_REASON_REPETITION,
+}
+
+Position = Mapping[int, Logprob]
+
+
+def delta(output: CompletionOutput, top: int | None = None) -> pb.GenerateStreamResponse:
+    """New output of a choice. ``top``: as SamplingParams.logprobs, None for no log probabilities."""
+    message = pb.Delta(text=output.text, token_ids=output.token_ids, index=output.index)
+    if top is not None:
+        # An output without tokens comes with all log probabilities so far: the tokens say how many are new.
+        pairs = zip(output.token_ids, output.logprobs or (), strict=False)
+        message.logprobs.extend(token_logprobs(token_id, position or {}, top) for token_id, position in pairs)
+    return pb.GenerateStreamResponse(delta=message)
+
+
+def token_logprobs(token_id: int, position: Position, top: int) -> pb.TokenLogprobs:
+    """Empty where nothing is known; else the chosen token's, and the ``top`` likeliest ones' (-1: all there are)."""
+    if not position:
+        return pb.TokenLogprobs()
+    ranked = sorted(position.items(), key=lambda item: item[1].rank or 0)
+    likeliest = [pair for pair in ranked if top < 0 or 1 <= (pair[1].rank or 0) <= top]
+    return pb.TokenLogprobs(chosen=logprob(token_id, position[token_id]), top=[logprob(*pair) for pair in likeliest])
+
+
+def logprob(token_id: int, value: Logprob) -> pb.Logprob:
+    return pb.Logprob(token_id=token_id, logprob=value.logprob, rank=value.rank or 0, text=value.decoded_token or "")
+
+
+def prompt_logprobs(
+    token_ids: Sequence[int], positions: Iterable[Position | None], top: int | None
+) -> pb.GenerateStreamResponse:
+    """One message a prompt token; that of the first, which vLLM has nothing for, is empty."""
+    pairs = zip(token_ids, positions, strict=True)
+    tokens = [token_logprobs(token_id, position or {}, top or 0) for token_id, position in pairs]
+    return pb.GenerateStreamResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens))
+
+
+def final(output: CompletionOutput, usage: pb.Usage, plan: dict[str, Any]) -> pb.GenerateStreamResponse:
+    """The last event of a choice. ``plan`` is what engine_ext.requests.describe says of it."""
+    reason = FINISH_REASONS.get(output.finish_reason or "", pb.Final.FINISH_REASON_UNSPECIFIED)
+    message = pb.Final(finish_reason=reason, usage=usage, plan=plan_message(plan), index=output.index)
+    if isinstance(output.stop_reason, str):
+        message.stop_string = output.stop_reason
+    elif output.stop_reason is not None:
+        message.stop_token_id = output.stop_reason
+    return pb.GenerateStreamResponse(final=message)
+
+
+def plan_message(plan: dict[str, Any]) -> pb.Plan:
+    """A described plan as a message; the keys of a dense one, which its description leaves out, are added."""
+    tokens = plan["prompt_tokens"]
+    pairs = tokens * (tokens + 1) // 2
+    dense = {"keys_attended": pairs, "dense_keys": pairs, "keys_per_context_token": (tokens + 1) / 2}
+    values = plan if plan["attention"] == "star" else plan | dense
+    return pb.Plan(**values | {"attention": ATTENTION[plan["attention"]]})
+
+
+class Reply:
+    """The events of a stream, added up to the one reply of Generate."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, list[str]] = {}
+        self.choices: dict[int, pb.Choice] = {}
+        self.response = pb.GenerateResponse()
+
+    def add(self, event: pb.GenerateStreamResponse) -> None:
+        kind = event.WhichOneof("event")
+        if kind == "delta":
+            self._add_delta(event.delta)
+        elif kind == "final":
+            self._add_final(event.final)
+        elif kind == "prompt_logprobs":
+            self.response.prompt_logprobs.CopyFrom(event.prompt_logprobs)
+
+    def _choice(self, index: int) -> pb.Choice:
+        return self.choices.setdefault(index, pb.Choice(index=index))
+
+    def _add_delta(self, new: pb.Delta) -> None:
+        choice = self._choice(new.index)
+        self.texts.setdefault(new.index, []).append(new.text)
+        choice.token_ids.extend(new.token_ids)
+        choice.logprobs.extend(new.logprobs)
+
+    def _add_final(self, end: pb.Final) -> None:
+        choice = self._choice(end.index)
+        choice.finish_reason = end.finish_reason
+        reason = end.WhichOneof("stop_reason")
+        if reason is not None:
+            setattr(choice, reason, getattr(end, reason))
+        self.response.plan.CopyFrom(end.plan)
+        for field in pb.Usage.DESCRIPTOR.fields_by_name:
+            total = getattr(self.response.usage, field) + getattr(end.usage, field)
+            setattr(self.response.usage, field, total)
+
+    def whole(self) -> pb.GenerateResponse:
+        for index, choice in sorted(self.choices.items()):
+            choice.text = "".join(self.texts.get(index, ()))
+            self.response.choices.append(choice)
+        return self.response

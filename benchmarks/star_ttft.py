@@ -1,7 +1,7 @@
 """Time to first token, dense against Star Attention, in one engine: `python -m benchmarks.star_ttft`.
 
 Each repetition runs every configuration once, one right after the other; a speed-up is the median over
-repetitions of dense / star. Writes results/star_ttft.json and results/star_ttft.png.
+repetitions of dense / star. Writes results/star_ttft_{llama,smollm2}.json and .png. Takes about 25 minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, median_ratio, write_json
+from benchmarks.report import median_ratio, write_json
 from scheduler.options import StarOptions, parse_options
 from scheduler.plan import make_plan
 
@@ -107,67 +107,69 @@ def show(title: str, results: list[dict]) -> None:
     Console().print(table)
 
 
-def plot(sections: dict[str, list[dict]], path: Path) -> None:
+def plot(title: str, results: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(sections), figsize=(6 * len(sections), 4.2), squeeze=False)
-    for axis, (title, results) in zip(axes[0], sections.items(), strict=True):
-        if len(results) == 1:
-            rows = [row for row in results[0]["rows"] if row["block_size"]]
-            axis.bar([row["configuration"] for row in rows], [row["ttft_speedup"] for row in rows])
-            title = f"{title}, {results[0]['tokens']:,} tokens"
-        else:
-            lengths = [result["tokens"] for result in results]
-            for index, row in enumerate(results[0]["rows"]):
-                if row["block_size"]:
-                    axis.plot(
-                        lengths,
-                        [result["rows"][index]["ttft_speedup"] for result in results],
-                        marker="o",
-                        label=row["configuration"],
-                    )
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
-            axis.set_xlabel("prompt tokens")
-            axis.legend()
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set_ylabel("time to first token, dense / star")
-        axis.set_title(title)
+    figure, axis = pyplot.subplots(figsize=(6, 4.2))
+    if len(results) == 1:
+        rows = [row for row in results[0]["rows"] if row["block_size"]]
+        axis.bar([row["configuration"] for row in rows], [row["ttft_speedup"] for row in rows])
+    else:
+        lengths = [result["tokens"] for result in results]
+        for index, row in enumerate(results[0]["rows"]):
+            if row["block_size"]:
+                speedups = [result["rows"][index]["ttft_speedup"] for result in results]
+                axis.plot(lengths, speedups, marker="o", label=row["configuration"])
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+        axis.set_xlabel("prompt tokens")
+        axis.legend()
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_ylabel("time to first token, dense / star")
+    axis.set_title(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def report(name: str, title: str, results: list[dict]) -> None:
+    show(title, results)
+    path = write_json(name, {"title": title, "query_tokens": QUERY_TOKENS, "results": results})
+    plot(title, results, path.with_suffix(".png"))
+    print(path)
+
+
+def random_llama(lengths: list[int], repeats: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
+        arguments = {"dtype": "float32", "kv_cache_memory_bytes": 2 << 30} | ENGINE
+        with Engine(model, timed_attention=True, **arguments) as engine:
+            engine.generate([1] * 4096)
+            results = [measure(engine, length, configurations(2048), repeats, 256, 128) for length in lengths]
+    report("star_ttft_llama", "random Llama, 2 layers, float32", results)
+
+
+def smollm2(length: int, repeats: int) -> None:
+    """A real model, compiled as vLLM does by default."""
+    arguments = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": False} | ENGINE
+    with Engine(SMOLLM2, timed_attention=True, **arguments) as engine:
+        engine.generate([1] * 4096)
+        results = [measure(engine, length, configurations(None), repeats, 40000, 128)]
+    report("star_ttft_smollm2", f"SmolLM2-135M, bfloat16, {length:,} tokens", results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 16384, 32768, 65536], help="random Llama")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smollm2-tokens", type=int, default=8064, help="0 leaves SmolLM2 out")
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    sections: dict[str, list[dict]] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        if args.lengths:
-            model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
-            arguments = {"dtype": "float32", "kv_cache_memory_bytes": 2 << 30} | ENGINE
-            with Engine(model, timed_attention=True, **arguments) as engine:
-                engine.generate([1] * 4096)
-                sections["random Llama, 2 layers, float32"] = [
-                    measure(engine, length, configurations(2048), args.repeats, 256, 128) for length in args.lengths
-                ]
     if args.smollm2_tokens:
-        arguments = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30} | ENGINE
-        with Engine(SMOLLM2, timed_attention=True, **arguments) as engine:
-            engine.generate([1] * 4096)
-            sections["SmolLM2-135M, bfloat16"] = [
-                measure(engine, args.smollm2_tokens, configurations(None), args.repeats, 40000, 128)
-            ]
-    for title, results in sections.items():
-        show(title, results)
-    path = write_json("star_ttft", {"query_tokens": QUERY_TOKENS, "sections": sections})
-    plot(sections, OUT / "star_ttft.png")
-    print(f"{path} and {OUT / 'star_ttft.png'}")
+        smollm2(args.smollm2_tokens, args.repeats)
+    if args.lengths:
+        random_llama(args.lengths, args.repeats)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext import compat
 from engine_ext.requests import describe, star_requests
+from engine_ext.serving import grpc_admin
 from engine_ext.serving.errors import DuplicateRequestError, grpc_code, root
 from engine_ext.serving.grpc_capabilities import capabilities
 from engine_ext.serving.grpc_gate import Gate
@@ -30,8 +31,9 @@ from engine_ext.serving.grpc_messages import RETRY_SECONDS, error_status, given,
 from engine_ext.serving.grpc_outputs import Reply, delta, final, prompt_logprobs
 from engine_ext.serving.grpc_prompts import GenerateRequest, prompt_field, render
 from engine_ext.serving.grpc_sampling import TEXT_FIELDS, constraint_path, sampling_params
+from engine_ext.serving.serve_args import NO_ADMIN, AdminOptions, authority
+from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
-from starling.v1 import inference_pb2_grpc
 
 logger = init_logger("vllm.starling")
 
@@ -230,26 +232,51 @@ def adapter(engine: Any, request: GenerateRequest) -> Any:
 
 
 class Front:
-    """The gRPC server with its health and reflection services."""
+    """The gRPC server with its health and reflection services, and AdminService's own port where it has one."""
 
-    def __init__(self, engine: Any, api_keys: list[str], chat: ChatParams | None = None) -> None:
+    def __init__(
+        self, engine: Any, api_keys: list[str], chat: ChatParams | None = None, admin: AdminOptions = NO_ADMIN
+    ) -> None:
+        self.admin = admin
+        self.admin_server: grpc.aio.Server | None = None
         self.gate = Gate(api_keys)
         self.server = grpc.aio.server(interceptors=[self.gate], options=SERVER_OPTIONS)
         self.health = health.aio.HealthServicer()
         inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(engine, own_port=False), self.server)
+        self.own_port_servicer = self._admin_servicer(engine, own_port=True)
+        names = (SERVICE, grpc_admin.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         self._stopping: asyncio.Task | None = None
 
+    def _admin_servicer(self, engine: Any, own_port: bool) -> grpc_admin.AdminServicer:
+        return grpc_admin.AdminServicer(
+            engine, self, key=self.admin.key, own_port=own_port, max_message_bytes=MAX_REQUEST_BYTES
+        )
+
+    @property
+    def draining(self) -> bool:
+        return self.gate.draining
+
+    async def stop_admitting(self) -> None:
+        """Refuse new calls with UNAVAILABLE and report NOT_SERVING; running ones go on."""
+        self.gate.draining = True
+        await self.health.enter_graceful_shutdown()
+
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
-        """Listen and report SERVING; returns the port (raises RuntimeError where it can't be had)."""
+        """Listen and report SERVING; returns the port (raises RuntimeError where one can't be had)."""
         if credentials is None:
             port = self.server.add_insecure_port(address)
         else:
             port = self.server.add_secure_port(address, credentials)
         await self.server.start()
+        if self.admin.port is not None:
+            self.admin_server, admin_port = await grpc_admin.start_own_port(
+                self.own_port_servicer, f"{authority(self.admin.host)}:{self.admin.port}", credentials, SERVER_OPTIONS
+            )
+            logger.info("AdminService on %s:%d", authority(self.admin.host), admin_port)
         for name in ("", SERVICE):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return port
@@ -261,9 +288,11 @@ class Front:
         await asyncio.shield(self._stopping)
 
     async def _stop(self, grace: float) -> None:
-        await self.health.enter_graceful_shutdown()
+        await self.stop_admitting()
         if await self.gate.drain(grace):
             logger.info("gRPC: every running stream has ended")
         else:
             logger.warning("gRPC: ending streams that still run after %.0f s", grace)
         await self.server.stop(None)
+        if self.admin_server is not None:
+            await self.admin_server.stop(None)

@@ -10,7 +10,6 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Sequence
-from ipaddress import ip_address
 from typing import Any
 
 import uvloop
@@ -27,11 +26,11 @@ from engine_ext import compat
 from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
 from engine_ext.serving.grpc_gate import server_credentials
 from engine_ext.serving.grpc_prompts import chat_params
-from engine_ext.serving.serve_args import parse
+from engine_ext.serving.serve_args import LOOPBACK, AdminOptions, admin_options, authority, is_loopback, parse
+from scheduler.options import OptionError
 
 logger = init_logger("vllm.starling")
 
-LOOPBACK = "127.0.0.1"
 UNUSABLE = 2
 INTERRUPTED = 130
 
@@ -43,42 +42,48 @@ def run(argv: Sequence[str]) -> int:
     cli_env_setup()
     try:
         args, grpc_port = parse(argv)
+        admin = admin_options(args, grpc_port, os.environ)  # before vLLM logs its arguments, the key among them
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
         if grpc_port is not None:
             server_credentials(args)
-            refuse_taken_port(args.host or LOOPBACK, grpc_port)
+            refuse_taken_port("--grpc-port", args.host or LOOPBACK, grpc_port)
+            if admin.port is not None:
+                refuse_taken_port("--grpc-admin-port", admin.host, admin.port)
     except (ValueError, TypeError, OSError) as error:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
-    if grpc_port is None:
-        ServeSubcommand.cmd(args)
-    else:
-        args.model = args.model_tag or args.model
-        try:
-            uvloop.run(serve_both(args, grpc_port))
-        except KeyboardInterrupt:  # a signal while the engine starts; later ones end serve_both in order
-            return INTERRUPTED
+    try:
+        if grpc_port is None:
+            ServeSubcommand.cmd(args)
+        else:
+            args.model = args.model_tag or args.model
+            uvloop.run(serve_both(args, grpc_port, admin))
+    except KeyboardInterrupt:  # a signal while the engine starts; later ones end serve_both in order
+        return INTERRUPTED
+    except OptionError as error:  # what only the model's configuration tells: the page, what star does not run with
+        print(f"starling serve: error: {error}", file=sys.stderr)
+        return UNUSABLE
     return 0
 
 
-def refuse_taken_port(host: str, port: int) -> None:
+def refuse_taken_port(option: str, host: str, port: int) -> None:
     """Fail now and not after the model has been loaded (raises OSError)."""
     family = socket.getaddrinfo(host, port)[0][0]
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise OSError(f"--grpc-port {port} can't be had on {host}: {error.strerror}") from None
+        raise OSError(f"{option} {port} can't be had on {host}: {error.strerror}") from None
 
 
-async def serve_both(args: Namespace, grpc_port: int) -> None:
+async def serve_both(args: Namespace, grpc_port: int, admin: AdminOptions) -> None:
     """vLLM's run_server, with gRPC on the same engine: started before HTTP, stopped before the engine."""
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, interrupt_start)
     listen_address, sock = setup_server(args, reuse_port=False)
     with sock:
         async with build_async_engine_client(args) as engine:
-            front = await start_front(engine, args, grpc_port)
+            front = await start_front(engine, args, grpc_port, admin)
             grace = max(GRACE_SECONDS, args.shutdown_timeout)
             stop_before_engine(engine, front, grace)
             try:
@@ -93,12 +98,12 @@ def interrupt_start(*_: Any) -> None:
     raise KeyboardInterrupt("terminated")
 
 
-async def start_front(engine: Any, args: Namespace, port: int) -> Front:
+async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptions) -> Front:
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
     compat.note_lora_adapters()
-    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key], chat_params(args))
-    address = f"[{host}]" if ":" in host else host
+    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key], chat_params(args), admin)
+    address = authority(host)
     port = await front.start(f"{address}:{port}", credentials)
     logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")
     if args.host is None:
@@ -110,13 +115,6 @@ async def start_front(engine: Any, args: Namespace, port: int) -> Front:
             host,
         )
     return front
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def stop_before_engine(engine: Any, front: Front, grace: float) -> None:

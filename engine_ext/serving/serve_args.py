@@ -33,6 +33,9 @@ class AdminOptions:
     key: str | None
 
 
+NO_ADMIN = AdminOptions(None, LOOPBACK, None)
+
+
 def flag(field: str) -> str:
     """``block_size`` -> ``--star-block-size``."""
     return "--" + flat_name(field).replace("_", "-")
@@ -107,6 +110,11 @@ def admin_options(args: argparse.Namespace, grpc_port: int | None, environ: Mapp
             shown = ", ".join(f"--grpc-admin-{name}={given[name]}" for name in ("port", "host") if given[name])
             raise ValueError(f"{shown or '--grpc-admin-key'} is refused: {reason}")
     return AdminOptions(port, host, key)
+
+
+def authority(host: str) -> str:
+    """A host as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def is_loopback(host: str) -> bool:

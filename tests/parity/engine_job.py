@@ -16,7 +16,7 @@ RESULT = "starling-result: "
 def params_of(prompt: dict, sampling_params: type):
     return sampling_params(
         max_tokens=prompt.get("max_tokens", 1),
-        # Greedy but with a seed. vLLM refuses temperature 0 with n > 1; V2's sampler does not run under the interpreter.
+        # Greedy but with a seed. vLLM refuses temperature 0 with n > 1; V2's sampler does not run interpreted.
         temperature=1 if "seed" in prompt or prompt.get("n", 1) > 1 else 0,
         top_k=1 if prompt.get("n", 1) > 1 else 0,
         seed=prompt.get("seed"),

@@ -32,10 +32,9 @@ def test_each_row_is_reached(row):
     assert (grpc_code(make(kind)), http_status(make(kind))) == (code, status)
 
 
-@pytest.mark.parametrize("row", TABLE, ids=names)
+# vLLM's HTTP server makes its own request ids, so it never meets a duplicate.
+@pytest.mark.parametrize("row", [row for row in TABLE if row[0] is not DuplicateRequestError], ids=names)
 def test_http_status_is_the_one_that_vllm_sends(row):
-    if row[0] is DuplicateRequestError:
-        pytest.skip("vLLM's HTTP server makes its own request ids")
     assert http_status(make(row[0])) == create_error_response(make(row[0])).error.code
 
 

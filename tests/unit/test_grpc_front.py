@@ -1,7 +1,9 @@
 """The gRPC front over a stand-in for the engine: what a client sees when things go otherwise than planned."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from argparse import Namespace
 
@@ -13,10 +15,11 @@ from grpc_status import rpc_status
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine_ext.serving.grpc_front import SERVICE
+from engine_ext.serving.grpc_front import SERVICE, Front
 from engine_ext.serving.grpc_gate import server_credentials
+from engine_ext.serving.serve_args import AdminOptions
+from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
-from starling.v1 import inference_pb2_grpc
 from tests.unit.grpc_fakes import FakeEngine, front_of
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -286,3 +289,47 @@ def test_tls(certificates, require, present, fine, refresh):
             return len(await events_of(call)) if fine else (await error_of(call))[0]
 
     assert asyncio.run(scenario()) == (2 if fine else grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.mark.parametrize(
+    ("key", "sent", "own_port", "code"),
+    [
+        (None, None, False, grpc.StatusCode.PERMISSION_DENIED),
+        (None, None, True, grpc.StatusCode.OK),
+        ("secret", None, False, grpc.StatusCode.UNAUTHENTICATED),
+        ("secret", "wrong", True, grpc.StatusCode.UNAUTHENTICATED),
+        ("secret", "secret", False, grpc.StatusCode.OK),
+        ("secret", "secret", True, grpc.StatusCode.OK),
+    ],
+)
+def test_admin_calls_need_their_port_or_key(key, sent, own_port, code):
+    """The API key of generation opens nothing here, and a drain by an admin refuses generation alone."""
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            admin_port = free.getsockname()[1]
+        engine = FakeEngine("a")
+        engine.get_num_unfinished_requests = lambda: 0
+        front = Front(engine, ["api-key"], admin=AdminOptions(admin_port, "127.0.0.1", key))
+        port = await front.start("127.0.0.1:0", None)
+        metadata = [("authorization", f"Bearer {sent or 'api-key'}")]
+        target = f"127.0.0.1:{admin_port if own_port else port}"
+        async with (
+            grpc.aio.insecure_channel(target) as channel,
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as other,
+        ):
+            drain = admin_pb2_grpc.AdminServiceStub(channel).Drain
+            call = drain(admin_pb2.DrainRequest(), metadata=metadata)
+            assert await call.code() is code
+            generate = inference_pb2_grpc.InferenceServiceStub(other).GenerateStream
+            answer = generate(PROMPT, metadata=[("authorization", "Bearer api-key")])
+            with contextlib.suppress(grpc.RpcError):
+                async for _ in answer:
+                    pass
+            drained = code is grpc.StatusCode.OK
+            assert await answer.code() is (grpc.StatusCode.UNAVAILABLE if drained else grpc.StatusCode.OK)
+            if drained:
+                assert await drain(admin_pb2.DrainRequest(), metadata=metadata).code() is code
+        await front.stop(0)
+
+    asyncio.run(main())

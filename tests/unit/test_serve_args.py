@@ -175,8 +175,8 @@ def test_a_taken_port_is_refused_early():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"--grpc-port {port} can't be had"):
-            refuse_taken_port("127.0.0.1", port)
-    refuse_taken_port("127.0.0.1", port)
+            refuse_taken_port("--grpc-port", "127.0.0.1", port)
+    refuse_taken_port("--grpc-port", "127.0.0.1", port)
 
 
 @pytest.mark.parametrize(

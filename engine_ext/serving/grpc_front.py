@@ -29,8 +29,10 @@ from engine_ext.serving.grpc_capabilities import capabilities
 from engine_ext.serving.grpc_gate import Gate
 from engine_ext.serving.grpc_messages import RETRY_SECONDS, error_status, given, star_args
 from engine_ext.serving.grpc_outputs import Reply, delta, final, prompt_logprobs
+from engine_ext.serving.grpc_progress import with_progress
 from engine_ext.serving.grpc_prompts import GenerateRequest, prompt_field, render
 from engine_ext.serving.grpc_sampling import TEXT_FIELDS, constraint_path, sampling_params
+from engine_ext.serving.progress import watch_prefill
 from engine_ext.serving.serve_args import NO_ADMIN, AdminOptions, authority
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
@@ -72,7 +74,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext) -> None:
         # A coroutine that writes, not a generator: cancelling it then closes the engine's generator, and with
         # it the request, at once, wherever it waits.
-        await self._serve(request, context, context.write)
+        await self._serve(request, context, context.write, progress=request.progress)
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         reply = Reply()
@@ -103,12 +105,16 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         request: GenerateRequest,
         context: grpc.aio.ServicerContext,
         send: Callable[[pb.GenerateStreamResponse], Awaitable[None]],
+        progress: bool = False,
     ) -> None:
         """Send the events of a request; an error ends the call with its status."""
         call = Call(prompt_field(request))
         try:
             with self._claim(request.request_id) as request_id:
-                async with aclosing(self._generate(request, request_id, call)) as events:
+                stream = self._generate(request, request_id, call)
+                if progress:
+                    stream = with_progress(stream, watch_prefill(self.engine, request_id))
+                async with aclosing(stream) as events:
                     async for event in events:
                         await send(event)
         except Exception as raised:
@@ -239,6 +245,7 @@ class Front:
     ) -> None:
         self.admin = admin
         self.admin_server: grpc.aio.Server | None = None
+        self.admin_port: int | None = None
         self.gate = Gate(api_keys)
         self.server = grpc.aio.server(interceptors=[self.gate], options=SERVER_OPTIONS)
         self.health = health.aio.HealthServicer()
@@ -273,10 +280,10 @@ class Front:
             port = self.server.add_secure_port(address, credentials)
         await self.server.start()
         if self.admin.port is not None:
-            self.admin_server, admin_port = await grpc_admin.start_own_port(
+            self.admin_server, self.admin_port = await grpc_admin.start_own_port(
                 self.own_port_servicer, f"{authority(self.admin.host)}:{self.admin.port}", credentials, SERVER_OPTIONS
             )
-            logger.info("AdminService on %s:%d", authority(self.admin.host), admin_port)
+            logger.info("AdminService on %s:%d", authority(self.admin.host), self.admin_port)
         for name in ("", SERVICE):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return port

@@ -17,7 +17,7 @@ from engine_ext import compat, plugin
 from engine_ext.serving.errors import DrainingError
 from scheduler.plan import StarPlan
 from starling.v1 import admin_pb2 as pb
-from starling.v1 import admin_pb2_grpc
+from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as inference
 
 pytestmark = pytest.mark.e2e
@@ -25,15 +25,6 @@ pytestmark = pytest.mark.e2e
 PAGE = 32
 LENGTH = 7000  # of the prompts: some 55 steps of 128 tokens
 BLOCKS = {"star": "on", "star_block_size": 1024, "star_query_tokens": 100}
-
-
-class Front:
-    """As much of the gRPC front as Drain needs."""
-
-    draining = False
-
-    async def stop_admitting(self) -> None:
-        self.draining = True
 
 
 class Server:
@@ -44,19 +35,20 @@ class Server:
         from vllm.entrypoints.launchers.api_server.entry import build_app
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from engine_ext.serving.grpc_admin import AdminServicer, start_own_port
-        from engine_ext.serving.serve_args import parse
+        from engine_ext.serving.grpc_front import Front
+        from engine_ext.serving.serve_args import AdminOptions, parse
 
         plugin.register()
         options = ["--dtype", "float32", "--block-size", str(PAGE), "--max-num-batched-tokens", "128"]
         args, _ = parse([str(model), "--enforce-eager", "--served-model-name", "tiny", *options])
         args.model = str(model)
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
-        self.front = Front()
-        servicer = AdminServicer(self.engine, self.front, key=None, own_port=True, max_message_bytes=2**20)
-        self.server, port = await start_own_port(servicer, "localhost:0", None, ())
+        self.front = Front(self.engine, [], admin=AdminOptions(0, "localhost", None))
+        port = await self.front.start("localhost:0", None)
+        self.admin_channel = grpc.aio.insecure_channel(f"localhost:{self.front.admin_port}")
         self.channel = grpc.aio.insecure_channel(f"localhost:{port}")
-        self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
@@ -65,7 +57,8 @@ class Server:
     async def stop(self) -> None:
         await self.http.aclose()
         await self.channel.close()
-        await self.server.stop(None)
+        await self.admin_channel.close()
+        await self.front.stop(0)
         self.engine.shutdown()
 
     def generate(self, name: str, *, seed: int = 0, max_tokens: int = 4, **extra):
@@ -273,6 +266,47 @@ def test_progress_over_http(runner, server, path, monkeypatch):
     assert computed == sorted(set(computed))
     assert {(state["prompt_index"], state["star_blocks"]) for state in told} == {(0, 6)}
     assert [event.split('"object"')[0][:10] for event in events[len(comments) :]][-1] == "data: [DON"
+
+
+def test_progress_over_grpc(runner, server, monkeypatch):
+    """Asked for, it comes before the first delta; the output is the same as without, and a cancel ends the request."""
+    from engine_ext.serving import grpc_front
+
+    watch = grpc_front.watch_prefill
+    monkeypatch.setattr(grpc_front, "watch_prefill", lambda engine, name: watch(engine, name, 0.02))
+
+    def request(asked: bool) -> inference.GenerateStreamRequest:
+        ids = inference.TokenIds(ids=[(index * index) % 250 for index in range(LENGTH)])
+        sampling = inference.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        star = inference.StarOptions(mode=inference.StarOptions.MODE_ON, block_size=1024, query_tokens=100)
+        return inference.GenerateStreamRequest(token_ids=ids, sampling=sampling, star=star, progress=asked)
+
+    async def scenario():
+        streams = []
+        for asked in (True, False):
+            await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
+            streams.append([event async for event in server.inference.GenerateStream(request(asked))])
+        await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
+        call = server.inference.GenerateStream(request(True))
+        assert (await call.read()).HasField("progress")
+        call.cancel()
+        return *streams, await server.idle()
+
+    asked, plain, after = runner.run(scenario())
+    kinds = [event.WhichOneof("event") for event in asked]
+    told = [event.progress for event in asked if event.HasField("progress")]
+    assert kinds[: len(told)] == ["progress"] * len(told)
+    computed = [event.computed_tokens for event in told]
+    assert len(computed) > 3
+    assert computed == sorted(set(computed))
+    assert {(event.prompt_tokens, event.star_blocks, event.context_tokens) for event in told} == {
+        (LENGTH, 7, LENGTH - 100)
+    }
+    assert [event.delta for event in asked if event.HasField("delta")] == [
+        event.delta for event in plain if event.HasField("delta")
+    ]
+    assert "progress" not in {event.WhichOneof("event") for event in plain}
+    assert (after.pages_used, after.requests_running) == (0, 0)
 
 
 def test_a_utility_that_is_not_there(runner, server):

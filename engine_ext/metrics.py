@@ -62,8 +62,11 @@ class WorkerCollector(Collector):
 
 @functools.cache
 def share_with_workers() -> tempfile.TemporaryDirectory | None:
-    """Give the workers that this process is about to start a way to its /metrics."""
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ or DIRECTORY in os.environ:
+    """Give the workers that this process is about to start a way to its /metrics.
+
+    A directory that this process has inherited is its parent's, whose /metrics shows other workers.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         return None
     directory = tempfile.TemporaryDirectory(prefix="starling-metrics-")
     os.environ[DIRECTORY] = directory.name

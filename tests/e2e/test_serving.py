@@ -45,7 +45,7 @@ def server(tmp_path_factory):
         folder / MODEL,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=6,  # slow enough that a long output still runs when a busy machine comes to look at it
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=8192,

@@ -1,0 +1,81 @@
+"""`starling doctor` without a server: one JSON object, the plan's numbers, and what is wrong said in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.random_llama import make_random_llama
+from engine_ext import plugin
+from engine_ext.serving import doctor
+from scheduler.plan import StarPlan
+from tests.parity.harness import TINY
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    plugin.register()
+    return str(make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "engine_ext.serving.cli", "doctor", *arguments, "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def examine(*arguments: str) -> dict:
+    """Standard output is one JSON object, whatever vLLM and its libraries print there."""
+    return json.loads(run(*arguments).stdout)
+
+
+def test_a_prompts_plan_memory_and_work(model):
+    report = examine(model, "--prompt-tokens", "3000", "--dtype", "float32", "--star-block-size", "512")
+    plan = StarPlan(512, 512, 0, 3000 - 512, 3000)
+    bytes_per_token = 2 * 2 * 2 * 32 * 4  # K and V, layers, KV heads, head size, float32
+    assert report["kv_cache"] == {
+        "page_tokens": 128,
+        "page_bytes": 128 * bytes_per_token,
+        "bytes_per_token": bytes_per_token,
+    }
+    assert report["attention_backend"]["name"] == "CPU_ATTN"
+    assert report["star_defaults"]["block_size"] == 512
+    assert report["star_refused"] == []
+    prompt = report["prompt"]
+    assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
+    assert prompt["by_default"] == "dense"
+    assert prompt["plan_with_star_on"] == {"attention": "star"} | plan.summary()
+    assert prompt["attention_work_dense_over_star"] == round(plan.dense_keys() / plan.keys_attended(), 2)
+
+
+def test_what_is_refused_and_why(model):
+    speculative = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
+    report = examine(model, "--prompt-tokens", "3000", "--speculative-config", speculative)
+    assert any("speculative decoding" in reason for reason in report["star_refused"])
+    assert report["prompt"]["plan_with_star_on"] is None
+
+
+def test_the_installation_alone(capfd, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert doctor.run(["--json"]) == 0
+    installation = json.loads(capfd.readouterr().out)["installation"]
+    assert installation["problem"] is None
+    assert installation["vllm"].startswith("0.32.")
+    assert installation["compiler"] is None
+    assert any("no C++ compiler" in note for note in installation["notes"])
+
+
+def test_options_that_no_server_would_take(model):
+    done = run(model, "--star-block-size", "100")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "star_block_size=100 is refused" in done.stderr
+
+
+def test_for_people(model, capfd):
+    assert doctor.run([model, "--prompt-tokens", "3000", "--star-block-size", "512"]) == 0
+    output = capfd.readouterr().out
+    assert "bytes per token" in output
+    assert "star blocks: 5" in output

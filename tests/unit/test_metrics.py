@@ -1,0 +1,33 @@
+"""Worker counters on the front's /metrics, from a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from prometheus_client import REGISTRY, generate_latest
+
+from engine_ext import metrics
+
+COUNT = "from engine_ext.metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
+
+
+def test_workers_counters_show_up_and_those_of_a_parents_workers_do_not(monkeypatch, tmp_path):
+    monkeypatch.setenv(metrics.DIRECTORY, str(tmp_path))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    before = set(REGISTRY._collector_to_names)
+    directory = metrics.share_with_workers.__wrapped__()
+    try:
+        assert os.environ[metrics.DIRECTORY] == directory.name != str(tmp_path)
+        for _ in range(2):
+            subprocess.run([sys.executable, "-c", COUNT], check=True, timeout=60)
+        assert "starling:context_tokens_total 14.0" in generate_latest(REGISTRY).decode()
+        subprocess.run(
+            [sys.executable, "-c", COUNT], check=True, timeout=60, env=os.environ | {metrics.DIRECTORY: str(tmp_path)}
+        )
+        assert "starling:context_tokens_total 14.0" in generate_latest(REGISTRY).decode()
+    finally:
+        for collector in set(REGISTRY._collector_to_names) - before:
+            REGISTRY.unregister(collector)
+        directory.cleanup()

@@ -6,14 +6,13 @@ import asyncio
 import importlib.metadata
 import math
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
 import torch
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import status_pb2
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 from vllm.exceptions import VLLMValidationError
@@ -22,8 +21,9 @@ from vllm.logger import init_logger
 from engine_ext import compat
 from engine_ext.activation import parse_config
 from engine_ext.refusals import star_refusals
+from engine_ext.serving import grpc_messages
 from engine_ext.serving.errors import DrainingError, grpc_code
-from engine_ext.serving.grpc_gate import digest
+from engine_ext.serving.grpc_gate import bears, digest
 from engine_ext.serving.grpc_messages import MODES
 from scheduler.core_utilities import ATTENTION_BACKENDS, CACHE_STATE
 from scheduler.options import StarOptions
@@ -58,11 +58,7 @@ def refusal(metadata: Iterable[tuple[str, str | bytes]] | None, key: str | None,
     """
     if key is None:
         return None if own_port else (grpc.StatusCode.PERMISSION_DENIED, CLOSED)
-    value = next((value for name, value in metadata or () if name == "authorization"), "")
-    scheme, _, token = str(value).partition(" ")
-    # Digests have one length: comparing them tells nothing of the key's.
-    matches = secrets.compare_digest(digest(token), digest(key))
-    return None if matches and scheme.lower() == "bearer" else (grpc.StatusCode.UNAUTHENTICATED, WRONG_KEY)
+    return None if bears(metadata, [digest(key)]) else (grpc.StatusCode.UNAUTHENTICATED, WRONG_KEY)
 
 
 def named(request_id: str, front_ids: Iterable[str], engine_ids: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -223,17 +219,11 @@ def star_message(star: StarOptions) -> inference_pb2.StarOptions:
 
 
 def error_status(error: Exception) -> status_pb2.Status:
-    """A status with the exception's code and message; bad input also names the field."""
+    """A status with the exception's code and message; bad input also names the field, as these calls call it."""
     code = grpc_code(error)
     if code is grpc.StatusCode.INTERNAL:
         logger.error("an admin call failed", exc_info=error)
-    text = str(error.args[0]) if isinstance(error, VLLMValidationError) else str(error)
-    status = status_pb2.Status(code=code.value[0], message=text or type(error).__name__)
-    if status.code == code_pb2.INVALID_ARGUMENT:
-        details = error_details_pb2.BadRequest()
-        details.field_violations.add(field=getattr(error, "parameter", None) or "", description=status.message)
-        status.details.add().Pack(details)
-    return status
+    return grpc_messages.error_status(error, code, getattr(error, "parameter", None) or "")
 
 
 async def start_own_port(

@@ -33,6 +33,14 @@ class DrainingError(GracefulHTTPError):
         super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
+class UploadRoomError(GracefulHTTPError):
+    """Prompts that clients are uploading take all the room that there is for them."""
+
+    def __init__(self) -> None:
+        message = "prompts that other clients are uploading take all the room there is; try again"
+        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
 # Most specific first: the first class that the exception is an instance of decides.
 TABLE: tuple[tuple[type[Exception], StatusCode, HTTPStatus], ...] = (
     (DuplicateRequestError, StatusCode.ALREADY_EXISTS, HTTPStatus.CONFLICT),
@@ -42,6 +50,7 @@ TABLE: tuple[tuple[type[Exception], StatusCode, HTTPStatus], ...] = (
     (GenerationError, StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR),
     (DrainingError, StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE),
     (QueueOverflowError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
+    (UploadRoomError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
     (MaxQueuedTokensError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
     (VLLMNotFoundError, StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND),
     (VLLMUnprocessableEntityError, StatusCode.INVALID_ARGUMENT, HTTPStatus.UNPROCESSABLE_ENTITY),

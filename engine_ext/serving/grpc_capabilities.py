@@ -10,6 +10,7 @@ from vllm import envs
 from engine_ext import compat
 from engine_ext.requests import star_requests
 from engine_ext.serving.grpc_admin import star_message
+from engine_ext.serving.grpc_upload import MAX_UPLOAD_BYTES
 from starling.v1 import inference_pb2 as pb
 
 UNBOUNDED = 0  # gRPC bounds what it receives only
@@ -35,4 +36,5 @@ def capabilities(engine: Any, max_request_bytes: int) -> pb.GetCapabilitiesRespo
         lora_names=sorted(compat.lora_adapters(engine)),
         starling_version=importlib.metadata.version("vllm-starling"),
         vllm_version=compat.vllm_version(),
+        max_upload_bytes=MAX_UPLOAD_BYTES,
     )

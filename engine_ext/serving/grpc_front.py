@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from engine_ext.serving.grpc_outputs import Reply, delta, final, prompt_logprobs
 from engine_ext.serving.grpc_progress import with_progress
 from engine_ext.serving.grpc_prompts import GenerateRequest, prompt_field, render
 from engine_ext.serving.grpc_sampling import TEXT_FIELDS, constraint_path, sampling_params
+from engine_ext.serving.grpc_upload import UploadRoom, as_upload_event
 from engine_ext.serving.progress import watch_prefill
 from engine_ext.serving.serve_args import NO_ADMIN, AdminOptions, authority
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
@@ -64,6 +65,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self.on_dead = on_dead
         self.chat = chat
         self.running: set[str] = set()
+        self.uploads = UploadRoom()
         config = engine.model_config
         self.defaults = config.get_diff_sampling_param()
         # As vLLM's completions: a limit in a generation config that the user chose is a cap, else a default.
@@ -75,6 +77,21 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         # A coroutine that writes, not a generator: cancelling it then closes the engine's generator, and with
         # it the request, at once, wherever it waits.
         await self._serve(request, context, context.write, progress=request.progress)
+
+    async def GenerateUploadStream(
+        self, parts: AsyncIterator[pb.GenerateUploadStreamRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        try:
+            self._admit(1)
+            with self.uploads.upload() as upload:
+                request = await upload.receive(parts)
+        except Exception as raised:
+            await self._fail(raised, "head", context)
+
+        async def write(event: pb.GenerateStreamResponse) -> None:
+            await context.write(as_upload_event(event))
+
+        await self._serve(request, context, write, progress=request.progress)
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         reply = Reply()
@@ -150,9 +167,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _prepare(self, request: GenerateRequest) -> tuple[Any, SamplingParams, dict[str, Any]]:
         """Engine input, sampling parameters and described plan of a request; raises for bad input."""
-        if self.engine.errored:
-            raise self.engine.dead_error
-        self.engine.check_admission(max(request.sampling.n, 1))
+        self._admit(max(request.sampling.n, 1))
         star = star_args(request.star)
         self._refuse_without_effect(request)
         extras = {"cache_salt": request.cache_salt} if request.HasField("cache_salt") else {}
@@ -171,6 +186,12 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         plan = star_requests(self.engine.input_processor).plan(star, num_tokens)
         return engine_input, params, describe(plan, num_tokens)
+
+    def _admit(self, choices: int) -> None:
+        """Raises where the engine is dead, or too full for so many more."""
+        if self.engine.errored:
+            raise self.engine.dead_error
+        self.engine.check_admission(choices)
 
     def _generation_error(self, request: GenerateRequest, used: pb.Usage) -> Exception:
         """What a choice that ended with an error says: the engine gives no reason.

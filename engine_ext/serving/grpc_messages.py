@@ -44,7 +44,8 @@ def field_path(parameter: str | None, text: str, otherwise: str) -> str:
         return f"star.{FIELD_OF[name]}"
     if name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
         return f"sampling.{name}"
-    return name if name in pb.GenerateStreamRequest.DESCRIPTOR.fields_by_name else otherwise
+    known = (pb.GenerateStreamRequest, pb.GenerateUploadStreamRequest)
+    return name if any(name in message.DESCRIPTOR.fields_by_name for message in known) else otherwise
 
 
 def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_pb2.Status:

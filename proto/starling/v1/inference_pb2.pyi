@@ -31,6 +31,16 @@ class GenerateStreamRequest(_message.Message):
     progress: bool
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ..., progress: _Optional[bool] = ...) -> None: ...
 
+class GenerateUploadStreamRequest(_message.Message):
+    __slots__ = ("head", "text", "token_ids")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    head: GenerateStreamRequest
+    text: str
+    token_ids: TokenIds
+    def __init__(self, head: _Optional[_Union[GenerateStreamRequest, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "star", "cache_salt", "priority", "lora_name")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +187,18 @@ class StarOptions(_message.Message):
     def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
+    __slots__ = ("delta", "final", "progress", "prompt_logprobs")
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    delta: Delta
+    final: Final
+    progress: Progress
+    prompt_logprobs: PromptLogprobs
+    def __init__(self, delta: _Optional[_Union[Delta, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
+
+class GenerateUploadStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")
     DELTA_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
@@ -365,7 +387,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("models", "max_model_len", "vocabulary_size", "kv_page_tokens", "star_available", "star_refusals", "star_defaults", "max_request_bytes", "max_response_bytes", "max_n", "max_logprobs", "lora_names", "starling_version", "vllm_version")
+    __slots__ = ("models", "max_model_len", "vocabulary_size", "kv_page_tokens", "star_available", "star_refusals", "star_defaults", "max_request_bytes", "max_response_bytes", "max_n", "max_logprobs", "lora_names", "starling_version", "vllm_version", "max_upload_bytes")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -380,6 +402,7 @@ class GetCapabilitiesResponse(_message.Message):
     LORA_NAMES_FIELD_NUMBER: _ClassVar[int]
     STARLING_VERSION_FIELD_NUMBER: _ClassVar[int]
     VLLM_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedScalarFieldContainer[str]
     max_model_len: int
     vocabulary_size: int
@@ -394,4 +417,5 @@ class GetCapabilitiesResponse(_message.Message):
     lora_names: _containers.RepeatedScalarFieldContainer[str]
     starling_version: str
     vllm_version: str
-    def __init__(self, models: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., kv_page_tokens: _Optional[int] = ..., star_available: _Optional[bool] = ..., star_refusals: _Optional[_Iterable[str]] = ..., star_defaults: _Optional[_Union[StarOptions, _Mapping]] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., lora_names: _Optional[_Iterable[str]] = ..., starling_version: _Optional[str] = ..., vllm_version: _Optional[str] = ...) -> None: ...
+    max_upload_bytes: int
+    def __init__(self, models: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., kv_page_tokens: _Optional[int] = ..., star_available: _Optional[bool] = ..., star_refusals: _Optional[_Iterable[str]] = ..., star_defaults: _Optional[_Union[StarOptions, _Mapping]] = ..., max_request_bytes: _Optional[int] = ..., max_response_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., lora_names: _Optional[_Iterable[str]] = ..., starling_version: _Optional[str] = ..., vllm_version: _Optional[str] = ..., max_upload_bytes: _Optional[int] = ...) -> None: ...

@@ -42,6 +42,11 @@ class InferenceServiceStub:
                 request_serializer=starling_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=starling_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.GenerateUploadStream = channel.stream_stream(
+                '/starling.v1.InferenceService/GenerateUploadStream',
+                request_serializer=starling_dot_v1_dot_inference__pb2.GenerateUploadStreamRequest.SerializeToString,
+                response_deserializer=starling_dot_v1_dot_inference__pb2.GenerateUploadStreamResponse.FromString,
+                _registered_method=True)
         self.Generate = channel.unary_unary(
                 '/starling.v1.InferenceService/Generate',
                 request_serializer=starling_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
@@ -69,6 +74,14 @@ class InferenceServiceServicer:
         """Streams what one prompt generates: deltas as they come, then one Final. Ending the call (cancel,
         deadline, lost connection) ends the request in the engine at once.
         With n > 1 there is a Final for each choice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateUploadStream(self, request_iterator, context):
+        """The same for a prompt longer than one message: a head, then the prompt in pieces. The request starts when the
+        client has closed its side of the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +115,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=starling_dot_v1_dot_inference__pb2.GenerateStreamRequest.FromString,
                     response_serializer=starling_dot_v1_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'GenerateUploadStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateUploadStream,
+                    request_deserializer=starling_dot_v1_dot_inference__pb2.GenerateUploadStreamRequest.FromString,
+                    response_serializer=starling_dot_v1_dot_inference__pb2.GenerateUploadStreamResponse.SerializeToString,
             ),
             'Generate': grpc.unary_unary_rpc_method_handler(
                     servicer.Generate,
@@ -149,6 +167,33 @@ class InferenceService:
             '/starling.v1.InferenceService/GenerateStream',
             starling_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
             starling_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateUploadStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/starling.v1.InferenceService/GenerateUploadStream',
+            starling_dot_v1_dot_inference__pb2.GenerateUploadStreamRequest.SerializeToString,
+            starling_dot_v1_dot_inference__pb2.GenerateUploadStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

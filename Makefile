@@ -15,7 +15,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env demo-model demo serve test unit lint types proto proto-check lock bench wheel clean
+.PHONY: help env demo-model demo serve test unit lint types proto proto-check proto-release lock bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,11 +51,14 @@ types: env ## mypy
 proto: env ## generate the stubs beside proto/starling/v1/*.proto
 	$(call PROTOC,proto)
 
-proto-check: env ## lint the .proto files, and see that the stubs are what they generate
-	cd proto && ../$(BIN)/buf lint
+proto-check: env ## lint the .proto files; hold them against those released; see that the stubs are what they generate
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against released.binpb
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && $(call PROTOC,"$$made") && \
 	diff -r -x '*.proto' -x '__*' -x py.typed "$$made/starling" proto/starling || \
 	{ echo 'proto-check: the stubs are not what the .proto files generate: run `make proto`'; exit 1; }
+
+proto-release: env ## at a release: take the .proto files as those that later ones must not break
+	cd proto && ../$(BIN)/buf build --exclude-source-info -o released.binpb
 
 lock: ## pin the requirements that pyproject.toml asks for in .ci/requirements-cpu.lock
 	.ci/env.sh lock

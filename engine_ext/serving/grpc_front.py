@@ -43,6 +43,7 @@ logger = init_logger("vllm.starling")
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MAX_REQUEST_BYTES = 64 * 2**20  # some 15 million token ids
 GRACE_SECONDS = 5.0
+WATCH_SECONDS = 0.5
 # RetryInfo is for programs to read; this is what gRPC's own retry policy of a client goes by.
 PUSHBACK = ("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000))
 
@@ -270,13 +271,16 @@ class Front:
         self.gate = Gate(api_keys)
         self.server = grpc.aio.server(interceptors=[self.gate], options=SERVER_OPTIONS)
         self.health = health.aio.HealthServicer()
-        inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self.server)
+        self.inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(engine, own_port=False), self.server)
         self.own_port_servicer = self._admin_servicer(engine, own_port=True)
         names = (SERVICE, grpc_admin.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
+        self.engine = engine
+        self.engine_died = False
+        self._watchdog: asyncio.Task | None = None
         self._stopping: asyncio.Task | None = None
 
     def _admin_servicer(self, engine: Any, own_port: bool) -> grpc_admin.AdminServicer:
@@ -307,7 +311,15 @@ class Front:
             logger.info("AdminService on %s:%d", authority(self.admin.host), self.admin_port)
         for name in ("", SERVICE):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._watchdog = asyncio.ensure_future(self._watch_engine())
         return port
+
+    async def _watch_engine(self) -> None:
+        """Report NOT_SERVING when the engine dies, also while nobody calls."""
+        while not self.engine.errored:
+            await asyncio.sleep(WATCH_SECONDS)
+        logger.error("gRPC: the engine has died; every call gets UNAVAILABLE")
+        await self.health.enter_graceful_shutdown()
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """NOT_SERVING, refuse new calls, let running ones end within ``grace`` seconds, then close."""
@@ -316,6 +328,9 @@ class Front:
         await asyncio.shield(self._stopping)
 
     async def _stop(self, grace: float) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self.engine_died = self.engine.errored
         await self.stop_admitting()
         if await self.gate.drain(grace):
             logger.info("gRPC: every running stream has ended")

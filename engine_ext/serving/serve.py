@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import uvloop
 from vllm import envs
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -26,23 +28,36 @@ from engine_ext import compat
 from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
 from engine_ext.serving.grpc_gate import server_credentials
 from engine_ext.serving.grpc_prompts import chat_params
-from engine_ext.serving.serve_args import LOOPBACK, AdminOptions, admin_options, authority, is_loopback, parse
+from engine_ext.serving.serve_args import (
+    LOOPBACK,
+    AdminOptions,
+    admin_options,
+    authority,
+    parse,
+    refuse_open_plaintext,
+)
 from scheduler.options import OptionError
 
 logger = init_logger("vllm.starling")
 
+ENGINE_DEAD = 1
 UNUSABLE = 2
 INTERRUPTED = 130
+START_GRACE_SECONDS = 10.0
 
 
 def run(argv: Sequence[str]) -> int:
-    """Serve until a signal; returns the exit code: 2 for unusable arguments, 130 for a signal at the start."""
+    """Serve until a signal; returns the exit code.
+
+    0 after a signal, 1 where the engine died, 2 for unusable arguments, 130 for a signal at the start.
+    """
     # vLLM reports usage to a server of its project unless told not to; ours calls out only where asked to.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     cli_env_setup()
     try:
         args, grpc_port = parse(argv)
         admin = admin_options(args, grpc_port, os.environ)  # before vLLM logs its arguments, the key among them
+        refuse_open_plaintext(args, grpc_port, admin)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
         if grpc_port is not None:
@@ -58,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
             ServeSubcommand.cmd(args)
         else:
             args.model = args.model_tag or args.model
-            uvloop.run(serve_both(args, grpc_port, admin))
+            return uvloop.run(serve_both(args, grpc_port, admin))
     except KeyboardInterrupt:  # a signal while the engine starts; later ones end serve_both in order
         return INTERRUPTED
     except OptionError as error:  # what only the model's configuration tells: the page, what star does not run with
@@ -76,7 +91,7 @@ def refuse_taken_port(option: str, host: str, port: int) -> None:
         raise OSError(f"{option} {port} can't be had on {host}: {error.strerror}") from None
 
 
-async def serve_both(args: Namespace, grpc_port: int, admin: AdminOptions) -> None:
+async def serve_both(args: Namespace, grpc_port: int, admin: AdminOptions) -> int:
     """vLLM's run_server, with gRPC on the same engine: started before HTTP, stopped before the engine."""
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, interrupt_start)
@@ -91,11 +106,28 @@ async def serve_both(args: Namespace, grpc_port: int, admin: AdminOptions) -> No
             finally:
                 await front.stop(grace)
         await http_shutdown
+        # vLLM's watchdog ends the HTTP server of a dead engine as a signal does.
+        return ENGINE_DEAD if front.engine_died else 0
 
 
 def interrupt_start(*_: Any) -> None:
-    """SIGTERM before the HTTP server has handlers of its own."""
+    """SIGTERM before the HTTP server has handlers of its own.
+
+    vLLM waits in some places for an engine that is starting without looking whether it still lives: what has not
+    ended in time is ended here, engine processes and all.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watchdog = threading.Timer(START_GRACE_SECONDS, end_now)
+    watchdog.daemon = True
+    watchdog.start()
     raise KeyboardInterrupt("terminated")
+
+
+def end_now() -> None:
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(INTERRUPTED)
 
 
 async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptions) -> Front:
@@ -108,12 +140,6 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")
     if args.host is None:
         logger.info("gRPC listens on loopback alone: give --host to serve other machines")
-    if credentials is None and not is_loopback(host):
-        logger.warning(
-            "gRPC on %s is not encrypted: prompts, outputs and API keys can be read on the way. "
-            "Give --ssl-certfile and --ssl-keyfile, or put a TLS proxy before it.",
-            host,
-        )
     return front
 
 

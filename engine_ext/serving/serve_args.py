@@ -64,6 +64,12 @@ def make_parser() -> FlexibleArgumentParser:
     for action in parser._actions:
         if action.dest == "grpc_port":
             action.help = GRPC_PORT_HELP
+    group.add_argument(
+        "--grpc-plaintext",
+        action="store_true",
+        help="Serve gRPC without TLS to other machines too: prompts, outputs and keys can be read on the way. "
+        "Needed where --host (or --grpc-admin-host) is not loopback and --ssl-certfile is not given.",
+    )
     add_admin_flags(group)
     return top
 
@@ -110,6 +116,30 @@ def admin_options(args: argparse.Namespace, grpc_port: int | None, environ: Mapp
             shown = ", ".join(f"--grpc-admin-{name}={given[name]}" for name in ("port", "host") if given[name])
             raise ValueError(f"{shown or '--grpc-admin-key'} is refused: {reason}")
     return AdminOptions(port, host, key)
+
+
+def refuse_open_plaintext(args: argparse.Namespace, grpc_port: int | None, admin: AdminOptions) -> None:
+    """Take --grpc-plaintext out of the parsed arguments, and hold the hosts that gRPC listens on against it.
+
+    Raises:
+        ValueError: gRPC would be open to a network without TLS, and nobody said so; or the flag has no effect.
+    """
+    plaintext, tls = vars(args).pop("grpc_plaintext"), bool(args.ssl_certfile and args.ssl_keyfile)
+    if plaintext and (grpc_port is None or tls):
+        reason = "without --grpc-port there is no gRPC" if grpc_port is None else "--ssl-certfile asks for TLS"
+        raise ValueError(f"--grpc-plaintext is refused: {reason}")
+    if grpc_port is None or tls or plaintext:
+        return
+    for option, port, host in (
+        ("--grpc-port", grpc_port, args.host or LOOPBACK),
+        ("--grpc-admin-port", admin.port, admin.host),
+    ):
+        if port is not None and not is_loopback(host):
+            raise ValueError(
+                f"{option} {port} is refused: on {host}, which is not loopback, prompts, outputs and keys could be "
+                "read on the way. Give --ssl-certfile and --ssl-keyfile; or --grpc-plaintext, if that is meant "
+                "(behind a TLS proxy, for example)"
+            )
 
 
 def authority(host: str) -> str:

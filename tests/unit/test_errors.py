@@ -7,13 +7,14 @@ from vllm import exceptions
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine_ext.serving.errors import TABLE, DuplicateRequestError, grpc_code, http_status, root
+from engine_ext.serving.errors import TABLE, DuplicateRequestError, UploadRoomError, grpc_code, http_status, root
 from engine_ext.serving.grpc_messages import error_status, field_path
 from starling.v1 import inference_pb2 as pb
 
 MADE_BY_HAND = {
     exceptions.QueueOverflowError: lambda: exceptions.QueueOverflowError(),
     exceptions.MaxQueuedTokensError: lambda: exceptions.MaxQueuedTokensError(),
+    UploadRoomError: lambda: UploadRoomError(),
     EngineDeadError: lambda: EngineDeadError(),
 }
 

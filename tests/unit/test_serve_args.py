@@ -10,8 +10,17 @@ import pytest
 
 from engine_ext import plugin
 from engine_ext.serving import cli, grpc_gate
-from engine_ext.serving.serve import is_loopback, refuse_taken_port
-from engine_ext.serving.serve_args import activate, flag, make_parser, parse, refuse_bypasses
+from engine_ext.serving.serve import refuse_taken_port
+from engine_ext.serving.serve_args import (
+    activate,
+    admin_options,
+    flag,
+    is_loopback,
+    make_parser,
+    parse,
+    refuse_bypasses,
+    refuse_open_plaintext,
+)
 from scheduler.options import FIELDS, OptionError, StarOptions, flat_name
 
 MODEL = "some/model"
@@ -256,3 +265,51 @@ def test_console_script_refuses_a_bad_option_before_anything_heavy():
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("starling serve: error: star_block_size='x' is refused")
+
+
+TLS = ["--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem"]
+OPEN = ["--host", "0.0.0.0"]
+
+
+def open_plaintext(parse_fast, *options: str) -> None:
+    args, grpc_port = parse_fast(*options)
+    admin = admin_options(args, grpc_port, {})
+    refuse_open_plaintext(args, grpc_port, admin)
+    assert "grpc_plaintext" not in args, "vLLM has no such argument"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        OPEN,
+        ["--grpc-port", "0"],
+        ["--grpc-port", "0", "--host", "localhost"],
+        ["--grpc-port", "0", *OPEN, *TLS],
+        ["--grpc-port", "0", *OPEN, "--grpc-plaintext"],
+        ["--grpc-port", "0", "--grpc-plaintext"],
+    ],
+    ids=" ".join,
+)
+def test_grpc_in_the_clear_stays_on_loopback(parse_fast, options):
+    open_plaintext(parse_fast, *options)
+
+
+ADMIN = ["--grpc-admin-port", "0", "--grpc-admin-host", "0.0.0.0", "--grpc-admin-key", "k"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--grpc-port", "7", *OPEN], ["--grpc-port 7", "0.0.0.0", "--ssl-certfile", "--grpc-plaintext"]),
+        (["--grpc-port", "7", "--host", "::"], ["--grpc-port 7", "::"]),
+        (["--grpc-port", "7", *ADMIN], ["--grpc-admin-port 0", "0.0.0.0", "--grpc-plaintext"]),
+        (["--grpc-plaintext"], ["--grpc-plaintext", "--grpc-port"]),
+        (["--grpc-port", "7", "--grpc-plaintext", *TLS], ["--grpc-plaintext", "--ssl-certfile"]),
+    ],
+    ids=" ".join,
+)
+def test_grpc_in_the_clear_elsewhere_is_refused(parse_fast, options, says):
+    with pytest.raises(ValueError) as refused:
+        open_plaintext(parse_fast, *options)
+    assert all(part in str(refused.value) for part in says), refused.value

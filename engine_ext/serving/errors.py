@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from vllm.exceptions import (
     GenerationError,
@@ -56,6 +57,8 @@ TABLE: tuple[tuple[type[Exception], StatusCode, HTTPStatus], ...] = (
     (VLLMUnprocessableEntityError, StatusCode.INVALID_ARGUMENT, HTTPStatus.UNPROCESSABLE_ENTITY),
     (VLLMClientError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
     (NotImplementedError, StatusCode.UNIMPLEMENTED, HTTPStatus.NOT_IMPLEMENTED),
+    # Bytes of a client that are no message of the called method. Ours alone: HTTP has no protobuf.
+    (DecodeError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
     # vLLM still refuses some input with plain exceptions.
     (ValueError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
     (TypeError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),

@@ -23,7 +23,7 @@ from engine_ext.activation import parse_config
 from engine_ext.refusals import star_refusals
 from engine_ext.serving import grpc_messages
 from engine_ext.serving.errors import DrainingError, grpc_code
-from engine_ext.serving.grpc_gate import bears, digest
+from engine_ext.serving.grpc_gate import Reader, bears, digest
 from engine_ext.serving.grpc_messages import MODES
 from scheduler.core_utilities import ATTENTION_BACKENDS, CACHE_STATE
 from scheduler.options import StarOptions
@@ -234,7 +234,7 @@ async def start_own_port(
     Raises:
         RuntimeError: the port can't be had.
     """
-    server = grpc.aio.server(options=options)
+    server = grpc.aio.server(interceptors=[Reader()], options=options)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server)
     if credentials is None:

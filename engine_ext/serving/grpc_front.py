@@ -26,9 +26,9 @@ from engine_ext.requests import describe, star_requests
 from engine_ext.serving import grpc_admin
 from engine_ext.serving.errors import DuplicateRequestError, grpc_code, root
 from engine_ext.serving.grpc_capabilities import capabilities
-from engine_ext.serving.grpc_gate import Gate
+from engine_ext.serving.grpc_gate import Gate, Reader
 from engine_ext.serving.grpc_messages import RETRY_SECONDS, error_status, given, star_args
-from engine_ext.serving.grpc_outputs import Reply, delta, final, prompt_logprobs
+from engine_ext.serving.grpc_outputs import Reply, deltas, final, prompt_logprobs
 from engine_ext.serving.grpc_progress import with_progress
 from engine_ext.serving.grpc_prompts import GenerateRequest, prompt_field, render
 from engine_ext.serving.grpc_sampling import TEXT_FIELDS, constraint_path, sampling_params
@@ -159,7 +159,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                         raise self._generation_error(request, usages[output.index])
                     usages[output.index].completion_tokens += len(output.token_ids)
                     if output.text or output.token_ids:
-                        yield delta(output, params.logprobs)
+                        for event in deltas(output, params.logprobs):
+                            yield event
                 if result.outputs and result.outputs[0].index == 0:
                     usages[0].cached_tokens = result.num_cached_tokens or 0
                 for output in result.outputs:
@@ -269,7 +270,7 @@ class Front:
         self.admin_server: grpc.aio.Server | None = None
         self.admin_port: int | None = None
         self.gate = Gate(api_keys)
-        self.server = grpc.aio.server(interceptors=[self.gate], options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[self.gate, Reader()], options=SERVER_OPTIONS)
         self.health = health.aio.HealthServicer()
         self.inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)

@@ -1,4 +1,4 @@
-"""What stands before every gRPC call: the API key, and the server's shutdown. And the server's TLS."""
+"""What stands before every gRPC call: key, shutdown, and whether its bytes are a message. And the server's TLS."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
+
+from engine_ext.serving.errors import grpc_code
 
 # Open while the server drains, and with rules of access of their own or none.
 APART = ("/grpc.health.v1.Health/", "/starling.v1.AdminService/")
@@ -77,6 +80,38 @@ class Gate(grpc.aio.ServerInterceptor):
             return True
         _, pending = await asyncio.wait(self.calls, timeout=seconds)
         return not pending
+
+
+class Reader(grpc.aio.ServerInterceptor):
+    """Answers bytes that are no message of the called method with INVALID_ARGUMENT; grpc itself says UNKNOWN."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        ours = handler_call_details.method.startswith("/starling.")
+        # Of a client's stream, the servicer that reads it meets the DecodeError itself.
+        return handler if handler is None or not ours or handler.request_streaming else tolerant(handler)
+
+
+def tolerant(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    """The handler of one request, a coroutine as ours all are, for which a DecodeError becomes a status."""
+    serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+    def read(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            return error
+
+    async def behave(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if isinstance(request, DecodeError):
+            await context.abort(grpc_code(request), str(request))
+        return await serve(request, context)
+
+    return WRAP[False, handler.response_streaming](behave, read, handler.response_serializer)
 
 
 def refusing(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:

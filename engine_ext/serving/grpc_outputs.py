@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.logprobs import Logprob
@@ -19,16 +19,30 @@ FINISH_REASONS = {
 }
 
 Position = Mapping[int, Logprob]
+MAX_LOGPROBS = 32_768  # of one event: below 2 MiB, where many clients stop at 4
 
 
-def delta(output: CompletionOutput, top: int | None = None) -> pb.GenerateStreamResponse:
-    """New output of a choice. ``top``: as SamplingParams.logprobs, None for no log probabilities."""
-    message = pb.Delta(text=output.text, token_ids=output.token_ids, index=output.index)
-    if top is not None:
-        # An output without tokens comes with all log probabilities so far: the tokens say how many are new.
-        pairs = zip(output.token_ids, output.logprobs or (), strict=False)
-        message.logprobs.extend(token_logprobs(token_id, position or {}, top) for token_id, position in pairs)
-    return pb.GenerateStreamResponse(delta=message)
+def deltas(output: CompletionOutput, top: int | None = None) -> Iterator[pb.GenerateStreamResponse]:
+    """New output of a choice: one event, or more where many tokens with log probabilities waited for a slow reader.
+
+    Args:
+        top: as SamplingParams.logprobs; None for no log probabilities.
+    """
+    token_ids = output.token_ids
+    # An output without tokens comes with all log probabilities so far: the tokens say how many are new.
+    positions = [] if top is None else [position or {} for position in (output.logprobs or ())[: len(token_ids)]]
+    widest = max(map(len, positions), default=0)
+    tokens = max(1, MAX_LOGPROBS // widest if widest else len(token_ids))
+    for start in range(0, len(token_ids) or 1, tokens):
+        piece = slice(start, start + tokens)
+        pairs = zip(token_ids[piece], positions[piece], strict=False)
+        message = pb.Delta(
+            text="" if start else output.text,
+            token_ids=token_ids[piece],
+            index=output.index,
+            logprobs=[token_logprobs(token_id, position, top or 0) for token_id, position in pairs],
+        )
+        yield pb.GenerateStreamResponse(delta=message)
 
 
 def token_logprobs(token_id: int, position: Position, top: int) -> pb.TokenLogprobs:

@@ -45,6 +45,11 @@ async def error_of(call) -> tuple[grpc.StatusCode, str]:
     return failed.value.code(), failed.value.details()
 
 
+async def stream_of(*parts):
+    for part in parts:
+        yield part
+
+
 async def until(condition) -> None:
     async with asyncio.timeout(10):
         while not condition():
@@ -333,3 +338,40 @@ def test_admin_calls_need_their_port_or_key(key, sent, own_port, code):
         await front.stop(0)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "method", list(pb.DESCRIPTOR.services_by_name["InferenceService"].methods), ids=lambda it: it.name
+)
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05ab"], ids=["no message", "cut short"])
+def test_bytes_that_are_no_message(method, data):
+    """grpc's own answer is UNKNOWN, or INTERNAL."""
+
+    async def scenario():
+        async with front_of(FakeEngine("a")) as client, grpc.aio.insecure_channel(client.address) as channel:
+            path = f"/{method.containing_service.full_name}/{method.name}"
+            kinds = {
+                (False, False): channel.unary_unary,
+                (False, True): channel.unary_stream,
+                (True, True): channel.stream_stream,
+            }
+            call = kinds[method.client_streaming, method.server_streaming](path)
+            call = call(stream_of(data) if method.client_streaming else data, timeout=10)
+            return await call.code()
+
+    assert asyncio.run(scenario()) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_dead_engine_is_reported_while_nobody_calls():
+    async def scenario():
+        engine = FakeEngine("a")
+        async with front_of(engine) as client:
+            before = await status_of(client), await status_of(client, "")
+            engine.errored = True
+            async with asyncio.timeout(10):
+                while (after := (await status_of(client), await status_of(client, ""))) == before:
+                    await asyncio.sleep(0.05)
+            await client.front.stop(0)
+            return before, after, client.front.engine_died
+
+    assert asyncio.run(scenario()) == ((SERVING, SERVING), (NOT_SERVING, NOT_SERVING), True)

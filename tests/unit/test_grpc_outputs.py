@@ -53,6 +53,11 @@ def test_dense_plan_message_counts_the_keys():
     assert (message.star_blocks, message.keys_per_context_token) == (0, 500.5)
 
 
+def delta(new, top=None) -> pb.Delta:
+    (event,) = outputs.deltas(new, top)
+    return event.delta
+
+
 # vLLM's order: the chosen token, then the likeliest; one that is both stands first.
 OUTSIDE = {9: Logprob(-5.0, 40, "z"), 2: Logprob(-0.5, 1, "a"), 3: Logprob(-1.5, 2, "b")}
 INSIDE = {3: Logprob(-1.5, 2, "b"), 2: Logprob(-0.5, 1, "a")}
@@ -79,11 +84,11 @@ def test_token_logprobs(token_id, position, top, likeliest):
 
 def test_delta_has_a_logprob_for_each_of_its_tokens_and_no_more():
     new = output("ab", 3, token_ids=[9, 3], logprobs=[OUTSIDE, INSIDE])
-    message = outputs.delta(new, 2).delta
+    message = delta(new, 2)
     assert (message.index, [entry.chosen.token_id for entry in message.logprobs]) == (3, [9, 3])
     end = output("c", token_ids=[], logprobs=[OUTSIDE, INSIDE])  # held back text: vLLM repeats what was there
-    assert not outputs.delta(end, 2).delta.logprobs
-    assert not outputs.delta(new).delta.logprobs
+    assert not delta(end, 2).logprobs
+    assert not delta(new).logprobs
 
 
 def test_prompt_logprobs_have_an_empty_first():
@@ -98,9 +103,9 @@ def test_reply_adds_events_up():
     plan = {"attention": "dense", "prompt_tokens": 3}
     for event in (
         outputs.prompt_logprobs([5], [None], 1),
-        outputs.delta(output("x", 1, token_ids=[9], logprobs=[OUTSIDE]), 2),
-        outputs.delta(output("a", 0), None),
-        outputs.delta(output("bc", 0), None),
+        *outputs.deltas(output("x", 1, token_ids=[9], logprobs=[OUTSIDE]), 2),
+        *outputs.deltas(output("a", 0), None),
+        *outputs.deltas(output("bc", 0), None),
         outputs.final(output("", 1, finish_reason="stop", stop_reason="END"), pb.Usage(completion_tokens=1), plan),
         outputs.final(
             output("", 0, finish_reason="length"), pb.Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=3), plan
@@ -117,3 +122,19 @@ def test_reply_adds_events_up():
     assert whole.usage == pb.Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=4)
     assert whole.plan.attention == pb.Plan.ATTENTION_DENSE
     assert len(whole.prompt_logprobs.tokens) == 1
+
+
+@pytest.mark.parametrize(("top", "width"), [(20, 21), (-1, 1000)], ids=["some", "the whole vocabulary"])
+def test_a_long_wait_is_told_in_events_that_clients_take(top, width):
+    """What a slow reader finds has the log probabilities of thousands of tokens."""
+    position = {token: Logprob(-float(token), token + 1, "x" * 8) for token in range(width)}
+    tokens = 4000 if top > 0 else 200
+    new = output("text", 1, token_ids=[3] * tokens, logprobs=[position] * tokens)
+    events = [event.delta for event in outputs.deltas(new, top)]
+    assert len(events) > 1
+    assert max(event.ByteSize() for event in events) < 4 * 2**20
+    assert "".join(event.text for event in events) == "text"
+    assert sum(len(event.token_ids) for event in events) == tokens
+    assert all(len(event.logprobs) == len(event.token_ids) for event in events)
+    assert {event.index for event in events} == {1}
+    assert len(list(outputs.deltas(new))) == 1, "without log probabilities there is nothing to split"

@@ -43,7 +43,7 @@ logger = init_logger("vllm.starling")
 ENGINE_DEAD = 1
 UNUSABLE = 2
 INTERRUPTED = 130
-START_GRACE_SECONDS = 10.0
+START_GRACE_SECONDS = 3.0
 
 
 def run(argv: Sequence[str]) -> int:
@@ -113,8 +113,8 @@ async def serve_both(args: Namespace, grpc_port: int, admin: AdminOptions) -> in
 def interrupt_start(*_: Any) -> None:
     """SIGTERM before the HTTP server has handlers of its own.
 
-    vLLM waits in some places for an engine that is starting without looking whether it still lives: what has not
-    ended in time is ended here, engine processes and all.
+    vLLM waits for an engine that starts before it stops it, in some places without looking whether it still lives.
+    There is nothing to save yet: what has not ended in time is ended here, engine processes and all.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     watchdog = threading.Timer(START_GRACE_SECONDS, end_now)
@@ -126,7 +126,8 @@ def interrupt_start(*_: Any) -> None:
 def end_now() -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+            if "resource_tracker" not in " ".join(child.cmdline()):  # ends after us, and removes shared memory
+                child.kill()
     os._exit(INTERRUPTED)
 
 

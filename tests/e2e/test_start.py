@@ -1,0 +1,54 @@
+"""`starling serve` ended while it still starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.random_llama import make_random_llama
+from examples.server import ENVIRONMENT, free_port
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize("moment", ["Initializing a V1 LLM engine", "reserved_cpus"], ids=["engine", "worker"])
+def test_sigterm_ends_a_start_with_130(tmp_path, moment):
+    """At the moment that the engine's process, or its worker's, says so in the log."""
+    model = make_random_llama(
+        tmp_path / "tiny",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+    )
+    command = [Path(sys.executable).with_name("starling"), "serve", model, "--enforce-eager"]
+    command += ["--port", str(free_port()), "--grpc-port", str(free_port())]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, start_new_session=True
+        )
+    children = []
+    try:
+        deadline = time.monotonic() + 240
+        while moment not in log.read_text(errors="replace"):
+            assert process.poll() is None, log.read_text(errors="replace")
+            assert time.monotonic() < deadline, "the engine did not come so far"
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+    finally:
+        for each in (process, *children):
+            if each.is_running() if isinstance(each, psutil.Process) else each.poll() is None:
+                each.kill()

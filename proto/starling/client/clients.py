@@ -49,7 +49,7 @@ class Connection:
         """
         self.max_message_bytes = max_message_bytes
         self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        options = channel_options(retries, max_message_bytes)
+        options = channel_options(retries)
         credentials = channel_credentials(tls, certificate)
         if credentials is None:
             self.channel = self.library.insecure_channel(address, options)

@@ -5,10 +5,7 @@ python examples/grpc_stream.py "The capital of France is" --star-block-size 128
 
 import argparse
 
-import grpc
-
-from starling.v1 import inference_pb2 as pb
-from starling.v1 import inference_pb2_grpc
+from starling.client import Client, StarlingError
 
 
 def main() -> None:
@@ -19,23 +16,16 @@ def main() -> None:
     parser.add_argument("--star-block-size", type=int, metavar="B", help="use Star Attention, in blocks of B tokens")
     args = parser.parse_args()
 
-    request = pb.GenerateStreamRequest(
-        text=args.prompt, sampling=pb.SamplingParams(temperature=0, max_tokens=args.max_tokens)
-    )
-    if args.star_block_size is not None:
-        request.star.mode = pb.StarOptions.MODE_ON
-        request.star.block_size = args.star_block_size
-
-    with grpc.insecure_channel(args.address) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    star = {"mode": "on", "block_size": args.star_block_size} if args.star_block_size is not None else None
+    with Client(args.address) as client:
         try:
-            for event in stub.GenerateStream(request):
-                if event.WhichOneof("event") == "delta":
+            for event in client.stream(args.prompt, temperature=0, max_tokens=args.max_tokens, star=star):
+                if event.HasField("delta"):
                     print(event.delta.text, end="", flush=True)
-                else:
+                elif event.HasField("final"):
                     print(f"\n\n{event.final}", end="")
-        except grpc.RpcError as error:
-            raise SystemExit(f"{error.code().name}: {error.details()}") from None
+        except StarlingError as error:
+            raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -33,13 +33,17 @@ def commands(server: Server) -> dict[str, str]:
         "sampling": {"maxTokens": 16, "temperature": 0},
         "star": {"mode": "MODE_ON", "blockSize": 128},
     }
-    python, script = (os.path.relpath(path) for path in (sys.executable, ROOT / "examples" / "grpc_stream.py"))
+    python, examples = os.path.relpath(sys.executable), os.path.relpath(ROOT / "examples")
+    star = "--star-block-size 128"
     return {
         "OpenAI API; the x-starling-plan header says how the prompt was prefilled": (
             f"curl -i {server.http}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(chat)}'"
         ),
+        "OpenAI API, from Python": (
+            f"{python} {examples}/openai_client.py 'What is the capital of France?' --url {server.http} {star}"
+        ),
         "gRPC, from Python": (
-            f"{python} {script} 'The capital of France is' --address {server.grpc} --star-block-size 128"
+            f"{python} {examples}/grpc_stream.py 'The capital of France is' --address {server.grpc} {star}"
         ),
         "gRPC, with grpcurl": (
             f"grpcurl -plaintext -d '{json.dumps(generate)}' {server.grpc} starling.v1.InferenceService/GenerateStream"

@@ -28,13 +28,14 @@ from engine_ext.serving.errors import DuplicateRequestError, grpc_code, root
 from engine_ext.serving.grpc_capabilities import capabilities
 from engine_ext.serving.grpc_gate import Gate, Reader
 from engine_ext.serving.grpc_messages import RETRY_SECONDS, error_status, given, star_args
-from engine_ext.serving.grpc_outputs import Reply, deltas, final, prompt_logprobs
+from engine_ext.serving.grpc_outputs import deltas, final, prompt_logprobs
 from engine_ext.serving.grpc_progress import with_progress
 from engine_ext.serving.grpc_prompts import GenerateRequest, prompt_field, render
 from engine_ext.serving.grpc_sampling import TEXT_FIELDS, constraint_path, sampling_params
 from engine_ext.serving.grpc_upload import UploadRoom, as_upload_event
 from engine_ext.serving.progress import watch_prefill
 from engine_ext.serving.serve_args import NO_ADMIN, AdminOptions, authority
+from starling.client.reply import Reply
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 

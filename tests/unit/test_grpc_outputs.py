@@ -8,6 +8,7 @@ from engine_ext.requests import describe
 from engine_ext.serving import grpc_outputs as outputs
 from scheduler.options import StarOptions
 from scheduler.plan import make_plan
+from starling.client.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from tests.unit.grpc_fakes import output
 
@@ -99,7 +100,7 @@ def test_prompt_logprobs_have_an_empty_first():
 
 
 def test_reply_adds_events_up():
-    reply = outputs.Reply()
+    reply = Reply()
     plan = {"attention": "dense", "prompt_tokens": 3}
     for event in (
         outputs.prompt_logprobs([5], [None], 1),

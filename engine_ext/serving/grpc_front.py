@@ -282,6 +282,7 @@ class Front:
         reflection.enable_server_reflection(names, self.server)
         self.engine = engine
         self.engine_died = False
+        self.port: int | None = None
         self._watchdog: asyncio.Task | None = None
         self._stopping: asyncio.Task | None = None
 
@@ -314,6 +315,7 @@ class Front:
         for name in ("", SERVICE):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._watchdog = asyncio.ensure_future(self._watch_engine())
+        self.port = port
         return port
 
     async def _watch_engine(self) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import grpc
 import httpx
@@ -479,6 +480,26 @@ def test_health_and_reflection(channel):
     (answer,) = reflection.ServerReflectionInfo(iter([asked]))
     listed = {service.name for service in answer.list_services_response.service}
     assert {"starling.v1.InferenceService", "grpc.health.v1.Health"} <= listed
+
+
+def example(name: str, *arguments: str) -> str:
+    """What a program of examples/ prints."""
+    script = Path(__file__).resolve().parents[2] / "examples" / name
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_grpc_example(server, generate):
+    printed = example("grpc_stream.py", PROMPT, "--address", server.grpc, "--star-block-size", "128")
+    assert "attention: ATTENTION_STAR" in printed
+    assert "block_size: 128" in printed
+
+
+def test_the_openai_example(server):
+    printed = example("openai_client.py", PROMPT, "--url", server.http, "--star-block-size", "128")
+    plan = json.loads(re.search(r"x-starling-plan: (.*)", printed)[1])
+    assert (plan["attention"], plan["block_size"]) == ("star", 128)
 
 
 def test_metrics_move(http, generate):

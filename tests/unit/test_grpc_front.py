@@ -347,3 +347,24 @@ def test_a_dead_engine_is_reported_while_nobody_calls():
             return before, after, client.front.engine_died
 
     assert asyncio.run(scenario()) == ((SERVING, SERVING), (NOT_SERVING, NOT_SERVING), True)
+
+
+def test_a_client_that_pings_too_often_stays_connected():
+    """Stock servers close such a connection (`too_many_pings`), in the middle of a long prefill's silence."""
+
+    async def scenario():
+        engine = FakeEngine(None, "a")
+        async with front_of(engine) as client:
+            options = [
+                ("grpc.keepalive_time_ms", 1000),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_time_between_pings_ms", 1000),
+            ]
+            async with grpc.aio.insecure_channel(client.address, options) as channel:
+                call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(PROMPT)
+                await until(lambda: engine.calls)
+                await asyncio.sleep(5)
+                engine.release.set()
+                return [event.WhichOneof("event") for event in await events_of(call)]
+
+    assert asyncio.run(scenario()) == ["delta", "final"]

@@ -49,13 +49,20 @@ constexpr int MAX_ROWS = 6, VECTORS = 1, VECTORS_FEW_ROWS = 2;  // a Vec is two 
 #endif
 constexpr int FEW_ROWS = 3;
 
+// The columns right of a panel, [from, from + bytes) of the same row, belong to the next ones: where one block of rows
+// goes over memory once, read whole rows of it in order, which the processor's own prefetching needs.
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
 template <int ROWS, int VECS, class T>
-inline void accumulate(const Product<T>& of, int64_t row, int64_t column, Vec (&acc)[ROWS][VECS]) {
+inline void accumulate(const Product<T>& of, int64_t row, int64_t column, int64_t rest, Vec (&acc)[ROWS][VECS]) {
   const float* a = of.a + row * of.a_stride;
   for (int part = 0; part < of.spans_count; ++part) {
     const Span<T> span = of.spans[part];
     const T* b = span.data + column;
     for (int64_t k = 0; k < span.rows; ++k, b += of.b_stride, ++a) {
+      if constexpr (ROWS > FEW_ROWS) fetch(b + VECS * LANES, rest);
       Vec right[VECS];
 #pragma GCC unroll 8
       for (int v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
@@ -104,14 +111,18 @@ inline void dot_pairs(const at::BFloat16* a, int64_t a_stride, const at::BFloat1
 }
 
 template <int ROWS, int VECS>
-inline void accumulate(const Product<at::BFloat16>& of, int64_t row, int64_t column, Vec (&acc)[ROWS][VECS]) {
+inline void accumulate(const Product<at::BFloat16>& of, int64_t row, int64_t column, int64_t rest,
+                       Vec (&acc)[ROWS][VECS]) {
   const at::BFloat16* a = of.a + row * of.a_stride;
   for (int part = 0; part < of.spans_count; ++part) {
     const Span<at::BFloat16> span = of.spans[part];
     const at::BFloat16* b = span.data + column;
     int64_t k = 0;
-    for (; k + 2 <= span.rows; k += 2, b += 2 * of.b_stride, a += 2)
+    for (; k + 2 <= span.rows; k += 2, b += 2 * of.b_stride, a += 2) {
+      if constexpr (ROWS > FEW_ROWS) fetch(b + VECS * LANES, rest);
+      if constexpr (ROWS > FEW_ROWS) fetch(b + of.b_stride + VECS * LANES, rest);
       dot_pairs<ROWS, VECS, true>(a, of.a_stride, b, of.b_stride, acc);
+    }
     if (k < span.rows) dot_pairs<ROWS, VECS, false>(a++, of.a_stride, b, of.b_stride, acc);
   }
   if constexpr (VECS > 1) {
@@ -130,9 +141,9 @@ inline void accumulate(const Product<at::BFloat16>& of, int64_t row, int64_t col
 #endif
 
 template <int ROWS, int VECS, class T>
-inline void block(const Product<T>& of, int64_t row, int64_t column) {
+inline void block(const Product<T>& of, int64_t row, int64_t column, int64_t rest) {
   Vec acc[ROWS][VECS] = {};
-  accumulate<ROWS, VECS>(of, row, column, acc);
+  accumulate<ROWS, VECS>(of, row, column, rest, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
     float* c = of.c + (row + r) * of.c_stride + column;
@@ -146,17 +157,19 @@ inline void block(const Product<T>& of, int64_t row, int64_t column) {
 
 // One panel of VECS vectors of columns, all rows, in blocks of nearly equal height.
 template <int VECS, class T>
-inline void panel(const Product<T>& of, int64_t rows, int64_t column) {
+inline void panel(const Product<T>& of, int64_t rows, int64_t columns, int64_t column) {
+  const int64_t width = VECS * LANES, right = (columns - width) * static_cast<int64_t>(sizeof(T));
+  const int64_t rest = column == 0 && rows <= MAX_ROWS ? right : 0;
   const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t row = rows * i / blocks;
     switch (rows * (i + 1) / blocks - row) {
-      case 1: block<1, VECS>(of, row, column); break;
-      case 2: block<2, VECS>(of, row, column); break;
-      case 3: block<3, VECS>(of, row, column); break;
-      case 4: if constexpr (VECS <= VECTORS) block<4, VECS>(of, row, column); break;
-      case 5: if constexpr (VECS <= VECTORS) block<5, VECS>(of, row, column); break;
-      case 6: if constexpr (VECS <= VECTORS) block<6, VECS>(of, row, column); break;
+      case 1: block<1, VECS>(of, row, column, rest); break;
+      case 2: block<2, VECS>(of, row, column, rest); break;
+      case 3: block<3, VECS>(of, row, column, rest); break;
+      case 4: if constexpr (VECS <= VECTORS) block<4, VECS>(of, row, column, rest); break;
+      case 5: if constexpr (VECS <= VECTORS) block<5, VECS>(of, row, column, rest); break;
+      case 6: if constexpr (VECS <= VECTORS) block<6, VECS>(of, row, column, rest); break;
     }
   }
 }
@@ -167,11 +180,11 @@ inline void multiply(const Product<T>& of, int64_t rows, int64_t columns) {
   int64_t column = 0;
   if (rows <= FEW_ROWS)
     for (; column + VECTORS_FEW_ROWS * LANES <= columns; column += VECTORS_FEW_ROWS * LANES)
-      panel<VECTORS_FEW_ROWS>(of, rows, column);
-  for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES) panel<VECTORS>(of, rows, column);
+      panel<VECTORS_FEW_ROWS>(of, rows, columns, column);
+  for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES) panel<VECTORS>(of, rows, columns, column);
   if constexpr (VECTORS > 2)
-    for (; column + 2 * LANES <= columns; column += 2 * LANES) panel<2>(of, rows, column);
-  for (; column < columns; column += LANES) panel<1>(of, rows, column);
+    for (; column + 2 * LANES <= columns; column += 2 * LANES) panel<2>(of, rows, columns, column);
+  for (; column < columns; column += LANES) panel<1>(of, rows, columns, column);
 }
 
 }  // namespace starling

@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t TILE_ROWS = 192;   // query rows of an item: their sums and scores stay in the second-level cache
 constexpr int64_t TILE_KEYS = 256;   // keys of a step
 constexpr int64_t ITEMS_A_THREAD = 4;
+constexpr int64_t SHORT_SUM = 32;    // terms of a float dot product summed in a row, where query rows are few
+constexpr int64_t SHORT_SUM_ROWS = 8;
 
 struct Strides {
   int64_t page, head, token;  // elements; of keys, `token` is that between keys (PAGES) or between dimensions (CPU)
@@ -129,20 +131,33 @@ struct Cache {
   const T *keys, *values;
 };
 
+// Keys' dimensions as the rows of B: cut where that keeps float sums short, as a dot product by lanes would have them.
+template <class T>
+void dimension_spans(const T* keys, int64_t stride, int64_t size, int64_t rows, std::vector<Span<T>>& spans) {
+  const bool cut = std::is_same_v<Operand<T>, float> && rows <= SHORT_SUM_ROWS;
+  spans.clear();
+  for (int64_t d = 0, width; d < size; d += width) {
+    width = cut ? std::min(SHORT_SUM, size - d) : size;
+    spans.push_back({keys + d * stride, width});
+  }
+}
+
 // Scores of keys [base, base + count), count a multiple of 16; what stands past the row's last key is never looked at.
 template <class T>
 void score_tile(const Call& call, const Cache<T>& cache, const Item& item, int64_t base, int64_t count, Keys range,
                 int64_t rows, Scratch<T>& scratch, const Operand<T>* queries, float* scores) {
   const int32_t* table = call.block_table + item.row * call.columns;
   const T* keys = cache.keys + item.kv_head * call.keys.head;
+  std::vector<Span<T>>& spans = scratch.spans;
   Product<T> product{queries, call.key_size, nullptr, 1, 0, nullptr, TILE_KEYS, nullptr};
   if (call.transposed_keys) {
     product.b_stride = call.keys.token;
     for (int64_t key = base, width; key < base + count; key += width) {
       const int64_t at = key % call.page;
       width = std::min(call.page - at, base + count - key);
-      const Span<T> span{keys + table[key / call.page] * call.keys.page + at, call.key_size};
-      product.spans = &span;
+      dimension_spans(keys + table[key / call.page] * call.keys.page + at, call.keys.token, call.key_size, rows, spans);
+      product.spans = spans.data();
+      product.spans_count = static_cast<int>(spans.size());
       product.c = scores + (key - base);
       multiply(product, rows, width);
     }
@@ -154,8 +169,9 @@ void score_tile(const Call& call, const Cache<T>& cache, const Item& item, int64
     const T* from = keys + table[key / call.page] * call.keys.page + key % call.page * call.keys.token;
     for (int64_t d = 0; d < call.key_size; ++d) packed[d * TILE_KEYS + key - base] = from[d];
   }
-  const Span<T> span{packed, call.key_size};
-  product.spans = &span;
+  dimension_spans(packed, TILE_KEYS, call.key_size, rows, spans);
+  product.spans = spans.data();
+  product.spans_count = static_cast<int>(spans.size());
   product.b_stride = TILE_KEYS;
   product.c = scores;
   multiply(product, rows, count);

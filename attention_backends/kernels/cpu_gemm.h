@@ -23,7 +23,7 @@ constexpr bool BF16_DOT = false;
 template <class T>
 using Operand = std::conditional_t<std::is_same_v<T, at::BFloat16> && BF16_DOT, at::BFloat16, float>;
 
-// Consecutive rows of B: `rows` of them from `data`, `stride` elements apart.
+// Consecutive rows of B: `rows` of them from `data`, the product's `b_stride` elements apart.
 template <class T>
 struct Span {
   const T* data;
@@ -55,23 +55,20 @@ inline void fetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
+// acc += the block's part of a x b over one span; a and b point at the block's first row and column of it.
 template <int ROWS, int VECS, class T>
-inline void accumulate(const Product<T>& of, int64_t row, int64_t column, int64_t rest, Vec (&acc)[ROWS][VECS]) {
-  const float* a = of.a + row * of.a_stride;
-  for (int part = 0; part < of.spans_count; ++part) {
-    const Span<T> span = of.spans[part];
-    const T* b = span.data + column;
-    for (int64_t k = 0; k < span.rows; ++k, b += of.b_stride, ++a) {
-      if constexpr (ROWS > FEW_ROWS) fetch(b + VECS * LANES, rest);
-      Vec right[VECS];
+inline void accumulate(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count, int64_t rest,
+                       Vec (&acc)[ROWS][VECS]) {
+  for (int64_t k = 0; k < count; ++k, b += b_stride, ++a) {
+    if constexpr (ROWS > FEW_ROWS) fetch(b + VECS * LANES, rest);
+    Vec right[VECS];
 #pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
+    for (int v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        const Vec left = splat(a[r * of.a_stride]);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec left = splat(a[r * a_stride]);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECS; ++v) acc[r][v] += left * right[v];
-      }
+      for (int v = 0; v < VECS; ++v) acc[r][v] += left * right[v];
     }
   }
 }
@@ -111,20 +108,20 @@ inline void dot_pairs(const at::BFloat16* a, int64_t a_stride, const at::BFloat1
 }
 
 template <int ROWS, int VECS>
-inline void accumulate(const Product<at::BFloat16>& of, int64_t row, int64_t column, int64_t rest,
-                       Vec (&acc)[ROWS][VECS]) {
-  const at::BFloat16* a = of.a + row * of.a_stride;
-  for (int part = 0; part < of.spans_count; ++part) {
-    const Span<at::BFloat16> span = of.spans[part];
-    const at::BFloat16* b = span.data + column;
-    int64_t k = 0;
-    for (; k + 2 <= span.rows; k += 2, b += 2 * of.b_stride, a += 2) {
-      if constexpr (ROWS > FEW_ROWS) fetch(b + VECS * LANES, rest);
-      if constexpr (ROWS > FEW_ROWS) fetch(b + of.b_stride + VECS * LANES, rest);
-      dot_pairs<ROWS, VECS, true>(a, of.a_stride, b, of.b_stride, acc);
+inline void accumulate(const at::BFloat16* a, int64_t a_stride, const at::BFloat16* b, int64_t b_stride, int64_t count,
+                       int64_t rest, Vec (&acc)[ROWS][VECS]) {
+  for (; count >= 2; count -= 2, b += 2 * b_stride, a += 2) {
+    if constexpr (ROWS > FEW_ROWS) {
+      fetch(b + VECS * LANES, rest);
+      fetch(b + b_stride + VECS * LANES, rest);
     }
-    if (k < span.rows) dot_pairs<ROWS, VECS, false>(a++, of.a_stride, b, of.b_stride, acc);
+    dot_pairs<ROWS, VECS, true>(a, a_stride, b, b_stride, acc);
   }
+  if (count) dot_pairs<ROWS, VECS, false>(a, a_stride, b, b_stride, acc);
+}
+
+template <int ROWS, int VECS>
+inline void ordered(Vec (&acc)[ROWS][VECS]) {
   if constexpr (VECS > 1) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -143,7 +140,23 @@ inline void accumulate(const Product<at::BFloat16>& of, int64_t row, int64_t col
 template <int ROWS, int VECS, class T>
 inline void block(const Product<T>& of, int64_t row, int64_t column, int64_t rest) {
   Vec acc[ROWS][VECS] = {};
-  accumulate<ROWS, VECS>(of, row, column, rest, acc);
+  const Operand<T>* a = of.a + row * of.a_stride;
+  for (int i = 0; i < of.spans_count; a += of.spans[i++].rows) {
+    const Span<T>& span = of.spans[i];
+    if constexpr (ROWS < MAX_ROWS) {  // a sum for each span and one over them rounds less; full blocks have no room
+      Vec part[ROWS][VECS] = {};
+      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, rest, part);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; ++v) acc[r][v] += part[r][v];
+    } else {
+      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, rest, acc);
+    }
+  }
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, at::BFloat16>) ordered(acc);
+#endif
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
     float* c = of.c + (row + r) * of.c_stride + column;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class Case:
     v_scale: float = 1.0
     seed: int = 0
     spread: float = 1.0  # of the scores
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -62,9 +61,10 @@ class Case:
             own = pages[taken : taken + count]
             taken += count
             table[row, :count] = own
-            for position in range(length):
-                keys[own[position // self.page], position % self.page] = torch.randn(self.kv_heads, self.key_size)
-                values[own[position // self.page], position % self.page] = torch.randn(self.kv_heads, self.value_size)
+            position = torch.arange(length)
+            for cache in (keys, values):
+                drawn = torch.randn(length, *cache.shape[2:])
+                cache[own[position // self.page], position % self.page] = drawn
         starts = torch.tensor([0, *torch.tensor(self.query_lens, dtype=torch.int64).cumsum(0)], dtype=torch.int32)
         return {
             "query": torch.randn(sum(self.query_lens), self.kv_heads * self.group, self.key_size).to(self.dtype),
@@ -88,7 +88,7 @@ class Case:
         """The same numbers, rounded to the case's dtypes as they are, computed on in float64."""
         tensors = self.tensors()
         names = ("query",) if self.cache_dtype else ("query", "key_cache", "value_cache")
-        return replace(self).run(implementation, **{name: tensors[name].double() for name in names})
+        return self.run(implementation, **{name: tensors[name].double() for name in names})
 
 
 def lay_out(cache: torch.Tensor, layout: Layout, *, transposed: bool) -> torch.Tensor:

@@ -28,43 +28,44 @@ def hold(case: Case, module=cpu) -> None:
     assert torch.equal(lse.isinf(), exact_lse.isinf())
     assert not out[exact_lse.isinf()].any()
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
-    # Weights are rounded to the dtype once, out once more: neither moves an out further than its values reach.
+    # Weights are rounded to the dtype once, out once more: neither moves an out further than its values reach. In
+    # float32 it is the scores' rounding that shows; how large it may be on the whole, the test beside torch's says.
     reach = case.v_scale * 5
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=reach * max(torch.finfo(out.dtype).eps, 4e-7))
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=reach * max(torch.finfo(out.dtype).eps, 3e-6))
 
 
 @given(cases(dtype=torch.float32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_op_float32(case):
     hold(case)
 
 
 @given(cases(dtype=torch.bfloat16))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_op_bfloat16(case):
     hold(case)
 
 
 @given(cases(dtype=torch.float16))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_op_float16(case):
     hold(case)
 
 
 @given(cases(dtype=torch.bfloat16, cache_dtype=FP8[0], k_scale=0.5, v_scale=3.0))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_op_fp8_e4m3(case):
     hold(case)
 
 
 @given(cases(dtype=torch.float32, cache_dtype=FP8[1], k_scale=2.0, v_scale=0.25))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_op_fp8_e5m2(case):
     hold(case)
 
 
 @given(cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_fallback(case):
     hold(case, fallback)
 
@@ -80,7 +81,7 @@ LONG = {
     "decode of a group": one_row(1, 3000, key_size=64, value_size=64, page=32, group=8),
     "group of four, wide head": one_row(1, 1000, key_size=256, value_size=256, page=64, group=4),
     "extend": one_row(70, 1500, key_size=64, value_size=64, page=128, group=4),
-    "many query tiles": one_row(450, 450, key_size=64, value_size=96, page=64),
+    "many query tiles": one_row(400, 400, key_size=64, value_size=96, page=64),
     "window over pages": one_row(40, 1500, page=32, window=300, group=2),
     "batch": Case((1, 200, 0, 3, 1), (1200, 700, 90, 3, 1), key_size=64, value_size=64, page=32, group=3),
 }
@@ -162,10 +163,16 @@ def test_strided_operands():
 
 
 VALUES = {
-    "a page that is not there": ({"block_table": torch.full((1, 3), 99, dtype=torch.int32)}, r"block_table\[0, 0\] = 99"),
+    "a page that is not there": (
+        {"block_table": torch.full((1, 3), 99, dtype=torch.int32)},
+        r"block_table\[0, 0\] = 99",
+    ),
     "more keys than columns": ({"seq_lens": torch.tensor([49], dtype=torch.int32)}, r"seq_lens\[0\] = 49"),
     "fewer than no keys": ({"seq_lens": torch.tensor([-1], dtype=torch.int32)}, r"seq_lens\[0\] = -1"),
-    "tokens of no row": ({"query_start_loc": torch.tensor([0, 1], dtype=torch.int32)}, "from 0 to 1, not from 0 to the 2"),
+    "tokens of no row": (
+        {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32)},
+        "from 0 to 1, not from 0 to the 2",
+    ),
 }
 
 
@@ -184,7 +191,7 @@ def test_what_the_op_does_not_take():
     ):
         with pytest.raises(ValueError, match=message):
             case.run(cpu.paged_attention)
-    with pytest.raises(ValueError, match="out with strides .* must be contiguous"):
+    with pytest.raises(ValueError, match=r"out with strides .* must be contiguous"):
         cpu.paged_attention(**one_row(1, 9).tensors(), **one_row(1, 9).arguments(), out=torch.zeros(1, 2, 64)[..., ::2])
 
 

@@ -17,9 +17,11 @@ namespace {
 
 constexpr int64_t TILE_ROWS = 192;   // query rows of an item: their sums and scores stay in the second-level cache
 constexpr int64_t TILE_KEYS = 256;   // keys of a step
+constexpr int64_t EDGE_KEYS = 64;    // keys of a step that not all of its query rows see whole
+constexpr int64_t FEW_QUERIES = 8;   // query rows up to which memory is what a step waits for
+constexpr int64_t FETCH = 4096;      // bytes of a page asked for ahead; the processor's own prefetching follows on
 constexpr int64_t ITEMS_A_THREAD = 4;
 constexpr int64_t SHORT_SUM = 32;    // terms of a float dot product summed in a row, where query rows are few
-constexpr int64_t SHORT_SUM_ROWS = 8;
 
 struct Strides {
   int64_t page, head, token;  // elements; of keys, `token` is that between keys (PAGES) or between dimensions (CPU)
@@ -134,7 +136,7 @@ struct Cache {
 // Keys' dimensions as the rows of B: cut where that keeps float sums short, as a dot product by lanes would have them.
 template <class T>
 void dimension_spans(const T* keys, int64_t stride, int64_t size, int64_t rows, std::vector<Span<T>>& spans) {
-  const bool cut = std::is_same_v<Operand<T>, float> && rows <= SHORT_SUM_ROWS;
+  const bool cut = std::is_same_v<Operand<T>, float> && rows <= FEW_QUERIES;
   spans.clear();
   for (int64_t d = 0, width; d < size; d += width) {
     width = cut ? std::min(SHORT_SUM, size - d) : size;
@@ -142,56 +144,73 @@ void dimension_spans(const T* keys, int64_t stride, int64_t size, int64_t rows, 
   }
 }
 
-// Scores of keys [base, base + count), count a multiple of 16; what stands past the row's last key is never looked at.
+// Keys [first, end) for `rows` query rows; scores are of [base, base + count), aligned to vectors.
+struct Step {
+  int64_t base, first, end, count, rows;
+};
+
 template <class T>
-void score_tile(const Call& call, const Cache<T>& cache, const Item& item, int64_t base, int64_t count, Keys range,
-                int64_t rows, Scratch<T>& scratch, const Operand<T>* queries, float* scores) {
+void fetch(const T* from, int64_t elements) {
+  const char* at = reinterpret_cast<const char*>(from);
+  const char* end = at + std::min<int64_t>(elements * sizeof(T), FETCH);
+  for (; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+}
+
+// Scores of a step. What stands in a page past the row's last key may be computed with, never looked at.
+template <class T>
+void score_tile(const Call& call, const Cache<T>& cache, const Item& item, const Step& step, Scratch<T>& scratch,
+                const Operand<T>* queries, float* scores) {
   const int32_t* table = call.block_table + item.row * call.columns;
   const T* keys = cache.keys + item.kv_head * call.keys.head;
   std::vector<Span<T>>& spans = scratch.spans;
-  Product<T> product{queries, call.key_size, nullptr, 1, 0, nullptr, TILE_KEYS, nullptr};
-  if (call.transposed_keys) {
-    product.b_stride = call.keys.token;
-    for (int64_t key = base, width; key < base + count; key += width) {
-      const int64_t at = key % call.page;
-      width = std::min(call.page - at, base + count - key);
-      dimension_spans(keys + table[key / call.page] * call.keys.page + at, call.keys.token, call.key_size, rows, spans);
-      product.spans = spans.data();
-      product.spans_count = static_cast<int>(spans.size());
-      product.c = scores + (key - base);
-      multiply(product, rows, width);
+  Product<T> product{queries, call.key_size, nullptr, 0, 0, nullptr, TILE_KEYS, nullptr};
+  const auto multiply_by = [&](const T* from, int64_t stride, int64_t to, int64_t width) {
+    dimension_spans(from, stride, call.key_size, step.rows, spans);
+    product.spans = spans.data();
+    product.spans_count = static_cast<int>(spans.size());
+    product.b_stride = stride;
+    product.c = scores + to;
+    multiply(product, step.rows, width);
+  };
+  if (!call.transposed_keys) {
+    T* packed = scratch.keys.get(call.key_size * TILE_KEYS);
+    if (step.first > step.base || step.end < step.base + step.count)
+      std::memset((void*)packed, 0, call.key_size * TILE_KEYS * sizeof(T));
+    for (int64_t key = step.first; key < step.end; ++key) {
+      const T* from = keys + table[key / call.page] * call.keys.page + key % call.page * call.keys.token;
+      for (int64_t d = 0; d < call.key_size; ++d) packed[d * TILE_KEYS + key - step.base] = from[d];
     }
-    return;
+    return multiply_by(packed, TILE_KEYS, 0, step.count);
   }
-  T* packed = scratch.keys.get(call.key_size * TILE_KEYS);
-  if (base < range.first || base + count > range.end) std::memset((void*)packed, 0, call.key_size * TILE_KEYS * sizeof(T));
-  for (int64_t key = std::max(base, range.first); key < std::min(base + count, range.end); ++key) {
-    const T* from = keys + table[key / call.page] * call.keys.page + key % call.page * call.keys.token;
-    for (int64_t d = 0; d < call.key_size; ++d) packed[d * TILE_KEYS + key - base] = from[d];
+  const bool few = step.rows <= FEW_QUERIES;
+  for (int64_t key = step.base, width; key < step.base + step.count; key += width) {
+    const int64_t page = key / call.page, at = key % call.page;
+    width = std::min(call.page - at, step.base + step.count - key);
+    if (few) {
+      if ((page + 1) * call.page < call.lens[item.row])
+        fetch(keys + table[page + 1] * call.keys.page, call.page * call.key_size);
+      fetch(cache.values + item.kv_head * call.values.head + table[page] * call.values.page + at * call.values.token,
+            width * call.values.token);
+    }
+    multiply_by(keys + table[page] * call.keys.page + at, call.keys.token, key - step.base, width);
   }
-  dimension_spans(packed, TILE_KEYS, call.key_size, rows, spans);
-  product.spans = spans.data();
-  product.spans_count = static_cast<int>(spans.size());
-  product.b_stride = TILE_KEYS;
-  product.c = scores;
-  multiply(product, rows, count);
 }
 
-// sums = decay * sums + weights x values, over keys [first, end).
+// sums = decay * sums + weights x values, over the keys of a step.
 template <class T>
-void value_tile(const Call& call, const Cache<T>& cache, const Item& item, int64_t first, int64_t end, int64_t rows,
-                Scratch<T>& scratch, const Operand<T>* weights, float* sums, const float* decays) {
+void value_tile(const Call& call, const Cache<T>& cache, const Item& item, const Step& step, Scratch<T>& scratch,
+                const Operand<T>* weights, float* sums, const float* decays) {
   const int32_t* table = call.block_table + item.row * call.columns;
   const T* values = cache.values + item.kv_head * call.values.head;
   scratch.spans.clear();
-  for (int64_t key = first, width; key < end; key += width) {
+  for (int64_t key = step.first, width; key < step.end; key += width) {
     const int64_t at = key % call.page;
-    width = std::min(call.page - at, end - key);
+    width = std::min(call.page - at, step.end - key);
     scratch.spans.push_back({values + table[key / call.page] * call.values.page + at * call.values.token, width});
   }
   multiply(Product<T>{weights, TILE_KEYS, scratch.spans.data(), static_cast<int>(scratch.spans.size()),
                       call.values.token, sums, call.value_size, decays},
-           rows, call.value_size);
+           step.rows, call.value_size);
 }
 
 template <class Q, class T, class Out>
@@ -217,17 +236,25 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
              visible(call, (item.last - 1) / group, queries, keys).end};
   const int64_t part = round_up((range.end - range.first + item.shares - 1) / item.shares, TILE_KEYS);
   range = {range.first + item.share * part, std::min(range.end, range.first + (item.share + 1) * part)};
-  for (int64_t base = range.first / LANES * LANES; base < range.end; base += TILE_KEYS) {
-    const int64_t end = std::min(base + TILE_KEYS, range.end), first = std::max(base, range.first);
-    const int64_t count = round_up(end - base, LANES);
-    score_tile(call, cache, item, base, count, range, rows, scratch, packed, scores);
-    for (int64_t i = 0; i < rows; ++i) {
-      Keys seen = visible(call, (item.first + i) / group, queries, keys);
+  const auto seen_by = [&](int64_t i) { return visible(call, (item.first + i) / group, queries, keys); };
+  // Each row sees all of these, and a step within them needs no mask; seen_by's bounds never fall from row to row.
+  const Keys common{seen_by(rows - 1).first, seen_by(0).end};
+  for (int64_t base = range.first / LANES * LANES, end; base < range.end; base = end) {
+    const bool inside = base >= common.first && base + TILE_KEYS <= common.end;
+    end = std::min(base + (inside || rows <= FEW_QUERIES ? TILE_KEYS : EDGE_KEYS), range.end);
+    const int64_t first = std::max(base, range.first), count = round_up(end - base, LANES);
+    int64_t top = 0, bottom = rows;  // rows that see any of it
+    while (top < rows && seen_by(top).end <= first) ++top;
+    while (bottom > top && seen_by(bottom - 1).first >= end) --bottom;
+    const Step step{base, first, end, count, bottom - top};
+    score_tile(call, cache, item, step, scratch, packed + top * call.key_size, scores);
+    for (int64_t i = top; i < bottom; ++i) {
+      Keys seen = seen_by(i);
       seen = {std::max(seen.first, first), std::min(seen.end, end)};
-      decays[i] = softmax_step(call, scores + i * TILE_KEYS, weights + i * TILE_KEYS, count, seen, base, peaks[i],
-                               totals[i]);
+      decays[i] = softmax_step(call, scores + (i - top) * TILE_KEYS, weights + (i - top) * TILE_KEYS, count, seen, base,
+                               peaks[i], totals[i]);
     }
-    value_tile(call, cache, item, first, end, rows, scratch, weights + (first - base), sums, decays);
+    value_tile(call, cache, item, step, scratch, weights + (first - base), sums + top * call.value_size, decays + top);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + (item.first + i) / group, head = item.kv_head * group + (item.first + i) % group;

@@ -56,12 +56,12 @@ inline void accumulate(const float* a, int64_t a_stride, const T* b, int64_t b_s
                        Vec (&acc)[ROWS][VECS]) {
   for (int64_t k = 0; k < count; ++k, b += b_stride, ++a) {
     Vec right[VECS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const Vec left = splat(a[r * a_stride]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < VECS; ++v) acc[r][v] += left * right[v];
     }
   }
@@ -85,7 +85,7 @@ inline void dot_pairs(const at::BFloat16* a, int64_t a_stride, const at::BFloat1
     const __m512i second = BOTH ? _mm512_cvtepu16_epi32(load_raw<__m256i>(b + b_stride)) : _mm512_setzero_si512();
     right[0] = (__m512bh)_mm512_or_si512(first, _mm512_slli_epi32(second, 16));
   } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; v += 2) {
       const __m512i first = load_raw<__m512i>(b + v * LANES);
       const __m512i second = BOTH ? load_raw<__m512i>(b + b_stride + v * LANES) : _mm512_setzero_si512();
@@ -93,10 +93,10 @@ inline void dot_pairs(const at::BFloat16* a, int64_t a_stride, const at::BFloat1
       right[v + 1] = (__m512bh)_mm512_unpackhi_epi16(first, second);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
     const __m512bh left = splat_pair(a + r * a_stride, BOTH);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) acc[r][v] = (Vec)_mm512_dpbf16_ps((__m512)acc[r][v], left, right[v]);
   }
 }
@@ -115,9 +115,9 @@ inline void ordered(Vec (&acc)[ROWS][VECS]) {
   if constexpr (VECS > 1) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < VECS; v += 2) {
         const __m512 even = (__m512)acc[r][v], odd = (__m512)acc[r][v + 1];
         acc[r][v] = (Vec)_mm512_permutex2var_ps(even, low, odd);
@@ -136,9 +136,9 @@ inline void block(const Product<T>& of, int64_t row, int64_t column) {
     if constexpr (ROWS < MAX_ROWS) {  // a sum for each span and one over them rounds less; full blocks have no room
       Vec part[ROWS][VECS] = {};
       accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, part);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < VECS; ++v) acc[r][v] += part[r][v];
     } else {
       accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, acc);
@@ -147,10 +147,10 @@ inline void block(const Product<T>& of, int64_t row, int64_t column) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, at::BFloat16>) ordered(acc);
 #endif
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
     float* c = of.c + (row + r) * of.c_stride + column;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) {
       if (of.decay) acc[r][v] += load(c + v * LANES) * of.decay[row + r];
       store(c + v * LANES, acc[r][v]);
@@ -161,14 +161,14 @@ inline void block(const Product<T>& of, int64_t row, int64_t column) {
 // One panel of VECS vectors of columns, all rows, in blocks of nearly equal height.
 template <int VECS, class T>
 inline void panel(const Product<T>& of, int64_t rows, int64_t column) {
-  constexpr int HIGHEST = VECS > VECTORS ? FEW_ROWS : MAX_ROWS;
+  constexpr int HIGHEST = VECS > WIDE_VECTORS ? 1 : VECS > VECTORS ? FEW_ROWS : MAX_ROWS;
   const int64_t blocks = (rows + HIGHEST - 1) / HIGHEST;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t row = rows * i / blocks;
     switch (rows * (i + 1) / blocks - row) {
       case 1: block<1, VECS>(of, row, column); break;
-      case 2: block<2, VECS>(of, row, column); break;
-      case 3: block<3, VECS>(of, row, column); break;
+      case 2: if constexpr (HIGHEST > 1) block<2, VECS>(of, row, column); break;
+      case 3: if constexpr (HIGHEST > 1) block<3, VECS>(of, row, column); break;
       case 4: if constexpr (HIGHEST > 3) block<4, VECS>(of, row, column); break;
       case 5: if constexpr (HIGHEST > 3) block<5, VECS>(of, row, column); break;
       case 6: if constexpr (HIGHEST > 3) block<6, VECS>(of, row, column); break;
@@ -181,6 +181,9 @@ template <class T>
 inline void multiply(const Product<T>& of, int64_t rows, int64_t columns) {
   int64_t column = 0;
   // Few rows wait for memory: wide panels read it in order, which the processor's own prefetching needs.
+  if (rows == 1)
+    for (; column + 2 * WIDE_VECTORS * LANES <= columns; column += 2 * WIDE_VECTORS * LANES)
+      panel<2 * WIDE_VECTORS>(of, rows, column);
   if (rows <= WIDE_PANEL_ROWS)
     for (; column + WIDE_VECTORS * LANES <= columns; column += WIDE_VECTORS * LANES)
       panel<WIDE_VECTORS>(of, rows, column);

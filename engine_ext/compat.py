@@ -404,3 +404,16 @@ def use_multiprocess_values(directory: str) -> None:
 
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
     values.ValueClass = values.get_value_class()
+
+
+def add_cache_layer(prefix: str, layer: Any) -> None:
+    """Let vLLM find a layer that owns a KV cache and is no Attention: by its name, as vLLM's own models do it.
+
+    Goes when AttentionLayerBase registers itself.
+    """
+    from vllm.config import get_current_vllm_config
+
+    context = get_current_vllm_config().compilation_config.static_forward_context
+    if prefix in context:
+        raise ValueError(f"two layers are named {prefix!r}")
+    context[prefix] = layer

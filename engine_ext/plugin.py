@@ -61,6 +61,9 @@ def _hook_in() -> None:
 
         return await request_starling(*args, **kwargs)
 
+    from engine_ext.models import register_models
+
+    register_models()
     compat.on_engine_config(before, after)
     compat.on_server_args(server_args)
     if compat.is_bench(sys.argv):

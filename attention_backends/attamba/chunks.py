@@ -1,0 +1,124 @@
+"""Where chunks begin and end, in closed form, and what a step of the engine has to do about them. Pure functions.
+
+A layer cuts the tokens after token 0, which is a chunk alone, at boundaries k P - 1 - offset, k = 1, 2, ...; a boundary is
+its chunk's last token. Its state is number k - 1, and lies in row (k - 1) of the layer's states (section 3 of the paper;
+the offsets are its "cyclic" ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PAGE_ROWS = 16  # chunk states of a page
+
+
+def layer_offset(layer: int, layers: int, chunk: int) -> int:
+    """How many tokens earlier than in layer 0 the chunks of ``layer`` end; below ``chunk``."""
+    return min(chunk - 1, layer * (chunk // layers))
+
+
+def chunk_start(position: np.ndarray, chunk: int, offset: int) -> np.ndarray:
+    """First position of the chunk that each position lies in."""
+    return np.where(position == 0, 0, np.maximum(1, (position + offset) // chunk * chunk - offset))
+
+
+def states_seen(position: np.ndarray, chunk: int, offset: int, window: int) -> np.ndarray:
+    """Number of chunk states before the window of the query at each position; states 0 to that many are seen.
+
+    A boundary within the window is seen there, as the token it is.
+    """
+    return np.maximum(0, (position - window + offset) // chunk)
+
+
+def sees_token_0(position: np.ndarray, chunk: int, offset: int, window: int) -> np.ndarray:
+    """Whether token 0 is seen as a state of its own: behind the window, and not boundary number 1 itself."""
+    return (position > window) & (offset != chunk - 1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of a step: T of them, of R requests, in the batch's order.
+
+    Attributes:
+        request: (T,) int64, row of the batch.
+        position: (T,) int64.
+    """
+
+    request: np.ndarray
+    position: np.ndarray
+
+
+def step_rows(query_lens: np.ndarray, seq_lens: np.ndarray) -> Rows:
+    """The tokens of requests with so many tokens in this step, the last of so many in all."""
+    request = np.repeat(np.arange(len(query_lens)), query_lens)
+    first = np.cumsum(query_lens) - query_lens
+    position = np.arange(len(request)) - first[request] + (seq_lens - query_lens)[request]
+    return Rows(request, position)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """What one layer does in a step. N chunks, of at most W tokens so far, have tokens in the step.
+
+    Attributes:
+        chunk_request: (N,) int64, row of the batch.
+        chunk_position: (N, W) int64, positions of their tokens; past the last one in the step the last one again.
+        token_chunk, token_place: (T,) int64, chunk and place in it of each token of the step.
+        ends: (E,) int64, tokens of the step that end a chunk, token 0 among them.
+        end_state: (E,) int64, number of the state that each makes; -1: token 0's own.
+        run_starts: (S + 1,) int32, first tokens of the S runs of one request that see the same states, and T.
+        run_request: (S,) int64.
+        run_states: (S,) int32, states that a run sees.
+        token_0_seen: (T,) bool, whether it sees token 0's own state.
+    """
+
+    chunk_request: np.ndarray
+    chunk_position: np.ndarray
+    token_chunk: np.ndarray
+    token_place: np.ndarray
+    ends: np.ndarray
+    end_state: np.ndarray
+    run_starts: np.ndarray
+    run_request: np.ndarray
+    run_states: np.ndarray
+    token_0_seen: np.ndarray
+
+
+def plan_step(rows: Rows, chunk: int, offset: int, window: int) -> ChunkPlan:
+    """The plan of a layer with chunks of ``chunk`` tokens, its offset, and ``window`` tokens seen besides itself."""
+    request, position = rows.request, rows.position
+    start = chunk_start(position, chunk, offset)
+    opens = _changes(request, start)
+    last = np.append(opens[1:], len(request)) - 1
+    width = int((position[last] - start[opens]).max()) + 1
+    chunk_position = np.minimum(start[opens][:, None] + np.arange(width), position[last][:, None])
+
+    natural = (position + 1 + offset) % chunk == 0
+    ends = np.flatnonzero(natural | (position == 0))
+    end_state = np.where(natural[ends], position[ends] // chunk, -1)
+
+    seen = states_seen(position, chunk, offset, window)
+    runs = _changes(request, seen)
+    return ChunkPlan(
+        chunk_request=request[opens],
+        chunk_position=chunk_position,
+        token_chunk=np.repeat(np.arange(len(opens)), last - opens + 1),
+        token_place=position - start,
+        ends=ends,
+        end_state=end_state,
+        run_starts=np.append(runs, len(request)).astype(np.int32),
+        run_request=request[runs],
+        run_states=seen[runs].astype(np.int32),
+        token_0_seen=sees_token_0(position, chunk, offset, window),
+    )
+
+
+def _changes(*columns: np.ndarray) -> np.ndarray:
+    """Indices where a row differs from the one before, 0 among them."""
+    differs = np.zeros(len(columns[0]), dtype=bool)
+    differs[0] = True
+    for column in columns:
+        differs[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(differs)

@@ -1,0 +1,208 @@
+"""Attamba for vLLM: what attention_backends/attamba/ computes, between vLLM's own layers.
+
+K and V are the layer's input plus a state space mixer each, so there is no projection of them to split: over tensor-
+parallel ranks the mixers run whole on each, and only their last product, the queries and `wo` are split by heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.utils import maybe_prefix
+
+from attention_backends.attamba.attend import attend
+from attention_backends.attamba.cache import PagedRows, cache_specs
+from attention_backends.attamba.chunks import layer_offset
+from attention_backends.attamba.scan import Sizes, chunk_scan
+from engine_ext.models.attamba_config import AttambaConfig
+from engine_ext.models.attamba_weights import load_checkpoint
+
+
+class Mixer(nn.Module):
+    """SSM_k or SSM_v: a Mamba-2 mixer over each chunk alone, whose output is split over ranks."""
+
+    def __init__(self, config: AttambaConfig, prefix: str) -> None:
+        super().__init__()
+        self.sizes = Sizes(config.ssm_heads, config.ssm_inner, config.ssm_state_dim, config.conv_size)
+        dim, inner = config.hidden_size, config.ssm_inner
+        convolved = inner + 2 * config.ssm_state_dim
+        # in_proj in two: of tokens of earlier steps the gate is not needed again.
+        self.gate = ReplicatedLinear(dim, inner, bias=False, prefix=f"{prefix}.gate")
+        self.inputs = ReplicatedLinear(dim, convolved + config.ssm_heads, bias=False, prefix=f"{prefix}.inputs")
+        self.conv_weight = nn.Parameter(torch.empty(convolved, config.conv_size), requires_grad=False)
+        self.A_log = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32), requires_grad=False)
+        self.D = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32), requires_grad=False)
+        self.ssm_norm = RMSNorm(inner, eps=config.rms_norm_eps)
+        self.out_proj = ColumnParallelLinear(inner, dim, bias=False, prefix=f"{prefix}.out_proj")
+
+    def forward(self, x: torch.Tensor, chunks: torch.Tensor, chunk: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """(T, local dim) for the tokens x (T, dim), of which token t is number ``place[t]`` of ``chunks[chunk[t]]``.
+
+        Args:
+            chunks: (N, W, dim), the inputs of each chunk from its first token on.
+        """
+        projected, _ = self.inputs(chunks)
+        y = chunk_scan(projected, self.conv_weight, self.A_log, self.D, self.sizes)[chunk, place].to(x.dtype)
+        gate, _ = self.gate(x)
+        out, _ = self.out_proj(self.ssm_norm(y * nn.functional.silu(gate)))
+        return out
+
+
+class AttentiveSsm(nn.Module):
+    """One layer's attention, its mixers and its three caches."""
+
+    def __init__(self, config: AttambaConfig, layer: int, dtype: torch.dtype, prefix: str) -> None:
+        super().__init__()
+        self.ranks, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        if config.num_attention_heads % self.ranks:
+            raise ValueError(f"{config.num_attention_heads} heads can't be split over {self.ranks} ranks")
+        self.heads = config.num_attention_heads // self.ranks
+        self.head_dim, self.local_dim = config.head_dim, self.heads * config.head_dim
+        self.chunk, self.window = config.token_chunk, config.leading_tokens
+        self.offset = layer_offset(layer, config.num_hidden_layers, self.chunk)
+        specs = cache_specs(self.chunk, self.window, config.hidden_size, self.local_dim, dtype)
+        self.states, self.recent, self.rows = (
+            PagedRows(specs[name], f"{prefix}.{name}") for name in ("states", "window", "rows")
+        )
+        self.k_ssm, self.v_ssm = Mixer(config, f"{prefix}.k_ssm"), Mixer(config, f"{prefix}.v_ssm")
+        dim = config.hidden_size
+        self.wq = ColumnParallelLinear(dim, dim, bias=False, prefix=f"{prefix}.wq")
+        self.wo = RowParallelLinear(dim, dim, bias=False, prefix=f"{prefix}.wo")
+        self.rotary = get_rope(
+            self.head_dim,
+            config.max_position_embeddings,
+            is_neox_style=False,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        )
+
+    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(T, dim) for the normed inputs x (T, dim)."""
+        query, _ = self.wq(x)
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # vLLM measures memory
+            return self.wo(query)[0]
+        states, recent, rows = (metadata[cache.prefix] for cache in (self.states, self.recent, self.rows))
+        tokens = len(rows.rows.position)  # x may be padded past them
+        plan = rows.plan(self.chunk, self.offset, self.window)
+
+        inputs = self.rows.pages.flatten(0, 1)
+        inputs[rows.slots(self.rows)] = x[:tokens]
+        chunks = inputs[rows.slots_of(self.rows, plan.chunk_request[:, None], plan.chunk_position)]
+        chunk, place = (torch.from_numpy(index).to(x.device) for index in (plan.token_chunk, plan.token_place))
+        own = x[:, self.rank * self.local_dim : (self.rank + 1) * self.local_dim]
+        key = own[:tokens] + self.k_ssm(x[:tokens], chunks, chunk, place)
+        value = own[:tokens] + self.v_ssm(x[:tokens], chunks, chunk, place)
+        query, key = self.rotary(positions[:tokens], query[:tokens].contiguous(), key)
+
+        both = torch.cat([key, value], -1)
+        self.recent.pages.flatten(0, 1)[recent.slots(self.recent)] = both
+        ends = torch.from_numpy(plan.ends).to(x.device)
+        self.states.pages.flatten(0, 1)[states.state_slots(self.states, plan)] = both[ends]
+
+        out = query.new_zeros(len(x), self.local_dim)
+        out[:tokens] = attend(
+            query.unflatten(-1, (self.heads, -1)),
+            self.states.pages,
+            states.block_table,
+            self.recent.pages,
+            recent.block_table,
+            recent.query_start_loc,
+            recent.seq_lens,
+            torch.from_numpy(rows.rows.request).to(x.device),
+            plan,
+            self.window + 1,
+            self.head_dim**-0.5,
+        ).flatten(1)
+        return self.wo(out)[0]
+
+
+class AttambaLayer(nn.Module):
+    def __init__(self, config: AttambaConfig, layer: int, dtype: torch.dtype, prefix: str) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attentive_ssm = AttentiveSsm(config, layer, dtype, f"{prefix}.attentive_ssm")
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = LlamaMLP(
+            config.hidden_size, config.intermediate_size, "silu", prefix=f"{prefix}.feed_forward"
+        )
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.attentive_ssm(positions, self.attention_norm(hidden))
+        return hidden + self.feed_forward(self.ffn_norm(hidden))
+
+
+class AttambaForCausalLM(nn.Module):
+    """Attamba with its checkpoint's names translated (attamba_weights.py). Runs eagerly: its steps are planned on the
+    host, by the lengths of the batch.
+
+    Raises:
+        ValueError: a configuration that the caches can't carry, or a feature of vLLM that this model does not have.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        refuse_features(vllm_config)
+        config: AttambaConfig = vllm_config.model_config.hf_config
+        self.config = config
+        dtype = vllm_config.model_config.dtype
+        self.tok_embeddings = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            AttambaLayer(config, layer, dtype, maybe_prefix(prefix, f"layers.{layer}"))
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.output = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "output"))
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.tok_embeddings(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(T, dim) normed hidden states of the tokens of a step."""
+        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        for layer in self.layers:
+            hidden = layer(positions, hidden)
+        return self.norm(hidden)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.output, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return load_checkpoint(self, weights)
+
+
+def refuse_features(vllm_config: VllmConfig) -> None:
+    """Refuse by name what would be silently wrong, or fail late (raises ValueError)."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    refused = {
+        f"kv_cache_dtype={cache.cache_dtype}": (
+            cache.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")),
+            "the caches keep the model's dtype",
+        ),
+        "speculative decoding": (vllm_config.speculative_config is not None, "steps are planned for tokens that stay"),
+        f"quantization={vllm_config.model_config.quantization}": (
+            vllm_config.quant_config is not None,
+            "no quantised checkpoint of it exists",
+        ),
+        "decode context parallelism": (parallel.decode_context_parallel_size > 1, "the caches are not split by tokens"),
+    }
+    for feature, (asked, reason) in refused.items():
+        if asked:
+            raise ValueError(f"{feature} is refused with an Attamba model: {reason}")

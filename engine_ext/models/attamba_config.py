@@ -1,0 +1,62 @@
+"""The configuration of an Attamba checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class AttambaConfig(PretrainedConfig):
+    """config.json of an Attamba checkpoint; sizes are numbers of values, ``token_chunk`` and ``leading_tokens`` of tokens.
+
+    Args:
+        token_chunk: P, tokens for which the cache keeps one state.
+        leading_tokens: L, tokens before its own that a token sees one by one.
+        ssm_heads, ssm_inner, ssm_state_dim, conv_size: of the mixers of K and of V: heads, their values in all, state of
+            each value, taps of the convolution.
+    """
+
+    model_type = "attamba"
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        intermediate_size: int = 1536,
+        token_chunk: int = 8,
+        leading_tokens: int = 16,
+        ssm_heads: int = 8,
+        ssm_inner: int = 256,
+        ssm_state_dim: int = 128,
+        conv_size: int = 4,
+        rope_theta: float = 10_000.0,
+        rms_norm_eps: float = 1e-5,
+        max_position_embeddings: int = 8192,
+        tie_word_embeddings: bool = False,
+        **rest: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = self.num_key_value_heads = num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.token_chunk = token_chunk
+        self.leading_tokens = leading_tokens
+        self.ssm_heads = ssm_heads
+        self.ssm_inner = ssm_inner
+        self.ssm_state_dim = ssm_state_dim
+        self.conv_size = conv_size
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        for fixed in ("num_key_value_heads", "head_dim"):
+            given = rest.pop(fixed, getattr(self, fixed))
+            if given != getattr(self, fixed):
+                raise ValueError(f"{fixed}={given} is refused: Attamba's is {getattr(self, fixed)}, as its heads say")
+        if tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=true is refused: Attamba has output.weight of its own")
+        super().__init__(tie_word_embeddings=False, **rest)

@@ -1,0 +1,57 @@
+"""From the names and shapes of an Attamba checkpoint to those of the served model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+MIXERS = ("k_ssm", "v_ssm")
+
+
+def targets(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
+    """Where a tensor of a checkpoint goes: parameters of the model, a shard of each or None, rows of the tensor or None.
+
+    Args:
+        inner: of the mixers: in_proj's first rows are the gate's.
+    """
+    mixer = next((part for part in MIXERS if f".{part}." in name), None)
+    if mixer is not None:
+        name = name.replace(f".{mixer}.", f".attentive_ssm.{mixer}.")
+        if name.endswith(".in_proj.weight"):
+            gate, inputs = (name.replace(".in_proj.", f".{part}.") for part in ("gate", "inputs"))
+            return [(gate, None, slice(0, inner)), (inputs, None, slice(inner, None))]
+    for part, shard in ((".w1.", 0), (".w3.", 1)):
+        if part in name:
+            return [(name.replace(part, ".gate_up_proj."), shard, None)]
+    return [(name.replace(".w2.", ".down_proj."), None, None)]
+
+
+def load_checkpoint(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load every tensor; returns the names of the parameters that have one.
+
+    Raises:
+        ValueError: a tensor that is unknown, misshapen or missing, by its name.
+    """
+    parameters = dict(model.named_parameters())
+    loaded: set[tuple[str, Any]] = set()
+    for name, tensor in weights:
+        for target, shard, rows in targets(name, model.config.ssm_inner):
+            if target not in parameters:
+                raise ValueError(f"{name} is refused: an Attamba checkpoint has no tensor of that name")
+            parameter = parameters[target]
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            try:
+                loader(parameter, tensor if rows is None else tensor[rows], *(() if shard is None else (shard,)))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit config.json: {error}") from error
+            loaded.add((target, shard))
+    wanted = {
+        (name, shard) for name in parameters for shard in ((0, 1) if ".gate_up_proj." in name else (None,))
+    }
+    if missing := sorted(f"{name}" for name, _ in wanted - loaded):
+        raise ValueError(f"the checkpoint lacks what {len(missing)} parameters are made of: {', '.join(missing[:8])}")
+    return {name for name, _ in loaded}

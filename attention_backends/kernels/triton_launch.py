@@ -12,7 +12,10 @@ from attention_backends.kernels.triton_attend import LOG2E, paged_attention_kern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 E4M3_CAPABILITY = (8, 9)
-K_TILE_BYTES = 16 * 1024
+# Bytes of a K tile, and most lanes, by bytes of an element. The products of float32 are taken outside of the tensor
+# cores, from registers, of which smaller tiles need fewer (tests/kernels/test_triton_compile.py sees spilling).
+K_TILE_BYTES = {2: 16 * 1024, 4: 8 * 1024}
+MOST_LANES = {2: 128, 4: 32}
 Q_TILE_BYTES = 32 * 1024
 
 
@@ -30,6 +33,11 @@ class Tile:
         return self.lanes // group
 
 
+def head_block(head_size: int) -> int:
+    """The power of two, 16 at least, that a head size is padded to in a tile."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
 def make_tile(sizes: Sizes, element_bytes: int, lanes: int) -> Tile:
     """A tile whose operands fit the shared memory of every card from compute capability 8.0 on.
 
@@ -43,18 +51,18 @@ def make_tile(sizes: Sizes, element_bytes: int, lanes: int) -> Tile:
     Raises:
         ValueError: one query's heads do not fit a tile.
     """
-    head_size, group = max(sizes.key_size, sizes.value_size), sizes.heads // sizes.kv_heads
-    row_bytes = triton.next_power_of_2(head_size) * element_bytes
-    most = min(128, Q_TILE_BYTES // row_bytes)
+    padded, group = head_block(max(sizes.key_size, sizes.value_size)), sizes.heads // sizes.kv_heads
+    row_bytes = padded * element_bytes
+    most = min(MOST_LANES[element_bytes], Q_TILE_BYTES // row_bytes)
     least = max(16, triton.next_power_of_2(group))
     if least > most:
         raise ValueError(
-            f"{group} query heads a KV head of size {head_size} do not fit a tile of {most} lanes: "
-            "give the KV heads to more ranks, or use the reference"
+            f"{group} query heads a KV head do not fit a tile of {most} lanes, all that head size "
+            f"{max(sizes.key_size, sizes.value_size)} leaves room for: use the reference"
         )
     lanes = max(least, min(lanes, most))
-    keys = max(16, min(128, K_TILE_BYTES // row_bytes))
-    return Tile(lanes=lanes, keys=keys, warps=8 if lanes * head_size >= 128 * 128 else 4)
+    keys = max(16, min(64, K_TILE_BYTES[element_bytes] // row_bytes))
+    return Tile(lanes=lanes, keys=keys, warps=4 if lanes <= 16 else 8)
 
 
 def prepare(
@@ -134,8 +142,8 @@ def launch(
         HEAD_SIZE_V=values.shape[3],
         BLOCK_M=tile.lanes,
         BLOCK_N=tile.keys,
-        BLOCK_D=max(16, triton.next_power_of_2(query.shape[2])),
-        BLOCK_DV=max(16, triton.next_power_of_2(values.shape[3])),
+        BLOCK_D=head_block(query.shape[2]),
+        BLOCK_DV=head_block(values.shape[3]),
         CAUSAL=causal,
         WINDOWED=window is not None,
         CAPPED=softcap != 0,

@@ -70,9 +70,7 @@ def merge_kernel(
     lane_v = tl.arange(0, BLOCK_DV)
     parts_lse += token * lse_token_stride + head * lse_head_stride
     parts += token * parts_token_stride + head * parts_head_stride
-    part_lse = tl.load(
-        parts_lse + lane_s.to(tl.int64) * lse_split_stride, mask=lane_s < splits, other=float("-inf")
-    )
+    part_lse = tl.load(parts_lse + lane_s.to(tl.int64) * lse_split_stride, mask=lane_s < splits, other=float("-inf"))
     peak = tl.max(part_lse, 0)
     base = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp(part_lse - base), 0)

@@ -16,8 +16,6 @@ import pytest
 
 from tests.kernels.triton_jobs import Case, measure, start_worker
 
-pytest.importorskip("triton", reason="needs Triton: the extra `cpu` or `cuda`")
-
 SECONDS = 60
 
 
@@ -56,13 +54,13 @@ CASES = {
     "long, 70 queries of 8 heads": replace(MIXED, queries=(70,), keys=(200,), heads=8, kv_heads=1, window=65),
     "decode": DECODE,
     "decode, one split": replace(DECODE, splits=1),
-    "decode, more splits than keys": replace(DECODE, splits=17, keys=(1, 200, 0, 5)),
+    "decode, more splits than keys": replace(DECODE, splits=17, keys=(1, 150, 0, 5), heads=2),
     "decode, window": replace(DECODE, window=100),
     "decode, window, not causal": replace(DECODE, window=100, causal=False, splits=2),
     "decode, softcap, eight heads": replace(DECODE, heads=8, kv_heads=1, softcap=3.0),
     "decode, bfloat16": replace(DECODE, dtype="bfloat16", heads=2, key_size=128, value_size=96),
     "decode, e4m3": replace(DECODE, dtype="float16", cache="float8_e4m3fn", k_scale=2.0, v_scale=0.25),
-    "decode, rows of many queries": replace(MIXED, splits=4),
+    "decode, rows of many queries": replace(MIXED, heads=2, splits=4),
 }
 
 
@@ -70,13 +68,17 @@ def random_case(seed: int) -> Case:
     draw = random.Random(seed)
     rows = draw.randint(1, 4)
     decode = draw.random() < 0.5
-    queries = tuple(draw.choice((0, 1, 1, 2) if decode else (0, 1, 7, 30, 65)) for _ in range(rows))
-    keys = tuple(draw.choice((0, count, count + draw.randint(0, 150))) for count in queries)
+    queries = [draw.choice((1, 1, 2) if decode else (1, 7, 30, 65)) for _ in range(rows)]
+    keys = [count + draw.choice((0, draw.randint(1, 150), draw.randint(1, 150))) for count in queries]
+    for row in range(1, rows):
+        empty = draw.choice((queries, keys, None, None))
+        if empty:
+            empty[row] = 0
     kv_heads = draw.choice((1, 2))
     dtype = draw.choice(("float32", "float16", "bfloat16"))
     return Case(
-        queries if any(queries) else (1, *queries[1:]),
-        keys,
+        tuple(queries),
+        tuple(keys),
         kv_heads * draw.randint(1, 8 if decode else 4),
         kv_heads,
         draw.choice((32, 40, 64, 80, 96, 128)),
@@ -97,7 +99,7 @@ def random_case(seed: int) -> Case:
 @pytest.mark.parametrize(
     ("case", "seed"),
     [pytest.param(case, 0, id=name) for name, case in CASES.items()]
-    + [pytest.param(random_case(seed), seed, id=f"random {seed}") for seed in range(20)],
+    + [pytest.param(random_case(seed), seed, id=f"random {seed}") for seed in range(12)],
 )
 def test_kernel_is_the_reference(worker: ProcessPoolExecutor, case: Case, seed: int):
     errors = worker.submit(measure, case, seed).result(SECONDS)

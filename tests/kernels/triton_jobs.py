@@ -1,6 +1,6 @@
 """What the worker of the Triton tests runs: a case made, computed and held against float64, all in one process.
 
-Only numbers go back to the test: no tensor, and nothing of Triton, whose interpreter the rest of the suite must not see.
+Only numbers go back to the test.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def start_worker() -> None:
-    """Before Triton is imported: without a GPU, its kernels run as Python."""
+    """Before Triton is imported: without a GPU, its kernels run as Python. Memory that nobody wrote holds NaN."""
     if DEVICE == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from xformers.ops import fmha
-from xformers.ops.fmha import attn_bias, triton_splitk
+from xformers.ops.fmha import attn_bias, flash, triton_splitk
 
 from attention_backends.kernels.contract import Layout, check, page_views
 from attention_backends.kernels.merge import merge
 
-HEAD_SIZES = (16, 32, 64, 128, 256, 512)
+HEAD_SIZES = (16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -73,7 +73,7 @@ def flat_cache(cache: torch.Tensor) -> tuple[torch.Tensor, int]:
 def causal_part(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lens: Sequence[int], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ``lens`` tokens against themselves, causal.
+    """Rows of ``lens`` tokens against themselves, causal, by the FlashAttention that torch brings.
 
     Args:
         query: (1, N, KV heads, group, D); key and value the same, expanded over the group.
@@ -81,7 +81,8 @@ def causal_part(
     Returns:
         out of query's shape, lse (1, KV heads, group, N).
     """
-    return fmha.memory_efficient_attention_partial(query, key, value, own_bias(lens, query.device), scale=scale)
+    bias = own_bias(lens, query.device)
+    return fmha.memory_efficient_attention_partial(query, key, value, bias, scale=scale, op=flash.FwOp)
 
 
 def paged_attention(

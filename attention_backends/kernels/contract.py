@@ -16,7 +16,8 @@ Args:
     query: (T, H, D) float; H is a multiple of KV heads, and head h reads KV head ``h // (H // KV heads)``.
     key_cache, value_cache: laid out as ``layout`` says, in query's dtype or in fp8 (see ``as_fp8``); their head sizes D
         and Dv may differ.
-    block_table: (R, C) int32. Columns past a row's keys, and the cache past them, may hold anything.
+    block_table: (R, C) int32. Columns past a row's keys may hold anything, and so may the cache where no query of the
+        row sees a key.
     query_start_loc: (R + 1,) int32, from 0, not falling, to T.
     seq_lens: (R,) int32, keys of each row, its own query tokens included where causal; may be 0.
     scale: factor of the scores; ``k_scale`` and ``v_scale`` are those of a quantised cache.

@@ -9,17 +9,15 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """Attention over the union of P disjoint sets of keys from the attention over each.
 
     Args:
-        outs: (P, T, H, D) partial outputs.
+        outs: (P, T, H, D) partial outputs, or with other dimensions between the first and the last.
         lses: (P, T, H) their log-sum-exp, natural logarithm. A partial that saw no key has -inf, or +inf as
             FlashAttention says it; its out is not read into the result, whatever it holds.
 
     Returns:
         out (T, H, D) in outs' dtype, lse (T, H) in lses' dtype; 0 and -inf where every partial is empty.
     """
-    if outs.dim() != 4 or lses.shape != outs.shape[:3] or not len(outs):
-        raise ValueError(
-            f"outs {tuple(outs.shape)}, lses {tuple(lses.shape)}: (P, T, H, D) and (P, T, H), P at least 1"
-        )
+    if lses.shape != outs.shape[:-1] or not lses.dim() or not len(lses):
+        raise ValueError(f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)}: (P, ..., D) and (P, ...), P at least 1")
     wide = torch.promote_types(torch.promote_types(outs.dtype, lses.dtype), torch.float32)
     empty = lses.isinf()
     logs = lses.to(wide).masked_fill(empty, float("-inf"))
@@ -27,5 +25,6 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     weights = torch.exp(logs - peak.masked_fill(peak.isinf(), 0.0))
     total = weights.sum(0)
     parts = outs.to(wide).masked_fill(empty[..., None], 0.0)
-    out = (parts * weights[..., None]).sum(0) / total.clamp_min(torch.finfo(wide).tiny)[..., None]
+    # The total is at least 1 where any part has keys, so that 1 can stand in for it where none has.
+    out = (parts * weights[..., None]).sum(0) / total.clamp_min(1.0)[..., None]
     return out.to(outs.dtype), (peak + torch.log(total)).masked_fill(total == 0, float("-inf")).to(lses.dtype)

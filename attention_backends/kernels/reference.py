@@ -60,7 +60,12 @@ def visible_mask(queries: int, keys: int, *, causal: bool, window: int | None) -
 def masked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row: query (q, H, D), key and value (s, KV heads, D or Dv), mask (q, s) -> lse (q, H), out (q, H, Dv)."""
+    """One row: query (q, H, D), key and value (s, KV heads, D or Dv), mask (q, s) -> lse (q, H), out (q, H, Dv).
+
+    Keys that no query sees are left out: their values may be NaN, which a weight of 0 would not silence.
+    """
+    seen = mask.any(0)
+    key, value, mask = key[seen], value[seen], mask[:, seen]
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->qhk", query, key) * scale

@@ -1,0 +1,102 @@
+"""Builds the CPU op on first use, once for each user, source, torch and processor."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SOURCE = "cpu_attention.cpp"
+SOURCES = (SOURCE, "cpu_gemm.h", "cpu_vector.h")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi")
+
+
+class BuildError(RuntimeError):
+    """The op can't be built here; the message says why and what would help."""
+
+
+def cache_directory() -> Path:
+    """Where built ops are kept: TORCH_EXTENSIONS_DIR, as for torch's own, else the user's cache."""
+    torchs = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(torchs) if torchs else cache / "starling" / "extensions"
+
+
+def cpu_flags() -> str:
+    """The processor's features, which -march=native compiles for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def key() -> str:
+    """A name for what the built op depends on."""
+    here = Path(__file__).parent
+    parts = [(here / name).read_text() for name in SOURCES]
+    parts += [torch.__version__, platform.machine(), cpu_flags(), *FLAGS]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def load_op() -> Callable[..., torch.Tensor]:
+    """The op, built if need be; processes that start at once wait for the first one's build.
+
+    Raises:
+        BuildError: no compiler, no directory to write to, or the compiler refuses.
+    """
+    directory, name = cache_directory(), f"starling_kernels_{key()}"
+    built = directory / f"{name}.so"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # The system drops the lock of a process that dies, so nobody waits for a build that no one makes.
+        with open(directory / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not built.exists():
+                _build(name, built)
+    except OSError as error:
+        raise BuildError(f"the CPU attention op needs a directory to build in: {error}; set XDG_CACHE_HOME") from error
+    torch.ops.load_library(built)
+    return torch.ops.starling_kernels.paged_attention
+
+
+def _build(name: str, built: Path) -> None:
+    """Compile to ``built``, which appears whole or not at all."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise BuildError(
+            f"the CPU attention op is compiled on first use, and there is no C++ compiler {compiler!r}: install g++ 12 "
+            "or newer, or name one in CXX"
+        )
+    # ninja is found on PATH alone, which an interpreter started by its own path has not set up.
+    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((scripts, path))
+    try:
+        from torch.utils import cpp_extension
+
+        with tempfile.TemporaryDirectory(dir=built.parent, prefix=name) as work:
+            cpp_extension.load(
+                name=name,
+                sources=[str(Path(__file__).parent / SOURCE)],
+                extra_cflags=list(FLAGS),
+                extra_ldflags=["-fopenmp"],
+                build_directory=work,
+                is_python_module=False,
+            )
+            os.replace(Path(work) / f"{name}.so", built)
+    except (RuntimeError, ImportError) as error:
+        raise BuildError(f"the CPU attention op does not compile with {compiler!r}: {error}") from error
+    finally:
+        os.environ["PATH"] = path
+
+
+if __name__ == "__main__":
+    print(load_op())  # `python -m attention_backends.kernels.build` builds ahead of the first request

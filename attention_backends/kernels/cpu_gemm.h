@@ -1,0 +1,203 @@
+// The one matrix product behind both halves of attention: a few rows of A in registers against B as the cache holds it.
+//
+//   queries (rows, D) x keys (D, tokens of a page)     and     weights (rows, tokens) x values (tokens, Dv)
+//
+// B is read once for up to six rows; what it needs doing to become operands (widening, or pairing two rows for bf16 dot
+// products) is done between load and use, so nothing is packed.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu_vector.h"
+
+namespace starling {
+
+#if defined(__AVX512BF16__)
+constexpr bool BF16_DOT = true;
+#else
+constexpr bool BF16_DOT = false;
+#endif
+
+// What rows of A hold: bf16 where the processor multiplies pairs of them, else float.
+template <class T>
+using Operand = std::conditional_t<std::is_same_v<T, at::BFloat16> && BF16_DOT, at::BFloat16, float>;
+
+// Consecutive rows of B: `rows` of them from `data`, the product's `b_stride` elements apart.
+template <class T>
+struct Span {
+  const T* data;
+  int64_t rows;
+};
+
+template <class T>
+struct Product {
+  const Operand<T>* a;
+  int64_t a_stride;
+  const Span<T>* spans;  // of B, one after another along A's columns
+  int spans_count;
+  int64_t b_stride;
+  float* c;
+  int64_t c_stride;
+  const float* decay;  // c = decay[row] * c + a x b; null for c = a x b
+};
+
+#if defined(__AVX512F__)
+constexpr int MAX_ROWS = 6, VECTORS = 4, VECTORS_FEW_ROWS = 8;  // 24 accumulators of 32 registers
+#else
+constexpr int MAX_ROWS = 6, VECTORS = 1, VECTORS_FEW_ROWS = 2;  // a Vec is two or four registers of 16
+#endif
+constexpr int FEW_ROWS = 3;
+
+// The columns right of a panel, [from, from + bytes) of the same row, belong to the next ones: where one block of rows
+// goes over memory once, read whole rows of it in order, which the processor's own prefetching needs.
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+// acc += the block's part of a x b over one span; a and b point at the block's first row and column of it.
+template <int ROWS, int VECS, class T>
+inline void accumulate(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count, int64_t rest,
+                       Vec (&acc)[ROWS][VECS]) {
+  for (int64_t k = 0; k < count; ++k, b += b_stride, ++a) {
+    if constexpr (ROWS > FEW_ROWS) fetch(b + VECS * LANES, rest);
+    Vec right[VECS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec left = splat(a[r * a_stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) acc[r][v] += left * right[v];
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+inline __m512bh splat_pair(const at::BFloat16* pair, bool both) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, pair, both ? 4 : 2);
+  return (__m512bh)_mm512_set1_epi32(static_cast<int>(bits));
+}
+
+// Rows k and k + 1 of B as pairs. Two vectors' worth is interleaved within 128-bit lanes (two instructions), which
+// shuffles columns; `ordered` undoes that once, on the sums.
+template <int ROWS, int VECS, bool BOTH>
+inline void dot_pairs(const at::BFloat16* a, int64_t a_stride, const at::BFloat16* b, int64_t b_stride,
+                      Vec (&acc)[ROWS][VECS]) {
+  __m512bh right[VECS];
+  if constexpr (VECS == 1) {
+    const __m512i first = _mm512_cvtepu16_epi32(load_raw<__m256i>(b));
+    const __m512i second = BOTH ? _mm512_cvtepu16_epi32(load_raw<__m256i>(b + b_stride)) : _mm512_setzero_si512();
+    right[0] = (__m512bh)_mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+  } else {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v += 2) {
+      const __m512i first = load_raw<__m512i>(b + v * LANES);
+      const __m512i second = BOTH ? load_raw<__m512i>(b + b_stride + v * LANES) : _mm512_setzero_si512();
+      right[v] = (__m512bh)_mm512_unpacklo_epi16(first, second);
+      right[v + 1] = (__m512bh)_mm512_unpackhi_epi16(first, second);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const __m512bh left = splat_pair(a + r * a_stride, BOTH);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v) acc[r][v] = (Vec)_mm512_dpbf16_ps((__m512)acc[r][v], left, right[v]);
+  }
+}
+
+template <int ROWS, int VECS>
+inline void accumulate(const at::BFloat16* a, int64_t a_stride, const at::BFloat16* b, int64_t b_stride, int64_t count,
+                       int64_t rest, Vec (&acc)[ROWS][VECS]) {
+  for (; count >= 2; count -= 2, b += 2 * b_stride, a += 2) {
+    if constexpr (ROWS > FEW_ROWS) {
+      fetch(b + VECS * LANES, rest);
+      fetch(b + b_stride + VECS * LANES, rest);
+    }
+    dot_pairs<ROWS, VECS, true>(a, a_stride, b, b_stride, acc);
+  }
+  if (count) dot_pairs<ROWS, VECS, false>(a, a_stride, b, b_stride, acc);
+}
+
+template <int ROWS, int VECS>
+inline void ordered(Vec (&acc)[ROWS][VECS]) {
+  if constexpr (VECS > 1) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; v += 2) {
+        const __m512 even = (__m512)acc[r][v], odd = (__m512)acc[r][v + 1];
+        acc[r][v] = (Vec)_mm512_permutex2var_ps(even, low, odd);
+        acc[r][v + 1] = (Vec)_mm512_permutex2var_ps(even, high, odd);
+      }
+  }
+}
+#endif
+
+template <int ROWS, int VECS, class T>
+inline void block(const Product<T>& of, int64_t row, int64_t column, int64_t rest) {
+  Vec acc[ROWS][VECS] = {};
+  const Operand<T>* a = of.a + row * of.a_stride;
+  for (int i = 0; i < of.spans_count; a += of.spans[i++].rows) {
+    const Span<T>& span = of.spans[i];
+    if constexpr (ROWS < MAX_ROWS) {  // a sum for each span and one over them rounds less; full blocks have no room
+      Vec part[ROWS][VECS] = {};
+      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, rest, part);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; ++v) acc[r][v] += part[r][v];
+    } else {
+      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, rest, acc);
+    }
+  }
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, at::BFloat16>) ordered(acc);
+#endif
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    float* c = of.c + (row + r) * of.c_stride + column;
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v) {
+      if (of.decay) acc[r][v] += load(c + v * LANES) * of.decay[row + r];
+      store(c + v * LANES, acc[r][v]);
+    }
+  }
+}
+
+// One panel of VECS vectors of columns, all rows, in blocks of nearly equal height.
+template <int VECS, class T>
+inline void panel(const Product<T>& of, int64_t rows, int64_t columns, int64_t column) {
+  const int64_t width = VECS * LANES, right = (columns - width) * static_cast<int64_t>(sizeof(T));
+  const int64_t rest = column == 0 && rows <= MAX_ROWS ? right : 0;
+  const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t row = rows * i / blocks;
+    switch (rows * (i + 1) / blocks - row) {
+      case 1: block<1, VECS>(of, row, column, rest); break;
+      case 2: block<2, VECS>(of, row, column, rest); break;
+      case 3: block<3, VECS>(of, row, column, rest); break;
+      case 4: if constexpr (VECS <= VECTORS) block<4, VECS>(of, row, column, rest); break;
+      case 5: if constexpr (VECS <= VECTORS) block<5, VECS>(of, row, column, rest); break;
+      case 6: if constexpr (VECS <= VECTORS) block<6, VECS>(of, row, column, rest); break;
+    }
+  }
+}
+
+// rows x columns of c, columns a multiple of 16.
+template <class T>
+inline void multiply(const Product<T>& of, int64_t rows, int64_t columns) {
+  int64_t column = 0;
+  if (rows <= FEW_ROWS)
+    for (; column + VECTORS_FEW_ROWS * LANES <= columns; column += VECTORS_FEW_ROWS * LANES)
+      panel<VECTORS_FEW_ROWS>(of, rows, columns, column);
+  for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES) panel<VECTORS>(of, rows, columns, column);
+  if constexpr (VECTORS > 2)
+    for (; column + 2 * LANES <= columns; column += 2 * LANES) panel<2>(of, rows, columns, column);
+  for (; column < columns; column += LANES) panel<1>(of, rows, columns, column);
+}
+
+}  // namespace starling

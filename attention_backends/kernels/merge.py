@@ -17,7 +17,9 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
         out (T, H, D) in outs' dtype, lse (T, H) in lses' dtype; 0 and -inf where every partial is empty.
     """
     if lses.shape != outs.shape[:-1] or not lses.dim() or not len(lses):
-        raise ValueError(f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)}: (P, ..., D) and (P, ...), P at least 1")
+        raise ValueError(
+            f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)}: (P, ..., D) and (P, ...), P at least 1"
+        )
     wide = torch.promote_types(torch.promote_types(outs.dtype, lses.dtype), torch.float32)
     empty = lses.isinf()
     logs = lses.to(wide).masked_fill(empty, float("-inf"))

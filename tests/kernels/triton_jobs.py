@@ -1,4 +1,4 @@
-"""What the worker of the Triton tests runs: a case made, computed and held against float64, all in one process.
+"""What the worker of the Triton tests runs: a case, by a kernel and by the reference, all in one process.
 
 Only numbers go back to the test.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from attention_backends.kernels import reference
-from attention_backends.kernels.contract import Layout, page_views
+from attention_backends.kernels.contract import page_views, visible_keys
+from tests.kernels.cases import NAN, Case, rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,28 +29,6 @@ def start_worker() -> None:
 
 
 @dataclass(frozen=True)
-class Case:
-    """Rows, sizes and options of one call; ``splits`` None is the prefill kernel, else decode with so many."""
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    key_size: int
-    value_size: int
-    page: int
-    dtype: str = "float32"
-    cache: str = ""
-    causal: bool = True
-    window: int | None = None
-    softcap: float = 0.0
-    k_scale: float = 1.0
-    v_scale: float = 1.0
-    order: str = "pages"
-    splits: int | None = None
-
-
-@dataclass(frozen=True)
 class Errors:
     """How far a kernel is from the reference.
 
@@ -57,7 +37,6 @@ class Errors:
         ulp: one, at the output's RMS.
         lse: largest absolute error of the log-sum-exp, over queries that see a key.
         empty: whether the queries that see none, and only they, have out 0 and lse -inf.
-        in_place: whether the tensor given as ``out`` came back.
     """
 
     rms: float
@@ -65,108 +44,87 @@ class Errors:
     ulp: float
     lse: float
     empty: bool
-    in_place: bool
 
 
-def _cache(pages: int, case: Case, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """(pages, page, KV heads, size) of NaN, with the strides that ``case.order`` asks for."""
-    shape = (pages, case.page, case.kv_heads, size)
-    if case.order == "heads first":
-        return torch.full((pages, case.kv_heads, case.page, size), torch.nan).to(dtype).transpose(1, 2)
-    if case.order == "gaps":
-        return torch.full((pages, 2, *shape[1:]), torch.nan).to(dtype)[:, 1]
-    return torch.full(shape, torch.nan).to(dtype)
+def operands(case: Case, strides: str) -> dict[str, torch.Tensor]:
+    """The case's own, with what a window leaves behind freed: NaN, and whole pages another's in the block table."""
+    tensors = case.tensors()
+    keys, values = page_views(tensors["key_cache"], tensors["value_cache"], case.layout)
+    null_page = next(page for page in range(len(keys)) if page not in tensors["block_table"])
+    for row, (queries, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        first = visible_keys(0, queries, length, causal=case.causal, window=case.window)[0]
+        for position in range(first):
+            page = tensors["block_table"][row, position // case.page]
+            keys[page, position % case.page] = values[page, position % case.page] = NAN
+        tensors["block_table"][row, : first // case.page] = null_page
+    for name in ("key_cache", "value_cache"):
+        tensors[name] = restride(tensors[name], strides)
+    return tensors
 
 
-def make(case: Case, seed: int) -> tuple[list[torch.Tensor], Layout]:
-    """Operands of the call. Whatever no query may read is NaN, and stands in page 0 or past a row's keys."""
-    torch.manual_seed(seed)
-    dtype = getattr(torch, case.dtype)
-    cache_dtype = getattr(torch, case.cache or case.dtype)
-    rows, columns = len(case.queries), max(max(case.keys) // case.page + 2, 2)
-    pages = rows * columns + 1
-    layout = Layout.PAGES
-    if case.order == "cpu":
-        layout = Layout.CPU
-        memory = torch.full((pages, case.kv_heads, 2 * case.page, case.key_size), torch.nan).to(cache_dtype)
-        key_cache, value_cache = memory.chunk(2, dim=2)
-    else:
-        key_cache = _cache(pages, case, case.key_size, cache_dtype)
-        value_cache = _cache(pages, case, case.value_size, cache_dtype)
-    table = torch.zeros(rows, columns, dtype=torch.int32)
-    free = torch.randperm(pages - 1).add(1).tolist()
-    keys, values = page_views(key_cache, value_cache, layout)
-    for row, (queries, length) in enumerate(zip(case.queries, case.keys, strict=True)):
-        first = 0
-        if case.window is not None:
-            first = max(0, (length - queries + 1 if case.causal else length) - case.window)
-        for column in range(first // case.page, -(-length // case.page)):
-            page = table[row, column] = free.pop()
-            begin, end = max(first - column * case.page, 0), min(length - column * case.page, case.page)
-            for cache in (keys, values):
-                cache[page, begin:end] = torch.randn(end - begin, *cache.shape[2:]).to(cache_dtype)
-    query = torch.randn(sum(case.queries), case.heads, case.key_size).to(dtype)
-    starts = torch.tensor([0, *case.queries]).cumsum(0).int()
-    operands = [query, key_cache, value_cache, table, starts, torch.tensor(case.keys, dtype=torch.int32)]
-    return operands, layout
+def restride(cache: torch.Tensor, strides: str) -> torch.Tensor:
+    """The same pages in other memory: "heads first", or every second page of it only ("gaps")."""
+    if strides == "heads first":
+        return cache.transpose(1, 2).contiguous().transpose(1, 2)
+    if strides == "gaps":
+        return cache[:, None].expand(-1, 2, -1, -1, -1).contiguous()[:, 1]
+    return cache
 
 
-def sdpa(operands: list[torch.Tensor], case: Case, scale: float) -> torch.Tensor:
-    """torch's own attention on ``operands`` (pages layout, float64), in the query's dtype; it has no softcap."""
-    query, keys, values, table, starts, _ = operands
-    dtype = getattr(torch, case.dtype)
-    out = query.new_zeros(len(query), case.heads, case.value_size)
-    for row, (queries, length) in enumerate(zip(case.queries, case.keys, strict=True)):
-        pages = table[row, : -(-length // case.page)].long()
-        key = (keys[pages].flatten(0, 1)[:length] * case.k_scale).to(dtype)
-        value = (values[pages].flatten(0, 1)[:length] * case.v_scale).to(dtype)
+def sdpa(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """torch's own attention on the same numbers, in the query's dtype, row by row; it has no softcap."""
+    query, starts = tensors["query"], tensors["query_start_loc"]
+    keys, values = page_views(tensors["key_cache"], tensors["value_cache"], case.layout)
+    out = query.new_zeros(len(query), query.shape[1], case.value_size)
+    for row, (queries, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
         mask = reference.visible_mask(queries, length, causal=case.causal, window=case.window)
-        mask = mask[mask.any(1)]
+        position = torch.arange(length)[mask.any(0)]
+        page, slot = tensors["block_table"][row, position // case.page], position % case.page
         last = int(starts[row + 1])
-        seen = slice(last - len(mask), last)
-        if len(mask):
-            out[seen] = torch.nn.functional.scaled_dot_product_attention(
-                query[seen].to(dtype).transpose(0, 1)[None],
+        seeing = slice(last - int(mask.any(1).sum()), last)
+        if len(position):
+            key = (keys.float()[page, slot] * case.k_scale).to(query.dtype)
+            value = (values.float()[page, slot] * case.v_scale).to(query.dtype)
+            out[seeing] = torch.nn.functional.scaled_dot_product_attention(
+                query[seeing].transpose(0, 1)[None],
                 key.transpose(0, 1)[None],
                 value.transpose(0, 1)[None],
-                attn_mask=mask,
-                scale=scale,
+                attn_mask=mask[mask.any(1)][:, mask.any(0)],
+                scale=case.arguments()["scale"],
                 enable_gqa=True,
             )[0].transpose(0, 1)
     return out
 
 
-def measure(case: Case, seed: int) -> Errors:
-    """Run the case on ``DEVICE``, its output poisoned before."""
-    from attention_backends.kernels import triton_decode, triton_prefill
+def compare(case: Case, tensors: dict[str, torch.Tensor], kernel: Any) -> Errors:
+    """Run ``kernel`` on ``DEVICE``, its output poisoned before, against the reference in float64."""
+    wide = {"query": tensors["query"].double()}
+    if not case.cache_dtype:
+        wide |= {name: tensors[name].double() for name in ("key_cache", "value_cache")}
+    expected, expected_lse = reference.paged_attention(**(tensors | wide), **case.arguments())
+    uncapped, _ = reference.paged_attention(**(tensors | wide), **(case.arguments() | {"softcap": 0.0}))
 
-    operands, layout = make(case, seed)
-    scale = case.key_size**-0.5
-    options = {name: getattr(case, name) for name in ("causal", "window", "softcap", "k_scale", "v_scale")}
-    wide = [operands[0].double(), *page_views(*operands[1:3], layout), *operands[3:]]
-    # The reference multiplies what no query may read by 0: not NaN, then.
-    wide[1:3] = [cache.double().nan_to_num() for cache in wide[1:3]]
-    expected, expected_lse = reference.paged_attention(*wide, scale=scale, **options)
-    uncapped, _ = reference.paged_attention(*wide, scale=scale, **(options | {"softcap": 0.0}))
-
-    poisoned = torch.full(expected.shape, torch.nan, dtype=operands[0].dtype, device=DEVICE)
-    call = triton_prefill.paged_attention
-    if case.splits is not None:
-        call = functools.partial(triton_decode.paged_attention, splits=case.splits)
-    on_device = [operand.to(DEVICE) for operand in operands]
-    out, lse = call(*on_device, scale=scale, layout=layout, out=poisoned, **options)
-    in_place = out is poisoned
+    poisoned = torch.full(expected.shape, NAN, dtype=case.dtype, device=DEVICE)
+    on_device = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    out, lse = kernel(**on_device, **case.arguments(), out=poisoned)
+    if out is not poisoned:
+        raise AssertionError("the tensor given as out did not come back")
     out, lse = out.cpu().double(), lse.cpu().double()
     seen = expected_lse != float("-inf")
     return Errors(
         rms=rms(out - expected),
-        sdpa_rms=rms(sdpa(wide, case, scale) - uncapped),
-        ulp=torch.finfo(operands[0].dtype).eps * rms(expected),
+        sdpa_rms=rms(sdpa(case, tensors).double() - uncapped),
+        ulp=torch.finfo(case.dtype).eps * rms(expected),
         lse=(lse - expected_lse)[seen].abs().max().item() if seen.any() else 0.0,
         empty=bool(((lse == float("-inf")) == ~seen).all() and (out[~seen] == 0).all()),
-        in_place=in_place,
     )
 
 
-def rms(values: torch.Tensor) -> float:
-    return values.square().mean().sqrt().item()
+def measure(case: Case, splits: int | None, strides: str) -> Errors:
+    """The prefill kernel, or with ``splits`` that for decode."""
+    from attention_backends.kernels import triton_decode, triton_prefill
+
+    kernel = triton_prefill.paged_attention
+    if splits is not None:
+        kernel = functools.partial(triton_decode.paged_attention, splits=splits)
+    return compare(case, operands(case, strides), kernel)

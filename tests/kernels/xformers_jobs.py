@@ -7,7 +7,8 @@ import os
 import torch
 
 from attention_backends.kernels import reference
-from tests.kernels.triton_jobs import DEVICE, Case, make, rms, start_worker
+from tests.kernels.cases import Case
+from tests.kernels.triton_jobs import DEVICE, Errors, compare, operands, start_worker
 
 
 def start_xformers_worker() -> None:
@@ -15,27 +16,16 @@ def start_xformers_worker() -> None:
     os.environ["XFORMERS_ENABLE_TRITON"] = "1"
 
 
-def measure_xformers(case: Case, seed: int) -> tuple[float, float, bool]:
-    """(RMS error over the output's RMS, largest error of the log-sum-exp, whether queries without keys are 0 and -inf).
-
-    On a CPU two things stand in: the operator is told that it runs there, and the causal part, which is FlashAttention
-    and so needs a card, is the reference's.
+def measure_xformers(case: Case, strides: str) -> Errors:
+    """On a CPU two things stand in: the operator is told that it runs there, and the causal part, which is
+    FlashAttention and so needs a card, is the reference's.
     """
     from attention_backends.kernels import xformers_backend
 
     if DEVICE == "cpu":
         xformers_backend.paged_op(case.page).SUPPORTED_DEVICES = {"cpu"}
         xformers_backend.causal_part = reference_causal_part
-    operands, layout = make(case, seed)
-    options = {"scale": case.key_size**-0.5, "causal": case.causal, "k_scale": case.k_scale, "v_scale": case.v_scale}
-    wide = [operands[0].double(), *(cache.double().nan_to_num() for cache in operands[1:3]), *operands[3:]]
-    expected, expected_lse = reference.paged_attention(*wide, **options)
-    operands = [operand.to(DEVICE) for operand in operands]
-    out, lse = xformers_backend.paged_attention(*operands, layout=layout, **options)
-    out, lse = out.cpu().double(), lse.cpu().double()
-    seen = expected_lse != float("-inf")
-    empty = bool(((lse == float("-inf")) == ~seen).all() and (out[~seen] == 0).all())
-    return rms(out - expected) / rms(expected), (lse - expected_lse)[seen].abs().max().item(), empty
+    return compare(case, operands(case, strides), xformers_backend.paged_attention)
 
 
 def reference_causal_part(query, key, value, lens, scale):

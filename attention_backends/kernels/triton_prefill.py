@@ -27,7 +27,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     layout: Layout = Layout.PAGES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract of contract.py. Reads no tensor on the host, so a CUDA graph can hold it."""
+    """The contract of contract.py."""
     sizes = check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens,
         window=window, softcap=softcap, out=out, layout=layout,

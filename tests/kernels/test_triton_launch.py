@@ -7,6 +7,7 @@ import torch
 
 from attention_backends.kernels import triton_prefill
 from attention_backends.kernels.contract import Sizes
+from attention_backends.kernels.triton_backend import is_decode
 from attention_backends.kernels.triton_decode import MAX_SPLITS, MIN_KEYS_OF_A_SPLIT, num_splits
 from attention_backends.kernels.triton_launch import make_tile
 
@@ -62,6 +63,13 @@ def test_splits_are_never_short_nor_too_many_to_matter():
             splits = num_splits(rows, 8, seq_len, 132)
             assert splits == 1 or seq_len / (splits - 1) >= MIN_KEYS_OF_A_SPLIT
             assert splits == 1 or (splits - 1) * rows * 8 < 2 * 132
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "decode"), [(64, 64, True), (256, 64, True), (2048, 1, False), (9, 1, False), (0, 0, True)]
+)
+def test_a_batch_of_short_rows_is_decode(tokens: int, rows: int, decode: bool):
+    assert is_decode(tokens, rows) == decode
 
 
 def test_float64_is_refused():

@@ -65,23 +65,26 @@ def make_tile(sizes: Sizes, element_bytes: int, lanes: int) -> Tile:
     return Tile(lanes=lanes, keys=keys, warps=4 if lanes <= 16 else 8)
 
 
+def check_dtypes(query: torch.dtype, cache: torch.dtype, capability: tuple[int, int] | None) -> None:
+    """Refuse what the kernel, or a card of this compute capability, does not compute in.
+
+    Raises:
+        ValueError: with what to use instead.
+    """
+    if query not in DTYPES:
+        raise ValueError(f"query is {query}: the Triton kernels take {', '.join(map(str, DTYPES))}")
+    if cache == torch.float8_e4m3fn and capability is not None and capability < E4M3_CAPABILITY:
+        raise ValueError(
+            f"fp8_e4m3 on compute capability {capability}: Triton converts it from {E4M3_CAPABILITY} on; use fp8_e5m2"
+        )
+
+
 def prepare(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both caches as (pages, page, KV heads, head size), whatever the strides.
-
-    Raises:
-        ValueError: a dtype that the kernel, or the card, does not compute in.
-    """
-    if query.dtype not in DTYPES:
-        raise ValueError(f"query is {query.dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}")
-    if key_cache.dtype == torch.float8_e4m3fn and query.is_cuda:
-        capability = torch.cuda.get_device_capability(query.device)
-        if capability < E4M3_CAPABILITY:
-            raise ValueError(
-                f"fp8_e4m3 on compute capability {capability}: Triton converts it from {E4M3_CAPABILITY} on; "
-                "use fp8_e5m2"
-            )
+    """Both caches as (pages, page, KV heads, head size), whatever the strides, after ``check_dtypes``."""
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
+    check_dtypes(query.dtype, key_cache.dtype, capability)
     return page_views(key_cache, value_cache, layout)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from packaging.version import Version
 XFORMERS = Version("0.0.35")
 TRITON_END = Version("3.9")
 CAPABILITY = (8, 0)
-PAGED_OP = "xformers.ops.fmha.triton_splitk"
+PAGED_OP = "xformers/ops/fmha/triton_splitk.py"
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,16 @@ def why_absent(facts: Facts) -> str | None:
 
 
 def gather_facts() -> Facts:
-    """As they are in this process; imports nothing of xformers but its package."""
-    xformers = _version("xformers")
+    """As they are in this process; xformers is looked at, not imported, which takes seconds and may warn."""
+    try:
+        files = importlib.metadata.files("xformers") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
     return Facts(
-        xformers=xformers,
+        xformers=_version("xformers"),
         triton=_version("triton"),
         capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
-        paged_op=xformers is not None and importlib.util.find_spec(PAGED_OP) is not None,
+        paged_op=any(file.as_posix() == PAGED_OP for file in files),
     )
 
 

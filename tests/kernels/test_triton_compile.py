@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from attention_backends.kernels import triton_decode, triton_prefill
 from attention_backends.kernels.contract import Sizes
 from attention_backends.kernels.triton_attend import paged_attention_kernel
 from attention_backends.kernels.triton_decode import merge_kernel
-from attention_backends.kernels.triton_launch import head_block, make_tile
+from attention_backends.kernels.triton_launch import E4M3_CAPABILITY, head_block, make_tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = 99 * 1024
@@ -112,8 +112,18 @@ def test_kernel_compiles_and_fits(build: Build, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     kernel = compile_attend(build)
     assert build.instruction in kernel.asm["ptx"]
+    assert "cp.async" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= SHARED_MEMORY
     assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
+
+
+def test_e4m3_needs_the_capability_that_the_launcher_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    build = Build(0, "bf16", "fp8e4nv", 64, 1, True, "mma.sync")
+    major, minor = E4M3_CAPABILITY
+    compile_attend(replace(build, capability=10 * major + minor))
+    with pytest.raises(triton.CompilationError):
+        compile_attend(replace(build, capability=86))
 
 
 def test_merge_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

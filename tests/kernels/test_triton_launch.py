@@ -9,7 +9,7 @@ from attention_backends.kernels import triton_prefill
 from attention_backends.kernels.contract import Sizes
 from attention_backends.kernels.triton_backend import is_decode
 from attention_backends.kernels.triton_decode import MAX_SPLITS, MIN_KEYS_OF_A_SPLIT, num_splits
-from attention_backends.kernels.triton_launch import make_tile
+from attention_backends.kernels.triton_launch import check_dtypes, make_tile
 
 
 def sizes(head_size: int, group: int) -> Sizes:
@@ -70,6 +70,14 @@ def test_splits_are_never_short_nor_too_many_to_matter():
 )
 def test_a_batch_of_short_rows_is_decode(tokens: int, rows: int, decode: bool):
     assert is_decode(tokens, rows) == decode
+
+
+def test_e4m3_is_refused_where_triton_does_not_convert_it():
+    with pytest.raises(ValueError, match=r"fp8_e4m3 on compute capability \(8, 6\)"):
+        check_dtypes(torch.bfloat16, torch.float8_e4m3fn, (8, 6))
+    check_dtypes(torch.bfloat16, torch.float8_e4m3fn, (8, 9))
+    check_dtypes(torch.bfloat16, torch.float8_e5m2, (8, 0))
+    check_dtypes(torch.bfloat16, torch.float8_e4m3fn, None)
 
 
 def test_float64_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import triton
 
 from attention_backends.kernels.contract import Layout
 from attention_backends.kernels.xformers_probe import Facts, gather_facts, why_absent
@@ -48,7 +50,7 @@ def needs_xformers() -> None:
         ({"triton": "3.10.1"}, "Triton 3.10.1 has no make_block_ptr"),
         ({"capability": None}, "no CUDA device"),
         ({"capability": (7, 5)}, "compute capability (7, 5) is below"),
-        ({"paged_op": False}, "has no xformers.ops.fmha.triton_splitk"),
+        ({"paged_op": False}, "has no xformers/ops/fmha/triton_splitk.py"),
     ],
 )
 def test_absence_is_said_in_words(change: dict, reason: str | None):
@@ -56,11 +58,11 @@ def test_absence_is_said_in_words(change: dict, reason: str | None):
     assert said == reason or reason in said
 
 
-def test_facts_of_this_process_lead_to_an_answer():
+def test_facts_are_those_of_this_process():
     facts = gather_facts()
-    assert facts.triton is not None
+    assert facts.triton == triton.__version__
     assert (facts.capability is None) == (not torch.cuda.is_available())
-    assert why_absent(facts) is None or not torch.cuda.is_available() or facts.xformers != "0.0.35"
+    assert facts.paged_op == (facts.xformers is not None) == (importlib.util.find_spec("xformers") is not None)
 
 
 @pytest.mark.parametrize(

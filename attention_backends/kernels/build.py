@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Callable
@@ -91,8 +92,9 @@ def _build(name: str, built: Path) -> None:
                 build_directory=work,
                 is_python_module=False,
             )
-            os.replace(Path(work) / f"{name}.so", built)
-    except (RuntimeError, ImportError) as error:
+            # torch numbers the file where a build of this name was tried before in the process.
+            os.replace(next(Path(work).glob("*.so")), built)
+    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
         raise BuildError(f"the CPU attention op does not compile with {compiler!r}: {error}") from error
     finally:
         os.environ["PATH"] = path

@@ -43,24 +43,18 @@ struct Product {
 };
 
 #if defined(__AVX512F__)
-constexpr int MAX_ROWS = 6, VECTORS = 4, VECTORS_FEW_ROWS = 8;  // 24 accumulators of 32 registers
+constexpr int MAX_ROWS = 6, VECTORS = 4, WIDE_VECTORS = 8;  // 24 accumulators of 32 registers
 #else
-constexpr int MAX_ROWS = 6, VECTORS = 1, VECTORS_FEW_ROWS = 2;  // a Vec is two or four registers of 16
+constexpr int MAX_ROWS = 6, VECTORS = 1, WIDE_VECTORS = 2;  // a Vec is two or four registers of 16
 #endif
-constexpr int FEW_ROWS = 3;
-
-// The columns right of a panel, [from, from + bytes) of the same row, belong to the next ones: where one block of rows
-// goes over memory once, read whole rows of it in order, which the processor's own prefetching needs.
-inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
-}
+constexpr int FEW_ROWS = 3;          // of a block in a wide panel
+constexpr int WIDE_PANEL_ROWS = 8;
 
 // acc += the block's part of a x b over one span; a and b point at the block's first row and column of it.
 template <int ROWS, int VECS, class T>
-inline void accumulate(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count, int64_t rest,
+inline void accumulate(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count,
                        Vec (&acc)[ROWS][VECS]) {
   for (int64_t k = 0; k < count; ++k, b += b_stride, ++a) {
-    if constexpr (ROWS > FEW_ROWS) fetch(b + VECS * LANES, rest);
     Vec right[VECS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
@@ -109,12 +103,8 @@ inline void dot_pairs(const at::BFloat16* a, int64_t a_stride, const at::BFloat1
 
 template <int ROWS, int VECS>
 inline void accumulate(const at::BFloat16* a, int64_t a_stride, const at::BFloat16* b, int64_t b_stride, int64_t count,
-                       int64_t rest, Vec (&acc)[ROWS][VECS]) {
+                       Vec (&acc)[ROWS][VECS]) {
   for (; count >= 2; count -= 2, b += 2 * b_stride, a += 2) {
-    if constexpr (ROWS > FEW_ROWS) {
-      fetch(b + VECS * LANES, rest);
-      fetch(b + b_stride + VECS * LANES, rest);
-    }
     dot_pairs<ROWS, VECS, true>(a, a_stride, b, b_stride, acc);
   }
   if (count) dot_pairs<ROWS, VECS, false>(a, a_stride, b, b_stride, acc);
@@ -138,20 +128,20 @@ inline void ordered(Vec (&acc)[ROWS][VECS]) {
 #endif
 
 template <int ROWS, int VECS, class T>
-inline void block(const Product<T>& of, int64_t row, int64_t column, int64_t rest) {
+inline void block(const Product<T>& of, int64_t row, int64_t column) {
   Vec acc[ROWS][VECS] = {};
   const Operand<T>* a = of.a + row * of.a_stride;
   for (int i = 0; i < of.spans_count; a += of.spans[i++].rows) {
     const Span<T>& span = of.spans[i];
     if constexpr (ROWS < MAX_ROWS) {  // a sum for each span and one over them rounds less; full blocks have no room
       Vec part[ROWS][VECS] = {};
-      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, rest, part);
+      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, part);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < VECS; ++v) acc[r][v] += part[r][v];
     } else {
-      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, rest, acc);
+      accumulate<ROWS, VECS>(a, of.a_stride, span.data + column, of.b_stride, span.rows, acc);
     }
   }
 #if defined(__AVX512BF16__)
@@ -170,19 +160,18 @@ inline void block(const Product<T>& of, int64_t row, int64_t column, int64_t res
 
 // One panel of VECS vectors of columns, all rows, in blocks of nearly equal height.
 template <int VECS, class T>
-inline void panel(const Product<T>& of, int64_t rows, int64_t columns, int64_t column) {
-  const int64_t width = VECS * LANES, right = (columns - width) * static_cast<int64_t>(sizeof(T));
-  const int64_t rest = column == 0 && rows <= MAX_ROWS ? right : 0;
-  const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+inline void panel(const Product<T>& of, int64_t rows, int64_t column) {
+  constexpr int HIGHEST = VECS > VECTORS ? FEW_ROWS : MAX_ROWS;
+  const int64_t blocks = (rows + HIGHEST - 1) / HIGHEST;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t row = rows * i / blocks;
     switch (rows * (i + 1) / blocks - row) {
-      case 1: block<1, VECS>(of, row, column, rest); break;
-      case 2: block<2, VECS>(of, row, column, rest); break;
-      case 3: block<3, VECS>(of, row, column, rest); break;
-      case 4: if constexpr (VECS <= VECTORS) block<4, VECS>(of, row, column, rest); break;
-      case 5: if constexpr (VECS <= VECTORS) block<5, VECS>(of, row, column, rest); break;
-      case 6: if constexpr (VECS <= VECTORS) block<6, VECS>(of, row, column, rest); break;
+      case 1: block<1, VECS>(of, row, column); break;
+      case 2: block<2, VECS>(of, row, column); break;
+      case 3: block<3, VECS>(of, row, column); break;
+      case 4: if constexpr (HIGHEST > 3) block<4, VECS>(of, row, column); break;
+      case 5: if constexpr (HIGHEST > 3) block<5, VECS>(of, row, column); break;
+      case 6: if constexpr (HIGHEST > 3) block<6, VECS>(of, row, column); break;
     }
   }
 }
@@ -191,13 +180,14 @@ inline void panel(const Product<T>& of, int64_t rows, int64_t columns, int64_t c
 template <class T>
 inline void multiply(const Product<T>& of, int64_t rows, int64_t columns) {
   int64_t column = 0;
-  if (rows <= FEW_ROWS)
-    for (; column + VECTORS_FEW_ROWS * LANES <= columns; column += VECTORS_FEW_ROWS * LANES)
-      panel<VECTORS_FEW_ROWS>(of, rows, columns, column);
-  for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES) panel<VECTORS>(of, rows, columns, column);
+  // Few rows wait for memory: wide panels read it in order, which the processor's own prefetching needs.
+  if (rows <= WIDE_PANEL_ROWS)
+    for (; column + WIDE_VECTORS * LANES <= columns; column += WIDE_VECTORS * LANES)
+      panel<WIDE_VECTORS>(of, rows, column);
+  for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES) panel<VECTORS>(of, rows, column);
   if constexpr (VECTORS > 2)
-    for (; column + 2 * LANES <= columns; column += 2 * LANES) panel<2>(of, rows, columns, column);
-  for (; column < columns; column += LANES) panel<1>(of, rows, columns, column);
+    for (; column + 2 * LANES <= columns; column += 2 * LANES) panel<2>(of, rows, column);
+  for (; column < columns; column += LANES) panel<1>(of, rows, column);
 }
 
 }  // namespace starling

@@ -1,0 +1,103 @@
+"""What the contract's helpers say of layouts, views and operands that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+
+from attention_backends.kernels import contract, cpu, fallback, reference
+from attention_backends.kernels.contract import Layout, as_fp8, cpu_layout, page_views, visible_keys
+from attention_backends.kernels.reference import visible_mask
+from tests.kernels.cases import Case
+
+IMPLEMENTATIONS = pytest.mark.parametrize("module", [cpu, fallback, reference], ids=lambda module: module.__name__)
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("page", [32, 64, 128])
+def test_views_of_what_vllm_stores(isa, dtype, page):
+    """Written by vLLM's op, read through the views: key k of a slot is where `page_views` says."""
+    size, heads = 64, 2
+    cache = torch.zeros(5, heads, 2 * page, size, dtype=dtype)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    key, value = torch.randn(2, page, heads, size).to(dtype)
+    slots = torch.randperm(5 * page)[:page]
+    ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
+    keys, values = page_views(key_cache, value_cache, cpu_layout(isa))
+    assert torch.equal(keys[slots // page, slots % page], key)
+    assert torch.equal(values[slots // page, slots % page], value)
+    assert keys.data_ptr() == cache.data_ptr()
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 cache on a CPU needs AVX-512")
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_views_of_an_fp8_cache(kv_cache_dtype):
+    page, size = 32, 64
+    cache = torch.zeros(2, 1, 2 * page, size, dtype=torch.uint8)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    key, value = (torch.randint(-8, 9, (2, page, 1, size)) / 4).bfloat16()  # exact in both formats, scaled or not
+    ops.cpu_attn_reshape_and_cache(
+        key, value, key_cache, value_cache, torch.arange(page) + page, "vec", 0.5, 0.25, kv_cache_dtype
+    )
+    caches = (as_fp8(tensor, kv_cache_dtype) for tensor in (key_cache, value_cache))
+    keys, values = page_views(*caches, Layout.CPU)
+    assert torch.equal(keys[1].float() * 0.5, key.float())
+    assert torch.equal(values[1].float() * 0.25, value.float())
+
+
+@pytest.mark.parametrize("isa", ["amx", "neon", ""])
+def test_other_instruction_sets_are_refused(isa):
+    with pytest.raises(ValueError, match=f"isa='{isa}'.*known for vec, vec16 only"):
+        cpu_layout(isa)
+
+
+def test_other_quantised_caches_are_refused():
+    with pytest.raises(ValueError, match="'int8' is not one of fp8, fp8_e4m3, fp8_e5m2"):
+        as_fp8(torch.zeros(1, dtype=torch.uint8), "int8")
+
+
+def test_a_key_cache_in_parts_is_refused():
+    cache = torch.zeros(2, 1, 64, 32)[:, :, ::2]
+    with pytest.raises(ValueError, match="needs whole pages a head"):
+        page_views(cache, cache, Layout.CPU)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_ranges_are_the_mask(causal, window):
+    for queries, keys in ((1, 7), (4, 4), (5, 9), (6, 2), (3, 0)):
+        mask = visible_mask(queries, keys, causal=causal, window=window)
+        for query in range(queries):
+            first, end = visible_keys(query, queries, keys, causal=causal, window=window)
+            assert mask[query].nonzero().flatten().tolist() == list(range(first, end))
+
+
+CASE = Case((2, 1), (20, 5), kv_heads=2, group=2)
+REFUSED = {
+    "a query of two dimensions": ({"query": torch.zeros(3, 32)}, "query of shape"),
+    "int64 lengths": ({"seq_lens": torch.tensor([20, 5])}, "seq_lens is torch.int64, not torch.int32"),
+    "heads that do not divide": ({"query": torch.zeros(3, 3, 32)}, "3 query heads are no multiple of 2"),
+    "a row too many": ({"seq_lens": torch.ones(3, dtype=torch.int32)}, "3 rows in seq_lens, 2 in block_table"),
+    "another head size": ({"query": torch.zeros(3, 4, 64)}, "do not fit each other and head size 64"),
+    "another dtype": ({"query": torch.zeros(3, 4, 32).half()}, "both in query's torch.float16"),
+    "no window": ({"window": 0}, "window=0: at least 1"),
+    "a negative cap": ({"softcap": -1.0}, "softcap=-1.0"),
+    "a wrong out": ({"out": torch.zeros(3, 4, 64)}, "query and values ask for"),
+}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_operands_outside_the_contract(module, changes, message):
+    with pytest.raises(ValueError, match=message):
+        module.paged_attention(**(CASE.tensors() | CASE.arguments() | changes))
+
+
+def test_the_checks_pass_what_fits():
+    tensors = CASE.tensors()
+    sizes = contract.check(**tensors, window=None, softcap=0.0, out=None, layout=CASE.layout)
+    assert sizes == contract.Sizes(
+        rows=2, tokens=3, heads=4, kv_heads=2, key_size=32, value_size=32, page=16
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""The C++ op and the plain torch fallback against the float64 reference, over poison, in every dtype and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from attention_backends.kernels import cpu, fallback, reference
+from attention_backends.kernels.contract import Layout, page_views
+from tests.kernels.cases import Case, cases, one_row, rms
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def op():
+    """Without it `cpu` is the fallback, and its tests would prove nothing."""
+    assert cpu.built_op() is not None
+    return cpu.built_op()
+
+
+def hold(case: Case, module=cpu) -> None:
+    """out within rounding of its dtype, lse within 1e-5, every cell written, nothing from the poison."""
+    out, lse = case.run(module.paged_attention)
+    exact, exact_lse = case.exact(reference.paged_attention)
+    assert torch.equal(lse.isinf(), exact_lse.isinf())
+    assert not out[exact_lse.isinf()].any()
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+    # Weights are rounded to the dtype once, out once more: neither moves an out further than its values reach.
+    reach = case.v_scale * 5
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=reach * max(torch.finfo(out.dtype).eps, 4e-7))
+
+
+@given(cases(dtype=torch.float32))
+@settings(max_examples=60, deadline=None)
+def test_op_float32(case):
+    hold(case)
+
+
+@given(cases(dtype=torch.bfloat16))
+@settings(max_examples=60, deadline=None)
+def test_op_bfloat16(case):
+    hold(case)
+
+
+@given(cases(dtype=torch.float16))
+@settings(max_examples=30, deadline=None)
+def test_op_float16(case):
+    hold(case)
+
+
+@given(cases(dtype=torch.bfloat16, cache_dtype=FP8[0], k_scale=0.5, v_scale=3.0))
+@settings(max_examples=30, deadline=None)
+def test_op_fp8_e4m3(case):
+    hold(case)
+
+
+@given(cases(dtype=torch.float32, cache_dtype=FP8[1], k_scale=2.0, v_scale=0.25))
+@settings(max_examples=30, deadline=None)
+def test_op_fp8_e5m2(case):
+    hold(case)
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_fallback(case):
+    hold(case, fallback)
+
+
+@DTYPES
+@pytest.mark.parametrize("cache_dtype", [None, *FP8], ids=str)
+def test_fallback_dtypes(dtype, cache_dtype):
+    hold(one_row(5, 70, dtype=dtype, cache_dtype=cache_dtype, k_scale=0.5, v_scale=2.0), fallback)
+
+
+LONG = {
+    "decode": one_row(1, 3000, key_size=128, value_size=128, page=128, kv_heads=4),
+    "decode of a group": one_row(1, 3000, key_size=64, value_size=64, page=32, group=8),
+    "group of four, wide head": one_row(1, 1000, key_size=256, value_size=256, page=64, group=4),
+    "extend": one_row(70, 1500, key_size=64, value_size=64, page=128, group=4),
+    "many query tiles": one_row(450, 450, key_size=64, value_size=96, page=64),
+    "window over pages": one_row(40, 1500, page=32, window=300, group=2),
+    "batch": Case((1, 200, 0, 3, 1), (1200, 700, 90, 3, 1), key_size=64, value_size=64, page=32, group=3),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", LONG.values(), ids=LONG)
+def test_long_rows_on_one_thread_and_two(case, threads, dtype):
+    """Tiles of 256 keys and 192 query rows; on two threads, rows whose keys are shared out and joined."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        hold(Case(**(vars(case) | {"dtype": dtype})))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", LONG.values(), ids=LONG)
+def test_long_rows_of_the_fallback(case):
+    hold(case, fallback)
+
+
+@DTYPES
+@pytest.mark.parametrize("queries", [1, 4, 65])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("spread", [1.0, 4.0], ids=["even scores", "uneven scores"])
+def test_error_beside_torchs_own(dtype, queries, size, spread):
+    """RMS error over four draws at most 1.1 times that of torch's attention in the same dtype, plus a float32 ulp."""
+    ours, theirs, norm = [], [], []
+    for seed in range(4):
+        case = one_row(
+            queries, 700, key_size=size, value_size=size, page=32, kv_heads=4, group=2, dtype=dtype, seed=seed,
+            spread=spread,
+        )  # fmt: skip
+        exact, _ = case.exact(reference.paged_attention)
+        ours.append(case.run(cpu.paged_attention)[0].double() - exact)
+        theirs.append(torch_attention(case).double() - exact)
+        norm.append(exact)
+    ulp = torch.finfo(torch.float32).eps * rms(torch.stack(norm))
+    assert rms(torch.stack(ours)) <= 1.1 * rms(torch.stack(theirs)) + ulp
+
+
+def torch_attention(case: Case) -> torch.Tensor:
+    tensors = case.tensors()
+    (queries,), (length,) = case.query_lens, case.seq_lens
+    pages = tensors["block_table"][0, : -(-length // case.page)].long()
+    views = page_views(tensors["key_cache"], tensors["value_cache"], case.layout)
+    key, value = (view[pages].flatten(0, 1)[:length].transpose(0, 1) for view in views)
+    mask = reference.visible_mask(queries, length, causal=True, window=None)
+    return torch.nn.functional.scaled_dot_product_attention(
+        tensors["query"].transpose(0, 1)[None],
+        key.repeat_interleave(case.group, 0)[None],
+        value.repeat_interleave(case.group, 0)[None],
+        attn_mask=mask,
+        scale=case.arguments()["scale"],
+    )[0].transpose(0, 1)
+
+
+def test_strided_operands():
+    """A query cut out of a fused projection, an out and a cache with room between their rows."""
+    case = Case((3, 1), (40, 17), group=2, layout=Layout.PAGES, page=16)
+    tensors = case.tensors()
+    fused = torch.full((4, 9, 96), float("nan"))
+    fused[:, 2:6, 32:64] = tensors["query"]
+    cache = torch.full((len(tensors["key_cache"]), 2, 16, 5, 32), float("nan"))
+    cache[:, 0, :, 1:3], cache[:, 1, :, 2:4] = tensors["key_cache"], tensors["value_cache"]
+    room = torch.zeros(4, 6, 64)
+    changes = {
+        "query": fused[:, 2:6, 32:64],
+        "key_cache": cache[:, 0, :, 1:3],
+        "value_cache": cache[:, 1, :, 2:4],
+    }
+    out, lse = cpu.paged_attention(**(tensors | changes), **case.arguments(), out=room[:, 1:5, 32:])
+    plain, plain_lse = case.run(cpu.paged_attention)
+    assert torch.equal(out, plain) and torch.equal(lse, plain_lse)
+    room[:, 1:5, 32:] = 0
+    assert not room.any()
+
+
+VALUES = {
+    "a page that is not there": ({"block_table": torch.full((1, 3), 99, dtype=torch.int32)}, r"block_table\[0, 0\] = 99"),
+    "more keys than columns": ({"seq_lens": torch.tensor([49], dtype=torch.int32)}, r"seq_lens\[0\] = 49"),
+    "fewer than no keys": ({"seq_lens": torch.tensor([-1], dtype=torch.int32)}, r"seq_lens\[0\] = -1"),
+    "tokens of no row": ({"query_start_loc": torch.tensor([0, 1], dtype=torch.int32)}, "from 0 to 1, not from 0 to the 2"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), VALUES.values(), ids=VALUES)
+def test_values_that_would_read_elsewhere(changes, message):
+    case = one_row(2, 30)
+    with pytest.raises(ValueError, match=message):
+        case.run(cpu.paged_attention, **changes)
+
+
+def test_what_the_op_does_not_take():
+    for case, message in (
+        (one_row(1, 9, dtype=torch.float64), "query of torch.float64: one of torch.float32"),
+        (one_row(1, 9, key_size=40), "head sizes 40 and 32: multiples of 16"),
+        (one_row(1, 9, page=8), "page of 8 tokens in layout cpu: a multiple of 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            case.run(cpu.paged_attention)
+    with pytest.raises(ValueError, match="out with strides .* must be contiguous"):
+        cpu.paged_attention(**one_row(1, 9).tensors(), **one_row(1, 9).arguments(), out=torch.zeros(1, 2, 64)[..., ::2])
+
+
+def test_pages_of_any_size_in_the_page_layout():
+    hold(one_row(3, 61, page=7, layout=Layout.PAGES))

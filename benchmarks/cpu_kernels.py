@@ -122,9 +122,9 @@ def measure(case: Case, budget: float) -> dict[str, Any]:
     runs, read = make_runs(case)
     once = sum(seconds_of(run) for run in runs.values())
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(max(5, min(200, int(budget / once)))):
+    for _ in range(max(5, min(40, int(budget / once)))):
         for name, run in runs.items():
-            seconds[name].append(seconds_of(run))
+            seconds[name].append(round(seconds_of(run), 7))
     best = {name: min(times) for name, times in seconds.items()}
     floats = 4 * case.rows * case.queries * (case.keys - (case.queries - 1) / 2) * case.heads * case.size
     group = case.heads // case.kv_heads

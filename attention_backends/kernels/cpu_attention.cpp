@@ -95,7 +95,7 @@ float softmax_step(const Call& call, float* scores, A* weights, int64_t count, K
   for (int i = 0; i < LANES; ++i) lane[i] = i;
   Vec peaks = splat(NO_KEY);
   for (int64_t i = 0; i < count; i += LANES) {
-    Vec score = load(scores + i) * call.scale;
+    Vec score = floats_at(scores + i) * call.scale;
     if (call.softcap > 0) score = tanh(score / call.softcap) * call.softcap;
     if (masked) {
       const IntVec key = lane + static_cast<int32_t>(i);
@@ -112,7 +112,7 @@ float softmax_step(const Call& call, float* scores, A* weights, int64_t count, K
   const float shift = peak == NO_KEY ? 0.0f : peak;
   Vec sums = {};
   for (int64_t i = 0; i < count; i += LANES) {
-    const Vec weight = exp(load(scores + i) - shift);
+    const Vec weight = exp(floats_at(scores + i) - shift);
     sums += weight;
     if constexpr (std::is_same_v<A, float>) {
       store(weights + i, weight);

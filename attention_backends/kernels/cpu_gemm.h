@@ -57,7 +57,7 @@ inline void accumulate(const float* a, int64_t a_stride, const T* b, int64_t b_s
   for (int64_t k = 0; k < count; ++k, b += b_stride, ++a) {
     Vec right[VECS];
 #pragma GCC unroll 16
-    for (int v = 0; v < VECS; ++v) right[v] = load(b + v * LANES);
+    for (int v = 0; v < VECS; ++v) right[v] = floats_at(b + v * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const Vec left = splat(a[r * a_stride]);
@@ -152,7 +152,7 @@ inline void block(const Product<T>& of, int64_t row, int64_t column) {
     float* c = of.c + (row + r) * of.c_stride + column;
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) {
-      if (of.decay) acc[r][v] += load(c + v * LANES) * of.decay[row + r];
+      if (of.decay) acc[r][v] += floats_at(c + v * LANES) * of.decay[row + r];
       store(c + v * LANES, acc[r][v]);
     }
   }

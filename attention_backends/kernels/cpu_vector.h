@@ -31,20 +31,20 @@ inline V load_raw(const T* from) {
 
 inline Vec splat(float value) { return Vec{} + value; }
 
-inline Vec load(const float* from) { return load_raw<Vec>(from); }
+inline Vec floats_at(const float* from) { return load_raw<Vec>(from); }
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(Vec)); }
 
-inline Vec load(const at::BFloat16* from) {
+inline Vec floats_at(const at::BFloat16* from) {
   using Bits = uint16_t __attribute__((vector_size(32)));
   return (Vec)(__builtin_convertvector(load_raw<Bits>(from), UintVec) << 16);
 }
 
 #if defined(__AVX512F__)
-inline Vec load(const at::Half* from) { return (Vec)_mm512_cvtph_ps(load_raw<__m256i>(from)); }
+inline Vec floats_at(const at::Half* from) { return (Vec)_mm512_cvtph_ps(load_raw<__m256i>(from)); }
 
 // e5m2 is the upper byte of a half.
-inline Vec load(const at::Float8_e5m2* from) {
+inline Vec floats_at(const at::Float8_e5m2* from) {
   using Bytes = uint8_t __attribute__((vector_size(16)));
   using Bits = uint16_t __attribute__((vector_size(32)));
   return (Vec)_mm512_cvtph_ps((__m256i)(__builtin_convertvector(load_raw<Bytes>(from), Bits) << 8));
@@ -52,7 +52,7 @@ inline Vec load(const at::Float8_e5m2* from) {
 
 // e4m3's exponent and mantissa, seven bits down from a half's, are 2^-8 of its value there; subnormals included. Its
 // only NaN, which writing to a cache never makes, reads as 480.
-inline Vec load(const at::Float8_e4m3fn* from) {
+inline Vec floats_at(const at::Float8_e4m3fn* from) {
   using Bytes = uint8_t __attribute__((vector_size(16)));
   using Bits = uint16_t __attribute__((vector_size(32)));
   Bits bits = __builtin_convertvector(load_raw<Bytes>(from), Bits);
@@ -61,7 +61,7 @@ inline Vec load(const at::Float8_e4m3fn* from) {
 }
 #else
 template <class T>
-inline Vec load(const T* from) {
+inline Vec floats_at(const T* from) {
   Vec value;
   for (int lane = 0; lane < LANES; ++lane) value[lane] = static_cast<float>(from[lane]);
   return value;

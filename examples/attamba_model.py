@@ -1,0 +1,263 @@
+"""Attamba (arXiv 2411.17685) in training form, plain PyTorch: whole sequences, explicit masks, no engine code.
+
+    model = load_attamba(path)        # or Attamba(AttambaConfig(token_chunk=8, leading_tokens=16))
+    logits = model(tokens)            # (B, T) int64 -> (B, T, vocab_size) float, T >= 1; computes in the weights' dtype
+
+Layer i of n replaces the K and V projections of a Llama layer by two Mamba-2 mixers that run inside chunks of P tokens:
+
+    x = RMSNorm(h);  q = RoPE(W_q x);  K = RoPE(x + SSM_k(x));  V = x + SSM_v(x)
+
+A chunk ends at its *boundary*: a position k P - 1 - off_i (k = 1, 2, ...), with off_i = min(P - 1, i * floor(P / n)),
+or token 0, which is a chunk alone. Token t attends to the boundaries before it, to the L tokens before it, and to
+itself.
+
+What the paper and its code leave open, as it is resolved here:
+- Conv and state start from zero at each chunk's first token (the released code mixes offsets of different chunks).
+- A sequence's last token is a boundary only where the closed form says so. The released code moves the last boundary to
+  the end of the training sequence, which makes a token's chunk depend on tokens after it.
+- Where off_i = P - 1 the closed form gives position 0 itself: one boundary, not two.
+- A row in the window that is a boundary too counts once. A window row is the running SSM output at that token, so
+  that a boundary has the same K and V in both roles.
+- RoPE is interleaved: the pair (2 j, 2 j + 1) turns by t * theta^(-2 j / head_dim). Scores are scaled by
+  head_dim^-0.5.
+- The mixers have one group of B and C, no bias in the conv, no bias on dt. `conv_weight[:, -1]` weighs the token
+  itself, over the order u, B, C. `u` in D u is what the conv and SiLU give. `ssm_norm` is over all of `ssm_inner`.
+  All norms share `rms_norm_eps`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.random_llama import byte_tokenizer
+
+
+@dataclass(frozen=True)
+class AttambaConfig:
+    """The sizes in `config.json`, under its names. `num_attention_heads * head_dim` is `hidden_size`."""
+
+    vocab_size: int = 257
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    head_dim: int = 32
+    intermediate_size: int = 384
+    token_chunk: int = 4
+    """P, tokens to a chunk."""
+    leading_tokens: int = 32
+    """L, tokens before itself that a token sees besides the boundaries."""
+    ssm_heads: int = 4
+    ssm_state_dim: int = 32
+    ssm_inner: int = 64
+    """Width of u and z: ssm_heads times the heads' size."""
+    conv_size: int = 4
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ValueError("K and V are as wide as x: num_attention_heads * head_dim must be hidden_size")
+        if self.ssm_inner % self.ssm_heads:
+            raise ValueError("ssm_inner must be a multiple of ssm_heads")
+        if min(self.token_chunk, self.leading_tokens) < 1:
+            raise ValueError("token_chunk and leading_tokens are at least 1")
+
+
+def chunk_offset(layer: int, num_layers: int, chunk: int) -> int:
+    """Tokens by which a layer's boundaries come earlier than P - 1, 2 P - 1, ...: "cyclic" in the paper's code."""
+    return min(chunk - 1, layer * (chunk // num_layers))
+
+
+def split_chunks(x: Tensor, chunk: int, offset: int) -> Tensor:
+    """Cut (B, T, D) into chunks, one a row: (B, N, P, D).
+
+    Row 0 is token 0 alone and row 1 starts at token 1. Both are padded with zeros in front, the last row behind.
+    """
+    first = F.pad(x[:, :1], (0, 0, chunk - 1, 0))
+    rest = F.pad(x[:, 1:], (0, 0, 1 + offset, -(x.shape[1] + offset) % chunk))
+    return torch.cat([first, rest], dim=1).unflatten(1, (-1, chunk))
+
+
+def join_chunks(rows: Tensor, length: int, offset: int) -> Tensor:
+    """Undo `split_chunks`: (B, N, P, D) to (B, T, D), T = `length`."""
+    chunk, flat = rows.shape[2], rows.flatten(1, 2)
+    return torch.cat([flat[:, chunk - 1 : chunk], flat[:, chunk + 1 + offset : chunk + offset + length]], dim=1)
+
+
+def visible(length: int, chunk: int, window: int, offset: int) -> Tensor:
+    """Who sees whom, (T, T) bool: row t, column s."""
+    t, s = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    boundary = (s == 0) | ((s + 1 + offset) % chunk == 0)
+    return (boundary & (s < t)) | ((t - window <= s) & (s <= t))
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Interleaved RoPE at positions 0, 1, ... of (B, heads, T, head_dim)."""
+    length, size = x.shape[-2:]
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class Mixer(nn.Module):
+    """A Mamba-2 mixer over rows that know nothing of one another: (B, N, P, dim) -> (B, N, P, dim).
+
+    The scan is written as its masked matrix (Mamba-2's SSD form), P x P a row and head: with a_t = dt_t A,
+    y_t = sum over s <= t of (C_t . B_s) exp(a_(s+1) + ... + a_t) dt_s u_s, plus D u_t. Zeros in front of a row leave
+    its outputs as they are: conv and in_proj have no bias, so u, B and the state stay zero there.
+    """
+
+    def __init__(self, config: AttambaConfig) -> None:
+        super().__init__()
+        self.inner, self.state, self.heads = config.ssm_inner, config.ssm_state_dim, config.ssm_heads
+        mixed = self.inner + 2 * self.state
+        self.in_proj = nn.Linear(config.hidden_size, self.inner + mixed + self.heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(mixed, config.conv_size))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.ssm_norm = nn.RMSNorm(self.inner, eps=config.rms_norm_eps)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        nn.init.normal_(self.conv_weight, std=config.conv_size**-0.5)
+        with torch.no_grad():
+            self.A_log.uniform_(0.01, 2.0).log_()  # the released configurations' range of -A
+
+    def conv(self, x: Tensor) -> Tensor:
+        """Depthwise and causal inside each row, then SiLU."""
+        length, width = x.shape[-2], self.conv_weight.shape[1]
+        terms = [
+            F.pad(x, (0, 0, back, 0))[..., :length, :] * self.conv_weight[:, width - 1 - back]
+            for back in range(min(width, length))
+        ]
+        return F.silu(sum(terms[1:], terms[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, mixed, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
+        u, b, c = self.conv(mixed).split([self.inner, self.state, self.state], dim=-1)
+        u = u.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (B, N, heads, P, size)
+        dt = F.softplus(dt).transpose(-2, -1)  # (B, N, heads, P)
+        sums = (-self.A_log.exp()[:, None] * dt).cumsum(-1)
+        later = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool).triu(1)
+        decay = (sums[..., :, None] - sums[..., None, :]).masked_fill(later, float("-inf")).exp()
+        scores = (c @ b.transpose(-2, -1)).unsqueeze(-3) * decay * dt.unsqueeze(-2)
+        y = scores @ u + self.D[:, None, None] * u
+        y = y.transpose(-3, -2).flatten(-2)
+        return self.out_proj(self.ssm_norm(y * F.silu(z)))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.w3 = nn.Linear(hidden_size, intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class AttentiveSSM(nn.Module):
+    """The two projections that Attamba's attention keeps."""
+
+    def __init__(self, config: AttambaConfig) -> None:
+        super().__init__()
+        self.wq = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+
+class AttambaLayer(nn.Module):
+    """One layer, (B, T, hidden_size) -> the same."""
+
+    def __init__(self, config: AttambaConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.offset = chunk_offset(layer, config.num_hidden_layers, config.token_chunk)
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attentive_ssm = AttentiveSSM(config)
+        self.k_ssm, self.v_ssm = Mixer(config), Mixer(config)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def attend(self, x: Tensor) -> Tensor:
+        config, length = self.config, x.shape[1]
+        rows = split_chunks(x, config.token_chunk, self.offset)
+        key = x + join_chunks(self.k_ssm(rows), length, self.offset)
+        value = x + join_chunks(self.v_ssm(rows), length, self.offset)
+        query = self.attentive_ssm.wq(x)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in (query, key, value))
+        mask = visible(length, config.token_chunk, config.leading_tokens, self.offset)
+        q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.attentive_ssm.wo(out.transpose(1, 2).flatten(-2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.attend(self.attention_norm(h))
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Attamba(nn.Module):
+    """The language model; its state dict has the names and shapes of the served checkpoint."""
+
+    def __init__(self, config: AttambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(AttambaLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        initialise(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Next-token logits: (B, T) int64 -> (B, T, vocab_size)."""
+        h = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        return self.output(self.norm(h))
+
+
+def initialise(model: nn.Module) -> None:
+    """Every matrix normal with a standard deviation of its input width^-0.5, as the released code has it."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+
+
+def write_checkpoint(path: Path, config: AttambaConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """The served layout: config.json, model.safetensors (torch Linear layout, (out, in)), the byte tokenizer."""
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = byte_tokenizer()
+    tensors = {name: weight.detach().to(dtype).contiguous() for name, weight in weights.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    fields = {"architectures": ["AttambaForCausalLM"], "model_type": "attamba"} | dataclasses.asdict(config)
+    fields |= {
+        "num_key_value_heads": config.num_attention_heads,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    tokenizer.save_pretrained(path)
+
+
+def load_attamba(path: Path | str, dtype: torch.dtype = torch.float32) -> Attamba:
+    """A checkpoint in the served layout, whoever wrote it, as a model in `dtype`."""
+    fields = json.loads((Path(path) / "config.json").read_text())
+    names = {field.name for field in dataclasses.fields(AttambaConfig)}
+    model = Attamba(AttambaConfig(**{name: value for name, value in fields.items() if name in names}))
+    model.load_state_dict(load_file(Path(path) / "model.safetensors"))  # strict: names and shapes are the layout's
+    return model.to(dtype).eval()

@@ -1,0 +1,257 @@
+"""Train a small Attamba, or a transformer of as many parameters, on the standard library's sources; CPU, one core.
+
+    python examples/train_attamba.py --chunk 4 --window 32 --out build/attamba/p4-l32
+    python examples/train_attamba.py --model transformer --out build/attamba/transformer
+    python examples/train_attamba.py --model transformer --kv-cut 4 --out build/attamba/isokv4
+
+`--out` becomes a checkpoint that is served (config.json, model.safetensors, tokenizer) beside train.log, result.json
+and loss.png. A run that was stopped goes on from its last saved step when the same command is given again, and comes to
+the same weights. A transformer's feed-forward is widened until it has as many parameters as Attamba.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.attamba_model import Attamba, AttambaConfig, write_checkpoint
+from examples.stdlib_text import Text, batch, load_text, windows
+from examples.transformer_model import Transformer, TransformerConfig, cut_heads, write_llama
+
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.033, 1.0  # as in the paper's configurations
+KV_BYTES = 2  # an element of a bf16 KV cache
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("attamba", "transformer"), default="attamba")
+    parser.add_argument("--chunk", type=int, default=4, help="P, tokens to a chunk (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=32, help="L, tokens seen one by one (default: %(default)s)")
+    parser.add_argument("--kv-cut", type=int, default=1, help="a transformer's KV width is 1/this (default: full)")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--dim", type=int, default=128)
+    sizes.add_argument("--layers", type=int, default=4)
+    sizes.add_argument("--heads", type=int, default=4)
+    sizes.add_argument("--ffn", type=int, default=384, help="feed-forward width of Attamba (default: %(default)s)")
+    sizes.add_argument("--ssm-inner", type=int, default=64)
+    sizes.add_argument("--ssm-state", type=int, default=32)
+    sizes.add_argument("--ssm-heads", type=int, default=4)
+    training = parser.add_argument_group("training")
+    training.add_argument("--batch", type=int, default=4, help="sequences a step (default: %(default)s)")
+    training.add_argument("--length", type=int, default=512, help="tokens a sequence (default: %(default)s)")
+    training.add_argument("--lr", type=float, default=3e-3, help="after the warm-up (default: %(default)s)")
+    training.add_argument("--warmup", type=int, default=50, help="steps (default: %(default)s)")
+    training.add_argument("--report-every", type=int, default=50, help="steps from validation to validation and save")
+    training.add_argument("--windows", type=int, default=256, help="validation windows at the end, 1/8 of them before")
+    training.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is exported")
+    training.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def count(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def make_model(args: argparse.Namespace) -> Attamba | Transformer:
+    """The model that the arguments describe, with weights drawn from the seed."""
+    config = AttambaConfig(
+        hidden_size=args.dim,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        head_dim=args.dim // args.heads,
+        intermediate_size=args.ffn,
+        token_chunk=args.chunk,
+        leading_tokens=args.window,
+        ssm_heads=args.ssm_heads,
+        ssm_state_dim=args.ssm_state,
+        ssm_inner=args.ssm_inner,
+    )
+    torch.manual_seed(args.seed)
+    attamba = Attamba(config)
+    if args.model == "attamba":
+        return attamba
+    heads, kv_heads, head_dim = cut_heads(args.heads, args.dim // args.heads, args.kv_cut)
+    sizes = {
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    missing = count(attamba) - count(Transformer(TransformerConfig(**sizes, intermediate_size=args.ffn)))
+    wider = round(missing / (3 * args.dim * args.layers))
+    torch.manual_seed(args.seed)
+    return Transformer(TransformerConfig(**sizes, intermediate_size=args.ffn + wider))
+
+
+def kv_bytes(model: Attamba | Transformer) -> tuple[float, int]:
+    """Bytes of bf16 KV cache: those that each token adds in the long run, and those that a sequence holds besides.
+
+    Attamba adds one K|V row a chunk. It holds besides, whatever the length, K|V rows of the last L tokens and of token
+    0, and x rows of the open chunk.
+    """
+    config = model.config
+    if isinstance(config, TransformerConfig):
+        row = 2 * config.num_key_value_heads * config.head_dim
+        return float(KV_BYTES * config.num_hidden_layers * row), 0
+    row = 2 * config.hidden_size
+    fixed = row * (config.leading_tokens + 1) + config.hidden_size * config.token_chunk
+    layers = KV_BYTES * config.num_hidden_layers
+    return layers * row / config.token_chunk, layers * fixed
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of (B, T + 1) tokens."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.inference_mode()
+def bits_per_byte(model: nn.Module, tokens: Tensor, size: int = 8) -> float:
+    """Validation bits a token of (N, T + 1), a file's end counted as a byte."""
+    losses = [loss_of(model, part).item() * len(part) for part in tokens.split(size)]
+    return sum(losses) / len(tokens) / math.log(2)
+
+
+def make_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW, weight decay on matrices alone."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    others = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS)
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tensor, lr: float) -> float:
+    """One update; returns the loss before it, in nats."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    loss = loss_of(model, tokens)
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimiser.step()
+    return loss.item()
+
+
+def settings(args: argparse.Namespace, text: Text) -> dict[str, Any]:
+    """What a run's weights depend on; a saved step of other settings is not resumed."""
+    aside = ("out", "threads", "dtype")
+    return {name: value for name, value in vars(args).items() if name not in aside} | {"text": text.digest}
+
+
+def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> nn.Module:
+    """Train, from the last saved step where there is one, to the end or, as if stopped there, to step `until`."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    saved, unfinished, log = args.out / "saved.pt", args.out / "saved.pt.part", args.out / "train.log"
+    model = make_model(args)
+    optimiser = make_optimiser(model, args.lr)
+    made = settings(args, text)
+    step, seconds, history, running = 0, 0.0, [], []
+    if saved.exists():
+        state = torch.load(saved)
+        if state["settings"] != made:
+            raise SystemExit(f"{saved} is of a run with other settings: give another --out, or remove it")
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, seconds, history = state["step"], state["seconds"], state["history"]
+    per_token, fixed = kv_bytes(model)
+
+    def tell(line: str) -> None:
+        tqdm.write(line)
+        with log.open("a") as file:
+            file.write(line + "\n")
+
+    if step == 0:
+        log.unlink(missing_ok=True)
+        tell(f"{args.model}: {count(model):,} parameters, {per_token:.0f} KV bytes a token and {fixed:,} a sequence")
+        tell(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
+        tell(f"text {text.digest}: {len(text.train):,} bytes to train on, {len(text.validation):,} to validate on")
+        tell(json.dumps(made))
+    else:
+        tell(f"resumed at step {step}")
+    few = windows(text.validation, max(1, args.windows // 8), args.length)
+    end = args.steps if until is None else until
+    with tqdm(total=args.steps, initial=step, desc=args.out.name, unit="step", dynamic_ncols=True) as bar:
+        while step < end:
+            started = time.perf_counter()
+            tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=step)
+            running.append(train_step(model, optimiser, tokens, learning_rate(step, args)))
+            seconds += time.perf_counter() - started
+            step += 1
+            bar.update()
+            if step % args.report_every == 0 or step == args.steps:
+                bits = sum(running) / len(running) / math.log(2)
+                history.append({"step": step, "train": bits, "validation": bits_per_byte(model, few)})
+                running.clear()
+                tell(f"step {step}: train {bits:.3f}, validation {history[-1]['validation']:.3f} bits; {seconds:.0f} s")
+                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
+                torch.save(state | {"seconds": seconds, "history": history, "settings": made}, unfinished)
+                unfinished.replace(saved)
+    if step == args.steps:
+        final = bits_per_byte(model, windows(text.validation, args.windows, args.length))
+        tell(f"validation {final:.4f} bits per byte, {args.windows} windows of {args.length}; {seconds:.0f} s")
+        result = {"settings": made, "parameters": count(model), "bits_per_byte": final, "seconds": seconds}
+        result |= {"kv_bytes_per_token": per_token, "kv_bytes_per_sequence": fixed}
+        result |= {"tokens": args.steps * args.batch * args.length, "history": history}
+        export(model, args.out, getattr(torch, args.dtype))
+        plot(history, args.out / "loss.png")
+        (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        saved.unlink()
+    return model
+
+
+def export(model: Attamba | Transformer, path: Path, dtype: torch.dtype) -> None:
+    """Write the checkpoint that is served."""
+    if isinstance(model, Attamba):
+        write_checkpoint(path, model.config, model.state_dict(), dtype)
+    else:
+        write_llama(path, model, dtype)
+
+
+def plot(history: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 3.2))
+    for kind in ("train", "validation"):
+        axis.plot([row["step"] for row in history], [row[kind] for row in history], label=kind)
+    axis.set_xlabel("step")
+    axis.set_ylabel("bits per byte")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if (args.out / "result.json").exists():
+        print(f"{args.out}: trained already")
+        return
+    train(args, load_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -182,12 +182,13 @@ def plot(results: list[dict[str, Any]], threads: int, path: Path) -> None:
     axis.barh(names, [row["median_ratio"] for row in results], color=colours)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.invert_yaxis()
+    axis.margins(y=0.01)
     axis.tick_params(axis="y", labelsize=7)
     axis.set_xlabel(
         f"vLLM's time over Starling's, median, {threads} thread(s); grey: `choose` leaves it to vLLM", fontsize=8
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -181,12 +182,13 @@ def plot(results: list[dict[str, Any]], threads: int, path: Path) -> None:
     axis.barh(names, [row["median_ratio"] for row in results], color=colours)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.invert_yaxis()
+    axis.margins(y=0.01)
     axis.tick_params(axis="y", labelsize=7)
     axis.set_xlabel(
         f"vLLM's time over Starling's, median, {threads} thread(s); grey: `choose` leaves it to vLLM", fontsize=8
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
@@ -198,14 +200,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if built_op() is None:
         parser.error("the op can't be built here")
-    bandwidth = memory()
+    bandwidth, load = memory(), os.getloadavg()[0]
     cases = TARGETS if args.targets_only else TARGETS + OTHERS
     results = [measure(case, args.budget) for case in track(cases, description="cases")]
     show(results, bandwidth, args.threads)
     decode = [row["best_ratio"] for row in results if row["queries"] == 1 and row["keys"] == 32768]
     print(f"decode on 32k keys: {min(decode):.2f}x to {max(decode):.2f}x, median {statistics.median(decode):.2f}x")
     name = "cpu_kernels" if args.threads == 1 else f"cpu_kernels_{args.threads}_threads"
-    print(write_json(name, {"threads": args.threads, "memory": bandwidth, "results": results}))
+    print(
+        write_json(
+            name, {"threads": args.threads, "load_average_before": load, "memory": bandwidth, "results": results}
+        )
+    )
     plot(results, args.threads, OUT / f"{name}.png")
 
 

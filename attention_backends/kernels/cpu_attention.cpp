@@ -258,12 +258,12 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + (item.first + i) / group, head = item.kv_head * group + (item.first + i) % group;
-    const float factor = totals[i] > 0 ? call.value_scale / totals[i] : 0.0f;
+    const float factor = totals[i] == 0 ? 0.0f : call.value_scale / totals[i];  // NaN stays NaN
     Out* to = out + item.share * call.tokens * call.heads * call.value_size + token * out_strides[0] +
               head * out_strides[1];
     for (int64_t d = 0; d < call.value_size; ++d) to[d] = static_cast<Out>(sums[i * call.value_size + d] * factor);
     call.lse[(item.share * call.tokens + token) * call.heads + head] =
-        totals[i] > 0 ? peaks[i] + std::log(totals[i]) : NO_KEY;
+        totals[i] == 0 ? NO_KEY : peaks[i] + std::log(totals[i]);
   }
 }
 
@@ -297,15 +297,15 @@ void join_shares(const Call& call, int64_t shares, const float* parts, Out* out)
       float peak = NO_KEY, total = 0;
       for (int64_t s = 0; s < shares; ++s) peak = std::max(peak, call.lse[s * cells + cell]);
       for (int64_t s = 0; s < shares; ++s)
-        total += weights[s] = peak == NO_KEY ? 0.0f : std::exp(call.lse[s * cells + cell] - peak);
+        total += weights[s] = call.lse[s * cells + cell] == NO_KEY ? 0.0f : std::exp(call.lse[s * cells + cell] - peak);
       Out* to = out + cell / call.heads * call.out_strides[0] + cell % call.heads * call.out_strides[1];
       for (int64_t d = 0; d < call.value_size; ++d) {
         float joined = 0;
         for (int64_t s = 0; s < shares; ++s)
-          if (weights[s] > 0) joined += weights[s] * parts[(s * cells + cell) * call.value_size + d];
-        to[d] = static_cast<Out>(total > 0 ? joined / total : 0.0f);
+          if (weights[s] != 0) joined += weights[s] * parts[(s * cells + cell) * call.value_size + d];
+        to[d] = static_cast<Out>(total == 0 ? 0.0f : joined / total);
       }
-      call.lse[cell] = total > 0 ? peak + std::log(total) : NO_KEY;
+      call.lse[cell] = total == 0 ? NO_KEY : peak + std::log(total);
     }
   });
 }
@@ -348,12 +348,13 @@ at::Tensor run(Call& call, const at::Tensor& query, const Cache<T>& cache, at::T
 // Values that would send reads outside the operands.
 void check_values(const Call& call) {
   TORCH_CHECK_VALUE(call.starts[0] == 0 && call.starts[call.rows] == call.tokens, "query_start_loc goes from ",
-                    call.starts[0], " to ", call.starts[call.rows], ", not from 0 to the ", call.tokens, " query tokens");
+                    call.starts[0], " to ", call.starts[call.rows], ", not from 0 to the ", call.tokens,
+                    " query tokens");
   for (int64_t row = 0; row < call.rows; ++row) {
     const int64_t keys = call.lens[row], used = (keys + call.page - 1) / call.page;
     TORCH_CHECK_VALUE(call.starts[row] <= call.starts[row + 1], "query_start_loc falls at row ", row);
-    TORCH_CHECK_VALUE(keys >= 0 && used <= call.columns, "seq_lens[", row, "] = ", keys, ": block_table has room for 0 to ",
-                      call.columns * call.page);
+    TORCH_CHECK_VALUE(keys >= 0 && used <= call.columns, "seq_lens[", row, "] = ", keys,
+                      ": block_table has room for 0 to ", call.columns * call.page);
     for (int64_t i = 0; i < used; ++i) {
       const int64_t page = call.block_table[row * call.columns + i];
       TORCH_CHECK_VALUE(0 <= page && page < call.pages, "block_table[", row, ", ", i, "] = ", page, ": the cache has ",

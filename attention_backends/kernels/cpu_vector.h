@@ -82,7 +82,7 @@ inline float largest(Vec v) {
   return peak;
 }
 
-// exp to about one ulp; below e^-87, -inf included, 0. The polynomial is Cephes' expf.
+// exp to about one ulp; below e^-87, -inf included, 0; NaN stays. The polynomial is Cephes' expf.
 inline Vec exp(Vec x) {
   const Vec inside = (x > 88.0f) ? splat(88.0f) : x;
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
@@ -96,7 +96,8 @@ inline Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const IntVec bits = (IntVec)p + (((IntVec)shifted - (IntVec)magic) << 23);
-  return x < -87.0f ? Vec{} : (Vec)bits;
+  const Vec value = x < -87.0f ? Vec{} : (Vec)bits;
+  return x == x ? value : x;
 }
 
 // tanh to about one ulp: Cephes' tanhf, a polynomial near 0 and exp beyond.

@@ -141,6 +141,25 @@ def torch_attention(case: Case) -> torch.Tensor:
     )[0].transpose(0, 1)
 
 
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["query", "key_cache", "value_cache"])
+def test_nan_that_is_seen_shows(name, threads, dtype):
+    """A model gone wrong must not be given a finite answer: only what no query sees is passed over."""
+    case = one_row(1, 1500, kv_heads=1, page=32, dtype=dtype)
+    tensor = case.tensors()[name].clone()
+    view = tensor if name == "query" else tensor[case.tensors()["block_table"][0, 3].long()]
+    view[..., 0, 0] = float("nan")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, lse = case.run(cpu.paged_attention, **{name: tensor})
+    finally:
+        torch.set_num_threads(before)
+    assert out.isnan().any()
+    assert lse.isnan().all() or name == "value_cache"
+
+
 def test_strided_operands():
     """A query cut out of a fused projection, an out and a cache with room between their rows."""
     case = Case((3, 1), (40, 17), group=2, layout=Layout.PAGES, page=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan
-from attention_backends.kernels.cpu import paged_attention
+from attention_backends.kernels.dispatch import paged_attention
 from attention_backends.kernels.merge import merge
 
 

@@ -48,8 +48,8 @@ class AttambaMetadata:
     def slots_of(self, cache: PagedRows, request: np.ndarray, position: np.ndarray) -> torch.Tensor:
         """Row in all of a cache's pages for tokens of requests; both are broadcast, the result has their shape."""
         page = cache.spec.block_size
-        request, position = (torch.from_numpy(array).to(self.block_table.device) for array in (request, position))
-        return self.block_table[request, position // page] * cache.pages.shape[1] + position % page
+        row, at = (torch.from_numpy(array).to(self.block_table.device) for array in (request, position))
+        return self.block_table[row, at // page] * cache.pages.shape[1] + at % page
 
     def slots(self, cache: PagedRows) -> torch.Tensor:
         """The same for the tokens of the step, (T,)."""
@@ -59,13 +59,12 @@ class AttambaMetadata:
 
     def state_slots(self, cache: PagedRows, plan: ChunkPlan) -> torch.Tensor:
         """Row in all of a states cache's pages for each chunk that ends in the step, (E,)."""
-        rows = cache.pages.shape[1]
-        page, row = np.divmod(plan.end_state, PAGE_ROWS)
-        page, row = np.maximum(page, 0), np.where(plan.end_state < 0, PAGE_ROWS, row)
-        request, page, row = (
-            torch.from_numpy(array).to(self.block_table.device) for array in (self.rows.request[plan.ends], page, row)
+        page = np.maximum(plan.end_state, 0) // PAGE_ROWS
+        place = np.where(plan.end_state < 0, PAGE_ROWS, plan.end_state % PAGE_ROWS)
+        request, column, row = (
+            torch.from_numpy(array).to(self.block_table.device) for array in (self.rows.request[plan.ends], page, place)
         )
-        return self.block_table[request, page] * rows + row
+        return self.block_table[request, column] * cache.pages.shape[1] + row
 
 
 class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):

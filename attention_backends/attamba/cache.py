@@ -5,7 +5,7 @@ page of a request's states has a place for token 0's, which would else fall on t
 
     states   K|V of each chunk's last token     16 P tokens a page: FullAttentionSpec with tokens_per_state P
     window   K|V of the last L + 1 tokens       16 tokens a page: SlidingWindowSpec
-    rows     normed inputs of the open chunk    32 tokens a page (fewer where K|V is split over ranks): SlidingWindowSpec
+    rows     normed inputs of the open chunk    32 tokens a page, fewer where K|V is split over ranks: the same
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_sizes(chunk: int, window: int, dim: int, local_dim: int) -> None:
             raise ValueError(f"{name}={value} is refused: it is served from {least} to {most}")
     if 2 * PAGE_ROWS * local_dim % dim:
         raise ValueError(
-            f"hidden_size={dim} is refused: its K and V of {local_dim} values on each rank make no whole page of inputs; "
+            f"hidden_size={dim} is refused: K and V of {local_dim} values on each rank make no whole page of inputs; "
             f"tensor parallelism may split them {2 * PAGE_ROWS} ways at most"
         )
 
@@ -47,7 +47,7 @@ def cache_specs(chunk: int, window: int, dim: int, local_dim: int, dtype: torch.
     check_sizes(chunk, window, dim, local_dim)
     page_bytes = (PAGE_ROWS + 1) * 2 * local_dim * dtype.itemsize
     common: dict[str, Any] = {"num_kv_heads": 1, "dtype": dtype, "page_size_padded": page_bytes}
-    both = {"head_size": local_dim, "head_size_v": local_dim}
+    both: dict[str, Any] = {"head_size": local_dim, "head_size_v": local_dim}
     states = FullAttentionSpec(block_size=PAGE_ROWS * chunk, tokens_per_state=chunk, **both, **common)
     windows = SlidingWindowSpec(block_size=PAGE_ROWS, sliding_window=window + 1, **both, **common)
     rows = SlidingWindowSpec(

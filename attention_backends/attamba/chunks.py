@@ -1,8 +1,8 @@
 """Where chunks begin and end, in closed form, and what a step of the engine has to do about them. Pure functions.
 
-A layer cuts the tokens after token 0, which is a chunk alone, at boundaries k P - 1 - offset, k = 1, 2, ...; a boundary is
-its chunk's last token. Its state is number k - 1, and lies in row (k - 1) of the layer's states (section 3 of the paper;
-the offsets are its "cyclic" ones).
+A layer cuts the tokens after token 0, which is a chunk alone, at boundaries k P - 1 - offset, k = 1, 2, ...; a
+boundary is its chunk's last token, and its state is number k - 1 (section 3 of the paper; the offsets are its "cyclic"
+ones).
 """
 
 from __future__ import annotations

@@ -29,7 +29,11 @@ def logits(weights: Weights, config: Mapping[str, Any], tokens: torch.Tensor, se
         offset = min(chunk - 1, layer * (chunk // layers))
         ends = (positions + 1 + offset) % chunk == 0
         ends[0] = True
-        own = {name.removeprefix(f"layers.{layer}."): value for name, value in weights.items() if f"layers.{layer}." in name}
+        own = {
+            name.removeprefix(f"layers.{layer}."): value
+            for name, value in weights.items()
+            if f"layers.{layer}." in name
+        }
         x = rms_norm(hidden, own["attention_norm.weight"], eps)
         key = x + mixer(x, own, "k_ssm", ends, config)
         value = x + mixer(x, own, "v_ssm", ends, config)
@@ -72,7 +76,7 @@ def mixer(x: torch.Tensor, weights: Weights, name: str, ends: torch.Tensor, conf
         z, row, dt = (weights[f"{name}.in_proj.weight"] @ x[token]).split([inner, inner + 2 * state, heads])
         past.append(row)
         recent = past[-taps:]
-        row = functional.silu(sum(conv[:, taps - len(recent) + tap] * one for tap, one in enumerate(recent)))
+        row = functional.silu((conv[:, taps - len(recent) :] * torch.stack(recent, 1)).sum(1))
         u, b, c = row.split([inner, state, state])
         u, dt = u.view(heads, -1), functional.softplus(dt)
         memory = torch.exp(dt * a)[:, None, None] * memory + (dt[:, None] * u)[..., None] * b
@@ -84,7 +88,8 @@ def mixer(x: torch.Tensor, weights: Weights, name: str, ends: torch.Tensor, conf
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     """Interleaved rotary embedding of (T, heads, head size) at positions 0 to T - 1."""
     size = x.shape[-1]
-    angles = torch.arange(len(x))[:, None] * theta ** (-torch.arange(0, size, 2) / size)
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.arange(len(x))[:, None] * frequencies
     cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)

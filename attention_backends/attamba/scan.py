@@ -34,7 +34,8 @@ def causal_conv(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     taps = weight.shape[1]
     padded = functional.pad(rows, (0, 0, taps - 1, 0))
-    return sum(padded[:, tap : tap + rows.shape[1]] * weight[:, tap] for tap in range(taps))
+    shifted = [padded[:, tap : tap + rows.shape[1]] * weight[:, tap] for tap in range(taps)]
+    return torch.stack(shifted).sum(0)
 
 
 def chunk_scan(
@@ -44,7 +45,7 @@ def chunk_scan(
     skip: torch.Tensor,
     sizes: Sizes,
 ) -> torch.Tensor:
-    """The mixers' outputs before the gate, in float32: y_t = C_t S_t + D u_t, S_t = exp(dt_t A) S_{t-1} + dt_t u_t B_t^T.
+    """A mixer's outputs before its gate, in float32: y_t = C_t S_t + D u_t, S_t = exp(dt_t A) S_{t-1} + dt_t u_t B_t^T.
 
     Args:
         projected: (N, W, inner + 2 state + heads), [u B C | dt] of each chunk's tokens from its first on. What stands

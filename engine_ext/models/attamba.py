@@ -6,7 +6,9 @@ parallel ranks the mixers run whole on each, and only their last product, the qu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import maybe_prefix
@@ -59,6 +61,22 @@ class Mixer(nn.Module):
         return out
 
 
+class ExactRotary(RotaryEmbedding):
+    """vLLM's, with angles in float64: in float32 they are off by 1e-3 at 32k tokens, which sharp scores show."""
+
+    def _compute_cos_sin_cache(self) -> torch.Tensor:
+        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
+        positions = torch.arange(self.max_position_embeddings, dtype=torch.float64)
+        angles = torch.outer(positions, self.base**-exponents)
+        return torch.cat((angles.cos(), angles.sin()), -1).float()
+
+
+@functools.cache
+def rotary(head_dim: int, positions: int, theta: float, dtype: torch.dtype) -> ExactRotary:
+    """The one table that all layers share; pairs (2 j, 2 j + 1) turn together."""
+    return ExactRotary(head_dim, head_dim, positions, theta, False, dtype)
+
+
 class AttentiveSsm(nn.Module):
     """One layer's attention, its mixers and its three caches."""
 
@@ -79,17 +97,12 @@ class AttentiveSsm(nn.Module):
         dim = config.hidden_size
         self.wq = ColumnParallelLinear(dim, dim, bias=False, prefix=f"{prefix}.wq")
         self.wo = RowParallelLinear(dim, dim, bias=False, prefix=f"{prefix}.wo")
-        self.rotary = get_rope(
-            self.head_dim,
-            config.max_position_embeddings,
-            is_neox_style=False,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
+        self.rotary = rotary(self.head_dim, config.max_position_embeddings, config.rope_theta, dtype)
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """(T, dim) for the normed inputs x (T, dim)."""
         query, _ = self.wq(x)
-        metadata = get_forward_context().attn_metadata
+        metadata: Any = get_forward_context().attn_metadata
         if metadata is None:  # vLLM measures memory
             return self.wo(query)[0]
         states, recent, rows = (metadata[cache.prefix] for cache in (self.states, self.recent, self.rows))
@@ -156,6 +169,7 @@ class AttambaForCausalLM(nn.Module):
         config: AttambaConfig = vllm_config.model_config.hf_config
         self.config = config
         dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype), "resolved by vLLM"
         self.tok_embeddings = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             AttambaLayer(config, layer, dtype, maybe_prefix(prefix, f"layers.{layer}"))
@@ -170,7 +184,7 @@ class AttambaForCausalLM(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -185,7 +199,7 @@ class AttambaForCausalLM(nn.Module):
         return self.logits_processor(self.output, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return load_checkpoint(self, weights)
+        return load_checkpoint(self, self.config.ssm_inner, weights)
 
 
 def refuse_features(vllm_config: VllmConfig) -> None:

@@ -8,13 +8,13 @@ from transformers import PretrainedConfig
 
 
 class AttambaConfig(PretrainedConfig):
-    """config.json of an Attamba checkpoint; sizes are numbers of values, ``token_chunk`` and ``leading_tokens`` of tokens.
+    """config.json of an Attamba checkpoint. ``token_chunk`` and ``leading_tokens`` are tokens, other sizes values.
 
     Args:
         token_chunk: P, tokens for which the cache keeps one state.
         leading_tokens: L, tokens before its own that a token sees one by one.
-        ssm_heads, ssm_inner, ssm_state_dim, conv_size: of the mixers of K and of V: heads, their values in all, state of
-            each value, taps of the convolution.
+        ssm_heads, ssm_inner, ssm_state_dim, conv_size: of the mixers of K and of V: heads, their values in all, state
+            of each value, taps of the convolution.
     """
 
     model_type = "attamba"

@@ -13,7 +13,7 @@ MIXERS = ("k_ssm", "v_ssm")
 
 
 def targets(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
-    """Where a tensor of a checkpoint goes: parameters of the model, a shard of each or None, rows of the tensor or None.
+    """Where a tensor of a checkpoint goes: parameters, a shard of each or None, rows of the tensor or None for all.
 
     Args:
         inner: of the mixers: in_proj's first rows are the gate's.
@@ -30,8 +30,8 @@ def targets(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
     return [(name.replace(".w2.", ".down_proj."), None, None)]
 
 
-def load_checkpoint(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Load every tensor; returns the names of the parameters that have one.
+def load_checkpoint(model: nn.Module, inner: int, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load every tensor; returns the names of the parameters that have one. ``inner``: of the mixers.
 
     Raises:
         ValueError: a tensor that is unknown, misshapen or missing, by its name.
@@ -39,7 +39,7 @@ def load_checkpoint(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]
     parameters = dict(model.named_parameters())
     loaded: set[tuple[str, Any]] = set()
     for name, tensor in weights:
-        for target, shard, rows in targets(name, model.config.ssm_inner):
+        for target, shard, rows in targets(name, inner):
             if target not in parameters:
                 raise ValueError(f"{name} is refused: an Attamba checkpoint has no tensor of that name")
             parameter = parameters[target]
@@ -49,9 +49,7 @@ def load_checkpoint(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit config.json: {error}") from error
             loaded.add((target, shard))
-    wanted = {
-        (name, shard) for name in parameters for shard in ((0, 1) if ".gate_up_proj." in name else (None,))
-    }
+    wanted = {(name, shard) for name in parameters for shard in ((0, 1) if ".gate_up_proj." in name else (None,))}
     if missing := sorted(f"{name}" for name, _ in wanted - loaded):
         raise ValueError(f"the checkpoint lacks what {len(missing)} parameters are made of: {', '.join(missing[:8])}")
     return {name for name, _ in loaded}

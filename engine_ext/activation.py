@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from attention_backends.kernels.choose import SETTINGS
 from engine_ext import metrics
 from engine_ext.refusals import star_refusals
 from scheduler.options import OptionError, StarOptions, parse_options
@@ -20,6 +21,8 @@ from scheduler.plan import check_sizes
 logger = init_logger("vllm.starling")
 
 ENTRY = "starling"
+CPU_ATTENTION = "cpu_attention"
+SECTIONS = ("star", CPU_ATTENTION)
 MIDDLEWARE = ("engine_ext.serving.plan_header.PlanHeader", "engine_ext.serving.http_progress.HttpProgress")
 
 WORKERS = {
@@ -32,9 +35,14 @@ ASYNC_SCHEDULER = "scheduler.star_scheduler.AsyncStarScheduler"
 
 @dataclass(frozen=True)
 class StarlingConfig:
-    """The `starling` entry of additional_config."""
+    """The `starling` entry of additional_config.
+
+    Attributes:
+        cpu_attention: "auto", or "vllm" for vLLM's own attention op on CPU wherever Starling's is the faster.
+    """
 
     star: StarOptions
+    cpu_attention: str = "auto"
 
 
 def parse_config(additional_config: Any) -> StarlingConfig | None:
@@ -49,12 +57,16 @@ def parse_config(additional_config: Any) -> StarlingConfig | None:
     if not isinstance(entry, Mapping):
         raise OptionError(ENTRY, entry, "it must be an object", '{"star": {...}}')
     for key, value in entry.items():
-        if key != "star":
-            raise OptionError(f"{ENTRY}.{key}", value, "there is no such section", "star")
+        if key not in SECTIONS:
+            raise OptionError(f"{ENTRY}.{key}", value, "there is no such section", ", ".join(SECTIONS))
     star = entry.get("star", {})
     if not isinstance(star, Mapping):
         raise OptionError(f"{ENTRY}.star", star, "it must be an object", '{"mode": "auto", ...}')
-    return StarlingConfig(parse_options(star, flat=False))
+    cpu_attention = entry.get(CPU_ATTENTION, "auto")
+    if cpu_attention not in SETTINGS:
+        allowed = " or ".join(SETTINGS)
+        raise OptionError(f"{ENTRY}.{CPU_ATTENTION}", cpu_attention, "there is no such choice", allowed)
+    return StarlingConfig(parse_options(star, flat=False), cpu_attention)
 
 
 def before_engine_config(engine_args: Any) -> None:

@@ -50,7 +50,7 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "MLA models: their latent cache has backends of its own, not wrapped yet",
     ),
     (
-        lambda c: c.model_config.hf_text_config.model_type == "attamba",
+        lambda c: getattr(c.model_config.hf_text_config, "model_type", None) == "attamba",
         "Attamba models: their layers attend to chunk states, which no star rows are made for yet",
     ),
     (lambda c: not _full_attention_layers(c.model_config), "the model has no full-attention layer"),

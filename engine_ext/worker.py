@@ -12,6 +12,7 @@ from attention_backends.star.backend import register_star_backends
 from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import StarStep, open_step
 from engine_ext import compat
+from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
 from engine_ext.refusals import star_refusals
 from scheduler.plan import StarPlan, plan_of
@@ -58,6 +59,13 @@ def count_rows(rows: VirtualRows) -> None:
     metrics.keys_dense.inc(rows.dense_pairs)
 
 
+def use_cpu_attention(vllm_config: Any) -> None:
+    from attention_backends.kernels import cpu_impl
+
+    config = parse_config(vllm_config.additional_config)
+    cpu_impl.use(config.cpu_attention if config else "vllm")
+
+
 @functools.cache
 def make_star_worker(base: type) -> type:
     """A subclass of a platform's worker that runs star requests."""
@@ -65,6 +73,8 @@ def make_star_worker(base: type) -> type:
     class StarWorker(base):
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             register_star_backends()
+            if vllm_config.device_config.device_type == "cpu":
+                use_cpu_attention(vllm_config)
             super().__init__(vllm_config, *args, **kwargs)
             self.plan_book = PlanBook()
             self.counts_rows = self.rank == 0

@@ -61,11 +61,12 @@ def chunk_scan(
     mixed = functional.silu(causal_conv(mixed, conv_weight.float()))
     u, b, c = mixed.split([sizes.inner, sizes.state, sizes.state], -1)
     dt = functional.softplus(dt)
-    decay = (dt * -a_log.float().exp()).cumsum(1)  # (N, W, heads), falling
+    # (N, W, heads), falling; in float64, for it falls far in a long chunk, and differences of it are exponents.
+    decay = (dt * -a_log.float().exp()).double().cumsum(1)
     u = u.unflatten(-1, (sizes.heads, -1))
     later = torch.ones(width, width, dtype=torch.bool, device=projected.device).triu(1)
     # (N, W, W, heads): what is left at a token of one before it; at most 1.
-    left = (decay[:, :, None] - decay[:, None]).masked_fill(later[..., None], float("-inf")).exp()
+    left = (decay[:, :, None] - decay[:, None]).float().masked_fill(later[..., None], float("-inf")).exp()
     weights = left * torch.einsum("nqs,nks->nqk", c, b)[..., None] * dt[:, None]
     y = torch.einsum("nqkh,nkhd->nqhd", weights, u) + skip.float()[:, None] * u
     return y.flatten(-2)

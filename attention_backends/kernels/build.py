@@ -31,6 +31,11 @@ def cache_directory() -> Path:
     return Path(torchs) if torchs else cache / "starling" / "extensions"
 
 
+def compiler() -> str | None:
+    """Path of the C++ compiler, CXX or the system's; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
 def cpu_flags() -> str:
     """The processor's features, which -march=native compiles for."""
     try:
@@ -71,10 +76,10 @@ def load_op() -> Callable[..., torch.Tensor]:
 
 def _build(name: str, built: Path) -> None:
     """Compile to ``built``, which appears whole or not at all."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    command = os.environ.get("CXX", "c++")
+    if compiler() is None:
         raise BuildError(
-            f"the CPU attention op is compiled on first use, and there is no C++ compiler {compiler!r}: install g++ 12 "
+            f"the CPU attention op is compiled on first use, and there is no C++ compiler {command!r}: install g++ 12 "
             "or newer, or name one in CXX"
         )
     # ninja is found on PATH alone, which an interpreter started by its own path has not set up.
@@ -95,7 +100,7 @@ def _build(name: str, built: Path) -> None:
             # torch numbers the file where a build of this name was tried before in the process.
             os.replace(next(Path(work).glob("*.so")), built)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the CPU attention op does not compile with {compiler!r}: {error}") from error
+        raise BuildError(f"the CPU attention op does not compile with {command!r}: {error}") from error
     finally:
         os.environ["PATH"] = path
 

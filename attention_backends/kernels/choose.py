@@ -10,6 +10,8 @@ from enum import StrEnum
 
 import torch
 
+SETTINGS = ("auto", "vllm")  # of the option cpu_attention: the faster op, or vLLM's always
+
 
 class Op(StrEnum):
     STARLING = "starling"

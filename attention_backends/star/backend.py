@@ -1,7 +1,8 @@
 """Wraps a vLLM attention backend so that star requests are handed to its kernel in virtual rows.
 
-Only the metadata builder changes; kernel, cache layout and name stay the base's. On GPUs vLLM picks
-FLASH_ATTN, TRITON_ATTN or FLASHINFER itself, on CPU always CPU_ATTN: each is overridden in place.
+Only the metadata builder changes; cache layout and name stay the base's, and so does the kernel, but on CPU, where
+kernels/cpu_impl.py has a faster one for many batches. On GPUs vLLM picks FLASH_ATTN, TRITON_ATTN or FLASHINFER itself,
+on CPU always CPU_ATTN: each is overridden in place.
 """
 
 from __future__ import annotations
@@ -93,6 +94,14 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         @staticmethod
         def get_builder_cls() -> Any:
             return StarBuilder
+
+        @staticmethod
+        def get_impl_cls() -> Any:
+            if base.get_name() != "CPU_ATTN":
+                return base.get_impl_cls()
+            from attention_backends.kernels.cpu_impl import CpuImpl
+
+            return CpuImpl
 
     StarBuilder.__name__ = StarBuilder.__qualname__ = f"Star{base_builder.__name__}"
     StarBackend.__name__ = StarBackend.__qualname__ = f"Star{base.__name__}"

@@ -106,6 +106,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     report: dict[str, Any] = {
         "model": model,
         "attention_backend": attention_backend(config),
+        "attention_op": attention_op(config, starling.cpu_attention),
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "kv_cache": {
             "page_tokens": page,
@@ -142,6 +143,29 @@ def attention_backend(config: Any) -> dict[str, str]:
     if chosen is not None:
         return {"name": chosen.name, "why": "--attention-backend names it"}
     return {"name": "automatic", "why": f"vLLM picks at start; Star Attention runs on {', '.join(WRAPPED)}"}
+
+
+SAMPLES = {"decode, 1k keys": (1, 1024), "decode, 32k keys": (1, 32_768), "prefill of 2,048 tokens": (2048, 32_768)}
+
+
+def attention_op(config: Any, setting: str) -> dict[str, str]:
+    """Which kernel attends in some batches, and why."""
+    if config.device_config.device_type != "cpu":
+        return {"name": "vLLM's", "why": "on GPUs the backend's own kernels run, star rows and all"}
+    from attention_backends.kernels.build import compiler
+    from attention_backends.kernels.choose import Processor, choose
+
+    if setting == "vllm":
+        return {"name": "vLLM's", "why": "--cpu-attention vllm asks for it"}
+    if compiler() is None:
+        return {"name": "vLLM's", "why": "there is no C++ compiler to build Starling's with"}
+    model, parallel = config.model_config, config.parallel_config
+    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    chosen = {
+        batch: choose(Processor.here(), model.dtype, queries=queries, keys=keys, group=group).value
+        for batch, (queries, keys) in SAMPLES.items()
+    }
+    return chosen | {"why": "the faster one by benchmarks/cpu_kernels.py, for this processor and dtype"}
 
 
 def prompt_cost(num_tokens: int, star: Any, page: int, bytes_per_token: int, refused: bool) -> dict[str, Any]:

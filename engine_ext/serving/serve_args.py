@@ -12,7 +12,8 @@ from typing import Any, get_args
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from engine_ext.activation import ENTRY, parse_config
+from attention_backends.kernels.choose import SETTINGS
+from engine_ext.activation import CPU_ATTENTION, ENTRY, parse_config
 from scheduler.options import FIELDS, Mode, OptionError, flat_name, parse_options
 
 GRPC_PORT_HELP = (
@@ -64,6 +65,13 @@ def make_parser() -> FlexibleArgumentParser:
     for action in parser._actions:
         if action.dest == "grpc_port":
             action.help = GRPC_PORT_HELP
+    group.add_argument(
+        "--cpu-attention",
+        choices=SETTINGS,
+        default=argparse.SUPPRESS,
+        help="On CPU: auto, Starling's attention op where it is faster than vLLM's, or vllm, vLLM's own always. "
+        "Starling's is built at the first start, by a C++ compiler. (default: auto)",
+    )
     group.add_argument(
         "--grpc-plaintext",
         action="store_true",
@@ -163,7 +171,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
     """
     args = make_parser().parse_args(["serve", *argv])
     flags = {field: vars(args).pop(flat_name(field)) for field in FIELDS if flat_name(field) in args}
-    args.additional_config = activate(args.additional_config, flags)
+    args.additional_config = activate(args.additional_config, flags, vars(args).pop(CPU_ATTENTION, None))
     refuse_bypasses(os.environ)
     # vLLM refuses a gRPC port anywhere but before its Rust front.
     grpc_port, args.grpc_port = args.grpc_port, None
@@ -173,8 +181,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
     return args, grpc_port
 
 
-def activate(additional_config: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """``additional_config`` with its `starling` entry, into which the --star* flags are merged.
+def activate(additional_config: Any, flags: Mapping[str, Any], cpu_attention: str | None = None) -> dict[str, Any]:
+    """``additional_config`` with its `starling` entry, into which the --star* flags and --cpu-attention are merged.
 
     Raises:
         OptionError: a bad option, or one that a flag and --additional-config give different values.
@@ -183,6 +191,17 @@ def activate(additional_config: Any, flags: Mapping[str, Any]) -> dict[str, Any]
         raise OptionError("additional_config", additional_config, "it must be an object", '{"starling": {...}}')
     entry = additional_config.get(ENTRY, {})
     merged = {**additional_config, ENTRY: entry}
+    parse_config(merged)
+    if cpu_attention is not None:
+        if entry.get(CPU_ATTENTION, cpu_attention) != cpu_attention:
+            raise OptionError(
+                "--cpu-attention",
+                cpu_attention,
+                f"--additional-config says {CPU_ATTENTION}={entry[CPU_ATTENTION]!r}",
+                "one of the two, or the same",
+            )
+        entry = {**entry, CPU_ATTENTION: cpu_attention}
+        merged[ENTRY] = entry
     parse_config(merged)
     parse_options({flat_name(field): value for field, value in flags.items()}, flat=True)
     star = entry.get("star", {})

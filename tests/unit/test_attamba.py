@@ -1,0 +1,169 @@
+"""Attamba's parts without an engine: closed forms, the scan, attention over hand-kept pages, sizes, weights."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention_backends.attamba import reference
+from attention_backends.attamba.attend import attend
+from attention_backends.attamba.backend import AttambaMetadata
+from attention_backends.attamba.cache import cache_specs
+from attention_backends.attamba.chunks import PAGE_ROWS, chunk_start, layer_offset, plan_step, step_rows
+from attention_backends.attamba.scan import Sizes, chunk_scan
+from engine_ext.models.attamba_config import AttambaConfig
+
+HEADS, SIZE = 2, 16
+DIM = HEADS * SIZE
+CHUNKS, WINDOWS = [2, 3, 4, 8, 64], [1, 5, 16, 128]
+
+
+def ends_of(tokens: int, chunk: int, offset: int) -> torch.Tensor:
+    """(tokens,) bool, whether each ends a chunk: the definition, one token after the other."""
+    return torch.tensor([token == 0 or (token + 1 + offset) % chunk == 0 for token in range(tokens)])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("layers", [1, 3, 8])
+def test_offsets_and_starts(chunk, layers):
+    for layer in range(layers):
+        offset = layer_offset(layer, layers, chunk)
+        assert offset == min(chunk - 1, layer * (chunk // layers))
+        ends, start = ends_of(200, chunk, offset), 0
+        for position in range(200):
+            assert chunk_start(np.array([position]), chunk, offset)[0] == start
+            start = position + 1 if ends[position] else start
+
+
+class Pages:
+    """One cache of some requests, whose pages are handed out in random order and go back to NaN."""
+
+    def __init__(self, spec, requests: int, tokens: int, chance: np.random.Generator) -> None:
+        self.spec = spec
+        columns = -(-tokens // spec.block_size)
+        order = chance.permutation(requests * columns) + 1
+        self.table = torch.from_numpy(order.reshape(requests, columns).astype(np.int32))
+        self.pages = torch.full((requests * columns + 1, PAGE_ROWS + 1, 2 * DIM), float("nan"))
+
+    def forget(self, request: int, before: int) -> None:
+        """What a sliding window does with pages that lie wholly before a position: their columns become page 0."""
+        self.table[request, : max(0, before) // self.spec.block_size] = 0
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    chunk=st.sampled_from(CHUNKS),
+    window=st.sampled_from(WINDOWS),
+    layer=st.integers(0, 2),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_attention_over_pages_is_that_of_the_mask(chunk, window, layer, lengths, seed):
+    """Steps that cut the requests anywhere, batches that mix them, pages of passed windows gone."""
+    chance, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    offset = layer_offset(layer, 3, chunk)
+    specs = cache_specs(chunk, window, DIM, DIM, torch.float32)
+    states, recent = (Pages(specs[name], len(lengths), max(lengths), chance) for name in ("states", "window"))
+    query, key, value = ([torch.randn(n, HEADS, SIZE, generator=generator) for n in lengths] for _ in range(3))
+    done, got = [0] * len(lengths), [[] for _ in lengths]
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        lens = np.array([min(length - at, chance.integers(1, 90)) for at, length in zip(done, lengths, strict=True)])
+        live = np.flatnonzero(lens)
+        lens, seq_lens = lens[live], np.array(done)[live] + lens[live]
+        rows = step_rows(lens, seq_lens)
+        tables = [SimpleNamespace(pages=cache.pages, spec=cache.spec) for cache in (states, recent)]
+        metadata = [
+            AttambaMetadata(
+                rows,
+                cache.table[live],
+                torch.from_numpy(np.append(0, lens.cumsum()).astype(np.int32)),
+                torch.from_numpy(seq_lens.astype(np.int32)),
+            )
+            for cache in (states, recent)
+        ]
+        plan = metadata[0].plan(chunk, offset, window)
+        spans = [slice(done[request], done[request] + count) for request, count in zip(live, lens, strict=True)]
+        q, k, v = (
+            torch.cat([of[request][span] for request, span in zip(live, spans, strict=True)])
+            for of in (query, key, value)
+        )
+        both = torch.cat([k.flatten(1), v.flatten(1)], -1)
+        recent.pages.flatten(0, 1)[metadata[1].slots(tables[1])] = both
+        states.pages.flatten(0, 1)[metadata[0].state_slots(tables[0], plan)] = both[torch.from_numpy(plan.ends)]
+        out = attend(
+            q, states.pages, metadata[0].block_table, recent.pages, metadata[1].block_table,
+            metadata[1].query_start_loc, metadata[1].seq_lens, torch.from_numpy(rows.request), plan, window + 1, 0.5,
+        )  # fmt: skip
+        for request, part in zip(live, out.split(lens.tolist()), strict=True):
+            got[request].append(part)
+            done[request] += len(part)
+            recent.forget(request, done[request] - window)
+    for request, length in enumerate(lengths):
+        mask = reference.attention_mask(length, ends_of(length, chunk, offset), window)
+        scores = torch.einsum("qhd,khd->hqk", query[request], key[request]) * 0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        want = torch.einsum("hqk,khd->qhd", weights, value[request])
+        assert (torch.cat(got[request]) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_scan_is_the_recurrence(chunk, layer):
+    """From the first token on, and for tokens in the middle of a chunk whose first ones came in an earlier step."""
+    torch.manual_seed(0)
+    sizes, offset, tokens = Sizes(2, 32, 16, 4), layer_offset(layer, 3, chunk), 100
+    config = {"ssm_heads": 2, "ssm_inner": 32, "ssm_state_dim": 16, "conv_size": 4, "rms_norm_eps": 1e-5}
+    weights = {
+        "k_ssm.in_proj.weight": torch.randn(2 * 32 + 2 * 16 + 2, DIM, dtype=torch.float64) * 0.2,
+        "k_ssm.conv_weight": torch.randn(64, 4, dtype=torch.float64),
+        "k_ssm.A_log": torch.randn(2, dtype=torch.float64),
+        "k_ssm.D": torch.randn(2, dtype=torch.float64),
+        "k_ssm.ssm_norm.weight": torch.ones(32, dtype=torch.float64),
+        "k_ssm.out_proj.weight": torch.eye(32, dtype=torch.float64),
+    }
+    x = torch.randn(tokens, DIM, dtype=torch.float64)
+    want = reference.mixer(x, weights, "k_ssm", ends_of(tokens, chunk, offset), config)
+    for first in (0, 37, 99):
+        plan = plan_step(step_rows(np.array([tokens - first]), np.array([tokens])), chunk, offset, 5)
+        inputs = (x[torch.from_numpy(plan.chunk_position)] @ weights["k_ssm.in_proj.weight"][32:].T).float()
+        y = chunk_scan(inputs, *(weights[f"k_ssm.{name}"].float() for name in ("conv_weight", "A_log", "D")), sizes)
+        y = y[torch.from_numpy(plan.token_chunk), torch.from_numpy(plan.token_place)]
+        gate = (x[first:] @ weights["k_ssm.in_proj.weight"][:32].T).float()
+        got = reference.rms_norm(y * torch.nn.functional.silu(gate), torch.ones(32), 1e-5)
+        assert (got - want[first:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_pages_have_equal_bytes(ranks):
+    specs = cache_specs(8, 16, 512, 512 // ranks, torch.bfloat16)
+    assert len({spec.page_size_bytes for spec in specs.values()}) == 1
+    assert {name: spec.block_size for name, spec in specs.items()} == {"states": 128, "window": 16, "rows": 32 // ranks}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "window", "local_dim", "says"),
+    [
+        (1, 16, 64, ["token_chunk=1", "2 to 128"]),
+        (129, 16, 64, ["token_chunk=129", "2 to 128"]),
+        (8, 0, 64, ["leading_tokens=0", "1 to 256"]),
+        (8, 257, 64, ["leading_tokens=257", "1 to 256"]),
+        (8, 16, 1, ["hidden_size=64", "32 ways"]),
+    ],
+)
+def test_sizes_that_the_caches_can_t_carry(chunk, window, local_dim, says):
+    with pytest.raises(ValueError) as refused:
+        cache_specs(chunk, window, 64, local_dim, torch.float32)
+    assert all(part in str(refused.value) for part in says), refused.value
+
+
+def test_config_survives_json_and_refuses_what_is_not_attamba():
+    config = AttambaConfig(token_chunk=4, hidden_size=64, num_attention_heads=4)
+    again = AttambaConfig(**json.loads(config.to_json_string(use_diff=False)))
+    assert (again.token_chunk, again.head_dim, again.num_key_value_heads) == (4, 16, 4)
+    for wrong in ({"num_key_value_heads": 1}, {"tie_word_embeddings": True}):
+        with pytest.raises(ValueError, match="is refused"):
+            AttambaConfig(**wrong)

@@ -1,0 +1,109 @@
+"""Which op a layer attends with, and that both write the same: over vLLM's own cache, through the layer's forward."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backend import AttentionType
+
+from attention_backends.kernels import cpu_impl
+from attention_backends.kernels.choose import Op
+
+HEADS, KV_HEADS, SIZE, PAGE, PAGES = 4, 2, 64, 32, 40
+
+
+@pytest.fixture(autouse=True)
+def as_found():
+    before = cpu_impl._setting
+    yield
+    cpu_impl.use(before)
+
+
+def make(**changes) -> cpu_impl.CpuImpl:
+    arguments = {"num_heads": HEADS, "head_size": SIZE, "scale": 0.1, "num_kv_heads": KV_HEADS}
+    arguments |= {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+    model = SimpleNamespace(dtype=torch.float32)
+    config = VllmConfig()
+    config.model_config = model
+    with set_current_vllm_config(config, check_compile=False):
+        return cpu_impl.CpuImpl(**arguments | changes)
+
+
+def metadata(queries: list[int], keys: list[int], **changes):
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    seq_lens = torch.tensor(keys, dtype=torch.int32)
+    pages = torch.randperm(PAGES)[: len(keys) * 8].view(len(keys), 8).int()
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(keys), num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=SIZE, seq_lens=seq_lens,
+        dtype=torch.float32, query_start_loc=starts, causal=True, sliding_window_size=-1, isa="vec",
+        enable_kv_split=False, dynamic_causal=None, kv_cache_dtype="auto",
+    )  # fmt: skip
+    fields = {"num_actual_tokens": sum(queries), "max_query_len": max(queries), "max_seq_len": max(keys)}
+    fields |= {"query_start_loc": starts, "seq_lens": seq_lens, "block_table": pages, "scheduler_metadata": plan}
+    return SimpleNamespace(**fields | {"causal": True, "dynamic_causal": None} | changes)
+
+
+LAYER = SimpleNamespace(isa="vec", _k_scale_float=1.0, _v_scale_float=1.0)
+
+
+def run(impl, batch, query, cache) -> torch.Tensor:
+    output = torch.full_like(query, float("nan"))
+    return impl.forward(LAYER, query, None, None, cache, batch, output)
+
+
+def test_both_ops_write_the_same_and_ours_is_the_one_that_runs(monkeypatch):
+    torch.manual_seed(0)
+    impl, batch = make(), metadata([1, 70, 5], [130, 200, 5])
+    cache = torch.randn(PAGES, KV_HEADS, PAGE, 2 * SIZE)
+    query = torch.randn(76, HEADS, SIZE)
+    calls = []
+    real = cpu_impl.paged_attention
+    monkeypatch.setattr(cpu_impl, "paged_attention", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    monkeypatch.setattr(cpu_impl, "choose", lambda *args, **kw: Op.STARLING)
+    ours = run(impl, batch, query, cache)
+    assert calls == [1]
+    cpu_impl.use("vllm")
+    theirs = run(impl, batch, query, cache)
+    assert calls == [1]
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "decoder"),
+        ({"alibi_slopes": [0.1] * HEADS}, "ALiBi"),
+        ({"sinks": torch.zeros(HEADS)}, "sinks"),
+        ({"sliding_window": 128}, "sliding window"),
+        ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"head_size": 72}, "multiple of 16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layers_that_stay_with_vllms(changes, says):
+    impl = make(**changes)
+    assert says in cpu_impl.reason_against(impl)
+    assert not impl.can
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes"),
+    [
+        (SimpleNamespace(isa="amx"), {}),
+        (LAYER, {"causal": False}),
+        (LAYER, {"dynamic_causal": torch.ones(1)}),
+    ],
+    ids=["amx", "not causal", "causal by row"],
+)
+def test_batches_that_stay_with_vllms(monkeypatch, layer, changes):
+    monkeypatch.setattr(cpu_impl, "choose", lambda *args, **kw: Op.STARLING)
+    impl, query = make(), torch.randn(1, HEADS, SIZE)
+    assert impl.takes(query, LAYER, metadata([1], [100]))
+    assert not impl.takes(query, layer, metadata([1], [100], **changes))
+
+
+def test_an_unknown_setting():
+    with pytest.raises(ValueError, match="auto, vllm"):
+        cpu_impl.use("fast")

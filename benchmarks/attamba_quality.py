@@ -1,0 +1,156 @@
+"""What Attamba's smaller cache costs in quality: `python -m benchmarks.attamba_quality`.
+
+Trains what is missing of five small models with examples/train_attamba.py, minutes of one core a model and seed, and
+writes results/attamba_quality.json and .png: validation bits per byte beside the cache's bytes and the paper's figures.
+All have as many parameters, and those of a seed see the same tokens in the same order; two seeds show what is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import OUT, write_json
+from examples.stdlib_text import load_text
+from examples.train_attamba import parse, train
+
+RUNS = Path(__file__).resolve().parent.parent / "build" / "attamba"
+BASELINE = "transformer"
+MODELS = {
+    BASELINE: ["--model", "transformer"],
+    "isokv4": ["--model", "transformer", "--kv-cut", "4"],
+    "isokv8": ["--model", "transformer", "--kv-cut", "8"],
+    "attamba-p4-l32": ["--chunk", "4", "--window", "32"],
+    "attamba-p8-l16": ["--chunk", "8", "--window", "16"],
+}
+PAPER = {
+    "long runs": {BASELINE: 20.72, "attamba-p4-l32": 21.74, "attamba-p8-l16": 23.28},
+    "equal-KV study": {"isokv4": 33.49, "attamba-p4-l8": 33.54, "isokv8": 36.73, "attamba-p8-l8": 34.30},
+}
+"""Wikitext perplexity as the authors report it: 64 M parameters, trained with the released code's mixing."""
+PAIRS = {
+    ("attamba-p4-l32", BASELINE): math.log(21.74, 20.72),
+    ("attamba-p8-l16", BASELINE): math.log(23.28, 20.72),
+    ("attamba-p4-l32", "isokv4"): math.log(33.54, 33.49),
+    ("attamba-p8-l16", "isokv8"): math.log(34.30, 36.73),
+    ("isokv4", BASELINE): None,
+    ("isokv8", BASELINE): None,
+}
+"""Bits of the first over bits of the second, and the paper's ratio of log perplexity (its equal-KV study has L = 8)."""
+
+
+def collect(seeds: list[int], only_present: bool) -> dict[str, dict[int, dict[str, Any]]]:
+    """Model -> seed -> result.json of its run."""
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in MODELS}
+    text = None
+    for seed in seeds:
+        for name, arguments in MODELS.items():
+            path = RUNS / f"{name}-s{seed}"
+            if not (path / "result.json").exists():
+                if only_present:
+                    continue
+                text = text or load_text()
+                train(parse([*arguments, "--seed", str(seed), "--out", str(path)]), text)
+            results[name][seed] = json.loads((path / "result.json").read_text())
+    return results
+
+
+def summarise(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """A model's row: its size, its cache, its bits per byte."""
+    first = next(iter(runs.values()))
+    bits = {seed: run["bits_per_byte"] for seed, run in runs.items()}
+    length = first["settings"]["length"]
+    return {
+        "parameters": first["parameters"],
+        "tokens": first["tokens"],
+        "kv_bytes_per_token": first["kv_bytes_per_token"],
+        "kv_bytes_per_sequence": first["kv_bytes_per_sequence"],
+        "kv_bytes_of_training_length": first["kv_bytes_per_token"] * length + first["kv_bytes_per_sequence"],
+        "bits_per_byte": bits,
+        "mean_bits_per_byte": statistics.mean(bits.values()),
+        "train_seconds": {seed: round(run["seconds"]) for seed, run in runs.items()},
+    }
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each pair: bits of the first over bits of the second, by seed, and the paper's ratio."""
+    bits = {name: row["bits_per_byte"] for name, row in rows.items()}
+    return {
+        f"{name} over {other}": {
+            "ours": {seed: bits[name][seed] / bits[other][seed] for seed in bits[name] if seed in bits[other]},
+            "paper": paper,
+        }
+        for (name, other), paper in PAIRS.items()
+        if name in bits and other in bits
+    }
+
+
+def plot(rows: dict[str, dict[str, Any]], histories: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    for index, (name, row) in enumerate(rows.items()):
+        values = list(row["bits_per_byte"].values())
+        style = {"color": f"C{index}", "marker": "o" if name.startswith("attamba") else "s"}
+        left.plot([row["kv_bytes_per_token"]] * len(values), values, linestyle="", label=name, **style)
+        history = histories[name]
+        right.plot([h["step"] for h in history], [h["validation"] for h in history], color=f"C{index}", label=name)
+    left.set_xscale("log", base=2)
+    left.set_xlabel("KV cache, bytes a token in the long run (bf16)")
+    left.set_ylabel("validation bits per byte, a mark a seed")
+    right.set_xlabel("step (first seed)")
+    right.set_ylabel("validation bits per byte, few windows")
+    right.set_ylim(top=min(4.0, right.get_ylim()[1]))
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    table = Table(title="validation bits per byte")
+    for column in ("model", "parameters", "KV bytes a token", "and a sequence", "bits per byte, by seed", "mean"):
+        table.add_column(column)
+    for name, row in rows.items():
+        bits = ", ".join(f"{value:.4f}" for value in row["bits_per_byte"].values())
+        held = (f"{row['kv_bytes_per_token']:,.0f}", f"{row['kv_bytes_per_sequence']:,}")
+        table.add_row(name, f"{row['parameters']:,}", *held, bits, f"{row['mean_bits_per_byte']:.4f}")
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only-present", action="store_true", help="tabulate the runs that are there, train none")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {name: runs for name, runs in collect(args.seeds, args.only_present).items() if runs}
+    rows = {name: summarise(runs) for name, runs in results.items()}
+    show(rows)
+    pairs = compare(rows)
+    for pair, ratio in pairs.items():
+        ours = ", ".join(f"{value - 1:+.2%}" for value in ratio["ours"].values())
+        print(f"bits, {pair}: {ours}" + (f" (paper {ratio['paper'] - 1:+.2%})" if ratio["paper"] else ""))
+    histories = {name: next(iter(runs.values()))["history"] for name, runs in results.items()}
+    settings = next(iter(next(iter(results.values())).values()))["settings"]
+    shared = {
+        key: value for key, value in settings.items() if key not in ("model", "chunk", "window", "kv_cut", "seed")
+    }
+    found = {"settings": shared, "models": rows, "bits_ratio": pairs, "paper_perplexity": PAPER}
+    path = write_json("attamba_quality", found | {"history_of_first_seed": histories})
+    plot(rows, histories, OUT / "attamba_quality.png")
+    print(f"{path} and {OUT / 'attamba_quality.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,15 +11,21 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from benchmarks.report import OUT, write_json
-from examples.stdlib_text import load_text
+from examples.attamba_model import load_attamba
+from examples.stdlib_text import Text, load_text, windows
 from examples.train_attamba import parse, train
 
 RUNS = Path(__file__).resolve().parent.parent / "build" / "attamba"
@@ -47,17 +53,15 @@ PAIRS = {
 """Bits of the first over bits of the second, and the paper's ratio of log perplexity (its equal-KV study has L = 8)."""
 
 
-def collect(seeds: list[int], only_present: bool) -> dict[str, dict[int, dict[str, Any]]]:
+def collect(seeds: list[int], only_present: bool, text: Text) -> dict[str, dict[int, dict[str, Any]]]:
     """Model -> seed -> result.json of its run."""
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in MODELS}
-    text = None
     for seed in seeds:
         for name, arguments in MODELS.items():
             path = RUNS / f"{name}-s{seed}"
             if not (path / "result.json").exists():
                 if only_present:
                     continue
-                text = text or load_text()
                 train(parse([*arguments, "--seed", str(seed), "--out", str(path)]), text)
             results[name][seed] = json.loads((path / "result.json").read_text())
     return results
@@ -78,6 +82,26 @@ def summarise(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "mean_bits_per_byte": statistics.mean(bits.values()),
         "train_seconds": {seed: round(run["seconds"]) for seed, run in runs.items()},
     }
+
+
+def logits_of(path: Path) -> Callable[[Tensor], Tensor]:
+    """The exported checkpoint as a function of tokens (B, T)."""
+    if json.loads((path / "config.json").read_text())["model_type"] == "attamba":
+        return load_attamba(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return lambda tokens: model(tokens).logits
+
+
+@torch.inference_mode()
+def bits_by_position(path: Path, text: Text, count: int, length: int) -> dict[str, float]:
+    """Validation bits per byte of the exported checkpoint over parts of the window: does more context help?"""
+    logits, losses = logits_of(path), []
+    for part in windows(text.validation, count, length).split(8):
+        losses.append(F.cross_entropy(logits(part[:, :-1]).transpose(1, 2), part[:, 1:], reduction="none"))
+    bits = torch.cat(losses).mean(0) / math.log(2)
+    edges = [0, length // 16, length // 4, length // 2, length]
+    parts = {f"{first} to {last - 1}": bits[first:last].mean().item() for first, last in pairwise(edges)}
+    return parts | {"all": bits.mean().item()}
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -117,7 +141,7 @@ def plot(rows: dict[str, dict[str, Any]], histories: dict[str, list[dict[str, fl
     figure.savefig(path, dpi=110)
 
 
-def show(rows: dict[str, dict[str, Any]]) -> None:
+def show(rows: dict[str, dict[str, Any]], pairs: dict[str, dict[str, Any]]) -> None:
     table = Table(title="validation bits per byte")
     for column in ("model", "parameters", "KV bytes a token", "and a sequence", "bits per byte, by seed", "mean"):
         table.add_column(column)
@@ -126,6 +150,9 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         held = (f"{row['kv_bytes_per_token']:,.0f}", f"{row['kv_bytes_per_sequence']:,}")
         table.add_row(name, f"{row['parameters']:,}", *held, bits, f"{row['mean_bits_per_byte']:.4f}")
     Console().print(table)
+    for pair, ratio in pairs.items():
+        ours = ", ".join(f"{value - 1:+.2%}" for value in ratio["ours"].values())
+        print(f"bits, {pair}: {ours}" + (f" (paper {ratio['paper'] - 1:+.2%})" if ratio["paper"] else ""))
 
 
 def main() -> None:
@@ -134,21 +161,27 @@ def main() -> None:
     parser.add_argument("--only-present", action="store_true", help="tabulate the runs that are there, train none")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = {name: runs for name, runs in collect(args.seeds, args.only_present).items() if runs}
+    text = load_text()
+    results = {name: runs for name, runs in collect(args.seeds, args.only_present, text).items() if runs}
+    if not results:
+        raise SystemExit(f"no finished run under {RUNS}")
     rows = {name: summarise(runs) for name, runs in results.items()}
-    show(rows)
+    for name, runs in results.items():
+        seed, run = next(iter(runs.items()))
+        sizes = run["settings"]["windows"], run["settings"]["length"]
+        rows[name]["bits_by_position"] = bits_by_position(RUNS / f"{name}-s{seed}", text, *sizes)
     pairs = compare(rows)
-    for pair, ratio in pairs.items():
-        ours = ", ".join(f"{value - 1:+.2%}" for value in ratio["ours"].values())
-        print(f"bits, {pair}: {ours}" + (f" (paper {ratio['paper'] - 1:+.2%})" if ratio["paper"] else ""))
-    histories = {name: next(iter(runs.values()))["history"] for name, runs in results.items()}
-    settings = next(iter(next(iter(results.values())).values()))["settings"]
-    shared = {
-        key: value for key, value in settings.items() if key not in ("model", "chunk", "window", "kv_cut", "seed")
+    show(rows, pairs)
+    own = ("model", "chunk", "window", "kv_cut", "seed")
+    found = {
+        "settings": {key: value for key, value in run["settings"].items() if key not in own},
+        "models": rows,
+        "bits_ratio": pairs,
+        "paper_perplexity": PAPER,
+        "history_of_first_seed": {name: next(iter(runs.values()))["history"] for name, runs in results.items()},
     }
-    found = {"settings": shared, "models": rows, "bits_ratio": pairs, "paper_perplexity": PAPER}
-    path = write_json("attamba_quality", found | {"history_of_first_seed": histories})
-    plot(rows, histories, OUT / "attamba_quality.png")
+    path = write_json("attamba_quality", found)
+    plot(rows, found["history_of_first_seed"], OUT / "attamba_quality.png")
     print(f"{path} and {OUT / 'attamba_quality.png'}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -309,3 +311,34 @@ def test_models_compared_are_of_a_size(cut, chunk, tmp_path):
     transformer = make_model(parse(["--out", str(tmp_path), "--model", "transformer", "--kv-cut", str(cut)]))
     assert count(transformer) == pytest.approx(count(attamba), rel=0.01)
     assert kv_bytes(transformer)[0] == kv_bytes(attamba)[0] == 2 * 4 * 2 * 128 / cut
+
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "checkpoints"
+
+
+def bits_of(model, source: str) -> float:
+    tokens = byte_ids()[torch.tensor(list(source.encode()))].long()[None]
+    with torch.inference_mode():
+        logits = model(tokens[:, :-1])[0]
+    return torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item() / math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "window"), [("attamba-p4-l32", 4, 32), ("attamba-p8-l16", 8, 16)], ids=["P4", "P8"]
+)
+def test_committed_checkpoints_are_trained_and_of_the_served_layout(name, chunk, window):
+    folder = CHECKPOINTS / name
+    model = load_attamba(folder)
+    assert (model.config.token_chunk, model.config.leading_tokens) == (chunk, window)
+    tensors = load_file(folder / "model.safetensors")
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected_layout(model.config)
+    assert (folder / "model.safetensors").stat().st_size < 4_000_000
+    assert "bits per byte" in (folder / "train.log").read_text()
+    assert bits_of(model, inspect.getsource(textwrap)[:1000]) < 4  # a guess is 8; the file was trained on
+
+
+def test_the_committed_transformer_is_trained():
+    from transformers import AutoModelForCausalLM
+
+    llama = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "transformer", dtype=torch.float32).eval()
+    assert bits_of(lambda tokens: llama(tokens).logits, inspect.getsource(textwrap)[:1000]) < 4

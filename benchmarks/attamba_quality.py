@@ -1,8 +1,9 @@
 """What Attamba's smaller cache costs in quality: `python -m benchmarks.attamba_quality`.
 
-Trains what is missing of five small models with examples/train_attamba.py, minutes of one core a model and seed, and
+Trains what is missing of six small models with examples/train_attamba.py, minutes of one core a model and seed, and
 writes results/attamba_quality.json and .png: validation bits per byte beside the cache's bytes and the paper's figures.
 All have as many parameters, and those of a seed see the same tokens in the same order; two seeds show what is noise.
+One is a control: Attamba whose window is as long as the sequence, the same weights and mixers with nothing dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.report import OUT, write_json
 from examples.attamba_model import load_attamba
 from examples.stdlib_text import Text, load_text, windows
-from examples.train_attamba import parse, train
+from examples.train_attamba import KV_BYTES, parse, train
 
 RUNS = Path(__file__).resolve().parent.parent / "build" / "attamba"
 BASELINE = "transformer"
@@ -36,6 +37,7 @@ MODELS = {
     "isokv8": ["--model", "transformer", "--kv-cut", "8"],
     "attamba-p4-l32": ["--chunk", "4", "--window", "32"],
     "attamba-p8-l16": ["--chunk", "8", "--window", "16"],
+    "attamba-p4-l512": ["--chunk", "4", "--window", "512"],
 }
 PAPER = {
     "long runs": {BASELINE: 20.72, "attamba-p4-l32": 21.74, "attamba-p8-l16": 23.28},
@@ -47,6 +49,7 @@ PAIRS = {
     ("attamba-p8-l16", BASELINE): math.log(23.28, 20.72),
     ("attamba-p4-l32", "isokv4"): math.log(33.54, 33.49),
     ("attamba-p8-l16", "isokv8"): math.log(34.30, 36.73),
+    ("attamba-p4-l32", "attamba-p4-l512"): None,
     ("isokv4", BASELINE): None,
     ("isokv8", BASELINE): None,
 }
@@ -71,13 +74,15 @@ def summarise(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """A model's row: its size, its cache, its bits per byte."""
     first = next(iter(runs.values()))
     bits = {seed: run["bits_per_byte"] for seed, run in runs.items()}
-    length = first["settings"]["length"]
+    length, dim, layers = (first["settings"][name] for name in ("length", "dim", "layers"))
+    held = first["kv_bytes_per_token"] * length + first["kv_bytes_per_sequence"]
     return {
         "parameters": first["parameters"],
         "tokens": first["tokens"],
         "kv_bytes_per_token": first["kv_bytes_per_token"],
         "kv_bytes_per_sequence": first["kv_bytes_per_sequence"],
-        "kv_bytes_of_training_length": first["kv_bytes_per_token"] * length + first["kv_bytes_per_sequence"],
+        # No more than all K|V rows: the control's window holds every row once.
+        "kv_bytes_of_training_length": min(held, 2 * KV_BYTES * dim * layers * length),
         "bits_per_byte": bits,
         "mean_bits_per_byte": statistics.mean(bits.values()),
         "train_seconds": {seed: round(run["seconds"]) for seed, run in runs.items()},
@@ -123,16 +128,20 @@ def plot(rows: dict[str, dict[str, Any]], histories: dict[str, list[dict[str, fl
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
     for index, (name, row) in enumerate(rows.items()):
         values = list(row["bits_per_byte"].values())
         style = {"color": f"C{index}", "marker": "o" if name.startswith("attamba") else "s"}
-        left.plot([row["kv_bytes_per_token"]] * len(values), values, linestyle="", label=name, **style)
+        left.plot([row["kv_bytes_of_training_length"]] * len(values), values, linestyle="", label=name, **style)
+        spans = {span: bits for span, bits in row["bits_by_position"].items() if span != "all"}
+        middle.plot(list(spans), list(spans.values()), **style)
         history = histories[name]
         right.plot([h["step"] for h in history], [h["validation"] for h in history], color=f"C{index}", label=name)
     left.set_xscale("log", base=2)
-    left.set_xlabel("KV cache, bytes a token in the long run (bf16)")
+    left.set_xlabel("KV cache of a sequence of the training length, bytes (bf16)")
     left.set_ylabel("validation bits per byte, a mark a seed")
+    middle.set_xlabel("position in the sequence (first seed)")
+    middle.set_ylabel("validation bits per byte")
     right.set_xlabel("step (first seed)")
     right.set_ylabel("validation bits per byte, few windows")
     right.set_ylim(top=min(4.0, right.get_ylim()[1]))
@@ -143,12 +152,15 @@ def plot(rows: dict[str, dict[str, Any]], histories: dict[str, list[dict[str, fl
 
 def show(rows: dict[str, dict[str, Any]], pairs: dict[str, dict[str, Any]]) -> None:
     table = Table(title="validation bits per byte")
-    for column in ("model", "parameters", "KV bytes a token", "and a sequence", "bits per byte, by seed", "mean"):
+    spans = list(next(iter(rows.values()))["bits_by_position"])[:-1]
+    for column in ("model", "parameters", "KV a token", "a sequence", "bits, by seed", *(f"at {s}" for s in spans)):
         table.add_column(column)
     for name, row in rows.items():
         bits = ", ".join(f"{value:.4f}" for value in row["bits_per_byte"].values())
         held = (f"{row['kv_bytes_per_token']:,.0f}", f"{row['kv_bytes_per_sequence']:,}")
-        table.add_row(name, f"{row['parameters']:,}", *held, bits, f"{row['mean_bits_per_byte']:.4f}")
+        table.add_row(
+            name, f"{row['parameters']:,}", *held, bits, *(f"{row['bits_by_position'][s]:.3f}" for s in spans)
+        )
     Console().print(table)
     for pair, ratio in pairs.items():
         ours = ", ".join(f"{value - 1:+.2%}" for value in ratio["ours"].values())

@@ -58,7 +58,7 @@ def byte_ids() -> Tensor:
 def sources() -> list[Path]:
     """The files, relative to the standard library, in the order of their names."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = (path.relative_to(root) for path in root.rglob("*.py"))
+    names = (path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size)
     kept = (name for name in names if not LEFT_OUT & set(name.parts) and not name.parts[0].startswith(GENERATED))
     return sorted(kept, key=Path.as_posix)
 
@@ -72,8 +72,8 @@ def load_text() -> Text:
     root, ids = Path(sysconfig.get_paths()["stdlib"]), byte_ids()
     splits: dict[bool, list[Tensor]] = {False: [], True: []}
     for name in sources():
-        content = torch.tensor(list((root / name).read_bytes()), dtype=torch.int64)
-        splits[is_validation(name)] += [ids[content], torch.tensor([END], dtype=torch.int16)]
+        content = torch.frombuffer(bytearray((root / name).read_bytes()), dtype=torch.uint8)
+        splits[is_validation(name)] += [ids[content.int()], torch.tensor([END], dtype=torch.int16)]
     train, validation = torch.cat(splits[False]), torch.cat(splits[True])
     digest = hashlib.sha256(train.numpy().tobytes() + validation.numpy().tobytes()).hexdigest()[:16]
     return Text(train, validation, digest)

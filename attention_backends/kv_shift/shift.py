@@ -87,13 +87,14 @@ def shift(
     previous[1:] = raw
     if metadata is not None:
         page = state.shape[2]
+        # Written before anything is read: vLLM lets a request find pages in the prefix cache that another one
+        # fills in this very step. Padding goes to slot 0, which is in the page that vLLM keeps free of any request.
+        slots = metadata.slots[:tokens].clamp(min=0)
+        state[slots // page, :, slots % page] = raw[: len(slots)].to(state.dtype)
         first = metadata.first_slots.clamp(min=0)
         stored = state[first // page, :, first % page].to(raw.dtype)
         known = (metadata.first_slots >= 0)[:, None, None]
         previous[metadata.first_rows.clamp(max=tokens).long()] = torch.where(known, stored, 0)
-        # Padding goes to slot 0, which is in the page that vLLM keeps free of any request.
-        slots = metadata.slots[:tokens].clamp(min=0)
-        state[slots // page, :, slots % page] = raw[: len(slots)].to(state.dtype)
     size = raw.shape[-1] // 2
     shifted_key = mix(previous[:tokens, :, :size], raw[..., :size], key_weights)
     shifted_value = mix(previous[:tokens, :, size:], raw[..., size:], value_weights)

@@ -2,7 +2,7 @@
 
 One layer of KV shifting attention, with a = (0, 1) and b = (1, 0): a key stands for the token before its own, a value
 for its own. A query finds the place whose predecessor is the query's token, and reads the token there. Where a token
-stood before, once, the greedy answer is the token that followed it, whatever the distance (arXiv 2411.19574, section 3).
+stood before, once, the greedy answer is the token that followed it, at any distance (arXiv 2411.19574, section 3).
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def oracle_tensors() -> dict[str, torch.Tensor]:
         "input_layernorm.weight": torch.ones(WIDTH),
         "post_attention_layernorm.weight": torch.ones(WIDTH),
     }
-    outer = {"model.embed_tokens.weight": codes, "lm_head.weight": codes.clone(), "model.norm.weight": torch.ones(WIDTH)}
+    outer = {
+        "model.embed_tokens.weight": codes,
+        "lm_head.weight": codes.clone(),
+        "model.norm.weight": torch.ones(WIDTH),
+    }
     return outer | {f"model.layers.0.{name}": tensor for name, tensor in layer.items()}
 
 

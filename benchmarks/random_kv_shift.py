@@ -61,7 +61,9 @@ def make_random_kv_shift(path: Path, config: dict[str, Any], *, seed: int = 0, d
     config_class, expected_tensors = FAMILIES[config["model_type"]]
     torch.manual_seed(seed)
     shapes = expected_tensors(config_class(**config))
-    save_file({name: random_tensor(name, shape).to(dtype) for name, shape in shapes.items()}, path / "model.safetensors")
+    save_file(
+        {name: random_tensor(name, shape).to(dtype) for name, shape in shapes.items()}, path / "model.safetensors"
+    )
     (path / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=1))
     byte_tokenizer().save_pretrained(path)
     return path

@@ -1,8 +1,8 @@
 """Train the induction task with and without KV shifting, plot it, and export the result for serving.
 
-A random sequence is followed by pairs of neighbours from it, in random order. Of each pair the second token has to be
-predicted from the first: look up where that one stood, and answer with the token after it. Without the shift that
-takes two layers, one of them to tell each token what came before it; with it one layer does (arXiv 2411.19574).
+A sequence repeats itself, after a number of tokens that differs from one to the next. A token is known once the one
+before it stood somewhere before: look that place up, and answer with the token after it. Without the shift that takes
+two layers, one of them to tell each token what came before it; with it one layer does (arXiv 2411.19574, section 3).
 
     python examples/train_kv_shift.py                  # minutes on one CPU core; figure and table to build/kv_shift
     vllm serve build/kv_shift/model --skip-tokenizer-init
@@ -25,7 +25,9 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-VOCABULARY, WIDTH, HALF, BATCH = 48, 64, 32, 64
+VOCABULARY, WIDTH, TOKENS, BATCH = 48, 64, 64, 64
+PERIODS = (8, 33)
+"""Tokens until a sequence repeats itself, from the first number to below the second."""
 THETA = 10_000.0
 SERIES = {"1 layer, shifted": (1, True), "1 layer": (1, False), "2 layers": (2, False)}
 
@@ -102,26 +104,25 @@ class Model(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def sequences(batch: int) -> torch.Tensor:
-    """(batch, 2 * HALF) token ids: HALF distinct random ones, then these again in pairs whose order is random.
-
-    So how far back a token stood before says nothing, and each has stood there once.
-    """
-    half = torch.rand(batch, VOCABULARY).argsort(-1)[:, :HALF]
-    pairs = half.unflatten(-1, (-1, 2))
-    order = torch.rand(batch, HALF // 2).argsort(-1)
-    return torch.cat((half, pairs.gather(1, order[..., None].expand(-1, -1, 2)).flatten(1)), -1)
+def sequences(batch: int, period: int) -> torch.Tensor:
+    """(batch, TOKENS) token ids: ``period`` distinct random ones, again and again."""
+    segment = torch.rand(batch, VOCABULARY).argsort(-1)[:, :period]
+    return segment.repeat(1, -(-TOKENS // period))[:, :TOKENS]
 
 
-def predict(model: Model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (batch, HALF // 2, VOCABULARY) and targets, for the second token of each pair."""
-    return model(ids)[:, HALF::2], ids[:, HALF + 1 :: 2]
+def predict(model: Model, ids: torch.Tensor, period: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (rows, VOCABULARY) and targets of all tokens that can be known: those after the first repeated one."""
+    return model(ids)[:, period:-1].flatten(0, 1), ids[:, period + 1 :].flatten()
 
 
 @torch.no_grad()
 def accuracy(model: Model) -> float:
-    logits, targets = predict(model, sequences(500))
-    return (logits.argmax(-1) == targets).float().mean().item()
+    """Of the most probable token, over periods."""
+    found = []
+    for period in range(*PERIODS, 4):
+        logits, targets = predict(model, sequences(100, period), period)
+        found.append((logits.argmax(-1) == targets).float())
+    return torch.cat(found).mean().item()
 
 
 def train(name: str, steps: int, every: int, seed: int) -> tuple[Model, dict[int, float]]:
@@ -133,8 +134,8 @@ def train(name: str, steps: int, every: int, seed: int) -> tuple[Model, dict[int
     curve = {0: accuracy(model)}
     bar = tqdm(range(1, steps + 1), desc=name)
     for step in bar:
-        logits, targets = predict(model, sequences(BATCH))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        period = int(torch.randint(*PERIODS, ()))
+        loss = F.cross_entropy(*predict(model, sequences(BATCH, period), period))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -195,7 +196,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     trained = {name: train(name, options.steps, options.every, options.seed) for name in SERIES}
     curves = {name: curve for name, (_, curve) in trained.items()}
-    task = {"vocabulary": VOCABULARY, "width": WIDTH, "half": HALF, "seed": options.seed, "batch": BATCH}
+    task = {
+        "vocabulary": VOCABULARY,
+        "width": WIDTH,
+        "tokens": TOKENS,
+        "periods": PERIODS,
+        "seed": options.seed,
+        "batch": BATCH,
+    }
     table = {"task": task, "accuracy": curves}
     (options.out / "kv_shift_induction.json").write_text(json.dumps(table, indent=1) + "\n")
     plot(curves, options.out / "kv_shift_induction.png")

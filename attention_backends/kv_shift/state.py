@@ -111,7 +111,7 @@ class ShiftState(nn.Module, AttentionLayerBase):
         self.attention = [attention]  # in a list, so that it is not a submodule of this one too
         self.prefix = prefix
         self.kv_cache = torch.tensor([])
-        self.dtype = config.model_config.dtype
+        self.dtype: Any = config.model_config.dtype  # a torch.dtype by now
         compat.register_layer(config, prefix, self)
         compat.split_graph_at(config, OP)
 

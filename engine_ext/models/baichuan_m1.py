@@ -46,10 +46,10 @@ def translated(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
 class BaichuanM1Attention(KVShiftAttention):
     """The heads are the layer's own; LlamaAttention reads the window from ``layer_types``."""
 
-    def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any):
+    def __init__(self, config: Any, *, prefix: str = "", **kwargs: Any):
         own = config.of_layer(extract_layer_index(prefix))
         kwargs |= {"num_heads": own.num_attention_heads, "num_kv_heads": own.num_key_value_heads}
-        super().__init__(own, *args, prefix=prefix, **kwargs)
+        super().__init__(own, prefix=prefix, **kwargs)
 
 
 class BaichuanM1DecoderLayer(LlamaDecoderLayer):
@@ -60,7 +60,10 @@ class BaichuanM1DecoderLayer(LlamaDecoderLayer):
 class BaichuanM1ForCausalLM(LlamaForCausalLM):
     # Read for the module names in quantisation configs.
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".W_pack": ".qkv_proj"}) | LlamaModel.hf_to_vllm_mapper
-    packed_modules_mapping = {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping = {  # noqa: RUF012, an instance variable in vLLM's class, shared there as well
+        "qkv_proj": ["qkv_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BaichuanM1DecoderLayer)

@@ -57,12 +57,16 @@ def checked(
         ValueError: a tensor has another shape, or, at the end, some are missing.
     """
     if quantized:
-        expected = {name: shape for name, shape in expected.items() if name.endswith(("conv_k", "conv_v", "norm.weight"))}
+        expected = {
+            name: shape for name, shape in expected.items() if name.endswith(("conv_k", "conv_v", "norm.weight"))
+        }
     missing = dict(expected)
     for name, tensor in weights:
         shape = missing.pop(name, None)
         if shape is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"checkpoint tensor {name} has shape {tuple(tensor.shape)}, the configuration says {shape}")
+            raise ValueError(
+                f"checkpoint tensor {name} has shape {tuple(tensor.shape)}, the configuration says {shape}"
+            )
         yield name, tensor
     if missing:
         names = [f"{name} {shape}" for name, shape in list(missing.items())[:4]]

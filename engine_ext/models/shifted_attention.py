@@ -26,8 +26,8 @@ def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
 class KVShiftAttention(LlamaAttention):
     """Adds ``conv_k`` and ``conv_v``, (this rank's KV heads, 2) in float32, in columns [previous, current]."""
 
-    def __init__(self, *args: Any, prefix: str = "", **kwargs: Any):
-        super().__init__(*args, prefix=prefix, **kwargs)
+    def __init__(self, config: Any, *, prefix: str = "", **kwargs: Any):
+        super().__init__(config, prefix=prefix, **kwargs)
         self.conv_k = self._weights()
         self.conv_v = self._weights()
         self.shift = ShiftState(self.attn, f"{prefix}.shift")

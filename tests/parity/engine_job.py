@@ -2,8 +2,9 @@
 
 A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}; a prompt is
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", ...}. Batches run one after the other, the
-prompts of a batch together. A batch may also be {"call": "module:function"}, which is run in every worker (and needs
-VLLM_ALLOW_INSECURE_SERIALIZATION=1); it has no result. The result is a line of standard output, RESULT before it: {"batches", "metrics"}.
+prompts of a batch together. A batch may also be {"call": "module:function"}, which every worker runs and which
+has no result; it needs VLLM_ALLOW_INSECURE_SERIALIZATION=1. The result is a line of standard output, RESULT
+before it: {"batches", "metrics"}.
 """
 
 from __future__ import annotations

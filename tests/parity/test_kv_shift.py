@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.random_kv_shift import TINY_BAICHUAN, TINY_LLAMA
 from tests.parity.harness import run_engine, star, v2_env
-from tests.parity.kv_shift_cases import NEW, Model, cached, judged, random_ids
+from tests.parity.kv_shift_cases import Model, cached, judged, random_ids
 
 pytestmark = pytest.mark.engine
 

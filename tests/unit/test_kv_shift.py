@@ -107,7 +107,10 @@ def test_without_metadata_the_state_is_left_alone():
 
 def test_predecessors():
     rows, slots = find_predecessors(
-        torch.tensor([0, 3, 4, 4]).int(), torch.tensor([3, 9, 0]).int(), torch.tensor([[7, 0, 0], [5, 2, 6], [0] * 3]), 4
+        torch.tensor([0, 3, 4, 4]).int(),
+        torch.tensor([3, 9, 0]).int(),
+        torch.tensor([[7, 0, 0], [5, 2, 6], [0] * 3]),
+        4,
     )
     assert rows.tolist() == [0, 3, NO_ROW]
     assert slots.tolist() == [NO_SLOT, 2 * 4 + 3, NO_SLOT]

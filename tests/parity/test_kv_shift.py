@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.induction_oracle import make_induction_oracle
 from benchmarks.random_kv_shift import TINY_BAICHUAN, TINY_LLAMA
 from tests.parity.harness import run_engine, star, v2_env
 from tests.parity.kv_shift_cases import Model, cached, judged, random_ids
@@ -31,7 +32,6 @@ RUNNERS = {
 }
 CASES = [
     ("llama", "v1-one-shot-compiled"),
-    ("llama", "v1-96"),
     ("baichuan", "v1-96"),
     ("baichuan", "v1-7-tp2"),
     ("llama", "v2"),
@@ -81,24 +81,33 @@ def test_logprobs_are_those_of_the_reference(models, family, runner, record_prop
         assert teeth > 1000 * LIMIT
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_preempted_requests_and_a_state_that_is_lost(models, family):
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 18), ("baichuan", 26)])
+def test_preempted_requests_and_a_state_that_is_lost(models, family, blocks):
     """A cache too small for all: requests are preempted and resume. The same comparison fails without the state."""
     model, page = models[family], PAGES[family]
-    prompts = [judged(random_ids(20 + index, 2 * page + 7 * index), max_tokens=page) for index in range(4)]
-    sizes = {"max_num_batched_tokens": 48, "max_model_len": 4 * page, "num_gpu_blocks_override": BLOCKS[family]}
-    broken = [{"call": "tests.parity.kv_shift_cases:zero_state"}, prompts]
-    env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    result = run_engine(model.path, [prompts, *broken], env=env, **sizes)
-    assert result["metrics"]["vllm:num_preemptions"] > 0
+    lengths = [2 * page + 7 * index for index in range(4)]
+    kinds = [judged, cached, judged, cached]  # resumed ones find their pages in the cache, or must not look for them
+    prompts = [
+        kind(random_ids(20 + length, length), max_tokens=3 * page) for kind, length in zip(kinds, lengths, strict=True)
+    ]
+    sizes = {"max_num_batched_tokens": 48, "max_model_len": 6 * page, "num_gpu_blocks_override": blocks}
+    batches = [prompts, {"call": "tests.parity.kv_shift_cases:zero_state"}, prompts[:1]]
+    result = run_engine(model.path, batches, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}, **sizes)
     right, wrong = result["batches"]
-    gaps = [model.gap(prompt, output) for prompt, output in zip(prompts, right, strict=True)]
-    print(f"{family}: largest gap with preemption {max(gaps):.1e}")
-    assert max(gaps) <= LIMIT
-    for prompt, output in zip(prompts, wrong, strict=True):
-        assert model.gap(prompt, output) > 1000 * LIMIT
+    largest = max(model.gap(prompt, output) for prompt, output in zip(prompts, right, strict=True))
+    print(f"{family}: {result['metrics']['vllm:num_preemptions']} preemptions, largest gap {largest:.1e}")
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+    assert largest <= LIMIT
+    assert model.gap(prompts[0], wrong[0]) > 1000 * LIMIT
 
 
-# Pages for about three of the four sequences: each needs its tokens' pages in the groups of attention layers, and one
-# or two in those of states.
-BLOCKS = {"llama": 18, "baichuan": 30}
+def test_the_oracle_retrieves_at_any_distance(tmp_path):
+    """Exactly, with an fp8 KV cache beside the state, which stays in the model's dtype with half the tokens a page."""
+    needle = list(range(300, 306))
+    haystacks = [random_ids(40 + index, length) for index, length in enumerate((10, 700, 4000))]
+    prompts = [cached([*hay[:7], *needle, *hay[7:], needle[0]]) for hay in haystacks]
+    engine = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "max_num_batched_tokens": 1001}
+    outputs = run_engine(make_induction_oracle(tmp_path / "oracle"), [prompts, prompts], **engine)["batches"]
+    for batch in outputs:
+        assert [output["token_ids"] for output in batch] == [needle[1:]] * len(prompts)
+    assert [output["cached"] for output in outputs[1]][-1] > 3900

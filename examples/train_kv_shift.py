@@ -187,8 +187,8 @@ def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/kv_shift"))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--every", type=int, default=25, help="steps between two measurements")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -4,8 +4,9 @@ A sequence repeats itself, after a number of tokens that differs from one to the
 before it stood somewhere before: look that place up, and answer with the token after it. Without the shift that takes
 two layers, one of them to tell each token what came before it; with it one layer does (arXiv 2411.19574, section 3).
 
-    python examples/train_kv_shift.py                  # minutes on one CPU core; figure and table to build/kv_shift
-    vllm serve build/kv_shift/model --skip-tokenizer-init
+    python examples/train_kv_shift.py       # minutes on one CPU core; figure, table and model to build/kv_shift
+
+How to serve the model: docs/kv-shifting.md.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -22,6 +23,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
+from attention_backends.kv_shift.kernel import shift_kernel
 from attention_backends.kv_shift.shift import ShiftMetadata, find_predecessors, shift
 from engine_ext import compat
 
@@ -152,9 +154,11 @@ def _kv_shift(
     metadata: Any = context.attn_metadata
     if isinstance(metadata, list):
         metadata = metadata[0]
-    return shift(
-        key, value, key_weights, value_weights, layer.kv_cache, None if metadata is None else metadata[layer_name]
-    )
+    tensors = (key, value, key_weights, value_weights, layer.kv_cache)
+    if metadata is None:
+        return shift(*tensors, None)
+    run = shift_kernel if HAS_TRITON and key.is_cuda else shift
+    return run(*tensors, metadata[layer_name])
 
 
 def _kv_shift_fake(

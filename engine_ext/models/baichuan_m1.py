@@ -64,10 +64,14 @@ class BaichuanM1ForCausalLM(LlamaForCausalLM):
         "qkv_proj": ["qkv_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+    loaded = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BaichuanM1DecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         quantized = self.model.quant_config is not None
-        return super().load_weights(translated(checked(weights, expected_tensors(self.config), quantized=quantized)))
+        weights = checked(weights, expected_tensors(self.config), quantized=quantized, again=self.loaded)
+        names = super().load_weights(translated(weights))
+        self.loaded = True
+        return names

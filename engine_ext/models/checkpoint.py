@@ -45,13 +45,14 @@ def outer_shapes(config: Any) -> Shapes:
 
 
 def checked(
-    weights: Iterable[tuple[str, torch.Tensor]], expected: Shapes, *, quantized: bool
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Shapes, *, quantized: bool, again: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass the tensors on, and see that they are those expected.
 
     Args:
         expected: name -> shape; other names pass unseen.
         quantized: the linear layers have tensors of other names and shapes, so only the rest is checked.
+        again: the model is loaded, and these replace some of its tensors (a trainer's update): none is missing.
 
     Raises:
         ValueError: a tensor has another shape, or, at the end, some are missing.
@@ -68,7 +69,7 @@ def checked(
                 f"checkpoint tensor {name} has shape {tuple(tensor.shape)}, the configuration says {shape}"
             )
         yield name, tensor
-    if missing:
+    if missing and not again:
         names = [f"{name} {shape}" for name, shape in list(missing.items())[:4]]
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(f"the checkpoint lacks {', '.join(names)}{more}")

@@ -40,9 +40,14 @@ class KVShiftDecoderLayer(LlamaDecoderLayer):
 
 
 class KVShiftLlamaForCausalLM(LlamaForCausalLM):
+    loaded = False
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=KVShiftDecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         quantized = self.model.quant_config is not None
-        return super().load_weights(checked(weights, expected_tensors(self.config), quantized=quantized))
+        expected = expected_tensors(self.config)
+        names = super().load_weights(checked(weights, expected, quantized=quantized, again=self.loaded))
+        self.loaded = True
+        return names

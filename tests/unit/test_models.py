@@ -76,6 +76,13 @@ def test_a_missing_tensor_is_named(name):
         list(checked(tensors.items(), LLAMA, quantized=False))
 
 
+def test_an_update_of_a_loaded_model_may_hold_some_tensors_only():
+    update = {"model.norm.weight": torch.zeros(128)}
+    assert list(checked(update.items(), LLAMA, quantized=False, again=True)) == list(update.items())
+    with pytest.raises(ValueError, match=r"model\.norm"):
+        list(checked([("model.norm.weight", torch.zeros(2))], LLAMA, quantized=False, again=True))
+
+
 def test_a_misshapen_tensor_is_named():
     tensors = tensors_of(LLAMA) | {"model.layers.1.self_attn.conv_k": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.conv_k has shape \(2, 2\).*\(1, 1, 2, 1, 2\)"):

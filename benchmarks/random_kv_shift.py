@@ -51,7 +51,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.ones(shape)
     if name.endswith(("conv_k", "conv_v")):
         return torch.empty(shape).uniform_(-0.5, 1.0)  # trained values go negative
-    scale = 2.0 if name.endswith(("q_proj.weight", "k_proj.weight", "W_pack.weight")) else 1.0
+    scale = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight", "W_pack.weight")) else 1.0
     return torch.empty(shape).normal_(0, scale * shape[-1] ** -0.5)
 
 

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from engine_ext import compat
+from engine_ext.models.registry import register_models
 
 logger = logging.getLogger("vllm.starling")
 
@@ -30,6 +31,7 @@ def register() -> None:
         _refuse_options(reason)
         return
     _hook_in()
+    register_models()
 
 
 def _hook_in() -> None:
@@ -61,9 +63,6 @@ def _hook_in() -> None:
 
         return await request_starling(*args, **kwargs)
 
-    from engine_ext.models import register_models
-
-    register_models()
     compat.on_engine_config(before, after)
     compat.on_server_args(server_args)
     if compat.is_bench(sys.argv):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
@@ -63,7 +63,7 @@ class PagedRows(nn.Module, AttentionLayerBase):
         super().__init__()
         self.spec, self.prefix = spec, prefix
         self.kv_cache = torch.tensor([])
-        compat.add_cache_layer(prefix, self)
+        compat.register_layer(get_current_vllm_config(), prefix, self)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return AttambaBackend

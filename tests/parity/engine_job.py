@@ -2,12 +2,15 @@
 
 A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}; a prompt is
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", ...}. Batches run one after the other, the
-prompts of a batch together. The result is a line of standard output, RESULT before it: {"batches", "metrics"}.
+prompts of a batch together. A batch may also be {"call": "module:function"}, which every worker runs and which
+has no result; it needs VLLM_ALLOW_INSECURE_SERIALIZATION=1. The result is a line of standard output, RESULT
+before it: {"batches", "metrics"}.
 """
 
 from __future__ import annotations
 
 import json
+import pkgutil
 import sys
 
 RESULT = "starling-result: "
@@ -49,6 +52,9 @@ def main() -> None:
     llm = LLM(disable_log_stats=False, skip_tokenizer_init=True, **job["engine"])
     batches = []
     for batch in job["batches"]:
+        if isinstance(batch, dict):
+            llm.collective_rpc(pkgutil.resolve_name(batch["call"]))
+            continue
         prompts = [{"prompt_token_ids": prompt["ids"]} for prompt in batch]
         outputs = llm.generate(prompts, [params_of(prompt, SamplingParams) for prompt in batch], use_tqdm=False)
         batches.append([result_of(output) for output in outputs])

@@ -29,7 +29,7 @@ TINY = {
 
 def run_engine(
     model: Path,
-    batches: list[list[dict]],
+    batches: list[list[dict] | dict],
     *,
     env: dict[str, str] | None = None,
     star: dict | None = None,

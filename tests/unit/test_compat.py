@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from engine_ext import compat, plugin
 
@@ -34,7 +36,7 @@ def test_an_intruder_is_named(monkeypatch, tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "scheduler")
+    monkeypatch.delitem(__import__("sys").modules, "scheduler", raising=False)
     assert str(tmp_path / "scheduler") in compat.intruder()
 
 
@@ -105,3 +107,37 @@ def test_each_shim_is_still_needed(shim):
         assert inspect.isasyncgenfunction(inspect.unwrap(AsyncLLM.generate))
     else:
         assert "extra_args" not in BeamSearchParams.__struct_fields__
+
+
+def test_a_layer_of_ours_is_entered_once():
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+    layer = object()
+    compat.register_layer(config, "model.layers.0.state", layer)
+    assert config.compilation_config.static_forward_context == {"model.layers.0.state": layer}
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.state"):
+        compat.register_layer(config, "model.layers.0.state", layer)
+
+
+@pytest.mark.parametrize(
+    ("ops", "after"), [(["a"], ["a", "our::op"]), (["our::op"], ["our::op"]), ([], []), (None, None)]
+)
+def test_the_graph_is_split_at_an_op_where_it_is_split_at_all(ops, after):
+    config = SimpleNamespace(compilation_config=SimpleNamespace(splitting_ops=ops))
+    compat.split_graph_at(config, "our::op")
+    assert config.compilation_config.splitting_ops == after
+
+
+def test_vllm_still_has_the_fields_that_layers_and_graphs_need():
+    from vllm.config import CompilationConfig
+
+    config = CompilationConfig()
+    assert config.static_forward_context == {} and hasattr(config, "splitting_ops")
+
+
+def test_an_op_of_ours_runs_and_is_made_once():
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    library = compat.register_op("starling::test_double", double, double)
+    assert compat.register_op("starling::test_double", double, double) is library
+    assert torch.ops.starling.test_double(torch.ones(2)).tolist() == [2, 2]

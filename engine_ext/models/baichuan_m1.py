@@ -1,0 +1,77 @@
+"""Baichuan-M1 (`model_type` baichuan_m1): KV shifting attention, with sliding windows in some layers.
+
+Tensor names are Llama's but for ``W_pack`` (q, k and v in one). Rows of ``lm_head`` are L2-normalised at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
+
+from engine_ext.models.checkpoint import Shapes, checked, mlp_and_norm_shapes, outer_shapes, shift_shapes
+from engine_ext.models.configs import BaichuanM1Config
+from engine_ext.models.shifted_attention import KVShiftAttention
+
+HEAD_EPS = 1e-7
+"""Added to a row's norm, as the model's own code does."""
+
+
+def expected_tensors(config: BaichuanM1Config) -> Shapes:
+    """Name -> shape of the whole checkpoint."""
+    shapes = outer_shapes(config)
+    for index in range(config.num_hidden_layers):
+        own = config.of_layer(index)
+        query, key = own.num_attention_heads * own.head_dim, own.num_key_value_heads * own.head_dim
+        layer = shift_shapes(own.num_key_value_heads) | mlp_and_norm_shapes(config)
+        layer["self_attn.W_pack.weight"] = (query + 2 * key, config.hidden_size)
+        layer["self_attn.o_proj.weight"] = (config.hidden_size, query)
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def translated(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """vLLM's names for the checkpoint's, and ``lm_head`` normalised where it is not quantised."""
+    for name, tensor in weights:
+        if name == "lm_head.weight" and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            rows = tensor.float()
+            tensor = (rows / (rows.norm(dim=-1, keepdim=True) + HEAD_EPS)).to(tensor.dtype)
+        yield name.replace(".W_pack.", ".qkv_proj."), tensor
+
+
+class BaichuanM1Attention(KVShiftAttention):
+    """The heads are the layer's own; LlamaAttention reads the window from ``layer_types``."""
+
+    def __init__(self, config: Any, *, prefix: str = "", **kwargs: Any):
+        own = config.of_layer(extract_layer_index(prefix))
+        kwargs |= {"num_heads": own.num_attention_heads, "num_kv_heads": own.num_key_value_heads}
+        super().__init__(own, prefix=prefix, **kwargs)
+
+
+class BaichuanM1DecoderLayer(LlamaDecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None):
+        super().__init__(vllm_config, prefix, config, attn_layer_type=BaichuanM1Attention)
+
+
+class BaichuanM1ForCausalLM(LlamaForCausalLM):
+    # Read for the module names in quantisation configs.
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".W_pack": ".qkv_proj"}) | LlamaModel.hf_to_vllm_mapper
+    packed_modules_mapping = {  # noqa: RUF012, an instance variable in vLLM's class, shared there as well
+        "qkv_proj": ["qkv_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    loaded = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BaichuanM1DecoderLayer)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        quantized = self.model.quant_config is not None
+        weights = checked(weights, expected_tensors(self.config), quantized=quantized, again=self.loaded)
+        names = super().load_weights(translated(weights))
+        self.loaded = True
+        return names

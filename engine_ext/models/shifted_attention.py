@@ -1,0 +1,51 @@
+"""vLLM's Llama attention with K and V shifted before RoPE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.llama import LlamaAttention
+
+from attention_backends.kv_shift.state import ShiftState
+
+
+def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
+    """The KV heads that a tensor-parallel rank holds, as QKVParallelLinear gives them out.
+
+    With more ranks than heads, ranks beside one another hold the same one.
+    """
+    if total >= size:
+        return slice(rank * (total // size), (rank + 1) * (total // size))
+    head = rank // (size // total)
+    return slice(head, head + 1)
+
+
+class KVShiftAttention(LlamaAttention):
+    """Adds ``conv_k`` and ``conv_v``, (this rank's KV heads, 2) in float32, in columns [previous, current]."""
+
+    def __init__(self, config: Any, *, prefix: str = "", **kwargs: Any):
+        super().__init__(config, prefix=prefix, **kwargs)
+        self.conv_k = self._weights()
+        self.conv_v = self._weights()
+        self.shift = ShiftState(self.attn, f"{prefix}.shift")
+
+    def _weights(self) -> nn.Parameter:
+        weights = nn.Parameter(torch.empty(self.num_kv_heads, 2, dtype=torch.float32), requires_grad=False)
+        weights.weight_loader = self._load_weights  # type: ignore[attr-defined]
+        return weights
+
+    def _load_weights(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        heads = kv_heads_of_rank(self.total_num_kv_heads, rank, size)
+        parameter.data.copy_(loaded.reshape(self.total_num_kv_heads, 2)[heads])
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        key, value = self.shift(key, value, self.conv_k, self.conv_v)
+        query, key = self.rotary_emb(positions, query, key)
+        output, _ = self.o_proj(self.attn(query, key, value))
+        return output

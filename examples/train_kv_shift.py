@@ -1,0 +1,217 @@
+"""Train the induction task with and without KV shifting, plot it, and export the result for serving.
+
+A sequence repeats itself, after a number of tokens that differs from one to the next. A token is known once the one
+before it stood somewhere before: look that place up, and answer with the token after it. Without the shift that takes
+two layers, one of them to tell each token what came before it; with it one layer does (arXiv 2411.19574, section 3).
+
+    python examples/train_kv_shift.py       # minutes on one CPU core; figure, table and model to build/kv_shift
+
+How to serve the model: docs/kv-shifting.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+VOCABULARY, WIDTH, TOKENS, BATCH = 48, 64, 64, 64
+PERIODS = (8, 33)
+"""Tokens until a sequence repeats itself, from the first number to below the second."""
+THETA = 10_000.0
+SERIES = {"1 layer, shifted": (1, True), "1 layer": (1, False), "2 layers": (2, False)}
+
+
+class Attention(nn.Module):
+    """Causal attention with RoPE; shifted: K and V of a token mixed with the one before, by two scalars each.
+
+    ``conv_k`` and ``conv_v`` are (1, 1, heads, 1, 2), in columns [previous, current]; current ~ U(0, 1) at the
+    start and previous = 1 - current, both free afterwards.
+    """
+
+    def __init__(self, width: int, heads: int, shifted: bool):
+        super().__init__()
+        self.heads, self.shifted = heads, shifted
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        if shifted:
+            for name in ("conv_k", "conv_v"):
+                current = torch.rand(1, 1, heads, 1, 1)
+                self.register_parameter(name, nn.Parameter(torch.cat((1 - current, current), -1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def heads_of(linear: nn.Linear) -> torch.Tensor:
+            return linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        query, key, value = heads_of(self.q_proj), heads_of(self.k_proj), heads_of(self.v_proj)
+        if self.shifted:  # before RoPE
+            key, value = shift(key, self.conv_k), shift(value, self.conv_v)
+        out = F.scaled_dot_product_attention(rotate(query), rotate(key), value, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def shift(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, tokens, size): previous * x_{i-1} + current * x_i, and nothing before the first token."""
+    previous, current = weights[:, 0].unbind(-1)
+    return previous[..., None] * F.pad(x, (0, 0, 1, 0))[:, :, :-1] + current[..., None] * x
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """NeoX RoPE of (batch, heads, tokens, size)."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(x.shape[-2])[:, None] * THETA ** (-torch.arange(half) / half)
+    low, high = x[..., :half], x[..., half:]
+    return torch.cat((low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()), -1)
+
+
+class Layer(nn.Module):
+    def __init__(self, shifted: bool):
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(WIDTH, eps=1e-6) for _ in range(2))
+        self.self_attn = Attention(WIDTH, 1, shifted)
+        names = {"gate_proj": (WIDTH, 2 * WIDTH), "up_proj": (WIDTH, 2 * WIDTH), "down_proj": (2 * WIDTH, WIDTH)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in names.items()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+
+
+class Model(nn.Module):
+    """A Llama of WIDTH; its parameters have the checkpoint's names once ``model.`` stands before them."""
+
+    def __init__(self, layers: int, shifted: bool):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(Layer(shifted) for _ in range(layers))
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+def sequences(batch: int, period: int) -> torch.Tensor:
+    """(batch, TOKENS) token ids: ``period`` distinct random ones, again and again."""
+    segment = torch.rand(batch, VOCABULARY).argsort(-1)[:, :period]
+    return segment.repeat(1, -(-TOKENS // period))[:, :TOKENS]
+
+
+def predict(model: Model, ids: torch.Tensor, period: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (rows, VOCABULARY) and targets of all tokens that can be known: those after the first repeated one."""
+    return model(ids)[:, period:-1].flatten(0, 1), ids[:, period + 1 :].flatten()
+
+
+@torch.no_grad()
+def accuracy(model: Model) -> float:
+    """Of the most probable token, over periods."""
+    found = []
+    for period in range(*PERIODS, 4):
+        logits, targets = predict(model, sequences(100, period), period)
+        found.append((logits.argmax(-1) == targets).float())
+    return torch.cat(found).mean().item()
+
+
+def train(name: str, steps: int, every: int, seed: int) -> tuple[Model, dict[int, float]]:
+    """The trained model, and its accuracy by step."""
+    torch.manual_seed(seed)
+    layers, shifted = SERIES[name]
+    model = Model(layers, shifted)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    curve = {0: accuracy(model)}
+    bar = tqdm(range(1, steps + 1), desc=name)
+    for step in bar:
+        period = int(torch.randint(*PERIODS, ()))
+        loss = F.cross_entropy(*predict(model, sequences(BATCH, period), period))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % every == 0:
+            curve[step] = accuracy(model)
+            bar.set_postfix(accuracy=f"{curve[step]:.3f}")
+    return model, curve
+
+
+def export(model: Model, path: Path) -> None:
+    """Write the model as vLLM serves it (KVShiftLlamaForCausalLM)."""
+    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()}
+    write_checkpoint(path, {names[name]: tensor for name, tensor in model.state_dict().items()}, {})
+
+
+def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Tensors by their served names; ``config`` in place of what a one-layer Model has."""
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+    fields = {
+        "architectures": ["KVShiftLlamaForCausalLM"],
+        "model_type": "kv_shift_llama",
+        "dtype": "float32",
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "rope_theta": THETA,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    (path / "config.json").write_text(json.dumps(fields | config, indent=1))
+
+
+def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), label=name)
+    axes.set(xlabel="training steps", ylabel="accuracy", ylim=(0, 1.02))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/kv_shift"))
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--every", type=int, default=25, help="steps between two measurements")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    trained = {name: train(name, options.steps, options.every, options.seed) for name in SERIES}
+    curves = {name: curve for name, (_, curve) in trained.items()}
+    task = {
+        "vocabulary": VOCABULARY,
+        "width": WIDTH,
+        "tokens": TOKENS,
+        "periods": PERIODS,
+        "seed": options.seed,
+        "batch": BATCH,
+    }
+    table = {"task": task, "accuracy": curves}
+    (options.out / "kv_shift_induction.json").write_text(json.dumps(table, indent=1) + "\n")
+    plot(curves, options.out / "kv_shift_induction.png")
+    export(trained["1 layer, shifted"][0], options.out / "model")
+    for name, curve in curves.items():
+        print(f"{name:18}" + "".join(f"{step:>7}: {value:.3f}" for step, value in list(curve.items())[::4]))
+
+
+if __name__ == "__main__":
+    main()

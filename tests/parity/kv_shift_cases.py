@@ -1,0 +1,73 @@
+"""Prompts for models with KV shifting attention, and what the float32 reference says of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from attention_backends.kv_shift.reference import logits
+from benchmarks.random_kv_shift import make_random_kv_shift
+from tests.parity.harness import mask_of, max_gap, numbers
+
+NEW = 5
+
+
+def random_ids(seed: int, length: int) -> list[int]:
+    tokens = random.Random(seed)
+    return [tokens.randrange(256) for _ in range(length)]
+
+
+def judged(ids: list[int], options: dict | None = None, **more: Any) -> dict:
+    """A prompt whose own tokens are judged, and those generated after it: it skips the prefix cache."""
+    return {"ids": ids, "extra_args": options or {}, "prompt_logprobs": True, "max_tokens": NEW} | more
+
+
+def cached(ids: list[int], options: dict | None = None, **more: Any) -> dict:
+    """A prompt that reads the prefix cache: only generated tokens are judged."""
+    return judged(ids, options, prompt_logprobs=False, **more)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint on disk, and the same as the reference takes it."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def random(cls, path: Path, config: dict[str, Any]) -> Model:
+        make_random_kv_shift(path, config)
+        return cls(path, json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors"))
+
+    def logprobs(self, prompt: dict, new: list[int], dense: bool = False) -> torch.Tensor:
+        """Of all tokens but the first, under the prompt's star mask unless ``dense``."""
+        ids, options = prompt["ids"] + new, prompt["extra_args"]
+        mask = mask_of(numbers(options, len(prompt["ids"])), len(ids)) if options and not dense else None
+        logprobs = logits(self.config, self.tensors, ids, mask)[:-1].log_softmax(-1)
+        return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    def gap(self, prompt: dict, output: dict) -> float:
+        """Largest difference of the engine's logprobs, generated tokens' and prompt's where they were asked for."""
+        want = self.logprobs(prompt, output["token_ids"])
+        got = (output["prompt_logprobs"] or []) + output["logprobs"]
+        return max_gap(got, want[-len(got) :])
+
+
+def zero_state(worker: Any) -> None:
+    """In a worker: from now on no chunk knows what came before it."""
+    from attention_backends.kv_shift import shift, state
+
+    find = state.find_predecessors
+
+    def nothing_before(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, slots = find(*args)
+        return rows, torch.full_like(slots, shift.NO_SLOT)
+
+    state.find_predecessors = nothing_before

@@ -58,10 +58,21 @@ class Engine:
         self.child.stdin.close()
         self.child.wait(60)
 
-    def generate(self, ids: list[int], extra_args: dict[str, Any] | None = None, max_tokens: int = 1) -> dict[str, Any]:
-        """{"seconds", "attention_seconds", "token_ids"}; with ``max_tokens`` 1, seconds to the first token."""
+    def generate(
+        self,
+        ids: list[int],
+        extra_args: dict[str, Any] | None = None,
+        max_tokens: int = 1,
+        cpu_attention: str | None = None,
+    ) -> dict[str, Any]:
+        """{"seconds", "attention_seconds", "token_ids"}; with ``max_tokens`` 1, seconds to the first token.
+
+        Args:
+            cpu_attention: the op to attend with from now on, as the option of that name; None: as before.
+        """
         assert self.child.stdin is not None
         prompt = {"ids": ids, "extra_args": extra_args or None, "max_tokens": max_tokens}
+        prompt["cpu_attention"] = cpu_attention
         self.child.stdin.write(json.dumps(prompt) + "\n")
         self.child.stdin.flush()
         return self._read()
@@ -76,9 +87,10 @@ class Engine:
 
 def time_attention(worker: Any) -> None:
     """In a worker: add up the time that attention layers take."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    forward = CPUAttentionBackendImpl.forward
+    impl = AttentionBackendEnum.CPU_ATTN.get_class().get_impl_cls()
+    forward = impl.forward
     worker.attention_seconds = 0.0
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +99,14 @@ def time_attention(worker: Any) -> None:
         worker.attention_seconds += time.perf_counter() - start
         return out
 
-    CPUAttentionBackendImpl.forward = timed
+    impl.forward = timed
+
+
+def use_op(worker: Any, setting: str) -> None:
+    """In a worker: attend with that op from now on."""
+    from attention_backends.kernels import cpu_impl
+
+    cpu_impl.use(setting)
 
 
 def take_attention_seconds(worker: Any) -> float:
@@ -111,6 +130,8 @@ def main() -> None:
         params = SamplingParams(
             max_tokens=prompt["max_tokens"], temperature=0, ignore_eos=True, extra_args=prompt["extra_args"]
         )
+        if prompt["cpu_attention"]:
+            llm.collective_rpc(use_op, args=(prompt["cpu_attention"],))
         start = time.perf_counter()
         (output,) = llm.generate({"prompt_token_ids": prompt["ids"]}, params, use_tqdm=False)
         seconds = time.perf_counter() - start

@@ -33,7 +33,7 @@ def make_random_attamba(path: Path, *, seed: int = 0, dtype: torch.dtype = torch
             if "wq" in name or "out_proj" in name:
                 # Scores spread over several units, and SSM outputs larger than x, so that a wrong mask, chunk or
                 # scan moves the logits.
-                weight.mul_(1.5)
+                weight.mul_(1.2)
             elif "norm" in name or name.endswith(".D"):
                 weight.uniform_(0.5, 1.5)
     write_checkpoint(path, model.config, model.state_dict(), dtype)

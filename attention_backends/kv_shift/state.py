@@ -132,11 +132,17 @@ class ShiftState(nn.Module, AttentionLayerBase):
 
 def refuse_unsupported(config: Any) -> None:
     """Raises ValueError for what the state is not exact under."""
-    parallel = config.parallel_config
+    parallel, hybrid_off = config.parallel_config, config.scheduler_config.disable_hybrid_kv_cache_manager
     for name, value, reason in (
         ("decode_context_parallel_size", parallel.decode_context_parallel_size > 1, "it shards sequences"),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size > 1, "it splits prompts"),
         ("enable_dbo", parallel.enable_dbo, "half a request's chunk would miss what the other half leaves"),
+        # vLLM then makes one group of attention layers and states, and says of all that their window is 2.
+        (
+            "disable_hybrid_kv_cache_manager",
+            hybrid_off,
+            "the state needs a group of its own (some KV connectors set it)",
+        ),
     ):
         if value:
             raise ValueError(f"KV shifting attention does not run with {name}: {reason}")

@@ -136,11 +136,24 @@ def test_a_page_that_does_not_fit_is_refused_by_name():
         state_spec(scaled, torch.bfloat16)
 
 
+def config_with(**options):
+    plain = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+    options = plain | {"disable_hybrid_kv_cache_manager": False} | options
+    both = SimpleNamespace(**options)
+    return SimpleNamespace(parallel_config=both, scheduler_config=both)
+
+
 @pytest.mark.parametrize(
-    "option", [{"decode_context_parallel_size": 2}, {"prefill_context_parallel_size": 2}, {"enable_dbo": True}]
+    "option",
+    [
+        {"decode_context_parallel_size": 2},
+        {"prefill_context_parallel_size": 2},
+        {"enable_dbo": True},
+        {"disable_hybrid_kv_cache_manager": True},
+    ],
+    ids=str,
 )
 def test_what_it_does_not_run_with_is_named(option):
-    plain = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
-    refuse_unsupported(SimpleNamespace(parallel_config=SimpleNamespace(**plain)))
+    refuse_unsupported(config_with())
     with pytest.raises(ValueError, match=next(iter(option))):
-        refuse_unsupported(SimpleNamespace(parallel_config=SimpleNamespace(**plain | option)))
+        refuse_unsupported(config_with(**option))

@@ -216,6 +216,12 @@ def refuse_features(vllm_config: VllmConfig) -> None:
             "no quantised checkpoint of it exists",
         ),
         "decode context parallelism": (parallel.decode_context_parallel_size > 1, "the caches are not split by tokens"),
+        "prefill context parallelism": (parallel.prefill_context_parallel_size > 1, "chunks are not split over ranks"),
+        "dual-batch overlap": (parallel.enable_dbo, "steps are planned whole"),
+        "disable_hybrid_kv_cache_manager": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
+            "the three caches need a group each",
+        ),
     }
     for feature, (asked, reason) in refused.items():
         if asked:

@@ -15,7 +15,9 @@ from attention_backends.attamba.backend import AttambaMetadata
 from attention_backends.attamba.cache import cache_specs
 from attention_backends.attamba.chunks import PAGE_ROWS, chunk_start, layer_offset, plan_step, step_rows
 from attention_backends.attamba.scan import Sizes, chunk_scan
+from engine_ext.models.attamba import refuse_features
 from engine_ext.models.attamba_config import AttambaConfig
+from engine_ext.models.attamba_weights import load_checkpoint, targets
 
 HEADS, SIZE = 2, 16
 DIM = HEADS * SIZE
@@ -167,3 +169,66 @@ def test_config_survives_json_and_refuses_what_is_not_attamba():
     for wrong in ({"num_key_value_heads": 1}, {"tie_word_embeddings": True}):
         with pytest.raises(ValueError, match="is refused"):
             AttambaConfig(**wrong)
+
+
+PARALLEL = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"cache_config": {"cache_dtype": "fp8"}}, "kv_cache_dtype=fp8"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"quant_config": object()}, "quantization=awq"),
+        ({"parallel_config": PARALLEL | {"decode_context_parallel_size": 2}}, "decode context"),
+        ({"parallel_config": PARALLEL | {"prefill_context_parallel_size": 2}}, "prefill context"),
+        ({"parallel_config": PARALLEL | {"enable_dbo": True}}, "dual-batch"),
+        ({"scheduler_config": {"disable_hybrid_kv_cache_manager": True}}, "disable_hybrid_kv_cache_manager"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_features_that_are_refused(changes, says):
+    def config(**given):
+        sections = {"cache_config": {"cache_dtype": "auto"}, "parallel_config": PARALLEL}
+        sections |= {"scheduler_config": {"disable_hybrid_kv_cache_manager": False}}
+        sections |= {"model_config": {"dtype": torch.float32, "quantization": "awq"}}
+        sections |= {"speculative_config": None, "quant_config": None} | given
+        return SimpleNamespace(
+            **{name: SimpleNamespace(**value) if isinstance(value, dict) else value for name, value in sections.items()}
+        )
+
+    refuse_features(config())
+    refuse_features(config(cache_config={"cache_dtype": "float32"}))
+    with pytest.raises(ValueError, match="is refused with an Attamba model") as refused:
+        refuse_features(config(**changes))
+    assert says in str(refused.value)
+
+
+def test_weights_go_where_they_belong():
+    name = "layers.3.k_ssm.in_proj.weight"
+    gate, inputs = targets(name, 16)
+    assert gate == ("layers.3.attentive_ssm.k_ssm.gate.weight", None, slice(0, 16))
+    assert inputs == ("layers.3.attentive_ssm.k_ssm.inputs.weight", None, slice(16, None))
+    assert targets("layers.0.feed_forward.w3.weight", 16) == [("layers.0.feed_forward.gate_up_proj.weight", 1, None)]
+    assert targets("output.weight", 16) == [("output.weight", None, None)]
+
+
+class TwoTensors(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.Linear(2, 1, bias=False)
+        self.output = torch.nn.Linear(2, 3, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"norm.weight": (1, 2)}, "lacks what 1 parameters"),
+        ({"norm.weight": (1, 2), "output.weight": (3, 2), "more.weight": (1,)}, "more.weight is refused"),
+        ({"norm.weight": (1, 2), "output.weight": (3, 3)}, "output.weight of shape .3, 3. does not fit"),
+    ],
+    ids=["missing", "unknown", "misshapen"],
+)
+def test_a_checkpoint_that_does_not_fit(tensors, says):
+    with pytest.raises(ValueError, match=says):
+        load_checkpoint(TwoTensors(), 16, [(name, torch.zeros(shape)) for name, shape in tensors.items()])

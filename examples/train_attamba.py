@@ -158,65 +158,99 @@ def settings(args: argparse.Namespace, text: Text) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in aside} | {"text": text.digest}
 
 
-def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> nn.Module:
-    """Train, from the last saved step where there is one, to the end or, as if stopped there, to step `until`."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    saved, unfinished, log = args.out / "saved.pt", args.out / "saved.pt.part", args.out / "train.log"
-    model = make_model(args)
-    optimiser = make_optimiser(model, args.lr)
-    made = settings(args, text)
-    step, seconds, history, running = 0, 0.0, [], []
-    if saved.exists():
-        state = torch.load(saved)
-        if state["settings"] != made:
-            raise SystemExit(f"{saved} is of a run with other settings: give another --out, or remove it")
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, seconds, history = state["step"], state["seconds"], state["history"]
-    per_token, fixed = kv_bytes(model)
+class Run:
+    """A training run's state, which `save` writes to and the next Run with the same `--out` goes on from."""
 
-    def tell(line: str) -> None:
+    def __init__(self, args: argparse.Namespace, text: Text) -> None:
+        self.args, self.settings = args, settings(args, text)
+        self.model = make_model(args)
+        self.optimiser = make_optimiser(self.model, args.lr)
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.saved = args.out / "saved.pt"
+        args.out.mkdir(parents=True, exist_ok=True)
+        if self.saved.exists():
+            self.load()
+            self.tell(f"resumed at step {self.step}")
+        else:
+            (args.out / "train.log").unlink(missing_ok=True)
+            per_token, fixed = kv_bytes(self.model)
+            self.tell(f"{args.model}: {count(self.model):,} parameters")
+            self.tell(f"KV cache: {per_token:.0f} bytes a token and {fixed:,} a sequence in bf16")
+            self.tell(
+                f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+            )
+            sizes = f"{len(text.train):,} bytes to train on, {len(text.validation):,} to validate on"
+            self.tell(f"text {text.digest}: {sizes}")
+            self.tell(json.dumps(self.settings))
+
+    def tell(self, line: str) -> None:
+        """To the terminal, above the progress bar, and to train.log."""
         tqdm.write(line)
-        with log.open("a") as file:
+        with (self.args.out / "train.log").open("a") as file:
             file.write(line + "\n")
 
-    if step == 0:
-        log.unlink(missing_ok=True)
-        tell(f"{args.model}: {count(model):,} parameters, {per_token:.0f} KV bytes a token and {fixed:,} a sequence")
-        tell(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-        tell(f"text {text.digest}: {len(text.train):,} bytes to train on, {len(text.validation):,} to validate on")
-        tell(json.dumps(made))
-    else:
-        tell(f"resumed at step {step}")
+    def load(self) -> None:
+        state = torch.load(self.saved)
+        if state["settings"] != self.settings:
+            raise SystemExit(f"{self.saved} is of a run with other settings: give another --out, or remove it")
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+
+    def save(self) -> None:
+        """Written aside and moved, so that what is there is whole."""
+        state = {name: getattr(self, name) for name in ("settings", "step", "seconds", "history")}
+        state |= {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        unfinished = self.saved.with_suffix(".part")
+        torch.save(state, unfinished)
+        unfinished.replace(self.saved)
+
+    def finish(self, bits: float) -> None:
+        """The checkpoint that is served, the plot, and the figures."""
+        per_token, fixed = kv_bytes(self.model)
+        result = {
+            "settings": self.settings,
+            "parameters": count(self.model),
+            "tokens": self.args.steps * self.args.batch * self.args.length,
+            "kv_bytes_per_token": per_token,
+            "kv_bytes_per_sequence": fixed,
+            "bits_per_byte": bits,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        export(self.model, self.args.out, getattr(torch, self.args.dtype))
+        plot(self.history, self.args.out / "loss.png")
+        (self.args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.saved.unlink()
+
+
+def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> nn.Module:
+    """Train, from the last saved step where there is one, to the end or, as if stopped there, to step `until`."""
+    run = Run(args, text)
     few = windows(text.validation, max(1, args.windows // 8), args.length)
-    end = args.steps if until is None else until
-    with tqdm(total=args.steps, initial=step, desc=args.out.name, unit="step", dynamic_ncols=True) as bar:
-        while step < end:
+    losses: list[float] = []
+    with tqdm(total=args.steps, initial=run.step, desc=args.out.name, unit="step", dynamic_ncols=True) as bar:
+        while run.step < (args.steps if until is None else until):
             started = time.perf_counter()
-            tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=step)
-            running.append(train_step(model, optimiser, tokens, learning_rate(step, args)))
-            seconds += time.perf_counter() - started
-            step += 1
+            tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=run.step)
+            losses.append(train_step(run.model, run.optimiser, tokens, learning_rate(run.step, args)))
+            run.seconds += time.perf_counter() - started
+            run.step += 1
             bar.update()
-            if step % args.report_every == 0 or step == args.steps:
-                bits = sum(running) / len(running) / math.log(2)
-                history.append({"step": step, "train": bits, "validation": bits_per_byte(model, few)})
-                running.clear()
-                tell(f"step {step}: train {bits:.3f}, validation {history[-1]['validation']:.3f} bits; {seconds:.0f} s")
-                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-                torch.save(state | {"seconds": seconds, "history": history, "settings": made}, unfinished)
-                unfinished.replace(saved)
-    if step == args.steps:
-        final = bits_per_byte(model, windows(text.validation, args.windows, args.length))
-        tell(f"validation {final:.4f} bits per byte, {args.windows} windows of {args.length}; {seconds:.0f} s")
-        result = {"settings": made, "parameters": count(model), "bits_per_byte": final, "seconds": seconds}
-        result |= {"kv_bytes_per_token": per_token, "kv_bytes_per_sequence": fixed}
-        result |= {"tokens": args.steps * args.batch * args.length, "history": history}
-        export(model, args.out, getattr(torch, args.dtype))
-        plot(history, args.out / "loss.png")
-        (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        saved.unlink()
-    return model
+            if run.step % args.report_every == 0 or run.step == args.steps:
+                row = {"train": sum(losses) / len(losses) / math.log(2), "validation": bits_per_byte(run.model, few)}
+                losses.clear()
+                run.history.append({"step": run.step} | row)
+                bits = f"train {row['train']:.3f}, validation {row['validation']:.3f} bits"
+                run.tell(f"step {run.step}: {bits}; {run.seconds:.0f} s")
+                run.save()
+    if run.step == args.steps:
+        final = bits_per_byte(run.model, windows(text.validation, args.windows, args.length))
+        sizes = f"{args.windows} windows of {args.length}"
+        run.tell(f"validation {final:.4f} bits per byte, {sizes}; {run.seconds:.0f} s")
+        run.finish(final)
+    return run.model
 
 
 def export(model: Attamba | Transformer, path: Path, dtype: torch.dtype) -> None:

@@ -193,30 +193,25 @@ def activate(additional_config: Any, flags: Mapping[str, Any], cpu_attention: st
     merged = {**additional_config, ENTRY: entry}
     parse_config(merged)
     if cpu_attention is not None:
-        if entry.get(CPU_ATTENTION, cpu_attention) != cpu_attention:
-            raise OptionError(
-                "--cpu-attention",
-                cpu_attention,
-                f"--additional-config says {CPU_ATTENTION}={entry[CPU_ATTENTION]!r}",
-                "one of the two, or the same",
-            )
+        refuse_two_values("--cpu-attention", cpu_attention, entry, CPU_ATTENTION)
         entry = {**entry, CPU_ATTENTION: cpu_attention}
         merged[ENTRY] = entry
-    parse_config(merged)
+        parse_config(merged)
     parse_options({flat_name(field): value for field, value in flags.items()}, flat=True)
     star = entry.get("star", {})
     for field, value in flags.items():
-        if star.get(field, value) != value:
-            raise OptionError(
-                flag(field),
-                value,
-                f"--additional-config says {field}={star[field]!r}",
-                "one of the two, or the same",
-            )
+        refuse_two_values(flag(field), value, star, field)
     if flags:
         merged[ENTRY] = {**entry, "star": {**star, **flags}}
         parse_config(merged)
     return merged
+
+
+def refuse_two_values(option: str, value: Any, section: Mapping[str, Any], field: str) -> None:
+    """Refuse a flag beside another value in --additional-config (raises OptionError)."""
+    if section.get(field, value) != value:
+        reason = f"--additional-config says {field}={section[field]!r}"
+        raise OptionError(option, value, reason, "one of the two, or the same")
 
 
 def refuse_bypasses(environ: Mapping[str, str]) -> None:

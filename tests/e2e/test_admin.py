@@ -12,13 +12,13 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from benchmarks.random_llama import make_random_llama
 from engine_ext import compat, plugin
 from engine_ext.serving.errors import DrainingError
 from scheduler.plan import StarPlan
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as inference
+from tests.e2e.models import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
 
@@ -103,15 +103,7 @@ def runner():
 
 @pytest.fixture(scope="module")
 def server(runner, tmp_path_factory):
-    model = make_random_llama(
-        tmp_path_factory.mktemp("models") / "tiny",
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-    )
+    model = make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
     server = Server()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {

@@ -16,12 +16,12 @@ from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.random_llama import make_random_llama
 from engine_ext.serving.errors import TABLE
 from examples.server import end_on_signals, serving
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.e2e.fuzz import messages, mutated
+from tests.e2e.models import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
 
@@ -38,15 +38,7 @@ SERVICE = "/starling.v1.InferenceService"
 def server(tmp_path_factory):
     end_on_signals()
     folder = tmp_path_factory.mktemp("load")
-    model = make_random_llama(
-        folder / "tiny",
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-    )
+    model = make_tiny_llama(folder / "tiny")
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "1024"]
     options += ["--api-key", KEY, "--grpc-admin-key", ADMIN_KEY, "--max-num-queued-reqs", str(QUEUE)]
     # So few pages that the first 200 streams have touched them all, and none of oneDNN's primitives kept, one for each

@@ -16,10 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from benchmarks.random_llama import make_random_llama
 from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
+from tests.e2e.models import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
 
@@ -42,15 +42,8 @@ DENSE_KEYS = 701 * 702 // 2
 def server(tmp_path_factory):
     end_on_signals()  # a test run that is killed takes its server along
     folder = tmp_path_factory.mktemp("serving")
-    model = make_random_llama(
-        folder / MODEL,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,  # slow enough that a long output still runs when a busy machine comes to look at it
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-    )
+    # Slow enough that a long output still runs when a busy machine comes to look at it.
+    model = make_tiny_llama(folder / MODEL, layers=6)
     options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE), "--enforce-eager"]
     # A grace for running streams that a slow machine can't use up, in the test of SIGTERM.
     options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "20"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.random_llama import make_random_llama
 from examples.server import ENVIRONMENT, free_port
+from tests.e2e.models import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
 
@@ -19,15 +19,7 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize("moment", ["Initializing a V1 LLM engine", "reserved_cpus"], ids=["engine", "worker"])
 def test_sigterm_ends_a_start_with_130(tmp_path, moment):
     """At the moment that the engine's process, or its worker's, says so in the log."""
-    model = make_random_llama(
-        tmp_path / "tiny",
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-    )
+    model = make_tiny_llama(tmp_path / "tiny")
     command = [Path(sys.executable).with_name("starling"), "serve", model, "--enforce-eager"]
     command += ["--port", str(free_port()), "--grpc-port", str(free_port())]
     log = tmp_path / "log"

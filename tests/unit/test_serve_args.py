@@ -313,3 +313,16 @@ def test_grpc_in_the_clear_elsewhere_is_refused(parse_fast, options, says):
     with pytest.raises(ValueError) as refused:
         open_plaintext(parse_fast, *options)
     assert all(part in str(refused.value) for part in says), refused.value
+
+
+def test_cpu_attention_flag(parse_fast):
+    args, _ = parse_fast("--cpu-attention", "vllm")
+    assert args.additional_config["starling"] == {"cpu_attention": "vllm"}
+    assert "cpu_attention" not in args, "vLLM should not see our flags"
+    same = '{"starling": {"cpu_attention": "vllm"}}'
+    args, _ = parse_fast("--cpu-attention", "vllm", "--additional-config", same)
+    assert args.additional_config["starling"] == {"cpu_attention": "vllm"}
+    with pytest.raises(OptionError, match="--additional-config says cpu_attention='vllm'"):
+        parse_fast("--cpu-attention", "auto", "--additional-config", same)
+    with pytest.raises(OptionError, match=r"starling\.cpu_attention='fast' is refused"):
+        parse_fast("--additional-config", '{"starling": {"cpu_attention": "fast"}}')

@@ -7,10 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from attention_backends.star.reference import star_mask
 from tests.parity.engine_job import RESULT
@@ -40,18 +44,34 @@ def run_engine(
     arguments["additional_config"] = {"starling": {"star": star or {}}}
     job = {"engine": arguments | engine, "batches": batches}
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parity.engine_job"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-        env=os.environ | quiet | (env or {}),
-    )
+    with cores(engine.get("tensor_parallel_size", 1)) as bound:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.parity.engine_job"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=600,
+            env=os.environ | quiet | {"VLLM_CPU_OMP_THREADS_BIND": bound} | (env or {}),
+        )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
     return json.loads(line.removeprefix(RESULT))
+
+
+@contextmanager
+def cores(ranks: int) -> Iterator[str]:
+    """A core for each rank, to itself among the workers of ``pytest -n``, as VLLM_CPU_OMP_THREADS_BIND names them.
+
+    Two engines that compute on one core wait for one another's spinning threads.
+    """
+    every = sorted(os.sched_getaffinity(0))
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(every)
+    mine = [every[(own + rank) % len(every)] for rank in range(ranks)]
+    with ExitStack() as held:
+        for core in sorted(set(mine)):
+            held.enter_context(FileLock(Path(tempfile.gettempdir()) / f"starling-tests-core{core}.lock"))
+        yield "|".join(map(str, mine))
 
 
 def v2_env() -> dict[str, str]:

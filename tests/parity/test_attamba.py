@@ -33,7 +33,7 @@ TINY = {
 SIZES = [(2, 128), (4, 5), (8, 16), (64, 1)]
 LENGTHS = (700, 37, 1, 1300)
 RUNNERS = {
-    "v1-tp2": {"max_num_batched_tokens": 96, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}},
+    "v1-tp2": {"max_num_batched_tokens": 96, "tensor_parallel_size": 2},
     "v2": {"max_num_batched_tokens": 300, "env": v2_env()},
 }
 

@@ -26,7 +26,6 @@ RUNNERS = {
         "max_num_batched_tokens": 7,
         "max_num_seqs": 4,
         "tensor_parallel_size": 2,
-        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     },
     "v2": DENSE | {"max_num_batched_tokens": 96, "env": v2_env()},
 }

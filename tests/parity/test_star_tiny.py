@@ -28,7 +28,6 @@ RUNNERS = {
     "v1-tp2": {
         "max_num_batched_tokens": 300,
         "tensor_parallel_size": 2,
-        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     },
     "v2": {"max_num_batched_tokens": 300, "env": v2_env()},
 }

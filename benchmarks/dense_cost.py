@@ -71,7 +71,8 @@ def interleave(
             seconds[name].append(engines[name].generate(ids, max_tokens=new)["seconds"])
 
 
-def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path) -> None:
+def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path, baseline: str = "plain vLLM") -> None:
+    """Workload -> what was compared -> (median, lower, upper) of its time over the baseline's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,7 +87,7 @@ def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path) 
             labels.append(f"{workload}\n{name}")
     axis.axvline(1, color="grey", linewidth=0.8)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    axis.set_xlabel("time over plain vLLM's (median, 95 % interval)")
+    axis.set_xlabel(f"time over {baseline}'s (median, 95 % interval)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

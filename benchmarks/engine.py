@@ -18,7 +18,7 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL"
 
 
 class Engine:
-    """Starts on entry, stops on exit.
+    """Starts on entry, stops on exit. ``cache_tokens``: what its KV cache holds, as vLLM reports it.
 
     Args:
         arguments: of vllm.LLM, plus ``timed_attention``: whether to time the attention layers too.
@@ -50,7 +50,7 @@ class Engine:
         )
 
     def __enter__(self) -> Engine:
-        self._read()
+        self.cache_tokens: int = self._read()["cache_tokens"]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,7 +124,8 @@ def main() -> None:
     llm = LLM(skip_tokenizer_init=True, **job["llm"])
     if job["timed_attention"]:
         llm.collective_rpc(time_attention)
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    ready = {"cache_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens}
+    print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         prompt = json.loads(line)
         params = SamplingParams(

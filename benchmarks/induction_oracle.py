@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from benchmarks.random_kv_shift import TINY_LLAMA
 
 VOCABULARY, WIDTH = 320, 512
-THETA = 1e30
-"""So large that RoPE turns all but the first pairs of dimensions by nothing, up to some 10,000 positions."""
+THETA = 1e38
+"""So large that RoPE turns all but the first pairs of dimensions by nothing, up to some 100,000 positions."""
 TURNING = 43
-"""Pairs that are left out: the others turn by at most theta ** -(43 / 256) = 1e-5 a position."""
+"""Pairs that are left out: the others turn by at most theta ** -(43 / 256) = 4e-7 a position."""
 SHARPNESS, GAIN = 60.0, 10.0
 
 
@@ -67,7 +67,7 @@ def make_induction_oracle(path: Path) -> Path:
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
-        "max_position_embeddings": 16384,
+        "max_position_embeddings": 131072,
         "rope_theta": THETA,
         "dtype": "float32",
     }

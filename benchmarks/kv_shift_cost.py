@@ -1,6 +1,7 @@
 """What the shift costs: a model with KV shifting attention against the same Llama without it, in vLLM.
 
-One engine at a time, in turn, each started several times: a fresh process is some per cent faster or slower.
+One engine at a time, in turn, each started several times: a fresh process is some per cent faster or slower. Time of
+prefill and decode, and the tokens that a KV cache of 1 GiB holds. Writes results/kv_shift_cost.json and .png.
 
     python -m benchmarks.kv_shift_cost
 """
@@ -12,11 +13,11 @@ import random
 import tempfile
 from pathlib import Path
 
-from benchmarks.dense_cost import ARGUMENTS, WORKLOADS
+from benchmarks.dense_cost import ARGUMENTS, WORKLOADS, plot
 from benchmarks.engine import Engine
 from benchmarks.random_kv_shift import TINY_LLAMA, make_random_kv_shift
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, write_json
+from benchmarks.report import OUT, ratio_interval, write_json
 
 SIZES = {
     "hidden_size": 512,
@@ -26,19 +27,20 @@ SIZES = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 8192,
 }
+BYTES = 1 << 30
 Seconds = dict[str, list[float]]
 
 
-def run(model: Path, rounds: int, seed: int) -> Seconds:
-    """Workload -> seconds of each round, on a fresh engine that has warmed up."""
+def run(model: Path, rounds: int, seed: int) -> tuple[Seconds, int]:
+    """Workload -> seconds of each round, on a fresh engine that has warmed up; and the tokens its cache holds."""
     tokens = random.Random(seed)
     seconds: Seconds = {}
-    with Engine(model, **ARGUMENTS) as engine:
+    with Engine(model, **ARGUMENTS | {"kv_cache_memory_bytes": BYTES}) as engine:
         for workload, (prompt, new) in WORKLOADS.items():
             engine.generate([1] * prompt, max_tokens=new)
             prompts = [[tokens.randrange(256) for _ in range(prompt)] for _ in range(rounds)]
             seconds[workload] = [engine.generate(ids, max_tokens=new)["seconds"] for ids in prompts]
-    return seconds
+        return seconds, engine.cache_tokens
 
 
 def main() -> None:
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="after each start")
     options = parser.parse_args()
     seconds: dict[str, Seconds] = {name: {workload: [] for workload in WORKLOADS} for name in ("plain", "shifted")}
+    held: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         models = {
             "plain": make_random_llama(Path(folder) / "plain", **SIZES),
@@ -54,14 +57,22 @@ def main() -> None:
         }
         for start in range(options.starts):
             for name, model in models.items():
-                for workload, times in run(model, options.rounds, seed=start).items():
-                    seconds[name][workload] += times
+                times, held[name] = run(model, options.rounds, seed=start)
+                for workload in WORKLOADS:
+                    seconds[name][workload] += times[workload]
     ratios = {
         workload: ratio_interval(seconds["plain"][workload], seconds["shifted"][workload]) for workload in WORKLOADS
     }
     for workload, (median, lower, upper) in ratios.items():
         print(f"{workload}: {median:.3f} times without the shift, 95 % {lower:.3f} to {upper:.3f}")
-    print(write_json("kv_shift_cost", {"sizes": SIZES, "seconds": seconds, "ratio_to_plain": ratios}))
+    per_token = {name: BYTES / tokens for name, tokens in held.items()}
+    for name, tokens in held.items():
+        print(f"{name}: {tokens:,} tokens in 1 GiB, {per_token[name]:,.0f} bytes a token")
+    cache = {"tokens_in_1_gib": held, "bytes_per_token": per_token}
+    path = write_json("kv_shift_cost", {"sizes": SIZES, "seconds": seconds, "ratio_to_plain": ratios} | cache)
+    figures = {workload: {"KV shifting": interval} for workload, interval in ratios.items()}
+    plot(figures, OUT / "kv_shift_cost.png", baseline="the same Llama")
+    print(f"{path} and {OUT / 'kv_shift_cost.png'}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Runs batches of token-id prompts through one vLLM engine, in a process of its own, and prints the results.
 
 A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}; a prompt is
-{"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", ...}. Batches run one after the other, the
-prompts of a batch together. A batch may also be {"call": "module:function"}, which every worker runs and which
-has no result; it needs VLLM_ALLOW_INSECURE_SERIALIZATION=1. The result is a line of standard output, RESULT
-before it: {"batches", "metrics"}.
+{"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", "lora": path of an adapter, ...}. Batches run one after
+the other, the prompts of a batch together. A batch may also be one of these, which have no result:
+{"call": "module:function"}, which every worker runs (VLLM_ALLOW_INSECURE_SERIALIZATION=1), and {"chunk": tokens}, the
+most that a step computes from now on (VLLM_ENABLE_V1_MULTIPROCESSING=0). The result is a line of standard output,
+RESULT before it: {"batches", "metrics"}.
 """
 
 from __future__ import annotations
@@ -48,17 +49,23 @@ def result_of(output) -> dict:
 def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(disable_log_stats=False, skip_tokenizer_init=True, **job["engine"])
     batches = []
     for batch in job["batches"]:
         if isinstance(batch, dict):
-            llm.collective_rpc(pkgutil.resolve_name(batch["call"]))
+            if "chunk" in batch:
+                llm.llm_engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = batch["chunk"]
+            else:
+                llm.collective_rpc(pkgutil.resolve_name(batch["call"]))
             continue
         prompts = [{"prompt_token_ids": prompt["ids"]} for prompt in batch]
-        outputs = llm.generate(prompts, [params_of(prompt, SamplingParams) for prompt in batch], use_tqdm=False)
+        params = [params_of(prompt, SamplingParams) for prompt in batch]
+        loras = [LoRARequest("adapter", 1, prompt["lora"]) if prompt.get("lora") else None for prompt in batch]
+        outputs = llm.generate(prompts, params, lora_request=loras if any(loras) else None, use_tqdm=False)
         batches.append([result_of(output) for output in outputs])
-    wanted = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "starling:requests")
+    wanted = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "starling:requests", "vllm:spec_decode_num_")
     metrics = {m.name: m.value for m in llm.get_metrics() if m.name.startswith(wanted) and hasattr(m, "value")}
     print("\n" + RESULT + json.dumps({"batches": batches, "metrics": metrics}), flush=True)
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from attention_backends.kv_shift.reference import logits
 from benchmarks.random_kv_shift import make_random_kv_shift
 from tests.parity.harness import mask_of, max_gap, numbers
 
 NEW = 5
+RANK = 8
 
 
 def random_ids(seed: int, length: int) -> list[int]:
@@ -45,6 +46,24 @@ class Model:
     def random(cls, path: Path, config: dict[str, Any]) -> Model:
         make_random_kv_shift(path, config)
         return cls(path, json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors"))
+
+    def adapted(self, folder: Path) -> Model:
+        """Write a LoRA adapter of every attention projection; this model with it merged into its weights."""
+        torch.manual_seed(1)
+        merged, adapter = dict(self.tensors), {}
+        for name, tensor in self.tensors.items():
+            if ".self_attn." in name and name.endswith((".W_pack.weight", "_proj.weight")):
+                rows, columns = tensor.shape
+                down, up = torch.randn(RANK, columns) * columns**-0.5, torch.randn(rows, RANK) * 0.3
+                module = f"base_model.model.{name.removesuffix('.weight')}"
+                adapter |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+                merged[name] = tensor + up @ down
+        folder.mkdir()
+        save_file(adapter, folder / "adapter_model.safetensors")
+        targets = sorted({name.split(".")[-3] for name in adapter})
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets, "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return replace(self, tensors=merged)
 
     def logprobs(self, prompt: dict, new: list[int], dense: bool = False) -> torch.Tensor:
         """Of all tokens but the first, under the prompt's star mask unless ``dense``."""

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from attention_backends.kernels.choose import SETTINGS
 from engine_ext import metrics
-from engine_ext.refusals import star_refusals
+from engine_ext.refusals import refuse_overlap, star_page, star_refusals
 from scheduler.options import OptionError, StarOptions, parse_options
 from scheduler.plan import check_sizes
 
@@ -89,7 +89,8 @@ def after_engine_config(vllm_config: Any) -> None:
     refusals = star_refusals(vllm_config)
     if refusals and config.star.mode != "off":
         raise OptionError("star", config.star.mode, "; ".join(refusals), "off")
-    check_sizes(config.star, vllm_config.cache_config.block_size)
+    refuse_overlap(vllm_config, config.star.overlap_size)
+    check_sizes(config.star, star_page(vllm_config))
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:
         raise OptionError("worker_cls", parallel.worker_cls, "Starling has no worker for it", ", ".join(WORKERS))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attention_backends.star.backend import WRAPPED
+from scheduler.options import OptionError, flat_name
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
 CONNECTORS = ("OffloadingConnector",)
@@ -48,10 +49,6 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         lambda c: c.model_config.use_mla,
         "MLA models: their latent cache has backends of its own, not wrapped yet",
-    ),
-    (
-        lambda c: getattr(c.model_config.hf_text_config, "model_type", None) == "attamba",
-        "Attamba models: their layers attend to chunk states, which no star rows are made for yet",
     ),
     (lambda c: not _full_attention_layers(c.model_config), "the model has no full-attention layer"),
     (
@@ -98,3 +95,16 @@ def star_refusals(vllm_config: Any) -> list[str]:
         if found:
             refusals.append(f"{reason} ({found})" if isinstance(found, str) else reason)
     return refusals
+
+
+def star_page(vllm_config: Any) -> int:
+    """Tokens of a full-attention KV page, as far as the configuration tells before the engine has started."""
+    own = getattr(vllm_config.model_config.hf_text_config, "page_tokens", None)
+    return own or vllm_config.cache_config.block_size
+
+
+def refuse_overlap(vllm_config: Any, overlap_size: int) -> None:
+    """Refuse an overlap of star blocks where the model has no meaning for it (raises OptionError)."""
+    if overlap_size and getattr(vllm_config.model_config.hf_text_config, "model_type", None) == "attamba":
+        reason = "an Attamba model's window ends at the border of a star block, which an overlap would reach over"
+        raise OptionError(flat_name("overlap_size"), overlap_size, reason, "0")

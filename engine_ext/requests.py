@@ -11,7 +11,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from engine_ext.activation import ENTRY, parse_config
 from engine_ext.metrics import front_metrics
-from engine_ext.refusals import star_refusals
+from engine_ext.refusals import refuse_overlap, star_refusals
 from scheduler.options import FIELD_OF, OptionError, is_star_key, parse_options
 from scheduler.plan import PLAN_KEY, StarPlan, make_plan
 
@@ -34,12 +34,12 @@ class StarRequests:
     def __init__(self, vllm_config: Any) -> None:
         self.config = parse_config(vllm_config.additional_config)
         self.refusals = star_refusals(vllm_config) if self.config else [HOW_TO_ACTIVATE]
-        self.cache_config = vllm_config.cache_config
+        self.vllm_config = vllm_config
 
     @property
     def page(self) -> int | None:
         """Tokens of a full-attention KV page, known once the engine core has started."""
-        return self.cache_config.effective_attention_block_size
+        return self.vllm_config.cache_config.effective_attention_block_size
 
     def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> StarPlan | None:
         """The plan of a request; None: dense.
@@ -67,6 +67,8 @@ class StarRequests:
             raise OptionError("star", mode, "; ".join(self.refusals), "off")
         if mode != "off" and self.page is None:
             raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
+        if mode != "off" and request is not None:
+            refuse_overlap(self.vllm_config, request.overlap_size)
         return make_plan(num_prompt_tokens, self.config.star, request, self.page or 1)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from attention_backends.kv_shift.state import ShiftStateBuilder
 from attention_backends.star.backend import register_star_backends
 from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import StarStep, open_step
@@ -89,8 +88,8 @@ def make_star_worker(base: type) -> type:
         def _check_layers(self) -> None:
             builders = compat.metadata_builders(self.model_runner)
             star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
-            # The state of KV shifting has a cache and a builder, but attends to nothing.
-            total = sum(len(layers) for builder, layers in builders if not isinstance(builder, ShiftStateBuilder))
+            # Nothing attends to the state of KV shifting, nor to the inputs of Attamba's open chunks.
+            total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
             if not star:
                 names = sorted({type(builder).__name__ for builder, _ in builders})
                 raise RuntimeError(f"no attention layer can run Star Attention; metadata builders: {', '.join(names)}")

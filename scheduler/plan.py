@@ -133,6 +133,7 @@ def make_plan(num_prompt_tokens: int, defaults: StarOptions, request: StarOption
     Raises:
         OptionError: an option does not fit the page, the block or the prompt.
     """
+    defaults = _fit_default(defaults, page)
     options = defaults if request is None else merge(defaults, request)
     given: set[str] = set() if request is None else request.model_fields_set
     if options.mode == "off":
@@ -151,6 +152,7 @@ def make_plan(num_prompt_tokens: int, defaults: StarOptions, request: StarOption
 
 def check_sizes(options: StarOptions, page: int) -> None:
     """Refuse server defaults that no prompt could use with this KV page (raises OptionError)."""
+    options = _fit_default(options, page)
     sizes = {"block_size": options.block_size, "anchor_size": options.anchor_size or 0}
     for field, value in (sizes | {"overlap_size": options.overlap_size}).items():
         _refuse_off_page(field, value, page)
@@ -158,6 +160,13 @@ def check_sizes(options: StarOptions, page: int) -> None:
         given = options.model_fields_set
         _bounded("anchor_size", options.anchor_size, given, options.block_size, page)
         _bounded("overlap_size", options.overlap_size, given, options.block_size, page)
+
+
+def _fit_default(options: StarOptions, page: int) -> StarOptions:
+    """The options with a block size that nobody gave rounded up to whole pages: 16 P of Attamba need not divide it."""
+    if "block_size" in options.model_fields_set:
+        return options
+    return StarOptions(**options.model_dump(exclude_unset=True) | {"block_size": -(-options.block_size // page) * page})
 
 
 def _block_size(options: StarOptions, num_prompt_tokens: int, page: int) -> int:

@@ -23,7 +23,7 @@ def attend(
     window_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    request: torch.Tensor,
+    piece: torch.Tensor,
     plan: ChunkPlan,
     window_size: int,
     scale: float,
@@ -32,8 +32,9 @@ def attend(
 
     Args:
         query: (T, heads, head size).
-        states, window: (pages, 17, 2 x heads x head size); their block tables (R, columns).
-        request: (T,) int64, row of the batch.
+        states, window: (pages, 17, 2 x heads x head size); their block tables (pieces, columns).
+        query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of the window's table.
+        piece: (T,) int64, row of the block tables.
         plan: of the layer.
         window_size: tokens seen, the query's own among them.
     """
@@ -44,7 +45,7 @@ def attend(
         return torch.from_numpy(array).to(device)
 
     keys, values = heads_of(states, heads)
-    runs = on_device(plan.run_request)
+    runs = on_device(plan.run_piece)
     far = paged_attention(
         query, keys, values, states_table[runs], on_device(plan.run_starts), on_device(plan.run_states),
         scale=scale, causal=False,
@@ -56,7 +57,7 @@ def attend(
     parts = [far, near]
     if plan.token_0_seen.any():
         seen = on_device(plan.token_0_seen)
-        parts.append(token_0(query, states[states_table[:, 0].long(), PAGE_ROWS][request], seen, scale))
+        parts.append(token_0(query, states[states_table[:, 0].long(), PAGE_ROWS][piece], seen, scale))
     outs, lses = (torch.stack(each) for each in zip(*parts, strict=True))
     return merge(outs, lses)[0]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,8 +15,21 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan, Rows, plan_step, step_rows
+from attention_backends.attamba.chunks import (
+    PAGE_ROWS,
+    ChunkPlan,
+    Rows,
+    keys_seen,
+    layer_offset,
+    plan_step,
+    star_rows,
+    step_rows,
+)
+from attention_backends.star.metadata import virtual_metadata
+from attention_backends.star.rows import VirtualRows
+from attention_backends.star.step import current_step
 
 if TYPE_CHECKING:
     from attention_backends.attamba.cache import PagedRows
@@ -26,13 +40,15 @@ class AttambaMetadata:
     """The batch of one step, for one cache group.
 
     Attributes:
-        rows: its tokens.
-        block_table: (R, columns) int32, pages of this group.
-        query_start_loc, seq_lens: (R + 1,) and (R,) int32.
+        rows: its tokens; cut into pieces by star in the group of states alone, which plans are made from.
+        block_table: (R, columns) int32, pages of this group, to write to.
+        key_table: (pieces, columns) int32, pages that each piece of the batch attends to.
+        query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of the key table.
     """
 
     rows: Rows
     block_table: torch.Tensor
+    key_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
@@ -68,12 +84,20 @@ class AttambaMetadata:
 
 
 class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
-    """Plans are made on the host, where lengths are known without waiting for the device."""
+    """Plans are made on the host, where lengths are known without waiting for the device.
+
+    Attributes:
+        holds_keys: whether the group's rows are attended to, as the states and the window are.
+        takes_star: whether it follows the star plans of a step: the inputs of open chunks, which hold no keys, need
+            not, for chunks are cut as without star.
+    """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
+        self.holds_states = isinstance(kv_cache_spec, FullAttentionSpec)
+        self.holds_keys = self.takes_star = kv_cache_spec.head_size_v > 0
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -83,9 +107,33 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
             raise RuntimeError("the model runner gave no host copy of seq_lens: chunks can't be planned")
         query_lens = common.query_start_loc_cpu.diff().numpy().astype(np.int64)
         seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        rows = step_rows(query_lens, seq_lens)
+        keys = common
+        step = current_step() if self.takes_star else None
+        virtual = step.rows(common, self.kv_cache_spec.block_size, anchored=self.holds_states) if step else None
+        if step is not None and virtual is not None:
+            keys = virtual_metadata(common, virtual)
+            if self.holds_states:
+                rows = star_rows(rows, virtual)
+                step.count(self.counted(virtual, rows))
         return AttambaMetadata(
-            step_rows(query_lens, seq_lens), common.block_table_tensor, common.query_start_loc, common.seq_lens
+            rows, common.block_table_tensor, keys.block_table_tensor, keys.query_start_loc, keys.seq_lens
         )
+
+    def counted(self, virtual: VirtualRows, rows: Rows) -> VirtualRows:
+        """The rows of the states with their pairs counted as they are here: a mean over the model's layers."""
+        config = self.vllm_config.model_config.hf_config
+        chunk, window, layers = config.token_chunk, config.leading_tokens, config.num_hidden_layers
+        offsets = Counter(layer_offset(layer, layers, chunk) for layer in range(layers))
+        in_context = np.repeat(virtual.star, virtual.query_lens)
+        star_pairs, dense_pairs = (
+            sum(
+                count * int(keys_seen(of, chunk, offset, window)[in_context].sum()) for offset, count in offsets.items()
+            )
+            / layers
+            for of in (rows, rows.dense())
+        )
+        return replace(virtual, star_pairs=star_pairs, dense_pairs=dense_pairs)
 
 
 class AttambaBackend(AttentionBackend):

@@ -8,8 +8,12 @@ ones).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from attention_backends.star.rows import VirtualRows
 
 PAGE_ROWS = 16  # chunk states of a page
 
@@ -24,38 +28,46 @@ def chunk_start(position: np.ndarray, chunk: int, offset: int) -> np.ndarray:
     return np.where(position == 0, 0, np.maximum(1, (position + offset) // chunk * chunk - offset))
 
 
-def states_seen(position: np.ndarray, chunk: int, offset: int, window: int) -> np.ndarray:
-    """Number of chunk states before the window of the query at each position; states 0 to that many are seen.
-
-    A boundary within the window is seen there, as the token it is.
-    """
-    return np.maximum(0, (position - window + offset) // chunk)
-
-
-def sees_token_0(position: np.ndarray, chunk: int, offset: int, window: int) -> np.ndarray:
-    """Whether token 0 is seen as a state of its own: behind the window, and not boundary number 1 itself."""
-    return (position > window) & (offset != chunk - 1)
-
-
 @dataclass(frozen=True)
 class Rows:
     """The tokens of a step: T of them, of R requests, in the batch's order.
 
+    Under Star Attention a request's tokens are cut at the borders of its star blocks into pieces, each of which sees
+    the states of the anchor and its own block alone. Elsewhere a request is one piece.
+
     Attributes:
         request: (T,) int64, row of the batch.
         position: (T,) int64.
+        piece: (T,) int64, row of the tables of the keys that are seen: ``request``, but where star cuts it.
+        block_start: (T,) int64, where the token's star block starts; 0 where it sees all before it.
+        anchor: (T,) int64, tokens before the star block whose states are seen, the first ones of all.
     """
 
     request: np.ndarray
     position: np.ndarray
+    piece: np.ndarray
+    block_start: np.ndarray
+    anchor: np.ndarray
+
+    def dense(self) -> Rows:
+        """The same tokens, each of which sees all before it."""
+        return Rows(self.request, self.position, self.request, *np.zeros((2, len(self.request)), dtype=np.int64))
 
 
 def step_rows(query_lens: np.ndarray, seq_lens: np.ndarray) -> Rows:
-    """The tokens of requests with so many tokens in this step, the last of so many in all."""
+    """The tokens of requests with so many tokens in this step, the last of so many in all; star apart."""
     request = np.repeat(np.arange(len(query_lens)), query_lens)
     first = np.cumsum(query_lens) - query_lens
     position = np.arange(len(request)) - first[request] + (seq_lens - query_lens)[request]
-    return Rows(request, position)
+    return Rows(request, position, request, *np.zeros((2, len(request)), dtype=np.int64))
+
+
+def star_rows(rows: Rows, virtual: VirtualRows) -> Rows:
+    """The tokens of a step cut into pieces: the virtual rows of the cache of states."""
+    piece = np.repeat(np.arange(len(virtual.source)), virtual.query_lens)
+    end = rows.position[np.cumsum(virtual.query_lens) - 1] + 1
+    own = np.where(virtual.star, end - virtual.block_start, virtual.seq_lens)
+    return Rows(rows.request, rows.position, piece, virtual.block_start[piece], (virtual.seq_lens - own)[piece])
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,8 @@ class ChunkPlan:
         token_chunk, token_place: (T,) int64, chunk and place in it of each token of the step.
         ends: (E,) int64, tokens of the step that end a chunk, token 0 among them.
         end_state: (E,) int64, number of the state that each makes; -1: token 0's own.
-        run_starts: (S + 1,) int32, first tokens of the S runs of one request that see the same states, and T.
-        run_request: (S,) int64.
+        run_starts: (S + 1,) int32, first tokens of the S runs of one piece that see the same states, and T.
+        run_piece: (S,) int64.
         run_states: (S,) int32, states that a run sees.
         token_0_seen: (T,) bool, whether it sees token 0's own state.
     """
@@ -81,9 +93,31 @@ class ChunkPlan:
     ends: np.ndarray
     end_state: np.ndarray
     run_starts: np.ndarray
-    run_request: np.ndarray
+    run_piece: np.ndarray
     run_states: np.ndarray
     token_0_seen: np.ndarray
+
+
+def states_seen(rows: Rows, chunk: int, offset: int, window: int) -> np.ndarray:
+    """(T,) number of chunk states that each token sees: those of its anchor, then those of its own star block.
+
+    A boundary within the window is seen there, as the token it is. The window ends where the block starts, and state
+    k lies in positions [k P, (k + 1) P) whatever the offset, so an anchor or a block of whole pages has whole states.
+    """
+    before_window = np.maximum(rows.block_start, rows.position - window + offset)
+    return rows.anchor // chunk + before_window // chunk - rows.block_start // chunk
+
+
+def sees_token_0(rows: Rows, chunk: int, offset: int, window: int) -> np.ndarray:
+    """(T,) whether token 0 is seen as a state of its own: behind the window, and not boundary number 1 itself."""
+    seen = np.where(rows.block_start > 0, rows.anchor > 0, rows.position > window)
+    return seen & (offset != chunk - 1)
+
+
+def keys_seen(rows: Rows, chunk: int, offset: int, window: int) -> np.ndarray:
+    """(T,) keys that each token attends to in a layer: chunk states, token 0's own, and rows of the window."""
+    near = np.minimum(window, rows.position - rows.block_start) + 1
+    return states_seen(rows, chunk, offset, window) + sees_token_0(rows, chunk, offset, window) + near
 
 
 def plan_step(rows: Rows, chunk: int, offset: int, window: int) -> ChunkPlan:
@@ -99,8 +133,8 @@ def plan_step(rows: Rows, chunk: int, offset: int, window: int) -> ChunkPlan:
     ends = np.flatnonzero(natural | (position == 0))
     end_state = np.where(natural[ends], position[ends] // chunk, -1)
 
-    seen = states_seen(position, chunk, offset, window)
-    runs = _changes(request, seen)
+    seen = states_seen(rows, chunk, offset, window)
+    runs = _changes(rows.piece, seen)
     return ChunkPlan(
         chunk_request=request[opens],
         chunk_position=chunk_position,
@@ -109,9 +143,9 @@ def plan_step(rows: Rows, chunk: int, offset: int, window: int) -> ChunkPlan:
         ends=ends,
         end_state=end_state,
         run_starts=np.append(runs, len(request)).astype(np.int32),
-        run_request=request[runs],
+        run_piece=rows.piece[runs],
         run_states=seen[runs].astype(np.int32),
-        token_0_seen=sees_token_0(position, chunk, offset, window),
+        token_0_seen=sees_token_0(rows, chunk, offset, window),
     )
 
 

@@ -15,11 +15,13 @@ from torch.nn import functional
 Weights = Mapping[str, torch.Tensor]
 
 
-def logits(weights: Weights, config: Mapping[str, Any], tokens: torch.Tensor, see: torch.Tensor | None = None):
+def logits(
+    weights: Weights, config: Mapping[str, Any], tokens: torch.Tensor, star: Mapping[str, int] | None = None
+) -> torch.Tensor:
     """(T, vocabulary) logits of a checkpoint (its tensors by name, its config.json) for (T,) token ids.
 
     Args:
-        see: (T, T) bool, a further mask over all tokens, Star Attention's for example; None for none.
+        star: sizes of Star Attention, see ``star_mask``; None for none.
     """
     layers, chunk, window = config["num_hidden_layers"], config["token_chunk"], config["leading_tokens"]
     heads, eps = config["num_attention_heads"], config["rms_norm_eps"]
@@ -39,9 +41,7 @@ def logits(weights: Weights, config: Mapping[str, Any], tokens: torch.Tensor, se
         value = x + mixer(x, own, "v_ssm", ends, config)
         query = x @ own["attentive_ssm.wq.weight"].T
         query, key = (rotate(part.unflatten(-1, (heads, -1)), config["rope_theta"]) for part in (query, key))
-        mask = attention_mask(len(tokens), ends, window)
-        if see is not None:
-            mask &= see
+        mask = star_mask(len(tokens), ends, window, **star) if star else attention_mask(len(tokens), ends, window)
         scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
         weights_ = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         attended = torch.einsum("hqk,khd->qhd", weights_, value.unflatten(-1, (heads, -1)))
@@ -60,6 +60,26 @@ def attention_mask(tokens: int, ends: torch.Tensor, window: int) -> torch.Tensor
     """(tokens, tokens) bool: all ends of chunks before a query, the last ``window`` tokens, and itself."""
     query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
     return (key <= query) & (ends[None, :] | (key >= query - window))
+
+
+def star_mask(
+    tokens: int, ends: torch.Tensor, window: int, *, block_size: int, anchor_size: int, context_end: int
+) -> torch.Tensor:
+    """(tokens, tokens) bool under Star Attention (arXiv 2411.17116, section 2): who attends to whom.
+
+    Chunks are cut, and their states made, as without star: a chunk belongs to the star block that its end lies in, and
+    one that began in the block before carries that block's last tokens along. A query of the context sees
+    - the ends of chunks that lie in the anchor, the first ``anchor_size`` tokens, or in the query's own star block:
+      token 0 is such an end, and so unseen outside of block 0 where there is no anchor;
+    - of the last ``window`` tokens and itself those in its own star block.
+    A query at ``context_end`` or after sees what it sees without star. Sizes are tokens.
+    """
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+    everything = query >= context_end
+    own = query // block_size == key // block_size
+    state = ends[None, :] & (everything | own | (key < anchor_size))
+    recent = (key >= query - window) & (everything | own)
+    return (key <= query) & (state | recent)
 
 
 def mixer(x: torch.Tensor, weights: Weights, name: str, ends: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:

@@ -34,6 +34,7 @@ OP = "starling::kv_shift"
 class ShiftStateBuilder(AttentionMetadataBuilder[ShiftMetadata]):
     """Finds each request's predecessor; buffers that live on let decode graphs be replayed."""
 
+    holds_keys: ClassVar[bool] = False
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):

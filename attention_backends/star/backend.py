@@ -79,7 +79,8 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             step = current_step() if self.takes_star else None
             rows = step.rows(common_attn_metadata, self.kv_cache_spec.block_size) if step else None
-            if rows is not None:
+            if step is not None and rows is not None:
+                step.count(rows)
                 common_attn_metadata = virtual_metadata(common_attn_metadata, rows)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 

@@ -26,10 +26,11 @@ class VirtualRows:
         query_lens: (R,) int64, its tokens in this step.
         seq_lens: (R,) int64, keys it sees, its own included.
         star: (R,) bool, whether the row lies in the context of a star plan.
+        block_start: (R,) int64, where its star block starts; 0 for the other rows.
         gathered: (G,) int64, rows whose pages are not those of ``source`` in order.
         pages: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
         context_tokens: query tokens in star rows.
-        star_pairs: query-key pairs of the star rows, per head and layer.
+        star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers differ).
         dense_pairs: the pairs that the same tokens would have under dense attention.
     """
 
@@ -37,11 +38,12 @@ class VirtualRows:
     query_lens: np.ndarray
     seq_lens: np.ndarray
     star: np.ndarray
+    block_start: np.ndarray
     gathered: np.ndarray
     pages: np.ndarray
     context_tokens: int
-    star_pairs: int
-    dense_pairs: int
+    star_pairs: float
+    dense_pairs: float
 
 
 def split_rows(
@@ -65,6 +67,7 @@ def split_rows(
     lens: list[int] = []
     totals: list[int] = []
     star: list[bool] = []
+    block_starts: list[int] = []
     gathered: list[int] = []
     columns: list[np.ndarray] = []
     context_tokens = star_pairs = dense_pairs = 0
@@ -84,6 +87,7 @@ def split_rows(
             lens.append(piece_end - piece_start)
             totals.append(sum(stop - first for first, stop in keys))
             star.append(in_context)
+            block_starts.append(piece_start // plan.block_size * plan.block_size if in_context else 0)
     pages = np.zeros((len(columns), max(map(len, columns), default=0)), dtype=np.int64)
     for index, column in enumerate(columns):
         pages[index, : len(column)] = column
@@ -92,6 +96,7 @@ def split_rows(
         np.asarray(lens, dtype=np.int64),
         np.asarray(totals, dtype=np.int64),
         np.asarray(star, dtype=bool),
+        np.asarray(block_starts, dtype=np.int64),
         np.asarray(gathered, dtype=np.int64),
         pages,
         context_tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -24,7 +25,7 @@ class StarStep:
         plans: request id -> plan, for the star requests in the step.
         num_scheduled_tokens: request id -> tokens in this step, for all its requests.
         row_ids: request id of each batch row, in the model runner's order.
-        on_rows: called with the rows of the step, once, when a builder first asks for them.
+        on_rows: called with the rows of the step, once, when a builder first counts them.
     """
 
     def __init__(
@@ -39,28 +40,36 @@ class StarStep:
         self.row_ids = row_ids
         self.on_rows = on_rows
         self.engaged = False
-        self._rows: dict[int, VirtualRows | None] = {}
+        self.counted = False
+        self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
 
-    def rows(self, common: CommonAttentionMetadata, page: int) -> VirtualRows | None:
+    def rows(self, common: CommonAttentionMetadata, page: int, anchored: bool = True) -> VirtualRows | None:
         """The batch's virtual rows for pages of ``page`` tokens; None where none lies in star blocks.
+
+        Args:
+            anchored: False for keys of which a block sees its own alone, not the anchor's.
 
         Raises:
             RuntimeError: the batch rows are not those of the scheduler's step. A plan on the wrong row
                 would be silent corruption.
         """
         self.engaged = True
-        if page not in self._rows:
-            rows = self._split(common, page)
-            if rows is not None and not self._rows:
-                self.on_rows(rows)
-            self._rows[page] = rows
-        return self._rows[page]
+        key = (page, anchored)
+        if key not in self._rows:
+            self._rows[key] = self._split(common, page, anchored)
+        return self._rows[key]
 
     def built_rows(self, page: int) -> VirtualRows | None:
         """The rows that an earlier call of ``rows`` made for this page size."""
-        return self._rows.get(page)
+        return self._rows.get((page, True))
 
-    def _split(self, common: CommonAttentionMetadata, page: int) -> VirtualRows | None:
+    def count(self, rows: VirtualRows) -> None:
+        """Report the step's rows, if no layer before has."""
+        if not self.counted:
+            self.counted = True
+            self.on_rows(rows)
+
+    def _split(self, common: CommonAttentionMetadata, page: int, anchored: bool) -> VirtualRows | None:
         query_lens = common.query_start_loc_cpu.diff().tolist()
         ids = list(self.row_ids(common))
         scheduled = [self.num_scheduled_tokens[request_id] for request_id in ids]
@@ -71,6 +80,8 @@ class StarStep:
                 "star plans can't be matched to rows"
             )
         plans = [self.plans.get(request_id) for request_id in ids] + [None] * len(padding)
+        if not anchored:
+            plans = [None if plan is None else replace(plan, anchor_size=0) for plan in plans]
         if common.seq_lens_cpu_upper_bound is None:
             raise RuntimeError("the model runner gave no host copy of seq_lens: rows can't be split")
         seq_lens = common.seq_lens_cpu_upper_bound.tolist()

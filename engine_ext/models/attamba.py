@@ -107,7 +107,7 @@ class AttentiveSsm(nn.Module):
             return self.wo(query)[0]
         states, recent, rows = (metadata[cache.prefix] for cache in (self.states, self.recent, self.rows))
         tokens = len(rows.rows.position)  # x may be padded past them
-        plan = rows.plan(self.chunk, self.offset, self.window)
+        plan = states.plan(self.chunk, self.offset, self.window)
 
         inputs = self.rows.pages.flatten(0, 1)
         inputs[rows.slots(self.rows)] = x[:tokens]
@@ -127,12 +127,12 @@ class AttentiveSsm(nn.Module):
         out[:tokens] = attend(
             query.unflatten(-1, (self.heads, -1)),
             self.states.pages,
-            states.block_table,
+            states.key_table,
             self.recent.pages,
-            recent.block_table,
+            recent.key_table,
             recent.query_start_loc,
             recent.seq_lens,
-            torch.from_numpy(rows.rows.request).to(x.device),
+            torch.from_numpy(states.rows.piece).to(x.device),
             plan,
             self.window + 1,
             self.head_dim**-0.5,

@@ -6,9 +6,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from attention_backends.attamba.chunks import PAGE_ROWS
+
 
 class AttambaConfig(PretrainedConfig):
     """config.json of an Attamba checkpoint. ``token_chunk`` and ``leading_tokens`` are tokens, other sizes values.
+
+    ``star_blocks_depend`` says why a star block can't be computed before the one before it.
 
     Args:
         token_chunk: P, tokens for which the cache keeps one state.
@@ -18,6 +22,9 @@ class AttambaConfig(PretrainedConfig):
     """
 
     model_type = "attamba"
+    star_blocks_depend = (
+        "a chunk that straddles the border of two star blocks carries tokens of the first into the second"
+    )
 
     def __init__(
         self,
@@ -60,3 +67,8 @@ class AttambaConfig(PretrainedConfig):
         if tie_word_embeddings:
             raise ValueError("tie_word_embeddings=true is refused: Attamba has output.weight of its own")
         super().__init__(tie_word_embeddings=False, **rest)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page of chunk states, which the sizes of Star Attention are multiples of."""
+        return PAGE_ROWS * self.token_chunk

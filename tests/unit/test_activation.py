@@ -138,7 +138,6 @@ REFUSED = {
     "no full-attention layer": {"model_config__hf_text_config": SimpleNamespace(layer_types=["sliding_attention"])},
     "ALiBi": {"model_config__uses_alibi": True},
     "prefix-LM": {"model_config__is_mm_prefix_lm": True},
-    "Attamba": {"model_config__hf_text_config": SimpleNamespace(model_type="attamba", layer_types=["full_attention"])},
     "R-SWA": {"model_config__rswa_window": 64},
     "diffusion": {"model_config__is_diffusion": True},
     "speculative": {"speculative_config": object()},

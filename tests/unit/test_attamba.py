@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 
 from attention_backends.attamba import reference
 from attention_backends.attamba.attend import attend
-from attention_backends.attamba.backend import AttambaMetadata
+from attention_backends.attamba.backend import AttambaMetadataBuilder
 from attention_backends.attamba.cache import cache_specs
 from attention_backends.attamba.chunks import PAGE_ROWS, chunk_start, layer_offset, plan_step, step_rows
 from attention_backends.attamba.scan import Sizes, chunk_scan
+from attention_backends.star.step import StarStep, open_step
 from engine_ext.models.attamba import refuse_features
 from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.models.attamba_weights import load_checkpoint, targets
+from scheduler.plan import StarPlan
+from tests.unit.test_rows import batch_metadata
 
 HEADS, SIZE = 2, 16
 DIM = HEADS * SIZE
@@ -56,60 +59,101 @@ class Pages:
         self.table[request, : max(0, before) // self.spec.block_size] = 0
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(
-    chunk=st.sampled_from(CHUNKS),
-    window=st.sampled_from(WINDOWS),
-    layer=st.integers(0, 2),
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3),
-    seed=st.integers(0, 99),
-)
-def test_attention_over_pages_is_that_of_the_mask(chunk, window, layer, lengths, seed):
-    """Steps that cut the requests anywhere, batches that mix them, pages of passed windows gone."""
+LAYERS = 3
+
+
+@st.composite
+def requests(draw):
+    """(P, L, layer, [(length, star plan or None) of each request]): pages of P, and so star blocks, that lengths fill."""
+    chunk, window = draw(st.sampled_from(CHUNKS)), draw(st.sampled_from(WINDOWS))
+    page, batch = PAGE_ROWS * chunk, []
+    for _ in range(draw(st.integers(1, 3))):
+        length = draw(st.integers(1, 300 if chunk < 64 else 2500))
+        block_size, context_end = page * draw(st.integers(1, 3)), draw(st.integers(0, length - 1))
+        anchor_size = page * draw(st.integers(0, block_size // page))
+        plan = StarPlan(block_size, anchor_size, 0, context_end, length)
+        batch.append((length, draw(st.sampled_from([None, plan, plan]))))
+    return chunk, window, draw(st.integers(0, LAYERS - 1)), batch
+
+
+def mask_of(length: int, plan: StarPlan | None, ends: torch.Tensor, window: int) -> torch.Tensor:
+    """The reference's mask."""
+    if plan is None:
+        return reference.attention_mask(length, ends, window)
+    sizes = {"block_size": plan.block_size, "anchor_size": plan.anchor_size, "context_end": plan.context_end}
+    return reference.star_mask(length, ends, window, **sizes)
+
+
+def builder(spec, chunk: int, window: int) -> AttambaMetadataBuilder:
+    config = SimpleNamespace(token_chunk=chunk, leading_tokens=window, num_hidden_layers=LAYERS)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    return AttambaMetadataBuilder(spec, ["layer"], vllm_config, torch.device("cpu"))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(drawn=requests(), seed=st.integers(0, 99))
+def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
+    """Steps that cut the requests anywhere, batches that mix them, star among them, pages of passed windows gone.
+
+    What a star step counts is what the masks of the model's layers say its tokens see.
+    """
+    chunk, window, layer, batch = drawn
+    lengths, plans = [length for length, _ in batch], [plan for _, plan in batch]
     chance, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    offset = layer_offset(layer, 3, chunk)
+    offset = layer_offset(layer, LAYERS, chunk)
     specs = cache_specs(chunk, window, DIM, DIM, torch.float32)
     states, recent = (Pages(specs[name], len(lengths), max(lengths), chance) for name in ("states", "window"))
+    builders = [builder(cache.spec, chunk, window) for cache in (states, recent)]
     query, key, value = ([torch.randn(n, HEADS, SIZE, generator=generator) for n in lengths] for _ in range(3))
-    done, got = [0] * len(lengths), [[] for _ in lengths]
+    done, got, counted = [0] * len(lengths), [[] for _ in lengths], []
     while any(at < length for at, length in zip(done, lengths, strict=True)):
-        lens = np.array([min(length - at, chance.integers(1, 90)) for at, length in zip(done, lengths, strict=True)])
+        most = 90 if chunk < 64 else 700
+        lens = np.array([min(length - at, chance.integers(1, most)) for at, length in zip(done, lengths, strict=True)])
         live = np.flatnonzero(lens)
         lens, seq_lens = lens[live], np.array(done)[live] + lens[live]
-        rows = step_rows(lens, seq_lens)
-        tables = [SimpleNamespace(pages=cache.pages, spec=cache.spec) for cache in (states, recent)]
-        metadata = [
-            AttambaMetadata(
-                rows,
-                cache.table[live],
-                torch.from_numpy(np.append(0, lens.cumsum()).astype(np.int32)),
-                torch.from_numpy(seq_lens.astype(np.int32)),
-            )
-            for cache in (states, recent)
-        ]
+        names = [str(request) for request in live]
+        scheduled = dict(zip(names, lens.tolist(), strict=True))
+        active = {str(r): plans[r] for r in live if plans[r] is not None and done[r] < plans[r].context_end}
+        step = StarStep(active, scheduled, lambda common, names=names: names, counted.append) if active else None
+        common = batch_metadata(lens.tolist(), seq_lens.tolist(), columns=1)
+        with open_step(step):
+            metadata = [
+                build.build(0, common.replace(block_table_tensor=cache.table[live]))
+                for build, cache in zip(builders, (states, recent), strict=True)
+            ]
         plan = metadata[0].plan(chunk, offset, window)
         spans = [slice(done[request], done[request] + count) for request, count in zip(live, lens, strict=True)]
         q, k, v = (
             torch.cat([of[request][span] for request, span in zip(live, spans, strict=True)])
             for of in (query, key, value)
         )
+        tables = [SimpleNamespace(pages=cache.pages, spec=cache.spec) for cache in (states, recent)]
         both = torch.cat([k.flatten(1), v.flatten(1)], -1)
         recent.pages.flatten(0, 1)[metadata[1].slots(tables[1])] = both
         states.pages.flatten(0, 1)[metadata[0].state_slots(tables[0], plan)] = both[torch.from_numpy(plan.ends)]
         out = attend(
-            q, states.pages, metadata[0].block_table, recent.pages, metadata[1].block_table,
-            metadata[1].query_start_loc, metadata[1].seq_lens, torch.from_numpy(rows.request), plan, window + 1, 0.5,
+            q, states.pages, metadata[0].key_table, recent.pages, metadata[1].key_table, metadata[1].query_start_loc,
+            metadata[1].seq_lens, torch.from_numpy(metadata[0].rows.piece), plan, window + 1, 0.5,
         )  # fmt: skip
         for request, part in zip(live, out.split(lens.tolist()), strict=True):
             got[request].append(part)
             done[request] += len(part)
             recent.forget(request, done[request] - window)
     for request, length in enumerate(lengths):
-        mask = reference.attention_mask(length, ends_of(length, chunk, offset), window)
+        mask = mask_of(length, plans[request], ends_of(length, chunk, offset), window)
         scores = torch.einsum("qhd,khd->hqk", query[request], key[request]) * 0.5
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         want = torch.einsum("hqk,khd->qhd", weights, value[request])
         assert (torch.cat(got[request]) - want).abs().max() < 1e-5
+
+    wanted = np.zeros(3)
+    for length, plan in batch:
+        for each in range(LAYERS if plan is not None else 0):
+            ends = ends_of(length, chunk, layer_offset(each, LAYERS, chunk))
+            pairs = [mask_of(length, which, ends, window)[: plan.context_end].sum() for which in (plan, None)]
+            wanted += np.array([plan.context_end, *pairs]) / LAYERS
+    sums = [sum(getattr(rows, name) for rows in counted) for name in ("context_tokens", "star_pairs", "dense_pairs")]
+    assert sums == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

@@ -125,8 +125,9 @@ def test_server_defaults_are_held_against_the_page(star):
 
 
 def test_defaults_suit_every_page_up_to_their_size():
-    for page in (16, 32, 64, 128, 256, 1024):
+    for page in (16, 32, 48, 64, 128, 256, 1024, 1600):
         check_sizes(StarOptions(), page)
+        assert make_plan(20_000, StarOptions(mode="on"), None, page).block_size == -(-8192 // page) * page
 
 
 def test_a_request_replaces_only_what_it_gives():

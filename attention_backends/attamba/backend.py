@@ -126,14 +126,12 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
         chunk, window, layers = config.token_chunk, config.leading_tokens, config.num_hidden_layers
         offsets = Counter(layer_offset(layer, layers, chunk) for layer in range(layers))
         in_context = np.repeat(virtual.star, virtual.query_lens)
-        star_pairs, dense_pairs = (
-            sum(
-                count * int(keys_seen(of, chunk, offset, window)[in_context].sum()) for offset, count in offsets.items()
-            )
-            / layers
-            for of in (rows, rows.dense())
-        )
-        return replace(virtual, star_pairs=star_pairs, dense_pairs=dense_pairs)
+
+        def pairs(of: Rows) -> float:
+            layers_of = offsets.items()
+            return sum(n * keys_seen(of, chunk, offset, window)[in_context].sum() for offset, n in layers_of) / layers
+
+        return replace(virtual, star_pairs=pairs(rows), dense_pairs=pairs(rows.dense()))
 
 
 class AttambaBackend(AttentionBackend):

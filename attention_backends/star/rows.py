@@ -74,8 +74,9 @@ def split_rows(
     for row, (plan, start, end) in enumerate(zip(plans, starts, seq_lens, strict=True)):
         pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
         for piece_start, piece_end, keys in pieces:
-            in_context = plan is not None and piece_start < plan.context_end
-            if in_context:
+            in_context, block_start = False, 0
+            if plan is not None and piece_start < plan.context_end:
+                in_context, block_start = True, piece_start // plan.block_size * plan.block_size
                 queries = piece_end - piece_start
                 context_tokens += queries
                 star_pairs += count_pairs(queries, keys)
@@ -87,7 +88,7 @@ def split_rows(
             lens.append(piece_end - piece_start)
             totals.append(sum(stop - first for first, stop in keys))
             star.append(in_context)
-            block_starts.append(piece_start // plan.block_size * plan.block_size if in_context else 0)
+            block_starts.append(block_start)
     pages = np.zeros((len(columns), max(map(len, columns), default=0)), dtype=np.int64)
     for index, column in enumerate(columns):
         pages[index, : len(column)] = column

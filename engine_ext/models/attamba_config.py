@@ -22,9 +22,7 @@ class AttambaConfig(PretrainedConfig):
     """
 
     model_type = "attamba"
-    star_blocks_depend = (
-        "a chunk that straddles the border of two star blocks carries tokens of the first into the second"
-    )
+    star_blocks_depend = "a chunk that straddles a border of star blocks carries tokens of the first into the second"
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ LAYERS = 3
 
 @st.composite
 def requests(draw):
-    """(P, L, layer, [(length, star plan or None) of each request]): pages of P, and so star blocks, that lengths fill."""
+    """(P, L, layer, [(length, star plan or None) of each request]), of lengths that fill star blocks of whole pages."""
     chunk, window = draw(st.sampled_from(CHUNKS)), draw(st.sampled_from(WINDOWS))
     page, batch = PAGE_ROWS * chunk, []
     for _ in range(draw(st.integers(1, 3))):

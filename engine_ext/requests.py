@@ -71,6 +71,10 @@ class StarRequests:
             refuse_overlap(self.vllm_config, request.overlap_size)
         return make_plan(num_prompt_tokens, self.config.star, request, self.page or 1)
 
+    def describe(self, plan: StarPlan | None, num_prompt_tokens: int) -> dict[str, Any]:
+        """What a client is told of its plan."""
+        return describe(plan, num_prompt_tokens, self.vllm_config.model_config.hf_text_config)
+
 
 def star_requests(input_processor: Any) -> StarRequests:
     """The resolver of an engine, made once and kept on its input processor."""
@@ -113,17 +117,22 @@ def check_early(input_processor: Any, engine_input: Any, params: Any, request_id
     plan = resolver.plan(extra_args, len(token_ids))
     told = response_plans.get()
     if told is not None and resolver.config is not None:
-        told[id(engine_input)] = describe(plan, len(token_ids))
+        told[id(engine_input)] = resolver.describe(plan, len(token_ids))
     made = response_requests.get()
     if made is not None and request_id is not None:
         made.append(request_id)
 
 
-def describe(plan: StarPlan | None, num_prompt_tokens: int) -> dict[str, Any]:
-    """What a client is told: the plan, or that its prompt runs dense."""
-    if plan is None:
-        return {"attention": "dense", "prompt_tokens": num_prompt_tokens}
-    return {"attention": "star"} | plan.summary()
+def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -> dict[str, Any]:
+    """What a client is told: the plan, or that its prompt runs dense.
+
+    Args:
+        model: the text model's configuration; where its ``prompt_keys`` counts keys in its own way, so is told.
+    """
+    dense = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
+    told = dense if plan is None else {"attention": "star"} | plan.summary()
+    count = getattr(model, "prompt_keys", None)
+    return told | count(plan, num_prompt_tokens) if count else told
 
 
 def refuse_beam_search(http_request: Any) -> None:

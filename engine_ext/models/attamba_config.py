@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from attention_backends.attamba.chunks import PAGE_ROWS
+from attention_backends.attamba.count import prompt_keys
+from scheduler.plan import StarPlan
 
 
 class AttambaConfig(PretrainedConfig):
@@ -70,3 +72,7 @@ class AttambaConfig(PretrainedConfig):
     def page_tokens(self) -> int:
         """Tokens of a page of chunk states, which the sizes of Star Attention are multiples of."""
         return PAGE_ROWS * self.token_chunk
+
+    def prompt_keys(self, plan: StarPlan | None, num_tokens: int) -> dict[str, Any]:
+        """Keys that a prompt attends to, as ``attention_backends/attamba/count.py`` has it."""
+        return prompt_keys(plan, num_tokens, self.token_chunk, self.leading_tokens, self.num_hidden_layers)

@@ -117,7 +117,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "star_refused": refusals,
     }
     if prompt_tokens is not None:
-        report["prompt"] = prompt_cost(prompt_tokens, starling.star, page, bytes_per_token, bool(refusals))
+        report["prompt"] = prompt_cost(prompt_tokens, starling.star, page, bytes_per_token, bool(refusals), config)
     return report
 
 
@@ -168,23 +168,28 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     return chosen | {"why": "the faster one by benchmarks/cpu_kernels.py, for this processor and dtype"}
 
 
-def prompt_cost(num_tokens: int, star: Any, page: int, bytes_per_token: int, refused: bool) -> dict[str, Any]:
+def prompt_cost(
+    num_tokens: int, star: Any, page: int, bytes_per_token: int, refused: bool, config: Any
+) -> dict[str, Any]:
     """Plan, KV memory and attention work of one prompt (raises OptionError: it would be refused)."""
+    from engine_ext.refusals import star_page
     from engine_ext.requests import describe
     from scheduler.options import StarOptions
     from scheduler.plan import make_plan
 
-    as_asked = None if refused else make_plan(num_tokens, star, None, page)
-    if_on = make_plan(num_tokens, StarOptions(**(star.model_dump() | {"mode": "on"})), None, page)
+    as_asked = None if refused else make_plan(num_tokens, star, None, star_page(config))
+    star_on = StarOptions(**(star.model_dump(exclude_unset=True) | {"mode": "on"}))
+    if_on = make_plan(num_tokens, star_on, None, star_page(config))
     assert if_on is not None
+    told = describe(if_on, num_tokens, config.model_config.hf_text_config)
     pages = -(-num_tokens // page)
     return {
         "tokens": num_tokens,
         "kv_pages": pages,
         "kv_bytes": pages * page * bytes_per_token,
         "by_default": "dense" if as_asked is None else "star",
-        "plan_with_star_on": None if refused else describe(if_on, num_tokens),
-        "attention_work_dense_over_star": None if refused else round(if_on.dense_keys() / if_on.keys_attended(), 2),
+        "plan_with_star_on": None if refused else told,
+        "attention_work_dense_over_star": None if refused else round(told["dense_keys"] / told["keys_attended"], 2),
     }
 
 

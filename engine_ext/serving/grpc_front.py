@@ -22,7 +22,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext import compat
-from engine_ext.requests import describe, star_requests
+from engine_ext.requests import star_requests
 from engine_ext.serving import grpc_admin
 from engine_ext.serving.errors import DuplicateRequestError, grpc_code, root
 from engine_ext.serving.grpc_capabilities import capabilities
@@ -187,8 +187,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             room = f"The prompt of {num_tokens} tokens fills the model's context: there is no room for output."
             raise VLLMValidationError(room, parameter=prompt_field(request))
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
-        plan = star_requests(self.engine.input_processor).plan(star, num_tokens)
-        return engine_input, params, describe(plan, num_tokens)
+        resolver = star_requests(self.engine.input_processor)
+        return engine_input, params, resolver.describe(resolver.plan(star, num_tokens), num_tokens)
 
     def _admit(self, choices: int) -> None:
         """Raises where the engine is dead, or too full for so many more."""

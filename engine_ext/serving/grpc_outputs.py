@@ -83,5 +83,4 @@ def plan_message(plan: dict[str, Any]) -> pb.Plan:
     tokens = plan["prompt_tokens"]
     pairs = tokens * (tokens + 1) // 2
     dense = {"keys_attended": pairs, "dense_keys": pairs, "keys_per_context_token": (tokens + 1) / 2}
-    values = plan if plan["attention"] == "star" else plan | dense
-    return pb.Plan(**values | {"attention": ATTENTION[plan["attention"]]})
+    return pb.Plan(**dense | plan | {"attention": ATTENTION[plan["attention"]]})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
+from benchmarks.random_attamba import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.activation import MIDDLEWARE, add_middleware, parse_config
@@ -73,6 +75,22 @@ def test_what_does_not_go_together_is_refused_at_start(model, arguments, message
     entry = arguments.pop("entry", {"star": arguments.pop("star", {})})
     with pytest.raises(ValueError, match=message):
         engine_config(model, additional_config={"starling": entry}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("star", "message"),
+    [
+        ({"block_size": 256}, None),
+        ({"block_size": 64}, "star_block_size=64 is refused.*page of 128.*a multiple of 128"),
+        ({"block_size": 256, "overlap_size": 128}, "star_overlap_size=128 is refused.*Attamba.*Allowed: 0"),
+    ],
+)
+def test_sizes_of_attamba_are_held_against_its_pages_of_chunk_states(tmp_path, star, message):
+    plugin.register()
+    model = make_random_attamba(tmp_path / "attamba", hidden_size=64, num_attention_heads=2, token_chunk=8)
+    refused = contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with refused:
+        engine_config(model, additional_config={"starling": {"star": {"mode": "on"} | star}})
 
 
 def test_star_off_by_default_starts_and_refuses_per_request(model):

@@ -14,6 +14,7 @@ from attention_backends.attamba.attend import attend
 from attention_backends.attamba.backend import AttambaMetadataBuilder
 from attention_backends.attamba.cache import cache_specs
 from attention_backends.attamba.chunks import PAGE_ROWS, chunk_start, layer_offset, plan_step, step_rows
+from attention_backends.attamba.count import prompt_keys
 from attention_backends.attamba.scan import Sizes, chunk_scan
 from attention_backends.star.step import StarStep, open_step
 from engine_ext.models.attamba import refuse_features
@@ -156,6 +157,24 @@ def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
     assert sums == pytest.approx(wanted)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(drawn=requests())
+def test_keys_told_to_a_client_are_those_of_the_mask(drawn):
+    chunk, window, _, batch = drawn
+    length, plan = batch[0]
+    told = prompt_keys(plan, length, chunk, window, LAYERS)
+    ends = [ends_of(length, chunk, layer_offset(layer, LAYERS, chunk)) for layer in range(LAYERS)]
+    context_end = length if plan is None else plan.context_end
+    stars, denses = ([mask_of(length, of, each, window).sum(1) for each in ends] for of in (plan, None))
+    contexts = [seen[:context_end] for seen in stars]
+    star, dense, context = (sum(int(seen.sum()) for seen in each) / LAYERS for each in (stars, denses, contexts))
+    assert told == {
+        "keys_attended": pytest.approx(star, abs=0.5),
+        "dense_keys": pytest.approx(dense, abs=0.5),
+        "keys_per_context_token": pytest.approx(context / max(1, context_end), abs=0.05001),
+    }
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_scan_is_the_recurrence(chunk, layer):
@@ -213,6 +232,14 @@ def test_config_survives_json_and_refuses_what_is_not_attamba():
     for wrong in ({"num_key_value_heads": 1}, {"tie_word_embeddings": True}):
         with pytest.raises(ValueError, match="is refused"):
             AttambaConfig(**wrong)
+
+
+def test_star_is_told_how_large_a_page_is_and_that_blocks_depend_on_one_another():
+    """The tokens whose states fill a page: what the cache of states says itself."""
+    config = AttambaConfig(token_chunk=4)
+    assert config.page_tokens == cache_specs(4, 16, 512, 512, torch.float32)["states"].block_size
+    assert "straddles" in config.star_blocks_depend
+    assert "star_blocks_depend" not in json.loads(config.to_json_string(use_diff=False))
 
 
 PARALLEL = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}

@@ -8,9 +8,11 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from attention_backends.attamba.count import prompt_keys
 from engine_ext.metrics import front_metrics
+from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.requests import check_early, refuse_beam_search, resolve_request, response_plans, star_requests
-from scheduler.plan import PLAN_KEY
+from scheduler.plan import PLAN_KEY, StarPlan
 from tests.unit.test_activation import fake_config
 
 STAR = {"star": "on", "star_block_size": 64}
@@ -81,6 +83,41 @@ def test_engines_that_can_not_run_star_refuse_it_and_serve_dense(changes, messag
     with pytest.raises(VLLMValidationError, match=message):
         resolve_request(front, processed(STAR))
     resolve_request(front, processed(None))
+
+
+ATTAMBA = {
+    "page": 128,
+    "model_config__hf_text_config": AttambaConfig(token_chunk=8, leading_tokens=16),
+    "model_config__get_sliding_window": lambda: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"star_block_size": 64},
+            "star_block_size=64 is refused: .* page of 128 tokens. Allowed: a multiple of 128",
+        ),
+        ({"star_block_size": 256, "star_anchor_size": 64}, "star_anchor_size=64 is refused.*a multiple of 128"),
+        ({"star_block_size": 256, "star_overlap_size": 128}, "star_overlap_size=128 is refused.*Attamba.*Allowed: 0"),
+    ],
+)
+def test_sizes_of_attamba_are_pages_of_chunk_states_and_have_no_overlap(options, message):
+    front = processor(ON, **ATTAMBA)
+    with pytest.raises(VLLMValidationError, match=message):
+        resolve_request(front, processed({"star": "on"} | options, length=1000))
+
+
+def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_keys():
+    front, request = processor(ON, **ATTAMBA), processed({"star": "on", "star_num_blocks": 3}, length=1000)
+    resolve_request(front, request)
+    assert request.sampling_params.extra_args == {PLAN_KEY: [384, 384, 0, 500, 1000]}
+    resolver = star_requests(front)
+    for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
+        told = resolver.describe(plan, 1000)
+        assert told == told | prompt_keys(plan, 1000, 8, 16, layers=8)
+    assert told["keys_attended"] < told["dense_keys"]
 
 
 def test_sessions_are_refused():

@@ -38,7 +38,8 @@ class WorkerMetrics:
             compat.use_multiprocess_values(os.environ[DIRECTORY])
         self.context_tokens = Counter("starling:context_tokens", "Prompt tokens prefilled in star blocks.")
         self.keys_attended = Counter(
-            "starling:keys_attended", "Query-key pairs of those tokens, per head and full-attention layer."
+            "starling:keys_attended",
+            "Query-key pairs of those tokens, per head and full-attention layer (a mean).",
         )
         self.keys_dense = Counter("starling:keys_dense", "The pairs they would have had under dense attention.")
 

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from attention_backends.attamba.chunks import (
     PAGE_ROWS,
@@ -32,7 +32,9 @@ from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import current_step
 
 if TYPE_CHECKING:
-    from attention_backends.attamba.cache import PagedRows
+    from attention_backends.attamba.pages import KvPages
+
+Places = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -52,7 +54,7 @@ class AttambaMetadata:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
-    _slots: torch.Tensor | None = None
+    _places: Places | None = None
 
     def plan(self, chunk: int, offset: int, window: int) -> ChunkPlan:
         """The plan of a layer; layers of equal offset share it."""
@@ -61,26 +63,33 @@ class AttambaMetadata:
             self.plans[key] = plan_step(self.rows, *key)
         return self.plans[key]
 
-    def slots_of(self, cache: PagedRows, request: np.ndarray, position: np.ndarray) -> torch.Tensor:
-        """Row in all of a cache's pages for tokens of requests; both are broadcast, the result has their shape."""
-        page = cache.spec.block_size
-        row, at = (torch.from_numpy(array).to(self.block_table.device) for array in (request, position))
-        return self.block_table[row, at // page] * cache.pages.shape[1] + at % page
+    def places_of(self, spec: AttentionSpec, request: np.ndarray, position: np.ndarray) -> Places:
+        """Pages of the group, and rows in them, for tokens of requests; both are broadcast."""
+        return self._places_at(request, position // spec.block_size, position % spec.block_size)
 
-    def slots(self, cache: PagedRows) -> torch.Tensor:
+    def places(self, spec: AttentionSpec) -> Places:
         """The same for the tokens of the step, (T,)."""
-        if self._slots is None:
-            self._slots = self.slots_of(cache, self.rows.request, self.rows.position)
-        return self._slots
+        if self._places is None:
+            self._places = self.places_of(spec, self.rows.request, self.rows.position)
+        return self._places
 
-    def state_slots(self, cache: PagedRows, plan: ChunkPlan) -> torch.Tensor:
-        """Row in all of a states cache's pages for each chunk that ends in the step, (E,)."""
-        page = np.maximum(plan.end_state, 0) // PAGE_ROWS
-        place = np.where(plan.end_state < 0, PAGE_ROWS, plan.end_state % PAGE_ROWS)
-        request, column, row = (
-            torch.from_numpy(array).to(self.block_table.device) for array in (self.rows.request[plan.ends], page, place)
-        )
-        return self.block_table[request, column] * cache.pages.shape[1] + row
+    def write_states(self, states: KvPages, plan: ChunkPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Of key and value (T, heads, head size), keep those of the chunks that end in the step."""
+        chunks = plan.end_state >= 0
+        ends, state = plan.ends[chunks], plan.end_state[chunks]
+        if len(ends):
+            tokens = torch.from_numpy(ends).to(key.device)
+            places = self._places_at(self.rows.request[ends], state // PAGE_ROWS, state % PAGE_ROWS)
+            states.write(*places, key[tokens], value[tokens])
+        first = plan.ends[~chunks]
+        if len(first):
+            tokens, request = (torch.from_numpy(array).to(key.device) for array in (first, self.rows.request[first]))
+            states.write_last(self.block_table[request, 0], key[tokens], value[tokens])
+
+    def _places_at(self, request: np.ndarray, column: np.ndarray, row: np.ndarray) -> Places:
+        device = self.block_table.device
+        at, of, within = (torch.from_numpy(array).to(device) for array in (request, column, row))
+        return self.block_table[at, of].long(), within
 
 
 class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 
 from attention_backends.attamba.backend import AttambaBackend
 from attention_backends.attamba.chunks import PAGE_ROWS
+from attention_backends.attamba.pages import KvPages
 from engine_ext import compat
 
 CHUNKS, WINDOWS = (2, 128), (1, 256)
@@ -63,6 +64,7 @@ class PagedRows(nn.Module, AttentionLayerBase):
         super().__init__()
         self.spec, self.prefix = spec, prefix
         self.kv_cache = torch.tensor([])
+        self._kv: tuple[torch.Tensor, KvPages] | None = None
         compat.register_layer(get_current_vllm_config(), prefix, self)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -78,3 +80,9 @@ class PagedRows(nn.Module, AttentionLayerBase):
         width = cache.shape[-1]
         rows = self.spec.page_size_bytes // (width * cache.element_size())
         return cache.as_strided((cache.shape[0], rows, width), (cache.stride(0), width, 1))
+
+    def kv_pages(self, heads: int) -> KvPages:
+        """The pages of a cache of K|V, as views that are made once for what vLLM has bound."""
+        if self._kv is None or self._kv[0] is not self.kv_cache:
+            self._kv = self.kv_cache, KvPages(self.pages, heads)
+        return self._kv[1]

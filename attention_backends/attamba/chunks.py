@@ -80,9 +80,10 @@ class ChunkPlan:
         token_chunk, token_place: (T,) int64, chunk and place in it of each token of the step.
         ends: (E,) int64, tokens of the step that end a chunk, token 0 among them.
         end_state: (E,) int64, number of the state that each makes; -1: token 0's own.
-        run_starts: (S + 1,) int32, first tokens of the S runs of one piece that see the same states, and T.
-        run_piece: (S,) int64.
-        run_states: (S,) int32, states that a run sees.
+        stair_starts: (S + 1,) int32, first tokens of the S staircases of a piece, and T: of each the last P tokens see
+            as many states, the P before these one fewer, and so on to none.
+        stair_piece: (S,) int64.
+        stair_states: (S,) int32, states that a staircase's last token sees.
         token_0_seen: (T,) bool, whether it sees token 0's own state.
     """
 
@@ -92,9 +93,9 @@ class ChunkPlan:
     token_place: np.ndarray
     ends: np.ndarray
     end_state: np.ndarray
-    run_starts: np.ndarray
-    run_piece: np.ndarray
-    run_states: np.ndarray
+    stair_starts: np.ndarray
+    stair_piece: np.ndarray
+    stair_states: np.ndarray
     token_0_seen: np.ndarray
 
 
@@ -133,8 +134,7 @@ def plan_step(rows: Rows, chunk: int, offset: int, window: int) -> ChunkPlan:
     ends = np.flatnonzero(natural | (position == 0))
     end_state = np.where(natural[ends], position[ends] // chunk, -1)
 
-    seen = states_seen(rows, chunk, offset, window)
-    runs = _changes(rows.piece, seen)
+    stairs, stair_states = _staircases(rows.piece, states_seen(rows, chunk, offset, window), chunk)
     return ChunkPlan(
         chunk_request=request[opens],
         chunk_position=chunk_position,
@@ -142,11 +142,27 @@ def plan_step(rows: Rows, chunk: int, offset: int, window: int) -> ChunkPlan:
         token_place=position - start,
         ends=ends,
         end_state=end_state,
-        run_starts=np.append(runs, len(request)).astype(np.int32),
-        run_piece=rows.piece[runs],
-        run_states=seen[runs].astype(np.int32),
+        stair_starts=np.append(stairs, len(request)).astype(np.int32),
+        stair_piece=rows.piece[stairs],
+        stair_states=stair_states.astype(np.int32),
         token_0_seen=sees_token_0(rows, chunk, offset, window),
     )
+
+
+def _staircases(piece: np.ndarray, seen: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """First token of each staircase, and the states that its last token sees.
+
+    Runs of tokens of a piece that see as many states, joined: a run of ``chunk`` tokens to one before that sees one
+    fewer. Of a run that is longer, as at the start of a star block, no more than ``chunk`` tokens fit a step, unless
+    they see none: there is no step below that.
+    """
+    runs = _changes(piece, seen)
+    within = np.arange(len(piece)) - np.repeat(runs, np.diff(runs, append=len(piece)))
+    runs = _changes(piece, seen, np.where(seen > 0, within // chunk, 0))
+    states = seen[runs]
+    joins = (np.diff(runs, append=len(piece))[1:] == chunk) & (np.diff(states) == 1) & (np.diff(piece[runs]) == 0)
+    first = np.append(True, ~joins)
+    return runs[first], states[np.append(first[1:], True)]
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""The Mamba-2 mixer over chunks that stand beside one another: a masked product for each, no loop over tokens.
+"""The Mamba-2 mixers over chunks that stand beside one another: a masked product for each, no loop over tokens.
 
 arXiv 2405.21060, section 6 (the quadratic form of state space duality), which is exact, and cheap as chunks are short.
+M mixers of one input, SSM_k and SSM_v, run as one. Plain torch; scan_kernel.py is the same in Triton.
 """
 
 from __future__ import annotations
@@ -21,21 +22,17 @@ class Sizes:
     taps: int
 
 
-def split_projection(weight: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
-    """in_proj's rows [z | u B C | dt] as those of the gate z, and the rest: only the rest is needed of past tokens."""
-    return weight[: sizes.inner], weight[sizes.inner :]
-
-
 def causal_conv(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Depthwise convolution over each chunk alone, zeros before it.
 
     Args:
-        rows: (N, W, C); weight: (C, taps), the last tap on the token itself.
+        rows: (N, W, M, C); weight: (M, C, taps), the last tap on the token itself.
     """
-    taps = weight.shape[1]
-    padded = functional.pad(rows, (0, 0, taps - 1, 0))
-    shifted = [padded[:, tap : tap + rows.shape[1]] * weight[:, tap] for tap in range(taps)]
-    return torch.stack(shifted).sum(0)
+    taps = weight.unbind(-1)[::-1]
+    mixed = rows * taps[0]
+    for back in range(1, min(len(taps), rows.shape[1])):
+        mixed[:, back:].addcmul_(rows[:, :-back], taps[back])
+    return mixed
 
 
 def chunk_scan(
@@ -44,29 +41,40 @@ def chunk_scan(
     a_log: torch.Tensor,
     skip: torch.Tensor,
     sizes: Sizes,
+    chunk: torch.Tensor,
+    place: torch.Tensor,
 ) -> torch.Tensor:
-    """A mixer's outputs before its gate, in float32: y_t = C_t S_t + D u_t, S_t = exp(dt_t A) S_{t-1} + dt_t u_t B_t^T.
+    """Outputs of M mixers before their gates, in float32.
+
+    y_t = C_t S_t + D u_t, S_t = exp(dt_t A) S_{t-1} + dt_t u_t B_t^T.
 
     Args:
-        projected: (N, W, inner + 2 state + heads), [u B C | dt] of each chunk's tokens from its first on. What stands
-            past a chunk's last token changes nothing before it.
-        conv_weight: (inner + 2 state, taps).
-        a_log, skip: (heads,), A = -exp(a_log) and D.
+        projected: (N, W, M, inner + 2 state + heads), [u B C | dt] of each chunk's tokens from its first on. What
+            stands past a chunk's last token changes nothing before it.
+        conv_weight: (M, inner + 2 state, taps).
+        a_log, skip: (M, heads), A = -exp(a_log) and D.
+        chunk, place: (T,) int64, falling nowhere: which token of which chunk is asked for, at least one of each.
 
     Returns:
-        (N, W, inner).
+        (T, M, inner).
     """
-    width = projected.shape[1]
+    count, width = projected.shape[:2]
     mixed, dt = projected.float().split([sizes.inner + 2 * sizes.state, sizes.heads], -1)
-    mixed = functional.silu(causal_conv(mixed, conv_weight.float()))
+    mixed = functional.silu(causal_conv(mixed, conv_weight.float()), inplace=True)
     u, b, c = mixed.split([sizes.inner, sizes.state, sizes.state], -1)
-    dt = functional.softplus(dt)
-    # (N, W, heads), falling; in float64, for it falls far in a long chunk, and differences of it are exponents.
-    decay = (dt * -a_log.float().exp()).double().cumsum(1)
     u = u.unflatten(-1, (sizes.heads, -1))
-    later = torch.ones(width, width, dtype=torch.bool, device=projected.device).triu(1)
-    # (N, W, W, heads): what is left at a token of one before it; at most 1.
-    left = (decay[:, :, None] - decay[:, None]).float().masked_fill(later[..., None], float("-inf")).exp()
-    weights = left * torch.einsum("nqs,nks->nqk", c, b)[..., None] * dt[:, None]
-    y = torch.einsum("nqkh,nkhd->nqhd", weights, u) + skip.float()[:, None] * u
-    return y.flatten(-2)
+    dt = functional.softplus(dt)
+    # (N, W, M, heads), falling; in float64, for it falls far in a long chunk, and differences of it are exponents.
+    decay = (dt * -a_log.float().exp()).double().cumsum(1)
+    asked = torch.arange(width, device=projected.device).expand(count, -1)
+    c_asked, u_asked, decay_asked = c, u, decay
+    if len(place) == count:  # one token a chunk, as in decode
+        asked = place[:, None]
+        c_asked, u_asked, decay_asked = (each[chunk, place][:, None] for each in (c, u, decay))
+        place = torch.zeros_like(place)
+    later = torch.arange(width, device=projected.device) > asked[..., None]
+    # (N, Q, W, M, heads): what is left at a token of one before it; at most 1.
+    left = (decay_asked[:, :, None] - decay[:, None]).float().masked_fill_(later[..., None, None], float("-inf")).exp_()
+    weights = left * torch.einsum("nqms,nkms->nqkm", c_asked, b)[..., None] * dt[:, None]
+    y = torch.einsum("nqkmh,nkmhd->nqmhd", weights, u) + skip.float()[..., None] * u_asked
+    return y.flatten(-2)[chunk, place]

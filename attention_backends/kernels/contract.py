@@ -1,11 +1,13 @@
 """What every paged attention of this folder computes, and the checks they share.
 
     paged_attention(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, *, scale, causal=True,
-                    window=None, softcap=0.0, k_scale=1.0, v_scale=1.0, out=None, layout=Layout.PAGES) -> (out, lse)
+                    queries_per_key=1, window=None, softcap=0.0, k_scale=1.0, v_scale=1.0, out=None,
+                    layout=Layout.PAGES) -> (out, lse)
 
 Row r has the q query tokens ``query_start_loc[r]`` to ``query_start_loc[r + 1]`` and ``s = seq_lens[r]`` keys, key k of
 which lies in page ``block_table[r, k // page]`` at ``k % page``. Its query i sees the keys of ``visible_keys``:
-causal, those up to its own position ``s - q + i`` (bottom-right aligned), else all; of these the last ``window``.
+causal, those up to its own position ``s - q + i`` (bottom-right aligned), else all; of these the last ``window``. Where
+a key stands for n tokens (``queries_per_key``), causal is a staircase of n queries a step, and the last one sees all.
 A query that sees no key has out 0 and lse -inf.
 
     score[k] = scale * k_scale * (query . key[k]);  if softcap: score = softcap * tanh(score / softcap)
@@ -20,6 +22,7 @@ Args:
         row sees a key.
     query_start_loc: (R + 1,) int32, from 0, not falling, to T.
     seq_lens: (R,) int32, keys of each row, its own query tokens included where causal; may be 0.
+    queries_per_key: n, at least 1: causal, the query j before the row's last sees ``j // n`` keys fewer than it.
     scale: factor of the scores; ``k_scale`` and ``v_scale`` are those of a quantised cache.
     window: keys that a query sees at most, at least 1; None for all.
     softcap: 0 for none.
@@ -103,13 +106,15 @@ class Sizes:
     page: int
 
 
-def visible_keys(query: int, queries: int, keys: int, *, causal: bool, window: int | None) -> tuple[int, int]:
+def visible_keys(
+    query: int, queries: int, keys: int, *, causal: bool, queries_per_key: int = 1, window: int | None
+) -> tuple[int, int]:
     """[first, end) of the keys that query number ``query`` of a row sees; first == end where none.
 
     Args:
         query: its number in the row, from 0; ``queries`` and ``keys`` are the row's.
     """
-    end = max(0, keys - queries + query + 1) if causal else keys
+    end = max(0, keys - (queries - 1 - query) // queries_per_key) if causal else keys
     return (0 if window is None else max(0, end - window)), end
 
 
@@ -121,6 +126,7 @@ def check(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
+    queries_per_key: int = 1,
     window: int | None,
     softcap: float,
     out: torch.Tensor | None,
@@ -153,6 +159,8 @@ def check(
         raise ValueError(f"keys {keys.dtype}, values {values.dtype}: both in query's {query.dtype}, or both in one fp8")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: at least 1, or None for all keys")
+    if queries_per_key < 1:
+        raise ValueError(f"queries_per_key={queries_per_key}: at least 1")
     if softcap < 0:
         raise ValueError(f"softcap={softcap}: positive, or 0 for none")
     if out is not None and (out.shape != (tokens, heads, value_size) or out.dtype != query.dtype):

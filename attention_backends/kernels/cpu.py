@@ -38,6 +38,7 @@ def paged_attention(
     *,
     scale: float,
     causal: bool = True,
+    queries_per_key: int = 1,
     window: int | None = None,
     softcap: float = 0.0,
     k_scale: float = 1.0,
@@ -48,7 +49,7 @@ def paged_attention(
     """contract.py, for what ``refusal`` has nothing against."""
     sizes = check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens,
-        window=window, softcap=softcap, out=out, layout=layout,
+        queries_per_key=queries_per_key, window=window, softcap=softcap, out=out, layout=layout,
     )  # fmt: skip
     keys, values = page_views(key_cache, value_cache, layout)
     reason = refusal(query, keys, values, out, sizes, layout)
@@ -58,13 +59,14 @@ def paged_attention(
     if op is None:
         return fallback.paged_attention(
             query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale=scale, causal=causal,
-            window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale, out=out, layout=layout,
+            queries_per_key=queries_per_key, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale, out=out,
+            layout=layout,
         )  # fmt: skip
     if out is None:
         out = query.new_empty(sizes.tokens, sizes.heads, sizes.value_size)
     lse = op(
         query, keys, values, block_table.contiguous(), query_start_loc.contiguous(), seq_lens.contiguous(), out,
-        scale * k_scale, causal, window or 0, softcap, v_scale, layout is Layout.CPU,
+        scale * k_scale, causal, queries_per_key, window or 0, softcap, v_scale, layout is Layout.CPU,
     )  # fmt: skip
     return out, lse
 

@@ -34,6 +34,7 @@ struct Call {
   Strides keys, values;
   int64_t query_strides[2], out_strides[2];
   bool transposed_keys, causal;
+  int64_t queries_per_key;
   int64_t window;  // 0 for none
   float scale, softcap, value_scale;
   float* lse;  // (shares, tokens, heads)
@@ -49,7 +50,7 @@ struct Keys {
 };
 
 Keys visible(const Call& call, int64_t query, int64_t queries, int64_t keys) {
-  const int64_t end = call.causal ? std::max<int64_t>(0, keys - queries + query + 1) : keys;
+  const int64_t end = call.causal ? std::max<int64_t>(0, keys - (queries - 1 - query) / call.queries_per_key) : keys;
   return {call.window ? std::max<int64_t>(0, end - call.window) : 0, end};
 }
 
@@ -379,8 +380,8 @@ at::Tensor by_cache_dtype(Call& call, const at::Tensor& query, const at::Tensor&
 // with either the size's or, of transposed keys, the tokens' stride 1.
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                            const at::Tensor& block_table, const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
-                           at::Tensor& out, double scale, bool causal, int64_t window, double softcap,
-                           double value_scale, bool transposed_keys) {
+                           at::Tensor& out, double scale, bool causal, int64_t queries_per_key, int64_t window,
+                           double softcap, double value_scale, bool transposed_keys) {
   Call call{};
   call.rows = seq_lens.size(0);
   call.tokens = query.size(0);
@@ -402,6 +403,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, cons
   }
   call.transposed_keys = transposed_keys;
   call.causal = causal;
+  call.queries_per_key = queries_per_key;
   call.window = window;
   call.scale = static_cast<float>(scale);
   call.softcap = static_cast<float>(softcap);
@@ -420,8 +422,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, cons
 TORCH_LIBRARY(starling_kernels, library) {
   library.def(
       "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor query_start_loc, "
-      "Tensor seq_lens, Tensor(a!) out, float scale, bool causal, int window, float softcap, float value_scale, "
-      "bool transposed_keys) -> Tensor");
+      "Tensor seq_lens, Tensor(a!) out, float scale, bool causal, int queries_per_key, int window, float softcap, "
+      "float value_scale, bool transposed_keys) -> Tensor");
   library.impl("paged_attention", c10::DispatchKey::CPU, &paged_attention);
 }
 

@@ -6,6 +6,8 @@ group of pages is gathered, however long a row is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from attention_backends.kernels.contract import Layout, check, page_views, visible_keys
@@ -25,6 +27,7 @@ def paged_attention(
     *,
     scale: float,
     causal: bool = True,
+    queries_per_key: int = 1,
     window: int | None = None,
     softcap: float = 0.0,
     k_scale: float = 1.0,
@@ -35,7 +38,7 @@ def paged_attention(
     """contract.py; sums in float32, or float64 where query is."""
     sizes = check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens,
-        window=window, softcap=softcap, out=out, layout=layout,
+        queries_per_key=queries_per_key, window=window, softcap=softcap, out=out, layout=layout,
     )  # fmt: skip
     keys, values = page_views(key_cache, value_cache, layout)
     if out is None:
@@ -47,16 +50,16 @@ def paged_attention(
         queries = starts[row + 1] - starts[row]
         for tile in range(0, queries, TILE_QUERIES):
             numbers = range(tile, min(tile + TILE_QUERIES, queries))
-            first = visible_keys(numbers[0], queries, length, causal=causal, window=window)[0]
-            end = visible_keys(numbers[-1], queries, length, causal=causal, window=window)[1]
+            rule: dict[str, Any] = {"causal": causal, "queries_per_key": queries_per_key, "window": window}
+            first = visible_keys(numbers[0], queries, length, **rule)[0]
+            end = visible_keys(numbers[-1], queries, length, **rule)[1]
             tokens = slice(starts[row] + numbers[0], starts[row] + numbers[-1] + 1)
             # Query head h reads KV head h // group: (KV heads, tile, group, D), scaled here once.
             grouped = query[tokens].to(wide).unflatten(1, (sizes.kv_heads, -1)).movedim(0, 1) * (scale * k_scale)
             total = grouped.new_zeros(*grouped.shape[:3], sizes.value_size)
             logs = grouped.new_full(grouped.shape[:3], float("-inf"))
-            position = torch.arange(numbers[0], numbers[-1] + 1, device=query.device) + (length - queries)
-            if not causal:
-                position = torch.full_like(position, length - 1)
+            after = queries - 1 - torch.arange(numbers[0], numbers[-1] + 1, device=query.device)
+            position = length - 1 - (after // queries_per_key if causal else torch.zeros_like(after))
             step = max(1, GROUP_KEYS // sizes.page) * sizes.page
             for base in range(first // sizes.page * sizes.page, end, step):
                 stop = min(base + step, end)

@@ -17,6 +17,7 @@ def paged_attention(
     *,
     scale: float,
     causal: bool = True,
+    queries_per_key: int = 1,
     window: int | None = None,
     softcap: float = 0.0,
     k_scale: float = 1.0,
@@ -27,7 +28,7 @@ def paged_attention(
     """contract.py; computes in float64 whatever the operands' dtype, so a float64 query shows all digits."""
     sizes = check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens,
-        window=window, softcap=softcap, out=out, layout=layout,
+        queries_per_key=queries_per_key, window=window, softcap=softcap, out=out, layout=layout,
     )  # fmt: skip
     keys, values = page_views(key_cache, value_cache, layout)
     if out is None:
@@ -41,7 +42,9 @@ def paged_attention(
             query[first:last].double(),
             _gather(keys, pages)[:length].double() * k_scale,
             _gather(values, pages)[:length].double() * v_scale,
-            visible_mask(last - first, length, causal=causal, window=window).to(query.device),
+            visible_mask(last - first, length, causal=causal, queries_per_key=queries_per_key, window=window).to(
+                query.device
+            ),
             scale,
             softcap,
         )
@@ -49,10 +52,13 @@ def paged_attention(
     return out, lse
 
 
-def visible_mask(queries: int, keys: int, *, causal: bool, window: int | None) -> torch.Tensor:
+def visible_mask(
+    queries: int, keys: int, *, causal: bool, queries_per_key: int = 1, window: int | None
+) -> torch.Tensor:
     """(queries, keys) bool: one comparison for each rule of the contract."""
     key = torch.arange(keys)[None, :]
-    position = torch.arange(queries)[:, None] + (keys - queries) if causal else torch.full((queries, 1), keys - 1)
+    later = torch.arange(queries - 1, -1, -1)[:, None] if causal else torch.zeros(queries, 1, dtype=torch.int64)
+    position = keys - 1 - later // queries_per_key
     mask = key <= position
     return mask if window is None else mask & (key > position - window)
 

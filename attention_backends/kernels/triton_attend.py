@@ -161,6 +161,7 @@ def paged_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
+    QUERIES_PER_KEY: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -198,9 +199,10 @@ def paged_attention_kernel(
 
     # The last key a query sees, and that of the tile's first and last query.
     if CAUSAL:
-        position = seq_len - queries + index
-        low = seq_len - queries + tile_start
-        high = seq_len - queries + tl.minimum(tile_start + BLOCK_Q, queries) - 1
+        # Lanes past the last query divide towards zero, unlike Python under the interpreter; they are not stored.
+        position = seq_len - 1 - (queries - 1 - index) // QUERIES_PER_KEY
+        low = seq_len - 1 - (queries - 1 - tile_start) // QUERIES_PER_KEY
+        high = seq_len - 1 - (queries - tl.minimum(tile_start + BLOCK_Q, queries)) // QUERIES_PER_KEY
     else:
         position = seq_len - 1 + tl.zeros([BLOCK_M], dtype=tl.int32)
         low = seq_len - 1

@@ -20,6 +20,7 @@ def paged_attention(
     *,
     scale: float,
     causal: bool = True,
+    queries_per_key: int = 1,
     window: int | None = None,
     softcap: float = 0.0,
     k_scale: float = 1.0,
@@ -30,7 +31,7 @@ def paged_attention(
     """The contract of contract.py."""
     sizes = check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens,
-        window=window, softcap=softcap, out=out, layout=layout,
+        queries_per_key=queries_per_key, window=window, softcap=softcap, out=out, layout=layout,
     )  # fmt: skip
     keys, values = prepare(query, key_cache, value_cache, layout)
     if out is None:
@@ -48,6 +49,7 @@ def paged_attention(
         tile=make_tile(sizes, query.element_size(), LANES),
         scale=scale,
         causal=causal,
+        queries_per_key=queries_per_key,
         window=window,
         softcap=softcap,
         k_scale=k_scale,

@@ -95,6 +95,7 @@ def paged_attention(
     *,
     scale: float,
     causal: bool = True,
+    queries_per_key: int = 1,
     window: int | None = None,
     softcap: float = 0.0,
     k_scale: float = 1.0,
@@ -105,10 +106,10 @@ def paged_attention(
     """The contract of contract.py, but for what ``check_supported`` refuses."""
     sizes = check(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens,
-        window=window, softcap=softcap, out=out, layout=layout,
+        queries_per_key=queries_per_key, window=window, softcap=softcap, out=out, layout=layout,
     )  # fmt: skip
     keys, values = page_views(key_cache, value_cache, layout)
-    check_supported(query, keys, values, window, softcap)
+    check_supported(query, keys, values, queries_per_key, window, softcap)
     if out is None:
         out = torch.empty_like(query)
     if not sizes.tokens:
@@ -156,7 +157,12 @@ def paged_attention(
 
 
 def check_supported(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None, softcap: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries_per_key: int,
+    window: int | None,
+    softcap: float,
 ) -> None:
     """Refuse what xformers' paged attention has not."""
     if query.dtype not in DTYPES or keys.dtype != query.dtype:
@@ -167,6 +173,8 @@ def check_supported(
         raise ValueError(
             f"head sizes {keys.shape[3]} and {values.shape[3]}: xformers takes one for both, of {HEAD_SIZES}"
         )
+    if queries_per_key != 1:
+        raise ValueError(f"queries_per_key={queries_per_key}: xformers' masks go a key a query")
     if window is not None or softcap:
         raise ValueError(f"window={window}, softcap={softcap}: xformers' paged attention has neither")
 

@@ -7,7 +7,7 @@ parallel ranks the mixers run whole on each, and only their last product, the qu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -28,37 +28,57 @@ from attention_backends.attamba.cache import PagedRows, cache_specs
 from attention_backends.attamba.chunks import layer_offset
 from attention_backends.attamba.scan import Sizes, chunk_scan
 from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.models.attamba_weights import load_checkpoint
+from engine_ext.models.attamba_weights import MIXERS, load_checkpoint
 
 
-class Mixer(nn.Module):
-    """SSM_k or SSM_v: a Mamba-2 mixer over each chunk alone, whose output is split over ranks."""
+class Mixers(nn.Module):
+    """SSM_k and SSM_v: Mamba-2 mixers of one input over each chunk alone, whose outputs are split over ranks."""
 
     def __init__(self, config: AttambaConfig, prefix: str) -> None:
         super().__init__()
         self.sizes = Sizes(config.ssm_heads, config.ssm_inner, config.ssm_state_dim, config.conv_size)
-        dim, inner = config.hidden_size, config.ssm_inner
+        self.eps = config.rms_norm_eps
+        dim, inner, heads, count = config.hidden_size, config.ssm_inner, config.ssm_heads, len(MIXERS)
         convolved = inner + 2 * config.ssm_state_dim
         # in_proj in two: of tokens of earlier steps the gate is not needed again.
-        self.gate = ReplicatedLinear(dim, inner, bias=False, prefix=f"{prefix}.gate")
-        self.inputs = ReplicatedLinear(dim, convolved + config.ssm_heads, bias=False, prefix=f"{prefix}.inputs")
-        self.conv_weight = nn.Parameter(torch.empty(convolved, config.conv_size), requires_grad=False)
-        self.A_log = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32), requires_grad=False)
-        self.D = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32), requires_grad=False)
-        self.ssm_norm = RMSNorm(inner, eps=config.rms_norm_eps)
-        self.out_proj = ColumnParallelLinear(inner, dim, bias=False, prefix=f"{prefix}.out_proj")
+        self.gate, self.inputs = (
+            MergedColumnParallelLinear(dim, [width] * count, bias=False, prefix=f"{prefix}.{name}", disable_tp=True)
+            for name, width in (("gate", inner), ("inputs", convolved + heads))
+        )
+        self.conv_weight = stacked(count, convolved, config.conv_size)
+        self.A_log, self.D = (stacked(count, heads, dtype=torch.float32) for _ in range(2))
+        self.norm_weight = stacked(count, inner)
+        self.out_proj = nn.ModuleList(
+            ColumnParallelLinear(inner, dim, bias=False, prefix=f"{prefix}.out_proj.{index}") for index in range(count)
+        )
 
-    def forward(self, x: torch.Tensor, chunks: torch.Tensor, chunk: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """(T, local dim) for the tokens x (T, dim), of which token t is number ``place[t]`` of ``chunks[chunk[t]]``.
+    def forward(
+        self, x: torch.Tensor, chunks: torch.Tensor, chunk: torch.Tensor, place: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Of each mixer (T, local dim) for the tokens x (T, dim); token t is number ``place[t]`` of chunk ``chunk[t]``.
 
         Args:
             chunks: (N, W, dim), the inputs of each chunk from its first token on.
         """
-        projected, _ = self.inputs(chunks)
-        y = chunk_scan(projected, self.conv_weight, self.A_log, self.D, self.sizes)[chunk, place].to(x.dtype)
-        gate, _ = self.gate(x)
-        out, _ = self.out_proj(self.ssm_norm(y * nn.functional.silu(gate)))
-        return out
+        projected, gate = (
+            linear(rows)[0].unflatten(-1, (len(MIXERS), -1)) for linear, rows in ((self.inputs, chunks), (self.gate, x))
+        )
+        y = chunk_scan(projected, self.conv_weight, self.A_log, self.D, self.sizes, chunk, place)
+        y = nn.functional.rms_norm(y * nn.functional.silu(gate.float()), y.shape[-1:], eps=self.eps) * self.norm_weight
+        return (linear(part)[0] for linear, part in zip(self.out_proj, y.to(x.dtype).unbind(1), strict=True))
+
+
+def stacked(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A parameter with a row a mixer."""
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+    def load(parameter: nn.Parameter, tensor: torch.Tensor, mixer: int) -> None:
+        if tensor.shape != parameter.shape[1:]:
+            raise ValueError(f"it is of shape {tuple(parameter.shape[1:])}")
+        parameter.data[mixer].copy_(tensor)
+
+    parameter.weight_loader = load  # type: ignore[attr-defined]
+    return parameter
 
 
 class ExactRotary(RotaryEmbedding):
@@ -93,7 +113,7 @@ class AttentiveSsm(nn.Module):
         self.states, self.recent, self.rows = (
             PagedRows(specs[name], f"{prefix}.{name}") for name in ("states", "window", "rows")
         )
-        self.k_ssm, self.v_ssm = Mixer(config, f"{prefix}.k_ssm"), Mixer(config, f"{prefix}.v_ssm")
+        self.mixers = Mixers(config, f"{prefix}.mixers")
         dim = config.hidden_size
         self.wq = ColumnParallelLinear(dim, dim, bias=False, prefix=f"{prefix}.wq")
         self.wo = RowParallelLinear(dim, dim, bias=False, prefix=f"{prefix}.wo")
@@ -109,31 +129,30 @@ class AttentiveSsm(nn.Module):
         tokens = len(rows.rows.position)  # x may be padded past them
         plan = states.plan(self.chunk, self.offset, self.window)
 
-        inputs = self.rows.pages.flatten(0, 1)
-        inputs[rows.slots(self.rows)] = x[:tokens]
-        chunks = inputs[rows.slots_of(self.rows, plan.chunk_request[:, None], plan.chunk_position)]
+        inputs = self.rows.pages
+        inputs[rows.places(self.rows.spec)] = x[:tokens]
+        chunks = inputs[rows.places_of(self.rows.spec, plan.chunk_request[:, None], plan.chunk_position)]
         chunk, place = (torch.from_numpy(index).to(x.device) for index in (plan.token_chunk, plan.token_place))
-        own = x[:, self.rank * self.local_dim : (self.rank + 1) * self.local_dim]
-        key = own[:tokens] + self.k_ssm(x[:tokens], chunks, chunk, place)
-        value = own[:tokens] + self.v_ssm(x[:tokens], chunks, chunk, place)
+        own = x[:tokens, self.rank * self.local_dim : (self.rank + 1) * self.local_dim]
+        key, value = (own + mixed for mixed in self.mixers(x[:tokens], chunks, chunk, place))
         query, key = self.rotary(positions[:tokens], query[:tokens].contiguous(), key)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
 
-        both = torch.cat([key, value], -1)
-        self.recent.pages.flatten(0, 1)[recent.slots(self.recent)] = both
-        ends = torch.from_numpy(plan.ends).to(x.device)
-        self.states.pages.flatten(0, 1)[states.state_slots(self.states, plan)] = both[ends]
-
+        states_kv, recent_kv = (cache.kv_pages(self.heads) for cache in (self.states, self.recent))
+        recent_kv.write(*recent.places(self.recent.spec), key, value)
+        states.write_states(states_kv, plan, key, value)
         out = query.new_zeros(len(x), self.local_dim)
         out[:tokens] = attend(
-            query.unflatten(-1, (self.heads, -1)),
-            self.states.pages,
+            query,
+            states_kv,
             states.key_table,
-            self.recent.pages,
+            recent_kv,
             recent.key_table,
             recent.query_start_loc,
             recent.seq_lens,
             torch.from_numpy(states.rows.piece).to(x.device),
             plan,
+            self.chunk,
             self.window + 1,
             self.head_dim**-0.5,
         ).flatten(1)

@@ -10,6 +10,7 @@ from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 MIXERS = ("k_ssm", "v_ssm")
+PAIRED = (".gate_up_proj.", ".mixers.gate.", ".mixers.inputs.", ".conv_weight", ".A_log", ".D", ".norm_weight")
 
 
 def targets(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
@@ -18,12 +19,15 @@ def targets(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
     Args:
         inner: of the mixers: in_proj's first rows are the gate's.
     """
-    mixer = next((part for part in MIXERS if f".{part}." in name), None)
-    if mixer is not None:
-        name = name.replace(f".{mixer}.", f".attentive_ssm.{mixer}.")
-        if name.endswith(".in_proj.weight"):
-            gate, inputs = (name.replace(".in_proj.", f".{part}.") for part in ("gate", "inputs"))
-            return [(gate, None, slice(0, inner)), (inputs, None, slice(inner, None))]
+    for index, mixer in enumerate(MIXERS):
+        if f".{mixer}." in name:
+            name = name.replace(f".{mixer}.", ".attentive_ssm.mixers.").replace(".ssm_norm.weight", ".norm_weight")
+            if name.endswith(".in_proj.weight"):
+                gate, inputs = (name.replace(".in_proj.", f".{part}.") for part in ("gate", "inputs"))
+                return [(gate, index, slice(0, inner)), (inputs, index, slice(inner, None))]
+            if name.endswith(".out_proj.weight"):
+                return [(name.replace(".out_proj.", f".out_proj.{index}."), None, None)]
+            return [(name, index, None)]
     for part, shard in ((".w1.", 0), (".w3.", 1)):
         if part in name:
             return [(name.replace(part, ".gate_up_proj."), shard, None)]
@@ -49,7 +53,7 @@ def load_checkpoint(model: nn.Module, inner: int, weights: Iterable[tuple[str, t
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit config.json: {error}") from error
             loaded.add((target, shard))
-    wanted = {(name, shard) for name in parameters for shard in ((0, 1) if ".gate_up_proj." in name else (None,))}
+    wanted = {(name, shard) for name in parameters for shard in ((0, 1) if any(p in name for p in PAIRED) else (None,))}
     if missing := sorted(f"{name}" for name, _ in wanted - loaded):
         raise ValueError(f"the checkpoint lacks what {len(missing)} parameters are made of: {', '.join(missing[:8])}")
     return {name for name, _ in loaded}

@@ -27,6 +27,7 @@ class Case:
     page: int = 16
     layout: Layout = Layout.CPU
     causal: bool = True
+    queries_per_key: int = 1
     window: int | None = None
     softcap: float = 0.0
     dtype: torch.dtype = torch.float32
@@ -40,6 +41,7 @@ class Case:
         return {
             "scale": self.spread / math.sqrt(self.key_size),
             "causal": self.causal,
+            "queries_per_key": self.queries_per_key,
             "window": self.window,
             "softcap": self.softcap,
             "k_scale": self.k_scale,
@@ -115,6 +117,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "page": st.sampled_from([16, 32, 48]),
         "layout": st.sampled_from(list(Layout)),
         "causal": st.booleans(),
+        "queries_per_key": st.sampled_from([1, 1, 2, 5]),
         "window": st.sampled_from([None, None, 1, 5, 33]),
         "softcap": st.sampled_from([0.0, 0.0, 1.5]),
         "seed": st.integers(0, 99),

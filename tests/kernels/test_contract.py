@@ -65,13 +65,20 @@ def test_a_key_cache_in_parts_is_refused():
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("per_key", [1, 2, 3])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_ranges_are_the_mask(causal, window):
+def test_ranges_are_the_mask(causal, per_key, window):
     for queries, keys in ((1, 7), (4, 4), (5, 9), (6, 2), (3, 0)):
-        mask = visible_mask(queries, keys, causal=causal, window=window)
+        rule = {"causal": causal, "queries_per_key": per_key, "window": window}
+        mask = visible_mask(queries, keys, **rule)
         for query in range(queries):
-            first, end = visible_keys(query, queries, keys, causal=causal, window=window)
+            first, end = visible_keys(query, queries, keys, **rule)
             assert mask[query].nonzero().flatten().tolist() == list(range(first, end))
+
+
+def test_a_staircase_of_two_queries_a_key():
+    steps = visible_mask(5, 7, causal=True, queries_per_key=2, window=None).sum(1)
+    assert steps.tolist() == [5, 6, 6, 7, 7]
 
 
 CASE = Case((2, 1), (20, 5), kv_heads=2, group=2)
@@ -82,6 +89,7 @@ REFUSED = {
     "a row too many": ({"seq_lens": torch.ones(3, dtype=torch.int32)}, "3 rows in seq_lens, 2 in block_table"),
     "another head size": ({"query": torch.zeros(3, 4, 64)}, "do not fit each other and head size 64"),
     "another dtype": ({"query": torch.zeros(3, 4, 32).half()}, "both in query's torch.float16"),
+    "no query to a key": ({"queries_per_key": 0}, "queries_per_key=0: at least 1"),
     "no window": ({"window": 0}, "window=0: at least 1"),
     "a negative cap": ({"softcap": -1.0}, "softcap=-1.0"),
     "a wrong out": ({"out": torch.zeros(3, 4, 64)}, "query and values ask for"),

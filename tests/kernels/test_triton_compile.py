@@ -41,6 +41,7 @@ class Build:
     decode: bool
     instruction: str
     causal: bool = True
+    queries_per_key: int = 1
     windowed: bool = False
     capped: bool = False
 
@@ -60,6 +61,7 @@ def compile_attend(build: Build) -> triton.compiler.CompiledKernel:
         "BLOCK_D": head_block(build.head_size),
         "BLOCK_DV": head_block(build.head_size),
         "CAUSAL": build.causal,
+        "QUERIES_PER_KEY": build.queries_per_key,
         "WINDOWED": build.windowed,
         "CAPPED": build.capped,
         "PARTIAL": build.decode,
@@ -101,12 +103,17 @@ def spilled_bytes(kernel: triton.compiler.CompiledKernel, directory: Path) -> in
         Build(80, "bf16", "bf16", 128, 4, False, "mma.sync"),
         Build(80, "fp16", "fp8e5", 80, 3, True, "mma.sync", windowed=True),
         Build(90, "bf16", "bf16", 128, 4, False, "wgmma"),
+        Build(90, "bf16", "bf16", 64, 1, False, "wgmma", queries_per_key=8),
         Build(90, "bf16", "fp8e4nv", 128, 8, True, "mma.sync"),
         Build(90, "fp16", "fp16", 64, 1, False, "wgmma", causal=False, capped=True),
         Build(90, "fp32", "fp32", 128, 4, False, "fma"),
         Build(100, "bf16", "bf16", 256, 8, False, "tcgen05", windowed=True),
     ],
-    ids=lambda build: f"sm{build.capability}-{build.dtype}-{build.cache}-{build.head_size}-{build.instruction}",
+    ids=lambda build: "-".join(
+        map(
+            str, (build.capability, build.dtype, build.cache, build.head_size, build.instruction, build.queries_per_key)
+        )
+    ),
 )
 def test_kernel_compiles_and_fits(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

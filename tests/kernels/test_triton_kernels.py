@@ -45,6 +45,7 @@ PREFILL = {
     "e4m3": replace(MIXED, **E4M3, k_scale=0.5, v_scale=3.0),
     "e5m2": replace(MIXED, **E5M2, k_scale=0.5, v_scale=3.0, softcap=5.0),
     "layout of the CPU backend": replace(MIXED, layout=Layout.CPU),
+    "staircase": replace(MIXED, query_lens=(150, 7, 0), seq_lens=(40, 3, 2), causal=True, queries_per_key=8),
     "long": replace(MIXED, query_lens=(150,), seq_lens=(400,), group=1),
     "long, windowed": replace(MIXED, query_lens=(70,), seq_lens=(200,), kv_heads=1, group=8, window=65),
 }
@@ -59,6 +60,7 @@ SPLIT = {
     "decode, window": (replace(DECODE, window=100), 3),
     "decode, window, not causal": (replace(DECODE, window=100, causal=False), 2),
     "decode, softcap, eight heads": (replace(DECODE, kv_heads=1, group=8, softcap=3.0), 3),
+    "decode, staircase": (replace(DECODE, causal=True, query_lens=(3, 2, 1, 1), queries_per_key=4), 3),
     "decode, bfloat16": (replace(DECODE, kv_heads=1, dtype=torch.bfloat16, key_size=128, value_size=96), 3),
     "decode, e4m3": (replace(DECODE, **E4M3, k_scale=2.0, v_scale=0.25), 3),
     "decode, rows of many queries": (replace(MIXED, group=1), 4),
@@ -86,6 +88,7 @@ def random_job(seed: int) -> tuple[Case, int | None, str]:
         draw.choice((16, 32, 48, 64, 128)),
         layout=Layout.PAGES,
         causal=draw.random() < 0.7,
+        queries_per_key=draw.choice((1, 1, 4)),
         window=draw.choice((None, None, 1, 16, 77)),
         softcap=draw.choice((0.0, 0.0, 4.0)),
         dtype=dtype,

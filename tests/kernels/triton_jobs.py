@@ -46,13 +46,18 @@ class Errors:
     empty: bool
 
 
+def rule(case: Case) -> dict[str, Any]:
+    """Who sees what."""
+    return {"causal": case.causal, "queries_per_key": case.queries_per_key, "window": case.window}
+
+
 def operands(case: Case, strides: str) -> dict[str, torch.Tensor]:
     """The case's own, with what a window leaves behind freed: NaN, and whole pages another's in the block table."""
     tensors = case.tensors()
     keys, values = page_views(tensors["key_cache"], tensors["value_cache"], case.layout)
     null_page = next(page for page in range(len(keys)) if page not in tensors["block_table"])
     for row, (queries, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
-        first = visible_keys(0, queries, length, causal=case.causal, window=case.window)[0]
+        first = visible_keys(0, queries, length, **rule(case))[0]
         for position in range(first):
             page = tensors["block_table"][row, position // case.page]
             keys[page, position % case.page] = values[page, position % case.page] = NAN
@@ -77,7 +82,7 @@ def sdpa(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     keys, values = page_views(tensors["key_cache"], tensors["value_cache"], case.layout)
     out = query.new_zeros(len(query), query.shape[1], case.value_size)
     for row, (queries, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
-        mask = reference.visible_mask(queries, length, causal=case.causal, window=case.window)
+        mask = reference.visible_mask(queries, length, **rule(case))
         position = torch.arange(length)[mask.any(0)]
         page, slot = tensors["block_table"][row, position // case.page], position % case.page
         last = int(starts[row + 1])

@@ -15,11 +15,12 @@ from attention_backends.attamba.backend import AttambaMetadataBuilder
 from attention_backends.attamba.cache import cache_specs
 from attention_backends.attamba.chunks import PAGE_ROWS, chunk_start, layer_offset, plan_step, step_rows
 from attention_backends.attamba.count import prompt_keys
+from attention_backends.attamba.pages import KvPages
 from attention_backends.attamba.scan import Sizes, chunk_scan
 from attention_backends.star.step import StarStep, open_step
 from engine_ext.models.attamba import refuse_features
 from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.models.attamba_weights import load_checkpoint, targets
+from engine_ext.models.attamba_weights import MIXERS, load_checkpoint, targets
 from scheduler.plan import StarPlan
 from tests.unit.test_rows import batch_metadata
 
@@ -105,6 +106,7 @@ def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
     specs = cache_specs(chunk, window, DIM, DIM, torch.float32)
     states, recent = (Pages(specs[name], len(lengths), max(lengths), chance) for name in ("states", "window"))
     builders = [builder(cache.spec, chunk, window) for cache in (states, recent)]
+    states_kv, recent_kv = (KvPages(cache.pages, HEADS) for cache in (states, recent))
     query, key, value = ([torch.randn(n, HEADS, SIZE, generator=generator) for n in lengths] for _ in range(3))
     done, got, counted = [0] * len(lengths), [[] for _ in lengths], []
     while any(at < length for at, length in zip(done, lengths, strict=True)):
@@ -128,13 +130,11 @@ def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
             torch.cat([of[request][span] for request, span in zip(live, spans, strict=True)])
             for of in (query, key, value)
         )
-        tables = [SimpleNamespace(pages=cache.pages, spec=cache.spec) for cache in (states, recent)]
-        both = torch.cat([k.flatten(1), v.flatten(1)], -1)
-        recent.pages.flatten(0, 1)[metadata[1].slots(tables[1])] = both
-        states.pages.flatten(0, 1)[metadata[0].state_slots(tables[0], plan)] = both[torch.from_numpy(plan.ends)]
+        recent_kv.write(*metadata[1].places(recent.spec), k, v)
+        metadata[0].write_states(states_kv, plan, k, v)
         out = attend(
-            q, states.pages, metadata[0].key_table, recent.pages, metadata[1].key_table, metadata[1].query_start_loc,
-            metadata[1].seq_lens, torch.from_numpy(metadata[0].rows.piece), plan, window + 1, 0.5,
+            q, states_kv, metadata[0].key_table, recent_kv, metadata[1].key_table, metadata[1].query_start_loc,
+            metadata[1].seq_lens, torch.from_numpy(metadata[0].rows.piece), plan, chunk, window + 1, 0.5,
         )  # fmt: skip
         for request, part in zip(live, out.split(lens.tolist()), strict=True):
             got[request].append(part)
@@ -183,21 +183,33 @@ def test_scan_is_the_recurrence(chunk, layer):
     sizes, offset, tokens = Sizes(2, 32, 16, 4), layer_offset(layer, 3, chunk), 100
     config = {"ssm_heads": 2, "ssm_inner": 32, "ssm_state_dim": 16, "conv_size": 4, "rms_norm_eps": 1e-5}
     weights = {
-        "k_ssm.in_proj.weight": torch.randn(2 * 32 + 2 * 16 + 2, DIM, dtype=torch.float64) * 0.2,
-        "k_ssm.conv_weight": torch.randn(64, 4, dtype=torch.float64),
-        "k_ssm.A_log": torch.randn(2, dtype=torch.float64),
-        "k_ssm.D": torch.randn(2, dtype=torch.float64),
-        "k_ssm.ssm_norm.weight": torch.ones(32, dtype=torch.float64),
-        "k_ssm.out_proj.weight": torch.eye(32, dtype=torch.float64),
+        f"{name}.{part}": tensor
+        for name in MIXERS
+        for part, tensor in (
+            ("in_proj.weight", torch.randn(2 * 32 + 2 * 16 + 2, DIM, dtype=torch.float64) * 0.2),
+            ("conv_weight", torch.randn(64, 4, dtype=torch.float64)),
+            ("A_log", torch.randn(2, dtype=torch.float64)),
+            ("D", torch.randn(2, dtype=torch.float64)),
+            ("ssm_norm.weight", torch.ones(32, dtype=torch.float64)),
+            ("out_proj.weight", torch.eye(32, dtype=torch.float64)),
+        )
     }
+
+    def both(part: str) -> torch.Tensor:
+        return torch.stack([weights[f"{name}.{part}"] for name in MIXERS])
+
     x = torch.randn(tokens, DIM, dtype=torch.float64)
-    want = reference.mixer(x, weights, "k_ssm", ends_of(tokens, chunk, offset), config)
+    want = torch.stack(
+        [reference.mixer(x, weights, name, ends_of(tokens, chunk, offset), config) for name in MIXERS], 1
+    )
     for first in (0, 37, 99):
         plan = plan_step(step_rows(np.array([tokens - first]), np.array([tokens])), chunk, offset, 5)
-        inputs = (x[torch.from_numpy(plan.chunk_position)] @ weights["k_ssm.in_proj.weight"][32:].T).float()
-        y = chunk_scan(inputs, *(weights[f"k_ssm.{name}"].float() for name in ("conv_weight", "A_log", "D")), sizes)
-        y = y[torch.from_numpy(plan.token_chunk), torch.from_numpy(plan.token_place)]
-        gate = (x[first:] @ weights["k_ssm.in_proj.weight"][:32].T).float()
+        gates, inputs = both("in_proj.weight").split([32, 66], 1)
+        projected = torch.einsum("nwd,mcd->nwmc", x[torch.from_numpy(plan.chunk_position)], inputs).float()
+        parameters = (both(name).float() for name in ("conv_weight", "A_log", "D"))
+        at = (torch.from_numpy(index) for index in (plan.token_chunk, plan.token_place))
+        y = chunk_scan(projected, *parameters, sizes, *at)
+        gate = torch.einsum("td,mcd->tmc", x[first:], gates).float()
         got = reference.rms_norm(y * torch.nn.functional.silu(gate), torch.ones(32), 1e-5)
         assert (got - want[first:]).abs().max() < 1e-4
 
@@ -278,8 +290,9 @@ def test_features_that_are_refused(changes, says):
 def test_weights_go_where_they_belong():
     name = "layers.3.k_ssm.in_proj.weight"
     gate, inputs = targets(name, 16)
-    assert gate == ("layers.3.attentive_ssm.k_ssm.gate.weight", None, slice(0, 16))
-    assert inputs == ("layers.3.attentive_ssm.k_ssm.inputs.weight", None, slice(16, None))
+    assert gate == ("layers.3.attentive_ssm.mixers.gate.weight", 0, slice(0, 16))
+    assert inputs == ("layers.3.attentive_ssm.mixers.inputs.weight", 0, slice(16, None))
+    assert targets("layers.3.v_ssm.ssm_norm.weight", 16) == [("layers.3.attentive_ssm.mixers.norm_weight", 1, None)]
     assert targets("layers.0.feed_forward.w3.weight", 16) == [("layers.0.feed_forward.gate_up_proj.weight", 1, None)]
     assert targets("output.weight", 16) == [("output.weight", None, None)]
 

@@ -70,10 +70,15 @@ class Engine:
         Args:
             cpu_attention: the op to attend with from now on, as the option of that name; None: as before.
         """
+        return self._ask(batch=[ids], extra_args=extra_args or None, max_tokens=max_tokens, cpu_attention=cpu_attention)
+
+    def generate_batch(self, batch: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """The same for prompts that come all at once; token_ids are the first one's."""
+        return self._ask(batch=batch, extra_args=None, max_tokens=max_tokens, cpu_attention=None)
+
+    def _ask(self, **job: Any) -> dict[str, Any]:
         assert self.child.stdin is not None
-        prompt = {"ids": ids, "extra_args": extra_args or None, "max_tokens": max_tokens}
-        prompt["cpu_attention"] = cpu_attention
-        self.child.stdin.write(json.dumps(prompt) + "\n")
+        self.child.stdin.write(json.dumps(job) + "\n")
         self.child.stdin.flush()
         return self._read()
 
@@ -134,7 +139,8 @@ def main() -> None:
         if prompt["cpu_attention"]:
             llm.collective_rpc(use_op, args=(prompt["cpu_attention"],))
         start = time.perf_counter()
-        (output,) = llm.generate({"prompt_token_ids": prompt["ids"]}, params, use_tqdm=False)
+        prompts = [{"prompt_token_ids": ids} for ids in prompt["batch"]]
+        output, *_ = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         attention = llm.collective_rpc(take_attention_seconds)[0] if job["timed_attention"] else None
         answer = {

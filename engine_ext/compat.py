@@ -472,3 +472,21 @@ def register_models(configs: dict[str, Any], models: dict[str, str]) -> None:
     for architecture, path in models.items():
         if architecture not in known:
             ModelRegistry.register_model(architecture, path)
+
+
+def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: int) -> int:
+    """The tokens that an engine would report as its "KV cache size", from the specs of its layers; starts none.
+
+    Requests of max_model_len at once, as many as fit, times max_model_len: by vLLM's own functions, which share the
+    bytes out over groups, round to pages and reserve room for tokens in flight. Goes when vLLM can say it without a
+    model runner.
+
+    Raises:
+        ValueError: not even one such request fits.
+    """
+    from vllm.v1.core import kv_cache_utils as utils
+
+    cache = vllm_config.cache_config
+    cache.kv_cache_layout = cache.kv_cache_layout or "LBHNC"  # an engine's workers choose; no bytes depend on it
+    configs = utils.get_kv_cache_configs(vllm_config, [specs], [available_bytes])
+    return utils.get_kv_cache_capacity(vllm_config, utils.generate_scheduler_kv_cache_config(configs))[0]

@@ -57,6 +57,17 @@ def cache_specs(chunk: int, window: int, dim: int, local_dim: int, dtype: torch.
     return {"states": states, "window": windows, "rows": rows}
 
 
+def model_specs(config: Any, dtype: torch.dtype, ranks: int = 1) -> dict[str, AttentionSpec]:
+    """Specs of all caches of a model on one of its tensor-parallel ranks, by layer and name.
+
+    Args:
+        config: AttambaConfig.
+    """
+    local_dim = config.hidden_size // ranks
+    specs = cache_specs(config.token_chunk, config.leading_tokens, config.hidden_size, local_dim, dtype)
+    return {f"layers.{layer}.{name}": spec for layer in range(config.num_hidden_layers) for name, spec in specs.items()}
+
+
 class PagedRows(nn.Module, AttentionLayerBase):
     """One cache of one layer: vLLM allocates it by its spec and binds it here."""
 

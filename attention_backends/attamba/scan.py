@@ -28,7 +28,7 @@ def causal_conv(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Args:
         rows: (N, W, M, C); weight: (M, C, taps), the last tap on the token itself.
     """
-    taps = weight.unbind(-1)[::-1]
+    taps = weight.movedim(-1, 0).flip(0).contiguous()  # channels beside one another, as in the rows
     mixed = rows * taps[0]
     for back in range(1, min(len(taps), rows.shape[1])):
         mixed[:, back:].addcmul_(rows[:, :-back], taps[back])

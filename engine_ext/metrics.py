@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 
-from prometheus_client import REGISTRY, Counter
+from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
@@ -30,12 +30,17 @@ class FrontMetrics:
         self.rejections = Counter("starling:plan_rejections", "Requests whose star options were refused.", ["option"])
 
 
+def _join_the_front() -> None:
+    """Let what this process counts from now on show up on the front's /metrics."""
+    if DIRECTORY in os.environ and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        compat.use_multiprocess_values(os.environ[DIRECTORY])
+
+
 class WorkerMetrics:
     """Counted from the rows handed to the attention kernel, on one rank of each engine."""
 
     def __init__(self) -> None:
-        if DIRECTORY in os.environ and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            compat.use_multiprocess_values(os.environ[DIRECTORY])
+        _join_the_front()
         self.context_tokens = Counter("starling:context_tokens", "Prompt tokens prefilled in star blocks.")
         self.keys_attended = Counter(
             "starling:keys_attended",
@@ -44,6 +49,31 @@ class WorkerMetrics:
         self.keys_dense = Counter("starling:keys_dense", "The pairs they would have had under dense attention.")
 
 
+class CacheMetrics:
+    """Of a compressed cache, set by each engine core. Engines beside one another are added up, or are alike."""
+
+    def __init__(self) -> None:
+        _join_the_front()
+        self.states = Gauge(
+            "starling:cache_states",
+            "States of compressed groups that requests hold, per layer.",
+            multiprocess_mode="sum",
+        )
+        self.bytes_per_token = Gauge(
+            "starling:cache_bytes_per_token",
+            "Bytes of a page over its tokens, by KV cache group.",
+            ["group", "kind"],
+            multiprocess_mode="max",
+        )
+        self.capacity = Gauge(
+            "starling:cache_capacity_tokens",
+            "Tokens that the cache holds, and would hold with a state for each token.",
+            ["cache"],
+            multiprocess_mode="sum",
+        )
+
+
+cache_metrics = functools.cache(CacheMetrics)
 front_metrics = functools.cache(FrontMetrics)
 worker_metrics = functools.cache(WorkerMetrics)
 

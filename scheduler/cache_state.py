@@ -38,14 +38,63 @@ def cache_state(scheduler: Any, per_request: bool) -> dict[str, Any]:
         "requests_running": running,
         "requests_waiting": waiting,
         "groups": [
-            group_state(group, of_group) | {"pages_cached": cached_of_group[index]}
+            group_state(group, of_group)
+            | {
+                "pages_cached": cached_of_group[index],
+                "states_used": states_used(scheduler, group.kv_cache_spec, of_group),
+            }
             for index, (group, of_group) in enumerate(_groups(scheduler))
         ],
     }
+    state |= capacity(scheduler)
     if per_request:
         states = (request_state(scheduler, request) for request in scheduler.requests.values())
         state["requests"] = [found for found in states if found is not None]
     return state
+
+
+def is_compressed(spec: Any) -> bool:
+    """Whether one state of a cache stands for several tokens."""
+    return isinstance(spec, AttentionSpec) and spec.tokens_per_state > 1
+
+
+def compressed_groups(scheduler: Any) -> list[tuple[Any, Any]]:
+    """(KVCacheGroupSpec, its manager) of each compressed group."""
+    return [(group, manager) for group, manager in _groups(scheduler) if is_compressed(group.kv_cache_spec)]
+
+
+def capacity(scheduler: Any) -> dict[str, int]:
+    """Tokens that the cache holds, and where a group is compressed, those it would with a state of its own for each.
+
+    The latter have the bytes of the compressed groups' states alone: windows of what is not compressed yet and padding
+    are what compression costs.
+    """
+    found = {}
+    if (tokens := scheduler.vllm_config.cache_config.kv_cache_size_tokens) is not None:
+        found["capacity_tokens"] = tokens
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    token = sum(
+        len(group.layer_names) * group.kv_cache_spec.real_page_size_bytes // group.kv_cache_spec.num_states
+        for group in groups
+        if is_compressed(group.kv_cache_spec)
+    )
+    if token:
+        page = max(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in groups)
+        found["uncompressed_capacity_tokens"] = (scheduler.kv_cache_config.num_blocks - 1) * page // token
+    return found
+
+
+def states_of(spec: Any, computed: int, pages: int) -> int:
+    """States of ``computed`` tokens in so many pages: one a token, one per complete chunk of tokens, or one a page."""
+    room = pages * spec.num_states
+    return min(int(computed / spec.tokens_per_state), room) if isinstance(spec, AttentionSpec) else room
+
+
+def states_used(scheduler: Any, spec: Any, manager: Any) -> int:
+    """States of a group that requests hold; those that several share count for each."""
+    held = ((request, manager.req_to_blocks.get(name, ())) for name, request in scheduler.requests.items())
+    pages = ((request, sum(not block.is_null for block in blocks)) for request, blocks in held)
+    return sum(states_of(spec, computed_tokens(request), count) for request, count in pages if count)
 
 
 def _groups(scheduler: Any) -> Sequence[tuple[Any, Any]]:
@@ -73,6 +122,7 @@ def group_state(group: Any, manager: Any) -> dict[str, Any]:
     if isinstance(spec, AttentionSpec):
         state["tokens_per_state"] = float(spec.tokens_per_state)
         state["compression"] = spec.block_size / spec.num_states
+        state["bytes_per_token"] = state["page_bytes"] / manager.block_size
     return state
 
 
@@ -96,11 +146,8 @@ def request_state(scheduler: Any, request: Any) -> dict[str, Any] | None:
     computed = computed_tokens(request)
     groups = []
     for group, manager in _groups(scheduler):
-        spec = group.kv_cache_spec
         pages = sum(not block.is_null for block in manager.req_to_blocks.get(request.request_id, ()))
-        room = pages * spec.num_states
-        states = min(int(computed / spec.tokens_per_state), room) if isinstance(spec, AttentionSpec) else room
-        groups.append({"pages": pages, "states": states})
+        groups.append({"pages": pages, "states": states_of(group.kv_cache_spec, computed, pages)})
     if request.status != RequestStatus.RUNNING and not any(group["pages"] for group in groups):
         return None
     state = {

@@ -8,7 +8,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from engine_ext import compat
+from engine_ext.metrics import cache_metrics
 from scheduler.cache_keys import star_page_key
+from scheduler.cache_state import cache_state, compressed_groups, states_used
 from scheduler.core_utilities import add_core_utilities
 from scheduler.options import OptionError, parse_options
 from scheduler.plan import check_sizes, request_plan
@@ -31,6 +33,9 @@ class StarMixin:
         add_core_utilities()
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self.compressed = compressed_groups(self)
+        if self.compressed:
+            self._tell_sizes()
         self._check_defaults(vllm_config.additional_config["starling"].get("star", {}))
 
     def _check_defaults(self, star: dict[str, Any]) -> None:
@@ -42,6 +47,22 @@ class StarMixin:
         if page is None:
             raise OptionError("star", options.mode, "the full-attention layers have no one KV page size", "off")
         check_sizes(options, page)
+
+    def _tell_sizes(self) -> None:
+        """The sizes of a compressed cache on /metrics."""
+        metrics = cache_metrics()
+        state = cache_state(self, per_request=False)
+        for index, group in enumerate(state["groups"]):
+            metrics.bytes_per_token.labels(str(index), group["kind"]).set(group.get("bytes_per_token", 0))
+        for cache, field in (("compressed", "capacity_tokens"), ("uncompressed", "uncompressed_capacity_tokens")):
+            metrics.capacity.labels(cache).set(state.get(field, 0))
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        if self.compressed:
+            used = (states_used(self, group.kv_cache_spec, manager) for group, manager in self.compressed)
+            cache_metrics().states.set(sum(used))
+        return result
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Where full decode graphs are in use, never schedule a star chunk of one token: it waits a step.

@@ -112,7 +112,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
             "page_tokens": page,
             "page_bytes": page * bytes_per_token,
             "bytes_per_token": bytes_per_token,
-        },
+        }
+        | compressed_cache(config),
         "star_defaults": starling.star.model_dump(),
         "star_refused": refusals,
     }
@@ -131,6 +132,51 @@ def page_size(config: Any) -> tuple[int, int]:
     ranks = parallel.tensor_parallel_size
     per_layer = 2 * model.get_num_kv_heads(parallel) * ranks * model.get_head_size() * dtype.itemsize
     return cache.block_size, layers * parallel.pipeline_parallel_size * per_layer
+
+
+def compressed_cache(config: Any) -> dict[str, Any]:
+    """What an Attamba model keeps instead of those bytes a token, and how many tokens that lets in; {} for others.
+
+    Bytes are of all layers and ranks together. Tokens in 1 GiB a rank are what vLLM would report at start: requests of
+    max_model_len, with room for the tokens of a step in each.
+    """
+    from engine_ext.models.attamba_config import AttambaConfig
+
+    model = config.model_config.hf_config
+    if not isinstance(model, AttambaConfig):
+        return {}
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from attention_backends.attamba.cache import cache_specs, model_specs
+
+    ranks, dtype = config.parallel_config.tensor_parallel_size, config.model_config.dtype
+    local, layers = model.hidden_size // ranks, model.num_hidden_layers
+    specs = cache_specs(model.token_chunk, model.leading_tokens, model.hidden_size, local, dtype)
+    page = FullAttentionSpec(
+        block_size=16, num_kv_heads=model.num_attention_heads // ranks, head_size=model.head_dim, dtype=dtype
+    )
+    plain = {f"layers.{layer}": page for layer in range(layers)}
+    return {
+        "groups": {
+            name: {
+                "page_tokens": spec.block_size,
+                "tokens_per_state": spec.tokens_per_state,
+                "bytes_per_token": spec.page_size_bytes * layers * ranks / spec.block_size,
+                "held_of_a_request": "the whole text" if name == "states" else f"its last {spec.sliding_window} tokens",
+            }
+            for name, spec in specs.items()
+        },
+        "tokens_in_1_gib": _tokens_in(config, model_specs(model, dtype, ranks)),
+        "tokens_in_1_gib_uncompressed": _tokens_in(config, plain),
+    }
+
+
+def _tokens_in(config: Any, specs: dict[str, Any], available: int = 1 << 30) -> int | None:
+    """Tokens of a cache of so many bytes a rank; None where not one request of max_model_len fits."""
+    try:
+        return compat.kv_cache_capacity(config, specs, available)
+    except ValueError:
+        return None
 
 
 def attention_backend(config: Any) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
+from engine_ext import metrics
 from scheduler.cache_state import cache_state, group_state, prefill_progress
 from scheduler.plan import StarPlan
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
@@ -96,6 +97,28 @@ def test_per_request(config):
         step(scheduler)
     (found,) = cache_state(scheduler, per_request=True)["requests"]
     assert "cached_tokens" not in found, "vLLM has sent it out with the first token"
+
+
+def test_a_compressed_cache(config, monkeypatch):
+    """Eight tokens a state: 160 of a prompt are 20 states, which requests hold, /metrics tells, and the end returns."""
+    monkeypatch.setattr(config.cache_config, "kv_cache_size_tokens", 9000)
+    scheduler = make_scheduler(config, StarScheduler, page=128, tokens_per_state=8)
+    told = metrics.cache_metrics()
+    row = 2 * 32 * 4
+    sizes = {"capacity_tokens": 9000, "uncompressed_capacity_tokens": TOTAL * 16}
+    assert {name: cache_state(scheduler, per_request=False)[name] for name in sizes} == sizes
+    assert told.bytes_per_token.labels("0", "full_attention")._value.get() == row / 8
+    assert [told.capacity.labels(cache)._value.get() for cache in ("compressed", "uncompressed")] == [*sizes.values()]
+    for name in ("one", "two"):
+        scheduler.add_request(make_request(name, None, length=165))
+    while any(request.num_output_tokens == 0 for request in scheduler.requests.values()):
+        step(scheduler)
+    state = cache_state(scheduler, per_request=True)
+    assert [request["groups"][0]["states"] for request in state["requests"]] == [20, 20]
+    assert state["groups"][0]["states_used"] == told.states._value.get() == 40
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    assert told.states._value.get() == 0
 
 
 def test_only_plain_numbers_and_names(config):

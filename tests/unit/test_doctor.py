@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmarks.random_attamba import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.serving import doctor
@@ -49,6 +50,23 @@ def test_a_prompts_plan_memory_and_work(model):
     assert prompt["by_default"] == "dense"
     assert prompt["plan_with_star_on"] == {"attention": "star"} | plan.summary()
     assert prompt["attention_work_dense_over_star"] == round(plan.dense_keys() / plan.keys_attended(), 2)
+
+
+def test_what_an_attamba_models_cache_holds(tmp_path):
+    plugin.register()
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "intermediate_size": 96, "ssm_heads": 2}
+    sizes |= {"ssm_inner": 32, "ssm_state_dim": 16, "token_chunk": 8, "leading_tokens": 16, "num_hidden_layers": 2}
+    model = make_random_attamba(tmp_path / "attamba", max_position_embeddings=4096, **sizes)
+    report = examine(str(model), "--dtype", "float32", "--max-num-batched-tokens", "512")["kv_cache"]
+    row = 2 * 64 * 4 * 2  # K|V, values, float32, layers
+    assert report["bytes_per_token"] == row
+    groups = {name: (group["page_tokens"], group["bytes_per_token"]) for name, group in report["groups"].items()}
+    page = 17 * row
+    assert groups == {"states": (128, page / 128), "window": (16, page / 16), "rows": (32, page / 32)}
+    assert report["groups"]["window"]["held_of_a_request"] == "its last 17 tokens"
+    a_request = 4096 // 128 + (-(-(16 + 512) // 16) + 1) + (-(-(7 + 512) // 32) + 1)
+    assert report["tokens_in_1_gib"] == int((1 << 30) // page / a_request * 4096)
+    assert report["tokens_in_1_gib_uncompressed"] == (1 << 30) // row
 
 
 def test_what_is_refused_and_why(model):

@@ -39,8 +39,8 @@ def config(tmp_path_factory):
     return made
 
 
-def make_scheduler(config, scheduler_type, page=PAGE):
-    spec = FullAttentionSpec(block_size=page, num_kv_heads=1, head_size=32, dtype=torch.float32)
+def make_scheduler(config, scheduler_type, page=PAGE, **spec_options):
+    spec = FullAttentionSpec(block_size=page, num_kv_heads=1, head_size=32, dtype=torch.float32, **spec_options)
     cache = KVCacheConfig(num_blocks=40, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
     return scheduler_type(
         vllm_config=config,

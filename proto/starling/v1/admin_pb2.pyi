@@ -72,7 +72,7 @@ class GetCacheStateResponse(_message.Message):
     def __init__(self, engines: _Optional[_Iterable[_Union[EngineCache, _Mapping]]] = ...) -> None: ...
 
 class EngineCache(_message.Message):
-    __slots__ = ("pages_total", "pages_used", "pages_cached", "pages_free", "requests_running", "requests_waiting", "groups", "requests")
+    __slots__ = ("pages_total", "pages_used", "pages_cached", "pages_free", "requests_running", "requests_waiting", "groups", "requests", "capacity_tokens", "uncompressed_capacity_tokens")
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
     PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,8 @@ class EngineCache(_message.Message):
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCOMPRESSED_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     pages_total: int
     pages_used: int
     pages_cached: int
@@ -89,10 +91,12 @@ class EngineCache(_message.Message):
     requests_waiting: int
     groups: _containers.RepeatedCompositeFieldContainer[CacheGroup]
     requests: _containers.RepeatedCompositeFieldContainer[RequestCache]
-    def __init__(self, pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., pages_free: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[CacheGroup, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestCache, _Mapping]]] = ...) -> None: ...
+    capacity_tokens: int
+    uncompressed_capacity_tokens: int
+    def __init__(self, pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., pages_free: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[CacheGroup, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestCache, _Mapping]]] = ..., capacity_tokens: _Optional[int] = ..., uncompressed_capacity_tokens: _Optional[int] = ...) -> None: ...
 
 class CacheGroup(_message.Message):
-    __slots__ = ("kind", "layers", "page_bytes", "page_tokens", "page_states", "tokens_per_state", "compression", "pages_used", "pages_cached")
+    __slots__ = ("kind", "layers", "page_bytes", "page_tokens", "page_states", "tokens_per_state", "compression", "pages_used", "pages_cached", "bytes_per_token", "states_used")
     KIND_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +106,8 @@ class CacheGroup(_message.Message):
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
     PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STATES_USED_FIELD_NUMBER: _ClassVar[int]
     kind: str
     layers: int
     page_bytes: int
@@ -111,7 +117,9 @@ class CacheGroup(_message.Message):
     compression: float
     pages_used: int
     pages_cached: int
-    def __init__(self, kind: _Optional[str] = ..., layers: _Optional[int] = ..., page_bytes: _Optional[int] = ..., page_tokens: _Optional[int] = ..., page_states: _Optional[int] = ..., tokens_per_state: _Optional[float] = ..., compression: _Optional[float] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ...) -> None: ...
+    bytes_per_token: float
+    states_used: int
+    def __init__(self, kind: _Optional[str] = ..., layers: _Optional[int] = ..., page_bytes: _Optional[int] = ..., page_tokens: _Optional[int] = ..., page_states: _Optional[int] = ..., tokens_per_state: _Optional[float] = ..., compression: _Optional[float] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_per_token: _Optional[float] = ..., states_used: _Optional[int] = ...) -> None: ...
 
 class RequestCache(_message.Message):
     __slots__ = ("request_id", "engine_request_id", "status", "computed_tokens", "prompt_tokens", "cached_tokens", "groups")

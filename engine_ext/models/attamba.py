@@ -26,7 +26,8 @@ from vllm.model_executor.models.utils import maybe_prefix
 from attention_backends.attamba.attend import attend
 from attention_backends.attamba.cache import PagedRows, cache_specs
 from attention_backends.attamba.chunks import layer_offset
-from attention_backends.attamba.scan import Sizes, chunk_scan
+from attention_backends.attamba.dispatch import chunk_scan
+from attention_backends.attamba.scan import Sizes
 from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.models.attamba_weights import MIXERS, load_checkpoint
 
@@ -139,7 +140,8 @@ class AttentiveSsm(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
 
         states_kv, recent_kv = (cache.kv_pages(self.heads) for cache in (self.states, self.recent))
-        recent_kv.write(*recent.places(self.recent.spec), key, value)
+        page, row = recent.places(self.recent.spec)
+        recent_kv.write(page, row, key, value)
         states.write_states(states_kv, plan, key, value)
         out = query.new_zeros(len(x), self.local_dim)
         out[:tokens] = attend(

@@ -145,7 +145,7 @@ def compressed_cache(config: Any) -> dict[str, Any]:
     model = config.model_config.hf_config
     if not isinstance(model, AttambaConfig):
         return {}
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     from attention_backends.attamba.cache import cache_specs, model_specs
 
@@ -162,7 +162,9 @@ def compressed_cache(config: Any) -> dict[str, Any]:
                 "page_tokens": spec.block_size,
                 "tokens_per_state": spec.tokens_per_state,
                 "bytes_per_token": spec.page_size_bytes * layers * ranks / spec.block_size,
-                "held_of_a_request": "the whole text" if name == "states" else f"its last {spec.sliding_window} tokens",
+                "held_of_a_request": f"its last {spec.sliding_window} tokens"
+                if isinstance(spec, SlidingWindowSpec)
+                else "the whole text",
             }
             for name, spec in specs.items()
         },

@@ -5,7 +5,7 @@ A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ..
 the other, the prompts of a batch together. A batch may also be one of these, which have no result:
 {"call": "module:function"}, which every worker runs (VLLM_ALLOW_INSECURE_SERIALIZATION=1), and {"chunk": tokens}, the
 most that a step computes from now on (VLLM_ENABLE_V1_MULTIPROCESSING=0). The result is a line of standard output,
-RESULT before it: {"batches", "metrics"}.
+RESULT before it: {"batches", "metrics"}; of our own metrics those of compressed caches, their labels behind their names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import pkgutil
 import sys
+
+from prometheus_client import REGISTRY
 
 RESULT = "starling-result: "
 
@@ -67,6 +69,10 @@ def main() -> None:
         batches.append([result_of(output) for output in outputs])
     wanted = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "starling:requests", "vllm:spec_decode_num_")
     metrics = {m.name: m.value for m in llm.get_metrics() if m.name.startswith(wanted) and hasattr(m, "value")}
+    samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
+    metrics |= {
+        " ".join([s.name, *s.labels.values()]): s.value for s in samples if s.name.startswith("starling:cache_")
+    }
     print("\n" + RESULT + json.dumps({"batches": batches, "metrics": metrics}), flush=True)
 
 

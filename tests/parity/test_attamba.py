@@ -168,6 +168,16 @@ def test_preempted_requests_give_the_same(models):
     ]
     tight = run_engine(model, [batch], max_num_batched_tokens=64, num_gpu_blocks_override=26, max_model_len=512)
     assert tight["metrics"]["vllm:num_preemptions"] > 0
+    row, a_request = 2 * 64 * 4 * 3, 8 + (5 + 1) + (3 + 1)  # bytes of K|V in all layers; pages at 512 tokens
+    told = {name: value for name, value in tight["metrics"].items() if name.startswith("starling:cache_")}
+    assert told == {
+        "starling:cache_bytes_per_token 0 full_attention": 17 * row / 64,
+        "starling:cache_bytes_per_token 1 sliding_window": 17 * row / 16,
+        "starling:cache_bytes_per_token 2 sliding_window": 17 * row / 32,
+        "starling:cache_capacity_tokens compressed": int(26 / a_request * 512),
+        "starling:cache_capacity_tokens uncompressed": 25 * 17,
+        "starling:cache_states": 0,
+    }
     for prompt, output in zip(batch, tight["batches"][0], strict=True):
         check(model, prompt, output)
 

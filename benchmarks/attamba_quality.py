@@ -122,6 +122,31 @@ def compare(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
+def keep_recorded(found: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """``found`` with the runs that a file of results has and this machine has not.
+
+    What is of one seed alone, bits by position and the history, stays that of the file.
+
+    Raises:
+        ValueError: the file's runs had other settings.
+    """
+    if recorded["settings"] != found["settings"]:
+        raise ValueError(f"recorded with {recorded['settings']}, not {found['settings']}")
+    found = json.loads(json.dumps(found))  # seeds as the file has them
+    models = {}
+    for name in MODELS:
+        new, old = (each["models"].get(name) for each in (found, recorded))
+        if new and old:
+            by_seed = ("bits_per_byte", "train_seconds")
+            models[name] = old | {key: old[key] | new[key] for key in by_seed}
+            models[name]["mean_bits_per_byte"] = statistics.mean(models[name]["bits_per_byte"].values())
+        elif new or old:
+            models[name] = new or old
+    histories = found["history_of_first_seed"] | recorded["history_of_first_seed"]
+    ratios = compare(models)
+    return found | {"models": models, "bits_ratio": ratios, "history_of_first_seed": histories}
+
+
 def plot(rows: dict[str, dict[str, Any]], histories: dict[str, list[dict[str, float]]], path: Path) -> None:
     import matplotlib
 
@@ -171,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only-present", action="store_true", help="tabulate the runs that are there, train none")
+    parser.add_argument("--keep", action="store_true", help="keep the runs of the results file that are not here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     text = load_text()
@@ -182,18 +208,19 @@ def main() -> None:
         seed, run = next(iter(runs.items()))
         sizes = run["settings"]["windows"], run["settings"]["length"]
         rows[name]["bits_by_position"] = bits_by_position(RUNS / f"{name}-s{seed}", text, *sizes)
-    pairs = compare(rows)
-    show(rows, pairs)
     own = ("model", "chunk", "window", "kv_cut", "seed")
     found = {
         "settings": {key: value for key, value in run["settings"].items() if key not in own},
         "models": rows,
-        "bits_ratio": pairs,
+        "bits_ratio": compare(rows),
         "paper_perplexity": PAPER,
         "history_of_first_seed": {name: next(iter(runs.values()))["history"] for name, runs in results.items()},
     }
+    if args.keep:
+        found = keep_recorded(found, json.loads((OUT / "attamba_quality.json").read_text()))
+    show(found["models"], found["bits_ratio"])
     path = write_json("attamba_quality", found)
-    plot(rows, found["history_of_first_seed"], OUT / "attamba_quality.png")
+    plot(found["models"], found["history_of_first_seed"], OUT / "attamba_quality.png")
     print(f"{path} and {OUT / 'attamba_quality.png'}")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.attamba_quality import keep_recorded
 from benchmarks.random_attamba import make_random_attamba
 from benchmarks.random_llama import byte_tokenizer
 from examples.attamba_model import Attamba, AttambaConfig, load_attamba
@@ -335,6 +336,24 @@ def test_committed_checkpoints_are_trained_and_of_the_served_layout(name, chunk,
     assert (folder / "model.safetensors").stat().st_size < 4_000_000
     assert "bits per byte" in (folder / "train.log").read_text()
     assert bits_of(model, inspect.getsource(textwrap)[:1000]) < 4  # a guess is 8; the file was trained on
+
+
+def test_recorded_runs_are_kept_beside_new_ones():
+    def results(bits: dict[str, dict]) -> dict:
+        rows = {
+            name: {"bits_per_byte": of, "train_seconds": of, "mean_bits_per_byte": 0.0} for name, of in bits.items()
+        }
+        history: dict[str, list] = {name: [] for name in bits}
+        return {"settings": {"steps": 1}, "models": rows, "bits_ratio": {}, "history_of_first_seed": history}
+
+    recorded = results({"transformer": {"0": 2.0}, "isokv4": {"0": 3.0}})
+    kept = keep_recorded(results({"transformer": {1: 4.0}, "attamba-p4-l32": {1: 5.0}}), recorded)
+    bits = {name: row["bits_per_byte"] for name, row in kept["models"].items()}
+    assert bits == {"transformer": {"0": 2.0, "1": 4.0}, "isokv4": {"0": 3.0}, "attamba-p4-l32": {"1": 5.0}}
+    assert kept["models"]["transformer"]["mean_bits_per_byte"] == 3.0
+    assert kept["bits_ratio"]["attamba-p4-l32 over transformer"]["ours"] == {"1": 5 / 4}
+    with pytest.raises(ValueError, match="recorded with"):
+        keep_recorded(results({}) | {"settings": {"steps": 2}}, recorded)
 
 
 def test_the_committed_transformer_is_trained():

@@ -28,7 +28,7 @@ from benchmarks.report import OUT, ratio_interval, write_json
 MODELS = ("transformer", "attamba")
 STEPS = 24  # of decode, timed together
 ARGUMENTS: dict[str, Any] = {"max_num_batched_tokens": 2048, "additional_config": {"starling": {}}}
-BATCH = {"requests": 32, "prompt_tokens": 960, "new_tokens": 64}
+BATCH = {"requests": 32, "prompt_tokens": 512, "new_tokens": 256}
 Seconds = dict[str, list[float]]  # by model, of each round
 
 

@@ -7,7 +7,6 @@ import torch
 from attention_backends.attamba.chunks import ChunkPlan
 from attention_backends.attamba.pages import KvPages
 from attention_backends.kernels.dispatch import paged_attention
-from attention_backends.kernels.merge import merge
 
 
 def attend(
@@ -47,18 +46,26 @@ def attend(
         query, window.keys, window.values, window_table, query_start_loc, seq_lens,
         scale=scale, window=window_size, layout=window.layout,
     )  # fmt: skip
-    parts = [far, near]
+    out, lse = near
     if plan.token_0_seen.any():
         seen = on_device(plan.token_0_seen)
-        parts.append(token_0(query, states.last_rows[states_table[:, 0]][piece], seen, scale))
-    outs, lses = (torch.stack(each) for each in zip(*parts, strict=True))
-    return merge(outs, lses)[0]
+        first = token_0(query, states.last_rows[states_table[:, 0]][piece], seen, scale)
+        out, lse = join(out, lse, *first), torch.logaddexp(lse, first[1])
+    return join(out, lse, *far).to(query.dtype)
+
+
+def join(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
+    """kernels/merge.py's merge of two parts in float32, of which the first has keys for every query, as a window has.
+
+    The second has out 0 where it has none.
+    """
+    return torch.lerp(out.float(), other.float(), torch.sigmoid(other_lse - lse)[..., None])
 
 
 def token_0(
     query: torch.Tensor, row: torch.Tensor, seen: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to one key: its V, and its score as log-sum-exp.
+    """Attention to one key: its V, and its score as log-sum-exp; 0 and -inf where it is not seen.
 
     Args:
         row: (T, 2 x heads x head size), K|V of each query's own token 0.
@@ -66,4 +73,4 @@ def token_0(
     """
     key, value = (part.unflatten(-1, query.shape[1:]) for part in row.chunk(2, -1))
     score = (query.float() * key.float()).sum(-1) * scale
-    return value, score.masked_fill(~seen[:, None], float("-inf"))
+    return value.masked_fill(~seen[:, None, None], 0), score.masked_fill(~seen[:, None], float("-inf"))

@@ -22,6 +22,10 @@ class Sizes:
     taps: int
 
 
+CACHED_ROWS = 256
+"""Rows of chunks that are taken at once: what is made of them on the way stays in a processor's second-level cache."""
+
+
 def causal_conv(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Depthwise convolution over each chunk alone, zeros before it.
 
@@ -59,6 +63,29 @@ def chunk_scan(
         (T, M, inner).
     """
     count, width = projected.shape[:2]
+    group = max(1, CACHED_ROWS // width)
+    if count <= group:
+        return _scan(projected, conv_weight, a_log, skip, sizes, chunk, place)
+    first = torch.arange(0, count + group, group, device=chunk.device)
+    tokens = torch.searchsorted(chunk, first).tolist()
+    parts = [
+        _scan(projected[at : at + group], conv_weight, a_log, skip, sizes, chunk[start:end] - at, place[start:end])
+        for at, start, end in zip(range(0, count, group), tokens, tokens[1:], strict=False)
+    ]
+    return torch.cat(parts)
+
+
+def _scan(
+    projected: torch.Tensor,
+    conv_weight: torch.Tensor,
+    a_log: torch.Tensor,
+    skip: torch.Tensor,
+    sizes: Sizes,
+    chunk: torch.Tensor,
+    place: torch.Tensor,
+) -> torch.Tensor:
+    """chunk_scan of few chunks."""
+    count, width = projected.shape[:2]
     mixed, dt = projected.float().split([sizes.inner + 2 * sizes.state, sizes.heads], -1)
     mixed = functional.silu(causal_conv(mixed, conv_weight.float()), inplace=True)
     u, b, c = mixed.split([sizes.inner, sizes.state, sizes.state], -1)
@@ -72,9 +99,11 @@ def chunk_scan(
         asked = place[:, None]
         c_asked, u_asked, decay_asked = (each[chunk, place][:, None] for each in (c, u, decay))
         place = torch.zeros_like(place)
-    later = torch.arange(width, device=projected.device) > asked[..., None]
-    # (N, Q, W, M, heads): what is left at a token of one before it; at most 1.
-    left = (decay_asked[:, :, None] - decay[:, None]).float().masked_fill_(later[..., None, None], float("-inf")).exp_()
-    weights = left * torch.einsum("nqms,nkms->nqkm", c_asked, b)[..., None] * dt[:, None]
-    y = torch.einsum("nqkmh,nkmhd->nqmhd", weights, u) + skip.float()[..., None] * u_asked
-    return y.flatten(-2)[chunk, place]
+    later = torch.arange(width, device=projected.device) > asked[:, None, None, :, None]
+    # From here on mixers and heads stand before tokens. (N, M, heads, Q, W): what is left at a token of one before it.
+    decay, decay_asked, dt = (each.permute(0, 2, 3, 1) for each in (decay, decay_asked, dt))
+    left = (decay_asked[..., None] - decay[..., None, :]).float().masked_fill_(later, float("-inf")).exp_()  # at most 1
+    scores = c_asked.transpose(1, 2) @ b.permute(0, 2, 3, 1)  # (N, M, Q, W)
+    weights = left.mul_(scores[:, :, None]).mul_(dt[..., None, :])
+    y = (weights @ u.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)  # (N, Q, M, heads, head)
+    return y.addcmul(skip.float()[..., None], u_asked)[chunk, place].flatten(-2)

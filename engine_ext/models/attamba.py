@@ -143,8 +143,7 @@ class AttentiveSsm(nn.Module):
         page, row = recent.places(self.recent.spec)
         recent_kv.write(page, row, key, value)
         states.write_states(states_kv, plan, key, value)
-        out = query.new_zeros(len(x), self.local_dim)
-        out[:tokens] = attend(
+        out = attend(
             query,
             states_kv,
             states.key_table,
@@ -158,7 +157,7 @@ class AttentiveSsm(nn.Module):
             self.window + 1,
             self.head_dim**-0.5,
         ).flatten(1)
-        return self.wo(out)[0]
+        return self.wo(nn.functional.pad(out, (0, 0, 0, len(x) - tokens)) if tokens < len(x) else out)[0]
 
 
 class AttambaLayer(nn.Module):

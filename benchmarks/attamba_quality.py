@@ -204,10 +204,14 @@ def main() -> None:
     if not results:
         raise SystemExit(f"no finished run under {RUNS}")
     rows = {name: summarise(runs) for name, runs in results.items()}
+    recorded = json.loads((OUT / "attamba_quality.json").read_text()) if args.keep else {"models": {}}
     for name, runs in results.items():
+        if name in recorded["models"]:
+            continue
         seed, run = next(iter(runs.items()))
         sizes = run["settings"]["windows"], run["settings"]["length"]
         rows[name]["bits_by_position"] = bits_by_position(RUNS / f"{name}-s{seed}", text, *sizes)
+    run = next(iter(next(iter(results.values())).values()))
     own = ("model", "chunk", "window", "kv_cut", "seed")
     found = {
         "settings": {key: value for key, value in run["settings"].items() if key not in own},
@@ -217,7 +221,7 @@ def main() -> None:
         "history_of_first_seed": {name: next(iter(runs.values()))["history"] for name, runs in results.items()},
     }
     if args.keep:
-        found = keep_recorded(found, json.loads((OUT / "attamba_quality.json").read_text()))
+        found = keep_recorded(found, recorded)
     show(found["models"], found["bits_ratio"])
     path = write_json("attamba_quality", found)
     plot(found["models"], found["history_of_first_seed"], OUT / "attamba_quality.png")

@@ -133,6 +133,7 @@ def test_two_parts_are_the_reference(worker: ProcessPoolExecutor, case: Case, st
         ({"query": torch.zeros(1, 2, 80, dtype=torch.float16)}, "head sizes 80"),
         ({"query": torch.zeros(1, 2, 64)}, "query torch.float32"),
         ({"window": 5}, "window=5"),
+        ({"queries_per_key": 2}, "queries_per_key=2"),
         ({"softcap": 2.0}, "softcap=2.0"),
     ],
 )

@@ -102,23 +102,18 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     starling = parse_config(config.additional_config)
     assert starling is not None
     refusals = star_refusals(config)
-    page, bytes_per_token = page_size(config)
+    cache = kv_cache(config)
     report: dict[str, Any] = {
         "model": model,
         "attention_backend": attention_backend(config),
         "attention_op": attention_op(config, starling.cpu_attention),
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
-        "kv_cache": {
-            "page_tokens": page,
-            "page_bytes": page * bytes_per_token,
-            "bytes_per_token": bytes_per_token,
-        }
-        | compressed_cache(config),
+        "kv_cache": cache,
         "star_defaults": starling.star.model_dump(),
         "star_refused": refusals,
     }
     if prompt_tokens is not None:
-        report["prompt"] = prompt_cost(prompt_tokens, starling.star, page, bytes_per_token, bool(refusals), config)
+        report["prompt"] = prompt_cost(prompt_tokens, starling.star, cache, bool(refusals), config)
     return report
 
 
@@ -134,34 +129,35 @@ def page_size(config: Any) -> tuple[int, int]:
     return cache.block_size, layers * parallel.pipeline_parallel_size * per_layer
 
 
-def compressed_cache(config: Any) -> dict[str, Any]:
-    """What an Attamba model keeps instead of those bytes a token, and how many tokens that lets in; {} for others.
+def kv_cache(config: Any) -> dict[str, Any]:
+    """Pages, and bytes that each token adds, of all layers and ranks together; of Attamba's three caches each its own.
 
-    Bytes are of all layers and ranks together. Tokens in 1 GiB a rank are what vLLM would report at start: requests of
-    max_model_len, with room for the tokens of a step in each.
+    Tokens in 1 GiB a rank are what vLLM would report at start: requests of max_model_len, with room for the tokens of
+    a step in each; beside them those of the same layers with a K and V for every token.
     """
-    from engine_ext.models.attamba_config import AttambaConfig
-
-    model = config.model_config.hf_config
-    if not isinstance(model, AttambaConfig):
-        return {}
+    page, bytes_per_token = page_size(config)
+    specs = attamba_specs(config)
+    if not specs:
+        return {"page_tokens": page, "page_bytes": page * bytes_per_token, "bytes_per_token": bytes_per_token}
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    from attention_backends.attamba.cache import cache_specs, model_specs
+    from attention_backends.attamba.cache import model_specs
 
-    ranks, dtype = config.parallel_config.tensor_parallel_size, config.model_config.dtype
-    local, layers = model.hidden_size // ranks, model.num_hidden_layers
-    specs = cache_specs(model.token_chunk, model.leading_tokens, model.hidden_size, local, dtype)
-    page = FullAttentionSpec(
-        block_size=16, num_kv_heads=model.num_attention_heads // ranks, head_size=model.head_dim, dtype=dtype
-    )
-    plain = {f"layers.{layer}": page for layer in range(layers)}
+    model, dtype = config.model_config.hf_config, config.model_config.dtype
+    ranks, layers = config.parallel_config.tensor_parallel_size, model.num_hidden_layers
+    page_bytes = specs["states"].page_size_bytes * layers * ranks  # the same in all three
+    heads = model.num_attention_heads // ranks
+    plain = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=model.head_dim, dtype=dtype)
     return {
+        "page_tokens": specs["states"].block_size,
+        "page_bytes": page_bytes,
+        "bytes_per_token": page_bytes / specs["states"].block_size,
+        "bytes_per_token_uncompressed": bytes_per_token,
         "groups": {
             name: {
                 "page_tokens": spec.block_size,
                 "tokens_per_state": spec.tokens_per_state,
-                "bytes_per_token": spec.page_size_bytes * layers * ranks / spec.block_size,
+                "bytes_per_token": page_bytes / spec.block_size,
                 "held_of_a_request": f"its last {spec.sliding_window} tokens"
                 if isinstance(spec, SlidingWindowSpec)
                 else "the whole text",
@@ -169,8 +165,27 @@ def compressed_cache(config: Any) -> dict[str, Any]:
             for name, spec in specs.items()
         },
         "tokens_in_1_gib": _tokens_in(config, model_specs(model, dtype, ranks)),
-        "tokens_in_1_gib_uncompressed": _tokens_in(config, plain),
+        "tokens_in_1_gib_uncompressed": _tokens_in(config, {f"layers.{layer}": plain for layer in range(layers)}),
     }
+
+
+def attamba_specs(config: Any) -> dict[str, Any]:
+    """The caches of a layer of an Attamba model, on one rank; none for other models."""
+    from engine_ext.models.attamba_config import AttambaConfig
+
+    model = config.model_config.hf_config
+    if not isinstance(model, AttambaConfig):
+        return {}
+    from attention_backends.attamba.cache import cache_specs
+
+    local = model.hidden_size // config.parallel_config.tensor_parallel_size
+    return cache_specs(model.token_chunk, model.leading_tokens, model.hidden_size, local, config.model_config.dtype)
+
+
+def pages_held(num_tokens: int, page: int, window: int | None) -> int:
+    """Pages that hold what the next token needs of so many tokens: all, or with itself the last ``window``."""
+    first = 0 if window is None else max(0, num_tokens - window + 1)
+    return -(-num_tokens // page) - first // page
 
 
 def _tokens_in(config: Any, specs: dict[str, Any], available: int = 1 << 30) -> int | None:
@@ -216,9 +231,7 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     return chosen | {"why": "the faster one by benchmarks/cpu_kernels.py, for this processor and dtype"}
 
 
-def prompt_cost(
-    num_tokens: int, star: Any, page: int, bytes_per_token: int, refused: bool, config: Any
-) -> dict[str, Any]:
+def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], refused: bool, config: Any) -> dict[str, Any]:
     """Plan, KV memory and attention work of one prompt (raises OptionError: it would be refused)."""
     from engine_ext.refusals import star_page
     from engine_ext.requests import describe
@@ -230,11 +243,15 @@ def prompt_cost(
     if_on = make_plan(num_tokens, star_on, None, star_page(config))
     assert if_on is not None
     told = describe(if_on, num_tokens, config.model_config.hf_text_config)
-    pages = -(-num_tokens // page)
+    caches = attamba_specs(config).values()
+    sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in caches] or [
+        (cache["page_tokens"], None)
+    ]
+    pages = sum(pages_held(num_tokens, *size) for size in sizes)
     return {
         "tokens": num_tokens,
         "kv_pages": pages,
-        "kv_bytes": pages * page * bytes_per_token,
+        "kv_bytes": pages * cache["page_bytes"],
         "by_default": "dense" if as_asked is None else "star",
         "plan_with_star_on": None if refused else told,
         "attention_work_dense_over_star": None if refused else round(told["dense_keys"] / told["keys_attended"], 2),

@@ -13,6 +13,7 @@ from engine_ext import metrics
 from scheduler.cache_state import cache_state, group_state, prefill_progress
 from scheduler.plan import StarPlan
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
+from starling.v1.admin_pb2 import EngineCache
 from tests.unit.test_star_scheduler import PAGE, PLAN, answer, config, make_request, make_scheduler, step_is_prefill
 
 __all__ = ["config"]
@@ -115,7 +116,9 @@ def test_a_compressed_cache(config, monkeypatch):
         step(scheduler)
     state = cache_state(scheduler, per_request=True)
     assert [request["groups"][0]["states"] for request in state["requests"]] == [20, 20]
-    assert state["groups"][0]["states_used"] == told.states._value.get() == 40
+    message = EngineCache(**state)
+    assert message.groups[0].states_used == told.states._value.get() == 40
+    assert (message.groups[0].bytes_per_token, message.capacity_tokens) == (row / 8, 9000)
     while scheduler.has_unfinished_requests():
         step(scheduler)
     assert told.states._value.get() == 0

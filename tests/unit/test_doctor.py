@@ -57,9 +57,13 @@ def test_what_an_attamba_models_cache_holds(tmp_path):
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "intermediate_size": 96, "ssm_heads": 2}
     sizes |= {"ssm_inner": 32, "ssm_state_dim": 16, "token_chunk": 8, "leading_tokens": 16, "num_hidden_layers": 2}
     model = make_random_attamba(tmp_path / "attamba", max_position_embeddings=4096, **sizes)
-    report = examine(str(model), "--dtype", "float32", "--max-num-batched-tokens", "512")["kv_cache"]
+    options = ("--dtype", "float32", "--max-num-batched-tokens", "512", "--prompt-tokens", "1000")
+    whole = examine(str(model), *options)
+    report = whole["kv_cache"]
     row = 2 * 64 * 4 * 2  # K|V, values, float32, layers
-    assert report["bytes_per_token"] == row
+    assert (report["bytes_per_token"], report["bytes_per_token_uncompressed"]) == (17 * row / 128, row)
+    # 8 pages of states; positions 984 to 999 of the window and 993 to 999 of the inputs, each of one page or two.
+    assert (whole["prompt"]["kv_pages"], whole["prompt"]["kv_bytes"]) == (8 + 2 + 1, 11 * 17 * row)
     groups = {name: (group["page_tokens"], group["bytes_per_token"]) for name, group in report["groups"].items()}
     page = 17 * row
     assert groups == {"states": (128, page / 128), "window": (16, page / 16), "rows": (32, page / 32)}

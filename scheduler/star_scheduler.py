@@ -1,4 +1,4 @@
-"""vLLM's scheduler, with prefix-cache keys that tell star pages from dense ones."""
+"""vLLM's scheduler, with prefix-cache keys that tell star pages from dense ones, and parts of prompts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from scheduler.cache_keys import star_page_key
 from scheduler.core_utilities import add_core_utilities
 from scheduler.options import OptionError, parse_options
 from scheduler.plan import check_sizes, request_plan
+from scheduler.share import part_of
 
 
 def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
@@ -42,6 +43,32 @@ class StarMixin:
         if page is None:
             raise OptionError("star", options.mode, "the full-attention layers have no one KV page size", "off")
         check_sizes(options, page)
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        """A part of a prompt that other replicas prefill too goes on, after the anchor, at its first block.
+
+        The pages in between are vLLM's null page, which takes no memory and is never hashed: no other request can
+        find it, and star rows never read it. The part's own blocks have the keys of the whole prompt, and may be
+        cached. Where the anchor is not, everything is computed.
+        """
+        hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        part = part_of(request)
+        if part is None:
+            return hit
+        blocks, computed, boundary, diverged = hit
+        if not part.anchor <= computed < part.start:
+            return hit
+        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        page, pool = self.block_size, manager.block_pool  # type: ignore[attr-defined]
+        pages = list(blocks.blocks[0])
+        pages += [pool.null_block] * (part.start // page - len(pages))
+        # vLLM, too, leaves the last prompt token to be computed.
+        for block_hash in request.block_hashes[len(pages) : (request.num_tokens - 1) // page]:
+            found = pool.get_cached_block(block_hash, [0])
+            if found is None:
+                break
+            pages += found
+        return manager.create_kv_cache_blocks((pages,)), len(pages) * page, boundary, diverged
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Where full decode graphs are in use, never schedule a star chunk of one token: it waits a step.

@@ -93,7 +93,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from engine_ext.activation import parse_config
-    from engine_ext.refusals import star_refusals
+    from engine_ext.refusals import fleet, star_refusals
+    from engine_ext.serving.cores import CORES_ENV, core_binding
     from engine_ext.serving.serve_args import parse
 
     args, _ = parse([model, *serve_options])
@@ -116,8 +117,18 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "star_defaults": starling.star.model_dump(),
         "star_refused": refusals,
     }
+    replicas = fleet(config)
+    if replicas.size > 1:
+        why_one = replicas.reason
+        report["replicas"] = {
+            "number": replicas.size,
+            "spread": "yes" if why_one is None else f"no: {why_one}",
+            "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
+        }
     if prompt_tokens is not None:
-        report["prompt"] = prompt_cost(prompt_tokens, starling.star, page, bytes_per_token, bool(refusals))
+        report["prompt"] = prompt_cost(
+            prompt_tokens, starling.star, page, bytes_per_token, None if refusals else replicas
+        )
     return report
 
 
@@ -168,14 +179,19 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     return chosen | {"why": "the faster one by benchmarks/cpu_kernels.py, for this processor and dtype"}
 
 
-def prompt_cost(num_tokens: int, star: Any, page: int, bytes_per_token: int, refused: bool) -> dict[str, Any]:
-    """Plan, KV memory and attention work of one prompt (raises OptionError: it would be refused)."""
+def prompt_cost(num_tokens: int, star: Any, page: int, bytes_per_token: int, replicas: Any) -> dict[str, Any]:
+    """Plan, KV memory and attention work of one prompt (raises OptionError: it would be refused).
+
+    ``replicas`` is the server's Fleet; None where star is refused.
+    """
     from engine_ext.requests import describe
     from scheduler.options import StarOptions
-    from scheduler.plan import make_plan
+    from scheduler.plan import ONE_ENGINE, make_plan
 
-    as_asked = None if refused else make_plan(num_tokens, star, None, page)
-    if_on = make_plan(num_tokens, StarOptions(**(star.model_dump() | {"mode": "on"})), None, page)
+    refused = replicas is None
+    fleet = replicas or ONE_ENGINE
+    as_asked = None if refused else make_plan(num_tokens, star, None, page, fleet)
+    if_on = make_plan(num_tokens, StarOptions(**(star.model_dump() | {"mode": "on"})), None, page, fleet)
     assert if_on is not None
     pages = -(-num_tokens // page)
     return {

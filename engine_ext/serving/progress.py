@@ -44,12 +44,21 @@ class Progress:
 
 
 NUMBERS = tuple(field.name for field in fields(Progress))
+ADDED = ("computed", "cached", "star_blocks_done")
 
 
 def furthest(states: list[dict[str, int]]) -> Progress | None:
-    """The progress of the choice that is nearest to its first token; None where none has reached the engine."""
+    """The progress of the choice that is nearest to its first token; None where none has reached the engine.
+
+    Parts of a prompt that goes over several replicas count together.
+    """
+    parts = [state for state in states if state.get("part")]
     best = max(states, key=lambda state: state["computed"], default=None)
-    return None if best is None else Progress(**{name: best[name] for name in NUMBERS})
+    if best is None:
+        return None
+    if len(parts) == len(states):
+        best = best | {name: sum(part[name] for part in parts) for name in ADDED}
+    return Progress(**{name: best[name] for name in NUMBERS})
 
 
 class Watch:

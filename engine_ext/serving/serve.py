@@ -25,6 +25,7 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
 from engine_ext import compat
+from engine_ext.serving.cores import CORES_ENV, core_binding
 from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
 from engine_ext.serving.grpc_gate import server_credentials
 from engine_ext.serving.grpc_prompts import chat_params
@@ -60,6 +61,7 @@ def run(argv: Sequence[str]) -> int:
         refuse_open_plaintext(args, grpc_port, admin)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
+        bind_cores(args)
         if grpc_port is not None:
             server_credentials(args)
             refuse_taken_port("--grpc-port", args.host or LOOPBACK, grpc_port)
@@ -80,6 +82,14 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
     return 0
+
+
+def bind_cores(args: Namespace) -> None:
+    """Give each replica on this host cores of its own, where nobody said otherwise."""
+    binding = core_binding(args, os.environ)
+    if binding is not None:
+        os.environ[CORES_ENV] = binding
+        logger.info("%s=%s: each replica has cores of its own", CORES_ENV, binding)
 
 
 def refuse_taken_port(option: str, host: str, port: int) -> None:

@@ -1,0 +1,181 @@
+"""One long prompt over several replicas: splits it, sends out the parts, lets the whole request run on what they made.
+
+Wraps AsyncLLM.generate, where HTTP and gRPC meet. Each replica with a part first computes the anchor where it does not
+have it cached: all do so at the same time, so fetching it from another one could only be later. The parts run under the
+request's own id and priority, so that an abort of that id ends them and a look at its progress finds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
+
+from engine_ext import compat
+from engine_ext.metrics import front_metrics
+from engine_ext.requests import star_requests
+from scheduler.core_utilities import LET_GO, REPLICA_STATE
+from scheduler.page_mover import mismatch
+from scheduler.plan import StarPlan
+from scheduler.share import SHARE_KEY, Part, Pull, Share, Source
+from scheduler.spread import Replica, Run, spread_blocks
+
+logger = init_logger("vllm.starling")
+
+Generate = Callable[..., AsyncGenerator[Any, None]]
+_names = itertools.count()
+
+
+def spread(
+    engine: Any, generate: Generate, prompt: Any, params: Any, request_id: str, keywords: dict[str, Any]
+) -> AsyncGenerator[Any, None]:
+    """The outputs of a request: vLLM's own generator, unless its prompt goes over several replicas."""
+    plan = plan_to_spread(engine.input_processor, prompt, params, keywords)
+    if plan is None:
+        return generate(prompt, params, request_id, **keywords)
+    return SpreadPrompt(engine, prompt, request_id, keywords, plan).outputs(generate, params)
+
+
+def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Mapping[str, Any]) -> StarPlan | None:
+    """The plan of a request whose prompt goes over several replicas; None: it is routed as vLLM does."""
+    if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
+        return None
+    if keywords.get("data_parallel_rank") is not None or params.prompt_logprobs is not None:
+        return None  # prompt_logprobs need the whole prompt computed in one place
+    plan = star_requests(input_processor).plan(params.extra_args, len(prompt["prompt_token_ids"]))
+    return plan if plan is not None and plan.replicas > 1 else None
+
+
+class SpreadPrompt:
+    """One request on its way over the replicas."""
+
+    def __init__(
+        self, engine: Any, prompt: Mapping[str, Any], request_id: str, keywords: dict[str, Any], plan: StarPlan
+    ) -> None:
+        self.engine = engine
+        self.prompt = prompt
+        self.token_ids: Sequence[int] = prompt["prompt_token_ids"]
+        self.request_id = request_id
+        self.keywords = keywords
+        self.plan = plan
+        self.page: int = star_requests(engine.input_processor).page or 1
+        self.anchor_work = plan.anchor_size / plan.block_size
+        self.names: dict[int, list[str]] = {}
+
+    async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
+        """Prefill the parts, then yield what the whole request yields on the replica of the first one."""
+        started = time.monotonic()
+        try:
+            replicas = await self._replicas()
+            runs = spread_blocks(self.plan.num_star_blocks, self.anchor_work, replicas, self.plan.replicas)
+            sources: list[Source] = []
+            if len(runs) > 1:
+                held = await self._prefill(runs, replicas)
+                if isinstance(held, list):
+                    sources = held
+                else:
+                    yield held  # the client's abort
+                    return
+            blocks_of = {run.replica: run.stop - run.first for run in runs}
+            front_metrics().spread(blocks_of, time.monotonic() - started)
+            own = self._with_pull(params, sources)
+            keywords = self.keywords | {"data_parallel_rank": runs[0].replica}
+            first_of: set[int] = set()
+            async with aclosing(generate(self.prompt, own, self.request_id, **keywords)) as outputs:
+                async for output in outputs:
+                    first_of.update(choice.index for choice in output.outputs)
+                    if len(first_of) == params.n:
+                        await self._let_go()
+                    yield output
+        finally:
+            await asyncio.shield(self._let_go())
+
+    async def _replicas(self) -> list[Replica]:
+        """What each replica has of the prompt, and how busy it is. One whose pages differ takes no part."""
+        known = self.keywords.get("lora_request") is None  # an adapter's pages have keys that only its requests make
+        asked = list(self.token_ids) if known else []
+        number = self.engine.vllm_config.parallel_config.data_parallel_size
+        salt = self.prompt.get("cache_salt")
+        calls = (
+            compat.call_replica(self.engine, rank, REPLICA_STATE, asked, self.plan.to_wire(), salt)
+            for rank in range(number)
+        )
+        states = await asyncio.gather(*calls)
+        for rank, state in enumerate(states):
+            reason = mismatch(states[0]["layout"], state["layout"])
+            if reason is not None:
+                raise ValueError(f"replicas 0 and {rank} can't share a prompt: {reason}")
+        return [
+            Replica(frozenset(state["cached"]), state["has_anchor"], state["queued_tokens"] / self.plan.block_size)
+            for state in states
+        ]
+
+    async def _prefill(self, runs: Sequence[Run], replicas: Sequence[Replica]) -> Any:
+        """Let all parts be computed; returns where the later ones are, or the output of one that was aborted."""
+        parts = [asyncio.create_task(self._part(run, replicas[run.replica])) for run in runs]
+        try:
+            ended = await asyncio.gather(*parts)
+        except BaseException:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)  # the first one's error is raised
+            raise
+        for output in ended:
+            if output is not None and output.kv_transfer_params is None:
+                return output
+        return [Source(**output.kv_transfer_params) for output in ended[1:] if output is not None]
+
+    async def _part(self, run: Run, replica: Replica) -> Any:
+        """Prefill one run; None where it has no whole page to give."""
+        plan = self.plan
+        start = run.first * plan.block_size
+        stop = min(run.stop * plan.block_size, plan.context_end) // self.page * self.page
+        if stop <= start:
+            return None
+        if run.first and plan.anchor_size and not replica.has_anchor:
+            output = await self._run(run.replica, 0, plan.anchor_size, None)
+            if output.kv_transfer_params is None:
+                return output
+        return await self._run(run.replica, start, stop, plan.to_wire())
+
+    async def _run(self, rank: int, start: int, stop: int, plan: list[int] | None) -> Any:
+        """Prefill the prompt's tokens up to ``stop`` on a replica, those from ``start`` on to be held there."""
+        name = f"{self.request_id}#{next(_names)}"
+        self.names.setdefault(rank, []).append(name)
+        share = Share(plan, Part(name, start, self.plan.anchor_size))
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={SHARE_KEY: share}
+        )
+        prompt = {key: value for key, value in self.prompt.items() if key != "prompt"}
+        keywords = {key: self.keywords[key] for key in ("lora_request", "priority") if key in self.keywords}
+        request = self.engine.input_processor.process_inputs(
+            self.request_id,
+            prompt | {"prompt_token_ids": list(self.token_ids[:stop])},
+            params,
+            supported_tasks=await self.engine.get_supported_tasks(),
+            data_parallel_rank=rank,
+            **keywords,
+        )
+        return await compat.run_unseen(self.engine, request)
+
+    def _with_pull(self, params: SamplingParams, sources: list[Source]) -> SamplingParams:
+        """The request's parameters, with what it fetches first."""
+        if not sources:
+            return params
+        own = params.clone()
+        own.extra_args = (params.extra_args or {}) | {SHARE_KEY: Share(None, Pull(tuple(sources)))}
+        return own
+
+    async def _let_go(self) -> None:
+        """Free what replicas hold for this prompt; a dead engine holds nothing."""
+        names, self.names = self.names, {}
+        if names and not self.engine.errored:
+            await asyncio.gather(
+                *(compat.call_replica(self.engine, rank, LET_GO, of_rank) for rank, of_rank in names.items())
+            )

@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -27,6 +28,12 @@ from scheduler.share import SHARE_KEY, Part, Pull, Share, Source
 from scheduler.spread import Replica, Run, spread_blocks
 
 logger = init_logger("vllm.starling")
+
+LOOK_SECONDS = 5.0
+"""How often a replica with a part under way is asked whether it is there."""
+
+SILENCE_SECONDS = 30.0
+"""How long it may take to answer; it does so between two steps."""
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 _names = itertools.count()
@@ -52,6 +59,44 @@ def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Map
     return plan if plan is not None and plan.replicas > 1 else None
 
 
+class ReplicaSilent(Exception):
+    """A replica does not answer: it hangs, or its host can't be reached."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"replica {rank} has not answered for {SILENCE_SECONDS:.0f} s")
+
+
+def silent_replicas(engine: Any) -> dict[int, asyncio.Future]:
+    """The question that each silent replica of an engine has left open; kept on the engine."""
+    if not hasattr(engine, "starling_silent"):
+        engine.starling_silent = {}
+    silent: dict[int, asyncio.Future] = engine.starling_silent
+    for rank in [rank for rank, question in silent.items() if question.done()]:
+        del silent[rank]
+    return silent
+
+
+async def ask_replica(engine: Any, rank: int, name: str, *args: Any) -> Any:
+    """Call a utility in one replica, between two of its steps.
+
+    Raises:
+        ReplicaSilent: it does not answer, or has an older question open.
+        EngineDeadError: the server's engines are dead.
+    """
+    if rank in silent_replicas(engine):
+        raise ReplicaSilent(rank)
+    question = asyncio.ensure_future(compat.call_replica(engine, rank, name, *args))
+    asked = time.monotonic()
+    while not (await asyncio.wait({question}, timeout=compat.DEATH_CHECK_SECONDS))[0]:
+        if engine.errored:
+            question.cancel()
+            raise engine.dead_error
+        if time.monotonic() - asked > SILENCE_SECONDS:
+            silent_replicas(engine)[rank] = question
+            raise ReplicaSilent(rank)
+    return question.result()
+
+
 class SpreadPrompt:
     """One request on its way over the replicas."""
 
@@ -73,19 +118,25 @@ class SpreadPrompt:
         started = time.monotonic()
         try:
             replicas = await self._replicas()
-            runs = spread_blocks(self.plan.num_star_blocks, self.anchor_work, replicas, self.plan.replicas)
-            sources: list[Source] = []
+            ranks, states = list(replicas), list(replicas.values())
+            split = spread_blocks(self.plan.num_star_blocks, self.anchor_work, states, self.plan.replicas)
+            runs = [replace(run, replica=ranks[run.replica]) for run in split]
+            rank, sources = runs[0].replica, []
             if len(runs) > 1:
-                held = await self._prefill(runs, replicas)
-                if isinstance(held, list):
-                    sources = held
+                try:
+                    ended = await self._prefill(runs, replicas)
+                except ReplicaSilent as silent:
+                    rank = next((rank for rank in ranks if rank not in silent_replicas(self.engine)), rank)
+                    logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, silent, rank)
                 else:
-                    yield held  # the client's abort
-                    return
-            blocks_of = {run.replica: run.stop - run.first for run in runs}
-            front_metrics().spread(blocks_of, time.monotonic() - started)
-            own = self._with_pull(params, sources)
-            keywords = self.keywords | {"data_parallel_rank": runs[0].replica}
+                    aborted = next((output for output in ended if output and output.kv_transfer_params is None), None)
+                    if aborted is not None:  # by the client, under the request's id
+                        yield aborted
+                        return
+                    sources = [Source(**output.kv_transfer_params) for output in ended[1:] if output]
+                    blocks_of = {run.replica: run.stop - run.first for run in runs}
+                    front_metrics().spread(blocks_of, time.monotonic() - started)
+            own, keywords = self._with_pull(params, sources), self.keywords | {"data_parallel_rank": rank}
             first_of: set[int] = set()
             async with aclosing(generate(self.prompt, own, self.request_id, **keywords)) as outputs:
                 async for output in outputs:
@@ -96,40 +147,47 @@ class SpreadPrompt:
         finally:
             await asyncio.shield(self._let_go())
 
-    async def _replicas(self) -> list[Replica]:
-        """What each replica has of the prompt, and how busy it is. One whose pages differ takes no part."""
+    async def _replicas(self) -> dict[int, Replica]:
+        """What each replica that answers has of the prompt, and how busy it is, by rank.
+
+        Raises:
+            ReplicaSilent: none answers.
+            ValueError: the pages of two of them differ.
+        """
         known = self.keywords.get("lora_request") is None  # an adapter's pages have keys that only its requests make
         asked = list(self.token_ids) if known else []
         number = self.engine.vllm_config.parallel_config.data_parallel_size
-        salt = self.prompt.get("cache_salt")
-        calls = (
-            compat.call_replica(self.engine, rank, REPLICA_STATE, asked, self.plan.to_wire(), salt)
-            for rank in range(number)
-        )
-        states = await asyncio.gather(*calls)
-        for rank, state in enumerate(states):
-            reason = mismatch(states[0]["layout"], state["layout"])
+        salt, plan = self.prompt.get("cache_salt"), self.plan.to_wire()
+        calls = (ask_replica(self.engine, rank, REPLICA_STATE, asked, plan, salt) for rank in range(number))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ReplicaSilent):
+                raise answer
+        told = {rank: answer for rank, answer in enumerate(answers) if not isinstance(answer, BaseException)}
+        if not told:
+            raise ReplicaSilent(0)
+        first = next(iter(told))
+        for rank, state in told.items():
+            reason = mismatch(told[first]["layout"], state["layout"])
             if reason is not None:
-                raise ValueError(f"replicas 0 and {rank} can't share a prompt: {reason}")
-        return [
-            Replica(frozenset(state["cached"]), state["has_anchor"], state["queued_tokens"] / self.plan.block_size)
-            for state in states
-        ]
+                raise ValueError(f"replicas {first} and {rank} can't share a prompt: {reason}")
+        return {
+            rank: Replica(
+                frozenset(state["cached"]), state["has_anchor"], state["queued_tokens"] / self.plan.block_size
+            )
+            for rank, state in told.items()
+        }
 
-    async def _prefill(self, runs: Sequence[Run], replicas: Sequence[Replica]) -> Any:
-        """Let all parts be computed; returns where the later ones are, or the output of one that was aborted."""
+    async def _prefill(self, runs: Sequence[Run], replicas: Mapping[int, Replica]) -> list[Any]:
+        """Let all parts be computed; returns their outputs, by run."""
         parts = [asyncio.create_task(self._part(run, replicas[run.replica])) for run in runs]
         try:
-            ended = await asyncio.gather(*parts)
+            return await asyncio.gather(*parts)
         except BaseException:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)  # the first one's error is raised
             raise
-        for output in ended:
-            if output is not None and output.kv_transfer_params is None:
-                return output
-        return [Source(**output.kv_transfer_params) for output in ended[1:] if output is not None]
 
     async def _part(self, run: Run, replica: Replica) -> Any:
         """Prefill one run; None where it has no whole page to give."""
@@ -162,7 +220,14 @@ class SpreadPrompt:
             data_parallel_rank=rank,
             **keywords,
         )
-        return await compat.run_unseen(self.engine, request)
+        running = asyncio.create_task(compat.run_unseen(self.engine, request))
+        try:
+            while not (await asyncio.wait({running}, timeout=LOOK_SECONDS))[0]:
+                await ask_replica(self.engine, rank, LET_GO, [])
+            return running.result()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)  # its error, if any, is raised above
 
     def _with_pull(self, params: SamplingParams, sources: list[Source]) -> SamplingParams:
         """The request's parameters, with what it fetches first."""
@@ -176,6 +241,7 @@ class SpreadPrompt:
         """Free what replicas hold for this prompt; a dead engine holds nothing."""
         names, self.names = self.names, {}
         if names and not self.engine.errored:
-            await asyncio.gather(
-                *(compat.call_replica(self.engine, rank, LET_GO, of_rank) for rank, of_rank in names.items())
-            )
+            calls = (ask_replica(self.engine, rank, LET_GO, of_rank) for rank, of_rank in names.items())
+            for error in await asyncio.gather(*calls, return_exceptions=True):
+                if error is not None:
+                    logger.error("%s: pages may stay held: %s", self.request_id, error)

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.e2e
 
 PAGE, TOKENS = 32, 6
 TOLERANCE = 1e-5
+BESIDE_OTHERS = 5e-5  # in float32 the rows of a batch change one another's last bits, with plain vLLM too
 REPLICAS = 3
 
 
@@ -38,6 +39,9 @@ def server(tmp_path_factory):
     options += ["--data-parallel-size", str(REPLICAS), "--num-gpu-blocks-override", "800", "--max-logprobs", "5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # there may be fewer cores than replicas
+        patch.setenv(
+            "TORCHDYNAMO_DISABLE", "1"
+        )  # vLLM compiles the ranks of logprobs at their first use: 13 s a replica
         with serving(make_tiny_llama(folder / "tiny"), *options, log=folder / "log", seconds=300) as server:
             yield server
 
@@ -90,9 +94,9 @@ def expected(length: int, star: dict, states: list[Replica]) -> list[int]:
     return tokens
 
 
-def assert_same(one, other) -> None:
+def assert_same(one, other, tolerance: float = TOLERANCE) -> None:
     assert one[0] == other[0]
-    assert max(abs(a - b) for a, b in zip(one[1], other[1], strict=True)) <= TOLERANCE
+    assert max(abs(a - b) for a, b in zip(one[1], other[1], strict=True)) <= tolerance
 
 
 def on_one(server, prompt, star):
@@ -167,9 +171,9 @@ def test_long_prompts_at_once_beside_short_ones(server):
     work = [after - earlier for after, earlier in zip(computed(server), before, strict=True)]
     assert all(tokens > 256 for tokens in work), work
     for answer, prompt in zip(answers[:2], long, strict=True):
-        assert_same(answer, on_one(server, prompt, star))
+        assert_same(answer, on_one(server, prompt, star), BESIDE_OTHERS)
     for answer, prompt in zip(answers[2:], short, strict=True):
-        assert_same(answer, ask(server, prompt, {"star": "off"}, cache_salt="another"))
+        assert_same(answer, ask(server, prompt, {"star": "off"}, cache_salt="another"), BESIDE_OTHERS)
 
 
 def test_over_grpc(server):

@@ -199,6 +199,37 @@ def test_an_abort_by_id_is_the_requests_end(engine):
     assert ended.outputs[0].finish_reason == "abort" and engine.generated == []
 
 
+def test_a_silent_replicas_part_is_computed_by_another(engine, monkeypatch):
+    """Its part does not end and it answers nothing: the whole prompt goes to one that does, and so does the next."""
+    monkeypatch.setattr(spreading, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(spreading, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(spreading.compat, "DEATH_CHECK_SECONDS", 0.01)
+    answering, running = engine.call_replica, engine.run_unseen
+    cut = asyncio.Event()
+
+    async def call_replica(engine, rank, name, *args):
+        if rank == 0 and cut.is_set():
+            await asyncio.Event().wait()
+        return await answering(engine, rank, name, *args)
+
+    async def run_unseen(engine, request):
+        if request.data_parallel_rank == 0:
+            cut.set()
+            await asyncio.Event().wait()
+        return await running(engine, request)
+
+    engine.call_replica, engine.run_unseen = call_replica, run_unseen
+
+    async def twice():
+        return await run(engine), await run(engine)
+
+    first, second = asyncio.run(asyncio.wait_for(twice(), 20))
+    assert len(first) == len(second) == 1
+    assert [keywords["data_parallel_rank"] for _, _, keywords in engine.generated] == [1, 1]
+    assert all(SHARE_KEY not in (params.extra_args or {}) for params, _, _ in engine.generated)
+    assert not engine.held
+
+
 def test_blocks_are_counted_by_replica(engine):
     def count(replica):
         return front_metrics().spread_blocks.labels(replica)._value.get()

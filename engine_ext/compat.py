@@ -212,6 +212,23 @@ def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) ->
         setattr(module, original.__name__, generate_block_hash_extra_keys)
 
 
+def leave_out_of_hit_rate(is_left_out: Callable[[Any], bool]) -> None:
+    """Keep requests out of vLLM's prefix-cache hit rate: what a part of a prompt leaves out is no hit.
+
+    Only called in an engine core where Starling is activated. Goes when a request can say so.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> None:
+            if not is_left_out(request):
+                original(self, request, num_hits)
+
+        return record_prefix_cache_stats
+
+    wrap(KVCacheManager, "record_prefix_cache_stats", around)
+
+
 def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:
     """Request id of each real row of a batch, in the model runner's order.
 

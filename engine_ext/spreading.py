@@ -32,6 +32,9 @@ logger = init_logger("vllm.starling")
 LOOK_SECONDS = 5.0
 """How often a replica with a part under way is asked whether it is there."""
 
+FETCH_CHECK_SECONDS = 0.2
+"""How often the front looks whether a request has its first tokens, and others may free their pages."""
+
 SILENCE_SECONDS = 30.0
 """How long it may take to answer; it does so between two steps."""
 
@@ -53,8 +56,8 @@ def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Map
     """The plan of a request whose prompt goes over several replicas; None: it is routed as vLLM does."""
     if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
         return None
-    if keywords.get("data_parallel_rank") is not None or params.prompt_logprobs is not None:
-        return None  # prompt_logprobs need the whole prompt computed in one place
+    if keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
+        return None  # the latter is how vLLM computes prompt_logprobs: the whole prompt in one place
     plan = star_requests(input_processor).plan(params.extra_args, len(prompt["prompt_token_ids"]))
     return plan if plan is not None and plan.replicas > 1 else None
 
@@ -116,6 +119,7 @@ class SpreadPrompt:
     async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
         """Prefill the parts, then yield what the whole request yields on the replica of the first one."""
         started = time.monotonic()
+        fetching: asyncio.Task | None = None
         try:
             replicas = await self._replicas()
             ranks, states = list(replicas), list(replicas.values())
@@ -137,14 +141,13 @@ class SpreadPrompt:
                     blocks_of = {run.replica: run.stop - run.first for run in runs}
                     front_metrics().spread(blocks_of, time.monotonic() - started)
             own, keywords = self._with_pull(params, sources), self.keywords | {"data_parallel_rank": rank}
-            first_of: set[int] = set()
+            fetching = asyncio.create_task(self._let_go_when_fetched())
             async with aclosing(generate(self.prompt, own, self.request_id, **keywords)) as outputs:
                 async for output in outputs:
-                    first_of.update(choice.index for choice in output.outputs)
-                    if len(first_of) == params.n:
-                        await self._let_go()
                     yield output
         finally:
+            if fetching is not None:
+                fetching.cancel()
             await asyncio.shield(self._let_go())
 
     async def _replicas(self) -> dict[int, Replica]:
@@ -236,6 +239,16 @@ class SpreadPrompt:
         own = params.clone()
         own.extra_args = (params.extra_args or {}) | {SHARE_KEY: Share(None, Pull(tuple(sources)))}
         return own
+
+    async def _let_go_when_fetched(self) -> None:
+        """Once every choice has its first token: a response that is not streamed tells nothing before its last."""
+        prefilling = True
+        while prefilling:
+            await asyncio.sleep(FETCH_CHECK_SECONDS)
+            names = compat.engine_request_ids(self.engine, self.request_id)
+            states = [compat.front_request(self.engine, name) for name in names]
+            prefilling = not states or any(state is None or state.is_prefilling for state in states)
+        await self._let_go()
 
     async def _let_go(self) -> None:
         """Free what replicas hold for this prompt; a dead engine holds nothing."""

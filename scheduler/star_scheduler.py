@@ -29,6 +29,7 @@ class StarMixin:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         compat.add_page_key(page_key)
+        compat.leave_out_of_hit_rate(lambda request: part_of(request) is not None)
         add_core_utilities()
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()

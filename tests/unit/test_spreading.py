@@ -43,6 +43,7 @@ class FakeEngine:
         resolver = SimpleNamespace(page=PAGE, plan=lambda extra_args, length: PLAN)
         self.input_processor = SimpleNamespace(starling=resolver, process_inputs=self.process)
         self.generated: list[tuple] = []
+        self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
     async def get_supported_tasks(self):
         return ("generate",)
@@ -137,15 +138,28 @@ def test_a_busy_replica_gets_less(engine):
     assert engine.ran == [] and engine.generated[0][2] == {"data_parallel_rank": 1}
 
 
-def test_pages_are_let_go_once_every_choice_has_a_token(engine):
-    async def watch():
-        outputs = spreading.spread(engine, engine.generate, PROMPT, SamplingParams(n=2, temperature=1), "me", {})
-        held = []
-        async for _ in outputs:
-            held.append(len(engine.held))
-        return held
+def test_pages_are_let_go_once_every_choice_has_a_token(engine, monkeypatch):
+    """Also where nothing is told before the end, as in a response that is not streamed."""
+    monkeypatch.setattr(spreading, "FETCH_CHECK_SECONDS", 0.001)
+    states = [SimpleNamespace(is_prefilling=True), SimpleNamespace(is_prefilling=True)]
+    names = {"me": ["0_me", "1_me"]}
+    engine.output_processor = SimpleNamespace(
+        external_req_ids=names, request_states=dict(zip(names["me"], states, strict=True))
+    )
+    held = []
 
-    assert asyncio.run(watch()) == [3, 0]
+    async def generate(prompt, params, request_id, **keywords):
+        for state in states:
+            await asyncio.sleep(0.02)
+            held.append(len(engine.held))
+            state.is_prefilling = False
+        await asyncio.sleep(0.02)
+        held.append(len(engine.held))
+        yield output()
+
+    engine.generate = generate
+    asyncio.run(run(engine, SamplingParams(n=2, temperature=1)))
+    assert held == [3, 3, 0]
 
 
 def test_pages_of_others_that_differ_are_refused_with_both_sides(engine):
@@ -245,10 +259,11 @@ def test_blocks_are_counted_by_replica(engine):
         ("text", SamplingParams(), {}),
         ({"type": "multimodal", "prompt_token_ids": TOKENS}, SamplingParams(), {}),
         (PROMPT, SamplingParams(prompt_logprobs=1), {}),
+        (PROMPT, SamplingParams(skip_reading_prefix_cache=True), {}),
         (PROMPT, SamplingParams(), {"data_parallel_rank": 1}),
         (PROMPT, SimpleNamespace(), {}),
     ],
-    ids=["raw text", "images", "prompt logprobs", "a rank of its own", "pooling"],
+    ids=["raw text", "images", "prompt logprobs", "no cache", "a rank of its own", "pooling"],
 )
 def test_what_can_not_be_spread_is_vllms(engine, prompt, params, keywords):
     assert spreading.plan_to_spread(engine.input_processor, prompt, params, keywords) is None

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
@@ -167,6 +168,17 @@ def test_what_a_replica_says_of_itself(scheduler):
     assert (state["cached"], state["has_anchor"], state["queued_tokens"]) == ([0, 2, 3, 4], True, 300)
     assert replica_state(scheduler, hasher(), tokens(), PLAN, "salt")["cached"] == []
     assert replica_state(scheduler, hasher(), [], PLAN, None)["has_anchor"] is False
+
+
+def test_what_a_part_leaves_out_is_no_hit(config):  # noqa: F811
+    given = make_scheduler(config, StarScheduler)
+    given.kv_cache_manager.log_stats = True
+    given.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    for request in (part("anchor", 0, 64), part("mine", 128, 256), make_request("whole", PLAN)):
+        given.add_request(request)
+        run_to_end(given, 0)
+    stats = given.kv_cache_manager.make_prefix_cache_stats()
+    assert (stats.requests, stats.queries, stats.hits) == (1, 300, 64)
 
 
 def hasher():

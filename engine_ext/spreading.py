@@ -62,6 +62,17 @@ def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Map
     return plan if plan is not None and plan.replicas > 1 else None
 
 
+def under_way(engine: Any) -> set[str]:
+    """Ids of the requests whose prompts go over several replicas now; kept on the engine.
+
+    Between its parts and the whole, such a request is none that the engine knows.
+    """
+    if not hasattr(engine, "starling_under_way"):
+        engine.starling_under_way = set()
+    ids: set[str] = engine.starling_under_way
+    return ids
+
+
 class ReplicaSilent(Exception):
     """A replica does not answer: it hangs, or its host can't be reached."""
 
@@ -120,6 +131,7 @@ class SpreadPrompt:
         """Prefill the parts, then yield what the whole request yields on the replica of the first one."""
         started = time.monotonic()
         fetching: asyncio.Task | None = None
+        under_way(self.engine).add(self.request_id)
         try:
             replicas = await self._replicas()
             ranks, states = list(replicas), list(replicas.values())
@@ -146,6 +158,7 @@ class SpreadPrompt:
                 async for output in outputs:
                     yield output
         finally:
+            under_way(self.engine).discard(self.request_id)
             if fetching is not None:
                 fetching.cancel()
             await asyncio.shield(self._let_go())

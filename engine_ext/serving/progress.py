@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext import compat
+from engine_ext.spreading import under_way
 from scheduler.core_utilities import PREFILL_PROGRESS
 
 logger = init_logger("vllm.starling")
@@ -132,6 +133,8 @@ class Poller:
     def _look(self, watch: Watch) -> None:
         """What the front knows itself: whether the request has come, has its first token, or is gone."""
         names = compat.engine_request_ids(self.engine, watch.request_id)
+        if not names and watch.request_id in under_way(self.engine):
+            return
         if not names:
             if watch.engine_ids or asyncio.get_running_loop().time() > watch.gives_up_at:
                 watch.end()

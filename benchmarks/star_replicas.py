@@ -35,7 +35,7 @@ BLOCKS = (8, 16, 32)
 LENGTHS = (16_384, 32_768, 65_536)
 KV_BYTES = 2 * RANDOM_LLAMA["num_hidden_layers"] * RANDOM_LLAMA["hidden_size"] * 4  # of a token, in float32
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "2048", "--max-num-seqs", "4"]
-OPTIONS += ["--data-parallel-size", "2"]
+OPTIONS += ["--data-parallel-size", "2", "--max-model-len", str(LENGTHS[-1] + 1024)]
 COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starling:spread_seconds_total")
 
 

@@ -4,8 +4,8 @@ One `starling serve` with two data-parallel replicas, each on a core of its own.
 prompt to one replica (`star_replicas` 1) and another one to both, right after one another; the speed-up is the median
 of their ratios. The ideal is k / ceil((k + 1) / 2) for k blocks: the second replica computes the anchor too. Bytes
 moved are held against ring attention's, in which each replica's KV visits every other one. Writes
-results/star_replicas.json and .png; lengths that were measured before and are not now keep their figures. Needs two
-cores to itself; some 20 minutes, with --quick (16k tokens, once) 3.
+results/star_replicas.json and .png; lengths and ways that were measured before and are not now keep their figures.
+Needs two cores to itself; some 20 minutes, with --quick (16k tokens, once) 3.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ LENGTHS = (16_384, 32_768, 65_536)
 KV_BYTES = 2 * RANDOM_LLAMA["num_hidden_layers"] * RANDOM_LLAMA["hidden_size"] * 4  # of a token, in float32
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "2048", "--max-num-seqs", "4"]
 OPTIONS += ["--data-parallel-size", "2", "--max-model-len", str(LENGTHS[-1] + 1024)]
+SHARED_MEMORY = "shared memory"
 COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starling:spread_seconds_total")
 
 
@@ -57,8 +58,8 @@ def counters(server: Server) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def measure(server: Server, length: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for each number of blocks."""
+def measure(server: Server, length: int, repeats: int, way: str) -> list[dict[str, Any]]:
+    """A row for each number of blocks; ``way`` is how pages go."""
     tokens = random.Random(length)
     rows = []
     for blocks in BLOCKS:
@@ -77,6 +78,7 @@ def measure(server: Server, length: int, repeats: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "tokens": length,
+                "way": way,
                 "blocks": blocks,
                 "seconds_on_one": seconds[1],
                 "seconds_on_two": seconds[2],
@@ -109,6 +111,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(
             f"{row['tokens']:,}",
+            row["way"],
             str(row["blocks"]),
             f"{statistics.median(row['seconds_on_one']):.2f}",
             f"{statistics.median(row['seconds_on_two']):.2f}",
@@ -129,6 +132,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 4.2))
+    rows = [row for row in rows if row["way"] == SHARED_MEMORY]
     lengths = sorted({row["tokens"] for row in rows})
     width = 0.8 / len(BLOCKS)
     for index, blocks in enumerate(BLOCKS):
@@ -153,25 +157,28 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="16k tokens, once; writes nothing")
+    parser.add_argument("--tcp", action="store_true", help="let pages go over TCP, as between hosts; the plot has none")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     lengths, repeats = (LENGTHS[:1], 1) if args.quick else (args.lengths, args.repeats)
+    way = "TCP" if args.tcp else SHARED_MEMORY
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if args.tcp:
+        os.environ["UCX_TLS"] = "tcp"
     with tempfile.TemporaryDirectory() as folder:
         model = make_random_llama(Path(folder) / "llama", **RANDOM_LLAMA)
         with serving(model, *OPTIONS, log=Path(folder) / "log", seconds=300) as server:
             for replicas in (1, 1, 2):  # both are warm
                 first_token(server, list(range(3, 200)) * 20, 8, replicas)
-            rows = [row for length in lengths for row in measure(server, length, repeats)]
+            rows = [row for length in lengths for row in measure(server, length, repeats, way)]
     if args.quick:
         show(rows)
         return
     path = OUT / f"{NAME}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = sorted(
-        [*rows, *(row for row in known if row["tokens"] not in lengths)], key=lambda row: (row["tokens"], row["blocks"])
-    )
+    kept = [row for row in known if row["tokens"] not in lengths or row["way"] != way]
+    rows = sorted([*rows, *kept], key=lambda row: (row["tokens"], row["way"], row["blocks"]))
     show(rows)
     write_json(NAME, {"query_tokens": QUERY_TOKENS, "kv_bytes_per_token": KV_BYTES, "rows": rows})
     plot(rows, path.with_suffix(".png"))

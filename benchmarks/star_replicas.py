@@ -4,7 +4,7 @@ One `starling serve` with two data-parallel replicas, each on a core of its own.
 prompt to one replica (`star_replicas` 1) and another one to both, right after one another; the speed-up is the median
 of their ratios. The ideal is k / ceil((k + 1) / 2) for k blocks: the second replica computes the anchor too. Bytes
 moved are held against ring attention's, in which each replica's KV visits every other one. Writes
-results/star_replicas.json and .png; lengths and ways that were measured before and are not now keep their figures.
+results/star_replicas.json and .png; what was measured before and is not now keeps its figures.
 Needs two cores to itself; some 20 minutes, with --quick (16k tokens, once) 3.
 """
 
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ def counters(server: Server) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def measure(server: Server, length: int, repeats: int, way: str) -> list[dict[str, Any]]:
+def measure(server: Server, length: int, numbers: Sequence[int], repeats: int, way: str) -> list[dict[str, Any]]:
     """A row for each number of blocks; ``way`` is how pages go."""
     tokens = random.Random(length)
     rows = []
-    for blocks in BLOCKS:
+    for blocks in numbers:
         seconds: dict[int, list[float]] = {1: [], 2: []}
         moved: list[dict[str, float]] = []
         for _ in track(range(repeats), description=f"{length:,} tokens, n/B = {blocks}"):
@@ -137,8 +138,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     width = 0.8 / len(BLOCKS)
     for index, blocks in enumerate(BLOCKS):
         of_blocks = {row["tokens"]: row for row in rows if row["blocks"] == blocks}
-        places = [place + (index - (len(BLOCKS) - 1) / 2) * width for place in range(len(lengths))]
-        speedups = [of_blocks[length]["speedup"] for length in lengths]
+        there = [place for place, length in enumerate(lengths) if length in of_blocks]
+        if not there:
+            continue
+        places = [place + (index - (len(BLOCKS) - 1) / 2) * width for place in there]
+        speedups = [of_blocks[lengths[place]]["speedup"] for place in there]
         bars = axis.bar(places, speedups, width * 0.9, label=f"n/B = {blocks}")
         ideal = next(iter(of_blocks.values()))["ideal"]
         left, right = [place - width / 2 for place in places], [place + width / 2 for place in places]
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16k tokens, once; writes nothing")
     parser.add_argument("--tcp", action="store_true", help="let pages go over TCP, as between hosts; the plot has none")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, choices=BLOCKS, help="n/B")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     lengths, repeats = (LENGTHS[:1], 1) if args.quick else (args.lengths, args.repeats)
@@ -171,13 +176,14 @@ def main() -> None:
         with serving(model, *OPTIONS, log=Path(folder) / "log", seconds=300) as server:
             for replicas in (1, 1, 2):  # both are warm
                 first_token(server, list(range(3, 200)) * 20, 8, replicas)
-            rows = [row for length in lengths for row in measure(server, length, repeats, way)]
+            rows = [row for length in lengths for row in measure(server, length, args.blocks, repeats, way)]
     if args.quick:
         show(rows)
         return
     path = OUT / f"{NAME}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in known if row["tokens"] not in lengths or row["way"] != way]
+    measured = {(row["tokens"], row["way"], row["blocks"]) for row in rows}
+    kept = [row for row in known if (row["tokens"], row["way"], row["blocks"]) not in measured]
     rows = sorted([*rows, *kept], key=lambda row: (row["tokens"], row["way"], row["blocks"]))
     show(rows)
     write_json(NAME, {"query_tokens": QUERY_TOKENS, "kv_bytes_per_token": KV_BYTES, "rows": rows})

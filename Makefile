@@ -15,7 +15,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env demo-model demo serve test unit lint types proto proto-check proto-release lock bench wheel clean
+.PHONY: help env demo-model demo demo-hosts serve test unit lint types proto proto-check proto-release lock bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ $(MODEL): | $(ENV)
 
 demo: env demo-model ## run examples/demo.py on the demo model
 	$(BIN)/python examples/demo.py
+
+demo-hosts: env demo-model ## one server over two hosts, made from network namespaces; needs root (examples/two_hosts.py)
+	$(BIN)/python -m examples.two_hosts
 
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py

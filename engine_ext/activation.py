@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
 from attention_backends.kernels.choose import SETTINGS
 from engine_ext import metrics
-from engine_ext.refusals import refuse_overlap, star_page, star_refusals
+from engine_ext.refusals import CONNECTOR, fleet, refuse_overlap, star_page, star_refusals
 from scheduler.options import OptionError, StarOptions, parse_options
-from scheduler.plan import check_sizes
+from scheduler.plan import check_sizes, most_replicas
 
 logger = init_logger("vllm.starling")
 
@@ -91,6 +92,15 @@ def after_engine_config(vllm_config: Any) -> None:
         raise OptionError("star", config.star.mode, "; ".join(refusals), "off")
     refuse_overlap(vllm_config, config.star.overlap_size)
     check_sizes(config.star, star_page(vllm_config))
+    replicas = fleet(vllm_config)
+    most_replicas(config.star, config.star.overlap_size, replicas)
+    if replicas.size > 1 and replicas.reason is None:
+        vllm_config.kv_transfer_config = KVTransferConfig(
+            kv_connector=CONNECTOR,
+            kv_connector_module_path="engine_ext.star_connector",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        )
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:
         raise OptionError("worker_cls", parallel.worker_cls, "Starling has no worker for it", ", ".join(WORKERS))
@@ -100,6 +110,8 @@ def after_engine_config(vllm_config: Any) -> None:
     metrics.share_with_workers()
     metrics.front_metrics()
     _say(config.star, refusals, vllm_config.model_config)
+    if replicas.reason is not None:
+        logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, replicas.reason)
 
 
 def _say(star: StarOptions, refusals: list[str], model: Any) -> None:

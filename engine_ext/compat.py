@@ -58,6 +58,10 @@ def intruder() -> str | None:
     return None
 
 
+def has_nixl() -> bool:
+    return importlib.util.find_spec("nixl") is not None
+
+
 def wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Wrapper]) -> None:
     """Replace a method (or classmethod) by ``wrapper(original)``, once."""
     current = inspect.getattr_static(owner, name)
@@ -128,10 +132,14 @@ def on_processed_request(callback: Callable[[Any, Any], None]) -> None:
     wrap(InputProcessor, "process_inputs", around)
 
 
-def on_generate(callback: Callable[[Any, Any, Any, str | None], None]) -> None:
+def on_generate(
+    callback: Callable[[Any, Any, Any, str | None], None],
+    around_outputs: Callable[..., Any],
+) -> None:
     """Call ``callback(input_processor, engine_input, sampling_params, request_id)`` before a response has started.
 
-    ``request_id`` is the one that the engine is about to get; None where it does not have one yet.
+    ``request_id`` is the one that the engine is about to get; None where it does not have one yet. The engine's
+    outputs then come from ``around_outputs(engine, generate, prompt, sampling_params, request_id, keywords)``.
 
     AsyncLLM.generate is an async generator: its body, and with it every check, runs after a streamed
     response's 200 has gone out. OpenAIServingResponses puts a second generator around it. Goes when vLLM
@@ -143,7 +151,8 @@ def on_generate(callback: Callable[[Any, Any, Any, str | None], None]) -> None:
     def around_engine(original: Callable[..., Any]) -> Wrapper:
         def generate(self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> Any:
             callback(self.input_processor, prompt, sampling_params, request_id)
-            return original(self, prompt, sampling_params, request_id, **kwargs)
+            outputs = functools.partial(original, self)
+            return around_outputs(self, outputs, prompt, sampling_params, request_id, kwargs)
 
         return generate
 
@@ -203,6 +212,23 @@ def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) ->
         setattr(module, original.__name__, generate_block_hash_extra_keys)
 
 
+def leave_out_of_hit_rate(is_left_out: Callable[[Any], bool]) -> None:
+    """Keep requests out of vLLM's prefix-cache hit rate: what a part of a prompt leaves out is no hit.
+
+    Only called in an engine core where Starling is activated. Goes when a request can say so.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> None:
+            if not is_left_out(request):
+                original(self, request, num_hits)
+
+        return record_prefix_cache_stats
+
+    wrap(KVCacheManager, "record_prefix_cache_stats", around)
+
+
 def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:
     """Request id of each real row of a batch, in the model runner's order.
 
@@ -253,6 +279,16 @@ def scheduler_page(scheduler: Any) -> int | None:
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     sizes = {manager.block_size for manager in managers if is_full_attention_spec(manager.kv_cache_spec)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def page_layout(vllm_config: Any, layer: str, cache_dtype: str) -> str:
+    """How a layer's KV pages are laid out inside: the backend, on CPU the instruction set it packs them for, and dtype.
+
+    Pages are copied as they are between equal layouts only. Goes when a backend names its layout.
+    """
+    attention = vllm_config.compilation_config.static_forward_context[layer]
+    name = attention.get_attn_backend().get_name()
+    return "/".join([name, str(getattr(attention, "isa", "any")), cache_dtype])
 
 
 def add_core_utility(name: str, function: Callable[..., Any]) -> None:
@@ -308,6 +344,62 @@ async def call_core(engine: Any, name: str, *args: Any) -> list[Any]:
         raise
     finally:
         call.cancel()
+
+
+async def call_replica(engine: Any, rank: int, name: str, *args: Any) -> Any:
+    """Call a utility in one engine core of an AsyncLLM with several; see call_core. Goes with that."""
+    client = engine.engine_core
+    return await client._call_utility_async(name, *args, engine=client.core_engines[rank])
+
+
+async def run_unseen(engine: Any, request: Any) -> Any:
+    """Run a processed request to its end beside those of users; returns its RequestOutput.
+
+    It has the id that its maker gave it, so that aborts, and questions for the engine's requests of that id, reach
+    it; admission limits and request statistics leave it out. Cancelled, it is aborted. Goes when vLLM has requests
+    of its own making.
+    """
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    hide_unseen()
+    engine.input_processor.assign_request_id(request)
+    engine._run_output_handler()
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
+    try:
+        engine.output_processor.add_request(request, None, None, 0, queue)
+        engine.output_processor.request_states[request.request_id].starling_unseen = True
+        await engine.engine_core.add_request_async(request)
+        return await queue.get()
+    except asyncio.CancelledError:
+        await engine.abort(request.request_id, internal=True)
+        raise
+    finally:
+        queue.close()
+
+
+@functools.cache
+def hide_unseen() -> None:
+    """Leave requests of run_unseen out of vLLM's request statistics and of what admission counts."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    def unless_unseen(original: Callable[..., Any]) -> Wrapper:
+        def update_stats(self: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+            if not getattr(req_state, "starling_unseen", False):
+                original(self, req_state, *args, **kwargs)
+
+        return update_stats
+
+    def without_unseen(original: Callable[..., Any]) -> Wrapper:
+        def get_num_unfinished_requests(self: Any) -> int:
+            unseen = sum(getattr(state, "starling_unseen", False) for state in self.request_states.values())
+            return original(self) - unseen
+
+        return get_num_unfinished_requests
+
+    wrap(OutputProcessor, "_update_stats_from_output", unless_unseen)
+    wrap(OutputProcessor, "_update_stats_from_finished", unless_unseen)
+    wrap(OutputProcessor, "get_num_unfinished_requests", without_unseen)
 
 
 def refuse_admission(engine: Any, error: Exception) -> None:

@@ -28,6 +28,16 @@ class FrontMetrics:
         for attention in ("dense", "star"):
             self.requests.labels(attention)
         self.rejections = Counter("starling:plan_rejections", "Requests whose star options were refused.", ["option"])
+        self.spread_blocks = Counter(
+            "starling:spread_blocks", "Star blocks of prompts that went over several replicas.", ["replica"]
+        )
+        self.spread_seconds = Counter("starling:spread_seconds", "Seconds until all parts of such prompts were there.")
+
+    def spread(self, blocks_of: dict[int, int], seconds: float) -> None:
+        """One prompt: replica -> its star blocks."""
+        for replica, blocks in blocks_of.items():
+            self.spread_blocks.labels(str(replica)).inc(blocks)
+        self.spread_seconds.inc(seconds)
 
 
 def _join_the_front() -> None:
@@ -47,6 +57,16 @@ class WorkerMetrics:
             "Query-key pairs of those tokens, per head and full-attention layer (a mean).",
         )
         self.keys_dense = Counter("starling:keys_dense", "The pairs they would have had under dense attention.")
+        self.computed_tokens = Counter(
+            "starling:computed_tokens", "Tokens that the model ran over, cached and fetched ones left out.", ["replica"]
+        )
+        self.bytes_moved = Counter("starling:bytes_moved", "Bytes of KV pages fetched from other replicas.")
+        self.move_seconds = Counter("starling:move_seconds", "Seconds that requests waited for these pages.")
+        self.moves_failed = Counter("starling:moves_failed", "Requests that computed such pages after all.")
+
+    def pages_moved(self, size: int, seconds: float) -> None:
+        self.bytes_moved.inc(size)
+        self.move_seconds.inc(seconds)
 
 
 class CacheMetrics:

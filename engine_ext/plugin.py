@@ -53,9 +53,10 @@ def _hook_in() -> None:
             return
         from engine_ext.activation import add_middleware
         from engine_ext.requests import check_early, refuse_beam_search
+        from engine_ext.spreading import spread
 
         add_middleware(args)
-        compat.on_generate(check_early)
+        compat.on_generate(check_early, spread)
         compat.on_beam_search(refuse_beam_search)
 
     async def bench_request(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What Star Attention does not run with, each with its reason."""
+"""What Star Attention does not run with, and what keeps a prompt on one replica, each with its reason."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from attention_backends.star.backend import WRAPPED
+from engine_ext import compat
 from scheduler.options import OptionError, flat_name
+from scheduler.plan import Fleet
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
-CONNECTORS = ("OffloadingConnector",)
+CONNECTOR = "StarConnector"
+CONNECTORS = (CONNECTOR, "OffloadingConnector")
+
+FULL_ATTENTION = ("full_attention", "attention")
+SHIFTED = ("baichuan_m1", "kv_shift_llama")
 
 
 def _full_attention_layers(model: Any) -> bool:
@@ -18,7 +24,7 @@ def _full_attention_layers(model: Any) -> bool:
         return False
     layer_types = getattr(model.hf_text_config, "layer_types", None)
     if layer_types:
-        return any(kind in ("full_attention", "attention") for kind in layer_types)
+        return any(kind in FULL_ATTENTION for kind in layer_types)
     return model.get_sliding_window() is None
 
 
@@ -37,7 +43,9 @@ def _backend(config: Any) -> str | None:
     return None if backend is None or on_cpu or backend.name in WRAPPED else backend.name
 
 
-RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
+Rules = tuple[tuple[Callable[[Any], Any], str], ...]
+
+RULES: Rules = (
     (
         lambda c: c.model_config.runner_type != "generate",
         "the model does not generate, so there is no prefill to cut",
@@ -87,10 +95,56 @@ RULES: tuple[tuple[Callable[[Any], Any], str], ...] = (
 )
 
 
+def _dependent_layers(model: Any) -> str | None:
+    """The layers that carry something from one star block into the next, as far as the configuration tells."""
+    text = model.hf_text_config
+    if text.model_type in SHIFTED:
+        return "KV shifting"
+    others = {kind for kind in getattr(text, "layer_types", None) or () if kind not in FULL_ATTENTION}
+    if others:
+        return ", ".join(sorted(others))
+    return "sliding window" if model.get_sliding_window() else "hybrid" if model.is_hybrid else None
+
+
+def _other_connector(config: Any) -> str | None:
+    transfer = config.kv_transfer_config
+    return None if transfer is None or transfer.kv_connector == CONNECTOR else transfer.kv_connector
+
+
+def _external_balancer(config: Any) -> bool:
+    parallel = config.parallel_config
+    return parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+
+
+SPREAD_RULES: Rules = (
+    (
+        lambda c: _dependent_layers(c.model_config),
+        "the model has layers through which a block depends on the one before it",
+    ),
+    (lambda c: not c.cache_config.enable_prefix_caching, "replicas hand over what their prefix caches hold: it is off"),
+    (_other_connector, "an engine has one KV connector, and --kv-transfer-config gives it another"),
+    (_external_balancer, "with an external load balancer a front reaches some of the replicas only"),
+    (lambda c: c.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism divides the layers of a page"),
+    (lambda c: c.parallel_config.enable_elastic_ep, "elastic expert parallelism changes the replicas while it runs"),
+    (lambda c: not compat.has_nixl(), "the NIXL library, which moves KV pages, is not installed: pip install nixl"),
+)
+
+
+def fleet(vllm_config: Any) -> Fleet:
+    """The replicas that one prompt may be spread over, or why it may not."""
+    size = vllm_config.parallel_config.data_parallel_size
+    reasons = _reasons(RULES + SPREAD_RULES, vllm_config) if size > 1 else []
+    return Fleet(size, "; ".join(reasons) or None)
+
+
 def star_refusals(vllm_config: Any) -> list[str]:
     """The reasons why Star Attention can't run on this engine; empty where it can."""
+    return _reasons(RULES, vllm_config)
+
+
+def _reasons(rules: Rules, vllm_config: Any) -> list[str]:
     refusals = []
-    for applies, reason in RULES:
+    for applies, reason in rules:
         found = applies(vllm_config)
         if found:
             refusals.append(f"{reason} ({found})" if isinstance(found, str) else reason)

@@ -11,9 +11,10 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from engine_ext.activation import ENTRY, parse_config
 from engine_ext.metrics import front_metrics
-from engine_ext.refusals import refuse_overlap, star_refusals
+from engine_ext.refusals import fleet, refuse_overlap, star_refusals
 from scheduler.options import FIELD_OF, OptionError, is_star_key, parse_options
 from scheduler.plan import PLAN_KEY, StarPlan, make_plan
+from scheduler.share import SHARE_KEY, Part, Share
 
 # The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
 # By prompt object: /v1/responses passes each prompt through check_early twice.
@@ -34,6 +35,7 @@ class StarRequests:
     def __init__(self, vllm_config: Any) -> None:
         self.config = parse_config(vllm_config.additional_config)
         self.refusals = star_refusals(vllm_config) if self.config else [HOW_TO_ACTIVATE]
+        self.fleet = fleet(vllm_config)
         self.vllm_config = vllm_config
 
     @property
@@ -69,7 +71,7 @@ class StarRequests:
             raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
-        return make_plan(num_prompt_tokens, self.config.star, request, self.page or 1)
+        return make_plan(num_prompt_tokens, self.config.star, request, self.page or 1, self.fleet)
 
     def describe(self, plan: StarPlan | None, num_prompt_tokens: int) -> dict[str, Any]:
         """What a client is told of its plan."""
@@ -90,6 +92,14 @@ def resolve_request(input_processor: Any, request: Any) -> None:
     if params is None:
         return
     resolver = star_requests(input_processor)
+    share = (params.extra_args or {}).get(SHARE_KEY)
+    if share is not None and not isinstance(share, Share):
+        reason = "it is how replicas tell one another of a prompt they share"
+        raise VLLMValidationError(str(OptionError(SHARE_KEY, share, reason, "nothing")), parameter=SHARE_KEY)
+    if share is not None and isinstance(share.task, Part):  # ours, with the plan of the prompt it is a part of
+        plan_args = {} if share.plan is None else {PLAN_KEY: share.plan}
+        params.extra_args = plan_args | {SHARE_KEY: share.to_wire()}
+        return
     num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     plan = resolver.plan(params.extra_args, num_tokens)
     if resolver.config is None:
@@ -100,6 +110,8 @@ def resolve_request(input_processor: Any, request: Any) -> None:
     if params.extra_args or plan is not None:
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
         params.extra_args = rest if plan is None else rest | {PLAN_KEY: plan.to_wire()}
+        if share is not None:
+            params.extra_args[SHARE_KEY] = share.to_wire()
     front_metrics().requests.labels("dense" if plan is None else "star").inc()
 
 

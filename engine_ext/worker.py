@@ -78,6 +78,8 @@ def make_star_worker(base: type) -> type:
             super().__init__(vllm_config, *args, **kwargs)
             self.plan_book = PlanBook()
             self.counts_rows = self.rank == 0
+            replica = str(vllm_config.parallel_config.data_parallel_index)
+            self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
 
         def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
             result = super().initialize_from_config(*args, **kwargs)
@@ -97,6 +99,8 @@ def make_star_worker(base: type) -> type:
                 logger.info_once("Star Attention runs on the %d full-attention layers of %d", star, total)
 
         def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.counts_rows:
+                self.computed_tokens.inc(scheduler_output.total_num_scheduled_tokens)
             plans = self.plan_book.update(scheduler_output)
             if not plans:
                 return super().execute_model(scheduler_output, *args, **kwargs)

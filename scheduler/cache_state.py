@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_cache_spec_kind
 from vllm.v1.request import RequestStatus
 
 from scheduler.plan import request_plan
+from scheduler.share import part_of
 
 
 def cache_state(scheduler: Any, per_request: bool) -> dict[str, Any]:
@@ -166,20 +167,28 @@ def prefill_progress(scheduler: Any, request_ids: Sequence[str]) -> dict[str, di
 
     ``computed`` of ``prompt`` tokens are done, ``cached`` of them came from the prefix cache. A star request
     also has done ``star_blocks_done`` of ``star_blocks``, which hold its first ``context`` tokens; a dense one
-    has 0 for these.
+    has 0 for these. A request that is one replica's part of a prompt tells what it adds to the whole (``part``);
+    one that computes the anchor once more adds nothing, and is left out.
     """
     found = ((name, scheduler.requests.get(name)) for name in request_ids)
-    return {name: _progress(request) for name, request in found if request is not None and not request.is_finished()}
+    known = ((name, request) for name, request in found if request is not None and not request.is_finished())
+    told = ((name, _progress(request)) for name, request in known)
+    return {name: progress for name, progress in told if progress is not None}
 
 
-def _progress(request: Any) -> dict[str, int]:
-    plan = request_plan(request)
+def _progress(request: Any) -> dict[str, int] | None:
+    plan, part = request_plan(request), part_of(request)
+    if part is not None and plan is None:
+        return None
+    start = part.start if part else 0
     computed = min(computed_tokens(request), request.num_prompt_tokens)
+    own = max(computed, start)
     return {
-        "computed": computed,
-        "prompt": request.num_prompt_tokens,
-        "cached": cached_tokens(request) or 0,
+        "computed": own - start,
+        "prompt": plan.num_prompt_tokens if plan else request.num_prompt_tokens,
+        "cached": max((cached_tokens(request) or 0) - start, 0),
         "context": plan.context_end if plan else 0,
-        "star_blocks_done": plan.blocks_done(computed) if plan else 0,
+        "star_blocks_done": plan.blocks_done(own) - plan.blocks_done(start) if plan else 0,
         "star_blocks": plan.num_star_blocks if plan else 0,
+        "part": int(part is not None),
     }

@@ -6,10 +6,14 @@ from typing import Any
 
 from engine_ext import compat
 from scheduler.cache_state import cache_state, prefill_progress
+from scheduler.plan import StarPlan
+from scheduler.replica_state import replica_state
 
 CACHE_STATE = "starling_cache_state"
 PREFILL_PROGRESS = "starling_prefill_progress"
 ATTENTION_BACKENDS = "starling_attention_backends"
+REPLICA_STATE = "starling_replica_state"
+LET_GO = "starling_let_go"
 
 
 def _cache_state(core: Any, per_request: bool) -> dict[str, Any]:
@@ -25,8 +29,18 @@ def _attention_backends(core: Any) -> list[str]:
     return sorted({name for names in of_workers for name in names})
 
 
+def _replica_state(core: Any, token_ids: list[int], plan: list[int], cache_salt: str | None) -> dict[str, Any]:
+    return replica_state(core.scheduler, core.request_block_hasher, token_ids, StarPlan(*plan), cache_salt)
+
+
+def _let_go(core: Any, names: list[str]) -> None:
+    core.scheduler.connector.let_go(names)
+
+
 def add_core_utilities() -> None:
     """Offer them in this process's engine core."""
     compat.add_core_utility(CACHE_STATE, _cache_state)
     compat.add_core_utility(PREFILL_PROGRESS, _prefill_progress)
     compat.add_core_utility(ATTENTION_BACKENDS, _attention_backends)
+    compat.add_core_utility(REPLICA_STATE, _replica_state)
+    compat.add_core_utility(LET_GO, _let_go)

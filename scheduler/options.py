@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Mode = Literal["off", "on", "auto"]
 Tokens = Annotated[int, Field(ge=0)]
+Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 PREFIX = "star"
 
@@ -56,6 +57,11 @@ class StarOptions(BaseModel):
         None,
         description="the same said from the front: leading prompt tokens in blocks; not with query_tokens",
     )
+    replicas: Replicas = Field(
+        "auto",
+        description="data-parallel replicas that one prompt's blocks may be spread over, or auto: as many as make it "
+        "faster, one where blocks depend on one another",
+    )
 
 
 FIELDS = StarOptions.model_fields
@@ -64,7 +70,9 @@ ALLOWED = {
     "block_size": "a multiple of the KV page, or 0 with num_blocks above 0",
     "anchor_size": "a multiple of the KV page from 0 to the block size",
     "overlap_size": "a multiple of the KV page from 0 to the block size",
+    "replicas": "auto, or a whole number of replicas, 1 or more",
 }
+EXPECTED = {"mode": "one of off, on, auto", "replicas": ALLOWED["replicas"]}
 
 
 def flat_name(field: str) -> str:
@@ -110,7 +118,7 @@ def parse_options(values: Mapping[str, Any], *, flat: bool) -> StarOptions:
 
 
 def _expected(field: str) -> str:
-    return "one of off, on, auto" if field == "mode" else "a whole number of tokens, 0 or more"
+    return EXPECTED.get(field, "a whole number of tokens, 0 or more")
 
 
 def _refuse_contradictions(options: StarOptions, show: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from scheduler.options import OptionError, StarOptions, flat_name, merge
+from scheduler.spread import best_number
 
 PLAN_KEY = "star_plan"
 DEFAULT_QUERY_TOKENS = 512
@@ -20,7 +21,8 @@ class StarPlan:
     """How one prompt is prefilled (arXiv 2411.17116, section 2); all sizes in tokens.
 
     Positions below ``context_end`` are the context, cut into star blocks of ``block_size``; all later
-    ones, the query and the generated tokens, attend to everything before them.
+    ones, the query and the generated tokens, attend to everything before them. Its blocks are spread over
+    up to ``replicas`` engine replicas, which changes nothing of what is computed.
     """
 
     block_size: int
@@ -28,6 +30,7 @@ class StarPlan:
     overlap_size: int
     context_end: int
     num_prompt_tokens: int
+    replicas: int = 1
 
     @property
     def num_star_blocks(self) -> int:
@@ -94,10 +97,27 @@ class StarPlan:
             "overlap_size": self.overlap_size,
             "context_end": self.context_end,
             "prompt_tokens": self.num_prompt_tokens,
+            "replicas": self.replicas,
             "keys_attended": self.keys_attended(),
             "dense_keys": self.dense_keys(),
             "keys_per_context_token": round(self.context_keys_per_token(), 1),
         }
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The replicas that one prompt may be spread over.
+
+    Attributes:
+        size: data-parallel replicas of the server.
+        reason: why blocks can't be spread over them; None where they can.
+    """
+
+    size: int = 1
+    reason: str | None = None
+
+
+ONE_ENGINE = Fleet()
 
 
 def count_pairs(num_queries: int, keys: KeyRanges) -> int:
@@ -121,7 +141,13 @@ def request_plan(request: Any) -> StarPlan | None:
     return plan_of(params.extra_args) if params is not None and params.extra_args else None
 
 
-def make_plan(num_prompt_tokens: int, defaults: StarOptions, request: StarOptions | None, page: int) -> StarPlan | None:
+def make_plan(
+    num_prompt_tokens: int,
+    defaults: StarOptions,
+    request: StarOptions | None,
+    page: int,
+    fleet: Fleet = ONE_ENGINE,
+) -> StarPlan | None:
     """Resolve options to numbers for one prompt; None: dense.
 
     Args:
@@ -129,9 +155,10 @@ def make_plan(num_prompt_tokens: int, defaults: StarOptions, request: StarOption
         defaults: the server's options.
         request: the request's own, or None where it gave none.
         page: tokens of a KV page of the full-attention layers.
+        fleet: the replicas there are.
 
     Raises:
-        OptionError: an option does not fit the page, the block or the prompt.
+        OptionError: an option does not fit the page, the block, the prompt or the replicas.
     """
     defaults = _fit_default(defaults, page)
     options = defaults if request is None else merge(defaults, request)
@@ -145,9 +172,36 @@ def make_plan(num_prompt_tokens: int, defaults: StarOptions, request: StarOption
     anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page)
     overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page)
     context_end = _context_end(options, given, num_prompt_tokens)
+    most = most_replicas(options, overlap_size, fleet)
     if options.mode == "auto" and num_prompt_tokens < options.min_tokens:
         return None
-    return StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
+    plan = StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
+    if most == 1 or plan.is_dense:
+        return plan
+    return replace(plan, replicas=best_number(plan.num_star_blocks, anchor_size / block_size, most))
+
+
+def most_replicas(options: StarOptions, overlap_size: int, fleet: Fleet) -> int:
+    """Over how many replicas blocks may be spread (raises OptionError)."""
+    if options.replicas == "auto":
+        return 1 if fleet.reason or overlap_size else fleet.size
+    if options.replicas == 1:
+        return 1
+
+    def refused(reason: str, allowed: str) -> OptionError:
+        return OptionError(flat_name("replicas"), options.replicas, reason, allowed)
+
+    if options.replicas > fleet.size:
+        many = f"this server has {fleet.size} (--data-parallel-size)"
+        raise refused(many, f"auto, or 1 to {fleet.size}" if fleet.size > 1 else "auto or 1")
+    if fleet.reason:
+        raise refused(fleet.reason, "auto or 1")
+    if overlap_size:
+        overlap = f"{flat_name('overlap_size')}={overlap_size}"
+        raise refused(
+            f"with {overlap} each block needs the one before it", f"auto or 1, or {flat_name('overlap_size')}=0"
+        )
+    return options.replicas
 
 
 def check_sizes(options: StarOptions, page: int) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, with prefix-cache keys that tell star pages from dense ones."""
+"""vLLM's scheduler, with prefix-cache keys that tell star pages from dense ones, and parts of prompts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from scheduler.cache_state import cache_state, compressed_groups, states_used
 from scheduler.core_utilities import add_core_utilities
 from scheduler.options import OptionError, parse_options
 from scheduler.plan import check_sizes, request_plan
+from scheduler.share import part_of
 
 
 def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
@@ -30,6 +31,7 @@ class StarMixin:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         compat.add_page_key(page_key)
+        compat.leave_out_of_hit_rate(lambda request: part_of(request) is not None)
         add_core_utilities()
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
@@ -63,6 +65,31 @@ class StarMixin:
             used = (states_used(self, group.kv_cache_spec, manager) for group, manager in self.compressed)
             cache_metrics().states.set(sum(used))
         return result
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        """A part of a prompt that other replicas prefill too goes on, after the anchor, at its first block.
+
+        The pages in between are vLLM's null page, which takes no memory and is never hashed: no other request can
+        find it, and star rows never read it. The part's own blocks have the keys of the whole prompt, and may be
+        cached. Where the anchor is not, everything is computed.
+        """
+        hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        part = part_of(request)
+        if part is None:
+            return hit
+        blocks, computed, boundary, diverged = hit
+        if not part.anchor <= computed < part.start:
+            return hit
+        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        page, pool = self.block_size, manager.block_pool  # type: ignore[attr-defined]
+        pages = list(blocks.blocks[0])
+        pages += [pool.null_block] * (part.start // page - len(pages))
+        # vLLM, too, leaves the last prompt token to be computed.
+        for block_hash in request.block_hashes[len(pages) : (request.num_tokens - 1) // page]:
+            found = pool.get_cached_block(block_hash, [0])
+            if found is None:
+                break
+            pages += found
+        return manager.create_kv_cache_blocks((pages,)), len(pages) * page, boundary, diverged
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Where full decode graphs are in use, never schedule a star chunk of one token: it waits a step.

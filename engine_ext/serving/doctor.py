@@ -93,7 +93,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from engine_ext.activation import parse_config
-    from engine_ext.refusals import star_refusals
+    from engine_ext.refusals import fleet, star_refusals
+    from engine_ext.serving.cores import CORES_ENV, core_binding
     from engine_ext.serving.serve_args import parse
 
     args, _ = parse([model, *serve_options])
@@ -112,8 +113,16 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "star_defaults": starling.star.model_dump(),
         "star_refused": refusals,
     }
+    replicas = fleet(config)
+    if replicas.size > 1:
+        why_one = replicas.reason
+        report["replicas"] = {
+            "number": replicas.size,
+            "spread": "yes" if why_one is None else f"no: {why_one}",
+            "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
+        }
     if prompt_tokens is not None:
-        report["prompt"] = prompt_cost(prompt_tokens, starling.star, cache, bool(refusals), config)
+        report["prompt"] = prompt_cost(prompt_tokens, starling.star, cache, None if refusals else replicas, config)
     return report
 
 
@@ -231,16 +240,20 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     return chosen | {"why": "the faster one by benchmarks/cpu_kernels.py, for this processor and dtype"}
 
 
-def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], refused: bool, config: Any) -> dict[str, Any]:
-    """Plan, KV memory and attention work of one prompt (raises OptionError: it would be refused)."""
+def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any, config: Any) -> dict[str, Any]:
+    """Plan, KV memory and attention work of one prompt (raises OptionError: it would be refused).
+
+    ``replicas`` is the server's Fleet; None where star is refused.
+    """
     from engine_ext.refusals import star_page
     from engine_ext.requests import describe
     from scheduler.options import StarOptions
-    from scheduler.plan import make_plan
+    from scheduler.plan import ONE_ENGINE, make_plan
 
-    as_asked = None if refused else make_plan(num_tokens, star, None, star_page(config))
+    fleet = replicas or ONE_ENGINE
+    as_asked = None if replicas is None else make_plan(num_tokens, star, None, star_page(config), fleet)
     star_on = StarOptions(**(star.model_dump(exclude_unset=True) | {"mode": "on"}))
-    if_on = make_plan(num_tokens, star_on, None, star_page(config))
+    if_on = make_plan(num_tokens, star_on, None, star_page(config), fleet)
     assert if_on is not None
     told = describe(if_on, num_tokens, config.model_config.hf_text_config)
     caches = attamba_specs(config).values()
@@ -253,8 +266,10 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], refused: bool
         "kv_pages": pages,
         "kv_bytes": pages * cache["page_bytes"],
         "by_default": "dense" if as_asked is None else "star",
-        "plan_with_star_on": None if refused else told,
-        "attention_work_dense_over_star": None if refused else round(told["dense_keys"] / told["keys_attended"], 2),
+        "plan_with_star_on": None if replicas is None else told,
+        "attention_work_dense_over_star": None
+        if replicas is None
+        else round(told["dense_keys"] / told["keys_attended"], 2),
     }
 
 

@@ -24,12 +24,14 @@ def given(message: Message) -> dict[str, Any]:
 def star_args(message: pb.StarOptions) -> dict[str, Any]:
     """The star options that the client set, under the flat names they have in SamplingParams.extra_args.
 
-    A mode this version has no name for stays a number, which parse_options refuses.
+    A mode this version has no name for stays a number, which parse_options refuses. No replicas means auto.
     """
     values = given(message)
     mode = values.pop("mode", pb.StarOptions.MODE_UNSPECIFIED)
     if mode != pb.StarOptions.MODE_UNSPECIFIED:
         values["mode"] = MODES.get(mode, mode)
+    if values.get("replicas") == 0:
+        values["replicas"] = "auto"
     return {flat_name(field): value for field, value in values.items()}
 
 

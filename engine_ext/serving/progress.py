@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext import compat
+from engine_ext.spreading import under_way
 from scheduler.core_utilities import PREFILL_PROGRESS
 
 logger = init_logger("vllm.starling")
@@ -44,12 +45,21 @@ class Progress:
 
 
 NUMBERS = tuple(field.name for field in fields(Progress))
+ADDED = ("computed", "cached", "star_blocks_done")
 
 
 def furthest(states: list[dict[str, int]]) -> Progress | None:
-    """The progress of the choice that is nearest to its first token; None where none has reached the engine."""
+    """The progress of the choice that is nearest to its first token; None where none has reached the engine.
+
+    Parts of a prompt that goes over several replicas count together.
+    """
+    parts = [state for state in states if state.get("part")]
     best = max(states, key=lambda state: state["computed"], default=None)
-    return None if best is None else Progress(**{name: best[name] for name in NUMBERS})
+    if best is None:
+        return None
+    if len(parts) == len(states):
+        best = best | {name: sum(part[name] for part in parts) for name in ADDED}
+    return Progress(**{name: best[name] for name in NUMBERS})
 
 
 class Watch:
@@ -123,6 +133,8 @@ class Poller:
     def _look(self, watch: Watch) -> None:
         """What the front knows itself: whether the request has come, has its first token, or is gone."""
         names = compat.engine_request_ids(self.engine, watch.request_id)
+        if not names and watch.request_id in under_way(self.engine):
+            return
         if not names:
             if watch.engine_ids or asyncio.get_running_loop().time() > watch.gives_up_at:
                 watch.end()

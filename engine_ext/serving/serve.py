@@ -25,6 +25,7 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
 from engine_ext import compat
+from engine_ext.serving.cores import CORES_ENV, core_binding
 from engine_ext.serving.grpc_front import GRACE_SECONDS, Front
 from engine_ext.serving.grpc_gate import server_credentials
 from engine_ext.serving.grpc_prompts import chat_params
@@ -60,6 +61,7 @@ def run(argv: Sequence[str]) -> int:
         refuse_open_plaintext(args, grpc_port, admin)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
+        bind_cores(args)
         if grpc_port is not None:
             server_credentials(args)
             refuse_taken_port("--grpc-port", args.host or LOOPBACK, grpc_port)
@@ -69,10 +71,10 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
     try:
-        if grpc_port is None:
+        if grpc_port is None and not before_replicas(args):
             ServeSubcommand.cmd(args)
         else:
-            args.model = args.model_tag or args.model
+            args.model, args.api_server_count = args.model_tag or args.model, None
             return uvloop.run(serve_both(args, grpc_port, admin))
     except KeyboardInterrupt:  # a signal while the engine starts; later ones end serve_both in order
         return INTERRUPTED
@@ -80,6 +82,20 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
     return 0
+
+
+def before_replicas(args: Namespace) -> bool:
+    """Whether one API server stands before several replicas: then a signal at the start is ours to see to as well."""
+    external = args.data_parallel_external_lb or args.data_parallel_rank is not None
+    return args.data_parallel_size > 1 and args.api_server_count == 1 and not (args.headless or args.grpc or external)
+
+
+def bind_cores(args: Namespace) -> None:
+    """Give each replica on this host cores of its own, where nobody said otherwise."""
+    binding = core_binding(args, os.environ)
+    if binding is not None:
+        os.environ[CORES_ENV] = binding
+        logger.info("%s=%s: each replica has cores of its own", CORES_ENV, binding)
 
 
 def refuse_taken_port(option: str, host: str, port: int) -> None:
@@ -91,23 +107,25 @@ def refuse_taken_port(option: str, host: str, port: int) -> None:
         raise OSError(f"{option} {port} can't be had on {host}: {error.strerror}") from None
 
 
-async def serve_both(args: Namespace, grpc_port: int, admin: AdminOptions) -> int:
-    """vLLM's run_server, with gRPC on the same engine: started before HTTP, stopped before the engine."""
+async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions) -> int:
+    """vLLM's run_server, and gRPC where asked for: started before HTTP, stopped before the engine."""
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, interrupt_start)
     listen_address, sock = setup_server(args, reuse_port=False)
     with sock:
         async with build_async_engine_client(args) as engine:
-            front = await start_front(engine, args, grpc_port, admin)
+            front = None if grpc_port is None else await start_front(engine, args, grpc_port, admin)
             grace = max(GRACE_SECONDS, args.shutdown_timeout)
-            stop_before_engine(engine, front, grace)
+            if front is not None:
+                stop_before_engine(engine, front, grace)
             try:
                 http_shutdown = await build_and_serve(engine, listen_address, sock, args)
             finally:
-                await front.stop(grace)
+                if front is not None:
+                    await front.stop(grace)
         await http_shutdown
         # vLLM's watchdog ends the HTTP server of a dead engine as a signal does.
-        return ENGINE_DEAD if front.engine_died else 0
+        return ENGINE_DEAD if front is not None and front.engine_died else 0
 
 
 def interrupt_start(*_: Any) -> None:

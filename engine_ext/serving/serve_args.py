@@ -178,6 +178,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
     if grpc_port is not None:
         refuse_grpc_with(args, grpc_port)
         args.api_server_count = None  # one, also before several data-parallel engines
+    elif args.data_parallel_size > 1 and args.api_server_count is None and not args.headless:
+        args.api_server_count = 1  # vLLM's default is one a replica, on whose cores they would run
     return args, grpc_port
 
 

@@ -16,12 +16,23 @@ from tests.e2e.models import make_tiny_llama
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.parametrize("moment", ["Initializing a V1 LLM engine", "reserved_cpus"], ids=["engine", "worker"])
-def test_sigterm_ends_a_start_with_130(tmp_path, moment):
+GRPC = ["--grpc-port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "options"),
+    [
+        ("Initializing a V1 LLM engine", GRPC),
+        ("reserved_cpus", GRPC),
+        ("Initializing a V1 LLM engine", ["--data-parallel-size", "2"]),
+    ],
+    ids=["engine", "worker", "replicas"],
+)
+def test_sigterm_ends_a_start_with_130(tmp_path, moment, options):
     """At the moment that the engine's process, or its worker's, says so in the log."""
     model = make_tiny_llama(tmp_path / "tiny")
     command = [Path(sys.executable).with_name("starling"), "serve", model, "--enforce-eager"]
-    command += ["--port", str(free_port()), "--grpc-port", str(free_port())]
+    command += ["--port", str(free_port()), *options]
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

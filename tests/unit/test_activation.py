@@ -13,7 +13,7 @@ from benchmarks.random_attamba import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.activation import MIDDLEWARE, add_middleware, parse_config
-from engine_ext.refusals import CONNECTORS, RULES, star_refusals
+from engine_ext.refusals import CONNECTORS, RULES, SPREAD_RULES, fleet, star_refusals
 from scheduler.options import OptionError
 from tests.parity.harness import TINY
 
@@ -130,13 +130,23 @@ def fake_config(**changes):
         is_mm_prefix_lm=False,
         rswa_window=None,
         is_diffusion=False,
+        is_hybrid=False,
     )
-    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False)
+    parallel = SimpleNamespace(
+        decode_context_parallel_size=1,
+        prefill_context_parallel_size=1,
+        enable_dbo=False,
+        data_parallel_size=1,
+        data_parallel_external_lb=False,
+        data_parallel_hybrid_lb=False,
+        pipeline_parallel_size=1,
+        enable_elastic_ep=False,
+    )
     config = SimpleNamespace(
         model_config=model,
         parallel_config=parallel,
         speculative_config=None,
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, enable_prefix_caching=True),
         kv_transfer_config=None,
         attention_config=SimpleNamespace(backend=None),
         scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
@@ -181,6 +191,66 @@ def test_every_rule_is_tested_and_what_works_is_not_refused():
     allowed = SimpleNamespace(kv_connector=CONNECTORS[0])
     assert star_refusals(fake_config(kv_transfer_config=allowed)) == []
     assert star_refusals(fake_config(attention_config__backend=SimpleNamespace(name="FLASHINFER"))) == []
+
+
+FULL = {
+    "parallel_config__data_parallel_size": 2,
+    "model_config__hf_text_config": SimpleNamespace(model_type="llama", layer_types=None),
+    "model_config__get_sliding_window": lambda: None,
+}
+
+ON_ONE_REPLICA = {
+    "KV shifting": {"model_config__hf_text_config": SimpleNamespace(model_type="kv_shift_llama", layer_types=None)},
+    "prefix caches hold": {"cache_config__enable_prefix_caching": False},
+    "OffloadingConnector": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
+    "external load balancer": {"parallel_config__data_parallel_external_lb": True},
+    "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
+    "elastic expert": {"parallel_config__enable_elastic_ep": True},
+    "pip install nixl": {},
+}
+
+
+@pytest.mark.parametrize("reason", ON_ONE_REPLICA)
+def test_what_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
+    monkeypatch.setattr("engine_ext.compat.has_nixl", lambda: "nixl" not in reason)
+    config = fake_config(**FULL | ON_ONE_REPLICA[reason])
+    assert reason in fleet(config).reason
+    assert star_refusals(config) == []
+
+
+def test_every_rule_about_replicas_is_tested_and_plain_models_are_spread():
+    assert len(ON_ONE_REPLICA) == len(SPREAD_RULES)
+    assert (fleet(fake_config(**FULL)).size, fleet(fake_config(**FULL)).reason) == (2, None)
+    assert "speculative" in fleet(fake_config(**FULL, speculative_config=object())).reason
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "window", "hybrid", "named"),
+    [
+        (["sliding_attention", "full_attention"], 128, False, "sliding_attention"),
+        (["linear_attention", "full_attention"], None, True, "linear_attention"),
+        (None, None, True, "hybrid"),
+    ],
+)
+def test_models_whose_blocks_depend_on_one_another_stay_on_one_replica(layer_types, window, hybrid, named):
+    model = {
+        "model_config__hf_text_config": SimpleNamespace(model_type="some", layer_types=layer_types),
+        "model_config__get_sliding_window": lambda: window,
+        "model_config__is_hybrid": hybrid,
+    }
+    assert f"depends on the one before it ({named})" in fleet(fake_config(**FULL | model)).reason
+
+
+def test_an_engine_of_several_replicas_gets_our_connector_where_prompts_can_be_spread(model):
+    several = engine_config(model, additional_config={"starling": {}}, data_parallel_size=2)
+    assert several.kv_transfer_config.kv_connector == "StarConnector"
+    assert engine_config(model, additional_config={"starling": {}}).kv_transfer_config is None
+    off = {"data_parallel_size": 2, "enable_prefix_caching": False}
+    assert engine_config(model, additional_config={"starling": {}}, **off).kv_transfer_config is None
+    with pytest.raises(ValueError, match="star_replicas=2 is refused: replicas hand over"):
+        engine_config(model, additional_config={"starling": {"star": {"replicas": 2}}}, **off)
+    with pytest.raises(ValueError, match="star_replicas=3 is refused: this server has 2"):
+        engine_config(model, additional_config={"starling": {"star": {"replicas": 3}}}, data_parallel_size=2)
 
 
 def test_a_model_without_layer_types_is_judged_by_its_window():

@@ -12,6 +12,7 @@ from vllm.v1.request import RequestStatus
 from engine_ext import metrics
 from scheduler.cache_state import cache_state, group_state, prefill_progress
 from scheduler.plan import StarPlan
+from scheduler.share import SHARE_KEY, Part, Share
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from starling.v1.admin_pb2 import EngineCache
 from tests.unit.test_star_scheduler import PAGE, PLAN, answer, config, make_request, make_scheduler, step_is_prefill
@@ -196,6 +197,26 @@ def test_progress_of_a_star_prompt(config):
     scheduler.add_request(make_request("dense", None))
     step(scheduler)
     assert progress(scheduler, "dense") == (164, 64, 0), "block 0 was in the cache"
+
+
+def test_progress_of_a_part_is_what_it_adds_to_the_whole(config):
+    def part(name: str, start: int, stop: int, plan: StarPlan | None = PLAN):
+        return make_request(name, plan, stop, 1, **{SHARE_KEY: Share(None, Part(name, start, 64)).to_wire()})
+
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.add_request(part("anchor", 0, 64, None))
+    assert prefill_progress(scheduler, ["anchor"]) == {}
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    scheduler.add_request(part("part", 128, 250))
+    told = [prefill_progress(scheduler, ["part"])["part"]]
+    step(scheduler)
+    told.append(prefill_progress(scheduler, ["part"])["part"])
+    assert [(state["computed"], state["cached"], state["star_blocks_done"]) for state in told] == [
+        (0, 0, 0),
+        (100, 0, 1),
+    ]
+    assert all((state["prompt"], state["star_blocks"], state["part"]) == (300, 4, 1) for state in told)
 
 
 def test_tokens_in_flight_are_not_done_yet(config):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.stats import IterationStats
 
 from engine_ext import compat, plugin
 
@@ -141,3 +147,77 @@ def test_an_op_of_ours_runs_and_is_made_once():
     library = compat.register_op("starling::test_double", double, double)
     assert compat.register_op("starling::test_double", double, double) is library
     assert torch.ops.starling.test_double(torch.ones(2)).tolist() == [2, 2]
+
+
+class UnseenEngine:
+    """An AsyncLLM as far as run_unseen goes, on vLLM's own output processor."""
+
+    def __init__(self) -> None:
+        self.output_processor = OutputProcessor(None, log_stats=True, stream_interval=1)
+        self.input_processor = SimpleNamespace(assign_request_id=InputProcessor.assign_request_id)
+        self.engine_core = SimpleNamespace(add_request_async=self.add)
+        self.added, self.aborted = [], []
+        self._run_output_handler = lambda: None
+
+    async def add(self, request) -> None:
+        self.added.append(request)
+
+    async def abort(self, request_id, internal) -> None:
+        self.aborted.append((request_id, internal))
+        self.output_processor.abort_requests([request_id], internal)
+
+
+def unseen_request():
+    return EngineCoreRequest(
+        request_id="mine",
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=1, detokenize=False),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def test_unseen_requests_end_with_their_output_and_are_in_no_statistics():
+    async def scenario():
+        engine = UnseenEngine()
+        task = asyncio.create_task(compat.run_unseen(engine, unseen_request()))
+        while not engine.added:
+            await asyncio.sleep(0)
+        (name,) = compat.engine_request_ids(engine, "mine")
+        assert name == engine.added[0].request_id != "mine"
+        assert engine.output_processor.get_num_unfinished_requests() == 0
+        stats = IterationStats()
+        done = EngineCoreOutput(
+            request_id=name, new_token_ids=[7], finish_reason=FinishReason.LENGTH, kv_transfer_params={"pages": [4]}
+        )
+        engine.output_processor.process_outputs([done], 1.0, stats)
+        output = await task
+        assert output.kv_transfer_params == {"pages": [4]}
+        assert (stats.num_prompt_tokens, stats.num_generation_tokens, stats.finished_requests) == (0, 0, [])
+        assert engine.aborted == []
+
+    asyncio.run(scenario())
+
+
+def test_unseen_requests_are_aborted_when_cancelled_and_by_the_id_they_were_given():
+    async def scenario():
+        engine = UnseenEngine()
+        task = asyncio.create_task(compat.run_unseen(engine, unseen_request()))
+        while not engine.added:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.aborted == [(engine.added[0].request_id, True)]
+
+        task = asyncio.create_task(compat.run_unseen(engine, unseen_request()))
+        while len(engine.added) < 2:
+            await asyncio.sleep(0)
+        engine.output_processor.abort_requests(["mine"], internal=False)
+        assert (await task).outputs[0].finish_reason == "abort"
+
+    asyncio.run(scenario())

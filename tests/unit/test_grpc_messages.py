@@ -28,8 +28,10 @@ def test_every_mode_has_a_number():
         (pb.StarOptions(query_tokens=0), {"star_query_tokens": 0}),
         (pb.StarOptions(block_size=2**53 + 1), {"star_block_size": 2**53 + 1}),
         (pb.StarOptions(mode=9), {"star": 9}),
+        (pb.StarOptions(replicas=0), {"star_replicas": "auto"}),
+        (pb.StarOptions(replicas=2), {"star_replicas": 2}),
     ],
-    ids=["empty", "unspecified", "off", "zero is set", "zero query", "64-bit", "unnamed mode"],
+    ids=["empty", "unspecified", "off", "zero is set", "zero query", "64-bit", "unnamed mode", "auto", "replicas"],
 )
 def test_star_args(message, args):
     assert messages.star_args(message) == args

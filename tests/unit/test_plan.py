@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from attention_backends.star.reference import star_mask
 from scheduler.options import OptionError, StarOptions, flat_name, merge, parse_options
-from scheduler.plan import PLAN_KEY, StarPlan, check_sizes, make_plan, plan_of
+from scheduler.plan import PLAN_KEY, Fleet, StarPlan, check_sizes, make_plan, plan_of
 
 PAGE = 16
 
@@ -79,6 +79,10 @@ REFUSED = [
     ({"star_query_tokens": 5, "star_context_tokens": 5}, "star_context_tokens", "other end"),
     ({"star_block_size": 64, "star_num_blocks": 4}, "star_num_blocks", "already sets"),
     ({"star_block_size": 0}, "star_block_size", "star_num_blocks is 0 too"),
+    ({"star_replicas": 0}, "star_replicas", "auto, or a whole number of replicas"),
+    ({"star_replicas": "all"}, "star_replicas", "auto, or a whole number of replicas"),
+    ({"star_replicas": True}, "star_replicas", "auto, or a whole number of replicas"),
+    ({"star_replicas": 2}, "star_replicas", "this server has 1"),
 ]
 
 
@@ -92,6 +96,47 @@ def test_bad_options_are_refused_by_name_value_reason_and_allowed_set(request_op
     assert message.startswith(f"{name}={request_options[name]!r} is refused: ")
     assert reason in message
     assert "Allowed: " in message
+
+
+SHIFTED = Fleet(2, "the model has KV shifting")
+
+
+@pytest.mark.parametrize(
+    ("options", "fleet", "replicas"),
+    [
+        ({}, Fleet(), 1),
+        ({}, Fleet(2), 2),
+        ({}, Fleet(64), 7),  # 8 blocks: with 7 of them each has the anchor and one block, or two blocks
+        ({"replicas": "auto"}, Fleet(3), 3),
+        ({"replicas": 1}, Fleet(2), 1),
+        ({"replicas": 2}, Fleet(3), 2),
+        ({"context_tokens": 128}, Fleet(2), 1),  # two blocks: the second replica would compute two as well
+        ({"context_tokens": 64}, Fleet(2), 1),  # one block is dense
+        ({}, SHIFTED, 1),
+        ({"replicas": 1}, SHIFTED, 1),
+        ({"overlap_size": 16}, Fleet(2), 1),
+    ],
+)
+def test_a_plan_says_over_how_many_replicas_it_may_go(options, fleet, replicas):
+    request = parse_options({flat_name(key): value for key, value in options.items()}, flat=True)
+    made = make_plan(1000, parse_options({"mode": "on", "block_size": 64}, flat=False), request, PAGE, fleet)
+    assert made is not None
+    assert made.replicas == made.summary()["replicas"] == replicas
+
+
+@pytest.mark.parametrize(
+    ("options", "fleet", "message"),
+    [
+        ({"replicas": 3}, Fleet(2), "star_replicas=3 is refused: this server has 2 .*Allowed: auto, or 1 to 2"),
+        ({"replicas": 2}, SHIFTED, "star_replicas=2 is refused: the model has KV shifting. Allowed: auto or 1"),
+        ({"replicas": 2, "overlap_size": 16}, Fleet(2), "star_overlap_size=16 each block needs .*star_overlap_size=0"),
+        ({"mode": "auto", "min_tokens": 5000, "replicas": 3}, Fleet(2), "star_replicas=3"),  # dense today, all the same
+    ],
+)
+def test_replicas_that_can_not_be_had_are_refused(options, fleet, message):
+    request = parse_options({flat_name(key): value for key, value in options.items()}, flat=True)
+    with pytest.raises(OptionError, match=message):
+        make_plan(1000, parse_options({"mode": "on", "block_size": 64}, flat=False), request, PAGE, fleet)
 
 
 @pytest.mark.parametrize(

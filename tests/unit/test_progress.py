@@ -13,7 +13,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from engine_ext.requests import response_requests
 from engine_ext.serving import progress as module
 from engine_ext.serving.http_progress import HttpProgress
-from engine_ext.serving.progress import Progress, poller_of, watch_prefill
+from engine_ext.serving.progress import Progress, furthest, poller_of, watch_prefill
+from engine_ext.spreading import under_way
 
 TICK = 0.01
 
@@ -174,6 +175,34 @@ def test_the_furthest_choice_counts():
         return await read(engine, "a")
 
     assert run(scenario) == [(90, 4), (100, 4)]
+
+
+def test_parts_of_a_prompt_count_together_until_it_is_one():
+    whole = {"computed": 0, "prompt": 500, "cached": 0, "context": 450, "star_blocks_done": 0, "star_blocks": 5}
+    one = whole | {"computed": 150, "cached": 64, "star_blocks_done": 1, "part": 1}
+    two = whole | {"computed": 200, "star_blocks_done": 2, "part": 1}
+    assert furthest([one, two]) == Progress(350, 500, 64, 450, 3, 5)
+    assert furthest([whole | {"computed": 450, "part": 0}, two]) == Progress(450, 500, 0, 450, 0, 5)
+    assert furthest([]) is None
+
+
+def test_between_its_parts_and_the_whole_a_prompt_is_still_watched():
+    async def scenario():
+        engine = FakeEngine()
+        under_way(engine).add("a")
+        engine.add("a")
+        found = []
+        async for state in watch_prefill(engine, "a", TICK):
+            found.append(state.computed)
+            if len(found) == 1:
+                engine.remove("a")
+                engine.chunk = 0
+                await asyncio.sleep(5 * TICK)
+                engine.add("a")
+                engine.chunk = 40
+        return found
+
+    assert run(scenario) == [40, 80, 100]
 
 
 def test_a_preempted_prompt_does_not_go_back():

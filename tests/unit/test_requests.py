@@ -40,7 +40,7 @@ def test_options_are_replaced_by_the_plan_and_others_kept():
     mine = {"theirs": 7} | STAR
     request = processed(mine)
     resolve_request(processor(ON), request)
-    assert request.sampling_params.extra_args == {"theirs": 7, PLAN_KEY: [64, 64, 0, 150, 300]}
+    assert request.sampling_params.extra_args == {"theirs": 7, PLAN_KEY: [64, 64, 0, 150, 300, 1]}
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
 
 

@@ -124,6 +124,19 @@ def test_grpc_port_is_taken_out_of_vllms_sight(parse_fast):
 
 
 @pytest.mark.parametrize(
+    ("argv", "servers"),
+    [
+        (["--data-parallel-size", "2"], 1),  # vLLM would start two
+        (["--data-parallel-size", "2", "--api-server-count", "3"], 3),
+        (["--data-parallel-size", "2", "--headless"], None),
+        ([], None),
+    ],
+)
+def test_one_api_server_stands_before_all_replicas(parse_fast, argv, servers):
+    assert parse_fast(*argv)[0].api_server_count == servers
+
+
+@pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--headless"], "--headless"),

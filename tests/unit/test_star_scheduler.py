@@ -21,6 +21,7 @@ from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from scheduler.options import OptionError
 from scheduler.plan import PLAN_KEY, StarPlan
+from scheduler.share import SHARE_KEY, Part, Share
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.parity.harness import TINY
 
@@ -52,12 +53,12 @@ def make_scheduler(config, scheduler_type, page=PAGE, **spec_options):
     )
 
 
-def make_request(name: str, plan: StarPlan | None, length: int = 300) -> Request:
-    extra = {} if plan is None else {PLAN_KEY: plan.to_wire()}
+def make_request(name: str, plan: StarPlan | None, length: int = 300, tokens: int = 3, **extra) -> Request:
+    extra |= {} if plan is None else {PLAN_KEY: plan.to_wire()}
     return Request(
         request_id=name,
         prompt_token_ids=[index % 250 for index in range(length)],
-        sampling_params=SamplingParams(max_tokens=3, ignore_eos=True, extra_args=extra),
+        sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=extra),
         pooling_params=None,
         block_hasher=get_request_block_hasher(PAGE, get_hash_fn_by_name("sha256")),
     )
@@ -151,3 +152,52 @@ def test_defaults_are_held_against_the_real_page(config):
     make_scheduler(given, StarScheduler)
     with pytest.raises(OptionError, match="star_block_size=96"):
         make_scheduler(given, StarScheduler, page=64)
+
+
+# A part of a prompt that other replicas prefill too: blocks 2 and 3 of PLAN, whose anchor is block 0.
+PART_PLAN = StarPlan(64, 64, 0, 290, 300, 2)
+
+
+def make_part(name: str, start: int, stop: int, plan: StarPlan | None = PART_PLAN) -> Request:
+    share = Share(None, Part(name, start, 64))
+    return make_request(name, plan, stop, 1, **{SHARE_KEY: share.to_wire()})
+
+
+@pytest.mark.parametrize(("scheduler_type", "ahead"), [(StarScheduler, 0), (AsyncStarScheduler, 1)])
+def test_a_part_computes_its_own_blocks_and_takes_no_page_for_what_lies_before(config, scheduler_type, ahead):
+    scheduler = make_scheduler(config, scheduler_type)
+    pool = scheduler.kv_cache_manager.block_pool
+    scheduler.add_request(make_part("anchor", 0, 64, None))
+    assert run_to_end(scheduler, ahead) == 64
+    scheduler.add_request(make_part("part", 128, 256))
+    step = scheduler.schedule()
+    pages = step.scheduled_new_reqs[0].block_ids[0]
+    assert pages[2:4] == [0, 0] and 0 not in pages[:2] + pages[4:]
+    assert step.num_scheduled_tokens["part"] == 100
+    assert pool.num_gpu_blocks - 1 - pool.get_num_free_blocks() == len(pages) - 2
+    scheduler.update_from_output(step, no_sample(step))
+    assert 100 + run_to_end(scheduler, ahead) == 128
+    # Nothing of it serves another request but what it computed: block 1 was left out, so that prompt ends there.
+    scheduler.add_request(make_request("whole", PART_PLAN))
+    assert run_to_end(scheduler, ahead) == 300 - 64 + 2
+    scheduler.add_request(make_request("dense", None))
+    assert run_to_end(scheduler, ahead) == 300 - 64 + 2
+    assert scheduler.reset_prefix_cache()
+    assert pool.null_block.ref_cnt >= 0
+    assert pool.get_num_free_blocks() == 39
+
+
+def no_sample(step) -> ModelRunnerOutput:
+    output = answer(step)
+    output.sampled_token_ids = [[] for _ in output.req_ids]
+    return output
+
+
+def test_a_part_hits_its_own_cached_blocks_and_without_its_anchor_computes_everything(config):
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.add_request(make_part("no anchor", 128, 256))
+    assert run_to_end(scheduler, 0) == 256
+    scheduler.add_request(make_part("again", 128, 256))
+    assert run_to_end(scheduler, 0) == PAGE  # the last page, as vLLM computes the last token of a prompt that hits
+    scheduler.add_request(make_part("further", 128, 288))
+    assert run_to_end(scheduler, 0) == 32

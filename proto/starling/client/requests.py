@@ -111,6 +111,8 @@ def _fill_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             if value not in MODES:
                 raise ValueError(f"star mode {value!r} is refused. Allowed: {', '.join(MODES)}.")
             value = MODES[value]
+        if field == "replicas" and value == "auto":
+            value = 0
         fill(star, field, value)
 
 

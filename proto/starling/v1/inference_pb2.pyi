@@ -157,7 +157,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "num_blocks", "anchor_size", "overlap_size", "query_tokens", "context_tokens")
+    __slots__ = ("mode", "min_tokens", "block_size", "num_blocks", "anchor_size", "overlap_size", "query_tokens", "context_tokens", "replicas")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -176,6 +176,7 @@ class StarOptions(_message.Message):
     OVERLAP_SIZE_FIELD_NUMBER: _ClassVar[int]
     QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
     block_size: int
@@ -184,7 +185,8 @@ class StarOptions(_message.Message):
     overlap_size: int
     query_tokens: int
     context_tokens: int
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+    replicas: int
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., replicas: _Optional[int] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")
@@ -333,7 +335,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token")
+    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas")
     class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ATTENTION_UNSPECIFIED: _ClassVar[Plan.Attention]
@@ -352,6 +354,7 @@ class Plan(_message.Message):
     KEYS_ATTENDED_FIELD_NUMBER: _ClassVar[int]
     DENSE_KEYS_FIELD_NUMBER: _ClassVar[int]
     KEYS_PER_CONTEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     attention: Plan.Attention
     star_blocks: int
     block_size: int
@@ -362,7 +365,8 @@ class Plan(_message.Message):
     keys_attended: int
     dense_keys: int
     keys_per_context_token: float
-    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ...) -> None: ...
+    replicas: int
+    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

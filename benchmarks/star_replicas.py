@@ -1,0 +1,194 @@
+"""Time to first token of one long prompt over one and over two replicas: `python -m benchmarks.star_replicas`.
+
+One `starling serve` with two data-parallel replicas, each on a core of its own. Each repetition sends a new random
+prompt to one replica (`star_replicas` 1) and another one to both, right after one another; the speed-up is the median
+of their ratios. The ideal is k / ceil((k + 1) / 2) for k blocks: the second replica computes the anchor too. Bytes
+moved are held against ring attention's, in which each replica's KV visits every other one. Writes
+results/star_replicas.json and .png; what was measured before and is not now keeps its figures.
+Needs two cores to itself; some 20 minutes, with --quick (16k tokens, once) 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.random_llama import make_random_llama
+from benchmarks.report import OUT, median_ratio, write_json
+from benchmarks.star_ttft import QUERY_TOKENS, RANDOM_LLAMA
+from examples.server import Server, serving
+
+NAME = "star_replicas"
+BLOCKS = (8, 16, 32)
+LENGTHS = (16_384, 32_768, 65_536)
+KV_BYTES = 2 * RANDOM_LLAMA["num_hidden_layers"] * RANDOM_LLAMA["hidden_size"] * 4  # of a token, in float32
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "2048", "--max-num-seqs", "4"]
+OPTIONS += ["--data-parallel-size", "2", "--max-model-len", str(LENGTHS[-1] + 1024)]
+SHARED_MEMORY = "shared memory"
+COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starling:spread_seconds_total")
+
+
+def first_token(server: Server, ids: list[int], blocks: int, replicas: int) -> float:
+    """Seconds until a completion of one token has come."""
+    star = {"star": "on", "star_num_blocks": blocks, "star_query_tokens": QUERY_TOKENS, "star_replicas": replicas}
+    body = {"model": server.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "vllm_xargs": star}
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.http}/v1/completions", data, {"content-type": "application/json"})
+    started = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=600) as response:
+        response.read()
+    return time.perf_counter() - started
+
+
+def counters(server: Server) -> dict[str, float]:
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
+        lines = [line.split() for line in response.read().decode().splitlines() if line.startswith(COUNTERS)]
+    return {name: float(value) for name, value in lines}
+
+
+def measure(server: Server, length: int, numbers: Sequence[int], repeats: int, way: str) -> list[dict[str, Any]]:
+    """A row for each number of blocks; ``way`` is how pages go."""
+    tokens = random.Random(length)
+    rows = []
+    for blocks in numbers:
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        moved: list[dict[str, float]] = []
+        for _ in track(range(repeats), description=f"{length:,} tokens, n/B = {blocks}"):
+            for replicas, times in seconds.items():
+                ids = [tokens.randrange(3, 250) for _ in range(length)]
+                before = counters(server)
+                times.append(first_token(server, ids, blocks, replicas))
+                if replicas == 2:
+                    moved.append({name: value - before[name] for name, value in counters(server).items()})
+        bytes_moved = statistics.median(each[COUNTERS[0]] for each in moved)
+        shares = [each[COUNTERS[1]] / whole for each, whole in zip(moved, seconds[2], strict=True)]
+        speedup, ideal = median_ratio(seconds[1], seconds[2]), blocks / -(-(blocks + 1) // 2)
+        rows.append(
+            {
+                "tokens": length,
+                "way": way,
+                "blocks": blocks,
+                "seconds_on_one": seconds[1],
+                "seconds_on_two": seconds[2],
+                "speedup": speedup,
+                "ideal": ideal,
+                "of_ideal": speedup / ideal,
+                "bytes_moved": bytes_moved,
+                "of_ring_attention": bytes_moved / (length * KV_BYTES),
+                "transfer_share": statistics.median(shares),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="One prompt over two replicas, one core each")
+    for column in (
+        "tokens",
+        "n/B",
+        "one, s",
+        "two, s",
+        "speed-up",
+        "ideal",
+        "of ideal",
+        "MB moved",
+        "of ring",
+        "share",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['tokens']:,}",
+            row["way"],
+            str(row["blocks"]),
+            f"{statistics.median(row['seconds_on_one']):.2f}",
+            f"{statistics.median(row['seconds_on_two']):.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['ideal']:.2f}x",
+            f"{row['of_ideal']:.0%}",
+            f"{row['bytes_moved'] / 1e6:.0f}",
+            f"{row['of_ring_attention']:.0%}",
+            f"{row['transfer_share']:.1%}",
+        )
+    Console().print(table)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4.2))
+    rows = [row for row in rows if row["way"] == SHARED_MEMORY]
+    lengths = sorted({row["tokens"] for row in rows})
+    width = 0.8 / len(BLOCKS)
+    for index, blocks in enumerate(BLOCKS):
+        of_blocks = {row["tokens"]: row for row in rows if row["blocks"] == blocks}
+        there = [place for place, length in enumerate(lengths) if length in of_blocks]
+        if not there:
+            continue
+        places = [place + (index - (len(BLOCKS) - 1) / 2) * width for place in there]
+        speedups = [of_blocks[lengths[place]]["speedup"] for place in there]
+        bars = axis.bar(places, speedups, width * 0.9, label=f"n/B = {blocks}")
+        ideal = next(iter(of_blocks.values()))["ideal"]
+        left, right = [place - width / 2 for place in places], [place + width / 2 for place in places]
+        axis.hlines([ideal] * len(places), left, right, color="black", linewidth=1)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_xticks(range(len(lengths)), [f"{length // 1024}k" for length in lengths])
+    axis.set_xlabel("prompt tokens (black: the ideal)")
+    axis.set_ylabel("time to first token, one replica / two")
+    axis.set_title("Star Attention over two replicas, one core each", fontsize=10)
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="16k tokens, once; writes nothing")
+    parser.add_argument("--tcp", action="store_true", help="let pages go over TCP, as between hosts; the plot has none")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, choices=BLOCKS, help="n/B")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    lengths, repeats = (LENGTHS[:1], 1) if args.quick else (args.lengths, args.repeats)
+    way = "TCP" if args.tcp else SHARED_MEMORY
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if args.tcp:
+        os.environ["UCX_TLS"] = "tcp"
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_random_llama(Path(folder) / "llama", **RANDOM_LLAMA)
+        with serving(model, *OPTIONS, log=Path(folder) / "log", seconds=300) as server:
+            for replicas in (1, 1, 2):  # both are warm
+                first_token(server, list(range(3, 200)) * 20, 8, replicas)
+            rows = [row for length in lengths for row in measure(server, length, args.blocks, repeats, way)]
+    if args.quick:
+        show(rows)
+        return
+    path = OUT / f"{NAME}.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    measured = {(row["tokens"], row["way"], row["blocks"]) for row in rows}
+    kept = [row for row in known if (row["tokens"], row["way"], row["blocks"]) not in measured]
+    rows = sorted([*rows, *kept], key=lambda row: (row["tokens"], row["way"], row["blocks"]))
+    show(rows)
+    write_json(NAME, {"query_tokens": QUERY_TOKENS, "kv_bytes_per_token": KV_BYTES, "rows": rows})
+    plot(rows, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""One long prompt over several replicas: splits it, sends out the parts, lets the whole request run on what they made.
+
+Wraps AsyncLLM.generate, where HTTP and gRPC meet. Each replica with a part first computes the anchor where it does not
+have it cached: all do so at the same time, so fetching it from another one could only be later. The parts run under the
+request's own id and priority, so that an abort of that id ends them and a look at its progress finds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
+
+from engine_ext import compat
+from engine_ext.metrics import front_metrics
+from engine_ext.requests import star_requests
+from scheduler.core_utilities import LET_GO, REPLICA_STATE
+from scheduler.page_mover import mismatch
+from scheduler.plan import StarPlan
+from scheduler.share import SHARE_KEY, Part, Pull, Share, Source
+from scheduler.spread import Replica, Run, spread_blocks
+
+logger = init_logger("vllm.starling")
+
+LOOK_SECONDS = 5.0
+"""How often a replica with a part under way is asked whether it is there."""
+
+FETCH_CHECK_SECONDS = 0.2
+"""How often the front looks whether a request has its first tokens, and others may free their pages."""
+
+SILENCE_SECONDS = 30.0
+"""How long it may take to answer; it does so between two steps."""
+
+Generate = Callable[..., AsyncGenerator[Any, None]]
+_names = itertools.count()
+
+
+def spread(
+    engine: Any, generate: Generate, prompt: Any, params: Any, request_id: str, keywords: dict[str, Any]
+) -> AsyncGenerator[Any, None]:
+    """The outputs of a request: vLLM's own generator, unless its prompt goes over several replicas."""
+    plan = plan_to_spread(engine.input_processor, prompt, params, keywords)
+    if plan is None:
+        return generate(prompt, params, request_id, **keywords)
+    return SpreadPrompt(engine, prompt, request_id, keywords, plan).outputs(generate, params)
+
+
+def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Mapping[str, Any]) -> StarPlan | None:
+    """The plan of a request whose prompt goes over several replicas; None: it is routed as vLLM does."""
+    if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
+        return None
+    if keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
+        return None  # the latter is how vLLM computes prompt_logprobs: the whole prompt in one place
+    plan = star_requests(input_processor).plan(params.extra_args, len(prompt["prompt_token_ids"]))
+    return plan if plan is not None and plan.replicas > 1 else None
+
+
+def under_way(engine: Any) -> set[str]:
+    """Ids of the requests whose prompts go over several replicas now; kept on the engine.
+
+    Between its parts and the whole, such a request is none that the engine knows.
+    """
+    if not hasattr(engine, "starling_under_way"):
+        engine.starling_under_way = set()
+    ids: set[str] = engine.starling_under_way
+    return ids
+
+
+class ReplicaSilent(Exception):
+    """A replica does not answer: it hangs, or its host can't be reached."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"replica {rank} has not answered for {SILENCE_SECONDS:.0f} s")
+
+
+def silent_replicas(engine: Any) -> dict[int, asyncio.Future]:
+    """The question that each silent replica of an engine has left open; kept on the engine."""
+    if not hasattr(engine, "starling_silent"):
+        engine.starling_silent = {}
+    silent: dict[int, asyncio.Future] = engine.starling_silent
+    for rank in [rank for rank, question in silent.items() if question.done()]:
+        del silent[rank]
+    return silent
+
+
+async def ask_replica(engine: Any, rank: int, name: str, *args: Any) -> Any:
+    """Call a utility in one replica, between two of its steps.
+
+    Raises:
+        ReplicaSilent: it does not answer, or has an older question open.
+        EngineDeadError: the server's engines are dead.
+    """
+    if rank in silent_replicas(engine):
+        raise ReplicaSilent(rank)
+    question = asyncio.ensure_future(compat.call_replica(engine, rank, name, *args))
+    asked = time.monotonic()
+    while not (await asyncio.wait({question}, timeout=compat.DEATH_CHECK_SECONDS))[0]:
+        if engine.errored:
+            question.cancel()
+            raise engine.dead_error
+        if time.monotonic() - asked > SILENCE_SECONDS:
+            silent_replicas(engine)[rank] = question
+            raise ReplicaSilent(rank)
+    return question.result()
+
+
+class SpreadPrompt:
+    """One request on its way over the replicas."""
+
+    def __init__(
+        self, engine: Any, prompt: Mapping[str, Any], request_id: str, keywords: dict[str, Any], plan: StarPlan
+    ) -> None:
+        self.engine = engine
+        self.prompt = prompt
+        self.token_ids: Sequence[int] = prompt["prompt_token_ids"]
+        self.request_id = request_id
+        self.keywords = keywords
+        self.plan = plan
+        self.page: int = star_requests(engine.input_processor).page or 1
+        self.anchor_work = plan.anchor_size / plan.block_size
+        self.names: dict[int, list[str]] = {}
+
+    async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
+        """Prefill the parts, then yield what the whole request yields on the replica of the first one."""
+        started = time.monotonic()
+        fetching: asyncio.Task | None = None
+        under_way(self.engine).add(self.request_id)
+        try:
+            replicas = await self._replicas()
+            ranks, states = list(replicas), list(replicas.values())
+            split = spread_blocks(self.plan.num_star_blocks, self.anchor_work, states, self.plan.replicas)
+            runs = [replace(run, replica=ranks[run.replica]) for run in split]
+            rank, sources = runs[0].replica, []
+            if len(runs) > 1:
+                try:
+                    ended = await self._prefill(runs, replicas)
+                except ReplicaSilent as silent:
+                    rank = next((rank for rank in ranks if rank not in silent_replicas(self.engine)), rank)
+                    logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, silent, rank)
+                else:
+                    aborted = next((output for output in ended if output and output.kv_transfer_params is None), None)
+                    if aborted is not None:  # by the client, under the request's id
+                        yield aborted
+                        return
+                    sources = [Source(**output.kv_transfer_params) for output in ended[1:] if output]
+                    blocks_of = {run.replica: run.stop - run.first for run in runs}
+                    front_metrics().spread(blocks_of, time.monotonic() - started)
+            own, keywords = self._with_pull(params, sources), self.keywords | {"data_parallel_rank": rank}
+            fetching = asyncio.create_task(self._let_go_when_fetched())
+            async with aclosing(generate(self.prompt, own, self.request_id, **keywords)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            under_way(self.engine).discard(self.request_id)
+            if fetching is not None:
+                fetching.cancel()
+            await asyncio.shield(self._let_go())
+
+    async def _replicas(self) -> dict[int, Replica]:
+        """What each replica that answers has of the prompt, and how busy it is, by rank.
+
+        Raises:
+            ReplicaSilent: none answers.
+            ValueError: the pages of two of them differ.
+        """
+        known = self.keywords.get("lora_request") is None  # an adapter's pages have keys that only its requests make
+        asked = list(self.token_ids) if known else []
+        number = self.engine.vllm_config.parallel_config.data_parallel_size
+        salt, plan = self.prompt.get("cache_salt"), self.plan.to_wire()
+        calls = (ask_replica(self.engine, rank, REPLICA_STATE, asked, plan, salt) for rank in range(number))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ReplicaSilent):
+                raise answer
+        told = {rank: answer for rank, answer in enumerate(answers) if not isinstance(answer, BaseException)}
+        if not told:
+            raise ReplicaSilent(0)
+        first = next(iter(told))
+        for rank, state in told.items():
+            reason = mismatch(told[first]["layout"], state["layout"])
+            if reason is not None:
+                raise ValueError(f"replicas {first} and {rank} can't share a prompt: {reason}")
+        return {
+            rank: Replica(
+                frozenset(state["cached"]), state["has_anchor"], state["queued_tokens"] / self.plan.block_size
+            )
+            for rank, state in told.items()
+        }
+
+    async def _prefill(self, runs: Sequence[Run], replicas: Mapping[int, Replica]) -> list[Any]:
+        """Let all parts be computed; returns their outputs, by run."""
+        parts = [asyncio.create_task(self._part(run, replicas[run.replica])) for run in runs]
+        try:
+            return await asyncio.gather(*parts)
+        except BaseException:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)  # the first one's error is raised
+            raise
+
+    async def _part(self, run: Run, replica: Replica) -> Any:
+        """Prefill one run; None where it has no whole page to give."""
+        plan = self.plan
+        start = run.first * plan.block_size
+        stop = min(run.stop * plan.block_size, plan.context_end) // self.page * self.page
+        if stop <= start:
+            return None
+        if run.first and plan.anchor_size and not replica.has_anchor:
+            output = await self._run(run.replica, 0, plan.anchor_size, None)
+            if output.kv_transfer_params is None:
+                return output
+        return await self._run(run.replica, start, stop, plan.to_wire())
+
+    async def _run(self, rank: int, start: int, stop: int, plan: list[int] | None) -> Any:
+        """Prefill the prompt's tokens up to ``stop`` on a replica, those from ``start`` on to be held there."""
+        name = f"{self.request_id}#{next(_names)}"
+        self.names.setdefault(rank, []).append(name)
+        share = Share(plan, Part(name, start, self.plan.anchor_size))
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={SHARE_KEY: share}
+        )
+        prompt = {key: value for key, value in self.prompt.items() if key != "prompt"}
+        keywords = {key: self.keywords[key] for key in ("lora_request", "priority") if key in self.keywords}
+        request = self.engine.input_processor.process_inputs(
+            self.request_id,
+            prompt | {"prompt_token_ids": list(self.token_ids[:stop])},
+            params,
+            supported_tasks=await self.engine.get_supported_tasks(),
+            data_parallel_rank=rank,
+            **keywords,
+        )
+        running = asyncio.create_task(compat.run_unseen(self.engine, request))
+        try:
+            while not (await asyncio.wait({running}, timeout=LOOK_SECONDS))[0]:
+                await ask_replica(self.engine, rank, LET_GO, [])
+            return running.result()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)  # its error, if any, is raised above
+
+    def _with_pull(self, params: SamplingParams, sources: list[Source]) -> SamplingParams:
+        """The request's parameters, with what it fetches first."""
+        if not sources:
+            return params
+        own = params.clone()
+        own.extra_args = (params.extra_args or {}) | {SHARE_KEY: Share(None, Pull(tuple(sources)))}
+        return own
+
+    async def _let_go_when_fetched(self) -> None:
+        """Once every choice has its first token: a response that is not streamed tells nothing before its last."""
+        prefilling = True
+        while prefilling:
+            await asyncio.sleep(FETCH_CHECK_SECONDS)
+            names = compat.engine_request_ids(self.engine, self.request_id)
+            states = [compat.front_request(self.engine, name) for name in names]
+            prefilling = not states or any(state is None or state.is_prefilling for state in states)
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Free what replicas hold for this prompt; a dead engine holds nothing."""
+        names, self.names = self.names, {}
+        if names and not self.engine.errored:
+            calls = (ask_replica(self.engine, rank, LET_GO, of_rank) for rank, of_rank in names.items())
+            for error in await asyncio.gather(*calls, return_exceptions=True):
+                if error is not None:
+                    logger.error("%s: pages may stay held: %s", self.request_id, error)

@@ -1,0 +1,283 @@
+"""One `starling serve` with three data-parallel replicas: long prompts prefilled on several of them at once.
+
+Every answer is held against one replica's with the same plan, and the tokens that each replica computed are counted:
+an answer that came from one replica alone is no pass. At last a replica is killed in the middle of a prefill.
+"""
+
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
+
+import grpc
+import psutil
+import pytest
+
+from examples.server import end_on_signals, serving
+from scheduler.spread import Replica, spread_blocks
+from starling.v1 import inference_pb2 as pb
+from starling.v1 import inference_pb2_grpc
+from tests.e2e.models import make_tiny_llama
+
+pytestmark = pytest.mark.e2e
+
+PAGE, TOKENS = 32, 6
+TOLERANCE = 1e-5
+BESIDE_OTHERS = 5e-5  # in float32 the rows of a batch change one another's last bits, with plain vLLM too
+REPLICAS = 3
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    end_on_signals()
+    folder = tmp_path_factory.mktemp("replicas")
+    options = ["--dtype", "float32", "--block-size", str(PAGE), "--enforce-eager", "--max-num-batched-tokens", "128"]
+    options += ["--data-parallel-size", str(REPLICAS), "--num-gpu-blocks-override", "800", "--max-logprobs", "5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # there may be fewer cores than replicas
+        patch.setenv(
+            "TORCHDYNAMO_DISABLE", "1"
+        )  # vLLM compiles the ranks of logprobs at their first use: 13 s a replica
+        with serving(make_tiny_llama(folder / "tiny"), *options, log=folder / "log", seconds=300) as server:
+            yield server
+
+
+def random_prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 250), k=length)
+
+
+def body(server, prompt: list[int], star: dict | None, **more) -> dict:
+    asked = {"model": server.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
+    return asked | {"ignore_eos": True, "return_tokens_as_token_ids": True, "vllm_xargs": star or {}} | more
+
+
+def ask(server, prompt, star=None, **more):
+    """(tokens, logprobs, plan) of one completion."""
+    data = json.dumps(body(server, prompt, star, **more)).encode()
+    request = urllib.request.Request(f"{server.http}/v1/completions", data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        plan, choice = json.loads(response.headers["x-starling-plan"]), json.loads(response.read())["choices"][0]
+    return choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], plan
+
+
+def metrics(server, name: str) -> dict[str, float]:
+    """Values of a metric by its labels as they are printed."""
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
+        lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines()]
+    return {labels.removeprefix(name): float(value) for labels, value in lines if labels.split("{")[0] == name}
+
+
+def computed(server) -> list[int]:
+    """Tokens that each replica has computed so far."""
+    counts = metrics(server, "starling:computed_tokens_total")
+    return [int(counts[f'{{replica="{replica}"}}']) for replica in range(REPLICAS)]
+
+
+def expected(length: int, star: dict, states: list[Replica]) -> list[int]:
+    """What each replica has to compute: its blocks, the anchor where it lacks it, the query where it is."""
+    block, end = star["star_block_size"], (length - star["star_query_tokens"]) // PAGE * PAGE
+    blocks = -(-(length - star["star_query_tokens"]) // block)
+    runs = spread_blocks(blocks, 1.0, states, star["star_replicas"])
+    assert len(runs) > 1
+    tokens = [0] * REPLICAS
+    for run in runs:
+        state = states[run.replica]
+        for index in range(run.first, run.stop):
+            tokens[run.replica] += 0 if index in state.cached else min((index + 1) * block, end) - index * block
+        if run.first and not state.has_anchor:
+            tokens[run.replica] += block
+    tokens[runs[0].replica] += length - end + TOKENS - 1
+    return tokens
+
+
+def assert_same(one, other, tolerance: float = TOLERANCE) -> None:
+    assert one[0] == other[0]
+    assert max(abs(a - b) for a, b in zip(one[1], other[1], strict=True)) <= tolerance
+
+
+def on_one(server, prompt, star):
+    """The same plan on one replica, which finds nothing in its cache."""
+    answer = ask(server, prompt, star | {"star_replicas": 1}, cache_salt="another")
+    assert answer[2]["replicas"] == 1
+    return answer
+
+
+def options(replicas: int, block: int = 256, query: int = 40) -> dict:
+    return {"star": "on", "star_block_size": block, "star_query_tokens": query, "star_replicas": replicas}
+
+
+@pytest.mark.parametrize(
+    ("seed", "length", "star"),
+    [
+        (1, 2088, options(2)),  # 8 blocks
+        (2, 1990, options(2)),  # 8, the last one ends within a page
+        (3, 2350, options(2, 256, 40)),  # 10 blocks, the last one of 6 tokens
+        (4, 2088, options(3)),
+        (5, 3001, options(3, 320, 5)),
+    ],
+    ids=["2 replicas", "2, ragged", "2, short last block", "3 replicas", "3, ragged"],
+)
+def test_each_replica_computes_its_part_and_the_answer_is_that_of_one(server, seed, length, star):
+    prompt = random_prompt(seed, length)
+    before = computed(server)
+    answer = ask(server, prompt, star)
+    work = [after - earlier for after, earlier in zip(computed(server), before, strict=True)]
+    assert work == expected(length, star, [Replica()] * REPLICAS)
+    assert answer[2]["replicas"] == star["star_replicas"]
+    assert_same(answer, on_one(server, prompt, star))
+
+
+def test_a_cached_anchor_is_not_computed_again_and_a_second_time_nothing_is(server):
+    star = options(2)
+    first, second = random_prompt(10, 2088), random_prompt(11, 2088)
+    second[:256] = first[:256]
+    ask(server, first, star)
+    before = computed(server)
+    answer = ask(server, second, star)
+    middle = computed(server)
+    holder = Replica(frozenset({0}), has_anchor=True)
+    states = [holder, holder, Replica()]
+    assert [b - a for a, b in zip(before, middle, strict=True)] == expected(2088, star, states)
+    again = ask(server, second, star)
+    assert sum(computed(server)) - sum(middle) <= PAGE + TOKENS
+    assert_same(again, answer)
+    assert_same(answer, on_one(server, second, star))
+
+
+def test_afterwards_the_same_prompt_is_dense_where_dense_is_asked_for(server):
+    prompt, star = random_prompt(20, 2088), options(3)
+    spread = ask(server, prompt, star)
+    dense = ask(server, prompt, {"star": "off"}, cache_salt="another")
+    assert max(abs(a - b) for a, b in zip(spread[1], dense[1], strict=True)) > 0.01  # or this would show nothing
+    for _ in range(REPLICAS):  # vLLM takes another replica each time
+        assert_same(ask(server, prompt, {"star": "off"}), dense)
+    for _ in range(REPLICAS):
+        assert_same(ask(server, prompt, star | {"star_replicas": 1}), spread)
+
+
+def test_long_prompts_at_once_beside_short_ones(server):
+    star = options(3)
+    long = [random_prompt(seed, 2088 + 64 * (seed % 3)) for seed in (30, 31)]
+    short = [random_prompt(seed, 100 + seed) for seed in range(40, 48)]
+    before = computed(server)
+    with ThreadPoolExecutor(10) as pool:
+        together = [pool.submit(ask, server, prompt, star) for prompt in long]
+        beside = [pool.submit(ask, server, prompt, {"star": "off"}) for prompt in short]
+        answers = [asked.result() for asked in (*together, *beside)]
+    work = [after - earlier for after, earlier in zip(computed(server), before, strict=True)]
+    assert all(tokens > 256 for tokens in work), work
+    for answer, prompt in zip(answers[:2], long, strict=True):
+        assert_same(answer, on_one(server, prompt, star), BESIDE_OTHERS)
+    for answer, prompt in zip(answers[2:], short, strict=True):
+        assert_same(answer, ask(server, prompt, {"star": "off"}, cache_salt="another"), BESIDE_OTHERS)
+
+
+def test_over_grpc(server):
+    prompt = random_prompt(50, 2088)
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=256, query_tokens=40, replicas=2)
+    asked = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=prompt),
+        star=star,
+        sampling=pb.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, n=1, logprobs=0),
+    )
+    before = computed(server)
+    with grpc.insecure_channel(server.grpc) as channel:
+        reply = inference_pb2_grpc.InferenceServiceStub(channel).Generate(asked, timeout=60)
+    assert [b - a for a, b in zip(before, computed(server), strict=True)] == expected(
+        2088, options(2), [Replica()] * REPLICAS
+    )
+    assert reply.plan.replicas == 2
+    tokens, logprobs, _ = on_one(server, prompt, options(2))
+    assert [f"token_id:{token}" for token in reply.choices[0].token_ids] == tokens
+    told = [position.chosen.logprob for position in reply.choices[0].logprobs]
+    assert max(abs(a - b) for a, b in zip(told, logprobs, strict=True)) <= TOLERANCE
+
+
+def test_parts_are_no_requests_of_users_and_choices_share_what_was_fetched(server):
+    def counts():
+        ended = sum(metrics(server, "vllm:request_success_total").values())
+        return ended, sum(metrics(server, "vllm:prompt_tokens_total").values())
+
+    before, work = counts(), sum(computed(server))
+    data = body(server, random_prompt(60, 2088), options(2), n=2, temperature=1.0, seed=1)
+    request = urllib.request.Request(
+        f"{server.http}/v1/completions", json.dumps(data).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert len(json.loads(response.read())["choices"]) == 2
+    after = counts()
+    assert (after[0] - before[0], after[1] - before[1]) == (2, 2 * 2088)  # as vLLM counts two choices
+    assert sum(computed(server)) - work < 2088 + 256 + 2 * (64 + TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("star", "words"),
+    [
+        (options(4), ["star_replicas=4", "this server has 3", "auto, or 1 to 3"]),
+        (options(2) | {"star_overlap_size": 32}, ["star_replicas=2", "star_overlap_size=32"]),
+        ({"starling_share": {"Part": {"name": "mine", "start": 0, "anchor": 0}}}, ["starling_share"]),
+    ],
+    ids=["too many", "overlap", "forged"],
+)
+def test_what_can_not_be_had_is_a_400(server, star, words):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(server, random_prompt(1, 500), star)
+    assert refused.value.code == 400
+    text = refused.value.read().decode()
+    assert all(word in text for word in words), text
+
+
+def begin(server, seed: int) -> HTTPConnection:
+    """Send a long prompt and do not wait for its answer."""
+    connection = HTTPConnection("127.0.0.1", int(server.http.rsplit(":", 1)[1]), timeout=60)
+    data = json.dumps(body(server, random_prompt(seed, 8000), options(3, 512)))
+    connection.request("POST", "/v1/completions", data, {"content-type": "application/json"})
+    return connection
+
+
+def until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_cancel_in_the_middle_leaves_no_page(server):
+    for seed in range(70, 73):
+        before = computed(server)
+        with closing(begin(server, seed)):
+            assert until(lambda before=before: all(b > a for a, b in zip(before, computed(server), strict=True)), 20)
+        assert sum(computed(server)) - sum(before) < 8000, "the prompt was done before it was cancelled"
+        assert until(lambda: not any(pages_used(server)), 20)
+
+
+def pages_used(server) -> list[float]:
+    """Of each replica. vLLM tells it at a step: a short prompt on each one is one."""
+    for seed in range(REPLICAS):
+        ask(server, random_prompt(seed, 20))
+    return list(metrics(server, "vllm:kv_cache_usage_perc").values())
+
+
+def test_a_killed_replica_in_the_middle_of_a_prefill_is_told_at_once(server):
+    """The last test: vLLM's data parallelism does not outlive a replica, and says so."""
+    (victim,) = (
+        process
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        if "EngineCore_DP1" in " ".join(process.cmdline()) or "EngineCore_DP1" in process.name()
+    )
+    before = computed(server)
+    with closing(begin(server, 80)) as connection:
+        assert until(lambda: computed(server)[1] > before[1], 20)
+        victim.kill()
+        started = time.monotonic()
+        response = connection.getresponse()
+        assert response.status >= 500, response.read()
+        assert b"EngineCore" in response.read()
+        assert time.monotonic() - started < 20
+    assert server.process.wait(30) != 0

@@ -1,0 +1,241 @@
+"""The connector between replicas on real schedulers without a model: pages held, fetched, lost, and let go."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.metrics.stats import PrefixCacheStats
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from engine_ext.star_connector import Address, Load, Loads, StarConnector
+from scheduler.page_mover import MoveError
+from scheduler.plan import StarPlan
+from scheduler.replica_state import replica_state
+from scheduler.share import SHARE_KEY, Part, Pull, Share, Source
+from scheduler.star_scheduler import StarScheduler
+from tests.unit.test_star_scheduler import PAGE, config, make_request, make_scheduler, run_to_end  # noqa: F401
+
+PLAN = StarPlan(64, 64, 0, 290, 300, 2)
+ADDRESS = {"name": "there", "layout": {"page_tokens": PAGE}}
+
+
+@pytest.fixture
+def scheduler(config):  # noqa: F811
+    given = copy.copy(config)
+    given.kv_transfer_config = KVTransferConfig(
+        kv_connector="StarConnector",
+        kv_connector_module_path="engine_ext.star_connector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
+    made = make_scheduler(given, StarScheduler)
+    made.connector.set_xfer_handshake_metadata({0: Address(ADDRESS)})
+    return made
+
+
+def part(name: str, start: int, stop: int):
+    share = Share(None, Part(name, start, 64))
+    return make_request(name, PLAN, stop, 1, **{SHARE_KEY: share.to_wire()})
+
+
+def whole(name: str, start: int, pages: list[int]):
+    share = Share(None, Pull((Source(start, pages[:2], [ADDRESS]), Source(start + 64, pages[2:], [ADDRESS]))))
+    return make_request(name, PLAN, 300, **{SHARE_KEY: share.to_wire()})
+
+
+def free_pages(scheduler) -> int:
+    return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def no_forward(scheduler, **what) -> None:
+    """A step in which nothing runs; ``what`` the workers say of their transfers."""
+    step = scheduler.schedule()
+    assert not step.total_num_scheduled_tokens
+    scheduler.update_from_output(step, ModelRunnerOutput([], {}, kv_connector_output=KVConnectorOutput(**what)))
+
+
+def test_a_part_holds_its_pages_until_told_to_let_go(scheduler):
+    request = part("mine", 128, 256)
+    scheduler.add_request(request)
+    run_to_end(scheduler, 0)
+    no_forward(scheduler)
+    assert not scheduler.has_requests()  # an engine that only holds pages makes no steps
+    pages = [block.block_id for block in scheduler.connector.held["mine"]]
+    assert len(pages) == 4 and free_pages(scheduler) == 39 - 4
+    assert not scheduler.reset_prefix_cache()
+    scheduler.connector.let_go(["mine", "mine", "unknown"])
+    assert free_pages(scheduler) == 39
+    assert scheduler.reset_prefix_cache()
+
+
+def test_where_the_pages_are_is_told_and_an_aborted_part_holds_none(scheduler):
+    request = part("mine", 128, 256)
+    scheduler.add_request(request)
+    told = {}
+    finished = scheduler.connector.request_finished_all_groups
+
+    def listen(request, block_ids):
+        told[request.request_id] = finished(request, block_ids)[1]
+        return False, told[request.request_id]
+
+    scheduler.connector.request_finished_all_groups = listen
+    run_to_end(scheduler, 0)
+    held = [block.block_id for block in scheduler.connector.held["mine"]]
+    assert told["mine"] == {"start": 128, "pages": held, "addresses": [ADDRESS]}
+    scheduler.connector.let_go(["mine"])
+    scheduler.add_request(part("aborted", 0, 256))
+    scheduler.schedule()
+    scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
+    assert told["aborted"] is None and not scheduler.connector.held
+    assert free_pages(scheduler) == 39
+
+
+def test_pages_of_others_follow_our_own_and_become_ordinary_cached_pages(scheduler):
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler, 0)
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    step = scheduler.schedule()
+    assert not step.total_num_scheduled_tokens
+    (load,) = step.kv_connector_metadata.loads
+    ours = scheduler.kv_cache_manager.get_block_ids("whole")[0]
+    assert [(source.start, theirs, to) for source, theirs, to in load.reads] == [
+        (128, [21, 22], ours[4:6]),
+        (192, [30, 31, 32], ours[6:9]),
+    ]
+    # Not there yet: nobody else may find them.
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, None)["cached"] == [0, 1]
+    scheduler.update_from_output(
+        step, ModelRunnerOutput([], {}, kv_connector_output=KVConnectorOutput(finished_recving={"whole"}))
+    )
+    assert run_to_end(scheduler, 0) == 300 - 288 + 2
+    scheduler.connector.let_go(["mine"])
+    scheduler.add_request(make_request("again", PLAN))
+    assert run_to_end(scheduler, 0) == 300 - 288 + 2
+    scheduler.add_request(make_request("dense", None))
+    assert run_to_end(scheduler, 0) == 300 - 64 + 2
+    assert free_pages(scheduler) == 39 and scheduler.reset_prefix_cache()
+
+
+def test_lost_pages_are_computed(scheduler):
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler, 0)
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    step = scheduler.schedule()
+    lost = step.kv_connector_metadata.loads[0].pages()
+    output = KVConnectorOutput(finished_recving={"whole"}, invalid_block_ids=lost)
+    scheduler.update_from_output(step, ModelRunnerOutput([], {}, kv_connector_output=output))
+    assert run_to_end(scheduler, 0) == 300 - 128 + 2
+    scheduler.connector.let_go(["mine"])
+    assert free_pages(scheduler) == 39
+
+
+@pytest.mark.parametrize("own", [0, 64])
+def test_without_our_own_part_nothing_is_fetched(scheduler, own):
+    if own:
+        scheduler.add_request(part("mine", 0, own))
+        run_to_end(scheduler, 0)
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    assert run_to_end(scheduler, 0) == 300 - own + 2
+
+
+def test_a_request_that_is_aborted_while_it_fetches_leaves_no_page(scheduler):
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler, 0)
+    scheduler.connector.let_go(["mine"])
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    no_forward(scheduler)
+    scheduler.finish_requests("whole", RequestStatus.FINISHED_ABORTED)
+    assert free_pages(scheduler) < 39  # what arrives must not land in pages of others
+    no_forward(scheduler, finished_recving={"whole"})
+    assert free_pages(scheduler) == 39
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, None)["cached"] == [0, 1]
+
+
+def test_what_a_replica_says_of_itself(scheduler):
+    empty = replica_state(scheduler, hasher(), tokens(), PLAN, None)
+    assert empty == {"cached": [], "has_anchor": False, "queued_tokens": 0, "layout": ADDRESS["layout"]}
+    scheduler.add_request(part("anchor", 0, 64))
+    run_to_end(scheduler, 0)
+    scheduler.add_request(part("mine", 128, 288))
+    run_to_end(scheduler, 0)
+    scheduler.add_request(make_request("waiting", None))
+    state = replica_state(scheduler, hasher(), tokens(), PLAN, None)
+    assert (state["cached"], state["has_anchor"], state["queued_tokens"]) == ([0, 2, 3, 4], True, 300)
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, "salt")["cached"] == []
+    assert replica_state(scheduler, hasher(), [], PLAN, None)["has_anchor"] is False
+
+
+def test_what_a_part_leaves_out_is_no_hit(config):  # noqa: F811
+    given = make_scheduler(config, StarScheduler)
+    given.kv_cache_manager.log_stats = True
+    given.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    for request in (part("anchor", 0, 64), part("mine", 128, 256), make_request("whole", PLAN)):
+        given.add_request(request)
+        run_to_end(given, 0)
+    stats = given.kv_cache_manager.make_prefix_cache_stats()
+    assert (stats.requests, stats.queries, stats.hits) == (1, 300, 64)
+
+
+def hasher():
+    return make_request("any", None)._block_hasher
+
+
+def tokens() -> list[int]:
+    return make_request("any", None).prompt_token_ids
+
+
+class FakeMover:
+    """Moves that end as they are told to."""
+
+    def __init__(self) -> None:
+        self.fails: MoveError | None = None
+        self.finished = False
+        self.given_up = 0
+
+    def read(self, move, address, theirs, ours) -> None:
+        if self.fails:
+            raise self.fails
+
+    def done(self, move) -> bool:
+        if self.fails:
+            raise self.fails
+        return self.finished
+
+    def give_up(self, move) -> None:
+        self.given_up += 1
+
+
+@pytest.fixture
+def worker(scheduler, monkeypatch):
+    monkeypatch.setattr("engine_ext.star_connector.get_tensor_model_parallel_rank", lambda: 0)
+    made = StarConnector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
+    made.mover = FakeMover()
+    source = Source(128, [1, 2], [ADDRESS])
+    made.bind_connector_metadata(Loads([Load("whole", [(source, [1, 2], [7, 8])])]))
+    return made
+
+
+def test_a_worker_says_when_pages_have_come(worker):
+    worker.start_load_kv(SimpleNamespace())
+    assert worker.get_finished(set()) == (None, None)
+    worker.mover.finished = True
+    assert worker.get_finished(set()) == (None, {"whole"})
+    assert worker.get_finished(set()) == (None, None)
+    assert worker.get_block_ids_with_load_errors() == set()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_worker_says_which_pages_are_lost_and_cuts_the_connection(worker, at_once):
+    if at_once:
+        worker.mover.fails = MoveError("no way")
+    worker.start_load_kv(SimpleNamespace())
+    worker.mover.fails = MoveError("no way")
+    assert worker.get_finished(set()) == (None, {"whole"})
+    assert worker.get_block_ids_with_load_errors() == {7, 8}
+    assert worker.mover.given_up == 1
+    assert (worker.get_finished(set()), worker.get_block_ids_with_load_errors()) == ((None, None), set())

@@ -212,7 +212,7 @@ def use_request_hasher(make: Callable[[int, Callable[[Any], bytes]], Any] | None
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine import core
 
-    core.get_request_block_hasher = make or kv_cache_utils.get_request_block_hasher
+    core.get_request_block_hasher = make or kv_cache_utils.get_request_block_hasher  # type: ignore[assignment]
 
 
 def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:

@@ -76,11 +76,12 @@ class BlockReuse:
 
     def _adopt(self, request: Any) -> int:
         name = request.request_id
-        first, rest = divmod(request.num_computed_tokens, self.page)
+        first = request.num_computed_tokens // self.page
         last = (request.num_tokens - 1) // self.page  # a token must be left to compute
-        if rest or first >= last or request.num_output_placeholders:
+        if first >= last:
             return 0
         held = self.manager.req_to_blocks[name]
+        # It must stand at the border of a page: with one begun it would hold one more.
         if not len(held) == self.manager.num_cached_block.get(name) == first:
             return 0
         found = []
@@ -94,6 +95,8 @@ class BlockReuse:
         self.pool.touch(found)
         held.extend(found)
         self.manager.num_cached_block[name] = len(held)
+        if self.pool.enable_kv_cache_events and request.kv_cache_report_mode == "full":
+            self.pool.emit_cached_block_events(request, len(held), self.page, self.manager.kv_cache_group_id)
         self.untold.setdefault(name, []).extend(page.block_id for page in found)
         tokens = len(found) * self.page
         request.num_computed_tokens += tokens

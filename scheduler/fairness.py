@@ -39,11 +39,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class LongPrompt:
-    """A long prompt: ``left`` tokens to prefill, from position ``start``; a lower ``priority`` is served first."""
+    """A long prompt: ``left`` tokens to prefill from position ``start``; whether it runs already or waits.
+
+    A lower ``priority`` is served first.
+    """
 
     name: str
     start: int
     left: int
+    runs: bool = True
     plan: StarPlan | None = None
     priority: int = 0
 
@@ -75,13 +79,16 @@ def share_step(prompts: Sequence[LongPrompt], others: int, limits: Limits) -> di
     quick = min((p for p in prompts if p.priority == head.priority), key=lambda p: p.left)
     turns = [(head, tokens, keys)] if quick is head else [(head, (tokens + 1) // 2, keys / 2), (quick, tokens, keys)]
     turns += [(prompt, tokens, keys) for prompt in prompts]
+    running = next((prompt for prompt in prompts if prompt.runs), head)
+    if running is not head:  # the head may yet find no way in, and what stands in its way has to end
+        turns.insert(0, (running, min(tokens, limits.least_chunk), keys))
     granted: dict[str, int] = {}
     for prompt, at_most, most_keys in turns:
         had = granted.get(prompt.name, 0)
         wanted = min(prompt.left - had, at_most, tokens)
         start = prompt.start + had
         chunk = chunk_within(prompt.plan, start, wanted, min(most_keys, keys))
-        if prompt is head and not had:
+        if not granted:
             chunk = max(chunk, min(wanted, limits.least_chunk))
         elif had + chunk < min(prompt.left, limits.least_chunk):
             continue

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
@@ -31,10 +32,12 @@ class PromptSharing:
         self.deferred = 0
 
     def add(self, request: Any, cached_tokens: int) -> None:
-        """Know a request that just arrived; ``cached_tokens`` of its prompt could be taken from the cache then."""
-        if request.num_prompt_tokens > self.limits.long_prompt:
-            self.prompts[request.request_id] = request
-            self.found[request.request_id] = cached_tokens
+        """Know a prompt that is larger than a long one; ``cached_tokens`` of it are in the cache as it arrives.
+
+        Whether it counts as long is settled by that, to its end: its last chunks are as deep as those before.
+        """
+        self.prompts[request.request_id] = request
+        self.found[request.request_id] = cached_tokens
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -59,7 +62,8 @@ class PromptSharing:
         """The part of a chunk that a request may have in this step."""
         if not self.granted:
             return tokens
-        most = self.granted.get(request.request_id, 0 if self._is_long_and_running(request) else tokens)
+        prefills = request.status == RequestStatus.RUNNING and self._is_long(request)
+        most = self.granted.get(request.request_id, 0 if prefills else tokens)
         self.deferred += max(0, tokens - most)
         return min(tokens, most)
 
@@ -69,16 +73,18 @@ class PromptSharing:
             return max(1, request.num_tokens - self.found.get(request.request_id, 0))
         return request.num_tokens - request.num_computed_tokens
 
-    def _is_long_and_running(self, request: Any) -> bool:
-        known = request.request_id in self.prompts and request.status == RequestStatus.RUNNING
-        return known and self._left(request) > self.limits.long_prompt
+    def _is_long(self, request: Any) -> bool:
+        """Whether it is a long prompt that is not done; one that decodes is not."""
+        found = self.found.get(request.request_id)
+        long = found is not None and request.num_prompt_tokens - found > self.limits.long_prompt
+        return long and self._left(request) > 1
 
     def _long_now(self) -> list[Any]:
         """The long prompts, most urgent first."""
         for name in [name for name, request in self.prompts.items() if request.is_finished()]:
             del self.prompts[name], self.found[name]
         live = (r for r in self.prompts.values() if r.status == RequestStatus.RUNNING or r.status in WAITING)
-        found = [request for request in live if self._left(request) > self.limits.long_prompt]
+        found = [request for request in live if self._is_long(request)]
         if self._by_priority:
             found.sort(key=lambda request: (request.priority, request.arrival_time))
         return found
@@ -88,53 +94,66 @@ class PromptSharing:
         return self.scheduler.policy == SchedulingPolicy.PRIORITY
 
     def _grant(self) -> dict[str, int]:
-        requests = self._long_now() if self.prompts else []
+        requests = self._with_room(self._long_now())
         if not requests:
             return {}
-        head = requests[0]
-        requests = [head, *(request for request in requests[1:] if self._fits(request))]
         prompts = [
             LongPrompt(
                 name=request.request_id,
                 start=request.num_tokens - self._left(request),
                 left=self._left(request),
+                runs=request.status == RequestStatus.RUNNING,
                 plan=request_plan(request),
                 priority=request.priority if self._by_priority else 0,
             )
             for request in requests
         ]
-        long_names = {prompt.name for prompt in prompts}
-        return share_step(prompts, self._wanted_by_others(long_names, prompts[0].priority), self.limits)
+        return share_step(prompts, self._wanted_by_others(prompts[0].priority), self.limits)
 
-    def _fits(self, request: Any) -> bool:
-        """Whether a waiting prompt has room beside those that prefill: taken in early, it would only be preempted."""
-        if request.status not in WAITING:
-            return True
-        manager = self.scheduler.kv_cache_manager
-        pages = sum(cdiv(request.num_tokens, one.block_size) for one in manager.coordinator.single_type_managers)
-        reserved = self.scheduler._inflight_prefill_reserved_blocks()
-        return pages + reserved <= manager.block_pool.get_num_free_blocks()
+    def _with_room(self, requests: list[Any]) -> list[Any]:
+        """Those that run, and those waiting that there is room for beside the ones before them.
 
-    def _wanted_by_others(self, long_names: set[str], priority: int) -> int:
+        One taken in without room would only be preempted. None goes past an earlier one that lacks it, and where no
+        long prompt runs whether the first fits is vLLM's to say: so it comes in once the others have ended.
+        """
+        scheduler, manager = self.scheduler, self.scheduler.kv_cache_manager
+        groups = manager.coordinator.single_type_managers
+        room = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
+        room -= scheduler._inflight_prefill_reserved_blocks()
+        any_runs = any(request.status == RequestStatus.RUNNING for request in requests)
+        full = len(scheduler.running) >= scheduler.max_num_running_reqs
+        fit: list[Any] = []
+        for request in requests:
+            if request.status == RequestStatus.RUNNING:
+                fit.append(request)
+                continue
+            pages = sum(cdiv(request.num_tokens, group.block_size) for group in groups)
+            full = full or (pages > room and (any_runs or bool(fit)))
+            if not full:
+                fit.append(request)
+                room -= pages
+        return fit
+
+    def _wanted_by_others(self, priority: int) -> int:
         """Tokens that decodes and short prompts would take; only short prompts as urgent as the long ones count."""
         scheduler, most = self.scheduler, self.limits.step_tokens
 
-        def yields(request: Any) -> bool:
-            return request.request_id in long_names or (self._by_priority and request.priority > priority)
+        def counts(request: Any) -> bool:
+            return not self._is_long(request) and not (self._by_priority and request.priority > priority)
 
         wanted = 0
         for request in scheduler.running:
-            if request.num_tokens - request.num_computed_tokens <= 1:
+            if self._left(request) <= 1:
                 wanted += 1
-            elif not yields(request) and not self._is_long_and_running(request):
+            elif counts(request):
                 wanted += self._left(request)
-        if len(scheduler.running) < scheduler.max_num_running_reqs:
+        open_to_new = scheduler.pause_state == PauseState.UNPAUSED
+        if open_to_new and len(scheduler.running) < scheduler.max_num_running_reqs:
             for request in scheduler.waiting:
                 if wanted >= most:
                     break
-                if request.status in WAITING and not yields(request):
-                    left = self._left(request)
-                    wanted += left if left <= self.limits.long_prompt else 0
+                if request.status in WAITING and counts(request):
+                    wanted += self._left(request)
         return wanted
 
     def _not_admitted(self) -> list[Any]:
@@ -145,7 +164,7 @@ class PromptSharing:
             for name, request in self.prompts.items()
             if request.status in WAITING
             and name not in self.granted
-            and self._left(request) > self.limits.long_prompt
+            and self._is_long(request)
             and request not in self.scheduler.kv_holding_waiting
         ]
 

@@ -21,19 +21,22 @@ class SchedulingOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    fairness: Switch = Field("on", description="on: long prompts leave room in a step for everybody else")
+    fairness: Switch = Field(default="on", description="on: long prompts leave room in a step for everybody else")
     long_prompt_tokens: Count | None = Field(
-        None, description="a prompt with more tokens than this left to prefill is long; default one whole step"
+        default=None,
+        description="a prompt with more tokens than this to prefill as it arrives is long; default one whole step",
     )
     shared_step_tokens: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="long prompts' tokens in a step that they share with others; default a quarter of the step"
+        default=None,
+        description="long prompts' tokens in a step that they share with others; default a quarter of the step",
     )
     shared_step_keys: Count | None = Field(
-        None,
+        default=None,
         description="query-key pairs of those tokens, per head and layer; default 16,384 for each shared_step_tokens",
     )
     star_block_reuse: Switch = Field(
-        "on", description="on: a star block that is cached is used wherever a hole before it ends the prefix hit"
+        default="on",
+        description="on: a star block that is cached is used wherever a hole before it ends the prefix hit",
     )
 
 

@@ -34,6 +34,12 @@ class StarMixin:
     The keys go in where vLLM makes its own, so that hashing, KV events and partial hits agree.
     """
 
+    # vLLM's own.
+    requests: dict[str, Any]
+    kv_cache_manager: Any
+    max_num_scheduled_tokens: int
+    pause_state: PauseState
+
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         compat.add_page_key(page_key)
         add_core_utilities()
@@ -64,11 +70,10 @@ class StarMixin:
 
     def add_request(self, request: Any) -> None:
         super().add_request(request)  # type: ignore[misc]
-        if self.requests.get(request.request_id) is not request:  # more input of a session
-            return
-        if self.reuse is not None:
+        is_new = self.requests.get(request.request_id) is request  # or more input of a session
+        if is_new and self.reuse is not None:
             self.reuse.add(request)
-        if self.sharing is not None and request.num_prompt_tokens > self.sharing.limits.long_prompt:
+        if is_new and self.sharing is not None and request.num_prompt_tokens > self.sharing.limits.long_prompt:
             self.sharing.add(request, self._tokens_in_cache(request))
 
     def _tokens_in_cache(self, request: Any) -> int:
@@ -82,7 +87,7 @@ class StarMixin:
         return sum(hits if anywhere else takewhile(bool, hits)) * manager.block_size
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if self.reuse is not None and self.reuse.requests and self._pause_state != PauseState.PAUSED_ALL:
+        if self.reuse is not None and self.reuse.requests and self.pause_state != PauseState.PAUSED_ALL:
             self.metrics.count_hit("block", self.reuse.adopt_all())
         if self.sharing is None or not self.sharing.prompts:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]

@@ -3,7 +3,8 @@
 A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}; a prompt is
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", ...}. Batches run one after the other, the
 prompts of a batch together. A batch may also be {"call": "module:function"}, which every worker runs and which
-has no result; it needs VLLM_ALLOW_INSECURE_SERIALIZATION=1. The result is a line of standard output, RESULT
+has no result; it needs VLLM_ALLOW_INSECURE_SERIALIZATION=1. {"scheduler": "module:function"} is called on the
+scheduler; it needs VLLM_ENABLE_V1_MULTIPROCESSING=0. The result is a line of standard output, RESULT
 before it: {"batches", "metrics"}.
 """
 
@@ -28,6 +29,7 @@ def params_of(prompt: dict, sampling_params: type):
         n=prompt.get("n", 1),
         prompt_logprobs=0 if prompt.get("prompt_logprobs") else None,
         extra_args=prompt.get("extra_args") or None,
+        skip_reading_prefix_cache=prompt.get("cold"),
     )
 
 
@@ -52,6 +54,9 @@ def main() -> None:
     llm = LLM(disable_log_stats=False, skip_tokenizer_init=True, **job["engine"])
     batches = []
     for batch in job["batches"]:
+        if "scheduler" in batch:
+            pkgutil.resolve_name(batch["scheduler"])(llm.llm_engine.engine_core.engine_core.scheduler)
+            continue
         if isinstance(batch, dict):
             llm.collective_rpc(pkgutil.resolve_name(batch["call"]))
             continue

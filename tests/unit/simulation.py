@@ -36,7 +36,7 @@ HASH = get_hash_fn_by_name("sha256")
 def make_config(folder: Path, starling: dict | None = None, **arguments: Any):
     plugin.register()
     init_none_hash(HASH)
-    model = make_random_llama(folder / "tiny", **TINY)
+    model = make_random_llama(folder / "tiny", **TINY | {"max_position_embeddings": 8192})
     defaults = {"max_num_batched_tokens": 100, "max_num_seqs": 4, "block_size": PAGE, "enforce_eager": True}
     given = {"additional_config": {"starling": starling or {}}} | defaults | arguments
     made = EngineArgs(model=str(model), **given).create_engine_config()
@@ -114,6 +114,16 @@ def read_by(plan: StarPlan | None, start: int, end: int) -> np.ndarray:
             keys[max(0, own - plan.overlap_size) : position + 1] = True
             keys[: min(plan.anchor_size, position + 1)] = True
     return np.flatnonzero(keys)
+
+
+def answer(output: Any, sampled: dict[str, list[int]]) -> ModelRunnerOutput:
+    """What a runner that sampled these tokens gives back for a step."""
+    names = list(output.num_scheduled_tokens)
+    return ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=[sampled[name] for name in names],
+    )
 
 
 class Engine:
@@ -208,7 +218,8 @@ class Engine:
 
     def _expected(self, name: str, end: int) -> np.ndarray:
         if name not in self.wanted:
-            self.wanted[name] = cold(self.prompts[name] + [7] * 16, self.plans[name])
+            outputs = [7] * self.scheduler.requests[name].max_tokens
+            self.wanted[name] = cold(self.prompts[name] + outputs, self.plans[name])
         return self.wanted[name][:end]
 
     def _slots(self, name: str, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,13 +227,7 @@ class Engine:
         return np.array(self.tables[name])[positions // self.page], positions % self.page
 
     def _answer(self, output: Any, sampled: dict[str, list[int]]) -> None:
-        names = list(output.num_scheduled_tokens)
-        answer = ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=[sampled[name] for name in names],
-        )
-        for outputs in self.scheduler.update_from_output(output, answer).values():
+        for outputs in self.scheduler.update_from_output(output, answer(output, sampled)).values():
             stats = outputs.scheduler_stats and outputs.scheduler_stats.prefix_cache_stats
             if stats:
                 self.hits, self.queries = self.hits + stats.hits, self.queries + stats.queries

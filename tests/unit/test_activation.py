@@ -54,6 +54,8 @@ def test_engines_that_do_not_ask_are_left_alone(model):
         ),
         ({"star": {"block": 100}}, "block=100.*no such star option"),
         ({"star": "on"}, "starling.star='on'.*must be an object"),
+        ({"entry": {"scheduler": "on"}}, r"starling\.scheduler='on'.*must be an object"),
+        ({"entry": {"scheduler": {"fairness": "no"}}}, r"starling\.scheduler\.fairness='no'.*on or off"),
         ({"entry": {"stars": {}}}, "starling.stars=.*no such section"),
         ({"entry": "yes"}, "starling='yes'.*must be an object"),
         (

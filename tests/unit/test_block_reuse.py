@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from vllm.v1.request import RequestStatus
 
+from engine_ext.metrics import scheduler_metrics
 from scheduler.plan import StarPlan
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.simulation import Engine, make_config, make_scheduler, random_ids
@@ -49,6 +50,11 @@ def edited(ids: list[int], *blocks: int) -> list[int]:
     return changed
 
 
+def repeated(seed: int) -> list[int]:
+    """A prompt whose star blocks all hold the same tokens."""
+    return (random_ids(seed, BLOCK) * (BLOCKS + 1))[:LENGTH]
+
+
 def ends_clean(engine: Engine) -> None:
     engine.run()
     engine.check_pages()
@@ -73,6 +79,13 @@ def test_an_edit_costs_its_own_block_and_the_query(engine, blocks):
     assert engine.cached["second"] == LENGTH - cost
     assert request.num_preemptions == 0
     assert (engine.hits, engine.queries) == (LENGTH - cost, 2 * LENGTH)
+    ends_clean(engine)
+
+
+def test_the_same_text_at_another_place_is_another_block(engine):
+    engine.add("first", PLAN, repeated(1))
+    engine.run()
+    assert engine.computed["first"] == LENGTH + NEW - 1
     ends_clean(engine)
 
 
@@ -206,6 +219,35 @@ def test_decode_graphs_do_not_stop_at_a_border_one_token_away(config):
     ends_clean(engine)
 
 
+def test_kv_events_report_blocks_that_were_taken(engine, monkeypatch):
+    manager, told = engine.scheduler.kv_cache_manager, set()
+    take = manager.take_events
+
+    def take_events():
+        events = take()
+        told.update(key for event in events or () for key in event.block_hashes)
+        return events
+
+    monkeypatch.setattr(manager, "take_events", take_events)
+    engine.pool.enable_kv_cache_events = True
+    ids = random_ids(1, LENGTH)
+    first = engine.add("first", PLAN, ids)
+    engine.run()
+    stored = set(told)
+    assert len(stored) == len(first.block_hashes) == LENGTH // PAGE
+    told.clear()
+    engine.add("quiet", PLAN, edited(ids, 2))
+    engine.run()
+    assert told
+    assert not told & stored
+    told.clear()
+    request = engine.add("full", PLAN, edited(ids, 3))
+    request.kv_cache_report_mode = "full"
+    engine.run()
+    assert len(told & stored) == engine.cached["full"] // PAGE
+    ends_clean(engine)
+
+
 class Machine(RuleBasedStateMachine):
     """Admit, edit, step, preempt, abort and evict in any order, in little memory."""
 
@@ -233,7 +275,7 @@ class Machine(RuleBasedStateMachine):
     def admit(self, document, blocks, plan):
         if len(self.engine.scheduler.requests) < 6:
             self.count += 1
-            ids = edited(random_ids(document, LENGTH), *blocks)
+            ids = edited(random_ids(1, LENGTH) if document == 1 else repeated(2), *blocks)
             self.engine.add(f"r{self.count}", plan, ids[: plan.num_prompt_tokens] if plan else ids)
 
     @precondition(lambda self: self.engine is not None)
@@ -281,5 +323,8 @@ class Machine(RuleBasedStateMachine):
 
 def test_no_page_is_leaked_freed_twice_or_served_for_another(config):
     Machine.config = config
-    few = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+    few = settings(max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+    counted = scheduler_metrics().cached_tokens.labels("block")._value
+    before = counted.get()
     run_state_machine_as_test(Machine, settings=few)
+    assert counted.get() - before > 20 * BLOCK, "blocks were taken in it"

@@ -12,7 +12,8 @@ from vllm.v1.request import RequestStatus
 from scheduler.cache_state import cache_state, group_state, prefill_progress
 from scheduler.plan import StarPlan
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
-from tests.unit.test_star_scheduler import PAGE, PLAN, answer, config, make_request, make_scheduler, step_is_prefill
+from tests.unit.simulation import PAGE, answer, make_request, make_scheduler
+from tests.unit.test_star_scheduler import PLAN, config
 
 __all__ = ["config"]
 
@@ -31,11 +32,8 @@ def pages(scheduler) -> tuple[int, int, int]:
 
 def step(scheduler) -> None:
     scheduled = scheduler.schedule()
-    output = answer(scheduled)
-    for index, name in enumerate(output.req_ids):
-        if step_is_prefill(scheduled, scheduler.requests[name], name):
-            output.sampled_token_ids[index] = []
-    scheduler.update_from_output(scheduled, output)
+    done = {name: request.num_computed_tokens >= request.num_tokens for name, request in scheduler.requests.items()}
+    scheduler.update_from_output(scheduled, answer(scheduled, {name: [7] if done[name] else [] for name in done}))
 
 
 def counts(scheduler) -> tuple[int, int]:
@@ -179,9 +177,7 @@ def test_tokens_in_flight_are_not_done_yet(config):
     assert scheduler.requests["star"].num_computed_tokens == 200
     told = [progress(scheduler, "star")[0]]
     for scheduled in flying:
-        output = answer(scheduled)
-        output.sampled_token_ids = [[]]
-        scheduler.update_from_output(scheduled, output)
+        scheduler.update_from_output(scheduled, answer(scheduled, {"star": []}))
         told.append(progress(scheduler, "star")[0])
     assert told == [0, 100, 200]
 

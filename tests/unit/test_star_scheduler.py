@@ -7,6 +7,7 @@ import copy
 import pytest
 from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from scheduler.options import OptionError
 from scheduler.plan import StarPlan
@@ -47,6 +48,21 @@ def test_tokens_computed_follow_the_plans(config, scheduler_type, ahead):
 def test_async_scheduling_is_kept():
     assert issubclass(AsyncStarScheduler, AsyncScheduler)
     assert not issubclass(StarScheduler, AsyncScheduler)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_reserve_prefill_lookahead",
+        "_update_after_schedule",
+        "_preempt_request",
+        "_free_request_blocks",
+        "_inflight_prefill_reserved_blocks",
+        "pause_state",
+    ],
+)
+def test_the_names_of_the_scheduler_that_are_built_on_are_there(name):
+    assert hasattr(Scheduler, name)
 
 
 @pytest.mark.parametrize("graphs", [CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.NONE])

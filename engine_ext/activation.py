@@ -18,12 +18,14 @@ from engine_ext import metrics
 from engine_ext.refusals import CONNECTOR, fleet, refuse_overlap, star_page, star_refusals
 from scheduler.options import OptionError, StarOptions, parse_options
 from scheduler.plan import check_sizes, most_replicas
+from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
 
 logger = init_logger("vllm.starling")
 
 ENTRY = "starling"
+DEFAULT_SCHEDULING = SchedulingOptions()
 CPU_ATTENTION = "cpu_attention"
-SECTIONS = ("star", CPU_ATTENTION)
+SECTIONS = ("star", SECTION, CPU_ATTENTION)
 MIDDLEWARE = ("engine_ext.serving.plan_header.PlanHeader", "engine_ext.serving.http_progress.HttpProgress")
 
 WORKERS = {
@@ -44,6 +46,7 @@ class StarlingConfig:
 
     star: StarOptions
     cpu_attention: str = "auto"
+    scheduling: SchedulingOptions = DEFAULT_SCHEDULING
 
 
 def parse_config(additional_config: Any) -> StarlingConfig | None:
@@ -60,14 +63,19 @@ def parse_config(additional_config: Any) -> StarlingConfig | None:
     for key, value in entry.items():
         if key not in SECTIONS:
             raise OptionError(f"{ENTRY}.{key}", value, "there is no such section", ", ".join(SECTIONS))
-    star = entry.get("star", {})
-    if not isinstance(star, Mapping):
-        raise OptionError(f"{ENTRY}.star", star, "it must be an object", '{"mode": "auto", ...}')
+    star, scheduling = entry.get("star", {}), entry.get(SECTION, {})
+    for section, value, example in (
+        ("star", star, '{"mode": "auto", ...}'),
+        (SECTION, scheduling, '{"fairness": "on", ...}'),
+    ):
+        if not isinstance(value, Mapping):
+            raise OptionError(f"{ENTRY}.{section}", value, "it must be an object", example)
     cpu_attention = entry.get(CPU_ATTENTION, "auto")
     if cpu_attention not in SETTINGS:
         allowed = " or ".join(SETTINGS)
         raise OptionError(f"{ENTRY}.{CPU_ATTENTION}", cpu_attention, "there is no such choice", allowed)
-    return StarlingConfig(parse_options(star, flat=False), cpu_attention)
+    options = parse_scheduling(scheduling, f"{ENTRY}.{SECTION}.")
+    return StarlingConfig(parse_options(star, flat=False), cpu_attention, options)
 
 
 def before_engine_config(engine_args: Any) -> None:

@@ -229,6 +229,18 @@ def leave_out_of_hit_rate(is_left_out: Callable[[Any], bool]) -> None:
     wrap(KVCacheManager, "record_prefix_cache_stats", around)
 
 
+def use_request_hasher(make: Callable[[int, Callable[[Any], bytes]], Any] | None) -> None:
+    """Let the engine core that is being made hash its requests' pages by ``make(page, hash_function)``; None: as vLLM.
+
+    EngineCore makes its hasher right after its scheduler, and calls it where requests come in, beside the steps.
+    Called from the scheduler's own making, each time. Goes when a scheduler can bring a hasher.
+    """
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine import core
+
+    core.get_request_block_hasher = make or kv_cache_utils.get_request_block_hasher  # type: ignore[assignment]
+
+
 def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:
     """Request id of each real row of a batch, in the model runner's order.
 

@@ -1,6 +1,6 @@
-"""Starling's series on vLLM's /metrics, from the API server and from the workers.
+"""Starling's series on vLLM's /metrics, from the API server, the engine cores and the workers.
 
-Workers are processes of their own. Where vLLM runs Prometheus in multiprocess mode they join it; else
+The latter two are processes of their own. Where vLLM runs Prometheus in multiprocess mode they join it; else
 they write to a directory of ours, which a collector in the API server reads at each scrape.
 """
 
@@ -40,17 +40,11 @@ class FrontMetrics:
         self.spread_seconds.inc(seconds)
 
 
-def _join_the_front() -> None:
-    """Let what this process counts from now on show up on the front's /metrics."""
-    if DIRECTORY in os.environ and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        compat.use_multiprocess_values(os.environ[DIRECTORY])
-
-
 class WorkerMetrics:
     """Counted from the rows handed to the attention kernel, on one rank of each engine."""
 
     def __init__(self) -> None:
-        _join_the_front()
+        join_front()
         self.context_tokens = Counter("starling:context_tokens", "Prompt tokens prefilled in star blocks.")
         self.keys_attended = Counter(
             "starling:keys_attended",
@@ -73,7 +67,7 @@ class CacheMetrics:
     """Of a compressed cache, set by each engine core. Engines beside one another are added up, or are alike."""
 
     def __init__(self) -> None:
-        _join_the_front()
+        join_front()
         self.states = Gauge(
             "starling:cache_states",
             "States of compressed groups that requests hold, per layer.",
@@ -94,7 +88,40 @@ class CacheMetrics:
 
 
 cache_metrics = functools.cache(CacheMetrics)
+
+
+class SchedulerMetrics:
+    """Counted where steps are made, in each engine core."""
+
+    def __init__(self) -> None:
+        join_front()
+        self.cache_hits = Counter(
+            "starling:cache_hits",
+            "Times a prompt found pages in the prefix cache: at its start, or star blocks behind a hole.",
+            ["kind"],
+        )
+        self.cached_tokens = Counter("starling:cached_tokens", "Prompt tokens of those hits: not computed.", ["kind"])
+        for kind in ("prefix", "block"):
+            self.cache_hits.labels(kind)
+            self.cached_tokens.labels(kind)
+        self.deferred_tokens = Counter(
+            "starling:deferred_prefill_tokens", "Tokens of long prompts held back in a step that others share."
+        )
+
+    def count_hit(self, kind: str, tokens: int) -> None:
+        if tokens:
+            self.cache_hits.labels(kind).inc()
+            self.cached_tokens.labels(kind).inc(tokens)
+
+
+def join_front() -> None:
+    """In a process that a front has started: let metrics made from now on reach its /metrics."""
+    if DIRECTORY in os.environ and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        compat.use_multiprocess_values(os.environ[DIRECTORY])
+
+
 front_metrics = functools.cache(FrontMetrics)
+scheduler_metrics = functools.cache(SchedulerMetrics)
 worker_metrics = functools.cache(WorkerMetrics)
 
 

@@ -7,15 +7,13 @@ from typing import Any
 
 from attention_backends.star.backend import WRAPPED
 from engine_ext import compat
+from scheduler.independence import FULL_ATTENTION, dependence
 from scheduler.options import OptionError, flat_name
 from scheduler.plan import Fleet
+from scheduler.share import CONNECTOR
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
-CONNECTOR = "StarConnector"
 CONNECTORS = (CONNECTOR, "OffloadingConnector")
-
-FULL_ATTENTION = ("full_attention", "attention")
-SHIFTED = ("baichuan_m1", "kv_shift_llama")
 
 
 def _full_attention_layers(model: Any) -> bool:
@@ -95,17 +93,6 @@ RULES: Rules = (
 )
 
 
-def _dependent_layers(model: Any) -> str | None:
-    """The layers that carry something from one star block into the next, as far as the configuration tells."""
-    text = model.hf_text_config
-    if text.model_type in SHIFTED:
-        return "KV shifting"
-    others = {kind for kind in getattr(text, "layer_types", None) or () if kind not in FULL_ATTENTION}
-    if others:
-        return ", ".join(sorted(others))
-    return "sliding window" if model.get_sliding_window() else "hybrid" if model.is_hybrid else None
-
-
 def _other_connector(config: Any) -> str | None:
     transfer = config.kv_transfer_config
     return None if transfer is None or transfer.kv_connector == CONNECTOR else transfer.kv_connector
@@ -118,8 +105,8 @@ def _external_balancer(config: Any) -> bool:
 
 SPREAD_RULES: Rules = (
     (
-        lambda c: _dependent_layers(c.model_config),
-        "the model has layers through which a block depends on the one before it",
+        lambda c: dependence(c.model_config),
+        "the model's star blocks depend on one another",
     ),
     (lambda c: not c.cache_config.enable_prefix_caching, "replicas hand over what their prefix caches hold: it is off"),
     (_other_connector, "an engine has one KV connector, and --kv-transfer-config gives it another"),

@@ -45,6 +45,9 @@ def commands(server: Server) -> dict[str, str]:
         "gRPC, from Python": (
             f"{python} {examples}/grpc_stream.py 'The capital of France is' --address {server.grpc} {star}"
         ),
+        "one document of a long prompt edited, turn after turn: what is computed again": (
+            f"{python} {examples}/edit_document.py --url {server.http}"
+        ),
         "gRPC, with grpcurl": (
             f"grpcurl -plaintext -d '{json.dumps(generate)}' {server.grpc} starling.v1.InferenceService/GenerateStream"
         ),
@@ -64,6 +67,7 @@ def main() -> None:
                 serving(
                     MODEL,
                     *("--served-model-name", MODEL.name, "--enforce-eager", "--dtype", "bfloat16"),
+                    "--enable-prompt-tokens-details",
                     log=LOG,
                     port=args.port,
                     grpc_port=args.grpc_port,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SHARE_KEY = "starling_share"
+CONNECTOR = "StarConnector"  # which moves the pages between replicas: engine_ext/star_connector.py
 
 
 @dataclass(frozen=True)

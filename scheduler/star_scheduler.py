@@ -1,19 +1,26 @@
-"""vLLM's scheduler, with prefix-cache keys that tell star pages from dense ones, and parts of prompts."""
+"""vLLM's scheduler: keys, hits and chunks that know star plans, steps that prompts share, parts of prompts."""
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from engine_ext import compat
-from engine_ext.metrics import cache_metrics
-from scheduler.cache_keys import star_page_key
+from engine_ext.metrics import cache_metrics, scheduler_metrics
+from scheduler.block_reuse import BlockReuse, only_manager, reuse_obstacle
+from scheduler.cache_keys import independent_block_hasher, star_page_key
 from scheduler.cache_state import cache_state, compressed_groups, states_used
 from scheduler.core_utilities import add_core_utilities
+from scheduler.fairness import make_limits
 from scheduler.options import OptionError, parse_options
 from scheduler.plan import check_sizes, request_plan
+from scheduler.prompt_sharing import PromptSharing
+from scheduler.scheduling_options import SECTION, parse_scheduling
 from scheduler.share import part_of
 
 
@@ -29,16 +36,33 @@ class StarMixin:
     The keys go in where vLLM makes its own, so that hashing, KV events and partial hits agree.
     """
 
+    # vLLM's own.
+    requests: dict[str, Any]
+    kv_cache_manager: Any
+    max_num_scheduled_tokens: int
+    pause_state: PauseState
+
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         compat.add_page_key(page_key)
         compat.leave_out_of_hit_rate(lambda request: part_of(request) is not None)
         add_core_utilities()
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        entry = vllm_config.additional_config["starling"]
+        self._check_defaults(entry.get("star", {}))
+        options = parse_scheduling(entry.get(SECTION, {}))
+        limits = make_limits(options, self.max_num_scheduled_tokens)
+        self.sharing = PromptSharing(self, limits) if options.fairness == "on" else None
+        self.reuse = self._make_reuse(vllm_config) if options.star_block_reuse == "on" else None
+        compat.use_request_hasher(independent_block_hasher if self.reuse else None)
+        self.metrics = scheduler_metrics()
         self.compressed = compressed_groups(self)
         if self.compressed:
             self._tell_sizes()
-        self._check_defaults(vllm_config.additional_config["starling"].get("star", {}))
+
+    def _make_reuse(self, vllm_config: Any) -> BlockReuse | None:
+        manager = only_manager(self)
+        return BlockReuse(self, manager) if manager and reuse_obstacle(vllm_config) is None else None
 
     def _check_defaults(self, star: dict[str, Any]) -> None:
         """Server defaults against the page that the engine really has (raises ValueError: it does not start)."""
@@ -65,6 +89,7 @@ class StarMixin:
             used = (states_used(self, group.kv_cache_spec, manager) for group, manager in self.compressed)
             cache_metrics().states.set(sum(used))
         return result
+
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
         """A part of a prompt that other replicas prefill too goes on, after the anchor, at its first block.
 
@@ -79,7 +104,7 @@ class StarMixin:
         blocks, computed, boundary, diverged = hit
         if not part.anchor <= computed < part.start:
             return hit
-        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        manager = self.kv_cache_manager
         page, pool = self.block_size, manager.block_pool  # type: ignore[attr-defined]
         pages = list(blocks.blocks[0])
         pages += [pool.null_block] * (part.start // page - len(pages))
@@ -91,11 +116,45 @@ class StarMixin:
             pages += found
         return manager.create_kv_cache_blocks((pages,)), len(pages) * page, boundary, diverged
 
-    def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Where full decode graphs are in use, never schedule a star chunk of one token: it waits a step.
+    def add_request(self, request: Any) -> None:
+        super().add_request(request)  # type: ignore[misc]
+        is_new = self.requests.get(request.request_id) is request  # or more input of a session
+        if is_new and self.reuse is not None:
+            self.reuse.add(request)
+        if is_new and self.sharing is not None and request.num_prompt_tokens > self.sharing.limits.long_prompt:
+            self.sharing.add(request, self._tokens_in_cache(request))
 
-        A batch of one-token rows replays such a graph, whose block tables can't be rewritten into virtual rows.
+    def _tokens_in_cache(self, request: Any) -> int:
+        """Prompt tokens that need no computing as the cache stands; 0 where that is not simply told."""
+        manager = only_manager(self)
+        if manager is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return 0
+        pool, group = manager.block_pool, [manager.kv_cache_group_id]
+        hits = (pool.get_cached_block(key, group) is not None for key in request.block_hashes)
+        anywhere = self.reuse is not None and request.request_id in self.reuse.requests
+        return sum(hits if anywhere else takewhile(bool, hits)) * manager.block_size
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        if self.reuse is not None and self.reuse.requests and self.pause_state != PauseState.PAUSED_ALL:
+            self.metrics.count_hit("block", self.reuse.adopt_all())
+        if self.sharing is None or not self.sharing.prompts:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        with self.sharing.step():
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.metrics.deferred_tokens.inc(self.sharing.deferred)
+        return output
+
+    def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Bound a chunk: by what its prompt may take of this step, and at star blocks that are in the cache.
+
+        Where full decode graphs are in use, never schedule a star chunk of one token: it waits a step. A batch of
+        one-token rows replays such a graph, whose block tables can't be rewritten into virtual rows.
         """
+        if self.sharing is not None:
+            num_new_tokens = self.sharing.bound(request, num_new_tokens)
+        if self.reuse is not None:
+            least = 2 if self.decode_graphs else 1
+            num_new_tokens = self.reuse.clip(request, num_computed_tokens, num_new_tokens, least)
         num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens
         )
@@ -104,6 +163,34 @@ class StarMixin:
             if plan is not None and plan.block_size <= num_computed_tokens < plan.context_end:
                 return 0
         return num_new_tokens
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            if not self.requests[new.req_id].num_preemptions:
+                self.metrics.count_hit("prefix", new.num_computed_tokens)
+        if self.reuse is not None:
+            self.reuse.tell_worker(scheduler_output)
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        """Before its pages go back: those of a chunk that this step will no longer compute leave the prefix cache.
+
+        vLLM keys a page when it is scheduled. By priority it may preempt a request that the same step has scheduled
+        already, and would leave pages in the cache whose content never comes. Goes when vLLM drops those keys itself.
+        """
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, FullAttentionManager):
+                held = manager.req_to_blocks.get(request.request_id, ())
+                empty = held[request.num_computed_tokens // manager.block_size :]
+                keyed = {page.block_id for page in empty if page.block_hash is not None}
+                if keyed:
+                    self.kv_cache_manager.evict_blocks(keyed)
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _free_request_blocks(self, request: Any) -> None:
+        if self.reuse is not None:
+            self.reuse.forget_pages(request.request_id)
+        super()._free_request_blocks(request)  # type: ignore[misc]
 
 
 class StarScheduler(StarMixin, Scheduler):

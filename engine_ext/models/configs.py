@@ -7,11 +7,14 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+SHIFT_DEPENDS = "KV shifting carries the last token of a star block into the first of the next one"
+
 
 class KVShiftLlamaConfig(LlamaConfig):
     """A Llama whose K and V are shifted; the fields are Llama's."""
 
     model_type = "kv_shift_llama"
+    star_blocks_depend = SHIFT_DEPENDS
 
 
 class BaichuanM1Config(LlamaConfig):
@@ -21,6 +24,7 @@ class BaichuanM1Config(LlamaConfig):
     """
 
     model_type = "baichuan_m1"
+    star_blocks_depend = SHIFT_DEPENDS
 
     sliding_window: int | None = None
     sliding_window_layers: list[int] | None = None

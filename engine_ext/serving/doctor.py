@@ -112,6 +112,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "kv_cache": cache,
         "star_defaults": starling.star.model_dump(),
         "star_refused": refusals,
+        "star_block_reuse": block_reuse(config, starling.scheduling, refusals),
     }
     replicas = fleet(config)
     if replicas.size > 1:
@@ -124,6 +125,16 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     if prompt_tokens is not None:
         report["prompt"] = prompt_cost(prompt_tokens, starling.star, cache, None if refusals else replicas, config)
     return report
+
+
+def block_reuse(config: Any, scheduling: Any, refusals: list[str]) -> str:
+    """Whether star blocks are reused behind an edit, or why not."""
+    from scheduler.block_reuse import reuse_obstacle
+
+    if refusals or scheduling.star_block_reuse == "off":
+        return "no: Star Attention is refused" if refusals else "no: --scheduler-star-block-reuse off"
+    obstacle = reuse_obstacle(config)
+    return f"no: {obstacle}" if obstacle else "yes"
 
 
 def page_size(config: Any) -> tuple[int, int]:

@@ -14,7 +14,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from attention_backends.kernels.choose import SETTINGS
 from engine_ext.activation import CPU_ATTENTION, ENTRY, parse_config
+from scheduler import scheduling_options
 from scheduler.options import FIELDS, Mode, OptionError, flat_name, parse_options
+from scheduler.scheduling_options import SECTION
 
 GRPC_PORT_HELP = (
     "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
@@ -62,6 +64,7 @@ def make_parser() -> FlexibleArgumentParser:
         kind: dict[str, Any] = {"choices": get_args(Mode)} if field == "mode" else {"type": number, "metavar": "N"}
         # Not in the namespace where not given: with None the formatter would add a wrong default to the help.
         group.add_argument(flag(field), default=argparse.SUPPRESS, help=f"{info.description}{default}", **kind)
+    add_scheduling_flags(parser)
     for action in parser._actions:
         if action.dest == "grpc_port":
             action.help = GRPC_PORT_HELP
@@ -80,6 +83,23 @@ def make_parser() -> FlexibleArgumentParser:
     )
     add_admin_flags(group)
     return top
+
+
+def add_scheduling_flags(parser: argparse.ArgumentParser) -> None:
+    """The options of the `scheduler` section, as --scheduler-*."""
+    group = parser.add_argument_group("Starling's scheduler", "Nobody waits behind a long prompt (docs/scheduler.md).")
+    for field, info in scheduling_options.FIELDS.items():
+        switch = field in scheduling_options.SWITCHES
+        kind: dict[str, Any] = {"choices": ("on", "off")} if switch else {"type": number, "metavar": "N"}
+        default = f" (default: {info.default})" if switch else ""
+        name = "--" + scheduling_options.flat_name(field).replace("_", "-")
+        group.add_argument(name, default=argparse.SUPPRESS, help=f"{info.description}{default}", **kind)
+
+
+def scheduling_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Take the --scheduler-* flags that were given out of the parsed arguments, by their bare names."""
+    names = {field: scheduling_options.flat_name(field) for field in scheduling_options.FIELDS}
+    return {field: vars(args).pop(name) for field, name in names.items() if name in args}
 
 
 def add_admin_flags(group: argparse._ArgumentGroup) -> None:
@@ -171,7 +191,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
     """
     args = make_parser().parse_args(["serve", *argv])
     flags = {field: vars(args).pop(flat_name(field)) for field in FIELDS if flat_name(field) in args}
-    args.additional_config = activate(args.additional_config, flags, vars(args).pop(CPU_ATTENTION, None))
+    scheduling = scheduling_flags(args)
+    args.additional_config = activate(args.additional_config, flags, vars(args).pop(CPU_ATTENTION, None), scheduling)
     refuse_bypasses(os.environ)
     # vLLM refuses a gRPC port anywhere but before its Rust front.
     grpc_port, args.grpc_port = args.grpc_port, None
@@ -183,8 +204,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
     return args, grpc_port
 
 
-def activate(additional_config: Any, flags: Mapping[str, Any], cpu_attention: str | None = None) -> dict[str, Any]:
-    """``additional_config`` with its `starling` entry, into which the --star* flags and --cpu-attention are merged.
+def activate(
+    additional_config: Any,
+    flags: Mapping[str, Any],
+    cpu_attention: str | None = None,
+    scheduling: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """``additional_config`` with its `starling` entry, into which the flags are merged: --star*, --cpu-attention and
+    --scheduler-*.
 
     Raises:
         OptionError: a bad option, or one that a flag and --additional-config give different values.
@@ -197,6 +224,14 @@ def activate(additional_config: Any, flags: Mapping[str, Any], cpu_attention: st
     if cpu_attention is not None:
         refuse_two_values("--cpu-attention", cpu_attention, entry, CPU_ATTENTION)
         entry = {**entry, CPU_ATTENTION: cpu_attention}
+        merged[ENTRY] = entry
+        parse_config(merged)
+    if scheduling:
+        section = entry.get(SECTION, {})
+        for field, value in scheduling.items():
+            name = "--" + scheduling_options.flat_name(field).replace("_", "-")
+            refuse_two_values(name, value, section, field)
+        entry = {**entry, SECTION: {**section, **scheduling}}
         merged[ENTRY] = entry
         parse_config(merged)
     parse_options({flat_name(field): value for field, value in flags.items()}, flat=True)

@@ -46,7 +46,7 @@ def server(tmp_path_factory):
     model = make_tiny_llama(folder / MODEL, layers=6)
     options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE), "--enforce-eager"]
     # A grace for running streams that a slow machine can't use up, in the test of SIGTERM.
-    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "20"]
+    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "20", "--enable-prompt-tokens-details"]
     with serving(model, *options, log=folder / "log", seconds=300) as server:
         yield server
 
@@ -493,6 +493,17 @@ def test_the_openai_example(server):
     printed = example("openai_client.py", PROMPT, "--url", server.http, "--star-block-size", "128")
     plan = json.loads(re.search(r"x-starling-plan: (.*)", printed)[1])
     assert (plan["attention"], plan["block_size"]) == ("star", 128)
+
+
+def test_the_edit_example_computes_one_block(server, http):
+    arguments = ("--block", "128", "--documents", "5", "--edit", "2", "--turns", "1")
+    first, second = example("edit_document.py", "--url", server.http, *arguments).splitlines()
+    tokens = int(re.search(r"of (\d+) prompt tokens", first)[1])
+    assert int(re.search(r"(\d+) of", first)[1]) < 128
+    # All but the edited document and the question, which shares no page with a document.
+    assert int(re.search(r"(\d+) of", second)[1]) == 5 * 128 < tokens - 128
+    text = http.get("/metrics").text
+    assert float(re.search(r'^starling:cached_tokens_total\{kind="block"\} (\S+)$', text, re.MULTILINE)[1]) >= 3 * 128
 
 
 def test_metrics_move(http, generate):

@@ -4,8 +4,9 @@ A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ..
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", "lora": path of an adapter, ...}. Batches run one after
 the other, the prompts of a batch together. A batch may also be one of these, which have no result:
 {"call": "module:function"}, which every worker runs (VLLM_ALLOW_INSECURE_SERIALIZATION=1), and {"chunk": tokens}, the
-most that a step computes from now on (VLLM_ENABLE_V1_MULTIPROCESSING=0). The result is a line of standard output,
-RESULT before it: {"batches", "metrics"}; of our own metrics those of compressed caches, their labels behind their names.
+most that a step computes from now on, or {"scheduler": "module:function"}, which is called on the scheduler (both need
+VLLM_ENABLE_V1_MULTIPROCESSING=0). The result is a line of standard output, RESULT before it: {"batches", "metrics"};
+of our own metrics those of the cache, their labels behind their names.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def params_of(prompt: dict, sampling_params: type):
         n=prompt.get("n", 1),
         prompt_logprobs=0 if prompt.get("prompt_logprobs") else None,
         extra_args=prompt.get("extra_args") or None,
+        skip_reading_prefix_cache=prompt.get("cold"),
     )
 
 
@@ -56,6 +58,9 @@ def main() -> None:
     llm = LLM(disable_log_stats=False, skip_tokenizer_init=True, **job["engine"])
     batches = []
     for batch in job["batches"]:
+        if "scheduler" in batch:
+            pkgutil.resolve_name(batch["scheduler"])(llm.llm_engine.engine_core.engine_core.scheduler)
+            continue
         if isinstance(batch, dict):
             if "chunk" in batch:
                 llm.llm_engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = batch["chunk"]

@@ -11,6 +11,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import TokenizeParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from engine_ext.requests import describe
 from engine_ext.serving.grpc_front import Front
 from scheduler.options import StarOptions
 from starling.v1 import inference_pb2_grpc
@@ -35,7 +36,9 @@ class FakeEngine:
         tokenizing = TokenizeParams(max_total_tokens=max_model_len)
         self.default_cmpl_tok_params = self.default_chat_tok_params = tokenizing
         star = SimpleNamespace(star=StarOptions())
-        resolver = SimpleNamespace(plan=lambda extra_args, tokens: None, page=32, config=star, refusals=[])
+        resolver = SimpleNamespace(
+            plan=lambda extra_args, tokens: None, describe=describe, page=32, config=star, refusals=[]
+        )
         self.input_processor = SimpleNamespace(starling=resolver)
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"))
         self.model_config = SimpleNamespace(

@@ -13,6 +13,7 @@ from benchmarks.random_attamba import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.activation import MIDDLEWARE, add_middleware, parse_config
+from engine_ext.models.configs import KVShiftLlamaConfig
 from engine_ext.refusals import CONNECTORS, RULES, SPREAD_RULES, fleet, star_refusals
 from scheduler.options import OptionError
 from tests.parity.harness import TINY
@@ -56,6 +57,8 @@ def test_engines_that_do_not_ask_are_left_alone(model):
         ),
         ({"star": {"block": 100}}, "block=100.*no such star option"),
         ({"star": "on"}, "starling.star='on'.*must be an object"),
+        ({"entry": {"scheduler": "on"}}, r"starling\.scheduler='on'.*must be an object"),
+        ({"entry": {"scheduler": {"fairness": "no"}}}, r"starling\.scheduler\.fairness='no'.*on or off"),
         ({"entry": {"stars": {}}}, "starling.stars=.*no such section"),
         ({"entry": "yes"}, "starling='yes'.*must be an object"),
         (
@@ -200,7 +203,7 @@ FULL = {
 }
 
 ON_ONE_REPLICA = {
-    "KV shifting": {"model_config__hf_text_config": SimpleNamespace(model_type="kv_shift_llama", layer_types=None)},
+    "depend on one another": {"model_config__hf_text_config": KVShiftLlamaConfig()},
     "prefix caches hold": {"cache_config__enable_prefix_caching": False},
     "OffloadingConnector": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
     "external load balancer": {"parallel_config__data_parallel_external_lb": True},
@@ -238,7 +241,7 @@ def test_models_whose_blocks_depend_on_one_another_stay_on_one_replica(layer_typ
         "model_config__get_sliding_window": lambda: window,
         "model_config__is_hybrid": hybrid,
     }
-    assert f"depends on the one before it ({named})" in fleet(fake_config(**FULL | model)).reason
+    assert named in fleet(fake_config(**FULL | model)).reason
 
 
 def test_an_engine_of_several_replicas_gets_our_connector_where_prompts_can_be_spread(model):

@@ -15,7 +15,8 @@ from scheduler.plan import StarPlan
 from scheduler.share import SHARE_KEY, Part, Share
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from starling.v1.admin_pb2 import EngineCache
-from tests.unit.test_star_scheduler import PAGE, PLAN, answer, config, make_request, make_scheduler, step_is_prefill
+from tests.unit.simulation import PAGE, answer, make_request, make_scheduler
+from tests.unit.test_star_scheduler import PLAN, config
 
 __all__ = ["config"]
 
@@ -34,11 +35,8 @@ def pages(scheduler) -> tuple[int, int, int]:
 
 def step(scheduler) -> None:
     scheduled = scheduler.schedule()
-    output = answer(scheduled)
-    for index, name in enumerate(output.req_ids):
-        if step_is_prefill(scheduled, scheduler.requests[name], name):
-            output.sampled_token_ids[index] = []
-    scheduler.update_from_output(scheduled, output)
+    done = {name: request.num_computed_tokens >= request.num_tokens for name, request in scheduler.requests.items()}
+    scheduler.update_from_output(scheduled, answer(scheduled, {name: [7] if done[name] else [] for name in done}))
 
 
 def counts(scheduler) -> tuple[int, int]:
@@ -112,7 +110,7 @@ def test_a_compressed_cache(config, monkeypatch):
     assert told.bytes_per_token.labels("0", "full_attention")._value.get() == row / 8
     assert [told.capacity.labels(cache)._value.get() for cache in ("compressed", "uncompressed")] == [*sizes.values()]
     for name in ("one", "two"):
-        scheduler.add_request(make_request(name, None, length=165))
+        scheduler.add_request(make_request(name, None, ids=165))
     while any(request.num_output_tokens == 0 for request in scheduler.requests.values()):
         step(scheduler)
     state = cache_state(scheduler, per_request=True)
@@ -201,7 +199,8 @@ def test_progress_of_a_star_prompt(config):
 
 def test_progress_of_a_part_is_what_it_adds_to_the_whole(config):
     def part(name: str, start: int, stop: int, plan: StarPlan | None = PLAN):
-        return make_request(name, plan, stop, 1, **{SHARE_KEY: Share(None, Part(name, start, 64)).to_wire()})
+        share = Share(None, Part(name, start, 64))
+        return make_request(name, plan, stop, max_tokens=1, extra={SHARE_KEY: share.to_wire()})
 
     scheduler = make_scheduler(config, StarScheduler)
     scheduler.add_request(part("anchor", 0, 64, None))
@@ -226,9 +225,7 @@ def test_tokens_in_flight_are_not_done_yet(config):
     assert scheduler.requests["star"].num_computed_tokens == 200
     told = [progress(scheduler, "star")[0]]
     for scheduled in flying:
-        output = answer(scheduled)
-        output.sampled_token_ids = [[]]
-        scheduler.update_from_output(scheduled, output)
+        scheduler.update_from_output(scheduled, answer(scheduled, {"star": []}))
         told.append(progress(scheduler, "star")[0])
     assert told == [0, 100, 200]
 

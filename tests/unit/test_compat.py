@@ -85,6 +85,7 @@ def test_the_names_we_hook_are_there():
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine import core
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -94,6 +95,11 @@ def test_the_names_we_hook_are_there():
     assert {"prompt", "sampling_params"} <= inspect.signature(AsyncLLM.generate).parameters.keys()
     builtin_tools = inspect.signature(OpenAIServingResponses._generate_with_builtin_tools).parameters
     assert {"engine_input", "sampling_params"} <= builtin_tools.keys()
+    assert "get_request_block_hasher(" in inspect.getsource(core.EngineCore.__init__)
+    assert list(inspect.signature(kv_cache_utils.get_request_block_hasher).parameters) == [
+        "hash_block_size",
+        "caching_hash_fn",
+    ]
     for module in (kv_cache_utils, block_pool):
         assert list(inspect.signature(module.generate_block_hash_extra_keys).parameters) == [
             "request",

@@ -45,6 +45,7 @@ def test_a_prompts_plan_memory_and_work(model):
     assert report["attention_backend"]["name"] == "CPU_ATTN"
     assert report["star_defaults"]["block_size"] == 512
     assert report["star_refused"] == []
+    assert report["star_block_reuse"] == "yes"
     prompt = report["prompt"]
     assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
     assert prompt["by_default"] == "dense"
@@ -77,6 +78,7 @@ def test_what_is_refused_and_why(model):
     speculative = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
     report = examine(model, "--prompt-tokens", "3000", "--speculative-config", speculative)
     assert any("speculative decoding" in reason for reason in report["star_refused"])
+    assert report["star_block_reuse"] == "no: Star Attention is refused"
     assert report["prompt"]["plan_with_star_on"] is None
 
 

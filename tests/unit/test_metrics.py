@@ -10,6 +10,9 @@ from prometheus_client import REGISTRY, generate_latest
 
 from engine_ext import metrics
 
+COUNT_HITS = (
+    "from engine_ext.metrics import scheduler_metrics as m; m().count_hit('block', 64); m().count_hit('block', 0)"
+)
 COUNT = "from engine_ext.metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
 
 
@@ -23,6 +26,11 @@ def test_workers_counters_show_up_and_those_of_a_parents_workers_do_not(monkeypa
         for _ in range(2):
             subprocess.run([sys.executable, "-c", COUNT], check=True, timeout=60)
         assert "starling:context_tokens_total 14.0" in generate_latest(REGISTRY).decode()
+        subprocess.run([sys.executable, "-c", COUNT_HITS], check=True, timeout=60)
+        shown = generate_latest(REGISTRY).decode()
+        assert 'starling:cached_tokens_total{kind="block"} 64.0' in shown
+        assert 'starling:cache_hits_total{kind="block"} 1.0' in shown
+        assert 'starling:cache_hits_total{kind="prefix"} 0.0' in shown
         subprocess.run(
             [sys.executable, "-c", COUNT], check=True, timeout=60, env=os.environ | {metrics.DIRECTORY: str(tmp_path)}
         )

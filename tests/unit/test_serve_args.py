@@ -21,6 +21,7 @@ from engine_ext.serving.serve_args import (
     refuse_bypasses,
     refuse_open_plaintext,
 )
+from scheduler import scheduling_options
 from scheduler.options import FIELDS, OptionError, StarOptions, flat_name
 
 MODEL = "some/model"
@@ -339,3 +340,23 @@ def test_cpu_attention_flag(parse_fast):
         parse_fast("--cpu-attention", "auto", "--additional-config", same)
     with pytest.raises(OptionError, match=r"starling\.cpu_attention='fast' is refused"):
         parse_fast("--additional-config", '{"starling": {"cpu_attention": "fast"}}')
+
+
+def test_scheduler_flags(parse_fast):
+    args, _ = parse_fast("--scheduler-fairness", "off", "--scheduler-shared-step-tokens", "512")
+    assert args.additional_config["starling"] == {"scheduler": {"fairness": "off", "shared_step_tokens": 512}}
+    assert not any(name.startswith("scheduler_shared") for name in vars(args)), "vLLM should not see our flags"
+    same = '{"starling": {"scheduler": {"star_block_reuse": "off"}}}'
+    args, _ = parse_fast("--scheduler-long-prompt-tokens", "9", "--additional-config", same)
+    assert args.additional_config["starling"]["scheduler"] == {"star_block_reuse": "off", "long_prompt_tokens": 9}
+    with pytest.raises(OptionError, match=r"--scheduler-star-block-reuse='on'.*says star_block_reuse='off'"):
+        parse_fast("--scheduler-star-block-reuse", "on", "--additional-config", same)
+    with pytest.raises(OptionError, match=r"starling\.scheduler\.shared_step_keys=0 is refused"):
+        parse_fast("--scheduler-shared-step-keys", "0")
+
+
+@pytest.mark.parametrize("field", scheduling_options.FIELDS)
+def test_every_scheduler_option_has_a_flag(parse_fast, field):
+    text, value = ("off", "off") if field in scheduling_options.SWITCHES else ("96", 96)
+    args, _ = parse_fast("--" + scheduling_options.flat_name(field).replace("_", "-"), text)
+    assert args.additional_config["starling"]["scheduler"] == {field: value}

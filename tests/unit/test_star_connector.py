@@ -18,7 +18,8 @@ from scheduler.plan import StarPlan
 from scheduler.replica_state import replica_state
 from scheduler.share import SHARE_KEY, Part, Pull, Share, Source
 from scheduler.star_scheduler import StarScheduler
-from tests.unit.test_star_scheduler import PAGE, config, make_request, make_scheduler, run_to_end  # noqa: F401
+from tests.unit.simulation import PAGE, make_request, make_scheduler, run_to_end
+from tests.unit.test_star_scheduler import config  # noqa: F401
 
 PLAN = StarPlan(64, 64, 0, 290, 300, 2)
 ADDRESS = {"name": "there", "layout": {"page_tokens": PAGE}}
@@ -40,12 +41,12 @@ def scheduler(config):  # noqa: F811
 
 def part(name: str, start: int, stop: int):
     share = Share(None, Part(name, start, 64))
-    return make_request(name, PLAN, stop, 1, **{SHARE_KEY: share.to_wire()})
+    return make_request(name, PLAN, stop, max_tokens=1, extra={SHARE_KEY: share.to_wire()})
 
 
 def whole(name: str, start: int, pages: list[int]):
     share = Share(None, Pull((Source(start, pages[:2], [ADDRESS]), Source(start + 64, pages[2:], [ADDRESS]))))
-    return make_request(name, PLAN, 300, **{SHARE_KEY: share.to_wire()})
+    return make_request(name, PLAN, 300, extra={SHARE_KEY: share.to_wire()})
 
 
 def free_pages(scheduler) -> int:
@@ -62,7 +63,7 @@ def no_forward(scheduler, **what) -> None:
 def test_a_part_holds_its_pages_until_told_to_let_go(scheduler):
     request = part("mine", 128, 256)
     scheduler.add_request(request)
-    run_to_end(scheduler, 0)
+    run_to_end(scheduler)
     no_forward(scheduler)
     assert not scheduler.has_requests()  # an engine that only holds pages makes no steps
     pages = [block.block_id for block in scheduler.connector.held["mine"]]
@@ -84,7 +85,7 @@ def test_where_the_pages_are_is_told_and_an_aborted_part_holds_none(scheduler):
         return False, told[request.request_id]
 
     scheduler.connector.request_finished_all_groups = listen
-    run_to_end(scheduler, 0)
+    run_to_end(scheduler)
     held = [block.block_id for block in scheduler.connector.held["mine"]]
     assert told["mine"] == {"start": 128, "pages": held, "addresses": [ADDRESS]}
     scheduler.connector.let_go(["mine"])
@@ -97,7 +98,7 @@ def test_where_the_pages_are_is_told_and_an_aborted_part_holds_none(scheduler):
 
 def test_pages_of_others_follow_our_own_and_become_ordinary_cached_pages(scheduler):
     scheduler.add_request(part("mine", 0, 128))
-    run_to_end(scheduler, 0)
+    run_to_end(scheduler)
     scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
     step = scheduler.schedule()
     assert not step.total_num_scheduled_tokens
@@ -112,24 +113,24 @@ def test_pages_of_others_follow_our_own_and_become_ordinary_cached_pages(schedul
     scheduler.update_from_output(
         step, ModelRunnerOutput([], {}, kv_connector_output=KVConnectorOutput(finished_recving={"whole"}))
     )
-    assert run_to_end(scheduler, 0) == 300 - 288 + 2
+    assert run_to_end(scheduler) == 300 - 288 + 2
     scheduler.connector.let_go(["mine"])
     scheduler.add_request(make_request("again", PLAN))
-    assert run_to_end(scheduler, 0) == 300 - 288 + 2
+    assert run_to_end(scheduler) == 300 - 288 + 2
     scheduler.add_request(make_request("dense", None))
-    assert run_to_end(scheduler, 0) == 300 - 64 + 2
+    assert run_to_end(scheduler) == 300 - 64 + 2
     assert free_pages(scheduler) == 39 and scheduler.reset_prefix_cache()
 
 
 def test_lost_pages_are_computed(scheduler):
     scheduler.add_request(part("mine", 0, 128))
-    run_to_end(scheduler, 0)
+    run_to_end(scheduler)
     scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
     step = scheduler.schedule()
     lost = step.kv_connector_metadata.loads[0].pages()
     output = KVConnectorOutput(finished_recving={"whole"}, invalid_block_ids=lost)
     scheduler.update_from_output(step, ModelRunnerOutput([], {}, kv_connector_output=output))
-    assert run_to_end(scheduler, 0) == 300 - 128 + 2
+    assert run_to_end(scheduler) == 300 - 128 + 2
     scheduler.connector.let_go(["mine"])
     assert free_pages(scheduler) == 39
 
@@ -138,14 +139,14 @@ def test_lost_pages_are_computed(scheduler):
 def test_without_our_own_part_nothing_is_fetched(scheduler, own):
     if own:
         scheduler.add_request(part("mine", 0, own))
-        run_to_end(scheduler, 0)
+        run_to_end(scheduler)
     scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
-    assert run_to_end(scheduler, 0) == 300 - own + 2
+    assert run_to_end(scheduler) == 300 - own + 2
 
 
 def test_a_request_that_is_aborted_while_it_fetches_leaves_no_page(scheduler):
     scheduler.add_request(part("mine", 0, 128))
-    run_to_end(scheduler, 0)
+    run_to_end(scheduler)
     scheduler.connector.let_go(["mine"])
     scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
     no_forward(scheduler)
@@ -160,9 +161,9 @@ def test_what_a_replica_says_of_itself(scheduler):
     empty = replica_state(scheduler, hasher(), tokens(), PLAN, None)
     assert empty == {"cached": [], "has_anchor": False, "queued_tokens": 0, "layout": ADDRESS["layout"]}
     scheduler.add_request(part("anchor", 0, 64))
-    run_to_end(scheduler, 0)
+    run_to_end(scheduler)
     scheduler.add_request(part("mine", 128, 288))
-    run_to_end(scheduler, 0)
+    run_to_end(scheduler)
     scheduler.add_request(make_request("waiting", None))
     state = replica_state(scheduler, hasher(), tokens(), PLAN, None)
     assert (state["cached"], state["has_anchor"], state["queued_tokens"]) == ([0, 2, 3, 4], True, 300)
@@ -176,7 +177,7 @@ def test_what_a_part_leaves_out_is_no_hit(config):  # noqa: F811
     given.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
     for request in (part("anchor", 0, 64), part("mine", 128, 256), make_request("whole", PLAN)):
         given.add_request(request)
-        run_to_end(given, 0)
+        run_to_end(given)
     stats = given.kv_cache_manager.make_prefix_cache_stats()
     assert (stats.requests, stats.queries, stats.hits) == (1, 300, 64)
 

@@ -1,0 +1,210 @@
+"""Who waits while long prompts prefill: `python -m benchmarks.fairness`.
+
+One engine, stepped in this process; beside one and three long prompts, dense and star: the time to first token of
+short prompts, each sent at the start of a step, and the time between the tokens of a request that decodes. Starling's
+scheduling, and vLLM's at its default and with long prompts capped, take turns in one run: vLLM's is the same
+scheduler with Starling's part taken out. Then pairs of a request alone on the engine, with it and without. Writes
+results/fairness.json and .png. Takes about 40 minutes with prompts of 64k tokens, 6 with --quick (16k).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.engine import QUIET
+from benchmarks.random_llama import make_random_llama
+from benchmarks.report import ratio_interval, write_json
+from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
+
+STEP = ENGINE["max_num_batched_tokens"]
+SHORT, EVERY = 128, 6
+STAR = {"star": "on", "star_num_blocks": 16, "star_query_tokens": QUERY_TOKENS}
+OURS = "Starling"
+# (long_prefill_token_threshold, whether it adapts to the number of requests)
+VLLM: dict[str, tuple[int, bool]] = {
+    "vLLM": (0, False),
+    "vLLM, threshold 512": (512, False),
+    "vLLM, threshold 128": (128, False),
+    "vLLM, adaptive threshold": (1, True),
+}
+
+
+@dataclass
+class Engine:
+    """An LLM whose engine core lives in this process."""
+
+    llm: Any
+    scheduler: Any
+    sharing: Any
+    count: int = 0
+
+    @classmethod
+    def start(cls, model: Path) -> Engine:
+        from vllm import LLM
+
+        arguments = ENGINE | {"max_num_seqs": 16, "kv_cache_memory_bytes": 4 << 30, "enable_prefix_caching": False}
+        llm = LLM(str(model), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **arguments)
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        return cls(llm, scheduler, scheduler.sharing)
+
+    def schedule_as(self, name: str) -> None:
+        threshold, adaptive = VLLM.get(name, (0, False))
+        self.scheduler.sharing = self.sharing if name == OURS else None
+        self.scheduler.scheduler_config.long_prefill_token_threshold = threshold
+        self.scheduler.adaptive_long_prefill_threshold = adaptive
+
+    def add(self, ids: list[int], max_tokens: int, options: dict[str, Any] | None = None) -> str:
+        from vllm import SamplingParams
+
+        self.count += 1
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, extra_args=options or None)
+        return self.llm.llm_engine.add_request(str(self.count), {"prompt_token_ids": ids}, params)
+
+    def step(self) -> set[str]:
+        """Run one step; returns the requests that got a token."""
+        return {output.request_id for output in self.llm.llm_engine.step()}
+
+    def drain(self, request_ids: list[str]) -> None:
+        self.llm.llm_engine.abort_request(request_ids, internal=True)
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
+
+
+def beside(engine: Engine, length: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Seconds: short prompts' first tokens, the decoding request's pauses, and until the long prompts are done."""
+    tokens = random.Random(length)
+    draw = lambda size: [tokens.randrange(255) for _ in range(size)]  # noqa: E731
+    chat = engine.add(draw(64), 100_000)
+    for _ in range(3):
+        engine.step()
+    start = last = time.perf_counter()
+    waiting = {engine.add(draw(length), 1, options) for _ in range(count)}
+    sent: dict[str, float] = {}
+    first_tokens, pauses, steps = [], [], 0
+    while waiting:
+        began = time.perf_counter()
+        got = engine.step()
+        now = time.perf_counter()
+        short = {name for name in got if name in sent}
+        first_tokens += [now - sent.pop(name) for name in short]
+        if chat in got:
+            pauses.append(now - last)
+            last = now
+        waiting -= got
+        steps += 1
+        if waiting and not sent and steps % EVERY == 2:
+            sent[engine.add(draw(SHORT), 1)] = began
+    seconds = time.perf_counter() - start
+    first_tokens += [time.perf_counter() - at for at in sent.values()]
+    engine.drain([chat])
+    return {"short_ttft": first_tokens, "pauses": pauses, "long_seconds": seconds, "steps": steps}
+
+
+def alone(engine: Engine, ids: list[int], options: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    name = engine.add(ids, 1, options)
+    while name not in engine.step():
+        pass
+    return time.perf_counter() - start
+
+
+def summary(run: dict[str, Any], tokens: int) -> dict[str, float]:
+    return {
+        "short_ttft_median": float(np.median(run["short_ttft"])),
+        "short_ttft_max": float(np.max(run["short_ttft"])),
+        "pause_median": float(np.median(run["pauses"])),
+        "pause_p99": float(np.quantile(run["pauses"], 0.99)),
+        "long_tokens_per_second": tokens / run["long_seconds"],
+        "steps": run["steps"],
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    table = Table(title="seconds, and tokens of long prompts per second")
+    columns = ("prompts", "scheduling", "short TTFT median", "max", "decode pause median", "p99", "tokens/s")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for result in results:
+        for name, row in result["rows"].items():
+            values = [f"{row[key]:.3f}" for key in list(row)[:4]]
+            table.add_row(result["what"], name, *values, f"{row['long_tokens_per_second']:.0f}")
+    Console().print(table)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(results), figsize=(3.2 * len(results), 5.2), sharey="row")
+    for column, result in enumerate(results):
+        names = list(result["rows"])
+        for row, (low, high, label) in enumerate(
+            (("short_ttft_median", "short_ttft_max", "short TTFT"), ("pause_median", "pause_p99", "decode pause"))
+        ):
+            axis = axes[row][column]
+            axis.bar(names, [result["rows"][name][high] for name in names], color="lightgrey")
+            axis.bar(names, [result["rows"][name][low] for name in names])
+            axis.set_yscale("log")
+            axis.tick_params(axis="x", rotation=75, labelsize=7)
+            axis.set_title(result["what"] if row == 0 else "", fontsize=9)
+            if column == 0:
+                axis.set_ylabel(f"{label}, s: median, {'max' if row == 0 else 'p99'} grey", fontsize=8)
+            if row == 0:
+                axis.set_xticklabels([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="long prompts of 16k tokens instead of 64k")
+    parser.add_argument("--tokens", type=int, help="of a long prompt")
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 3], help="long prompts at a time")
+    parser.add_argument("--pairs", type=int, default=8, help="of a request alone on the engine")
+    args = parser.parse_args()
+    length = args.tokens or (16384 if args.quick else 65536)
+    os.environ.update(QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    with tempfile.TemporaryDirectory() as directory:
+        engine = Engine.start(make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA))
+        alone(engine, [1] * 4096, {})
+        results = []
+        for kind, options in (("dense", {}), ("star", STAR)):
+            for count in args.counts:
+                rows = {}
+                for name in (OURS, *VLLM):
+                    engine.schedule_as(name)
+                    rows[name] = summary(beside(engine, length, count, options), count * length)
+                results.append({"what": f"{count} x {length // 1024}k {kind}", "rows": rows})
+                show(results[-1:])
+        pairs: dict[str, list[float]] = {OURS: [], "vLLM": []}
+        tokens = random.Random(1)
+        for number in range(args.pairs):
+            ids = [tokens.randrange(255) for _ in range(8192)]
+            for name in (OURS, "vLLM") if number % 2 else ("vLLM", OURS):
+                engine.schedule_as(name)
+                pairs[name].append(alone(engine, ids, STAR if number % 4 < 2 else {}))
+    ratio = ratio_interval(pairs["vLLM"], pairs[OURS])
+    print(f"a request alone, Starling over vLLM: {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]")
+    path = write_json(
+        "fairness",
+        {"step_tokens": STEP, "results": results, "alone_seconds": pairs, "alone_over_vllm": list(ratio)},
+    )
+    plot(results, path.with_suffix(".png"))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

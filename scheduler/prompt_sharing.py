@@ -1,0 +1,183 @@
+"""The state behind scheduler/fairness.py: which prompts of a scheduler are long, and what each may take of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.request import RequestStatus
+
+from scheduler.fairness import Limits, LongPrompt, share_step
+from scheduler.plan import request_plan
+
+WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class PromptSharing:
+    """Shares each step of one scheduler among its prompts.
+
+    Costs nothing while every live prompt fits in one step.
+    """
+
+    def __init__(self, scheduler: Any, limits: Limits) -> None:
+        self.scheduler = scheduler
+        self.limits = limits
+        self.prompts: dict[str, Any] = {}
+        self.found: dict[str, int] = {}
+        self.granted: dict[str, int] = {}
+        self.deferred = 0
+
+    def add(self, request: Any, cached_tokens: int) -> None:
+        """Know a prompt that is larger than a long one; ``cached_tokens`` of it are in the cache as it arrives.
+
+        Whether it counts as long is settled by that, to its end: its last chunks are as deep as those before.
+        """
+        self.prompts[request.request_id] = request
+        self.found[request.request_id] = cached_tokens
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """While a step is scheduled: long prompts are bounded, and waiting ones whose turn it is not are out of sight.
+
+        Bounding such a one to nothing would not do: vLLM stops at a waiting request that gets no tokens.
+        """
+        self.granted, self.deferred = self._grant(), 0
+        hidden = self._not_admitted()
+        queue = self.scheduler.waiting
+        before = list(queue) if hidden else []
+        if hidden:
+            queue.remove_requests(hidden)
+        try:
+            yield
+        finally:
+            self.granted = {}
+            if hidden:
+                self._put_back(hidden, before)
+
+    def bound(self, request: Any, tokens: int) -> int:
+        """The part of a chunk that a request may have in this step."""
+        if not self.granted:
+            return tokens
+        prefills = request.status == RequestStatus.RUNNING and self._is_long(request)
+        most = self.granted.get(request.request_id, 0 if prefills else tokens)
+        self.deferred += max(0, tokens - most)
+        return min(tokens, most)
+
+    def _left(self, request: Any) -> int:
+        """Tokens to prefill: an estimate for a request that waits."""
+        if request.status in WAITING:
+            return max(1, request.num_tokens - self.found.get(request.request_id, 0))
+        return request.num_tokens - request.num_computed_tokens
+
+    def _is_long(self, request: Any) -> bool:
+        """Whether it is a long prompt that is not done; one that decodes is not."""
+        found = self.found.get(request.request_id)
+        long = found is not None and request.num_prompt_tokens - found > self.limits.long_prompt
+        return long and self._left(request) > 1
+
+    def _long_now(self) -> list[Any]:
+        """The long prompts, most urgent first."""
+        for name in [name for name, request in self.prompts.items() if request.is_finished()]:
+            del self.prompts[name], self.found[name]
+        live = (r for r in self.prompts.values() if r.status == RequestStatus.RUNNING or r.status in WAITING)
+        found = [request for request in live if self._is_long(request)]
+        if self._by_priority:
+            found.sort(key=lambda request: (request.priority, request.arrival_time))
+        return found
+
+    @property
+    def _by_priority(self) -> bool:
+        return self.scheduler.policy == SchedulingPolicy.PRIORITY
+
+    def _grant(self) -> dict[str, int]:
+        requests = self._with_room(self._long_now())
+        if not requests:
+            return {}
+        prompts = [
+            LongPrompt(
+                name=request.request_id,
+                start=request.num_tokens - self._left(request),
+                left=self._left(request),
+                runs=request.status == RequestStatus.RUNNING,
+                plan=request_plan(request),
+                priority=request.priority if self._by_priority else 0,
+            )
+            for request in requests
+        ]
+        return share_step(prompts, self._wanted_by_others(prompts[0].priority), self.limits)
+
+    def _with_room(self, requests: list[Any]) -> list[Any]:
+        """Those that run, and those waiting that there is room for beside the ones before them.
+
+        One taken in without room would only be preempted. None goes past an earlier one that lacks it, and where no
+        long prompt runs whether the first fits is vLLM's to say: so it comes in once the others have ended.
+        """
+        scheduler, manager = self.scheduler, self.scheduler.kv_cache_manager
+        groups = manager.coordinator.single_type_managers
+        room = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
+        room -= scheduler._inflight_prefill_reserved_blocks()
+        any_runs = any(request.status == RequestStatus.RUNNING for request in requests)
+        full = len(scheduler.running) >= scheduler.max_num_running_reqs
+        fit: list[Any] = []
+        for request in requests:
+            if request.status == RequestStatus.RUNNING:
+                fit.append(request)
+                continue
+            pages = sum(cdiv(request.num_tokens, group.block_size) for group in groups)
+            full = full or (pages > room and (any_runs or bool(fit)))
+            if not full:
+                fit.append(request)
+                room -= pages
+        return fit
+
+    def _wanted_by_others(self, priority: int) -> int:
+        """Tokens that decodes and short prompts would take; only short prompts as urgent as the long ones count."""
+        scheduler, most = self.scheduler, self.limits.step_tokens
+
+        def counts(request: Any) -> bool:
+            return not self._is_long(request) and not (self._by_priority and request.priority > priority)
+
+        wanted = 0
+        for request in scheduler.running:
+            if self._left(request) <= 1:
+                wanted += 1
+            elif counts(request):
+                wanted += self._left(request)
+        open_to_new = scheduler.pause_state == PauseState.UNPAUSED
+        if open_to_new and len(scheduler.running) < scheduler.max_num_running_reqs:
+            for request in scheduler.waiting:
+                if wanted >= most:
+                    break
+                if request.status in WAITING and counts(request):
+                    wanted += self._left(request)
+        return wanted
+
+    def _not_admitted(self) -> list[Any]:
+        if not self.granted:
+            return []
+        return [
+            request
+            for name, request in self.prompts.items()
+            if request.status in WAITING
+            and name not in self.granted
+            and self._is_long(request)
+            and request not in self.scheduler.kv_holding_waiting
+        ]
+
+    def _put_back(self, hidden: list[Any], before: list[Any]) -> None:
+        """Each where it stood: behind what vLLM has put in front of the queue meanwhile (it preempted them)."""
+        queue = self.scheduler.waiting
+        if self._by_priority:
+            for request in hidden:
+                queue.add_request(request)
+            return
+        stood = {id(request) for request in before}
+        still = {id(request) for request in (*queue, *hidden)}
+        merged = [request for request in queue if id(request) not in stood]
+        merged += [request for request in before if id(request) in still]
+        queue.clear()
+        queue.extend(merged)

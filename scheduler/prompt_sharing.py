@@ -17,6 +17,15 @@ from scheduler.plan import request_plan
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
+def sharing_obstacle(scheduler: Any) -> str | None:
+    """Why a scheduler's chunks can't be bounded; None: they can."""
+    if not scheduler.scheduler_config.enable_chunked_prefill:
+        return "chunked prefill is off, so a prompt is prefilled in one step"
+    if scheduler.need_mamba_block_aligned_split:
+        return "with mamba_cache_mode=align a chunk must end where Mamba's state is kept"
+    return None
+
+
 class PromptSharing:
     """Shares each step of one scheduler among its prompts.
 
@@ -30,6 +39,11 @@ class PromptSharing:
         self.found: dict[str, int] = {}
         self.granted: dict[str, int] = {}
         self.deferred = 0
+
+    def takes(self, request: Any) -> bool:
+        """Whether a request that just arrived may be a long prompt; images that must not be cut keep it out."""
+        whole = request.mm_features and self.scheduler.scheduler_config.disable_chunked_mm_input
+        return request.num_prompt_tokens > self.limits.long_prompt and not whole
 
     def add(self, request: Any, cached_tokens: int) -> None:
         """Know a prompt that is larger than a long one; ``cached_tokens`` of it are in the cache as it arrives.
@@ -144,7 +158,7 @@ class PromptSharing:
         wanted = 0
         for request in scheduler.running:
             if self._left(request) <= 1:
-                wanted += 1
+                wanted += 1 + scheduler.num_spec_tokens
             elif counts(request):
                 wanted += self._left(request)
         open_to_new = scheduler.pause_state == PauseState.UNPAUSED

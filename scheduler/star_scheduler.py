@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -19,9 +20,16 @@ from scheduler.core_utilities import add_core_utilities
 from scheduler.fairness import make_limits
 from scheduler.options import OptionError, parse_options
 from scheduler.plan import check_sizes, request_plan
+<<<<<<< HEAD
 from scheduler.prompt_sharing import PromptSharing
 from scheduler.scheduling_options import SECTION, parse_scheduling
 from scheduler.share import part_of
+=======
+from scheduler.prompt_sharing import PromptSharing, sharing_obstacle
+from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
+
+logger = init_logger("vllm.starling")
+>>>>>>> d9e405a (No bound on chunks where they can't be cut: chunked prefill off, Mamba states kept at block borders, whole images)
 
 
 def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
@@ -51,8 +59,7 @@ class StarMixin:
         entry = vllm_config.additional_config["starling"]
         self._check_defaults(entry.get("star", {}))
         options = parse_scheduling(entry.get(SECTION, {}))
-        limits = make_limits(options, self.max_num_scheduled_tokens)
-        self.sharing = PromptSharing(self, limits) if options.fairness == "on" else None
+        self.sharing = self._make_sharing(options) if options.fairness == "on" else None
         self.reuse = self._make_reuse(vllm_config) if options.star_block_reuse == "on" else None
         compat.use_request_hasher(independent_block_hasher if self.reuse else None)
         self.metrics = scheduler_metrics()
@@ -60,9 +67,20 @@ class StarMixin:
         if self.compressed:
             self._tell_sizes()
 
+    def _make_sharing(self, options: SchedulingOptions) -> PromptSharing | None:
+        obstacle = sharing_obstacle(self)
+        if obstacle is not None:
+            logger.warning("Long prompts are not held back for others here: %s", obstacle)
+            return None
+        return PromptSharing(self, make_limits(options, self.max_num_scheduled_tokens))
+
     def _make_reuse(self, vllm_config: Any) -> BlockReuse | None:
         manager = only_manager(self)
-        return BlockReuse(self, manager) if manager and reuse_obstacle(vllm_config) is None else None
+        obstacle = reuse_obstacle(vllm_config) or (None if manager else "the KV cache has several groups of layers")
+        if obstacle is not None or manager is None:
+            logger.info("Star blocks are found in the prefix cache from a prompt's start only: %s", obstacle)
+            return None
+        return BlockReuse(self, manager)
 
     def _check_defaults(self, star: dict[str, Any]) -> None:
         """Server defaults against the page that the engine really has (raises ValueError: it does not start)."""
@@ -121,7 +139,7 @@ class StarMixin:
         is_new = self.requests.get(request.request_id) is request  # or more input of a session
         if is_new and self.reuse is not None:
             self.reuse.add(request)
-        if is_new and self.sharing is not None and request.num_prompt_tokens > self.sharing.limits.long_prompt:
+        if is_new and self.sharing is not None and self.sharing.takes(request):
             self.sharing.add(request, self._tokens_in_cache(request))
 
     def _tokens_in_cache(self, request: Any) -> int:

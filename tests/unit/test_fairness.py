@@ -311,3 +311,10 @@ def test_a_chunk_preempted_in_its_own_step_leaves_no_keys(config, scheduler_type
     assert victim.num_preemptions == 1
     unwritten = victim.block_hashes[320 // PAGE : 384 // PAGE]
     assert sum(engine.pool.get_cached_block(key, [0]) is not None for key in unwritten) == left
+
+
+def test_where_chunks_cannot_be_cut_nobody_is_held_back(config):
+    made = copy.copy(config)
+    made.scheduler_config = copy.copy(config.scheduler_config)
+    made.scheduler_config.enable_chunked_prefill = False
+    assert make_scheduler(made, StarScheduler, PAGE).sharing is None

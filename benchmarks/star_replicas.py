@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,9 @@ def counters(server: Server) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def measure(server: Server, length: int, numbers: Sequence[int], repeats: int, way: str) -> list[dict[str, Any]]:
+def measure(server: Server, length: int, numbers: Sequence[int], repeats: int, way: str) -> Iterator[dict[str, Any]]:
     """A row for each number of blocks; ``way`` is how pages go."""
     tokens = random.Random(length)
-    rows = []
     for blocks in numbers:
         seconds: dict[int, list[float]] = {1: [], 2: []}
         moved: list[dict[str, float]] = []
@@ -76,31 +75,29 @@ def measure(server: Server, length: int, numbers: Sequence[int], repeats: int, w
         bytes_moved = statistics.median(each[COUNTERS[0]] for each in moved)
         shares = [each[COUNTERS[1]] / whole for each, whole in zip(moved, seconds[2], strict=True)]
         speedup, ideal = median_ratio(seconds[1], seconds[2]), blocks / -(-(blocks + 1) // 2)
-        rows.append(
-            {
-                "tokens": length,
-                "way": way,
-                "blocks": blocks,
-                "seconds_on_one": seconds[1],
-                "seconds_on_two": seconds[2],
-                "speedup": speedup,
-                "ideal": ideal,
-                "of_ideal": speedup / ideal,
-                "bytes_moved": bytes_moved,
-                "of_ring_attention": bytes_moved / (length * KV_BYTES),
-                "transfer_share": statistics.median(shares),
-            }
-        )
-    return rows
+        yield {
+            "tokens": length,
+            "way": way,
+            "blocks": blocks,
+            "seconds_on_one": seconds[1],
+            "seconds_on_two": seconds[2],
+            "speedup": speedup,
+            "ideal": ideal,
+            "of_ideal": speedup / ideal,
+            "bytes_moved": bytes_moved,
+            "of_ring_attention": bytes_moved / (length * KV_BYTES),
+            "transfer_share": statistics.median(shares),
+        }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title="One prompt over two replicas, one core each")
     for column in (
         "tokens",
+        "way",
         "n/B",
-        "one, s",
-        "two, s",
+        "one",
+        "two",
         "speed-up",
         "ideal",
         "of ideal",
@@ -133,7 +130,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 4.2))
-    rows = [row for row in rows if row["way"] == SHARED_MEMORY]
+    rows = [row for row in rows if row["way"] == SHARED_MEMORY] or rows
     lengths = sorted({row["tokens"] for row in rows})
     width = 0.8 / len(BLOCKS)
     for index, blocks in enumerate(BLOCKS):
@@ -176,16 +173,22 @@ def main() -> None:
         with serving(model, *OPTIONS, log=Path(folder) / "log", seconds=300) as server:
             for replicas in (1, 1, 2):  # both are warm
                 first_token(server, list(range(3, 200)) * 20, 8, replicas)
-            rows = [row for length in lengths for row in measure(server, length, args.blocks, repeats, way)]
-    if args.quick:
-        show(rows)
-        return
+            for length in lengths:
+                for row in measure(server, length, args.blocks, repeats, way):
+                    show([row])
+                    if not args.quick:
+                        keep(row)
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Write a row to the results, in the place of the one measured before."""
     path = OUT / f"{NAME}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    measured = {(row["tokens"], row["way"], row["blocks"]) for row in rows}
-    kept = [row for row in known if (row["tokens"], row["way"], row["blocks"]) not in measured]
-    rows = sorted([*rows, *kept], key=lambda row: (row["tokens"], row["way"], row["blocks"]))
-    show(rows)
+
+    def place(of: dict[str, Any]) -> tuple:
+        return of["tokens"], of["way"], of["blocks"]
+
+    rows = sorted([row, *(other for other in known if place(other) != place(row))], key=place)
     write_json(NAME, {"query_tokens": QUERY_TOKENS, "kv_bytes_per_token": KV_BYTES, "rows": rows})
     plot(rows, path.with_suffix(".png"))
 

@@ -131,6 +131,7 @@ class SpreadPrompt:
         """Prefill the parts, then yield what the whole request yields on the replica of the first one."""
         started = time.monotonic()
         fetching: asyncio.Task | None = None
+        self.engine.check_admission(params.n, self.request_id)  # vLLM itself asks once all parts are done
         under_way(self.engine).add(self.request_id)
         try:
             replicas = await self._replicas()

@@ -38,12 +38,17 @@ class FakeEngine:
         self.cancelled = 0
         self.errored = False
         self.gate: asyncio.Event | None = None
+        self.full: Exception | None = None
         self.answers = lambda rank, share: output(params=self.found(share))
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=len(self.states)))
         resolver = SimpleNamespace(page=PAGE, plan=lambda extra_args, length: PLAN)
         self.input_processor = SimpleNamespace(starling=resolver, process_inputs=self.process)
         self.generated: list[tuple] = []
         self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
+
+    def check_admission(self, n: int, request_id: str) -> None:
+        if self.full is not None:
+            raise self.full
 
     async def get_supported_tasks(self):
         return ("generate",)
@@ -242,6 +247,13 @@ def test_a_silent_replicas_part_is_computed_by_another(engine, monkeypatch):
     assert [keywords["data_parallel_rank"] for _, _, keywords in engine.generated] == [1, 1]
     assert all(SHARE_KEY not in (params.extra_args or {}) for params, _, _ in engine.generated)
     assert not engine.held
+
+
+def test_a_full_server_refuses_before_anything_is_computed(engine):
+    engine.full = RuntimeError("full")
+    with pytest.raises(RuntimeError, match="full"):
+        asyncio.run(run(engine))
+    assert engine.ran == []
 
 
 def test_blocks_are_counted_by_replica(engine):

@@ -20,16 +20,11 @@ from scheduler.core_utilities import add_core_utilities
 from scheduler.fairness import make_limits
 from scheduler.options import OptionError, parse_options
 from scheduler.plan import check_sizes, request_plan
-<<<<<<< HEAD
-from scheduler.prompt_sharing import PromptSharing
-from scheduler.scheduling_options import SECTION, parse_scheduling
-from scheduler.share import part_of
-=======
 from scheduler.prompt_sharing import PromptSharing, sharing_obstacle
 from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
+from scheduler.share import part_of
 
 logger = init_logger("vllm.starling")
->>>>>>> d9e405a (No bound on chunks where they can't be cut: chunked prefill off, Mamba states kept at block borders, whole images)
 
 
 def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:

@@ -5,7 +5,7 @@ A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ..
 the other, the prompts of a batch together. A batch may also be one of these, which have no result:
 {"call": "module:function"}, which every worker runs (VLLM_ALLOW_INSECURE_SERIALIZATION=1), and {"chunk": tokens}, the
 most that a step computes from now on (VLLM_ENABLE_V1_MULTIPROCESSING=0). The result is a line of standard output,
-RESULT before it: {"batches", "metrics"}; of our own metrics those of compressed caches, their labels behind their names.
+RESULT before it: {"batches", "metrics"}; of our metrics those of compressed caches, labels behind their names.
 """
 
 from __future__ import annotations

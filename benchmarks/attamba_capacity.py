@@ -8,10 +8,6 @@ Writes results/attamba_capacity.json and .png.
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -25,20 +21,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from attention_backends.attamba.cache import model_specs
 from benchmarks.attamba_shapes import Shape, make_models, parse_shape
-from benchmarks.engine import QUIET, ROOT
+from benchmarks.engine import Engine
 from benchmarks.report import OUT, write_json
 from engine_ext import compat, plugin
 
 BYTES = 1 << 30
 DTYPE = torch.bfloat16
 LEAST = 0.9  # of what the bytes allow
-START = """
-import sys
-from vllm import LLM
-model, length, step, size = sys.argv[1], *map(int, sys.argv[2:])
-LLM(model, skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16", max_model_len=length,
-    max_num_batched_tokens=step, kv_cache_memory_bytes=size)
-"""
 
 
 def allowed(shape: Shape, length: int, step: int, chunk: int | None, window: int) -> int:
@@ -73,14 +62,10 @@ def reported(model: Path, length: int, step: int) -> int:
 
 
 def started(model: Path, length: int, step: int) -> int:
-    """What vLLM's log says of an engine that does start."""
-    command = [sys.executable, "-c", START, str(model), str(length), str(step), str(BYTES)]
-    env = os.environ | QUIET | {"VLLM_LOGGING_LEVEL": "INFO"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
-    found = re.search(r"KV cache size: ([\d,]+) tokens", done.stdout + done.stderr)
-    if found is None:
-        raise RuntimeError(f"no cache size in the log of {model}: {done.stderr[-2000:]}")
-    return int(found[1].replace(",", ""))
+    """What an engine that does start reports."""
+    sizes = {"max_model_len": length, "max_num_batched_tokens": step, "kv_cache_memory_bytes": BYTES}
+    with Engine(model, dtype="bfloat16", enable_prefix_caching=True, **sizes) as engine:
+        return engine.cache_tokens
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -14,6 +14,11 @@ COUNT_HITS = (
     "from engine_ext.metrics import scheduler_metrics as m; m().count_hit('block', 64); m().count_hit('block', 0)"
 )
 COUNT = "from engine_ext.metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
+HOLD = """
+from engine_ext.metrics import cache_metrics
+cache_metrics().states.set(20)
+cache_metrics().bytes_per_token.labels("0", "full_attention").set(34)
+"""
 
 
 def test_workers_counters_show_up_and_those_of_a_parents_workers_do_not(monkeypatch, tmp_path):
@@ -24,7 +29,10 @@ def test_workers_counters_show_up_and_those_of_a_parents_workers_do_not(monkeypa
     try:
         assert os.environ[metrics.DIRECTORY] == directory.name != str(tmp_path)
         for _ in range(2):
-            subprocess.run([sys.executable, "-c", COUNT], check=True, timeout=60)
+            subprocess.run([sys.executable, "-c", COUNT + HOLD], check=True, timeout=60)
+        told = generate_latest(REGISTRY).decode()
+        assert "starling:cache_states 40.0" in told, "what engines hold adds up"
+        assert 'starling:cache_bytes_per_token{group="0",kind="full_attention"} 34.0' in told, "what they are is alike"
         assert "starling:context_tokens_total 14.0" in generate_latest(REGISTRY).decode()
         subprocess.run([sys.executable, "-c", COUNT_HITS], check=True, timeout=60)
         shown = generate_latest(REGISTRY).decode()

@@ -17,7 +17,7 @@ from vllm.v1.request import RequestStatus
 
 from scheduler.cache_keys import independent_plan, restarts
 from scheduler.independence import dependence
-from scheduler.share import CONNECTOR
+from scheduler.share import CONNECTOR, part_of
 
 
 def reuse_obstacle(vllm_config: Any) -> str | None:
@@ -110,14 +110,17 @@ class BlockReuse:
         return None if hit is None else hit[0]
 
     def _count(self, request: Any, tokens: int) -> None:
-        """As vLLM counts a prefix hit: in the request's usage, once, and in the prefix cache's statistics."""
+        """As vLLM counts a prefix hit: in the request's usage, once, and in the prefix cache's statistics.
+
+        Of a part that replicas prefill for one of them, these know nothing.
+        """
         first_time = request.num_preemptions == 0
         if request.prefill_stats is not None and first_time:
             request.prefill_stats.num_cached_tokens += tokens
             request.prefill_stats.num_local_cached_tokens += tokens
             request.prefill_stats.num_computed_tokens -= tokens
         stats = self.scheduler.kv_cache_manager.prefix_cache_stats
-        if stats is not None:
+        if stats is not None and part_of(request) is None:
             hits = "hits" if first_time else "preempted_hits"
             setattr(stats, hits, getattr(stats, hits) + tokens)
 

@@ -179,7 +179,8 @@ class StarMixin:
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         for new in scheduler_output.scheduled_new_reqs:
-            if not self.requests[new.req_id].num_preemptions:
+            request = self.requests[new.req_id]
+            if not request.num_preemptions and part_of(request) is None:
                 self.metrics.count_hit("prefix", new.num_computed_tokens)
         if self.reuse is not None:
             self.reuse.tell_worker(scheduler_output)

@@ -21,7 +21,7 @@ def naive(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     token = 0
     for row, (queries, keys) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
         for index in range(queries):
-            last = keys - queries + index if case.causal else keys - 1
+            last = keys - 1 - (queries - 1 - index) // case.queries_per_key if case.causal else keys - 1
             seen = [k for k in range(keys) if k <= last and (case.window is None or k > last - case.window)]
             for head in range(query.shape[1]):
                 total, weighted = 0.0, torch.zeros(case.value_size, dtype=torch.float64)

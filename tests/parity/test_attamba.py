@@ -168,7 +168,8 @@ def test_preempted_requests_give_the_same(models):
     ]
     tight = run_engine(model, [batch], max_num_batched_tokens=64, num_gpu_blocks_override=26, max_model_len=512)
     assert tight["metrics"]["vllm:num_preemptions"] > 0
-    row, a_request = 2 * 64 * 4 * 3, 8 + (5 + 1) + (3 + 1)  # bytes of K|V in all layers; pages at 512 tokens
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    row, a_request = 2 * 64 * 4 * layers, 8 + (5 + 1) + (3 + 1)  # bytes of K|V in all layers; pages at 512 tokens
     told = {name: value for name, value in tight["metrics"].items() if name.startswith("starling:cache_")}
     assert told == {
         "starling:cache_bytes_per_token 0 full_attention": 17 * row / 64,

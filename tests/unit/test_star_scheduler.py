@@ -116,9 +116,9 @@ def test_a_part_computes_its_own_blocks_and_takes_no_page_for_what_lies_before(c
     assert pool.num_gpu_blocks - 1 - pool.get_num_free_blocks() == len(pages) - 2
     scheduler.update_from_output(step, answer(step, {"part": []}))
     assert 100 + run_to_end(scheduler, ahead) == 128
-    # Nothing of it serves another request but what it computed: block 1 was left out, so that prompt ends there.
+    # Nothing of it serves another request but what it computed: the anchor and blocks 2 and 3, not block 1.
     scheduler.add_request(make_request("whole", PART_PLAN))
-    assert run_to_end(scheduler, ahead) == 300 - 64 + 2
+    assert run_to_end(scheduler, ahead) == 300 - 64 - 128 + 2
     scheduler.add_request(make_request("dense", None))
     assert run_to_end(scheduler, ahead) == 300 - 64 + 2
     assert scheduler.reset_prefix_cache()

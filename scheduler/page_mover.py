@@ -6,6 +6,7 @@ A page here is the scheduler's: a kernel may cut it into several of its own, whi
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from vllm.logger import init_logger
 
 logger = init_logger("vllm.starling")
+
+PROGRESS_MICROSECONDS = 1000
 
 SECONDS_WITHOUT_END = 30.0
 """After so long without an end a transfer is given up: over TCP a link that is cut may never report it."""
@@ -53,15 +56,13 @@ class PageMover:
     def __init__(
         self, name: str, kv_caches: dict[str, torch.Tensor], num_pages: int, layout: dict[str, int | str]
     ) -> None:
-        from nixl._api import nixl_agent, nixl_agent_config
-
         caches = list({cache.data_ptr(): cache for cache in kv_caches.values()}.values())
         self.strides = np.array([page_bytes(cache, num_pages) for cache in caches], dtype=np.int64)
         self.bases = np.array([cache.data_ptr() for cache in caches], dtype=np.int64)
         self.memory = "DRAM" if caches[0].device.type == "cpu" else "VRAM"
         self.device = max(caches[0].get_device(), 0)
         self.layout = layout | {"layers": len(caches), "page_bytes": int(self.strides.sum())}
-        self.agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+        self.agent = make_agent(name)
         regions = [
             (int(base), int(stride) * num_pages, self.device, "")
             for base, stride in zip(self.bases, self.strides, strict=True)
@@ -144,6 +145,29 @@ class PageMover:
                 local.append((int(ours_at + our_first * stride), int(count * stride), self.device))
                 remote.append((int(theirs_at + their_first * stride), int(count * stride), device))
         return self.agent.get_xfer_descs(local, self.memory), self.agent.get_xfer_descs(remote, self.memory)
+
+
+def make_agent(name: str) -> Any:
+    """A NIXL agent whose thread looks for work every millisecond.
+
+    As NIXL's Python makes it the thread never sleeps: an idle replica then takes a core from one that computes. The
+    constructor sets the delay to 0 and hands it on to the binding, where it is changed. Goes when nixl_agent_config
+    takes it.
+    """
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    binding = sys.modules[nixl_agent.__module__].nixlBind
+    original = binding.nixlAgent
+
+    def with_delay(name: str, config: Any) -> Any:
+        config.pthrDelay = PROGRESS_MICROSECONDS
+        return original(name, config)
+
+    binding.nixlAgent = with_delay
+    try:
+        return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+    finally:
+        binding.nixlAgent = original
 
 
 def page_bytes(cache: torch.Tensor, num_pages: int) -> int:

@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import OUT, median_ratio, write_json
 from benchmarks.star_ttft import QUERY_TOKENS, RANDOM_LLAMA
-from examples.server import Server, serving
+from examples.server import Server, end_on_signals, serving
 
 NAME = "star_replicas"
 BLOCKS = (8, 16, 32)
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, choices=BLOCKS, help="n/B")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    end_on_signals()
     lengths, repeats = (LENGTHS[:1], 1) if args.quick else (args.lengths, args.repeats)
     way = "TCP" if args.tcp else SHARED_MEMORY
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -148,6 +148,17 @@ def test_a_cached_anchor_is_not_computed_again_and_a_second_time_nothing_is(serv
     assert_same(answer, on_one(server, second, star))
 
 
+def test_an_edited_block_alone_is_computed_again(server):
+    """Where the query ran, every other block is in the cache, those that came from the other replica too."""
+    star, prompt = options(2), random_prompt(12, 2088)
+    ask(server, prompt, star)
+    prompt[5 * 256 + 100] = 251
+    before = sum(computed(server))
+    answer = ask(server, prompt, star)
+    assert sum(computed(server)) - before == 256 - 96 + 40 + TOKENS - 1  # from the edited page to the block's end
+    assert_same(answer, on_one(server, prompt, star))
+
+
 def test_afterwards_the_same_prompt_is_dense_where_dense_is_asked_for(server):
     prompt, star = random_prompt(20, 2088), options(3)
     spread = ask(server, prompt, star)

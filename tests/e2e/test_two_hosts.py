@@ -14,13 +14,15 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs
 
 TOLERANCE = 1e-5
 COMPUTED = 'starling:computed_tokens_total{replica="0"}'
+ON_THE_OTHER = 'starling:spread_blocks_total{replica="1"}'
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     end_on_signals()
     folder = tmp_path_factory.mktemp("hosts")
-    options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "128"]
+    options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "32"]
+    # Steps so small that a wire is cut in the middle of a prefill.
     model = make_tiny_llama(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
@@ -60,7 +62,7 @@ def test_both_hosts_prefill_and_the_answer_is_that_of_one(served):
 
 
 def test_a_cut_wire_in_the_middle_of_a_prefill_costs_time_and_no_answer(served):
-    """The last test: the host that can still be reached computes the whole prompt, and at once the next time."""
+    """The last test: the host that can still be reached computes the whole prompt, and the next one too."""
     hosts, client, model = served
     prompts = [random.Random(seed).choices(range(3, 250), k=8000) for seed in (2, 3)]
     alone = [ask(client, model, prompt, 1, cache_salt="another") for prompt in prompts]
@@ -72,6 +74,6 @@ def test_a_cut_wire_in_the_middle_of_a_prefill_costs_time_and_no_answer(served):
             assert time.monotonic() < deadline
         hosts[1].cut()
         assert_same(asked.result(timeout=90), alone[0])
-    began = time.monotonic()
+    before = counts(client)[ON_THE_OTHER]
     assert_same(ask(client, model, prompts[1], 2), alone[1])
-    assert time.monotonic() - began < 20
+    assert counts(client)[ON_THE_OTHER] == before

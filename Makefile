@@ -40,7 +40,7 @@ serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve
 
 test: env demo-model lint types proto-check ## everything CI checks
 	$(BIN)/pytest -q --durations=15 tests/e2e
-	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile --ignore tests/e2e tests
+	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/e2e tests
 
 unit: env ## the tests that start no engine, in seconds
 	$(BIN)/pytest -q tests/unit

@@ -20,6 +20,7 @@ from attention_backends.star.reference import star_mask
 from tests.parity.engine_job import RESULT
 
 ROOT = Path(__file__).resolve().parents[2]
+COUNTERS = ("PROMETHEUS_MULTIPROC_DIR", "STARLING_METRICS_DIR")  # of this process, where it has made a scheduler
 V2_SHIM = ROOT / "tests" / "v2_shim"
 TINY = {
     "hidden_size": 128,
@@ -44,6 +45,7 @@ def run_engine(
     arguments["additional_config"] = {"starling": {"star": star or {}}}
     job = {"engine": arguments | engine, "batches": batches}
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name not in COUNTERS}
     with cores(engine.get("tensor_parallel_size", 1)) as bound:
         done = subprocess.run(
             [sys.executable, "-m", "tests.parity.engine_job"],
@@ -52,7 +54,7 @@ def run_engine(
             text=True,
             cwd=ROOT,
             timeout=600,
-            env=os.environ | quiet | {"VLLM_CPU_OMP_THREADS_BIND": bound} | (env or {}),
+            env=inherited | quiet | {"VLLM_CPU_OMP_THREADS_BIND": bound} | (env or {}),
         )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))

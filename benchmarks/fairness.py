@@ -4,7 +4,7 @@ One engine, stepped in this process; beside one and three long prompts, dense an
 short prompts, each sent at the start of a step, and the time between the tokens of a request that decodes. Starling's
 scheduling, and vLLM's at its default and with long prompts capped, take turns in one run: vLLM's is the same
 scheduler with Starling's part taken out. Then pairs of a request alone on the engine, with it and without. Writes
-results/fairness.json and .png. Takes about 40 minutes with prompts of 64k tokens, 6 with --quick (16k).
+results/fairness.json and .png. Takes 90 seconds with --tokens 8192, and much longer with prompts of 64k tokens.
 """
 
 from __future__ import annotations
@@ -68,15 +68,17 @@ class Engine:
         from vllm import SamplingParams
 
         self.count += 1
+        name = str(self.count)
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, extra_args=options or None)
-        return self.llm.llm_engine.add_request(str(self.count), {"prompt_token_ids": ids}, params)
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, params)
+        return name
 
     def step(self) -> set[str]:
         """Run one step; returns the requests that got a token."""
         return {output.request_id for output in self.llm.llm_engine.step()}
 
     def drain(self, request_ids: list[str]) -> None:
-        self.llm.llm_engine.abort_request(request_ids, internal=True)
+        self.llm.llm_engine.abort_request(request_ids)
         while self.llm.llm_engine.has_unfinished_requests():
             self.llm.llm_engine.step()
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of KV shifting, without a GPU: interpreted against torch, and compiled for one."""
+"""Triton kernels of the model families, without a GPU: interpreted against a reference, and compiled for one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from tests.parity.harness import ROOT, v2_env
 
 
 @pytest.mark.parametrize("job", ["interpret", "compile"])
-def test_kernels(job):
+@pytest.mark.parametrize("kernels", ["kv_shift_job", "attamba_scan_job"])
+def test_kernels(kernels, job):
     env = os.environ | v2_env() | ({} if job == "interpret" else {"TRITON_INTERPRET": "0"})
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.kv_shift_job", job],
+        [sys.executable, "-m", f"tests.kernels.{kernels}", job],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 
 import grpc
@@ -260,12 +260,16 @@ def until(condition, seconds: float) -> bool:
 
 
 def test_a_cancel_in_the_middle_leaves_no_page(server):
-    for seed in range(70, 73):
+    in_the_middle = 0
+    for seed in range(70, 80):  # what was computed is told late on a busy machine: a prompt may be done before
         before = computed(server)
         with closing(begin(server, seed)):
             assert until(lambda before=before: all(b > a for a, b in zip(before, computed(server), strict=True)), 20)
-        assert sum(computed(server)) - sum(before) < 8000, "the prompt was done before it was cancelled"
         assert until(lambda: not any(pages_used(server)), 20)
+        in_the_middle += sum(computed(server)) - sum(before) < 8000
+        if in_the_middle == 3:
+            return
+    pytest.fail(f"only {in_the_middle} of 10 prompts were cancelled before they were done")
 
 
 def pages_used(server) -> list[float]:
@@ -283,12 +287,15 @@ def test_a_killed_replica_in_the_middle_of_a_prefill_is_told_at_once(server):
         if "EngineCore_DP1" in " ".join(process.cmdline()) or "EngineCore_DP1" in process.name()
     )
     before = computed(server)
-    with closing(begin(server, 80)) as connection:
+    with ExitStack() as stack:  # several, for what was computed is told late: one prompt could be done by then
+        connections = [stack.enter_context(closing(begin(server, seed))) for seed in range(80, 84)]
         assert until(lambda: computed(server)[1] > before[1], 20)
         victim.kill()
         started = time.monotonic()
-        response = connection.getresponse()
-        assert response.status >= 500, response.read()
-        assert b"EngineCore" in response.read()
+        answers = [(response.status, response.read()) for response in map(HTTPConnection.getresponse, connections)]
         assert time.monotonic() - started < 20
+    refused = [text for status, text in answers if status >= 500]
+    assert refused
+    assert all(b"EngineCore" in text for text in refused)
+    assert all(len(json.loads(text)["choices"][0]["logprobs"]["tokens"]) == TOKENS for s, text in answers if s < 500)
     assert server.process.wait(30) != 0

@@ -1,10 +1,11 @@
 """Who waits while long prompts prefill: `python -m benchmarks.fairness`.
 
 One engine, stepped in this process; beside one and three long prompts, dense and star: the time to first token of
-short prompts, each sent at the start of a step, and the time between the tokens of a request that decodes. Starling's
-scheduling, and vLLM's at its default and with long prompts capped, take turns in one run: vLLM's is the same
-scheduler with Starling's part taken out. Then pairs of a request alone on the engine, with it and without. Writes
-results/fairness.json and .png. Takes 90 seconds with --tokens 8192, and much longer with prompts of 64k tokens.
+short prompts that come at regular times, in the middle of a step as it happens, and the time between the tokens of a
+request that decodes. Starling's scheduling, and vLLM's at its default and with long prompts capped, take turns in one
+run, with the same prompts at the same times: vLLM's is the same scheduler with Starling's part taken out. Then pairs
+of a request alone on the engine, with it and without. Writes results/fairness.json and .png. Takes 90 seconds with
+--tokens 8192, and much longer with prompts of 64k tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.report import ratio_interval, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 STEP = ENGINE["max_num_batched_tokens"]
-SHORT, EVERY = 128, 6
+SHORT, EVERY_SECONDS = 128, 0.83  # no multiple of a step
 STAR = {"star": "on", "star_num_blocks": 16, "star_query_tokens": QUERY_TOKENS}
 OURS = "Starling"
 # (long_prefill_token_threshold, whether it adapts to the number of requests)
@@ -93,23 +94,22 @@ def beside(engine: Engine, length: int, count: int, options: dict[str, Any]) -> 
     start = last = time.perf_counter()
     waiting = {engine.add(draw(length), 1, options) for _ in range(count)}
     sent: dict[str, float] = {}
-    first_tokens, pauses, steps = [], [], 0
+    first_tokens, pauses, steps, came = [], [], 0, 0
     while waiting:
-        began = time.perf_counter()
+        while (due := start + came * EVERY_SECONDS) <= time.perf_counter():
+            sent[engine.add(draw(SHORT), 1)] = due
+            came += 1
         got = engine.step()
         now = time.perf_counter()
-        short = {name for name in got if name in sent}
-        first_tokens += [now - sent.pop(name) for name in short]
+        first_tokens += [now - sent.pop(name) for name in got & sent.keys()]
         if chat in got:
             pauses.append(now - last)
             last = now
         waiting -= got
         steps += 1
-        if waiting and not sent and steps % EVERY == 2:
-            sent[engine.add(draw(SHORT), 1)] = began
     seconds = time.perf_counter() - start
     first_tokens += [time.perf_counter() - at for at in sent.values()]
-    engine.drain([chat])
+    engine.drain([chat, *sent])
     return {"short_ttft": first_tokens, "pauses": pauses, "long_seconds": seconds, "steps": steps}
 
 

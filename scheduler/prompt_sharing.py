@@ -39,6 +39,7 @@ class PromptSharing:
         self.found: dict[str, int] = {}
         self.granted: dict[str, int] = {}
         self.deferred = 0
+        self.yielded = False
 
     def takes(self, request: Any) -> bool:
         """Whether a request that just arrived may be a long prompt; images that must not be cut keep it out."""
@@ -122,7 +123,9 @@ class PromptSharing:
             )
             for request in requests
         ]
-        return share_step(prompts, self._wanted_by_others(prompts[0].priority), self.limits)
+        decodes, short = self._wanted_by_others(prompts[0].priority)
+        self.yielded = short > 0 and not self.yielded
+        return share_step(prompts, decodes + short, self.limits, self.yielded)
 
     def _with_room(self, requests: list[Any]) -> list[Any]:
         """Those that run, and those waiting that there is room for beside the ones before them.
@@ -130,10 +133,7 @@ class PromptSharing:
         One taken in without room would only be preempted. None goes past an earlier one that lacks it, and where no
         long prompt runs whether the first fits is vLLM's to say: so it comes in once the others have ended.
         """
-        scheduler, manager = self.scheduler, self.scheduler.kv_cache_manager
-        groups = manager.coordinator.single_type_managers
-        room = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
-        room -= scheduler._inflight_prefill_reserved_blocks()
+        room, scheduler = self._room(), self.scheduler
         any_runs = any(request.status == RequestStatus.RUNNING for request in requests)
         full = len(scheduler.running) >= scheduler.max_num_running_reqs
         fit: list[Any] = []
@@ -141,34 +141,47 @@ class PromptSharing:
             if request.status == RequestStatus.RUNNING:
                 fit.append(request)
                 continue
-            pages = sum(cdiv(request.num_tokens, group.block_size) for group in groups)
+            pages = self._pages(request)
             full = full or (pages > room and (any_runs or bool(fit)))
             if not full:
                 fit.append(request)
                 room -= pages
         return fit
 
-    def _wanted_by_others(self, priority: int) -> int:
-        """Tokens that decodes and short prompts would take; only short prompts as urgent as the long ones count."""
+    def _room(self) -> int:
+        """Pages that a waiting request may take."""
+        manager = self.scheduler.kv_cache_manager
+        free: int = manager.block_pool.get_num_free_blocks() - manager.watermark_blocks
+        return free - self.scheduler._inflight_prefill_reserved_blocks()
+
+    def _pages(self, request: Any) -> int:
+        """That it takes in all."""
+        groups = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return sum(cdiv(request.num_tokens, group.block_size) for group in groups)
+
+    def _wanted_by_others(self, priority: int) -> tuple[int, int]:
+        """Tokens that decodes, and that short prompts would take; only those as urgent as the long ones count."""
         scheduler, most = self.scheduler, self.limits.step_tokens
 
         def counts(request: Any) -> bool:
             return not self._is_long(request) and not (self._by_priority and request.priority > priority)
 
-        wanted = 0
+        decodes = short = 0
         for request in scheduler.running:
             if self._left(request) <= 1:
-                wanted += 1 + scheduler.num_spec_tokens
+                decodes += 1 + scheduler.num_spec_tokens
             elif counts(request):
-                wanted += self._left(request)
+                short += self._left(request)
         open_to_new = scheduler.pause_state == PauseState.UNPAUSED
         if open_to_new and len(scheduler.running) < scheduler.max_num_running_reqs:
+            room = self._room()
             for request in scheduler.waiting:
-                if wanted >= most:
+                if decodes + short >= most:
                     break
-                if request.status in WAITING and counts(request):
-                    wanted += self._left(request)
-        return wanted
+                if request.status in WAITING and counts(request) and (pages := self._pages(request)) <= room:
+                    short += self._left(request)
+                    room -= pages
+        return decodes, short
 
     def _not_admitted(self) -> list[Any]:
         if not self.granted:

@@ -4,13 +4,14 @@ One engine, stepped in this process; beside one and three long prompts, dense an
 short prompts that come at regular times, in the middle of a step as it happens, and the time between the tokens of a
 request that decodes. Starling's scheduling, and vLLM's at its default and with long prompts capped, take turns in one
 run, with the same prompts at the same times: vLLM's is the same scheduler with Starling's part taken out. Then pairs
-of a request alone on the engine, with it and without. Writes results/fairness.json and .png. Takes 90 seconds with
---tokens 8192, and much longer with prompts of 64k tokens.
+of a request alone on the engine, with it and without. Writes results/fairness.json and .png; what was measured before
+and is not now keeps its figures. Takes 3 minutes with --tokens 8192, 45 with prompts of 64k tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import tempfile
@@ -21,17 +22,19 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, write_json
+from benchmarks.report import OUT, ratio_interval, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 STEP = ENGINE["max_num_batched_tokens"]
 SHORT, EVERY_SECONDS = 128, 0.83  # no multiple of a step
 STAR = {"star": "on", "star_num_blocks": 16, "star_query_tokens": QUERY_TOKENS}
-OURS = "Starling"
+KINDS: dict[str, dict[str, Any]] = {"dense": {}, "star": STAR}
+NAME, OURS = "fairness", "Starling"
 # (long_prefill_token_threshold, whether it adapts to the number of requests)
 VLLM: dict[str, tuple[int, bool]] = {
     "vLLM": (0, False),
@@ -132,15 +135,17 @@ def summary(run: dict[str, Any], tokens: int) -> dict[str, float]:
     }
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    table = Table(title="seconds, and tokens of long prompts per second")
-    columns = ("prompts", "scheduling", "short TTFT median", "max", "decode pause median", "p99", "tokens/s")
-    for column in columns:
+def what(result: dict[str, Any]) -> str:
+    return f"{result['count']} x {result['tokens'] // 1024}k {result['kind']}"
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table(title=f"{what(result)}: seconds, and tokens of long prompts per second")
+    for column in ("scheduling", "short TTFT median", "max", "decode pause median", "p99", "tokens/s"):
         table.add_column(column, justify="right")
-    for result in results:
-        for name, row in result["rows"].items():
-            values = [f"{row[key]:.3f}" for key in list(row)[:4]]
-            table.add_row(result["what"], name, *values, f"{row['long_tokens_per_second']:.0f}")
+    for name, row in result["rows"].items():
+        values = [f"{row[key]:.3f}" for key in list(row)[:4]]
+        table.add_row(name, *values, f"{row['long_tokens_per_second']:.0f}")
     Console().print(table)
 
 
@@ -150,7 +155,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(results), figsize=(3.2 * len(results), 5.2), sharey="row")
+    figure, axes = pyplot.subplots(2, len(results), figsize=(3.2 * len(results), 5.2), sharey="row", squeeze=False)
     for column, result in enumerate(results):
         names = list(result["rows"])
         for row, (low, high, label) in enumerate(
@@ -161,7 +166,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             axis.bar(names, [result["rows"][name][low] for name in names])
             axis.set_yscale("log")
             axis.tick_params(axis="x", rotation=75, labelsize=7)
-            axis.set_title(result["what"] if row == 0 else "", fontsize=9)
+            axis.set_title(what(result) if row == 0 else "", fontsize=9)
             if column == 0:
                 axis.set_ylabel(f"{label}, s: median, {'max' if row == 0 else 'p99'} grey", fontsize=8)
             if row == 0:
@@ -174,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="long prompts of 16k tokens instead of 64k")
     parser.add_argument("--tokens", type=int, help="of a long prompt")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of long prompts")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 3], help="long prompts at a time")
     parser.add_argument("--pairs", type=int, default=8, help="of a request alone on the engine")
     args = parser.parse_args()
@@ -182,15 +188,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         engine = Engine.start(make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA))
         alone(engine, [1] * 4096, {})
-        results = []
-        for kind, options in (("dense", {}), ("star", STAR)):
+        for kind in args.kinds:
             for count in args.counts:
                 rows = {}
-                for name in (OURS, *VLLM):
+                for name in track((OURS, *VLLM), description=f"{count} x {length // 1024}k {kind}"):
                     engine.schedule_as(name)
-                    rows[name] = summary(beside(engine, length, count, options), count * length)
-                results.append({"what": f"{count} x {length // 1024}k {kind}", "rows": rows})
-                show(results[-1:])
+                    rows[name] = summary(beside(engine, length, count, KINDS[kind]), count * length)
+                keep({"count": count, "tokens": length, "kind": kind, "rows": rows})
         pairs: dict[str, list[float]] = {OURS: [], "vLLM": []}
         tokens = random.Random(1)
         for number in range(args.pairs):
@@ -198,14 +202,32 @@ def main() -> None:
             for name in (OURS, "vLLM") if number % 2 else ("vLLM", OURS):
                 engine.schedule_as(name)
                 pairs[name].append(alone(engine, ids, STAR if number % 4 < 2 else {}))
-    ratio = ratio_interval(pairs["vLLM"], pairs[OURS])
-    print(f"a request alone, Starling over vLLM: {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]")
-    path = write_json(
-        "fairness",
-        {"step_tokens": STEP, "results": results, "alone_seconds": pairs, "alone_over_vllm": list(ratio)},
-    )
-    plot(results, path.with_suffix(".png"))
-    print(path)
+    if args.pairs:
+        ratio = ratio_interval(pairs["vLLM"], pairs[OURS])
+        print(f"a request alone, Starling over vLLM: {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]")
+        write(known() | {"alone_seconds": pairs, "alone_over_vllm": list(ratio)})
+
+
+def known() -> dict[str, Any]:
+    path = OUT / f"{NAME}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(result: dict[str, Any]) -> Path:
+    return write_json(NAME, {key: value for key, value in result.items() if key != "machine"})
+
+
+def keep(result: dict[str, Any]) -> None:
+    """Show a result and write it, in the place of the one measured before."""
+
+    def place(of: dict[str, Any]) -> tuple:
+        return of["tokens"], of["kind"], of["count"]
+
+    show(result)
+    before = known()
+    others = [other for other in before.get("results", []) if place(other) != place(result)]
+    results = sorted([result, *others], key=place)
+    plot(results, write(before | {"step_tokens": STEP, "results": results}).with_suffix(".png"))
 
 
 if __name__ == "__main__":

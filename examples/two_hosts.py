@@ -59,9 +59,25 @@ class Host:
         """Take this end of the wire down."""
         ip("-n", self.name, "link", "set", self.wire, "down")
 
+    def mend(self) -> None:
+        """Undo `cut`."""
+        ip("-n", self.name, "link", "set", self.wire, "up")
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+    def throttle(self, rate: str | None) -> None:
+        """Let no more than ``rate`` out, in the notation of `tc`: ``3mbit``; None lifts the limit."""
+        shape = "del dev {} root" if rate is None else f"replace dev {{}} root tbf rate {rate} burst 32kb latency 400ms"
+        command = ["tc", "-n", self.name, "qdisc", *shape.format(self.wire).split()]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    def received(self) -> int:
+        """Bytes that have come over the wire so far."""
+        (device,) = json.loads(ip("-n", self.name, "-s", "-j", "link", "show", "dev", self.wire))
+        count: int = device["stats64"]["rx"]["bytes"]
+        return count
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def available() -> bool:

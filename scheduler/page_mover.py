@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from scheduler.silence import silence_seconds
+
 logger = init_logger("vllm.starling")
 
 PROGRESS_MICROSECONDS = 1000
-
-SILENCE_SECONDS = 30.0
-"""A source of which no wave has come for so long is given up: over TCP a link that is cut may never report it."""
 
 FIRST_WAVE_BYTES = 64 * 2**20
 WAVE_SECONDS = 2.0
@@ -96,6 +95,7 @@ class PageMover:
         ]
         self.registered = self.agent.register_memory(regions, self.memory)
         self.peers: dict[str, str] = {}
+        self.silence = silence_seconds()
 
     def address(self) -> dict[str, Any]:
         """What another worker needs to read these pages; msgpack takes it."""
@@ -140,8 +140,8 @@ class PageMover:
                 else:
                     read.wave = next_wave(read.wave, seconds)
                     self._begin_wave(read)
-            elif seconds > SILENCE_SECONDS:
-                raise MoveError(f"nothing has come from {read.name} for {SILENCE_SECONDS:.0f} s")
+            elif seconds > self.silence:  # over TCP a link that is cut may never report it
+                raise MoveError(f"nothing has come from {read.name} for {self.silence:g} s")
         return not move.reads
 
     def _begin_wave(self, read: Read) -> None:

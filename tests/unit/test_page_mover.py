@@ -143,7 +143,7 @@ def test_of_two_sources_the_silent_one_is_found(clock):
         initialize_xfer=lambda kind, local, remote, name: name,
         transfer=lambda handle: "PROC",
     )
-    mover.peers = {"talks": "talks", "silent": "silent"}
+    mover.peers, mover.silence = {"talks": "talks", "silent": "silent"}, 30.0
     mover._descriptors = lambda *_: (None, None)
     move = Move()
     for name in mover.peers:

@@ -221,7 +221,7 @@ def test_an_abort_by_id_is_the_requests_end(engine):
 def test_a_silent_replicas_part_is_computed_by_another(engine, monkeypatch):
     """Its part does not end and it answers nothing: the whole prompt goes to one that does, and so does the next."""
     monkeypatch.setattr(spreading, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(spreading, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setenv("STARLING_SILENCE_SECONDS", "0.05")
     monkeypatch.setattr(spreading.compat, "DEATH_CHECK_SECONDS", 0.01)
     answering, running = engine.call_replica, engine.run_unseen
     cut = asyncio.Event()

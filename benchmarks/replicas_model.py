@@ -68,8 +68,11 @@ def predict(prompt: Prompt, replicas: int) -> Prediction:
 
 
 def measured_prompt(row: dict[str, Any], bytes_per_token: float) -> Prompt:
-    """From a row of star_replicas.json: times on one replica, the rate of the transfer, and nothing else of two."""
-    query = statistics.median(row["seconds_cached"])
+    """From a row of star_replicas.json: times on one replica, the rate of the transfer, and nothing else of two.
+
+    Where the time of a cached prompt was not measured, all of the time is the blocks'.
+    """
+    query = statistics.median(row["seconds_cached"] or [0.0])
     return Prompt(
         blocks=row["blocks"],
         block_seconds=(statistics.median(row["seconds_on_one"]) - query) / row["blocks"],
@@ -136,7 +139,7 @@ def main() -> None:
         table.add_row(*cells, f"{gap:+.1%}")
     console.print(table)
     for gbit in (100, 10):
-        title = f"Llama-3.1-8B, bfloat16, 1M tokens, B = 32k, 400 TFLOP/s a replica, {gbit} Gbit/s a link: on paper"
+        title = f"On paper: Llama-3.1-8B, bfloat16, 1M tokens, B = 32k, 400 TFLOP/s, {gbit} Gbit/s links"
         table = Table(title=title)
         for column in ("replicas", "blocks one after another", "prefill", "moved", "transfer", "in all", "speed-up"):
             table.add_column(column, justify="right")

@@ -136,7 +136,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
-    Console(width=120).print(table)
+    Console(width=132).print(table)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -190,8 +190,8 @@ def main() -> None:
         options = [*OPTIONS, "--max-model-len", str(max(lengths) + 1024)]
         print(f"Starting two replicas, pages go over {way}", flush=True)
         with serving(model, *options, log=Path(folder) / "log", seconds=300) as server:
-            for replicas in (1, 1, 2):  # both are warm
-                first_token(server, list(range(3, 200)) * 20, 8, replicas)
+            for seed, replicas in enumerate((1, 1, 2, 2)):  # both are warm, and the way between them is open
+                first_token(server, random.Random(seed).choices(range(3, 250), k=4096), 8, replicas)
             for length in lengths:
                 for row in measure(server, length, args.blocks, repeats, way):
                     show([row])

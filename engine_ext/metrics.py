@@ -56,7 +56,7 @@ class WorkerMetrics:
         )
         self.bytes_moved = Counter("starling:bytes_moved", "Bytes of KV pages fetched from other replicas.")
         self.move_seconds = Counter("starling:move_seconds", "Seconds that fetching them took, of each rank.")
-        self.moves_failed = Counter("starling:moves_failed", "Fetches that failed, of each rank: it computes.")
+        self.moves_failed = Counter("starling:moves_failed", "Fetches that failed, of each rank.")
 
     def pages_moved(self, size: int, seconds: float) -> None:
         self.bytes_moved.inc(size)

@@ -147,7 +147,7 @@ def serving_on_both(
         with httpx.Client(
             transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=120
         ) as client:
-            wait_for(client, processes, time.monotonic() + seconds)
+            wait_for(client, processes, time.monotonic() + seconds, folder)
             yield client
     finally:
         for process in processes:
@@ -159,15 +159,15 @@ def serving_on_both(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: float) -> None:
+def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: float, folder: Path) -> None:
     while time.monotonic() < deadline:
         if any(process.poll() is not None for process in processes):
-            raise RuntimeError("a host's server ended while it started; see its log")
+            raise RuntimeError(f"a host's server ended while it started; see its log in {folder}")
         with contextlib.suppress(httpx.TransportError):
             if client.get("/health").status_code == 200:
                 return
         time.sleep(0.5)
-    raise RuntimeError("the server did not answer in time; see the logs")
+    raise RuntimeError(f"the server did not answer in time; see the logs in {folder}")
 
 
 def counts(client: httpx.Client) -> dict[str, float]:
@@ -184,8 +184,10 @@ def main() -> int:
     folder = ROOT / "benchmarks" / "out" / "hosts"
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--enforce-eager", "--max-num-batched-tokens", "1024"]
-    print(f"Starting one server over two hosts; logs in {folder}", flush=True)
+    print(f"Starting one server over two hosts, which takes a minute or so; logs in {folder}", flush=True)
+    began = time.monotonic()
     with two_hosts() as hosts, serving_on_both(hosts, MODEL, *options, folder=folder) as client:
+        print(f"Both hosts are there after {time.monotonic() - began:.0f} s", flush=True)
         for replicas in (1, 2):
             prompt = (
                 f"Report {replicas}. "
@@ -199,7 +201,8 @@ def main() -> int:
             response.raise_for_status()
             text, plan = response.json()["choices"][0]["text"], json.loads(response.headers["x-starling-plan"])
             seconds = time.monotonic() - started
-            print(f"{plan['prompt_tokens']} tokens over {plan['replicas']} host(s): {seconds:.1f} s, answer {text!r}")
+            over = "1 host" if plan["replicas"] == 1 else f"{plan['replicas']} hosts"
+            print(f"{plan['prompt_tokens']:,} tokens over {over}: {seconds:.1f} s, answer {text!r}", flush=True)
         told = counts(client)
         moved = told["starling:bytes_moved_total"] / 1e6
         blocks = [int(told[f'starling:spread_blocks_total{{replica="{rank}"}}']) for rank in (0, 1)]

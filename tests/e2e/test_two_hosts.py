@@ -31,6 +31,7 @@ def served(tmp_path_factory):
     model = make_tiny_llama(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
+        patch.setenv("STARLING_SILENCE_SECONDS", "10")
         with two_hosts() as hosts, serving_on_both(hosts, model, *options, folder=folder) as client:
             yield hosts, client, str(model)
 

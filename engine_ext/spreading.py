@@ -36,6 +36,11 @@ LOOK_SECONDS = 5.0
 FETCH_CHECK_SECONDS = 0.2
 """How often the front looks whether a request has its first tokens, and others may free their pages."""
 
+LET_GO_SECONDS = 1.0
+"""How long an answer waits until its pages are let go: a silent replica is told so all the same."""
+
+_letting_go: set[asyncio.Task] = set()
+
 Generate = Callable[..., AsyncGenerator[Any, None]]
 
 
@@ -159,7 +164,10 @@ class SpreadPrompt:
             under_way(self.engine).discard(self.request_id)
             if fetching is not None:
                 fetching.cancel()
-            await asyncio.shield(self._let_go())
+            letting_go = asyncio.create_task(self._let_go())
+            _letting_go.add(letting_go)
+            letting_go.add_done_callback(_letting_go.discard)
+            await asyncio.wait({letting_go}, timeout=LET_GO_SECONDS)
 
     async def _replicas(self) -> dict[int, Replica]:
         """What each replica that answers has of the prompt, and how busy it is, by rank.

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -131,32 +132,30 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 def serving_on_both(
     hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 300
 ) -> Iterator[httpx.Client]:
-    """One server over both hosts; yields a client of it.
-
-    The server listens on a socket in ``folder``, which a client outside of the namespaces reaches; its logs are there.
-    """
+    """One server over both hosts; yields a client of it, which need not be in a namespace. Logs go to ``folder``."""
     here, there = hosts
     starling = Path(sys.executable).with_name("starling")
     both = ["--data-parallel-size", "2", "--data-parallel-size-local", "1"]
     both += ["--data-parallel-address", here.address, "--data-parallel-rpc-port", RPC_PORT, *options]
-    socket = folder / "http.sock"
-    front = [starling, "serve", model, "--uds", str(socket), *both]
-    headless = [starling, "serve", model, "--headless", "--data-parallel-start-rank", "1", *both]
-    processes = [here.popen(front, folder / "here.log"), there.popen(headless, folder / "there.log")]
-    try:
-        with httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=120
-        ) as client:
-            wait_for(client, processes, time.monotonic() + seconds, folder)
-            yield client
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    with tempfile.TemporaryDirectory(prefix="starling-") as place:
+        socket = Path(place) / "http.sock"  # a file of the file system that both share; a path of ours may be too long
+        front = [starling, "serve", model, "--uds", str(socket), *both]
+        headless = [starling, "serve", model, "--headless", "--data-parallel-start-rank", "1", *both]
+        processes = [here.popen(front, folder / "here.log"), there.popen(headless, folder / "there.log")]
+        try:
+            with httpx.Client(
+                transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=120
+            ) as client:
+                wait_for(client, processes, time.monotonic() + seconds, folder)
+                yield client
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: float, folder: Path) -> None:

@@ -3,9 +3,10 @@
 One `starling serve` with two data-parallel replicas, each on a core of its own. Each repetition sends a new random
 prompt to one replica (`star_replicas` 1) and another one to both, right after one another; the speed-up is the median
 of their ratios. The ideal is k / ceil((k + 1) / 2) for k blocks: the second replica computes the anchor too. Bytes
-moved are held against ring attention's, in which each replica's KV visits every other one. Writes
-results/star_replicas.json and .png; what was measured before and is not now keeps its figures.
-Needs two cores to itself; some 20 minutes, with --quick (16k tokens, once) 3.
+moved are held against ring attention's, in which each replica's KV visits every other one. The same prompt once more,
+all of it cached, says what a request costs besides; from that, the times on one replica and the rate of the transfer
+benchmarks/replicas_model.py predicts the time on two. Writes results/star_replicas.json and .png; what was measured
+before and is not now keeps its figures. Needs two cores to itself; some 20 minutes, with --quick (16k tokens, once) 3.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from benchmarks.random_llama import make_random_llama
+from benchmarks.replicas_model import error, measured_prompt, predict
 from benchmarks.report import OUT, median_ratio, write_json
 from benchmarks.star_ttft import QUERY_TOKENS, RANDOM_LLAMA
 from examples.server import Server, end_on_signals, serving
@@ -36,7 +37,7 @@ BLOCKS = (8, 16, 32)
 LENGTHS = (16_384, 32_768, 65_536)
 KV_BYTES = 2 * RANDOM_LLAMA["num_hidden_layers"] * RANDOM_LLAMA["hidden_size"] * 4  # of a token, in float32
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "2048", "--max-num-seqs", "4"]
-OPTIONS += ["--data-parallel-size", "2", "--max-model-len", str(LENGTHS[-1] + 1024)]
+OPTIONS += ["--data-parallel-size", "2"]
 SHARED_MEMORY = "shared memory"
 COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starling:spread_seconds_total")
 
@@ -63,64 +64,79 @@ def measure(server: Server, length: int, numbers: Sequence[int], repeats: int, w
     """A row for each number of blocks; ``way`` is how pages go."""
     tokens = random.Random(length)
     for blocks in numbers:
-        seconds: dict[int, list[float]] = {1: [], 2: []}
-        moved: list[dict[str, float]] = []
-        for _ in track(range(repeats), description=f"{length:,} tokens, n/B = {blocks}"):
-            for replicas, times in seconds.items():
-                ids = [tokens.randrange(3, 250) for _ in range(length)]
-                before = counters(server)
-                times.append(first_token(server, ids, blocks, replicas))
-                if replicas == 2:
-                    moved.append({name: value - before[name] for name, value in counters(server).items()})
-        bytes_moved = statistics.median(each[COUNTERS[0]] for each in moved)
-        shares = [each[COUNTERS[1]] / whole for each, whole in zip(moved, seconds[2], strict=True)]
-        speedup, ideal = median_ratio(seconds[1], seconds[2]), blocks / -(-(blocks + 1) // 2)
-        yield {
-            "tokens": length,
-            "way": way,
-            "blocks": blocks,
-            "seconds_on_one": seconds[1],
-            "seconds_on_two": seconds[2],
-            "speedup": speedup,
-            "ideal": ideal,
-            "of_ideal": speedup / ideal,
-            "bytes_moved": bytes_moved,
-            "of_ring_attention": bytes_moved / (length * KV_BYTES),
-            "transfer_share": statistics.median(shares),
-        }
+        one: list[float] = []
+        two: list[float] = []
+        cached: list[float] = []
+        told: list[dict[str, float]] = []
+        for repeat in range(repeats):
+            first, second = ([tokens.randrange(3, 250) for _ in range(length)] for _ in range(2))
+            one.append(first_token(server, first, blocks, 1))
+            before = counters(server)
+            two.append(first_token(server, second, blocks, 2))
+            told.append({name: value - before[name] for name, value in counters(server).items()})
+            cached.append(first_token(server, second, blocks, 2))
+            print(
+                f"{length:,} tokens, n/B = {blocks}, {repeat + 1} of {repeats}: "
+                f"{one[-1]:.2f} s on one, {two[-1]:.2f} s on two, {cached[-1]:.2f} s cached",
+                flush=True,
+            )
+        yield summary(length, way, blocks, one, two, cached, told)
+
+
+def summary(
+    length: int,
+    way: str,
+    blocks: int,
+    one: list[float],
+    two: list[float],
+    cached: list[float],
+    told: list[dict[str, float]],
+) -> dict[str, Any]:
+    """A row of the results: seconds on one replica, on two, with all pages cached, and what the counters grew by."""
+    moved, moving, parts = ([each[name] for each in told] for name in COUNTERS)
+    speedup, ideal = median_ratio(one, two), blocks / -(-(blocks + 1) // 2)
+    row = {
+        "tokens": length,
+        "way": way,
+        "blocks": blocks,
+        "seconds_on_one": one,
+        "seconds_on_two": two,
+        "seconds_of_parts": parts,
+        "seconds_cached": cached,
+        "speedup": speedup,
+        "ideal": ideal,
+        "of_ideal": speedup / ideal,
+        "bytes_moved": statistics.median(moved),
+        "of_ring_attention": statistics.median(moved) / (length * KV_BYTES),
+        "bytes_per_second": sum(moved) / sum(moving),
+        "transfer_share": statistics.median(a / b for a, b in zip(moving, two, strict=True)),
+    }
+    seconds = predict(measured_prompt(row, KV_BYTES), 2).seconds
+    return row | {"predicted_seconds": seconds, "prediction_error": error(seconds, two)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title="One prompt over two replicas, one core each")
-    for column in (
-        "tokens",
-        "way",
-        "n/B",
-        "one",
-        "two",
-        "speed-up",
-        "ideal",
-        "of ideal",
-        "MB moved",
-        "of ring",
-        "share",
-    ):
+    columns = {
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "way": lambda row: row["way"],
+        "n/B": lambda row: str(row["blocks"]),
+        "one": lambda row: f"{statistics.median(row['seconds_on_one']):.2f}",
+        "two": lambda row: f"{statistics.median(row['seconds_on_two']):.2f}",
+        "predicted": lambda row: f"{row['predicted_seconds']:.2f}",
+        "error": lambda row: f"{row['prediction_error']:+.1%}",
+        "speed-up": lambda row: f"{row['speedup']:.2f}x",
+        "ideal": lambda row: f"{row['ideal']:.2f}x",
+        "MB moved": lambda row: f"{row['bytes_moved'] / 1e6:.0f}",
+        "of ring": lambda row: f"{row['of_ring_attention']:.0%}",
+        "GB/s": lambda row: f"{row['bytes_per_second'] / 1e9:.2f}",
+        "share": lambda row: f"{row['transfer_share']:.1%}",
+    }
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(
-            f"{row['tokens']:,}",
-            row["way"],
-            str(row["blocks"]),
-            f"{statistics.median(row['seconds_on_one']):.2f}",
-            f"{statistics.median(row['seconds_on_two']):.2f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['ideal']:.2f}x",
-            f"{row['of_ideal']:.0%}",
-            f"{row['bytes_moved'] / 1e6:.0f}",
-            f"{row['of_ring_attention']:.0%}",
-            f"{row['transfer_share']:.1%}",
-        )
-    Console().print(table)
+        table.add_row(*(cell(row) for cell in columns.values()))
+    Console(width=132).print(table)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -131,14 +147,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(6, 4.2))
     rows = [row for row in rows if row["way"] == SHARED_MEMORY] or rows
-    lengths = sorted({row["tokens"] for row in rows})
-    width = 0.8 / len(BLOCKS)
-    for index, blocks in enumerate(BLOCKS):
+    lengths, numbers = sorted({row["tokens"] for row in rows}), sorted({row["blocks"] for row in rows})
+    width = 0.8 / len(numbers)
+    for index, blocks in enumerate(numbers):
         of_blocks = {row["tokens"]: row for row in rows if row["blocks"] == blocks}
         there = [place for place, length in enumerate(lengths) if length in of_blocks]
-        if not there:
-            continue
-        places = [place + (index - (len(BLOCKS) - 1) / 2) * width for place in there]
+        places = [place + (index - (len(numbers) - 1) / 2) * width for place in there]
         speedups = [of_blocks[lengths[place]]["speedup"] for place in there]
         bars = axis.bar(places, speedups, width * 0.9, label=f"n/B = {blocks}")
         ideal = next(iter(of_blocks.values()))["ideal"]
@@ -159,21 +173,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="16k tokens, once; writes nothing")
     parser.add_argument("--tcp", action="store_true", help="let pages go over TCP, as between hosts; the plot has none")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
-    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, choices=BLOCKS, help="n/B")
+    parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, metavar="N", help="prompt lengths")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, metavar="K", help="n/B, 3 or more")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if min(args.blocks) < 3:
+        parser.error("--blocks: fewer than 3 blocks are not worth two replicas, so they stay on one")
     end_on_signals()
-    lengths, repeats = (LENGTHS[:1], 1) if args.quick else (args.lengths, args.repeats)
+    lengths, repeats = (LENGTHS[:1], 1) if args.quick else (args.tokens, args.repeats)
     way = "TCP" if args.tcp else SHARED_MEMORY
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if args.tcp:
         os.environ["UCX_TLS"] = "tcp"
     with tempfile.TemporaryDirectory() as folder:
         model = make_random_llama(Path(folder) / "llama", **RANDOM_LLAMA)
-        with serving(model, *OPTIONS, log=Path(folder) / "log", seconds=300) as server:
-            for replicas in (1, 1, 2):  # both are warm
-                first_token(server, list(range(3, 200)) * 20, 8, replicas)
+        options = [*OPTIONS, "--max-model-len", str(max(lengths) + 1024)]
+        print(f"Starting two replicas, pages go over {way}", flush=True)
+        with serving(model, *options, log=Path(folder) / "log", seconds=300) as server:
+            for seed, replicas in enumerate((1, 1, 2, 2)):  # both are warm, and the way between them is open
+                first_token(server, random.Random(seed).choices(range(3, 250), k=4096), 8, replicas)
             for length in lengths:
                 for row in measure(server, length, args.blocks, repeats, way):
                     show([row])

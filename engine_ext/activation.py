@@ -19,6 +19,7 @@ from engine_ext.refusals import CONNECTOR, fleet, refuse_overlap, star_page, sta
 from scheduler.options import OptionError, StarOptions, parse_options
 from scheduler.plan import check_sizes, most_replicas
 from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
+from scheduler.silence import silence_seconds
 
 logger = init_logger("vllm.starling")
 
@@ -103,6 +104,7 @@ def after_engine_config(vllm_config: Any) -> None:
     replicas = fleet(vllm_config)
     most_replicas(config.star, config.star.overlap_size, replicas)
     if replicas.size > 1 and replicas.reason is None:
+        silence_seconds()  # a wrong setting is told now
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR,
             kv_connector_module_path="engine_ext.star_connector",

@@ -94,6 +94,13 @@ def on_engine_config(before: Callable[[Any], None], after: Callable[[Any, Any], 
     wrap(EngineArgs, "create_engine_config", around)
 
 
+def before_async_engine(engine_args: Any) -> bool:
+    """Whether an AsyncLLM, as servers have it, is about to be made from these arguments."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return isinstance(engine_args, AsyncEngineArgs)
+
+
 def on_server_args(callback: Callable[[Any], None]) -> None:
     """Call ``callback(namespace)`` before the OpenAI server makes its engine and app from it.
 

@@ -55,8 +55,8 @@ class WorkerMetrics:
             "starling:computed_tokens", "Tokens that the model ran over, cached and fetched ones left out.", ["replica"]
         )
         self.bytes_moved = Counter("starling:bytes_moved", "Bytes of KV pages fetched from other replicas.")
-        self.move_seconds = Counter("starling:move_seconds", "Seconds that requests waited for these pages.")
-        self.moves_failed = Counter("starling:moves_failed", "Requests that computed such pages after all.")
+        self.move_seconds = Counter("starling:move_seconds", "Seconds that fetching them took, of each rank.")
+        self.moves_failed = Counter("starling:moves_failed", "Fetches that failed, of each rank.")
 
     def pages_moved(self, size: int, seconds: float) -> None:
         self.bytes_moved.inc(size)

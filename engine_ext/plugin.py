@@ -43,21 +43,21 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from engine_ext.activation import after_engine_config
-        from engine_ext.requests import resolve_request
+        from engine_ext.requests import check_early, refuse_beam_search, resolve_request
+        from engine_ext.spreading import spread
 
         after_engine_config(vllm_config)
         compat.on_processed_request(resolve_request)
+        if compat.before_async_engine(engine_args):  # each of several API servers passes here, in its own process
+            compat.on_generate(check_early, spread)
+            compat.on_beam_search(refuse_beam_search)
 
     def server_args(args: object) -> None:
         if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server
             return
         from engine_ext.activation import add_middleware
-        from engine_ext.requests import check_early, refuse_beam_search
-        from engine_ext.spreading import spread
 
         add_middleware(args)
-        compat.on_generate(check_early, spread)
-        compat.on_beam_search(refuse_beam_search)
 
     async def bench_request(*args: Any, **kwargs: Any) -> Any:
         from engine_ext.serving.grpc_bench import request_starling

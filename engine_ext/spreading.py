@@ -8,8 +8,8 @@ request's own id and priority, so that an abort of that id ends them and a look 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -25,6 +25,7 @@ from scheduler.core_utilities import LET_GO, REPLICA_STATE
 from scheduler.page_mover import mismatch
 from scheduler.plan import StarPlan
 from scheduler.share import SHARE_KEY, Part, Pull, Share, Source
+from scheduler.silence import silence_seconds
 from scheduler.spread import Replica, Run, spread_blocks
 
 logger = init_logger("vllm.starling")
@@ -35,11 +36,12 @@ LOOK_SECONDS = 5.0
 FETCH_CHECK_SECONDS = 0.2
 """How often the front looks whether a request has its first tokens, and others may free their pages."""
 
-SILENCE_SECONDS = 30.0
-"""How long it may take to answer; it does so between two steps."""
+LET_GO_SECONDS = 1.0
+"""How long an answer waits until its pages are let go: a silent replica is told so all the same."""
+
+_letting_go: set[asyncio.Task] = set()
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
-_names = itertools.count()
 
 
 def spread(
@@ -77,7 +79,7 @@ class ReplicaSilent(Exception):
     """A replica does not answer: it hangs, or its host can't be reached."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__(f"replica {rank} has not answered for {SILENCE_SECONDS:.0f} s")
+        super().__init__(f"replica {rank} has not answered for {silence_seconds():g} s")
 
 
 def silent_replicas(engine: Any) -> dict[int, asyncio.Future]:
@@ -100,12 +102,12 @@ async def ask_replica(engine: Any, rank: int, name: str, *args: Any) -> Any:
     if rank in silent_replicas(engine):
         raise ReplicaSilent(rank)
     question = asyncio.ensure_future(compat.call_replica(engine, rank, name, *args))
-    asked = time.monotonic()
+    asked, silence = time.monotonic(), silence_seconds()  # it answers between two steps
     while not (await asyncio.wait({question}, timeout=compat.DEATH_CHECK_SECONDS))[0]:
         if engine.errored:
             question.cancel()
             raise engine.dead_error
-        if time.monotonic() - asked > SILENCE_SECONDS:
+        if time.monotonic() - asked > silence:
             silent_replicas(engine)[rank] = question
             raise ReplicaSilent(rank)
     return question.result()
@@ -162,7 +164,10 @@ class SpreadPrompt:
             under_way(self.engine).discard(self.request_id)
             if fetching is not None:
                 fetching.cancel()
-            await asyncio.shield(self._let_go())
+            letting_go = asyncio.create_task(self._let_go())
+            _letting_go.add(letting_go)
+            letting_go.add_done_callback(_letting_go.discard)
+            await asyncio.wait({letting_go}, timeout=LET_GO_SECONDS)
 
     async def _replicas(self) -> dict[int, Replica]:
         """What each replica that answers has of the prompt, and how busy it is, by rank.
@@ -221,7 +226,7 @@ class SpreadPrompt:
 
     async def _run(self, rank: int, start: int, stop: int, plan: list[int] | None) -> Any:
         """Prefill the prompt's tokens up to ``stop`` on a replica, those from ``start`` on to be held there."""
-        name = f"{self.request_id}#{next(_names)}"
+        name = f"{self.request_id}#{uuid.uuid4().hex}"  # another API server may have a request of that id
         self.names.setdefault(rank, []).append(name)
         share = Share(plan, Part(name, start, self.plan.anchor_size))
         params = SamplingParams(

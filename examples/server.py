@@ -27,7 +27,7 @@ class Server:
 
     process: subprocess.Popen
     http: str  # base URL
-    grpc: str  # host:port
+    grpc: str  # host:port, of use where gRPC is served
     model: str
     log: Path
 
@@ -84,21 +84,22 @@ def serving(
     *options: str,
     log: Path,
     port: int = 0,
-    grpc_port: int = 0,
+    grpc_port: int | None = 0,
     seconds: float = 600,
     tell: Callable[[str], object] = lambda message: None,
 ) -> Iterator[Server]:
     """Serve a model on loopback ports while the block runs; both ports are free ones unless given.
 
     Args:
+        grpc_port: None serves no gRPC.
         options: further options of `starling serve`.
         log: file for what the server prints.
         seconds: how long the start may take.
         tell: called with what the server is doing, several times a second while it starts.
     """
-    port, grpc_port = free_port(port), free_port(grpc_port)
-    command = [Path(sys.executable).with_name("starling"), "serve", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--grpc-port", str(grpc_port), *options]
+    port, grpc_port = free_port(port), None if grpc_port is None else free_port(grpc_port)
+    command = [Path(sys.executable).with_name("starling"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += [*([] if grpc_port is None else ["--grpc-port", str(grpc_port)]), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A session of its own: Ctrl-C in the terminal reaches us alone, and we stop the server in order.

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,9 +60,25 @@ class Host:
         """Take this end of the wire down."""
         ip("-n", self.name, "link", "set", self.wire, "down")
 
+    def mend(self) -> None:
+        """Undo `cut`."""
+        ip("-n", self.name, "link", "set", self.wire, "up")
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+    def throttle(self, rate: str | None) -> None:
+        """Let no more than ``rate`` out, in the notation of `tc`: ``3mbit``; None lifts the limit."""
+        shape = "del dev {} root" if rate is None else f"replace dev {{}} root tbf rate {rate} burst 32kb latency 400ms"
+        command = ["tc", "-n", self.name, "qdisc", *shape.format(self.wire).split()]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    def received(self) -> int:
+        """Bytes that have come over the wire so far."""
+        (device,) = json.loads(ip("-n", self.name, "-s", "-j", "link", "show", "dev", self.wire))
+        count: int = device["stats64"]["rx"]["bytes"]
+        return count
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def available() -> bool:
@@ -115,43 +132,41 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 def serving_on_both(
     hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 300
 ) -> Iterator[httpx.Client]:
-    """One server over both hosts; yields a client of it.
-
-    The server listens on a socket in ``folder``, which a client outside of the namespaces reaches; its logs are there.
-    """
+    """One server over both hosts; yields a client of it, which need not be in a namespace. Logs go to ``folder``."""
     here, there = hosts
     starling = Path(sys.executable).with_name("starling")
     both = ["--data-parallel-size", "2", "--data-parallel-size-local", "1"]
     both += ["--data-parallel-address", here.address, "--data-parallel-rpc-port", RPC_PORT, *options]
-    socket = folder / "http.sock"
-    front = [starling, "serve", model, "--uds", str(socket), *both]
-    headless = [starling, "serve", model, "--headless", "--data-parallel-start-rank", "1", *both]
-    processes = [here.popen(front, folder / "here.log"), there.popen(headless, folder / "there.log")]
-    try:
-        with httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=120
-        ) as client:
-            wait_for(client, processes, time.monotonic() + seconds)
-            yield client
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    with tempfile.TemporaryDirectory(prefix="starling-") as place:
+        socket = Path(place) / "http.sock"  # a file of the file system that both share; a path of ours may be too long
+        front = [starling, "serve", model, "--uds", str(socket), *both]
+        headless = [starling, "serve", model, "--headless", "--data-parallel-start-rank", "1", *both]
+        processes = [here.popen(front, folder / "here.log"), there.popen(headless, folder / "there.log")]
+        try:
+            with httpx.Client(
+                transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=120
+            ) as client:
+                wait_for(client, processes, time.monotonic() + seconds, folder)
+                yield client
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: float) -> None:
+def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: float, folder: Path) -> None:
     while time.monotonic() < deadline:
         if any(process.poll() is not None for process in processes):
-            raise RuntimeError("a host's server ended while it started; see its log")
+            raise RuntimeError(f"a host's server ended while it started; see its log in {folder}")
         with contextlib.suppress(httpx.TransportError):
             if client.get("/health").status_code == 200:
                 return
         time.sleep(0.5)
-    raise RuntimeError("the server did not answer in time; see the logs")
+    raise RuntimeError(f"the server did not answer in time; see the logs in {folder}")
 
 
 def counts(client: httpx.Client) -> dict[str, float]:
@@ -168,8 +183,10 @@ def main() -> int:
     folder = ROOT / "benchmarks" / "out" / "hosts"
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--enforce-eager", "--max-num-batched-tokens", "1024"]
-    print(f"Starting one server over two hosts; logs in {folder}", flush=True)
+    print(f"Starting one server over two hosts, which takes a minute or so; logs in {folder}", flush=True)
+    began = time.monotonic()
     with two_hosts() as hosts, serving_on_both(hosts, MODEL, *options, folder=folder) as client:
+        print(f"Both hosts are there after {time.monotonic() - began:.0f} s", flush=True)
         for replicas in (1, 2):
             prompt = (
                 f"Report {replicas}. "
@@ -183,7 +200,8 @@ def main() -> int:
             response.raise_for_status()
             text, plan = response.json()["choices"][0]["text"], json.loads(response.headers["x-starling-plan"])
             seconds = time.monotonic() - started
-            print(f"{plan['prompt_tokens']} tokens over {plan['replicas']} host(s): {seconds:.1f} s, answer {text!r}")
+            over = "1 host" if plan["replicas"] == 1 else f"{plan['replicas']} hosts"
+            print(f"{plan['prompt_tokens']:,} tokens over {over}: {seconds:.1f} s, answer {text!r}", flush=True)
         told = counts(client)
         moved = told["starling:bytes_moved_total"] / 1e6
         blocks = [int(told[f'starling:spread_blocks_total{{replica="{rank}"}}']) for rank in (0, 1)]

@@ -1,7 +1,9 @@
 """Moves whole KV pages between engine processes with NIXL, the library vLLM itself uses: shared memory on one host,
 TCP or RDMA between hosts, as UCX finds.
 
-A page here is the scheduler's: a kernel may cut it into several of its own, which lie one after the other.
+A page here is the scheduler's: a kernel may cut it into several of its own, which lie one after the other. NIXL says of
+a transfer when it is done, not how far it is, and a prompt's pages may be 100 GB on a slow wire: they are read in waves
+of some seconds each, so that a wire that is slow can be told from one that is cut.
 """
 
 from __future__ import annotations
@@ -9,29 +11,53 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from scheduler.silence import silence_seconds
+
 logger = init_logger("vllm.starling")
 
 PROGRESS_MICROSECONDS = 1000
 
-SECONDS_WITHOUT_END = 30.0
-"""After so long without an end a transfer is given up: over TCP a link that is cut may never report it."""
+FIRST_WAVE_BYTES = 64 * 2**20
+WAVE_SECONDS = 2.0
+"""How long later waves are meant to take: longer than an engine's step, at whose end the next one begins."""
+
+MOST_GROWTH = 8
 
 
 class MoveError(Exception):
     """Pages can't be moved; says why."""
 
 
+@dataclass
+class Read:
+    """Pages of one source: those that have come, a wave under way, and the rest."""
+
+    address: dict[str, Any]
+    theirs: Sequence[int]
+    ours: Sequence[int]
+    wave: int  # pages
+    begun: int = 0  # pages that have come, or are under way
+    handle: Any = None
+    started: float = 0.0
+
+    @property
+    def name(self) -> str:
+        name: str = self.address["name"]
+        return name
+
+
 class Move:
     """Reads under way for one request, one for each source."""
 
     def __init__(self) -> None:
-        self.reads: list[tuple[str, Any]] = []  # agent name, NIXL handle
+        self.reads: list[Read] = []
         self.bytes = 0
         self.started = time.monotonic()
 
@@ -69,6 +95,7 @@ class PageMover:
         ]
         self.registered = self.agent.register_memory(regions, self.memory)
         self.peers: dict[str, str] = {}
+        self.silence = silence_seconds()
 
     def address(self) -> dict[str, Any]:
         """What another worker needs to read these pages; msgpack takes it."""
@@ -89,47 +116,60 @@ class PageMover:
         reason = mismatch(self.layout, address["layout"])
         if reason is not None:
             raise MoveError(reason)
-        name = address["name"]
-        try:
-            if name not in self.peers:
-                self.peers[name] = self.agent.add_remote_agent(address["metadata"])
-            local, remote = self._descriptors(address, theirs, ours)
-            handle = self.agent.initialize_xfer("READ", local, remote, name)
-            move.reads.append((name, handle))
-            move.bytes += len(ours) * int(self.strides.sum())
-            if self.agent.transfer(handle) == "ERR":
-                raise MoveError(f"NIXL refused to read from {name}")
-        except MoveError:
-            raise
-        except Exception as error:  # NIXL's own exceptions have no common class
-            raise MoveError(f"NIXL can't read from {name}: {error!r}") from error
+        page_bytes = int(self.strides.sum())
+        read = Read(address, theirs, ours, max(FIRST_WAVE_BYTES // page_bytes, 1))
+        move.reads.append(read)
+        move.bytes += len(ours) * page_bytes
+        self._begin_wave(read)
 
     def done(self, move: Move) -> bool:
-        """Whether all of it has arrived (raises MoveError: it never will)."""
-        for name, handle in list(move.reads):
+        """Whether all of it has arrived, the next waves begun where it has not (raises MoveError: it never will)."""
+        for read in list(move.reads):
             try:
-                state = self.agent.check_xfer_state(handle)
+                state = self.agent.check_xfer_state(read.handle)
             except Exception as error:
-                raise MoveError(f"reading from {name} failed: {error!r}") from error
+                raise MoveError(f"reading from {read.name} failed: {error!r}") from error
             if state == "ERR":
-                raise MoveError(f"reading from {name} failed")
+                raise MoveError(f"reading from {read.name} failed")
+            seconds = time.monotonic() - read.started
             if state == "DONE":
-                self.agent.release_xfer_handle(handle)
-                move.reads.remove((name, handle))
-        if move.reads and move.seconds > SECONDS_WITHOUT_END:
-            names = ", ".join(name for name, _ in move.reads)
-            raise MoveError(f"reading from {names} took more than {SECONDS_WITHOUT_END:.0f} s")
+                self.agent.release_xfer_handle(read.handle)
+                read.handle = None
+                if read.begun == len(read.ours):
+                    move.reads.remove(read)
+                else:
+                    read.wave = next_wave(read.wave, seconds)
+                    self._begin_wave(read)
+            elif seconds > self.silence:  # over TCP a link that is cut may never report it
+                raise MoveError(f"nothing has come from {read.name} for {self.silence:g} s")
         return not move.reads
+
+    def _begin_wave(self, read: Read) -> None:
+        """Ask for the next pages (raises MoveError: they can't be had)."""
+        begin, read.begun = read.begun, min(read.begun + read.wave, len(read.ours))
+        read.started = time.monotonic()
+        try:
+            if read.name not in self.peers:
+                self.peers[read.name] = self.agent.add_remote_agent(read.address["metadata"])
+            theirs, ours = read.theirs[begin : read.begun], read.ours[begin : read.begun]
+            local, remote = self._descriptors(read.address, theirs, ours)
+            read.handle = self.agent.initialize_xfer("READ", local, remote, read.name)
+            state = self.agent.transfer(read.handle)
+        except Exception as error:  # NIXL's own exceptions have no common class
+            raise MoveError(f"NIXL can't read from {read.name}: {error!r}") from error
+        if state == "ERR":
+            raise MoveError(f"NIXL refused to read from {read.name}")
 
     def give_up(self, move: Move) -> None:
         """Cut the connections of a failed move, so that nothing arrives late in pages that have gone to others."""
-        for name, handle in move.reads:
+        for read in move.reads:
             try:
-                self.agent.release_xfer_handle(handle)
-                if self.peers.pop(name, None) is not None:
-                    self.agent.remove_remote_agent(name)
+                if read.handle is not None:
+                    self.agent.release_xfer_handle(read.handle)
+                if self.peers.pop(read.name, None) is not None:
+                    self.agent.remove_remote_agent(read.name)
             except Exception:
-                logger.exception("the connection to %s can't be closed", name)
+                logger.exception("the connection to %s can't be closed", read.name)
         move.reads.clear()
 
     def close(self) -> None:
@@ -168,6 +208,11 @@ def make_agent(name: str) -> Any:
         return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
     finally:
         binding.nixlAgent = original
+
+
+def next_wave(pages: int, seconds: float) -> int:
+    """As many pages as come in WAVE_SECONDS, at the rate of the wave before."""
+    return max(round(pages * WAVE_SECONDS / max(seconds, WAVE_SECONDS / MOST_GROWTH)), 1)
 
 
 def page_bytes(cache: torch.Tensor, num_pages: int) -> int:

@@ -29,6 +29,7 @@ PAGE, TOKENS = 32, 6
 TOLERANCE = 1e-5
 BESIDE_OTHERS = 5e-5  # in float32 the rows of a batch change one another's last bits, with plain vLLM too
 REPLICAS = 3
+SILENCE_SECONDS = 10
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def server(tmp_path_factory):
     options += ["--data-parallel-size", str(REPLICAS), "--num-gpu-blocks-override", "800", "--max-logprobs", "5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # there may be fewer cores than replicas
-        patch.setenv(
-            "TORCHDYNAMO_DISABLE", "1"
-        )  # vLLM compiles the ranks of logprobs at their first use: 13 s a replica
+        # vLLM compiles the ranks of logprobs at their first use: 13 s a replica.
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        patch.setenv("STARLING_SILENCE_SECONDS", str(SILENCE_SECONDS))
         with serving(make_tiny_llama(folder / "tiny"), *options, log=folder / "log", seconds=300) as server:
             yield server
 
@@ -60,7 +61,11 @@ def ask(server, prompt, star=None, **more):
     data = json.dumps(body(server, prompt, star, **more)).encode()
     request = urllib.request.Request(f"{server.http}/v1/completions", data, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
-        plan, choice = json.loads(response.headers["x-starling-plan"]), json.loads(response.read())["choices"][0]
+        return answer_of(response)
+
+
+def answer_of(response):
+    plan, choice = json.loads(response.headers["x-starling-plan"]), json.loads(response.read())["choices"][0]
     return choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], plan
 
 
@@ -71,10 +76,10 @@ def metrics(server, name: str) -> dict[str, float]:
     return {labels.removeprefix(name): float(value) for labels, value in lines if labels.split("{")[0] == name}
 
 
-def computed(server) -> list[int]:
+def computed(server, replicas: int = REPLICAS) -> list[int]:
     """Tokens that each replica has computed so far."""
     counts = metrics(server, "starling:computed_tokens_total")
-    return [int(counts[f'{{replica="{replica}"}}']) for replica in range(REPLICAS)]
+    return [int(counts[f'{{replica="{replica}"}}']) for replica in range(replicas)]
 
 
 def expected(length: int, star: dict, states: list[Replica]) -> list[int]:
@@ -83,7 +88,7 @@ def expected(length: int, star: dict, states: list[Replica]) -> list[int]:
     blocks = -(-(length - star["star_query_tokens"]) // block)
     runs = spread_blocks(blocks, 1.0, states, star["star_replicas"])
     assert len(runs) > 1
-    tokens = [0] * REPLICAS
+    tokens = [0] * len(states)
     for run in runs:
         state = states[run.replica]
         for index in range(run.first, run.stop):
@@ -279,14 +284,44 @@ def pages_used(server) -> list[float]:
     return list(metrics(server, "vllm:kv_cache_usage_perc").values())
 
 
+def descendant(pid: int, title: str) -> psutil.Process:
+    """The one with this in its title."""
+    (process,) = (
+        process
+        for process in psutil.Process(pid).children(recursive=True)
+        if title in " ".join(process.cmdline()) or title in process.name()
+    )
+    return process
+
+
+def test_a_replica_that_stalls_at_its_part_costs_time_and_no_answer(server):
+    """Its worker is stopped, so that it takes its part and does not end it; once it goes on it gets parts again."""
+    prompt, star = random_prompt(79, 2088), options(3)
+    alone = on_one(server, prompt, star)
+    before = metrics(server, "starling:spread_blocks_total")
+    worker = descendant(descendant(server.process.pid, "EngineCore_DP1").pid, "Worker")
+    worker.suspend()
+    try:
+        started = time.monotonic()
+        assert_same(ask(server, prompt, star), alone)
+        assert SILENCE_SECONDS <= time.monotonic() - started < SILENCE_SECONDS + 20
+        assert metrics(server, "starling:spread_blocks_total") == before
+        started = time.monotonic()
+        ask(server, random_prompt(78, 2088), star)
+        assert time.monotonic() - started < SILENCE_SECONDS, "the question it has left open is not asked again"
+    finally:
+        worker.resume()
+    assert until(lambda: not any(pages_used(server)), 20)
+    earlier, again = computed(server), random_prompt(77, 2088)
+    answer = ask(server, again, star)
+    work = [after - count for after, count in zip(computed(server), earlier, strict=True)]
+    assert work == expected(2088, star, [Replica()] * REPLICAS)
+    assert_same(answer, on_one(server, again, star))
+
+
 def test_a_killed_replica_in_the_middle_of_a_prefill_is_told_at_once(server):
     """The last test: vLLM's data parallelism does not outlive a replica, and says so."""
-    (victim,) = (
-        process
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        if "EngineCore_DP1" in " ".join(process.cmdline()) or "EngineCore_DP1" in process.name()
-    )
-    before = computed(server)
+    victim, before = descendant(server.process.pid, "EngineCore_DP1"), computed(server)
     with ExitStack() as stack:  # several, for what was computed is told late: one prompt could be done by then
         connections = [stack.enter_context(closing(begin(server, seed))) for seed in range(80, 84)]
         assert until(lambda: computed(server)[1] > before[1], 20)

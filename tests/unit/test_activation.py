@@ -244,6 +244,13 @@ def test_models_whose_blocks_depend_on_one_another_stay_on_one_replica(layer_typ
     assert named in fleet(fake_config(**FULL | model)).reason
 
 
+def test_a_wrong_limit_for_silent_replicas_is_refused_at_the_start(model, monkeypatch):
+    monkeypatch.setenv("STARLING_SILENCE_SECONDS", "soon")
+    engine_config(model, additional_config={"starling": {}})
+    with pytest.raises(ValueError, match="STARLING_SILENCE_SECONDS='soon' is refused"):
+        engine_config(model, additional_config={"starling": {}}, data_parallel_size=2)
+
+
 def test_an_engine_of_several_replicas_gets_our_connector_where_prompts_can_be_spread(model):
     several = engine_config(model, additional_config={"starling": {}}, data_parallel_size=2)
     assert several.kv_transfer_config.kv_connector == "StarConnector"

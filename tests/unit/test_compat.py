@@ -109,6 +109,22 @@ def test_the_names_we_hook_are_there():
         ]
 
 
+@pytest.mark.parametrize(("kind", "hooked"), [("AsyncEngineArgs", True), ("EngineArgs", False)])
+def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch):
+    """One of several API servers is a process of its own, which gets arguments that another one has parsed."""
+    from vllm.engine import arg_utils
+
+    callbacks, hooks = {}, []
+    monkeypatch.setattr(compat, "on_engine_config", lambda before, after: callbacks.update(after=after))
+    monkeypatch.setattr(compat, "on_server_args", lambda callback: None)
+    monkeypatch.setattr(compat, "on_processed_request", lambda callback: None)
+    monkeypatch.setattr(compat, "on_generate", lambda check, spread: hooks.append(spread.__name__))
+    monkeypatch.setattr(compat, "on_beam_search", lambda callback: hooks.append(callback.__name__))
+    plugin._hook_in()
+    callbacks["after"](object.__new__(getattr(arg_utils, kind)), SimpleNamespace(additional_config={}))
+    assert hooks == (["spread", "refuse_beam_search"] if hooked else [])
+
+
 @pytest.mark.parametrize("shim", ["on_generate", "on_beam_search"])
 def test_each_shim_is_still_needed(shim):
     """Fails when vLLM does by itself what the shim is for: then the shim can go."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from scheduler.page_mover import Move, MoveError, PageMover, consecutive, mismatch, page_bytes
+from scheduler import page_mover
+from scheduler.page_mover import Move, MoveError, PageMover, Read, consecutive, mismatch, next_wave, page_bytes
 
 PAGES = 8
 LAYOUT = {"dtype": "float32", "page_tokens": 32}
@@ -75,13 +77,32 @@ def test_a_peer_that_is_not_there_is_an_error(pair):
         mover.read(Move(), other.address() | {"name": "nobody", "metadata": b"no metadata"}, [0], [0])
 
 
-def test_a_move_without_end_is_given_up_and_the_peer_can_be_read_again(pair, monkeypatch):
+class Clock:
+    """Time that stands still until told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(page_mover, "time", made)
+    return made
+
+
+def test_a_source_that_falls_silent_is_given_up_and_can_be_read_again(pair, clock, monkeypatch):
     ours, theirs, mover, other = pair
     move = Move()
     mover.read(move, other.address(), [0], [0])
     monkeypatch.setattr(mover.agent, "check_xfer_state", lambda handle: "PROC")
-    move.started -= 60
-    with pytest.raises(MoveError, match="took more than 30 s"):
+    clock.now += 29
+    assert not mover.done(move)
+    clock.now += 2
+    with pytest.raises(MoveError, match="nothing has come from theirs for 30 s"):
         mover.done(move)
     mover.give_up(move)
     assert not move.reads
@@ -90,6 +111,59 @@ def test_a_move_without_end_is_given_up_and_the_peer_can_be_read_again(pair, mon
     mover.read(again, other.address(), [5], [6])
     wait(mover, again)
     assert torch.equal(ours["layer.1"].view(PAGES, -1)[6], theirs["layer.1"].view(PAGES, -1)[5])
+
+
+def test_a_slow_transfer_that_goes_on_is_none_without_end(pair, clock, monkeypatch):
+    """Eight pages at 25 s each: 200 s in all, and every one of them is there at the end."""
+    ours, theirs, mover, other = pair
+    monkeypatch.setattr(page_mover, "FIRST_WAVE_BYTES", 1)  # a page at a time
+    finished, slow = mover.agent.check_xfer_state, True
+    monkeypatch.setattr(mover.agent, "check_xfer_state", lambda handle: "PROC" if slow else finished(handle))
+    move = Move()
+    mover.read(move, other.address(), range(PAGES), range(PAGES))
+    for page in range(PAGES):
+        (read,), slow = move.reads, True
+        clock.now += 25
+        assert not mover.done(move) and read.begun == page + 1
+        slow = False
+        deadline = time.monotonic() + 20
+        while not mover.done(move) and read.begun == page + 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert not move.reads and move.seconds == 200
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_of_two_sources_the_silent_one_is_found(clock):
+    """The other's pages are no sign of life of it."""
+    mover = object.__new__(PageMover)
+    mover.agent = SimpleNamespace(
+        check_xfer_state=lambda handle: "DONE" if handle == "talks" else "PROC",
+        release_xfer_handle=lambda handle: None,
+        initialize_xfer=lambda kind, local, remote, name: name,
+        transfer=lambda handle: "PROC",
+    )
+    mover.peers, mover.silence = {"talks": "talks", "silent": "silent"}, 30.0
+    mover._descriptors = lambda *_: (None, None)
+    move = Move()
+    for name in mover.peers:
+        read = Read({"name": name}, range(1000), range(1000), 1)
+        move.reads.append(read)
+        mover._begin_wave(read)
+    with pytest.raises(MoveError, match="from silent"):
+        for _ in range(40):
+            clock.now += 1
+            mover.done(move)
+    assert clock.now == 1031
+
+
+@pytest.mark.parametrize(
+    ("pages", "seconds", "then"),
+    [(100, 2.0, 100), (100, 4.0, 50), (100, 1.0, 200), (100, 0.001, 800), (1, 25.0, 1)],
+    ids=["as meant", "slow", "fast", "no more than eight times", "a page at least"],
+)
+def test_a_wave_has_the_pages_that_come_in_two_seconds(pages, seconds, then):
+    assert next_wave(pages, seconds) == then
 
 
 def test_runs_of_pages_are_merged_where_both_sides_go_on():

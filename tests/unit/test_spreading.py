@@ -221,7 +221,7 @@ def test_an_abort_by_id_is_the_requests_end(engine):
 def test_a_silent_replicas_part_is_computed_by_another(engine, monkeypatch):
     """Its part does not end and it answers nothing: the whole prompt goes to one that does, and so does the next."""
     monkeypatch.setattr(spreading, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(spreading, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setenv("STARLING_SILENCE_SECONDS", "0.05")
     monkeypatch.setattr(spreading.compat, "DEATH_CHECK_SECONDS", 0.01)
     answering, running = engine.call_replica, engine.run_unseen
     cut = asyncio.Event()
@@ -247,6 +247,31 @@ def test_a_silent_replicas_part_is_computed_by_another(engine, monkeypatch):
     assert [keywords["data_parallel_rank"] for _, _, keywords in engine.generated] == [1, 1]
     assert all(SHARE_KEY not in (params.extra_args or {}) for params, _, _ in engine.generated)
     assert not engine.held
+
+
+def test_an_answer_does_not_wait_for_a_replica_that_is_silent_at_its_end(engine, monkeypatch):
+    """Its host is cut off after its part: it is told to let go once it hears again."""
+    monkeypatch.setattr(spreading, "LET_GO_SECONDS", 0.01)
+    monkeypatch.setattr(spreading.compat, "DEATH_CHECK_SECONDS", 0.01)
+    answering = engine.call_replica
+
+    async def ended_while_silent():
+        mended = asyncio.Event()
+
+        async def call_replica(engine, rank, name, *args):
+            if rank == 1 and name == spreading.LET_GO:
+                await mended.wait()
+            return await answering(engine, rank, name, *args)
+
+        engine.call_replica = call_replica
+        outputs = await asyncio.wait_for(run(engine), 5)
+        held = set(engine.held)
+        mended.set()
+        await asyncio.gather(*spreading._letting_go)
+        return outputs, held
+
+    outputs, held = asyncio.run(ended_while_silent())
+    assert len(outputs) == 1 and held and not engine.held
 
 
 def test_a_full_server_refuses_before_anything_is_computed(engine):

@@ -40,7 +40,7 @@ def test_options_are_replaced_by_the_plan_and_others_kept():
     mine = {"theirs": 7} | STAR
     request = processed(mine)
     resolve_request(processor(ON), request)
-    assert request.sampling_params.extra_args == {"theirs": 7, PLAN_KEY: [64, 64, 0, 150, 300, 1]}
+    assert request.sampling_params.extra_args == {"theirs": 7, PLAN_KEY: [64, 64, 0, 150, 300, 1, False]}
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
 
 
@@ -112,7 +112,7 @@ def test_sizes_of_attamba_are_pages_of_chunk_states_and_have_no_overlap(options,
 def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_keys():
     front, request = processor(ON, **ATTAMBA), processed({"star": "on", "star_num_blocks": 3}, length=1000)
     resolve_request(front, request)
-    assert request.sampling_params.extra_args == {PLAN_KEY: [384, 384, 0, 500, 1000, 1]}
+    assert request.sampling_params.extra_args == {PLAN_KEY: [384, 384, 0, 500, 1000, 1, False]}
     resolver = star_requests(front)
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
         told = resolver.describe(plan, 1000)

@@ -30,7 +30,7 @@ class FakeEngine:
     """Replicas that prefill what they are asked to, as the tests want it."""
 
     def __init__(self, states: list[dict] | None = None) -> None:
-        idle = {"cached": [], "has_anchor": False, "queued_tokens": 0, "layout": LAYOUT}
+        idle = {"cached": [], "has_anchor": False, "queued_tokens": 0, "layout": LAYOUT, "pages": 100}
         self.states = [idle | state for state in states or [{}, {}]]
         self.ran: list[tuple[int, int, int]] = []  # (replica, first token, last token + 1)
         self.let_go: list[tuple[int, list[str]]] = []
@@ -57,7 +57,7 @@ class FakeEngine:
         return SimpleNamespace(request_id=request_id, prompt=prompt, params=params, **keywords)
 
     def found(self, share) -> dict:
-        return {"start": share.task.start, "pages": [9] * 2, "addresses": [{}]}
+        return {"name": share.task.name, "start": share.task.start, "pages": [9] * 2, "addresses": [{}]}
 
     async def call_replica(self, engine, rank, name, *args):
         if name == spreading.LET_GO:

@@ -128,7 +128,7 @@ def after_engine_config(vllm_config: Any) -> None:
 
 def most_shards(star: StarOptions, replicas: Fleet) -> int:
     """Over how many replicas the KV of a prompt may be shared out by default; 1: not at all."""
-    if star.shards == "off" or star.mode == "off":
+    if star.shards == "off":
         return 1
     return replicas.size if star.replicas == "auto" else star.replicas
 

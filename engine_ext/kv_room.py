@@ -34,13 +34,19 @@ class KVRoom:
     def of_runs(self, runs: Sequence[Run], params: Any) -> dict[int, int]:
         """Pages that a prompt split like this takes on each replica, at most all that there are.
 
-        The first one's replica also holds the query, and the output of each choice.
+        The first one's replica also holds the query, and the output of each choice. Where it fetches the others' pages
+        it holds these too, and what it generates then holds up nobody.
         """
-        wanted = {}
+        size, end, wanted = self.plan.block_size, self.plan.context_end, {}
         for number, run in enumerate(runs):
-            start, stop = run.first * self.plan.block_size, min(run.stop * self.plan.block_size, self.plan.context_end)
-            beside = self.plan.anchor_size // self.page if number else params.n * self._tail(params.max_tokens)
-            wanted[run.replica] = min(-(-(stop - start) // self.page) + beside, self.pages[run.replica])
+            here = min(run.stop * size, end) - run.first * size
+            if number:
+                beside = self.plan.anchor_size // self.page
+            elif self.plan.shards:
+                beside = params.n * self._tail(params.max_tokens)
+            else:
+                here, beside = end, self._tail(0)
+            wanted[run.replica] = min(-(-here // self.page) + beside, self.pages[run.replica])
         return wanted
 
     def _tail(self, output_tokens: int | None) -> int:
@@ -68,25 +74,43 @@ def enough_replicas(plan: StarPlan, page: int, pages: int, most: int) -> StarPla
 
 
 class Rooms:
-    """Which pages prompts have been promised. Each takes all it needs at once, and first comes first served: so no two
-    of them wait for what the other one holds."""
+    """Which pages prompts over several replicas have been promised, while they hold some and wait for others.
+
+    With shards they do so to their end, and two could wait for what the other one holds. So each takes all it needs at
+    once, and first comes first served. Those that fetch pages let go soon: among themselves they are not held up.
+    """
 
     def __init__(self) -> None:
         self.taken: Counter[int] = Counter()
+        self.shards = 0
         self.changed = asyncio.Event()
         self.turn = asyncio.Lock()
 
-    async def take(self, wanted: Mapping[int, int], pages: Mapping[int, int]) -> None:
+    async def take(self, wanted: Mapping[int, int], pages: Mapping[int, int], shards: bool) -> Promise:
         """Wait until each replica has so many pages that are promised to nobody."""
         async with self.turn:
-            while any(self.taken[replica] + count > pages[replica] for replica, count in wanted.items()):
+            while (shards or self.shards) and any(self.taken[at] + count > pages[at] for at, count in wanted.items()):
                 self.changed.clear()
                 await self.changed.wait()
             self.taken.update(wanted)
+            self.shards += shards
+        return Promise(self, wanted, shards)
 
-    def give(self, taken: Mapping[int, int]) -> None:
-        self.taken.subtract(taken)
-        self.changed.set()
+
+@dataclass
+class Promise:
+    """Pages that a prompt may use, by replica."""
+
+    rooms: Rooms
+    pages: Mapping[int, int]
+    shards: bool
+
+    def give_back(self) -> None:
+        """They are free again; a second time does nothing."""
+        self.rooms.taken.subtract(self.pages)
+        self.rooms.shards -= self.shards
+        self.pages, self.shards = {}, False
+        self.rooms.changed.set()
 
 
 def rooms(engine: Any) -> Rooms:

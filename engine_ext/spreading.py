@@ -23,7 +23,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from engine_ext import compat
-from engine_ext.kv_room import KVRoom, rooms
+from engine_ext.kv_room import KVRoom, Promise, rooms
 from engine_ext.metrics import front_metrics
 from engine_ext.requests import star_requests
 from scheduler.core_utilities import LET_GO, OPEN_SHARD, REPLICA_STATE
@@ -157,7 +157,7 @@ class SpreadPrompt:
         self.names: dict[int, list[str]] = {}
         self.home: int | None = None
         self.pages: dict[int, int] = {}
-        self.memory: dict[int, int] = {}
+        self.promise: Promise | None = None
 
     async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
         """Prefill the parts, then yield what the whole request yields on the replica of the first one."""
@@ -171,11 +171,9 @@ class SpreadPrompt:
             split = spread_blocks(self.plan.num_star_blocks, self.anchor_work, states, self.plan.replicas)
             runs = [replace(run, replica=ranks[run.replica]) for run in split]
             rank, task = runs[0].replica, None
-            if self.plan.shards:
-                memory = self.room.of_runs(runs, params)
-                await rooms(self.engine).take(memory, self.pages)
-                self.memory = memory
             if len(runs) > 1:
+                wanted = self.room.of_runs(runs, params)
+                self.promise = await rooms(self.engine).take(wanted, self.pages, self.plan.shards)
                 try:
                     ended = await self._prefill(runs, replicas)
                 except ReplicaSilent as silent:
@@ -344,13 +342,13 @@ class SpreadPrompt:
     async def _let_go(self) -> None:
         """Free what replicas hold for this prompt; a dead engine holds nothing."""
         names, self.names = self.names, {}
-        memory, self.memory = self.memory, {}
         if names and not self.engine.errored:
             if self.home is not None:
                 # Answered between two steps, after the abort that was sent before: nothing attends to the pages then.
                 await self._let_go_of({self.home: []})
             await self._let_go_of(names)
-        rooms(self.engine).give(memory)
+        if self.promise is not None:
+            self.promise.give_back()
 
     async def _let_go_of(self, names: Mapping[int, list[str]]) -> None:
         calls = (ask_replica(self.engine, rank, LET_GO, of_rank, in_any_case=True) for rank, of_rank in names.items())

@@ -23,6 +23,8 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from attention_backends.kernels.contract import CPU_ISAS
+from attention_backends.kernels.cpu_impl import CpuImpl, reason_against
 from attention_backends.star.shards import Ask
 from engine_ext import compat
 from engine_ext.metrics import worker_metrics
@@ -177,8 +179,16 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
     def open_shard(self, name: str, pages: list[int]) -> dict[str, Any]:
         """Let other replicas attend over these pages; returns where they ask."""
         if self.holder is None:
+            self._check_layers()
             self.holder = ShardHolder(self._shard_name("holder"), self.caches)
         return self.holder.open(name, pages)
+
+    def _check_layers(self) -> None:
+        """What engine_ext/refusals.py knows from the configuration, of the layers that were made (RuntimeError)."""
+        for name in self.caches:
+            layer = self.vllm_config.compilation_config.static_forward_context[name]
+            if not isinstance(layer.impl, CpuImpl) or layer.isa not in CPU_ISAS or reason_against(layer.impl):
+                raise RuntimeError(f"the KV of layer {name} can't be attended to from elsewhere")
 
     def close_shards(self, names: list[str]) -> None:
         if self.holder is not None:

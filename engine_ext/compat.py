@@ -337,6 +337,11 @@ def kv_connector() -> Any:
     return get_kv_transfer_group()
 
 
+def api_servers(vllm_config: Any) -> int:
+    """How many API servers stand before the engines. Goes with a public field."""
+    return vllm_config.parallel_config._api_process_count
+
+
 def cpu_attention_isa(vllm_config: Any) -> str:
     """For which instruction set vLLM's CPU backend lays out its pages; known before a layer is made.
 

@@ -138,6 +138,10 @@ SHARD_RULES: Rules = (
     ),
     (_unknown_isa, "on this processor vLLM stores keys in an order that Starling's CPU attention does not read"),
     (
+        lambda c: compat.api_servers(c) > 1,
+        "each of several API servers (--api-server-count) would promise prompts the same KV memory",
+    ),
+    (
         lambda c: c.scheduler_config.async_scheduling,
         "async scheduling: a step begins before it is known whether the last one had all its replicas' answers",
     ),

@@ -1,9 +1,10 @@
 """Messages between engine processes over NIXL's notifications: shared memory on one host, TCP or RDMA between hosts.
 
 A notification needs no registered memory, so an answer that comes after its asker has given up lands nowhere. Past one
-fragment of UCX's they slow down (a megabyte in one takes seven times as long as in frames of 16 KiB), so messages are
-cut into frames. Nothing runs by itself: whoever waits for a message drives the transport by asking for it. With NIXL's
-own thread a message waits for that one's next round, on both sides.
+fragment of UCX's they slow down (a megabyte in one takes several times as long as in frames of 16 KiB), so messages
+are cut into frames. Nothing runs by itself: whoever waits for a message drives the transport by asking for it, while
+with NIXL's own thread it waits for that one's next round, on both sides. Sending needs no further driving: measured,
+4 MiB have gone out when ``send`` returns.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def fake_config(**changes):
         device_config=SimpleNamespace(device_type="cuda"),
     )
     for name, value in changes.items():
-        owner, _, attribute = name.rpartition("__")
+        owner, _, attribute = name.partition("__") if "__" in name else ("", "", name)
         setattr(getattr(config, owner) if owner else config, attribute, value)
     return config
 
@@ -263,6 +263,7 @@ CPU = FULL | {
     "cache_config__cache_dtype": "auto",
     "cache_config__block_size": 128,
     "scheduler_config__async_scheduling": False,
+    "parallel_config___api_process_count": 1,
     "model_config__dtype": torch.float32,
     "model_config__get_head_size": lambda: 64,
     "additional_config": {"starling": {}},
@@ -274,6 +275,7 @@ WITHOUT_SHARDS = {
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
     "head sizes": {"model_config__get_head_size": lambda: 80 + 8},
     "(amx)": {"model_config__dtype": torch.bfloat16},
+    "--api-server-count": {"parallel_config___api_process_count": 2},
     "async scheduling": {"scheduler_config__async_scheduling": True},
 }
 

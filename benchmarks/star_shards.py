@@ -1,16 +1,15 @@
 """Fetching a prompt's KV against leaving it where it was made: `python -m benchmarks.star_shards`.
 
 One `starling serve` with two data-parallel replicas, each on a core of its own. Each repetition sends one new random
-prompt to both with `star_shards` off, and another one with it on: seconds to the first token, seconds a token after it,
-the pages that the replica which runs the query uses meanwhile, and the bytes that go between the two, before the first
-token and for each one after it. Writes results/star_shards.json and .png; what was measured before and is not now keeps
-its figures. Needs two cores to itself; a minute or two for the default of 16k tokens.
+prompt to both with `star_shards` off, and another one with it on: seconds to the first token, and seconds a token after
+it. Once before, what it takes: the share of its KV cache that the replica which runs the query uses, and the bytes that
+go between the two, before the first token and for each one after it. Writes results/star_shards.json and .png; what was
+measured before and is not now keeps its figures. Needs two cores to itself; two minutes for the default of 16k tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,41 +54,48 @@ def bytes_between(server: Server) -> float:
     return sum(value for name, value in metrics(server) if name.startswith(BYTES))
 
 
-def ask(server: Server, ids: list[int], way: str) -> dict[str, float]:
-    """One streamed completion."""
+def stream(server: Server, ids: list[int], way: str) -> Iterator[float]:
+    """Seconds until each event of one streamed completion, each of which has a token or more."""
     star = {"star": "on", "star_num_blocks": BLOCKS, "star_query_tokens": QUERY_TOKENS, "star_replicas": 2}
     body = {"model": server.model, "prompt": ids, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     data = json.dumps(body | {"stream": True, "vllm_xargs": star | {"star_shards": WAYS[way]}}).encode()
     request = urllib.request.Request(f"{server.http}/v1/completions", data, {"content-type": "application/json"})
-    before, started, times, usage, at_first = bytes_between(server), time.perf_counter(), [], 0.0, 0.0
+    started = time.perf_counter()
     with urllib.request.urlopen(request, timeout=600) as response:
         for line in response:
             if line.startswith(b"data: {"):
-                times.append(time.perf_counter() - started)
-                if len(times) == 1:
-                    at_first = bytes_between(server)
-                elif len(times) == TOKENS // 2:
-                    usage = max(value for name, value in metrics(server) if name.startswith(USAGE))
-    return {
-        "first_token": times[0],
-        "per_token": statistics.median(late - early for early, late in itertools.pairwise(times)),
-        "kv_cache_usage": usage,
-        "bytes_before_first": at_first - before,
-        "bytes_per_token": (bytes_between(server) - at_first) / (len(times) - 1),
-    }
+                yield time.perf_counter() - started
+
+
+def times(server: Server, ids: list[int], way: str) -> dict[str, float]:
+    first, *_, last = stream(server, ids, way)
+    return {"first_token": first, "per_token": (last - first) / (TOKENS - 1)}
+
+
+def sizes(server: Server, ids: list[int], way: str) -> dict[str, float]:
+    """What a completion takes and moves; looking costs it time."""
+    before, at_first, usage = bytes_between(server), 0.0, 0.0
+    for number, _ in enumerate(stream(server, ids, way)):
+        at_first = bytes_between(server) if not number else at_first
+        usage = max(usage, *(value for name, value in metrics(server) if name.startswith(USAGE)))
+    after = (bytes_between(server) - at_first) / (TOKENS - 1)
+    return {"kv_cache_usage": usage, "bytes_before_first": at_first - before, "bytes_per_token": after}
 
 
 def measure(server: Server, length: int, repeats: int, transport: str) -> dict[str, Any]:
     tokens = random.Random(length)
+
+    def prompt() -> list[int]:
+        return [tokens.randrange(3, 250) for _ in range(length)]
+
+    ways = {way: sizes(server, prompt(), way) for way in WAYS}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in track(range(repeats), description=f"{length:,} tokens"):
         for way, of_way in found.items():
-            of_way.append(ask(server, [tokens.randrange(3, 250) for _ in range(length)], way))
-    medians = {
-        way: {name: statistics.median(each[name] for each in of_way) for name in of_way[0]}
-        for way, of_way in found.items()
-    }
-    return {"tokens": length, "transport": transport, "blocks": BLOCKS, "repeats": repeats, "ways": medians}
+            of_way.append(times(server, prompt(), way))
+    for way, of_way in found.items():
+        ways[way] |= {name: statistics.median(each[name] for each in of_way) for name in of_way[0]}
+    return {"tokens": length, "transport": transport, "blocks": BLOCKS, "repeats": repeats, "ways": ways}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -147,7 +154,7 @@ def main() -> None:
         model = make_random_llama(Path(folder) / "llama", **RANDOM_LLAMA)
         with serving(model, *OPTIONS, log=Path(folder) / "log", seconds=300) as server:
             for way in WAYS:  # both are warm
-                ask(server, list(range(3, 200)) * 20, way)
+                times(server, list(range(3, 200)) * 20, way)
             for length in lengths:
                 row = measure(server, length, repeats, "TCP" if args.tcp else SHARED_MEMORY)
                 show(row)

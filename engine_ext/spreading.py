@@ -289,8 +289,8 @@ class SpreadPrompt:
             if output.kv_transfer_params is None:
                 return output
         part = await self._run(run.replica, start, stop, plan.to_wire())
-        if self.plan.shards:  # they are held to the end, and nobody needs this copy of the anchor
-            *anchors, _ = self.names[run.replica]
+        *anchors, _ = self.names[run.replica]
+        if self.plan.shards and anchors:  # held to the end otherwise, and nobody needs this copy
             await ask_replica(self.engine, run.replica, LET_GO, anchors)
         return part
 

@@ -2,9 +2,9 @@
 
 One `starling serve` with two data-parallel replicas, each on a core of its own. Each repetition sends one new random
 prompt to both with `star_shards` off, and another one with it on: seconds to the first token, and seconds a token after
-it. Once before, what it takes: the share of its KV cache that the replica which runs the query uses, and the bytes that
-go between the two, before the first token and for each one after it. Writes results/star_shards.json and .png; what was
-measured before and is not now keeps its figures. Needs two cores to itself; two minutes for the default of 16k tokens.
+it. Once before: the bytes that go between the two, before the first token and for each one after it. Writes
+results/star_shards.json and .png; what was measured before and is not now keeps its figures. Needs two cores to itself;
+two minutes for the default of 16k tokens.
 """
 
 from __future__ import annotations
@@ -41,17 +41,12 @@ OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", 
 OPTIONS += ["--data-parallel-size", "2", "--max-model-len", "66560"]
 SHARED_MEMORY = "shared memory"
 BYTES = ("starling:bytes_moved_total", "starling:shard_bytes_total")
-USAGE = "vllm:kv_cache_usage_perc"
-
-
-def metrics(server: Server) -> list[tuple[str, float]]:
-    with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
-        lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#")]
-    return [(name, float(value)) for name, value in lines]
 
 
 def bytes_between(server: Server) -> float:
-    return sum(value for name, value in metrics(server) if name.startswith(BYTES))
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
+        lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line.startswith(BYTES)]
+    return sum(float(value) for _, value in lines)
 
 
 def stream(server: Server, ids: list[int], way: str) -> Iterator[float]:
@@ -72,14 +67,13 @@ def times(server: Server, ids: list[int], way: str) -> dict[str, float]:
     return {"first_token": first, "per_token": (last - first) / (TOKENS - 1)}
 
 
-def sizes(server: Server, ids: list[int], way: str) -> dict[str, float]:
-    """What a completion takes and moves; looking costs it time."""
-    before, at_first, usage = bytes_between(server), 0.0, 0.0
+def moved(server: Server, ids: list[int], way: str) -> dict[str, float]:
+    """What a completion moves; looking costs it time."""
+    before, at_first = bytes_between(server), 0.0
     for number, _ in enumerate(stream(server, ids, way)):
-        at_first = bytes_between(server) if not number else at_first
-        usage = max(usage, *(value for name, value in metrics(server) if name.startswith(USAGE)))
+        at_first = at_first if number else bytes_between(server)
     after = (bytes_between(server) - at_first) / (TOKENS - 1)
-    return {"kv_cache_usage": usage, "bytes_before_first": at_first - before, "bytes_per_token": after}
+    return {"bytes_before_first": at_first - before, "bytes_per_token": after}
 
 
 def measure(server: Server, length: int, repeats: int, transport: str) -> dict[str, Any]:
@@ -88,7 +82,7 @@ def measure(server: Server, length: int, repeats: int, transport: str) -> dict[s
     def prompt() -> list[int]:
         return [tokens.randrange(3, 250) for _ in range(length)]
 
-    ways = {way: sizes(server, prompt(), way) for way in WAYS}
+    ways = {way: moved(server, prompt(), way) for way in WAYS}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in track(range(repeats), description=f"{length:,} tokens"):
         for way, of_way in found.items():
@@ -100,14 +94,13 @@ def measure(server: Server, length: int, repeats: int, transport: str) -> dict[s
 
 def show(row: dict[str, Any]) -> None:
     table = Table(title=f"{row['tokens']:,} tokens over two replicas, one core each, {row['transport']}")
-    for column in ("", "first token", "a token after", "KV cache used", "MB before the first", "kB a token after"):
+    for column in ("", "first token", "a token after", "MB before the first", "kB a token after"):
         table.add_column(column, justify="right")
     for way, told in row["ways"].items():
         table.add_row(
             way,
             f"{told['first_token']:.2f} s",
             f"{told['per_token'] * 1e3:.1f} ms",
-            f"{told['kv_cache_usage']:.1%}",
             f"{told['bytes_before_first'] / 1e6:.1f}",
             f"{told['bytes_per_token'] / 1e3:.1f}",
         )
@@ -121,18 +114,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in rows if row["transport"] == SHARED_MEMORY] or rows
-    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(6.4, 3.4))
     panels = (("first_token", 1, "s to the first token"), ("per_token", 1e3, "ms a token after"))
-    for axis, (name, scale, label) in zip(
-        axes, (*panels, ("kv_cache_usage", 100, "% of a KV cache used")), strict=True
-    ):
+    for axis, (name, scale, label) in zip(axes, panels, strict=True):
         for number, way in enumerate(WAYS):
             places = [place + (number - 0.5) * 0.4 for place in range(len(rows))]
             bars = axis.bar(places, [row["ways"][way][name] * scale for row in rows], 0.38, label=way)
             axis.bar_label(bars, fmt="%.3g", fontsize=8)
         axis.set_xticks(range(len(rows)), [f"{row['tokens'] // 1024}k" for row in rows])
         axis.set_title(label, fontsize=10)
-    axes[1].set_xlabel("prompt tokens")
+    figure.supxlabel("prompt tokens", fontsize=9)
     axes[0].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,7 +176,11 @@ def keys_and_values(cache: torch.Tensor, pages: list[int]) -> tuple[torch.Tensor
 def holders():
     pytest.importorskip("nixl")
     torch.manual_seed(1)
-    made = [ShardHolder(f"test-holder-{number}", {"layer": cpu_cache(8)}) for number in range(2)]
+    caches = [cpu_cache(8) for _ in range(2)]
+    made = [
+        ShardHolder(f"test-holder-{number}", {"layer": cache, "bf16 layer": cache.to(torch.bfloat16)})
+        for number, cache in enumerate(caches)
+    ]
     yield made
     for holder in made:
         holder.stop()
@@ -221,6 +226,32 @@ def test_what_holders_answer_is_attention_over_their_pages(holders, client):
     torch.testing.assert_close(lse, want[1], rtol=1e-4, atol=1e-5)
     assert client.take_lost() is None
     assert sum(client.moved) == 2 * 2 * 8 * HEADS * (2 * CPU_SIZE + 1) * 4  # layers, holders, queries and answers
+
+
+def test_bfloat16_is_rounded_once_after_the_last_merge(holders, client):
+    torch.manual_seed(3)
+    query = torch.randn(8, HEADS, CPU_SIZE).to(torch.bfloat16)
+    out, lse = torch.randn(8, HEADS, CPU_SIZE).to(torch.bfloat16), torch.randn(8, HEADS)
+    parts = [(out.float(), lse.clone())]
+    for holder, name in zip(holders, "ab", strict=True):
+        key, value = keys_and_values(holder.caches["bf16 layer"].float(), TABLES[name])
+        part = masked_attention(query.float(), key, value, torch.ones(8, len(key), dtype=torch.bool), 0.3)
+        parts.append((part[0].to(torch.bfloat16).float(), part[1]))  # as it travels
+    wanted = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+    step = client.step(asks_over(holders))
+    step.finish(step.begin("bf16 layer", query, 0.3, 0.0), out, lse)
+    torch.testing.assert_close(out.float(), wanted[0], rtol=2**-7, atol=2**-8)
+    torch.testing.assert_close(lse, wanted[1], rtol=1e-2, atol=1e-2)
+
+
+def test_each_tensor_parallel_rank_asks_the_same_rank(holders):
+    client = ShardClient("test-client-rank-1", 1, CPU_PAGE, lambda size: None)
+    (first,) = (ask for ask in asks_over(holders) if ask.spans[0].shard == "a")
+    ranks = replace(first, addresses=[{"name": "rank 0 of it"}, *first.addresses])
+    out = torch.zeros(8, HEADS, CPU_SIZE)
+    step = client.step([ranks])
+    step.finish(step.begin("layer", torch.randn_like(out), 0.3, 0.0), out, torch.full((8, HEADS), -torch.inf))
+    assert out.abs().sum() > 0 and client.take_lost() is None
 
 
 def test_a_shard_that_was_closed_is_an_error_told_at_once_and_not_read(holders, client):

@@ -1,7 +1,7 @@
 """Attention over KV pages that this worker holds, for the replicas that run the prompts they belong to.
 
 In a thread beside the engine's steps: held pages do not change, and torch leaves Python's lock while it computes. The
-thread sleeps while no shard is open.
+thread sleeps while no shard is open, and none has been for a while: who asks for one that was closed is told so.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ BUSY_SECONDS = 0.002
 """For so long after a message the thread looks for the next one without sleeping: the layers of a step follow fast."""
 
 NAP_SECONDS = 0.0005
+
+LINGER_SECONDS = 30.0
+"""How long after the last message it goes on looking for one where no shard is open."""
 
 
 class ShardHolder:
@@ -58,8 +61,6 @@ class ShardHolder:
         with self.lock:
             for name in names:
                 self.shards.pop(name, None)
-            if not self.shards:
-                self.work.clear()
 
     def stop(self) -> None:
         self.stopped = True
@@ -77,10 +78,19 @@ class ShardHolder:
                 self._answer(message)
             if messages:
                 last = time.monotonic()
-            elif time.monotonic() - last < BUSY_SECONDS:
+            elif (idle := time.monotonic() - last) < BUSY_SECONDS:
                 os.sched_yield()
-            else:
+            elif not self._sleeps(idle):
                 time.sleep(NAP_SECONDS)
+
+    def _sleeps(self, idle: float) -> bool:
+        """Whether the thread has nothing to look for until a shard is opened."""
+        if self.shards or idle < LINGER_SECONDS:
+            return False
+        with self.lock:
+            if not self.shards and not self.stopped:
+                self.work.clear()
+        return not self.work.is_set()
 
     def _answer(self, message: Message) -> None:
         try:

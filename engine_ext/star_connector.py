@@ -8,6 +8,7 @@ left out of a part (scheduler/star_scheduler.py) has vLLM's null page and no key
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ from engine_ext.metrics import worker_metrics
 from engine_ext.shard_client import LostRequests, ShardClient, StepShards
 from engine_ext.shard_holder import ShardHolder
 from scheduler.page_mover import Move, MoveError, PageMover
-from scheduler.share import Source, part_of, pull_of
+from scheduler.share import Source, attend_of, part_of, pull_of
 
 logger = init_logger("vllm.starling")
 
@@ -72,6 +73,8 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
             self.addresses: list[dict[str, Any]] = []
             self.held: dict[str, list[Any]] = {}
             self.opened: set[str] = set()
+            self.users: Counter[str] = Counter()
+            self.leaving: set[str] = set()
             self.asked: set[str] = set()
             self.waiting: list[Load] = []
         else:
@@ -135,6 +138,9 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self.asked.discard(request.request_id)
+        attend = attend_of(request)
+        if attend is not None:
+            self._end_attend(attend.own)
         part = part_of(request)
         if part is None or request.status not in ENDED:
             return False, None
@@ -145,6 +151,18 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         self.held[part.name] = blocks
         return False, {"name": part.name, "start": part.start, "pages": pages, "addresses": self.addresses}
 
+    def begin_attend(self, own: str) -> None:
+        """A request has come that begins with the pages held under this name."""
+        self.users[own] += 1
+
+    def _end_attend(self, own: str) -> None:
+        self.users[own] -= 1
+        if not self.users[own]:
+            del self.users[own]
+            if own in self.leaving:
+                self.leaving.discard(own)
+                self.let_go([own])
+
     def begin_shard(self, name: str) -> list[int]:
         """Pages held under a name, which workers are about to be asked for (raises ValueError: there are none)."""
         if name not in self.held:
@@ -153,9 +171,15 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         return [block.block_id for block in self.held[name]]
 
     def let_go(self, names: Iterable[str]) -> None:
-        """Free the pages held under these names; unknown ones hold none. Workers must not read them any more."""
+        """Free the pages held under these names; unknown ones hold none. Workers must not read them any more.
+
+        Those that a request here still begins with stay until it has ended: one that is preempted finds them again.
+        """
         for name in names:
             self.opened.discard(name)
+            if self.users[name]:
+                self.leaving.add(name)
+                continue
             self.pool.free_blocks(reversed(self.held.pop(name, [])))
 
     # A worker's half.

@@ -180,6 +180,9 @@ class StarMixin:
             request.max_tokens = min(request.max_tokens, self._output_room(request))
         super().add_request(request)  # type: ignore[misc]
         is_new = self.requests.get(request.request_id) is request  # or more input of a session
+        attend = attend_of(request)
+        if is_new and attend is not None:
+            self.connector.begin_attend(attend.own)  # type: ignore[attr-defined]
         if is_new and self.reuse is not None:
             self.reuse.add(request)
         if is_new and self.sharing is not None and self.sharing.takes(request):

@@ -8,6 +8,7 @@ import pytest
 from vllm.config import KVTransferConfig
 from vllm.v1.engine import FinishReason
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from engine_ext.shard_client import LostRequests
 from engine_ext.star_connector import Address
@@ -148,6 +149,20 @@ def test_output_ends_where_one_replicas_memory_does(scheduler):
     scheduler.shared_out = False
     scheduler.add_request(make_request("other", None, 400, max_tokens=5000))
     assert scheduler.requests["other"].max_tokens == 5000
+
+
+def test_the_start_of_a_prompt_stays_while_a_request_begins_with_it(scheduler):
+    """Also where it is let go before the request's abort has come."""
+    for name in ("one", "other"):
+        scheduler.add_request(whole(name))
+    step = scheduler.schedule()
+    scheduler.connector.let_go(["mine"])
+    scheduler.update_from_output(step, answer(step, {name: [] for name in step.num_scheduled_tokens}))
+    scheduler.finish_requests("one", RequestStatus.FINISHED_ABORTED)
+    assert "mine" in scheduler.connector.held
+    run_to_end(scheduler)
+    assert free_pages(scheduler) == 39
+    assert not scheduler.connector.held and not scheduler.connector.users and not scheduler.connector.leaving
 
 
 def test_pages_are_opened_before_they_are_asked_for_and_forgotten_when_let_go(scheduler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from attention_backends.star.metadata import virtual_metadata
 from attention_backends.star.reference import masked_attention, star_mask
 from attention_backends.star.rows import split_rows
 from attention_backends.star.shards import make_asks
-from engine_ext import shard_client
+from engine_ext import shard_client, shard_holder
 from engine_ext.shard_client import LostRequests, ShardClient
 from engine_ext.shard_holder import ShardHolder
 from scheduler.messenger import FRAME_BYTES, Joiner, frames
@@ -256,7 +257,6 @@ def test_each_tensor_parallel_rank_asks_the_same_rank(holders):
 
 def test_a_shard_that_was_closed_is_an_error_told_at_once_and_not_read(holders, client):
     step = client.step(asks_over(holders))
-    holders[1].open("another", [0])  # or its thread would sleep
     holders[1].close(["b"])
     out = torch.zeros(8, HEADS, CPU_SIZE)
     step.finish(step.begin("layer", torch.randn_like(out), 0.3, 0.0), out, torch.zeros(8, HEADS))
@@ -290,8 +290,13 @@ def test_a_layer_that_is_not_there_and_another_shape_are_errors_told(holders, cl
     assert step.asks == []
 
 
-def test_a_thread_with_nothing_open_sleeps(holders):
+def test_a_thread_with_nothing_open_sleeps_after_a_while(holders, monkeypatch):
     holders[0].close(list(holders[0].shards))
+    assert holders[0].work.is_set()
+    monkeypatch.setattr(shard_holder, "LINGER_SECONDS", 0.0)
+    deadline = time.monotonic() + 10
+    while holders[0].work.is_set() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not holders[0].work.is_set()
     address = holders[0].open("a", TABLES["a"])
     assert holders[0].work.is_set() and address["name"] == "test-holder-0"

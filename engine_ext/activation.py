@@ -14,11 +14,12 @@ from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
 from attention_backends.kernels.choose import SETTINGS
-from engine_ext import metrics
+from engine_ext import compat, metrics
 from engine_ext.refusals import CONNECTOR, fleet, refuse_overlap, star_page, star_refusals
 from scheduler.options import OptionError, StarOptions, parse_options
-from scheduler.plan import check_sizes, most_replicas
+from scheduler.plan import Fleet, check_shards, check_sizes, most_replicas
 from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
+from scheduler.share import SHARDS, default_shards
 from scheduler.silence import silence_seconds
 
 logger = init_logger("vllm.starling")
@@ -103,6 +104,7 @@ def after_engine_config(vllm_config: Any) -> None:
     check_sizes(config.star, star_page(vllm_config))
     replicas = fleet(vllm_config)
     most_replicas(config.star, config.star.overlap_size, replicas)
+    check_shards(config.star, config.star.overlap_size, replicas)
     if replicas.size > 1 and replicas.reason is None:
         silence_seconds()  # a wrong setting is told now
         vllm_config.kv_transfer_config = KVTransferConfig(
@@ -110,7 +112,9 @@ def after_engine_config(vllm_config: Any) -> None:
             kv_connector_module_path="engine_ext.star_connector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
+            kv_connector_extra_config={SHARDS: most_shards(config.star, replicas)},
         )
+        compat.divide_kv_memory_check(default_shards)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:
         raise OptionError("worker_cls", parallel.worker_cls, "Starling has no worker for it", ", ".join(WORKERS))
@@ -122,6 +126,13 @@ def after_engine_config(vllm_config: Any) -> None:
     _say(config.star, refusals, vllm_config.model_config)
     if replicas.reason is not None:
         logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, replicas.reason)
+
+
+def most_shards(star: StarOptions, replicas: Fleet) -> int:
+    """Over how many replicas the KV of a prompt may be shared out by default; 1: not at all."""
+    if star.shards == "off":
+        return 1
+    return replicas.size if star.replicas == "auto" else star.replicas
 
 
 def _say(star: StarOptions, refusals: list[str], model: Any) -> None:

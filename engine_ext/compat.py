@@ -310,6 +310,56 @@ def page_layout(vllm_config: Any, layer: str, cache_dtype: str) -> str:
     return "/".join([name, str(getattr(attention, "isa", "any")), cache_dtype])
 
 
+def divide_kv_memory_check(by: Callable[[Any], int]) -> None:
+    """Let an engine core start whose KV memory holds max_model_len / ``by(vllm_config)`` tokens.
+
+    vLLM asks that one engine's memory holds a request of max_model_len tokens. That length stays what requests are held
+    against. Goes when vLLM knows of requests whose KV is shared out over engines.
+    """
+    from vllm.v1.engine import core
+
+    original = core.get_kv_cache_configs
+    if getattr(original, "__starling__", False):
+        return
+
+    @functools.wraps(original)
+    def get_kv_cache_configs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model, parts = vllm_config.model_config, by(vllm_config)
+        if parts == 1 or model.original_max_model_len == -1:  # the latter: vLLM finds what fits in one engine
+            return original(vllm_config, *args, **kwargs)
+        length, model.max_model_len = model.max_model_len, -(-model.max_model_len // parts)
+        try:
+            return original(vllm_config, *args, **kwargs)
+        finally:
+            model.max_model_len = length
+
+    get_kv_cache_configs.__starling__ = True  # type: ignore[attr-defined]
+    core.get_kv_cache_configs = get_kv_cache_configs
+
+
+def kv_connector() -> Any:
+    """This worker's KV connector. Goes when workers are handed theirs."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()
+
+
+def api_servers(vllm_config: Any) -> int:
+    """How many API servers stand before the engines. Goes with a public field."""
+    return vllm_config.parallel_config._api_process_count
+
+
+def cpu_attention_isa(vllm_config: Any) -> str:
+    """For which instruction set vLLM's CPU backend lays out its pages; known before a layer is made.
+
+    Goes when a backend names its layout.
+    """
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype)
+
+
 def add_core_utility(name: str, function: Callable[..., Any]) -> None:
     """Let a front call ``function(engine_core, *args)`` in the engine-core process, by ``call_core``.
 

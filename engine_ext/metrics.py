@@ -31,6 +31,7 @@ class FrontMetrics:
         self.spread_blocks = Counter(
             "starling:spread_blocks", "Star blocks of prompts that went over several replicas.", ["replica"]
         )
+        self.shard_requests = Counter("starling:shard_requests", "Requests whose KV stayed where it was made.")
         self.spread_seconds = Counter("starling:spread_seconds", "Seconds until all parts of such prompts were there.")
 
     def spread(self, blocks_of: dict[int, int], seconds: float) -> None:
@@ -57,6 +58,9 @@ class WorkerMetrics:
         self.bytes_moved = Counter("starling:bytes_moved", "Bytes of KV pages fetched from other replicas.")
         self.move_seconds = Counter("starling:move_seconds", "Seconds that fetching them took, of each rank.")
         self.moves_failed = Counter("starling:moves_failed", "Fetches that failed, of each rank.")
+        self.shard_bytes = Counter(
+            "starling:shard_bytes", "Bytes of queries sent to the replicas that hold their KV, and of the answers."
+        )
 
     def pages_moved(self, size: int, seconds: float) -> None:
         self.bytes_moved.inc(size)

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine_ext import compat
 from engine_ext.models.registry import register_models
+from scheduler.share import default_shards
 
 logger = logging.getLogger("vllm.starling")
 
@@ -65,6 +66,8 @@ def _hook_in() -> None:
         return await request_starling(*args, **kwargs)
 
     compat.on_engine_config(before, after)
+    if "vllm.v1.engine.core" in sys.modules:  # an engine core that was not forked from a front, or a front
+        compat.divide_kv_memory_check(default_shards)
     compat.on_server_args(server_args)
     if compat.is_bench(sys.argv):
         compat.add_bench_backend("starling-grpc", bench_request)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from attention_backends.kernels.contract import CPU_ISAS
+from attention_backends.kernels.cpu import STEP
 from attention_backends.star.backend import WRAPPED
 from engine_ext import compat
 from scheduler.independence import FULL_ATTENTION, dependence
@@ -117,11 +119,41 @@ SPREAD_RULES: Rules = (
 )
 
 
+def _vllms_attention(config: Any) -> bool:
+    return (config.additional_config or {}).get("starling", {}).get("cpu_attention") == "vllm"
+
+
+def _unknown_isa(config: Any) -> str | None:
+    isa = compat.cpu_attention_isa(config)
+    return None if isa in CPU_ISAS else isa
+
+
+SHARD_RULES: Rules = (
+    (lambda c: c.device_config.device_type != "cpu", "the attention that gives its log-sum-exp is wired on CPU only"),
+    (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "Starling's CPU attention takes no fp8 KV cache"),
+    (_vllms_attention, "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
+    (
+        lambda c: c.model_config.get_head_size() % STEP,
+        f"Starling's CPU attention takes head sizes that are multiples of {STEP}",
+    ),
+    (_unknown_isa, "on this processor vLLM stores keys in an order that Starling's CPU attention does not read"),
+    (
+        lambda c: compat.api_servers(c) > 1,
+        "each of several API servers (--api-server-count) would promise prompts the same KV memory",
+    ),
+    (
+        lambda c: c.scheduler_config.async_scheduling,
+        "async scheduling: a step begins before it is known whether the last one had all its replicas' answers",
+    ),
+)
+
+
 def fleet(vllm_config: Any) -> Fleet:
-    """The replicas that one prompt may be spread over, or why it may not."""
+    """The replicas that one prompt may be spread over, or why it may not, or may not stay so."""
     size = vllm_config.parallel_config.data_parallel_size
     reasons = _reasons(RULES + SPREAD_RULES, vllm_config) if size > 1 else []
-    return Fleet(size, "; ".join(reasons) or None)
+    no_shards = None if size == 1 or reasons else next(_found(SHARD_RULES, vllm_config), None)
+    return Fleet(size, "; ".join(reasons) or None, no_shards)
 
 
 def star_refusals(vllm_config: Any) -> list[str]:
@@ -130,12 +162,14 @@ def star_refusals(vllm_config: Any) -> list[str]:
 
 
 def _reasons(rules: Rules, vllm_config: Any) -> list[str]:
-    refusals = []
+    return list(_found(rules, vllm_config))
+
+
+def _found(rules: Rules, vllm_config: Any) -> Iterator[str]:
     for applies, reason in rules:
         found = applies(vllm_config)
         if found:
-            refusals.append(f"{reason} ({found})" if isinstance(found, str) else reason)
-    return refusals
+            yield f"{reason} ({found})" if isinstance(found, str) else reason
 
 
 def star_page(vllm_config: Any) -> int:

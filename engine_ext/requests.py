@@ -10,11 +10,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from engine_ext.activation import ENTRY, parse_config
+from engine_ext.kv_room import enough_replicas
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import fleet, refuse_overlap, star_refusals
-from scheduler.options import FIELD_OF, OptionError, is_star_key, parse_options
+from scheduler.options import FIELD_OF, OptionError, flat_name, is_star_key, parse_options
 from scheduler.plan import PLAN_KEY, StarPlan, make_plan
-from scheduler.share import SHARE_KEY, Part, Share
+from scheduler.share import SHARE_KEY, Part, Share, default_shards
 
 # The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
 # By prompt object: /v1/responses passes each prompt through check_early twice.
@@ -43,6 +44,11 @@ class StarRequests:
         """Tokens of a full-attention KV page, known once the engine core has started."""
         return self.vllm_config.cache_config.effective_attention_block_size
 
+    @property
+    def pages(self) -> int:
+        """KV pages of a replica, known once the engine core has started. vLLM adds up those of all, null pages too."""
+        return (self.vllm_config.cache_config.num_gpu_blocks or 0) // self.fleet.size - 1
+
     def plan(self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> StarPlan | None:
         """The plan of a request; None: dense.
 
@@ -50,7 +56,8 @@ class StarRequests:
             VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
         """
         try:
-            return self._plan(extra_args or {}, num_prompt_tokens)
+            plan = self._plan(extra_args or {}, num_prompt_tokens)
+            return self._fit(plan, num_prompt_tokens)
         except OptionError as error:
             # A key of the client's own making would be a label of its own making: count it as one.
             front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
@@ -71,7 +78,26 @@ class StarRequests:
             raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
-        return make_plan(num_prompt_tokens, self.config.star, request, self.page or 1, self.fleet)
+        plan = make_plan(num_prompt_tokens, self.config.star, request, self.page or 1, self.fleet)
+        if plan is None or not plan.shards:
+            return plan
+        asked = self.config.star.replicas
+        if request is not None and "replicas" in request.model_fields_set:
+            asked = request.replicas
+        return enough_replicas(plan, self.page or 1, self.pages, self.fleet.size if asked == "auto" else asked)
+
+    def _fit(self, plan: StarPlan | None, num_prompt_tokens: int) -> StarPlan | None:
+        """Refuse what fits in no replica's memory, where max_model_len is more than that (raises OptionError)."""
+        if default_shards(self.vllm_config) == 1 or (plan is not None and plan.shards) or self.page is None:
+            return plan
+        room = self.pages * self.page
+        if num_prompt_tokens >= room:
+            reason = (
+                f"the prompt of {num_prompt_tokens} tokens runs on one replica, whose KV memory holds {room}, output "
+                "included"
+            )
+            raise OptionError(flat_name("shards"), "off", reason, "a shorter prompt, or a star prompt with on")
+        return plan
 
     def describe(self, plan: StarPlan | None, num_prompt_tokens: int) -> dict[str, Any]:
         """What a client is told of its plan."""

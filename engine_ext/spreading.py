@@ -1,5 +1,8 @@
 """One long prompt over several replicas: splits it, sends out the parts, lets the whole request run on what they made.
 
+With ``star_shards`` the KV stays on the replicas that made it until the request ends. Else the one that runs the
+request fetches it.
+
 Wraps AsyncLLM.generate, where HTTP and gRPC meet. Each replica with a part first computes the anchor where it does not
 have it cached: all do so at the same time, so fetching it from another one could only be later. The parts run under the
 request's own id and priority, so that an abort of that id ends them and a look at its progress finds them.
@@ -8,6 +11,7 @@ request's own id and priority, so that an abort of that id ends them and a look 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -19,12 +23,13 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from engine_ext import compat
+from engine_ext.kv_room import KVRoom, Promise, rooms
 from engine_ext.metrics import front_metrics
 from engine_ext.requests import star_requests
-from scheduler.core_utilities import LET_GO, REPLICA_STATE
+from scheduler.core_utilities import LET_GO, OPEN_SHARD, REPLICA_STATE
 from scheduler.page_mover import mismatch
 from scheduler.plan import StarPlan
-from scheduler.share import SHARE_KEY, Part, Pull, Share, Source
+from scheduler.share import LOST, SHARE_KEY, Attend, Part, Pull, Shard, Share, Source
 from scheduler.silence import silence_seconds
 from scheduler.spread import Replica, Run, spread_blocks
 
@@ -36,10 +41,8 @@ LOOK_SECONDS = 5.0
 FETCH_CHECK_SECONDS = 0.2
 """How often the front looks whether a request has its first tokens, and others may free their pages."""
 
-LET_GO_SECONDS = 1.0
-"""How long an answer waits until its pages are let go: a silent replica is told so all the same."""
-
-_letting_go: set[asyncio.Task] = set()
+RELEASE_SECONDS = 2.0
+"""How long a request's end waits for its pages to be let go."""
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 
@@ -75,6 +78,16 @@ def under_way(engine: Any) -> set[str]:
     return ids
 
 
+def source_of(output: Any) -> Source:
+    """Where the pages are that a part has made."""
+    told = output.kv_transfer_params
+    return Source(told["start"], told["pages"], told["addresses"])
+
+
+class ShardLost(RuntimeError):
+    """A request could not go on, for a replica that holds a part of its KV."""
+
+
 class ReplicaSilent(Exception):
     """A replica does not answer: it hangs, or its host can't be reached."""
 
@@ -92,14 +105,17 @@ def silent_replicas(engine: Any) -> dict[int, asyncio.Future]:
     return silent
 
 
-async def ask_replica(engine: Any, rank: int, name: str, *args: Any) -> Any:
+async def ask_replica(engine: Any, rank: int, name: str, *args: Any, in_any_case: bool = False) -> Any:
     """Call a utility in one replica, between two of its steps.
+
+    Args:
+        in_any_case: call it also where an older question is open: it is answered once the replica is back.
 
     Raises:
         ReplicaSilent: it does not answer, or has an older question open.
         EngineDeadError: the server's engines are dead.
     """
-    if rank in silent_replicas(engine):
+    if rank in silent_replicas(engine) and not in_any_case:
         raise ReplicaSilent(rank)
     question = asyncio.ensure_future(compat.call_replica(engine, rank, name, *args))
     asked, silence = time.monotonic(), silence_seconds()  # it answers between two steps
@@ -111,6 +127,14 @@ async def ask_replica(engine: Any, rank: int, name: str, *args: Any) -> Any:
             silent_replicas(engine)[rank] = question
             raise ReplicaSilent(rank)
     return question.result()
+
+
+def releases(engine: Any) -> set[asyncio.Future]:
+    """What ended requests still let go of; kept on the engine."""
+    if not hasattr(engine, "starling_releases"):
+        engine.starling_releases = set()
+    tasks: set[asyncio.Future] = engine.starling_releases
+    return tasks
 
 
 class SpreadPrompt:
@@ -128,6 +152,9 @@ class SpreadPrompt:
         self.page: int = star_requests(engine.input_processor).page or 1
         self.anchor_work = plan.anchor_size / plan.block_size
         self.names: dict[int, list[str]] = {}
+        self.home: int | None = None
+        self.pages: dict[int, int] = {}
+        self.promise: Promise | None = None
 
     async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
         """Prefill the parts, then yield what the whole request yields on the replica of the first one."""
@@ -140,11 +167,15 @@ class SpreadPrompt:
             ranks, states = list(replicas), list(replicas.values())
             split = spread_blocks(self.plan.num_star_blocks, self.anchor_work, states, self.plan.replicas)
             runs = [replace(run, replica=ranks[run.replica]) for run in split]
-            rank, sources = runs[0].replica, []
+            rank, task = runs[0].replica, None
             if len(runs) > 1:
+                wanted = self.room.of_runs(runs, params)
+                self.promise = await rooms(self.engine).take(wanted, self.pages, self.plan.shards)
                 try:
                     ended = await self._prefill(runs, replicas)
                 except ReplicaSilent as silent:
+                    if self.plan.shards:  # one replica may not have the memory
+                        raise
                     rank = next((rank for rank in ranks if rank not in silent_replicas(self.engine)), rank)
                     logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, silent, rank)
                 else:
@@ -152,22 +183,50 @@ class SpreadPrompt:
                     if aborted is not None:  # by the client, under the request's id
                         yield aborted
                         return
-                    sources = [Source(**output.kv_transfer_params) for output in ended[1:] if output]
+                    task = await self._task(runs, ended)
                     blocks_of = {run.replica: run.stop - run.first for run in runs}
                     front_metrics().spread(blocks_of, time.monotonic() - started)
-            own, keywords = self._with_pull(params, sources), self.keywords | {"data_parallel_rank": rank}
-            fetching = asyncio.create_task(self._let_go_when_fetched())
+            own, keywords = self._with_task(params, task), self.keywords | {"data_parallel_rank": rank}
+            if isinstance(task, Attend):
+                front_metrics().shard_requests.inc()
+                self.home = rank
+            else:
+                fetching = asyncio.create_task(self._let_go_when_fetched())
             async with aclosing(generate(self.prompt, own, self.request_id, **keywords)) as outputs:
                 async for output in outputs:
+                    lost = (output.kv_transfer_params or {}).get(LOST)
+                    if lost is not None:
+                        raise ShardLost(f"a replica holds a part of the prompt's KV, and it can't be used: {lost}")
                     yield output
         finally:
             under_way(self.engine).discard(self.request_id)
             if fetching is not None:
                 fetching.cancel()
-            letting_go = asyncio.create_task(self._let_go())
-            _letting_go.add(letting_go)
-            letting_go.add_done_callback(_letting_go.discard)
-            await asyncio.wait({letting_go}, timeout=LET_GO_SECONDS)
+            await self._end()
+
+    @property
+    def room(self) -> KVRoom:
+        return KVRoom(self.plan, self.page, self.pages)
+
+    async def _end(self) -> None:
+        """Let go of everything: at once where replicas answer, and without keeping the client where one does not."""
+        release = asyncio.ensure_future(self._let_go())
+        releases(self.engine).add(release)
+        release.add_done_callback(releases(self.engine).discard)
+        await asyncio.wait({release}, timeout=RELEASE_SECONDS)
+
+    async def _task(self, runs: Sequence[Run], ended: Sequence[Any]) -> Pull | Attend | None:
+        """What the request does with its parts' outputs."""
+        if not self.plan.shards:
+            sources = tuple(source_of(output) for output in ended[1:] if output)
+            return Pull(sources) if sources else None
+        parts = [(run.replica, output.kv_transfer_params) for run, output in zip(runs, ended, strict=True) if output]
+        opened = (ask_replica(self.engine, rank, OPEN_SHARD, part["name"]) for rank, part in parts[1:])
+        shards = tuple(
+            Shard(part["name"], part["start"], len(part["pages"]) * self.page, addresses)
+            for (_, part), addresses in zip(parts[1:], await asyncio.gather(*opened), strict=True)
+        )
+        return Attend(parts[0][1]["name"], shards) if shards else None
 
     async def _replicas(self) -> dict[int, Replica]:
         """What each replica that answers has of the prompt, and how busy it is, by rank.
@@ -193,9 +252,13 @@ class SpreadPrompt:
             reason = mismatch(told[first]["layout"], state["layout"])
             if reason is not None:
                 raise ValueError(f"replicas {first} and {rank} can't share a prompt: {reason}")
+        self.pages = {rank: state["pages"] for rank, state in told.items()}
         return {
             rank: Replica(
-                frozenset(state["cached"]), state["has_anchor"], state["queued_tokens"] / self.plan.block_size
+                frozenset(state["cached"]),
+                state["has_anchor"],
+                state["queued_tokens"] / self.plan.block_size,
+                self.room.blocks(rank) if self.plan.shards else math.inf,
             )
             for rank, state in told.items()
         }
@@ -222,7 +285,11 @@ class SpreadPrompt:
             output = await self._run(run.replica, 0, plan.anchor_size, None)
             if output.kv_transfer_params is None:
                 return output
-        return await self._run(run.replica, start, stop, plan.to_wire())
+        part = await self._run(run.replica, start, stop, plan.to_wire())
+        *anchors, _ = self.names[run.replica]
+        if self.plan.shards and anchors:  # held to the end otherwise, and nobody needs this copy
+            await ask_replica(self.engine, run.replica, LET_GO, anchors)
+        return part
 
     async def _run(self, rank: int, start: int, stop: int, plan: list[int] | None) -> Any:
         """Prefill the prompt's tokens up to ``stop`` on a replica, those from ``start`` on to be held there."""
@@ -251,12 +318,12 @@ class SpreadPrompt:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)  # its error, if any, is raised above
 
-    def _with_pull(self, params: SamplingParams, sources: list[Source]) -> SamplingParams:
-        """The request's parameters, with what it fetches first."""
-        if not sources:
+    def _with_task(self, params: SamplingParams, task: Pull | Attend | None) -> SamplingParams:
+        """The request's parameters, with what it does about the others' pages."""
+        if task is None:
             return params
         own = params.clone()
-        own.extra_args = (params.extra_args or {}) | {SHARE_KEY: Share(None, Pull(tuple(sources)))}
+        own.extra_args = (params.extra_args or {}) | {SHARE_KEY: Share(None, task)}
         return own
 
     async def _let_go_when_fetched(self) -> None:
@@ -273,7 +340,15 @@ class SpreadPrompt:
         """Free what replicas hold for this prompt; a dead engine holds nothing."""
         names, self.names = self.names, {}
         if names and not self.engine.errored:
-            calls = (ask_replica(self.engine, rank, LET_GO, of_rank) for rank, of_rank in names.items())
-            for error in await asyncio.gather(*calls, return_exceptions=True):
-                if error is not None:
-                    logger.error("%s: pages may stay held: %s", self.request_id, error)
+            if self.home is not None:
+                # Answered between two steps, after the abort that was sent before: nothing attends to the pages then.
+                await self._let_go_of({self.home: []})
+            await self._let_go_of(names)
+        if self.promise is not None:
+            self.promise.give_back()
+
+    async def _let_go_of(self, names: Mapping[int, list[str]]) -> None:
+        calls = (ask_replica(self.engine, rank, LET_GO, of_rank, in_any_case=True) for rank, of_rank in names.items())
+        for error in await asyncio.gather(*calls, return_exceptions=True):
+            if error is not None:
+                logger.error("%s: pages may stay held: %s", self.request_id, error)

@@ -8,7 +8,8 @@ left out of a part (scheduler/star_scheduler.py) has vLLM's null page and no key
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +24,15 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from attention_backends.kernels.contract import CPU_ISAS
+from attention_backends.kernels.cpu_impl import CpuImpl, reason_against
+from attention_backends.star.shards import Ask
 from engine_ext import compat
 from engine_ext.metrics import worker_metrics
+from engine_ext.shard_client import LostRequests, ShardClient, StepShards
+from engine_ext.shard_holder import ShardHolder
 from scheduler.page_mover import Move, MoveError, PageMover
-from scheduler.share import Source, part_of, pull_of
+from scheduler.share import Source, attend_of, part_of, pull_of
 
 logger = init_logger("vllm.starling")
 
@@ -66,10 +72,16 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self.addresses: list[dict[str, Any]] = []
             self.held: dict[str, list[Any]] = {}
+            self.opened: set[str] = set()
+            self.users: Counter[str] = Counter()
+            self.leaving: set[str] = set()
             self.asked: set[str] = set()
             self.waiting: list[Load] = []
         else:
             self.mover: PageMover | None = None
+            self.caches: dict[str, Any] = {}
+            self.holder: ShardHolder | None = None
+            self.client: ShardClient | None = None
             self.moves: dict[str, tuple[Load, Move]] = {}
             self.failed: dict[str, Load] = {}
             self.lost_pages: set[int] = set()
@@ -126,6 +138,9 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self.asked.discard(request.request_id)
+        attend = attend_of(request)
+        if attend is not None:
+            self._end_attend(attend.own)
         part = part_of(request)
         if part is None or request.status not in ENDED:
             return False, None
@@ -134,11 +149,37 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         blocks = [self.pool.blocks[page] for page in pages]
         self.pool.touch(blocks)
         self.held[part.name] = blocks
-        return False, {"start": part.start, "pages": pages, "addresses": self.addresses}
+        return False, {"name": part.name, "start": part.start, "pages": pages, "addresses": self.addresses}
+
+    def begin_attend(self, own: str) -> None:
+        """A request has come that begins with the pages held under this name."""
+        self.users[own] += 1
+
+    def _end_attend(self, own: str) -> None:
+        self.users[own] -= 1
+        if not self.users[own]:
+            del self.users[own]
+            if own in self.leaving:
+                self.leaving.discard(own)
+                self.let_go([own])
+
+    def begin_shard(self, name: str) -> list[int]:
+        """Pages held under a name, which workers are about to be asked for (raises ValueError: there are none)."""
+        if name not in self.held:
+            raise ValueError(f"no pages are held as {name}")
+        self.opened.add(name)
+        return [block.block_id for block in self.held[name]]
 
     def let_go(self, names: Iterable[str]) -> None:
-        """Free the pages held under these names; unknown ones hold none."""
+        """Free the pages held under these names; unknown ones hold none. Workers must not read them any more.
+
+        Those that a request here still begins with stay until it has ended: one that is preempted finds them again.
+        """
         for name in names:
+            self.opened.discard(name)
+            if self.users[name]:
+                self.leaving.add(name)
+                continue
             self.pool.free_blocks(reversed(self.held.pop(name, [])))
 
     # A worker's half.
@@ -154,9 +195,41 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         rank = get_tensor_model_parallel_rank()
         name = f"{self._kv_transfer_config.engine_id}-{rank}"
         self.mover = PageMover(name, kv_caches, self.kv_cache_config.num_blocks, layout)
+        self.caches = kv_caches
 
     def get_handshake_metadata(self) -> Address | None:
         return None if self.mover is None else Address(self.mover.address())
+
+    def open_shard(self, name: str, pages: list[int]) -> dict[str, Any]:
+        """Let other replicas attend over these pages; returns where they ask."""
+        if self.holder is None:
+            self._check_layers()
+            self.holder = ShardHolder(self._shard_name("holder"), self.caches)
+        return self.holder.open(name, pages)
+
+    def _check_layers(self) -> None:
+        """What engine_ext/refusals.py knows from the configuration, of the layers that were made (RuntimeError)."""
+        for name in self.caches:
+            layer = self.vllm_config.compilation_config.static_forward_context[name]
+            if not isinstance(layer.impl, CpuImpl) or layer.isa not in CPU_ISAS or reason_against(layer.impl):
+                raise RuntimeError(f"the KV of layer {name} can't be attended to from elsewhere")
+
+    def close_shards(self, names: list[str]) -> None:
+        if self.holder is not None:
+            self.holder.close(names)
+
+    def ask_shards(self, asks: Sequence[Ask]) -> StepShards:
+        """What a step asks other replicas by."""
+        if self.client is None:
+            rank = get_tensor_model_parallel_rank()
+            self.client = ShardClient(self._shard_name("client"), rank, self.page, worker_metrics().shard_bytes.inc)
+        return self.client.step(asks)
+
+    def _shard_name(self, end: str) -> str:
+        return f"{self._kv_transfer_config.engine_id}-{get_tensor_model_parallel_rank()}-{end}"
+
+    def build_connector_worker_meta(self) -> LostRequests | None:
+        return None if self.client is None else self.client.take_lost()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         loads = self._get_connector_metadata()
@@ -206,6 +279,8 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         if self.role == KVConnectorRole.WORKER and self.mover is not None:
             self.mover.close()
             self.mover = None
+            if self.holder is not None:
+                self.holder.stop()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: a request runs once all its pages are there."""

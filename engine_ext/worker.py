@@ -16,6 +16,7 @@ from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
 from engine_ext.refusals import star_refusals
 from scheduler.plan import StarPlan, plan_of
+from scheduler.share import Attend, attend_of
 
 logger = init_logger("vllm.starling")
 
@@ -30,26 +31,36 @@ class PlanBook:
 
     def __init__(self) -> None:
         self.plans: dict[str, StarPlan] = {}
+        self.attends: dict[str, Attend] = {}
 
     def update(self, output: Any) -> dict[str, StarPlan]:
-        """Take in a scheduler step; returns the plans of its requests that still have context to prefill.
+        """Take in a scheduler step; returns the plans of its requests that still have context to prefill, or have
+        some of it on other replicas.
 
         A preempted request keeps its plan: V1 resumes it as cached, V2 sends it out as new again.
         """
         for request_id in output.finished_req_ids:
             self.plans.pop(request_id, None)
+            self.attends.pop(request_id, None)
         starts = []
         for new in output.scheduled_new_reqs:
             plan = plan_of(new.sampling_params.extra_args) if new.sampling_params is not None else None
             if plan is not None:
                 self.plans[new.req_id] = plan
+                attend = attend_of(new)
+                if attend is not None:
+                    self.attends[new.req_id] = attend
             starts.append((new.req_id, new.num_computed_tokens))
         if not self.plans:
             return {}
         cached = output.scheduled_cached_reqs
         starts.extend(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         found = ((request_id, self.plans.get(request_id), start) for request_id, start in starts)
-        return {request_id: plan for request_id, plan, start in found if plan and start < plan.context_end}
+        return {
+            request_id: plan
+            for request_id, plan, start in found
+            if plan and (start < plan.context_end or request_id in self.attends)
+        }
 
 
 def count_rows(rows: VirtualRows) -> None:
@@ -109,9 +120,17 @@ def make_star_worker(base: type) -> type:
                 scheduler_output.num_scheduled_tokens,
                 functools.partial(compat.batch_request_ids, self.model_runner),
                 count_rows if self.counts_rows else lambda rows: None,
+                {name: attend for name, attend in self.plan_book.attends.items() if name in plans},
+                compat.kv_connector().ask_shards if self.plan_book.attends else None,
             )
             with open_step(step):
                 return super().execute_model(scheduler_output, *args, **kwargs)
+
+        def open_shard(self, name: str, pages: list[int]) -> dict[str, Any]:
+            return compat.kv_connector().open_shard(name, pages)
+
+        def close_shards(self, names: list[str]) -> None:
+            compat.kv_connector().close_shards(names)
 
         def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
             with compat.spare_discarded_generators(self.model_runner):

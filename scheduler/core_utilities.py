@@ -14,6 +14,7 @@ PREFILL_PROGRESS = "starling_prefill_progress"
 ATTENTION_BACKENDS = "starling_attention_backends"
 REPLICA_STATE = "starling_replica_state"
 LET_GO = "starling_let_go"
+OPEN_SHARD = "starling_open_shard"
 
 
 def _cache_state(core: Any, per_request: bool) -> dict[str, Any]:
@@ -29,12 +30,21 @@ def _attention_backends(core: Any) -> list[str]:
     return sorted({name for names in of_workers for name in names})
 
 
-def _replica_state(core: Any, token_ids: list[int], plan: list[int], cache_salt: str | None) -> dict[str, Any]:
+def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> dict[str, Any]:
     return replica_state(core.scheduler, core.request_block_hasher, token_ids, StarPlan(*plan), cache_salt)
 
 
+def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:
+    pages = core.scheduler.connector.begin_shard(name)
+    return core.model_executor.collective_rpc("open_shard", args=(name, pages))
+
+
 def _let_go(core: Any, names: list[str]) -> None:
-    core.scheduler.connector.let_go(names)
+    connector = core.scheduler.connector
+    opened = sorted(connector.opened.intersection(names))
+    if opened:  # or a late question would be answered from pages that have gone to others
+        core.model_executor.collective_rpc("close_shards", args=(opened,))
+    connector.let_go(names)
 
 
 def add_core_utilities() -> None:
@@ -44,3 +54,4 @@ def add_core_utilities() -> None:
     compat.add_core_utility(ATTENTION_BACKENDS, _attention_backends)
     compat.add_core_utility(REPLICA_STATE, _replica_state)
     compat.add_core_utility(LET_GO, _let_go)
+    compat.add_core_utility(OPEN_SHARD, _open_shard)

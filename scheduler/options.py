@@ -8,13 +8,14 @@ One pydantic model serves every entrance. The fields carry a prefix where names 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Mode = Literal["off", "on", "auto"]
 Tokens = Annotated[int, Field(ge=0)]
 Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
+Switch = Literal["off", "on"]
 
 PREFIX = "star"
 
@@ -62,6 +63,11 @@ class StarOptions(BaseModel):
         description="data-parallel replicas that one prompt's blocks may be spread over, or auto: as many as make it "
         "faster, one where blocks depend on one another",
     )
+    shards: Switch = Field(
+        "off",
+        description="on: a prompt that goes over several replicas leaves its KV where it was made, and its query and "
+        "output attend on every one of them; off: one replica fetches it all",
+    )
 
 
 FIELDS = StarOptions.model_fields
@@ -71,8 +77,10 @@ ALLOWED = {
     "anchor_size": "a multiple of the KV page from 0 to the block size",
     "overlap_size": "a multiple of the KV page from 0 to the block size",
     "replicas": "auto, or a whole number of replicas, 1 or more",
+    "shards": "off, on",
 }
-EXPECTED = {"mode": "one of off, on, auto", "replicas": ALLOWED["replicas"]}
+EXPECTED = {"mode": "one of off, on, auto", "replicas": ALLOWED["replicas"], "shards": "off or on"}
+CHOICES = {"mode": get_args(Mode), "shards": get_args(Switch)}
 
 
 def flat_name(field: str) -> str:

@@ -22,7 +22,8 @@ class StarPlan:
 
     Positions below ``context_end`` are the context, cut into star blocks of ``block_size``; all later
     ones, the query and the generated tokens, attend to everything before them. Its blocks are spread over
-    up to ``replicas`` engine replicas, which changes nothing of what is computed.
+    up to ``replicas`` engine replicas, which changes nothing of what is computed. With ``shards`` their KV stays
+    there, and later positions attend on each of them.
     """
 
     block_size: int
@@ -31,6 +32,7 @@ class StarPlan:
     context_end: int
     num_prompt_tokens: int
     replicas: int = 1
+    shards: bool = False
 
     @property
     def num_star_blocks(self) -> int:
@@ -98,6 +100,7 @@ class StarPlan:
             "context_end": self.context_end,
             "prompt_tokens": self.num_prompt_tokens,
             "replicas": self.replicas,
+            "shards": self.shards,
             "keys_attended": self.keys_attended(),
             "dense_keys": self.dense_keys(),
             "keys_per_context_token": round(self.context_keys_per_token(), 1),
@@ -111,10 +114,12 @@ class Fleet:
     Attributes:
         size: data-parallel replicas of the server.
         reason: why blocks can't be spread over them; None where they can.
+        no_shards: why the KV of such blocks can't be attended to where it is; None where it can.
     """
 
     size: int = 1
     reason: str | None = None
+    no_shards: str | None = None
 
 
 ONE_ENGINE = Fleet()
@@ -173,12 +178,15 @@ def make_plan(
     overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page)
     context_end = _context_end(options, given, num_prompt_tokens)
     most = most_replicas(options, overlap_size, fleet)
+    if "shards" in given:
+        check_shards(options, overlap_size, fleet)
     if options.mode == "auto" and num_prompt_tokens < options.min_tokens:
         return None
     plan = StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
     if most == 1 or plan.is_dense:
         return plan
-    return replace(plan, replicas=best_number(plan.num_star_blocks, anchor_size / block_size, most))
+    replicas = best_number(plan.num_star_blocks, anchor_size / block_size, most)
+    return replace(plan, replicas=replicas, shards=replicas > 1 and options.shards == "on")
 
 
 def most_replicas(options: StarOptions, overlap_size: int, fleet: Fleet) -> int:
@@ -202,6 +210,22 @@ def most_replicas(options: StarOptions, overlap_size: int, fleet: Fleet) -> int:
             f"with {overlap} each block needs the one before it", f"auto or 1, or {flat_name('overlap_size')}=0"
         )
     return options.replicas
+
+
+def check_shards(options: StarOptions, overlap_size: int, fleet: Fleet) -> None:
+    """Refuse ``shards`` where no prompt could go over several replicas, or not so (raises OptionError)."""
+    if options.shards == "off":
+        return
+    overlap, replicas = flat_name("overlap_size"), flat_name("replicas")
+    for refused, reason in (
+        (fleet.size == 1, "this server has one replica (--data-parallel-size)"),
+        (fleet.reason, fleet.reason),
+        (fleet.no_shards, fleet.no_shards),
+        (options.replicas == 1, f"{replicas}=1 keeps the prompt on one replica"),
+        (overlap_size, f"with {overlap}={overlap_size} each block needs the one before it, on one replica"),
+    ):
+        if refused:
+            raise OptionError(flat_name("shards"), options.shards, str(reason), "off")
 
 
 def check_sizes(options: StarOptions, page: int) -> None:

@@ -13,7 +13,7 @@ from scheduler.plan import PLAN_KEY, StarPlan
 def replica_state(
     scheduler: Any, block_hasher: Any, token_ids: list[int], plan: StarPlan, cache_salt: str | None
 ) -> dict[str, Any]:
-    """Star blocks of the prompt that are cached in full, the anchor, queued tokens, and the layout of the pages.
+    """Star blocks of the prompt that are cached in full, the anchor, queued tokens, and the pages: layout and number.
 
     Empty ``token_ids`` ask for the load and the layout alone.
     """
@@ -35,5 +35,6 @@ def replica_state(
             for other in scheduler.requests.values()
             if not other.is_finished()
         ),
+        "pages": pool.num_gpu_blocks - 1,
         "layout": scheduler.connector.addresses[0]["layout"] if scheduler.connector else {},
     }  # fmt: skip

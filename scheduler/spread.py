@@ -8,6 +8,7 @@ run's replica is also where the query runs: it holds the longest run, so the lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ class Replica:
         cached: the star blocks of the prompt whose pages are all in its prefix cache.
         has_anchor: whether those of the anchor are.
         load: work that is queued there already.
+        room: star blocks that its memory takes.
     """
 
     cached: frozenset[int] = frozenset()
     has_anchor: bool = False
     load: float = 0.0
+    room: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ def spread_blocks(num_blocks: int, anchor_work: float, replicas: Sequence[Replic
 
     Returns:
         Runs in the order of their blocks, none empty; the first one's replica runs the query.
+
+    Raises:
+        ValueError: they have no room for all blocks.
     """
     order = _order(num_blocks, replicas)[:most]
     low, high = 0.0, max(replica.load for replica in replicas) + num_blocks + anchor_work
@@ -58,7 +64,9 @@ def spread_blocks(num_blocks: int, anchor_work: float, replicas: Sequence[Replic
         else:
             high = middle
     runs = _fill(num_blocks, anchor_work, replicas, order, high)
-    assert runs is not None
+    if runs is None:
+        room = sum(replicas[index].room for index in order)
+        raise ValueError(f"{num_blocks} star blocks, and {len(order)} replicas have room for {room:.0f}")
     return runs
 
 
@@ -105,7 +113,9 @@ def _fill(
     for index in order:
         replica, stop = replicas[index], first
         work = run_work(Run(index, first, first), anchor_work, replica)
-        while stop < num_blocks and (work := work + (stop not in replica.cached)) <= until:
+        while (
+            stop < num_blocks and stop - first < replica.room and (work := work + (stop not in replica.cached)) <= until
+        ):
             stop += 1
         if stop > first:
             runs.append(Run(index, first, stop))

@@ -74,13 +74,18 @@ class CpuImpl(CPUAttentionBackendImpl):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As vLLM's: K and V of the step are in the cache already; writes to ``output`` (tokens, heads, head size)."""
-        if not self.takes(query, layer, attn_metadata):
+        """As vLLM's: K and V of the step are in the cache already; writes to ``output`` (tokens, heads, head size).
+
+        Where the metadata has ``shards``, other replicas attend over the keys that they hold, at the same time.
+        """
+        shards = getattr(attn_metadata, "shards", None)
+        if shards is None and not self.takes(query, layer, attn_metadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         tokens = attn_metadata.num_actual_tokens
         pages, kv_heads, page, _ = kv_cache.shape
         keys, values = kv_cache.view(pages, kv_heads, 2 * page, -1).chunk(2, dim=2)
-        paged_attention(
+        asked = shards.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if shards else {}
+        out, lse = paged_attention(
             query[:tokens],
             keys,
             values,
@@ -92,6 +97,8 @@ class CpuImpl(CPUAttentionBackendImpl):
             out=output[:tokens],
             layout=Layout.CPU,
         )
+        if shards is not None:
+            shards.finish(asked, out, lse)
         return output
 
 

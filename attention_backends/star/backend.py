@@ -82,7 +82,10 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if step is not None and rows is not None:
                 step.count(rows)
                 common_attn_metadata = virtual_metadata(common_attn_metadata, rows)
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+            if step is not None and rows is not None and rows.remote:
+                metadata.shards = step.shards(self.kv_cache_spec.block_size)  # read by kernels/cpu_impl.py
+            return metadata
 
         def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
             step = current_step() if self.takes_star else None

@@ -51,9 +51,10 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     query_start_loc_cpu = torch.from_numpy(starts)
     # The host's length of a decode row may be an upper bound (async scheduling): keep the device's.
     seq_lens = common.seq_lens[device_source]
-    star = torch.from_numpy(rows.star)
-    star_lens = torch.from_numpy(rows.seq_lens[rows.star]).to(seq_lens.dtype)
-    seq_lens[star.to(device)] = star_lens.to(device)
+    ours = rows.star.copy()
+    ours[[remote.row for remote in rows.remote]] = True
+    lens = torch.from_numpy(rows.seq_lens[ours]).to(seq_lens.dtype)
+    seq_lens[torch.from_numpy(ours).to(device)] = lens.to(device)
     upper_bound = torch.from_numpy(rows.seq_lens).to(seq_lens.dtype)
     return common.replace(
         query_start_loc=query_start_loc_cpu.to(device),

@@ -18,6 +18,14 @@ from scheduler.plan import KeyRanges, StarPlan, count_pairs
 
 
 @dataclass(frozen=True)
+class RemoteKeys:
+    """Whole pages before a row's queries, all of which every query of the row sees."""
+
+    row: int
+    keys: KeyRanges
+
+
+@dataclass(frozen=True)
 class VirtualRows:
     """The rows that replace a batch's own, in order; R of them.
 
@@ -29,6 +37,7 @@ class VirtualRows:
         block_start: (R,) int64, where its star block starts; 0 for the other rows.
         gathered: (G,) int64, rows whose pages are not those of ``source`` in order.
         pages: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
+        remote: rows that also see keys in other replicas' memory, which ``seq_lens`` and the pages leave out.
         context_tokens: query tokens in star rows.
         star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers differ).
         dense_pairs: the pairs that the same tokens would have under dense attention.
@@ -41,26 +50,33 @@ class VirtualRows:
     block_start: np.ndarray
     gathered: np.ndarray
     pages: np.ndarray
+    remote: tuple[RemoteKeys, ...]
     context_tokens: int
     star_pairs: float
     dense_pairs: float
 
 
 def split_rows(
-    plans: Sequence[StarPlan | None], query_lens: Sequence[int], seq_lens: Sequence[int], page: int
+    plans: Sequence[StarPlan | None],
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    page: int,
+    elsewhere: Sequence[tuple[int, int] | None] = (),
 ) -> VirtualRows | None:
-    """Split a batch of rows by their plans; None where no row lies in star blocks.
+    """Split a batch of rows by their plans; None where no row lies in star blocks or has keys elsewhere.
 
     Args:
         plans: one a row; None for a dense row.
         query_lens: tokens of each row in this step (0 for padding rows).
         seq_lens: tokens of each row so far, this step's included.
         page: tokens of a page of the block table.
+        elsewhere: one a row, or none at all: the positions, in whole pages, whose KV other replicas hold.
     """
+    elsewhere = elsewhere or [None] * len(plans)
     starts = [length - queries for queries, length in zip(query_lens, seq_lens, strict=True)]
     if not any(
-        plan is not None and queries and start < plan.context_end
-        for plan, queries, start in zip(plans, query_lens, starts, strict=True)
+        queries and (away is not None or (plan is not None and start < plan.context_end))
+        for plan, queries, start, away in zip(plans, query_lens, starts, elsewhere, strict=True)
     ):
         return None
     source: list[int] = []
@@ -70,8 +86,9 @@ def split_rows(
     block_starts: list[int] = []
     gathered: list[int] = []
     columns: list[np.ndarray] = []
+    remote: list[RemoteKeys] = []
     context_tokens = star_pairs = dense_pairs = 0
-    for row, (plan, start, end) in enumerate(zip(plans, starts, seq_lens, strict=True)):
+    for row, (plan, start, end, away) in enumerate(zip(plans, starts, seq_lens, elsewhere, strict=True)):
         pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
         for piece_start, piece_end, keys in pieces:
             in_context, block_start = False, 0
@@ -81,6 +98,10 @@ def split_rows(
                 context_tokens += queries
                 star_pairs += count_pairs(queries, keys)
                 dense_pairs += count_pairs(queries, ((0, piece_end),))
+            if away is not None:
+                keys, there = divide(keys, away)
+                if there:
+                    remote.append(RemoteKeys(len(source), there))
             if keys[0][0] or len(keys) > 1:
                 gathered.append(len(source))
                 columns.append(_page_columns(keys, page))
@@ -100,10 +121,23 @@ def split_rows(
         np.asarray(block_starts, dtype=np.int64),
         np.asarray(gathered, dtype=np.int64),
         pages,
+        tuple(remote),
         context_tokens,
         star_pairs,
         dense_pairs,
     )
+
+
+def divide(keys: KeyRanges, away: tuple[int, int]) -> tuple[KeyRanges, KeyRanges]:
+    """The parts of ranges that lie outside of a span, and inside."""
+    first, last = away
+    outside = [piece for start, stop in keys for piece in ((start, min(stop, first)), (max(start, last), stop))]
+    inside = [(max(start, first), min(stop, last)) for start, stop in keys]
+
+    def kept(pieces: list[tuple[int, int]]) -> KeyRanges:
+        return tuple((start, stop) for start, stop in pieces if start < stop)
+
+    return kept(outside), kept(inside)
 
 
 def _page_columns(keys: KeyRanges, page: int) -> np.ndarray:

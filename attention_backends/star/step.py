@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_backends.star.rows import VirtualRows, split_rows
+from attention_backends.star.shards import Ask, make_asks
 from scheduler.plan import StarPlan
+from scheduler.share import Attend
 
 RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
 
@@ -26,6 +29,8 @@ class StarStep:
         num_scheduled_tokens: request id -> tokens in this step, for all its requests.
         row_ids: request id of each batch row, in the model runner's order.
         on_rows: called with the rows of the step, once, when a builder first counts them.
+        attends: request id -> where the rest of its KV is, for those that have some elsewhere.
+        exchange: makes what asks other replicas, from the step's asks.
     """
 
     def __init__(
@@ -34,11 +39,17 @@ class StarStep:
         num_scheduled_tokens: Mapping[str, int],
         row_ids: RowIds,
         on_rows: Callable[[VirtualRows], None],
+        attends: Mapping[str, Attend] | None = None,
+        exchange: Callable[[Sequence[Ask]], Any] | None = None,
     ) -> None:
         self.plans = plans
         self.num_scheduled_tokens = num_scheduled_tokens
         self.row_ids = row_ids
         self.on_rows = on_rows
+        self.attends = attends or {}
+        self.exchange = exchange
+        self._ids: list[str] = []
+        self._exchanges: dict[int, Any] = {}
         self.engaged = False
         self.counted = False
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
@@ -63,6 +74,16 @@ class StarStep:
         """The rows that an earlier call of ``rows`` made for this page size."""
         return self._rows.get((page, True))
 
+    def shards(self, page: int) -> Any | None:
+        """What layers with pages of this size ask other replicas by, once their rows are made; None: nothing to ask."""
+        rows = self.built_rows(page)
+        if rows is None or not rows.remote or self.exchange is None:
+            return None
+        if page not in self._exchanges:
+            where = {name: attend.shards for name, attend in self.attends.items()}
+            self._exchanges[page] = self.exchange(make_asks(rows, self._ids, where, page))
+        return self._exchanges[page]
+
     def count(self, rows: VirtualRows) -> None:
         """Report the step's rows, if no layer before has."""
         if not self.counted:
@@ -86,7 +107,9 @@ class StarStep:
             raise RuntimeError("the model runner gave no host copy of seq_lens: rows can't be split")
         seq_lens = common.seq_lens_cpu_upper_bound.tolist()
         seq_lens[len(ids) :] = [0] * len(padding)
-        return split_rows(plans, query_lens, seq_lens, page)
+        self._ids = ids
+        spans = [self.attends[name].span() if name in self.attends else None for name in ids] + [None] * len(padding)
+        return split_rows(plans, query_lens, seq_lens, page, spans)
 
 
 _current: StarStep | None = None

@@ -120,11 +120,17 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         report["replicas"] = {
             "number": replicas.size,
             "spread": "yes" if why_one is None else f"no: {why_one}",
+            "shards": "no: prompts stay on one replica" if why_one else shards_report(replicas, starling.star),
             "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
         }
     if prompt_tokens is not None:
         report["prompt"] = prompt_cost(prompt_tokens, starling.star, cache, None if refusals else replicas, config)
     return report
+
+
+def shards_report(replicas: Any, star: Any) -> str:
+    """Whether KV can stay on the replicas that made it, and whether it does by default."""
+    return f"no: {replicas.no_shards}" if replicas.no_shards else f"yes, with star_shards=on (default {star.shards})"
 
 
 def block_reuse(config: Any, scheduling: Any, refusals: list[str]) -> str:

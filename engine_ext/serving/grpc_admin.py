@@ -215,8 +215,8 @@ def limits(config: Any, max_message_bytes: int) -> pb.Limits:
 def star_message(star: StarOptions) -> inference_pb2.StarOptions:
     """The server's star options; those that follow from the prompt or from others stay unset."""
     mode = next(number for number, name in MODES.items() if name == star.mode)
-    replicas = 0 if star.replicas == "auto" else star.replicas
-    return inference_pb2.StarOptions(**star.model_dump(exclude_none=True) | {"mode": mode, "replicas": replicas})
+    values = {"mode": mode, "replicas": 0 if star.replicas == "auto" else star.replicas, "shards": star.shards == "on"}
+    return inference_pb2.StarOptions(**star.model_dump(exclude_none=True) | values)
 
 
 def error_status(error: Exception) -> status_pb2.Status:

@@ -32,6 +32,8 @@ def star_args(message: pb.StarOptions) -> dict[str, Any]:
         values["mode"] = MODES.get(mode, mode)
     if values.get("replicas") == 0:
         values["replicas"] = "auto"
+    if "shards" in values:
+        values["shards"] = "on" if values["shards"] else "off"
     return {flat_name(field): value for field, value in values.items()}
 
 

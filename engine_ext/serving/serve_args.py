@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, get_args
+from typing import Any
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from attention_backends.kernels.choose import SETTINGS
 from engine_ext.activation import CPU_ATTENTION, ENTRY, parse_config
 from scheduler import scheduling_options
-from scheduler.options import FIELDS, Mode, OptionError, flat_name, parse_options
+from scheduler.options import CHOICES, FIELDS, OptionError, flat_name, parse_options
 from scheduler.scheduling_options import SECTION
 
 GRPC_PORT_HELP = (
@@ -61,7 +61,7 @@ def make_parser() -> FlexibleArgumentParser:
     group = parser.add_argument_group("Starling", "Star Attention (arXiv 2411.17116): defaults for every request.")
     for field, info in FIELDS.items():
         default = "" if info.default is None else f" (default: {info.default})"
-        kind: dict[str, Any] = {"choices": get_args(Mode)} if field == "mode" else {"type": number, "metavar": "N"}
+        kind: dict[str, Any] = {"choices": CHOICES[field]} if field in CHOICES else {"type": number, "metavar": "N"}
         # Not in the namespace where not given: with None the formatter would add a wrong default to the help.
         group.add_argument(flag(field), default=argparse.SUPPRESS, help=f"{info.description}{default}", **kind)
     add_scheduling_flags(parser)

@@ -36,8 +36,9 @@ def served(tmp_path_factory):
             yield hosts, client, str(model)
 
 
-def ask(client, model: str, prompt: list[int], replicas: int, **more) -> dict:
+def ask(client, model: str, prompt: list[int], replicas: int, shards: str = "off", **more) -> dict:
     star = {"star": "on", "star_block_size": 256, "star_query_tokens": 40, "star_replicas": replicas}
+    star["star_shards"] = shards
     body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 1, "vllm_xargs": star}
     response = client.post("/v1/completions", json=body | more)
     response.raise_for_status()
@@ -65,6 +66,18 @@ def test_both_hosts_prefill_and_the_answer_is_that_of_one(served):
     assert grown(MOVED) == 3 * 256 * TOKEN_BYTES
     one = ask(client, model, prompt, 1, cache_salt="another")
     assert_same(both, one)
+
+
+def test_kv_that_stays_on_the_other_host_is_attended_to_there(served):
+    _, client, model = served
+    prompt = random.Random(40).choices(range(3, 250), k=2088)
+    before = counts(client)
+    both = ask(client, model, prompt, 2, "on")
+    after = counts(client)
+    assert after["starling:bytes_moved_total"] == before["starling:bytes_moved_total"]
+    sent = after["starling:shard_bytes_total"] - before.get("starling:shard_bytes_total", 0.0)
+    assert sent == (40 + 5) * 2 * (2 * 64 + 2) * 4  # tokens, layers, query, output, 2 sums, float32
+    assert_same(both, ask(client, model, prompt, 1, cache_salt="another"))
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:

@@ -6,6 +6,7 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
@@ -14,8 +15,9 @@ from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.activation import MIDDLEWARE, add_middleware, parse_config
 from engine_ext.models.configs import KVShiftLlamaConfig
-from engine_ext.refusals import CONNECTORS, RULES, SPREAD_RULES, fleet, star_refusals
+from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPREAD_RULES, fleet, star_refusals
 from scheduler.options import OptionError
+from scheduler.share import default_shards
 from tests.parity.harness import TINY
 
 
@@ -157,7 +159,7 @@ def fake_config(**changes):
         device_config=SimpleNamespace(device_type="cuda"),
     )
     for name, value in changes.items():
-        owner, _, attribute = name.rpartition("__")
+        owner, _, attribute = name.partition("__") if "__" in name else ("", "", name)
         setattr(getattr(config, owner) if owner else config, attribute, value)
     return config
 
@@ -261,6 +263,56 @@ def test_an_engine_of_several_replicas_gets_our_connector_where_prompts_can_be_s
         engine_config(model, additional_config={"starling": {"star": {"replicas": 2}}}, **off)
     with pytest.raises(ValueError, match="star_replicas=3 is refused: this server has 2"):
         engine_config(model, additional_config={"starling": {"star": {"replicas": 3}}}, data_parallel_size=2)
+
+
+CPU = FULL | {
+    "device_config__device_type": "cpu",
+    "cache_config__cache_dtype": "auto",
+    "cache_config__block_size": 128,
+    "scheduler_config__async_scheduling": False,
+    "parallel_config___api_process_count": 1,
+    "model_config__dtype": torch.float32,
+    "model_config__get_head_size": lambda: 64,
+    "additional_config": {"starling": {}},
+}
+
+WITHOUT_SHARDS = {
+    "wired on CPU only": {"device_config__device_type": "cuda"},
+    "no fp8": {"cache_config__cache_dtype": "fp8_e4m3"},
+    "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
+    "head sizes": {"model_config__get_head_size": lambda: 80 + 8},
+    "(amx)": {"model_config__dtype": torch.bfloat16},
+    "--api-server-count": {"parallel_config___api_process_count": 2},
+    "async scheduling": {"scheduler_config__async_scheduling": True},
+}
+
+
+@pytest.mark.parametrize("reason", WITHOUT_SHARDS)
+def test_what_keeps_kv_from_staying_where_it_was_made_is_named(reason, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    found = fleet(fake_config(**CPU | WITHOUT_SHARDS[reason]))
+    assert found.reason is None and reason in found.no_shards
+
+
+def test_every_rule_about_shards_is_tested_and_a_plain_cpu_has_them():
+    assert len(WITHOUT_SHARDS) == len(SHARD_RULES)
+    assert fleet(fake_config(**CPU)).no_shards is None
+    assert fleet(fake_config(**CPU | {"cache_config__enable_prefix_caching": False})).no_shards is None  # said already
+
+
+def test_an_engine_says_over_how_many_replicas_kv_may_be_shared_out(model):
+    def shared(number: int, **star) -> int:
+        given = {"starling": {"star": {"mode": "auto", "min_tokens": 256} | star}}
+        return default_shards(engine_config(model, additional_config=given, data_parallel_size=number))
+
+    assert (shared(1), shared(3), shared(3, shards="on"), shared(3, shards="on", replicas=2)) == (1, 1, 3, 2)
+    for refused, number, star in (
+        ("this server has one replica", 1, {}),
+        ("star_replicas=1 keeps", 2, {"replicas": 1}),
+        ("star_overlap_size=", 2, {"overlap_size": 128, "block_size": 256}),
+    ):
+        with pytest.raises(ValueError, match=rf"star_shards='on' is refused: .*{refused}"):
+            shared(number, shards="on", **star)
 
 
 def test_a_model_without_layer_types_is_judged_by_its_window():

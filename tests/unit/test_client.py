@@ -315,6 +315,7 @@ def test_tls(kind, certificates, mutual, way):
         ({"sampling": {}}, "sampling is refused"),
         ({"star": {"blocks": 3}}, "'blocks' is refused.*Allowed: mode, .*block_size"),
         ({"star": {"mode": "yes"}}, "'yes' is refused. Allowed: off, on, auto"),
+        ({"star": {"shards": "maybe"}}, "star_shards='maybe' is refused. Allowed: off, on"),
         ({"temperature": "warm"}, "temperature='warm' is refused"),
         ({"top_k": -1}, "top_k=-1 is refused"),
         ({"add_generation_prompt": True}, "it is for a prompt of messages"),
@@ -352,6 +353,8 @@ def test_what_is_no_prompt(prompt):
         ),
         ({"star": {"star": "auto", "star_num_blocks": 4}}, {"star": {"mode": "MODE_AUTO", "num_blocks": 4}}),
         ({"star": {"anchor_size": 0}}, {"star": {"anchor_size": 0}}),
+        ({"star": {"shards": "on"}}, {"star": {"shards": True}}),
+        ({"star": {"star_shards": "off"}}, {"star": {"shards": False}}),
         ({"request_id": "r", "progress": True, "priority": 0}, {"request_id": "r", "progress": True, "priority": 0}),
     ],
 )

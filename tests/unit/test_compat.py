@@ -137,6 +137,45 @@ def test_each_shim_is_still_needed(shim):
         assert "extra_args" not in BeamSearchParams.__struct_fields__
 
 
+def test_an_engine_core_checks_its_memory_against_its_share_of_the_length(monkeypatch):
+    from vllm.v1.engine import core
+
+    seen = []
+
+    def get_kv_cache_configs(vllm_config, *args):
+        seen.append(vllm_config.model_config.max_model_len)
+        if args:
+            raise ValueError("too little")
+        return "made"
+
+    monkeypatch.setattr(core, "get_kv_cache_configs", get_kv_cache_configs)
+    for _ in range(2):
+        compat.divide_kv_memory_check(lambda config: config.parts)
+    config = SimpleNamespace(parts=3, model_config=SimpleNamespace(max_model_len=1000, original_max_model_len=1000))
+    assert core.get_kv_cache_configs(config) == "made"
+    with pytest.raises(ValueError, match="too little"):
+        core.get_kv_cache_configs(config, 1)
+    assert config.model_config.max_model_len == 1000 and seen == [334, 334]
+    config.parts = 1
+    core.get_kv_cache_configs(config)
+    config.parts, config.model_config.original_max_model_len = 3, -1
+    core.get_kv_cache_configs(config)
+    assert seen[2:] == [1000, 1000]
+
+
+def test_what_is_told_before_a_layer_is_made_is_what_the_layer_says():
+    from vllm.v1.attention.backends import cpu_attn
+    from vllm.v1.engine import core
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.float32, get_head_size=lambda: 80),
+        cache_config=SimpleNamespace(block_size=128, cache_dtype="auto"),
+    )
+    assert compat.cpu_attention_isa(config) == "vec16"
+    assert "_get_attn_isa(" in inspect.getsource(cpu_attn.CPUAttentionMetadataBuilder.__init__)
+    assert "get_kv_cache_configs(" in inspect.getsource(core.EngineCore._initialize_kv_caches)
+
+
 def test_a_layer_of_ours_is_entered_once():
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     layer = object()

@@ -41,3 +41,32 @@ def test_the_names_we_call_are_there():
     assert "call_utility_all_async" in inspect.getsource(DPLBAsyncMPClient.call_utility_async), "the first one's only"
     shutting_down = inspect.getsource(EngineCoreProc._reject_utility_in_shutdown)
     assert f'"{compat.SHUTTING_DOWN}"' in shutting_down
+
+
+class Core:
+    """An engine core as far as the utilities between replicas look at it; notes what happens, in order."""
+
+    def __init__(self) -> None:
+        self.happened: list[tuple] = []
+        self.scheduler = self.connector = self.model_executor = self
+        self.opened: set[str] = set()
+
+    def begin_shard(self, name):
+        self.opened.add(name)
+        return [3, 4]
+
+    def let_go(self, names):
+        self.happened.append(("freed", *names))
+
+    def collective_rpc(self, method, args):
+        self.happened.append((method, *args))
+        return [{"name": "holder"}]
+
+
+def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
+    core = Core()
+    assert core_utilities._open_shard(core, "a") == [{"name": "holder"}]
+    core_utilities._let_go(core, ["a", "b"])
+    core.opened.clear()
+    core_utilities._let_go(core, ["b"])
+    assert core.happened == [("open_shard", "a", [3, 4]), ("close_shards", ["a"]), ("freed", "a", "b"), ("freed", "b")]

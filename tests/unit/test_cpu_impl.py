@@ -10,6 +10,8 @@ from vllm.v1.attention.backend import AttentionType
 
 from attention_backends.kernels import cpu_impl
 from attention_backends.kernels.choose import Op
+from attention_backends.kernels.merge import merge
+from engine_ext.shard_holder import attend_all
 
 HEADS, KV_HEADS, SIZE, PAGE, PAGES = 4, 2, 64, 32, 40
 
@@ -45,7 +47,7 @@ def metadata(queries: list[int], keys: list[int], **changes):
     return SimpleNamespace(**fields | {"causal": True, "dynamic_causal": None} | changes)
 
 
-LAYER = SimpleNamespace(isa="vec", _k_scale_float=1.0, _v_scale_float=1.0)
+LAYER = SimpleNamespace(layer_name="layer", isa="vec", _k_scale_float=1.0, _v_scale_float=1.0)
 
 
 def run(impl, batch, query, cache) -> torch.Tensor:
@@ -102,6 +104,42 @@ def test_batches_that_stay_with_vllms(monkeypatch, layer, changes):
     impl, query = make(), torch.randn(1, HEADS, SIZE)
     assert impl.takes(query, LAYER, metadata([1], [100]))
     assert not impl.takes(query, layer, metadata([1], [100], **changes))
+
+
+class Elsewhere:
+    """Stands for other replicas: they see every key of ``cache``'s first pages."""
+
+    def __init__(self, cache: torch.Tensor) -> None:
+        self.cache = cache
+
+    def begin(self, layer: str, query: torch.Tensor, scale: float, softcap: float) -> str:
+        self.asked = layer, scale, softcap
+        numbers = {"scale": scale, "softcap": softcap}
+        self.parts = attend_all(query, self.cache, [self.table], [len(query)], numbers)
+        return "sent"
+
+    def finish(self, sent: str, out: torch.Tensor, lse: torch.Tensor) -> None:
+        assert sent == "sent"
+        merged = merge(torch.stack((out, self.parts[0])), torch.stack((lse, self.parts[1])))
+        out.copy_(merged[0])
+
+
+@pytest.mark.parametrize("setting", ["auto", "vllm"])
+def test_keys_elsewhere_are_merged_whatever_op_is_asked_for(setting):
+    """A row of 10 queries whose first 4 pages are not in its table any more, against the whole row at once."""
+    torch.manual_seed(0)
+    impl, query = make(), torch.randn(10, HEADS, SIZE)
+    cache = torch.randn(PAGES, KV_HEADS, PAGE, 2 * SIZE)
+    whole = metadata([10], [200])
+    cpu_impl.use("vllm")
+    wanted = run(impl, whole, query, cache)
+    cpu_impl.use(setting)
+    elsewhere = Elsewhere(cache)
+    elsewhere.table = whole.block_table[0, :4].numpy()
+    rest = metadata([10], [200 - 4 * PAGE], shards=elsewhere)
+    rest.block_table = whole.block_table[:, 4:].contiguous()
+    torch.testing.assert_close(run(impl, rest, query, cache), wanted, rtol=1e-4, atol=1e-5)
+    assert elsewhere.asked == ("layer", 0.1, 0)
 
 
 def test_an_unknown_setting():

@@ -86,7 +86,12 @@ def test_replicas_their_cores_and_why_a_prompt_stays_on_one(model, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = ("--data-parallel-size", "2", "--prompt-tokens", "3000", "--star-block-size", "512")
     report = examine(model, *options)
-    assert report["replicas"] == {"number": 2, "spread": "yes", "cores": "0|1"}
+    assert report["replicas"] == {
+        "number": 2,
+        "spread": "yes",
+        "shards": "yes, with star_shards=on (default off)",
+        "cores": "0|1",
+    }
     assert report["prompt"]["plan_with_star_on"]["replicas"] == 2
     report = examine(model, *options, "--no-enable-prefix-caching")
     assert report["replicas"]["spread"].startswith("no: replicas hand over what their prefix caches hold")

@@ -77,8 +77,15 @@ def test_what_an_id_names(request_id, of_front, of_engine):
 def test_star_defaults_as_a_message():
     message = star_message(StarOptions(mode="auto", num_blocks=4, block_size=0))
     assert message == inference.StarOptions(
-        mode=inference.StarOptions.MODE_AUTO, min_tokens=32768, block_size=0, num_blocks=4, overlap_size=0, replicas=0
+        mode=inference.StarOptions.MODE_AUTO,
+        min_tokens=32768,
+        block_size=0,
+        num_blocks=4,
+        overlap_size=0,
+        replicas=0,
+        shards=False,
     )
+    assert star_message(StarOptions(shards="on")).shards
     assert star_message(StarOptions(replicas=3)).replicas == 3
 
 

@@ -30,8 +30,20 @@ def test_every_mode_has_a_number():
         (pb.StarOptions(mode=9), {"star": 9}),
         (pb.StarOptions(replicas=0), {"star_replicas": "auto"}),
         (pb.StarOptions(replicas=2), {"star_replicas": 2}),
+        (pb.StarOptions(shards=False), {"star_shards": "off"}),
     ],
-    ids=["empty", "unspecified", "off", "zero is set", "zero query", "64-bit", "unnamed mode", "auto", "replicas"],
+    ids=[
+        "empty",
+        "unspecified",
+        "off",
+        "zero is set",
+        "zero query",
+        "64-bit",
+        "unnamed mode",
+        "auto",
+        "replicas",
+        "no shards",
+    ],
 )
 def test_star_args(message, args):
     assert messages.star_args(message) == args
@@ -41,6 +53,7 @@ def test_star_args_over_the_wire():
     every = {field: index for index, field in enumerate(StarOptions.model_fields) if field != "mode"}
     sent = pb.StarOptions(mode="MODE_ON", **every)
     received = messages.star_args(pb.StarOptions.FromString(sent.SerializeToString()))
+    every["shards"] = "on"
     assert received == {"star": "on"} | {f"star_{field}": value for field, value in every.items()}
 
 

@@ -83,6 +83,8 @@ REFUSED = [
     ({"star_replicas": "all"}, "star_replicas", "auto, or a whole number of replicas"),
     ({"star_replicas": True}, "star_replicas", "auto, or a whole number of replicas"),
     ({"star_replicas": 2}, "star_replicas", "this server has 1"),
+    ({"star_shards": "auto"}, "star_shards", "off, on"),
+    ({"star_shards": "on"}, "star_shards", "this server has one replica"),
 ]
 
 
@@ -234,3 +236,42 @@ def test_keys_attended_are_those_of_the_mask(star):
     )
     assert star.keys_attended() == int(mask.sum())
     assert star.dense_keys() == star.num_prompt_tokens * (star.num_prompt_tokens + 1) // 2
+
+
+@pytest.mark.parametrize(
+    ("server", "request_", "fleet", "shards"),
+    [
+        ({}, {}, Fleet(3), False),
+        ({}, {"shards": "on"}, Fleet(3), True),
+        ({"shards": "on"}, {}, Fleet(3), True),
+        ({"shards": "on"}, {"shards": "off"}, Fleet(3), False),
+        ({"shards": "on"}, {"replicas": 1}, Fleet(3), False),  # a default that has nothing to do
+        ({"shards": "on"}, {"overlap_size": 16}, Fleet(3), False),
+        ({}, {"shards": "on", "block_size": 512}, Fleet(3), False),  # two blocks gain nothing
+    ],
+)
+def test_a_plan_says_whether_its_kv_stays_where_it_was_made(server, request_, fleet, shards):
+    defaults = parse_options({"mode": "on", "block_size": 64} | server, flat=False)
+    request = parse_options({flat_name(key): value for key, value in request_.items()}, flat=True)
+    made = make_plan(1000, defaults, request, PAGE, fleet)
+    assert made.shards == made.summary()["shards"] == shards
+    assert StarPlan(*made.to_wire()) == made
+
+
+@pytest.mark.parametrize(
+    ("request_", "fleet", "reason"),
+    [
+        ({}, Fleet(1), "this server has one replica"),
+        ({}, SHIFTED, "the model has KV shifting"),
+        ({}, Fleet(2, None, "wired on CPU only"), "wired on CPU only"),
+        ({"replicas": 1}, Fleet(2), "star_replicas=1 keeps the prompt on one replica"),
+        ({"overlap_size": 16}, Fleet(2), "with star_overlap_size=16 each block needs the one before it"),
+    ],
+)
+def test_shards_that_can_not_engage_are_refused(request_, fleet, reason):
+    defaults = parse_options({"mode": "on", "block_size": 64}, flat=False)
+    request = parse_options(
+        {"star_shards": "on"} | {flat_name(key): value for key, value in request_.items()}, flat=True
+    )
+    with pytest.raises(OptionError, match=rf"star_shards='on' is refused: {reason}.* Allowed: off\."):
+        make_plan(1000, defaults, request, PAGE, fleet)

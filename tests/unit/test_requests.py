@@ -13,7 +13,8 @@ from engine_ext.metrics import front_metrics
 from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.requests import check_early, refuse_beam_search, resolve_request, response_plans, star_requests
 from scheduler.plan import PLAN_KEY, StarPlan
-from tests.unit.test_activation import fake_config
+from scheduler.share import SHARDS
+from tests.unit.test_activation import CPU, fake_config
 
 STAR = {"star": "on", "star_block_size": 64}
 
@@ -40,7 +41,7 @@ def test_options_are_replaced_by_the_plan_and_others_kept():
     mine = {"theirs": 7} | STAR
     request = processed(mine)
     resolve_request(processor(ON), request)
-    assert request.sampling_params.extra_args == {"theirs": 7, PLAN_KEY: [64, 64, 0, 150, 300, 1]}
+    assert request.sampling_params.extra_args == {"theirs": 7, PLAN_KEY: [64, 64, 0, 150, 300, 1, False]}
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
 
 
@@ -49,6 +50,33 @@ def test_dense_requests_carry_nothing(extra_args, left):
     request = processed(extra_args)
     resolve_request(processor(ON), request)
     assert request.sampling_params.extra_args == left
+
+
+TRANSFER = SimpleNamespace(kv_connector="StarConnector", kv_connector_extra_config={SHARDS: 3})
+
+
+def over_shards(extra_args, length: int):
+    """The plan of a request to three replicas of 99 pages of 16 tokens."""
+    changes = CPU | {"kv_transfer_config": TRANSFER, "additional_config": {"starling": {"star": {"shards": "on"}}}}
+    given = processor(changes.pop("additional_config"), **changes)
+    given.vllm_config.parallel_config.data_parallel_size = 3
+    given.vllm_config.cache_config.num_gpu_blocks = 300
+    return star_requests(given).plan(extra_args, length)
+
+
+def test_a_plan_has_as_many_replicas_as_its_kv_needs():
+    assert [over_shards(STAR | {"star_shards": "on"}, length).replicas for length in (1000, 3000)] == [3, 3]
+    two = {"star": "on", "star_block_size": 128, "star_replicas": 2}
+    assert over_shards(two, 1500).shards
+    with pytest.raises(VLLMValidationError, match=r"star_shards='on' is refused: 20 star blocks .* than 2 replicas"):
+        over_shards(two, 3000)
+
+
+@pytest.mark.parametrize("extra_args", [{}, STAR | {"star_shards": "off"}, STAR | {"star_replicas": 1}])
+def test_what_runs_on_one_replica_must_fit_there(extra_args):
+    over_shards(extra_args, 99 * 16 - 1)
+    with pytest.raises(VLLMValidationError, match=r"1584 tokens runs on one replica, whose KV memory holds 1584"):
+        over_shards(extra_args, 99 * 16)
 
 
 def test_pooling_requests_are_none_of_ours():
@@ -112,7 +140,7 @@ def test_sizes_of_attamba_are_pages_of_chunk_states_and_have_no_overlap(options,
 def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_keys():
     front, request = processor(ON, **ATTAMBA), processed({"star": "on", "star_num_blocks": 3}, length=1000)
     resolve_request(front, request)
-    assert request.sampling_params.extra_args == {PLAN_KEY: [384, 384, 0, 500, 1000, 1]}
+    assert request.sampling_params.extra_args == {PLAN_KEY: [384, 384, 0, 500, 1000, 1, False]}
     resolver = star_requests(front)
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
         told = resolver.describe(plan, 1000)

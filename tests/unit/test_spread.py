@@ -81,3 +81,11 @@ def test_what_is_cached_and_what_is_queued_counts(replicas, expected):
 )
 def test_no_more_replicas_than_make_it_faster(blocks, most, number):
     assert best_number(blocks, 1.0, most) == number
+
+
+def test_nobody_gets_more_than_its_memory_takes():
+    """The idle one would get most; where all together have no room it is said."""
+    roomy, small = Replica(load=3.0), Replica(room=2)
+    assert spread_blocks(10, 1.0, [roomy, small, small], 3) == [Run(1, 0, 2), Run(2, 2, 4), Run(0, 4, 10)]
+    with pytest.raises(ValueError, match="10 star blocks, and 3 replicas have room for 6"):
+        spread_blocks(10, 1.0, [small] * 3, 3)

@@ -9,9 +9,12 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from engine_ext import spreading
+from engine_ext.kv_room import KVRoom, Rooms, enough_replicas, rooms
 from engine_ext.metrics import front_metrics
+from scheduler.options import OptionError
 from scheduler.plan import StarPlan
-from scheduler.share import SHARE_KEY, Part, Pull
+from scheduler.share import LOST, SHARE_KEY, Attend, Part, Pull
+from scheduler.spread import Run
 
 PAGE = 32
 PLAN = StarPlan(64, 64, 0, 500, 520, 2)
@@ -30,7 +33,7 @@ class FakeEngine:
     """Replicas that prefill what they are asked to, as the tests want it."""
 
     def __init__(self, states: list[dict] | None = None) -> None:
-        idle = {"cached": [], "has_anchor": False, "queued_tokens": 0, "layout": LAYOUT}
+        idle = {"cached": [], "has_anchor": False, "queued_tokens": 0, "layout": LAYOUT, "pages": 100}
         self.states = [idle | state for state in states or [{}, {}]]
         self.ran: list[tuple[int, int, int]] = []  # (replica, first token, last token + 1)
         self.let_go: list[tuple[int, list[str]]] = []
@@ -57,7 +60,7 @@ class FakeEngine:
         return SimpleNamespace(request_id=request_id, prompt=prompt, params=params, **keywords)
 
     def found(self, share) -> dict:
-        return {"start": share.task.start, "pages": [9] * 2, "addresses": [{}]}
+        return {"name": share.task.name, "start": share.task.start, "pages": [9] * 2, "addresses": [{}]}
 
     async def call_replica(self, engine, rank, name, *args):
         if name == spreading.LET_GO:
@@ -251,7 +254,7 @@ def test_a_silent_replicas_part_is_computed_by_another(engine, monkeypatch):
 
 def test_an_answer_does_not_wait_for_a_replica_that_is_silent_at_its_end(engine, monkeypatch):
     """Its host is cut off after its part: it is told to let go once it hears again."""
-    monkeypatch.setattr(spreading, "LET_GO_SECONDS", 0.01)
+    monkeypatch.setattr(spreading, "RELEASE_SECONDS", 0.01)
     monkeypatch.setattr(spreading.compat, "DEATH_CHECK_SECONDS", 0.01)
     answering = engine.call_replica
 
@@ -267,7 +270,7 @@ def test_an_answer_does_not_wait_for_a_replica_that_is_silent_at_its_end(engine,
         outputs = await asyncio.wait_for(run(engine), 5)
         held = set(engine.held)
         mended.set()
-        await asyncio.gather(*spreading._letting_go)
+        await asyncio.gather(*spreading.releases(engine))
         return outputs, held
 
     outputs, held = asyncio.run(ended_while_silent())
@@ -310,3 +313,165 @@ def test_what_can_not_be_spread_is_vllms(engine, prompt, params, keywords):
 def test_dense_prompts_and_plans_for_one_replica_are_vllms(engine, plan):
     engine.input_processor.starling.plan = lambda *_: plan
     assert spreading.plan_to_spread(engine.input_processor, PROMPT, SamplingParams(), {}) is None
+
+
+SHARDED = StarPlan(64, 64, 0, 500, 520, 2, True)
+
+
+@pytest.fixture
+def sharded(engine):
+    """The same, for plans whose KV stays where it was made; what happens is noted in order."""
+    engine.input_processor.starling.plan = lambda extra_args, length: SHARDED
+    engine.happened = []
+    answering = engine.call_replica
+
+    async def call_replica(engine_, rank, name, *args):
+        if name == spreading.OPEN_SHARD:
+            assert args[0] in engine.held
+            engine.happened.append(("open", rank))
+            return [{"name": f"holder{rank}"}]
+        if name == spreading.LET_GO:
+            engine.happened.append(("let go", rank, len(args[0])))
+        return await answering(engine_, rank, name, *args)
+
+    async def generate(prompt, params, request_id, **keywords):
+        engine.generated.append((params, request_id, keywords))
+        try:
+            for _ in range(2):
+                engine.happened.append(("token", len(engine.held)))
+                yield output()
+        finally:
+            engine.happened.append(("ended",))
+
+    engine.call_replica, engine.generate = call_replica, generate
+    return engine
+
+
+def test_shards_are_opened_and_held_to_the_end_and_let_go_after_the_request_has_left(sharded):
+    before = front_metrics().shard_requests._value.get()
+    asyncio.run(run(sharded))
+    assert sorted(sharded.ran) == [(0, 0, 320), (1, 0, 64), (1, 320, 480)]
+    assert sharded.happened == [
+        ("let go", 1, 1),  # its copy of the anchor
+        ("open", 1),
+        ("token", 2),
+        ("token", 2),
+        ("ended",),
+        ("let go", 0, 0),  # answered between two steps
+        ("let go", 0, 1),
+        ("let go", 1, 2),
+    ]
+    assert not sharded.held
+    ((params, _, keywords),) = sharded.generated
+    attend = params.extra_args[SHARE_KEY].task
+    assert isinstance(attend, Attend) and keywords == {"data_parallel_rank": 0}
+    (shard,) = attend.shards
+    assert (shard.start, shard.tokens, shard.addresses) == (320, 2 * PAGE, [{"name": "holder1"}])
+    assert attend.own != shard.name
+    assert front_metrics().shard_requests._value.get() == before + 1
+
+
+def test_a_request_whose_holder_is_lost_ends_with_the_reason(sharded):
+    async def generate(prompt, params, request_id, **keywords):
+        yield output("error", {LOST: "no answer for 10 s"})
+
+    sharded.generate = generate
+    with pytest.raises(spreading.ShardLost, match=r"holds a part of the prompt's KV.*no answer for 10 s"):
+        asyncio.run(run(sharded))
+    assert not sharded.held and not rooms(sharded).taken.total()
+
+
+def test_a_silent_replica_is_an_error_where_kv_is_to_stay(sharded, monkeypatch):
+    def silent(rank, share):
+        raise spreading.ReplicaSilent(1)
+
+    sharded.answers = silent
+    with pytest.raises(spreading.ReplicaSilent):
+        asyncio.run(run(sharded))
+    assert sharded.generated == [] and not rooms(sharded).taken.total()
+
+
+def test_a_replica_that_does_not_let_go_keeps_no_client_waiting_and_is_told(sharded, monkeypatch):
+    monkeypatch.setattr(spreading, "RELEASE_SECONDS", 0.01)
+    answering = sharded.call_replica
+    back = None
+
+    async def call_replica(engine, rank, name, *args):
+        if name == spreading.LET_GO and rank == 1 and sharded.generated:
+            await back.wait()
+        return await answering(engine, rank, name, *args)
+
+    sharded.call_replica = call_replica
+
+    async def hang():
+        nonlocal back
+        back = asyncio.Event()
+        await run(sharded)
+        assert len(sharded.held) == 1 and rooms(sharded).taken.total()
+        spreading.silent_replicas(sharded)[1] = asyncio.get_running_loop().create_future()
+        back.set()
+        await asyncio.gather(*spreading.releases(sharded))
+
+    asyncio.run(hang())
+    assert not sharded.held and not rooms(sharded).taken.total()
+
+
+def test_prompts_over_shards_take_their_memory_at_once_and_in_turn(sharded):
+    """Each takes more than half of a replica: the second one begins once the first has let go."""
+    for state in sharded.states:
+        state["pages"] = 20
+
+    async def both():
+        return await asyncio.gather(run(sharded, SamplingParams(max_tokens=10)), run(sharded, SamplingParams(n=2)))
+
+    asyncio.run(both())
+    ends = [index for index, event in enumerate(sharded.happened) if event == ("ended",)]
+    opens = [index for index, event in enumerate(sharded.happened) if event[0] == "open"]
+    assert opens[0] < ends[0] < opens[1] < ends[1]
+    assert not rooms(sharded).taken.total() and not sharded.held
+
+
+def test_those_that_fetch_wait_for_those_with_shards_alone():
+    async def order():
+        made, pages = Rooms(), {0: 10}
+        one, other = await made.take({0: 8}, pages, False), await made.take({0: 8}, pages, False)
+        shards = asyncio.ensure_future(made.take({0: 8}, pages, True))
+        fetches = asyncio.ensure_future(made.take({0: 8}, pages, False))
+        for promise in (one, other):
+            await asyncio.sleep(0)
+            assert not shards.done() and not fetches.done()
+            promise.give_back()
+        held = await shards
+        await asyncio.sleep(0.01)
+        assert not fetches.done()
+        held.give_back()
+        held.give_back()
+        last = await fetches
+        assert made.taken[0] == 8 and not made.shards
+        waiting = asyncio.ensure_future(made.take({0: 8}, pages, True))
+        await asyncio.sleep(0)
+        waiting.cancel()  # takes nothing
+        await asyncio.sleep(0)
+        last.give_back()
+        assert made.taken[0] == 0 and not made.turn.locked()
+
+    asyncio.run(order())
+
+
+def test_what_a_prompt_takes_of_each_replica():
+    room = KVRoom(SHARDED, PAGE, {0: 100, 1: 12})
+    runs = [Run(0, 0, 5), Run(1, 5, 8)]
+    assert room.of_runs(runs, SimpleNamespace(n=2, max_tokens=30)) == {0: 10 + 2 * (2 + 1), 1: 6 + 2}
+    assert room.of_runs(runs, SimpleNamespace(n=1, max_tokens=None)) == {0: 100, 1: 8}
+    assert (room.blocks(0), room.blocks(1)) == (49, 5)  # beside the anchor's 2 pages, or the query's
+    fetching = KVRoom(PLAN, PAGE, {0: 100, 1: 12})
+    assert fetching.of_runs(runs, SimpleNamespace(n=2, max_tokens=30)) == {0: 16 + 2, 1: 6 + 2}
+
+
+def test_as_many_replicas_as_the_kv_needs():
+    assert enough_replicas(SHARDED, PAGE, 100, 3).replicas == 2
+    assert enough_replicas(SHARDED, PAGE, 8, 3).replicas == 3  # 3 blocks in each
+    with pytest.raises(OptionError, match=r"star_shards='on' is refused: 8 star blocks .* than 2 replicas of 8 pages"):
+        enough_replicas(SHARDED, PAGE, 8, 2)
+    with pytest.raises(OptionError, match="than 3 replicas of 2 pages"):
+        enough_replicas(SHARDED, PAGE, 2, 3)

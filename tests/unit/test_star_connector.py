@@ -87,7 +87,7 @@ def test_where_the_pages_are_is_told_and_an_aborted_part_holds_none(scheduler):
     scheduler.connector.request_finished_all_groups = listen
     run_to_end(scheduler)
     held = [block.block_id for block in scheduler.connector.held["mine"]]
-    assert told["mine"] == {"start": 128, "pages": held, "addresses": [ADDRESS]}
+    assert told["mine"] == {"name": "mine", "start": 128, "pages": held, "addresses": [ADDRESS]}
     scheduler.connector.let_go(["mine"])
     scheduler.add_request(part("aborted", 0, 256))
     scheduler.schedule()
@@ -159,7 +159,8 @@ def test_a_request_that_is_aborted_while_it_fetches_leaves_no_page(scheduler):
 
 def test_what_a_replica_says_of_itself(scheduler):
     empty = replica_state(scheduler, hasher(), tokens(), PLAN, None)
-    assert empty == {"cached": [], "has_anchor": False, "queued_tokens": 0, "layout": ADDRESS["layout"]}
+    told = {"cached": [], "has_anchor": False, "queued_tokens": 0, "pages": 39, "layout": ADDRESS["layout"]}
+    assert empty == told
     scheduler.add_request(part("anchor", 0, 64))
     run_to_end(scheduler)
     scheduler.add_request(part("mine", 128, 288))

@@ -14,6 +14,7 @@ from attention_backends.star.backend import make_star_backend, takes_star
 from attention_backends.star.step import StarStep, current_step, open_step
 from engine_ext.worker import PlanBook
 from scheduler.plan import PLAN_KEY, StarPlan
+from scheduler.share import SHARE_KEY, Attend, Shard, Share
 from tests.unit.test_rows import batch_metadata
 
 PLAN = StarPlan(8, 8, 0, 30, 40)
@@ -83,6 +84,31 @@ def test_without_a_step_nothing_is_rewritten():
     assert builder.build(0, common) is common
     table = common.block_table_tensor
     assert builder.update_block_table(common, table, common.slot_mapping).block_table_tensor is table
+
+
+SHARDS = (Shard("b", 16, 12, [{"name": "holder"}]),)
+
+
+def test_a_decode_row_whose_keys_are_elsewhere_is_rewritten_and_its_layers_know_whom_to_ask():
+    asked, builder = [], make_builder()
+    attend = {"b": Attend("own", SHARDS)}
+    step = StarStep({"b": PLAN}, {"a": 1, "b": 1}, lambda _: ["a", "b"], asked.append, attend, lambda asks: asks)
+    common = batch_metadata([1, 1], [9, 45], columns=12)
+    with open_step(step):
+        built = builder.build(0, common)
+        assert builder.build(0, common).shards is built.shards, "made once a step"
+    assert built.seq_lens.tolist() == [9, 45 - 12]
+    (ask,) = built.shards
+    assert ask.tokens.tolist() == [1] and ask.addresses == [{"name": "holder"}]
+    (span,) = ask.spans
+    assert (span.request_id, span.shard, span.queries, span.first, span.pages) == ("b", "b", 1, 0, 3)
+    assert ask.pairs(4) == 12
+
+
+def test_without_keys_elsewhere_nobody_is_asked():
+    builder = make_builder()
+    with open_step(make_step({"b": PLAN}, {"a": 1, "b": 20})):
+        assert not hasattr(builder.build(0, batch_metadata([1, 20], [9, 20], columns=12)), "shards")
 
 
 def test_a_failed_step_leaves_no_plan_behind():
@@ -160,3 +186,14 @@ def test_plans_are_kept_from_admission_to_finish():
     assert book.update(step_output(new=[("a", PLAN, 0)])) == {"a": PLAN}  # the same on the V2 runner
     assert book.update(step_output(finished=["a"])) == {}
     assert book.plans == {}
+
+
+def test_a_request_with_keys_elsewhere_is_a_star_request_to_its_end():
+    book, output = PlanBook(), step_output(new=[("a", PLAN, 28), ("b", PLAN, 0)])
+    share = Share(None, Attend("own", SHARDS))
+    output.scheduled_new_reqs[0].sampling_params.extra_args[SHARE_KEY] = share.to_wire()
+    assert book.update(output) == {"a": PLAN, "b": PLAN}
+    assert book.attends == {"a": Attend("own", SHARDS)}
+    assert book.update(step_output(cached=[("a", 45), ("b", 45)])) == {"a": PLAN}
+    assert book.update(step_output(cached=[("b", 46)], finished=["a"])) == {}
+    assert book.attends == {}

@@ -113,6 +113,10 @@ def _fill_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             value = MODES[value]
         if field == "replicas" and value == "auto":
             value = 0
+        if field == "shards" and isinstance(value, str):
+            if value not in ("off", "on"):
+                raise ValueError(f"star_shards={value!r} is refused. Allowed: off, on.")
+            value = value == "on"
         fill(star, field, value)
 
 

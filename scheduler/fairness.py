@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from scheduler.plan import StarPlan, count_pairs
 from scheduler.scheduling_options import SchedulingOptions
 
-KEYS_PER_TOKEN = 16384
+KEYS_PER_TOKEN = 32768
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_a_step_is_shared(prompts, others, yields):
 
 
 def test_limits_by_default_and_as_given():
-    assert make_limits(SchedulingOptions(), 8192) == Limits(8192, 8192, 2048, 2048 * 16384)
+    assert make_limits(SchedulingOptions(), 8192) == Limits(8192, 8192, 2048, 2048 * 32768)
     given_all = SchedulingOptions(long_prompt_tokens=1000, shared_step_tokens=9000, shared_step_keys=5)
     assert make_limits(given_all, 8192) == Limits(8192, 1000, 8192, 5)
 

@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="long prompts of 16k tokens instead of 64k")
     parser.add_argument("--tokens", type=int, help="of a long prompt")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of long prompts")
+    parser.add_argument("--against", nargs="*", choices=VLLM, default=list(VLLM), help="vLLM's settings beside")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 3], help="long prompts at a time")
     parser.add_argument("--pairs", type=int, default=8, help="of a request alone on the engine")
     parser.add_argument(
@@ -202,7 +203,7 @@ def main() -> None:
         for kind in args.kinds:
             for count in args.counts:
                 rows = {}
-                for name in track((OURS, *VLLM), description=f"{count} x {length // 1024}k {kind}"):
+                for name in track((OURS, *args.against), description=f"{count} x {length // 1024}k {kind}"):
                     engine.schedule_as(name)
                     rows[name] = summary(beside(engine, length, count, KINDS[kind]), count * length)
                 keep({"count": count, "tokens": length, "kind": kind, "cpu_time": args.cpu_time, "rows": rows})

@@ -54,18 +54,6 @@ def first_token(server: Server, ids: list[int], blocks: int, replicas: int) -> f
     return time.perf_counter() - started
 
 
-def wake_at_once() -> None:
-    """Let this process run as soon as an answer is there, for which it has to be root.
-
-    Each of vLLM's idle workers spins for a second after its last step. Where there is one on every core, another
-    process group was seen to be woken only when one of them had stopped, 0.8 s late.
-    """
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except PermissionError:
-        print("Not root: where no core is left over, times may be up to a second too long.", flush=True)
-
-
 def counters(server: Server) -> dict[str, float]:
     with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
         lines = [line.split() for line in response.read().decode().splitlines() if line.startswith(COUNTERS)]
@@ -202,7 +190,6 @@ def main() -> None:
         options = [*OPTIONS, "--max-model-len", str(max(lengths) + 1024)]
         print(f"Starting two replicas, pages go over {way}", flush=True)
         with serving(model, *options, log=Path(folder) / "log", seconds=300) as server:
-            wake_at_once()
             for seed, replicas in enumerate((1, 1, 2, 2)):  # both are warm, and the way between them is open
                 first_token(server, random.Random(seed).choices(range(3, 250), k=4096), 8, replicas)
             for length in lengths:

@@ -27,7 +27,6 @@ from rich.table import Table
 
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import OUT, write_json
-from benchmarks.star_replicas import wake_at_once
 from benchmarks.star_ttft import QUERY_TOKENS, RANDOM_LLAMA
 from examples.server import Server, end_on_signals, serving
 
@@ -145,7 +144,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_random_llama(Path(folder) / "llama", **RANDOM_LLAMA)
         with serving(model, *OPTIONS, log=Path(folder) / "log", seconds=300) as server:
-            wake_at_once()
             for way in WAYS:  # both are warm
                 times(server, list(range(3, 200)) * 20, way)
             for length in lengths:

@@ -102,10 +102,10 @@ def serving(
     command += [*([] if grpc_port is None else ["--grpc-port", str(grpc_port)]), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        # A session of its own: Ctrl-C in the terminal reaches us alone, and we stop the server in order.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, start_new_session=True
-        )
+        # A process group of its own: Ctrl-C in the terminal reaches us alone, and we stop the server in order. Not a
+        # session: Linux's autogroup sets those apart, and vLLM's spinning processes, one on each core, which yield to
+        # their own group only, then keep us from running for as long as they spin.
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, process_group=0)
     server = Server(process, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", str(model), log)
     try:
         server.wait(seconds, tell)

@@ -53,7 +53,7 @@ class Host:
                 stdout=output,
                 stderr=output,
                 env=ENVIRONMENT | os.environ | settings,
-                start_new_session=True,
+                process_group=0,
             )
 
     def cut(self) -> None:

@@ -44,7 +44,7 @@ def server(model, tmp_path_factory):
     command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *ENGINE]
     command += ["--additional-config", '{"starling": {}}', "--max-num-batched-tokens", "512"]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENV, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENV, process_group=0)
     server = Server(process, f"http://127.0.0.1:{port}", "", str(model), log)
     try:
         server.wait(300, lambda message: None)

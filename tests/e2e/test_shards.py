@@ -241,13 +241,18 @@ def streaming(server, prompt: list[int], star: dict, tokens: int):
 
 def test_each_replica_holds_its_share_and_a_cancel_leaves_no_page(server):
     """5 blocks and a part of one on the first, as many on the second, and what is generated."""
-    assert until(lambda: no_page_is_held(server), 20)
-    with streaming(server, random_prompt(40, 3000), options(2), 600):
-        ask_rank(server, 1, random_prompt(41, 20))  # a step: what the holder has is told
-        assert until(lambda: all(list(metrics(server, "vllm:kv_cache_usage_perc").values())[:2]), 20)
-        used = [round(share * PAGES) for share in metrics(server, "vllm:kv_cache_usage_perc").values()]
+    for seed in range(40, 45):  # tokens are told late on a busy machine: the output may be complete by then
+        assert until(lambda: no_page_is_held(server), 20)
+        with streaming(server, random_prompt(seed, 3000), options(2), 600):
+            ask_rank(server, 1, random_prompt(seed + 10, 20))  # a step: what the holder has is told
+            if not until(lambda: all(list(metrics(server, "vllm:kv_cache_usage_perc").values())[:2]), 5):
+                continue
+            used = [round(share * PAGES) for share in metrics(server, "vllm:kv_cache_usage_perc").values()]
         assert sum(used) < 2960 // PAGE + 600 // PAGE + 4  # with pages fetched it would be half as much again
         assert max(used) < 2960 // PAGE * 3 // 4
+        break
+    else:
+        pytest.fail("no request was seen before it was done")
     assert until(lambda: no_page_is_held(server), 20)
 
 
@@ -264,19 +269,23 @@ def test_a_holder_that_hangs_costs_its_requests_and_nobody_else(server):
     prompt, star = random_prompt(50, 4500), options(3)
     wanted = ask(server, prompt, star)
     stopped = processes_of(server, 2)  # the last run's: the query is elsewhere
-    with streaming(server, prompt, star, 600) as (_, lines):
-        for process in stopped:
-            os.kill(process.pid, signal.SIGSTOP)
-        try:
-            started = time.monotonic()
-            last = [line for line in lines if b"error" in line]
-            assert last and b"holds a part" in last[0], last
-            assert time.monotonic() - started < 30
-            for rank in (0, 1):
-                assert len(ask_rank(server, rank, random_prompt(51 + rank, 100))[0]) == TOKENS
-        finally:
+    last: list[bytes] = []
+    for _ in range(5):  # tokens are told late on a busy machine: the output may be complete by then
+        with streaming(server, prompt, star, 600) as (_, lines):
             for process in stopped:
-                os.kill(process.pid, signal.SIGCONT)
+                os.kill(process.pid, signal.SIGSTOP)
+            try:
+                started = time.monotonic()
+                last = [line for line in lines if b"error" in line]
+                assert time.monotonic() - started < 30
+                for rank in (0, 1):
+                    assert len(ask_rank(server, rank, random_prompt(51 + rank, 100))[0]) == TOKENS
+            finally:
+                for process in stopped:
+                    os.kill(process.pid, signal.SIGCONT)
+        if last:
+            break
+    assert last and b"holds a part" in last[0], last
     assert until(lambda: no_page_is_held(server), 60)
     assert_same(ask(server, prompt, star), wanted)
     assert_is_the_references(server, prompt, star, wanted)

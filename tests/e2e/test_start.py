@@ -35,9 +35,7 @@ def test_sigterm_ends_a_start_with_130(tmp_path, moment, options):
     command += ["--port", str(free_port()), *options]
     log = tmp_path / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, process_group=0)
     children = []
     try:
         deadline = time.monotonic() + 240

@@ -383,8 +383,7 @@ def test_a_killed_engine_is_unavailable_and_an_exit_code(server):
         watched = health_pb2_grpc.HealthStub(calls.channel).Watch(health_pb2.HealthCheckRequest())
         status = [(await watched.read()).status]
         call = calls.generate(request(tokens=8000))
-        # Not until its first token: on a busy machine the engine's spinning loop holds back what it has to tell, at
-        # worst until the request has ended.
+        # Not until its first token: where engine and worker keep all cores busy, that may come late.
         await asyncio.sleep(1)
         children = psutil.Process(server.process.pid).children(recursive=True)
         engines = [child for child in children if any("EngineCore" in word for word in child.cmdline())]

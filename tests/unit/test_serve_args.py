@@ -49,9 +49,10 @@ def test_always_activated(parse_fast):
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "mode"])
 def test_every_option_has_a_flag(parse_fast, field):
     alone = {"block_size": "0"} if field == "num_blocks" else {}
-    argv = [item for name, value in (alone | {field: "96"}).items() for item in (flag(name), value)]
+    given, expected = ("on", "on") if field == "shards" else ("96", 96)
+    argv = [item for name, value in (alone | {field: given}).items() for item in (flag(name), value)]
     args, _ = parse_fast(*argv)
-    assert args.additional_config["starling"]["star"][field] == 96
+    assert args.additional_config["starling"]["star"][field] == expected
     assert not any(flat_name(name) in args for name in FIELDS), "vLLM should not see our flags"
 
 

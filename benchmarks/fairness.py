@@ -11,7 +11,6 @@ and is not now keeps its figures. Takes 3 minutes with --tokens 8192, 45 with pr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -27,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, ratio_interval, write_json
+from benchmarks.report import put_row, ratio_interval, read_json, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 STEP = ENGINE["max_num_batched_tokens"]
@@ -217,16 +216,7 @@ def main() -> None:
     if args.pairs:
         ratio = ratio_interval(pairs["vLLM"], pairs[OURS])
         print(f"a request alone, Starling over vLLM: {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]")
-        write(known() | {"alone_seconds": pairs, "alone_over_vllm": list(ratio)})
-
-
-def known() -> dict[str, Any]:
-    path = OUT / f"{NAME}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write(result: dict[str, Any]) -> Path:
-    return write_json(NAME, {key: value for key, value in result.items() if key != "machine"})
+        write_json(NAME, read_json(NAME) | {"alone_seconds": pairs, "alone_over_vllm": list(ratio)})
 
 
 def keep(result: dict[str, Any]) -> None:
@@ -236,10 +226,10 @@ def keep(result: dict[str, Any]) -> None:
         return of["tokens"], of["kind"], of["count"]
 
     show(result)
-    before = known()
-    others = [other for other in before.get("results", []) if place(other) != place(result)]
-    results = sorted([result, *others], key=place)
-    plot(results, write(before | {"step_tokens": STEP, "results": results}).with_suffix(".png"))
+    before = read_json(NAME)
+    results = put_row(before.get("results", []), result, place)
+    path = write_json(NAME, before | {"step_tokens": STEP, "results": results})
+    plot(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

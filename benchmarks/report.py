@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,19 @@ def ratio_interval(
     drawn = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
     lower, upper = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(np.median(ratios)), float(lower), float(upper)
+
+
+def read_json(name: str) -> dict[str, Any]:
+    """What was measured before, without the machine; nothing where nothing was."""
+    path = OUT / f"{name}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    result.pop("machine", None)
+    return result
+
+
+def put_row(rows: Sequence[dict[str, Any]], row: dict[str, Any], place: Callable[[dict[str, Any]], tuple]) -> list:
+    """The rows in order of their place, with this one in the place of the one measured before."""
+    return sorted([row, *(other for other in rows if place(other) != place(row))], key=place)
 
 
 def write_json(name: str, result: dict[str, Any]) -> Path:

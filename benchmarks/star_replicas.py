@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.random_llama import make_random_llama
 from benchmarks.replicas_model import error, measured_prompt, predict
-from benchmarks.report import OUT, median_ratio, write_json
+from benchmarks.report import median_ratio, put_row, read_json, write_json
 from benchmarks.star_ttft import QUERY_TOKENS, RANDOM_LLAMA
 from examples.server import Server, end_on_signals, serving
 
@@ -201,14 +201,12 @@ def main() -> None:
 
 def keep(row: dict[str, Any]) -> None:
     """Write a row to the results, in the place of the one measured before."""
-    path = OUT / f"{NAME}.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
 
     def place(of: dict[str, Any]) -> tuple:
         return of["tokens"], of["way"], of["blocks"]
 
-    rows = sorted([row, *(other for other in known if place(other) != place(row))], key=place)
-    write_json(NAME, {"query_tokens": QUERY_TOKENS, "kv_bytes_per_token": KV_BYTES, "rows": rows})
+    rows = put_row(read_json(NAME).get("rows", []), row, place)
+    path = write_json(NAME, {"query_tokens": QUERY_TOKENS, "kv_bytes_per_token": KV_BYTES, "rows": rows})
     plot(rows, path.with_suffix(".png"))
 
 

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, write_json
+from benchmarks.report import put_row, read_json, write_json
 from benchmarks.star_ttft import QUERY_TOKENS, RANDOM_LLAMA
 from examples.server import Server, end_on_signals, serving
 
@@ -155,14 +155,12 @@ def main() -> None:
 
 def keep(row: dict[str, Any]) -> None:
     """Write a row to the results, in the place of the one measured before."""
-    path = OUT / f"{NAME}.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
 
     def place(of: dict[str, Any]) -> tuple:
         return of["tokens"], of["transport"]
 
-    rows = sorted([row, *(other for other in known if place(other) != place(row))], key=place)
-    write_json(NAME, {"query_tokens": QUERY_TOKENS, "generated": TOKENS, "rows": rows})
+    rows = put_row(read_json(NAME).get("rows", []), row, place)
+    path = write_json(NAME, {"query_tokens": QUERY_TOKENS, "generated": TOKENS, "rows": rows})
     plot(rows, path.with_suffix(".png"))
 
 

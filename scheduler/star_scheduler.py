@@ -203,11 +203,11 @@ class StarMixin:
         manager = only_manager(self)
         if manager is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return 0
-        pool, group = manager.block_pool, [manager.kv_cache_group_id]
-        hits = (pool.get_cached_block(key, group) is not None for key in request.block_hashes)
         attend = attend_of(request)
         if attend is not None:
             return attend.span()[1]
+        pool, group = manager.block_pool, [manager.kv_cache_group_id]
+        hits = (pool.get_cached_block(key, group) is not None for key in request.block_hashes)
         anywhere = self.reuse is not None and request.request_id in self.reuse.requests
         return sum(hits if anywhere else takewhile(bool, hits)) * manager.block_size
 

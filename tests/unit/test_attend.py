@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
-from vllm.config import KVTransferConfig
 from vllm.v1.engine import FinishReason
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from engine_ext.shard_client import LostRequests
-from engine_ext.star_connector import Address
 from scheduler.plan import StarPlan
 from scheduler.replica_state import replica_state
 from scheduler.share import LOST, SHARDS, SHARE_KEY, Attend, Part, Shard, Share, attend_of, default_shards, part_of
-from scheduler.star_scheduler import StarScheduler
-from tests.unit.simulation import answer, make_request, make_scheduler, run_to_end
-from tests.unit.test_star_connector import ADDRESS, free_pages, hasher
+from tests.unit.simulation import answer, make_request, run_to_end
+from tests.unit.test_star_connector import ADDRESS, connected_scheduler, free_pages, hasher
 from tests.unit.test_star_scheduler import config  # noqa: F401
 
 PLAN = StarPlan(64, 64, 0, 290, 400, 3, True)
@@ -28,16 +23,7 @@ IDS = [index % 250 for index in range(400)]
 
 @pytest.fixture
 def scheduler(config):  # noqa: F811
-    given = copy.copy(config)
-    given.kv_transfer_config = KVTransferConfig(
-        kv_connector="StarConnector",
-        kv_connector_module_path="engine_ext.star_connector",
-        kv_role="kv_both",
-        kv_load_failure_policy="recompute",
-        kv_connector_extra_config={SHARDS: 3},
-    )
-    made = make_scheduler(given, StarScheduler)
-    made.connector.set_xfer_handshake_metadata({0: Address(ADDRESS)})
+    made = connected_scheduler(config, **{SHARDS: 3})
     share = Share(PLAN.to_wire(), Part("mine", 0, 64))
     made.add_request(make_request("part", PLAN, 128, max_tokens=1, extra={SHARE_KEY: share.to_wire()}))
     run_to_end(made)

@@ -25,18 +25,24 @@ PLAN = StarPlan(64, 64, 0, 290, 300, 2)
 ADDRESS = {"name": "there", "layout": {"page_tokens": PAGE}}
 
 
-@pytest.fixture
-def scheduler(config):  # noqa: F811
+def connected_scheduler(config, **extra):  # noqa: F811
+    """A scheduler with the connector; ``extra`` is the connector's configuration."""
     given = copy.copy(config)
     given.kv_transfer_config = KVTransferConfig(
         kv_connector="StarConnector",
         kv_connector_module_path="engine_ext.star_connector",
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra,
     )
     made = make_scheduler(given, StarScheduler)
     made.connector.set_xfer_handshake_metadata({0: Address(ADDRESS)})
     return made
+
+
+@pytest.fixture
+def scheduler(config):  # noqa: F811
+    return connected_scheduler(config)
 
 
 def part(name: str, start: int, stop: int):

@@ -19,6 +19,7 @@ from engine_ext.refusals import CONNECTOR, fleet, refuse_overlap, star_page, sta
 from scheduler.options import OptionError, StarOptions, parse_options
 from scheduler.plan import Fleet, check_shards, check_sizes, most_replicas
 from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
+from scheduler.segments import check_marks
 from scheduler.share import SHARDS, default_shards
 from scheduler.silence import silence_seconds
 
@@ -102,6 +103,7 @@ def after_engine_config(vllm_config: Any) -> None:
         raise OptionError("star", config.star.mode, "; ".join(refusals), "off")
     refuse_overlap(vllm_config, config.star.overlap_size)
     check_sizes(config.star, star_page(vllm_config))
+    check_marks(config.star, vllm_config.model_config.get_vocab_size())
     replicas = fleet(vllm_config)
     most_replicas(config.star, config.star.overlap_size, replicas)
     check_shards(config.star, config.star.overlap_size, replicas)

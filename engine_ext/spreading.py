@@ -25,10 +25,9 @@ from vllm.sampling_params import SamplingParams
 from engine_ext import compat
 from engine_ext.kv_room import KVRoom, Promise, rooms
 from engine_ext.metrics import front_metrics
-from engine_ext.requests import star_requests
+from engine_ext.requests import PlannedPrompt, star_requests
 from scheduler.core_utilities import LET_GO, OPEN_SHARD, REPLICA_STATE
 from scheduler.page_mover import mismatch
-from scheduler.plan import StarPlan
 from scheduler.share import LOST, SHARE_KEY, Attend, Part, Pull, Shard, Share, Source
 from scheduler.silence import silence_seconds
 from scheduler.spread import Replica, Run, spread_blocks
@@ -51,20 +50,21 @@ def spread(
     engine: Any, generate: Generate, prompt: Any, params: Any, request_id: str, keywords: dict[str, Any]
 ) -> AsyncGenerator[Any, None]:
     """The outputs of a request: vLLM's own generator, unless its prompt goes over several replicas."""
-    plan = plan_to_spread(engine.input_processor, prompt, params, keywords)
-    if plan is None:
+    planned = plan_to_spread(engine.input_processor, prompt, params, keywords)
+    if planned is None:
         return generate(prompt, params, request_id, **keywords)
-    return SpreadPrompt(engine, prompt, request_id, keywords, plan).outputs(generate, params)
+    return SpreadPrompt(engine, prompt, request_id, keywords, planned).outputs(generate, params)
 
 
-def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Mapping[str, Any]) -> StarPlan | None:
+def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Mapping[str, Any]) -> PlannedPrompt | None:
     """The plan of a request whose prompt goes over several replicas; None: it is routed as vLLM does."""
     if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
         return None
     if keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
         return None  # the latter is how vLLM computes prompt_logprobs: the whole prompt in one place
-    plan = star_requests(input_processor).plan(params.extra_args, len(prompt["prompt_token_ids"]))
-    return plan if plan is not None and plan.replicas > 1 else None
+    token_ids = prompt["prompt_token_ids"]
+    planned = star_requests(input_processor).plan(params.extra_args, len(token_ids), token_ids)
+    return planned if planned.plan is not None and planned.plan.replicas > 1 else None
 
 
 def under_way(engine: Any) -> set[str]:
@@ -141,11 +141,14 @@ class SpreadPrompt:
     """One request on its way over the replicas."""
 
     def __init__(
-        self, engine: Any, prompt: Mapping[str, Any], request_id: str, keywords: dict[str, Any], plan: StarPlan
+        self, engine: Any, prompt: Mapping[str, Any], request_id: str, keywords: dict[str, Any], planned: PlannedPrompt
     ) -> None:
+        assert planned.plan is not None
+        assert planned.token_ids is not None
+        plan = planned.plan
         self.engine = engine
-        self.prompt = prompt
-        self.token_ids: Sequence[int] = prompt["prompt_token_ids"]
+        self.prompt = prompt  # as the client gave it: the whole request, too, is planned as it comes to the engine
+        self.token_ids: Sequence[int] = planned.token_ids
         self.request_id = request_id
         self.keywords = keywords
         self.plan = plan

@@ -63,6 +63,14 @@ class StarOptions(BaseModel):
         description="data-parallel replicas that one prompt's blocks may be spread over, or auto: as many as make it "
         "faster, one where blocks depend on one another",
     )
+    segment_token: Tokens | None = Field(
+        None,
+        description="id of the token that starts a segment (a document, a message): it is moved to the next star "
+        "block's border, so that an edit which changes a segment's length moves no other",
+    )
+    padding_token: Tokens | None = Field(
+        None, description="id of the token that is put before it to that end; default a line break"
+    )
     shards: Switch = Field(
         "off",
         description="on: a prompt that goes over several replicas leaves its KV where it was made, and its query and "
@@ -71,15 +79,24 @@ class StarOptions(BaseModel):
 
 
 FIELDS = StarOptions.model_fields
+TOKEN = "the id of a token, 0 or more"
 ALLOWED = {
     "mode": "off, on, auto",
     "block_size": "a multiple of the KV page, or 0 with num_blocks above 0",
     "anchor_size": "a multiple of the KV page from 0 to the block size",
     "overlap_size": "a multiple of the KV page from 0 to the block size",
     "replicas": "auto, or a whole number of replicas, 1 or more",
+    "segment_token": TOKEN,
+    "padding_token": TOKEN,
     "shards": "off, on",
 }
-EXPECTED = {"mode": "one of off, on, auto", "replicas": ALLOWED["replicas"], "shards": "off or on"}
+EXPECTED = {
+    "mode": "one of off, on, auto",
+    "replicas": ALLOWED["replicas"],
+    "segment_token": TOKEN,
+    "padding_token": TOKEN,
+    "shards": "off or on",
+}
 CHOICES = {"mode": get_args(Mode), "shards": get_args(Switch)}
 
 

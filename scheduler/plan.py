@@ -165,7 +165,7 @@ def make_plan(
     Raises:
         OptionError: an option does not fit the page, the block, the prompt or the replicas.
     """
-    defaults = _fit_default(defaults, page)
+    defaults = fit_default(defaults, page)
     options = defaults if request is None else merge(defaults, request)
     given: set[str] = set() if request is None else request.model_fields_set
     if options.mode == "off":
@@ -173,10 +173,10 @@ def make_plan(
             reason = f"{flat_name('mode')} is off on this server, so it would have no effect"
             raise OptionError(flat_name(field), getattr(options, field), reason, "with star=on or star=auto")
         return None
-    block_size = _block_size(options, num_prompt_tokens, page)
+    block_size = find_block_size(options, num_prompt_tokens, page)
     anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page)
     overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page)
-    context_end = _context_end(options, given, num_prompt_tokens)
+    context_end = find_context_end(options, given, num_prompt_tokens)
     most = most_replicas(options, overlap_size, fleet)
     if "shards" in given:
         check_shards(options, overlap_size, fleet)
@@ -230,7 +230,7 @@ def check_shards(options: StarOptions, overlap_size: int, fleet: Fleet) -> None:
 
 def check_sizes(options: StarOptions, page: int) -> None:
     """Refuse server defaults that no prompt could use with this KV page (raises OptionError)."""
-    options = _fit_default(options, page)
+    options = fit_default(options, page)
     sizes = {"block_size": options.block_size, "anchor_size": options.anchor_size or 0}
     for field, value in (sizes | {"overlap_size": options.overlap_size}).items():
         _refuse_off_page(field, value, page)
@@ -240,14 +240,15 @@ def check_sizes(options: StarOptions, page: int) -> None:
         _bounded("overlap_size", options.overlap_size, given, options.block_size, page)
 
 
-def _fit_default(options: StarOptions, page: int) -> StarOptions:
+def fit_default(options: StarOptions, page: int) -> StarOptions:
     """The options with a block size that nobody gave rounded up to whole pages: 16 P of Attamba need not divide it."""
     if "block_size" in options.model_fields_set:
         return options
     return StarOptions(**options.model_dump(exclude_unset=True) | {"block_size": -(-options.block_size // page) * page})
 
 
-def _block_size(options: StarOptions, num_prompt_tokens: int, page: int) -> int:
+def find_block_size(options: StarOptions, num_prompt_tokens: int, page: int) -> int:
+    """B of a prompt (raises OptionError)."""
     if options.block_size:
         _refuse_off_page("block_size", options.block_size, page)
         return options.block_size
@@ -276,7 +277,8 @@ def _bounded(field: str, value: int | None, given: set[str], block_size: int, pa
     return min(value, block_size)
 
 
-def _context_end(options: StarOptions, given: set[str], num_prompt_tokens: int) -> int:
+def find_context_end(options: StarOptions, given: set[str], num_prompt_tokens: int) -> int:
+    """Where a prompt's query starts; ``given`` names the options of the request's own (raises OptionError)."""
     for field in ("query_tokens", "context_tokens"):
         value = getattr(options, field)
         if field in given and value is not None and value > num_prompt_tokens:

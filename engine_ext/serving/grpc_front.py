@@ -22,7 +22,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext import compat
-from engine_ext.requests import star_requests
+from engine_ext.requests import star_requests, tokens_alone
 from engine_ext.serving import grpc_admin
 from engine_ext.serving.errors import DuplicateRequestError, grpc_code, root
 from engine_ext.serving.grpc_capabilities import capabilities
@@ -146,15 +146,14 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         lora = adapter(self.engine, request)
         # The prompt is fine by now: what the engine still refuses without a name is the form of the output.
         call.blamed = constraint_path(request.sampling) or call.blamed
-        token_ids = engine_input["prompt_token_ids"]
         usages = [pb.Usage() for _ in range(params.n)]
-        usages[0].prompt_tokens = len(token_ids)
+        usages[0].prompt_tokens = plan["prompt_tokens"]
         outputs = self.engine.generate(engine_input, params, request_id, priority=request.priority, lora_request=lora)
         async with aclosing(outputs):
             async for result in outputs:
                 if result.prompt_logprobs and not call.told_prompt:
                     call.told_prompt = True  # with n > 1 each choice comes with them
-                    yield prompt_logprobs(token_ids, result.prompt_logprobs, params.prompt_logprobs)
+                    yield prompt_logprobs(result.prompt_token_ids, result.prompt_logprobs, params.prompt_logprobs)
                 for output in result.outputs:
                     if output.finish_reason == "error":
                         raise self._generation_error(request, usages[output.index])
@@ -188,7 +187,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             raise VLLMValidationError(room, parameter=prompt_field(request))
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         resolver = star_requests(self.engine.input_processor)
-        return engine_input, params, resolver.describe(resolver.plan(star, num_tokens), num_tokens)
+        planned = resolver.plan(star, num_tokens, tokens_alone(engine_input))
+        return engine_input, params, resolver.describe(planned)
 
     def _admit(self, choices: int) -> None:
         """Raises where the engine is dead, or too full for so many more."""

@@ -164,6 +164,26 @@ def test_an_edited_block_alone_is_computed_again(server):
     assert_same(answer, on_one(server, prompt, star))
 
 
+def test_a_segment_that_gets_longer_moves_no_other(server):
+    star = options(2) | {"star_segment_token": 256, "star_padding_token": 10}
+    segments, query = [[256, *random_prompt(seed, 180 + seed)] for seed in range(60, 68)], random_prompt(68, 40)
+
+    def whole(segments: list[list[int]]) -> list[int]:
+        return [token for segment in segments for token in segment] + query
+
+    before = computed(server)
+    first = ask(server, whole(segments), star)
+    work = [after - earlier for after, earlier in zip(computed(server), before, strict=True)]
+    assert sum(tokens > 3 * 256 for tokens in work) == 2, work
+    segments[4] += random_prompt(69, 9)
+    before = sum(computed(server))
+    answer = ask(server, whole(segments), star)
+    assert sum(computed(server)) - before < 2 * PAGE + 40 + TOKENS
+    assert answer[2]["prompt_tokens"] == first[2]["prompt_tokens"] == 7 * 256 + len(segments[-1]) + 40
+    padded = [segment + [10] * (256 - len(segment)) for segment in segments[:-1]] + segments[-1:]
+    assert_same(answer, on_one(server, whole(padded), options(2)))
+
+
 def test_afterwards_the_same_prompt_is_dense_where_dense_is_asked_for(server):
     prompt, star = random_prompt(20, 2088), options(3)
     spread = ask(server, prompt, star)

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from benchmarks.random_llama import SPECIAL
 from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -212,6 +213,14 @@ BAD = {
         {"star_query_tokens": 8, "star_context_tokens": 8},
         ["star_context_tokens", "8", "star_query_tokens=8 says the same"],
     ),
+    "mark not there": (
+        {"star": "on", "star_block_size": 64, "star_segment_token": 256},
+        ["star_segment_token", "256", "does not occur in the context", "starts the prompt's segments"],
+    ),
+    "padding alone": (
+        {"star": "on", "star_padding_token": 7},
+        ["star_padding_token", "7", "without star_segment_token"],
+    ),
     "nested": ({"star": {"block_size": 64}}, ["vllm_xargs"]),  # vLLM's own refusal
 }
 
@@ -228,7 +237,10 @@ def test_a_bad_option_is_a_400(http, path, stream, bad):
     assert http.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("bad", ["off the page", "A above B", "O above B", "long query", "long context"])
+ONE_OF_EACH = ["off the page", "A above B", "O above B", "long query", "long context", "mark not there"]
+
+
+@pytest.mark.parametrize("bad", ONE_OF_EACH)
 def test_a_bad_option_is_invalid_argument(generate, bad):
     xargs, says = BAD[bad]
     with pytest.raises(grpc.RpcError) as refused:
@@ -496,14 +508,49 @@ def test_the_openai_example(server):
 
 
 def test_the_edit_example_computes_one_block(server, http):
-    arguments = ("--block", "128", "--documents", "5", "--edit", "2", "--turns", "1")
+    documents = ("--documents", "6", "--characters", "90", "--mark", SPECIAL)
+    arguments = ("--block", "128", *documents, "--edit", "3", "--turns", "1")
     first, second = example("edit_document.py", "--url", server.http, *arguments).splitlines()
-    tokens = int(re.search(r"of (\d+) prompt tokens", first)[1])
+    tokens, longer = (int(re.search(r"of (\d+) prompt tokens", line)[1]) for line in (first, second))
     assert int(re.search(r"(\d+) of", first)[1]) < 128
-    # All but the edited document and the question, which shares no page with a document.
-    assert int(re.search(r"(\d+) of", second)[1]) == 5 * 128 < tokens - 128
+    # Computed are the edited document's last page, the question, and the page where it starts: nothing has moved.
+    assert longer == tokens > 5 * 128
+    assert longer - int(re.search(r"(\d+) of", second)[1]) < 2 * PAGE + len("\n\nWhat are these files about?\n")
     text = http.get("/metrics").text
-    assert float(re.search(r'^starling:cached_tokens_total\{kind="block"\} (\S+)$', text, re.MULTILINE)[1]) >= 3 * 128
+    assert float(re.search(r'^starling:cached_tokens_total\{kind="block"\} (\S+)$', text, re.MULTILINE)[1]) >= 2 * 128
+
+
+def test_an_aligned_prompt_is_answered_as_the_padded_one(http, generate):
+    """Over both fronts: the tokens of the prompt that the client could have padded itself, and their logprobs."""
+    (newline,) = http.post("/tokenize", json={"prompt": "\n", "add_special_tokens": False}).json()["tokens"]
+    mark, given = 256, [[256, *[token] * size] for token, size in ((65, 70), (66, 40), (67, 100))]
+    padded = [token for segment in given for token in segment + [newline] * (-len(segment) % 64)]
+    ids, question = [token for segment in given for token in segment], [68] * 9
+    star = {"star": "on", "star_block_size": 64, "star_query_tokens": 9}
+    end = len(padded) - (-len(given[-1]) % 64)
+    shared = {"model": MODEL, "max_tokens": 4, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1}
+
+    def complete(prompt, **options):
+        asked = shared | {"prompt": prompt, "vllm_xargs": star | options, "cache_salt": str(options)}
+        response = http.post("/v1/completions", json=asked)
+        return response.json()["choices"][0], json.loads(response.headers["x-starling-plan"]), response.json()["usage"]
+
+    by_hand, plan, usage = complete(padded[:end] + question)
+    aligned, aligned_plan, aligned_usage = complete(ids + question, star_segment_token=mark)
+    assert aligned_usage == usage
+    assert aligned_plan == plan | {"padding_tokens": end - len(ids)}
+    assert aligned["text"] == by_hand["text"]
+    assert aligned["logprobs"]["token_logprobs"] == pytest.approx(by_hand["logprobs"]["token_logprobs"], abs=1e-5)
+    assert len(aligned["prompt_logprobs"]) == usage["prompt_tokens"] == end + 9
+
+    options = pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=64, query_tokens=9, segment_token=mark)
+    sampling = pb.SamplingParams(max_tokens=4, temperature=0, prompt_logprobs=1)
+    asked = request(options, text=None, token_ids=pb.TokenIds(ids=ids + question), sampling=sampling, cache_salt="grpc")
+    events = list(generate(asked))
+    logprobs = next(event.prompt_logprobs for event in events if event.HasField("prompt_logprobs"))
+    final = events[-1].final
+    assert (final.plan.padding_tokens, final.usage.prompt_tokens) == (end - len(ids), end + 9)
+    assert len(logprobs.tokens) == end + 9
 
 
 def test_metrics_move(http, generate):

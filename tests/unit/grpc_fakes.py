@@ -11,7 +11,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import TokenizeParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.requests import describe
+from engine_ext.requests import PlannedPrompt, describe
 from engine_ext.serving.grpc_front import Front
 from scheduler.options import StarOptions
 from starling.v1 import inference_pb2_grpc
@@ -37,7 +37,11 @@ class FakeEngine:
         self.default_cmpl_tok_params = self.default_chat_tok_params = tokenizing
         star = SimpleNamespace(star=StarOptions())
         resolver = SimpleNamespace(
-            plan=lambda extra_args, tokens: None, describe=describe, page=32, config=star, refusals=[]
+            plan=lambda extra_args, *prompt: PlannedPrompt(None, *prompt),
+            describe=lambda planned: describe(planned.plan, planned.num_tokens),
+            page=32,
+            config=star,
+            refusals=[],
         )
         self.input_processor = SimpleNamespace(starling=resolver)
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="fcfs"))

@@ -136,6 +136,8 @@ def fake_config(**changes):
         rswa_window=None,
         is_diffusion=False,
         is_hybrid=False,
+        max_model_len=8192,
+        get_vocab_size=lambda: 320,
     )
     parallel = SimpleNamespace(
         decode_context_parallel_size=1,

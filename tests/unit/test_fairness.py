@@ -85,7 +85,7 @@ def test_a_step_is_shared(prompts, others, yields):
 
 
 def test_limits_by_default_and_as_given():
-    assert make_limits(SchedulingOptions(), 8192) == Limits(8192, 8192, 2048, 2048 * 32768)
+    assert make_limits(SchedulingOptions(), 8192) == Limits(8192, 8192, 2048, 2048 * 49152)
     given_all = SchedulingOptions(long_prompt_tokens=1000, shared_step_tokens=9000, shared_step_keys=5)
     assert make_limits(given_all, 8192) == Limits(8192, 1000, 8192, 5)
 
@@ -199,7 +199,7 @@ def test_long_prompts_yield_to_short_ones_but_never_twice_running(config):
         assert engine.steps[-1][f"short{number}"] == 30
     engine.step()
     longs = [sum(tokens for name, tokens in step.items() if name.startswith("long")) for step in engine.steps[1:]]
-    assert longs == [64, 16, 64, 16, 64, 16, 64, 64]
+    assert longs == [64, 25, 64, 25, 64, 25, 64, 64]
 
 
 def test_attended_keys_bound_dense_chunks_at_depth_and_not_star_ones(config):

@@ -11,7 +11,14 @@ from vllm.sampling_params import SamplingParams
 from attention_backends.attamba.count import prompt_keys
 from engine_ext.metrics import front_metrics
 from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.requests import check_early, refuse_beam_search, resolve_request, response_plans, star_requests
+from engine_ext.requests import (
+    PlannedPrompt,
+    check_early,
+    refuse_beam_search,
+    resolve_request,
+    response_plans,
+    star_requests,
+)
 from scheduler.plan import PLAN_KEY, StarPlan
 from scheduler.share import SHARDS
 from tests.unit.test_activation import CPU, fake_config
@@ -24,13 +31,23 @@ def processor(additional_config, page: int | None = 16, **changes):
     config = fake_config(**changes)
     config.additional_config = additional_config
     config.cache_config.effective_attention_block_size = page
-    return SimpleNamespace(vllm_config=config)
+    return SimpleNamespace(vllm_config=config, tokenizer=TOKENIZER)
+
+
+TOKENIZER = SimpleNamespace(
+    encode=lambda text, add_special_tokens: [3, 10], decode=lambda ids: "\n" if ids == [10] else ""
+)
+"""One that begins a text with a token of its own, and has one for a line break."""
 
 
 def processed(extra_args, length: int = 300, resumable: bool = False):
     params = SamplingParams(extra_args=extra_args)
     return SimpleNamespace(
-        sampling_params=params, prompt_token_ids=[1] * length, prompt_embeds=None, resumable=resumable
+        sampling_params=params,
+        prompt_token_ids=[1] * length,
+        prompt_embeds=None,
+        mm_features=None,
+        resumable=resumable,
     )
 
 
@@ -61,7 +78,7 @@ def over_shards(extra_args, length: int):
     given = processor(changes.pop("additional_config"), **changes)
     given.vllm_config.parallel_config.data_parallel_size = 3
     given.vllm_config.cache_config.num_gpu_blocks = 300
-    return star_requests(given).plan(extra_args, length)
+    return star_requests(given).plan(extra_args, length).plan
 
 
 def test_a_plan_has_as_many_replicas_as_its_kv_needs():
@@ -143,7 +160,7 @@ def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_ke
     assert request.sampling_params.extra_args == {PLAN_KEY: [384, 384, 0, 500, 1000, 1, False]}
     resolver = star_requests(front)
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
-        told = resolver.describe(plan, 1000)
+        told = resolver.describe(PlannedPrompt(plan, 1000))
         assert told == told | prompt_keys(plan, 1000, 8, 16, layers=8)
     assert told["keys_attended"] < told["dense_keys"]
 
@@ -165,7 +182,7 @@ def test_the_client_is_told_before_the_response_starts():
         response_plans.reset(token)
     star, dense = told.values()
     assert (star["attention"], star["star_blocks"], star["context_end"]) == ("star", 3, 150)
-    assert dense == {"attention": "dense", "prompt_tokens": 300}
+    assert dense == {"attention": "dense", "prompt_tokens": 300, "padding_tokens": 0}
     with pytest.raises(VLLMValidationError, match="star_block_size=65"):
         check_early(front, {"prompt_token_ids": [1] * 300}, SamplingParams(extra_args=STAR | {"star_block_size": 65}))
 
@@ -177,6 +194,73 @@ def test_rejections_are_counted_by_option_and_not_by_what_clients_make_up():
         with pytest.raises(VLLMValidationError):
             star_requests(processor(ON)).plan({"star": "on", key: -1}, 300)
         assert counter.labels(label)._value.get() == before + 1
+
+
+MARKED = STAR | {"star_segment_token": 7, "star_query_tokens": 10}
+
+
+def marked(extra_args=MARKED, **changes):
+    """A request whose segments of 100, 30 and 60 tokens start with 7, and are followed by a query of 10."""
+    request = processed(extra_args)
+    segments = [[7] + [token] * (size - 1) for token, size in ((1, 100), (2, 30), (3, 60))]
+    request.prompt_token_ids = [*segments[0], *segments[1], *segments[2], *[4] * 10]
+    for name, value in changes.items():
+        setattr(request, name, value)
+    return request
+
+
+def test_segments_start_at_borders_of_the_prompt_that_the_engine_gets():
+    front, request = processor(ON, model_config__max_model_len=300), marked()
+    resolve_request(front, request)
+    ids = request.prompt_token_ids
+    assert (len(ids), [ids.index(token) for token in (1, 2, 3, 4)]) == (262, [1, 129, 193, 252])
+    assert ids[100:129] == [10] * 28 + [7]
+    assert request.sampling_params.extra_args == {PLAN_KEY: [64, 64, 0, 252, 262, 1, False]}
+    planned = star_requests(front).plan(MARKED, 200, marked().prompt_token_ids)
+    told = star_requests(front).describe(planned)
+    assert (told["prompt_tokens"], told["context_end"], told["padding_tokens"]) == (262, 252, 62)
+
+
+@pytest.mark.parametrize(
+    ("changes", "most", "message"),
+    [
+        ({}, 262, r"star_segment_token=7 is refused: .* of 200 tokens has 262. Allowed: up to 261 tokens"),
+        ({"mm_features": [1]}, 300, "star_segment_token=7 is refused: the prompt has images or embeddings"),
+        ({"extra_args": MARKED | {"star_segment_token": 9}}, 300, "star_segment_token=9 .* does not occur"),
+    ],
+)
+def test_segments_that_can_not_be_aligned_are_refused(changes, most, message):
+    with pytest.raises(VLLMValidationError, match=message):
+        resolve_request(processor(ON, model_config__max_model_len=most), marked(**changes))
+
+
+def test_segments_are_not_aligned_under_rows_of_the_prompts_own_tokens():
+    request = marked()
+    request.sampling_params.prompt_logprob_token_ids = [[1]] * 199
+    with pytest.raises(VLLMValidationError, match="prompt_logprob_token_ids='199 rows' is refused"):
+        resolve_request(processor(ON, model_config__max_model_len=300), request)
+
+
+def test_a_servers_mark_leaves_other_prompts_as_they_are():
+    front = processor({"starling": {"star": {"segment_token": 7}}}, model_config__max_model_len=300)
+    for request in (processed(STAR), marked(STAR, mm_features=[1]), marked({})):
+        before = list(request.prompt_token_ids)
+        resolve_request(front, request)
+        assert request.prompt_token_ids == before
+    request = marked(STAR | {"star_query_tokens": 10})
+    resolve_request(front, request)
+    assert len(request.prompt_token_ids) > 200
+
+
+def test_without_a_line_breaks_token_the_padding_has_to_be_said():
+    front = processor(ON, model_config__max_model_len=300)
+    for front.tokenizer in (None, SimpleNamespace(encode=lambda *_, **__: [1, 2], decode=lambda ids: "?")):
+        front.starling = None
+        with pytest.raises(VLLMValidationError, match="star_padding_token=None is refused: star_segment_token=7 needs"):
+            resolve_request(front, marked())
+        request = marked(MARKED | {"star_padding_token": 5})
+        resolve_request(front, request)
+        assert request.prompt_token_ids[100:128] == [5] * 28
 
 
 def test_beam_search_refuses_star_options():

@@ -11,6 +11,7 @@ from vllm.sampling_params import SamplingParams
 from engine_ext import spreading
 from engine_ext.kv_room import KVRoom, Rooms, enough_replicas, rooms
 from engine_ext.metrics import front_metrics
+from engine_ext.requests import PlannedPrompt
 from scheduler.options import OptionError
 from scheduler.plan import StarPlan
 from scheduler.share import LOST, SHARE_KEY, Attend, Part, Pull
@@ -22,6 +23,11 @@ PLAN = StarPlan(64, 64, 0, 500, 520, 2)
 
 TOKENS = list(range(520))
 LAYOUT = {"dtype": "float32"}
+
+
+def planned(plan: StarPlan | None):
+    """What plans each prompt so."""
+    return lambda extra_args, num_tokens, token_ids: PlannedPrompt(plan, num_tokens, token_ids)
 
 
 def output(finish: str = "length", params: dict | None = None, index: int = 0) -> SimpleNamespace:
@@ -44,9 +50,10 @@ class FakeEngine:
         self.full: Exception | None = None
         self.answers = lambda rank, share: output(params=self.found(share))
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=len(self.states)))
-        resolver = SimpleNamespace(page=PAGE, plan=lambda extra_args, length: PLAN)
+        resolver = SimpleNamespace(page=PAGE, plan=planned(PLAN))
         self.input_processor = SimpleNamespace(starling=resolver, process_inputs=self.process)
         self.generated: list[tuple] = []
+        self.prompts: list[dict] = []
         self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
     def check_admission(self, n: int, request_id: str) -> None:
@@ -86,6 +93,7 @@ class FakeEngine:
         return self.answers(rank, share)
 
     async def generate(self, prompt, params, request_id, **keywords):
+        self.prompts.append(prompt)
         self.generated.append((params, request_id, keywords))
         for index in range(params.n):
             yield output(index=index)
@@ -105,6 +113,15 @@ PROMPT = {"type": "token", "prompt_token_ids": TOKENS, "cache_salt": "salt"}
 async def run(engine, params=None, **keywords) -> list:
     outputs = spreading.spread(engine, engine.generate, PROMPT, params or SamplingParams(), "me", keywords)
     return [output async for output in outputs]
+
+
+def test_parts_are_those_of_the_aligned_prompt_and_the_whole_is_planned_anew(engine):
+    aligned = [*TOKENS[:60], *[60] * 4, *TOKENS[60:500], *TOKENS[504:]]
+    engine.input_processor.starling.plan = lambda *_: PlannedPrompt(PLAN, 520, aligned, 4)
+    asyncio.run(run(engine))
+    assert engine.looked[0] == aligned
+    assert engine.last.prompt["prompt_token_ids"] == aligned[: len(engine.last.prompt["prompt_token_ids"])]
+    assert engine.prompts == [PROMPT]
 
 
 def test_parts_go_to_both_and_the_request_to_the_first_ones_replica(engine):
@@ -311,7 +328,7 @@ def test_what_can_not_be_spread_is_vllms(engine, prompt, params, keywords):
 
 @pytest.mark.parametrize("plan", [None, StarPlan(64, 64, 0, 500, 520)])
 def test_dense_prompts_and_plans_for_one_replica_are_vllms(engine, plan):
-    engine.input_processor.starling.plan = lambda *_: plan
+    engine.input_processor.starling.plan = planned(plan)
     assert spreading.plan_to_spread(engine.input_processor, PROMPT, SamplingParams(), {}) is None
 
 
@@ -321,7 +338,7 @@ SHARDED = StarPlan(64, 64, 0, 500, 520, 2, True)
 @pytest.fixture
 def sharded(engine):
     """The same, for plans whose KV stays where it was made; what happens is noted in order."""
-    engine.input_processor.starling.plan = lambda extra_args, length: SHARDED
+    engine.input_processor.starling.plan = planned(SHARDED)
     engine.happened = []
     answering = engine.call_replica
 

@@ -1,0 +1,145 @@
+"""Segments of a prompt, moved to star blocks' borders."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.options import OptionError, StarOptions, parse_options
+from scheduler.plan import make_plan
+from scheduler.segments import align, check_marks, pad_segments
+
+MARK, PAD, PAGE, BLOCK = 0, 50, 4, 8
+ON = {"star": "on", "star_block_size": BLOCK, "star_segment_token": MARK, "star_query_tokens": 3}
+MOST = 10_000
+
+segments = st.lists(st.integers(1, 30), min_size=1, max_size=6)
+
+
+def prompt(sizes: list[int], query: int = 3) -> list[int]:
+    """Segments of so many tokens, each of its own and behind its mark, and a query."""
+    context = [token for number, size in enumerate(sizes, 1) for token in [MARK] + [number] * size]
+    return context + [99] * query
+
+
+def aligned(ids: list[int], options: dict, defaults: StarOptions | None = None):
+    return align(ids, defaults or StarOptions(), parse_options(options, flat=True), PAGE, MOST, PAD)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, 2, 0, 3], [1, 2, 50, 50, 0, 3]),
+        ([0, 1, 2, 0, 4], [0, 1, 2, 50, 0, 4]),
+        ([1, 2, 3, 4, 0], [1, 2, 3, 4, 0]),
+        ([1, 0, 0, 2], [1, 50, 50, 50, 0, 50, 50, 50, 0, 2]),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
+        ([], []),
+    ],
+)
+def test_a_mark_is_moved_to_the_border(ids, expected):
+    assert pad_segments(ids, MARK, PAD, 4) == expected
+
+
+def starts(ids: list[int]) -> list[int]:
+    """Where the mark of each segment is."""
+    return [at for at, token in enumerate(ids) if token == MARK]
+
+
+@given(segments, st.integers(0, 9))
+def test_every_segment_starts_a_block_and_no_token_is_lost(sizes, leading):
+    given_ids = [88] * leading + prompt(sizes)
+    ids, options = aligned(given_ids, ON)
+    assert all(at % BLOCK == 0 for at in starts(ids)) and len(starts(ids)) == len(sizes)
+    assert [token for token in ids if token != PAD] == given_ids
+    assert len(ids) < len(given_ids) + BLOCK * len(sizes)
+    plan = make_plan(len(ids), StarOptions(), options, PAGE)
+    assert plan is not None and plan.context_end == ids.index(99)
+    assert aligned(ids, ON)[0] == ids
+
+
+@given(segments, st.data())
+def test_an_edit_within_a_segments_last_block_moves_no_other(sizes, data):
+    edited = data.draw(st.integers(0, len(sizes) - 1))
+    size = sizes[edited] + 1  # with its mark
+    length = data.draw(st.integers((size - 1) // BLOCK * BLOCK + 1, -(-size // BLOCK) * BLOCK))
+    other = [*sizes[:edited], max(1, length - 1), *sizes[edited + 1 :]]
+    before, after = (aligned(prompt(of), ON)[0] for of in (sizes, other))
+    assert starts(before) == starts(after)
+
+
+@pytest.mark.parametrize(
+    ("options", "context_end"),
+    [
+        ({"star_query_tokens": 3}, 13),
+        ({"star_query_tokens": None, "star_context_tokens": 5}, 10),  # 2 after the second segment's border, at 8
+        ({"star_query_tokens": None}, 11),  # half the prompt
+        ({"star_query_tokens": 0}, 15),  # the last token always sees everything
+    ],
+)
+def test_the_query_is_the_clients(options, context_end):
+    ids = prompt([2, 4])
+    assert len(ids) == 11
+    changed = {key: value for key, value in (ON | options).items() if value is not None}
+    got, own = aligned(ids, changed)
+    plan = make_plan(len(got), StarOptions(query_tokens=2), own, PAGE)
+    assert plan is not None and plan.context_end == context_end
+    assert got[context_end:] == ids[len(ids) - (len(got) - context_end) :]
+
+
+def test_marks_in_the_query_stay_where_they_are():
+    ids = [*prompt([2, 4]), MARK, 99]
+    assert aligned(ids, ON)[0] == aligned(prompt([2, 4]), ON | {"star_query_tokens": 1})[0] + [MARK, 99]
+
+
+def test_where_star_does_not_run_nothing_is_moved():
+    ids = prompt([2, 4])
+    defaults = parse_options({"segment_token": MARK, "block_size": BLOCK}, flat=False)
+    for options in ({"star": "off"}, {}, {"star": "auto", "star_min_tokens": len(ids) + 1}):
+        assert aligned(ids, options, defaults)[0] == ids
+    for options in ({"star": "on"}, {"star": "auto", "star_min_tokens": len(ids)}):
+        assert aligned(ids, options, defaults)[0] != ids
+    assert align(ids, defaults, None, PAGE, MOST, PAD) == (ids, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "message"),
+    [
+        (
+            {"star_segment_token": 7},
+            MOST,
+            "star_segment_token=7 is refused: it does not occur in the context, the first 8",
+        ),
+        ({}, 15, r"star_segment_token=0 is refused: .* of 11 tokens has 16. Allowed: up to 15 tokens"),
+        ({"star_query_tokens": 12}, MOST, "star_query_tokens=12 is refused: the prompt has only 11"),
+        ({"star_block_size": 10}, MOST, "star_block_size=10 is refused"),
+    ],
+)
+def test_what_can_not_be_aligned_is_refused(options, most, message):
+    with pytest.raises(OptionError, match=message):
+        align(prompt([2, 4]), StarOptions(), parse_options(ON | options, flat=True), PAGE, most, PAD)
+
+
+def test_the_padding_is_a_line_break_or_the_one_that_is_said():
+    request = parse_options(ON, flat=True)
+    with pytest.raises(OptionError, match="star_padding_token=None is refused: star_segment_token=0 needs it"):
+        align(prompt([2, 4]), StarOptions(), request, PAGE, MOST, None)
+    said = align(prompt([2, 4]), StarOptions(padding_token=51), request, PAGE, MOST, None)[0]
+    assert said == [51 if token == PAD else token for token in aligned(prompt([2, 4]), ON)[0]]
+    for options in ({"star": "on", "star_padding_token": 9}, {"star_padding_token": 9}):
+        with pytest.raises(OptionError, match="star_padding_token=9 is refused: without star_segment_token"):
+            aligned(prompt([2, 4]), options)
+
+
+def test_blocks_that_follow_from_the_length_have_no_borders_to_align_to():
+    numbered = {"star": "on", "star_num_blocks": 4, "star_segment_token": MARK}
+    with pytest.raises(OptionError, match="star_segment_token=0 is refused: with star_num_blocks=4 the borders move"):
+        aligned(prompt([2, 4]), numbered)
+    with pytest.raises(OptionError, match="star_num_blocks=4"):
+        check_marks(parse_options(numbered, flat=True), 320)
+    with pytest.raises(OptionError, match=r"star_segment_token=320 is refused: .* 320 tokens. Allowed: 0 to 319"):
+        check_marks(parse_options(ON | {"star_segment_token": 320}, flat=True), 320)
+    with pytest.raises(OptionError, match="star_padding_token=9 is refused: without star_segment_token"):
+        check_marks(parse_options({"padding_token": 9}, flat=False), 320)
+    check_marks(StarOptions(), 320)

@@ -67,11 +67,12 @@ class StarRequests:
 
     @cached_property
     def white_space(self) -> int | None:
-        """The token of a line break; None where the model's tokenizer has none, or is not known."""
-        if self.tokenizer is None:
-            return None
-        *_, last = self.tokenizer.encode("\n", add_special_tokens=False)
-        return last if self.tokenizer.decode([last]) == "\n" else None
+        """The token of a space, else of a line break; None where the model's tokenizer has neither, or is not known."""
+        for text in (" ", "\n") if self.tokenizer is not None else ():
+            *_, last = self.tokenizer.encode(text, add_special_tokens=False)
+            if self.tokenizer.decode([last]) == text:
+                return int(last)
+        return None
 
     @property
     def pages(self) -> int:

@@ -69,7 +69,7 @@ class StarOptions(BaseModel):
         "block's border, so that an edit which changes a segment's length moves no other",
     )
     padding_token: Tokens | None = Field(
-        None, description="id of the token that is put before it to that end; default a line break"
+        None, description="id of the token that is put before it to that end; default a space"
     )
     shards: Switch = Field(
         "off",

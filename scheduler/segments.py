@@ -53,7 +53,9 @@ def align(
         return token_ids, request
     padding = white_space if options.padding_token is None else options.padding_token
     if padding is None:
-        reason = f"{SEGMENT_TOKEN}={mark} needs it, as the model's tokenizer has no one token for a line break"
+        reason = (
+            f"{SEGMENT_TOKEN}={mark} needs it, as the model's tokenizer has no token for a space, nor for a line break"
+        )
         raise OptionError(PADDING_TOKEN, None, reason, "the id of a token that says nothing")
     block_size = find_block_size(options, len(token_ids), page)
     context = pad_segments(token_ids[:context_end], mark, padding, block_size)

@@ -522,9 +522,9 @@ def test_the_edit_example_computes_one_block(server, http):
 
 def test_an_aligned_prompt_is_answered_as_the_padded_one(http, generate):
     """Over both fronts: the tokens of the prompt that the client could have padded itself, and their logprobs."""
-    (newline,) = http.post("/tokenize", json={"prompt": "\n", "add_special_tokens": False}).json()["tokens"]
+    (space,) = http.post("/tokenize", json={"prompt": " ", "add_special_tokens": False}).json()["tokens"]
     mark, given = 256, [[256, *[token] * size] for token, size in ((65, 70), (66, 40), (67, 100))]
-    padded = [token for segment in given for token in segment + [newline] * (-len(segment) % 64)]
+    padded = [token for segment in given for token in segment + [space] * (-len(segment) % 64)]
     ids, question = [token for segment in given for token in segment], [68] * 9
     star = {"star": "on", "star_block_size": 64, "star_query_tokens": 9}
     end = len(padded) - (-len(given[-1]) % 64)

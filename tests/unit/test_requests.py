@@ -35,9 +35,9 @@ def processor(additional_config, page: int | None = 16, **changes):
 
 
 TOKENIZER = SimpleNamespace(
-    encode=lambda text, add_special_tokens: [3, 10], decode=lambda ids: "\n" if ids == [10] else ""
+    encode=lambda text, add_special_tokens: [3, ord(text)], decode=lambda ids: "\n" if ids == [10] else ""
 )
-"""One that begins a text with a token of its own, and has one for a line break."""
+"""One that begins a text with a token of its own, and drops a space at the start of one."""
 
 
 def processed(extra_args, length: int = 300, resumable: bool = False):
@@ -252,7 +252,7 @@ def test_a_servers_mark_leaves_other_prompts_as_they_are():
     assert len(request.prompt_token_ids) > 200
 
 
-def test_without_a_line_breaks_token_the_padding_has_to_be_said():
+def test_without_white_space_the_padding_has_to_be_said():
     front = processor(ON, model_config__max_model_len=300)
     for front.tokenizer in (None, SimpleNamespace(encode=lambda *_, **__: [1, 2], decode=lambda ids: "?")):
         front.starling = None

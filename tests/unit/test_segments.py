@@ -121,7 +121,7 @@ def test_what_can_not_be_aligned_is_refused(options, most, message):
         align(prompt([2, 4]), StarOptions(), parse_options(ON | options, flat=True), PAGE, most, PAD)
 
 
-def test_the_padding_is_a_line_break_or_the_one_that_is_said():
+def test_the_padding_is_white_space_or_the_one_that_is_said():
     request = parse_options(ON, flat=True)
     with pytest.raises(OptionError, match="star_padding_token=None is refused: star_segment_token=0 needs it"):
         align(prompt([2, 4]), StarOptions(), request, PAGE, MOST, None)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine_ext.per_engine import per_engine
 from scheduler.options import OptionError, flat_name
 from scheduler.plan import StarPlan
 from scheduler.spread import Run
@@ -113,9 +114,4 @@ class Promise:
         self.rooms.changed.set()
 
 
-def rooms(engine: Any) -> Rooms:
-    """Those of an engine's replicas; kept on it."""
-    if not hasattr(engine, "starling_rooms"):
-        engine.starling_rooms = Rooms()
-    found: Rooms = engine.starling_rooms
-    return found
+rooms = per_engine("rooms", Rooms)

@@ -25,6 +25,7 @@ from vllm.sampling_params import SamplingParams
 from engine_ext import compat
 from engine_ext.kv_room import KVRoom, Promise, rooms
 from engine_ext.metrics import front_metrics
+from engine_ext.per_engine import per_engine
 from engine_ext.requests import PlannedPrompt, star_requests
 from scheduler.core_utilities import LET_GO, OPEN_SHARD, REPLICA_STATE
 from scheduler.page_mover import mismatch
@@ -67,15 +68,16 @@ def plan_to_spread(input_processor: Any, prompt: Any, params: Any, keywords: Map
     return planned if planned.plan is not None and planned.plan.replicas > 1 else None
 
 
-def under_way(engine: Any) -> set[str]:
-    """Ids of the requests whose prompts go over several replicas now; kept on the engine.
+under_way = per_engine("under_way", set[str])
+"""Ids of the requests whose prompts go over several replicas now.
 
-    Between its parts and the whole, such a request is none that the engine knows.
-    """
-    if not hasattr(engine, "starling_under_way"):
-        engine.starling_under_way = set()
-    ids: set[str] = engine.starling_under_way
-    return ids
+Between its parts and the whole, such a request is none that the engine knows.
+"""
+
+releases = per_engine("releases", set[asyncio.Future])
+"""What ended requests still let go of."""
+
+_open_questions = per_engine("open_questions", dict[int, asyncio.Future])
 
 
 def source_of(output: Any) -> Source:
@@ -96,10 +98,8 @@ class ReplicaSilent(Exception):
 
 
 def silent_replicas(engine: Any) -> dict[int, asyncio.Future]:
-    """The question that each silent replica of an engine has left open; kept on the engine."""
-    if not hasattr(engine, "starling_silent"):
-        engine.starling_silent = {}
-    silent: dict[int, asyncio.Future] = engine.starling_silent
+    """The question that each silent replica of an engine has left open."""
+    silent = _open_questions(engine)
     for rank in [rank for rank, question in silent.items() if question.done()]:
         del silent[rank]
     return silent
@@ -127,14 +127,6 @@ async def ask_replica(engine: Any, rank: int, name: str, *args: Any, in_any_case
             silent_replicas(engine)[rank] = question
             raise ReplicaSilent(rank)
     return question.result()
-
-
-def releases(engine: Any) -> set[asyncio.Future]:
-    """What ended requests still let go of; kept on the engine."""
-    if not hasattr(engine, "starling_releases"):
-        engine.starling_releases = set()
-    tasks: set[asyncio.Future] = engine.starling_releases
-    return tasks
 
 
 class SpreadPrompt:

@@ -6,8 +6,8 @@ whoever stands behind it waits, and so does every later long prompt. Here, befor
 - others (decodes, short prompts) get the tokens they want, up to half the step;
 - while there are others, the long ones' chunks are bounded in tokens and in attended keys: at depth a dense chunk
   costs more, a star chunk does not;
-- in a step that prefills short prompts they yield down to the least chunk, but never twice running: the first token
-  waits for the whole step, and a stream of short prompts must not hold the long ones there;
+- a step that prefills short prompts is theirs and the decodes', but never twice running (scheduler/prompt_sharing.py):
+  their first token waits for the whole step, and a stream of them must not stop the long ones;
 - of what is left, the long prompt that came first (the most urgent) gets half, the one with the least left the other
   half: the first one never stops, so none starves, and a shorter one need not wait for a longer one to end.
 """
@@ -36,7 +36,7 @@ class Limits:
     @property
     def least_chunk(self) -> int:
         """A chunk is not cut below this: small ones at great depth would read all keys for a few tokens."""
-        return max(2, min(self.shared_tokens, self.step_tokens // 10))
+        return max(2, min(self.shared_tokens, self.step_tokens // 16))
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,24 @@ def make_limits(options: SchedulingOptions, step_tokens: int) -> Limits:
     )
 
 
-def share_step(prompts: Sequence[LongPrompt], others: int, limits: Limits, yields: bool = False) -> dict[str, int]:
+def share_step(prompts: Sequence[LongPrompt], others: int, limits: Limits) -> dict[str, int]:
     """Tokens that each long prompt may prefill in a step; a prompt that is not named may prefill none.
 
     Args:
         prompts: the long prompts, most urgent first.
         others: tokens that everybody else would take, if they could.
-        yields: whether the long ones yield, in this step, to short prompts among the others.
     """
     if not prompts:
         return {}
     tokens = limits.step_tokens - min(others, limits.step_tokens // 2)
     keys: float = math.inf
     if others:
-        tokens, keys = min(tokens, limits.least_chunk if yields else limits.shared_tokens), limits.shared_keys
+        tokens, keys = min(tokens, limits.shared_tokens), limits.shared_keys
     head = prompts[0]
     quick = min((p for p in prompts if p.priority == head.priority), key=lambda p: p.left)
-    alone = quick is head or yields
-    turns = [(head, tokens, keys)] if alone else [(head, (tokens + 1) // 2, keys / 2), (quick, tokens, keys)]
+    turns = [(head, tokens, keys)]
+    if quick is not head:
+        turns = [(head, (tokens + 1) // 2, keys / 2), (quick, tokens, keys)]
     turns += [(prompt, tokens, keys) for prompt in prompts]
     running = next((prompt for prompt in prompts if prompt.runs), head)
     if running is not head:  # the head may yet find no way in, and what stands in its way has to end

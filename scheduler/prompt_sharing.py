@@ -37,7 +37,7 @@ class PromptSharing:
         self.limits = limits
         self.prompts: dict[str, Any] = {}
         self.found: dict[str, int] = {}
-        self.granted: dict[str, int] = {}
+        self.granted: dict[str, int] | None = None  # while a step is scheduled, and there are long prompts
         self.deferred = 0
         self.yielded = False
 
@@ -69,13 +69,13 @@ class PromptSharing:
         try:
             yield
         finally:
-            self.granted = {}
+            self.granted = None
             if hidden:
                 self._put_back(hidden, before)
 
     def bound(self, request: Any, tokens: int) -> int:
         """The part of a chunk that a request may have in this step."""
-        if not self.granted:
+        if self.granted is None:
             return tokens
         prefills = request.status == RequestStatus.RUNNING and self._is_long(request)
         most = self.granted.get(request.request_id, 0 if prefills else tokens)
@@ -108,10 +108,11 @@ class PromptSharing:
     def _by_priority(self) -> bool:
         return self.scheduler.policy == SchedulingPolicy.PRIORITY
 
-    def _grant(self) -> dict[str, int]:
+    def _grant(self) -> dict[str, int] | None:
+        """Tokens that each long prompt may have in a step, those that are not named none; None: there are none."""
         requests = self._with_room(self._long_now())
         if not requests:
-            return {}
+            return None
         prompts = [
             LongPrompt(
                 name=request.request_id,
@@ -125,7 +126,7 @@ class PromptSharing:
         ]
         decodes, short = self._wanted_by_others(prompts[0].priority)
         self.yielded = short > 0 and not self.yielded
-        return share_step(prompts, decodes + short, self.limits, self.yielded)
+        return {} if self.yielded else share_step(prompts, decodes + short, self.limits)
 
     def _with_room(self, requests: list[Any]) -> list[Any]:
         """Those that run, and those waiting that there is room for beside the ones before them.
@@ -184,7 +185,7 @@ class PromptSharing:
         return decodes, short
 
     def _not_admitted(self) -> list[Any]:
-        if not self.granted:
+        if self.granted is None:
             return []
         return [
             request

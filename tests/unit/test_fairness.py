@@ -63,10 +63,9 @@ prompts_drawn = st.lists(
 ).map(lambda prompts: sorted(prompts, key=lambda prompt: prompt.priority))
 
 
-@given(prompts=prompts_drawn, others=st.integers(0, 600), yields=st.booleans())
-def test_a_step_is_shared(prompts, others, yields):
-    yields = yields and others > 0
-    granted = share_step(prompts, others, LIMITS, yields)
+@given(prompts=prompts_drawn, others=st.integers(0, 600))
+def test_a_step_is_shared(prompts, others):
+    granted = share_step(prompts, others, LIMITS)
     head, total = prompts[0], sum(granted.values())
     first = next((prompt for prompt in prompts if prompt.runs), head)
     assert total <= 256 - min(others, 128)
@@ -74,7 +73,7 @@ def test_a_step_is_shared(prompts, others, yields):
     assert all(granted.get(prompt.name, 0) <= prompt.left for prompt in prompts)
     quick = min((p for p in prompts if p.priority == head.priority), key=lambda p: p.left)
     if others:
-        assert total <= (LIMITS.least_chunk if yields else LIMITS.shared_tokens)
+        assert total <= LIMITS.shared_tokens
         keys = sum(attended(None, p.start, p.start + granted.get(p.name, 0)) for p in prompts)
         floor = attended(None, first.start, first.start + LIMITS.least_chunk)
         assert keys <= LIMITS.shared_keys + floor
@@ -187,7 +186,7 @@ def test_decodes_go_on_in_every_step_and_its_prefill_is_bounded(config):
         assert sum(tokens for name, tokens in now.items() if name.startswith("long")) <= STEP // 4
 
 
-def test_long_prompts_yield_to_short_ones_but_never_twice_running(config):
+def test_long_prompts_leave_a_step_to_short_ones_but_never_two_running(config):
     engine = make_engine(config)
     engine.add("chat", None, 20, max_tokens=100)
     engine.step()
@@ -199,7 +198,7 @@ def test_long_prompts_yield_to_short_ones_but_never_twice_running(config):
         assert engine.steps[-1][f"short{number}"] == 30
     engine.step()
     longs = [sum(tokens for name, tokens in step.items() if name.startswith("long")) for step in engine.steps[1:]]
-    assert longs == [64, 25, 64, 25, 64, 25, 64, 64]
+    assert longs == [64, 0, 64, 0, 64, 0, 64, 64]
 
 
 def test_attended_keys_bound_dense_chunks_at_depth_and_not_star_ones(config):

@@ -127,14 +127,18 @@ def alone(engine: Engine, ids: list[int], options: dict[str, Any]) -> float:
     return clock() - start
 
 
-def summary(run: dict[str, Any], tokens: int) -> dict[str, float]:
+def summary(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Of all rounds together; the long prompts' throughput also of each."""
+    first_tokens = np.concatenate([run["short_ttft"] for run in rounds])
+    pauses = np.concatenate([run["pauses"] for run in rounds])
     return {
-        "short_ttft_median": float(np.median(run["short_ttft"])),
-        "short_ttft_max": float(np.max(run["short_ttft"])),
-        "pause_median": float(np.median(run["pauses"])),
-        "pause_p99": float(np.quantile(run["pauses"], 0.99)),
-        "long_tokens_per_second": tokens / run["long_seconds"],
-        "steps": run["steps"],
+        "short_ttft_median": float(np.median(first_tokens)),
+        "short_ttft_max": float(np.max(first_tokens)),
+        "pause_median": float(np.median(pauses)),
+        "pause_p99": float(np.quantile(pauses, 0.99)),
+        "long_tokens_per_second": tokens * len(rounds) / sum(run["long_seconds"] for run in rounds),
+        "of_each_round": [tokens / run["long_seconds"] for run in rounds],
+        "steps": rounds[0]["steps"],
     }
 
 
@@ -185,6 +189,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of long prompts")
     parser.add_argument("--against", nargs="*", choices=VLLM, default=list(VLLM), help="vLLM's settings beside")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 3], help="long prompts at a time")
+    parser.add_argument("--rounds", type=int, default=1, help="of each setting, in turns")
     parser.add_argument("--pairs", type=int, default=8, help="of a request alone on the engine")
     parser.add_argument(
         "--cpu-time",
@@ -201,10 +206,13 @@ def main() -> None:
         alone(engine, [1] * 4096, {})
         for kind in args.kinds:
             for count in args.counts:
-                rows = {}
-                for name in track((OURS, *args.against), description=f"{count} x {length // 1024}k {kind}"):
+                names = (OURS, *args.against)
+                turns = [name for turn in range(args.rounds) for name in (names[::-1] if turn % 2 else names)]
+                runs: dict[str, list] = {name: [] for name in names}
+                for name in track(turns, description=f"{count} x {length // 1024}k {kind}"):
                     engine.schedule_as(name)
-                    rows[name] = summary(beside(engine, length, count, KINDS[kind]), count * length)
+                    runs[name].append(beside(engine, length, count, KINDS[kind]))
+                rows = {name: summary(rounds, count * length) for name, rounds in runs.items()}
                 keep({"count": count, "tokens": length, "kind": kind, "cpu_time": args.cpu_time, "rows": rows})
         pairs: dict[str, list[float]] = {OURS: [], "vLLM": []}
         tokens = random.Random(1)

@@ -17,7 +17,7 @@ from engine_ext.metrics import front_metrics
 from engine_ext.refusals import fleet, refuse_overlap, star_refusals
 from scheduler.options import FIELD_OF, OptionError, flat_name, is_star_key, parse_options
 from scheduler.plan import PLAN_KEY, StarPlan, make_plan
-from scheduler.segments import SEGMENT_TOKEN, align
+from scheduler.segments import SEGMENT_TOKEN, TokenLimits, align
 from scheduler.share import SHARE_KEY, Part, Share, default_shards
 
 # The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
@@ -66,12 +66,17 @@ class StarRequests:
         return self.vllm_config.cache_config.effective_attention_block_size
 
     @cached_property
-    def white_space(self) -> int | None:
+    def token_limits(self) -> TokenLimits:
+        """For segments; a prompt leaves room for one token of output."""
+        model = self.vllm_config.model_config
+        return TokenLimits(model.max_model_len - 1, model.get_vocab_size(), self._white_space())
+
+    def _white_space(self) -> int | None:
         """The token of a space, else of a line break; None where the model's tokenizer has neither, or is not known."""
         for text in (" ", "\n") if self.tokenizer is not None else ():
-            *_, last = self.tokenizer.encode(text, add_special_tokens=False)
-            if self.tokenizer.decode([last]) == text:
-                return int(last)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            if ids and self.tokenizer.decode(ids[-1:]) == text:
+                return int(ids[-1])
         return None
 
     @property
@@ -117,8 +122,7 @@ class StarRequests:
             refuse_overlap(self.vllm_config, request.overlap_size)
         page, defaults, had = self.page or 1, self.config.star, num_tokens
         if token_ids is not None:
-            most = self.vllm_config.model_config.max_model_len - 1  # vLLM checked the prompt as the client gave it
-            token_ids, request = align(token_ids, defaults, request, page, most, self.white_space)
+            token_ids, request = align(token_ids, defaults, request, page, self.token_limits)
             num_tokens = len(token_ids)
         elif SEGMENT_TOKEN in given:
             reason = "the prompt has images or embeddings, which can't be moved"

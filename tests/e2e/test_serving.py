@@ -221,6 +221,10 @@ BAD = {
         {"star": "on", "star_padding_token": 7},
         ["star_padding_token", "7", "without star_segment_token"],
     ),
+    "no token": (
+        {"star": "on", "star_block_size": 64, "star_segment_token": 84, "star_padding_token": 9999},
+        ["star_padding_token", "9999", "vocabulary has 320", "0 to 319"],
+    ),
     "nested": ({"star": {"block_size": 64}}, ["vllm_xargs"]),  # vLLM's own refusal
 }
 
@@ -237,7 +241,7 @@ def test_a_bad_option_is_a_400(http, path, stream, bad):
     assert http.get("/health").status_code == 200
 
 
-ONE_OF_EACH = ["off the page", "A above B", "O above B", "long query", "long context", "mark not there"]
+ONE_OF_EACH = ["off the page", "A above B", "O above B", "long query", "long context", "mark not there", "no token"]
 
 
 @pytest.mark.parametrize("bad", ONE_OF_EACH)

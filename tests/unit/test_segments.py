@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.options import OptionError, StarOptions, parse_options
 from scheduler.plan import make_plan
-from scheduler.segments import align, check_marks, pad_segments
+from scheduler.segments import TokenLimits, align, check_marks, pad_segments
 
 MARK, PAD, PAGE, BLOCK = 0, 50, 4, 8
 ON = {"star": "on", "star_block_size": BLOCK, "star_segment_token": MARK, "star_query_tokens": 3}
-MOST = 10_000
+LIMITS = TokenLimits(prompt=10_000, vocabulary=320, white_space=PAD)
 
 segments = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 
@@ -24,7 +26,7 @@ def prompt(sizes: list[int], query: int = 3) -> list[int]:
 
 
 def aligned(ids: list[int], options: dict, defaults: StarOptions | None = None):
-    return align(ids, defaults or StarOptions(), parse_options(options, flat=True), PAGE, MOST, PAD)
+    return align(ids, defaults or StarOptions(), parse_options(options, flat=True), PAGE, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,8 @@ def test_where_star_does_not_run_nothing_is_moved():
         assert aligned(ids, options, defaults)[0] == ids
     for options in ({"star": "on"}, {"star": "auto", "star_min_tokens": len(ids)}):
         assert aligned(ids, options, defaults)[0] != ids
-    assert align(ids, defaults, None, PAGE, MOST, PAD) == (ids, None)
+    assert align(ids, defaults, None, PAGE, LIMITS) == (ids, None)
+    assert aligned(ids, {"star": "on", "star_num_blocks": 3}, defaults)[0] == ids  # the mark is not the request's own
 
 
 @pytest.mark.parametrize(
@@ -108,28 +111,30 @@ def test_where_star_does_not_run_nothing_is_moved():
     [
         (
             {"star_segment_token": 7},
-            MOST,
+            100,
             "star_segment_token=7 is refused: it does not occur in the context, the first 8",
         ),
         ({}, 15, r"star_segment_token=0 is refused: .* of 11 tokens has 16. Allowed: up to 15 tokens"),
-        ({"star_query_tokens": 12}, MOST, "star_query_tokens=12 is refused: the prompt has only 11"),
-        ({"star_block_size": 10}, MOST, "star_block_size=10 is refused"),
+        ({"star_query_tokens": 12}, 100, "star_query_tokens=12 is refused: the prompt has only 11"),
+        ({"star_block_size": 10}, 100, "star_block_size=10 is refused"),
     ],
 )
 def test_what_can_not_be_aligned_is_refused(options, most, message):
     with pytest.raises(OptionError, match=message):
-        align(prompt([2, 4]), StarOptions(), parse_options(ON | options, flat=True), PAGE, most, PAD)
+        align(prompt([2, 4]), StarOptions(), parse_options(ON | options, flat=True), PAGE, replace(LIMITS, prompt=most))
 
 
 def test_the_padding_is_white_space_or_the_one_that_is_said():
-    request = parse_options(ON, flat=True)
+    request, unknown = parse_options(ON, flat=True), replace(LIMITS, white_space=None)
     with pytest.raises(OptionError, match="star_padding_token=None is refused: star_segment_token=0 needs it"):
-        align(prompt([2, 4]), StarOptions(), request, PAGE, MOST, None)
-    said = align(prompt([2, 4]), StarOptions(padding_token=51), request, PAGE, MOST, None)[0]
+        align(prompt([2, 4]), StarOptions(), request, PAGE, unknown)
+    said = align(prompt([2, 4]), StarOptions(padding_token=51), request, PAGE, unknown)[0]
     assert said == [51 if token == PAD else token for token in aligned(prompt([2, 4]), ON)[0]]
     for options in ({"star": "on", "star_padding_token": 9}, {"star_padding_token": 9}):
         with pytest.raises(OptionError, match="star_padding_token=9 is refused: without star_segment_token"):
             aligned(prompt([2, 4]), options)
+    with pytest.raises(OptionError, match="star_padding_token=320 is refused: the model's vocabulary has 320 tokens"):
+        aligned(prompt([2, 4]), ON | {"star_padding_token": 320})
 
 
 def test_blocks_that_follow_from_the_length_have_no_borders_to_align_to():

@@ -1,8 +1,9 @@
 """Time to first token after an edit in the middle of a long prompt: `python -m benchmarks.block_reuse`.
 
-Star with blocks reused anywhere, against vLLM's prefix cache under dense attention and under star: in each
-repetition another token of the middle block changes, and the three run right after one another. Writes
-results/block_reuse.json and .png. Takes about 5 minutes.
+Star with blocks reused anywhere, against vLLM's prefix cache under dense attention and under star. In each repetition
+another token of the middle document is replaced, or one more comes in, and all configurations run right after one
+another. Where the document gets longer, star runs with segments aligned too: each document starts with a mark. Writes
+results/block_reuse.json and .png. Takes about 8 minutes.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from benchmarks.random_llama import make_random_llama
 from benchmarks.report import ratio_interval, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
-BLOCKS = 16
-STAR = {"star": "on", "star_num_blocks": BLOCKS, "star_query_tokens": QUERY_TOKENS}
-OURS = "star, blocks reused"
+BLOCKS, MARK = 16, 255
+REUSED, ALIGNED = "star, blocks reused", "star, segments aligned"
 PREFIX = ("dense, prefix cache", "star, prefix cache")
+REPLACED, LONGER = "a token replaced", "one token more"
+OURS = {REPLACED: REUSED, LONGER: ALIGNED}
 
 
 def make_engine(model: Path, reuse: str) -> Engine:
@@ -35,37 +37,57 @@ def make_engine(model: Path, reuse: str) -> Engine:
     return Engine(model, dtype="float32", kv_cache_memory_bytes=memory, enable_prefix_caching=True, **arguments)
 
 
-def measure(model: Path, length: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds to the first token after each edit, by configuration."""
+def make_documents(length: int) -> list[list[int]]:
+    """One to a star block, each with its mark and some room; the last one leaves room for the query too."""
     tokens = random.Random(0)
-    ids = [tokens.randrange(255) for _ in range(length)]
-    middle = length // 2 + length // BLOCKS // 2
+    size = length // BLOCKS - QUERY_TOKENS
+    sizes = [size] * (BLOCKS - 1) + [size - QUERY_TOKENS]
+    return [[MARK, *(tokens.randrange(MARK) for _ in range(size - 1))] for size in sizes]
+
+
+def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds to the first token after each edit, by its kind and by configuration."""
+    star = {"star": "on", "star_block_size": length // BLOCKS, "star_query_tokens": QUERY_TOKENS}
+    query = [1] * QUERY_TOKENS
+    seconds: dict[str, dict[str, list[float]]] = {}
     with make_engine(model, "on") as ours, make_engine(model, "off") as plain:
-        runs = {OURS: (ours, STAR), PREFIX[0]: (plain, {}), PREFIX[1]: (plain, STAR)}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for engine, options in runs.values():
-            engine.generate(ids, options)
-        for repeat in track(range(repeats), description=f"{length:,} tokens"):
-            ids[middle + repeat] = 255
-            for name, (engine, options) in runs.items():
-                seconds[name].append(engine.generate(ids, options)["seconds"])
+        prefix = {PREFIX[0]: (plain, {}), PREFIX[1]: (plain, star)}
+        aligned = {ALIGNED: (ours, star | {"star_segment_token": MARK, "star_padding_token": 0})}
+        for edit, runs in {
+            REPLACED: {REUSED: (ours, star)} | prefix,
+            LONGER: aligned | {REUSED: (ours, star)} | prefix,
+        }.items():
+            documents = make_documents(length)
+            middle = documents[BLOCKS // 2]
+            seconds[edit] = {name: [] for name in runs}
+            for repeat in track(range(-1, repeats), description=f"{length:,} tokens, {edit}"):
+                at = len(middle) // 2 + repeat
+                if repeat >= 0:
+                    middle[at : at + (edit == REPLACED)] = [MARK + 1]
+                ids = [token for document in documents for token in document] + query
+                for name, (engine, options) in runs.items():
+                    took = engine.generate(ids, options)["seconds"]
+                    if repeat >= 0:
+                        seconds[edit][name].append(took)
     return seconds
 
 
-def plot(title: str, seconds: dict[str, list[float]], path: Path) -> None:
+def plot(title: str, seconds: dict[str, dict[str, list[float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6, 3))
-    medians = [statistics.median(times) for times in seconds.values()]
-    bars = axis.barh(list(seconds), medians)
-    axis.bar_label(bars, [f"{median:.2f} s" for median in medians], padding=3)
-    axis.margins(x=0.15)
-    axis.invert_yaxis()
-    axis.set_xlabel("time to first token after an edit in the middle, seconds")
-    axis.set_title(title, fontsize=10)
+    figure, axes = pyplot.subplots(len(seconds), figsize=(6, 4.5), sharex=True)
+    for axis, (edit, times) in zip(axes, seconds.items(), strict=True):
+        medians = [statistics.median(values) for values in times.values()]
+        bars = axis.barh(list(times), medians)
+        axis.bar_label(bars, [f"{median:.2f} s" for median in medians], padding=3)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.set_title(edit, fontsize=9)
+    axes[-1].set_xlabel("time to first token after an edit in the middle, seconds")
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -79,19 +101,20 @@ def main() -> None:
         model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
         seconds = measure(model, args.tokens, args.repeats)
     title = f"random Llama, 2 layers, float32, {args.tokens:,} tokens in {BLOCKS} blocks"
-    ratios: dict[str, Any] = {
-        name: dict(zip(("median", "low", "high"), ratio_interval(seconds[OURS], seconds[name]), strict=True))
-        for name in PREFIX
-    }
     table = Table(title=title)
-    for column in ("configuration", "TTFT s (median)", "over reused blocks"):
+    for column in ("edit", "configuration", "TTFT s (median)", "over ours"):
         table.add_column(column, justify="right")
-    for name, times in seconds.items():
-        table.add_row(
-            name, f"{statistics.median(times):.2f}", f"{ratios[name]['median']:.1f}x" if name in ratios else ""
-        )
+    ratios: dict[str, Any] = {}
+    for edit, times in seconds.items():
+        ours = times[OURS[edit]]
+        over = {name: ratio_interval(ours, values) for name, values in times.items() if values is not ours}
+        ratios[edit] = {name: dict(zip(("median", "low", "high"), of, strict=True)) for name, of in over.items()}
+        for name, values in times.items():
+            table.add_row(
+                edit, name, f"{statistics.median(values):.2f}", f"{over[name][0]:.1f}x" if name in over else ""
+            )
     Console().print(table)
-    result = {"title": title, "query_tokens": QUERY_TOKENS, "seconds": seconds, "over_reused_blocks": ratios}
+    result = {"title": title, "query_tokens": QUERY_TOKENS, "seconds": seconds, "over_ours": ratios}
     path = write_json("block_reuse", result)
     plot(title, seconds, path.with_suffix(".png"))
     print(path)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from attention_backends.star.reference import star_mask
 from benchmarks.report import write_json
 from examples.make_demo_model import OUTPUT as DEMO_MODEL
-from scheduler.segments import pad_segments
+from scheduler.segments import fill_gaps, find_gaps
 
 BLOCK, FILES = 256, 6
 MARK = "<file_sep>"
@@ -80,7 +80,7 @@ def measure(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[dict[str
         for name in (DENSE, STAR):
             logprobs[name].append(answer_logprob(model, context, question, answer, name == STAR))
         for name, text in PADDINGS.items():
-            aligned = pad_segments(context, mark, encode(text)[0], BLOCK)
+            aligned = fill_gaps(context, find_gaps(context, mark, BLOCK), encode(text)[0])
             logprobs[name].append(answer_logprob(model, aligned, question, answer, True))
         padded.append(1 - len(context) / len(aligned))
     return logprobs, padded

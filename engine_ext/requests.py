@@ -69,9 +69,10 @@ class StarRequests:
     def token_limits(self) -> TokenLimits:
         """For segments; a prompt leaves room for one token of output."""
         model = self.vllm_config.model_config
-        return TokenLimits(model.max_model_len - 1, model.get_vocab_size(), self._white_space())
+        return TokenLimits(model.max_model_len - 1, model.get_vocab_size(), lambda: self.white_space)
 
-    def _white_space(self) -> int | None:
+    @cached_property
+    def white_space(self) -> int | None:
         """The token of a space, else of a line break; None where the model's tokenizer has neither, or is not known."""
         for text in (" ", "\n") if self.tokenizer is not None else ():
             ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -157,7 +158,8 @@ class StarRequests:
 def tokens_alone(engine_input: Mapping[str, Any]) -> list[int] | None:
     """The tokens of a prompt that has nothing else: neither images nor embeddings; None where it has."""
     token_ids: list[int] = engine_input["prompt_token_ids"]
-    return token_ids if engine_input.get("type", "token") == "token" else None
+    alone = engine_input.get("type", "token") == "token" and not engine_input.get("multi_modal_data")
+    return token_ids if alone else None
 
 
 def star_requests(input_processor: Any) -> StarRequests:
@@ -205,12 +207,16 @@ def resolve_request(input_processor: Any, request: Any) -> None:
 
 
 def _refuse_positions(params: Any) -> None:
-    """Refuse what counts the prompt's tokens as the client does, and would end an engine that counts more of them."""
-    if params.prompt_logprob_token_ids is not None:
-        name, rows = "prompt_logprob_token_ids", len(params.prompt_logprob_token_ids)
-        reason = "the prompt has more tokens with its segments at star blocks' borders"
-        error = OptionError(name, f"{rows} rows", reason, f"none, or no {SEGMENT_TOKEN}")
-        raise VLLMValidationError(str(error), parameter=error.name)
+    """Refuse what counts the prompt's tokens as the client does, where the engine gets more of them."""
+    rows, start = params.prompt_logprob_token_ids, params.routed_experts_prompt_start
+    for name, value, given in (
+        ("prompt_logprob_token_ids", rows and f"{len(rows)} rows", rows is not None),
+        ("routed_experts_prompt_start", start, start > 0),
+    ):
+        if given:
+            reason = "the prompt has more tokens with its segments at star blocks' borders"
+            error = OptionError(name, value, reason, f"none, or no {SEGMENT_TOKEN}")
+            raise VLLMValidationError(str(error), parameter=name)
 
 
 def check_early(input_processor: Any, engine_input: Any, params: Any, request_id: str | None = None) -> None:

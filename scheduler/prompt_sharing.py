@@ -14,6 +14,7 @@ from vllm.v1.request import RequestStatus
 from scheduler.fairness import Limits, LongPrompt, share_step
 from scheduler.plan import request_plan
 
+LEAST_TOKENS = 2  # a star chunk of one token can't always be run
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -24,6 +25,11 @@ def sharing_obstacle(scheduler: Any) -> str | None:
     if scheduler.need_mamba_block_aligned_split:
         return "with mamba_cache_mode=align a chunk must end where Mamba's state is kept"
     return None
+
+
+def adapter_of(request: Any) -> int:
+    """The number of a request's LoRA adapter; 0: none."""
+    return request.lora_request.lora_int_id if request.lora_request else 0
 
 
 class PromptSharing:
@@ -39,7 +45,8 @@ class PromptSharing:
         self.found: dict[str, int] = {}
         self.granted: dict[str, int] | None = None  # while a step is scheduled, and there are long prompts
         self.deferred = 0
-        self.yielded = False
+        self.yielded = False  # a step to short prompts, and none since in which a long one had its part
+        self.without_adapter: set[str] = set()
 
     def takes(self, request: Any) -> bool:
         """Whether a request that just arrived may be a long prompt; images that must not be cut keep it out."""
@@ -79,7 +86,11 @@ class PromptSharing:
             return tokens
         prefills = request.status == RequestStatus.RUNNING and self._is_long(request)
         most = self.granted.get(request.request_id, 0 if prefills else tokens)
+        if not most and self.without_adapter and adapter_of(request):
+            most = LEAST_TOKENS  # vLLM counts the adapters of a step: out of it, this one's place would go to another
         self.deferred += max(0, tokens - most)
+        if most and request.request_id in self.granted:
+            self.yielded = False
         return min(tokens, most)
 
     def _left(self, request: Any) -> int:
@@ -113,6 +124,7 @@ class PromptSharing:
         requests = self._with_room(self._long_now())
         if not requests:
             return None
+        self.without_adapter = self._without_adapter()
         prompts = [
             LongPrompt(
                 name=request.request_id,
@@ -125,8 +137,10 @@ class PromptSharing:
             for request in requests
         ]
         decodes, short = self._wanted_by_others(prompts[0].priority)
-        self.yielded = short > 0 and not self.yielded
-        return {} if self.yielded else share_step(prompts, decodes + short, self.limits)
+        if short and prompts[0].runs and not self.yielded:
+            self.yielded = True
+            return {}
+        return share_step(prompts, decodes + short, self.limits)
 
     def _with_room(self, requests: list[Any]) -> list[Any]:
         """Those that run, and those waiting that there is room for beside the ones before them.
@@ -165,7 +179,8 @@ class PromptSharing:
         scheduler, most = self.scheduler, self.limits.step_tokens
 
         def counts(request: Any) -> bool:
-            return not self._is_long(request) and not (self._by_priority and request.priority > priority)
+            urgent = not (self._by_priority and request.priority > priority)
+            return urgent and request.request_id not in self.without_adapter and not self._is_long(request)
 
         decodes = short = 0
         for request in scheduler.running:
@@ -195,6 +210,23 @@ class PromptSharing:
             and self._is_long(request)
             and request not in self.scheduler.kv_holding_waiting
         ]
+
+    def _without_adapter(self) -> set[str]:
+        """Requests that wait, and whose LoRA adapter has no place beside those of the requests that run."""
+        scheduler = self.scheduler
+        if scheduler.lora_config is None:
+            return set()
+        places = {adapter_of(request) for request in scheduler.running} - {0}
+        without: set[str] = set()
+        for request in (*scheduler.kv_holding_waiting, *scheduler.waiting):
+            adapter = adapter_of(request)
+            if not adapter or adapter in places:
+                continue
+            if len(places) < scheduler.lora_config.max_loras:
+                places.add(adapter)
+            else:
+                without.add(request.request_id)
+        return without
 
     def _put_back(self, hidden: list[Any], before: list[Any]) -> None:
         """Each where it stood: behind what vLLM has put in front of the queue meanwhile (it preempted them)."""

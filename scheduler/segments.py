@@ -6,6 +6,7 @@ space, of which a model makes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from scheduler.options import OptionError, StarOptions, flat_name, merge, parse_options
@@ -22,12 +23,12 @@ class TokenLimits:
     Attributes:
         prompt: tokens of a prompt at most.
         vocabulary: ids are below it.
-        white_space: the token to pad with where no option says it; None: one has to.
+        white_space: says the token to pad with where no option does; None: one has to.
     """
 
     prompt: int
     vocabulary: int
-    white_space: int | None
+    white_space: Callable[[], int | None]
 
 
 def align(
@@ -60,27 +61,31 @@ def align(
     elif not options.block_size:
         return token_ids, request
     context_end = find_context_end(options, given, len(token_ids))
-    if mark not in token_ids[:context_end]:
+    context, query = token_ids[:context_end], token_ids[context_end:]
+    if mark not in context:
         if "segment_token" in given:
             reason = f"it does not occur in the context, the first {context_end} tokens of the prompt"
             raise OptionError(SEGMENT_TOKEN, mark, reason, "a token that starts the prompt's segments")
         return token_ids, request
-    padding = limits.white_space if options.padding_token is None else options.padding_token
+    block_size = find_block_size(options, len(token_ids), page)
+    if context_end <= block_size:  # dense
+        return token_ids, request
+    gaps = find_gaps(context, mark, block_size)
+    had, aligned = len(token_ids), len(token_ids) + sum(length for _, length in gaps)
+    if aligned > max(had, limits.prompt):
+        reason = f"with its segments at star blocks' borders the prompt of {had} tokens has {aligned}"
+        raise OptionError(
+            SEGMENT_TOKEN, mark, reason, f"up to {limits.prompt} tokens: smaller blocks or fewer segments"
+        )
+    padding = limits.white_space() if options.padding_token is None else options.padding_token
     if padding is None:
         reason = (
             f"{SEGMENT_TOKEN}={mark} needs it, as the model's tokenizer has no token for a space, nor for a line break"
         )
         raise OptionError(PADDING_TOKEN, None, reason, "the id of a token that says nothing")
-    block_size = find_block_size(options, len(token_ids), page)
-    context = pad_segments(token_ids[:context_end], mark, padding, block_size)
-    aligned = context + token_ids[context_end:]
-    if len(aligned) > max(len(token_ids), limits.prompt):
-        reason = f"with its segments at star blocks' borders the prompt of {len(token_ids)} tokens has {len(aligned)}"
-        raise OptionError(
-            SEGMENT_TOKEN, mark, reason, f"up to {limits.prompt} tokens: smaller blocks or fewer segments"
-        )
+    context = fill_gaps(context, gaps, padding)
     there = {"query_tokens": None, "context_tokens": len(context)}
-    return aligned, (request or parse_options({}, flat=True)).model_copy(update=there)
+    return context + query, (request or parse_options({}, flat=True)).model_copy(update=there)
 
 
 def check_marks(options: StarOptions, vocabulary: int) -> None:
@@ -112,14 +117,28 @@ def check_block_size(options: StarOptions) -> None:
         raise OptionError(SEGMENT_TOKEN, options.segment_token, reason, f"no mark, or {flat_name('block_size')}")
 
 
-def pad_segments(token_ids: list[int], mark: int, padding: int, block_size: int) -> list[int]:
-    """Put ``padding`` before each ``mark``, until it stands at a multiple of ``block_size``."""
-    padded: list[int] = []
-    start = 0
+def find_gaps(token_ids: list[int], mark: int, block_size: int) -> list[tuple[int, int]]:
+    """(position, length) of the padding that has each ``mark`` stand at a multiple of ``block_size``.
+
+    None before a mark at the start, nor behind the one token that many tokenizers put there.
+    """
+    gaps: list[tuple[int, int]] = []
+    position = added = 0
     for _ in range(token_ids.count(mark)):
-        stop = token_ids.index(mark, start)
-        padded += token_ids[start:stop]
-        padded += [padding] * (-len(padded) % block_size)
-        padded.append(mark)
-        start = stop + 1
-    return padded + token_ids[start:]
+        position = token_ids.index(mark, position)
+        length = -(position + added) % block_size
+        if length and position > 1:
+            gaps.append((position, length))
+            added += length
+        position += 1
+    return gaps
+
+
+def fill_gaps(token_ids: list[int], gaps: list[tuple[int, int]], padding: int) -> list[int]:
+    filled: list[int] = []
+    start = 0
+    for position, length in gaps:
+        filled += token_ids[start:position]
+        filled += [padding] * length
+        start = position
+    return filled + token_ids[start:]

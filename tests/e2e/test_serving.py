@@ -131,7 +131,11 @@ def test_http_says_the_plan(http, path, stream):
 
 def test_http_says_dense(http):
     response = http.post("/v1/completions", json=body("/v1/completions"))
-    assert json.loads(response.headers["x-starling-plan"]) == {"attention": "dense", "prompt_tokens": 701}
+    assert json.loads(response.headers["x-starling-plan"]) == {
+        "attention": "dense",
+        "prompt_tokens": 701,
+        "padding_tokens": 0,
+    }
 
 
 @pytest.mark.parametrize("star", [None, STAR], ids=["dense", "star"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from scheduler.fairness import Limits, LongPrompt, attended, chunk_within, make_limits, share_step
@@ -199,6 +202,56 @@ def test_long_prompts_leave_a_step_to_short_ones_but_never_two_running(config):
     engine.step()
     longs = [sum(tokens for name, tokens in step.items() if name.startswith("long")) for step in engine.steps[1:]]
     assert longs == [64, 0, 64, 0, 64, 0, 64, 64]
+
+
+def with_a_stream(engine: Engine, steps: int, max_tokens: int) -> None:
+    """Step, with a short prompt coming before each, until the long ones are done."""
+    for number in range(steps):
+        if not any(name.startswith("long") for name in engine.scheduler.requests):
+            return
+        engine.add(f"short{number}", None, random_ids(1000 + number, 30), max_tokens=max_tokens)
+        engine.step()
+    raise AssertionError(f"long prompts not done after {steps} steps")
+
+
+def test_a_waiting_long_prompt_gets_its_memory_under_a_stream_of_short_ones(config):
+    engine = make_engine(config, pages=560)
+    for number in range(40):
+        engine.add(f"before{number}", None, random_ids(number, 30), max_tokens=60)
+        engine.step()
+    add_long(engine, 1)
+    with_a_stream(engine, 500, max_tokens=60)
+    assert "long0" in engine.first_token
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 4])
+def test_long_prompts_go_on_where_prefill_runs_in_some_steps_only(config, interval):
+    """vLLM's --prefill-schedule-interval."""
+    engine = make_engine(config)
+    engine.add("chat", None, 20, max_tokens=5000)
+    add_long(engine, 2)
+    engine.step()
+    schedule, steps = engine.scheduler.schedule, itertools.count(1)
+    engine.scheduler.schedule = lambda: schedule(throttle_prefills=next(steps) % interval != 0)
+    with_a_stream(engine, 2 * interval * (2 * LONG // (STEP // 4) + 2), max_tokens=2)
+
+
+def test_a_long_prompt_that_has_no_part_in_a_step_keeps_its_adapters_place(config):
+    made = copy.copy(config)
+    made.lora_config = SimpleNamespace(max_loras=1)
+    engine = make_engine(made)
+    one, other = (LoRARequest(name, number, f"/{name}") for number, name in enumerate("ab", 1))
+    engine.add("long", None, random_ids(0, LONG), max_tokens=1, lora_request=one)
+    engine.step()
+    engine.add("other", None, 30, lora_request=other)
+    for number in range(3):
+        engine.add(f"short{number}", None, random_ids(number, 30), lora_request=one if number else None)
+        engine.step()
+    engine.run()
+    assert all(not {"long", "other"} <= step.keys() for step in engine.steps)
+    assert max(engine.first_token[f"short{number}"] for number in range(3)) <= 5
+    assert engine.first_token["long"] < engine.first_token["other"]
+    assert len(engine.steps) <= LONG / STEP + 10  # the one that can't run holds nobody back
 
 
 def test_attended_keys_bound_dense_chunks_at_depth_and_not_star_ones(config):

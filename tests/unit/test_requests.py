@@ -234,11 +234,25 @@ def test_segments_that_can_not_be_aligned_are_refused(changes, most, message):
         resolve_request(processor(ON, model_config__max_model_len=most), marked(**changes))
 
 
-def test_segments_are_not_aligned_under_rows_of_the_prompts_own_tokens():
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prompt_logprob_token_ids", [[1]] * 199, "prompt_logprob_token_ids='199 rows' is refused"),
+        ("routed_experts_prompt_start", 5, "routed_experts_prompt_start=5 is refused"),
+    ],
+)
+def test_segments_are_not_aligned_under_what_counts_the_prompts_own_tokens(name, value, message):
     request = marked()
-    request.sampling_params.prompt_logprob_token_ids = [[1]] * 199
-    with pytest.raises(VLLMValidationError, match="prompt_logprob_token_ids='199 rows' is refused"):
+    setattr(request.sampling_params, name, value)
+    with pytest.raises(VLLMValidationError, match=message):
         resolve_request(processor(ON, model_config__max_model_len=300), request)
+
+
+def test_a_raw_prompt_with_images_is_not_one_of_tokens_alone():
+    prompt = {"prompt_token_ids": marked().prompt_token_ids, "multi_modal_data": {"image": object()}}
+    front = processor(ON, model_config__max_model_len=300)
+    with pytest.raises(VLLMValidationError, match="the prompt has images or embeddings"):
+        check_early(front, prompt, SamplingParams(extra_args=MARKED))
 
 
 def test_a_servers_mark_leaves_other_prompts_as_they_are():

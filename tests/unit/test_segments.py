@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scheduler.options import OptionError, StarOptions, parse_options
 from scheduler.plan import make_plan
-from scheduler.segments import TokenLimits, align, check_marks, pad_segments
+from scheduler.segments import TokenLimits, align, check_marks, fill_gaps, find_gaps
 
 MARK, PAD, PAGE, BLOCK = 0, 50, 4, 8
 ON = {"star": "on", "star_block_size": BLOCK, "star_segment_token": MARK, "star_query_tokens": 3}
-LIMITS = TokenLimits(prompt=10_000, vocabulary=320, white_space=PAD)
+LIMITS = TokenLimits(prompt=10_000, vocabulary=320, white_space=lambda: PAD)
 
 segments = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 
@@ -35,13 +35,14 @@ def aligned(ids: list[int], options: dict, defaults: StarOptions | None = None):
         ([1, 2, 0, 3], [1, 2, 50, 50, 0, 3]),
         ([0, 1, 2, 0, 4], [0, 1, 2, 50, 0, 4]),
         ([1, 2, 3, 4, 0], [1, 2, 3, 4, 0]),
-        ([1, 0, 0, 2], [1, 50, 50, 50, 0, 50, 50, 50, 0, 2]),
+        ([1, 2, 0, 0, 2], [1, 2, 50, 50, 0, 50, 50, 50, 0, 2]),
+        ([1, 0, 2, 3, 0, 4], [1, 0, 2, 3, 0, 4]),  # behind a tokenizer's own first token
         ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
         ([], []),
     ],
 )
 def test_a_mark_is_moved_to_the_border(ids, expected):
-    assert pad_segments(ids, MARK, PAD, 4) == expected
+    assert fill_gaps(ids, find_gaps(ids, MARK, 4), PAD) == expected
 
 
 def starts(ids: list[int]) -> list[int]:
@@ -53,7 +54,10 @@ def starts(ids: list[int]) -> list[int]:
 def test_every_segment_starts_a_block_and_no_token_is_lost(sizes, leading):
     given_ids = [88] * leading + prompt(sizes)
     ids, options = aligned(given_ids, ON)
-    assert all(at % BLOCK == 0 for at in starts(ids)) and len(starts(ids)) == len(sizes)
+    if len(given_ids) - 3 <= BLOCK:
+        assert ids == given_ids
+        return
+    assert all(at % BLOCK == 0 or at == leading == 1 for at in starts(ids)) and len(starts(ids)) == len(sizes)
     assert [token for token in ids if token != PAD] == given_ids
     assert len(ids) < len(given_ids) + BLOCK * len(sizes)
     plan = make_plan(len(ids), StarOptions(), options, PAGE)
@@ -67,6 +71,7 @@ def test_an_edit_within_a_segments_last_block_moves_no_other(sizes, data):
     size = sizes[edited] + 1  # with its mark
     length = data.draw(st.integers((size - 1) // BLOCK * BLOCK + 1, -(-size // BLOCK) * BLOCK))
     other = [*sizes[:edited], max(1, length - 1), *sizes[edited + 1 :]]
+    assume(min(len(prompt(of)) for of in (sizes, other)) - 3 > BLOCK)  # else it is dense, and nothing is moved
     before, after = (aligned(prompt(of), ON)[0] for of in (sizes, other))
     assert starts(before) == starts(after)
 
@@ -74,15 +79,15 @@ def test_an_edit_within_a_segments_last_block_moves_no_other(sizes, data):
 @pytest.mark.parametrize(
     ("options", "context_end"),
     [
-        ({"star_query_tokens": 3}, 13),
-        ({"star_query_tokens": None, "star_context_tokens": 5}, 10),  # 2 after the second segment's border, at 8
-        ({"star_query_tokens": None}, 11),  # half the prompt
-        ({"star_query_tokens": 0}, 15),  # the last token always sees everything
+        ({"star_query_tokens": 3}, 19),
+        ({"star_query_tokens": None, "star_context_tokens": 10}, 13),  # 5 behind the second segment's border, at 8
+        ({"star_query_tokens": None}, 13),  # half the prompt
+        ({"star_query_tokens": 0}, 21),  # the last token always sees everything
     ],
 )
 def test_the_query_is_the_clients(options, context_end):
-    ids = prompt([2, 4])
-    assert len(ids) == 11
+    ids = prompt([4, 10])
+    assert len(ids) == 19
     changed = {key: value for key, value in (ON | options).items() if value is not None}
     got, own = aligned(ids, changed)
     plan = make_plan(len(got), StarOptions(query_tokens=2), own, PAGE)
@@ -91,12 +96,12 @@ def test_the_query_is_the_clients(options, context_end):
 
 
 def test_marks_in_the_query_stay_where_they_are():
-    ids = [*prompt([2, 4]), MARK, 99]
-    assert aligned(ids, ON)[0] == aligned(prompt([2, 4]), ON | {"star_query_tokens": 1})[0] + [MARK, 99]
+    ids = [*prompt([4, 10]), MARK, 99]
+    assert aligned(ids, ON)[0] == aligned(prompt([4, 10]), ON | {"star_query_tokens": 1})[0] + [MARK, 99]
 
 
 def test_where_star_does_not_run_nothing_is_moved():
-    ids = prompt([2, 4])
+    ids = prompt([4, 10])
     defaults = parse_options({"segment_token": MARK, "block_size": BLOCK}, flat=False)
     for options in ({"star": "off"}, {}, {"star": "auto", "star_min_tokens": len(ids) + 1}):
         assert aligned(ids, options, defaults)[0] == ids
@@ -112,35 +117,48 @@ def test_where_star_does_not_run_nothing_is_moved():
         (
             {"star_segment_token": 7},
             100,
-            "star_segment_token=7 is refused: it does not occur in the context, the first 8",
+            "star_segment_token=7 is refused: it does not occur in the context, the first 16",
         ),
-        ({}, 15, r"star_segment_token=0 is refused: .* of 11 tokens has 16. Allowed: up to 15 tokens"),
-        ({"star_query_tokens": 12}, 100, "star_query_tokens=12 is refused: the prompt has only 11"),
+        ({}, 21, r"star_segment_token=0 is refused: .* of 19 tokens has 22. Allowed: up to 21 tokens"),
+        ({"star_query_tokens": 20}, 100, "star_query_tokens=20 is refused: the prompt has only 19"),
         ({"star_block_size": 10}, 100, "star_block_size=10 is refused"),
+        (
+            {"star_segment_token": 2, "star_block_size": 12},
+            100,
+            r"star_segment_token=2 is refused: .* of 19 tokens has 1",
+        ),
     ],
 )
 def test_what_can_not_be_aligned_is_refused(options, most, message):
     with pytest.raises(OptionError, match=message):
-        align(prompt([2, 4]), StarOptions(), parse_options(ON | options, flat=True), PAGE, replace(LIMITS, prompt=most))
+        align(
+            prompt([4, 10]), StarOptions(), parse_options(ON | options, flat=True), PAGE, replace(LIMITS, prompt=most)
+        )
+
+
+def test_a_prompt_that_would_get_much_too_long_is_never_made():
+    ids = [1, 2, *[MARK] * 100_000]
+    with pytest.raises(OptionError, match=r"the prompt of 100002 tokens has 6553403396. Allowed: up to 10000 tokens"):
+        aligned(ids, ON | {"star_block_size": 65536})
 
 
 def test_the_padding_is_white_space_or_the_one_that_is_said():
-    request, unknown = parse_options(ON, flat=True), replace(LIMITS, white_space=None)
+    request, unknown = parse_options(ON, flat=True), replace(LIMITS, white_space=lambda: None)
     with pytest.raises(OptionError, match="star_padding_token=None is refused: star_segment_token=0 needs it"):
-        align(prompt([2, 4]), StarOptions(), request, PAGE, unknown)
-    said = align(prompt([2, 4]), StarOptions(padding_token=51), request, PAGE, unknown)[0]
-    assert said == [51 if token == PAD else token for token in aligned(prompt([2, 4]), ON)[0]]
+        align(prompt([4, 10]), StarOptions(), request, PAGE, unknown)
+    said = align(prompt([4, 10]), StarOptions(padding_token=51), request, PAGE, unknown)[0]
+    assert said == [51 if token == PAD else token for token in aligned(prompt([4, 10]), ON)[0]]
     for options in ({"star": "on", "star_padding_token": 9}, {"star_padding_token": 9}):
         with pytest.raises(OptionError, match="star_padding_token=9 is refused: without star_segment_token"):
-            aligned(prompt([2, 4]), options)
+            aligned(prompt([4, 10]), options)
     with pytest.raises(OptionError, match="star_padding_token=320 is refused: the model's vocabulary has 320 tokens"):
-        aligned(prompt([2, 4]), ON | {"star_padding_token": 320})
+        aligned(prompt([4, 10]), ON | {"star_padding_token": 320})
 
 
 def test_blocks_that_follow_from_the_length_have_no_borders_to_align_to():
     numbered = {"star": "on", "star_num_blocks": 4, "star_segment_token": MARK}
     with pytest.raises(OptionError, match="star_segment_token=0 is refused: with star_num_blocks=4 the borders move"):
-        aligned(prompt([2, 4]), numbered)
+        aligned(prompt([4, 10]), numbered)
     with pytest.raises(OptionError, match="star_num_blocks=4"):
         check_marks(parse_options(numbered, flat=True), 320)
     with pytest.raises(OptionError, match=r"star_segment_token=320 is refused: .* 320 tokens. Allowed: 0 to 319"):

@@ -9,7 +9,7 @@ whoever stands behind it waits, and so does every later long prompt. Here, befor
 - a step that prefills short prompts is theirs and the decodes', but never twice running (scheduler/prompt_sharing.py):
   their first token waits for the whole step, and a stream of them must not stop the long ones;
 - of what is left, the long prompt that came first (the most urgent) gets half, the one with the least left the other
-  half: the first one stops for a step at most, so none starves, and a shorter one need not wait for a longer one to end.
+  half: the first one stops for a step at most, so none starves; a shorter one need not wait for a longer one to end.
 """
 
 from __future__ import annotations

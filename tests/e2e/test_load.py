@@ -5,6 +5,7 @@ import asyncio
 import random
 import time
 from contextlib import suppress
+from itertools import pairwise
 
 import grpc
 import httpx
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.e2e
 KEY, ADMIN_KEY, SECRET = "key-of-the-api-8d1f", "key-of-the-admin-51c0", "words-of-a-prompt-97a2"
 CREDENTIALS = (("authorization", f"Bearer {KEY}"),)
 ADMIN = (("authorization", f"Bearer {ADMIN_KEY}"),)
-STREAMS, AT_ONCE, WARM = 1000, 64, 200
+STREAMS, AT_ONCE, WARM, HALF = 1000, 64, 200, 600
 QUEUE = 300
 TOKENS = 16
 SERVICE = "/starling.v1.InferenceService"
@@ -133,7 +134,7 @@ def test_a_thousand_streams(server):
             async with gate:
                 tokens, _ = await calls.read(request(prompt(index % 10)))
             ended += 1
-            if ended in (WARM, STREAMS):
+            if ended in (WARM, HALF, STREAMS):
                 memory[ended] = resident(server)
             return tokens == expected[index % 10]
 
@@ -143,9 +144,13 @@ def test_a_thousand_streams(server):
 
     right, memory = run(server, scenario)
     assert right == STREAMS
-    grown = {pid: (after - memory[WARM][pid]) / 2**20 for pid, after in memory[STREAMS].items()}
+    grown = {
+        pid: [(memory[after][pid] - memory[before][pid]) / 2**20 for before, after in pairwise((WARM, HALF, STREAMS))]
+        for pid in memory[STREAMS]
+    }
     print("MiB grown:", grown)
-    assert max(grown.values()) < 16, grown
+    # A leak grows in both halves; the first step with so many requests of these lengths at once may come in either.
+    assert max(min(halves) for halves in grown.values()) < 8, grown
 
 
 def test_a_cancel_storm_leaves_nothing_behind(server):

@@ -252,7 +252,7 @@ def test_progress_over_http(runner, server, path, monkeypatch):
     comments = [event for event in events if event.startswith(": ")]
     assert events[: len(comments)] == comments, "before the first data"
     assert all(event.startswith("data: ") for event in events[len(comments) :])
-    assert len(comments) > 3
+    assert len(comments) > 1
     told = [json.loads(line.removeprefix(": starling-progress ")) for line in comments]
     computed = [state["computed"] for state in told]
     assert computed == sorted(set(computed))

@@ -215,7 +215,7 @@ def test_progress_grows_to_the_whole_prompt(runner, server, star):
 
     told = runner.run(scenario())
     computed = [state.computed for state in told]
-    assert len(computed) > 3
+    assert len(computed) > 1
     assert computed == sorted(set(computed))
     assert computed[-1] == LENGTH
     assert {(state.prompt, state.cached) for state in told} == {(LENGTH, 0)}
@@ -289,7 +289,7 @@ def test_progress_over_grpc(runner, server, monkeypatch):
     told = [event.progress for event in asked if event.HasField("progress")]
     assert kinds[: len(told)] == ["progress"] * len(told)
     computed = [event.computed_tokens for event in told]
-    assert len(computed) > 3
+    assert len(computed) > 1
     assert computed == sorted(set(computed))
     assert {(event.prompt_tokens, event.star_blocks, event.context_tokens) for event in told} == {
         (LENGTH, 7, LENGTH - 100)

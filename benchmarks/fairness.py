@@ -204,10 +204,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         engine = Engine.start(make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA))
         alone(engine, [1] * 4096, {})
+        names = (OURS, *args.against)
+        turns = [name for turn in range(args.rounds) for name in (names[::-1] if turn % 2 else names)]
         for kind in args.kinds:
             for count in args.counts:
-                names = (OURS, *args.against)
-                turns = [name for turn in range(args.rounds) for name in (names[::-1] if turn % 2 else names)]
                 runs: dict[str, list] = {name: [] for name in names}
                 for name in track(turns, description=f"{count} x {length // 1024}k {kind}"):
                     engine.schedule_as(name)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.plan import StarPlan, count_pairs
-from scheduler.scheduling_options import SchedulingOptions
+from scheduler.scheduling_options import LEAST_CHUNK, SchedulingOptions
 
 KEYS_PER_TOKEN = 49152
 
@@ -36,7 +36,7 @@ class Limits:
     @property
     def least_chunk(self) -> int:
         """A chunk is not cut below this: small ones at great depth would read all keys for a few tokens."""
-        return max(2, min(self.shared_tokens, self.step_tokens // 16))
+        return max(LEAST_CHUNK, min(self.shared_tokens, self.step_tokens // 16))
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,6 @@ ALLOWED = {
     "anchor_size": "a multiple of the KV page from 0 to the block size",
     "overlap_size": "a multiple of the KV page from 0 to the block size",
     "replicas": "auto, or a whole number of replicas, 1 or more",
-    "segment_token": TOKEN,
-    "padding_token": TOKEN,
     "shards": "off, on",
 }
 EXPECTED = {

@@ -13,8 +13,8 @@ from vllm.v1.request import RequestStatus
 
 from scheduler.fairness import Limits, LongPrompt, share_step
 from scheduler.plan import request_plan
+from scheduler.scheduling_options import LEAST_CHUNK
 
-LEAST_TOKENS = 2  # a star chunk of one token can't always be run
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -87,7 +87,7 @@ class PromptSharing:
         prefills = request.status == RequestStatus.RUNNING and self._is_long(request)
         most = self.granted.get(request.request_id, 0 if prefills else tokens)
         if not most and self.without_adapter and adapter_of(request):
-            most = LEAST_TOKENS  # vLLM counts the adapters of a step: out of it, this one's place would go to another
+            most = LEAST_CHUNK  # vLLM counts the adapters of a step: out of it, this one's place would go to another
         self.deferred += max(0, tokens - most)
         if most and request.request_id in self.granted:
             self.yielded = False

@@ -13,6 +13,8 @@ Switch = Literal["on", "off"]
 Count = Annotated[int, Field(ge=1)]
 
 SECTION = "scheduler"
+LEAST_CHUNK = 2
+"""Tokens: a star chunk of one can't always be run (StarMixin._reserve_prefill_lookahead)."""
 
 
 class SchedulingOptions(BaseModel):
@@ -26,7 +28,7 @@ class SchedulingOptions(BaseModel):
         default=None,
         description="a prompt with more tokens than this to prefill as it arrives is long; default one whole step",
     )
-    shared_step_tokens: Annotated[int, Field(ge=2)] | None = Field(
+    shared_step_tokens: Annotated[int, Field(ge=LEAST_CHUNK)] | None = Field(
         default=None,
         description="long prompts' tokens in a step that they share with others; default a quarter of the step",
     )
@@ -63,7 +65,7 @@ def parse_scheduling(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> 
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
         value = values[field]
-        least = 2 if field == "shared_step_tokens" else 1  # a star chunk of one token can't always be run
+        least = LEAST_CHUNK if field == "shared_step_tokens" else 1
         expected = "on or off" if field in SWITCHES else f"a whole number from {least}"
         reason = f"it must be {expected}, not {value!r} ({type(value).__name__})"
         raise OptionError(prefix + field, value, reason, expected) from None

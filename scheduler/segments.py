@@ -135,6 +135,7 @@ def find_gaps(token_ids: list[int], mark: int, block_size: int) -> list[tuple[in
 
 
 def fill_gaps(token_ids: list[int], gaps: list[tuple[int, int]], padding: int) -> list[int]:
+    """The tokens with ``padding`` in each gap, where it was found."""
     filled: list[int] = []
     start = 0
     for position, length in gaps:

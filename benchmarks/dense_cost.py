@@ -1,9 +1,9 @@
-"""What Starling costs whoever does not use it: `python -m benchmarks.dense_cost`.
+"""The cost of Starling for requests that do not use it: `python -m benchmarks.dense_cost`.
 
-Three engines side by side, the same prompts: plain vLLM (no plugin loaded), Starling installed but not
-activated, Starling activated with star off. Each round runs one prompt on each, in rotated order; the three
-are started anew several times, in rotated order too. Writes
-results/dense_cost.json and .png: the ratio to plain vLLM with a 95 % interval, which should hold 1.0.
+Three engines run the same prompts: plain vLLM (no plugin loaded), Starling installed but not activated, and Starling
+activated with star off. Each round runs one prompt on each engine, in rotated order. The engines are restarted several
+times, also in rotated order. Writes results/dense_cost.json and .png: the ratio to plain vLLM with a 95 % interval,
+which should contain 1.0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, ratio_interval, write_json
+from benchmarks.report import ratio_interval, saved_figure, write_json
 from benchmarks.star_ttft import RANDOM_LLAMA
 
 ENGINES = {
@@ -34,18 +34,18 @@ ARGUMENTS = {
     "max_model_len": 8192,
     "max_num_batched_tokens": 2048,
 }
-# Prefill of chunks, and steps of one token: (prompt tokens, new tokens).
+# (prompt tokens, new tokens): prefill in chunks, and steps of one token.
 WORKLOADS = {"prefill 4,096 tokens": (4096, 1), "decode 48 tokens": (256, 48)}
 
 
-def run(starts: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Workload -> engine -> seconds of each round, ``rounds`` of them after each of ``starts`` fresh starts."""
+def measure(starts: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Workload -> engine -> seconds of each round; ``rounds`` rounds after each of ``starts`` starts."""
     seconds: dict[str, dict[str, list[float]]] = {workload: {name: [] for name in ENGINES} for workload in WORKLOADS}
     names = list(ENGINES)
     with tempfile.TemporaryDirectory() as directory:
         model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
         for start in range(starts):
-            # A process keeps the memory it happened to get: started first, it is some per cent faster or slower.
+            # A process keeps the memory that it got at its start, which makes it a few per cent faster or slower.
             order = names[start % len(names) :] + names[: start % len(names)]
             with contextlib.ExitStack() as stack:
                 engines = {
@@ -60,7 +60,7 @@ def run(starts: int, rounds: int) -> dict[str, dict[str, list[float]]]:
 def interleave(
     engines: dict[str, Engine], prompt: int, new: int, rounds: int, seconds: dict[str, list[float]], seed: int
 ) -> None:
-    """Run the same prompts on every engine, in rotated order, after one that warms up."""
+    """Run the same prompts on every engine, in rotated order, after one prompt as a warm-up."""
     tokens, names = random.Random(seed), list(engines)
     for name in names:
         engines[name].generate([1] * prompt, max_tokens=new)
@@ -72,24 +72,17 @@ def interleave(
 
 
 def plot(figures: dict[str, dict[str, tuple[float, float, float]]], path: Path, baseline: str = "plain vLLM") -> None:
-    """Workload -> what was compared -> (median, lower, upper) of its time over the baseline's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 3))
-    labels = []
-    for workload, engines in figures.items():
-        for name, (median, lower, upper) in engines.items():
-            row = len(labels)
-            axis.errorbar(median, row, xerr=[[median - lower], [upper - median]], fmt="o", capsize=4, color="C0")
-            labels.append(f"{workload}\n{name}")
-    axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    axis.set_xlabel(f"time over {baseline}'s (median, 95 % interval)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    """Plot workload -> engine -> (median, lower, upper) of its time divided by the baseline's."""
+    with saved_figure(path, figsize=(7, 3)) as (_, axis):
+        labels = []
+        for workload, engines in figures.items():
+            for name, (median, lower, upper) in engines.items():
+                row = len(labels)
+                axis.errorbar(median, row, xerr=[[median - lower], [upper - median]], fmt="o", capsize=4, color="C0")
+                labels.append(f"{workload}\n{name}")
+        axis.axvline(1, color="grey", linewidth=0.8)
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.set_xlabel(f"time over {baseline}'s (median, 95 % interval)")
 
 
 def main() -> None:
@@ -97,7 +90,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=8, help="after each start")
     args = parser.parse_args()
-    seconds = run(args.starts, args.rounds)
+    seconds = measure(args.starts, args.rounds)
     plain = next(iter(ENGINES))
     figures = {
         workload: {name: ratio_interval(runs[plain], times) for name, times in runs.items() if name != plain}
@@ -111,8 +104,8 @@ def main() -> None:
             table.add_row(workload, name, f"{median:.3f}", f"{lower:.3f} to {upper:.3f}")
     Console().print(table)
     path = write_json("dense_cost", {"seconds": seconds, "ratio_to_plain": figures})
-    plot(figures, OUT / "dense_cost.png")
-    print(f"{path} and {OUT / 'dense_cost.png'}")
+    plot(figures, path.with_suffix(".png"))
+    print(f"{path} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A vLLM engine in a process of its own, driven by prompts of token ids; what the benchmarks time.
+"""A vLLM engine in a separate process, whose generation the benchmarks time.
 
-Run as a module it is that process: a line of JSON in, a line of JSON out.
+Run as a module, this file is that process. It reads requests and writes responses, each as a line of JSON.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL"
 
 
 class Engine:
-    """Starts on entry, stops on exit. ``cache_tokens``: what its KV cache holds, as vLLM reports it.
+    """The engine starts on entry and stops on exit.
 
     Args:
-        arguments: of vllm.LLM, plus ``timed_attention``: whether to time the attention layers too.
-        env: environment on top of ours, for the engine alone.
+        model: path of the checkpoint.
+        env: additional environment of the engine's process.
+        timed_attention: whether to time the attention layers too.
+        arguments: of vllm.LLM.
+
+    Attributes:
+        cache_tokens: how many tokens the KV cache holds, as vLLM reports it.
     """
 
     def __init__(
@@ -33,19 +38,15 @@ class Engine:
         timed_attention: bool = False,
         **arguments: Any,
     ):
-        job = {"model": str(model), "enforce_eager": True, "enable_prefix_caching": False} | arguments
+        llm = {"model": str(model), "enforce_eager": True, "enable_prefix_caching": False} | arguments
+        job = json.dumps({"llm": llm, "timed_attention": timed_attention})
         self.child = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.engine",
-                json.dumps({"llm": job, "timed_attention": timed_attention}),
-            ],
+            [sys.executable, "-m", "benchmarks.engine", job],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            # Timing the attention layers hands the workers a function, which vLLM allows only when told so.
+            # Timing the attention layers sends a function to the workers. vLLM allows that with this variable only.
             env=os.environ | QUIET | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | (env or {}),
         )
 
@@ -65,20 +66,30 @@ class Engine:
         max_tokens: int = 1,
         cpu_attention: str | None = None,
     ) -> dict[str, Any]:
-        """{"seconds", "attention_seconds", "token_ids"}; with ``max_tokens`` 1, seconds to the first token.
+        """Generate from a prompt; with ``max_tokens`` 1, ``seconds`` is the time to the first token.
 
         Args:
-            cpu_attention: the op to attend with from now on, as the option of that name; None: as before.
+            ids: token ids of the prompt.
+            extra_args: options of the request.
+            cpu_attention: the attention op to use from now on, a value of the option of that name; None: as before.
+
+        Returns:
+            {"seconds", "attention_seconds", "token_ids"}.
+
+        Raises:
+            RuntimeError: the engine's process ended.
         """
-        return self._ask(batch=[ids], extra_args=extra_args or None, max_tokens=max_tokens, cpu_attention=cpu_attention)
+        return self._request(
+            batch=[ids], extra_args=extra_args or None, max_tokens=max_tokens, cpu_attention=cpu_attention
+        )
 
     def generate_batch(self, batch: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        """The same for prompts that come all at once; token_ids are the first one's."""
-        return self._ask(batch=batch, extra_args=None, max_tokens=max_tokens, cpu_attention=None)
+        """As ``generate``, for prompts that arrive at once; ``token_ids`` are those of the first prompt."""
+        return self._request(batch=batch, extra_args=None, max_tokens=max_tokens, cpu_attention=None)
 
-    def _ask(self, **job: Any) -> dict[str, Any]:
+    def _request(self, **fields: Any) -> dict[str, Any]:
         assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps(job) + "\n")
+        self.child.stdin.write(json.dumps(fields) + "\n")
         self.child.stdin.flush()
         return self._read()
 
@@ -91,7 +102,7 @@ class Engine:
 
 
 def time_attention(worker: Any) -> None:
-    """In a worker: add up the time that attention layers take."""
+    """In a worker: sum up the time of the attention layers from now on."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     impl = AttentionBackendEnum.CPU_ATTN.get_class().get_impl_cls()
@@ -107,22 +118,22 @@ def time_attention(worker: Any) -> None:
     impl.forward = timed
 
 
-def use_op(worker: Any, setting: str) -> None:
-    """In a worker: attend with that op from now on."""
-    from attention_backends.kernels import cpu_impl
+def set_cpu_attention(worker: Any, setting: str) -> None:
+    """In a worker: use this attention op from now on."""
+    from attention_backends.star import cpu_impl
 
-    cpu_impl.use(setting)
+    cpu_impl.use_cpu_attention(setting)
 
 
 def take_attention_seconds(worker: Any) -> float:
-    """In a worker: the time since this was last asked."""
+    """In a worker: the seconds of the attention layers since the last call."""
     seconds, worker.attention_seconds = worker.attention_seconds, 0.0
     return seconds
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints to standard output must not land among the answers
+    responses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # other prints to standard output must not mix with the responses
     job = json.loads(sys.argv[1])
     from vllm import LLM, SamplingParams
 
@@ -130,25 +141,25 @@ def main() -> None:
     if job["timed_attention"]:
         llm.collective_rpc(time_attention)
     ready = {"cache_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens}
-    print(json.dumps(ready), file=answers, flush=True)
+    print(json.dumps(ready), file=responses, flush=True)
     for line in sys.stdin:
-        prompt = json.loads(line)
+        request = json.loads(line)
         params = SamplingParams(
-            max_tokens=prompt["max_tokens"], temperature=0, ignore_eos=True, extra_args=prompt["extra_args"]
+            max_tokens=request["max_tokens"], temperature=0, ignore_eos=True, extra_args=request["extra_args"]
         )
-        if prompt["cpu_attention"]:
-            llm.collective_rpc(use_op, args=(prompt["cpu_attention"],))
+        if request["cpu_attention"]:
+            llm.collective_rpc(set_cpu_attention, args=(request["cpu_attention"],))
         start = time.perf_counter()
-        prompts = [{"prompt_token_ids": ids} for ids in prompt["batch"]]
+        prompts = [{"prompt_token_ids": ids} for ids in request["batch"]]
         output, *_ = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         attention = llm.collective_rpc(take_attention_seconds)[0] if job["timed_attention"] else None
-        answer = {
+        response = {
             "seconds": seconds,
             "attention_seconds": attention,
             "token_ids": list(output.outputs[0].token_ids),
         }
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(response), file=responses, flush=True)
 
 
 if __name__ == "__main__":

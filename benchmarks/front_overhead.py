@@ -1,9 +1,9 @@
-"""What a streamed token costs over gRPC, over HTTP, and in process: `python -m benchmarks.front_overhead`.
+"""The cost of a streamed token over gRPC, over HTTP and in process: `python -m benchmarks.front_overhead`.
 
-One process with one engine and both fronts, as `starling serve` runs them; AsyncLLM.generate is called in that process,
-the two clients run in another. Each round runs all three, in rotated order. The model is tiny, so that what is timed
-is the way of a token and not the model. Told are the time until all streams have ended, and the CPU time of the serving
-process, which is what a server pays whose clients are elsewhere. Writes results/front_overhead.json and .png.
+One process runs one engine and both fronts, as `starling serve` does. It also calls AsyncLLM.generate. The gRPC and
+HTTP clients run in another process. Each round measures all three, in rotated order. The model is tiny, so that its own
+time is small. The benchmark reports the time until all streams have ended, and the CPU time of the serving process:
+that is the cost for a server with remote clients. Writes results/front_overhead.json and .png.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from benchmarks.engine import QUIET
-from benchmarks.random_llama import make_random_llama
-from benchmarks.report import OUT, ratio_interval, write_json
-from benchmarks.streaming_clients import PROMPT, stream
+from benchmarks.random_llama import make_tiny_llama
+from benchmarks.report import ratio_interval, saved_figure, write_json
+from benchmarks.streaming_clients import PROMPT, time_streams
 from engine_ext import plugin
-from engine_ext.serving.serve import start_front
-from engine_ext.serving.serve_args import NO_ADMIN, parse, refuse_open_plaintext
+from engine_ext.serving.cli.serve import start_front
+from engine_ext.serving.cli.serve_args import parse, refuse_open_plaintext
+from engine_ext.serving.grpc.options import NO_ADMIN
 from examples.server import free_port
 
 IN_PROCESS, GRPC, HTTP = WAYS = ("in process", "gRPC", "HTTP")
 MODEL = "tiny"
 WALL, CPU = KINDS = ("time", "CPU time of the server")
-Times = dict[str, list[float]]  # kind -> microseconds for each streamed token, of each round
+Times = dict[str, list[float]]  # kind -> microseconds a streamed token, one value a round
 
 
-class Served:
+class ServedEngine:
     """One engine with both fronts, in this event loop."""
 
     def __init__(self, engine: Any, grpc_address: str, http_address: str, pool: ProcessPoolExecutor) -> None:
@@ -51,27 +52,28 @@ class Served:
         self.addresses = {GRPC: grpc_address, HTTP: http_address}
 
     async def seconds(self, way: str, streams: int, tokens: int) -> float:
+        """Seconds until ``streams`` concurrent streams have returned ``tokens`` tokens each."""
         if way == IN_PROCESS:
             return await self._in_process(streams, tokens)
         run = asyncio.get_running_loop().run_in_executor
-        return await run(self.pool, stream, way, self.addresses[way], streams, tokens, MODEL)
+        return await run(self.pool, time_streams, way, self.addresses[way], streams, tokens, MODEL)
 
     async def _in_process(self, streams: int, tokens: int) -> float:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
 
-        async def one(index: int) -> int:
+        async def count_tokens(index: int) -> int:
             outputs = self.engine.generate(PROMPT, params, f"direct-{time.monotonic_ns()}-{index}")
             return sum([len(output.outputs[0].token_ids) async for output in outputs])
 
         started = time.perf_counter()
-        counts = await asyncio.gather(*map(one, range(streams)))
+        counts = await asyncio.gather(*map(count_tokens, range(streams)))
         seconds = time.perf_counter() - started
         assert counts == [tokens] * streams
         return seconds
 
 
 async def measure(model: Path, loads: list[int], tokens: int, rounds: int) -> dict[int, dict[str, Times]]:
-    """Streams at once -> way -> its times."""
+    """Concurrent streams -> way -> its times."""
     port = free_port()
     options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", MODEL, "--disable-log-stats"]
     args, grpc_port = parse([str(model), "--host", "127.0.0.1", "--port", str(port), "--grpc-port", "0", *options])
@@ -83,8 +85,8 @@ async def measure(model: Path, loads: list[int], tokens: int, rounds: int) -> di
         async with build_async_engine_client(args) as engine:
             front = await start_front(engine, args, free_port(), NO_ADMIN)
             serving = asyncio.ensure_future(build_and_serve(engine, listen_address, sock, args))
-            await answers(f"http://127.0.0.1:{port}/health")
-            served = Served(engine, f"127.0.0.1:{front.port}", f"http://127.0.0.1:{port}", pool)
+            await wait_until_ready(f"http://127.0.0.1:{port}/health")
+            served = ServedEngine(engine, f"127.0.0.1:{front.port}", f"http://127.0.0.1:{port}", pool)
             result = {streams: await interleave(served, streams, tokens, rounds) for streams in loads}
             await front.stop(0)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -92,7 +94,7 @@ async def measure(model: Path, loads: list[int], tokens: int, rounds: int) -> di
     return result
 
 
-async def answers(url: str) -> None:
+async def wait_until_ready(url: str) -> None:
     async with aiohttp.ClientSession() as session:
         while True:
             try:
@@ -102,55 +104,42 @@ async def answers(url: str) -> None:
                 await asyncio.sleep(0.1)
 
 
-async def interleave(served: Served, streams: int, tokens: int, rounds: int) -> dict[str, Times]:
+async def interleave(served: ServedEngine, streams: int, tokens: int, rounds: int) -> dict[str, Times]:
+    """Way -> its times over ``rounds`` rounds, after one round as a warm-up."""
     times: dict[str, Times] = {way: {WALL: [], CPU: []} for way in WAYS}
     for index in range(-1, rounds):
         turn = index % len(WAYS)
         for way in WAYS[turn:] + WAYS[:turn]:
             before = time.process_time()
             seconds = {WALL: await served.seconds(way, streams, tokens), CPU: time.process_time() - before}
-            if index >= 0:  # the first round warms up
+            if index >= 0:
                 for kind, value in seconds.items():
                     times[way][kind].append(value / streams / tokens * 1e6)
     return times
 
 
 def plot(result: dict[int, dict[str, Times]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(9, 3.5))
-    for axis, kind in zip(axes, KINDS, strict=True):
-        for column, way in enumerate(WAYS):
-            places = [row + (column - 1) * 0.27 for row in range(len(result))]
-            axis.bar(places, [statistics.median(times[way][kind]) for times in result.values()], 0.25, label=way)
-        axis.set_xticks(range(len(result)), [f"{streams} at once" for streams in result])
-        axis.set_ylabel(f"{kind}, µs a streamed token")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, 1, len(KINDS), figsize=(9, 3.5)) as (_, axes):
+        for axis, kind in zip(axes, KINDS, strict=True):
+            for column, way in enumerate(WAYS):
+                positions = [row + (column - 1) * 0.27 for row in range(len(result))]
+                medians = [statistics.median(times[way][kind]) for times in result.values()]
+                axis.bar(positions, medians, 0.25, label=way)
+            axis.set_xticks(range(len(result)), [f"{streams} at once" for streams in result])
+            axis.set_ylabel(f"{kind}, µs a streamed token")
+        axes[0].legend()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64], help="at once (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=200, help="of each stream (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="of each way (%(default)s)")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64], help="concurrent streams (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of each stream (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each way (%(default)s)")
     args = parser.parse_args()
     os.environ.update(QUIET | {"VLLM_CPU_KVCACHE_SPACE": "1"})
     plugin.register()
     with tempfile.TemporaryDirectory() as folder:
-        model = make_random_llama(
-            Path(folder) / MODEL,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-        )
+        model = make_tiny_llama(Path(folder) / MODEL, num_hidden_layers=1, max_position_embeddings=2048)
         result = uvloop.run(measure(model, args.streams, args.tokens, args.rounds))
     table = Table("streams at once", "µs a token", *WAYS, "gRPC over HTTP", "95 %")
     ratios = {
@@ -163,8 +152,8 @@ def main() -> None:
             table.add_row(str(streams), kind, *medians, f"{ratio:.2f}", f"{lower:.2f} to {upper:.2f}")
     Console(width=110).print(table)
     path = write_json("front_overhead", {"us_per_token": result, "grpc_over_http": ratios})
-    plot(result, OUT / "front_overhead.png")
-    print(f"{path} and {OUT / 'front_overhead.png'}")
+    plot(result, path.with_suffix(".png"))
+    print(f"{path} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message[
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, 257 with the end token."""
+    """A tokenizer with one token for each byte of UTF-8, and the end token: 257 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)} | {SPECIAL: len(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -25,11 +25,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_random_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """Write a checkpoint that vLLM and Transformers load; weights wide enough that attention matters.
+    """Write a checkpoint for vLLM and Transformers.
 
     Args:
-        path: directory to make; kept as it is where it already holds this configuration and seed.
+        path: directory to make. If it already holds a checkpoint with this configuration and seed, it is left as it is.
         config: LlamaConfig fields; the vocabulary defaults to the byte tokenizer's, padded to 320.
+
+    Returns:
+        ``path``.
     """
     stamp = json.dumps({"seed": seed, "dtype": str(dtype)} | config, sort_keys=True)
     marker = path / "starling-made-from.json"
@@ -42,10 +45,23 @@ def make_random_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
-                # Sharp attention: scores spread over several units, so that a wrong mask moves the logits.
+                # Sharp attention: the scores spread over several units, so that a wrong mask changes the logits.
                 scale = 3.0 if ("q_proj" in name or "k_proj" in name) else 1.0
                 weight.normal_(0, scale * weight.shape[1] ** -0.5)
     model.to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     marker.write_text(stamp)
     return path
+
+
+def make_tiny_llama(path: Path, **config: Any) -> Path:
+    """A random Llama that answers in milliseconds, for prompts of up to 8,192 tokens; ``config`` replaces fields."""
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+    }
+    return make_random_llama(path, **fields | config)

@@ -1,4 +1,4 @@
-"""What every benchmark writes: JSON with the machine it ran on, and statistics over interleaved runs."""
+"""The results of the benchmarks: JSON with the machine, plots, and statistics over interleaved runs."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine_ext import compat
+from vllm_compat.versions import vllm_version
 
 OUT = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """The processor, and the versions that matter."""
+    """The processor, its cores and the versions of Python, vLLM and torch."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "vllm": compat.vllm_version(),
+        "vllm": vllm_version(),
         "torch": importlib.metadata.version("torch"),
     }
 
 
 def median_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
-    """Median of baseline / other over pairs that ran next to one another."""
+    """Median of baseline / other over pairs of adjacent runs."""
     return statistics.median(first / second for first, second in zip(baseline, other, strict=True))
 
 
@@ -47,20 +49,49 @@ def ratio_interval(
 
 
 def read_json(name: str) -> dict[str, Any]:
-    """What was measured before, without the machine; nothing where nothing was."""
+    """A stored result without its machine; empty if there is none."""
     path = OUT / f"{name}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     result.pop("machine", None)
     return result
 
 
-def put_row(rows: Sequence[dict[str, Any]], row: dict[str, Any], place: Callable[[dict[str, Any]], tuple]) -> list:
-    """The rows in order of their place, with this one in the place of the one measured before."""
-    return sorted([row, *(other for other in rows if place(other) != place(row))], key=place)
-
-
 def write_json(name: str, result: dict[str, Any]) -> Path:
+    """Write a result and the machine to results/; returns the path."""
     OUT.mkdir(exist_ok=True)
     path = OUT / f"{name}.json"
     path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
     return path
+
+
+def write_row(
+    name: str, field: str, row: dict[str, Any], key: Sequence[str], **others: Any
+) -> tuple[list[dict[str, Any]], Path]:
+    """Write one row of a stored result. It replaces the row with the same key.
+
+    Args:
+        name: of the result.
+        field: the field of the result that holds the rows.
+        key: names of the row's values that identify it. The rows are sorted by these values.
+        others: other fields of the result to set.
+
+    Returns:
+        All rows, and the path of the JSON file.
+    """
+    before, key_of = read_json(name), itemgetter(*key)
+    rows = sorted([row, *(other for other in before.get(field, []) if key_of(other) != key_of(row))], key=key_of)
+    return rows, write_json(name, before | others | {field: rows})
+
+
+@contextmanager
+def saved_figure(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (figure, axes) of ``pyplot.subplots``; at the end of the block, write the figure as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, **options)
+    yield figure, axes
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

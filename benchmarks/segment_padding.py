@@ -1,9 +1,10 @@
-"""What a model makes of the padding before segments: `python -m benchmarks.segment_padding`.
+"""The effect of the padding before segments on a model's answer: `python -m benchmarks.segment_padding`.
 
-Six files of the standard library, one of them with a code hidden in it, each after `<file_sep>`: the log-probability of
-the code as the answer to a question for it, on the demo model in float32 with the explicit mask. Star Attention on the
-prompt as it is, against the same with each file moved to a star block's border by padding of several kinds. Writes
-results/segment_padding.json and .png. Takes 10 minutes with 40 prompts on two cores.
+A prompt has six files of the standard library, each after `<file_sep>`. One file has a secret code in it, and the
+prompt's question is for that code. The benchmark computes the log-probability of the right answer, on the demo model in
+float32 with the explicit mask. It compares Star Attention on the prompt as it is with Star Attention on the prompt
+whose files are moved to the borders of star blocks, with several kinds of padding. Writes results/segment_padding.json
+and .png. Takes 10 minutes with 40 prompts on two cores.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attention_backends.star.reference import star_mask
-from benchmarks.report import write_json
+from benchmarks.report import saved_figure, write_json
 from examples.make_demo_model import OUTPUT as DEMO_MODEL
-from scheduler.segments import fill_gaps, find_gaps
+from scheduler.star.segments import fill_gaps, find_gaps
 
 BLOCK, FILES = 256, 6
 MARK = "<file_sep>"
@@ -42,8 +43,8 @@ def make_prompt(tokens: random.Random, encode: Any, files: list[Path]) -> tuple[
         start = tokens.randrange(max(1, len(ids) - 300))
         pieces.append(ids[start : start + tokens.randrange(80, 215)])
     hidden = tokens.choice(pieces)
-    at = tokens.randrange(len(hidden))
-    hidden[at:at] = encode(f"\nThe secret code of {city} is {code}.\n")
+    position = tokens.randrange(len(hidden))
+    hidden[position:position] = encode(f"\nThe secret code of {city} is {code}.\n")
     context = encode("Several files follow. One of them has a secret code in it: remember the code.\n")
     for piece in pieces:
         context += encode(MARK) + piece
@@ -53,10 +54,11 @@ def make_prompt(tokens: random.Random, encode: Any, files: list[Path]) -> tuple[
 
 @torch.inference_mode()
 def answer_logprob(model: Any, context: list[int], question: list[int], answer: list[int], star: bool) -> float:
+    """Log-probability of the answer's tokens, under Star Attention or dense attention."""
     ids = context + question + answer
     context_end = len(context) if star else 0
-    seen = star_mask(len(ids), block_size=BLOCK, anchor_size=BLOCK, overlap_size=0, context_end=context_end)
-    bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = star_mask(len(ids), block_size=BLOCK, anchor_size=BLOCK, overlap_size=0, context_end=context_end)
+    bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     kept = len(answer) + 1
     logits = model(torch.tensor([ids]), attention_mask=bias[None, None], use_cache=False, logits_to_keep=kept).logits
     logprobs = logits[0, :-1].log_softmax(-1)
@@ -64,7 +66,7 @@ def answer_logprob(model: Any, context: list[int], question: list[int], answer: 
 
 
 def measure(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Log-probability of each prompt's answer by how its files are laid out, and the padding's part of the prompt."""
+    """Layout of the files -> log-probability of each prompt's answer; and the padding's fraction of each prompt."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     tokens = random.Random(seed)
     logprobs: dict[str, list[float]] = {name: [] for name in (DENSE, STAR, *PADDINGS)}
@@ -86,39 +88,32 @@ def measure(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[dict[str
     return logprobs, padded
 
 
-def against_star(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Mean of each, and of its difference to star as the prompt is, with half of a 95 % interval over prompts."""
+def compare_to_star(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Layout -> its mean, and the mean difference to Star Attention without padding, plus or minus a 95 % interval."""
     rows = {}
     for name, values in logprobs.items():
-        apart = np.asarray(values) - np.asarray(logprobs[STAR])
-        half = 1.96 * float(apart.std(ddof=1)) / len(apart) ** 0.5
-        rows[name] = {"mean": float(np.mean(values)), "over_star": float(apart.mean()), "plus_minus": half}
+        difference = np.asarray(values) - np.asarray(logprobs[STAR])
+        half = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+        rows[name] = {"mean": float(np.mean(values)), "over_star": float(difference.mean()), "plus_minus": half}
     return rows
 
 
 def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 3))
     names = [name for name in rows if name != STAR]
-    axis.barh(names, [rows[n]["over_star"] for n in names], xerr=[rows[n]["plus_minus"] for n in names])
-    axis.axvline(0, color="black", linewidth=0.5)
-    axis.set_xlabel("log-probability of the answer, over star without alignment")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, figsize=(6, 3)) as (_, axis):
+        axis.barh(names, [rows[n]["over_star"] for n in names], xerr=[rows[n]["plus_minus"] for n in names])
+        axis.axvline(0, color="black", linewidth=0.5)
+        axis.set_xlabel("log-probability of the answer, over star without alignment")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=40, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--prompts", type=int, default=40, help="number of prompts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
     logprobs, padded = measure(model, AutoTokenizer.from_pretrained(DEMO_MODEL), args.prompts, args.seed)
-    rows = against_star(logprobs)
+    rows = compare_to_star(logprobs)
     table = Table(title=f"log-probability of the answer; padding is {np.mean(padded):.0%} of the aligned prompts")
     for column in ("prompt", "mean", "over star", "+-"):
         table.add_column(column, justify="right")

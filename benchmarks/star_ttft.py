@@ -1,7 +1,7 @@
 """Time to first token, dense against Star Attention, in one engine: `python -m benchmarks.star_ttft`.
 
-Each repetition runs every configuration once, one right after the other; a speed-up is the median over
-repetitions of dense / star. Writes results/star_ttft_{llama,smollm2}.json and .png. Takes about 25 minutes.
+Each repetition runs every configuration once, one after the other. A speed-up is the median of dense / star over the
+repetitions. Writes results/star_ttft_{llama,smollm2}.json and .png. Takes about 25 minutes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from rich.table import Table
 
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import median_ratio, write_json
-from scheduler.options import StarOptions, parse_options
-from scheduler.plan import make_plan
+from benchmarks.report import median_ratio, saved_figure, write_json
+from scheduler.star.options import StarOptions, parse_options
+from scheduler.star.plan import make_plan
 
 QUERY_TOKENS = 32
+PAGE_SIZE = 128  # vLLM's default on CPU
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
 RANDOM_LLAMA = {
     "num_hidden_layers": 2,
@@ -40,39 +41,29 @@ ENGINE = {
 
 
 def configurations(fixed_block: int | None) -> dict[str, dict[str, Any]]:
-    """Name -> per-request options."""
+    """Name -> options of its requests."""
+    star = {"star": "on", "star_query_tokens": QUERY_TOKENS}
     options: dict[str, dict[str, Any]] = {"dense": {}}
-    for blocks in (4, 8, 16):
-        options[f"n/B = {blocks}"] = {
-            "star": "on",
-            "star_num_blocks": blocks,
-            "star_query_tokens": QUERY_TOKENS,
-        }
+    options |= {f"n/B = {blocks}": star | {"star_num_blocks": blocks} for blocks in (4, 8, 16)}
     if fixed_block is not None:
-        options[f"B = {fixed_block}"] = {
-            "star": "on",
-            "star_block_size": fixed_block,
-            "star_query_tokens": QUERY_TOKENS,
-        }
+        options[f"B = {fixed_block}"] = star | {"star_block_size": fixed_block}
     return options
 
 
-def measure(engine: Engine, length: int, options: dict[str, dict], repeats: int, vocabulary: int, page: int) -> dict:
+def measure(engine: Engine, length: int, options: dict[str, dict], repeats: int, vocabulary: int) -> dict[str, Any]:
     """Run every configuration ``repeats`` times on prompts of ``length`` random tokens."""
     tokens = random.Random(length)
     runs: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "attention_seconds": []} for name in options}
     for _ in track(range(repeats), description=f"{length:,} tokens"):
         ids = [tokens.randrange(vocabulary) for _ in range(length)]
         for name, extra_args in options.items():
-            answer = engine.generate(ids, extra_args)
+            output = engine.generate(ids, extra_args)
             for figure in ("seconds", "attention_seconds"):
-                runs[name][figure].append(answer[figure])
+                runs[name][figure].append(output[figure])
     dense = runs["dense"]
     rows = []
     for name, run in runs.items():
-        plan = (
-            make_plan(length, StarOptions(), parse_options(options[name], flat=True), page) if options[name] else None
-        )
+        plan = make_plan(length, StarOptions(), parse_options(options[name], flat=True), PAGE_SIZE)
         keys = 1.0 if plan is None else plan.dense_keys() / plan.keys_attended()
         attention = median_ratio(dense["attention_seconds"], run["attention_seconds"])
         rows.append(
@@ -108,30 +99,23 @@ def show(title: str, results: list[dict]) -> None:
 
 
 def plot(title: str, results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4.2))
-    if len(results) == 1:
-        rows = [row for row in results[0]["rows"] if row["block_size"]]
-        axis.bar([row["configuration"] for row in rows], [row["ttft_speedup"] for row in rows])
-    else:
-        lengths = [result["tokens"] for result in results]
-        for index, row in enumerate(results[0]["rows"]):
-            if row["block_size"]:
-                speedups = [result["rows"][index]["ttft_speedup"] for result in results]
-                axis.plot(lengths, speedups, marker="o", label=row["configuration"])
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
-        axis.set_xlabel("prompt tokens")
-        axis.legend()
-    axis.axhline(1, color="grey", linewidth=0.8)
-    axis.set_ylabel("time to first token, dense / star")
-    axis.set_title(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, figsize=(6, 4.2)) as (_, axis):
+        if len(results) == 1:
+            rows = [row for row in results[0]["rows"] if row["block_size"]]
+            axis.bar([row["configuration"] for row in rows], [row["ttft_speedup"] for row in rows])
+        else:
+            lengths = [result["tokens"] for result in results]
+            for index, row in enumerate(results[0]["rows"]):
+                if row["block_size"]:
+                    speedups = [result["rows"][index]["ttft_speedup"] for result in results]
+                    axis.plot(lengths, speedups, marker="o", label=row["configuration"])
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+            axis.set_xlabel("prompt tokens")
+            axis.legend()
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_ylabel("time to first token, dense / star")
+        axis.set_title(title, fontsize=10)
 
 
 def report(name: str, title: str, results: list[dict]) -> None:
@@ -147,23 +131,24 @@ def random_llama(lengths: list[int], repeats: int) -> None:
         arguments = {"dtype": "float32", "kv_cache_memory_bytes": 2 << 30} | ENGINE
         with Engine(model, timed_attention=True, **arguments) as engine:
             engine.generate([1] * 4096)
-            results = [measure(engine, length, configurations(2048), repeats, 256, 128) for length in lengths]
+            results = [measure(engine, length, configurations(2048), repeats, 256) for length in lengths]
     report("star_ttft_llama", "random Llama, 2 layers, float32", results)
 
 
 def smollm2(length: int, repeats: int) -> None:
-    """A real model, compiled as vLLM does by default."""
+    """Measure a real model, compiled as vLLM does by default."""
     arguments = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": False} | ENGINE
     with Engine(SMOLLM2, timed_attention=True, **arguments) as engine:
         engine.generate([1] * 4096)
-        results = [measure(engine, length, configurations(None), repeats, 40000, 128)]
+        results = [measure(engine, length, configurations(None), repeats, 40000)]
     report("star_ttft_smollm2", f"SmolLM2-135M, bfloat16, {length:,} tokens", results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 16384, 32768, 65536], help="random Llama")
-    parser.add_argument("--smollm2-tokens", type=int, default=8064, help="0 leaves SmolLM2 out")
+    lengths = [8192, 16384, 32768, 65536]
+    parser.add_argument("--lengths", type=int, nargs="*", default=lengths, help="prompt lengths of the random Llama")
+    parser.add_argument("--smollm2-tokens", type=int, default=8064, help="prompt length of SmolLM2; 0: leave it out")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.smollm2_tokens:

@@ -1,7 +1,7 @@
-"""Turns Starling on for an engine: what its `starling` entry of additional_config says, and what follows.
+"""Turns Starling on for an engine that has a `starling` entry in additional_config.
 
 `starling serve` always makes that entry; plain `vllm serve`, `vllm bench` and `LLM(...)` have it where the
-user gives `--additional-config '{"starling": {...}}'`. Without it nothing of vLLM's is replaced.
+user gives `--additional-config '{"starling": {...}}'`. Without the entry nothing of vLLM is replaced.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ from typing import Any
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
-from attention_backends.kernels.choose import SETTINGS
-from engine_ext import compat, metrics
-from engine_ext.refusals import CONNECTOR, fleet, refuse_overlap, star_page, star_refusals
-from scheduler.options import OptionError, StarOptions, parse_options
-from scheduler.plan import Fleet, check_shards, check_sizes, most_replicas
-from scheduler.scheduling_options import SECTION, SchedulingOptions, parse_scheduling
-from scheduler.segments import check_marks
-from scheduler.share import SHARDS, default_shards
-from scheduler.silence import silence_seconds
+from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
+from engine_ext.metrics import front_metrics
+from engine_ext.refusals import refuse_overlap, replica_set, star_page_size, star_refusals
+from replicas import options as replica_options
+from replicas.options import ReplicaOptions, parse_replicas
+from scheduler import options as scheduling_options
+from scheduler.options import SchedulingOptions, parse_scheduling
+from scheduler.star.options import StarOptions, parse_options
+from scheduler.star.parsing import OptionError
+from scheduler.star.plan import ReplicaSet, check_shards, check_sizes, max_replicas
+from scheduler.star.request_metadata import CONNECTOR, SHARDS, default_num_shards
+from scheduler.star.segments import check_segment_options
+from vllm_compat.engine_core import divide_kv_memory_check
+from vllm_compat.metrics import collect_from_children
 
 logger = init_logger("vllm.starling")
 
 ENTRY = "starling"
-DEFAULT_SCHEDULING = SchedulingOptions()
-CPU_ATTENTION = "cpu_attention"
-SECTIONS = ("star", SECTION, CPU_ATTENTION)
-MIDDLEWARE = ("engine_ext.serving.plan_header.PlanHeader", "engine_ext.serving.http_progress.HttpProgress")
+STAR, SCHEDULING, REPLICAS, CPU_ATTENTION = "star", scheduling_options.SECTION, replica_options.SECTION, "cpu_attention"
+SECTIONS = (STAR, SCHEDULING, REPLICAS, CPU_ATTENTION)
+EXAMPLES = {STAR: '{"mode": "auto", ...}', SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
+MIDDLEWARE = ("engine_ext.serving.http.plan_header.PlanHeader", "engine_ext.serving.http.progress.HttpProgress")
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
@@ -44,19 +49,20 @@ class StarlingConfig:
     """The `starling` entry of additional_config.
 
     Attributes:
-        cpu_attention: "auto", or "vllm" for vLLM's own attention op on CPU wherever Starling's is the faster.
+        cpu_attention: which attention op runs on CPU: "auto" for the faster one, or "vllm" for vLLM's always.
     """
 
     star: StarOptions
-    cpu_attention: str = "auto"
-    scheduling: SchedulingOptions = DEFAULT_SCHEDULING
+    scheduling: SchedulingOptions
+    replicas: ReplicaOptions
+    cpu_attention: str
 
 
 def parse_config(additional_config: Any) -> StarlingConfig | None:
     """The parsed entry; None where Starling is not activated.
 
     Raises:
-        OptionError: the entry holds something else than what is allowed.
+        OptionError: the entry holds something that is not allowed.
     """
     if not isinstance(additional_config, Mapping) or ENTRY not in additional_config:
         return None
@@ -66,23 +72,27 @@ def parse_config(additional_config: Any) -> StarlingConfig | None:
     for key, value in entry.items():
         if key not in SECTIONS:
             raise OptionError(f"{ENTRY}.{key}", value, "there is no such section", ", ".join(SECTIONS))
-    star, scheduling = entry.get("star", {}), entry.get(SECTION, {})
-    for section, value, example in (
-        ("star", star, '{"mode": "auto", ...}'),
-        (SECTION, scheduling, '{"fairness": "on", ...}'),
-    ):
-        if not isinstance(value, Mapping):
+    for section, example in EXAMPLES.items():
+        if not isinstance(value := entry.get(section, {}), Mapping):
             raise OptionError(f"{ENTRY}.{section}", value, "it must be an object", example)
     cpu_attention = entry.get(CPU_ATTENTION, "auto")
-    if cpu_attention not in SETTINGS:
-        allowed = " or ".join(SETTINGS)
+    if cpu_attention not in CPU_ATTENTION_SETTINGS:
+        allowed = " or ".join(CPU_ATTENTION_SETTINGS)
         raise OptionError(f"{ENTRY}.{CPU_ATTENTION}", cpu_attention, "there is no such choice", allowed)
-    options = parse_scheduling(scheduling, f"{ENTRY}.{SECTION}.")
-    return StarlingConfig(parse_options(star, flat=False), cpu_attention, options)
+    return StarlingConfig(
+        star=parse_options(entry.get(STAR, {}), flat=False),
+        scheduling=parse_scheduling(entry.get(SCHEDULING, {}), f"{ENTRY}.{SCHEDULING}."),
+        replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),
+        cpu_attention=cpu_attention,
+    )
 
 
 def before_engine_config(engine_args: Any) -> None:
-    """Refuse what does not go together, before vLLM spends time on it (raises ValueError)."""
+    """Refuse options that exclude one another, before vLLM makes its configuration.
+
+    Raises:
+        OptionError: Starling is activated beside a scheduler or worker class of the user's, or its entry is wrong.
+    """
     if parse_config(engine_args.additional_config) is None:
         return
     for name, value, default in (
@@ -94,7 +104,11 @@ def before_engine_config(engine_args: Any) -> None:
 
 
 def after_engine_config(vllm_config: Any) -> None:
-    """Put Starling's scheduler and worker in place (raises ValueError where that can't be)."""
+    """Set Starling's scheduler, worker and KV connector in an activated engine's configuration.
+
+    Raises:
+        OptionError: the options can't be used with this engine.
+    """
     config = parse_config(vllm_config.additional_config)
     if config is None:
         return
@@ -102,42 +116,42 @@ def after_engine_config(vllm_config: Any) -> None:
     if refusals and config.star.mode != "off":
         raise OptionError("star", config.star.mode, "; ".join(refusals), "off")
     refuse_overlap(vllm_config, config.star.overlap_size)
-    check_sizes(config.star, star_page(vllm_config))
-    check_marks(config.star, vllm_config.model_config.get_vocab_size())
-    replicas = fleet(vllm_config)
-    most_replicas(config.star, config.star.overlap_size, replicas)
+    check_sizes(config.star, star_page_size(vllm_config))
+    check_segment_options(config.star, vllm_config.model_config.get_vocab_size())
+    replicas = replica_set(vllm_config)
+    max_replicas(config.star, config.star.overlap_size, replicas)
     check_shards(config.star, config.star.overlap_size, replicas)
-    if replicas.size > 1 and replicas.reason is None:
-        silence_seconds()  # a wrong setting is told now
+    if replicas.size > 1 and replicas.split_refusal is None:
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR,
-            kv_connector_module_path="engine_ext.star_connector",
+            kv_connector_module_path="replicas.connector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={SHARDS: most_shards(config.star, replicas)},
+            kv_connector_extra_config={SHARDS: max_shards(config.star, replicas)},
         )
-        compat.divide_kv_memory_check(default_shards)
+        divide_kv_memory_check(default_num_shards)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:
         raise OptionError("worker_cls", parallel.worker_cls, "Starling has no worker for it", ", ".join(WORKERS))
     parallel.worker_cls = WORKERS[parallel.worker_cls]
     scheduling = vllm_config.scheduler_config
     scheduling.scheduler_cls = ASYNC_SCHEDULER if scheduling.async_scheduling else SCHEDULER
-    metrics.share_with_workers()
-    metrics.front_metrics()
-    _say(config.star, refusals, vllm_config.model_config)
-    if replicas.reason is not None:
-        logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, replicas.reason)
+    collect_from_children()
+    front_metrics()
+    _log_activation(config.star, refusals, vllm_config.model_config)
+    if replicas.split_refusal is not None:
+        reason = replicas.split_refusal
+        logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, reason)
 
 
-def most_shards(star: StarOptions, replicas: Fleet) -> int:
-    """Over how many replicas the KV of a prompt may be shared out by default; 1: not at all."""
+def max_shards(star: StarOptions, replicas: ReplicaSet) -> int:
+    """Over how many replicas the KV of a prompt may be divided by default; 1: it is not divided."""
     if star.shards == "off":
         return 1
     return replicas.size if star.replicas == "auto" else star.replicas
 
 
-def _say(star: StarOptions, refusals: list[str], model: Any) -> None:
+def _log_activation(star: StarOptions, refusals: list[str], model: Any) -> None:
     if refusals:
         logger.warning("Star Attention is not available here: %s", "; ".join(refusals))
         return
@@ -151,6 +165,6 @@ def _say(star: StarOptions, refusals: list[str], model: Any) -> None:
 
 
 def add_middleware(args: Any) -> None:
-    """Let the server that is about to start tell each client the plan it got, and how far its prompt is."""
+    """Add the middleware that shows plans and progress to the arguments of a server that is about to start."""
     if parse_config(args.additional_config) is not None:
         args.middleware = [*args.middleware, *(name for name in MIDDLEWARE if name not in args.middleware)]

@@ -11,16 +11,14 @@ import logging
 import sys
 from typing import Any
 
-from engine_ext import compat
-from engine_ext.models.registry import register_models
-from scheduler.share import default_shards
+from engine_ext.models.registry import register_model_families
+from vllm_compat.bench import add_bench_backend, is_bench
+from vllm_compat.config import is_async_engine, on_engine_config, on_server_args
+from vllm_compat.engine_core import divide_kv_memory_check
+from vllm_compat.front import on_beam_search, on_generate, on_processed_request
+from vllm_compat.versions import problem
 
 logger = logging.getLogger("vllm.starling")
-
-
-def problem() -> str | None:
-    """Why Starling can't extend this vLLM; None where it can."""
-    return compat.version_problem(compat.vllm_version()) or compat.intruder()
 
 
 @functools.cache
@@ -32,11 +30,11 @@ def register() -> None:
         _refuse_options(reason)
         return
     _hook_in()
-    register_models()
+    register_model_families()
 
 
 def _hook_in() -> None:
-    # Imported at the first call and not before: each pulls in a part of vLLM that not every process needs.
+    # Imports are made at the first call: each loads a part of vLLM that not every process needs.
     def before(engine_args: object) -> None:
         from engine_ext.activation import before_engine_config
 
@@ -44,14 +42,15 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from engine_ext.activation import after_engine_config
-        from engine_ext.requests import check_early, refuse_beam_search, resolve_request
-        from engine_ext.spreading import spread
+        from engine_ext.front.split_prefill import generate_split
+        from engine_ext.front.state import state_of
+        from engine_ext.requests import refuse_beam_search
 
         after_engine_config(vllm_config)
-        compat.on_processed_request(resolve_request)
-        if compat.before_async_engine(engine_args):  # each of several API servers passes here, in its own process
-            compat.on_generate(check_early, spread)
-            compat.on_beam_search(refuse_beam_search)
+        on_processed_request(lambda processor, *request: state_of(processor).planner.resolve(*request))
+        if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
+            on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_split)
+            on_beam_search(refuse_beam_search)
 
     def server_args(args: object) -> None:
         if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server
@@ -61,16 +60,18 @@ def _hook_in() -> None:
         add_middleware(args)
 
     async def bench_request(*args: Any, **kwargs: Any) -> Any:
-        from engine_ext.serving.grpc_bench import request_starling
+        from engine_ext.serving.grpc.bench import request_starling
 
         return await request_starling(*args, **kwargs)
 
-    compat.on_engine_config(before, after)
+    on_engine_config(before, after)
     if "vllm.v1.engine.core" in sys.modules:  # an engine core that was not forked from a front, or a front
-        compat.divide_kv_memory_check(default_shards)
-    compat.on_server_args(server_args)
-    if compat.is_bench(sys.argv):
-        compat.add_bench_backend("starling-grpc", bench_request)
+        from scheduler.star.request_metadata import default_num_shards
+
+        divide_kv_memory_check(default_num_shards)
+    on_server_args(server_args)
+    if is_bench(sys.argv):
+        add_bench_backend("starling-grpc", bench_request)
 
 
 def _refuse_options(reason: str) -> None:
@@ -81,6 +82,6 @@ def _refuse_options(reason: str) -> None:
             raise ValueError(f"additional_config asks for Starling, but: {reason}")
 
     try:
-        compat.on_engine_config(before, lambda *_: None)
+        on_engine_config(before, lambda *_: None)
     except (ImportError, AttributeError):
         logger.warning("this vLLM has no engine configuration that Starling knows; its options are not read")

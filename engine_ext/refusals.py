@@ -1,4 +1,4 @@
-"""What Star Attention does not run with, and what keeps a prompt on one replica, each with its reason."""
+"""What Star Attention does not run with, and what keeps a prompt on one replica, each with the reason."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from attention_backends.kernels.contract import CPU_ISAS
-from attention_backends.kernels.cpu import STEP
+from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
-from engine_ext import compat
-from scheduler.independence import FULL_ATTENTION, dependence
-from scheduler.options import OptionError, flat_name
-from scheduler.plan import Fleet
-from scheduler.share import CONNECTOR
+from replicas.messages import nixl_is_installed
+from scheduler.star.independence import FULL_ATTENTION, dependence
+from scheduler.star.options import flat_name
+from scheduler.star.parsing import OptionError
+from scheduler.star.plan import ReplicaSet
+from scheduler.star.request_metadata import CONNECTOR
+from vllm_compat.config import cpu_attention_isa, num_api_servers
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
 CONNECTORS = (CONNECTOR, "OffloadingConnector")
 
 
 def _full_attention_layers(model: Any) -> bool:
-    """Whether the text model has a full-attention layer, as far as its configuration tells."""
+    """Whether the text model has a full-attention layer, as far as its configuration says."""
     if model.is_attention_free:
         return False
     layer_types = getattr(model.hf_text_config, "layer_types", None)
@@ -105,81 +107,80 @@ def _external_balancer(config: Any) -> bool:
     return parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
 
 
-SPREAD_RULES: Rules = (
+SPLIT_RULES: Rules = (
     (
         lambda c: dependence(c.model_config),
         "the model's star blocks depend on one another",
     ),
-    (lambda c: not c.cache_config.enable_prefix_caching, "replicas hand over what their prefix caches hold: it is off"),
+    (
+        lambda c: not c.cache_config.enable_prefix_caching,
+        "replicas exchange pages of their prefix caches, which are off",
+    ),
     (_other_connector, "an engine has one KV connector, and --kv-transfer-config gives it another"),
     (_external_balancer, "with an external load balancer a front reaches some of the replicas only"),
     (lambda c: c.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism divides the layers of a page"),
     (lambda c: c.parallel_config.enable_elastic_ep, "elastic expert parallelism changes the replicas while it runs"),
-    (lambda c: not compat.has_nixl(), "the NIXL library, which moves KV pages, is not installed: pip install nixl"),
+    (lambda c: not nixl_is_installed(), "the NIXL library, which moves KV pages, is not installed: pip install nixl"),
 )
 
 
-def _vllms_attention(config: Any) -> bool:
+def _uses_vllm_attention(config: Any) -> bool:
     return (config.additional_config or {}).get("starling", {}).get("cpu_attention") == "vllm"
 
 
 def _unknown_isa(config: Any) -> str | None:
-    isa = compat.cpu_attention_isa(config)
+    isa = cpu_attention_isa(config)
     return None if isa in CPU_ISAS else isa
 
 
 SHARD_RULES: Rules = (
-    (lambda c: c.device_config.device_type != "cpu", "the attention that gives its log-sum-exp is wired on CPU only"),
+    (lambda c: c.device_config.device_type != "cpu", "attention that returns its log-sum-exp is available on CPU only"),
     (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "Starling's CPU attention takes no fp8 KV cache"),
-    (_vllms_attention, "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
+    (_uses_vllm_attention, "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
     (
-        lambda c: c.model_config.get_head_size() % STEP,
-        f"Starling's CPU attention takes head sizes that are multiples of {STEP}",
+        lambda c: c.model_config.get_head_size() % VECTOR_SIZE,
+        f"Starling's CPU attention takes head sizes that are multiples of {VECTOR_SIZE}",
     ),
     (_unknown_isa, "on this processor vLLM stores keys in an order that Starling's CPU attention does not read"),
     (
-        lambda c: compat.api_servers(c) > 1,
-        "each of several API servers (--api-server-count) would promise prompts the same KV memory",
+        lambda c: num_api_servers(c) > 1,
+        "each of several API servers (--api-server-count) would reserve the same KV memory for its prompts",
     ),
     (
         lambda c: c.scheduler_config.async_scheduling,
-        "async scheduling: a step begins before it is known whether the last one had all its replicas' answers",
+        "async scheduling: a step begins before it is known whether all replicas answered in the last one",
     ),
 )
 
 
-def fleet(vllm_config: Any) -> Fleet:
-    """The replicas that one prompt may be spread over, or why it may not, or may not stay so."""
+def replica_set(vllm_config: Any) -> ReplicaSet:
+    """The server's replicas, and why a prompt can't be split over them, or its KV can't stay there."""
     size = vllm_config.parallel_config.data_parallel_size
-    reasons = _reasons(RULES + SPREAD_RULES, vllm_config) if size > 1 else []
-    no_shards = None if size == 1 or reasons else next(_found(SHARD_RULES, vllm_config), None)
-    return Fleet(size, "; ".join(reasons) or None, no_shards)
+    refusals = list(_refusals(RULES + SPLIT_RULES, vllm_config)) if size > 1 else []
+    shards_refusal = None if size == 1 or refusals else next(_refusals(SHARD_RULES, vllm_config), None)
+    return ReplicaSet(size, "; ".join(refusals) or None, shards_refusal)
 
 
 def star_refusals(vllm_config: Any) -> list[str]:
     """The reasons why Star Attention can't run on this engine; empty where it can."""
-    return _reasons(RULES, vllm_config)
+    return list(_refusals(RULES, vllm_config))
 
 
-def _reasons(rules: Rules, vllm_config: Any) -> list[str]:
-    return list(_found(rules, vllm_config))
-
-
-def _found(rules: Rules, vllm_config: Any) -> Iterator[str]:
+def _refusals(rules: Rules, vllm_config: Any) -> Iterator[str]:
     for applies, reason in rules:
         found = applies(vllm_config)
         if found:
             yield f"{reason} ({found})" if isinstance(found, str) else reason
 
 
-def star_page(vllm_config: Any) -> int:
-    """Tokens of a full-attention KV page, as far as the configuration tells before the engine has started."""
+def star_page_size(vllm_config: Any) -> int:
+    """Tokens of a full-attention KV page, as far as the configuration says before the engine has started."""
     own = getattr(vllm_config.model_config.hf_text_config, "page_tokens", None)
     return own or vllm_config.cache_config.block_size
 
 
 def refuse_overlap(vllm_config: Any, overlap_size: int) -> None:
-    """Refuse an overlap of star blocks where the model has no meaning for it (raises OptionError)."""
+    """Refuse an overlap of star blocks for models that can't have one (raises OptionError)."""
     if overlap_size and getattr(vllm_config.model_config.hf_text_config, "model_type", None) == "attamba":
-        reason = "an Attamba model's window ends at the border of a star block, which an overlap would reach over"
+        reason = "an Attamba model's window ends at the border of a star block, and an overlap would go beyond it"
         raise OptionError(flat_name("overlap_size"), overlap_size, reason, "0")

@@ -1,31 +1,37 @@
-"""A request's star options, from what the client sent to the numbers everything downstream reads."""
+"""A request's star options, from what the client sent to the plan that the engine reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from engine_ext.activation import ENTRY, parse_config
-from engine_ext.kv_room import enough_replicas
 from engine_ext.metrics import front_metrics
-from engine_ext.refusals import fleet, refuse_overlap, star_refusals
-from scheduler.options import FIELD_OF, OptionError, flat_name, is_star_key, parse_options
-from scheduler.plan import PLAN_KEY, StarPlan, make_plan
-from scheduler.segments import SEGMENT_TOKEN, TokenLimits, align
-from scheduler.share import SHARE_KEY, Part, Share, default_shards
+from engine_ext.refusals import refuse_overlap, replica_set, star_refusals
+from scheduler.star.kv_demand import with_enough_replicas
+from scheduler.star.options import FIELD_OF, flat_name, is_star_key, parse_options
+from scheduler.star.parsing import OptionError
+from scheduler.star.plan import StarPlan, make_plan
+from scheduler.star.request_metadata import KEY, RequestMetadata, default_num_shards
+from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, align
+
+logger = init_logger("vllm.starling")
 
 # The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
-# By prompt object: /v1/responses passes each prompt through check_early twice.
-response_plans: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("starling_response_plans", default=None)
+response_plans: ContextVar[list[dict[str, Any]] | None] = ContextVar("starling_response_plans", default=None)
 
 # The ids of the engine requests that the HTTP request being handled made: filled here, read by HttpProgress.
 response_requests: ContextVar[list[str] | None] = ContextVar("starling_response_requests", default=None)
+
+PLANNED = "starling_planned"
+"""The key of an engine input that holds its PlannedPrompt."""
 
 HOW_TO_ACTIVATE = (
     f"Starling is not activated on this server: start it with `starling serve`, or give vLLM "
@@ -40,8 +46,8 @@ class PlannedPrompt:
     Attributes:
         plan: None: dense.
         num_tokens: of the prompt that the engine gets.
-        token_ids: that prompt; None where it was not given as tokens alone.
-        padding_tokens: how many of them were added, to have its segments start where star blocks do.
+        token_ids: that prompt; None where the client's prompt has images or embeddings.
+        padding_tokens: how many of the tokens were added, to move segments to star blocks' borders.
     """
 
     plan: StarPlan | None
@@ -50,20 +56,25 @@ class PlannedPrompt:
     padding_tokens: int = 0
 
 
-class StarRequests:
-    """Resolves the star options of one engine's requests."""
+class RequestPlanner:
+    """Plans the requests of one engine: each prompt once, by the first front that sees its tokens."""
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
         self.config = parse_config(vllm_config.additional_config)
         self.refusals = star_refusals(vllm_config) if self.config else [HOW_TO_ACTIVATE]
-        self.fleet = fleet(vllm_config)
+        self.replicas = replica_set(vllm_config)
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
 
     @property
-    def page(self) -> int | None:
+    def page_size(self) -> int | None:
         """Tokens of a full-attention KV page, known once the engine core has started."""
         return self.vllm_config.cache_config.effective_attention_block_size
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages of a replica, known once the engine core has started. vLLM adds up all replicas' and null pages."""
+        return (self.vllm_config.cache_config.num_gpu_blocks or 0) // self.replicas.size - 1
 
     @cached_property
     def token_limits(self) -> TokenLimits:
@@ -73,37 +84,34 @@ class StarRequests:
 
     @cached_property
     def white_space(self) -> int | None:
-        """The token of a space, else of a line break; None where the model's tokenizer has neither, or is not known."""
+        """The token of a space, else of a line break; None where the tokenizer has neither, or there is none."""
         for text in (" ", "\n") if self.tokenizer is not None else ():
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             if ids and self.tokenizer.decode(ids[-1:]) == text:
                 return int(ids[-1])
         return None
 
-    @property
-    def pages(self) -> int:
-        """KV pages of a replica, known once the engine core has started. vLLM adds up those of all, null pages too."""
-        return (self.vllm_config.cache_config.num_gpu_blocks or 0) // self.fleet.size - 1
-
     def plan(
         self, extra_args: Mapping[str, Any] | None, num_tokens: int, token_ids: list[int] | None = None
     ) -> PlannedPrompt:
-        """What a request's prompt comes to.
+        """The plan of a request's prompt.
 
         Args:
+            extra_args: of the request's sampling parameters.
             num_tokens: of the prompt that the client gave.
-            token_ids: these, where there is nothing else in it: neither images nor embeddings.
+            token_ids: these tokens, where the prompt has neither images nor embeddings.
 
         Raises:
             VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
         """
         try:
             planned = self._plan(extra_args or {}, num_tokens, token_ids)
-            self._check_room(planned)
+            self._check_memory(planned)
         except OptionError as error:
-            # A key of the client's own making would be a label of its own making: count it as one.
+            # A label for each unknown key would let clients make up labels.
             front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
             raise VLLMValidationError(str(error), parameter=error.name) from None
+        logger.debug("planned a prompt of %d tokens: %s", planned.num_tokens, planned.plan or "dense")
         return planned
 
     def _plan(self, extra_args: Mapping[str, Any], num_tokens: int, token_ids: list[int] | None) -> PlannedPrompt:
@@ -117,31 +125,32 @@ class StarRequests:
         mode = self.config.star.mode if request is None or "mode" not in request.model_fields_set else request.mode
         if mode != "off" and self.refusals:
             raise OptionError("star", mode, "; ".join(self.refusals), "off")
-        if mode != "off" and self.page is None:
+        if mode != "off" and self.page_size is None:
             raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
-        page, defaults, had = self.page or 1, self.config.star, num_tokens
+        page_size, defaults, client_tokens = self.page_size or 1, self.config.star, num_tokens
         if token_ids is not None:
-            token_ids, request = align(token_ids, defaults, request, page, self.token_limits)
+            token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)
             num_tokens = len(token_ids)
         elif SEGMENT_TOKEN in given:
             reason = "the prompt has images or embeddings, which can't be moved"
             raise OptionError(SEGMENT_TOKEN, given[SEGMENT_TOKEN], reason, "a prompt of tokens alone, or no mark")
-        plan = make_plan(num_tokens, defaults, request, page, self.fleet)
+        plan = make_plan(num_tokens, defaults, request, page_size, self.replicas)
         if plan is not None and plan.shards:
-            asked = defaults.replicas
+            wanted = defaults.replicas
             if request is not None and "replicas" in request.model_fields_set:
-                asked = request.replicas
-            plan = enough_replicas(plan, page, self.pages, self.fleet.size if asked == "auto" else asked)
-        return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - had)
+                wanted = request.replicas
+            limit = self.replicas.size if wanted == "auto" else wanted
+            plan = with_enough_replicas(plan, page_size, self.num_pages, limit)
+        return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - client_tokens)
 
-    def _check_room(self, planned: PlannedPrompt) -> None:
-        """Refuse what fits in no replica's memory, where max_model_len is more than that (raises OptionError)."""
-        over_shards = planned.plan is not None and planned.plan.shards
-        if default_shards(self.vllm_config) == 1 or over_shards or self.page is None:
+    def _check_memory(self, planned: PlannedPrompt) -> None:
+        """Refuse a prompt that fits in no replica's memory, where max_model_len exceeds it (raises OptionError)."""
+        is_divided = planned.plan is not None and planned.plan.shards
+        if default_num_shards(self.vllm_config) == 1 or is_divided or self.page_size is None:
             return
-        room = self.pages * self.page
+        room = self.num_pages * self.page_size
         if planned.num_tokens >= room:
             reason = (
                 f"the prompt of {planned.num_tokens} tokens runs on one replica, whose KV memory holds {room}, output "
@@ -150,64 +159,88 @@ class StarRequests:
             raise OptionError(flat_name("shards"), "off", reason, "a shorter prompt, or a star prompt with on")
 
     def describe(self, planned: PlannedPrompt) -> dict[str, Any]:
-        """What a client is told of its plan."""
-        told = describe(planned.plan, planned.num_tokens, self.vllm_config.model_config.hf_text_config)
-        return told | {"padding_tokens": planned.padding_tokens}
+        """The plan as a response shows it to the client."""
+        plan = describe(planned.plan, planned.num_tokens, self.vllm_config.model_config.hf_text_config)
+        return plan | {"padding_tokens": planned.padding_tokens}
+
+    def prepare(self, engine_input: Any, params: Any, request_id: str | None = None) -> Any:
+        """Plan an engine input, and note plan and request id, while the response can still be an error with headers.
+
+        Args:
+            request_id: the one that the engine is about to get; None where it does not have one yet.
+
+        Returns:
+            The engine input with its PlannedPrompt; an input whose tokens are not known yet as it is.
+
+        Raises:
+            VLLMValidationError: the request's options can't be used.
+        """
+        extra_args = getattr(params, "extra_args", None)
+        if not isinstance(engine_input, Mapping) or (self.config is None and not extra_args):
+            return engine_input
+        token_ids = engine_input.get("prompt_token_ids")
+        if token_ids is None:
+            return engine_input
+        if PLANNED not in engine_input:
+            planned = self.plan(extra_args, len(token_ids), tokens_alone(engine_input))
+            engine_input = {**engine_input, PLANNED: planned}
+            plans = response_plans.get()
+            if plans is not None and self.config is not None:
+                plans.append(self.describe(planned))
+        ids = response_requests.get()
+        if ids is not None and request_id is not None:
+            ids.append(request_id)
+        return engine_input
+
+    def resolve(self, request: Any, prompt: Any) -> None:
+        """Replace a processed request's star options by its metadata, in the request's own sampling parameters.
+
+        Args:
+            prompt: what vLLM made the request of; with its PlannedPrompt where a front has planned it.
+
+        Raises:
+            VLLMValidationError: the request's options can't be used.
+        """
+        params = request.sampling_params
+        if params is None:
+            return
+        metadata = (params.extra_args or {}).get(KEY, RequestMetadata())
+        if not isinstance(metadata, RequestMetadata):
+            reason = "replicas use this key for prompts that they split"
+            raise VLLMValidationError(str(OptionError(KEY, metadata, reason, "nothing")), parameter=KEY)
+        if metadata.part is not None:  # made by split prefill, with the plan of the whole prompt
+            params.extra_args = {KEY: metadata.to_wire()}
+            return
+        planned = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
+        if planned is None:
+            num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+            alone = request.prompt_embeds is None and not request.mm_features
+            planned = self.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None)
+        if self.config is None:
+            return
+        if planned.padding_tokens:
+            _refuse_token_positions(params)
+            request.prompt_token_ids = planned.token_ids
+        if planned.plan is not None and request.resumable:
+            reason = "a streaming-input session has no final prompt to plan for"
+            raise VLLMValidationError(str(OptionError("star", "on", reason, "off")), parameter="star")
+        wire = replace(metadata, plan=planned.plan).to_wire()
+        if params.extra_args or wire:
+            rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
+            rest.pop(KEY, None)
+            params.extra_args = rest | {KEY: wire} if wire else rest
+        front_metrics().requests.labels("dense" if planned.plan is None else "star").inc()
 
 
 def tokens_alone(engine_input: Mapping[str, Any]) -> list[int] | None:
-    """The tokens of a prompt that has nothing else: neither images nor embeddings; None where it has."""
+    """The tokens of a prompt; None where it has images or embeddings too."""
     token_ids: list[int] = engine_input["prompt_token_ids"]
     alone = engine_input.get("type", "token") == "token" and not engine_input.get("multi_modal_data")
     return token_ids if alone else None
 
 
-def star_requests(input_processor: Any) -> StarRequests:
-    """The resolver of an engine, made once and kept on its input processor."""
-    resolver = getattr(input_processor, "starling", None)
-    if resolver is None:
-        resolver = input_processor.starling = StarRequests(
-            input_processor.vllm_config, getattr(input_processor, "tokenizer", None)
-        )
-    return resolver
-
-
-def resolve_request(input_processor: Any, request: Any) -> None:
-    """Replace a processed request's star options by its plan, in the request's own sampling parameters."""
-    params = request.sampling_params
-    if params is None:
-        return
-    resolver = star_requests(input_processor)
-    share = (params.extra_args or {}).get(SHARE_KEY)
-    if share is not None and not isinstance(share, Share):
-        reason = "it is how replicas tell one another of a prompt they share"
-        raise VLLMValidationError(str(OptionError(SHARE_KEY, share, reason, "nothing")), parameter=SHARE_KEY)
-    if share is not None and isinstance(share.task, Part):  # ours, with the plan of the prompt it is a part of
-        plan_args = {} if share.plan is None else {PLAN_KEY: share.plan}
-        params.extra_args = plan_args | {SHARE_KEY: share.to_wire()}
-        return
-    num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-    alone = request.prompt_embeds is None and not request.mm_features
-    planned = resolver.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None)
-    if resolver.config is None:
-        return
-    plan = planned.plan
-    if planned.padding_tokens:
-        _refuse_positions(params)
-        request.prompt_token_ids = planned.token_ids
-    if plan is not None and request.resumable:
-        reason = "a streaming-input session has no final prompt to plan for"
-        raise VLLMValidationError(str(OptionError("star", "on", reason, "off")), parameter="star")
-    if params.extra_args or plan is not None:
-        rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
-        params.extra_args = rest if plan is None else rest | {PLAN_KEY: plan.to_wire()}
-        if share is not None:
-            params.extra_args[SHARE_KEY] = share.to_wire()
-    front_metrics().requests.labels("dense" if plan is None else "star").inc()
-
-
-def _refuse_positions(params: Any) -> None:
-    """Refuse what counts the prompt's tokens as the client does, where the engine gets more of them."""
+def _refuse_token_positions(params: Any) -> None:
+    """Refuse parameters that count the client's prompt tokens, where the engine gets padding tokens too."""
     rows, start = params.prompt_logprob_token_ids, params.routed_experts_prompt_start
     for name, value, given in (
         ("prompt_logprob_token_ids", rows and f"{len(rows)} rows", rows is not None),
@@ -219,40 +252,24 @@ def _refuse_positions(params: Any) -> None:
             raise VLLMValidationError(str(error), parameter=name)
 
 
-def check_early(input_processor: Any, engine_input: Any, params: Any, request_id: str | None = None) -> None:
-    """Refuse bad options, and note plan and request id, while the response can still be an error with headers."""
-    if input_processor is None or not isinstance(engine_input, Mapping):
-        return
-    resolver = star_requests(input_processor)
-    extra_args = getattr(params, "extra_args", None)
-    if resolver.config is None and not extra_args:
-        return
-    token_ids = engine_input.get("prompt_token_ids")
-    if token_ids is None:
-        return
-    planned = resolver.plan(extra_args, len(token_ids), tokens_alone(engine_input))
-    told = response_plans.get()
-    if told is not None and resolver.config is not None:
-        told[id(engine_input)] = resolver.describe(planned)
-    made = response_requests.get()
-    if made is not None and request_id is not None:
-        made.append(request_id)
-
-
 def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -> dict[str, Any]:
-    """What a client is told: the plan, or that its prompt runs dense.
+    """The plan, or that the prompt runs dense, as a response shows it to the client.
 
     Args:
-        model: the text model's configuration; where its ``prompt_keys`` counts keys in its own way, so is told.
+        model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
     """
     dense = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
-    told = dense if plan is None else {"attention": "star"} | plan.summary()
-    count = getattr(model, "prompt_keys", None)
-    return told | count(plan, num_prompt_tokens) if count else told
+    shown = dense if plan is None else {"attention": "star"} | plan.summary()
+    count_keys = getattr(model, "prompt_keys", None)
+    return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown
 
 
 def refuse_beam_search(http_request: Any) -> None:
-    """Beam search drops per-request options and plans each beam anew: refuse star options with it."""
+    """Refuse star options with beam search, which drops per-request options and makes a new prompt of each beam.
+
+    Raises:
+        VLLMValidationError: the request has star options.
+    """
     for key, value in (http_request.vllm_xargs or {}).items():
         if is_star_key(key):
             reason = "beam search restarts every beam as a new prompt, so it has no one plan"

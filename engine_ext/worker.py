@@ -7,16 +7,19 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.worker.worker_base import WorkerBase
 
 from attention_backends.star.backend import register_star_backends
 from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import StarStep, open_step
-from engine_ext import compat
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
 from engine_ext.refusals import star_refusals
-from scheduler.plan import StarPlan, plan_of
-from scheduler.share import Attend, attend_of
+from replicas.metrics import replica_metrics
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import RequestMetadata, metadata_of
+from vllm_compat.patching import extends
+from vllm_compat.worker import batch_request_ids, kv_connector, metadata_builders, without_discarded_generators
 
 logger = init_logger("vllm.starling")
 
@@ -26,40 +29,37 @@ BASES = {
 }
 
 
-class PlanBook:
-    """The plans of the star requests that the model runner holds."""
+class StarRequests:
+    """The metadata of the star requests that the model runner holds, by request id."""
 
     def __init__(self) -> None:
-        self.plans: dict[str, StarPlan] = {}
-        self.attends: dict[str, Attend] = {}
+        self.metadata: dict[str, RequestMetadata] = {}
 
     def update(self, output: Any) -> dict[str, StarPlan]:
-        """Take in a scheduler step; returns the plans of its requests that still have context to prefill, or have
-        some of it on other replicas.
+        """Take in a scheduler step.
 
         A preempted request keeps its plan: V1 resumes it as cached, V2 sends it out as new again.
+
+        Returns:
+            The plans of the step's requests that still have context to prefill, or have KV on other replicas.
         """
         for request_id in output.finished_req_ids:
-            self.plans.pop(request_id, None)
-            self.attends.pop(request_id, None)
+            self.metadata.pop(request_id, None)
         starts = []
         for new in output.scheduled_new_reqs:
-            plan = plan_of(new.sampling_params.extra_args) if new.sampling_params is not None else None
-            if plan is not None:
-                self.plans[new.req_id] = plan
-                attend = attend_of(new)
-                if attend is not None:
-                    self.attends[new.req_id] = attend
+            metadata = metadata_of(new)
+            if metadata.plan is not None:
+                self.metadata[new.req_id] = metadata
             starts.append((new.req_id, new.num_computed_tokens))
-        if not self.plans:
+        if not self.metadata:
             return {}
         cached = output.scheduled_cached_reqs
         starts.extend(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        found = ((request_id, self.plans.get(request_id), start) for request_id, start in starts)
+        found = ((request_id, self.metadata.get(request_id), start) for request_id, start in starts)
         return {
-            request_id: plan
-            for request_id, plan, start in found
-            if plan and (start < plan.context_end or request_id in self.attends)
+            request_id: metadata.plan
+            for request_id, metadata, start in found
+            if metadata and metadata.plan and (start < metadata.plan.context_end or metadata.remote)
         }
 
 
@@ -70,27 +70,29 @@ def count_rows(rows: VirtualRows) -> None:
     metrics.keys_dense.inc(rows.dense_pairs)
 
 
-def use_cpu_attention(vllm_config: Any) -> None:
-    from attention_backends.kernels import cpu_impl
+def set_cpu_attention(vllm_config: Any) -> None:
+    from attention_backends.star import cpu_impl
 
     config = parse_config(vllm_config.additional_config)
-    cpu_impl.use(config.cpu_attention if config else "vllm")
+    cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
 
 
 @functools.cache
 def make_star_worker(base: type) -> type:
     """A subclass of a platform's worker that runs star requests."""
 
+    @extends(WorkerBase)
     class StarWorker(base):
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             register_star_backends()
             if vllm_config.device_config.device_type == "cpu":
-                use_cpu_attention(vllm_config)
+                set_cpu_attention(vllm_config)
             super().__init__(vllm_config, *args, **kwargs)
-            self.plan_book = PlanBook()
+            self.star_requests = StarRequests()
             self.counts_rows = self.rank == 0
             replica = str(vllm_config.parallel_config.data_parallel_index)
             self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
+            replica_metrics()  # on /metrics also where no page is ever moved
 
         def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
             result = super().initialize_from_config(*args, **kwargs)
@@ -99,9 +101,9 @@ def make_star_worker(base: type) -> type:
             return result
 
         def _check_layers(self) -> None:
-            builders = compat.metadata_builders(self.model_runner)
+            builders = metadata_builders(self.model_runner)
             star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
-            # Nothing attends to the state of KV shifting, nor to the inputs of Attamba's open chunks.
+            # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
             total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
             if not star:
                 names = sorted({type(builder).__name__ for builder, _ in builders})
@@ -112,28 +114,30 @@ def make_star_worker(base: type) -> type:
         def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             if self.counts_rows:
                 self.computed_tokens.inc(scheduler_output.total_num_scheduled_tokens)
-            plans = self.plan_book.update(scheduler_output)
+            plans = self.star_requests.update(scheduler_output)
             if not plans:
                 return super().execute_model(scheduler_output, *args, **kwargs)
+            held = self.star_requests.metadata
+            remote = {name: shards for name in plans if (shards := held[name].remote) is not None}
             step = StarStep(
                 plans,
                 scheduler_output.num_scheduled_tokens,
-                functools.partial(compat.batch_request_ids, self.model_runner),
+                functools.partial(batch_request_ids, self.model_runner),
                 count_rows if self.counts_rows else lambda rows: None,
-                {name: attend for name, attend in self.plan_book.attends.items() if name in plans},
-                compat.kv_connector().ask_shards if self.plan_book.attends else None,
+                remote,
+                kv_connector().remote_attention if remote else None,
             )
             with open_step(step):
                 return super().execute_model(scheduler_output, *args, **kwargs)
 
-        def open_shard(self, name: str, pages: list[int]) -> dict[str, Any]:
-            return compat.kv_connector().open_shard(name, pages)
+        def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
+            return kv_connector().open_shard(name, page_ids)
 
         def close_shards(self, names: list[str]) -> None:
-            compat.kv_connector().close_shards(names)
+            kv_connector().close_shards(names)
 
         def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-            with compat.spare_discarded_generators(self.model_runner):
+            with without_discarded_generators(self.model_runner):
                 return super().sample_tokens(*args, **kwargs)
 
     StarWorker.__name__ = StarWorker.__qualname__ = f"Star{base.__name__}"

@@ -1,4 +1,4 @@
-"""Attamba (arXiv 2411.17685) in training form, plain PyTorch: whole sequences, explicit masks, no engine code.
+"""Attamba (arXiv 2411.17685) for training, in plain PyTorch: whole sequences, explicit masks, no engine code.
 
     model = load_attamba(path)        # or Attamba(AttambaConfig(token_chunk=8, leading_tokens=16))
     logits = model(tokens)            # (B, T) int64 -> (B, T, vocab_size) float, T >= 1; computes in the weights' dtype
@@ -7,30 +7,32 @@ Layer i of n replaces the K and V projections of a Llama layer by two Mamba-2 mi
 
     x = RMSNorm(h);  q = RoPE(W_q x);  K = RoPE(x + SSM_k(x));  V = x + SSM_v(x)
 
-A chunk ends at its *boundary*: a position k P - 1 - off_i (k = 1, 2, ...), with off_i = min(P - 1, i * floor(P / n)),
-or token 0, which is a chunk alone. Token t attends to the boundaries before it, to the L tokens before it, and to
-itself.
+A chunk ends at its *boundary*: a position k P - 1 - off_i (k = 1, 2, ...), with off_i = min(P - 1, i * floor(P / n)).
+Token 0 is a chunk of its own, and a boundary. Token t attends to the boundaries before it, to the L tokens before it,
+and to itself.
 
-What the paper and its code leave open, as it is resolved here:
+The paper and its code leave some points open. This implementation decides them as follows:
 - Conv and state start from zero at each chunk's first token (the released code mixes offsets of different chunks).
-- A sequence's last token is a boundary only where the closed form says so. The released code moves the last boundary to
-  the end of the training sequence, which makes a token's chunk depend on tokens after it.
-- Where off_i = P - 1 the closed form gives position 0 itself: one boundary, not two.
-- A row in the window that is a boundary too counts once. A window row is the running SSM output at that token, so
-  that a boundary has the same K and V in both roles.
-- RoPE is interleaved: the pair (2 j, 2 j + 1) turns by t * theta^(-2 j / head_dim). Scores are scaled by
+- The last token of a sequence is a boundary only if the formula above gives its position. The released code moves the
+  last boundary to the end of the training sequence, so that a token's chunk depends on later tokens.
+- With off_i = P - 1 the formula gives position 0 itself: one boundary, not two.
+- A boundary inside the window counts once. A window row is the running SSM output at that token, so a boundary has the
+  same K and V as a state and as a window row.
+- RoPE is interleaved: it rotates the pair (2 j, 2 j + 1) by t * theta^(-2 j / head_dim). Scores are scaled by
   head_dim^-0.5.
-- The mixers have one group of B and C, no bias in the conv, no bias on dt. `conv_weight[:, -1]` weighs the token
-  itself, over the order u, B, C. `u` in D u is what the conv and SiLU give. `ssm_norm` is over all of `ssm_inner`.
-  All norms share `rms_norm_eps`.
+- The mixers have one group of B and C, and no bias in the conv and on dt. The channels of the conv are u, B, C in this
+  order, and `conv_weight[:, -1]` weighs the token itself. `u` in D u is the output of conv and SiLU. `ssm_norm` is over
+  all of `ssm_inner`. All norms use `rms_norm_eps`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,11 @@ from benchmarks.random_llama import byte_tokenizer
 
 @dataclass(frozen=True)
 class AttambaConfig:
-    """The sizes in `config.json`, under its names. `num_attention_heads * head_dim` is `hidden_size`."""
+    """The sizes in `config.json`, with the same names.
+
+    Raises:
+        ValueError: sizes that do not fit one another.
+    """
 
     vocab_size: int = 257
     hidden_size: int = 128
@@ -51,13 +57,13 @@ class AttambaConfig:
     head_dim: int = 32
     intermediate_size: int = 384
     token_chunk: int = 4
-    """P, tokens to a chunk."""
+    """P, tokens of a chunk."""
     leading_tokens: int = 32
-    """L, tokens before itself that a token sees besides the boundaries."""
+    """L, the tokens before itself that a token sees besides the boundaries."""
     ssm_heads: int = 4
     ssm_state_dim: int = 32
     ssm_inner: int = 64
-    """Width of u and z: ssm_heads times the heads' size."""
+    """Width of u and z: ssm_heads times the size of a mixer's head."""
     conv_size: int = 4
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -65,38 +71,39 @@ class AttambaConfig:
 
     def __post_init__(self) -> None:
         if self.num_attention_heads * self.head_dim != self.hidden_size:
-            raise ValueError("K and V are as wide as x: num_attention_heads * head_dim must be hidden_size")
+            raise ValueError("num_attention_heads * head_dim must be hidden_size, because K and V are as wide as x")
         if self.ssm_inner % self.ssm_heads:
             raise ValueError("ssm_inner must be a multiple of ssm_heads")
         if min(self.token_chunk, self.leading_tokens) < 1:
-            raise ValueError("token_chunk and leading_tokens are at least 1")
+            raise ValueError("token_chunk and leading_tokens must be at least 1")
 
 
-def chunk_offset(layer: int, num_layers: int, chunk: int) -> int:
+def chunk_offset(layer: int, num_layers: int, chunk_size: int) -> int:
     """Tokens by which a layer's boundaries come earlier than P - 1, 2 P - 1, ...: "cyclic" in the paper's code."""
-    return min(chunk - 1, layer * (chunk // num_layers))
+    return min(chunk_size - 1, layer * (chunk_size // num_layers))
 
 
-def split_chunks(x: Tensor, chunk: int, offset: int) -> Tensor:
-    """Cut (B, T, D) into chunks, one a row: (B, N, P, D).
+def split_chunks(x: Tensor, chunk_size: int, offset: int) -> Tensor:
+    """Cut (B, T, D) into chunks, one per row: (B, N, P, D).
 
-    Row 0 is token 0 alone and row 1 starts at token 1. Both are padded with zeros in front, the last row behind.
+    Row 0 is token 0 alone, and row 1 starts at token 1. Both have zeros before their tokens, the last row after them.
     """
-    first = F.pad(x[:, :1], (0, 0, chunk - 1, 0))
-    rest = F.pad(x[:, 1:], (0, 0, 1 + offset, -(x.shape[1] + offset) % chunk))
-    return torch.cat([first, rest], dim=1).unflatten(1, (-1, chunk))
+    first = F.pad(x[:, :1], (0, 0, chunk_size - 1, 0))
+    rest = F.pad(x[:, 1:], (0, 0, 1 + offset, -(x.shape[1] + offset) % chunk_size))
+    return torch.cat([first, rest], dim=1).unflatten(1, (-1, chunk_size))
 
 
 def join_chunks(rows: Tensor, length: int, offset: int) -> Tensor:
     """Undo `split_chunks`: (B, N, P, D) to (B, T, D), T = `length`."""
-    chunk, flat = rows.shape[2], rows.flatten(1, 2)
-    return torch.cat([flat[:, chunk - 1 : chunk], flat[:, chunk + 1 + offset : chunk + offset + length]], dim=1)
+    chunk_size, flat = rows.shape[2], rows.flatten(1, 2)
+    start = chunk_size + offset
+    return torch.cat([flat[:, chunk_size - 1 : chunk_size], flat[:, start + 1 : start + length]], dim=1)
 
 
-def visible(length: int, chunk: int, window: int, offset: int) -> Tensor:
-    """Who sees whom, (T, T) bool: row t, column s."""
+def visible_mask(length: int, chunk_size: int, window: int, offset: int) -> Tensor:
+    """(T, T) bool, T = `length`: True where token t (row) sees token s (column)."""
     t, s = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    boundary = (s == 0) | ((s + 1 + offset) % chunk == 0)
+    boundary = (s == 0) | ((s + 1 + offset) % chunk_size == 0)
     return (boundary & (s < t)) | ((t - window <= s) & (s <= t))
 
 
@@ -111,11 +118,11 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """A Mamba-2 mixer over rows that know nothing of one another: (B, N, P, dim) -> (B, N, P, dim).
+    """A Mamba-2 mixer within each row: (B, N, P, dim) -> (B, N, P, dim).
 
-    The scan is written as its masked matrix (Mamba-2's SSD form), P x P a row and head: with a_t = dt_t A,
-    y_t = sum over s <= t of (C_t . B_s) exp(a_(s+1) + ... + a_t) dt_s u_s, plus D u_t. Zeros in front of a row leave
-    its outputs as they are: conv and in_proj have no bias, so u, B and the state stay zero there.
+    The scan is its masked matrix (Mamba-2's SSD form), P x P per row and head: with a_t = dt_t A,
+    y_t = sum over s <= t of (C_t . B_s) exp(a_(s+1) + ... + a_t) dt_s u_s, plus D u_t. Zeros at the start of a row do
+    not change its outputs: conv and in_proj have no bias, so u, B and the state are zero there.
     """
 
     def __init__(self, config: AttambaConfig) -> None:
@@ -133,7 +140,7 @@ class Mixer(nn.Module):
             self.A_log.uniform_(0.01, 2.0).log_()  # the released configurations' range of -A
 
     def conv(self, x: Tensor) -> Tensor:
-        """Depthwise and causal inside each row, then SiLU."""
+        """Depthwise causal convolution within each row, then SiLU; (..., P, channels) -> the same."""
         length, width = x.shape[-2], self.conv_weight.shape[1]
         terms = [
             F.pad(x, (0, 0, back, 0))[..., :length, :] * self.conv_weight[:, width - 1 - back]
@@ -142,6 +149,7 @@ class Mixer(nn.Module):
         return F.silu(sum(terms[1:], terms[0]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, P, dim) -> (B, N, P, dim)."""
         z, mixed, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
         u, b, c = self.conv(mixed).split([self.inner, self.state, self.state], dim=-1)
         u = u.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (B, N, heads, P, size)
@@ -169,7 +177,7 @@ class FeedForward(nn.Module):
 
 
 class AttentiveSSM(nn.Module):
-    """The two projections that Attamba's attention keeps."""
+    """The query and output projections of Attamba's attention."""
 
     def __init__(self, config: AttambaConfig) -> None:
         super().__init__()
@@ -177,8 +185,48 @@ class AttentiveSSM(nn.Module):
         self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
 
-class AttambaLayer(nn.Module):
-    """One layer, (B, T, hidden_size) -> the same."""
+class Layer(nn.Module):
+    """A layer with the residuals of Llama, (B, T, hidden_size) -> the same.
+
+    Subclasses make `attention_norm`, `ffn_norm` and `feed_forward`, and define `attend`.
+    """
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention on normed inputs (B, T, hidden_size)."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.attend(self.attention_norm(h))
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, layers, final norm and output head.
+
+    Args:
+        config: an `AttambaConfig` or another configuration with its common fields.
+        make_layer: makes the layer with the given index.
+    """
+
+    def __init__(self, config: Any, make_layer: Callable[[int], Layer]) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(make_layer(layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        initialise(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Next-token logits: (B, T) int64 -> (B, T, vocab_size)."""
+        h = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            h = layer(h)
+        return self.output(self.norm(h))
+
+
+class AttambaLayer(Layer):
+    """A layer of Attamba."""
 
     def __init__(self, config: AttambaConfig, layer: int) -> None:
         super().__init__()
@@ -197,38 +245,21 @@ class AttambaLayer(nn.Module):
         value = x + join_chunks(self.v_ssm(rows), length, self.offset)
         query = self.attentive_ssm.wq(x)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in (query, key, value))
-        mask = visible(length, config.token_chunk, config.leading_tokens, self.offset)
+        mask = visible_mask(length, config.token_chunk, config.leading_tokens, self.offset)
         q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.attentive_ssm.wo(out.transpose(1, 2).flatten(-2))
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.attend(self.attention_norm(h))
-        return h + self.feed_forward(self.ffn_norm(h))
 
-
-class Attamba(nn.Module):
-    """The language model; its state dict has the names and shapes of the served checkpoint."""
+class Attamba(LanguageModel):
+    """The language model. Its state dict has the names and shapes of the served checkpoint."""
 
     def __init__(self, config: AttambaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(AttambaLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        initialise(self)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits: (B, T) int64 -> (B, T, vocab_size)."""
-        h = self.tok_embeddings(tokens)
-        for layer in self.layers:
-            h = layer(h)
-        return self.output(self.norm(h))
+        super().__init__(config, lambda layer: AttambaLayer(config, layer))
 
 
 def initialise(model: nn.Module) -> None:
-    """Every matrix normal with a standard deviation of its input width^-0.5, as the released code has it."""
+    """Draw every matrix from a normal distribution with standard deviation (input width)^-0.5, as the released code."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -237,7 +268,10 @@ def initialise(model: nn.Module) -> None:
 
 
 def write_checkpoint(path: Path, config: AttambaConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """The served layout: config.json, model.safetensors (torch Linear layout, (out, in)), the byte tokenizer."""
+    """Write a checkpoint in the served layout: config.json, model.safetensors, the byte tokenizer.
+
+    Matrices have torch's Linear layout, (out, in).
+    """
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
     tensors = {name: weight.detach().to(dtype).contiguous() for name, weight in weights.items()}
@@ -255,9 +289,13 @@ def write_checkpoint(path: Path, config: AttambaConfig, weights: dict[str, Tenso
 
 
 def load_attamba(path: Path | str, dtype: torch.dtype = torch.float32) -> Attamba:
-    """A checkpoint in the served layout, whoever wrote it, as a model in `dtype`."""
+    """Load any checkpoint in the served layout as a model in `dtype`.
+
+    Raises:
+        RuntimeError: the checkpoint has missing, unknown or misshapen tensors.
+    """
     fields = json.loads((Path(path) / "config.json").read_text())
     names = {field.name for field in dataclasses.fields(AttambaConfig)}
     model = Attamba(AttambaConfig(**{name: value for name, value in fields.items() if name in names}))
-    model.load_state_dict(load_file(Path(path) / "model.safetensors"))  # strict: names and shapes are the layout's
+    model.load_state_dict(load_file(Path(path) / "model.safetensors"))
     return model.to(dtype).eval()

@@ -1,6 +1,6 @@
-"""Ask a question about a long text: dense and with Star Attention, over the OpenAI API and over gRPC.
+"""Ask a question about a long text with dense attention and with Star Attention, over the OpenAI API and over gRPC.
 
-Serves the demo model (`make demo-model`), streams the four answers, and compares what they took.
+Serves the demo model (`make demo-model`), streams the four answers, and compares their times to first token.
 
     python examples/demo.py
 """
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 LOG = ROOT / "build" / "demo-server.log"
 
-MODULES = ("colorsys", "glob", "textwrap", "heapq", "getpass", "fnmatch", "bisect")  # some 6,000 tokens
+MODULES = ("colorsys", "glob", "textwrap", "heapq", "getpass", "fnmatch", "bisect")  # about 6,000 tokens
 QUESTION = "According to its documentation, what does getpass.getuser return?"
 MAX_TOKENS = 24
 STAR_BLOCK_SIZE = 1024
@@ -38,13 +38,13 @@ console = Console(highlight=False)
 
 
 def document() -> str:
-    """Module documentation as pydoc renders it, without the paths of the files."""
+    """The documentation of MODULES as pydoc renders it, without the file paths."""
     texts = (pydoc.render_doc(importlib.import_module(name), renderer=pydoc.plaintext) for name in MODULES)
     return "\n\n".join(text.split("\nFILE\n")[0] for text in texts)
 
 
-def over_http(server: Server, messages: list[dict[str, str]], star: bool, say: Callable[[str], None]) -> Any:
-    """Stream an answer from /v1/chat/completions; returns the plan, which comes in a header."""
+def over_http(server: Server, messages: list[dict[str, str]], star: bool, on_text: Callable[[str], None]) -> Any:
+    """Stream an answer from /v1/chat/completions to ``on_text``; returns the plan from the response header."""
     client = OpenAI(base_url=f"{server.http}/v1", api_key="none")
     options = {"star": "on", "star_block_size": STAR_BLOCK_SIZE} if star else {}
     response = client.chat.completions.with_raw_response.create(
@@ -56,12 +56,12 @@ def over_http(server: Server, messages: list[dict[str, str]], star: bool, say: C
         extra_body={"vllm_xargs": options, "cache_salt": uuid.uuid4().hex},
     )
     for chunk in response.parse():
-        say(chunk.choices[0].delta.content or "")
+        on_text(chunk.choices[0].delta.content or "")
     return json.loads(response.headers["x-starling-plan"])
 
 
-def over_grpc(server: Server, messages: list[dict[str, str]], star: bool, say: Callable[[str], None]) -> Any:
-    """Stream an answer to the same tokens from GenerateStream; returns the plan of the last event."""
+def over_grpc(server: Server, messages: list[dict[str, str]], star: bool, on_text: Callable[[str], None]) -> Any:
+    """Stream an answer to the same tokens from GenerateStream to ``on_text``; returns the plan of the last event."""
     chat = {"model": MODEL.name, "messages": messages, "add_generation_prompt": True}
     tokens = httpx.post(f"{server.http}/tokenize", json=chat, timeout=60).raise_for_status().json()["tokens"]
     request = pb.GenerateStreamRequest(
@@ -73,29 +73,29 @@ def over_grpc(server: Server, messages: list[dict[str, str]], star: bool, say: C
         request.star.CopyFrom(pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=STAR_BLOCK_SIZE))
     with grpc.insecure_channel(server.grpc) as channel:
         for event in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request):
-            say(event.delta.text)
+            on_text(event.delta.text)
     plan = event.final.plan
     names = ("prompt_tokens", "star_blocks", "anchor_size", "context_end", "keys_per_context_token")
     attention = "star" if plan.attention == pb.Plan.ATTENTION_STAR else "dense"
     return {"attention": attention} | {name: getattr(plan, name) for name in names}
 
 
-def ask(name: str, over: Callable[..., Any], *arguments: Any) -> tuple[str, ...]:
-    """Stream one answer to the terminal; returns a row of the table."""
+def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> tuple[str, ...]:
+    """Stream one answer to the terminal; returns its row of the table."""
     console.print(f"\n[bold]{name}[/bold]")
-    started, first = time.perf_counter(), None
+    start, first_token = time.perf_counter(), None
     with console.status("prefilling") as status:
 
-        def say(text: str) -> None:
-            nonlocal first
-            if text and first is None:
-                first = time.perf_counter() - started
+        def print_text(text: str) -> None:
+            nonlocal first_token
+            if text and first_token is None:
+                first_token = time.perf_counter() - start
                 status.stop()
             console.print(text, end="", markup=False)
 
-        plan = over(*arguments, say)
+        plan = stream(*arguments, print_text)
     console.print()
-    seconds = f"{first:.1f} s" if first is not None else "no text"
+    seconds = f"{first_token:.1f} s" if first_token is not None else "no text"
     if plan["attention"] == "dense":
         return name, seconds, "dense", "-", "-", f"{(plan['prompt_tokens'] + 1) / 2:,.0f}"
     blocks = f"{plan['star_blocks']} x {STAR_BLOCK_SIZE:,}"
@@ -111,20 +111,21 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         with console.status("starting") as status:
             options = ("--served-model-name", MODEL.name, "--enforce-eager", "--dtype", "bfloat16")
-            start = serving(MODEL, *options, log=LOG, tell=lambda line: status.update(f"starting: {line:.80}"))
-            server = stack.enter_context(start)
+            server = stack.enter_context(
+                serving(MODEL, *options, log=LOG, on_message=lambda line: status.update(f"starting: {line:.80}"))
+            )
         over_http(server, [{"role": "user", "content": "Hello!"}], False, lambda text: None)  # warm up
         console.print(f"document: pydoc of {', '.join(MODULES)}; {len(text):,} characters")
         console.print(f"question: {QUESTION}")
         rows = [
-            ask(f"{front}, {'star' if star else 'dense'}", over, server, messages, star)
-            for front, over in (("OpenAI API", over_http), ("gRPC", over_grpc))
+            stream_answer(f"{front}, {'star' if star else 'dense'}", stream, server, messages, star)
+            for front, stream in (("OpenAI API", over_http), ("gRPC", over_grpc))
             for star in (False, True)
         ]
     table = Table("", "first token after", "star blocks", "anchor", "context end", "keys per context token")
     for row in rows:
         table.add_row(*row)
-    console.print("\nGreedy answers; each run has a cache salt of its own, so none profits from another's KV cache.")
+    console.print("\nAnswers are greedy. Each run has its own cache salt, so no run uses the KV cache of another run.")
     console.print(table)
 
 

@@ -1,11 +1,13 @@
-"""Edit one document of a long prompt, turn after turn: each turn's time to first token, and what came from the cache.
+"""Edit one document of a long prompt over several turns, and print each turn's time to first token and cached tokens.
 
 python examples/edit_document.py --turns 5
 
-Each document starts with a token that the server is told of (star_segment_token), and so at the border of a star
-block, whatever the length of those before: an edit that makes a document longer moves no other, and only its own blocks
-and the question are computed. Needs a server of `starling serve`, such as `make serve`; what was cached is told by
-servers started with --enable-prompt-tokens-details.
+Each document starts with a token that the request names as star_segment_token. The server then starts each document at
+the border of a star block, whatever the lengths of the documents before it. An edit that makes a document longer
+therefore moves no other document: the server computes only the edited document's blocks and the question.
+
+The example needs a server of `starling serve`, such as `make serve`. Only servers started with
+--enable-prompt-tokens-details report the number of cached tokens.
 """
 
 import argparse
@@ -21,6 +23,7 @@ QUESTION = "\n\nWhat are these files about?\n"
 
 
 def tokenize(url: str, text: str) -> list[int]:
+    """Token ids of a text without special tokens; raises httpx.HTTPError if the server does not answer."""
     response = httpx.post(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
     response.raise_for_status()
     return response.json()["tokens"]
@@ -28,13 +31,13 @@ def tokenize(url: str, text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
-    parser.add_argument("--mark", default="<file_sep>", help="the token that starts a document (default: %(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the server (default: %(default)s)")
+    parser.add_argument("--mark", default="<file_sep>", help="first token of each document (default: %(default)s)")
     parser.add_argument("--block", type=int, default=512, help="tokens of a star block (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=8, help="how many (default: %(default)s)")
-    parser.add_argument("--characters", type=int, default=2000, help="of a document at most (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="edits (default: %(default)s)")
-    parser.add_argument("--edit", type=int, default=4, help="which document, from 1; 1 holds the anchor (%(default)s)")
+    parser.add_argument("--documents", type=int, default=8, help="number of documents (default: %(default)s)")
+    parser.add_argument("--characters", type=int, default=2000, help="maximum per document (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="number of edits (default: %(default)s)")
+    parser.add_argument("--edit", type=int, default=4, help="document to edit; 1 has the anchor (default: %(default)s)")
     args = parser.parse_args()
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[: args.documents]
     documents = [f"{args.mark}{path.name}\n{path.read_text()[: args.characters]}" for path in files]
@@ -42,7 +45,7 @@ def main() -> None:
     try:
         mark, question = tokenize(args.url, args.mark), tokenize(args.url, QUESTION)
         if len(mark) > 1:
-            raise SystemExit(f"--mark {args.mark!r} is {len(mark)} tokens of this model, not one")
+            raise SystemExit(f"--mark {args.mark!r} must be one token of this model, but it is {len(mark)} tokens")
         star = {
             "star": "on",
             "star_block_size": args.block,
@@ -63,14 +66,15 @@ def main() -> None:
                 stream_options={"include_usage": True},
                 extra_body={"add_special_tokens": False, "vllm_xargs": star},
             )
-            first = usage = None
+            first_token = usage = None
             for chunk in stream:
-                first = first or time.perf_counter() - start
+                first_token = first_token or time.perf_counter() - start
                 usage = chunk.usage or usage
             details = usage.prompt_tokens_details
             cached = "?" if details is None else details.cached_tokens
-            what = f"document {args.edit} edited" if turn else "the first time"
-            print(f"{what}: first token after {first:.2f} s; {cached} of {usage.prompt_tokens} prompt tokens cached")
+            name = f"document {args.edit} edited" if turn else "the first time"
+            tokens = f"{cached} of {usage.prompt_tokens} prompt tokens cached"
+            print(f"{name}: first token after {first_token:.2f} s; {tokens}")
     except (OpenAIError, httpx.HTTPError) as error:
         raise SystemExit(str(error)) from None
 

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("prompt")
     parser.add_argument("--address", default="127.0.0.1:50051", help="host:port (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--star-block-size", type=int, metavar="B", help="use Star Attention, in blocks of B tokens")
+    parser.add_argument("--star-block-size", type=int, metavar="B", help="use Star Attention with blocks of B tokens")
     args = parser.parse_args()
 
     star = {"mode": "on", "block_size": args.star_block_size} if args.star_block_size is not None else None

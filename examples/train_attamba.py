@@ -1,12 +1,12 @@
-"""Train a small Attamba, or a transformer of as many parameters, on the standard library's sources; CPU, one core.
+"""Train a small Attamba, or a transformer with as many parameters, on the standard library's sources; CPU, one core.
 
     python examples/train_attamba.py --chunk 4 --window 32 --out build/attamba/p4-l32
     python examples/train_attamba.py --model transformer --out build/attamba/transformer
     python examples/train_attamba.py --model transformer --kv-cut 4 --out build/attamba/isokv4
 
-`--out` becomes a checkpoint that is served (config.json, model.safetensors, tokenizer) beside train.log, result.json
-and loss.png. A run that was stopped goes on from its last saved step when the same command is given again, and comes to
-the same weights. A transformer's feed-forward is widened until it has as many parameters as Attamba.
+`--out` gets a checkpoint that vLLM serves (config.json, model.safetensors, tokenizer), train.log, result.json and
+loss.png. The same command resumes a stopped run from its last saved step and gives the same weights as a run without a
+stop. A transformer's feed-forward is widened until the transformer has as many parameters as Attamba.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from examples.stdlib_text import Text, batch, load_text, windows
 from examples.transformer_model import Transformer, TransformerConfig, cut_heads, write_llama
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.033, 1.0  # as in the paper's configurations
-KV_BYTES = 2  # an element of a bf16 KV cache
+KV_BYTES = 2  # bytes of an element of a bf16 KV cache
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with an error message if it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("attamba", "transformer"), default="attamba")
-    parser.add_argument("--chunk", type=int, default=4, help="P, tokens to a chunk (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=4, help="P, tokens of a chunk (default: %(default)s)")
     parser.add_argument("--window", type=int, default=32, help="L, tokens seen one by one (default: %(default)s)")
-    parser.add_argument("--kv-cut", type=int, default=1, help="a transformer's KV width is 1/this (default: full)")
+    parser.add_argument("--kv-cut", type=int, default=1, help="divide a transformer's KV width by this (default: 1)")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -50,23 +51,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sizes.add_argument("--ssm-state", type=int, default=32)
     sizes.add_argument("--ssm-heads", type=int, default=4)
     training = parser.add_argument_group("training")
-    training.add_argument("--batch", type=int, default=2, help="sequences a step (default: %(default)s)")
-    training.add_argument("--length", type=int, default=512, help="tokens a sequence (default: %(default)s)")
-    training.add_argument("--lr", type=float, default=3e-3, help="after the warm-up (default: %(default)s)")
-    training.add_argument("--warmup", type=int, default=80, help="steps (default: %(default)s)")
-    training.add_argument("--report-every", type=int, default=100, help="steps from validation to validation and save")
-    training.add_argument("--windows", type=int, default=256, help="validation windows at the end, 1/8 of them before")
-    training.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is exported")
+    training.add_argument("--batch", type=int, default=2, help="sequences per step (default: %(default)s)")
+    training.add_argument("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
+    training.add_argument("--lr", type=float, default=3e-3, help="learning rate after warm-up (default: %(default)s)")
+    training.add_argument("--warmup", type=int, default=80, help="warm-up steps (default: %(default)s)")
+    training.add_argument("--report-every", type=int, default=100, help="validate and save after this many steps")
+    training.add_argument("--windows", type=int, default=256, help="windows of the last validation; 1/8 of the others'")
+    training.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the checkpoint")
     training.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
 
 
-def count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
 def make_model(args: argparse.Namespace) -> Attamba | Transformer:
-    """The model that the arguments describe, with weights drawn from the seed."""
+    """The model that the arguments describe, with weights drawn from the seed.
+
+    Raises:
+        ValueError: sizes that do not fit one another.
+    """
     config = AttambaConfig(
         hidden_size=args.dim,
         num_hidden_layers=args.layers,
@@ -91,17 +96,18 @@ def make_model(args: argparse.Namespace) -> Attamba | Transformer:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
     }
-    missing = count(attamba) - count(Transformer(TransformerConfig(**sizes, intermediate_size=args.ffn)))
-    wider = round(missing / (3 * args.dim * args.layers))
+    transformer = Transformer(TransformerConfig(**sizes, intermediate_size=args.ffn))
+    missing = count_parameters(attamba) - count_parameters(transformer)
+    added_width = round(missing / (3 * args.dim * args.layers))
     torch.manual_seed(args.seed)
-    return Transformer(TransformerConfig(**sizes, intermediate_size=args.ffn + wider))
+    return Transformer(TransformerConfig(**sizes, intermediate_size=args.ffn + added_width))
 
 
 def kv_bytes(model: Attamba | Transformer) -> tuple[float, int]:
-    """Bytes of bf16 KV cache: those that each token adds in the long run, and those that a sequence holds besides.
+    """Bytes of the bf16 KV cache: (bytes per token of a long sequence, constant bytes per sequence).
 
-    Attamba adds one K|V row a chunk. It holds besides, whatever the length, K|V rows of the last L tokens and of token
-    0, and x rows of the open chunk.
+    Attamba adds one K|V row per chunk. Its constant part, at any length, is the K|V rows of the last L tokens and of
+    token 0, and the x rows of the open chunk.
     """
     config = model.config
     if isinstance(config, TransformerConfig):
@@ -113,20 +119,20 @@ def kv_bytes(model: Attamba | Transformer) -> tuple[float, int]:
     return layers * row / config.token_chunk, layers * fixed
 
 
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean cross-entropy in nats of (B, T + 1) tokens."""
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def bits_per_byte(model: nn.Module, tokens: Tensor, size: int = 8) -> float:
-    """Validation bits a token of (N, T + 1), a file's end counted as a byte."""
-    losses = [loss_of(model, part).item() * len(part) for part in tokens.split(size)]
+    """Mean bits per token of (N, T + 1) tokens, in batches of ``size``. The end of a file counts as a byte."""
+    losses = [mean_loss(model, part).item() * len(part) for part in tokens.split(size)]
     return sum(losses) / len(tokens) / math.log(2)
 
 
 def make_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW, weight decay on matrices alone."""
+    """AdamW with weight decay on matrices only."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     others = [weight for weight in model.parameters() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -134,17 +140,17 @@ def make_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """The learning rate of a step: linear warm-up, then cosine decay to zero."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
 def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tensor, lr: float) -> float:
-    """One update; returns the loss before it, in nats."""
+    """Run one update; returns the loss before the update, in nats."""
     for group in optimiser.param_groups:
         group["lr"] = lr
-    loss = loss_of(model, tokens)
+    loss = mean_loss(model, tokens)
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -153,13 +159,17 @@ def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tenso
 
 
 def settings(args: argparse.Namespace, text: Text) -> dict[str, Any]:
-    """What a run's weights depend on; a saved step of other settings is not resumed."""
-    aside = ("out", "threads", "dtype")
-    return {name: value for name, value in vars(args).items() if name not in aside} | {"text": text.digest}
+    """The settings that a run's weights depend on. A saved step with other settings is not resumed."""
+    excluded = ("out", "threads", "dtype")
+    return {name: value for name, value in vars(args).items() if name not in excluded} | {"text": text.digest}
 
 
 class Run:
-    """A training run's state, which `save` writes to and the next Run with the same `--out` goes on from."""
+    """The state of a training run. A new Run with the same `--out` resumes from the last `save`.
+
+    Raises:
+        SystemExit: the saved state has other settings.
+    """
 
     def __init__(self, args: argparse.Namespace, text: Text) -> None:
         self.args, self.settings = args, settings(args, text)
@@ -171,35 +181,36 @@ class Run:
         args.out.mkdir(parents=True, exist_ok=True)
         if self.saved.exists():
             self.load()
-            self.tell(f"resumed at step {self.step}")
+            self.log(f"resumed at step {self.step}")
         else:
             (args.out / "train.log").unlink(missing_ok=True)
             per_token, fixed = kv_bytes(self.model)
-            self.tell(f"{args.model}: {count(self.model):,} parameters")
-            self.tell(f"KV cache: {per_token:.0f} bytes a token and {fixed:,} a sequence in bf16")
-            self.tell(
+            self.log(f"{args.model}: {count_parameters(self.model):,} parameters")
+            self.log(f"KV cache: {per_token:.0f} bytes per token and {fixed:,} per sequence in bf16")
+            self.log(
                 f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
             )
-            sizes = f"{len(text.train):,} bytes to train on, {len(text.validation):,} to validate on"
-            self.tell(f"text {text.digest}: {sizes}")
-            self.tell(json.dumps(self.settings))
+            sizes = f"{len(text.train):,} bytes for training, {len(text.validation):,} for validation"
+            self.log(f"text {text.digest}: {sizes}")
+            self.log(json.dumps(self.settings))
 
-    def tell(self, line: str) -> None:
-        """To the terminal, above the progress bar, and to train.log."""
+    def log(self, line: str) -> None:
+        """Write a line to the terminal, above the progress bar, and to train.log."""
         tqdm.write(line)
         with (self.args.out / "train.log").open("a") as file:
             file.write(line + "\n")
 
     def load(self) -> None:
+        """Load the saved state; raises SystemExit if it has other settings."""
         state = torch.load(self.saved)
         if state["settings"] != self.settings:
-            raise SystemExit(f"{self.saved} is of a run with other settings: give another --out, or remove it")
+            raise SystemExit(f"{self.saved} belongs to a run with other settings: change --out, or remove the file")
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
 
     def save(self) -> None:
-        """Written aside and moved, so that what is there is whole."""
+        """Save the state: to a temporary file that then replaces the old one, so that the saved file is complete."""
         state = {name: getattr(self, name) for name in ("settings", "step", "seconds", "history")}
         state |= {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
         unfinished = self.saved.with_suffix(".part")
@@ -207,11 +218,11 @@ class Run:
         unfinished.replace(self.saved)
 
     def finish(self, bits: float) -> None:
-        """The checkpoint that is served, the plot, and the figures."""
+        """Write the checkpoint, the plot and result.json, and remove the saved state."""
         per_token, fixed = kv_bytes(self.model)
         result = {
             "settings": self.settings,
-            "parameters": count(self.model),
+            "parameters": count_parameters(self.model),
             "tokens": self.args.steps * self.args.batch * self.args.length,
             "kv_bytes_per_token": per_token,
             "kv_bytes_per_sequence": fixed,
@@ -226,9 +237,18 @@ class Run:
 
 
 def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> nn.Module:
-    """Train, from the last saved step where there is one, to the end or, as if stopped there, to step `until`."""
+    """Train from the last saved step, or from the start, and return the model.
+
+    Args:
+        args: of `parse`.
+        text: to train and validate on.
+        until: stop at this step, as if the process had been stopped there; None for the whole run.
+
+    Raises:
+        SystemExit: the saved step has other settings.
+    """
     run = Run(args, text)
-    few = windows(text.validation, max(1, args.windows // 8), args.length)
+    interim_windows = windows(text.validation, max(1, args.windows // 8), args.length)
     losses: list[float] = []
     with tqdm(total=args.steps, initial=run.step, desc=args.out.name, unit="step", dynamic_ncols=True) as bar:
         while run.step < (args.steps if until is None else until):
@@ -239,22 +259,23 @@ def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> 
             run.step += 1
             bar.update()
             if run.step % args.report_every == 0 or run.step == args.steps:
-                row = {"train": sum(losses) / len(losses) / math.log(2), "validation": bits_per_byte(run.model, few)}
+                train_bits = sum(losses) / len(losses) / math.log(2)
                 losses.clear()
-                run.history.append({"step": run.step} | row)
-                bits = f"train {row['train']:.3f}, validation {row['validation']:.3f} bits"
-                run.tell(f"step {run.step}: {bits}; {run.seconds:.0f} s")
+                validation_bits = bits_per_byte(run.model, interim_windows)
+                run.history.append({"step": run.step, "train": train_bits, "validation": validation_bits})
+                bits = f"train {train_bits:.3f}, validation {validation_bits:.3f} bits"
+                run.log(f"step {run.step}: {bits}; {run.seconds:.0f} s")
                 run.save()
     if run.step == args.steps:
         final = bits_per_byte(run.model, windows(text.validation, args.windows, args.length))
         sizes = f"{args.windows} windows of {args.length}"
-        run.tell(f"validation {final:.4f} bits per byte, {sizes}; {run.seconds:.0f} s")
+        run.log(f"validation {final:.4f} bits per byte, {sizes}; {run.seconds:.0f} s")
         run.finish(final)
     return run.model
 
 
 def export(model: Attamba | Transformer, path: Path, dtype: torch.dtype) -> None:
-    """Write the checkpoint that is served."""
+    """Write the model as a checkpoint that vLLM serves."""
     if isinstance(model, Attamba):
         write_checkpoint(path, model.config, model.state_dict(), dtype)
     else:
@@ -282,7 +303,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     if (args.out / "result.json").exists():
-        print(f"{args.out}: trained already")
+        print(f"{args.out}: already trained")
         return
     train(args, load_text())
 

@@ -1,12 +1,13 @@
-"""Train the induction task with and without KV shifting, plot it, and export the result for serving.
+"""Train the induction task with and without KV shifting, plot the accuracy, and export the model for serving.
 
-A sequence repeats itself, after a number of tokens that differs from one to the next. A token is known once the one
-before it stood somewhere before: look that place up, and answer with the token after it. Without the shift that takes
-two layers, one of them to tell each token what came before it; with it one layer does (arXiv 2411.19574, section 3).
+A sequence repeats itself after a number of tokens, its period, which differs between sequences. A token can be
+predicted once the token before it has occurred earlier: the model finds that place and answers with the token after it.
+Without the shift this needs two layers, one of which copies the previous token to each token. With the shift one layer
+is enough (arXiv 2411.19574, section 3).
 
-    python examples/train_kv_shift.py       # minutes on one CPU core; figure, table and model to build/kv_shift
+    python examples/train_kv_shift.py       # minutes on one CPU core; writes figure, table and model to build/kv_shift
 
-How to serve the model: docs/kv-shifting.md.
+docs/kv-shifting.md describes how to serve the model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -28,16 +28,17 @@ from matplotlib import pyplot as plt
 
 VOCABULARY, WIDTH, TOKENS, BATCH = 48, 64, 64, 64
 PERIODS = (8, 33)
-"""Tokens until a sequence repeats itself, from the first number to below the second."""
+"""Range of the periods in tokens: at least the first number, below the second number."""
 THETA = 10_000.0
 SERIES = {"1 layer, shifted": (1, True), "1 layer": (1, False), "2 layers": (2, False)}
 
 
 class Attention(nn.Module):
-    """Causal attention with RoPE; shifted: K and V of a token mixed with the one before, by two scalars each.
+    """Causal attention with RoPE, (batch, tokens, width) -> the same.
 
-    ``conv_k`` and ``conv_v`` are (1, 1, heads, 1, 2), in columns [previous, current]; current ~ U(0, 1) at the
-    start and previous = 1 - current, both free afterwards.
+    With ``shifted``, K and V of a token are mixed with those of the previous token, by two scalars per head each.
+    ``conv_k`` and ``conv_v`` are (1, 1, heads, 1, 2), columns [previous, current]. Initially current ~ U(0, 1) and
+    previous = 1 - current; training is free to change both.
     """
 
     def __init__(self, width: int, heads: int, shifted: bool):
@@ -50,10 +51,8 @@ class Attention(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.cat((1 - current, current), -1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        def heads_of(linear: nn.Linear) -> torch.Tensor:
-            return linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        query, key, value = heads_of(self.q_proj), heads_of(self.k_proj), heads_of(self.v_proj)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in projections)
         if self.shifted:  # before RoPE
             key, value = shift(key, self.conv_k), shift(value, self.conv_v)
         out = F.scaled_dot_product_attention(rotate(query), rotate(key), value, is_causal=True)
@@ -61,7 +60,7 @@ class Attention(nn.Module):
 
 
 def shift(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, tokens, size): previous * x_{i-1} + current * x_i, and nothing before the first token."""
+    """``previous * x_{i-1} + current * x_i`` with x_{-1} = 0, for x (batch, heads, tokens, size)."""
     previous, current = weights[:, 0].unbind(-1)
     return previous[..., None] * F.pad(x, (0, 0, 1, 0))[:, :, :-1] + current[..., None] * x
 
@@ -75,6 +74,8 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 class Layer(nn.Module):
+    """A Llama layer, (batch, tokens, WIDTH) -> the same."""
+
     def __init__(self, shifted: bool):
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(WIDTH, eps=1e-6) for _ in range(2))
@@ -89,7 +90,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A Llama of WIDTH; its parameters have the checkpoint's names once ``model.`` stands before them."""
+    """A Llama of WIDTH. Its parameters have the names of the checkpoint without the prefix ``model.``."""
 
     def __init__(self, layers: int, shifted: bool):
         super().__init__()
@@ -99,6 +100,7 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) token ids -> (batch, tokens, VOCABULARY) logits."""
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x)
@@ -106,28 +108,28 @@ class Model(nn.Module):
 
 
 def sequences(batch: int, period: int) -> torch.Tensor:
-    """(batch, TOKENS) token ids: ``period`` distinct random ones, again and again."""
+    """(batch, TOKENS) token ids: ``period`` distinct random ids, repeated."""
     segment = torch.rand(batch, VOCABULARY).argsort(-1)[:, :period]
     return segment.repeat(1, -(-TOKENS // period))[:, :TOKENS]
 
 
 def predict(model: Model, ids: torch.Tensor, period: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (rows, VOCABULARY) and targets of all tokens that can be known: those after the first repeated one."""
+    """Logits (rows, VOCABULARY) and targets (rows,) of the predictable tokens: those after the first repeated token."""
     return model(ids)[:, period:-1].flatten(0, 1), ids[:, period + 1 :].flatten()
 
 
 @torch.no_grad()
 def accuracy(model: Model) -> float:
-    """Of the most probable token, over periods."""
-    found = []
+    """Accuracy of the most probable token, over sequences of every fourth period."""
+    hits = []
     for period in range(*PERIODS, 4):
         logits, targets = predict(model, sequences(100, period), period)
-        found.append((logits.argmax(-1) == targets).float())
-    return torch.cat(found).mean().item()
+        hits.append((logits.argmax(-1) == targets).float())
+    return torch.cat(hits).mean().item()
 
 
 def train(name: str, steps: int, every: int, seed: int) -> tuple[Model, dict[int, float]]:
-    """The trained model, and its accuracy by step."""
+    """The trained model, and its accuracy by step, measured every ``every`` steps."""
     torch.manual_seed(seed)
     layers, shifted = SERIES[name]
     model = Model(layers, shifted)
@@ -147,16 +149,14 @@ def train(name: str, steps: int, every: int, seed: int) -> tuple[Model, dict[int
 
 
 def export(model: Model, path: Path) -> None:
-    """Write the model as vLLM serves it (KVShiftLlamaForCausalLM)."""
-    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()}
-    write_checkpoint(path, {names[name]: tensor for name, tensor in model.state_dict().items()}, {})
-
-
-def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Tensors by their served names; ``config`` in place of what a one-layer Model has."""
+    """Write a one-layer model as a checkpoint that vLLM serves (KVShiftLlamaForCausalLM)."""
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
-    fields = {
+    tensors = {
+        name if name.startswith("lm_head") else f"model.{name}": tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(tensors, path / "model.safetensors")
+    config = {
         "architectures": ["KVShiftLlamaForCausalLM"],
         "model_type": "kv_shift_llama",
         "dtype": "float32",
@@ -173,7 +173,7 @@ def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], config: dict[
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    (path / "config.json").write_text(json.dumps(fields | config, indent=1))
+    (path / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/kv_shift"))
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--every", type=int, default=25, help="steps between two measurements")
+    parser.add_argument("--every", type=int, default=25, help="steps between measurements")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""The transformer that Attamba is held against: a Llama in training form, exported as one that vLLM serves.
+"""The transformer that Attamba is compared with: a Llama for training, exported as a Llama that vLLM serves.
 
-Same norms, rotary embedding, feed-forward and depth as `attamba_model`. Its KV cache can be cut to 1 / cut of the full
-width ("isoKV"): one KV head serves several query heads and, where that is still too wide, the heads are narrower. The
-queries stay as wide as the model (the paper's isoKV models narrow them too).
+Norms, rotary embedding, feed-forward and depth are those of `attamba_model`. The KV cache can be cut to 1 / cut of the
+full width ("isoKV"): several query heads use one KV head and, if that is not enough, heads are narrower. The queries
+stay as wide as the model (the paper's isoKV models have narrower queries too).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.random_llama import byte_tokenizer
-from examples.attamba_model import FeedForward, initialise, rotate
+from examples.attamba_model import FeedForward, LanguageModel, Layer, rotate
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes, under the names of Llama's `config.json`. `num_attention_heads * head_dim` is `hidden_size`."""
+    """The sizes, with the names of Llama's `config.json`. `num_attention_heads * head_dim` is `hidden_size`."""
 
     vocab_size: int = 257
     hidden_size: int = 128
@@ -35,17 +35,21 @@ class TransformerConfig:
 
 
 def cut_heads(heads: int, head_dim: int, cut: int) -> tuple[int, int, int]:
-    """(query heads, KV heads, head size) for a K and V of 1 / cut of the width, queries unchanged."""
+    """(query heads, KV heads, head size) for K and V of 1 / cut of the width; the width of the queries is unchanged.
+
+    Raises:
+        ValueError: the heads can't be cut that way.
+    """
     if heads % cut == 0:
         return heads, heads // cut, head_dim
     narrower = cut // heads
     if cut % heads or head_dim % (2 * narrower):
-        raise ValueError(f"{heads} heads of {head_dim} cannot be cut to 1/{cut}: use a power of two")
+        raise ValueError(f"{heads} heads of {head_dim} can't be cut to 1/{cut}: use a power of two")
     return heads * narrower, 1, head_dim // narrower
 
 
-class TransformerLayer(nn.Module):
-    """One layer, (B, T, hidden_size) -> the same."""
+class TransformerLayer(Layer):
+    """A layer of the transformer."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -67,29 +71,12 @@ class TransformerLayer(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
         return self.wo(out.transpose(1, 2).flatten(-2))
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.attend(self.attention_norm(h))
-        return h + self.feed_forward(self.ffn_norm(h))
 
-
-class Transformer(nn.Module):
+class Transformer(LanguageModel):
     """The language model."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        initialise(self)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits: (B, T) int64 -> (B, T, vocab_size)."""
-        h = self.tok_embeddings(tokens)
-        for layer in self.layers:
-            h = layer(h)
-        return self.output(self.norm(h))
+        super().__init__(config, lambda layer: TransformerLayer(config))
 
 
 LLAMA_NAMES = {
@@ -106,10 +93,10 @@ LLAMA_NAMES = {
 
 
 def llama_weights(model: Transformer) -> dict[str, Tensor]:
-    """Its weights under Llama's names, and in Llama's order.
+    """The model's weights under Llama's names and in Llama's row order.
 
-    Llama rotates the two halves of a head, this model neighbouring pairs: rows of a head that are `[size / 2, 2]`
-    here are `[2, size / 2]` there.
+    Llama rotates the two halves of a head, this model rotates neighbouring pairs: the rows of a Q or K head have the
+    order `[size / 2, 2]` in this model and `[2, size / 2]` in Llama.
     """
     size = model.config.head_dim
     weights = {
@@ -118,36 +105,22 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
         "lm_head.weight": model.output.weight,
     }
     for index, layer in enumerate(model.layers):
-        for ours, theirs in LLAMA_NAMES.items():
-            weight = layer.get_submodule(ours).weight
-            if ours in ("wq", "wk"):
+        for name, llama_name in LLAMA_NAMES.items():
+            weight = layer.get_submodule(name).weight
+            if name in ("wq", "wk"):
                 weight = weight.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
-            weights[f"model.layers.{index}.{theirs}.weight"] = weight
+            weights[f"model.layers.{index}.{llama_name}.weight"] = weight
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 def write_llama(path: Path, model: Transformer, dtype: torch.dtype) -> None:
-    """A checkpoint of the architecture LlamaForCausalLM, with the byte tokenizer."""
+    """Write a checkpoint of the architecture LlamaForCausalLM, with the byte tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config, tokenizer = model.config, byte_tokenizer()
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    llama.load_state_dict(llama_weights(model))  # strict: a missing, extra or misshapen tensor is an error
+    fields, tokenizer = asdict(model.config), byte_tokenizer()
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    fields |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    llama = LlamaForCausalLM(LlamaConfig(**fields))
+    llama.load_state_dict(llama_weights(model))  # raises RuntimeError for missing, unknown or misshapen tensors
     llama.to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -1,8 +1,8 @@
 """Two hosts on one machine, and one server over both: `sudo make demo-hosts`.
 
-Each host is a network namespace of its own, a veth pair the wire between them. One `starling serve` spans them by
-vLLM's multi-node data parallelism: replica 0 and the HTTP server here, replica 1 there (`--headless`). A long prompt is
-then prefilled on both, and its KV pages cross the wire. Needs root, and `ip` of iproute2.
+Each host is a network namespace. A veth pair links the two. One server spans both hosts by vLLM's multi-node data
+parallelism: replica 0 and the HTTP server run on the first host, replica 1 on the second (`--headless`). A long prompt
+is then prefilled on both hosts, and its KV pages are sent over the link. Needs root, and `ip` of iproute2.
 """
 
 import contextlib
@@ -28,23 +28,29 @@ RPC_PORT = "29650"
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace with one end of the wire."""
+    """A network namespace with one end of the link.
+
+    Attributes:
+        core: the core that the host's replica runs on.
+    """
 
     name: str
     address: str
-    core: int  # its replica computes on
+    core: int
 
     @property
-    def wire(self) -> str:
+    def device(self) -> str:
+        """Name of the network device at this end of the link."""
         return f"{self.name}-0"
 
     def popen(self, command: list[str | Path], log: Path) -> subprocess.Popen:
         """Start a process on this host."""
         settings = {
             "VLLM_HOST_IP": self.address,
-            "GLOO_SOCKET_IFNAME": self.wire,
+            "GLOO_SOCKET_IFNAME": self.device,
             "VLLM_CPU_OMP_THREADS_BIND": str(self.core),
-            # Between real hosts UCX has no other way; on one machine it would take shared memory, wire or not.
+            # Real hosts without RDMA have no other transport.
+            # On one machine UCX would use shared memory instead of the link.
             "UCX_TLS": "tcp",
         }
         with log.open("wb") as output:
@@ -57,27 +63,36 @@ class Host:
             )
 
     def cut(self) -> None:
-        """Take this end of the wire down."""
-        ip("-n", self.name, "link", "set", self.wire, "down")
+        """Take this end of the link down."""
+        ip("-n", self.name, "link", "set", self.device, "down")
 
     def mend(self) -> None:
         """Undo `cut`."""
-        ip("-n", self.name, "link", "set", self.wire, "up")
+        ip("-n", self.name, "link", "set", self.device, "up")
 
     def throttle(self, rate: str | None) -> None:
-        """Let no more than ``rate`` out, in the notation of `tc`: ``3mbit``; None lifts the limit."""
+        """Limit the rate at which this host sends.
+
+        Args:
+            rate: in the notation of `tc`, such as ``3mbit``; None removes the limit.
+        """
         shape = "del dev {} root" if rate is None else f"replace dev {{}} root tbf rate {rate} burst 32kb latency 400ms"
-        command = ["tc", "-n", self.name, "qdisc", *shape.format(self.wire).split()]
+        command = ["tc", "-n", self.name, "qdisc", *shape.format(self.device).split()]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     def received(self) -> int:
-        """Bytes that have come over the wire so far."""
-        (device,) = json.loads(ip("-n", self.name, "-s", "-j", "link", "show", "dev", self.wire))
-        count: int = device["stats64"]["rx"]["bytes"]
+        """Bytes received over the link so far."""
+        (status,) = json.loads(ip("-n", self.name, "-s", "-j", "link", "show", "dev", self.device))
+        count: int = status["stats64"]["rx"]["bytes"]
         return count
 
 
 def ip(*arguments: str) -> str:
+    """Run `ip` and return its output.
+
+    Raises:
+        subprocess.CalledProcessError: the command failed.
+    """
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
@@ -94,7 +109,7 @@ def available() -> bool:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two namespaces that reach one another and nobody else."""
+    """Two hosts that reach one another and no other network."""
     cores = sorted(os.sched_getaffinity(0))
     hosts = (
         Host(f"st{os.getpid()}a", "10.77.0.1", cores[0]),
@@ -107,20 +122,20 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         ip(
             "link",
             "add",
-            here.wire,
+            here.device,
             "netns",
             here.name,
             "type",
             "veth",
             "peer",
             "name",
-            there.wire,
+            there.device,
             "netns",
             there.name,
         )
         for host in hosts:
-            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.wire)
-            for device in ("lo", host.wire):
+            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.device)
+            for device in ("lo", host.device):
                 ip("-n", host.name, "link", "set", device, "up")
         yield hosts
     finally:
@@ -132,13 +147,22 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 def serving_on_both(
     hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 300
 ) -> Iterator[httpx.Client]:
-    """One server over both hosts; yields a client of it, which need not be in a namespace. Logs go to ``folder``."""
+    """Serve a model over both hosts; yields an HTTP client, which need not run in a namespace.
+
+    Args:
+        folder: gets the servers' logs.
+        seconds: how long the start may take.
+
+    Raises:
+        RuntimeError: a server ended while it started, or did not respond in time.
+    """
     here, there = hosts
     starling = Path(sys.executable).with_name("starling")
     both = ["--data-parallel-size", "2", "--data-parallel-size-local", "1"]
     both += ["--data-parallel-address", here.address, "--data-parallel-rpc-port", RPC_PORT, *options]
     with tempfile.TemporaryDirectory(prefix="starling-") as place:
-        socket = Path(place) / "http.sock"  # a file of the file system that both share; a path of ours may be too long
+        # Both hosts have the same file system. A socket below ``folder`` could have too long a path.
+        socket = Path(place) / "http.sock"
         front = [starling, "serve", model, "--uds", str(socket), *both]
         headless = [starling, "serve", model, "--headless", "--data-parallel-start-rank", "1", *both]
         processes = [here.popen(front, folder / "here.log"), there.popen(headless, folder / "there.log")]
@@ -159,6 +183,11 @@ def serving_on_both(
 
 
 def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: float, folder: Path) -> None:
+    """Wait until the server is healthy.
+
+    Raises:
+        RuntimeError: a process ended, or the deadline passed.
+    """
     while time.monotonic() < deadline:
         if any(process.poll() is not None for process in processes):
             raise RuntimeError(f"a host's server ended while it started; see its log in {folder}")
@@ -166,11 +195,11 @@ def wait_for(client: httpx.Client, processes: list[subprocess.Popen], deadline: 
             if client.get("/health").status_code == 200:
                 return
         time.sleep(0.5)
-    raise RuntimeError(f"the server did not answer in time; see the logs in {folder}")
+    raise RuntimeError(f"the server did not respond in time; see the logs in {folder}")
 
 
 def counts(client: httpx.Client) -> dict[str, float]:
-    """What the front tells of prompts that were spread, by metric and labels."""
+    """Starling's series on the server's /metrics, by name and labels."""
     lines = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line.startswith("starling:")]
     return {name: float(value) for name, value in lines}
 
@@ -183,10 +212,10 @@ def main() -> int:
     folder = ROOT / "benchmarks" / "out" / "hosts"
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--enforce-eager", "--max-num-batched-tokens", "1024"]
-    print(f"Starting one server over two hosts, which takes a minute or so; logs in {folder}", flush=True)
+    print(f"Starting one server over two hosts, which takes about a minute; logs in {folder}", flush=True)
     began = time.monotonic()
     with two_hosts() as hosts, serving_on_both(hosts, MODEL, *options, folder=folder) as client:
-        print(f"Both hosts are there after {time.monotonic() - began:.0f} s", flush=True)
+        print(f"Both hosts are ready after {time.monotonic() - began:.0f} s", flush=True)
         for replicas in (1, 2):
             prompt = (
                 f"Report {replicas}. "
@@ -202,10 +231,10 @@ def main() -> int:
             seconds = time.monotonic() - started
             over = "1 host" if plan["replicas"] == 1 else f"{plan['replicas']} hosts"
             print(f"{plan['prompt_tokens']:,} tokens over {over}: {seconds:.1f} s, answer {text!r}", flush=True)
-        told = counts(client)
-        moved = told["starling:bytes_moved_total"] / 1e6
-        blocks = [int(told[f'starling:spread_blocks_total{{replica="{rank}"}}']) for rank in (0, 1)]
-        print(f"Blocks on each host: {blocks[0]} and {blocks[1]}; {moved:.0f} MB of KV pages came over the wire")
+        metrics = counts(client)
+        moved = metrics["starling:bytes_moved_total"] / 1e6
+        blocks = [int(metrics[f'starling:spread_blocks_total{{replica="{rank}"}}']) for rank in (0, 1)]
+        print(f"Star blocks on each host: {blocks[0]} and {blocks[1]}; {moved:.0f} MB of KV pages sent over the link")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Star options, the star plan made from them, prefix-cache keys and the scheduler that uses both."""
+"""vLLM's scheduler with Star Attention: page keys, reuse of star blocks, and steps that long prompts share fairly."""

@@ -1,29 +1,33 @@
-"""What a KV page depends on under star, said in its prefix-cache key.
+"""What a KV page depends on under star, as part of its prefix-cache key.
 
 vLLM chains page hashes over tokens and "extra keys" (LoRA, salt, images). Star adds one more:
 
-- a page of block 0 has the KV of dense attention: no key, so star and dense share it;
+- a page of block 0 has the KV of dense attention: no key, so star and dense requests share it;
 - a page of a later block, inside the context, also depends on A, B and O;
-- the page that holds ``context_end`` and all after it attend globally over star-built KV: also on
+- the page that holds ``context_end`` and all pages after it attend globally over star-built KV: they also depend on
   ``context_end``.
 
 A chat's next turn has a later ``context_end`` and the same blocks, so it hits all complete context pages.
 
 Where blocks are independent of one another (no overlap), the chain also starts anew at each block, from the anchor
-and the block's place: a block between two edited ones keeps its keys. The first page behind the blocks then goes on
-from the last pages of all of them, so that it still stands for everything before it.
+and the block's position: a block between two edited blocks keeps its keys. The chain of the first query page continues
+from the last pages of all blocks, so that its key stands for everything before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from vllm.v1.core import kv_cache_utils
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import metadata_of
+from vllm_compat.prefix_cache import Hasher, HashFunction, extra_page_keys, hash_page, plain_request_hasher
 
-from scheduler.plan import StarPlan, request_plan
 
-Hasher = Callable[[Any], list[Any]]
+def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
+    """The extra key of a request's page over positions ``[start, end)``; None: none."""
+    plan = metadata_of(request).plan
+    return None if plan is None else star_page_key(plan, start, end)
 
 
 def star_page_key(plan: StarPlan, start: int, end: int) -> tuple[str, str] | None:
@@ -34,56 +38,70 @@ def star_page_key(plan: StarPlan, start: int, end: int) -> tuple[str, str] | Non
     return ("star", key if end <= plan.context_end else f"{key}:{plan.context_end}")
 
 
-def restarts(plan: StarPlan, page: int) -> Iterator[int]:
-    """Page numbers where a key does not go on from the page before: each later block's first page, the query's."""
-    first_query_page = plan.context_end // page
-    yield from range(plan.block_size // page, first_query_page, plan.block_size // page)
+def chain_restarts(plan: StarPlan, page_size: int) -> Iterator[int]:
+    """The pages whose key does not continue that of the page before: the first of each later block, and the query's."""
+    first_query_page = plan.context_end // page_size
+    yield from range(plan.block_size // page_size, first_query_page, plan.block_size // page_size)
     yield first_query_page
 
 
-def parent_pages(plan: StarPlan, page: int, number: int) -> tuple[int, ...] | None:
-    """The pages whose keys the key of page ``number`` goes on from, where it restarts; None: the page before."""
-    per_block, first_query_page = plan.block_size // page, plan.context_end // page
-    if number == first_query_page:
-        ends = {*range(per_block - 1, number, per_block), number - 1}
+def parent_pages(plan: StarPlan, page_size: int, page: int) -> tuple[int, ...] | None:
+    """The pages whose keys the key of a page continues, where the chain restarts; None: the page before.
+
+    Pages are counted from the start of the prompt.
+    """
+    per_block, first_query_page = plan.block_size // page_size, plan.context_end // page_size
+    if page == first_query_page:
+        ends = {*range(per_block - 1, page, per_block), page - 1}
         return tuple(sorted(ends))
-    if number < per_block or number % per_block or number > first_query_page:
+    if page < per_block or page % per_block or page > first_query_page:
         return None
-    return (plan.anchor_size // page - 1,) if plan.anchor_size else ()
+    return (plan.anchor_size // page_size - 1,) if plan.anchor_size else ()
 
 
 def independent_plan(request: Any) -> StarPlan | None:
-    """The plan of a request whose blocks do not depend on one another; None: it has none, or they do.
+    """The plan of a request whose star blocks do not depend on one another; None: it has no plan, or they do.
 
-    An image's rotary positions (M-RoPE) depend on the images before it, so prompts with any are left out.
+    The rotary positions of an image (M-RoPE) depend on the images before it, so prompts with images are left out.
     """
-    plan = request_plan(request)
+    plan = metadata_of(request).plan
     return None if plan is None or plan.overlap_size or request.mm_features else plan
 
 
-def independent_block_hasher(page: int, hash_function: Callable[[Any], bytes]) -> Hasher:
-    """vLLM's request hasher, but with keys that restart at star blocks for requests that have independent ones.
+def independent_block_hasher(page_size: int, hash_function: HashFunction) -> Hasher:
+    """vLLM's request hasher, but with keys whose chain restarts at star blocks that are independent.
 
-    Keys must be of whole pages: ``page`` is that of the only KV cache group.
+    Args:
+        page_size: of the only KV cache group; keys are those of whole pages.
+
+    Returns:
+        A function from a request to the keys of the pages completed since its last call. It does no work where no page
+        was completed, so that a generated token costs nothing.
     """
-    plain = kv_cache_utils.get_request_block_hasher(page, hash_function)
+    plain = plain_request_hasher(page_size, hash_function)
 
     def hasher(request: Any) -> list[Any]:
+        known = request.block_hashes
+        first, stop = len(known), request.num_tokens // page_size
+        if stop <= first:
+            return []
         plan = independent_plan(request)
         if plan is None:
             return plain(request)
-        keys = list(request.block_hashes)
-        known = len(keys)
-        for number in range(known, request.num_tokens // page):
-            start, end = number * page, (number + 1) * page
-            parents = parent_pages(plan, page, number)
+        keys: list[Any] = []
+
+        def key_of(page: int) -> Any:
+            return known[page] if page < first else keys[page - first]
+
+        for page in range(first, stop):
+            start, end = page * page_size, (page + 1) * page_size
+            parents = parent_pages(plan, page_size, page)
             if parents is None:
-                parent = keys[-1] if keys else None
-            else:  # vLLM has the salt in the first page alone, which a block without an anchor does not go on from
-                parent = hash_function(("star", start, request.cache_salt, tuple(keys[index] for index in parents)))
-            extra_keys, _ = kv_cache_utils.generate_block_hash_extra_keys(request, start, end, 0)
+                parent = key_of(page - 1) if page else None
+            else:  # vLLM has the salt in the first page alone, which the chain of a block without an anchor leaves out
+                parent = hash_function(("star", start, request.cache_salt, tuple(map(key_of, parents))))
             tokens = request.all_token_ids[start:end]
-            keys.append(kv_cache_utils.hash_block_tokens(hash_function, parent, tokens, extra_keys))
-        return keys[known:]
+            keys.append(hash_page(hash_function, parent, tokens, extra_page_keys(request, start, end)))
+        return keys
 
     return hasher

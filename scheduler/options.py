@@ -1,186 +1,67 @@
-"""What a user can say about Star Attention, as server defaults and per request.
-
-One pydantic model serves every entrance. The fields carry a prefix where names are flat: ``mode`` is
-``star`` and ``block_size`` is ``star_block_size`` as a CLI flag or in HTTP's ``vllm_xargs``; in
-``--additional-config '{"starling": {"star": {...}}}'`` and in gRPC's message the bare names are used.
-"""
+"""What a server's operator can set about scheduling: the `scheduler` section of the `starling` entry."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-Mode = Literal["off", "on", "auto"]
-Tokens = Annotated[int, Field(ge=0)]
-Replicas = Literal["auto"] | Annotated[int, Field(ge=1)]
-Switch = Literal["off", "on"]
+from scheduler.star.parsing import Switch, parse_fields
 
-PREFIX = "star"
+Count = Annotated[int, Field(ge=1)]
 
-
-class OptionError(ValueError):
-    """A star option that can't be used: says its name, the value, the reason and what is allowed."""
-
-    def __init__(self, name: str, value: object, reason: str, allowed: str) -> None:
-        self.name = name
-        self.value = value
-        self.reason = reason
-        self.allowed = allowed
-        super().__init__(f"{name}={value!r} is refused: {reason}. Allowed: {allowed}.")
+SECTION = "scheduler"
+MIN_CHUNK = 2
+"""Tokens: a star chunk of one token can't always run (StarMixin.refuse_chunk)."""
 
 
-class StarOptions(BaseModel):
-    """Star Attention as asked for; sizes and counts are in tokens unless they say otherwise.
+class SchedulingOptions(BaseModel):
+    """How prompts share the engine's steps, and which star blocks they take from the prefix cache.
 
-    The defaults suit prompts of 32k to 1M tokens. A fixed block of 8,192 tokens keeps the cost linear in
-    the prompt (a share of the prompt, like B = n/4, stays quadratic) and keeps block borders where they
-    are when a chat grows, so that its next turn finds every complete block in the prefix cache. At 32k
-    tokens it is the B = n/4 that the paper found most accurate; below 32k dense prefill is as fast.
+    A step is max_num_batched_tokens. A request that is alone on the engine is never held back.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    mode: Mode = Field("off", description="off, on, or auto: on for prompts of at least min_tokens")
-    min_tokens: Tokens = Field(32768, description="with auto, shorter prompts stay dense")
-    block_size: Tokens = Field(8192, description="star block B, a multiple of the KV page; 0: use num_blocks")
-    num_blocks: Tokens = Field(0, description="with block_size 0: cut the prompt into so many equal blocks")
-    anchor_size: Tokens | None = Field(None, description="anchor A, a multiple of the page, A <= B; default B")
-    overlap_size: Tokens = Field(
-        0, description="tokens of the previous block that a block also sees, a multiple of the page, <= B"
+    fairness: Switch = Field(default="on", description="on: long prompts leave tokens of a step to all other requests")
+    long_prompt_tokens: Count | None = Field(
+        default=None,
+        description="a prompt with more tokens than this to prefill as it arrives is long; default one whole step",
     )
-    query_tokens: Tokens | None = Field(
-        None,
-        description="trailing prompt tokens that attend globally; default the lesser of 512 and half the prompt",
+    shared_step_tokens: Annotated[int, Field(ge=MIN_CHUNK)] | None = Field(
+        default=None,
+        description="long prompts' tokens in a step that they share with others; default a quarter of the step",
     )
-    context_tokens: Tokens | None = Field(
-        None,
-        description="the same said from the front: leading prompt tokens in blocks; not with query_tokens",
+    shared_step_keys: Count | None = Field(
+        default=None,
+        description="query-key pairs of those tokens, per head and layer; default 49,152 for each shared_step_tokens",
     )
-    replicas: Replicas = Field(
-        "auto",
-        description="data-parallel replicas that one prompt's blocks may be spread over, or auto: as many as make it "
-        "faster, one where blocks depend on one another",
-    )
-    segment_token: Tokens | None = Field(
-        None,
-        description="id of the token that starts a segment (a document, a message): it is moved to the next star "
-        "block's border, so that an edit which changes a segment's length moves no other",
-    )
-    padding_token: Tokens | None = Field(
-        None, description="id of the token that is put before it to that end; default a space"
-    )
-    shards: Switch = Field(
-        "off",
-        description="on: a prompt that goes over several replicas leaves its KV where it was made, and its query and "
-        "output attend on every one of them; off: one replica fetches it all",
+    star_block_reuse: Switch = Field(
+        default="on",
+        description="on: a star block that is cached is reused also where a block before it is not cached",
     )
 
 
-FIELDS = StarOptions.model_fields
-TOKEN = "the id of a token, 0 or more"
-ALLOWED = {
-    "mode": "off, on, auto",
-    "block_size": "a multiple of the KV page, or 0 with num_blocks above 0",
-    "anchor_size": "a multiple of the KV page from 0 to the block size",
-    "overlap_size": "a multiple of the KV page from 0 to the block size",
-    "replicas": "auto, or a whole number of replicas, 1 or more",
-    "shards": "off, on",
-}
-EXPECTED = {
-    "mode": "one of off, on, auto",
-    "replicas": ALLOWED["replicas"],
-    "segment_token": TOKEN,
-    "padding_token": TOKEN,
-    "shards": "off or on",
-}
-CHOICES = {"mode": get_args(Mode), "shards": get_args(Switch)}
+FIELDS = SchedulingOptions.model_fields
+SWITCHES = ("fairness", "star_block_reuse")
 
 
 def flat_name(field: str) -> str:
-    """The flat name of an option: ``mode`` -> ``star``, ``block_size`` -> ``star_block_size``."""
-    return PREFIX if field == "mode" else f"{PREFIX}_{field}"
+    """``fairness`` -> ``scheduler_fairness``."""
+    return f"{SECTION}_{field}"
 
 
-FIELD_OF = {flat_name(field): field for field in FIELDS}
-
-
-def is_star_key(key: str) -> bool:
-    """Whether a per-request key is ours to accept or refuse."""
-    return key == PREFIX or key.startswith(f"{PREFIX}_")
-
-
-def parse_options(values: Mapping[str, Any], *, flat: bool) -> StarOptions:
-    """Parse options under their bare names, or (``flat``) under their flat ones.
-
-    ``num_blocks`` alone means ``block_size`` 0: it sets the default block size aside.
+def parse_scheduling(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> SchedulingOptions:
+    """Parse options under their bare names; ``prefix`` stands before a name in messages.
 
     Raises:
-        OptionError: an unknown name, a wrong type, a negative number, or two options that exclude
-            one another.
+        OptionError: an unknown name, a wrong type or too small a number.
     """
-    show = flat_name if flat else str
-    names = {show(field): field for field in FIELDS}
-    for key, value in values.items():
-        if key not in names:
-            raise OptionError(key, value, "there is no such star option", ", ".join(names))
-    fields = {names[key]: value for key, value in values.items()}
-    if fields.get("num_blocks"):
-        fields.setdefault("block_size", 0)
-    try:
-        options = StarOptions(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0])
-        value = values[show(field)]
-        reason = "it must be " + _expected(field) + f", not {value!r} ({type(value).__name__})"
-        raise OptionError(show(field), value, reason, ALLOWED.get(field, _expected(field))) from None
-    _refuse_contradictions(options, show)
-    return options
+    return parse_fields(SchedulingOptions, values, SECTION, expected=_expected, prefix=prefix)
 
 
 def _expected(field: str) -> str:
-    return EXPECTED.get(field, "a whole number of tokens, 0 or more")
-
-
-def _refuse_contradictions(options: StarOptions, show: Any) -> None:
-    given = options.model_fields_set
-    if {"query_tokens", "context_tokens"} <= given and None not in (
-        options.query_tokens,
-        options.context_tokens,
-    ):
-        raise OptionError(
-            show("context_tokens"),
-            options.context_tokens,
-            f"{show('query_tokens')}={options.query_tokens} says the same from the other end",
-            f"one of {show('query_tokens')} and {show('context_tokens')}",
-        )
-    if {"block_size", "num_blocks"} <= given and options.block_size and options.num_blocks:
-        raise OptionError(
-            show("num_blocks"),
-            options.num_blocks,
-            f"{show('block_size')}={options.block_size} already sets the blocks",
-            f"{show('num_blocks')} only with {show('block_size')}=0 or without it",
-        )
-    if "block_size" in given and not options.block_size and not options.num_blocks:
-        raise OptionError(
-            show("block_size"),
-            0,
-            f"{show('num_blocks')} is 0 too, so nothing says the size",
-            ALLOWED["block_size"],
-        )
-
-
-def merge(defaults: StarOptions, request: StarOptions) -> StarOptions:
-    """A request's options over the server's: what the request gives replaces the default.
-
-    Giving ``query_tokens`` or ``context_tokens`` sets the other's default aside.
-    """
-    given = {name: getattr(request, name) for name in request.model_fields_set}
-    base = defaults.model_dump()
-    if given.get("query_tokens") is not None:
-        base["context_tokens"] = None
-    if given.get("context_tokens") is not None:
-        base["query_tokens"] = None
-    return StarOptions(**(base | given))
+    if field in SWITCHES:
+        return "on or off"
+    return f"a whole number from {MIN_CHUNK if field == 'shared_step_tokens' else 1}"

@@ -1,4 +1,4 @@
-"""What every test starts with, and one core for each of several workers (pytest -n)."""
+"""One thread of torch for each test process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """One thread of torch in this process: engines and other workers have the other cores."""
+    """Limit torch to one thread in this process, as engines and other workers of ``pytest -n`` use the other cores."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,10 +1,10 @@
-"""What vLLM asks of a layer's attention backend, for caches that the model itself reads and writes."""
+"""The attention backend that vLLM needs for each cache of an Attamba layer. The model reads and writes the caches."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from attention_backends.attamba.chunks import (
     PAGE_ROWS,
     ChunkPlan,
-    Rows,
-    keys_seen,
+    StepTokens,
+    dense_tokens,
     layer_offset,
+    num_keys_seen,
     plan_step,
-    star_rows,
-    step_rows,
+    star_tokens,
 )
 from attention_backends.star.metadata import virtual_metadata
 from attention_backends.star.rows import VirtualRows
@@ -34,7 +34,8 @@ from attention_backends.star.step import current_step
 if TYPE_CHECKING:
     from attention_backends.attamba.pages import KvPages
 
-Places = tuple[torch.Tensor, torch.Tensor]
+Locations = tuple[torch.Tensor, torch.Tensor]
+"""Page ids and rows within these pages, one pair per token."""
 
 
 @dataclass
@@ -42,66 +43,72 @@ class AttambaMetadata:
     """The batch of one step, for one cache group.
 
     Attributes:
-        rows: its tokens; cut into pieces by star in the group of states alone, which plans are made from.
-        block_table: (R, columns) int32, pages of this group, to write to.
-        key_table: (pieces, columns) int32, pages that each piece of the batch attends to.
-        query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of the key table.
+        tokens: the T tokens of the step. Only the group of states, from which layers are planned, has star pieces.
+        block_table: (R, columns) int32, page ids of this group, to write to.
+        key_table: (pieces, columns) int32, page ids that each piece of the batch attends to.
+        query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of ``key_table``.
     """
 
-    rows: Rows
+    tokens: StepTokens
     block_table: torch.Tensor
     key_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
-    plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
-    _places: Places | None = None
+    _plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
+    _step_locations: Locations | None = None
 
-    def plan(self, chunk: int, offset: int, window: int) -> ChunkPlan:
-        """The plan of a layer; layers of equal offset share it."""
-        key = (chunk, offset, window)
-        if key not in self.plans:
-            self.plans[key] = plan_step(self.rows, *key)
-        return self.plans[key]
+    def plan(self, chunk_size: int, offset: int, window: int) -> ChunkPlan:
+        """The plan of a layer, made once for all layers with the same offset."""
+        key = (chunk_size, offset, window)
+        if key not in self._plans:
+            self._plans[key] = plan_step(self.tokens, *key)
+        return self._plans[key]
 
-    def places_of(self, spec: AttentionSpec, request: np.ndarray, position: np.ndarray) -> Places:
-        """Pages of the group, and rows in them, for tokens of requests; both are broadcast."""
-        return self._places_at(request, position // spec.block_size, position % spec.block_size)
+    def locate(self, spec: AttentionSpec, request: np.ndarray, position: np.ndarray) -> Locations:
+        """Where this group's cache, of spec ``spec``, holds tokens; ``request`` and ``position`` are broadcast."""
+        return self._at(request, position // spec.block_size, position % spec.block_size)
 
-    def places(self, spec: AttentionSpec) -> Places:
-        """The same for the tokens of the step, (T,)."""
-        if self._places is None:
-            self._places = self.places_of(spec, self.rows.request, self.rows.position)
-        return self._places
+    def locate_step(self, spec: AttentionSpec) -> Locations:
+        """Where this group's cache holds the tokens of the step: two tensors (T,)."""
+        if self._step_locations is None:
+            self._step_locations = self.locate(spec, self.tokens.request, self.tokens.position)
+        return self._step_locations
 
     def write_states(self, states: KvPages, plan: ChunkPlan, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Of key and value (T, heads, head size), keep those of the chunks that end in the step."""
-        chunks = plan.end_state >= 0
-        ends, state = plan.ends[chunks], plan.end_state[chunks]
+        """Store the states of the chunks that end in the step.
+
+        Args:
+            key, value: (T, heads, head size) of all tokens of the step.
+        """
+        is_chunk = plan.end_state >= 0
+        ends, state = plan.ends[is_chunk], plan.end_state[is_chunk]
         if len(ends):
             tokens = torch.from_numpy(ends).to(key.device)
-            places = self._places_at(self.rows.request[ends], state // PAGE_ROWS, state % PAGE_ROWS)
-            states.write(*places, key[tokens], value[tokens])
-        first = plan.ends[~chunks]
+            locations = self._at(self.tokens.request[ends], state // PAGE_ROWS, state % PAGE_ROWS)
+            states.write(*locations, key[tokens], value[tokens])
+        first = plan.ends[~is_chunk]
         if len(first):
-            tokens, request = (torch.from_numpy(array).to(key.device) for array in (first, self.rows.request[first]))
+            tokens, request = (torch.from_numpy(array).to(key.device) for array in (first, self.tokens.request[first]))
             states.write_last(self.block_table[request, 0], key[tokens], value[tokens])
 
-    def _places_at(self, request: np.ndarray, column: np.ndarray, row: np.ndarray) -> Places:
+    def _at(self, request: np.ndarray, column: np.ndarray, row: np.ndarray) -> Locations:
         device = self.block_table.device
-        at, of, within = (torch.from_numpy(array).to(device) for array in (request, column, row))
-        return self.block_table[at, of].long(), within
+        requests, columns, rows = (torch.from_numpy(array).to(device) for array in (request, column, row))
+        return self.block_table[requests, columns].long(), rows
 
 
 class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
-    """Plans are made on the host, where lengths are known without waiting for the device.
+    """Builds the metadata on the host, which knows the lengths without waiting for the device.
 
     Attributes:
-        holds_keys: whether the group's rows are attended to, as the states and the window are.
-        takes_star: whether it follows the star plans of a step: the inputs of open chunks, which hold no keys, need
-            not, for chunks are cut as without star.
+        holds_keys: whether queries attend to this group's cache: true for the states and the window.
+        takes_star: whether the group follows the star plans of a step. The inputs of open chunks do not: they hold no
+            keys, and Star Attention does not change the chunks.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
@@ -111,40 +118,45 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> AttambaMetadata:
+        """Build the metadata of the group.
+
+        Raises:
+            RuntimeError: the model runner gives no host copy of the sequence lengths.
+        """
         common = common_attn_metadata
         if common.seq_lens_cpu_upper_bound is None:
-            raise RuntimeError("the model runner gave no host copy of seq_lens: chunks can't be planned")
+            raise RuntimeError("the model runner gave no host copy of seq_lens, so chunks can't be planned")
         query_lens = common.query_start_loc_cpu.diff().numpy().astype(np.int64)
         seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        rows = step_rows(query_lens, seq_lens)
+        tokens = dense_tokens(query_lens, seq_lens)
         keys = common
         step = current_step() if self.takes_star else None
         virtual = step.rows(common, self.kv_cache_spec.block_size, anchored=self.holds_states) if step else None
         if step is not None and virtual is not None:
             keys = virtual_metadata(common, virtual)
             if self.holds_states:
-                rows = star_rows(rows, virtual)
-                step.count(self.counted(virtual, rows))
+                tokens = star_tokens(tokens, virtual)
+                step.count(self.recount_pairs(virtual, tokens))
         return AttambaMetadata(
-            rows, common.block_table_tensor, keys.block_table_tensor, keys.query_start_loc, keys.seq_lens
+            tokens, common.block_table_tensor, keys.block_table_tensor, keys.query_start_loc, keys.seq_lens
         )
 
-    def counted(self, virtual: VirtualRows, rows: Rows) -> VirtualRows:
-        """The rows of the states with their pairs counted as they are here: a mean over the model's layers."""
+    def recount_pairs(self, virtual: VirtualRows, tokens: StepTokens) -> VirtualRows:
+        """The rows of the states with query-key pairs as Attamba attends to them, averaged over the model's layers."""
         config = self.vllm_config.model_config.hf_config
-        chunk, window, layers = config.token_chunk, config.leading_tokens, config.num_hidden_layers
-        offsets = Counter(layer_offset(layer, layers, chunk) for layer in range(layers))
+        chunk_size, window, layers = config.token_chunk, config.leading_tokens, config.num_hidden_layers
+        offsets = Counter(layer_offset(layer, layers, chunk_size) for layer in range(layers))
         in_context = np.repeat(virtual.star, virtual.query_lens)
 
-        def pairs(of: Rows) -> float:
-            layers_of = offsets.items()
-            return sum(n * keys_seen(of, chunk, offset, window)[in_context].sum() for offset, n in layers_of) / layers
+        def pairs(of: StepTokens) -> float:
+            keys = {offset: num_keys_seen(of, chunk_size, offset, window)[in_context].sum() for offset in offsets}
+            return sum(count * keys[offset] for offset, count in offsets.items()) / layers
 
-        return replace(virtual, star_pairs=pairs(rows), dense_pairs=pairs(rows.dense()))
+        return replace(virtual, star_pairs=pairs(tokens), dense_pairs=pairs(tokens.dense()))
 
 
 class AttambaBackend(AttentionBackend):
-    """A backend in name: the model's layers read and write their caches themselves."""
+    """Provides the metadata only: the layers of the model attend by themselves."""
 
     @staticmethod
     def get_name() -> str:
@@ -152,7 +164,8 @@ class AttambaBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        raise NotImplementedError("Attamba's layers attend by themselves")
+        """Raises NotImplementedError: no attention implementation exists."""
+        raise NotImplementedError("Attamba has no attention implementation: the model's layers attend by themselves")
 
     @staticmethod
     def get_builder_cls() -> type[AttambaMetadataBuilder]:

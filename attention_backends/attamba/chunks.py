@@ -1,8 +1,8 @@
-"""Where chunks begin and end, in closed form, and what a step of the engine has to do about them. Pure functions.
+"""Chunk boundaries in closed form, and the plan of one Attamba layer for one step. Pure functions.
 
-A layer cuts the tokens after token 0, which is a chunk alone, at boundaries k P - 1 - offset, k = 1, 2, ...; a
-boundary is its chunk's last token, and its state is number k - 1 (section 3 of the paper; the offsets are its "cyclic"
-ones).
+Token 0 is a chunk of its own. A layer cuts the tokens after token 0 at boundaries k P - 1 - offset, k = 1, 2, ...
+A boundary is the last token of its chunk, and the chunk's state has the number k - 1. Source: Attamba paper
+(arXiv 2411.17685), section 3. The offsets are the "cyclic" offsets of the paper.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 PAGE_ROWS = 16  # chunk states of a page
 
 
-def layer_offset(layer: int, layers: int, chunk: int) -> int:
-    """How many tokens earlier than in layer 0 the chunks of ``layer`` end; below ``chunk``."""
-    return min(chunk - 1, layer * (chunk // layers))
+def layer_offset(layer: int, num_layers: int, chunk_size: int) -> int:
+    """Tokens by which the chunks of ``layer`` end earlier than those of layer 0; less than ``chunk_size``."""
+    return min(chunk_size - 1, layer * (chunk_size // num_layers))
 
 
-def chunk_start(position: np.ndarray, chunk: int, offset: int) -> np.ndarray:
+def chunk_start(position: np.ndarray, chunk_size: int, offset: int) -> np.ndarray:
     """First position of the chunk that each position lies in."""
-    return np.where(position == 0, 0, np.maximum(1, (position + offset) // chunk * chunk - offset))
+    return np.where(position == 0, 0, np.maximum(1, (position + offset) // chunk_size * chunk_size - offset))
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The tokens of a step: T of them, of R requests, in the batch's order.
+class StepTokens:
+    """The T tokens of a step, which belong to R requests, in the order of the batch.
 
-    Under Star Attention a request's tokens are cut at the borders of its star blocks into pieces, each of which sees
-    the states of the anchor and its own block alone. Elsewhere a request is one piece.
+    Star Attention cuts a request's tokens into pieces at the borders of star blocks. A piece sees only the states of
+    the anchor and of its own block. Without Star Attention a request is one piece.
 
     Attributes:
         request: (T,) int64, row of the batch.
-        position: (T,) int64.
-        piece: (T,) int64, row of the tables of the keys that are seen: ``request``, but where star cuts it.
-        block_start: (T,) int64, where the token's star block starts; 0 where it sees all before it.
-        anchor: (T,) int64, tokens before the star block whose states are seen, the first ones of all.
+        position: (T,) int64, position in the request.
+        piece: (T,) int64, row of the block tables to read keys from; equal to ``request`` where nothing is cut.
+        block_start: (T,) int64, first position of the token's star block; 0 if the token sees all tokens before it.
+        anchor: (T,) int64, number of tokens of the anchor, whose states the token sees; 0 without an anchor.
     """
 
     request: np.ndarray
@@ -49,48 +49,56 @@ class Rows:
     block_start: np.ndarray
     anchor: np.ndarray
 
-    def dense(self) -> Rows:
-        """The same tokens, each of which sees all before it."""
-        return Rows(self.request, self.position, self.request, *np.zeros((2, len(self.request)), dtype=np.int64))
+    def dense(self) -> StepTokens:
+        """The same tokens under dense attention: each token sees all tokens before it."""
+        return StepTokens(self.request, self.position, self.request, *np.zeros((2, len(self.request)), dtype=np.int64))
 
 
-def step_rows(query_lens: np.ndarray, seq_lens: np.ndarray) -> Rows:
-    """The tokens of requests with so many tokens in this step, the last of so many in all; star apart."""
+def dense_tokens(query_lens: np.ndarray, seq_lens: np.ndarray) -> StepTokens:
+    """The tokens of a step under dense attention.
+
+    Args:
+        query_lens: (R,) int64, tokens of each request in this step.
+        seq_lens: (R,) int64, tokens of each request so far, including this step.
+    """
     request = np.repeat(np.arange(len(query_lens)), query_lens)
     first = np.cumsum(query_lens) - query_lens
     position = np.arange(len(request)) - first[request] + (seq_lens - query_lens)[request]
-    return Rows(request, position, request, *np.zeros((2, len(request)), dtype=np.int64))
+    return StepTokens(request, position, request, *np.zeros((2, len(request)), dtype=np.int64))
 
 
-def star_rows(rows: Rows, virtual: VirtualRows) -> Rows:
-    """The tokens of a step cut into pieces: the virtual rows of the cache of states."""
+def star_tokens(tokens: StepTokens, virtual: VirtualRows) -> StepTokens:
+    """The same tokens cut into pieces, one piece for each virtual row of the cache of states."""
     piece = np.repeat(np.arange(len(virtual.source)), virtual.query_lens)
-    end = rows.position[np.cumsum(virtual.query_lens) - 1] + 1
+    end = tokens.position[np.cumsum(virtual.query_lens) - 1] + 1
     own = np.where(virtual.star, end - virtual.block_start, virtual.seq_lens)
-    return Rows(rows.request, rows.position, piece, virtual.block_start[piece], (virtual.seq_lens - own)[piece])
+    return StepTokens(
+        tokens.request, tokens.position, piece, virtual.block_start[piece], (virtual.seq_lens - own)[piece]
+    )
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """What one layer does in a step. N chunks, of at most W tokens so far, have tokens in the step.
+    """The work of one layer in one step. N chunks have tokens in the step; each has at most W tokens so far.
 
     Attributes:
         chunk_request: (N,) int64, row of the batch.
-        chunk_position: (N, W) int64, positions of their tokens; past the last one in the step the last one again.
-        token_chunk, token_place: (T,) int64, chunk and place in it of each token of the step.
-        ends: (E,) int64, tokens of the step that end a chunk, token 0 among them.
-        end_state: (E,) int64, number of the state that each makes; -1: token 0's own.
-        stair_starts: (S + 1,) int32, first tokens of the S staircases of a piece, and T: of each the last P tokens see
-            as many states, the P before these one fewer, and so on to none.
-        stair_piece: (S,) int64.
-        stair_states: (S,) int32, states that a staircase's last token sees.
-        token_0_seen: (T,) bool, whether it sees token 0's own state.
+        chunk_positions: (N, W) int64, positions of each chunk's tokens; a shorter chunk repeats its last position.
+        chunk_index: (T,) int64, chunk (0 to N - 1) of each token of the step.
+        index_in_chunk: (T,) int64, index of each token within its chunk.
+        ends: (E,) int64, tokens of the step that end a chunk, including token 0.
+        end_state: (E,) int64, number of the state that each end makes; -1 for the state of token 0.
+        stair_starts: (S + 1,) int32, first token of each of S staircases, then T. A staircase lies in one piece. Its
+            last P tokens see equally many states, the P tokens before those see one state fewer, and so on down to 0.
+        stair_piece: (S,) int64, piece of each staircase.
+        stair_states: (S,) int32, states that the last token of each staircase sees.
+        token_0_seen: (T,) bool, whether the token sees the state of token 0.
     """
 
     chunk_request: np.ndarray
-    chunk_position: np.ndarray
-    token_chunk: np.ndarray
-    token_place: np.ndarray
+    chunk_positions: np.ndarray
+    chunk_index: np.ndarray
+    index_in_chunk: np.ndarray
     ends: np.ndarray
     end_state: np.ndarray
     stair_starts: np.ndarray
@@ -99,74 +107,86 @@ class ChunkPlan:
     token_0_seen: np.ndarray
 
 
-def states_seen(rows: Rows, chunk: int, offset: int, window: int) -> np.ndarray:
-    """(T,) number of chunk states that each token sees: those of its anchor, then those of its own star block.
+def num_states_seen(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> np.ndarray:
+    """(T,) number of chunk states that each token sees: states of its anchor plus states of its own star block.
 
-    A boundary within the window is seen there, as the token it is. The window ends where the block starts, and state
-    k lies in positions [k P, (k + 1) P) whatever the offset, so an anchor or a block of whole pages has whole states.
+    A boundary inside the window is seen as a row of the window, not as a state. The window ends at the start of the
+    star block. State k lies at positions [k P, (k + 1) P) of the cache whatever the offset, so an anchor or a block of
+    whole pages has whole states.
     """
-    before_window = np.maximum(rows.block_start, rows.position - window + offset)
-    return rows.anchor // chunk + before_window // chunk - rows.block_start // chunk
+    before_window = np.maximum(tokens.block_start, tokens.position - window + offset)
+    return tokens.anchor // chunk_size + before_window // chunk_size - tokens.block_start // chunk_size
 
 
-def sees_token_0(rows: Rows, chunk: int, offset: int, window: int) -> np.ndarray:
-    """(T,) whether token 0 is seen as a state of its own: behind the window, and not boundary number 1 itself."""
-    seen = np.where(rows.block_start > 0, rows.anchor > 0, rows.position > window)
-    return seen & (offset != chunk - 1)
+def sees_token_0(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> np.ndarray:
+    """(T,) bool, whether the state of token 0 is a key of its own.
+
+    Token 0 has to lie before the window or, for tokens outside of star block 0, in the anchor. With offset P - 1 token
+    0 is boundary number 1, and its state is one of the chunk states.
+    """
+    seen = np.where(tokens.block_start > 0, tokens.anchor > 0, tokens.position > window)
+    return seen & (offset != chunk_size - 1)
 
 
-def keys_seen(rows: Rows, chunk: int, offset: int, window: int) -> np.ndarray:
-    """(T,) keys that each token attends to in a layer: chunk states, token 0's own, and rows of the window."""
-    near = np.minimum(window, rows.position - rows.block_start) + 1
-    return states_seen(rows, chunk, offset, window) + sees_token_0(rows, chunk, offset, window) + near
+def num_keys_seen(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> np.ndarray:
+    """(T,) number of keys that each token attends to in a layer: chunk states, token 0's state, rows of the window."""
+    window_keys = np.minimum(window, tokens.position - tokens.block_start) + 1
+    states = num_states_seen(tokens, chunk_size, offset, window)
+    return states + sees_token_0(tokens, chunk_size, offset, window) + window_keys
 
 
-def plan_step(rows: Rows, chunk: int, offset: int, window: int) -> ChunkPlan:
-    """The plan of a layer with chunks of ``chunk`` tokens, its offset, and ``window`` tokens seen besides itself."""
-    request, position = rows.request, rows.position
-    start = chunk_start(position, chunk, offset)
-    opens = _changes(request, start)
+def plan_step(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> ChunkPlan:
+    """Plan one layer for one step.
+
+    Args:
+        tokens: the tokens of the step, at least one.
+        chunk_size: P, tokens of a chunk.
+        offset: of the layer, see ``layer_offset``.
+        window: L, tokens that a token sees one by one besides itself.
+    """
+    request, position = tokens.request, tokens.position
+    start = chunk_start(position, chunk_size, offset)
+    opens = _run_starts(request, start)
     last = np.append(opens[1:], len(request)) - 1
     width = int((position[last] - start[opens]).max()) + 1
-    chunk_position = np.minimum(start[opens][:, None] + np.arange(width), position[last][:, None])
 
-    natural = (position + 1 + offset) % chunk == 0
-    ends = np.flatnonzero(natural | (position == 0))
-    end_state = np.where(natural[ends], position[ends] // chunk, -1)
+    is_boundary = (position + 1 + offset) % chunk_size == 0
+    ends = np.flatnonzero(is_boundary | (position == 0))
 
-    stairs, stair_states = _staircases(rows.piece, states_seen(rows, chunk, offset, window), chunk)
+    stairs, stair_states = _staircases(tokens.piece, num_states_seen(tokens, chunk_size, offset, window), chunk_size)
     return ChunkPlan(
         chunk_request=request[opens],
-        chunk_position=chunk_position,
-        token_chunk=np.repeat(np.arange(len(opens)), last - opens + 1),
-        token_place=position - start,
+        chunk_positions=np.minimum(start[opens][:, None] + np.arange(width), position[last][:, None]),
+        chunk_index=np.repeat(np.arange(len(opens)), last - opens + 1),
+        index_in_chunk=position - start,
         ends=ends,
-        end_state=end_state,
+        end_state=np.where(is_boundary[ends], position[ends] // chunk_size, -1),
         stair_starts=np.append(stairs, len(request)).astype(np.int32),
-        stair_piece=rows.piece[stairs],
+        stair_piece=tokens.piece[stairs],
         stair_states=stair_states.astype(np.int32),
-        token_0_seen=sees_token_0(rows, chunk, offset, window),
+        token_0_seen=sees_token_0(tokens, chunk_size, offset, window),
     )
 
 
-def _staircases(piece: np.ndarray, seen: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """First token of each staircase, and the states that its last token sees.
+def _staircases(piece: np.ndarray, num_states: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First token of each staircase, and the number of states that its last token sees.
 
-    Runs of tokens of a piece that see as many states, joined: a run of ``chunk`` tokens to one before that sees one
-    fewer. Of a run that is longer, as at the start of a star block, no more than ``chunk`` tokens fit a step, unless
-    they see none: there is no step below that.
+    A run is a sequence of tokens of one piece that see equally many states. Runs are joined into a staircase where a
+    run of P tokens follows a run that sees one state fewer. A longer run, as at the start of a star block, is cut into
+    runs of P tokens, because a step of a staircase holds P tokens. A run that sees no state is not cut: no step lies
+    below it.
     """
-    runs = _changes(piece, seen)
-    within = np.arange(len(piece)) - np.repeat(runs, np.diff(runs, append=len(piece)))
-    runs = _changes(piece, seen, np.where(seen > 0, within // chunk, 0))
-    states = seen[runs]
-    joins = (np.diff(runs, append=len(piece))[1:] == chunk) & (np.diff(states) == 1) & (np.diff(piece[runs]) == 0)
+    runs = _run_starts(piece, num_states)
+    index_in_run = np.arange(len(piece)) - np.repeat(runs, np.diff(runs, append=len(piece)))
+    runs = _run_starts(piece, num_states, np.where(num_states > 0, index_in_run // chunk_size, 0))
+    states = num_states[runs]
+    joins = (np.diff(runs, append=len(piece))[1:] == chunk_size) & (np.diff(states) == 1) & (np.diff(piece[runs]) == 0)
     first = np.append(True, ~joins)
     return runs[first], states[np.append(first[1:], True)]
 
 
-def _changes(*columns: np.ndarray) -> np.ndarray:
-    """Indices where a row differs from the one before, 0 among them."""
+def _run_starts(*columns: np.ndarray) -> np.ndarray:
+    """Index 0, and every index at which a column differs from its previous value."""
     differs = np.zeros(len(columns[0]), dtype=bool)
     differs[0] = True
     for column in columns:

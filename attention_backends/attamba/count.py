@@ -1,4 +1,4 @@
-"""How many keys a prompt attends to, in closed form: what a client is told of its plan before anything is computed."""
+"""The number of keys that a prompt attends to, in closed form: clients get it before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ from collections import Counter
 from typing import Any
 
 from attention_backends.attamba.chunks import layer_offset
-from scheduler.plan import StarPlan
+from scheduler.star.plan import StarPlan
 
 
-def prompt_keys(plan: StarPlan | None, num_tokens: int, chunk: int, window: int, layers: int) -> dict[str, Any]:
-    """Query-key pairs of a prompt per head and layer, a mean over the layers, under the names of a plan's summary.
+def prompt_keys(plan: StarPlan | None, num_tokens: int, chunk_size: int, window: int, layers: int) -> dict[str, Any]:
+    """Query-key pairs of a prompt per head and layer, averaged over the layers.
 
     A key is a chunk state or a row of the window.
 
     Args:
-        plan: None for a dense prompt, which is all context.
+        plan: None for a dense prompt, which consists of context only.
+        num_tokens: tokens of the prompt.
+        chunk_size, window: P and L in tokens.
+        layers: number of layers.
+
+    Returns:
+        ``keys_attended``, ``dense_keys`` and ``keys_per_context_token``, as in a plan's summary.
     """
-    offsets = Counter(layer_offset(layer, layers, chunk) for layer in range(layers))
+    offsets = Counter(layer_offset(layer, layers, chunk_size) for layer in range(layers))
 
     def pairs(start: int, stop: int, block_start: int, anchor: int) -> float:
-        seen = {offset: piece_keys(start, stop, block_start, anchor, chunk, offset, window) for offset in offsets}
-        return sum(count * seen[offset] for offset, count in offsets.items()) / layers
+        keys = {offset: piece_keys(start, stop, block_start, anchor, chunk_size, offset, window) for offset in offsets}
+        return sum(count * keys[offset] for offset, count in offsets.items()) / layers
 
     dense = pairs(0, num_tokens, 0, 0)
     context, total, context_end = dense, dense, num_tokens
@@ -40,21 +46,25 @@ def prompt_keys(plan: StarPlan | None, num_tokens: int, chunk: int, window: int,
     }
 
 
-def piece_keys(start: int, stop: int, block_start: int, anchor: int, chunk: int, offset: int, window: int) -> int:
-    """Sum of ``chunks.keys_seen`` over positions [start, stop) of one star block, or of none: ``block_start`` 0."""
-    tokens, before = stop - start, window - offset
-    leaves = min(max(start, block_start + before), stop)  # from here on, states of the block lie behind the window
-    states = tokens * anchor // chunk - (stop - leaves) * (block_start // chunk)
-    states += _sum_of_floors(stop - before, chunk) - _sum_of_floors(leaves - before, chunk)
-    token_0 = tokens * (anchor > 0) if block_start else max(0, stop - max(start, window + 1))
-    near = _sum_of_window(stop - block_start, window) - _sum_of_window(start - block_start, window)
-    return states + token_0 * (offset != chunk - 1) + near
+def piece_keys(start: int, stop: int, block_start: int, anchor: int, chunk_size: int, offset: int, window: int) -> int:
+    """Sum of ``chunks.num_keys_seen`` over positions [start, stop), all of which lie in one star block.
+
+    ``block_start`` is 0 in block 0 and outside of star blocks. All sizes are tokens.
+    """
+    num_tokens, before = stop - start, window - offset
+    # From this position on, states of the block lie before the window.
+    first_with_states = min(max(start, block_start + before), stop)
+    states = num_tokens * anchor // chunk_size - (stop - first_with_states) * (block_start // chunk_size)
+    states += _sum_of_floors(stop - before, chunk_size) - _sum_of_floors(first_with_states - before, chunk_size)
+    token_0 = num_tokens * (anchor > 0) if block_start else max(0, stop - max(start, window + 1))
+    window_keys = _sum_of_window(stop - block_start, window) - _sum_of_window(start - block_start, window)
+    return states + token_0 * (offset != chunk_size - 1) + window_keys
 
 
-def _sum_of_floors(stop: int, chunk: int) -> int:
-    """Sum of u // chunk for u from 0 to stop - 1; 0 where stop is not above 0."""
-    whole, rest = divmod(max(stop, 0), chunk)
-    return chunk * whole * (whole - 1) // 2 + rest * whole
+def _sum_of_floors(stop: int, chunk_size: int) -> int:
+    """Sum of u // chunk_size for u from 0 to stop - 1; 0 if stop <= 0."""
+    whole, rest = divmod(max(stop, 0), chunk_size)
+    return chunk_size * whole * (whole - 1) // 2 + rest * whole
 
 
 def _sum_of_window(stop: int, window: int) -> int:

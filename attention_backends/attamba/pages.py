@@ -1,7 +1,7 @@
-"""K and V of a cache's rows where they lie in its pages, in the order that the attention of the device reads fastest.
+"""Views of K and V in the pages of a cache, in the layout that the attention of the device reads fastest.
 
-On a CPU that is kernels/contract.py's layout CPU, keys transposed within a page and head, as vLLM's own backend has it;
-elsewhere a row K|V after the other. Either way the 17th row of a page is one K|V.
+On CPU this is the layout CPU of kernels/contract.py, in which keys are transposed within a page and head, as in vLLM's
+own backend. On other devices a page holds rows of K|V. In both layouts the 17th row of a page is one K|V.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from attention_backends.kernels.contract import Layout, page_views
 
 
 class KvPages:
-    """Views of one cache's pages.
+    """Views of the pages of one cache.
 
     Args:
-        pages: (pages, 17, 2 x heads x head size).
+        pages: (num_pages, 17, 2 x heads x head size).
+        heads: of K, and of V.
 
     Attributes:
-        keys, values: as ``layout`` has them, for ``paged_attention``.
+        layout: of ``keys`` and ``values``.
+        keys, values: the first 16 rows of each page, for ``paged_attention``.
+        key_rows, value_rows: the same memory as (num_pages, 16, heads, head size), to write to.
+        last_rows: (num_pages, 2 x heads x head size), the 17th row of each page.
     """
 
     def __init__(self, pages: torch.Tensor, heads: int) -> None:
@@ -38,11 +42,11 @@ class KvPages:
             self.keys, self.values = rows.unbind(2)
         self.key_rows, self.value_rows = page_views(self.keys, self.values, self.layout)
 
-    def write(self, page: torch.Tensor, row: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store key and value (T, heads, head size) in rows ``row`` (T,) of pages ``page`` (T,)."""
-        self.key_rows[page, row] = key
-        self.value_rows[page, row] = value
+    def write(self, page_ids: torch.Tensor, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store key and value (T, heads, head size) at rows ``rows`` (T,) of the pages ``page_ids`` (T,)."""
+        self.key_rows[page_ids, rows] = key
+        self.value_rows[page_ids, rows] = value
 
-    def write_last(self, page: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store them in the 17th rows."""
-        self.last_rows[page] = torch.cat([key, value], 1).flatten(1)
+    def write_last(self, page_ids: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store key and value (T, heads, head size) in the 17th rows of the pages ``page_ids`` (T,)."""
+        self.last_rows[page_ids] = torch.cat([key, value], 1).flatten(1)

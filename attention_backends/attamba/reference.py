@@ -1,7 +1,7 @@
-"""Attamba by its definition, in plain torch: a loop over tokens for the mixers, the mask written out for attention.
+"""Reference for the tests: Attamba by its definition, in plain torch.
 
-What the engine is held against. Shares nothing with the other files of this folder but the names of the weights
-(arXiv 2411.17685, section 3; mixers: arXiv 2405.21060).
+The mixers are a loop over tokens, and attention uses an explicit mask. Sources: arXiv 2411.17685, section 3; mixers:
+arXiv 2405.21060. The file is independent of the other files of this folder: it shares only the weights' names.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ Weights = Mapping[str, torch.Tensor]
 def logits(
     weights: Weights, config: Mapping[str, Any], tokens: torch.Tensor, star: Mapping[str, int] | None = None
 ) -> torch.Tensor:
-    """(T, vocabulary) logits of a checkpoint (its tensors by name, its config.json) for (T,) token ids.
+    """(T, vocabulary) logits of a whole sequence.
 
     Args:
-        star: sizes of Star Attention, see ``star_mask``; None for none.
+        weights: tensors of the checkpoint by name.
+        config: config.json of the checkpoint.
+        tokens: (T,) token ids.
+        star: sizes of Star Attention, the keyword arguments of ``star_mask``; None for dense attention.
     """
-    layers, chunk, window = config["num_hidden_layers"], config["token_chunk"], config["leading_tokens"]
+    layers, chunk_size, window = config["num_hidden_layers"], config["token_chunk"], config["leading_tokens"]
     heads, eps = config["num_attention_heads"], config["rms_norm_eps"]
     positions = torch.arange(len(tokens))
     hidden = weights["tok_embeddings.weight"][tokens]
     for layer in range(layers):
-        offset = min(chunk - 1, layer * (chunk // layers))
-        ends = (positions + 1 + offset) % chunk == 0
+        offset = min(chunk_size - 1, layer * (chunk_size // layers))
+        ends = (positions + 1 + offset) % chunk_size == 0
         ends[0] = True
         own = {
             name.removeprefix(f"layers.{layer}."): value
@@ -43,8 +46,8 @@ def logits(
         query, key = (rotate(part.unflatten(-1, (heads, -1)), config["rope_theta"]) for part in (query, key))
         mask = star_mask(len(tokens), ends, window, **star) if star else attention_mask(len(tokens), ends, window)
         scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
-        weights_ = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        attended = torch.einsum("hqk,khd->qhd", weights_, value.unflatten(-1, (heads, -1)))
+        probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        attended = torch.einsum("hqk,khd->qhd", probabilities, value.unflatten(-1, (heads, -1)))
         hidden = hidden + attended.flatten(1) @ own["attentive_ssm.wo.weight"].T
         x = rms_norm(hidden, own["ffn_norm.weight"], eps)
         w1, w2, w3 = (own[f"feed_forward.w{number}.weight"] for number in (1, 2, 3))
@@ -56,25 +59,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def attention_mask(tokens: int, ends: torch.Tensor, window: int) -> torch.Tensor:
-    """(tokens, tokens) bool: all ends of chunks before a query, the last ``window`` tokens, and itself."""
-    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+def attention_mask(num_tokens: int, ends: torch.Tensor, window: int) -> torch.Tensor:
+    """(num_tokens, num_tokens) bool, True where a query (row) sees a key (column).
+
+    A query sees all ends of chunks before it, the ``window`` tokens before it, and itself.
+
+    Args:
+        ends: (num_tokens,) bool, whether a token ends a chunk.
+        window: L in tokens.
+    """
+    query, key = torch.arange(num_tokens)[:, None], torch.arange(num_tokens)[None, :]
     return (key <= query) & (ends[None, :] | (key >= query - window))
 
 
 def star_mask(
-    tokens: int, ends: torch.Tensor, window: int, *, block_size: int, anchor_size: int, context_end: int
+    num_tokens: int, ends: torch.Tensor, window: int, *, block_size: int, anchor_size: int, context_end: int
 ) -> torch.Tensor:
-    """(tokens, tokens) bool under Star Attention (arXiv 2411.17116, section 2): who attends to whom.
+    """The mask of ``attention_mask`` under Star Attention (arXiv 2411.17116, section 2).
 
-    Chunks are cut, and their states made, as without star: a chunk belongs to the star block that its end lies in, and
-    one that began in the block before carries that block's last tokens along. A query of the context sees
-    - the ends of chunks that lie in the anchor, the first ``anchor_size`` tokens, or in the query's own star block:
-      token 0 is such an end, and so unseen outside of block 0 where there is no anchor;
-    - of the last ``window`` tokens and itself those in its own star block.
-    A query at ``context_end`` or after sees what it sees without star. Sizes are tokens.
+    Star Attention changes neither the chunks nor their states. A chunk belongs to the star block that its end lies in.
+    A chunk that begins in the block before includes that block's last tokens. A query of the context sees
+
+    - the ends of chunks in the anchor, the first ``anchor_size`` tokens, and in its own star block. Token 0 is such an
+      end: without an anchor, only queries of block 0 see it;
+    - those of the ``window`` tokens before it, and of itself, that lie in its own star block.
+
+    A query at ``context_end`` or later sees what it sees without Star Attention. Sizes are tokens.
     """
-    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+    query, key = torch.arange(num_tokens)[:, None], torch.arange(num_tokens)[None, :]
     everything = query >= context_end
     own = query // block_size == key // block_size
     state = ends[None, :] & (everything | own | (key < anchor_size))
@@ -83,7 +95,15 @@ def star_mask(
 
 
 def mixer(x: torch.Tensor, weights: Weights, name: str, ends: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """(T, dim) output of one state space mixer, whose convolution and state start anew after each end of a chunk."""
+    """(T, dim) output of one state space mixer. Its convolution and its state restart after each end of a chunk.
+
+    Args:
+        x: (T, dim).
+        weights: of the layer, by name.
+        name: of the mixer: k_ssm or v_ssm.
+        ends: (T,) bool, whether a token ends a chunk.
+        config: config.json of the checkpoint.
+    """
     heads, inner, state = config["ssm_heads"], config["ssm_inner"], config["ssm_state_dim"]
     conv, a = weights[f"{name}.conv_weight"], -weights[f"{name}.A_log"].exp()
     skip, taps = weights[f"{name}.D"], config["conv_size"]

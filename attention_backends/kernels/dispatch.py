@@ -1,18 +1,21 @@
-"""The contract on whatever device the operands are on: the C++ op on CPU, Triton elsewhere."""
+"""The contract on any device: the CPU's implementation for CPU tensors, Triton's for all others."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from attention_backends.kernels.contract import Operands
+from attention_backends.kernels.cpu import attention as cpu
 
-def paged_attention(query: torch.Tensor, *operands: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """contract.py. Imported at the first call: a CPU has no use for Triton, nor a GPU for a C++ compiler."""
-    if query.device.type == "cpu":
-        from attention_backends.kernels import cpu
 
-        return cpu.paged_attention(query, *operands, **options)
-    from attention_backends.kernels import triton_backend
+def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the contract of contract.py on the device of the query.
 
-    return triton_backend.paged_attention(query, *operands, **options)
+    Raises:
+        ValueError: the implementation for this device does not support the operands.
+    """
+    if operands.query.device.type == "cpu":
+        return cpu.paged_attention(operands)
+    from attention_backends.kernels.triton import attention as triton  # imports Triton, which a CPU does not need
+
+    return triton.paged_attention(operands)

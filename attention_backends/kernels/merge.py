@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, joined: the exact merge by log-sum-exp (arXiv 2501.01005, section 2.2)."""
+"""The exact merge of attention over disjoint parts of the keys, by log-sum-exp (arXiv 2501.01005, section 2.2)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import torch
 
 
 def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of P disjoint sets of keys from the attention over each.
+    """Merge the attention over P disjoint sets of keys into the attention over their union.
 
     Args:
         outs: (P, T, H, D) partial outputs, or with other dimensions between the first and the last.
-        lses: (P, T, H) their log-sum-exp, natural logarithm. A partial that saw no key has -inf, or +inf as
-            FlashAttention says it; its out is not read into the result, whatever it holds.
+        lses: (P, T, H) log-sum-exps of the partial outputs, natural logarithm. A partial that saw no key has -inf, or
+            +inf as FlashAttention returns it. Its out has no effect on the result, whatever its values.
 
     Returns:
         out (T, H, D) in outs' dtype, lse (T, H) in lses' dtype; 0 and -inf where every partial is empty.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or P is 0.
     """
     if lses.shape != outs.shape[:-1] or not lses.dim() or not len(lses):
         raise ValueError(
@@ -27,6 +30,6 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     weights = torch.exp(logs - peak.masked_fill(peak.isinf(), 0.0))
     total = weights.sum(0)
     parts = outs.to(wide).masked_fill(empty[..., None], 0.0)
-    # The total is at least 1 where any part has keys, so that 1 can stand in for it where none has.
+    # The total is at least 1 where any partial has keys, so the clamp changes it only where all are empty.
     out = (parts * weights[..., None]).sum(0) / total.clamp_min(1.0)[..., None]
     return out.to(outs.dtype), (peak + torch.log(total)).masked_fill(total == 0, float("-inf")).to(lses.dtype)

@@ -1,9 +1,9 @@
-"""The shift as two Triton launches, for GPUs; shift.py is the same in torch, and what this is tested against.
+"""The shift as two Triton launches, for GPUs. The tests compare the kernels with the torch version in shift.py.
 
-One launch mixes every row with the row above it and stores the raw rows; the next mends the first row of each
-request, whose predecessor is in the state. Two, because that predecessor may be a row that another request stores in
-this very step, and programs of one launch do not wait for one another. Grids depend on the numbers of rows and
-requests alone, so decode graphs can hold them.
+The first launch mixes every row with the row above it and stores the raw rows in the state. The second launch corrects
+the first row of each request, whose predecessor is in the state. Two launches are needed because another request of
+the same step may store that predecessor, and the programs of one launch are not ordered. The grids depend only on the
+numbers of rows and requests, so CUDA graphs of decode batches can record the launches.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from attention_backends.kv_shift.shift import ShiftMetadata
 
 
 @triton.jit
-def _store_mixed(out, before, now, weights, head, mask):
+def _store_mixed(out, previous, current, weights, head, mask):
     """Mix in float32, store in the dtype of ``out``."""
-    mixed = before.to(tl.float32) * tl.load(weights + 2 * head) + now.to(tl.float32) * tl.load(weights + 2 * head + 1)
+    previous_weight, current_weight = tl.load(weights + 2 * head), tl.load(weights + 2 * head + 1)
+    mixed = previous.to(tl.float32) * previous_weight + current.to(tl.float32) * current_weight
     tl.store(out, mixed.to(out.dtype.element_ty), mask=mask)
 
 
@@ -38,28 +39,28 @@ def _rows_kernel(
     page_stride,
     head_stride,
     token_stride,
-    page,
+    page_size,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row and KV head."""
+    """One program per row and KV head."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     inner = tl.arange(0, BLOCK)
-    here = inner < SIZE
+    mask = inner < SIZE
     column = head * SIZE + inner
-    has_above = here & (row > 0)
-    now_key = tl.load(key + row * key_stride + column, mask=here, other=0.0)
-    now_value = tl.load(value + row * value_stride + column, mask=here, other=0.0)
-    above_key = tl.load(key + (row - 1) * key_stride + column, mask=has_above, other=0.0)
-    above_value = tl.load(value + (row - 1) * value_stride + column, mask=has_above, other=0.0)
+    above_mask = mask & (row > 0)
+    current_key = tl.load(key + row * key_stride + column, mask=mask, other=0.0)
+    current_value = tl.load(value + row * value_stride + column, mask=mask, other=0.0)
+    previous_key = tl.load(key + (row - 1) * key_stride + column, mask=above_mask, other=0.0)
+    previous_value = tl.load(value + (row - 1) * value_stride + column, mask=above_mask, other=0.0)
     slot = tl.load(slots + row, mask=row < num_slots, other=-1)
-    at = state + (slot // page) * page_stride + head * head_stride + (slot % page) * token_stride + inner
-    stored = here & (slot >= 0)
-    tl.store(at, now_key, mask=stored)
-    tl.store(at + SIZE, now_value, mask=stored)
+    at = state + (slot // page_size) * page_stride + head * head_stride + (slot % page_size) * token_stride + inner
+    state_mask = mask & (slot >= 0)
+    tl.store(at, current_key, mask=state_mask)
+    tl.store(at + SIZE, current_value, mask=state_mask)
     out = row * out_stride + column
-    _store_mixed(out_key + out, above_key, now_key, key_weights, head, here)
-    _store_mixed(out_value + out, above_value, now_value, value_weights, head, here)
+    _store_mixed(out_key + out, previous_key, current_key, key_weights, head, mask)
+    _store_mixed(out_value + out, previous_value, current_value, value_weights, head, mask)
 
 
 @triton.jit
@@ -80,26 +81,26 @@ def _first_rows_kernel(
     page_stride,
     head_stride,
     token_stride,
-    page,
+    page_size,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a request and KV head; none where the request has no row."""
+    """One program per request and KV head. A program whose request has no row does nothing."""
     request, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = tl.load(first_rows + request).to(tl.int64)
     slot = tl.load(first_slots + request)
     inner = tl.arange(0, BLOCK)
-    here = (inner < SIZE) & (row < num_rows)
+    mask = (inner < SIZE) & (row < num_rows)
     column = head * SIZE + inner
-    at = state + (slot // page) * page_stride + head * head_stride + (slot % page) * token_stride + inner
-    known = here & (slot >= 0)
-    before_key = tl.load(at, mask=known, other=0.0)
-    before_value = tl.load(at + SIZE, mask=known, other=0.0)
-    now_key = tl.load(key + row * key_stride + column, mask=here, other=0.0)
-    now_value = tl.load(value + row * value_stride + column, mask=here, other=0.0)
+    at = state + (slot // page_size) * page_stride + head * head_stride + (slot % page_size) * token_stride + inner
+    state_mask = mask & (slot >= 0)
+    previous_key = tl.load(at, mask=state_mask, other=0.0)
+    previous_value = tl.load(at + SIZE, mask=state_mask, other=0.0)
+    current_key = tl.load(key + row * key_stride + column, mask=mask, other=0.0)
+    current_value = tl.load(value + row * value_stride + column, mask=mask, other=0.0)
     out = row * out_stride + column
-    _store_mixed(out_key + out, before_key, now_key, key_weights, head, here)
-    _store_mixed(out_value + out, before_value, now_value, value_weights, head, here)
+    _store_mixed(out_key + out, previous_key, current_key, key_weights, head, mask)
+    _store_mixed(out_value + out, previous_value, current_value, value_weights, head, mask)
 
 
 def shift_kernel(
@@ -110,9 +111,10 @@ def shift_kernel(
     state: torch.Tensor,
     metadata: ShiftMetadata,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As shift.shift, for a step with requests. Rows of key and value may lie apart, their elements may not.
+    """As ``shift.shift``, for a step with requests.
 
-    Weights are float32 and contiguous; the state's last dimension is contiguous.
+    The rows of ``key`` and ``value`` may have any stride, the elements of a row are contiguous. The weights are float32
+    and contiguous. The last dimension of the state is contiguous.
     """
     rows, heads = key.shape[0], key_weights.shape[0]
     size = key.shape[1] // heads

@@ -1,7 +1,7 @@
-"""Whole models with KV shifting attention in plain float32 torch: what the engine is held against.
+"""Reference for the tests: whole models with KV shifting attention in plain float32 torch.
 
-No pages, no chunks, no vLLM, nothing of the served code: tensors by their checkpoint names, the configuration as
-its JSON says it (arXiv 2411.19574, section 2; Baichuan-M1's layout).
+The file uses no pages, no chunks, no vLLM and none of the served models' code. Tensors have their checkpoint names, and
+the configuration is the checkpoint's JSON (arXiv 2411.19574, section 2; Baichuan-M1's layout).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attention_backends.star.reference import masked_attention
+from attention_backends.kernels.reference import masked_attention
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -22,7 +22,10 @@ def shift_reference(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: (tokens, KV heads, head size).
-        weights: (1, 1, KV heads, 1, 2), in columns [previous, current].
+        weights: (1, 1, KV heads, 1, 2), columns [previous, current].
+
+    Returns:
+        The shape of ``x``.
     """
     previous, current = weights.reshape(-1, 2)[..., None].unbind(1)
     before = torch.zeros_like(x[0])
@@ -34,7 +37,7 @@ def shift_reference(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """NeoX RoPE of (tokens, heads, head size), positions from 0."""
+    """NeoX RoPE of (tokens, heads, head size) at positions 0, 1, ..."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, dtype=x.dtype) / half)
     angles = torch.arange(len(x), dtype=x.dtype)[:, None] * frequencies
@@ -47,15 +50,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def heads_of(config: Mapping[str, Any], layer: int) -> tuple[int, int, int | None]:
-    """(query heads, KV heads, window in tokens or None) of a layer."""
+def layer_heads(config: Mapping[str, Any], layer: int) -> tuple[int, int, int | None]:
+    """(query heads, KV heads, sliding window in tokens or None) of a layer."""
     if layer in (config.get("sliding_window_layers") or ()):
         return config["num_swa_attention_heads"], config["num_swa_key_value_heads"], config["sliding_window"]
     return config["num_attention_heads"], config["num_key_value_heads"], None
 
 
 def project(tensors: Tensors, prefix: str, x: torch.Tensor) -> torch.Tensor:
-    """Queries, keys and values side by side, (tokens, all their heads * head size)."""
+    """Queries, keys and values concatenated: (tokens, (query heads + 2 * KV heads) * head size)."""
     if f"{prefix}.W_pack.weight" in tensors:
         return x @ tensors[f"{prefix}.W_pack.weight"].T
     return torch.cat([x @ tensors[f"{prefix}.{name}_proj.weight"].T for name in "qkv"], dim=-1)
@@ -64,9 +67,14 @@ def project(tensors: Tensors, prefix: str, x: torch.Tensor) -> torch.Tensor:
 def attention(
     config: Mapping[str, Any], tensors: Tensors, layer: int, x: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """One attention layer on (tokens, hidden size); ``mask`` (tokens, tokens) bool, before the layer's own window."""
+    """Output of one attention layer, (tokens, hidden size).
+
+    Args:
+        x: (tokens, hidden size).
+        mask: (tokens, tokens) bool, which key (column) a query (row) sees in layers without a sliding window.
+    """
     prefix = f"model.layers.{layer}.self_attn"
-    heads, kv_heads, window = heads_of(config, layer)
+    heads, kv_heads, window = layer_heads(config, layer)
     size = config.get("head_dim") or config["hidden_size"] // heads
     query, key, value = project(tensors, prefix, x).split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
     theta = config["rope_theta"]
@@ -75,7 +83,7 @@ def attention(
     query, key = rotate(query.unflatten(-1, (heads, size)), theta), rotate(key, theta)
     if window is not None:
         positions = torch.arange(len(x))
-        # Star Attention leaves windowed layers alone: they are causal whatever the mask of the others.
+        # Star Attention does not change windowed layers: they are causal within their window under any mask.
         mask = (positions <= positions[:, None]) & (positions > positions[:, None] - window)
     out, _ = masked_attention(query, key, value, mask, size**-0.5)
     return out.flatten(1) @ tensors[f"{prefix}.o_proj.weight"].T
@@ -84,12 +92,14 @@ def attention(
 def logits(
     config: Mapping[str, Any], tensors: Tensors, ids: list[int], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(tokens, vocabulary) of a whole sequence.
+    """(tokens, vocabulary) logits of a whole sequence.
 
     Args:
-        config: config.json of the checkpoint, with ``rope_theta`` at its top.
+        config: config.json of the checkpoint, with ``rope_theta`` at the top level.
         tensors: the checkpoint in float32.
-        mask: which key (column) a query (row) may see, in layers without a window; causal where it is None.
+        ids: token ids.
+        mask: (tokens, tokens) bool, which key (column) a query (row) sees in layers without a sliding window; None for
+            the causal mask.
     """
     if mask is None:
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()

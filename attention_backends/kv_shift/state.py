@@ -1,8 +1,8 @@
-"""The raw K and V of each sequence's last token, in a paged KV cache group of its own.
+"""The state of KV shifting attention: the raw K and V of each sequence's last token, in their own KV cache group.
 
-The group is a sliding window of 2: of the tokens before the next one, vLLM keeps the page of the last. So it is
-allocated, freed, prefix-cached and preempted by vLLM like any other group. vLLM's Inkling model holds the
-state of its short convolutions the same way.
+The group has a sliding window of 2 tokens, so vLLM keeps the page of the last computed token. vLLM allocates, frees,
+prefix-caches and preempts the state like any other group. vLLM's Inkling model stores the state of its short
+convolutions in the same way.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from attention_backends.kv_shift.kernel import shift_kernel
 from attention_backends.kv_shift.shift import ShiftMetadata, find_predecessors, shift
-from engine_ext import compat
+from vllm_compat.config import split_graph_at
+from vllm_compat.models import attention_spec, register_layer, register_op
 
 WINDOW = 2
 OP = "starling::kv_shift"
 
 
 class ShiftStateBuilder(AttentionMetadataBuilder[ShiftMetadata]):
-    """Finds each request's predecessor; buffers that live on let decode graphs be replayed."""
+    """Finds each request's predecessor. The buffers are persistent, so that CUDA graphs of decode can be replayed."""
 
     holds_keys: ClassVar[bool] = False
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -57,7 +61,7 @@ class ShiftStateBuilder(AttentionMetadataBuilder[ShiftMetadata]):
 
 
 class ShiftStateBackend(AttentionBackend):
-    """Metadata only: the shift reads and writes the state itself, through whatever strides vLLM gave it."""
+    """Provides the metadata only: the shift reads and writes the state itself, with any strides that vLLM gives it."""
 
     @staticmethod
     def get_name() -> str:
@@ -65,6 +69,7 @@ class ShiftStateBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
+        """Raises NotImplementedError: no attention implementation exists."""
         raise NotImplementedError("the state of KV shifting attention has no attention kernel")
 
     @staticmethod
@@ -73,25 +78,25 @@ class ShiftStateBackend(AttentionBackend):
 
 
 def state_spec(attention: AttentionSpec, dtype: torch.dtype) -> SlidingWindowSpec:
-    """The state's cache spec beside an attention layer's, with as many bytes a page.
+    """The cache spec of the state, whose pages have as many bytes as those of the attention layer.
 
     Args:
         attention: the spec of the attention layer whose K and V are shifted.
-        dtype: of the raw K and V, the model's: a quantised state would be mixed into every later token.
+        dtype: of the raw K and V, the model's dtype: errors of a quantised state would spread to later tokens.
 
     Raises:
-        ValueError: the attention page does not hold a whole fraction of its own tokens in ``dtype``.
+        ValueError: a page of the attention layer holds no whole fraction of its own tokens in ``dtype``.
     """
-    token = attention.num_kv_heads * 2 * attention.head_size * dtype.itemsize
-    tokens, rest = divmod(attention.page_size_bytes, token)
-    if rest or not tokens or attention.block_size % tokens:
+    token_bytes = attention.num_kv_heads * 2 * attention.head_size * dtype.itemsize
+    page_size, rest = divmod(attention.page_size_bytes, token_bytes)
+    if rest or not page_size or attention.block_size % page_size:
         raise ValueError(
-            f"KV shifting attention: the KV cache's page of {attention.block_size} tokens has "
-            f"{attention.page_size_bytes} bytes, which don't hold a whole fraction of these tokens' raw K and V in "
-            f"{dtype} ({token} bytes each). Use --kv-cache-dtype auto or fp8."
+            f"KV shifting attention: a KV page of {attention.block_size} tokens has {attention.page_size_bytes} bytes, "
+            f"which do not hold a whole fraction of these tokens' raw K and V in {dtype} ({token_bytes} bytes each). "
+            "Use --kv-cache-dtype auto or fp8."
         )
     return SlidingWindowSpec(
-        block_size=tokens,
+        block_size=page_size,
         num_kv_heads=attention.num_kv_heads,
         head_size=attention.head_size,
         dtype=dtype,
@@ -100,52 +105,60 @@ def state_spec(attention: AttentionSpec, dtype: torch.dtype) -> SlidingWindowSpe
 
 
 class ShiftState(nn.Module, AttentionLayerBase):
-    """Shifts K and V before an attention layer, and owns the state that takes.
+    """Shifts K and V before an attention layer, and owns the state for it.
 
     Args:
         attention: vLLM's Attention layer that gets the shifted K and V.
         prefix: name of this layer, unique in the model.
+
+    Raises:
+        ValueError: a feature that ``refuse_unsupported`` names is on, or the name is in use.
     """
 
     def __init__(self, attention: Any, prefix: str):
         super().__init__()
         config = get_current_vllm_config()
         refuse_unsupported(config)
-        self.attention = [attention]  # in a list, so that it is not a submodule of this one too
+        self.attention = [attention]  # a list keeps torch from registering the layer as a submodule
         self.prefix = prefix
         self.kv_cache = torch.tensor([])
-        self.dtype: Any = config.model_config.dtype  # a torch.dtype by now
-        compat.register_layer(config, prefix, self)
-        compat.split_graph_at(config, OP)
+        self.dtype: Any = config.model_config.dtype  # vLLM has resolved it to a torch.dtype
+        register_layer(config, prefix, self)
+        split_graph_at(config, OP)
 
     def forward(
         self, key: torch.Tensor, value: torch.Tensor, key_weights: torch.Tensor, value_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes as in shift.shift."""
+        """Shifted K and V; shapes as in ``shift.shift``."""
         return torch.ops.starling.kv_shift(key, value, key_weights, value_weights, self.prefix)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return ShiftStateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SlidingWindowSpec:
-        return state_spec(compat.attention_spec(self.attention[0], vllm_config), self.dtype)
+        """The spec of the state; raises ValueError, see ``state_spec``."""
+        return state_spec(attention_spec(self.attention[0], vllm_config), self.dtype)
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raises ValueError for what the state is not exact under."""
+    """Check a VllmConfig for features with which the state is not exact.
+
+    Raises:
+        ValueError: such a feature is on.
+    """
     parallel, hybrid_off = config.parallel_config, config.scheduler_config.disable_hybrid_kv_cache_manager
-    for name, value, reason in (
+    for name, is_on, reason in (
         ("decode_context_parallel_size", parallel.decode_context_parallel_size > 1, "it shards sequences"),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size > 1, "it splits prompts"),
-        ("enable_dbo", parallel.enable_dbo, "half a request's chunk would miss what the other half leaves"),
-        # vLLM then makes one group of attention layers and states, and says of all that their window is 2.
+        ("enable_dbo", parallel.enable_dbo, "one half of a request's chunk would not see the state of the other half"),
+        # vLLM then puts attention layers and states in one group, and gives all of them the window of 2.
         (
             "disable_hybrid_kv_cache_manager",
             hybrid_off,
-            "the state needs a group of its own (some KV connectors set it)",
+            "the state needs its own KV cache group (some KV connectors set this option)",
         ),
     ):
-        if value:
+        if is_on:
             raise ValueError(f"KV shifting attention does not run with {name}: {reason}")
 
 
@@ -178,4 +191,4 @@ def _kv_shift_fake(
     return key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-compat.register_op(OP, _kv_shift, _kv_shift_fake)
+register_op(OP, _kv_shift, _kv_shift_fake)

@@ -1,8 +1,8 @@
 """Wraps a vLLM attention backend so that star requests are handed to its kernel in virtual rows.
 
-Only the metadata builder changes; cache layout and name stay the base's, and so does the kernel, but on CPU, where
-kernels/cpu_impl.py has a faster one for many batches. On GPUs vLLM picks FLASH_ATTN, TRITON_ATTN or FLASHINFER itself,
-on CPU always CPU_ATTN: each is overridden in place.
+Only the metadata builder changes; cache layout and name stay those of the base backend. So does the kernel, except on
+CPU, where cpu_impl.py has one that is faster for many batches. On GPUs vLLM picks FLASH_ATTN, TRITON_ATTN or FLASHINFER
+itself, on CPU always CPU_ATTN: each is overridden in place.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from attention_backends.star.step import current_step
+from vllm_compat.patching import extends
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
@@ -33,23 +39,25 @@ def takes_star(spec: Any) -> bool:
     )
 
 
-def _room_for_virtual_rows(vllm_config: Any, page: int) -> Any:
+def _config_for_virtual_rows(vllm_config: Any, page_size: int) -> Any:
     """The configuration with ``max_num_seqs`` raised to the virtual rows a step can have.
 
-    Builders size buffers by it. A request adds at most a row at each end of its span, and one a block.
+    Builders size buffers by ``max_num_seqs``. A request adds at most a row at each end of its span, and one for each
+    block.
     """
     config = copy.copy(vllm_config)
     config.scheduler_config = copy.copy(vllm_config.scheduler_config)
     scheduler = config.scheduler_config
-    scheduler.max_num_seqs = 3 * scheduler.max_num_seqs + scheduler.max_num_batched_tokens // page
+    scheduler.max_num_seqs = 3 * scheduler.max_num_seqs + scheduler.max_num_batched_tokens // page_size
     return config
 
 
 @functools.cache
 def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """A subclass of ``base`` whose builder splits star rows; layers without full attention are untouched."""
+    """A subclass of ``base`` whose builder splits star rows; layers without full attention keep their rows."""
     base_builder: Any = base.get_builder_cls()
 
+    @extends(AttentionMetadataBuilder)
     class StarBuilder(base_builder):
         def __init__(
             self,
@@ -61,12 +69,12 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ):
             self.takes_star = takes_star(kv_cache_spec)
             if self.takes_star and device.type != "cpu":
-                vllm_config = _room_for_virtual_rows(vllm_config, kv_cache_spec.block_size)
+                vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size)
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-            """Decode batches are never rewritten, so their graphs stay; graphs of mixed batches do not."""
+            """Full graphs stay usable for decode batches, which are never rewritten, but not for mixed batches."""
             support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
             decode_only = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
             return min(support, decode_only, key=lambda level: level.value)
@@ -82,10 +90,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if step is not None and rows is not None:
                 step.count(rows)
                 common_attn_metadata = virtual_metadata(common_attn_metadata, rows)
-            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-            if step is not None and rows is not None and rows.remote:
-                metadata.shards = step.shards(self.kv_cache_spec.block_size)  # read by kernels/cpu_impl.py
-            return metadata
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
         def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
             step = current_step() if self.takes_star else None
@@ -94,6 +99,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 blk_table = virtual_block_table(blk_table, rows)
             return super().update_block_table(metadata, blk_table, slot_mapping)
 
+    @extends(AttentionBackend)
     class StarBackend(base):  # type: ignore[misc, valid-type]
         @staticmethod
         def get_builder_cls() -> Any:
@@ -103,7 +109,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         def get_impl_cls() -> Any:
             if base.get_name() != "CPU_ATTN":
                 return base.get_impl_cls()
-            from attention_backends.kernels.cpu_impl import CpuImpl
+            from attention_backends.star.cpu_impl import CpuImpl
 
             return CpuImpl
 

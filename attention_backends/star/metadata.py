@@ -8,8 +8,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_backends.star.rows import VirtualRows
 
-# Fields with one entry a batch row, or keyed by batch row, that no row split is defined for. The features
-# that set them are refused at startup (engine_ext/refusals.py); one that still comes up must not be ignored.
+# Fields with one entry a batch row, or keyed by batch row, for which no row split is defined. The features that set
+# them are refused at startup (engine_ext/refusals.py); a field that is set all the same must not be ignored.
 ROW_FIELDS_WITHOUT_A_SPLIT = (
     "logits_indices_padded",
     "encoder_seq_lens",
@@ -28,7 +28,7 @@ def virtual_block_table(table: torch.Tensor, rows: VirtualRows) -> torch.Tensor:
     virtual = table[source]
     if len(rows.gathered):
         gathered = torch.from_numpy(rows.gathered).to(table.device)
-        columns = torch.from_numpy(rows.pages).to(table.device)
+        columns = torch.from_numpy(rows.page_columns).to(table.device)
         virtual[gathered, : columns.shape[1]] = table[source[gathered]].gather(1, columns)
     return virtual
 
@@ -51,10 +51,10 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     query_start_loc_cpu = torch.from_numpy(starts)
     # The host's length of a decode row may be an upper bound (async scheduling): keep the device's.
     seq_lens = common.seq_lens[device_source]
-    ours = rows.star.copy()
-    ours[[remote.row for remote in rows.remote]] = True
-    lens = torch.from_numpy(rows.seq_lens[ours]).to(seq_lens.dtype)
-    seq_lens[torch.from_numpy(ours).to(device)] = lens.to(device)
+    changed = rows.star.copy()
+    changed[[remote.row for remote in rows.remote]] = True
+    lens = torch.from_numpy(rows.seq_lens[changed]).to(seq_lens.dtype)
+    seq_lens[torch.from_numpy(changed).to(device)] = lens.to(device)
     upper_bound = torch.from_numpy(rows.seq_lens).to(seq_lens.dtype)
     return common.replace(
         query_start_loc=query_start_loc_cpu.to(device),

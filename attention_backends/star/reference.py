@@ -1,7 +1,7 @@
-"""Star Attention in plain torch with the mask written out: what the engine's virtual rows are held against.
+"""The mask of Star Attention, written out: the reference that tests compare the engine's virtual rows to.
 
-Shares nothing with rows.py but the meaning of the numbers (arXiv 2411.17116, section 2; the overlap is
-ours): no pages, no plan object, one comparison for each rule.
+It uses no code of rows.py: no pages and no plan object, but one comparison for each rule (arXiv 2411.17116, section 2;
+the overlap is Starling's). kernels/reference.py's ``masked_attention`` computes the attention for a mask.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 def star_mask(
     num_tokens: int, *, block_size: int, anchor_size: int, overlap_size: int, context_end: int
 ) -> torch.Tensor:
-    """(num_tokens, num_tokens) bool: may the query at row q see the key at column k.
+    """(num_tokens, num_tokens) bool: whether the query at row q may see the key at column k.
 
     Args:
-        num_tokens: prompt and generated tokens; sizes are in tokens, ``context_end`` is a position.
+        num_tokens: prompt and generated tokens.
+        block_size, anchor_size, overlap_size: of the star blocks, in tokens.
+        context_end: position of the first token after the context.
     """
     positions = torch.arange(num_tokens)
     query, key = positions[:, None], positions[None, :]
@@ -25,23 +27,3 @@ def star_mask(
     overlap = (key < block_start) & (key >= block_start - overlap_size)
     is_query = query >= context_end
     return (key <= query) & (is_query | own_block | anchor | overlap)
-
-
-def masked_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by its definition, in the operands' dtype.
-
-    Args:
-        query: (tokens, heads, head size); key and value: (tokens, KV heads, head size), repeated over the
-            query heads they serve.
-        mask: (tokens, tokens) bool, with at least one True a row.
-
-    Returns:
-        out (tokens, heads, head size) and the log-sum-exp of the scores, (tokens, heads).
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.einsum("qhd,khd->qhk", query, key) * scale
-    scores = scores.masked_fill(~mask[:, None, :], float("-inf"))
-    return torch.einsum("qhk,khd->qhd", scores.softmax(-1), value), scores.logsumexp(-1)

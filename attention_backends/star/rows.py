@@ -2,7 +2,7 @@
 
 A batch row whose query span lies in star blocks is cut at block borders. Each piece becomes a row of its
 own whose block table holds just the pages it may see (anchor, overlap, own block) and whose length is the
-sum of those. K is cached after RoPE, so where a key stands in the table does not matter, and causal
+sum of those. K is cached after RoPE, so the place of a key in the table does not matter, and causal
 attention aligned bottom-right is exactly the star mask. vLLM does the same for chunked local attention
 (vllm/model_executor/layers/attention/chunked_local_attention.py).
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.plan import KeyRanges, StarPlan, count_pairs
+from scheduler.star.plan import KeyRanges, StarPlan, count_pairs
 
 
 @dataclass(frozen=True)
 class RemoteKeys:
-    """Whole pages before a row's queries, all of which every query of the row sees."""
+    """Whole pages on other replicas, before a row's queries; every query of the row sees all of them."""
 
     row: int
     keys: KeyRanges
@@ -36,7 +36,7 @@ class VirtualRows:
         star: (R,) bool, whether the row lies in the context of a star plan.
         block_start: (R,) int64, where its star block starts; 0 for the other rows.
         gathered: (G,) int64, rows whose pages are not those of ``source`` in order.
-        pages: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
+        page_columns: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
         remote: rows that also see keys in other replicas' memory, which ``seq_lens`` and the pages leave out.
         context_tokens: query tokens in star rows.
         star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers differ).
@@ -49,7 +49,7 @@ class VirtualRows:
     star: np.ndarray
     block_start: np.ndarray
     gathered: np.ndarray
-    pages: np.ndarray
+    page_columns: np.ndarray
     remote: tuple[RemoteKeys, ...]
     context_tokens: int
     star_pairs: float
@@ -60,23 +60,23 @@ def split_rows(
     plans: Sequence[StarPlan | None],
     query_lens: Sequence[int],
     seq_lens: Sequence[int],
-    page: int,
-    elsewhere: Sequence[tuple[int, int] | None] = (),
+    page_size: int,
+    remote_spans: Sequence[tuple[int, int] | None] = (),
 ) -> VirtualRows | None:
-    """Split a batch of rows by their plans; None where no row lies in star blocks or has keys elsewhere.
+    """Split a batch of rows by their plans; None where no row lies in star blocks or has keys on other replicas.
 
     Args:
         plans: one a row; None for a dense row.
         query_lens: tokens of each row in this step (0 for padding rows).
         seq_lens: tokens of each row so far, this step's included.
-        page: tokens of a page of the block table.
-        elsewhere: one a row, or none at all: the positions, in whole pages, whose KV other replicas hold.
+        page_size: tokens of a page of the block table.
+        remote_spans: one a row, or none at all: the positions, in whole pages, whose KV other replicas hold.
     """
-    elsewhere = elsewhere or [None] * len(plans)
+    remote_spans = remote_spans or [None] * len(plans)
     starts = [length - queries for queries, length in zip(query_lens, seq_lens, strict=True)]
     if not any(
-        queries and (away is not None or (plan is not None and start < plan.context_end))
-        for plan, queries, start, away in zip(plans, query_lens, starts, elsewhere, strict=True)
+        queries and (span is not None or (plan is not None and start < plan.context_end))
+        for plan, queries, start, span in zip(plans, query_lens, starts, remote_spans, strict=True)
     ):
         return None
     source: list[int] = []
@@ -88,7 +88,7 @@ def split_rows(
     columns: list[np.ndarray] = []
     remote: list[RemoteKeys] = []
     context_tokens = star_pairs = dense_pairs = 0
-    for row, (plan, start, end, away) in enumerate(zip(plans, starts, seq_lens, elsewhere, strict=True)):
+    for row, (plan, start, end, span) in enumerate(zip(plans, starts, seq_lens, remote_spans, strict=True)):
         pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
         for piece_start, piece_end, keys in pieces:
             in_context, block_start = False, 0
@@ -98,21 +98,21 @@ def split_rows(
                 context_tokens += queries
                 star_pairs += count_pairs(queries, keys)
                 dense_pairs += count_pairs(queries, ((0, piece_end),))
-            if away is not None:
-                keys, there = divide(keys, away)
-                if there:
-                    remote.append(RemoteKeys(len(source), there))
+            if span is not None:
+                keys, remote_keys = divide(keys, span)
+                if remote_keys:
+                    remote.append(RemoteKeys(len(source), remote_keys))
             if keys[0][0] or len(keys) > 1:
                 gathered.append(len(source))
-                columns.append(_page_columns(keys, page))
+                columns.append(_page_columns(keys, page_size))
             source.append(row)
             lens.append(piece_end - piece_start)
             totals.append(sum(stop - first for first, stop in keys))
             star.append(in_context)
             block_starts.append(block_start)
-    pages = np.zeros((len(columns), max(map(len, columns), default=0)), dtype=np.int64)
+    page_columns = np.zeros((len(columns), max(map(len, columns), default=0)), dtype=np.int64)
     for index, column in enumerate(columns):
-        pages[index, : len(column)] = column
+        page_columns[index, : len(column)] = column
     return VirtualRows(
         np.asarray(source, dtype=np.int64),
         np.asarray(lens, dtype=np.int64),
@@ -120,7 +120,7 @@ def split_rows(
         np.asarray(star, dtype=bool),
         np.asarray(block_starts, dtype=np.int64),
         np.asarray(gathered, dtype=np.int64),
-        pages,
+        page_columns,
         tuple(remote),
         context_tokens,
         star_pairs,
@@ -128,9 +128,9 @@ def split_rows(
     )
 
 
-def divide(keys: KeyRanges, away: tuple[int, int]) -> tuple[KeyRanges, KeyRanges]:
-    """The parts of ranges that lie outside of a span, and inside."""
-    first, last = away
+def divide(keys: KeyRanges, span: tuple[int, int]) -> tuple[KeyRanges, KeyRanges]:
+    """The parts of ranges that lie outside of a span, and those inside."""
+    first, last = span
     outside = [piece for start, stop in keys for piece in ((start, min(stop, first)), (max(start, last), stop))]
     inside = [(max(start, first), min(stop, last)) for start, stop in keys]
 
@@ -140,5 +140,5 @@ def divide(keys: KeyRanges, away: tuple[int, int]) -> tuple[KeyRanges, KeyRanges
     return kept(outside), kept(inside)
 
 
-def _page_columns(keys: KeyRanges, page: int) -> np.ndarray:
-    return np.concatenate([np.arange(start // page, -(-stop // page)) for start, stop in keys])
+def _page_columns(keys: KeyRanges, page_size: int) -> np.ndarray:
+    return np.concatenate([np.arange(start // page_size, -(-stop // page_size)) for start, stop in keys])

@@ -13,10 +13,10 @@ from typing import Any
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from attention_backends.star.rows import VirtualRows, split_rows
-from attention_backends.star.shards import Ask, make_asks
-from scheduler.plan import StarPlan
-from scheduler.share import Attend
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import RemoteShards
 
 RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
 
@@ -27,10 +27,10 @@ class StarStep:
     Args:
         plans: request id -> plan, for the star requests in the step.
         num_scheduled_tokens: request id -> tokens in this step, for all its requests.
-        row_ids: request id of each batch row, in the model runner's order.
+        row_ids: returns the request id of each batch row, in the model runner's order.
         on_rows: called with the rows of the step, once, when a builder first counts them.
-        attends: request id -> where the rest of its KV is, for those that have some elsewhere.
-        exchange: makes what asks other replicas, from the step's asks.
+        remote: request id -> where the rest of its KV is, for requests that have KV on other replicas.
+        open_remote_attention: makes the object by which layers query other replicas, from the step's queries.
     """
 
     def __init__(
@@ -39,50 +39,61 @@ class StarStep:
         num_scheduled_tokens: Mapping[str, int],
         row_ids: RowIds,
         on_rows: Callable[[VirtualRows], None],
-        attends: Mapping[str, Attend] | None = None,
-        exchange: Callable[[Sequence[Ask]], Any] | None = None,
+        remote: Mapping[str, RemoteShards] | None = None,
+        open_remote_attention: Callable[[Sequence[RemoteQuery]], Any] | None = None,
     ) -> None:
         self.plans = plans
         self.num_scheduled_tokens = num_scheduled_tokens
         self.row_ids = row_ids
         self.on_rows = on_rows
-        self.attends = attends or {}
-        self.exchange = exchange
-        self._ids: list[str] = []
-        self._exchanges: dict[int, Any] = {}
+        self.remote = remote or {}
+        self.open_remote_attention = open_remote_attention
         self.engaged = False
         self.counted = False
+        self._request_ids: list[str] = []
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
+        self._remote_attention: dict[int, Any] = {}
 
-    def rows(self, common: CommonAttentionMetadata, page: int, anchored: bool = True) -> VirtualRows | None:
-        """The batch's virtual rows for pages of ``page`` tokens; None where none lies in star blocks.
+    def rows(self, common: CommonAttentionMetadata, page_size: int, anchored: bool = True) -> VirtualRows | None:
+        """The batch's virtual rows for pages of ``page_size`` tokens; None where no row lies in star blocks.
 
         Args:
-            anchored: False for keys of which a block sees its own alone, not the anchor's.
+            anchored: False for a cache of which a block sees its own keys alone, not the anchor's.
 
         Raises:
             RuntimeError: the batch rows are not those of the scheduler's step. A plan on the wrong row
                 would be silent corruption.
         """
         self.engaged = True
-        key = (page, anchored)
+        key = (page_size, anchored)
         if key not in self._rows:
-            self._rows[key] = self._split(common, page, anchored)
+            self._rows[key] = self._split(common, page_size, anchored)
         return self._rows[key]
 
-    def built_rows(self, page: int) -> VirtualRows | None:
+    def built_rows(self, page_size: int) -> VirtualRows | None:
         """The rows that an earlier call of ``rows`` made for this page size."""
-        return self._rows.get((page, True))
+        return self._rows.get((page_size, True))
 
-    def shards(self, page: int) -> Any | None:
-        """What layers with pages of this size ask other replicas by, once their rows are made; None: nothing to ask."""
-        rows = self.built_rows(page)
-        if rows is None or not rows.remote or self.exchange is None:
+    def remote_attention(self, page_size: int) -> Any | None:
+        """By which layers with pages of this size query other replicas in this step; None: no row has keys there.
+
+        replicas/remote_attention_client.py has the object's methods.
+
+        Raises:
+            RuntimeError: the step's rows for this page size are not made yet.
+        """
+        if self.open_remote_attention is None:
             return None
-        if page not in self._exchanges:
-            where = {name: attend.shards for name, attend in self.attends.items()}
-            self._exchanges[page] = self.exchange(make_asks(rows, self._ids, where, page))
-        return self._exchanges[page]
+        if (page_size, True) not in self._rows:
+            raise RuntimeError(f"a layer with pages of {page_size} tokens runs before its rows are made")
+        rows = self.built_rows(page_size)
+        if rows is None or not rows.remote:
+            return None
+        if page_size not in self._remote_attention:
+            shards = {name: remote.shards for name, remote in self.remote.items()}
+            queries = make_remote_queries(rows, self._request_ids, shards, page_size)
+            self._remote_attention[page_size] = self.open_remote_attention(queries)
+        return self._remote_attention[page_size]
 
     def count(self, rows: VirtualRows) -> None:
         """Report the step's rows, if no layer before has."""
@@ -90,7 +101,7 @@ class StarStep:
             self.counted = True
             self.on_rows(rows)
 
-    def _split(self, common: CommonAttentionMetadata, page: int, anchored: bool) -> VirtualRows | None:
+    def _split(self, common: CommonAttentionMetadata, page_size: int, anchored: bool) -> VirtualRows | None:
         query_lens = common.query_start_loc_cpu.diff().tolist()
         ids = list(self.row_ids(common))
         scheduled = [self.num_scheduled_tokens[request_id] for request_id in ids]
@@ -107,9 +118,9 @@ class StarStep:
             raise RuntimeError("the model runner gave no host copy of seq_lens: rows can't be split")
         seq_lens = common.seq_lens_cpu_upper_bound.tolist()
         seq_lens[len(ids) :] = [0] * len(padding)
-        self._ids = ids
-        spans = [self.attends[name].span() if name in self.attends else None for name in ids] + [None] * len(padding)
-        return split_rows(plans, query_lens, seq_lens, page, spans)
+        self._request_ids = ids
+        spans = [self.remote[name].span() if name in self.remote else None for name in ids] + [None] * len(padding)
+        return split_rows(plans, query_lens, seq_lens, page_size, spans)
 
 
 _current: StarStep | None = None
@@ -125,7 +136,7 @@ def open_step(step: StarStep | None) -> Iterator[None]:
     """Make ``step`` the current one.
 
     Raises:
-        RuntimeError: no attention layer asked for the plans. The answer would be dense without saying so.
+        RuntimeError: no attention layer read the plans. The answer would be dense without saying so.
     """
     global _current
     _current = step

@@ -1,7 +1,8 @@
-"""Attamba for vLLM: what attention_backends/attamba/ computes, between vLLM's own layers.
+"""Attamba for vLLM: vLLM's own layers around the attention of attention_backends/attamba/.
 
-K and V are the layer's input plus a state space mixer each, so there is no projection of them to split: over tensor-
-parallel ranks the mixers run whole on each, and only their last product, the queries and `wo` are split by heads.
+K and V are the layer's input plus the output of a state space mixer each, so no K and V projection exists to split over
+tensor-parallel ranks. Each rank runs the whole mixers. Only their output projection, the queries and `wo` are split by
+heads.
 """
 
 from __future__ import annotations
@@ -18,100 +19,98 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.utils import set_weight_attrs
 
 from attention_backends.attamba.attend import attend
 from attention_backends.attamba.cache import PagedRows, cache_specs
 from attention_backends.attamba.chunks import layer_offset
-from attention_backends.attamba.dispatch import chunk_scan
-from attention_backends.attamba.scan import Sizes
+from attention_backends.attamba.mixer import MixerSizes
+from attention_backends.attamba.scan import chunk_scan
 from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.models.attamba_weights import MIXERS, load_checkpoint
+from vllm_compat.rotary import ExactRotaryEmbedding
 
 
 class Mixers(nn.Module):
-    """SSM_k and SSM_v: Mamba-2 mixers of one input over each chunk alone, whose outputs are split over ranks."""
+    """SSM_k and SSM_v: Mamba-2 mixers of one input, within each chunk. Their outputs are split over ranks."""
 
     def __init__(self, config: AttambaConfig, prefix: str) -> None:
         super().__init__()
-        self.sizes = Sizes(config.ssm_heads, config.ssm_inner, config.ssm_state_dim, config.conv_size)
+        self.sizes = MixerSizes(config.ssm_heads, config.ssm_inner, config.ssm_state_dim, config.conv_size)
         self.eps = config.rms_norm_eps
         dim, inner, heads, count = config.hidden_size, config.ssm_inner, config.ssm_heads, len(MIXERS)
         convolved = inner + 2 * config.ssm_state_dim
-        # in_proj in two: of tokens of earlier steps the gate is not needed again.
+        # in_proj is split in two: the gate is computed only for tokens of the step, the rest for whole chunks.
         self.gate, self.inputs = (
             MergedColumnParallelLinear(dim, [width] * count, bias=False, prefix=f"{prefix}.{name}", disable_tp=True)
             for name, width in (("gate", inner), ("inputs", convolved + heads))
         )
-        self.conv_weight = stacked(count, convolved, config.conv_size)
-        self.A_log, self.D = (stacked(count, heads, dtype=torch.float32) for _ in range(2))
-        self.norm_weight = stacked(count, inner)
+        self.conv_weight = mixer_parameter(count, convolved, config.conv_size)
+        self.A_log, self.D = (mixer_parameter(count, heads, dtype=torch.float32) for _ in range(2))
+        self.norm_weight = mixer_parameter(count, inner)
         self.out_proj = nn.ModuleList(
             ColumnParallelLinear(inner, dim, bias=False, prefix=f"{prefix}.out_proj.{index}") for index in range(count)
         )
 
     def forward(
-        self, x: torch.Tensor, chunks: torch.Tensor, chunk: torch.Tensor, place: torch.Tensor
+        self, x: torch.Tensor, chunks: torch.Tensor, chunk_index: torch.Tensor, index_in_chunk: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """Of each mixer (T, local dim) for the tokens x (T, dim); token t is number ``place[t]`` of chunk ``chunk[t]``.
+        """The output of each mixer, (T, local dim).
 
         Args:
-            chunks: (N, W, dim), the inputs of each chunk from its first token on.
+            x: (T, dim), inputs of the tokens of the step.
+            chunks: (N, W, dim), inputs of each chunk from its first token on.
+            chunk_index, index_in_chunk: (T,) int64, see ``chunk_scan``.
         """
         projected, gate = (
             linear(rows)[0].unflatten(-1, (len(MIXERS), -1)) for linear, rows in ((self.inputs, chunks), (self.gate, x))
         )
-        y = chunk_scan(projected, self.conv_weight, self.A_log, self.D, self.sizes, chunk, place)
+        y = chunk_scan(projected, self.conv_weight, self.A_log, self.D, self.sizes, chunk_index, index_in_chunk)
         y = nn.functional.rms_norm(y * nn.functional.silu(gate.float()), y.shape[-1:], eps=self.eps) * self.norm_weight
         return (linear(part)[0] for linear, part in zip(self.out_proj, y.to(x.dtype).unbind(1), strict=True))
 
 
-def stacked(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """A parameter with a row a mixer."""
+def mixer_parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A parameter whose first dimension is the mixer. Its loader raises ValueError for a tensor of another shape."""
     parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
     def load(parameter: nn.Parameter, tensor: torch.Tensor, mixer: int) -> None:
         if tensor.shape != parameter.shape[1:]:
-            raise ValueError(f"it is of shape {tuple(parameter.shape[1:])}")
+            raise ValueError(f"the parameter has shape {tuple(parameter.shape[1:])}")
         parameter.data[mixer].copy_(tensor)
 
-    parameter.weight_loader = load  # type: ignore[attr-defined]
+    set_weight_attrs(parameter, {"weight_loader": load})
     return parameter
 
 
-class ExactRotary(RotaryEmbedding):
-    """vLLM's, with angles in float64: in float32 they are off by 1e-3 at 32k tokens, which sharp scores show."""
-
-    def _compute_cos_sin_cache(self) -> torch.Tensor:
-        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
-        positions = torch.arange(self.max_position_embeddings, dtype=torch.float64)
-        angles = torch.outer(positions, self.base**-exponents)
-        return torch.cat((angles.cos(), angles.sin()), -1).float()
-
-
 @functools.cache
-def rotary(head_dim: int, positions: int, theta: float, dtype: torch.dtype) -> ExactRotary:
-    """The one table that all layers share; pairs (2 j, 2 j + 1) turn together."""
-    return ExactRotary(head_dim, head_dim, positions, theta, False, dtype)
+def rotary(head_dim: int, positions: int, theta: float, dtype: torch.dtype) -> ExactRotaryEmbedding:
+    """The rotary embedding of all layers; it rotates the pairs (2 j, 2 j + 1)."""
+    return ExactRotaryEmbedding(head_dim, head_dim, positions, theta, False, dtype)
 
 
 class AttentiveSsm(nn.Module):
-    """One layer's attention, its mixers and its three caches."""
+    """The attention of one layer, with its mixers and its three caches.
+
+    Raises:
+        ValueError: the ranks do not divide the heads, or the caches do not support a size.
+    """
 
     def __init__(self, config: AttambaConfig, layer: int, dtype: torch.dtype, prefix: str) -> None:
         super().__init__()
         self.ranks, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         if config.num_attention_heads % self.ranks:
-            raise ValueError(f"{config.num_attention_heads} heads can't be split over {self.ranks} ranks")
+            reason = f"the ranks do not divide the {config.num_attention_heads} attention heads"
+            raise ValueError(f"tensor_parallel_size={self.ranks} is refused: {reason}")
         self.heads = config.num_attention_heads // self.ranks
         self.head_dim, self.local_dim = config.head_dim, self.heads * config.head_dim
-        self.chunk, self.window = config.token_chunk, config.leading_tokens
-        self.offset = layer_offset(layer, config.num_hidden_layers, self.chunk)
-        specs = cache_specs(self.chunk, self.window, config.hidden_size, self.local_dim, dtype)
-        self.states, self.recent, self.rows = (
+        self.chunk_size, self.leading_tokens = config.token_chunk, config.leading_tokens
+        self.offset = layer_offset(layer, config.num_hidden_layers, self.chunk_size)
+        specs = cache_specs(self.chunk_size, self.leading_tokens, config.hidden_size, self.local_dim, dtype)
+        self.states, self.window, self.rows = (
             PagedRows(specs[name], f"{prefix}.{name}") for name in ("states", "window", "rows")
         )
         self.mixers = Mixers(config, f"{prefix}.mixers")
@@ -124,43 +123,45 @@ class AttentiveSsm(nn.Module):
         """(T, dim) for the normed inputs x (T, dim)."""
         query, _ = self.wq(x)
         metadata: Any = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM measures memory
+        if metadata is None:  # a memory profiling run of vLLM
             return self.wo(query)[0]
-        states, recent, rows = (metadata[cache.prefix] for cache in (self.states, self.recent, self.rows))
-        tokens = len(rows.rows.position)  # x may be padded past them
-        plan = states.plan(self.chunk, self.offset, self.window)
+        states, window, rows = (metadata[cache.prefix] for cache in (self.states, self.window, self.rows))
+        num_tokens = len(rows.tokens.position)  # x may have padding after them
+        plan = states.plan(self.chunk_size, self.offset, self.leading_tokens)
 
         inputs = self.rows.pages
-        inputs[rows.places(self.rows.spec)] = x[:tokens]
-        chunks = inputs[rows.places_of(self.rows.spec, plan.chunk_request[:, None], plan.chunk_position)]
-        chunk, place = (torch.from_numpy(index).to(x.device) for index in (plan.token_chunk, plan.token_place))
-        own = x[:tokens, self.rank * self.local_dim : (self.rank + 1) * self.local_dim]
-        key, value = (own + mixed for mixed in self.mixers(x[:tokens], chunks, chunk, place))
-        query, key = self.rotary(positions[:tokens], query[:tokens].contiguous(), key)
+        inputs[rows.locate_step(self.rows.spec)] = x[:num_tokens]
+        chunks = inputs[rows.locate(self.rows.spec, plan.chunk_request[:, None], plan.chunk_positions)]
+        indices = (torch.from_numpy(index).to(x.device) for index in (plan.chunk_index, plan.index_in_chunk))
+        own = x[:num_tokens, self.rank * self.local_dim : (self.rank + 1) * self.local_dim]
+        key, value = (own + mixed for mixed in self.mixers(x[:num_tokens], chunks, *indices))
+        query, key = self.rotary(positions[:num_tokens], query[:num_tokens].contiguous(), key)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
 
-        states_kv, recent_kv = (cache.kv_pages(self.heads) for cache in (self.states, self.recent))
-        page, row = recent.places(self.recent.spec)
-        recent_kv.write(page, row, key, value)
+        states_kv, window_kv = (cache.kv_pages(self.heads) for cache in (self.states, self.window))
+        page_ids, page_rows = window.locate_step(self.window.spec)
+        window_kv.write(page_ids, page_rows, key, value)
         states.write_states(states_kv, plan, key, value)
         out = attend(
             query,
             states_kv,
             states.key_table,
-            recent_kv,
-            recent.key_table,
-            recent.query_start_loc,
-            recent.seq_lens,
-            torch.from_numpy(states.rows.piece).to(x.device),
+            window_kv,
+            window.key_table,
+            window.query_start_loc,
+            window.seq_lens,
+            torch.from_numpy(states.tokens.piece).to(x.device),
             plan,
-            self.chunk,
-            self.window + 1,
+            self.chunk_size,
+            self.leading_tokens + 1,
             self.head_dim**-0.5,
         ).flatten(1)
-        return self.wo(nn.functional.pad(out, (0, 0, 0, len(x) - tokens)) if tokens < len(x) else out)[0]
+        return self.wo(nn.functional.pad(out, (0, 0, 0, len(x) - num_tokens)) if num_tokens < len(x) else out)[0]
 
 
 class AttambaLayer(nn.Module):
+    """One layer: attention and feed-forward, each with a norm before and a residual around it."""
+
     def __init__(self, config: AttambaConfig, layer: int, dtype: torch.dtype, prefix: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -171,16 +172,18 @@ class AttambaLayer(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, dim) for hidden states (T, dim) at positions (T,)."""
         hidden = hidden + self.attentive_ssm(positions, self.attention_norm(hidden))
         return hidden + self.feed_forward(self.ffn_norm(hidden))
 
 
 class AttambaForCausalLM(nn.Module):
-    """Attamba with its checkpoint's names translated (attamba_weights.py). Runs eagerly: its steps are planned on the
-    host, by the lengths of the batch.
+    """Attamba. attamba_weights.py maps the names of the checkpoint to the parameters.
+
+    The model runs eagerly, because the host plans each step by the lengths of the batch.
 
     Raises:
-        ValueError: a configuration that the caches can't carry, or a feature of vLLM that this model does not have.
+        ValueError: the caches do not support the configuration, or the model does not support a feature of vLLM.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -209,7 +212,7 @@ class AttambaForCausalLM(nn.Module):
         intermediate_tensors: None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, dim) normed hidden states of the tokens of a step."""
+        """(T, dim) normed hidden states of the T tokens of a step."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in self.layers:
             hidden = layer(positions, hidden)
@@ -219,30 +222,38 @@ class AttambaForCausalLM(nn.Module):
         return self.logits_processor(self.output, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the checkpoint; raises ValueError, see ``load_checkpoint``."""
         return load_checkpoint(self, self.config.ssm_inner, weights)
 
 
 def refuse_features(vllm_config: VllmConfig) -> None:
-    """Refuse by name what would be silently wrong, or fail late (raises ValueError)."""
+    """Check a VllmConfig for features with which the model would be silently wrong, or would fail late.
+
+    Raises:
+        ValueError: names such a feature that is on.
+    """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     refused = {
         f"kv_cache_dtype={cache.cache_dtype}": (
             cache.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")),
-            "the caches keep the model's dtype",
+            "the caches have the model's dtype",
         ),
-        "speculative decoding": (vllm_config.speculative_config is not None, "steps are planned for tokens that stay"),
+        "speculative decoding": (
+            vllm_config.speculative_config is not None,
+            "the plan of a step assumes that all its tokens are kept",
+        ),
         f"quantization={vllm_config.model_config.quantization}": (
             vllm_config.quant_config is not None,
-            "no quantised checkpoint of it exists",
+            "no quantised checkpoint exists",
         ),
         "decode context parallelism": (parallel.decode_context_parallel_size > 1, "the caches are not split by tokens"),
         "prefill context parallelism": (parallel.prefill_context_parallel_size > 1, "chunks are not split over ranks"),
-        "dual-batch overlap": (parallel.enable_dbo, "steps are planned whole"),
+        "dual-batch overlap": (parallel.enable_dbo, "the plan of a step is for the whole batch"),
         "disable_hybrid_kv_cache_manager": (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
-            "the three caches need a group each",
+            "each of the three caches needs its own KV cache group",
         ),
     }
-    for feature, (asked, reason) in refused.items():
-        if asked:
+    for feature, (is_on, reason) in refused.items():
+        if is_on:
             raise ValueError(f"{feature} is refused with an Attamba model: {reason}")

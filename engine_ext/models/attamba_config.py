@@ -8,23 +8,31 @@ from transformers import PretrainedConfig
 
 from attention_backends.attamba.chunks import PAGE_ROWS
 from attention_backends.attamba.count import prompt_keys
-from scheduler.plan import StarPlan
+from scheduler.star.plan import StarPlan
 
 
 class AttambaConfig(PretrainedConfig):
-    """config.json of an Attamba checkpoint. ``token_chunk`` and ``leading_tokens`` are tokens, other sizes values.
-
-    ``star_blocks_depend`` says why a star block can't be computed before the one before it.
+    """config.json of an Attamba checkpoint. Arguments that are not listed below are Llama's.
 
     Args:
-        token_chunk: P, tokens for which the cache keeps one state.
-        leading_tokens: L, tokens before its own that a token sees one by one.
-        ssm_heads, ssm_inner, ssm_state_dim, conv_size: of the mixers of K and of V: heads, their values in all, state
-            of each value, taps of the convolution.
+        token_chunk: P, the tokens for which the cache keeps one state.
+        leading_tokens: L, the tokens before its own that a token sees one by one.
+        ssm_heads: heads of a mixer (of K or V).
+        ssm_inner: values of all heads of a mixer.
+        ssm_state_dim: state size of each of these values.
+        conv_size: taps of a mixer's convolution.
+
+    Attributes:
+        star_blocks_depend: the reason why a star block can't be computed before the previous block.
+
+    Raises:
+        ValueError: a field has a value that Attamba does not have.
     """
 
     model_type = "attamba"
-    star_blocks_depend = "a chunk that straddles a border of star blocks carries tokens of the first into the second"
+    star_blocks_depend = (
+        "a chunk that straddles a border of star blocks mixes tokens of the first block into the second"
+    )
 
     def __init__(
         self,
@@ -61,18 +69,21 @@ class AttambaConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         for fixed in ("num_key_value_heads", "head_dim"):
-            given = rest.pop(fixed, getattr(self, fixed))
-            if given != getattr(self, fixed):
-                raise ValueError(f"{fixed}={given} is refused: Attamba's is {getattr(self, fixed)}, as its heads say")
+            allowed = getattr(self, fixed)
+            given = rest.pop(fixed, allowed)
+            if given != allowed:
+                raise ValueError(
+                    f"{fixed}={given} is refused: num_attention_heads and hidden_size set it. Allowed: {allowed}"
+                )
         if tie_word_embeddings:
-            raise ValueError("tie_word_embeddings=true is refused: Attamba has output.weight of its own")
+            raise ValueError("tie_word_embeddings=true is refused: Attamba has its own output.weight. Allowed: false")
         super().__init__(tie_word_embeddings=False, **rest)
 
     @property
     def page_tokens(self) -> int:
-        """Tokens of a page of chunk states, which the sizes of Star Attention are multiples of."""
+        """Tokens of a page of chunk states. The sizes of Star Attention are multiples of it."""
         return PAGE_ROWS * self.token_chunk
 
     def prompt_keys(self, plan: StarPlan | None, num_tokens: int) -> dict[str, Any]:
-        """Keys that a prompt attends to, as ``attention_backends/attamba/count.py`` has it."""
+        """Keys that a prompt attends to, see ``attention_backends.attamba.count.prompt_keys``."""
         return prompt_keys(plan, num_tokens, self.token_chunk, self.leading_tokens, self.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""From the names and shapes of an Attamba checkpoint to those of the served model."""
+"""Maps the tensors of an Attamba checkpoint to the parameters of the served model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 MIXERS = ("k_ssm", "v_ssm")
 PAIRED = (".gate_up_proj.", ".mixers.gate.", ".mixers.inputs.", ".conv_weight", ".A_log", ".D", ".norm_weight")
+"""Parts of the names of parameters that consist of two shards."""
 
 
-def targets(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
-    """Where a tensor of a checkpoint goes: parameters, a shard of each or None, rows of the tensor or None for all.
+def target_shards(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
+    """The parameters that a tensor of a checkpoint is loaded into.
 
     Args:
-        inner: of the mixers: in_proj's first rows are the gate's.
+        name: of the tensor.
+        inner: ssm_inner of the configuration. The first ``inner`` rows of a mixer's in_proj are the gate.
+
+    Returns:
+        (parameter, its shard or None for the whole parameter, rows of the tensor or None for all rows) each.
     """
     for index, mixer in enumerate(MIXERS):
         if f".{mixer}." in name:
@@ -35,15 +40,20 @@ def targets(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
 
 
 def load_checkpoint(model: nn.Module, inner: int, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Load every tensor; returns the names of the parameters that have one. ``inner``: of the mixers.
+    """Load all tensors of a checkpoint; returns the names of the parameters that were loaded.
+
+    Args:
+        model: the served model.
+        inner: ssm_inner of the configuration.
+        weights: (name, tensor) of the checkpoint.
 
     Raises:
-        ValueError: a tensor that is unknown, misshapen or missing, by its name.
+        ValueError: names a tensor that is unknown or misshapen, or the parameters whose tensors are missing.
     """
     parameters = dict(model.named_parameters())
     loaded: set[tuple[str, Any]] = set()
     for name, tensor in weights:
-        for target, shard, rows in targets(name, inner):
+        for target, shard, rows in target_shards(name, inner):
             if target not in parameters:
                 raise ValueError(f"{name} is refused: an Attamba checkpoint has no tensor of that name")
             parameter = parameters[target]
@@ -53,7 +63,9 @@ def load_checkpoint(model: nn.Module, inner: int, weights: Iterable[tuple[str, t
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit config.json: {error}") from error
             loaded.add((target, shard))
-    wanted = {(name, shard) for name in parameters for shard in ((0, 1) if any(p in name for p in PAIRED) else (None,))}
-    if missing := sorted(f"{name}" for name, _ in wanted - loaded):
-        raise ValueError(f"the checkpoint lacks what {len(missing)} parameters are made of: {', '.join(missing[:8])}")
+    expected = {
+        (name, shard) for name in parameters for shard in ((0, 1) if any(p in name for p in PAIRED) else (None,))
+    }
+    if missing := sorted(name for name, _ in expected - loaded):
+        raise ValueError(f"the checkpoint lacks tensors of {len(missing)} parameters: {', '.join(missing[:8])}")
     return {name for name, _ in loaded}

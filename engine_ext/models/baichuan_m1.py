@@ -1,6 +1,7 @@
 """Baichuan-M1 (`model_type` baichuan_m1): KV shifting attention, with sliding windows in some layers.
 
-Tensor names are Llama's but for ``W_pack`` (q, k and v in one). Rows of ``lm_head`` are L2-normalised at load.
+Tensor names are Llama's, except for ``W_pack``, which is q, k and v in one tensor. The rows of ``lm_head`` are
+L2-normalised at load.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
-from engine_ext.models.checkpoint import Shapes, checked, mlp_and_norm_shapes, outer_shapes, shift_shapes
+from engine_ext.models.checkpoint import Shapes, checked_weights, mlp_and_norm_shapes, outer_shapes, shift_shapes
 from engine_ext.models.configs import BaichuanM1Config
 from engine_ext.models.shifted_attention import KVShiftAttention
 
 HEAD_EPS = 1e-7
-"""Added to a row's norm, as the model's own code does."""
+"""Added to the norm of a row, as in the model's published code."""
 
 
 def expected_tensors(config: BaichuanM1Config) -> Shapes:
-    """Name -> shape of the whole checkpoint."""
+    """Shapes of all tensors of the checkpoint, by name."""
     shapes = outer_shapes(config)
     for index in range(config.num_hidden_layers):
-        own = config.of_layer(index)
+        own = config.layer_config(index)
         query, key = own.num_attention_heads * own.head_dim, own.num_key_value_heads * own.head_dim
         layer = shift_shapes(own.num_key_value_heads) | mlp_and_norm_shapes(config)
         layer["self_attn.W_pack.weight"] = (query + 2 * key, config.hidden_size)
@@ -34,8 +35,8 @@ def expected_tensors(config: BaichuanM1Config) -> Shapes:
     return shapes
 
 
-def translated(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """vLLM's names for the checkpoint's, and ``lm_head`` normalised where it is not quantised."""
+def mapped_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights under vLLM's names, with the rows of ``lm_head`` normalised unless it is quantised."""
     for name, tensor in weights:
         if name == "lm_head.weight" and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             rows = tensor.float()
@@ -44,10 +45,10 @@ def translated(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
 
 
 class BaichuanM1Attention(KVShiftAttention):
-    """The heads are the layer's own; LlamaAttention reads the window from ``layer_types``."""
+    """Attention with the layer's own numbers of heads. LlamaAttention reads the window from ``layer_types``."""
 
     def __init__(self, config: Any, *, prefix: str = "", **kwargs: Any):
-        own = config.of_layer(extract_layer_index(prefix))
+        own = config.layer_config(extract_layer_index(prefix))
         kwargs |= {"num_heads": own.num_attention_heads, "num_kv_heads": own.num_key_value_heads}
         super().__init__(own, prefix=prefix, **kwargs)
 
@@ -58,9 +59,9 @@ class BaichuanM1DecoderLayer(LlamaDecoderLayer):
 
 
 class BaichuanM1ForCausalLM(LlamaForCausalLM):
-    # Read for the module names in quantisation configs.
+    # vLLM maps the module names in quantisation configs with it.
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".W_pack": ".qkv_proj"}) | LlamaModel.hf_to_vllm_mapper
-    packed_modules_mapping = {  # noqa: RUF012, an instance variable in vLLM's class, shared there as well
+    packed_modules_mapping = {  # noqa: RUF012, vLLM's class declares an instance variable and shares the dict as well
         "qkv_proj": ["qkv_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
@@ -70,8 +71,13 @@ class BaichuanM1ForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BaichuanM1DecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the checkpoint or an update of some tensors; returns the names of the parameters that were loaded.
+
+        Raises:
+            ValueError: see ``checked_weights``.
+        """
         quantized = self.model.quant_config is not None
-        weights = checked(weights, expected_tensors(self.config), quantized=quantized, again=self.loaded)
-        names = super().load_weights(translated(weights))
+        weights = checked_weights(weights, expected_tensors(self.config), quantized=quantized, update=self.loaded)
+        names = super().load_weights(mapped_weights(weights))
         self.loaded = True
         return names

@@ -1,6 +1,6 @@
-"""What a checkpoint must hold, and errors that name what it does not.
+"""The tensors that a checkpoint must hold, and the check that names a missing or misshapen tensor.
 
-vLLM's own check sees its fused parameters: a checkpoint without one layer's k_proj, but with its q_proj, passes it.
+vLLM's own check covers only its fused parameters: it accepts a checkpoint that has a layer's q_proj but no k_proj.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 Shapes = dict[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
 
 
 def shift_shapes(kv_heads: int) -> Shapes:
-    """Baichuan-M1's layout, in columns [previous, current]."""
+    """Shift weights of one layer in Baichuan-M1's layout, columns [previous, current]."""
     return {"self_attn.conv_k": (1, 1, kv_heads, 1, 2), "self_attn.conv_v": (1, 1, kv_heads, 1, 2)}
 
 
 def mlp_and_norm_shapes(config: Any) -> Shapes:
-    """Of one layer; the names within it are Llama's."""
+    """MLP and norms of one layer, with Llama's names within the layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes: Shapes = {
         "mlp.gate_proj.weight": (inner, hidden),
@@ -38,24 +39,25 @@ def mlp_and_norm_shapes(config: Any) -> Shapes:
 
 
 def outer_shapes(config: Any) -> Shapes:
-    """Of what lies outside the layers."""
+    """Tensors outside of the layers: embedding, final norm and, unless tied, the output head."""
     table = (config.vocab_size, config.hidden_size)
     shapes: Shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,)}
     return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": table}
 
 
-def checked(
-    weights: Iterable[tuple[str, torch.Tensor]], expected: Shapes, *, quantized: bool, again: bool = False
+def checked_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Shapes, *, quantized: bool, update: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass the tensors on, and see that they are those expected.
+    """Yield the weights unchanged, and check them against the expected tensors.
 
     Args:
-        expected: name -> shape; other names pass unseen.
-        quantized: the linear layers have tensors of other names and shapes, so only the rest is checked.
-        again: the model is loaded, and these replace some of its tensors (a trainer's update): none is missing.
+        weights: (name, tensor) of a checkpoint.
+        expected: shapes by name. Tensors of other names are not checked.
+        quantized: the linear layers have tensors of other names and shapes, so only the other tensors are checked.
+        update: the weights replace some tensors of a loaded model (a trainer's update), so none counts as missing.
 
     Raises:
-        ValueError: a tensor has another shape, or, at the end, some are missing.
+        ValueError: a tensor has another shape than expected or, at the end, tensors are missing.
     """
     if quantized:
         expected = {
@@ -66,10 +68,10 @@ def checked(
         shape = missing.pop(name, None)
         if shape is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"checkpoint tensor {name} has shape {tuple(tensor.shape)}, the configuration says {shape}"
+                f"checkpoint tensor {name} has shape {tuple(tensor.shape)}, but config.json requires {shape}"
             )
         yield name, tensor
-    if missing and not again:
+    if missing and not update:
         names = [f"{name} {shape}" for name, shape in list(missing.items())[:4]]
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(f"the checkpoint lacks {', '.join(names)}{more}")

@@ -1,6 +1,6 @@
 """Llama with KV shifting attention, for models trained from scratch (`model_type` kv_shift_llama).
 
-Configuration and tensor names are Llama's; each layer has ``self_attn.conv_k`` and ``self_attn.conv_v`` besides.
+Configuration and tensor names are Llama's. Each layer also has ``self_attn.conv_k`` and ``self_attn.conv_v``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from engine_ext.models.checkpoint import Shapes, checked, mlp_and_norm_shapes, outer_shapes, shift_shapes
+from engine_ext.models.checkpoint import Shapes, checked_weights, mlp_and_norm_shapes, outer_shapes, shift_shapes
 from engine_ext.models.shifted_attention import KVShiftAttention
 
 
 def expected_tensors(config: Any) -> Shapes:
-    """Name -> shape of the whole checkpoint."""
+    """Shapes of all tensors of the checkpoint, by name."""
     hidden, size = config.hidden_size, config.head_dim
     widths = {
         "q_proj": config.num_attention_heads * size,
@@ -46,8 +46,13 @@ class KVShiftLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=KVShiftDecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the checkpoint or an update of some tensors; returns the names of the parameters that were loaded.
+
+        Raises:
+            ValueError: see ``checked_weights``.
+        """
         quantized = self.model.quant_config is not None
         expected = expected_tensors(self.config)
-        names = super().load_weights(checked(weights, expected, quantized=quantized, again=self.loaded))
+        names = super().load_weights(checked_weights(weights, expected, quantized=quantized, update=self.loaded))
         self.loaded = True
         return names

@@ -1,8 +1,8 @@
-"""The model families that Starling adds to vLLM. Served by plain vLLM as well: they need no activation."""
+"""The model families that Starling adds to vLLM. Plain vLLM serves them as well: they need no activation."""
 
 from __future__ import annotations
 
-from engine_ext import compat
+from vllm_compat.models import register_models
 
 MODELS = {
     "KVShiftLlamaForCausalLM": "engine_ext.models.kv_shift_llama:KVShiftLlamaForCausalLM",
@@ -11,10 +11,10 @@ MODELS = {
 }
 
 
-def register_models() -> None:
-    """Make them known to Transformers and vLLM, in this process; a second call changes nothing."""
+def register_model_families() -> None:
+    """Register the model families with Transformers and vLLM in this process. A second call has no effect."""
     from engine_ext.models.attamba_config import AttambaConfig
     from engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
 
     configs = (KVShiftLlamaConfig, BaichuanM1Config, AttambaConfig)
-    compat.register_models({config.model_type: config for config in configs}, MODELS)
+    register_models({config.model_type: config for config in configs}, MODELS)

@@ -8,14 +8,20 @@ import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaAttention
+from vllm.model_executor.utils import set_weight_attrs
 
 from attention_backends.kv_shift.state import ShiftState
 
 
 def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
-    """The KV heads that a tensor-parallel rank holds, as QKVParallelLinear gives them out.
+    """The KV heads that a tensor-parallel rank holds, as QKVParallelLinear divides them.
 
-    With more ranks than heads, ranks beside one another hold the same one.
+    With more ranks than heads, neighbouring ranks hold the same head.
+
+    Args:
+        total: KV heads of the model.
+        rank: of this process.
+        size: number of tensor-parallel ranks.
     """
     if total >= size:
         return slice(rank * (total // size), (rank + 1) * (total // size))
@@ -24,7 +30,13 @@ def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
 
 
 class KVShiftAttention(LlamaAttention):
-    """Adds ``conv_k`` and ``conv_v``, (this rank's KV heads, 2) in float32, in columns [previous, current]."""
+    """LlamaAttention with the parameters ``conv_k`` and ``conv_v``.
+
+    Both are (KV heads of this rank, 2) in float32, columns [previous, current].
+
+    Raises:
+        ValueError: a feature that ``attention_backends.kv_shift.state.refuse_unsupported`` names is on.
+    """
 
     def __init__(self, config: Any, *, prefix: str = "", **kwargs: Any):
         super().__init__(config, prefix=prefix, **kwargs)
@@ -34,7 +46,7 @@ class KVShiftAttention(LlamaAttention):
 
     def _weights(self) -> nn.Parameter:
         weights = nn.Parameter(torch.empty(self.num_kv_heads, 2, dtype=torch.float32), requires_grad=False)
-        weights.weight_loader = self._load_weights  # type: ignore[attr-defined]
+        set_weight_attrs(weights, {"weight_loader": self._load_weights})
         return weights
 
     def _load_weights(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
@@ -43,6 +55,7 @@ class KVShiftAttention(LlamaAttention):
         parameter.data.copy_(loaded.reshape(self.total_num_kv_heads, 2)[heads])
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(T, hidden size) for the normed inputs (T, hidden size)."""
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         key, value = self.shift(key, value, self.conv_k, self.conv_v)

@@ -1,1 +1,1 @@
-"""What serves: the `starling` command, the gRPC front beside the OpenAI server, what both tell clients."""
+"""Serving: the `starling` command, the gRPC front beside the OpenAI server, and the OpenAI server's middleware."""

@@ -1,7 +1,7 @@
-"""What an exception means to a client: one table for gRPC and HTTP.
+"""The gRPC status code of an exception. vLLM's own HTTP server answers the same exceptions over HTTP.
 
-The HTTP column is what vLLM's own server answers, so that a client sees one behaviour on both fronts;
-tests/unit/test_errors.py holds it against vLLM.
+tests/unit/engine_ext/serving/test_errors.py compares the codes with vLLM's HTTP statuses, so that both fronts blame the
+same side.
 """
 
 from __future__ import annotations
@@ -24,59 +24,54 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 
 class DuplicateRequestError(ValueError):
-    """A request has the id of one that is still running."""
+    """A request has the id of a request that is still running."""
 
 
 class DrainingError(GracefulHTTPError):
-    """An operator has told the server to admit no more requests."""
+    """The server admits no more requests, because an operator called Drain."""
 
     def __init__(self, message: str = "the server is draining: it admits no more requests") -> None:
         super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-class UploadRoomError(GracefulHTTPError):
-    """Prompts that clients are uploading take all the room that there is for them."""
+class UploadMemoryError(GracefulHTTPError):
+    """The prompts that clients are uploading fill the memory for uploads."""
 
     def __init__(self) -> None:
-        message = "prompts that other clients are uploading take all the room there is; try again"
+        message = "prompts that other clients are uploading fill the memory for uploads; try again"
         super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 # Most specific first: the first class that the exception is an instance of decides.
-TABLE: tuple[tuple[type[Exception], StatusCode, HTTPStatus], ...] = (
-    (DuplicateRequestError, StatusCode.ALREADY_EXISTS, HTTPStatus.CONFLICT),
-    (EngineDeadError, StatusCode.UNAVAILABLE, HTTPStatus.INTERNAL_SERVER_ERROR),
-    (EngineGenerateError, StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR),
-    (RetryableRequestError, StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE),
-    (GenerationError, StatusCode.INTERNAL, HTTPStatus.INTERNAL_SERVER_ERROR),
-    (DrainingError, StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE),
-    (QueueOverflowError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
-    (UploadRoomError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
-    (MaxQueuedTokensError, StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.SERVICE_UNAVAILABLE),
-    (VLLMNotFoundError, StatusCode.NOT_FOUND, HTTPStatus.NOT_FOUND),
-    (VLLMUnprocessableEntityError, StatusCode.INVALID_ARGUMENT, HTTPStatus.UNPROCESSABLE_ENTITY),
-    (VLLMClientError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
-    (NotImplementedError, StatusCode.UNIMPLEMENTED, HTTPStatus.NOT_IMPLEMENTED),
-    # Bytes of a client that are no message of the called method. Ours alone: HTTP has no protobuf.
-    (DecodeError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
-    # vLLM still refuses some input with plain exceptions.
-    (ValueError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
-    (TypeError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
-    (OverflowError, StatusCode.INVALID_ARGUMENT, HTTPStatus.BAD_REQUEST),
+GRPC_CODES: tuple[tuple[type[Exception], StatusCode], ...] = (
+    (DuplicateRequestError, StatusCode.ALREADY_EXISTS),
+    (EngineDeadError, StatusCode.UNAVAILABLE),
+    (EngineGenerateError, StatusCode.INTERNAL),
+    (RetryableRequestError, StatusCode.UNAVAILABLE),
+    (GenerationError, StatusCode.INTERNAL),
+    (DrainingError, StatusCode.UNAVAILABLE),
+    (QueueOverflowError, StatusCode.RESOURCE_EXHAUSTED),
+    (UploadMemoryError, StatusCode.RESOURCE_EXHAUSTED),
+    (MaxQueuedTokensError, StatusCode.RESOURCE_EXHAUSTED),
+    (VLLMNotFoundError, StatusCode.NOT_FOUND),
+    (VLLMUnprocessableEntityError, StatusCode.INVALID_ARGUMENT),
+    (VLLMClientError, StatusCode.INVALID_ARGUMENT),
+    (NotImplementedError, StatusCode.UNIMPLEMENTED),
+    # A client sent bytes that are not a message of the called method.
+    (DecodeError, StatusCode.INVALID_ARGUMENT),
+    # vLLM refuses some input with Python's own exceptions.
+    (ValueError, StatusCode.INVALID_ARGUMENT),
+    (TypeError, StatusCode.INVALID_ARGUMENT),
+    (OverflowError, StatusCode.INVALID_ARGUMENT),
 )
 
 
-def root(error: Exception) -> Exception:
-    """The exception that tells: AsyncLLM.generate wraps a plain ValueError about its input in its own."""
+def root_cause(error: Exception) -> Exception:
+    """The exception to report: AsyncLLM.generate wraps a ValueError about its input in an EngineGenerateError."""
     cause = error.__cause__
     return cause if isinstance(error, EngineGenerateError) and isinstance(cause, (ValueError, TypeError)) else error
 
 
 def grpc_code(error: Exception) -> StatusCode:
-    """The gRPC code of an exception; INTERNAL for one that the table does not know."""
-    return next((code for kind, code, _ in TABLE if isinstance(error, kind)), StatusCode.INTERNAL)
-
-
-def http_status(error: Exception) -> HTTPStatus:
-    """The HTTP status of an exception; 500 for one that the table does not know."""
-    return next((status for kind, _, status in TABLE if isinstance(error, kind)), HTTPStatus.INTERNAL_SERVER_ERROR)
+    """The gRPC code of an exception; INTERNAL for a class that the table does not list."""
+    return next((code for kind, code in GRPC_CODES if isinstance(error, kind)), StatusCode.INTERNAL)

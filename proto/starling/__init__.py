@@ -1,1 +1,1 @@
-"""Starling's gRPC interface, one package a version."""
+"""Starling's gRPC interface: one package for each version of the protocol, and the Python client."""

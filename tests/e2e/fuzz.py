@@ -1,4 +1,4 @@
-"""Hypothesis strategies for messages of a protobuf type: right in form, anything in content."""
+"""Hypothesis strategies for protobuf messages: well-formed messages with arbitrary content, and mutated bytes."""
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -30,7 +30,7 @@ def values(field: FieldDescriptor) -> st.SearchStrategy:
 
 @st.composite
 def messages(draw: st.DrawFn, kind: Descriptor) -> Message:
-    """A message of a type, of whose fields some are set."""
+    """A message of a type with some of its fields set."""
     message = GetMessageClass(kind)()
     for field in draw(st.lists(st.sampled_from(list(kind.fields)), max_size=6)) if kind.fields else ():
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
@@ -48,9 +48,9 @@ def messages(draw: st.DrawFn, kind: Descriptor) -> Message:
 
 @st.composite
 def mutated(draw: st.DrawFn, message: Message) -> bytes:
-    """The bytes of a message, a few of them changed, left out or put in."""
+    """The bytes of a message with a few bytes changed, removed or inserted."""
     data = bytearray(message.SerializeToString())
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(len(data) - 1, 0)))
-        data[at : at + draw(st.integers(0, 2))] = draw(st.binary(max_size=3))
+        start = draw(st.integers(0, max(len(data) - 1, 0)))
+        data[start : start + draw(st.integers(0, 2))] = draw(st.binary(max_size=3))
     return bytes(data)

@@ -1,8 +1,9 @@
-"""AdminService and prefill progress on one real engine: in-process AsyncLLM, a gRPC port, the OpenAI application."""
+"""AdminService and prefill progress on one engine, with AsyncLLM, gRPC and the OpenAI application in this process."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from contextlib import aclosing
 
@@ -12,34 +13,39 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from engine_ext import compat, plugin
+from benchmarks.random_llama import make_tiny_llama
+from engine_ext import plugin
+from engine_ext.front.progress import ProgressPoller
+from engine_ext.front.state import front_state
+from engine_ext.requests import RequestPlanner
 from engine_ext.serving.errors import DrainingError
-from scheduler.plan import StarPlan
+from examples.server import ENVIRONMENT
+from scheduler.star.plan import StarPlan
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as inference
-from tests.e2e.models import make_tiny_llama
+from vllm_compat.front import call_engine_cores
 
 pytestmark = pytest.mark.e2e
 
-PAGE = 32
-LENGTH = 7000  # of the prompts: some 55 steps of 128 tokens
+PAGE_SIZE = 32
+LENGTH = 7000  # prompt tokens: 55 steps of up to 128
 BLOCKS = {"star": "on", "star_block_size": 1024, "star_query_tokens": 100}
 
 
 class Server:
-    """The engine and its fronts, all in one event loop."""
+    """The engine and its fronts in one event loop."""
 
     async def start(self, model) -> None:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.api_server.entry import build_app
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from engine_ext.serving.grpc_front import Front
-        from engine_ext.serving.serve_args import AdminOptions, parse
+        from engine_ext.serving.cli.serve_args import AdminOptions, parse
+        from engine_ext.serving.grpc.server import Front
 
         plugin.register()
-        options = ["--dtype", "float32", "--block-size", str(PAGE), "--max-num-batched-tokens", "128"]
+        options = ["--dtype", "float32", "--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "128"]
         args, _ = parse([str(model), "--enforce-eager", "--served-model-name", "tiny", *options])
         args.model = str(model)
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
@@ -81,14 +87,14 @@ class Server:
         return tokens, reason
 
     async def cache(self, per_request: bool = True) -> pb.EngineCache:
-        """The state of the one engine, whose pages add up."""
+        """The cache state of the engine. Asserts that its page counts add up."""
         (state,) = (await self.admin.GetCacheState(pb.GetCacheStateRequest(per_request=per_request))).engines
         assert state.pages_used + state.pages_cached + state.pages_free == state.pages_total
         assert sum(group.pages_used for group in state.groups) == state.pages_used
         return state
 
     async def idle(self) -> pb.EngineCache:
-        """The state once nothing runs; aborts reach the engine with its next step."""
+        """Wait until no request runs, waits or holds a page: aborts take effect in the engine's next step."""
         async with asyncio.timeout(10):
             while (state := await self.cache()).requests_running or state.requests_waiting or state.pages_used:
                 pass
@@ -106,11 +112,7 @@ def server(runner, tmp_path_factory):
     model = make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
     server = Server()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }.items():
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         runner.run(server.start(model))
         try:
@@ -132,7 +134,7 @@ def test_server_info(runner, server):
     assert (info.draining, list(info.refused_features)) == (False, [])
 
 
-def test_cache_state_while_a_request_runs_and_after(runner, server):
+def test_cache_state_during_and_after_a_request(runner, server):
     async def scenario():
         states = []
         running = asyncio.create_task(server.run_to_end("mine", **BLOCKS))
@@ -143,8 +145,13 @@ def test_cache_state_while_a_request_runs_and_after(runner, server):
     states, after, end = runner.run(scenario())
     assert end == (4, "length")
     (group,) = after.groups
-    assert (group.kind, group.layers, group.page_tokens, group.page_states) == ("full_attention", 2, PAGE, PAGE)
-    assert group.page_bytes == 2 * 2 * PAGE * 64 * 4, "layers, K and V, tokens, values, bytes"
+    assert (group.kind, group.layers, group.page_tokens, group.page_states) == (
+        "full_attention",
+        2,
+        PAGE_SIZE,
+        PAGE_SIZE,
+    )
+    assert group.page_bytes == 2 * 2 * PAGE_SIZE * 64 * 4, "layers, K and V, tokens, values, bytes"
     assert (group.tokens_per_state, group.compression) == (1, 1)
     seen = [state.requests[0] for state in states if state.requests]
     assert len(seen) > 5
@@ -156,12 +163,12 @@ def test_cache_state_while_a_request_runs_and_after(runner, server):
     assert len(set(computed)) > 5
     for request in seen:
         (held,) = request.groups
-        assert held.states == request.computed_tokens <= held.pages * PAGE
-    assert after.pages_cached == LENGTH // PAGE
+        assert held.states == request.computed_tokens <= held.pages * PAGE_SIZE
+    assert after.pages_cached == LENGTH // PAGE_SIZE
     assert after.pages_free == after.pages_total - after.pages_cached
 
 
-def test_cached_tokens_and_reset(runner, server):
+def test_a_reset_empties_the_prefix_cache_unless_a_request_runs(runner, server):
     async def scenario():
         cached = []
         for reset in (False, True):
@@ -172,14 +179,14 @@ def test_cached_tokens_and_reset(runner, server):
                 await anext(outputs)
                 (request,) = (await server.cache()).requests
                 cached.append(request.cached_tokens)
-                assert not (await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())).reset, "it runs"
+                assert not (await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())).reset, "a request runs"
             await server.idle()
         return cached
 
-    assert runner.run(scenario()) == [LENGTH // PAGE * PAGE, 0]
+    assert runner.run(scenario()) == [LENGTH // PAGE_SIZE * PAGE_SIZE, 0]
 
 
-def test_abort_frees_everything(runner, server):
+def test_an_abort_frees_all_pages(runner, server):
     async def scenario():
         names = [f"request-{index}" for index in range(6)]
         running = [
@@ -188,51 +195,52 @@ def test_abort_frees_everything(runner, server):
         ]
         while (await server.cache()).requests_running < 2:
             pass
-        answer = await server.admin.Abort(pb.AbortRequest(request_ids=[*names, "never-was"]))
+        response = await server.admin.Abort(pb.AbortRequest(request_ids=[*names, "unknown"]))
         ends = [reason for _, reason in await asyncio.gather(*running)]
-        return answer, names, ends, await server.idle()
+        return response, names, ends, await server.idle()
 
-    answer, names, ends, after = runner.run(scenario())
-    assert (list(answer.found), list(answer.unknown)) == (names, ["never-was"])
+    response, names, ends, after = runner.run(scenario())
+    assert (list(response.found), list(response.unknown)) == (names, ["unknown"])
     assert ends == ["abort"] * 6
     assert (after.pages_used, list(after.requests)) == (0, [])
 
 
 @pytest.mark.parametrize("star", [BLOCKS, {}], ids=["star", "dense"])
 def test_progress_grows_to_the_whole_prompt(runner, server, star):
-    from engine_ext.serving.progress import poller_of, watch_prefill
-
     async def scenario():
         await server.idle()
         await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
-        async with aclosing(watch_prefill(server.engine, "watched", 0.02)) as states:
+        poller = front_state(server.engine).poller
+        async with aclosing(poller.watch(server.engine, "watched", 0.02)) as states:
             running = asyncio.create_task(server.run_to_end("watched", max_tokens=200, **star))
-            told = [state async for state in states]
+            seen = [state async for state in states]
         await server.engine.abort("watched")
         await running
-        assert poller_of(server.engine).watches == set()
-        return told
+        assert poller.watches == set()
+        return seen
 
-    told = runner.run(scenario())
-    computed = [state.computed for state in told]
+    seen = runner.run(scenario())
+    computed = [state.computed for state in seen]
     assert len(computed) > 1
     assert computed == sorted(set(computed))
     assert computed[-1] == LENGTH
-    assert {(state.prompt, state.cached) for state in told} == {(LENGTH, 0)}
+    assert {(state.prompt, state.cached) for state in seen} == {(LENGTH, 0)}
     if star:
         plan = StarPlan(1024, 1024, 0, LENGTH - 100, LENGTH)
-        assert {(state.context, state.star_blocks) for state in told} == {(plan.context_end, 7)}
-        assert [state.star_blocks_done for state in told] == [plan.blocks_done(done) for done in computed]
+        assert {(state.context, state.star_blocks) for state in seen} == {(plan.context_end, 7)}
+        assert [state.star_blocks_done for state in seen] == [plan.blocks_done(done) for done in computed]
     else:
-        assert {(state.context, state.star_blocks, state.star_blocks_done) for state in told} == {(0, 0, 0)}
+        assert {(state.context, state.star_blocks, state.star_blocks_done) for state in seen} == {(0, 0, 0)}
+
+
+@pytest.fixture
+def fast_polls(monkeypatch):
+    """Poll progress often enough for a tiny model."""
+    monkeypatch.setattr(ProgressPoller, "watch", functools.partialmethod(ProgressPoller.watch, interval=0.02))
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_progress_over_http(runner, server, path, monkeypatch):
-    from engine_ext.serving import http_progress
-
-    fast = http_progress.watch_prefill
-    monkeypatch.setattr(http_progress, "watch_prefill", lambda engine, name: fast(engine, name, 0.02))
+def test_progress_over_http(runner, server, path, fast_polls):
     text = "".join(chr(97 + (index * index + len(path)) % 26) for index in range(6000))
     prompt = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
     body = {"model": "tiny", "max_tokens": 3, "ignore_eos": True, "stream": True, **prompt}
@@ -240,74 +248,124 @@ def test_progress_over_http(runner, server, path, monkeypatch):
     async def scenario():
         plain = await server.http.post(path, json=body | {"temperature": 0})
         await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
-        asked = await server.http.post(
+        with_progress = await server.http.post(
             path, json=body | {"temperature": 0, "vllm_xargs": BLOCKS}, headers={"x-starling-progress": "true"}
         )
-        return plain, asked
+        return plain, with_progress
 
-    plain, asked = runner.run(scenario())
-    assert plain.status_code == asked.status_code == 200, asked.text
+    plain, with_progress = runner.run(scenario())
+    assert plain.status_code == with_progress.status_code == 200, with_progress.text
     assert "starling-progress" not in plain.text
-    events = asked.text.removesuffix("\n\n").split("\n\n")
+    events = with_progress.text.removesuffix("\n\n").split("\n\n")
     comments = [event for event in events if event.startswith(": ")]
     assert events[: len(comments)] == comments, "before the first data"
     assert all(event.startswith("data: ") for event in events[len(comments) :])
     assert len(comments) > 1
-    told = [json.loads(line.removeprefix(": starling-progress ")) for line in comments]
-    computed = [state["computed"] for state in told]
+    states = [json.loads(line.removeprefix(": starling-progress ")) for line in comments]
+    computed = [state["computed"] for state in states]
     assert computed == sorted(set(computed))
-    assert {(state["prompt_index"], state["star_blocks"]) for state in told} == {(0, 6)}
+    assert {(state["prompt_index"], state["star_blocks"]) for state in states} == {(0, 6)}
     assert [event.split('"object"')[0][:10] for event in events[len(comments) :]][-1] == "data: [DON"
 
 
-def test_progress_over_grpc(runner, server, monkeypatch):
-    """Asked for, it comes before the first delta; the output is the same as without, and a cancel ends the request."""
-    from engine_ext.serving import grpc_front
+def test_progress_over_grpc(runner, server, fast_polls):
+    """Progress comes before the first delta and does not change the output; a cancel ends the request."""
 
-    watch = grpc_front.watch_prefill
-    monkeypatch.setattr(grpc_front, "watch_prefill", lambda engine, name: watch(engine, name, 0.02))
-
-    def request(asked: bool) -> inference.GenerateStreamRequest:
+    def request(progress: bool) -> inference.GenerateStreamRequest:
         ids = inference.TokenIds(ids=[(index * index) % 250 for index in range(LENGTH)])
         sampling = inference.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         star = inference.StarOptions(mode=inference.StarOptions.MODE_ON, block_size=1024, query_tokens=100)
-        return inference.GenerateStreamRequest(token_ids=ids, sampling=sampling, star=star, progress=asked)
+        return inference.GenerateStreamRequest(token_ids=ids, sampling=sampling, star=star, progress=progress)
 
     async def scenario():
         streams = []
-        for asked in (True, False):
+        for progress in (True, False):
             await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
-            streams.append([event async for event in server.inference.GenerateStream(request(asked))])
+            streams.append([event async for event in server.inference.GenerateStream(request(progress))])
         await server.admin.ResetPrefixCache(pb.ResetPrefixCacheRequest())
         call = server.inference.GenerateStream(request(True))
         assert (await call.read()).HasField("progress")
         call.cancel()
         return *streams, await server.idle()
 
-    asked, plain, after = runner.run(scenario())
-    kinds = [event.WhichOneof("event") for event in asked]
-    told = [event.progress for event in asked if event.HasField("progress")]
-    assert kinds[: len(told)] == ["progress"] * len(told)
-    computed = [event.computed_tokens for event in told]
+    events, plain, after = runner.run(scenario())
+    kinds = [event.WhichOneof("event") for event in events]
+    states = [event.progress for event in events if event.HasField("progress")]
+    assert kinds[: len(states)] == ["progress"] * len(states)
+    computed = [state.computed_tokens for state in states]
     assert len(computed) > 1
     assert computed == sorted(set(computed))
-    assert {(event.prompt_tokens, event.star_blocks, event.context_tokens) for event in told} == {
+    assert {(state.prompt_tokens, state.star_blocks, state.context_tokens) for state in states} == {
         (LENGTH, 7, LENGTH - 100)
     }
-    assert [event.delta for event in asked if event.HasField("delta")] == [
+    assert [event.delta for event in events if event.HasField("delta")] == [
         event.delta for event in plain if event.HasField("delta")
     ]
     assert "progress" not in {event.WhichOneof("event") for event in plain}
     assert (after.pages_used, after.requests_running) == (0, 0)
 
 
-def test_a_utility_that_is_not_there(runner, server):
+def test_a_call_of_an_unknown_engine_core_utility_fails(runner, server):
     with pytest.raises(Exception, match="starling_nothing"):
-        runner.run(compat.call_core(server.engine, "starling_nothing"))
+        runner.run(call_engine_cores(server.engine, "starling_nothing"))
 
 
-def test_drain_lets_requests_end_and_admits_no_more(runner, server):
-    """Last in this file: there is no way back."""
+def over_http(path: str, **body):
+    async def send(server) -> None:
+        response = await server.http.post(path, json={"model": "tiny", "vllm_xargs": BLOCKS} | body)
+        assert response.status_code == 200, response.text
+        assert response.headers.get_list("x-starling-plan")
+
+    return send
+
+
+async def over_grpc(server) -> None:
+    ids = inference.TokenIds(ids=[index % 250 for index in range(300)])
+    request = {"token_ids": ids, "sampling": inference.SamplingParams(max_tokens=2, n=2), "star": GRPC_BLOCKS}
+    await server.inference.Generate(inference.GenerateRequest(**request))
+    async for _ in server.inference.GenerateStream(inference.GenerateStreamRequest(progress=True, **request)):
+        pass
+
+
+async def from_python(server) -> None:
+    await server.run_to_end("with tokens", **BLOCKS)
+    params = SamplingParams(max_tokens=2, extra_args=dict(BLOCKS))
+    async for _ in server.engine.generate({"prompt": "text" * 100}, params, "with text"):
+        pass
+
+
+GRPC_BLOCKS = inference.StarOptions(mode=inference.StarOptions.MODE_ON, block_size=64)
+TEXT, CHAT = "ab" * 200, [{"role": "user", "content": "ab" * 200}]
+
+
+@pytest.mark.parametrize(
+    ("send", "prompts"),
+    [
+        (over_http("/v1/completions", prompt=TEXT, max_tokens=2), 1),
+        (over_http("/v1/completions", prompt=[TEXT, "b" + TEXT], max_tokens=2, stream=True), 2),
+        (over_http("/v1/completions", prompt=TEXT, max_tokens=2, n=2), 1),
+        (over_http("/v1/chat/completions", messages=CHAT, max_tokens=2), 1),
+        (over_http("/v1/responses", input=TEXT, max_output_tokens=2), 1),
+        (over_grpc, 2),
+        (from_python, 2),
+    ],
+    ids=["completion", "two prompts, streamed", "n", "chat", "responses", "grpc", "python"],
+)
+def test_each_prompt_is_planned_once(runner, server, send, prompts, monkeypatch):
+    plans, plan = [], RequestPlanner.plan
+
+    def counted(self, *args):
+        plans.append(plan(self, *args))
+        return plans[-1]
+
+    monkeypatch.setattr(RequestPlanner, "plan", counted)
+    runner.run(send(server))
+    assert len(plans) == prompts
+    assert all(planned.plan is not None for planned in plans), "planned as star"
+
+
+def test_a_drain_lets_running_requests_end_and_refuses_new_ones(runner, server):
+    """The last test: a drain has no way back."""
 
     async def scenario():
         running = asyncio.create_task(server.run_to_end("running", max_tokens=50))

@@ -1,5 +1,7 @@
-"""One `starling serve` under load and fault: many streams, cancels, slow readers, fuzz, a long upload; at last the
-engine's process is killed. Its log is read for what should not be there."""
+"""One `starling serve` under load and faults: many streams, cancels, slow readers, fuzzing, a long upload.
+
+The server's log must have no prompts and no keys. The last test kills the engine's process.
+"""
 
 import asyncio
 import random
@@ -17,12 +19,12 @@ from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine_ext.serving.errors import TABLE
+from benchmarks.random_llama import make_tiny_llama
+from engine_ext.serving.errors import GRPC_CODES
 from examples.server import end_on_signals, serving
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.e2e.fuzz import messages, mutated
-from tests.e2e.models import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
 
@@ -42,8 +44,8 @@ def server(tmp_path_factory):
     model = make_tiny_llama(folder / "tiny")
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "1024"]
     options += ["--api-key", KEY, "--grpc-admin-key", ADMIN_KEY, "--max-num-queued-reqs", str(QUEUE)]
-    # So few pages that the first 200 streams have touched them all, and none of oneDNN's primitives kept, one for each
-    # number of tokens a step has had: memory that grows after that is a leak.
+    # The first 200 streams use all of so few pages. oneDNN would keep a primitive for each number of tokens of a step;
+    # here it keeps none. So memory that grows after 200 streams is a leak.
     options += ["--num-gpu-blocks-override", "384"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
@@ -71,8 +73,8 @@ class Calls:
     async def __aenter__(self):
         return self
 
-    async def rest(self, call) -> list[pb.GenerateStreamResponse]:
-        """What is left of a stream that has been read from already."""
+    async def read_rest(self, call) -> list[pb.GenerateStreamResponse]:
+        """The events of a stream that have not been read yet."""
         events = []
         while (event := await call.read()) is not grpc.aio.EOF:
             events.append(event)
@@ -81,13 +83,13 @@ class Calls:
     async def __aexit__(self, *_):
         await self.channel.close()
 
-    def generate(self, asked, **call):
-        return self.stub.GenerateStream(asked, metadata=CREDENTIALS, **call)
+    def generate(self, message, **options):
+        return self.stub.GenerateStream(message, metadata=CREDENTIALS, **options)
 
-    async def read(self, asked) -> tuple[list[int], pb.Final]:
-        """Tokens and last event; a stream that ends otherwise, or does not add up, fails here."""
+    async def read(self, message) -> tuple[list[int], pb.Final]:
+        """Tokens and last event of a stream. Asserts that it ends with a final event whose usage is right."""
         tokens, final = [], None
-        async for event in self.generate(asked):
+        async for event in self.generate(message):
             assert final is None, "an event after the final one"
             kind = event.WhichOneof("event")
             tokens.extend(event.delta.token_ids)
@@ -97,12 +99,12 @@ class Calls:
         return tokens, final
 
     async def cache(self) -> admin_pb2.EngineCache:
-        asked = admin_pb2.GetCacheStateRequest(per_request=True)
-        (state,) = (await self.admin.GetCacheState(asked, metadata=ADMIN)).engines
+        message = admin_pb2.GetCacheStateRequest(per_request=True)
+        (state,) = (await self.admin.GetCacheState(message, metadata=ADMIN)).engines
         return state
 
     async def idle(self) -> None:
-        """Until nothing runs or waits and no request holds a page."""
+        """Wait until no request runs, waits or holds a page."""
         async with asyncio.timeout(20):
             while (state := await self.cache()).requests_running or state.requests_waiting or state.pages_used:
                 await asyncio.sleep(0.02)
@@ -118,42 +120,42 @@ def run(server, scenario, options=()):
 
 
 def resident(server) -> dict[str, int]:
-    """Bytes of memory of each of the server's processes."""
+    """Resident bytes of each of the server's processes, by process id."""
     process = psutil.Process(server.process.pid)
     return {str(each.pid): each.memory_info().rss for each in (process, *process.children(recursive=True))}
 
 
-def test_a_thousand_streams(server):
+def test_a_thousand_streams_give_the_right_tokens_and_leak_no_memory(server):
     async def scenario(calls):
         expected = {kind: (await calls.read(request(prompt(kind))))[0] for kind in range(10)}
         assert len({tuple(tokens) for tokens in expected.values()}) == 10
-        gate, memory, ended = asyncio.Semaphore(AT_ONCE), {}, 0
+        concurrent, memory, ended = asyncio.Semaphore(AT_ONCE), {}, 0
 
-        async def one(index: int) -> bool:
+        async def stream(index: int) -> bool:
             nonlocal ended
-            async with gate:
+            async with concurrent:
                 tokens, _ = await calls.read(request(prompt(index % 10)))
             ended += 1
             if ended in (WARM, HALF, STREAMS):
                 memory[ended] = resident(server)
             return tokens == expected[index % 10]
 
-        right = await asyncio.gather(*map(one, range(STREAMS)))
+        right = await asyncio.gather(*map(stream, range(STREAMS)))
         await calls.idle()
         return sum(right), memory
 
     right, memory = run(server, scenario)
     assert right == STREAMS
-    grown = {
+    growth = {
         pid: [(memory[after][pid] - memory[before][pid]) / 2**20 for before, after in pairwise((WARM, HALF, STREAMS))]
         for pid in memory[STREAMS]
     }
-    print("MiB grown:", grown)
-    # A leak grows in both halves; the first step with so many requests of these lengths at once may come in either.
-    assert max(min(halves) for halves in grown.values()) < 8, grown
+    print("memory growth, MiB:", growth)
+    # A leak grows in both halves. The first step with so many requests of these lengths may be in either half.
+    assert max(min(halves) for halves in growth.values()) < 8, growth
 
 
-def test_a_cancel_storm_leaves_nothing_behind(server):
+def test_many_cancelled_requests_leave_no_page_and_no_request(server):
     chance = random.Random(0)
 
     async def scenario(calls):
@@ -193,27 +195,27 @@ def test_a_deadline_frees_the_request(server):
     assert run(server, scenario) is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_a_slow_reader_gets_the_whole_in_fewer_events(server):
+def test_a_slow_reader_gets_all_tokens_in_fewer_events(server):
     tokens = 2000
 
     async def scenario(calls):
         expected, _ = await calls.read(request("slow", tokens=tokens))
         call = calls.generate(request("slow", tokens=tokens, logprobs=20))
         first = await call.read()
-        await calls.idle()  # the engine has ended; what the reader did not take has waited
-        return expected, [first, *await calls.rest(call)]
+        await calls.idle()  # the engine is done; the events that the client has not read are merged
+        return expected, [first, *await calls.read_rest(call)]
 
-    # What gRPC itself holds for a client that does not read, kept to 64 KiB: it grows with a connection's speed.
+    # gRPC's own buffer for a client that does not read grows with the connection's speed. It is fixed at 64 KiB here.
     window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**16)]
     expected, events = run(server, scenario, window)
     assert [token for event in events for token in event.delta.token_ids] == expected
-    held = [len(event.delta.token_ids) for event in events]
-    print(f"{len(events)} events, the largest of {max(held)} tokens")
-    assert all(len(event.delta.logprobs) == count for event, count in zip(events, held, strict=True))
+    sizes = [len(event.delta.token_ids) for event in events]
+    print(f"{len(events)} events, the largest of {max(sizes)} tokens")
+    assert all(len(event.delta.logprobs) == size for event, size in zip(events, sizes, strict=True))
     assert len(events) < tokens / 2
 
 
-def test_admission_refuses_before_the_engine_is_touched(server):
+def test_a_request_with_too_many_choices_is_refused_before_it_reaches_the_engine(server):
     async def scenario(calls):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await calls.read(request(n=QUEUE + 1, temperature=1))
@@ -227,7 +229,7 @@ def test_admission_refuses_before_the_engine_is_touched(server):
     assert (state.requests_running, state.requests_waiting) == (0, 0)
 
 
-def test_a_million_tokens_reach_the_length_check(server):
+def test_an_upload_of_a_million_tokens_is_refused_for_its_length(server):
     async def parts():
         yield pb.GenerateUploadStreamRequest(head=pb.GenerateStreamRequest(sampling=request().sampling))
         for _ in range(10):
@@ -248,31 +250,31 @@ def test_a_million_tokens_reach_the_length_check(server):
     assert [violation.field for violation in details.field_violations] == ["token_ids"]
 
 
-def test_an_upload_is_answered(server):
+def test_an_upload_gives_the_tokens_of_the_same_prompt_in_one_message(server):
     async def parts():
         yield pb.GenerateUploadStreamRequest(head=pb.GenerateStreamRequest(sampling=request().sampling))
         for piece in (prompt(3, 1000), prompt(4, 1000)):
             yield pb.GenerateUploadStreamRequest(text=piece)
 
     async def scenario(calls):
-        whole, _ = await calls.read(request(prompt(3, 1000) + prompt(4, 1000)))
+        expected, _ = await calls.read(request(prompt(3, 1000) + prompt(4, 1000)))
         events = [event async for event in calls.stub.GenerateUploadStream(parts(), metadata=CREDENTIALS)]
-        return whole, [token for event in events for token in event.delta.token_ids]
+        return expected, [token for event in events for token in event.delta.token_ids]
 
-    whole, uploaded = run(server, scenario)
-    assert uploaded == whole
+    expected, uploaded = run(server, scenario)
+    assert uploaded == expected
 
 
 FUZZ = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 METHODS = {method.name: method for method in pb.DESCRIPTOR.services_by_name["InferenceService"].methods}
-# DEADLINE_EXCEEDED is the client's own: a mutated message can ask for a long output.
-CODES = {code for _, code, _ in TABLE} - {grpc.StatusCode.INTERNAL}
+# DEADLINE_EXCEEDED comes from the client: a mutated message can request a long output.
+CODES = {code for _, code in GRPC_CODES} - {grpc.StatusCode.INTERNAL}
 CODES |= {grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
 @pytest.fixture(scope="module")
 def send(server):
-    """Bytes to a method; the code that its call ends with."""
+    """A function that calls a method with bytes, and returns the status code of the call."""
     with grpc.insecure_channel(server.grpc) as channel:
 
         def code(name: str, data: bytes) -> grpc.StatusCode:
@@ -280,11 +282,11 @@ def send(server):
             kind = f"{'stream' if method.client_streaming else 'unary'}_"
             kind += "stream" if method.server_streaming else "unary"
             call = getattr(channel, kind)(f"{SERVICE}/{name}")
-            asked = iter([data]) if method.client_streaming else data
+            message = iter([data]) if method.client_streaming else data
             try:
-                answer = call(asked, timeout=3, metadata=CREDENTIALS)
+                response = call(message, timeout=3, metadata=CREDENTIALS)
                 if method.server_streaming:
-                    for _ in answer:
+                    for _ in response:
                         pass
             except grpc.RpcError as error:
                 return error.code()
@@ -294,7 +296,7 @@ def send(server):
 
 
 def bounded(message):
-    """Few tokens and choices: what is fuzzed is what is asked, not how much."""
+    """The message with bounds on its tokens and choices, so that each call is short."""
     sampling = message.head.sampling if isinstance(message, pb.GenerateUploadStreamRequest) else message.sampling
     sampling.max_tokens = min(sampling.max_tokens, 4) if sampling.HasField("max_tokens") else 4
     if sampling.n < 2**31:
@@ -302,18 +304,19 @@ def bounded(message):
     return message
 
 
-seen: dict[grpc.StatusCode, int] = {}
+counts: dict[grpc.StatusCode, int] = {}
 
 
-def note(code: grpc.StatusCode) -> None:
-    seen[code] = seen.get(code, 0) + 1
+def count(code: grpc.StatusCode) -> None:
+    """Count a status code. Asserts that it is one of CODES."""
+    counts[code] = counts.get(code, 0) + 1
     assert code in CODES, code
 
 
 @settings(max_examples=1000, **FUZZ)
 @given(message=messages(pb.GenerateStreamRequest.DESCRIPTOR))
 def test_fuzz_messages(send, message):
-    note(send("GenerateStream", bounded(message).SerializeToString()))
+    count(send("GenerateStream", bounded(message).SerializeToString()))
 
 
 @settings(max_examples=200, **FUZZ)
@@ -321,13 +324,13 @@ def test_fuzz_messages(send, message):
 def test_fuzz_uploads(send, message):
     if message.WhichOneof("part") == "head":
         bounded(message)
-    note(send("GenerateUploadStream", message.SerializeToString()))
+    count(send("GenerateUploadStream", message.SerializeToString()))
 
 
 @settings(max_examples=200, **FUZZ)
 @given(message=messages(pb.TokenizeRequest.DESCRIPTOR))
 def test_fuzz_tokenize(send, message):
-    note(send("Tokenize", message.SerializeToString()))
+    count(send("Tokenize", message.SerializeToString()))
 
 
 RICH = request(prompt(1), logprobs=2, stop=["zz"], seed=3)
@@ -338,21 +341,21 @@ RICH.star.block_size = 32
 @settings(max_examples=600, **FUZZ)
 @given(name=st.sampled_from(["Generate", "GenerateStream"]), data=mutated(RICH))
 def test_fuzz_mutated(send, name, data):
-    note(send(name, data))
+    count(send(name, data))
 
 
 @settings(max_examples=300, **FUZZ)
 @given(name=st.sampled_from(sorted(METHODS)), data=st.binary(max_size=60))
 def test_fuzz_bytes(send, name, data):
-    note(send(name, data))
+    count(send(name, data))
 
 
-def test_fuzz_reached_both_sides(server):
-    """After the fuzz: it was answered and refused, and the server is as it was."""
-    print("codes:", {code.name: count for code, count in seen.items()})
-    assert sum(seen.values()) >= 2000
-    assert seen[grpc.StatusCode.OK] > 50
-    assert seen[grpc.StatusCode.INVALID_ARGUMENT] > 500
+def test_fuzzed_calls_succeed_or_are_refused_and_the_server_still_works(server):
+    """Runs after the fuzz tests."""
+    print("codes:", {code.name: number for code, number in counts.items()})
+    assert sum(counts.values()) >= 2000
+    assert counts[grpc.StatusCode.OK] > 50
+    assert counts[grpc.StatusCode.INVALID_ARGUMENT] > 500
 
     async def scenario(calls):
         await calls.idle()
@@ -367,28 +370,28 @@ def test_the_log_has_no_prompt_and_no_key(server):
         await calls.read(request(SECRET))
         bad = request(SECRET)
         bad.star.block_size = 7
-        for asked in (bad, request(SECRET, top_p=7), request(SECRET * 1000)):
+        for message in (bad, request(SECRET, top_p=7), request(SECRET * 1000)):
             with pytest.raises(grpc.aio.AioRpcError):
-                await calls.read(asked)
+                await calls.read(message)
 
     run(server, scenario)
     body = {"model": server.model, "prompt": SECRET, "max_tokens": 2, "vllm_xargs": {"star_block_size": 7}}
-    answer = httpx.post(f"{server.http}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"})
-    assert answer.status_code == 400
+    response = httpx.post(f"{server.http}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"})
+    assert response.status_code == 400
     log = server.log.read_text()
     assert "gRPC server on" in log
     for word in (KEY, ADMIN_KEY, SECRET):
         assert word not in log, word
 
 
-def test_a_killed_engine_is_unavailable_and_an_exit_code(server):
-    """Last in this file: it ends the server."""
+def test_a_killed_engine_makes_calls_unavailable_and_the_server_exit_with_1(server):
+    """The last test: it ends the server."""
 
     async def scenario(calls):
         watched = health_pb2_grpc.HealthStub(calls.channel).Watch(health_pb2.HealthCheckRequest())
         status = [(await watched.read()).status]
         call = calls.generate(request(tokens=8000))
-        # Not until its first token: where engine and worker keep all cores busy, that may come late.
+        # The test does not wait for the first token, which is late if the engine and its worker use all cores.
         await asyncio.sleep(1)
         children = psutil.Process(server.process.pid).children(recursive=True)
         engines = [child for child in children if any("EngineCore" in word for word in child.cmdline())]
@@ -396,7 +399,7 @@ def test_a_killed_engine_is_unavailable_and_an_exit_code(server):
         for engine in engines:
             engine.kill()
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await calls.rest(call)
+            await calls.read_rest(call)
         status.append((await watched.read()).status)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await calls.read(request())

@@ -1,4 +1,4 @@
-"""Plain `vllm serve` and `vllm bench`, as they are, with the plugin activated: counts, not times."""
+"""Unmodified `vllm serve` and `vllm bench` with the plugin activated: counts, not times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.random_llama import make_random_llama
+from benchmarks.random_llama import make_tiny_llama
 from examples.server import Server, free_port
 
 pytestmark = pytest.mark.e2e
@@ -26,20 +26,12 @@ STAR = {"star": "on", "star_block_size": 128, "star_query_tokens": 40}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_random_llama(
-        tmp_path_factory.mktemp("models") / "tiny",
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-    )
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    """`vllm serve`, not `starling serve`: activated by --additional-config alone."""
+    """`vllm serve`, with Starling activated by --additional-config alone."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *ENGINE]
     command += ["--additional-config", '{"starling": {}}', "--max-num-batched-tokens", "512"]
@@ -58,35 +50,35 @@ def complete(server, **fields) -> httpx.Response:
     return httpx.post(f"{server.http}/v1/completions", json=body | fields, timeout=120)
 
 
-def test_the_plan_is_told(server):
-    answer = complete(server)
-    plan = json.loads(answer.headers["x-starling-plan"])
+def test_a_response_has_the_plan(server):
+    response = complete(server)
+    plan = json.loads(response.headers["x-starling-plan"])
     assert (plan["attention"], plan["star_blocks"], plan["context_end"]) == ("star", 5, 560)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_options_are_a_400(server, stream):
-    answer = complete(server, stream=stream, vllm_xargs=STAR | {"star_block_size": 100})
-    assert answer.status_code == 400
-    assert "star_block_size=100 is refused" in answer.text
+def test_bad_options_give_400(server, stream):
+    response = complete(server, stream=stream, vllm_xargs=STAR | {"star_block_size": 100})
+    assert response.status_code == 400
+    assert "star_block_size=100 is refused" in response.text
     assert complete(server).status_code == 200
 
 
 def test_structured_output_with_star(server):
-    """A random model would say anything: the grammar holds, and star stays engaged."""
-    answer = complete(server, structured_outputs={"choice": ["anchor", "block"]}, max_tokens=16)
-    assert answer.json()["choices"][0]["text"] in ("anchor", "block")
-    assert json.loads(answer.headers["x-starling-plan"])["attention"] == "star"
+    """The output of a random model follows the grammar, and star stays engaged."""
+    response = complete(server, structured_outputs={"choice": ["anchor", "block"]}, max_tokens=16)
+    assert response.json()["choices"][0]["text"] in ("anchor", "block")
+    assert json.loads(response.headers["x-starling-plan"])["attention"] == "star"
 
 
-def test_several_prompts_are_told_one_by_one(server):
-    answer = complete(server, prompt=["ab" * 300, "cd" * 100])
-    plans = [json.loads(plan) for plan in answer.headers.get_list("x-starling-plan")]
+def test_a_response_has_a_plan_for_each_prompt(server):
+    response = complete(server, prompt=["ab" * 300, "cd" * 100])
+    plans = [json.loads(plan) for plan in response.headers.get_list("x-starling-plan")]
     assert [plan["prompt_tokens"] for plan in plans] == [600, 200]
 
 
 def vllm_bench(*arguments: str) -> str:
-    """Run `vllm bench ...` in the environment of the tests; its output."""
+    """Run `vllm bench ...` in the environment of the tests; returns its output."""
     done = subprocess.run([VLLM, "bench", *arguments], capture_output=True, text=True, timeout=300, env=ENV)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -99,7 +91,7 @@ def counters(server) -> dict[str, float]:
 
 @pytest.mark.parametrize("options", [{}, STAR], ids=["dense", "star"])
 def test_bench_serve(server, model, tmp_path, options):
-    """The JSON is complete, and the rows that the kernel got are star's exactly where star was asked for."""
+    """The JSON is complete, and the server counts star requests and star rows only for requests with star options."""
     before = counters(server)
     vllm_bench(
         *("serve", "--backend", "openai", "--base-url", server.http, "--endpoint", "/v1/completions"),
@@ -111,17 +103,17 @@ def test_bench_serve(server, model, tmp_path, options):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["completed"] == PROMPTS
     assert result["total_output_tokens"] == PROMPTS * NEW
-    grown = {name: value - before[name] for name, value in counters(server).items()}
-    asked, other = ("star", "dense") if options else ("dense", "star")
-    assert grown[f'starling:requests_total{{attention="{asked}"}}'] >= PROMPTS
-    assert grown[f'starling:requests_total{{attention="{other}"}}'] == 0
-    context_tokens = grown["starling:context_tokens_total"]
+    increase = {name: value - before[name] for name, value in counters(server).items()}
+    used, other = ("star", "dense") if options else ("dense", "star")
+    assert increase[f'starling:requests_total{{attention="{used}"}}'] >= PROMPTS
+    assert increase[f'starling:requests_total{{attention="{other}"}}'] == 0
+    context_tokens = increase["starling:context_tokens_total"]
     assert context_tokens >= PROMPTS * (TOKENS - 40 - 128) if options else context_tokens == 0
-    assert grown["starling:keys_attended_total"] < grown["starling:keys_dense_total"] or not options
+    assert increase["starling:keys_attended_total"] < increase["starling:keys_dense_total"] or not options
 
 
 def test_bench_throughput(model, tmp_path):
-    """With the plugin activated, star on: every prompt completes, and vLLM's log says what was in force."""
+    """With star on, every prompt completes, and vLLM's log has the star defaults."""
     output = vllm_bench(
         *("throughput", "--model", str(model), *ENGINE),
         *("--dataset-name", "random", "--random-input-len", str(TOKENS), "--random-output-len", str(NEW)),

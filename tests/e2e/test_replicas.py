@@ -1,7 +1,7 @@
-"""One `starling serve` with three data-parallel replicas: long prompts prefilled on several of them at once.
+"""One `starling serve` with three data-parallel replicas, over which long prompts are split.
 
-Every answer is held against one replica's with the same plan, and the tokens that each replica computed are counted:
-an answer that came from one replica alone is no pass. At last a replica is killed in the middle of a prefill.
+Each output is compared with that of one replica with the same plan. The tests also count the tokens that each replica
+computes, so that an output of one replica alone does not pass. The last test kills a replica during a prefill.
 """
 
 import json
@@ -17,32 +17,44 @@ import grpc
 import psutil
 import pytest
 
+from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
-from scheduler.spread import Replica, spread_blocks
+from scheduler.star.assignment import ReplicaState, assign_blocks
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
-from tests.e2e.models import make_tiny_llama
+from tests.e2e.wait import wait_until
 
 pytestmark = pytest.mark.e2e
 
-PAGE, TOKENS = 32, 6
+PAGE_SIZE, TOKENS = 32, 6
+ENGINE_OPTIONS = ["--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
+ENGINE_OPTIONS += ["--max-num-batched-tokens", "128"]
 TOLERANCE = 1e-5
-BESIDE_OTHERS = 5e-5  # in float32 the rows of a batch change one another's last bits, with plain vLLM too
+CONCURRENT_TOLERANCE = 5e-5  # in float32 the rows of a batch change one another's last bits, with plain vLLM too
 REPLICAS = 3
-SILENCE_SECONDS = 10
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},
+    "loggers": {"vllm": {"handlers": ["out"], "level": "INFO"}, "vllm.starling": {"level": "DEBUG"}},
+}
+"""Starling's logger at debug level logs a line for each plan of a prompt."""
+TIMEOUT_SECONDS = 10
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     end_on_signals()
     folder = tmp_path_factory.mktemp("replicas")
-    options = ["--dtype", "float32", "--block-size", str(PAGE), "--enforce-eager", "--max-num-batched-tokens", "128"]
-    options += ["--data-parallel-size", str(REPLICAS), "--num-gpu-blocks-override", "800", "--max-logprobs", "5"]
+    options = [*ENGINE_OPTIONS, "--data-parallel-size", str(REPLICAS), "--num-gpu-blocks-override", "800"]
+    options += ["--max-logprobs", "5", "--star-replica-timeout", str(TIMEOUT_SECONDS)]
+    logging = folder / "logging.json"
+    logging.write_text(json.dumps(LOGGING))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # there may be fewer cores than replicas
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # a machine may have fewer cores than replicas
         # vLLM compiles the ranks of logprobs at their first use: 13 s a replica.
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        patch.setenv("STARLING_SILENCE_SECONDS", str(SILENCE_SECONDS))
+        patch.setenv("VLLM_LOGGING_CONFIG_PATH", str(logging))
         with serving(make_tiny_llama(folder / "tiny"), *options, log=folder / "log", seconds=300) as server:
             yield server
 
@@ -52,25 +64,41 @@ def random_prompt(seed: int, length: int) -> list[int]:
 
 
 def body(server, prompt: list[int], star: dict | None, **more) -> dict:
-    asked = {"model": server.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
-    return asked | {"ignore_eos": True, "return_tokens_as_token_ids": True, "vllm_xargs": star or {}} | more
+    greedy = {"model": server.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
+    return greedy | {"ignore_eos": True, "return_tokens_as_token_ids": True, "vllm_xargs": star or {}} | more
 
 
-def ask(server, prompt, star=None, **more):
-    """(tokens, logprobs, plan) of one completion."""
+def post(server, prompt, star=None, headers=None, **more):
+    """The response to a completion request, as a context manager."""
     data = json.dumps(body(server, prompt, star, **more)).encode()
-    request = urllib.request.Request(f"{server.http}/v1/completions", data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return answer_of(response)
+    headers = {"content-type": "application/json"} | (headers or {})
+    return urllib.request.urlopen(urllib.request.Request(f"{server.http}/v1/completions", data, headers), timeout=60)
 
 
-def answer_of(response):
+def connect(server, seconds: float = 60) -> HTTPConnection:
+    return HTTPConnection("127.0.0.1", int(server.http.rsplit(":", 1)[1]), timeout=seconds)
+
+
+def send(connection: HTTPConnection, server, prompt, star, **more) -> None:
+    """Send a completion request without waiting for the response."""
+    data = json.dumps(body(server, prompt, star, **more))
+    connection.request("POST", "/v1/completions", data, {"content-type": "application/json"})
+
+
+def complete(server, prompt, star=None, **more):
+    """(tokens, logprobs, plan) of one completion."""
+    with post(server, prompt, star, **more) as response:
+        return parse_completion(response)
+
+
+def parse_completion(response):
+    """(tokens, logprobs, plan) of a response."""
     plan, choice = json.loads(response.headers["x-starling-plan"]), json.loads(response.read())["choices"][0]
     return choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], plan
 
 
 def metrics(server, name: str) -> dict[str, float]:
-    """Values of a metric by its labels as they are printed."""
+    """Label set, as it is printed -> value of a metric."""
     with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
         lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines()]
     return {labels.removeprefix(name): float(value) for labels, value in lines if labels.split("{")[0] == name}
@@ -82,20 +110,31 @@ def computed(server, replicas: int = REPLICAS) -> list[int]:
     return [int(counts[f'{{replica="{replica}"}}']) for replica in range(replicas)]
 
 
-def expected(length: int, star: dict, states: list[Replica]) -> list[int]:
-    """What each replica has to compute: its blocks, the anchor where it lacks it, the query where it is."""
-    block, end = star["star_block_size"], (length - star["star_query_tokens"]) // PAGE * PAGE
+def computed_since(server, before: list[int]) -> list[int]:
+    """Tokens that each replica has computed since ``computed`` returned ``before``."""
+    return [after - earlier for after, earlier in zip(computed(server, len(before)), before, strict=True)]
+
+
+def count_plans(server) -> int:
+    """Prompts that the server has planned so far."""
+    return server.log.read_text().count("planned a prompt of")
+
+
+def expected(length: int, star: dict, states: list[ReplicaState]) -> list[int]:
+    """Tokens that each replica has to compute: its star blocks, an anchor that it does not have, and the query."""
+    block, end = star["star_block_size"], (length - star["star_query_tokens"]) // PAGE_SIZE * PAGE_SIZE
     blocks = -(-(length - star["star_query_tokens"]) // block)
-    runs = spread_blocks(blocks, 1.0, states, star["star_replicas"])
-    assert len(runs) > 1
+    assignments = assign_blocks(blocks, 1.0, states, star["star_replicas"])
+    assert len(assignments) > 1
     tokens = [0] * len(states)
-    for run in runs:
-        state = states[run.replica]
-        for index in range(run.first, run.stop):
-            tokens[run.replica] += 0 if index in state.cached else min((index + 1) * block, end) - index * block
-        if run.first and not state.has_anchor:
-            tokens[run.replica] += block
-    tokens[runs[0].replica] += length - end + TOKENS - 1
+    for assignment in assignments:
+        state = states[assignment.replica]
+        for index in range(assignment.first, assignment.stop):
+            if index not in state.cached_blocks:
+                tokens[assignment.replica] += min((index + 1) * block, end) - index * block
+        if assignment.first and not state.has_anchor:
+            tokens[assignment.replica] += block
+    tokens[assignments[0].replica] += length - end + TOKENS - 1
     return tokens
 
 
@@ -104,11 +143,23 @@ def assert_same(one, other, tolerance: float = TOLERANCE) -> None:
     assert max(abs(a - b) for a, b in zip(one[1], other[1], strict=True)) <= tolerance
 
 
-def on_one(server, prompt, star):
-    """The same plan on one replica, which finds nothing in its cache."""
-    answer = ask(server, prompt, star | {"star_replicas": 1}, cache_salt="another")
-    assert answer[2]["replicas"] == 1
-    return answer
+def complete_on_one(server, prompt, star):
+    """The completion with the same plan on one replica, without prefix hits."""
+    output = complete(server, prompt, star | {"star_replicas": 1}, cache_salt="another")
+    assert output[2]["replicas"] == 1
+    return output
+
+
+def complete_over_grpc(server, prompt, **star):
+    """(tokens, logprobs, plan) of one completion over gRPC."""
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=256, query_tokens=40, **star)
+    sampling = pb.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, n=1, logprobs=0)
+    message = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), star=star, sampling=sampling)
+    with grpc.insecure_channel(server.grpc) as channel:
+        reply = inference_pb2_grpc.InferenceServiceStub(channel).Generate(message, timeout=60)
+    (choice,) = reply.choices
+    logprobs = [position.chosen.logprob for position in choice.logprobs]
+    return [f"token_id:{token}" for token in choice.token_ids], logprobs, reply.plan
 
 
 def options(replicas: int, block: int = 256, query: int = 40) -> dict:
@@ -126,128 +177,111 @@ def options(replicas: int, block: int = 256, query: int = 40) -> dict:
     ],
     ids=["2 replicas", "2, ragged", "2, short last block", "3 replicas", "3, ragged"],
 )
-def test_each_replica_computes_its_part_and_the_answer_is_that_of_one(server, seed, length, star):
+def test_each_replica_computes_its_part_and_the_output_is_that_of_one_replica(server, seed, length, star):
     prompt = random_prompt(seed, length)
-    before = computed(server)
-    answer = ask(server, prompt, star)
-    work = [after - earlier for after, earlier in zip(computed(server), before, strict=True)]
-    assert work == expected(length, star, [Replica()] * REPLICAS)
-    assert answer[2]["replicas"] == star["star_replicas"]
-    assert_same(answer, on_one(server, prompt, star))
+    before, plans = computed(server), count_plans(server)
+    output = complete(server, prompt, star)
+    assert computed_since(server, before) == expected(length, star, [ReplicaState()] * REPLICAS)
+    assert output[2]["replicas"] == star["star_replicas"]
+    assert count_plans(server) == plans + 1, "the parts and the whole request use the front's plan"
+    assert_same(output, complete_on_one(server, prompt, star))
 
 
-def test_a_cached_anchor_is_not_computed_again_and_a_second_time_nothing_is(server):
+def test_a_cached_anchor_and_a_cached_prompt_are_not_computed_again(server):
     star = options(2)
     first, second = random_prompt(10, 2088), random_prompt(11, 2088)
     second[:256] = first[:256]
-    ask(server, first, star)
+    complete(server, first, star)
     before = computed(server)
-    answer = ask(server, second, star)
-    middle = computed(server)
-    holder = Replica(frozenset({0}), has_anchor=True)
-    states = [holder, holder, Replica()]
-    assert [b - a for a, b in zip(before, middle, strict=True)] == expected(2088, star, states)
-    again = ask(server, second, star)
-    assert sum(computed(server)) - sum(middle) <= PAGE + TOKENS
-    assert_same(again, answer)
-    assert_same(answer, on_one(server, second, star))
+    output = complete(server, second, star)
+    cached = ReplicaState(frozenset({0}), has_anchor=True)
+    assert computed_since(server, before) == expected(2088, star, [cached, cached, ReplicaState()])
+    before = computed(server)
+    again = complete(server, second, star)
+    assert sum(computed_since(server, before)) <= PAGE_SIZE + TOKENS
+    assert_same(again, output)
+    assert_same(output, complete_on_one(server, second, star))
 
 
-def test_an_edited_block_alone_is_computed_again(server):
-    """Where the query ran, every other block is in the cache, those that came from the other replica too."""
+def test_only_an_edited_block_is_computed_again(server):
+    """All other blocks are cached on the replica that ran the query, also those that it fetched."""
     star, prompt = options(2), random_prompt(12, 2088)
-    ask(server, prompt, star)
+    complete(server, prompt, star)
     prompt[5 * 256 + 100] = 251
-    before = sum(computed(server))
-    answer = ask(server, prompt, star)
-    assert sum(computed(server)) - before == 256 - 96 + 40 + TOKENS - 1  # from the edited page to the block's end
-    assert_same(answer, on_one(server, prompt, star))
+    before = computed(server)
+    output = complete(server, prompt, star)
+    # From the edited page to the block's end, the query and the output.
+    assert sum(computed_since(server, before)) == 256 - 96 + 40 + TOKENS - 1
+    assert_same(output, complete_on_one(server, prompt, star))
 
 
-def test_a_segment_that_gets_longer_moves_no_other(server):
+def test_an_edit_that_makes_a_segment_longer_moves_no_other_segment(server):
     star = options(2) | {"star_segment_token": 256, "star_padding_token": 10}
     segments, query = [[256, *random_prompt(seed, 180 + seed)] for seed in range(60, 68)], random_prompt(68, 40)
 
-    def whole(segments: list[list[int]]) -> list[int]:
+    def make_prompt(segments: list[list[int]]) -> list[int]:
         return [token for segment in segments for token in segment] + query
 
     before = computed(server)
-    first = ask(server, whole(segments), star)
-    work = [after - earlier for after, earlier in zip(computed(server), before, strict=True)]
+    first = complete(server, make_prompt(segments), star)
+    work = computed_since(server, before)
     assert sum(tokens > 3 * 256 for tokens in work) == 2, work
     segments[4] += random_prompt(69, 9)
-    before = sum(computed(server))
-    answer = ask(server, whole(segments), star)
-    assert sum(computed(server)) - before < 2 * PAGE + 40 + TOKENS
-    assert answer[2]["prompt_tokens"] == first[2]["prompt_tokens"] == 7 * 256 + len(segments[-1]) + 40
+    before = computed(server)
+    output = complete(server, make_prompt(segments), star)
+    assert sum(computed_since(server, before)) < 2 * PAGE_SIZE + 40 + TOKENS
+    assert output[2]["prompt_tokens"] == first[2]["prompt_tokens"] == 7 * 256 + len(segments[-1]) + 40
     padded = [segment + [10] * (256 - len(segment)) for segment in segments[:-1]] + segments[-1:]
-    assert_same(answer, on_one(server, whole(padded), options(2)))
+    assert_same(output, complete_on_one(server, make_prompt(padded), options(2)))
 
 
-def test_afterwards_the_same_prompt_is_dense_where_dense_is_asked_for(server):
+def test_a_dense_request_gets_dense_attention_after_a_star_request_for_the_same_prompt(server):
     prompt, star = random_prompt(20, 2088), options(3)
-    spread = ask(server, prompt, star)
-    dense = ask(server, prompt, {"star": "off"}, cache_salt="another")
-    assert max(abs(a - b) for a, b in zip(spread[1], dense[1], strict=True)) > 0.01  # or this would show nothing
-    for _ in range(REPLICAS):  # vLLM takes another replica each time
-        assert_same(ask(server, prompt, {"star": "off"}), dense)
+    split = complete(server, prompt, star)
+    dense = complete(server, prompt, {"star": "off"}, cache_salt="another")
+    assert max(abs(a - b) for a, b in zip(split[1], dense[1], strict=True)) > 0.01  # or the test would show nothing
+    for _ in range(REPLICAS):  # vLLM chooses another replica each time
+        assert_same(complete(server, prompt, {"star": "off"}), dense)
     for _ in range(REPLICAS):
-        assert_same(ask(server, prompt, star | {"star_replicas": 1}), spread)
+        assert_same(complete(server, prompt, star | {"star_replicas": 1}), split)
 
 
-def test_long_prompts_at_once_beside_short_ones(server):
+def test_concurrent_long_and_short_prompts_give_the_same_output_as_alone(server):
     star = options(3)
     long = [random_prompt(seed, 2088 + 64 * (seed % 3)) for seed in (30, 31)]
     short = [random_prompt(seed, 100 + seed) for seed in range(40, 48)]
     before = computed(server)
     with ThreadPoolExecutor(10) as pool:
-        together = [pool.submit(ask, server, prompt, star) for prompt in long]
-        beside = [pool.submit(ask, server, prompt, {"star": "off"}) for prompt in short]
-        answers = [asked.result() for asked in (*together, *beside)]
-    work = [after - earlier for after, earlier in zip(computed(server), before, strict=True)]
+        futures = [pool.submit(complete, server, prompt, star) for prompt in long]
+        futures += [pool.submit(complete, server, prompt, {"star": "off"}) for prompt in short]
+        outputs = [future.result() for future in futures]
+    work = computed_since(server, before)
     assert all(tokens > 256 for tokens in work), work
-    for answer, prompt in zip(answers[:2], long, strict=True):
-        assert_same(answer, on_one(server, prompt, star), BESIDE_OTHERS)
-    for answer, prompt in zip(answers[2:], short, strict=True):
-        assert_same(answer, ask(server, prompt, {"star": "off"}, cache_salt="another"), BESIDE_OTHERS)
+    for output, prompt in zip(outputs[:2], long, strict=True):
+        assert_same(output, complete_on_one(server, prompt, star), CONCURRENT_TOLERANCE)
+    for output, prompt in zip(outputs[2:], short, strict=True):
+        assert_same(output, complete(server, prompt, {"star": "off"}, cache_salt="another"), CONCURRENT_TOLERANCE)
 
 
-def test_over_grpc(server):
-    prompt = random_prompt(50, 2088)
-    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=256, query_tokens=40, replicas=2)
-    asked = pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=prompt),
-        star=star,
-        sampling=pb.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, n=1, logprobs=0),
-    )
-    before = computed(server)
-    with grpc.insecure_channel(server.grpc) as channel:
-        reply = inference_pb2_grpc.InferenceServiceStub(channel).Generate(asked, timeout=60)
-    assert [b - a for a, b in zip(before, computed(server), strict=True)] == expected(
-        2088, options(2), [Replica()] * REPLICAS
-    )
-    assert reply.plan.replicas == 2
-    tokens, logprobs, _ = on_one(server, prompt, options(2))
-    assert [f"token_id:{token}" for token in reply.choices[0].token_ids] == tokens
-    told = [position.chosen.logprob for position in reply.choices[0].logprobs]
-    assert max(abs(a - b) for a, b in zip(told, logprobs, strict=True)) <= TOLERANCE
+def test_a_grpc_request_is_split_over_replicas(server):
+    prompt, before = random_prompt(50, 2088), computed(server)
+    output = complete_over_grpc(server, prompt, replicas=2)
+    assert computed_since(server, before) == expected(2088, options(2), [ReplicaState()] * REPLICAS)
+    assert output[2].replicas == 2
+    assert_same(output, complete_on_one(server, prompt, options(2)))
 
 
-def test_parts_are_no_requests_of_users_and_choices_share_what_was_fetched(server):
+def test_parts_are_not_counted_as_requests_and_choices_use_the_same_fetched_pages(server):
     def counts():
         ended = sum(metrics(server, "vllm:request_success_total").values())
         return ended, sum(metrics(server, "vllm:prompt_tokens_total").values())
 
-    before, work = counts(), sum(computed(server))
-    data = body(server, random_prompt(60, 2088), options(2), n=2, temperature=1.0, seed=1)
-    request = urllib.request.Request(
-        f"{server.http}/v1/completions", json.dumps(data).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    before, work = counts(), computed(server)
+    with post(server, random_prompt(60, 2088), options(2), n=2, temperature=1.0, seed=1) as response:
         assert len(json.loads(response.read())["choices"]) == 2
     after = counts()
     assert (after[0] - before[0], after[1] - before[1]) == (2, 2 * 2088)  # as vLLM counts two choices
-    assert sum(computed(server)) - work < 2088 + 256 + 2 * (64 + TOKENS)
+    assert sum(computed_since(server, work)) < 2088 + 256 + 2 * (64 + TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -255,57 +289,47 @@ def test_parts_are_no_requests_of_users_and_choices_share_what_was_fetched(serve
     [
         (options(4), ["star_replicas=4", "this server has 3", "auto, or 1 to 3"]),
         (options(2) | {"star_overlap_size": 32}, ["star_replicas=2", "star_overlap_size=32"]),
-        ({"starling_share": {"Part": {"name": "mine", "start": 0, "anchor": 0}}}, ["starling_share"]),
+        ({"starling": "a part of another prompt"}, ["starling='a part of another prompt' is refused", "replicas"]),
     ],
     ids=["too many", "overlap", "forged"],
 )
-def test_what_can_not_be_had_is_a_400(server, star, words):
+def test_options_that_this_server_can_not_fulfil_give_400(server, star, words):
     with pytest.raises(urllib.error.HTTPError) as refused:
-        ask(server, random_prompt(1, 500), star)
+        complete(server, random_prompt(1, 500), star)
     assert refused.value.code == 400
     text = refused.value.read().decode()
     assert all(word in text for word in words), text
 
 
 def begin(server, seed: int) -> HTTPConnection:
-    """Send a long prompt and do not wait for its answer."""
-    connection = HTTPConnection("127.0.0.1", int(server.http.rsplit(":", 1)[1]), timeout=60)
-    data = json.dumps(body(server, random_prompt(seed, 8000), options(3, 512)))
-    connection.request("POST", "/v1/completions", data, {"content-type": "application/json"})
+    """Send a long prompt without waiting for its response."""
+    connection = connect(server)
+    send(connection, server, random_prompt(seed, 8000), options(3, 512))
     return connection
 
 
-def until(condition, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def test_a_cancel_in_the_middle_leaves_no_page(server):
-    in_the_middle = 0
-    for seed in range(70, 80):  # what was computed is told late on a busy machine: a prompt may be done before
+def test_a_cancel_during_a_prefill_leaves_no_page(server):
+    cancelled = 0
+    for seed in range(70, 80):  # on a busy machine the metrics are late: a prompt may be prefilled before the cancel
         before = computed(server)
         with closing(begin(server, seed)):
-            assert until(lambda before=before: all(b > a for a, b in zip(before, computed(server), strict=True)), 20)
-        assert until(lambda: not any(pages_used(server)), 20)
-        in_the_middle += sum(computed(server)) - sum(before) < 8000
-        if in_the_middle == 3:
+            assert wait_until(lambda before=before: all(computed_since(server, before)))
+        assert wait_until(lambda: not any(pages_used(server)))
+        cancelled += sum(computed_since(server, before)) < 8000
+        if cancelled == 3:
             return
-    pytest.fail(f"only {in_the_middle} of 10 prompts were cancelled before they were done")
+    pytest.fail(f"only {cancelled} of 10 prompts were cancelled during their prefill")
 
 
 def pages_used(server) -> list[float]:
-    """Of each replica. vLLM tells it at a step: a short prompt on each one is one."""
+    """Fraction of each replica's pages. vLLM updates the metric in a step, so each replica gets a short prompt."""
     for seed in range(REPLICAS):
-        ask(server, random_prompt(seed, 20))
+        complete(server, random_prompt(seed, 20))
     return list(metrics(server, "vllm:kv_cache_usage_perc").values())
 
 
 def descendant(pid: int, title: str) -> psutil.Process:
-    """The one with this in its title."""
+    """The descendant of a process with ``title`` in its name or command line."""
     (process,) = (
         process
         for process in psutil.Process(pid).children(recursive=True)
@@ -314,43 +338,42 @@ def descendant(pid: int, title: str) -> psutil.Process:
     return process
 
 
-def test_a_replica_that_stalls_at_its_part_costs_time_and_no_answer(server):
-    """Its worker is stopped, so that it takes its part and does not end it; once it goes on it gets parts again."""
+def test_a_replica_that_hangs_during_its_part_delays_the_output_and_nothing_else(server):
+    """The replica's worker is stopped, so that its part does not end. Later the replica gets parts again."""
     prompt, star = random_prompt(79, 2088), options(3)
-    alone = on_one(server, prompt, star)
+    alone = complete_on_one(server, prompt, star)
     before = metrics(server, "starling:spread_blocks_total")
     worker = descendant(descendant(server.process.pid, "EngineCore_DP1").pid, "Worker")
     worker.suspend()
     try:
         started = time.monotonic()
-        assert_same(ask(server, prompt, star), alone)
-        assert SILENCE_SECONDS <= time.monotonic() - started < SILENCE_SECONDS + 20
+        assert_same(complete(server, prompt, star), alone)
+        assert TIMEOUT_SECONDS <= time.monotonic() - started < TIMEOUT_SECONDS + 20
         assert metrics(server, "starling:spread_blocks_total") == before
         started = time.monotonic()
-        ask(server, random_prompt(78, 2088), star)
-        assert time.monotonic() - started < SILENCE_SECONDS, "the question it has left open is not asked again"
+        complete(server, random_prompt(78, 2088), star)
+        assert time.monotonic() - started < TIMEOUT_SECONDS, "a replica with an open call gets no other call"
     finally:
         worker.resume()
-    assert until(lambda: not any(pages_used(server)), 20)
+    assert wait_until(lambda: not any(pages_used(server)))
     earlier, again = computed(server), random_prompt(77, 2088)
-    answer = ask(server, again, star)
-    work = [after - count for after, count in zip(computed(server), earlier, strict=True)]
-    assert work == expected(2088, star, [Replica()] * REPLICAS)
-    assert_same(answer, on_one(server, again, star))
+    output = complete(server, again, star)
+    assert computed_since(server, earlier) == expected(2088, star, [ReplicaState()] * REPLICAS)
+    assert_same(output, complete_on_one(server, again, star))
 
 
-def test_a_killed_replica_in_the_middle_of_a_prefill_is_told_at_once(server):
-    """The last test: vLLM's data parallelism does not outlive a replica, and says so."""
+def test_requests_fail_at_once_if_a_replica_is_killed_during_a_prefill(server):
+    """The last test: vLLM's data parallelism ends with an error when a replica ends."""
     victim, before = descendant(server.process.pid, "EngineCore_DP1"), computed(server)
-    with ExitStack() as stack:  # several, for what was computed is told late: one prompt could be done by then
+    with ExitStack() as stack:  # several prompts, as the metrics are late: one prompt could be prefilled by then
         connections = [stack.enter_context(closing(begin(server, seed))) for seed in range(80, 84)]
-        assert until(lambda: computed(server)[1] > before[1], 20)
+        assert wait_until(lambda: computed(server)[1] > before[1])
         victim.kill()
         started = time.monotonic()
-        answers = [(response.status, response.read()) for response in map(HTTPConnection.getresponse, connections)]
+        responses = [(response.status, response.read()) for response in map(HTTPConnection.getresponse, connections)]
         assert time.monotonic() - started < 20
-    refused = [text for status, text in answers if status >= 500]
-    assert refused
-    assert all(b"EngineCore" in text for text in refused)
-    assert all(len(json.loads(text)["choices"][0]["logprobs"]["tokens"]) == TOKENS for s, text in answers if s < 500)
+    failed = [text for status, text in responses if status >= 500]
+    assert failed
+    assert all(b"EngineCore" in text for text in failed)
+    assert all(len(json.loads(text)["choices"][0]["logprobs"]["tokens"]) == TOKENS for s, text in responses if s < 500)
     assert server.process.wait(30) != 0

@@ -1,48 +1,47 @@
-"""Two replicas of two tensor-parallel ranks each, behind two API servers.
+"""Two replicas of two tensor-parallel ranks each, with two API servers.
 
-A rank reads its half of each page from its like; each API server splits prompts by itself.
+A rank fetches its half of each page from the same rank of the other replica. Each API server splits prompts by itself.
 """
 
-import json
 from contextlib import closing
-from http.client import HTTPConnection
 
 import psutil
 import pytest
 
+from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
-from scheduler.spread import Replica
-from tests.e2e.models import make_tiny_llama
+from scheduler.star.assignment import ReplicaState
 from tests.e2e.test_replicas import (
-    PAGE,
-    answer_of,
-    ask,
+    ENGINE_OPTIONS,
     assert_same,
-    body,
+    complete,
+    complete_on_one,
     computed,
+    computed_since,
+    connect,
     expected,
     metrics,
-    on_one,
     options,
+    parse_completion,
     random_prompt,
+    send,
 )
 
 pytestmark = pytest.mark.e2e
 
 REPLICAS = 2
 API_SERVERS = 2
-TOKEN_BYTES = 2 * 2 * 64 * 4  # layers, K and V, hidden, float32: of both ranks together
+TOKEN_BYTES = 2 * 2 * 64 * 4  # layers, K and V, hidden size, float32: both ranks together
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     end_on_signals()
     folder = tmp_path_factory.mktemp("replicas_tp")
-    settings = ["--dtype", "float32", "--block-size", str(PAGE), "--enforce-eager", "--max-num-batched-tokens", "128"]
-    settings += ["--data-parallel-size", str(REPLICAS), "--tensor-parallel-size", "2"]
+    settings = [*ENGINE_OPTIONS, "--data-parallel-size", str(REPLICAS), "--tensor-parallel-size", "2"]
     settings += ["--num-gpu-blocks-override", "400", "--api-server-count", str(API_SERVERS)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # four workers, maybe on two cores
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # four workers, possibly on two cores
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         model = make_tiny_llama(folder / "tiny")
@@ -55,19 +54,18 @@ def server(tmp_path_factory):
     [(1, 2088, 3 * 256), (2, 1990, 3 * 256 - 128)],
     ids=["whole blocks", "ragged"],
 )
-def test_each_replica_computes_its_part_and_the_answer_is_that_of_one(server, seed, length, moved):
+def test_each_replica_computes_its_part_and_the_output_is_that_of_one_replica(server, seed, length, moved):
     prompt, star = random_prompt(seed, length), options(2)
     before, bytes_before = computed(server, REPLICAS), sum(metrics(server, "starling:bytes_moved_total").values())
-    answer = ask(server, prompt, star)
-    work = [after - earlier for after, earlier in zip(computed(server, REPLICAS), before, strict=True)]
-    assert work == expected(length, star, [Replica()] * REPLICAS)
-    assert answer[2]["replicas"] == 2
+    output = complete(server, prompt, star)
+    assert computed_since(server, before) == expected(length, star, [ReplicaState()] * REPLICAS)
+    assert output[2]["replicas"] == 2
     assert sum(metrics(server, "starling:bytes_moved_total").values()) - bytes_before == moved * TOKEN_BYTES
-    assert_same(answer, on_one(server, prompt, star))
+    assert_same(output, complete_on_one(server, prompt, star))
 
 
 def serving_process(server, client_port: int) -> int:
-    """Id of the API server's process that has taken a connection from that port."""
+    """Process id of the API server that accepted the connection from ``client_port``."""
     (pid,) = (
         process.pid
         for process in psutil.Process(server.process.pid).children(recursive=True)
@@ -76,10 +74,10 @@ def serving_process(server, client_port: int) -> int:
     return pid
 
 
-def test_each_api_server_spreads_prompts(server):
+def test_each_api_server_splits_prompts(server):
     seen: set[int] = set()
-    for seed in range(100, 140):  # the kernel chooses which of them gets a connection
-        with closing(HTTPConnection("127.0.0.1", int(server.http.rsplit(":", 1)[1]), timeout=60)) as connection:
+    for seed in range(100, 140):  # the kernel chooses the API server of a connection
+        with closing(connect(server)) as connection:
             connection.request("GET", "/health")
             connection.getresponse().read()
             process = serving_process(server, connection.sock.getsockname()[1])
@@ -87,12 +85,10 @@ def test_each_api_server_spreads_prompts(server):
                 continue
             seen.add(process)
             prompt, star, before = random_prompt(seed, 2088), options(2), computed(server, REPLICAS)
-            asked = json.dumps(body(server, prompt, star))
-            connection.request("POST", "/v1/completions", asked, {"content-type": "application/json"})
-            answer = answer_of(connection.getresponse())
-            work = [after - earlier for after, earlier in zip(computed(server, REPLICAS), before, strict=True)]
-            assert work == expected(2088, star, [Replica()] * REPLICAS)
-            assert_same(answer, on_one(server, prompt, star))
+            send(connection, server, prompt, star)
+            output = parse_completion(connection.getresponse())
+            assert computed_since(server, before) == expected(2088, star, [ReplicaState()] * REPLICAS)
+            assert_same(output, complete_on_one(server, prompt, star))
         if len(seen) == API_SERVERS:
             return
     pytest.fail(f"40 connections went to {len(seen)} of {API_SERVERS} API servers")

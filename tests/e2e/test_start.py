@@ -1,4 +1,4 @@
-"""`starling serve` ended while it still starts."""
+"""A signal to `starling serve` during its start."""
 
 import os
 import signal
@@ -10,11 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.random_llama import make_tiny_llama
 from examples.server import ENVIRONMENT, free_port
-from tests.e2e.models import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
-
 
 GRPC = ["--grpc-port", "0"]
 
@@ -28,8 +27,8 @@ GRPC = ["--grpc-port", "0"]
     ],
     ids=["engine", "worker", "replicas"],
 )
-def test_sigterm_ends_a_start_with_130(tmp_path, moment, options):
-    """At the moment that the engine's process, or its worker's, says so in the log."""
+def test_sigterm_during_the_start_exits_with_130(tmp_path, moment, options):
+    """The signal comes when ``moment`` is in the log, which the process of the engine or of its worker writes."""
     model = make_tiny_llama(tmp_path / "tiny")
     command = [Path(sys.executable).with_name("starling"), "serve", model, "--enforce-eager"]
     command += ["--port", str(free_port()), *options]
@@ -41,7 +40,7 @@ def test_sigterm_ends_a_start_with_130(tmp_path, moment, options):
         deadline = time.monotonic() + 240
         while moment not in log.read_text(errors="replace"):
             assert process.poll() is None, log.read_text(errors="replace")
-            assert time.monotonic() < deadline, "the engine did not come so far"
+            assert time.monotonic() < deadline, f"the log has no {moment!r}"
             time.sleep(0.05)
         children = psutil.Process(process.pid).children(recursive=True)
         assert children

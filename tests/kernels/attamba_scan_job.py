@@ -1,7 +1,7 @@
-"""Run in a process with the shim of tests/v2_shim, whose Triton is at hand without a GPU.
+"""Run in a process with the shim of tests/v2_shim, which makes Triton usable without a GPU.
 
-interpret   the scan, as Python, beside the torch one, both against the recurrence in float64 (TRITON_INTERPRET=1)
-compile     the kernel for an NVIDIA GPU, down to machine code (without TRITON_INTERPRET)
+interpret   runs the scan as Python and in torch, and compares both to the recurrence in float64 (TRITON_INTERPRET=1)
+compile     compiles the kernel for an NVIDIA GPU to machine code (without TRITON_INTERPRET)
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 import triton
 
 from attention_backends.attamba import scan, scan_kernel
-from attention_backends.attamba.scan import Sizes
+from attention_backends.attamba.mixer import MixerSizes
 from tests.kernels.cases import rms
 
 MIXERS = 2
-SPILLED_BYTES, SHARED_MEMORY = 64, 99 * 1024  # as in test_triton_compile.py
+SPILLED_BYTES, SHARED_MEMORY = 64, 99 * 1024  # as in triton/test_compile.py
 
 
-def recurrence(rows: torch.Tensor, conv: torch.Tensor, a_log: torch.Tensor, skip: torch.Tensor, sizes: Sizes):
-    """(W, inner) of one mixer over one chunk (W, columns) in float64, token after token (arXiv 2405.21060, (1))."""
+def recurrence(rows: torch.Tensor, conv: torch.Tensor, a_log: torch.Tensor, skip: torch.Tensor, sizes: MixerSizes):
+    """(W, inner) of one mixer over one chunk (W, columns) in float64, token by token (arXiv 2405.21060, equation 1)."""
     outputs, memory = [], torch.zeros(sizes.heads, sizes.inner // sizes.heads, sizes.state, dtype=torch.float64)
     for token in range(len(rows)):
         recent = rows[max(0, token + 1 - sizes.taps) : token + 1, : -sizes.heads]
@@ -37,19 +37,19 @@ def recurrence(rows: torch.Tensor, conv: torch.Tensor, a_log: torch.Tensor, skip
 
 
 def interpret() -> None:
-    """Chunks of one token and whole ones, begun in earlier steps or not, of which the last rows are not the chunk's."""
+    """Chunks of one token to a whole width, some begun in earlier steps. Rows past a chunk's last token are padding."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     for dtype, sizes, width, lens, firsts in (
-        (torch.float32, Sizes(2, 32, 16, 4), 8, (8, 8, 3, 1), (0, 5, 1, 0)),
-        (torch.bfloat16, Sizes(4, 96, 40, 4), 64, (64, 33), (63, 0)),
-        (torch.float32, Sizes(1, 16, 16, 2), 1, (1, 1), (0, 0)),
+        (torch.float32, MixerSizes(2, 32, 16, 4), 8, (8, 8, 3, 1), (0, 5, 1, 0)),
+        (torch.bfloat16, MixerSizes(4, 96, 40, 4), 64, (64, 33), (63, 0)),
+        (torch.float32, MixerSizes(1, 16, 16, 2), 1, (1, 1), (0, 0)),
     ):
         torch.manual_seed(0)
         columns = sizes.inner + 2 * sizes.state
         projected = torch.randn(len(lens), width, MIXERS, columns + sizes.heads).to(dtype)
         for index, length in enumerate(lens):
-            projected[index, length:] = projected[index, length - 1]  # as the model leaves them
+            projected[index, length:] = projected[index, length - 1]  # the model pads chunks like this
         parameters = (
             torch.randn(MIXERS, columns, sizes.taps).to(dtype),
             torch.randn(MIXERS, sizes.heads),
@@ -81,11 +81,11 @@ def compile_kernels() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    triton.backends.backends.pop("cpu")  # the shim's, which has no compiler
+    triton.backends.backends.pop("cpu")  # the shim's backend, which has no compiler
     pointers = {
         **dict.fromkeys(("projected", "conv_weight"), "*bf16"),
         **dict.fromkeys(("a_log", "skip", "out"), "*fp32"),
-        **dict.fromkeys(("starts", "place"), "*i64"),
+        **dict.fromkeys(("starts", "index_in_chunk"), "*i64"),
     }
     sizes = {"HEADS": 8, "INNER": 256, "STATE": 128, "TAPS": 4, "BLOCK_S": scan_kernel.BLOCK_S, "BLOCK_D": 32}
     for width in (16, 64, 128):

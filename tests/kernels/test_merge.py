@@ -1,4 +1,4 @@
-"""The merge of partials: exact over any split of the keys, and vLLM's own where it has one."""
+"""The merge of partial outputs: exact for any split of the keys, and equal to vLLM's merge of two."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ INF, NAN = float("inf"), float("nan")
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_split_gives_the_whole(data):
-    """Keys dealt out to up to five partials, some of which get none."""
+    """Keys are assigned to up to five partials, some of which get none."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
     keys, parts = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
     owner = torch.tensor(data.draw(st.lists(st.integers(0, parts - 1), min_size=keys, max_size=keys)))
     query, key, value = (torch.randn(size, 2, 8, dtype=torch.float64) * 3 for size in (3, keys, keys))
     mask = torch.ones(3, keys, dtype=torch.bool)
-    lse, out = masked_attention(query, key, value, mask, 1.0)
+    out, lse = masked_attention(query, key, value, mask, 1.0)
     partials = [masked_attention(query, key, value, mask & (owner == part), 1.0) for part in range(parts)]
-    outs = torch.stack([torch.where(part_lse.isinf()[..., None], NAN, part_out) for part_lse, part_out in partials])
-    merged, merged_lse = merge(outs, torch.stack([part_lse for part_lse, _ in partials]))
+    outs = torch.stack([torch.where(part_lse.isinf()[..., None], NAN, part_out) for part_out, part_lse in partials])
+    merged, merged_lse = merge(outs, torch.stack([part_lse for _, part_lse in partials]))
     torch.testing.assert_close(merged, out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(merged_lse, lse, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("empty", [-INF, INF])
 def test_empty_partials(empty):
-    """One is skipped whatever its out holds; of nothing but empty ones comes 0 and -inf."""
+    """An empty partial has no effect, whatever its out holds. Empty partials alone give 0 and -inf."""
     outs = torch.tensor([[[[1.0, 2.0]]], [[[NAN, INF]]]])
     out, lse = merge(outs, torch.tensor([[[3.0]], [[empty]]]))
     assert out.tolist() == [[[1.0, 2.0]]] and lse.tolist() == [[3.0]]
@@ -42,7 +42,7 @@ def test_empty_partials(empty):
 
 
 def test_logs_far_from_zero():
-    """Weights of e^1000 and e^-1000 neither overflow nor vanish."""
+    """Weights of e^1000 do not overflow, and weights of e^-1000 do not underflow."""
     outs = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
     for offset in (1000.0, -1000.0):
         out, lse = merge(outs, torch.full((2, 1, 1), offset))

@@ -1,4 +1,4 @@
-"""The oracle itself, against loops over one query, head and key at a time."""
+"""The reference itself, against loops over one query, head and key at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.kernels.cases import Case, cases
 
 
 def naive(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract with Python's floats: no matrix, no mask, no page view."""
+    """The contract with Python's floats, without matrices, masks or page views."""
     tensors = case.tensors()
     query, table = tensors["query"].double(), tensors["block_table"].tolist()
     out = torch.zeros(*query.shape[:2], case.value_size, dtype=torch.float64)
@@ -26,8 +26,8 @@ def naive(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
             for head in range(query.shape[1]):
                 total, weighted = 0.0, torch.zeros(case.value_size, dtype=torch.float64)
                 for k in seen:
-                    page, slot = table[row][k // case.page], k % case.page
-                    key, value = cell(case, tensors, page, slot, head // case.group)
+                    page_id, slot = table[row][k // case.page_size], k % case.page_size
+                    key, value = cell(case, tensors, page_id, slot, head // case.group)
                     score = case.arguments()["scale"] * torch.dot(query[token, head], key).item()
                     score = case.softcap * math.tanh(score / case.softcap) if case.softcap else score
                     total += math.exp(score)
@@ -38,15 +38,15 @@ def naive(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def cell(case: Case, tensors: dict[str, torch.Tensor], page: int, slot: int, head: int):
-    """One key and one value; in the CPU layout, element d of key t of a page and head is number d * page + t."""
+def cell(case: Case, tensors: dict[str, torch.Tensor], page_id: int, slot: int, head: int):
+    """One key and one value. In the CPU layout, element d of key t of a page and head is number d * page_size + t."""
     keys, values = tensors["key_cache"], tensors["value_cache"]
     if case.layout is Layout.PAGES:
-        return keys[page, slot, head].double(), values[page, slot, head].double()
-    return keys[page, head].flatten()[slot :: case.page].double(), values[page, head, slot].double()
+        return keys[page_id, slot, head].double(), values[page_id, slot, head].double()
+    return keys[page_id, head].flatten()[slot :: case.page_size].double(), values[page_id, head, slot].double()
 
 
-@given(cases(group=2, page=16, key_size=32))
+@given(cases(group=2, page_size=16, key_size=32))
 @settings(max_examples=15, deadline=None)
 def test_reference_is_the_definition(case):
     out, lse = case.exact(paged_attention)

@@ -1,12 +1,15 @@
-"""Runs batches of token-id prompts through one vLLM engine, in a process of its own, and prints the results.
+"""Runs batches of token-id prompts through one vLLM engine, in a separate process, and prints the results.
 
-A job on standard input, JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}; a prompt is
+Standard input is a job in JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}. A prompt is
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", "lora": path of an adapter, ...}. Batches run one after
-the other, the prompts of a batch together. A batch may also be one of these, which have no result:
-{"call": "module:function"}, which every worker runs (VLLM_ALLOW_INSECURE_SERIALIZATION=1), and {"chunk": tokens}, the
-most that a step computes from now on, or {"scheduler": "module:function"}, which is called on the scheduler (both need
-VLLM_ENABLE_V1_MULTIPROCESSING=0). The result is a line of standard output, RESULT before it: {"batches", "metrics"};
-of our own metrics those of the cache, their labels behind their names.
+the other, the prompts of a batch together. A batch may also be one of the following, which have no result:
+
+- {"call": "module:function"}: every worker calls the function (needs VLLM_ALLOW_INSECURE_SERIALIZATION=1);
+- {"chunk": tokens}: from now on a step computes at most these tokens (needs VLLM_ENABLE_V1_MULTIPROCESSING=0);
+- {"scheduler": "module:function"}: calls the function with the scheduler (needs VLLM_ENABLE_V1_MULTIPROCESSING=0).
+
+The result is a line of standard output that starts with RESULT: {"batches", "metrics"}. The metrics include Starling's
+metrics of the cache, whose labels follow their names.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from prometheus_client import REGISTRY
 RESULT = "starling-result: "
 
 
-def params_of(prompt: dict, sampling_params: type):
+def make_params(prompt: dict, sampling_params: type):
     return sampling_params(
         max_tokens=prompt.get("max_tokens", 1),
-        # Greedy but with a seed. vLLM refuses temperature 0 with n > 1; V2's sampler does not run interpreted.
+        # Greedy unless the prompt has a seed. vLLM refuses temperature 0 with n > 1, and the sampler of V2 does not run
+        # under Triton's interpreter.
         temperature=1 if "seed" in prompt or prompt.get("n", 1) > 1 else 0,
         top_k=1 if prompt.get("n", 1) > 1 else 0,
         seed=prompt.get("seed"),
@@ -36,7 +40,7 @@ def params_of(prompt: dict, sampling_params: type):
     )
 
 
-def result_of(output) -> dict:
+def make_result(output) -> dict:
     chosen = output.outputs[0]
     prompt = output.prompt_logprobs
     return {
@@ -68,12 +72,12 @@ def main() -> None:
                 llm.collective_rpc(pkgutil.resolve_name(batch["call"]))
             continue
         prompts = [{"prompt_token_ids": prompt["ids"]} for prompt in batch]
-        params = [params_of(prompt, SamplingParams) for prompt in batch]
+        params = [make_params(prompt, SamplingParams) for prompt in batch]
         loras = [LoRARequest("adapter", 1, prompt["lora"]) if prompt.get("lora") else None for prompt in batch]
         outputs = llm.generate(prompts, params, lora_request=loras if any(loras) else None, use_tqdm=False)
-        batches.append([result_of(output) for output in outputs])
-    wanted = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "starling:requests", "vllm:spec_decode_num_")
-    metrics = {m.name: m.value for m in llm.get_metrics() if m.name.startswith(wanted) and hasattr(m, "value")}
+        batches.append([make_result(output) for output in outputs])
+    prefixes = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "starling:requests", "vllm:spec_decode_num_")
+    metrics = {m.name: m.value for m in llm.get_metrics() if m.name.startswith(prefixes) and hasattr(m, "value")}
     samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
     metrics |= {
         " ".join([s.name, *s.labels.values()]): s.value for s in samples if s.name.startswith("starling:cache_")

@@ -1,4 +1,4 @@
-"""Engine jobs and the independent reference that they are held against."""
+"""Runs engine jobs, and the independent reference that the tests compare them with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from attention_backends.star.reference import star_mask
 from tests.parity.engine_job import RESULT
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNTERS = ("PROMETHEUS_MULTIPROC_DIR", "STARLING_METRICS_DIR")  # of this process, where it has made a scheduler
+COUNTERS = ("PROMETHEUS_MULTIPROC_DIR", "STARLING_METRICS_DIR")  # set in this process if it has made a scheduler
 V2_SHIM = ROOT / "tests" / "v2_shim"
 TINY = {
     "hidden_size": 128,
@@ -40,7 +40,14 @@ def run_engine(
     star: dict | None = None,
     **engine: Any,
 ) -> dict:
-    """Run the batches on one engine; see engine_job.py for the shapes of ``batches`` and the result."""
+    """Run the batches on one engine; engine_job.py describes ``batches`` and the result.
+
+    Args:
+        model: path of the checkpoint.
+        env: additional environment of the engine's process.
+        star: Starling's star options of the engine.
+        engine: further arguments of vllm.LLM.
+    """
     arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, "block_size": 32}
     arguments["additional_config"] = {"starling": {"star": star or {}}}
     job = {"engine": arguments | engine, "batches": batches}
@@ -63,28 +70,28 @@ def run_engine(
 
 @contextmanager
 def cores(ranks: int) -> Iterator[str]:
-    """A core for each rank, to itself among the workers of ``pytest -n``, as VLLM_CPU_OMP_THREADS_BIND names them.
+    """Lock one core per rank among the workers of ``pytest -n``; yields a value for VLLM_CPU_OMP_THREADS_BIND.
 
-    Two engines that compute on one core wait for one another's spinning threads.
+    Two engines on one core would wait for each other's spinning threads.
     """
-    every = sorted(os.sched_getaffinity(0))
-    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(every)
-    mine = [every[(own + rank) % len(every)] for rank in range(ranks)]
-    with ExitStack() as held:
-        for core in sorted(set(mine)):
-            held.enter_context(FileLock(Path(tempfile.gettempdir()) / f"starling-tests-core{core}.lock"))
-        yield "|".join(map(str, mine))
+    available = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(available)
+    locked = [available[(worker + rank) % len(available)] for rank in range(ranks)]
+    with ExitStack() as locks:
+        for core in sorted(set(locked)):
+            locks.enter_context(FileLock(Path(tempfile.gettempdir()) / f"starling-tests-core{core}.lock"))
+        yield "|".join(map(str, locked))
 
 
 def v2_env() -> dict[str, str]:
-    """The V2 model runner on CPU, its Triton kernels under the interpreter."""
+    """The environment for the V2 model runner on CPU, with its Triton kernels under the interpreter."""
     path = os.pathsep.join(filter(None, [str(V2_SHIM), os.environ.get("PYTHONPATH")]))
     return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
 
 
 @functools.cache
 def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Transformers' own model, eager attention: nothing of vLLM's or ours but the mask it is given."""
+    """Transformers' own model with eager attention. It shares no code with vLLM and Starling."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager").eval()
@@ -93,7 +100,14 @@ def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
 def reference_logprobs(
     model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32
 ) -> torch.Tensor:
-    """Log-probability of each of ``ids[1:]`` given what its predecessors may see."""
+    """(len(ids) - 1,) log-probability of each of ``ids[1:]``.
+
+    Args:
+        model: path of the checkpoint.
+        ids: token ids.
+        mask: (len(ids), len(ids)) bool, which key (column) a query (row) sees; None for the causal mask.
+        dtype: of the computation.
+    """
     reference = load_reference(model, dtype)
     if mask is None:
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
@@ -104,20 +118,20 @@ def reference_logprobs(
     return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def mask_of(numbers: dict[str, int], num_tokens: int) -> torch.Tensor:
-    """The explicit mask for options given as plain numbers (block_size, anchor_size, overlap_size, context_end)."""
-    return star_mask(num_tokens, **numbers)
+def mask_of(sizes: dict[str, int], num_tokens: int) -> torch.Tensor:
+    """The explicit mask for the sizes ``block_size``, ``anchor_size``, ``overlap_size`` and ``context_end``."""
+    return star_mask(num_tokens, **sizes)
 
 
 def star(block_size: int, query_tokens: int, anchor_size: int | None = None, overlap_size: int = 0) -> dict:
-    """Per-request options."""
+    """The options of a star request."""
     options = {"star": "on", "star_block_size": block_size, "star_query_tokens": query_tokens}
     options |= {} if anchor_size is None else {"star_anchor_size": anchor_size}
     return options | ({"star_overlap_size": overlap_size} if overlap_size else {})
 
 
-def numbers(options: dict, num_prompt_tokens: int) -> dict[str, int]:
-    """What those options mean, worked out by hand rather than by the plan."""
+def star_sizes(options: dict, num_prompt_tokens: int) -> dict[str, int]:
+    """The sizes that ``mask_of`` takes, computed from the options independently of the plan."""
     block_size = options["star_block_size"]
     return {
         "block_size": block_size,
@@ -127,7 +141,7 @@ def numbers(options: dict, num_prompt_tokens: int) -> dict[str, int]:
     }
 
 
-def max_gap(got: list[float], want: torch.Tensor) -> float:
-    """Largest absolute difference; the lengths must agree."""
-    assert len(got) == len(want)
-    return (torch.tensor(got, dtype=want.dtype) - want).abs().max().item()
+def max_gap(got: list[float], expected: torch.Tensor) -> float:
+    """Largest absolute difference. Asserts that the lengths are equal."""
+    assert len(got) == len(expected)
+    return (torch.tensor(got, dtype=expected.dtype) - expected).abs().max().item()

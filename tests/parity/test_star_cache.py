@@ -1,4 +1,7 @@
-"""Prefix-cache hits give what a cold run gives: judged by generated tokens, for prompt logprobs skip the cache."""
+"""Prefix-cache hits give the results of a cold run.
+
+The tests compare generated tokens, because a prompt with prompt logprobs skips the cache.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks.random_llama import make_random_llama
-from tests.parity.harness import TINY, mask_of, max_gap, numbers, reference_logprobs, run_engine, star, v2_env
+from tests.parity.harness import TINY, mask_of, max_gap, reference_logprobs, run_engine, star, star_sizes, v2_env
 
 pytestmark = pytest.mark.engine
 
-PAGE, LIMIT, TOKENS, NEW = 32, 1e-4, 900, 5
+PAGE_SIZE, LIMIT, TOKENS, NEW = 32, 1e-4, 900, 5
 STAR = star(128, 37)
 OTHER_ANCHOR = star(128, 37, anchor_size=64)
 OTHER_END = star(128, 137)
@@ -34,11 +37,11 @@ def request(ids: list[int], options: dict) -> dict:
 
 
 def sequence() -> list[tuple[str, dict, int]]:
-    """(what it shows, request, tokens it must find in the cache): run one after the other on one engine."""
+    """(description, request, expected cached tokens), to run in order on one engine."""
     first, second, third = random_ids(1), random_ids(2), random_ids(3)
-    full = (TOKENS - 1) // PAGE * PAGE
+    full = (TOKENS - 1) // PAGE_SIZE * PAGE_SIZE
     context_end = TOKENS - 37
-    turn = first + random_ids(4, 300)  # the chat goes on: the first prompt, an answer, the next question
+    turn = first + random_ids(4, 300)  # the next turn of a chat: the first prompt, an answer, the next question
     return [
         ("dense, cold", request(first, {}), 0),
         ("star after dense: block 0", request(first, STAR), 128),
@@ -48,8 +51,8 @@ def sequence() -> list[tuple[str, dict, int]]:
         ("dense after star: block 0", request(second, {}), 128),
         ("another anchor: block 0", request(second, OTHER_ANCHOR), 128),
         ("another overlap: block 0", request(second, OVERLAP), 128),
-        ("another query: the shorter context", request(second, OTHER_END), (TOKENS - 137) // PAGE * PAGE),
-        ("a chat's next turn: the whole context", request(turn, STAR), context_end // PAGE * PAGE),
+        ("another query: the shorter context", request(second, OTHER_END), (TOKENS - 137) // PAGE_SIZE * PAGE_SIZE),
+        ("the next turn of a chat: the whole context", request(turn, STAR), context_end // PAGE_SIZE * PAGE_SIZE),
         ("larger blocks, cold", request(third, star(256, 37)), 0),
         ("smaller blocks after larger ones: block 0", request(third, STAR), 128),
         ("larger blocks again", request(third, star(256, 37)), full),
@@ -57,31 +60,30 @@ def sequence() -> list[tuple[str, dict, int]]:
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_hits_are_right_and_no_fewer_than_can_be(model, runner):
+def test_hits_are_correct_and_as_many_as_possible(model, runner):
     steps = sequence()
     env = {"v1": None, "v2": v2_env()}[runner]
     result = run_engine(model, [[step] for _, step, _ in steps], max_num_batched_tokens=300, env=env)
-    teeth = []
-    for (what, step, cached), (output,) in zip(steps, result["batches"], strict=True):
-        assert output["cached"] == cached, what
+    mask_effects = []
+    for (description, step, num_cached), (output,) in zip(steps, result["batches"], strict=True):
+        assert output["cached"] == num_cached, description
         ids = step["ids"] + output["token_ids"]
-        dense = reference_logprobs(model, ids, None)[-NEW:]
-        want = dense
+        expected = dense = reference_logprobs(model, ids, None)[-NEW:]
         if step["extra_args"]:
-            mask = mask_of(numbers(step["extra_args"], len(step["ids"])), len(ids))
-            want = reference_logprobs(model, ids, mask)[-NEW:]
-            teeth.append((want - dense).abs().max().item())
-        assert max_gap(output["logprobs"], want) <= LIMIT, what
-    assert min(teeth) > 100 * LIMIT
+            mask = mask_of(star_sizes(step["extra_args"], len(step["ids"])), len(ids))
+            expected = reference_logprobs(model, ids, mask)[-NEW:]
+            mask_effects.append((expected - dense).abs().max().item())
+        assert max_gap(output["logprobs"], expected) <= LIMIT, description
+    assert min(mask_effects) > 100 * LIMIT
 
 
-def test_requests_that_arrive_together_share_only_what_is_theirs(model):
-    """Dense and two star plans of the same ids in one batch, then again: each finds its own pages."""
+def test_requests_of_one_batch_hit_only_pages_of_their_own_plan(model):
+    """A dense prompt and two star plans of the same ids run in one batch, twice. Each hits its own pages."""
     ids = random_ids(5)
     batch = [request(ids, options) for options in ({}, STAR, OTHER_ANCHOR)]
     cold, warm = run_engine(model, [batch, batch], max_num_batched_tokens=300)["batches"]
     for before, after in zip(cold, warm, strict=True):
-        assert after["cached"] == (TOKENS - 1) // PAGE * PAGE
+        assert after["cached"] == (TOKENS - 1) // PAGE_SIZE * PAGE_SIZE
         assert before["token_ids"] == after["token_ids"]
         torch.testing.assert_close(
             torch.tensor(before["logprobs"]), torch.tensor(after["logprobs"]), atol=LIMIT, rtol=0

@@ -1,4 +1,4 @@
-"""A trained model on real text: parity in float32, and what bfloat16 adds."""
+"""A trained model on real text: parity in float32, and the additional error of bfloat16."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pydoc
 import pytest
 import torch
 
-from tests.parity.harness import ROOT, mask_of, max_gap, numbers, reference_logprobs, run_engine, star
+from tests.parity.harness import ROOT, mask_of, max_gap, reference_logprobs, run_engine, star, star_sizes
 
 pytestmark = pytest.mark.engine
 
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
-PAGE, LIMIT = 128, 1e-4
-# (tokens, options); the steps of 384 tokens cut blocks.
+PAGE_SIZE, LIMIT = 128, 1e-4
+# (tokens, options). The steps of 384 tokens cut star blocks.
 CASES = [
     (1501, star(384, 100)),
     (1300, star(256, 33, anchor_size=128)),
@@ -24,46 +24,48 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def ids() -> list[int]:
-    """Tokens of documentation that every Python installation carries."""
+    """Tokens of documentation that every Python installation has."""
     from transformers import AutoTokenizer
 
     text = "".join(pydoc.plain(pydoc.render_doc(name)) for name in ("json", "textwrap", "string"))
     return AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
 
 
-def prompts_of(ids: list[int]) -> list[dict]:
+def make_prompts(ids: list[int]) -> list[dict]:
     return [{"ids": ids[:length], "extra_args": options, "prompt_logprobs": True} for length, options in CASES]
 
 
-def wanted_of(prompt: dict, dtype: torch.dtype) -> torch.Tensor:
+def expected_logprobs(prompt: dict, dtype: torch.dtype) -> torch.Tensor:
     options, ids = prompt["extra_args"], prompt["ids"]
-    mask = mask_of(numbers(options, len(ids)), len(ids)) if options else None
+    mask = mask_of(star_sizes(options, len(ids)), len(ids)) if options else None
     return reference_logprobs(MODEL, ids, mask, dtype)
 
 
 def test_float32_parity(ids, record_property):
-    """Star and dense requests in one batch, and one alone."""
-    prompts = prompts_of(ids)
-    batches = run_engine(MODEL, [prompts, prompts[1:2]], block_size=PAGE, max_num_batched_tokens=384)["batches"]
+    """Star and dense requests in one batch, and one request alone."""
+    prompts = make_prompts(ids)
+    batches = run_engine(MODEL, [prompts, prompts[1:2]], block_size=PAGE_SIZE, max_num_batched_tokens=384)["batches"]
     for prompt, output in zip([*prompts, prompts[1]], batches[0] + batches[1], strict=True):
-        want = wanted_of(prompt, torch.float32)
-        gap = max_gap(output["prompt_logprobs"], want)
-        teeth = (want - reference_logprobs(MODEL, prompt["ids"], None)).abs().max().item()
-        record_property(f"{len(prompt['ids'])} tokens {prompt['extra_args']}", f"gap {gap:.2e}, star-dense {teeth:.2f}")
-        print(f"{len(prompt['ids'])} tokens, {prompt['extra_args']}: gap {gap:.2e}, star against dense {teeth:.2f}")
+        expected = expected_logprobs(prompt, torch.float32)
+        gap = max_gap(output["prompt_logprobs"], expected)
+        mask_effect = (expected - reference_logprobs(MODEL, prompt["ids"], None)).abs().max().item()
+        name = f"{len(prompt['ids'])} tokens {prompt['extra_args']}"
+        record_property(name, f"gap {gap:.2e}, star-dense {mask_effect:.2f}")
+        print(f"{name}: gap {gap:.2e}, star against dense {mask_effect:.2f}")
         assert gap <= LIMIT
-        assert not prompt["extra_args"] or teeth > 1.0
+        assert not prompt["extra_args"] or mask_effect > 1.0
 
 
 def test_bfloat16_error_is_that_of_dense(ids, record_property):
-    """Error against float64, star's over dense's on the same tokens: at most 1.2, mean and 99th percentile."""
-    star_prompt = prompts_of(ids)[0]
+    """The error against float64 with star is at most 1.2 times that of dense: in the mean and the 99th percentile."""
+    star_prompt = make_prompts(ids)[0]
     prompts = [star_prompt, star_prompt | {"extra_args": {}}]
-    (outputs,) = run_engine(MODEL, [prompts], block_size=PAGE, max_num_batched_tokens=384, dtype="bfloat16")["batches"]
+    engine = {"block_size": PAGE_SIZE, "max_num_batched_tokens": 384, "dtype": "bfloat16"}
+    (outputs,) = run_engine(MODEL, [prompts], **engine)["batches"]
     errors = []
     for prompt, output in zip(prompts, outputs, strict=True):
-        want = wanted_of(prompt, torch.float64)
-        errors.append((torch.tensor(output["prompt_logprobs"], dtype=torch.float64) - want).abs())
+        expected = expected_logprobs(prompt, torch.float64)
+        errors.append((torch.tensor(output["prompt_logprobs"], dtype=torch.float64) - expected).abs())
     for name, figure in (("mean", torch.mean), ("p99", lambda error: error.quantile(0.99))):
         ratio = (figure(errors[0]) / figure(errors[1])).item()
         record_property(name, f"{ratio:.3f}")

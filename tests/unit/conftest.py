@@ -1,4 +1,4 @@
-"""Fixtures of several files."""
+"""Fixtures that several files use."""
 
 import datetime
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """Paths of a certificate for localhost, which is its own authority, and of its key."""
+    """Paths of a self-signed certificate for localhost and of its key."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -1,7 +1,8 @@
 """A Python client of starling.v1.InferenceService, blocking and for asyncio; docs/grpc.md shows both.
 
-It lies beside the stubs, and not with the server in engine_ext, because a machine that only asks has no vLLM: nothing
-here needs more than grpcio, protobuf and googleapis-common-protos (tests/unit/test_client.py sees to that).
+The client is packaged with the stubs and not with the server in engine_ext, because client machines have no vLLM. It
+requires only grpcio, protobuf and googleapis-common-protos; tests/unit/engine_ext/serving/grpc/test_client.py checks
+that.
 """
 
 from starling.client.clients import AsyncClient, Client

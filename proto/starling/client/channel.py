@@ -1,4 +1,4 @@
-"""What both clients tell gRPC of their channel: repeated calls, sizes, pings, TLS."""
+"""Options and credentials of a client's channel: retries, message sizes, pings, TLS."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import grpc
 from starling.v1 import inference_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-MAX_RETRIES = 4  # gRPC takes a policy of more than 5 attempts for one of 5
+MAX_RETRIES = 4  # gRPC makes at most 5 attempts, whatever the policy says
 MAX_INT = 2**31 - 1
-PING_MS = 30_000  # the server takes one every 10 s
+PING_MS = 30_000  # the server allows one every 10 s
 
 Pem = bytes
 
@@ -20,8 +20,8 @@ Pem = bytes
 def channel_options(retries: int) -> list[tuple[str, Any]]:
     """Options of a channel.
 
-    Retries are gRPC's own: it waits as long as the server's pushback says, else a doubling and jittered time, keeps to
-    the call's deadline, and repeats nothing once the server has begun to answer.
+    gRPC itself makes the retries. It waits as long as the server's pushback says; without pushback, it waits a
+    doubling, jittered time. It keeps to the call's deadline, and retries no call once the server has begun to answer.
 
     Raises:
         ValueError: ``retries`` is not one of 0 to 4.
@@ -31,8 +31,8 @@ def channel_options(retries: int) -> list[tuple[str, Any]]:
             f"retries={retries} is refused: gRPC repeats a call at most {MAX_RETRIES} times. Allowed: 0 to 4."
         )
     options: list[tuple[str, Any]] = [
-        ("grpc.max_receive_message_length", -1),  # the log probabilities of a long prompt pass gRPC's 4 MiB
-        # A long prefill is a silent stream: see that a connection is lost, without closing a live one.
+        ("grpc.max_receive_message_length", -1),  # the log probabilities of a long prompt exceed gRPC's 4 MiB
+        # A stream has no messages during a long prefill. Pings find a lost connection.
         ("grpc.keepalive_time_ms", PING_MS),
         ("grpc.http2.max_pings_without_data", 0),
     ]
@@ -46,9 +46,10 @@ def channel_options(retries: int) -> list[tuple[str, Any]]:
         "retryableStatusCodes": ["RESOURCE_EXHAUSTED", "UNAVAILABLE"],
     }
     config = {"methodConfig": [{"name": [{"service": SERVICE}], "retryPolicy": policy}]}
-    # gRPC repeats what it holds until the answer begins, by default 256 KiB: some 60k token ids. Here any call: where
-    # an upload outgrows the bound while the server refuses it, grpcio 1.85 even aborts the process (`ILLEGAL STATE` of
-    # promise_based_filter.cc). The bound may come down when the test of a refused upload passes without it.
+    # gRPC retries a call that fits its retry buffer, by default 256 KiB: some 60k token ids. This buffer fits any call.
+    # Where an upload outgrows the buffer while the server refuses the upload, grpcio 1.85 even aborts the process
+    # (`ILLEGAL STATE` of promise_based_filter.cc). The size can come down when the test of a refused upload passes
+    # without it.
     return [
         *options,
         ("grpc.service_config", json.dumps(config)),
@@ -57,13 +58,13 @@ def channel_options(retries: int) -> list[tuple[str, Any]]:
 
 
 def channel_credentials(tls: bool | Pem | None, certificate: tuple[Pem, Pem] | None) -> grpc.ChannelCredentials | None:
-    """TLS as asked for; None: plain text.
+    """The channel's TLS credentials; None: plain text.
 
     Args:
-        tls: the authorities to trust, as PEM; True: the system's.
-        certificate: the client's own chain and key, as PEM, for mTLS; there is no mTLS without TLS.
+        tls: certificates of the trusted authorities, as PEM; True: the system's.
+        certificate: the client's own chain and key, as PEM, for mTLS. With it the channel uses TLS in any case.
     """
-    # Not by truth: an empty file of authorities must not mean plain text.
+    # Not `not tls`: an empty file of authorities must not mean plain text.
     if not certificate and (tls is None or tls is False):
         return None
     chain, key = certificate or (None, None)

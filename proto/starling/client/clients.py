@@ -1,4 +1,4 @@
-"""The two clients. What they share makes the channel and starts calls; what differs is how an answer is waited for."""
+"""The blocking and the asyncio client. Their base class makes the channel and starts calls."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import grpc
 import grpc.aio
 
 from starling.client.channel import SERVICE, Pem, channel_credentials, channel_options
-from starling.client.errors import telling
-from starling.client.reply import Reply
-from starling.client.requests import Prompt, generate_request, parts, tokenize_request
+from starling.client.errors import converted_errors
+from starling.client.requests import Prompt, generate_request, tokenize_request, upload_parts
+from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 
 Event = pb.GenerateStreamResponse
@@ -20,9 +20,9 @@ AsyncEvents = AsyncGenerator[Event, None]
 
 
 class Connection:
-    """A channel and the calls of InferenceService on it; safe to share, between threads where blocking."""
+    """A channel and the calls of InferenceService on it. Tasks, or threads of a blocking client, can share one."""
 
-    library: Any  # grpc or grpc.aio: both make channels by the same names and arguments
+    library: Any  # grpc or grpc.aio: both have the same functions that make channels
 
     def __init__(
         self,
@@ -38,11 +38,12 @@ class Connection:
         Args:
             address: host:port.
             api_key: the server's --api-key.
-            tls: the authorities to trust, as PEM; True: the system's. Default: plain text.
+            tls: certificates of the trusted authorities, as PEM; True: the system's. Default: plain text.
             certificate: the client's own chain and key, as PEM, for mTLS.
-            retries: how often a call that the server has no room for is repeated before it has answered, 0 to 4.
-            max_message_bytes: a request that takes more goes up in pieces. The server takes messages of up to
-                GetCapabilities' max_request_bytes. What it sends has no bound.
+            retries: how often gRPC retries a call that an overloaded or unavailable server has not begun to answer,
+                0 to 4.
+            max_message_bytes: a larger request is uploaded in pieces. The server accepts messages of up to
+                GetCapabilities' max_request_bytes. The size of its responses has no limit.
 
         Raises:
             ValueError: ``retries`` is out of its range.
@@ -55,8 +56,8 @@ class Connection:
             self.channel = self.library.insecure_channel(address, options)
         else:
             self.channel = self.library.secure_channel(address, credentials, options)
-        # One type for all three calls that generate: each message of GenerateUploadStream and Generate is, field for
-        # field, one of GenerateStream (tests/unit/test_client.py).
+        # All three calls that generate use the types of GenerateStream: the messages of GenerateUploadStream and
+        # Generate have the same fields (tests/unit/engine_ext/serving/grpc/test_client.py checks that).
         self._stream = self._method("unary_stream", "GenerateStream", pb.GenerateStreamRequest, Event)
         self._upload = self._method("stream_stream", "GenerateUploadStream", pb.GenerateUploadStreamRequest, Event)
         self._generate = self._method("unary_unary", "Generate", pb.GenerateStreamRequest, pb.GenerateResponse)
@@ -72,10 +73,17 @@ class Connection:
             response_deserializer=response.FromString,
         )
 
-    def _uploads(self, request: pb.GenerateStreamRequest, asked: bool) -> bool:
-        """Whether a request goes up in pieces (raises ValueError where it would have to, and has none)."""
+    def _is_upload(self, request: pb.GenerateStreamRequest, upload: bool) -> bool:
+        """Whether to upload a request in pieces.
+
+        Args:
+            upload: whether the caller wants that also for a small request.
+
+        Raises:
+            ValueError: the request would have to be uploaded, and its prompt is messages.
+        """
         size = request.ByteSize()
-        if not asked and size <= self.max_message_bytes:
+        if not upload and size <= self.max_message_bytes:
             return False
         if request.HasField("chat"):
             reason = f"messages can't be uploaded in pieces, and these take {size} bytes"
@@ -83,59 +91,61 @@ class Connection:
             raise ValueError(f"The prompt is refused: {reason}. Allowed: {allowed}.")
         return True
 
-    def _begin(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> Any:
+    def _start(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> Any:
         if upload:
-            return self._upload(parts(request), timeout=timeout, metadata=self.metadata)
+            return self._upload(upload_parts(request), timeout=timeout, metadata=self.metadata)
         return self._stream(request, timeout=timeout, metadata=self.metadata)
 
 
 class Client(Connection):
-    """The blocking client. Its methods raise StarlingError for what the server refuses, TypeError and ValueError for
-    what can't be asked.
+    """The blocking client.
 
-    Every ``timeout`` is in seconds, for the whole call with its retries; by default there is none.
+    Every method raises StarlingError where a call fails, and TypeError or ValueError for arguments of which no request
+    can be made. Every ``timeout`` is in seconds, for the whole call with its retries; by default there is none.
     """
 
     library = grpc
 
     def stream(self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any) -> Events:
-        """The events of a generation. The call starts with the first one asked for, and ends with the iterator: at its
-        end, its ``close()``, or when a loop is left that holds the only reference.
+        """Generate, and yield the events of the stream.
+
+        The call starts when the first event is requested. It ends with the iterator: at the iterator's end, at its
+        ``close()``, or when a loop that holds the only reference is left.
 
         Args:
             prompt: text, token ids, or messages with ``role`` and ``content``.
-            upload: send the prompt in pieces, however short.
+            upload: send the prompt in pieces, even a short one.
             fields: sampling parameters by vLLM's names; ``star``, Star Attention's options, as ``{"mode": "on",
                 "block_size": 4096}`` or under their flat names; request_id, cache_salt, priority, lora_name, progress;
                 for messages add_generation_prompt. None: not given.
         """
         request = generate_request(prompt, fields)
-        return self._events(request, self._uploads(request, upload), timeout)
+        return self._events(request, self._is_upload(request, upload), timeout)
 
     def generate(
         self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
     ) -> pb.GenerateResponse:
-        """The same in one reply; there is no ``progress``."""
+        """Generate, and return the whole output in one response. There is no ``progress``."""
         request = generate_request(prompt, fields, without=("progress",))
-        if not self._uploads(request, upload):
-            return self._ask(self._generate, request, timeout)
+        if not self._is_upload(request, upload):
+            return self._call(self._generate, request, timeout)
         reply = Reply()
         for event in self._events(request, True, timeout):
             reply.add(event)
-        return reply.whole()
+        return reply.response()
 
     def tokenize(
         self, prompt: Prompt, *, timeout: float | None = None, add_generation_prompt: bool | None = None
     ) -> pb.TokenizeResponse:
-        """The token ids that a text or messages are to the model."""
-        return self._ask(self._tokenize, tokenize_request(prompt, add_generation_prompt), timeout)
+        """The token ids of a text or of messages, by the model's tokenizer."""
+        return self._call(self._tokenize, tokenize_request(prompt, add_generation_prompt), timeout)
 
     def capabilities(self, *, timeout: float | None = None) -> pb.GetCapabilitiesResponse:
-        """What the server offers, and its limits."""
-        return self._ask(self._capabilities, pb.GetCapabilitiesRequest(), timeout)
+        """What the server supports, and its limits."""
+        return self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout)
 
     def close(self) -> None:
-        """Close the connection; calls that run end."""
+        """Close the connection. This ends running calls."""
         self.channel.close()
 
     def __enter__(self) -> Client:
@@ -144,52 +154,52 @@ class Client(Connection):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, method: Any, request: Any, timeout: float | None) -> Any:
-        with telling():
+    def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        with converted_errors():
             return method(request, timeout=timeout, metadata=self.metadata)
 
     def _events(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> Events:
-        call = self._begin(request, upload, timeout)
+        call = self._start(request, upload, timeout)
         try:
-            with telling():
+            with converted_errors():
                 yield from call
         finally:
             call.cancel()
 
 
 class AsyncClient(Connection):
-    """The client for asyncio, to be made where the loop runs: the methods of Client, to be awaited or iterated over."""
+    """The asyncio client: it has the methods of Client, to await or iterate over. Make it where the loop runs."""
 
     library = grpc.aio
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
     ) -> AsyncEvents:
-        """As Client.stream; a loop that is left ends the call in the loop's next round, ``aclose()`` at once."""
+        """As Client.stream. ``aclose()`` ends the call at once; leaving a loop ends it in asyncio's next iteration."""
         request = generate_request(prompt, fields)
-        return self._events(request, self._uploads(request, upload), timeout)
+        return self._events(request, self._is_upload(request, upload), timeout)
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
     ) -> pb.GenerateResponse:
         """As Client.generate."""
         request = generate_request(prompt, fields, without=("progress",))
-        if not self._uploads(request, upload):
-            return await self._ask(self._generate, request, timeout)
+        if not self._is_upload(request, upload):
+            return await self._call(self._generate, request, timeout)
         reply = Reply()
         async for event in self._events(request, True, timeout):
             reply.add(event)
-        return reply.whole()
+        return reply.response()
 
     async def tokenize(
         self, prompt: Prompt, *, timeout: float | None = None, add_generation_prompt: bool | None = None
     ) -> pb.TokenizeResponse:
         """As Client.tokenize."""
-        return await self._ask(self._tokenize, tokenize_request(prompt, add_generation_prompt), timeout)
+        return await self._call(self._tokenize, tokenize_request(prompt, add_generation_prompt), timeout)
 
     async def capabilities(self, *, timeout: float | None = None) -> pb.GetCapabilitiesResponse:
         """As Client.capabilities."""
-        return await self._ask(self._capabilities, pb.GetCapabilitiesRequest(), timeout)
+        return await self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout)
 
     async def close(self) -> None:
         """As Client.close."""
@@ -201,14 +211,14 @@ class AsyncClient(Connection):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _ask(self, method: Any, request: Any, timeout: float | None) -> Any:
-        with telling():
+    async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        with converted_errors():
             return await method(request, timeout=timeout, metadata=self.metadata)
 
     async def _events(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> AsyncEvents:
-        call = self._begin(request, upload, timeout)
+        call = self._start(request, upload, timeout)
         try:
-            with telling():
+            with converted_errors():
                 async for event in call:
                     yield event
         finally:

@@ -1,4 +1,4 @@
-"""How a call that failed is told: the status of gRPC, and what its details add to it."""
+"""The exception of a failed call, made from the gRPC status and its details."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from google.rpc import error_details_pb2, status_pb2
 
 
 class StarlingError(Exception):
-    """A call that the server refused, or that broke off.
+    """The server refused a call, or the call was interrupted.
 
     Attributes:
-        code: of gRPC; docs/grpc.md lists when each comes.
-        message: the server's words.
-        field: the request's field that the server blames, as ``sampling.top_p``; None where it names none.
-        retry_after: seconds after which to try again; None where the server says nothing of that.
+        code: the gRPC status code; docs/grpc.md lists the causes of each.
+        message: the server's message.
+        field: the request's field that the error is about, as ``sampling.top_p``; None where the server names none.
+        retry_after: seconds after which to try again; None where the server does not say.
     """
 
     def __init__(
         self, code: grpc.StatusCode, message: str, field: str | None = None, retry_after: float | None = None
     ) -> None:
-        super().__init__(code, message, field, retry_after)  # all of them: what pickle makes a copy from
+        super().__init__(code, message, field, retry_after)  # all of them: pickle passes these to __init__
         self.code = code
         self.message = message
         self.field = field
@@ -34,9 +34,9 @@ class StarlingError(Exception):
 
 
 def starling_error(error: Any) -> StarlingError:
-    """A grpc.RpcError of a call of either kind, read out."""
+    """Convert a grpc.RpcError, of a blocking or an asyncio call."""
     trailers = dict(error.trailing_metadata() or ())
-    # By hand: grpcio-status would be one more requirement, and reads blocking calls only.
+    # grpcio-status would be one more requirement, and it reads the errors of blocking calls only.
     details = status_pb2.Status.FromString(trailers.get("grpc-status-details-bin", b"")).details
     bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     field = retry_after = None
@@ -49,8 +49,12 @@ def starling_error(error: Any) -> StarlingError:
 
 
 @contextmanager
-def telling() -> Iterator[None]:
-    """Errors of gRPC within become StarlingErrors."""
+def converted_errors() -> Iterator[None]:
+    """Convert gRPC's errors.
+
+    Raises:
+        StarlingError: in place of a grpc.RpcError.
+    """
     try:
         yield
     except grpc.RpcError as error:

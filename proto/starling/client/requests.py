@@ -1,4 +1,4 @@
-"""From Python's values to messages of starling.v1, by the names of their fields. Pure functions."""
+"""Makes messages of starling.v1 from Python values, by the names of the messages' fields. Pure functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIECE_BYTES = 2**20
 PROMPTS = [kind.name for kind in pb.GenerateStreamRequest.DESCRIPTOR.oneofs_by_name["prompt"].fields]
 SAMPLING = list(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 REQUEST = [name for name in pb.GenerateStreamRequest.DESCRIPTOR.fields_by_name if name not in (*PROMPTS, "sampling")]
-OF_CHAT = "add_generation_prompt"
+CHAT_FIELD = "add_generation_prompt"
 STAR = list(pb.StarOptions.DESCRIPTOR.fields_by_name)
 MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarOptions.Mode.items() if number}
 
@@ -26,43 +26,51 @@ MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarO
 def generate_request(
     prompt: Prompt, fields: Mapping[str, Any], without: Sequence[str] = ()
 ) -> pb.GenerateStreamRequest:
-    """A request; a value of None is one not given.
+    """Make a request. A value of None counts as not given.
 
     Args:
         fields: sampling parameters and fields of the request by name, and for messages ``add_generation_prompt``.
         without: fields of the request that the call does not have.
 
     Raises:
-        TypeError: an unknown name, or a value of another type than its field's.
-        ValueError: a number that its field can't hold, or an unknown star mode.
+        TypeError: an unknown name, a value of another type than its field's, or a prompt of an unknown kind.
+        ValueError: a number that its field can't hold, an unknown star mode, or shards that are neither off nor on.
     """
-    chat = {name: value for name, value in fields.items() if name == OF_CHAT}
-    request = made(pb.GenerateStreamRequest, *prompt_field(prompt, **chat))
+    chat = {name: value for name, value in fields.items() if name == CHAT_FIELD}
+    request = make_message(pb.GenerateStreamRequest, *prompt_field(prompt, **chat))
     own = [name for name in REQUEST if name not in without]
     for name, value in fields.items():
         if name in SAMPLING:
-            fill(request.sampling, name, _sampling_value(name, value))
+            set_field(request.sampling, name, _sampling_value(name, value))
         elif name == "star":
-            _fill_star(request.star, value or {})
+            _set_star(request.star, value or {})
         elif name in own:
-            fill(request, name, value)
-        elif name != OF_CHAT:
-            allowed = ", ".join([*SAMPLING, *own, OF_CHAT])
+            set_field(request, name, value)
+        elif name != CHAT_FIELD:
+            allowed = ", ".join([*SAMPLING, *own, CHAT_FIELD])
             raise TypeError(f"{name} is refused: there is no such parameter. Allowed: {allowed}.")
     return request
 
 
 def tokenize_request(prompt: Prompt, add_generation_prompt: bool | None) -> pb.TokenizeRequest:
-    """What to tokenise (raises TypeError for token ids)."""
+    """Make a request to tokenise text or messages.
+
+    Raises:
+        TypeError: the prompt is token ids, or of an unknown kind.
+    """
     kind, value = prompt_field(prompt, add_generation_prompt)
     if kind == "token_ids":
         raise TypeError("The prompt is refused: it is token ids already. Allowed: text or messages.")
-    return made(pb.TokenizeRequest, kind, value)
+    return make_message(pb.TokenizeRequest, kind, value)
 
 
 def prompt_field(prompt: Prompt, add_generation_prompt: bool | None = None) -> tuple[str, Any]:
-    """The field that takes a prompt of this kind, and its value (raises TypeError where none does)."""
-    # Bytes and mappings would pass for sequences of integers.
+    """The field for a prompt of this kind, and the field's value.
+
+    Raises:
+        TypeError: the prompt is of an unknown kind, or not messages where ``add_generation_prompt`` is given.
+    """
+    # Bytes are a sequence of integers too, and a mapping may have integers as keys.
     if isinstance(prompt, (bytes, bytearray, Mapping)) or not hasattr(prompt, "__len__"):
         what = type(prompt).__name__
         raise TypeError(f"A prompt of type {what} is refused. Allowed: text, a list of token ids or of messages.")
@@ -73,24 +81,28 @@ def prompt_field(prompt: Prompt, add_generation_prompt: bool | None = None) -> t
     return ("text", prompt) if isinstance(prompt, str) else ("token_ids", {"ids": prompt})
 
 
-def made(kind: Any, name: str, value: Any) -> Any:
-    """A message with one field set; errors have its name, which protobuf leaves out."""
+def make_message(kind: Any, name: str, value: Any) -> Any:
+    """Make a message with one field set.
+
+    Raises:
+        TypeError, ValueError: protobuf's error for the value, with the field's name, which protobuf leaves out.
+    """
     try:
         return kind(**{name: value})
     except (TypeError, ValueError) as error:
-        told = TypeError if isinstance(error, TypeError) else ValueError
-        raise told(f"{name}={reprlib.repr(value)} is refused: {error}") from None
+        error_type = TypeError if isinstance(error, TypeError) else ValueError
+        raise error_type(f"{name}={reprlib.repr(value)} is refused: {error}") from None
 
 
-def fill(message: Message, name: str, value: Any) -> None:
-    """Set a field by its name."""
+def set_field(message: Message, name: str, value: Any) -> None:
+    """Set a field by its name (raises TypeError, ValueError: as ``make_message``)."""
     if isinstance(value, str) and message.DESCRIPTOR.fields_by_name[name].is_repeated:
-        value = [value]  # as vLLM takes `stop`; protobuf would make a list of its letters
-    message.MergeFrom(made(type(message), name, value))
+        value = [value]  # vLLM allows one text for `stop`; protobuf would make a list of its letters
+    message.MergeFrom(make_message(type(message), name, value))
 
 
 def _sampling_value(name: str, value: Any) -> Any:
-    """Objects where the protocol has JSON text, and a plain list of choices."""
+    """Convert objects to the JSON text that the protocol has, and a plain list of choices to its message."""
     if name == "extra_args" and isinstance(value, Mapping):
         return json.dumps(value)
     if name == "structured_outputs" and isinstance(value, Mapping):
@@ -102,11 +114,11 @@ def _sampling_value(name: str, value: Any) -> Any:
     return value
 
 
-def _fill_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
+def _set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         field = "mode" if name == "star" else name.removeprefix("star_")
         if field not in STAR:
-            raise TypeError(f"star option {name!r} is refused: there is none. Allowed: {', '.join(STAR)}.")
+            raise TypeError(f"star option {name!r} is refused: there is no such option. Allowed: {', '.join(STAR)}.")
         if field == "mode" and value is not None:
             if value not in MODES:
                 raise ValueError(f"star mode {value!r} is refused. Allowed: {', '.join(MODES)}.")
@@ -117,16 +129,16 @@ def _fill_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             if value not in ("off", "on"):
                 raise ValueError(f"star_shards={value!r} is refused. Allowed: off, on.")
             value = value == "on"
-        fill(star, field, value)
+        set_field(star, field, value)
 
 
-def parts(request: pb.GenerateStreamRequest) -> Iterator[pb.GenerateUploadStreamRequest]:
-    """The same request as an upload: its head, then its prompt in pieces. Takes the prompt out of ``request``."""
+def upload_parts(request: pb.GenerateStreamRequest) -> Iterator[pb.GenerateUploadStreamRequest]:
+    """Yield a request as an upload: its head, then its prompt in pieces. Removes the prompt from ``request``."""
     kind = request.WhichOneof("prompt")
     prompt: Any = request.text if kind == "text" else request.token_ids.ids
     request.ClearField("prompt")
     yield pb.GenerateUploadStreamRequest(head=request)
-    # A character takes up to 4 bytes of UTF-8, a token id below 2^28 as many of its packed form.
+    # A character takes up to 4 bytes of UTF-8; a token id below 2^28 takes up to 4 bytes of a packed field.
     step = PIECE_BYTES // 4
     for start in range(0, len(prompt), step):
         piece = prompt[start : start + step]

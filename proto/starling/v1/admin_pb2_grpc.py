@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Control of a running server, apart from inference. Served on a port of its own (--grpc-admin-port), or on
-    the gRPC port for calls with the metadata `authorization: Bearer KEY` of --grpc-admin-key; where the server
-    has neither, every call is PERMISSION_DENIED. Works while the server drains.
+    """Control of a running server, separate from inference. Served on a port of its own (--grpc-admin-port), or on the
+    gRPC port for calls with the metadata `authorization: Bearer KEY`, where KEY is that of --grpc-admin-key. If the
+    server has neither option, every call is PERMISSION_DENIED. The service works while the server drains.
     """
 
     def __init__(self, channel):
@@ -65,41 +65,42 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """Control of a running server, apart from inference. Served on a port of its own (--grpc-admin-port), or on
-    the gRPC port for calls with the metadata `authorization: Bearer KEY` of --grpc-admin-key; where the server
-    has neither, every call is PERMISSION_DENIED. Works while the server drains.
+    """Control of a running server, separate from inference. Served on a port of its own (--grpc-admin-port), or on the
+    gRPC port for calls with the metadata `authorization: Bearer KEY`, where KEY is that of --grpc-admin-key. If the
+    server has neither option, every call is PERMISSION_DENIED. The service works while the server drains.
     """
 
     def GetServerInfo(self, request, context):
-        """What runs here, with what limits, and what it can't do.
+        """Returns versions, limits, and the features that this server refuses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCacheState(self, request, context):
-        """What the paged KV cache holds, per KV cache group and, on demand, per request.
+        """Returns the state of the paged KV cache, per KV cache group and, on demand, per request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends requests: their clients get what was generated so far, with an abort as the finish reason.
+        """Ends requests. Their clients get the output generated so far, with an abort as the finish reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResetPrefixCache(self, request, context):
-        """Forgets all cached pages, so that no prompt hits what was computed before. Only done while nothing runs.
+        """Drops all cached pages, so that no prompt hits a page computed before. Does so only while no request runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops admitting requests, over HTTP too, for good; those admitted go on. A second call changes nothing.
+        """Stops admitting requests, over HTTP too. It can't be undone. Admitted requests continue. A second call changes
+        nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,9 +143,9 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Control of a running server, apart from inference. Served on a port of its own (--grpc-admin-port), or on
-    the gRPC port for calls with the metadata `authorization: Bearer KEY` of --grpc-admin-key; where the server
-    has neither, every call is PERMISSION_DENIED. Works while the server drains.
+    """Control of a running server, separate from inference. Served on a port of its own (--grpc-admin-port), or on the
+    gRPC port for calls with the metadata `authorization: Bearer KEY`, where KEY is that of --grpc-admin-key. If the
+    server has neither option, every call is PERMISSION_DENIED. The service works while the server drains.
     """
 
     @staticmethod

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Generation on the engine that also serves the OpenAI API. Bad input is INVALID_ARGUMENT with a
-    google.rpc.BadRequest that names the field; a request id that is running is ALREADY_EXISTS; an engine
-    that is full is RESOURCE_EXHAUSTED, one that is gone or going is UNAVAILABLE.
+    """Generation on the engine that also serves the OpenAI API. Errors: INVALID_ARGUMENT for bad input, with a
+    google.rpc.BadRequest that names the field; ALREADY_EXISTS if a request with the same id is running;
+    RESOURCE_EXHAUSTED if the server is full; UNAVAILABLE if the engine is dead or shutting down.
     """
 
     def __init__(self, channel):
@@ -65,15 +65,14 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Generation on the engine that also serves the OpenAI API. Bad input is INVALID_ARGUMENT with a
-    google.rpc.BadRequest that names the field; a request id that is running is ALREADY_EXISTS; an engine
-    that is full is RESOURCE_EXHAUSTED, one that is gone or going is UNAVAILABLE.
+    """Generation on the engine that also serves the OpenAI API. Errors: INVALID_ARGUMENT for bad input, with a
+    google.rpc.BadRequest that names the field; ALREADY_EXISTS if a request with the same id is running;
+    RESOURCE_EXHAUSTED if the server is full; UNAVAILABLE if the engine is dead or shutting down.
     """
 
     def GenerateStream(self, request, context):
-        """Streams what one prompt generates: deltas as they come, then one Final. Ending the call (cancel,
-        deadline, lost connection) ends the request in the engine at once.
-        With n > 1 there is a Final for each choice.
+        """Streams the output of one prompt: deltas as they are generated, then one Final. With n > 1 there is a Final for
+        each choice. When the call ends (cancel, deadline, lost connection), the request ends in the engine at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,21 +87,21 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """The same in one reply, when all of it is there. Ending the call ends the request just so.
+        """Returns the same output in one response, when it is complete. When the call ends, the request ends too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """The token ids that Generate would put before the model; the engine is not asked.
+        """Returns the token ids that Generate would pass to the model. Does not call the engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCapabilities(self, request, context):
-        """What a client can ask of this server, and how much of it.
+        """Returns what this server supports, and its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,9 +144,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Generation on the engine that also serves the OpenAI API. Bad input is INVALID_ARGUMENT with a
-    google.rpc.BadRequest that names the field; a request id that is running is ALREADY_EXISTS; an engine
-    that is full is RESOURCE_EXHAUSTED, one that is gone or going is UNAVAILABLE.
+    """Generation on the engine that also serves the OpenAI API. Errors: INVALID_ARGUMENT for bad input, with a
+    google.rpc.BadRequest that names the field; ALREADY_EXISTS if a request with the same id is running;
+    RESOURCE_EXHAUSTED if the server is full; UNAVAILABLE if the engine is dead or shutting down.
     """
 
     @staticmethod

@@ -1,0 +1,81 @@
+"""The contract on a CPU: the C++ op of attention.cpp, or plain torch (fallback.py) where the op can't be built."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from attention_backends.kernels.contract import Layout, Operands
+from attention_backends.kernels.cpu import fallback
+from attention_backends.kernels.cpu.build import BuildError, load_op
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VECTOR_SIZE = 16
+"""Elements of the op's vectors (LANES of vector.h): head sizes, and page sizes of layout CPU, are multiples of it."""
+
+
+@functools.cache
+def built_op() -> Callable[..., torch.Tensor] | None:
+    """The C++ op, or None where it can't be built. The reason is logged once."""
+    try:
+        return load_op()
+    except BuildError as error:
+        logger.warning("%s. Attention runs in plain torch, which is slower.", error)
+        return None
+
+
+def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the contract of contract.py.
+
+    Raises:
+        ValueError: ``refusal`` returns a reason; or, from the op alone, ``query_start_loc``, ``seq_lens`` or
+            ``block_table`` holds values that lead outside of the other operands.
+    """
+    reason = refusal(operands)
+    if reason is not None:
+        raise ValueError(reason)
+    op = built_op()
+    if op is None:
+        return fallback.paged_attention(operands)
+    out = operands.make_out()
+    lse = op(
+        operands.query,
+        operands.keys,
+        operands.values,
+        operands.block_table.contiguous(),
+        operands.query_start_loc.contiguous(),
+        operands.seq_lens.contiguous(),
+        out,
+        operands.scale * operands.k_scale,
+        operands.causal,
+        operands.queries_per_key,
+        operands.window or 0,
+        operands.softcap,
+        operands.v_scale,
+        operands.layout is Layout.CPU,
+    )
+    return out, lse
+
+
+def refusal(operands: Operands) -> str | None:
+    """The reason why the op does not support the operands; None where it does."""
+    query, sizes, layout = operands.query, operands.sizes, operands.layout
+    if query.device.type != "cpu":
+        return f"query on {query.device}: this op is for cpu tensors"
+    if query.dtype not in DTYPES:
+        return f"query of {query.dtype}: one of {', '.join(map(str, DTYPES))}"
+    if sizes.key_size % VECTOR_SIZE or sizes.value_size % VECTOR_SIZE:
+        return f"head sizes {sizes.key_size} and {sizes.value_size}: multiples of {VECTOR_SIZE}"
+    if layout is Layout.CPU and sizes.page_size % VECTOR_SIZE:
+        return f"page of {sizes.page_size} tokens in layout {layout.value}: a multiple of {VECTOR_SIZE}"
+    key_dim = 1 if layout is Layout.CPU else 3
+    contiguous = (("query", query, 2), ("values", operands.values, 3), ("keys", operands.keys, key_dim))
+    for name, tensor, dim in (*contiguous, ("out", operands.out, 2)):
+        if tensor is not None and tensor.stride(dim) != 1:
+            return f"{name} with strides {tensor.stride()}: the innermost dimension must be contiguous"
+    return None

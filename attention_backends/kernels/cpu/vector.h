@@ -1,0 +1,116 @@
+// Vectors of sixteen floats: loads of every cache dtype as float, exp and tanh. They use GCC's vector extensions, which
+// compile for every processor, and intrinsics only for what the extensions can't express.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace starling {
+
+using Vec = float __attribute__((vector_size(64)));
+using IntVec = int32_t __attribute__((vector_size(64)));
+using UintVec = uint32_t __attribute__((vector_size(64)));
+
+constexpr int LANES = 16;
+constexpr float NO_KEY = -std::numeric_limits<float>::infinity();
+
+template <class V, class T>
+inline V load_raw(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+inline Vec splat(float value) { return Vec{} + value; }
+
+inline Vec floats_at(const float* from) { return load_raw<Vec>(from); }
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(Vec)); }
+
+inline Vec floats_at(const at::BFloat16* from) {
+  using Bits = uint16_t __attribute__((vector_size(32)));
+  return (Vec)(__builtin_convertvector(load_raw<Bits>(from), UintVec) << 16);
+}
+
+#if defined(__AVX512F__)
+inline Vec floats_at(const at::Half* from) { return (Vec)_mm512_cvtph_ps(load_raw<__m256i>(from)); }
+
+// An e5m2 number is the upper byte of a half.
+inline Vec floats_at(const at::Float8_e5m2* from) {
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  using Bits = uint16_t __attribute__((vector_size(32)));
+  return (Vec)_mm512_cvtph_ps((__m256i)(__builtin_convertvector(load_raw<Bytes>(from), Bits) << 8));
+}
+
+// The exponent and mantissa of an e4m3 number, shifted up seven bits into a half's, are 2^-8 of its value, subnormals
+// included. Its only NaN reads as 480; writing to a cache never makes it.
+inline Vec floats_at(const at::Float8_e4m3fn* from) {
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  using Bits = uint16_t __attribute__((vector_size(32)));
+  Bits bits = __builtin_convertvector(load_raw<Bytes>(from), Bits);
+  bits = ((bits & 0x80) << 8) | ((bits & 0x7f) << 7);
+  return (Vec)_mm512_cvtph_ps((__m256i)bits) * 256.0f;
+}
+#else
+template <class T>
+inline Vec floats_at(const T* from) {
+  Vec value;
+  for (int lane = 0; lane < LANES; ++lane) value[lane] = static_cast<float>(from[lane]);
+  return value;
+}
+#endif
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += v[lane];
+  return total;
+}
+
+inline float largest(Vec v) {
+  float peak = v[0];
+  for (int lane = 1; lane < LANES; ++lane) peak = v[lane] > peak ? v[lane] : peak;
+  return peak;
+}
+
+// exp to about one ulp: 0 for x below -87, -inf included, and NaN for NaN. The polynomial is that of Cephes' expf.
+inline Vec exp(Vec x) {
+  const Vec inside = (x > 88.0f) ? splat(88.0f) : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  const Vec shifted = inside * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (inside - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec bits = (IntVec)p + (((IntVec)shifted - (IntVec)magic) << 23);
+  const Vec value = x < -87.0f ? Vec{} : (Vec)bits;
+  return x == x ? value : x;
+}
+
+// tanh to about one ulp, as Cephes' tanhf: a polynomial near 0, exp elsewhere.
+inline Vec tanh(Vec x) {
+  const Vec square = x * x;
+  Vec p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square + -5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square + -3.33332819422e-1f;
+  const Vec near = p * square * x + x;
+  const Vec size = x < 0.0f ? -x : x;
+  const Vec far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+  return size < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
+}  // namespace starling

@@ -1,0 +1,121 @@
+"""vLLM's CPU attention, with Starling's op for the batches where that is faster (kernels/cpu/selection.py)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from attention_backends.kernels.contract import CPU_ISAS, Layout, Operands
+from attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
+from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
+from attention_backends.star.step import current_step
+
+_cpu_attention = "auto"
+
+
+def use_cpu_attention(setting: str) -> None:
+    """Set the op that this process's layers attend with: the faster one of each batch ("auto"), or vLLM's ("vllm").
+
+    Raises:
+        ValueError: ``setting`` is not one of ``CPU_ATTENTION_SETTINGS``.
+    """
+    global _cpu_attention
+    if setting not in CPU_ATTENTION_SETTINGS:
+        raise ValueError(f"cpu_attention={setting!r} is refused. Allowed: {', '.join(CPU_ATTENTION_SETTINGS)}")
+    _cpu_attention = setting
+
+
+def unsupported_reason(impl: CPUAttentionBackendImpl) -> str | None:
+    """The reason why Starling's op can't run a layer, whatever the batch; None where it can."""
+    for refused, reason in (
+        (impl.attn_type != AttentionType.DECODER, "its attention is not a decoder's"),
+        (impl.alibi_slopes is not None, "it has ALiBi slopes"),
+        (impl.sinks is not None, "it has attention sinks"),
+        (impl.sliding_window != -1, "it has a sliding window"),
+        (impl.is_fp8_kv_cache, "its cache is fp8"),
+        (impl.head_size % VECTOR_SIZE, f"its head size is no multiple of {VECTOR_SIZE}"),
+    ):
+        if refused:
+            return reason
+    return None
+
+
+class CpuImpl(CPUAttentionBackendImpl):
+    """Attention of one layer. vLLM's op runs the batches that Starling's does not support or is slower on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The op is built here, while the engine starts, and not in the first request.
+        self.has_op = unsupported_reason(self) is None and _cpu_attention != "vllm" and built_op() is not None
+
+    def uses_op(self, query: torch.Tensor, layer: Any, metadata: Any) -> bool:
+        """Whether Starling's op runs a batch.
+
+        Args:
+            query: (tokens, heads, head size).
+            layer: vLLM's attention layer.
+            metadata: vLLM's attention metadata of the batch; None in warm-up runs.
+        """
+        if not self.has_op or _cpu_attention == "vllm" or metadata is None or layer.isa not in CPU_ISAS:
+            return False
+        if metadata.causal is not True or metadata.dynamic_causal is not None:
+            return False
+        op = select_op(
+            _processor(),
+            query.dtype,
+            queries=metadata.max_query_len,
+            keys=metadata.max_seq_len,
+            group=self.num_queries_per_kv,
+        )
+        return op is Op.STARLING
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
+
+        As in vLLM's method, K and V of the step are in the cache already. Where other replicas hold keys of the rows,
+        they attend to these keys at the same time, and the parts are merged.
+        """
+        step = current_step()
+        remote = None if step is None else step.remote_attention(kv_cache.shape[2])
+        if remote is None and not self.uses_op(query, layer, attn_metadata):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        tokens = attn_metadata.num_actual_tokens
+        num_pages, kv_heads, page_size, _ = kv_cache.shape
+        key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
+        sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
+        operands = Operands(
+            query[:tokens],
+            key_cache,
+            value_cache,
+            attn_metadata.block_table,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            scale=self.scale,
+            softcap=self.logits_soft_cap,
+            out=output[:tokens],
+            layout=Layout.CPU,
+        )
+        out, lse = paged_attention(operands)
+        if remote is not None:
+            remote.finish(sent, out, lse)
+        return output
+
+
+@functools.cache
+def _processor() -> Processor:
+    return Processor.detect()

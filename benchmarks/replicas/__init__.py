@@ -1,0 +1,1 @@
+"""Benchmarks of one prompt that is split over several replicas."""

@@ -1,0 +1,179 @@
+"""How far a prompt is, before its first token: engine cores are polled while a request is watched, and only then.
+
+An engine reports nothing of a request before its first token, and a 128k prompt can take minutes. One poller for each
+engine asks for all watched requests in one call, a few times a second; the engine core answers between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from scheduler.core_rpc import PREFILL_PROGRESS
+from vllm_compat.front import call_engine_cores, engine_request_ids, request_state
+
+logger = init_logger("vllm.starling")
+
+INTERVAL_SECONDS = 0.3
+ARRIVAL_SECONDS = 30.0
+"""How long a watched request may take to reach the engine: the front still renders and tokenises it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Prompt tokens and star blocks done; a dense prompt has 0 blocks and no context."""
+
+    computed: int
+    prompt: int
+    cached: int
+    context: int
+    star_blocks_done: int
+    star_blocks: int
+
+    @property
+    def done(self) -> bool:
+        return self.computed >= self.prompt
+
+    def completed(self) -> Progress:
+        return replace(self, computed=self.prompt, star_blocks_done=self.star_blocks)
+
+
+NUMBERS = tuple(field.name for field in fields(Progress))
+ADDED = ("computed", "cached", "star_blocks_done")
+
+
+def furthest(states: list[dict[str, int]]) -> Progress | None:
+    """The progress of the choice that is nearest to its first token; None where none has reached the engine.
+
+    Parts of a prompt that is split over several replicas count together.
+
+    Args:
+        states: of scheduler/cache_state.prefill_progress, for the engine's requests of one client request.
+    """
+    parts = [state for state in states if state.get("part")]
+    best = max(states, key=lambda state: state["computed"], default=None)
+    if best is None:
+        return None
+    if len(parts) == len(states):
+        best = best | {name: sum(part[name] for part in parts) for name in ADDED}
+    return Progress(**{name: best[name] for name in NUMBERS})
+
+
+class Watch:
+    """One watcher of one request: the newest progress, which replaces an older one, and whether the watch has ended."""
+
+    def __init__(self, request_id: str, interval: float) -> None:
+        self.request_id = request_id
+        self.interval = interval
+        self.engine_ids: list[str] = []
+        self.last: Progress | None = None
+        self.ended = False
+        self.changed = asyncio.Event()
+        self.arrives_by = asyncio.get_running_loop().time() + ARRIVAL_SECONDS
+
+    def update(self, progress: Progress) -> None:
+        """Take in the engine's progress. A preempted prompt starts over, and counts again once it gets further."""
+        if self.last is None or progress.computed > self.last.computed:
+            self.last = progress
+            self.changed.set()
+        if progress.done:
+            self.end()
+
+    def end(self) -> None:
+        self.ended = True
+        self.changed.set()
+
+
+class ProgressPoller:
+    """Asks one engine for the progress of all watched requests; idle without watchers.
+
+    Args:
+        split_requests: ids of requests whose prompts are split over replicas now, which the engine may not know.
+    """
+
+    def __init__(self, split_requests: Collection[str]) -> None:
+        self.split_requests = split_requests
+        self.watches: set[Watch] = set()
+        self.task: asyncio.Task | None = None
+
+    async def watch(
+        self, engine: Any, request_id: str, interval: float = INTERVAL_SECONDS
+    ) -> AsyncGenerator[Progress, None]:
+        """Yield a request's progress whenever it has changed, until its prompt is done or the request is gone.
+
+        May start before the request does. A prompt that is done within ``interval`` yields nothing. With n > 1 the
+        choice that is furthest counts. Where the engine dies the generator ends without an error: generate() raises
+        that. Close the generator (contextlib.aclosing) where the first token may come before its end.
+
+        Args:
+            engine: the AsyncLLM of this poller.
+            request_id: as given to AsyncLLM.generate.
+            interval: seconds between two polls; the shortest of all watchers' counts for all.
+        """
+        watch = Watch(request_id, interval)
+        self.watches.add(watch)
+        if self.task is None:
+            self.task = asyncio.create_task(self._run(engine))
+        yielded: Progress | None = None
+        try:
+            while True:
+                await watch.changed.wait()
+                watch.changed.clear()
+                if watch.last is not None and watch.last != yielded:
+                    yielded = watch.last
+                    yield yielded
+                if watch.ended:
+                    return
+        finally:
+            self.watches.discard(watch)
+
+    async def _run(self, engine: Any) -> None:
+        try:
+            while self.watches:
+                # The poll comes after the pause, also for the first watcher: a short prompt is done by then, and
+                # costs no call. And calls keep their distance however watchers come and go.
+                await asyncio.sleep(min(watch.interval for watch in self.watches))
+                await self._poll(engine)
+        except EngineDeadError:
+            pass  # generate() raises it
+        except Exception:
+            logger.exception("the prefill progress can't be read")
+        finally:
+            self.task = None
+            for watch in self.watches:
+                watch.end()
+
+    async def _poll(self, engine: Any) -> None:
+        for watch in self.watches:
+            self._look_up(engine, watch)
+        wanted = sorted({name for watch in self.watches if not watch.ended for name in watch.engine_ids})
+        if not wanted:
+            return
+        states: dict[str, dict[str, int]] = {}
+        for of_engine in await call_engine_cores(engine, PREFILL_PROGRESS, wanted):
+            states |= of_engine
+        for watch in self.watches:
+            progress = furthest([states[name] for name in watch.engine_ids if name in states])
+            if progress is not None and not watch.ended:
+                watch.update(progress)
+
+    def _look_up(self, engine: Any, watch: Watch) -> None:
+        """Read in the front whether the request has arrived, has its first token, or is gone."""
+        names = engine_request_ids(engine, watch.request_id)
+        if not names and watch.request_id in self.split_requests:
+            return
+        if not names:
+            if watch.engine_ids or asyncio.get_running_loop().time() > watch.arrives_by:
+                watch.end()
+            return
+        watch.engine_ids = names
+        states = [request_state(engine, name) for name in names]
+        if any(state is not None and not state.is_prefilling for state in states):
+            if watch.last is not None:
+                watch.update(watch.last.completed())
+            watch.end()

@@ -1,0 +1,341 @@
+"""`starling doctor`: shows what is installed, what works on this machine with a model, and what a prompt would cost.
+
+It starts no engine and no server. With --json, standard output is one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from vllm_compat import versions
+from vllm_compat.config import kv_cache_capacity
+from vllm_compat.versions import VLLM_RANGE, vllm_version
+
+UNUSABLE = 2
+PACKAGES = ("vllm-starling", "torch", "triton", "transformers", "xformers", "grpcio")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the report; returns the exit code: 0, or 2 for arguments that can't be used."""
+    parser = argparse.ArgumentParser(
+        prog="starling doctor",
+        description="Shows what is installed and what works here; with a model, what Star Attention does and costs.",
+        epilog="All options of `starling serve` are accepted, and have the same effect as for the server.",
+    )
+    parser.add_argument("model", nargs="?", help="a model as `starling serve` takes it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="show plan, memory and work of such a prompt")
+    args, serve_options = parser.parse_known_args(argv)
+    if args.prompt_tokens is not None and (args.prompt_tokens < 1 or args.model is None):
+        parser.error("--prompt-tokens takes a number from 1, and a model")
+    with reserved_output() as output:
+        report: dict[str, Any] = {"installation": installation()}
+        if args.model is not None:
+            try:
+                report |= examine(args.model, serve_options, args.prompt_tokens)
+            except (ValueError, OSError) as error:
+                print(f"starling doctor: error: {error}", file=sys.stderr)
+                return UNUSABLE
+        if args.json:
+            print(json.dumps(report, indent=2), file=output)
+        else:
+            print_report(report, output)
+    return 0
+
+
+@contextlib.contextmanager
+def reserved_output() -> Iterator[TextIO]:
+    """Reserve standard output: what vLLM and its libraries print there goes to standard error."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(real, "w", closefd=False) as output:
+            yield output
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def installation() -> dict[str, Any]:
+    """The versions of packages, and what Starling needs of the machine."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    notes = [] if compiler else ["no C++ compiler: torch.compile can't run on CPU, serve with --enforce-eager"]
+    if version("xformers") is None:
+        notes.append("xformers is not installed; it is optional (extra `xformers`)")
+    return {
+        "python": sys.version.split()[0],
+        "vllm": vllm_version(),
+        "vllm_supported": VLLM_RANGE,
+        **{name: version(name) for name in PACKAGES},
+        "compiler": compiler,
+        "problem": versions.problem(),
+        "notes": notes,
+    }
+
+
+def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None) -> dict[str, Any]:
+    """What the server would decide for this model.
+
+    Args:
+        serve_options: of `starling serve`.
+        prompt_tokens: the length of a prompt to show the cost of; None: no prompt.
+
+    Raises:
+        ValueError, OSError: the server would not start.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from engine_ext.activation import parse_config
+    from engine_ext.refusals import replica_set, star_refusals
+    from engine_ext.serving.cli.cores import CORES_ENV, core_binding
+    from engine_ext.serving.cli.serve_args import parse
+
+    args, _ = parse([model, *serve_options])
+    args.model = model
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    starling = parse_config(config.additional_config)
+    assert starling is not None
+    refusals = star_refusals(config)
+    cache = kv_cache(config)
+    report: dict[str, Any] = {
+        "model": model,
+        "attention_backend": attention_backend(config),
+        "attention_op": attention_op(config, starling.cpu_attention),
+        "model_runner": "V2" if config.use_v2_model_runner else "V1",
+        "kv_cache": cache,
+        "star_defaults": starling.star.model_dump(),
+        "star_refused": refusals,
+        "star_block_reuse": block_reuse(config, starling.scheduling, refusals),
+    }
+    replicas = replica_set(config)
+    if replicas.size > 1:
+        refusal = replicas.split_refusal
+        report["replicas"] = {
+            "number": replicas.size,
+            "spread": f"no: {refusal}" if refusal else "yes",
+            "shards": "no: prompts stay on one replica" if refusal else shards_report(replicas, starling.star),
+            "timeout": starling.replicas.timeout,
+            "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
+        }
+    if prompt_tokens is not None:
+        report["prompt"] = prompt_cost(prompt_tokens, starling.star, cache, None if refusals else replicas, config)
+    return report
+
+
+def shards_report(replicas: Any, star: Any) -> str:
+    """Whether KV can stay on the replicas that computed it, and whether it does by default."""
+    refusal = replicas.shards_refusal
+    return f"no: {refusal}" if refusal else f"yes, with star_shards=on (default {star.shards})"
+
+
+def block_reuse(config: Any, scheduling: Any, refusals: list[str]) -> str:
+    """Whether star blocks are reused behind an edit, or why not."""
+    from scheduler.block_reuse import reuse_refusal
+
+    if refusals or scheduling.star_block_reuse == "off":
+        return "no: Star Attention is refused" if refusals else "no: --scheduler-star-block-reuse off"
+    refusal = reuse_refusal(config)
+    return f"no: {refusal}" if refusal else "yes"
+
+
+def page_and_token_size(config: Any) -> tuple[int, int]:
+    """(tokens of a KV page, bytes that a token takes in all attention layers of all ranks)."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    layers = model.get_num_layers_by_block_type(parallel, "attention")
+    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
+    ranks = parallel.tensor_parallel_size
+    per_layer = 2 * model.get_num_kv_heads(parallel) * ranks * model.get_head_size() * dtype.itemsize
+    return cache.block_size, layers * parallel.pipeline_parallel_size * per_layer
+
+
+def kv_cache(config: Any) -> dict[str, Any]:
+    """The sizes of a page and of a token, in all layers of all ranks; for Attamba also those of its three caches.
+
+    For Attamba, the report has the tokens that fit in 1 GiB of each rank, as vLLM would report them at its start: as
+    requests of max_model_len, each with pages for the tokens of a step. It has the same number for layers with a K and
+    V for every token.
+    """
+    page_size, bytes_per_token = page_and_token_size(config)
+    specs = attamba_specs(config)
+    if not specs:
+        page_bytes = page_size * bytes_per_token
+        return {"page_tokens": page_size, "page_bytes": page_bytes, "bytes_per_token": bytes_per_token}
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from attention_backends.attamba.cache import model_specs
+
+    model, dtype = config.model_config.hf_config, config.model_config.dtype
+    ranks, layers = config.parallel_config.tensor_parallel_size, model.num_hidden_layers
+    page_bytes = specs["states"].page_size_bytes * layers * ranks  # the same in all three
+    heads = model.num_attention_heads // ranks
+    plain = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=model.head_dim, dtype=dtype)
+    return {
+        "page_tokens": specs["states"].block_size,
+        "page_bytes": page_bytes,
+        "bytes_per_token": page_bytes / specs["states"].block_size,
+        "bytes_per_token_uncompressed": bytes_per_token,
+        "groups": {
+            name: {
+                "page_tokens": spec.block_size,
+                "tokens_per_state": spec.tokens_per_state,
+                "bytes_per_token": page_bytes / spec.block_size,
+                "held_of_a_request": f"its last {spec.sliding_window} tokens"
+                if isinstance(spec, SlidingWindowSpec)
+                else "the whole text",
+            }
+            for name, spec in specs.items()
+        },
+        "tokens_in_1_gib": _tokens_in(config, model_specs(model, dtype, ranks)),
+        "tokens_in_1_gib_uncompressed": _tokens_in(config, {f"layers.{layer}": plain for layer in range(layers)}),
+    }
+
+
+def attamba_specs(config: Any) -> dict[str, Any]:
+    """The specs of a layer's caches on one rank, by name, for an Attamba model; empty for other models."""
+    from engine_ext.models.attamba_config import AttambaConfig
+
+    model = config.model_config.hf_config
+    if not isinstance(model, AttambaConfig):
+        return {}
+    from attention_backends.attamba.cache import cache_specs
+
+    local = model.hidden_size // config.parallel_config.tensor_parallel_size
+    return cache_specs(model.token_chunk, model.leading_tokens, model.hidden_size, local, config.model_config.dtype)
+
+
+def num_pages_held(num_tokens: int, page_size: int, window: int | None) -> int:
+    """The pages that a request of ``num_tokens`` tokens holds for its next token.
+
+    Args:
+        window: tokens that the next token attends to, itself included; None: all.
+    """
+    first = 0 if window is None else max(0, num_tokens - window + 1)
+    return -(-num_tokens // page_size) - first // page_size
+
+
+def _tokens_in(config: Any, specs: dict[str, Any], available: int = 1 << 30) -> int | None:
+    """Tokens that fit in ``available`` bytes of each rank; None where not even one request of max_model_len fits."""
+    try:
+        return kv_cache_capacity(config, specs, available)
+    except ValueError:
+        return None
+
+
+def attention_backend(config: Any) -> dict[str, str]:
+    """The attention backend, and why it is used."""
+    from attention_backends.star.backend import WRAPPED
+
+    if config.device_config.device_type == "cpu":
+        return {"name": "CPU_ATTN", "why": "the CPU platform has no other"}
+    chosen = config.attention_config.backend
+    if chosen is not None:
+        return {"name": chosen.name, "why": "--attention-backend names it"}
+    return {"name": "automatic", "why": f"vLLM selects it at its start; Star Attention runs on {', '.join(WRAPPED)}"}
+
+
+SAMPLES = {"decode, 1k keys": (1, 1024), "decode, 32k keys": (1, 32_768), "prefill of 2,048 tokens": (2048, 32_768)}
+
+
+def attention_op(config: Any, setting: str) -> dict[str, str]:
+    """The attention op of some batches, and why it is used.
+
+    Args:
+        setting: the option ``cpu_attention``.
+    """
+    if config.device_config.device_type != "cpu":
+        return {"name": "vLLM's", "why": "on GPUs the backend's own kernels run, also for star rows"}
+    from attention_backends.kernels.cpu.build import compiler
+    from attention_backends.kernels.cpu.selection import Processor, select_op
+
+    if setting == "vllm":
+        return {"name": "vLLM's", "why": "--cpu-attention vllm selects it"}
+    if compiler() is None:
+        return {"name": "vLLM's", "why": "there is no C++ compiler to build Starling's op"}
+    model, parallel = config.model_config, config.parallel_config
+    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    chosen = {
+        batch: select_op(Processor.detect(), model.dtype, queries=queries, keys=keys, group=group).value
+        for batch, (queries, keys) in SAMPLES.items()
+    }
+    return chosen | {"why": "the faster op by benchmarks/kernels/cpu_kernels.py, for this processor and dtype"}
+
+
+def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any, config: Any) -> dict[str, Any]:
+    """Plan, KV memory and attention work of one prompt.
+
+    Args:
+        star: the server's StarOptions.
+        cache: from ``kv_cache``.
+        replicas: the server's ReplicaSet; None where star is refused.
+
+    Raises:
+        OptionError: the server would refuse the prompt.
+    """
+    from engine_ext.refusals import star_page_size
+    from engine_ext.requests import describe
+    from scheduler.star.options import StarOptions
+    from scheduler.star.plan import ONE_REPLICA, make_plan
+
+    page_size = star_page_size(config)
+    default = None if replicas is None else make_plan(num_tokens, star, None, page_size, replicas)
+    star_on = StarOptions(**(star.model_dump(exclude_unset=True) | {"mode": "on"}))
+    with_star = make_plan(num_tokens, star_on, None, page_size, replicas or ONE_REPLICA)
+    assert with_star is not None
+    plan = describe(with_star, num_tokens, config.model_config.hf_text_config)
+    specs = attamba_specs(config).values()
+    sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs] or [
+        (cache["page_tokens"], None)
+    ]
+    num_pages = sum(num_pages_held(num_tokens, *size) for size in sizes)
+    ratio = round(plan["dense_keys"] / plan["keys_attended"], 2)
+    return {
+        "tokens": num_tokens,
+        "kv_pages": num_pages,
+        "kv_bytes": num_pages * cache["page_bytes"],
+        "by_default": "dense" if default is None else "star",
+        "plan_with_star_on": None if replicas is None else plan,
+        "attention_work_dense_over_star": None if replicas is None else ratio,
+    }
+
+
+def print_report(report: dict[str, Any], output: TextIO) -> None:
+    """Print a report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=output)
+    for section, content in report.items():
+        table = Table(show_header=False, title=section.replace("_", " "), title_justify="left", min_width=60)
+        for key, value in (content if isinstance(content, dict) else {"": content}).items():
+            table.add_row(key.replace("_", " "), format_value(value))
+        console.print(table)
+
+
+def format_value(value: Any) -> str:
+    """A value of a report as a table shows it."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return "\n".join(f"{key.replace('_', ' ')}: {format_value(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) or "nothing"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

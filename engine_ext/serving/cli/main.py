@@ -1,0 +1,60 @@
+"""The `starling` command. It loads vLLM, and a subcommand's own parser, only when the subcommand runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+
+from vllm_compat import versions
+from vllm_compat.versions import vllm_version
+
+UNUSABLE = 2
+
+
+def serve(argv: Sequence[str]) -> int:
+    """start the OpenAI server, and the gRPC server where --grpc-port is given"""
+    reason = versions.problem()
+    if reason is not None:
+        print(f"starling serve: error: {reason}", file=sys.stderr)
+        return UNUSABLE
+    from engine_ext.serving.cli.serve import run
+
+    return run(argv)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """show what works on this machine, which backend is active, and what a prompt would cost"""
+    from engine_ext.serving.cli.doctor import run
+
+    return run(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "doctor": doctor}
+
+
+def version() -> str:
+    """Starling's and vLLM's version."""
+    own = importlib.metadata.version("vllm-starling")
+    return f"starling {own} (vLLM {vllm_version() or 'not installed'})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code, 2 where this installation or the arguments are unusable."""
+    commands = "\n".join(f"  {name:8} {command.__doc__}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="starling",
+        description="vLLM with Star Attention and a gRPC front.",
+        epilog=f"commands:\n{commands}\n\n`starling COMMAND --help` shows a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version())
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command](args.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

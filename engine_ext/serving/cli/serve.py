@@ -1,0 +1,194 @@
+"""`starling serve`: vLLM's OpenAI server with Starling activated, and the gRPC server on the same engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import uvloop
+from vllm import envs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
+from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args, init_logger
+from vllm.utils.system_utils import decorate_logs
+
+from engine_ext.front.state import front_state
+from engine_ext.serving.cli.cores import CORES_ENV, core_binding
+from engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
+from engine_ext.serving.grpc.auth import server_credentials
+from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, authority
+from engine_ext.serving.grpc.prompts import chat_params
+from engine_ext.serving.grpc.server import GRACE_SECONDS, Front
+from scheduler.star.parsing import OptionError
+from vllm_compat.front import before_shutdown, on_serving_models
+
+logger = init_logger("vllm.starling")
+
+ENGINE_DEAD = 1
+UNUSABLE = 2
+INTERRUPTED = 130
+START_GRACE_SECONDS = 3.0
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve until a signal; returns the exit code.
+
+    0 after a signal, 1 where the engine died, 2 for unusable arguments, 130 for a signal at the start.
+    """
+    # By default vLLM reports usage to its project's server. A Starling server does so only where the user wants it.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    cli_env_setup()
+    try:
+        args, grpc_port = parse(argv)
+        admin = admin_options(args, grpc_port, os.environ)  # before vLLM logs its arguments, which have the key
+        refuse_open_plaintext(args, grpc_port, admin)
+        configure_logging_from_args(args)
+        validate_parsed_serve_args(args)
+        bind_cores(args)
+        if grpc_port is not None:
+            server_credentials(args)
+            refuse_taken_port("--grpc-port", args.host or LOOPBACK, grpc_port)
+            if admin.port is not None:
+                refuse_taken_port("--grpc-admin-port", admin.host, admin.port)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"starling serve: error: {error}", file=sys.stderr)
+        return UNUSABLE
+    try:
+        if grpc_port is None and not is_only_front(args):
+            ServeSubcommand.cmd(args)
+        else:
+            args.model, args.api_server_count = args.model_tag or args.model, None
+            return uvloop.run(serve_both(args, grpc_port, admin))
+    except KeyboardInterrupt:  # a signal while the engine starts; a later signal lets serve_both return
+        return INTERRUPTED
+    except OptionError as error:  # found with the model's configuration: the page size, features that exclude star
+        print(f"starling serve: error: {error}", file=sys.stderr)
+        return UNUSABLE
+    return 0
+
+
+def is_only_front(args: Namespace) -> bool:
+    """Whether one API server serves several replicas. Then Starling also handles a signal during the start."""
+    external = args.data_parallel_external_lb or args.data_parallel_rank is not None
+    return args.data_parallel_size > 1 and args.api_server_count == 1 and not (args.headless or args.grpc or external)
+
+
+def bind_cores(args: Namespace) -> None:
+    """Give each replica on this host its own cores, unless the environment already says which."""
+    binding = core_binding(args, os.environ)
+    if binding is not None:
+        os.environ[CORES_ENV] = binding
+        logger.info("%s=%s: each replica has its own cores", CORES_ENV, binding)
+
+
+def refuse_taken_port(option: str, host: str, port: int) -> None:
+    """Check that a port is free, before the model is loaded.
+
+    Raises:
+        OSError: the port can't be used.
+    """
+    family = socket.getaddrinfo(host, port)[0][0]
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(f"{option} {port} can't be used on {host}: {error.strerror}") from None
+
+
+async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions) -> int:
+    """Run vLLM's OpenAI server, and the gRPC server where there is a port for it; returns the exit code.
+
+    The gRPC server starts before the HTTP server, and stops before the engine.
+    """
+    decorate_logs("APIServer", skip_if_decorated=True)
+    signal.signal(signal.SIGTERM, interrupt_start)
+    listen_address, sock = setup_server(args, reuse_port=False)
+    with sock:
+        async with build_async_engine_client(args) as engine:
+            front = None if grpc_port is None else await start_front(engine, args, grpc_port, admin)
+            grace = max(GRACE_SECONDS, args.shutdown_timeout)
+            if front is not None:
+                stop_before_engine(engine, front, grace)
+            try:
+                http_shutdown = await build_and_serve(engine, listen_address, sock, args)
+            finally:
+                if front is not None:
+                    await front.stop(grace)
+        await http_shutdown
+        # Where the engine dies, vLLM's watchdog ends the HTTP server as a signal does.
+        return ENGINE_DEAD if front is not None and front.engine_died else 0
+
+
+def interrupt_start(*_: Any) -> None:
+    """Handle SIGTERM before the HTTP server has its own handlers.
+
+    vLLM waits until a starting engine can be stopped, and in some places does not notice that the engine is dead. A
+    starting server has no state to save: after START_GRACE_SECONDS a timer ends all of its processes.
+
+    Raises:
+        KeyboardInterrupt: always, to end the start.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    timer = threading.Timer(START_GRACE_SECONDS, kill_processes)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt("terminated")
+
+
+def kill_processes() -> None:
+    """Kill this process and its children, except the resource tracker, which then removes shared memory."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
+    os._exit(INTERRUPTED)
+
+
+async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptions) -> Front:
+    """Start the gRPC server on ``port`` (0: any free port).
+
+    Raises:
+        ValueError, OSError: as ``server_credentials`` raises them.
+        RuntimeError: the server can't listen there.
+    """
+    host = args.host or LOOPBACK
+    credentials = server_credentials(args)
+    on_serving_models(note_serving_models)
+    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key], chat_params(args), admin)
+    address = authority(host)
+    port = await front.start(f"{address}:{port}", credentials)
+    logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")
+    if args.host is None:
+        logger.info("gRPC listens on loopback only: give --host to serve other machines")
+    return front
+
+
+def note_serving_models(engine: Any, models: Any) -> None:
+    """Keep vLLM's list of the server's models, from which gRPC requests get LoRA adapters."""
+    front_state(engine).serving_models = models
+
+
+def stop_before_engine(engine: Any, front: Front, grace: float) -> None:
+    """Let gRPC streams end before the engine does.
+
+    On a signal, vLLM's serve_http stops the engine in a thread, where it is safe to wait for the event loop. On the
+    event loop's own thread this does nothing: ``serve_both`` stops the front there.
+    """
+    loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
+
+    def stop_front() -> None:
+        if threading.get_ident() != loop_thread:
+            asyncio.run_coroutine_threadsafe(front.stop(grace), loop).result()
+
+    before_shutdown(engine, stop_front)

@@ -1,0 +1,261 @@
+"""The options of `starling serve`: all of `vllm serve`, and Starling's own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
+from engine_ext.activation import CPU_ATTENTION, ENTRY, REPLICAS, SCHEDULING, STAR, parse_config
+from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
+from replicas.options import ReplicaOptions
+from scheduler.options import SchedulingOptions
+from scheduler.options import flat_name as scheduling_name
+from scheduler.star.options import StarOptions, flat_name, parse_options
+from scheduler.star.parsing import OptionError
+from vllm_compat.config import set_option_help
+
+GRPC_PORT_HELP = (
+    "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
+    "127.0.0.1 where --host is not given. 0: any free port. Default: no gRPC."
+)
+CPU_ATTENTION_HELP = (
+    "On CPU: auto, Starling's attention op where it is faster than vLLM's, or vllm, always vLLM's. A C++ compiler "
+    "builds Starling's op at the first start. (default: auto)"
+)
+ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that sets a value of the `starling` entry of additional_config.
+
+    Attributes:
+        dest: the flag's name in the parsed namespace: ``star_block_size``.
+        section: of the entry: ``star``.
+        field: of the section: ``block_size``; None: the section itself is the value.
+        keywords: of argparse's add_argument.
+    """
+
+    dest: str
+    section: str
+    field: str | None
+    keywords: dict[str, Any]
+
+    @property
+    def option(self) -> str:
+        """``--star-block-size``."""
+        return "--" + self.dest.replace("_", "-")
+
+    def merge(self, entry: Mapping[str, Any], value: Any) -> dict[str, Any]:
+        """The entry with the flag's value.
+
+        Raises:
+            OptionError: the entry has another value.
+        """
+        owner, name = (entry, self.section) if self.field is None else (entry.get(self.section, {}), self.field)
+        if name in owner and owner[name] != value:
+            reason = f"--additional-config says {name}={owner[name]!r}"
+            raise OptionError(self.option, value, reason, "one of the two, or the same")
+        return {**entry, self.section: value if self.field is None else {**owner, name: value}}
+
+
+def parse_number(text: str, number: Callable[[str], Any] = int) -> Any:
+    """The number of a flag's value; other text as it is, which the options' own checks refuse."""
+    try:
+        return number(text)
+    except ValueError:
+        return text
+
+
+def parse_seconds(text: str) -> Any:
+    """As ``parse_number``, with decimals."""
+    return parse_number(text, float)
+
+
+def model_flags(section: str, model: type[BaseModel], dest: Callable[[str], str]) -> Iterator[Flag]:
+    """A flag for each field of a section's model; ``dest`` maps fields to flat names."""
+    for field, info in model.model_fields.items():
+        default = "" if info.default is None else f" (default: {info.default})"
+        keywords: dict[str, Any] = {"help": f"{info.description}{default}"}
+        if get_origin(info.annotation) is Literal:
+            keywords["choices"] = get_args(info.annotation)
+        elif info.annotation is float:
+            keywords |= {"type": parse_seconds, "metavar": "SECONDS"}
+        else:
+            keywords |= {"type": parse_number, "metavar": "N"}
+        yield Flag(dest(field), section, field, keywords)
+
+
+FLAGS = (
+    *model_flags(STAR, StarOptions, flat_name),
+    *model_flags(REPLICAS, ReplicaOptions, lambda field: f"star_replica_{field}"),
+    Flag(CPU_ATTENTION, CPU_ATTENTION, None, {"choices": CPU_ATTENTION_SETTINGS, "help": CPU_ATTENTION_HELP}),
+    *model_flags(SCHEDULING, SchedulingOptions, scheduling_name),
+)
+
+
+def make_parser() -> FlexibleArgumentParser:
+    """vLLM's parser of `vllm serve`, with Starling's options and its meaning of --grpc-port."""
+    top = FlexibleArgumentParser(prog="starling")
+    parser = ServeSubcommand().subparser_init(top.add_subparsers(dest="subparser"))
+    parser.usage = "starling serve [MODEL] [options]"
+    parser.epilog = (parser.epilog or "").replace("vllm serve", "starling serve")
+    set_option_help(parser, "grpc_port", GRPC_PORT_HELP)
+    starling = parser.add_argument_group(
+        "Starling", "Star Attention (arXiv 2411.17116): defaults for every request; replicas; and the gRPC server."
+    )
+    scheduler = parser.add_argument_group(
+        "Starling's scheduler", "Long prompts leave room for other requests in every step (docs/scheduler.md)."
+    )
+    for flag in FLAGS:
+        group = scheduler if flag.section == SCHEDULING else starling
+        # Not in the namespace where not given: with None the formatter would add a wrong default to the help.
+        group.add_argument(flag.option, default=argparse.SUPPRESS, **flag.keywords)
+    starling.add_argument(
+        "--grpc-plaintext",
+        action="store_true",
+        help="Serve gRPC to other machines without TLS: others can read prompts, outputs and keys on the network. "
+        "Required where --host (or --grpc-admin-host) is not loopback and --ssl-certfile is not given.",
+    )
+    starling.add_argument(
+        "--grpc-admin-port",
+        type=int,
+        help="Serve starling.v1.AdminService (cache state, abort, reset, drain) on this port too. 0: any free port.",
+    )
+    starling.add_argument(
+        "--grpc-admin-host",
+        help=f"The host of --grpc-admin-port; only with an admin key other than loopback (default: {LOOPBACK})",
+    )
+    starling.add_argument(
+        "--grpc-admin-key",
+        help="Allow calls of AdminService that have this key (`authorization: Bearer KEY`), on --grpc-port too. Other "
+        f"users can see the command line; they can't see {ADMIN_KEY_ENV} of the environment, which does the same.",
+    )
+    return top
+
+
+def admin_options(args: argparse.Namespace, grpc_port: int | None, environ: Mapping[str, str]) -> AdminOptions:
+    """Remove the admin options from the parsed arguments, because vLLM logs those, and so the key.
+
+    Raises:
+        ValueError: options have no effect, or would let anyone on a network control the server.
+    """
+    given = {name: vars(args).pop(f"grpc_admin_{name}", None) for name in ("port", "host", "key")}
+    port, host = given["port"], given["host"] or LOOPBACK
+    key = given["key"] or environ.get(ADMIN_KEY_ENV) or None
+    for refused, reason in (
+        (grpc_port is None and set(given.values()) != {None}, "without --grpc-port there is no gRPC to control"),
+        (given["key"] == "", "the key is empty"),
+        (port is not None and not 0 <= port <= 65535, "a port is 0 to 65535"),
+        (port and port in (grpc_port, args.port), "another server of this process has that port"),
+        (given["host"] is not None and port is None, "a host without --grpc-admin-port has no effect"),
+        (
+            port is not None and key is None and not is_loopback(host),
+            f"anyone who can connect to {host} could control the server: give --grpc-admin-key or {ADMIN_KEY_ENV} too",
+        ),
+    ):
+        if refused:
+            shown = ", ".join(f"--grpc-admin-{name}={given[name]}" for name in ("port", "host") if given[name])
+            raise ValueError(f"{shown or '--grpc-admin-key'} is refused: {reason}")
+    return AdminOptions(port, host, key)
+
+
+def refuse_open_plaintext(args: argparse.Namespace, grpc_port: int | None, admin: AdminOptions) -> None:
+    """Remove --grpc-plaintext from the parsed arguments, and check the hosts of gRPC's ports against it.
+
+    Raises:
+        ValueError: other machines could use gRPC without TLS, and the flag is not given; or the flag has no effect.
+    """
+    plaintext, tls = vars(args).pop("grpc_plaintext"), bool(args.ssl_certfile and args.ssl_keyfile)
+    if plaintext and (grpc_port is None or tls):
+        reason = "without --grpc-port there is no gRPC" if grpc_port is None else "--ssl-certfile enables TLS"
+        raise ValueError(f"--grpc-plaintext is refused: {reason}")
+    if grpc_port is None or tls or plaintext:
+        return
+    for option, port, host in (
+        ("--grpc-port", grpc_port, args.host or LOOPBACK),
+        ("--grpc-admin-port", admin.port, admin.host),
+    ):
+        if port is not None and not is_loopback(host):
+            raise ValueError(
+                f"{option} {port} is refused: {host} is not loopback, so others could read prompts, outputs and keys "
+                "on the network. Give --ssl-certfile and --ssl-keyfile; or --grpc-plaintext, for example behind a TLS "
+                "proxy"
+            )
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
+    """Parse a command line into vLLM's arguments, with Starling activated in them, and the gRPC port.
+
+    Raises:
+        ValueError: options can't be used, alone or together (OptionError is one).
+        SystemExit: from argparse, after its own message or help.
+    """
+    args = make_parser().parse_args(["serve", *argv])
+    values = {flag.dest: vars(args).pop(flag.dest) for flag in FLAGS if flag.dest in args}
+    args.additional_config = activate(args.additional_config, values)
+    refuse_bypasses(os.environ)
+    # vLLM refuses a gRPC port except with its Rust front.
+    grpc_port, args.grpc_port = args.grpc_port, None
+    if grpc_port is not None:
+        refuse_grpc_with(args, grpc_port)
+        args.api_server_count = None  # one, also with several data-parallel engines
+    elif args.data_parallel_size > 1 and args.api_server_count is None and not args.headless:
+        args.api_server_count = 1  # vLLM's default is one for each replica, and they would run on the replicas' cores
+    return args, grpc_port
+
+
+def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``additional_config`` with its `starling` entry, into which the flags' values are merged.
+
+    Args:
+        values: ``dest`` of a flag of FLAGS -> its value, of the flags that were given.
+
+    Raises:
+        OptionError: an option is bad, or a flag and --additional-config give it different values.
+    """
+    if not isinstance(additional_config, Mapping):
+        raise OptionError("additional_config", additional_config, "it must be an object", '{"starling": {...}}')
+    entry = additional_config.get(ENTRY, {})
+    parse_config({ENTRY: entry})
+    given = [flag for flag in FLAGS if flag.dest in values]
+    parse_options({flag.dest: values[flag.dest] for flag in given if flag.section == STAR}, flat=True)
+    for flag in given:
+        entry = flag.merge(entry, values[flag.dest])
+    merged = {**additional_config, ENTRY: entry}
+    parse_config(merged)
+    return merged
+
+
+def refuse_bypasses(environ: Mapping[str, str]) -> None:
+    """Refuse settings with which requests or processes would bypass Starling (raises ValueError)."""
+    plugins = environ.get("VLLM_PLUGINS")
+    if plugins is not None and ENTRY not in plugins.split(","):
+        raise ValueError(f"VLLM_PLUGINS={plugins!r} keeps Starling out of vLLM's processes: add `{ENTRY}` or unset it")
+    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ValueError("VLLM_USE_RUST_FRONTEND is set: the Rust front reads no star options; unset it")
+
+
+def refuse_grpc_with(args: argparse.Namespace, grpc_port: int) -> None:
+    """Refuse options that exclude --grpc-port, and unusable ports (raises ValueError)."""
+    for refused, reason in (
+        (args.headless, "--headless starts no front"),
+        (args.grpc, "--grpc serves vLLM's own gRPC, in place of HTTP"),
+        (args.api_server_count not in (None, 1), "gRPC runs in one API server: --api-server-count must be 1"),
+        (
+            args.data_parallel_multi_port_external_lb,
+            "--data-parallel-multi-port-external-lb starts several servers",
+        ),
+        (not 0 <= grpc_port <= 65535, "a port is 0 to 65535"),
+        (grpc_port and grpc_port == args.port and not args.uds, "--port is the same"),
+    ):
+        if refused:
+            raise ValueError(f"--grpc-port {grpc_port} is refused: {reason}")

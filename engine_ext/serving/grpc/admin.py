@@ -1,0 +1,237 @@
+"""starling.v1.AdminService: server and cache state, abort, reset and drain; and the check of who may call it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import grpc
+import torch
+from grpc_reflection.v1alpha import reflection
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from engine_ext.activation import parse_config
+from engine_ext.refusals import star_refusals
+from engine_ext.serving.errors import DrainingError
+from engine_ext.serving.grpc.auth import DecodeErrorInterceptor, Metadata, add_port, digest, has_valid_key
+from engine_ext.serving.grpc.messages import MODES, abort
+from scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
+from scheduler.star.options import StarOptions
+from starling.v1 import admin_pb2 as pb
+from starling.v1 import admin_pb2_grpc, inference_pb2
+from vllm_compat.front import call_engine_cores, refuse_admission, request_state, unfinished_ids
+from vllm_compat.versions import vllm_version
+
+logger = init_logger("vllm.starling")
+
+SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
+MAX_WAIT_SECONDS = 86400.0
+POLL_SECONDS = 0.05
+
+NO_ACCESS = (
+    "AdminService is not open here: start the server with --grpc-admin-port PORT and call that port, or with "
+    "--grpc-admin-key KEY (or STARLING_ADMIN_KEY) and send the metadata `authorization: Bearer KEY`"
+)
+WRONG_KEY = "AdminService needs the metadata `authorization: Bearer KEY` with the key of --grpc-admin-key"
+
+Refusal = tuple[grpc.StatusCode, str]
+Response = TypeVar("Response")
+
+
+def refusal(metadata: Metadata, key: str | None, own_port: bool) -> Refusal | None:
+    """The code and the reason with which a call is refused; None: the call is allowed.
+
+    Without a key, the service is open on its own port and closed on the gRPC port. With a key, every call needs it.
+
+    Args:
+        metadata: of the call.
+        key: the server's admin key; None where it has none.
+        own_port: whether the call came in on the port that serves AdminService alone.
+    """
+    if key is None:
+        return None if own_port else (grpc.StatusCode.PERMISSION_DENIED, NO_ACCESS)
+    return None if has_valid_key(metadata, [digest(key)]) else (grpc.StatusCode.UNAUTHENTICATED, WRONG_KEY)
+
+
+def matching_request_ids(
+    request_id: str, front_ids: Iterable[str], engine_ids: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """The requests that a client's id stands for: (ids that a front gave, the engine's own ids).
+
+    vLLM knows a gRPC request as `grpc-<id>`, and each prompt of an OpenAI completion as `<id>-<index>`. The engine's
+    ids are compared only where no front's id matches.
+    """
+    prompts = r"(-\d+)?" if request_id.startswith("cmpl-") else ""
+    pattern = re.compile(rf"(grpc-)?{re.escape(request_id)}{prompts}")
+    from_front = [name for name in front_ids if pattern.fullmatch(name)]
+    return from_front, [] if from_front else [name for name in engine_ids if name == request_id]
+
+
+class Admission(Protocol):
+    """What AdminService needs of the gRPC server."""
+
+    @property
+    def draining(self) -> bool: ...
+
+    async def stop_admitting(self) -> None:
+        """Refuse new gRPC calls with UNAVAILABLE, and report NOT_SERVING. Further calls change nothing."""
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """Serves the calls of one port.
+
+    Args:
+        engine: the AsyncLLM of both fronts.
+        front: the gRPC server; Drain stops its admission.
+        key: the admin key, or None.
+        own_port: whether the port serves AdminService alone.
+        max_message_bytes: the server's limit of a message, for GetServerInfo.
+    """
+
+    def __init__(
+        self, engine: Any, front: Admission, *, key: str | None, own_port: bool, max_message_bytes: int
+    ) -> None:
+        self.engine = engine
+        self.front = front
+        self.key = key
+        self.own_port = own_port
+        self.max_message_bytes = max_message_bytes
+        self.started = time.monotonic()
+        self.backends: list[str] | None = None
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
+        return await self._serve(context, self._server_info)
+
+    async def GetCacheState(self, request: pb.GetCacheStateRequest, context: Any) -> pb.GetCacheStateResponse:
+        return await self._serve(context, self._cache_state, request.per_request)
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        return await self._serve(context, self._abort, request.request_ids)
+
+    async def ResetPrefixCache(self, request: pb.ResetPrefixCacheRequest, context: Any) -> pb.ResetPrefixCacheResponse:
+        return await self._serve(context, self._reset)
+
+    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainResponse:
+        return await self._serve(context, self._drain, request.wait_seconds)
+
+    async def _serve(self, context: Any, method: Callable[..., Awaitable[Response]], *args: Any) -> Response:
+        """Check who calls, and return the method's response; an error ends the call with its status."""
+        refused = refusal(context.invocation_metadata(), self.key, self.own_port)
+        if refused is not None:
+            await context.abort(*refused)
+        try:
+            return await method(*args)
+        except Exception as error:
+            await abort(context, error, getattr(error, "parameter", None) or "")
+
+    async def _server_info(self) -> pb.GetServerInfoResponse:
+        config = self.engine.vllm_config
+        starling = parse_config(config.additional_config)
+        if self.backends is None:
+            of_engines = await call_engine_cores(self.engine, ATTENTION_BACKENDS)
+            self.backends = sorted({name for names in of_engines for name in names})
+        names = config.model_config.served_model_name
+        return pb.GetServerInfoResponse(
+            starling_version=importlib.metadata.version("vllm-starling"),
+            vllm_version=vllm_version(),
+            torch_version=torch.__version__,
+            models=[names] if isinstance(names, str) else names,
+            uptime_seconds=time.monotonic() - self.started,
+            star_defaults=star_message(starling.star) if starling else None,
+            limits=limits(config, self.max_message_bytes),
+            draining=self.front.draining,
+            attention_backends=self.backends,
+            refused_features=[pb.RefusedFeature(feature="star", reason=reason) for reason in star_refusals(config)],
+        )
+
+    async def _cache_state(self, per_request: bool) -> pb.GetCacheStateResponse:
+        engines = await call_engine_cores(self.engine, CACHE_STATE, per_request)
+        for engine in engines:
+            for request in engine.get("requests", ()):
+                self._add_front_state(request)
+        return pb.GetCacheStateResponse(engines=[pb.EngineCache(**engine) for engine in engines])
+
+    def _add_front_state(self, request: dict[str, Any]) -> None:
+        """Add what the front knows: the client's id and, once the prompt is prefilled, its cached tokens."""
+        state = request_state(self.engine, request["engine_request_id"])
+        if state is not None:
+            request["request_id"] = state.external_req_id
+            if not state.is_prefilling:
+                request["cached_tokens"] = state.num_cached_tokens
+
+    async def _abort(self, request_ids: Sequence[str]) -> pb.AbortResponse:
+        if not request_ids or "" in request_ids:
+            reason = "request_ids needs at least one id, and no id may be empty"
+            raise VLLMValidationError(reason, parameter="request_ids")
+        response = pb.AbortResponse()
+        for request_id in dict.fromkeys(request_ids):
+            front_ids, engine_ids = matching_request_ids(request_id, *unfinished_ids(self.engine))
+            if front_ids:
+                await self.engine.abort(front_ids)
+            elif engine_ids:
+                await self.engine.abort(engine_ids, internal=True)
+            (response.found if front_ids or engine_ids else response.unknown).append(request_id)
+        logger.info("admin: aborted %d of %d requests", len(response.found), len(request_ids))
+        return response
+
+    async def _reset(self) -> pb.ResetPrefixCacheResponse:
+        reset = await self.engine.reset_prefix_cache()
+        logger.info("admin: prefix cache %s", "reset" if reset else "not reset: requests hold pages")
+        return pb.ResetPrefixCacheResponse(reset=reset)
+
+    async def _drain(self, wait_seconds: float) -> pb.DrainResponse:
+        if not 0 <= wait_seconds <= MAX_WAIT_SECONDS or math.isnan(wait_seconds):
+            reason = f"wait_seconds={wait_seconds} is refused: it is not from 0 to {MAX_WAIT_SECONDS:.0f}"
+            raise VLLMValidationError(reason, parameter="wait_seconds")
+        if not self.front.draining:
+            logger.info("admin: draining, no more requests are admitted")
+        await self.front.stop_admitting()
+        refuse_admission(self.engine, DrainingError())
+        deadline = time.monotonic() + wait_seconds
+        while (left := self.engine.get_num_unfinished_requests()) and time.monotonic() < deadline:
+            if self.engine.errored:
+                raise self.engine.dead_error
+            await asyncio.sleep(POLL_SECONDS)
+        return pb.DrainResponse(requests_left=left)
+
+
+def limits(config: Any, max_message_bytes: int) -> pb.Limits:
+    """The limits of requests, from vLLM's configuration."""
+    scheduling = config.scheduler_config
+    return pb.Limits(
+        max_model_tokens=config.model_config.max_model_len,
+        max_running_requests=scheduling.max_num_seqs,
+        max_step_tokens=scheduling.max_num_batched_tokens,
+        max_queued_requests=scheduling.max_num_queued_reqs,
+        max_queued_tokens=scheduling.max_num_queued_tokens,
+        max_message_bytes=max_message_bytes,
+    )
+
+
+def star_message(star: StarOptions) -> inference_pb2.StarOptions:
+    """The server's star options; options that are derived from the prompt or from other options stay unset."""
+    mode = next(number for number, name in MODES.items() if name == star.mode)
+    values = {"mode": mode, "replicas": 0 if star.replicas == "auto" else star.replicas, "shards": star.shards == "on"}
+    return inference_pb2.StarOptions(**star.model_dump(exclude_none=True) | values)
+
+
+async def start_admin_server(
+    servicer: AdminServicer, address: str, credentials: grpc.ServerCredentials | None, options: Sequence[Any]
+) -> tuple[grpc.aio.Server, int]:
+    """Serve AdminService and reflection on a port of their own; returns the server and the port.
+
+    Raises:
+        RuntimeError: the server can't listen there.
+    """
+    server = grpc.aio.server(interceptors=[DecodeErrorInterceptor()], options=options)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server)
+    port = add_port(server, address, credentials)
+    await server.start()
+    return server, port

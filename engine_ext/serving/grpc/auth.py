@@ -1,0 +1,172 @@
+"""The gRPC server's interceptors (API keys, drain, requests that can't be decoded), TLS credentials and ports."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import ssl
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from engine_ext.serving.errors import grpc_code
+
+UNGATED_PREFIXES = ("/grpc.health.v1.Health/", "/starling.v1.AdminService/")
+"""Methods that need no API key and are served while the server drains. AdminService checks its own key."""
+
+METHOD_HANDLERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+"""(request_streaming, response_streaming) -> gRPC's function that makes such a handler."""
+
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]]
+Metadata = Iterable[tuple[str, str | bytes]] | None
+
+
+def digest(text: str) -> bytes:
+    """The SHA-256 digest of a key."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def has_valid_key(metadata: Metadata, digests: Sequence[bytes]) -> bool:
+    """Whether a call's metadata `authorization: Bearer KEY` has one of the keys.
+
+    The comparison takes constant time. Digests have one length, so the time does not depend on the keys' lengths.
+
+    Args:
+        metadata: of the call.
+        digests: of the valid keys.
+    """
+    value = next((value for key, value in metadata or () if key == "authorization"), "")
+    scheme, _, token = str(value).partition(" ")
+    token_digest = digest(token)
+    matches = [secrets.compare_digest(token_digest, key) for key in digests]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without a valid API key, and all calls while the server drains; except UNGATED_PREFIXES.
+
+    Args:
+        api_keys: the valid keys; none: calls need no key.
+    """
+
+    def __init__(self, api_keys: Sequence[str]) -> None:
+        self.digests = [digest(key) for key in api_keys]
+        self.draining = False
+        self.calls: set[asyncio.Task] = set()
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(UNGATED_PREFIXES):
+            return handler
+        if not self.is_authorized(handler_call_details.invocation_metadata):
+            text = "this server needs the metadata `authorization: Bearer <API key>`"
+            return refusal_handler(handler, grpc.StatusCode.UNAUTHENTICATED, text)
+        if self.draining:
+            return refusal_handler(handler, grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+        task = asyncio.current_task()
+        if task is not None:
+            self.calls.add(task)
+            task.add_done_callback(self.calls.discard)
+        return handler
+
+    def is_authorized(self, metadata: Metadata) -> bool:
+        """Whether a call has a valid key, or the server has no keys."""
+        return not self.digests or has_valid_key(metadata, self.digests)
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new calls and wait for running calls; returns whether all of them ended within ``seconds``."""
+        self.draining = True
+        if not self.calls:
+            return True
+        _, pending = await asyncio.wait(self.calls, timeout=seconds)
+        return not pending
+
+
+class DecodeErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Ends calls whose request is not a message of the called method with INVALID_ARGUMENT; gRPC's code is UNKNOWN."""
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        is_starling = handler_call_details.method.startswith("/starling.")
+        # A servicer that reads a stream of requests gets the DecodeError itself.
+        if handler is None or not is_starling or handler.request_streaming:
+            return handler
+        return with_decode_errors(handler)
+
+
+def with_decode_errors(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    """The handler, with a status in place of a DecodeError. The handler must be a coroutine that takes one request."""
+    serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            return error
+
+    async def serve_or_abort(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if isinstance(request, DecodeError):
+            await context.abort(grpc_code(request), str(request))
+        return await serve(request, context)
+
+    make_handler = METHOD_HANDLERS[False, handler.response_streaming]
+    return make_handler(serve_or_abort, deserialize, handler.response_serializer)
+
+
+def refusal_handler(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:
+    """A handler of the same kind that ends each call with ``code``."""
+
+    async def refuse(_request: Any, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(code, text)
+
+    make_handler = METHOD_HANDLERS[handler.request_streaming, handler.response_streaming]
+    return make_handler(refuse, handler.request_deserializer, handler.response_serializer)
+
+
+def server_credentials(args: Namespace) -> grpc.ServerCredentials | None:
+    """Credentials from the HTTP server's --ssl-* options; None where the options give no certificate.
+
+    Raises:
+        ValueError: gRPC does not support what the options say, or they need --ssl-ca-certs.
+        OSError: a file of the options can't be read.
+    """
+    if not (args.ssl_certfile and args.ssl_keyfile):
+        return None
+    if args.ssl_cert_reqs == ssl.CERT_OPTIONAL:
+        raise ValueError("--ssl-cert-reqs 1 (optional client certificate) is not supported over gRPC: use 0 or 2")
+    require = args.ssl_cert_reqs == ssl.CERT_REQUIRED
+    if require and not args.ssl_ca_certs:
+        raise ValueError("--ssl-cert-reqs 2 needs --ssl-ca-certs, to check clients' certificates against")
+
+    def certificates() -> grpc.ServerCertificateConfiguration:
+        pair = (Path(args.ssl_keyfile).read_bytes(), Path(args.ssl_certfile).read_bytes())
+        authorities = Path(args.ssl_ca_certs).read_bytes() if args.ssl_ca_certs else None
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=authorities)
+
+    renew = certificates if args.enable_ssl_refresh else lambda: None
+    return grpc.dynamic_ssl_server_credentials(certificates(), renew, require)
+
+
+def add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """Let a server listen on an address, with TLS where there are credentials; returns the port.
+
+    Raises:
+        RuntimeError: the server can't listen there.
+    """
+    if credentials is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, credentials)

@@ -1,0 +1,259 @@
+"""starling.v1.InferenceService on the engine that the OpenAI server uses."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.renderers import ChatParams
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from engine_ext.front.state import front_state
+from engine_ext.requests import PLANNED, tokens_alone
+from engine_ext.serving.errors import DuplicateRequestError, root_cause
+from engine_ext.serving.grpc.capabilities import capabilities
+from engine_ext.serving.grpc.messages import abort, given, star_args
+from engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
+from engine_ext.serving.grpc.progress import with_progress
+from engine_ext.serving.grpc.prompts import GenerateRequest, prompt_field, render
+from engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
+from engine_ext.serving.grpc.upload import UploadMemory, as_upload_event
+from starling.reply import Reply
+from starling.v1 import inference_pb2 as pb
+from starling.v1 import inference_pb2_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+MAX_REQUEST_BYTES = 64 * 2**20  # some 15 million token ids
+
+
+class Inference(inference_pb2_grpc.InferenceServiceServicer):
+    """Translates calls to engine requests, and the engine's outputs to responses.
+
+    Args:
+        engine: the AsyncLLM that the OpenAI server uses.
+        on_dead: called when a call finds the engine dead.
+        chat: how chat messages are rendered.
+    """
+
+    def __init__(self, engine: Any, on_dead: Callable[[], Awaitable[None]], chat: ChatParams) -> None:
+        self.engine = engine
+        self.on_dead = on_dead
+        self.chat = chat
+        self.running: set[str] = set()
+        self.uploads = UploadMemory()
+        config = engine.model_config
+        self.defaults = config.get_diff_sampling_param()
+        # As in vLLM's completions: max_tokens of a generation config that the user chose is a cap, else a default.
+        chosen = config.generation_config not in ("auto", "vllm")
+        override = config.override_generation_config.get("max_new_tokens")
+        self.max_tokens_cap = self.defaults.get("max_tokens") if chosen else override
+
+    async def GenerateStream(self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext) -> None:
+        # A coroutine that writes, not a generator: its cancellation closes the engine's generator, which ends the
+        # request, at once, whatever it waits for.
+        await self._serve(request, context, context.write, progress=request.progress)
+
+    async def GenerateUploadStream(
+        self, parts: AsyncIterator[pb.GenerateUploadStreamRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        try:
+            self._check_admission(1)
+            with self.uploads.upload() as upload:
+                request = await upload.receive(parts)
+        except Exception as raised:
+            await self._abort(raised, "head", context)
+
+        async def write(event: pb.GenerateStreamResponse) -> None:
+            await context.write(as_upload_event(event))
+
+        await self._serve(request, context, write, progress=request.progress)
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
+        reply = Reply()
+
+        async def add(event: pb.GenerateStreamResponse) -> None:
+            reply.add(event)
+
+        await self._serve(request, context, add)
+        return reply.response()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        try:
+            engine_input = await render(self.engine.renderer, request, self.chat, {}, any_length=True)
+        except Exception as raised:
+            await self._abort(raised, prompt_field(request), context)
+        token_ids = engine_input["prompt_token_ids"]
+        return pb.TokenizeResponse(
+            token_ids=token_ids, count=len(token_ids), max_model_len=self.engine.model_config.max_model_len
+        )
+
+    async def GetCapabilities(
+        self, request: pb.GetCapabilitiesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetCapabilitiesResponse:
+        return capabilities(self.engine, MAX_REQUEST_BYTES)
+
+    async def _serve(
+        self,
+        request: GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        send: Callable[[pb.GenerateStreamResponse], Awaitable[None]],
+        progress: bool = False,
+    ) -> None:
+        """Send the events of a request; an error ends the call with its status."""
+        call = Call(prompt_field(request))
+        try:
+            with self._unique_id(request.request_id) as request_id:
+                stream = self._generate(request, request_id, call)
+                if progress:
+                    stream = with_progress(stream, front_state(self.engine).poller.watch(self.engine, request_id))
+                async with aclosing(stream) as events:
+                    async for event in events:
+                        await send(event)
+        except Exception as raised:
+            await self._abort(root_cause(raised), call.error_field, context)
+
+    async def _generate(
+        self, request: GenerateRequest, request_id: str, call: Call
+    ) -> AsyncGenerator[pb.GenerateStreamResponse]:
+        engine_input, params, plan = await self._prepare(request)
+        lora = lora_adapter(self.engine, request)
+        # The prompt is valid: an error of the engine that names no field is about the output's constraint.
+        call.error_field = constraint_path(request.sampling) or call.error_field
+        usages = [pb.Usage() for _ in range(params.n)]
+        usages[0].prompt_tokens = plan["prompt_tokens"]
+        outputs = self.engine.generate(engine_input, params, request_id, priority=request.priority, lora_request=lora)
+        async with aclosing(outputs):
+            async for result in outputs:
+                if result.prompt_logprobs and not call.sent_prompt_logprobs:
+                    call.sent_prompt_logprobs = True  # with n > 1 each choice has them
+                    yield prompt_logprobs(result.prompt_token_ids, result.prompt_logprobs, params.prompt_logprobs)
+                for output in result.outputs:
+                    if output.finish_reason == "error":
+                        raise self._generation_error(request, usages[output.index])
+                    usages[output.index].completion_tokens += len(output.token_ids)
+                    if output.text or output.token_ids:
+                        for event in deltas(output, params.logprobs):
+                            yield event
+                if result.outputs and result.outputs[0].index == 0:
+                    usages[0].cached_tokens = result.num_cached_tokens or 0
+                for output in result.outputs:
+                    if output.finish_reason is not None:
+                        yield final(output, usages[output.index], plan)
+
+    async def _prepare(self, request: GenerateRequest) -> tuple[Any, SamplingParams, dict[str, Any]]:
+        """Engine input with its PlannedPrompt, sampling parameters, and the plan as a response shows it.
+
+        Raises:
+            VLLMValidationError, ValueError: bad input.
+            Exception: as ``_check_admission`` raises it.
+        """
+        self._check_admission(max(request.sampling.n, 1))
+        star = star_args(request.star)
+        self._refuse_without_effect(request)
+        extras = {"cache_salt": request.cache_salt} if request.HasField("cache_salt") else {}
+        validate_cache_salt(extras.get("cache_salt"))
+        engine_input = await render(self.engine.renderer, request, self.chat, extras)
+        num_tokens = len(engine_input["prompt_token_ids"])
+        if not num_tokens:
+            raise VLLMValidationError("The prompt has no tokens.", parameter=prompt_field(request))
+        wanted = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None
+        max_tokens = get_max_tokens(
+            self.engine.model_config.max_model_len, wanted, num_tokens, self.defaults, self.max_tokens_cap
+        )
+        if max_tokens < 1 and wanted != 0:
+            reason = f"The prompt of {num_tokens} tokens fills the model's context, and leaves no token for output."
+            raise VLLMValidationError(reason, parameter=prompt_field(request))
+        params = sampling_params(request.sampling, self.defaults, max_tokens, star)
+        planner = front_state(self.engine).planner
+        planned = planner.plan(star, num_tokens, tokens_alone(engine_input))
+        return {**engine_input, PLANNED: planned}, params, planner.describe(planned)
+
+    def _check_admission(self, choices: int) -> None:
+        """Check that the engine can take ``choices`` more requests.
+
+        Raises:
+            EngineDeadError: the engine is dead.
+            Exception: vLLM's, for a full queue; DrainingError after a drain.
+        """
+        if self.engine.errored:
+            raise self.engine.dead_error
+        self.engine.check_admission(choices)
+
+    def _generation_error(self, request: GenerateRequest, used: pb.Usage) -> Exception:
+        """The exception for a choice that ended with an error, for which the engine gives no reason.
+
+        Where no grammar can be made of a constraint that passed vLLM's checks, the choice ends so before its first
+        token.
+        """
+        if constraint_path(request.sampling) and not used.completion_tokens:
+            return VLLMValidationError("The engine could not make a grammar of this constraint; its log says why.")
+        return GenerationError()
+
+    def _refuse_without_effect(self, request: GenerateRequest) -> None:
+        """Refuse fields that vLLM would accept and ignore (raises VLLMValidationError)."""
+        if request.priority and self.engine.vllm_config.scheduler_config.policy != "priority":
+            reason = "the server does not run with --scheduling-policy priority, so a priority has no effect"
+            raise VLLMValidationError(f"priority={request.priority} is refused: {reason}", parameter="priority")
+        if self.engine.renderer.tokenizer is None:
+            for field in set(TEXT_FIELDS) & set(given(request.sampling)):
+                reason = "the server runs with --skip-tokenizer-init and has no tokenizer"
+                raise VLLMValidationError(f"{field} is refused: {reason}", parameter=field)
+
+    @contextmanager
+    def _unique_id(self, client_id: str) -> Iterator[str]:
+        """A request's id for the engine, taken until the request ends. The engine itself would accept duplicates.
+
+        Raises:
+            DuplicateRequestError: a request of that id is running.
+        """
+        if client_id in self.running:
+            raise DuplicateRequestError(f"request_id {client_id!r} is running; wait for its end or choose another")
+        name = client_id or uuid.uuid4().hex
+        self.running.add(name)
+        try:
+            yield f"grpc-{name}"
+        finally:
+            self.running.discard(name)
+
+    async def _abort(self, error: Exception, field: str, context: grpc.aio.ServicerContext) -> NoReturn:
+        """End a call with the error's status; ``field`` is the request's field for errors that name none."""
+        if isinstance(error, EngineDeadError):
+            await self.on_dead()
+        await abort(context, error, field)
+
+
+@dataclass
+class Call:
+    """The state of a call of Inference.
+
+    Attributes:
+        error_field: the request's field for errors that name none.
+        sent_prompt_logprobs: whether the prompt's log probabilities have been sent.
+    """
+
+    error_field: str
+    sent_prompt_logprobs: bool = False
+
+
+def lora_adapter(engine: Any, request: GenerateRequest) -> Any:
+    """The LoRA adapter (vLLM's LoRARequest) that a request names; None: the base model.
+
+    Raises:
+        VLLMValidationError: the server has no such adapter.
+    """
+    if not request.HasField("lora_name"):
+        return None
+    loaded = front_state(engine).lora_adapters()
+    if request.lora_name not in loaded:
+        has = f"it has {', '.join(sorted(loaded))}" if loaded else "it has none (--enable-lora, --lora-modules)"
+        reason = f"lora_name={request.lora_name!r} is refused: the server has no such adapter; {has}"
+        raise VLLMValidationError(reason, parameter="lora_name")
+    return loaded[request.lora_name]

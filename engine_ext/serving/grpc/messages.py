@@ -1,0 +1,104 @@
+"""Shared by the gRPC services: a message's set fields, star options, and the end of a call with an error."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc import StatusCode
+from grpc_status import rpc_status
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from engine_ext.serving.errors import grpc_code
+from scheduler.star.options import FIELD_OF, flat_name
+from starling.v1 import inference_pb2 as pb
+
+logger = init_logger("vllm.starling")
+
+MODES = {pb.StarOptions.MODE_OFF: "off", pb.StarOptions.MODE_ON: "on", pb.StarOptions.MODE_AUTO: "auto"}
+RETRY_SECONDS = 1
+# gRPC's own retry policy of a client obeys this metadata; RetryInfo is for the client's program.
+PUSHBACK = ("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000))
+
+
+def given(message: Message) -> dict[str, Any]:
+    """The fields of a message that the client set, by name; of repeated fields those that are not empty."""
+    return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
+
+
+def star_args(message: pb.StarOptions) -> dict[str, Any]:
+    """The star options that the client set, under the flat names they have in SamplingParams.extra_args.
+
+    A mode without a name in this version stays a number, which parse_options refuses. ``replicas`` 0 means auto.
+    """
+    values = given(message)
+    mode = values.pop("mode", pb.StarOptions.MODE_UNSPECIFIED)
+    if mode != pb.StarOptions.MODE_UNSPECIFIED:
+        values["mode"] = MODES.get(mode, mode)
+    if values.get("replicas") == 0:
+        values["replicas"] = "auto"
+    if "shards" in values:
+        values["shards"] = "on" if values["shards"] else "off"
+    return {flat_name(field): value for field, value in values.items()}
+
+
+def field_path(parameter: str | None, text: str, otherwise: str) -> str:
+    """The request's field that an error is about: ``star.block_size``, ``sampling.top_p``, ``text``.
+
+    vLLM names the parameter of some errors only. Other messages start with the parameter.
+
+    Args:
+        parameter: the parameter that vLLM names.
+        text: the error's message, not empty.
+        otherwise: the field for errors that name no known parameter: the prompt, mostly.
+    """
+    name = parameter or text.split(maxsplit=1)[0]
+    if name in FIELD_OF:
+        return f"star.{FIELD_OF[name]}"
+    if name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+        return f"sampling.{name}"
+    known = (pb.GenerateStreamRequest, pb.GenerateUploadStreamRequest)
+    return name if any(name in message.DESCRIPTOR.fields_by_name for message in known) else otherwise
+
+
+def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_pb2.Status:
+    """A status with the exception's message.
+
+    For INVALID_ARGUMENT, a google.rpc.BadRequest names the field. For RESOURCE_EXHAUSTED, a google.rpc.RetryInfo says
+    when to try again.
+
+    Args:
+        otherwise: as in ``field_path``.
+    """
+    # VLLMValidationError adds its parameter to str(); the BadRequest names the field already.
+    text = str(error.args[0]) if isinstance(error, VLLMValidationError) else str(error)
+    status = status_pb2.Status(code=code.value[0], message=text or type(error).__name__)
+    if status.code == code_pb2.INVALID_ARGUMENT:
+        details = error_details_pb2.BadRequest()
+        field = field_path(getattr(error, "parameter", None), status.message, otherwise)
+        details.field_violations.add(field=field, description=status.message)
+        status.details.add().Pack(details)
+    elif status.code == code_pb2.RESOURCE_EXHAUSTED:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromSeconds(RETRY_SECONDS)
+        status.details.add().Pack(retry)
+    return status
+
+
+async def abort(context: Any, error: Exception, otherwise: str) -> NoReturn:
+    """End a call with the status of an exception; ``otherwise`` is as in ``field_path``.
+
+    Raises:
+        Exception: gRPC's own, which ends the call's coroutine.
+    """
+    code = grpc_code(error)
+    if code is StatusCode.INTERNAL:
+        logger.error("a gRPC call failed", exc_info=error)
+    status = rpc_status.to_status(error_status(error, code, otherwise))
+    metadata = status.trailing_metadata
+    if code is StatusCode.RESOURCE_EXHAUSTED:
+        metadata = (*metadata, PUSHBACK)
+    await context.abort(status.code, status.details, metadata)
+    raise AssertionError("abort has raised")

@@ -1,0 +1,124 @@
+"""The gRPC server: InferenceService, AdminService, health and reflection on the engine that the OpenAI server uses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from vllm.logger import init_logger
+from vllm.renderers import ChatParams
+
+from engine_ext.serving.grpc import admin as admin_service
+from engine_ext.serving.grpc.admin import AdminServicer, start_admin_server
+from engine_ext.serving.grpc.auth import AuthInterceptor, DecodeErrorInterceptor, add_port
+from engine_ext.serving.grpc.inference import MAX_REQUEST_BYTES, SERVICE, Inference
+from engine_ext.serving.grpc.options import NO_ADMIN, AdminOptions, authority
+from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
+
+logger = init_logger("vllm.starling")
+
+GRACE_SECONDS = 5.0
+HEALTH_CHECK_SECONDS = 0.5
+
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    # Without this, a second server could listen on the same port without an error and get half of the calls.
+    ("grpc.so_reuseport", 0),
+    # A stream has no messages during a long prefill. Don't close the connection of a client that pings meanwhile.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class Front:
+    """The gRPC server with its services, and AdminService's own port where it has one.
+
+    Args:
+        engine: the AsyncLLM that the OpenAI server uses.
+        api_keys: calls of InferenceService need one of these; none: they need no key.
+        chat: how chat messages are rendered.
+        admin: where AdminService is served.
+    """
+
+    def __init__(
+        self, engine: Any, api_keys: list[str], chat: ChatParams | None = None, admin: AdminOptions = NO_ADMIN
+    ) -> None:
+        self.engine = engine
+        self.admin = admin
+        self.admin_server: grpc.aio.Server | None = None
+        self.admin_port: int | None = None
+        self.auth = AuthInterceptor(api_keys)
+        self.server = grpc.aio.server(interceptors=[self.auth, DecodeErrorInterceptor()], options=SERVER_OPTIONS)
+        self.health = health.aio.HealthServicer()
+        self.inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(own_port=False), self.server)
+        names = (SERVICE, admin_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+        self.engine_died = False
+        self.port: int | None = None
+        self._watchdog: asyncio.Task | None = None
+        self._stopping: asyncio.Task | None = None
+
+    def _admin_servicer(self, own_port: bool) -> AdminServicer:
+        key = self.admin.key
+        return AdminServicer(self.engine, self, key=key, own_port=own_port, max_message_bytes=MAX_REQUEST_BYTES)
+
+    @property
+    def draining(self) -> bool:
+        return self.auth.draining
+
+    async def stop_admitting(self) -> None:
+        """Refuse new calls with UNAVAILABLE and report NOT_SERVING; running calls continue."""
+        self.auth.draining = True
+        await self.health.enter_graceful_shutdown()
+
+    async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        """Listen and report SERVING; returns the port.
+
+        Raises:
+            RuntimeError: the server can't listen on ``address``, or on AdminService's own port.
+        """
+        self.port = add_port(self.server, address, credentials)
+        await self.server.start()
+        if self.admin.port is not None:
+            host = authority(self.admin.host)
+            self.admin_server, self.admin_port = await start_admin_server(
+                self._admin_servicer(own_port=True), f"{host}:{self.admin.port}", credentials, SERVER_OPTIONS
+            )
+            logger.info("AdminService on %s:%d", host, self.admin_port)
+        for name in ("", SERVICE):
+            await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._watchdog = asyncio.ensure_future(self._watch_engine())
+        return self.port
+
+    async def _watch_engine(self) -> None:
+        """Report NOT_SERVING when the engine dies, even if no call is made."""
+        while not self.engine.errored:
+            await asyncio.sleep(HEALTH_CHECK_SECONDS)
+        logger.error("gRPC: the engine has died; every call gets UNAVAILABLE")
+        await self.health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Report NOT_SERVING, refuse new calls, wait up to ``grace`` seconds for running calls, then close."""
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._stop(grace))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, grace: float) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self.engine_died = self.engine.errored
+        await self.stop_admitting()
+        if await self.auth.drain(grace):
+            logger.info("gRPC: every running stream has ended")
+        else:
+            logger.warning("gRPC: ending streams that still run after %.0f s", grace)
+        await self.server.stop(None)
+        if self.admin_server is not None:
+            await self.admin_server.stop(None)

@@ -1,0 +1,40 @@
+"""What a front calls by name in the engine core of a replica, with vllm_compat.front.call_engine_cores.
+
+Arguments and results are plain numbers, names, lists and dicts. A call runs between two of the engine's steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from replicas.replica_state import replica_state
+from scheduler.star.plan import StarPlan
+from vllm_compat.engine_core import add_core_utility
+
+REPLICA_STATE = "starling_replica_state"
+OPEN_SHARD = "starling_open_shard"
+RELEASE = "starling_release"
+
+
+def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> dict[str, Any]:
+    return replica_state(core.scheduler, core.request_block_hasher, token_ids, StarPlan(*plan), cache_salt)
+
+
+def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:
+    page_ids = core.scheduler.connector.begin_shard(name)
+    return core.model_executor.collective_rpc("open_shard", args=(name, page_ids))
+
+
+def _release(core: Any, names: list[str]) -> None:
+    connector = core.scheduler.connector
+    opened = sorted(connector.opened_shards.intersection(names))
+    if opened:  # an open shard would answer a late query from pages that belong to other requests by then
+        core.model_executor.collective_rpc("close_shards", args=(opened,))
+    connector.release(names)
+
+
+def add_replica_rpc() -> None:
+    """Offer these calls in this process's engine core."""
+    add_core_utility(REPLICA_STATE, _replica_state)
+    add_core_utility(OPEN_SHARD, _open_shard)
+    add_core_utility(RELEASE, _release)

@@ -1,0 +1,48 @@
+"""What the two sides of the connector send each other: a worker's address, and the pages that requests read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+
+
+@dataclass
+class WorkerAddress(KVConnectorHandshakeMetadata):
+    """What other replicas need to read a worker's pages (replicas/page_transfer.py)."""
+
+    address: dict[str, Any]
+
+
+@dataclass
+class PageRead:
+    """Pages of one source, and where they go.
+
+    Attributes:
+        addresses: of the source's tensor-parallel ranks.
+        remote_page_ids: the pages at the source.
+        local_page_ids: as many pages of this replica.
+    """
+
+    addresses: list[dict[str, Any]]
+    remote_page_ids: list[int]
+    local_page_ids: list[int]
+
+
+@dataclass
+class PageLoad:
+    """All pages that one request reads from other replicas."""
+
+    request_id: str
+    reads: list[PageRead]
+
+    def local_page_ids(self) -> set[int]:
+        return {page_id for read in self.reads for page_id in read.local_page_ids}
+
+
+@dataclass
+class PageLoads(KVConnectorMetadata):
+    """The loads that begin with a step."""
+
+    loads: list[PageLoad] = field(default_factory=list)

@@ -1,0 +1,44 @@
+"""What a server's operator can set about its replicas: the `replicas` section of the `starling` entry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scheduler.star.parsing import parse_fields
+
+SECTION = "replicas"
+
+
+class ReplicaOptions(BaseModel):
+    """How the replicas of one server work together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=30.0,
+        description="seconds after which a replica that sends neither a response nor data is left out: other replicas "
+        "do its part of the work",
+    )
+
+
+def parse_replicas(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> ReplicaOptions:
+    """Parse options under their bare names; ``prefix`` stands before a name in messages.
+
+    Raises:
+        OptionError: an unknown name, or a timeout that is not a finite number above 0.
+    """
+    return parse_fields(
+        ReplicaOptions, values, SECTION, expected=lambda field: "a number above 0 (seconds)", prefix=prefix
+    )
+
+
+def replica_options(vllm_config: Any) -> ReplicaOptions:
+    """The options in an engine's configuration.
+
+    Raises:
+        OptionError: as ``parse_replicas`` raises it.
+    """
+    return parse_replicas(vllm_config.additional_config["starling"].get(SECTION, {}))

@@ -1,0 +1,286 @@
+"""Reads of whole KV pages between engine processes, with NIXL, the library that vLLM itself uses.
+
+NIXL uses shared memory on one host, and TCP or RDMA between hosts, as UCX finds.
+
+A page here is one of the scheduler's. An attention kernel may divide it into several pages of its own, which are
+adjacent in memory. NIXL reports when a transfer is done, but not how far it is, and a prompt's pages may be 100 GB on a
+slow link. Therefore pages are read in waves of a few seconds each: on a slow link the waves end, on a cut one they time
+out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.starling")
+
+PROGRESS_MICROSECONDS = 1000
+
+FIRST_WAVE_BYTES = 64 * 2**20
+
+WAVE_SECONDS = 2.0
+"""How long later waves should take: longer than an engine's step, at whose end the next wave begins."""
+
+MAX_GROWTH = 8
+"""A wave is at most this many times as large as the wave before it."""
+
+
+class TransferError(Exception):
+    """Pages can't be read; says why."""
+
+
+@dataclass
+class SourceRead:
+    """The read of one source's pages: some have arrived, one wave is under way, and the rest follow.
+
+    Attributes:
+        wave: pages of a wave.
+        num_begun: pages that have arrived or are under way.
+        handle: NIXL's handle of the wave under way.
+        started: when that wave began.
+    """
+
+    address: dict[str, Any]
+    remote_page_ids: Sequence[int]
+    local_page_ids: Sequence[int]
+    wave: int
+    num_begun: int = 0
+    handle: Any = None
+    started: float = 0.0
+
+    @property
+    def name(self) -> str:
+        name: str = self.address["name"]
+        return name
+
+
+class Transfer:
+    """The reads under way for one request, one for each source."""
+
+    def __init__(self) -> None:
+        self.reads: list[SourceRead] = []
+        self.num_bytes = 0
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the transfer began."""
+        return time.monotonic() - self.started
+
+
+class PageReader:
+    """Makes the pages of one worker readable by other workers, and reads pages of theirs.
+
+    Args:
+        name: unique among all workers.
+        kv_caches: layer -> its KV cache, whose first dimension counts the kernel's pages.
+        num_pages: pages of the scheduler.
+        layout: what must be equal at both ends for pages to be copied as they are; values are numbers and strings.
+        timeout: seconds; a read fails if one of its waves takes longer.
+
+    Raises:
+        TransferError: a layer does not have each page in one piece.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kv_caches: dict[str, torch.Tensor],
+        num_pages: int,
+        layout: dict[str, int | str],
+        timeout: float,
+    ) -> None:
+        caches = list({cache.data_ptr(): cache for cache in kv_caches.values()}.values())
+        self.strides = np.array([bytes_per_page(cache, num_pages) for cache in caches], dtype=np.int64)
+        self.bases = np.array([cache.data_ptr() for cache in caches], dtype=np.int64)
+        self.memory = "DRAM" if caches[0].device.type == "cpu" else "VRAM"
+        self.device = max(caches[0].get_device(), 0)
+        self.page_bytes = int(self.strides.sum())
+        self.layout = layout | {"layers": len(caches), "page_bytes": self.page_bytes}
+        self.timeout = timeout
+        self.agent = make_agent(name)
+        regions = [
+            (int(base), int(stride) * num_pages, self.device, "")
+            for base, stride in zip(self.bases, self.strides, strict=True)
+        ]
+        self.registered = self.agent.register_memory(regions, self.memory)
+        self.peers: dict[str, str] = {}
+
+    def address(self) -> dict[str, Any]:
+        """What another worker needs to read these pages, as msgpack takes it."""
+        return {
+            "name": self.agent.name,
+            "metadata": self.agent.get_agent_metadata(),
+            "bases": self.bases.tolist(),
+            "device": self.device,
+            "layout": self.layout,
+        }
+
+    def begin(
+        self,
+        transfer: Transfer,
+        address: dict[str, Any],
+        remote_page_ids: Sequence[int],
+        local_page_ids: Sequence[int],
+    ) -> None:
+        """Begin to copy another worker's pages over pages of this one, as a read of ``transfer``.
+
+        Raises:
+            TransferError: the other worker has another layout, or can't be reached.
+        """
+        reason = layout_mismatch(self.layout, address["layout"])
+        if reason is not None:
+            raise TransferError(reason)
+        first_wave = max(FIRST_WAVE_BYTES // self.page_bytes, 1)
+        read = SourceRead(address, remote_page_ids, local_page_ids, first_wave)
+        transfer.reads.append(read)
+        transfer.num_bytes += len(local_page_ids) * self.page_bytes
+        self._begin_wave(read)
+
+    def is_done(self, transfer: Transfer) -> bool:
+        """Whether all pages have arrived. To be called again and again: begins the next wave of each read.
+
+        Raises:
+            TransferError: a read has failed, or a wave has timed out.
+        """
+        for read in list(transfer.reads):
+            try:
+                state = self.agent.check_xfer_state(read.handle)
+            except Exception as error:
+                raise TransferError(f"reading from {read.name} failed: {error!r}") from error
+            if state == "ERR":
+                raise TransferError(f"reading from {read.name} failed")
+            seconds = time.monotonic() - read.started
+            if state == "DONE":
+                self.agent.release_xfer_handle(read.handle)
+                read.handle = None
+                if read.num_begun == len(read.local_page_ids):
+                    transfer.reads.remove(read)
+                else:
+                    read.wave = next_wave(read.wave, seconds)
+                    self._begin_wave(read)
+            elif seconds > self.timeout:  # over TCP, NIXL may never report a link that is cut
+                raise TransferError(f"no page has arrived from {read.name} for {self.timeout:g} s")
+        return not transfer.reads
+
+    def _begin_wave(self, read: SourceRead) -> None:
+        """Begin to read the next pages.
+
+        Raises:
+            TransferError: they can't be read.
+        """
+        begin, read.num_begun = read.num_begun, min(read.num_begun + read.wave, len(read.local_page_ids))
+        read.started = time.monotonic()
+        try:
+            if read.name not in self.peers:
+                self.peers[read.name] = self.agent.add_remote_agent(read.address["metadata"])
+            wave = slice(begin, read.num_begun)
+            local, remote = self._descriptors(read.address, read.remote_page_ids[wave], read.local_page_ids[wave])
+            read.handle = self.agent.initialize_xfer("READ", local, remote, read.name)
+            state = self.agent.transfer(read.handle)
+        except Exception as error:  # NIXL's own exceptions have no common class
+            raise TransferError(f"NIXL can't read from {read.name}: {error!r}") from error
+        if state == "ERR":
+            raise TransferError(f"NIXL refused to read from {read.name}")
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Close the connections of a failed transfer. No late byte may arrive in pages that other requests own."""
+        for read in transfer.reads:
+            try:
+                if read.handle is not None:
+                    self.agent.release_xfer_handle(read.handle)
+                if self.peers.pop(read.name, None) is not None:
+                    self.agent.remove_remote_agent(read.name)
+            except Exception:
+                logger.exception("the connection to %s can't be closed", read.name)
+        transfer.reads.clear()
+
+    def close(self) -> None:
+        self.agent.deregister_memory(self.registered)
+
+    def _descriptors(
+        self, address: dict[str, Any], remote_page_ids: Sequence[int], local_page_ids: Sequence[int]
+    ) -> tuple[Any, Any]:
+        """NIXL's lists of (address, bytes, device), local and remote: one entry for each layer and run of pages."""
+        remote_bases, remote_device = np.array(address["bases"], dtype=np.int64), address["device"]
+        local: list[tuple[int, int, int]] = []
+        remote: list[tuple[int, int, int]] = []
+        for remote_first, local_first, count in consecutive(remote_page_ids, local_page_ids):
+            for local_base, remote_base, stride in zip(self.bases, remote_bases, self.strides, strict=True):
+                size = int(count * stride)
+                local.append((int(local_base + local_first * stride), size, self.device))
+                remote.append((int(remote_base + remote_first * stride), size, remote_device))
+        return self.agent.get_xfer_descs(local, self.memory), self.agent.get_xfer_descs(remote, self.memory)
+
+
+def make_agent(name: str) -> Any:
+    """A NIXL agent whose progress thread looks for work every millisecond.
+
+    With NIXL's Python defaults the thread never sleeps, so that an idle replica takes a core from one that computes.
+    The constructor sets the delay to 0 and passes it to the binding, where this function changes it. Goes when
+    nixl_agent_config takes the delay.
+    """
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    binding = sys.modules[nixl_agent.__module__].nixlBind
+    original = binding.nixlAgent
+
+    def with_delay(name: str, config: Any) -> Any:
+        config.pthrDelay = PROGRESS_MICROSECONDS
+        return original(name, config)
+
+    binding.nixlAgent = with_delay
+    try:
+        return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+    finally:
+        binding.nixlAgent = original
+
+
+def next_wave(num_pages: int, seconds: float) -> int:
+    """How many pages arrive in WAVE_SECONDS at the rate of a wave of ``num_pages`` that took ``seconds``.
+
+    At least 1, and at most MAX_GROWTH times ``num_pages``.
+    """
+    return max(round(num_pages * WAVE_SECONDS / max(seconds, WAVE_SECONDS / MAX_GROWTH)), 1)
+
+
+def bytes_per_page(cache: torch.Tensor, num_pages: int) -> int:
+    """Bytes from one page to the next in a layer's KV cache.
+
+    Raises:
+        TransferError: a page is not in one piece.
+    """
+    kernel_pages, rest = divmod(cache.shape[0], num_pages)
+    if rest or not cache[0].is_contiguous() or cache.stride(0) != cache[0].numel():
+        shape, strides = tuple(cache.shape), cache.stride()
+        raise TransferError(
+            f"a KV cache of shape {shape}, strides {strides} does not hold {num_pages} pages in one piece each"
+        )
+    return kernel_pages * cache.stride(0) * cache.element_size()
+
+
+def consecutive(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of page ids that are consecutive on both sides: (first remote, first local, count)."""
+    start = 0
+    for index in range(1, len(local) + 1):
+        if index == len(local) or (remote[index], local[index]) != (remote[index - 1] + 1, local[index - 1] + 1):
+            yield remote[start], local[start], index - start
+            start = index
+
+
+def layout_mismatch(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Why pages can't be copied between two layouts, with the values of both; None where they can."""
+    differing = [
+        f"{name} {ours.get(name)!r} here, {theirs.get(name)!r} there"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    return f"KV pages have another layout: {'; '.join(differing)}" if differing else None

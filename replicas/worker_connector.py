@@ -1,0 +1,155 @@
+"""A worker's side of the connector between replicas: reads their pages, and exchanges attention over shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+
+from attention_backends.kernels.contract import CPU_ISAS
+from attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
+from attention_backends.star.remote_queries import RemoteQuery
+from replicas.metadata import PageLoad, PageLoads, WorkerAddress
+from replicas.metrics import replica_metrics
+from replicas.options import replica_options
+from replicas.page_transfer import PageReader, Transfer, TransferError
+from replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
+from replicas.remote_attention_server import RemoteAttentionServer
+from scheduler.lost_requests import LostRequests
+from vllm_compat.config import attention_layer, page_layout
+
+logger = init_logger("vllm.starling")
+
+
+class WorkerConnector:
+    """The page reader of one worker, and the two ends of its remote attention, each made at its first use.
+
+    Args:
+        page_size: tokens of a KV page.
+        num_pages: pages of the KV cache, vLLM's null page included.
+    """
+
+    def __init__(self, vllm_config: Any, page_size: int, num_pages: int) -> None:
+        self.vllm_config, self.page_size, self.num_pages = vllm_config, page_size, num_pages
+        self.rank = get_tensor_model_parallel_rank()
+        self.name = f"{vllm_config.kv_transfer_config.engine_id}-{self.rank}"
+        self.timeout = replica_options(vllm_config).timeout
+        self.metrics = replica_metrics()
+        self.kv_caches: dict[str, Any] = {}
+        self.reader: PageReader | None = None
+        self.server: RemoteAttentionServer | None = None
+        self.client: RemoteAttentionClient | None = None
+        self._transfers: dict[str, tuple[PageLoad, Transfer]] = {}  # by request id
+        self._finished: set[str] = set()
+        self._failed_page_ids: set[int] = set()
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Let other replicas read the pages of these layers.
+
+        Raises:
+            TransferError: as PageReader raises it.
+        """
+        parallel, cache = self.vllm_config.parallel_config, self.vllm_config.cache_config
+        layout = {
+            "page_tokens": self.page_size,
+            "dtype": str(next(iter(kv_caches.values())).dtype).removeprefix("torch."),
+            "tensor_parallel": parallel.tensor_parallel_size,
+            "layout": page_layout(self.vllm_config, next(iter(kv_caches)), cache.cache_dtype),
+        }
+        self.reader = PageReader(self.name, kv_caches, self.num_pages, layout, self.timeout)
+        self.kv_caches = kv_caches
+
+    def get_handshake_metadata(self) -> WorkerAddress | None:
+        return None if self.reader is None else WorkerAddress(self.reader.address())
+
+    def shutdown(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+            self.reader = None
+        if self.server is not None:
+            self.server.stop()
+            self.server = None
+
+    # Pages of other replicas.
+
+    def start_loads(self, loads: PageLoads) -> None:
+        """Begin to read the pages of these loads."""
+        assert self.reader is not None
+        for load in loads.loads:
+            transfer = Transfer()
+            self._transfers[load.request_id] = load, transfer
+            try:
+                for read in load.reads:
+                    self.reader.begin(transfer, read.addresses[self.rank], read.remote_page_ids, read.local_page_ids)
+            except TransferError as error:
+                self._fail(load, transfer, error)
+
+    def take_finished(self) -> set[str] | None:
+        """Ids of the requests whose loads have ended or failed since the last call; None where there are none."""
+        for request_id, (load, transfer) in list(self._transfers.items()):
+            assert self.reader is not None
+            try:
+                if self.reader.is_done(transfer):
+                    self.metrics.pages_moved(transfer.num_bytes, transfer.seconds)
+                    self._end(request_id)
+            except TransferError as error:
+                self._fail(load, transfer, error)
+        finished, self._finished = self._finished, set()
+        return finished or None
+
+    def take_failed_page_ids(self) -> set[int]:
+        """Pages of this replica whose loads have failed since the last call; vLLM computes them."""
+        failed, self._failed_page_ids = self._failed_page_ids, set()
+        return failed
+
+    def _end(self, request_id: str) -> None:
+        del self._transfers[request_id]
+        self._finished.add(request_id)
+
+    def _fail(self, load: PageLoad, transfer: Transfer, error: TransferError) -> None:
+        """End a load, with all of its pages as failed."""
+        logger.error("%s: its pages are computed here: %s", load.request_id, error)
+        assert self.reader is not None
+        self.reader.cancel(transfer)
+        self.metrics.moves_failed.inc()
+        self._failed_page_ids |= load.local_page_ids()
+        self._end(load.request_id)
+
+    # Remote attention.
+
+    def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
+        """Let other replicas attend to these pages; returns the address that takes their queries.
+
+        Raises:
+            RuntimeError: a layer's KV can't be attended to for other replicas.
+        """
+        if self.server is None:
+            self._check_layers()
+            self.server = RemoteAttentionServer(f"{self.name}-server", self.kv_caches)
+        return self.server.open(name, page_ids)
+
+    def _check_layers(self) -> None:
+        """Check of the layers what engine_ext/refusals.py checks of the configuration."""
+        for name in self.kv_caches:
+            layer = attention_layer(self.vllm_config, name)
+            if not isinstance(layer.impl, CpuImpl) or layer.isa not in CPU_ISAS or unsupported_reason(layer.impl):
+                raise RuntimeError(f"other replicas can't attend to the KV of layer {name}")
+
+    def close_shards(self, names: list[str]) -> None:
+        """No page of these shards is read any more when this returns."""
+        if self.server is not None:
+            self.server.close(names)
+
+    def remote_attention(self, queries: Sequence[RemoteQuery]) -> StepRemoteAttention:
+        """The object by which a step's layers send these queries to other replicas."""
+        if self.client is None:
+            self.client = RemoteAttentionClient(
+                f"{self.name}-client", self.rank, self.page_size, self.metrics.shard_bytes.inc
+            )
+        return self.client.step(queries)
+
+    def take_lost_requests(self) -> LostRequests | None:
+        """The requests that could not attend to all their keys since the last call; None where there are none."""
+        return None if self.client is None else self.client.take_lost()

@@ -1,0 +1,64 @@
+"""Series of an engine core's scheduler and KV cache on vLLM's /metrics."""
+
+from __future__ import annotations
+
+import functools
+
+from prometheus_client import Counter, Gauge
+
+from vllm_compat.metrics import report_to_front
+
+
+class CacheMetrics:
+    """The size and use of a compressed KV cache. Values of several engines are added up, or are equal."""
+
+    def __init__(self) -> None:
+        report_to_front()
+        self.states = Gauge(
+            "starling:cache_states",
+            "States of compressed KV cache groups that requests hold, per layer.",
+            multiprocess_mode="sum",
+        )
+        self.bytes_per_token = Gauge(
+            "starling:cache_bytes_per_token",
+            "Bytes of a page divided by its tokens, by KV cache group.",
+            ["group", "kind"],
+            multiprocess_mode="max",
+        )
+        self.capacity = Gauge(
+            "starling:cache_capacity_tokens",
+            "Tokens that the KV cache holds, and that it would hold with one state for each token.",
+            ["cache"],
+            multiprocess_mode="sum",
+        )
+
+
+class SchedulerMetrics:
+    """Counted where steps are scheduled."""
+
+    def __init__(self) -> None:
+        report_to_front()
+        self.cache_hits = Counter(
+            "starling:cache_hits",
+            "Prefix cache hits: of a prompt's start (prefix), or of star blocks behind a hole (block).",
+            ["kind"],
+        )
+        self.cached_tokens = Counter(
+            "starling:cached_tokens", "Prompt tokens of those hits, which were not computed.", ["kind"]
+        )
+        for kind in ("prefix", "block"):
+            self.cache_hits.labels(kind)
+            self.cached_tokens.labels(kind)
+        self.deferred_tokens = Counter(
+            "starling:deferred_prefill_tokens",
+            "Prefill tokens of long prompts that were left for a later step, because other requests shared the step.",
+        )
+
+    def count_hit(self, kind: str, tokens: int) -> None:
+        if tokens:
+            self.cache_hits.labels(kind).inc()
+            self.cached_tokens.labels(kind).inc(tokens)
+
+
+cache_metrics = functools.cache(CacheMetrics)
+scheduler_metrics = functools.cache(SchedulerMetrics)

@@ -1,0 +1,216 @@
+"""Which prompts of a scheduler are long, and how many tokens each may prefill in a step (scheduler/step_budget.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from scheduler.options import MIN_CHUNK
+from scheduler.star.request_metadata import metadata_of
+from scheduler.step_budget import Limits, LongPrompt, divide_step
+from vllm_compat.scheduler_view import SchedulerView
+
+WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def limiter_refusal(scheduler: Any) -> str | None:
+    """Why a scheduler's chunks can't be bounded; None: they can."""
+    if not scheduler.scheduler_config.enable_chunked_prefill:
+        return "chunked prefill is off, so a prompt is prefilled in one step"
+    if SchedulerView(scheduler).chunks_end_at_mamba_blocks:
+        return "with mamba_cache_mode=align a chunk must end where Mamba's state is kept"
+    return None
+
+
+def adapter_of(request: Any) -> int:
+    """The number of a request's LoRA adapter; 0: none."""
+    return request.lora_request.lora_int_id if request.lora_request else 0
+
+
+class PrefillLimiter:
+    """Bounds the chunks of long prompts in each step of one scheduler.
+
+    Costs nothing while every live prompt fits in one step.
+    """
+
+    def __init__(self, scheduler: Any, limits: Limits) -> None:
+        self.scheduler = scheduler
+        self.view = SchedulerView(scheduler)
+        self.limits = limits
+        self.prompts: dict[str, Any] = {}
+        self.cached_tokens: dict[str, int] = {}
+        self.granted: dict[str, int] | None = None  # while a step is scheduled, and there are long prompts
+        self.deferred = 0
+        self.skipped_long = False  # a step went to short prompts alone, and no long prompt has had a chunk since
+        self.without_adapter: set[str] = set()
+
+    def may_be_long(self, request: Any) -> bool:
+        """Whether an arriving request may be a long prompt; a prompt with images that must not be cut is none."""
+        uncut = request.mm_features and self.scheduler.scheduler_config.disable_chunked_mm_input
+        return request.num_prompt_tokens > self.limits.long_prompt and not uncut
+
+    def add(self, request: Any, cached_tokens: int) -> None:
+        """Take in a request that may be a long prompt.
+
+        Whether it counts as long follows from its tokens that are not cached as it arrives, and does not change until
+        it ends: its last chunks are as deep as those before.
+
+        Args:
+            cached_tokens: prompt tokens that are in the prefix cache now.
+        """
+        self.prompts[request.request_id] = request
+        self.cached_tokens[request.request_id] = cached_tokens
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """While a step is scheduled, bound long prompts, and take waiting ones that get no tokens out of the queue."""
+        self.granted, self.deferred = self._grant(), 0
+        try:
+            with self.view.without_waiting(self._not_admitted()):
+                yield
+        finally:
+            self.granted = None
+
+    def bound(self, request: Any, tokens: int) -> int:
+        """How many of so many tokens a request may have in this step."""
+        if self.granted is None:
+            return tokens
+        is_long = request.status == RequestStatus.RUNNING and self._is_long(request)
+        limit = self.granted.get(request.request_id, 0 if is_long else tokens)
+        if not limit and self.without_adapter and adapter_of(request):
+            # vLLM counts the adapters of a step: a request that is not in the step would lose its slot to another one.
+            limit = MIN_CHUNK
+        self.deferred += max(0, tokens - limit)
+        if limit and request.request_id in self.granted:
+            self.skipped_long = False
+        return min(tokens, limit)
+
+    def _left(self, request: Any) -> int:
+        """Tokens to prefill; an estimate for a request that waits."""
+        if request.status in WAITING:
+            return max(1, request.num_tokens - self.cached_tokens.get(request.request_id, 0))
+        return request.num_tokens - request.num_computed_tokens
+
+    def _is_long(self, request: Any) -> bool:
+        """Whether a request is a long prompt whose prefill is not done."""
+        cached = self.cached_tokens.get(request.request_id)
+        is_long = cached is not None and request.num_prompt_tokens - cached > self.limits.long_prompt
+        return is_long and self._left(request) > 1
+
+    def _long_prompts(self) -> list[Any]:
+        """The long prompts, most urgent first."""
+        for name in [name for name, request in self.prompts.items() if request.is_finished()]:
+            del self.prompts[name], self.cached_tokens[name]
+        live = (r for r in self.prompts.values() if r.status == RequestStatus.RUNNING or r.status in WAITING)
+        found = [request for request in live if self._is_long(request)]
+        if self.view.by_priority:
+            found.sort(key=lambda request: (request.priority, request.arrival_time))
+        return found
+
+    def _grant(self) -> dict[str, int] | None:
+        """Tokens that each long prompt may have in a step, those that are not named none; None: there are none."""
+        requests = self._with_room(self._long_prompts())
+        if not requests:
+            return None
+        self.without_adapter = self._without_adapter()
+        prompts = [
+            LongPrompt(
+                name=request.request_id,
+                start=request.num_tokens - self._left(request),
+                left=self._left(request),
+                runs=request.status == RequestStatus.RUNNING,
+                plan=metadata_of(request).plan,
+                priority=request.priority if self.view.by_priority else 0,
+            )
+            for request in requests
+        ]
+        decodes, short = self._wanted_by_others(prompts[0].priority)
+        if short and prompts[0].runs and not self.skipped_long:
+            self.skipped_long = True
+            return {}
+        return divide_step(prompts, decodes + short, self.limits)
+
+    def _with_room(self, requests: list[Any]) -> list[Any]:
+        """Those that run, and those that wait and whose pages fit beside the requests before them.
+
+        A request that is admitted without room would only be preempted. None passes an earlier one that lacks room.
+        Where no long prompt runs, vLLM decides whether the first one fits, so that it is admitted once the other
+        requests have ended.
+        """
+        room = self.view.num_pages_for_waiting
+        any_runs = any(request.status == RequestStatus.RUNNING for request in requests)
+        full = self.view.is_full
+        fit: list[Any] = []
+        for request in requests:
+            if request.status == RequestStatus.RUNNING:
+                fit.append(request)
+                continue
+            num_pages = self.view.num_pages_of(request)
+            full = full or (num_pages > room and (any_runs or bool(fit)))
+            if not full:
+                fit.append(request)
+                room -= num_pages
+        return fit
+
+    def _wanted_by_others(self, priority: int) -> tuple[int, int]:
+        """Tokens that decodes, and that short prompts would take.
+
+        Args:
+            priority: of the most urgent long prompt. Short prompts that are less urgent do not count.
+        """
+        limit = self.limits.step_tokens
+
+        def counts(request: Any) -> bool:
+            urgent = not (self.view.by_priority and request.priority > priority)
+            return urgent and request.request_id not in self.without_adapter and not self._is_long(request)
+
+        decodes = short = 0
+        for request in self.scheduler.running:
+            if self._left(request) <= 1:
+                decodes += self.view.tokens_of_a_decode
+            elif counts(request):
+                short += self._left(request)
+        if self.view.admits_requests:
+            room = self.view.num_pages_for_waiting
+            for request in self.scheduler.waiting:
+                if decodes + short >= limit:
+                    break
+                if request.status not in WAITING or not counts(request):
+                    continue
+                if (num_pages := self.view.num_pages_of(request)) <= room:
+                    short += self._left(request)
+                    room -= num_pages
+        return decodes, short
+
+    def _not_admitted(self) -> list[Any]:
+        """The long prompts that wait, and get no tokens in this step."""
+        if self.granted is None:
+            return []
+        return [
+            request
+            for name, request in self.prompts.items()
+            if request.status in WAITING
+            and name not in self.granted
+            and self._is_long(request)
+            and not self.view.holds_pages_while_waiting(request)
+        ]
+
+    def _without_adapter(self) -> set[str]:
+        """Requests that wait, and whose LoRA adapter finds no slot beside the adapters of the requests that run."""
+        max_loras = self.view.max_loras
+        if max_loras is None:
+            return set()
+        in_slots = {adapter_of(request) for request in self.scheduler.running} - {0}
+        without: set[str] = set()
+        for request in self.view.all_waiting():
+            adapter = adapter_of(request)
+            if not adapter or adapter in in_slots:
+                continue
+            if len(in_slots) < max_loras:
+                in_slots.add(adapter)
+            else:
+                without.add(request.request_id)
+        return without

@@ -1,0 +1,173 @@
+"""The options of Star Attention, as server defaults and per request.
+
+One pydantic model serves every front. The fields have a prefix where names are flat: ``mode`` is
+``star`` and ``block_size`` is ``star_block_size`` as a CLI flag or in HTTP's ``vllm_xargs``; in
+``--additional-config '{"starling": {"star": {...}}}'`` and in gRPC's message the bare names are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scheduler.star.parsing import OptionError, Switch, parse_fields
+
+Mode = Literal["off", "on", "auto"]
+Tokens = Annotated[int, Field(ge=0)]
+ReplicaCount = Literal["auto"] | Annotated[int, Field(ge=1)]
+
+PREFIX = "star"
+
+
+class StarOptions(BaseModel):
+    """Star Attention as the user asks for it; sizes and counts are in tokens unless they say otherwise.
+
+    The defaults suit prompts of 32k to 1M tokens. A fixed block of 8,192 tokens keeps the cost linear in
+    the prompt; a fraction of the prompt, like B = n/4, would stay quadratic. It also keeps block borders where they
+    are when a chat grows, so that its next turn finds every complete block in the prefix cache. At 32k
+    tokens it is the B = n/4 that the paper found most accurate; below 32k dense prefill is as fast.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    mode: Mode = Field("off", description="off, on, or auto: on for prompts of at least min_tokens")
+    min_tokens: Tokens = Field(32768, description="with auto, shorter prompts stay dense")
+    block_size: Tokens = Field(8192, description="star block B, a multiple of the KV page; 0: use num_blocks")
+    num_blocks: Tokens = Field(0, description="with block_size 0: cut the prompt into so many equal blocks")
+    anchor_size: Tokens | None = Field(None, description="anchor A, a multiple of the page, A <= B; default B")
+    overlap_size: Tokens = Field(
+        0, description="tokens of the previous block that a block also sees, a multiple of the page, <= B"
+    )
+    query_tokens: Tokens | None = Field(
+        None,
+        description="trailing prompt tokens that attend globally; default the lesser of 512 and half the prompt",
+    )
+    context_tokens: Tokens | None = Field(
+        None,
+        description="the same counted from the front: leading prompt tokens in blocks; not with query_tokens",
+    )
+    replicas: ReplicaCount = Field(
+        "auto",
+        description="data-parallel replicas that one prompt's blocks may be split over, or auto: as many as make it "
+        "faster, one where blocks depend on one another",
+    )
+    segment_token: Tokens | None = Field(
+        None,
+        description="id of the token that starts a segment (a document, a message): it is moved to the next star "
+        "block's border, so that an edit which changes a segment's length moves no other",
+    )
+    padding_token: Tokens | None = Field(
+        None, description="id of the token that fills the gap before a moved segment; default a space"
+    )
+    shards: Switch = Field(
+        "off",
+        description="on: the KV of a prompt that is split over several replicas stays on the replicas that computed "
+        "it, and its query and output attend on each of them; off: one replica fetches all of the KV",
+    )
+
+
+FIELDS = StarOptions.model_fields
+TOKEN = "the id of a token, 0 or more"
+ALLOWED = {
+    "mode": "off, on, auto",
+    "block_size": "a multiple of the KV page, or 0 with num_blocks above 0",
+    "anchor_size": "a multiple of the KV page from 0 to the block size",
+    "overlap_size": "a multiple of the KV page from 0 to the block size",
+    "replicas": "auto, or a whole number of replicas, 1 or more",
+    "shards": "off, on",
+}
+EXPECTED = {
+    "mode": "one of off, on, auto",
+    "replicas": ALLOWED["replicas"],
+    "segment_token": TOKEN,
+    "padding_token": TOKEN,
+    "shards": "off or on",
+}
+
+
+def flat_name(field: str) -> str:
+    """The flat name of an option: ``mode`` -> ``star``, ``block_size`` -> ``star_block_size``."""
+    return PREFIX if field == "mode" else f"{PREFIX}_{field}"
+
+
+FIELD_OF = {flat_name(field): field for field in FIELDS}
+
+
+def is_star_key(key: str) -> bool:
+    """Whether a per-request key is Starling's to accept or refuse."""
+    return key == PREFIX or key.startswith(f"{PREFIX}_")
+
+
+def parse_options(values: Mapping[str, Any], *, flat: bool) -> StarOptions:
+    """Parse options under their bare names, or (``flat``) under their flat ones.
+
+    ``num_blocks`` alone means ``block_size`` 0: the default block size does not apply then.
+
+    Raises:
+        OptionError: an unknown name, a wrong type, a negative number, or two options that exclude
+            one another.
+    """
+    show = flat_name if flat else str
+    values = dict(values)
+    if values.get(show("num_blocks")):
+        values.setdefault(show("block_size"), 0)
+    options = parse_fields(
+        StarOptions,
+        values,
+        "star",
+        expected=_expected,
+        allowed=lambda field: ALLOWED.get(field, _expected(field)),
+        names=FIELD_OF if flat else None,
+    )
+    _refuse_contradictions(options, show)
+    return options
+
+
+def _expected(field: str) -> str:
+    return EXPECTED.get(field, "a whole number of tokens, 0 or more")
+
+
+def _refuse_contradictions(options: StarOptions, show: Callable[[str], str]) -> None:
+    given = options.model_fields_set
+    if {"query_tokens", "context_tokens"} <= given and None not in (
+        options.query_tokens,
+        options.context_tokens,
+    ):
+        raise OptionError(
+            show("context_tokens"),
+            options.context_tokens,
+            f"{show('query_tokens')}={options.query_tokens} says the same from the other end",
+            f"one of {show('query_tokens')} and {show('context_tokens')}",
+        )
+    if {"block_size", "num_blocks"} <= given and options.block_size and options.num_blocks:
+        raise OptionError(
+            show("num_blocks"),
+            options.num_blocks,
+            f"{show('block_size')}={options.block_size} already sets the blocks",
+            f"{show('num_blocks')} only with {show('block_size')}=0 or without it",
+        )
+    if "block_size" in given and not options.block_size and not options.num_blocks:
+        raise OptionError(
+            show("block_size"),
+            0,
+            f"{show('num_blocks')} is 0 too, so nothing says the size",
+            ALLOWED["block_size"],
+        )
+
+
+def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
+    """A request's options over the server's: what the request gives replaces the default.
+
+    Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply.
+    """
+    if request is None:
+        return defaults
+    given = {name: getattr(request, name) for name in request.model_fields_set}
+    base = defaults.model_dump()
+    if given.get("query_tokens") is not None:
+        base["context_tokens"] = None
+    if given.get("context_tokens") is not None:
+        base["query_tokens"] = None
+    return StarOptions(**(base | given))

@@ -1,0 +1,314 @@
+"""The star plan of one prompt: a few numbers, made once. All later stages follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from scheduler.star.assignment import best_num_replicas
+from scheduler.star.options import StarOptions, flat_name, merge
+from scheduler.star.parsing import OptionError
+
+DEFAULT_QUERY_TOKENS = 512
+
+KeyRanges = tuple[tuple[int, int], ...]
+"""Half-open ranges of prompt positions, ascending and disjoint; every start is page-aligned."""
+
+
+@dataclass(frozen=True)
+class StarPlan:
+    """How one prompt is prefilled (arXiv 2411.17116, section 2); all sizes in tokens.
+
+    Positions below ``context_end`` are the context, cut into star blocks of ``block_size``. All later positions, the
+    query and the generated tokens, attend to everything before them. The blocks are split over up to ``replicas``
+    engine replicas, which does not change what is computed. With ``shards`` the KV of the blocks stays on these
+    replicas, and later positions attend on each of them.
+    """
+
+    block_size: int
+    anchor_size: int
+    overlap_size: int
+    context_end: int
+    num_prompt_tokens: int
+    replicas: int = 1
+    shards: bool = False
+
+    @property
+    def num_star_blocks(self) -> int:
+        return -(-self.context_end // self.block_size)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether phase 1 is plain causal attention: with one block it is, and so is everything after it."""
+        return self.context_end <= self.block_size
+
+    def key_ranges(self, star_block: int, end: int) -> KeyRanges:
+        """The keys of a context token of ``star_block`` whose position is ``end - 1``."""
+        own_start = star_block * self.block_size
+        near_start = max(0, own_start - self.overlap_size)
+        if near_start <= self.anchor_size:
+            return ((0, end),)
+        if not self.anchor_size:
+            return ((near_start, end),)
+        return ((0, self.anchor_size), (near_start, end))
+
+    def split(self, start: int, end: int) -> Iterator[tuple[int, int, KeyRanges]]:
+        """Cut the query positions ``[start, end)`` at block borders: (start, end, keys of the last one).
+
+        Within one piece, the token at position p sees the same ranges cut off after p: causal attention
+        aligned bottom-right over the concatenated ranges.
+        """
+        while start < end:
+            if start >= self.context_end:
+                yield start, end, ((0, end),)
+                return
+            star_block = start // self.block_size
+            stop = min((star_block + 1) * self.block_size, self.context_end, end)
+            yield start, stop, self.key_ranges(star_block, stop)
+            start = stop
+
+    def blocks_done(self, num_computed_tokens: int) -> int:
+        """Star blocks whose context tokens are all computed; the last one may be shorter than B."""
+        if num_computed_tokens >= self.context_end:
+            return self.num_star_blocks
+        return num_computed_tokens // self.block_size
+
+    def keys_attended(self) -> int:
+        """Query-key pairs of the whole prompt, per head and layer."""
+        return sum(count_pairs(stop - start, keys) for start, stop, keys in self.split(0, self.num_prompt_tokens))
+
+    def dense_keys(self) -> int:
+        """Query-key pairs of the same prompt under dense causal prefill."""
+        return self.num_prompt_tokens * (self.num_prompt_tokens + 1) // 2
+
+    def context_keys_per_token(self) -> float:
+        """Keys that a context token attends to, on average."""
+        pairs = sum(count_pairs(stop - start, keys) for start, stop, keys in self.split(0, self.context_end))
+        return pairs / max(self.context_end, 1)
+
+    def to_wire(self) -> list[int]:
+        """The plan as msgpack takes it; ``StarPlan(*wire)`` is the plan again."""
+        return list(astuple(self))
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as a response shows it to the client."""
+        return {
+            "star_blocks": self.num_star_blocks,
+            "block_size": self.block_size,
+            "anchor_size": self.anchor_size,
+            "overlap_size": self.overlap_size,
+            "context_end": self.context_end,
+            "prompt_tokens": self.num_prompt_tokens,
+            "replicas": self.replicas,
+            "shards": self.shards,
+            "keys_attended": self.keys_attended(),
+            "dense_keys": self.dense_keys(),
+            "keys_per_context_token": round(self.context_keys_per_token(), 1),
+        }
+
+
+@dataclass(frozen=True)
+class ReplicaSet:
+    """The replicas that one prompt may be split over.
+
+    Attributes:
+        size: data-parallel replicas of the server.
+        split_refusal: why blocks can't be split over them; None where they can.
+        shards_refusal: why the KV of such blocks can't be attended to where it is; None where it can.
+    """
+
+    size: int = 1
+    split_refusal: str | None = None
+    shards_refusal: str | None = None
+
+
+ONE_REPLICA = ReplicaSet()
+
+
+def count_pairs(num_queries: int, keys: KeyRanges) -> int:
+    """Query-key pairs of a causal piece of ``num_queries`` tokens whose last one sees all ``keys``."""
+    length = sum(stop - start for start, stop in keys)
+    return num_queries * length - num_queries * (num_queries - 1) // 2
+
+
+def make_plan(
+    num_prompt_tokens: int,
+    defaults: StarOptions,
+    request: StarOptions | None,
+    page_size: int,
+    replicas: ReplicaSet = ONE_REPLICA,
+) -> StarPlan | None:
+    """Resolve options to numbers for one prompt.
+
+    Args:
+        num_prompt_tokens: length of the prompt.
+        defaults: the server's options.
+        request: the request's own, or None where it gave none.
+        page_size: tokens of a KV page of the full-attention layers.
+        replicas: the server's replicas.
+
+    Returns:
+        The plan; None: the prompt runs dense.
+
+    Raises:
+        OptionError: an option does not fit the page, the block, the prompt or the replicas.
+    """
+    defaults = fit_default(defaults, page_size)
+    options = merge(defaults, request)
+    given: set[str] = set() if request is None else request.model_fields_set
+    if options.mode == "off":
+        for field in sorted(given - {"mode"}) if "mode" not in given else ():
+            reason = f"{flat_name('mode')} is off on this server, so it would have no effect"
+            raise OptionError(flat_name(field), getattr(options, field), reason, "with star=on or star=auto")
+        return None
+    block_size = find_block_size(options, num_prompt_tokens, page_size)
+    anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page_size)
+    overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page_size)
+    context_end = find_context_end(options, given, num_prompt_tokens)
+    limit = max_replicas(options, overlap_size, replicas)
+    if "shards" in given:
+        check_shards(options, overlap_size, replicas)
+    if options.mode == "auto" and num_prompt_tokens < options.min_tokens:
+        return None
+    plan = StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
+    if limit == 1 or plan.is_dense:
+        return plan
+    number = best_num_replicas(plan.num_star_blocks, anchor_size / block_size, limit)
+    return replace(plan, replicas=number, shards=number > 1 and options.shards == "on")
+
+
+def max_replicas(options: StarOptions, overlap_size: int, replicas: ReplicaSet) -> int:
+    """Over how many replicas blocks may be split.
+
+    Raises:
+        OptionError: the options ask for more replicas than can be used.
+    """
+    if options.replicas == "auto":
+        return 1 if replicas.split_refusal or overlap_size else replicas.size
+    if options.replicas == 1:
+        return 1
+
+    def refused(reason: str, allowed: str) -> OptionError:
+        return OptionError(flat_name("replicas"), options.replicas, reason, allowed)
+
+    if options.replicas > replicas.size:
+        reason = f"this server has {replicas.size} (--data-parallel-size)"
+        raise refused(reason, f"auto, or 1 to {replicas.size}" if replicas.size > 1 else "auto or 1")
+    if replicas.split_refusal:
+        raise refused(replicas.split_refusal, "auto or 1")
+    if overlap_size:
+        overlap = f"{flat_name('overlap_size')}={overlap_size}"
+        raise refused(
+            f"with {overlap} each block needs the one before it", f"auto or 1, or {flat_name('overlap_size')}=0"
+        )
+    return options.replicas
+
+
+def check_shards(options: StarOptions, overlap_size: int, replicas: ReplicaSet) -> None:
+    """Refuse ``shards`` where no prompt is split over several replicas, or its KV can't stay there.
+
+    Raises:
+        OptionError: with the reason.
+    """
+    if options.shards == "off":
+        return
+    overlap, number = flat_name("overlap_size"), flat_name("replicas")
+    for refused, reason in (
+        (replicas.size == 1, "this server has one replica (--data-parallel-size)"),
+        (replicas.split_refusal, replicas.split_refusal),
+        (replicas.shards_refusal, replicas.shards_refusal),
+        (options.replicas == 1, f"{number}=1 keeps the prompt on one replica"),
+        (overlap_size, f"with {overlap}={overlap_size} each block needs the one before it, on one replica"),
+    ):
+        if refused:
+            raise OptionError(flat_name("shards"), options.shards, str(reason), "off")
+
+
+def check_sizes(options: StarOptions, page_size: int) -> None:
+    """Refuse server defaults that no prompt could use with this KV page (raises OptionError)."""
+    options = fit_default(options, page_size)
+    sizes = {"block_size": options.block_size, "anchor_size": options.anchor_size or 0}
+    for field, value in (sizes | {"overlap_size": options.overlap_size}).items():
+        _refuse_off_page(field, value, page_size)
+    if options.block_size:
+        given = options.model_fields_set
+        _bounded("anchor_size", options.anchor_size, given, options.block_size, page_size)
+        _bounded("overlap_size", options.overlap_size, given, options.block_size, page_size)
+
+
+def fit_default(options: StarOptions, page_size: int) -> StarOptions:
+    """The options, with a block size that nobody gave rounded up to whole pages.
+
+    An Attamba page has 16 P tokens, which need not divide the default.
+    """
+    if "block_size" in options.model_fields_set:
+        return options
+    block_size = -(-options.block_size // page_size) * page_size
+    return StarOptions(**options.model_dump(exclude_unset=True) | {"block_size": block_size})
+
+
+def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int) -> int:
+    """B of a prompt (raises OptionError: it is not a whole number of pages, or nothing says it)."""
+    if options.block_size:
+        _refuse_off_page("block_size", options.block_size, page_size)
+        return options.block_size
+    if not options.num_blocks:
+        raise OptionError(
+            flat_name("block_size"),
+            0,
+            f"{flat_name('num_blocks')} is 0 too, so nothing says the size",
+            f"{flat_name('block_size')} or {flat_name('num_blocks')} above 0",
+        )
+    return max(-(-num_prompt_tokens // (options.num_blocks * page_size)), 1) * page_size
+
+
+def _bounded(field: str, value: int | None, given: set[str], block_size: int, page_size: int) -> int:
+    """A or O, at most B. A value above B that the request gave is refused; a default above B becomes B."""
+    if value is None:
+        return block_size
+    _refuse_off_page(field, value, page_size)
+    if value > block_size and field in given:
+        raise OptionError(
+            flat_name(field),
+            value,
+            f"it is larger than the star block of {block_size} tokens",
+            f"a multiple of {page_size} from 0 to {block_size}",
+        )
+    return min(value, block_size)
+
+
+def find_context_end(options: StarOptions, given: set[str], num_prompt_tokens: int) -> int:
+    """The position at which a prompt's query starts.
+
+    Args:
+        given: the options that the request itself gave.
+
+    Raises:
+        OptionError: the request's context or query is longer than its prompt.
+    """
+    for field in ("query_tokens", "context_tokens"):
+        value = getattr(options, field)
+        if field in given and value is not None and value > num_prompt_tokens:
+            raise OptionError(
+                flat_name(field),
+                value,
+                f"the prompt has only {num_prompt_tokens} tokens",
+                f"0 to {num_prompt_tokens}",
+            )
+    if options.context_tokens is not None:
+        return min(options.context_tokens, num_prompt_tokens - 1)
+    query_tokens = options.query_tokens
+    if query_tokens is None or "query_tokens" not in given:
+        query_tokens = min(DEFAULT_QUERY_TOKENS if query_tokens is None else query_tokens, num_prompt_tokens // 2)
+    return num_prompt_tokens - max(query_tokens, 1)
+
+
+def _refuse_off_page(field: str, value: int, page_size: int) -> None:
+    if value % page_size:
+        raise OptionError(
+            flat_name(field),
+            value,
+            f"it is not a multiple of the KV page of {page_size} tokens",
+            f"a multiple of {page_size}",
+        )

@@ -1,0 +1,162 @@
+"""What an engine knows of a request beside vLLM's own parameters: its star plan, and its task in a split prefill.
+
+The front puts a RequestMetadata into the ``extra_args`` of a request's sampling parameters. It travels as plain lists
+and dicts, and the engine core decodes it once, at its first use. Clients can't send it: the front refuses the key.
+
+One prompt may be split over several replicas. Then each replica gets a request for its part of the prompt, and the
+replica of the first part also gets the whole request, which fetches the other parts' pages or attends to them where
+they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scheduler.star.plan import StarPlan
+
+KEY = "starling"
+"""The key in ``extra_args``."""
+
+LOST = "starling_lost"
+"""The key in an output's kv_transfer_params that says why its request could not go on."""
+
+CONNECTOR = "StarConnector"
+"""The KV connector that moves pages between replicas: replicas/connector.py."""
+
+SHARDS = "shards"
+"""The key in the connector's configuration: over how many replicas a prompt's KV is divided by default."""
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """Prefill the prompt's tokens from ``start`` on, and hold their pages until they are released.
+
+    Attributes:
+        name: under which the pages are held; unique in the server.
+        start: a position at a star block's border; the tokens between the anchor and ``start`` are left out.
+        anchor_size: tokens of the anchor.
+    """
+
+    name: str
+    start: int
+    anchor_size: int
+
+
+@dataclass(frozen=True)
+class PageSource:
+    """Pages that another replica holds.
+
+    Attributes:
+        start: position of the first page's first token.
+        page_ids: in the order of their tokens.
+        addresses: where the memory of each tensor-parallel rank is (replicas/page_transfer.py).
+    """
+
+    start: int
+    page_ids: list[int]
+    addresses: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PageFetch:
+    """Pages to fetch before the prefill goes on. Each source begins where the one before it ends."""
+
+    sources: tuple[PageSource, ...]
+
+    def span(self, page_size: int) -> tuple[int, int]:
+        """First position of the pages, and the one after their last."""
+        last = self.sources[-1]
+        return self.sources[0].start, last.start + len(last.page_ids) * page_size
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Whole pages of a prompt that another replica holds, and attends to where they are.
+
+    Attributes:
+        name: under which that replica holds them.
+        start: position of the first page's first token.
+        num_tokens: tokens in the pages.
+        addresses: where each tensor-parallel rank takes queries (replicas/remote_attention_server.py).
+    """
+
+    name: str
+    start: int
+    num_tokens: int
+    addresses: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """The KV of a prompt of which this replica holds the start only.
+
+    Attributes:
+        local_name: the name under which this replica holds the start.
+        shards: the rest, up to the context's last whole page. Each shard begins where the one before it ends.
+    """
+
+    local_name: str
+    shards: tuple[Shard, ...]
+
+    def span(self) -> tuple[int, int]:
+        """First position that is on another replica, and the one after the last."""
+        last = self.shards[-1]
+        return self.shards[0].start, last.start + last.num_tokens
+
+
+@dataclass(frozen=True)
+class RequestMetadata:
+    """What the front decided about one engine request.
+
+    Attributes:
+        plan: None: the request runs dense.
+        part: the part of a prompt that this request prefills for another one; None: it is a whole request.
+        fetch: pages that this request fetches; None: none.
+        remote: KV of this request that stays on other replicas; None: none.
+    """
+
+    plan: StarPlan | None = None
+    part: PromptPart | None = None
+    fetch: PageFetch | None = None
+    remote: RemoteShards | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """The metadata as msgpack takes it."""
+        wire: dict[str, Any] = {} if self.plan is None else {"plan": self.plan.to_wire()}
+        tasks = {"part": self.part, "fetch": self.fetch, "remote": self.remote}
+        return wire | {name: asdict(task) for name, task in tasks.items() if task is not None}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> RequestMetadata:
+        plan, part, fetch, remote = (wire.get(name) for name in ("plan", "part", "fetch", "remote"))
+        made = None if plan is None else StarPlan(*plan)
+        return cls(
+            None if made is None or made.is_dense else made,
+            None if part is None else PromptPart(**part),
+            None if fetch is None else PageFetch(tuple(PageSource(**source) for source in fetch["sources"])),
+            None
+            if remote is None
+            else RemoteShards(remote["local_name"], tuple(Shard(**shard) for shard in remote["shards"])),
+        )
+
+
+NO_METADATA = RequestMetadata()
+
+
+def metadata_of(request: Any) -> RequestMetadata:
+    """The metadata of an engine request, or of vLLM's NewRequestData; decoded at the first call, and kept decoded."""
+    params = request.sampling_params
+    extra_args = params.extra_args if params is not None else None
+    if not extra_args or (found := extra_args.get(KEY)) is None:
+        return NO_METADATA
+    if not isinstance(found, RequestMetadata):
+        found = extra_args[KEY] = RequestMetadata.from_wire(found)
+    return found
+
+
+def default_num_shards(vllm_config: Any) -> int:
+    """Over how many replicas the KV of a prompt is divided by default; 1: it is not divided."""
+    transfer = vllm_config.kv_transfer_config
+    return 1 if transfer is None else transfer.kv_connector_extra_config.get(SHARDS, 1)

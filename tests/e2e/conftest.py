@@ -1,0 +1,45 @@
+"""One `starling serve` process for each test file that uses it, with clients of HTTP and gRPC."""
+
+import grpc
+import httpx
+import pytest
+
+from benchmarks.random_llama import make_tiny_llama
+from examples.server import end_on_signals, serving
+from starling.v1 import inference_pb2_grpc
+from tests.e2e.serving import MODEL, PAGE_SIZE
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    end_on_signals()  # a signal to the test run also stops its server
+    folder = tmp_path_factory.mktemp("serving")
+    # Slow enough that a long output still runs when a test on a busy machine looks at it.
+    model = make_tiny_llama(folder / MODEL, num_hidden_layers=6)
+    options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
+    # In the test of SIGTERM, running streams end within this grace period on a slow machine too.
+    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "20", "--enable-prompt-tokens-details"]
+    with serving(model, *options, log=folder / "log", seconds=300) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def channel(server):
+    with grpc.insecure_channel(server.grpc) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="module")
+def generate(channel):
+    return inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.http, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stub(channel):
+    return inference_pb2_grpc.InferenceServiceStub(channel)

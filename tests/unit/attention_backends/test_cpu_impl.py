@@ -1,0 +1,149 @@
+"""The op that a layer attends with, and the equal results of both ops: on vLLM's cache, through the layer's forward."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backend import AttentionType
+
+from attention_backends.kernels.cpu.selection import Op
+from attention_backends.kernels.merge import merge
+from attention_backends.star import cpu_impl
+from replicas.remote_attention_server import attend_all
+
+HEADS, KV_HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 4, 2, 64, 32, 40
+
+
+@pytest.fixture(autouse=True)
+def restored_setting():
+    before = cpu_impl._cpu_attention
+    yield
+    cpu_impl.use_cpu_attention(before)
+
+
+def make(**changes) -> cpu_impl.CpuImpl:
+    arguments = {"num_heads": HEADS, "head_size": SIZE, "scale": 0.1, "num_kv_heads": KV_HEADS}
+    arguments |= {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+    model = SimpleNamespace(dtype=torch.float32)
+    config = VllmConfig()
+    config.model_config = model
+    with set_current_vllm_config(config, check_compile=False):
+        return cpu_impl.CpuImpl(**arguments | changes)
+
+
+def metadata(queries: list[int], keys: list[int], **changes):
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    seq_lens = torch.tensor(keys, dtype=torch.int32)
+    page_ids = torch.randperm(NUM_PAGES)[: len(keys) * 8].view(len(keys), 8).int()
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(keys), num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=SIZE, seq_lens=seq_lens,
+        dtype=torch.float32, query_start_loc=starts, causal=True, sliding_window_size=-1, isa="vec",
+        enable_kv_split=False, dynamic_causal=None, kv_cache_dtype="auto",
+    )  # fmt: skip
+    fields = {"num_actual_tokens": sum(queries), "max_query_len": max(queries), "max_seq_len": max(keys)}
+    fields |= {"query_start_loc": starts, "seq_lens": seq_lens, "block_table": page_ids, "scheduler_metadata": plan}
+    return SimpleNamespace(**fields | {"causal": True, "dynamic_causal": None} | changes)
+
+
+LAYER = SimpleNamespace(layer_name="layer", isa="vec", _k_scale_float=1.0, _v_scale_float=1.0)
+
+
+def run(impl, batch, query, cache) -> torch.Tensor:
+    output = torch.full_like(query, float("nan"))
+    return impl.forward(LAYER, query, None, None, cache, batch, output)
+
+
+def test_both_ops_write_the_same_and_the_selected_one_runs(monkeypatch):
+    torch.manual_seed(0)
+    impl, batch = make(), metadata([1, 70, 5], [130, 200, 5])
+    cache = torch.randn(NUM_PAGES, KV_HEADS, PAGE_SIZE, 2 * SIZE)
+    query = torch.randn(76, HEADS, SIZE)
+    calls = []
+    real = cpu_impl.paged_attention
+    monkeypatch.setattr(cpu_impl, "paged_attention", lambda *args, **kw: calls.append(1) or real(*args, **kw))
+    monkeypatch.setattr(cpu_impl, "select_op", lambda *args, **kw: Op.STARLING)
+    ours = run(impl, batch, query, cache)
+    assert calls == [1]
+    cpu_impl.use_cpu_attention("vllm")
+    theirs = run(impl, batch, query, cache)
+    assert calls == [1]
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "decoder"),
+        ({"alibi_slopes": [0.1] * HEADS}, "ALiBi"),
+        ({"sinks": torch.zeros(HEADS)}, "sinks"),
+        ({"sliding_window": 128}, "sliding window"),
+        ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"head_size": 72}, "multiple of 16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layers_that_vllms_op_runs(changes, reason):
+    impl = make(**changes)
+    assert reason in cpu_impl.unsupported_reason(impl)
+    assert not impl.has_op
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes"),
+    [
+        (SimpleNamespace(isa="amx"), {}),
+        (LAYER, {"causal": False}),
+        (LAYER, {"dynamic_causal": torch.ones(1)}),
+    ],
+    ids=["amx", "not causal", "causal by row"],
+)
+def test_batches_that_vllms_op_runs(monkeypatch, layer, changes):
+    monkeypatch.setattr(cpu_impl, "select_op", lambda *args, **kw: Op.STARLING)
+    impl, query = make(), torch.randn(1, HEADS, SIZE)
+    assert impl.uses_op(query, LAYER, metadata([1], [100]))
+    assert not impl.uses_op(query, layer, metadata([1], [100], **changes))
+
+
+class OtherReplicas:
+    """Other replicas, which attend to every key of the pages in ``table``."""
+
+    def __init__(self, cache: torch.Tensor) -> None:
+        self.cache = cache
+
+    def begin(self, layer: str, query: torch.Tensor, scale: float, softcap: float) -> str:
+        self.query = layer, scale, softcap
+        numbers = {"scale": scale, "softcap": softcap}
+        self.parts = attend_all(query, self.cache, [self.table], [len(query)], numbers)
+        return "sent"
+
+    def finish(self, sent: str, out: torch.Tensor, lse: torch.Tensor) -> None:
+        assert sent == "sent"
+        merged = merge(torch.stack((out, self.parts[0])), torch.stack((lse, self.parts[1])))
+        out.copy_(merged[0])
+
+
+@pytest.mark.parametrize("setting", ["auto", "vllm"])
+def test_keys_on_other_replicas_are_merged_whatever_the_setting(setting, monkeypatch):
+    """A row of 10 queries whose first 4 pages are on other replicas, compared to the whole row in one batch."""
+    torch.manual_seed(0)
+    impl, query = make(), torch.randn(10, HEADS, SIZE)
+    cache = torch.randn(NUM_PAGES, KV_HEADS, PAGE_SIZE, 2 * SIZE)
+    whole = metadata([10], [200])
+    cpu_impl.use_cpu_attention("vllm")
+    wanted = run(impl, whole, query, cache)
+    cpu_impl.use_cpu_attention(setting)
+    others = OtherReplicas(cache)
+    others.table = whole.block_table[0, :4].numpy()
+    rest = metadata([10], [200 - 4 * PAGE_SIZE])
+    rest.block_table = whole.block_table[:, 4:].contiguous()
+    step = SimpleNamespace(remote_attention={PAGE_SIZE: others}.__getitem__)
+    monkeypatch.setattr(cpu_impl, "current_step", lambda: step)
+    torch.testing.assert_close(run(impl, rest, query, cache), wanted, rtol=1e-4, atol=1e-5)
+    assert others.query == ("layer", 0.1, 0)
+
+
+def test_an_unknown_setting():
+    with pytest.raises(ValueError, match="auto, vllm"):
+        cpu_impl.use_cpu_attention("fast")

@@ -1,0 +1,162 @@
+"""The shift over pages against its definition, for any split of a sequence into chunks and any mix of requests."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from attention_backends.kv_shift.reference import shift_reference
+from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
+from attention_backends.kv_shift.state import WINDOW, refuse_unsupported, state_spec
+
+HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 2, 4, 4, 40
+
+
+class Batch:
+    """A state in pages, and sequences that run through it chunk by chunk, as in vLLM's model runner."""
+
+    def __init__(self, lengths: list[int], dtype: torch.dtype = torch.float32):
+        torch.manual_seed(0)
+        self.weights = torch.rand(2, HEADS, 2) * 2 - 0.5
+        self.raw = [torch.randn(2, length, HEADS * SIZE).to(dtype) for length in lengths]
+        # Head-major strides. NaN stands for the garbage of freed pages: a read before a write fails the test.
+        self.state = torch.full((NUM_PAGES, PAGE_SIZE, HEADS, 2 * SIZE), torch.nan, dtype=dtype).transpose(1, 2)
+        page_ids = iter(random.Random(0).sample(range(1, NUM_PAGES), NUM_PAGES - 1))
+        self.tables = [[next(page_ids) for _ in range(-(-length // PAGE_SIZE))] for length in lengths]
+        self.done = [0] * len(lengths)
+
+    def step(self, chunks: dict[int, int], padding: int = 0) -> list[torch.Tensor]:
+        """Run the next tokens of some sequences; returns (2, tokens, heads * size) shifted K and V of each.
+
+        Args:
+            chunks: number of tokens by sequence.
+            padding: number of requests without tokens, and of rows without a slot, at the end of the batch.
+        """
+        rows = [self.raw[request][:, self.done[request] : self.done[request] + n] for request, n in chunks.items()]
+        key, value = torch.cat([*rows, torch.zeros(2, padding, HEADS * SIZE, dtype=rows[0].dtype)], 1)
+        starts = torch.tensor([0, *chunks.values()] + [0] * padding).cumsum(0).int()
+        lens = torch.tensor([self.done[request] + n for request, n in chunks.items()] + [0] * padding).int()
+        table = torch.zeros(len(chunks) + padding, max(map(len, self.tables)), dtype=torch.int32)
+        slots = []
+        for row, (request, n) in enumerate(chunks.items()):
+            page_ids = self.tables[request]
+            table[row, : len(page_ids)] = torch.tensor(page_ids)
+            positions = range(self.done[request], self.done[request] + n)
+            slots += [page_ids[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for position in positions]
+            self.done[request] += n
+        predecessors = find_predecessors(starts, lens, table, PAGE_SIZE)
+        metadata = ShiftMetadata(*predecessors, torch.tensor(slots + [-1] * padding))
+        shifted = torch.stack(shift(key, value, *self.weights, self.state, metadata))
+        return list(shifted[:, : len(slots)].split(list(chunks.values()), 1))
+
+    def expected(self, request: int) -> torch.Tensor:
+        both = zip(self.raw[request].float(), self.weights, strict=True)
+        return torch.stack([shift_reference(x.unflatten(-1, (HEADS, SIZE)), w).flatten(1) for x, w in both])
+
+
+@pytest.mark.parametrize("cuts", [[19], [1] * 19, [4, 4, 4, 4, 3], [3, 1, 8, 5, 2]], ids=str)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_any_cut_of_a_sequence_gives_the_same(cuts, padding):
+    batch = Batch([19])
+    got = torch.cat([batch.step({0: cut}, padding)[0] for cut in cuts], 1)
+    torch.testing.assert_close(got, batch.expected(0), rtol=0, atol=1e-6)
+
+
+def test_requests_in_one_step_do_not_see_one_another():
+    batch = Batch([9, 5, 12, 1])
+    steps = [{0: 4, 1: 1}, {0: 1, 2: 7}, {3: 1, 2: 5, 1: 4, 0: 4}]
+    got: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: [], 3: []}
+    for chunks in steps:
+        for request, shifted in zip(chunks, batch.step(chunks), strict=True):
+            got[request].append(shifted)
+    for request, shifted in got.items():
+        torch.testing.assert_close(torch.cat(shifted, 1), batch.expected(request), rtol=0, atol=1e-6)
+
+
+def test_a_page_that_another_request_fills_in_the_same_step_can_be_read():
+    """vLLM's prefix cache also hits pages that are only scheduled to be written in the step."""
+    batch = Batch([6, 6])
+    batch.raw[1][:, :PAGE_SIZE] = batch.raw[0][:, :PAGE_SIZE]
+    batch.tables[1][0] = batch.tables[0][0]
+    batch.done[1] = PAGE_SIZE
+    first, second = batch.step({0: 6, 1: 2})
+    torch.testing.assert_close(first, batch.expected(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(second, batch.expected(1)[:, PAGE_SIZE:], rtol=0, atol=1e-6)
+
+
+def test_the_mix_is_rounded_once():
+    batch = Batch([7], torch.bfloat16)
+    got = torch.cat([batch.step({0: 3})[0], batch.step({0: 4})[0]], 1)
+    assert torch.equal(got, batch.expected(0).bfloat16())
+
+
+def test_a_lost_state_is_noticed():
+    batch = Batch([8])
+    batch.step({0: 4})
+    batch.state.zero_()
+    assert not torch.allclose(batch.step({0: 4})[0], batch.expected(0)[:, 4:], atol=1e-2)
+
+
+def test_without_metadata_the_state_does_not_change():
+    batch = Batch([5])
+    key, value = shift(*batch.raw[0], *batch.weights, batch.state, None)
+    torch.testing.assert_close(torch.stack((key, value)), batch.expected(0), rtol=0, atol=1e-6)
+    assert batch.state.isnan().all()
+
+
+def test_predecessors():
+    rows, slots = find_predecessors(
+        torch.tensor([0, 3, 4, 4]).int(),
+        torch.tensor([3, 9, 0]).int(),
+        torch.tensor([[7, 0, 0], [5, 2, 6], [0] * 3]),
+        4,
+    )
+    assert rows.tolist() == [0, 3, NO_ROW]
+    assert slots.tolist() == [NO_SLOT, 2 * 4 + 3, NO_SLOT]
+
+
+def attention_spec(value_bytes: int, **more):
+    page_bytes = 128 * 8 * 2 * 64 * value_bytes
+    sizes = {"block_size": 128, "num_kv_heads": 8, "head_size": 64, "page_size_bytes": page_bytes}
+    return SimpleNamespace(**sizes | more)
+
+
+@pytest.mark.parametrize(("value_bytes", "dtype", "page_size"), [(2, torch.bfloat16, 128), (1, torch.bfloat16, 64)])
+def test_state_pages_have_the_bytes_of_attention_pages(value_bytes, dtype, page_size):
+    """With an fp8 KV cache the state keeps the model's dtype, so its pages hold half as many tokens."""
+    attention = attention_spec(value_bytes)
+    spec = state_spec(attention, dtype)
+    assert (spec.block_size, spec.sliding_window, spec.dtype) == (page_size, WINDOW, dtype)
+    assert spec.page_size_bytes == attention.page_size_bytes
+
+
+def test_a_page_that_does_not_fit_is_refused_by_name():
+    scaled = attention_spec(1, page_size_bytes=128 * 8 * (2 * 64 + 8))
+    with pytest.raises(ValueError, match="--kv-cache-dtype auto or fp8"):
+        state_spec(scaled, torch.bfloat16)
+
+
+def config_with(**options):
+    plain = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+    options = plain | {"disable_hybrid_kv_cache_manager": False} | options
+    both = SimpleNamespace(**options)
+    return SimpleNamespace(parallel_config=both, scheduler_config=both)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"decode_context_parallel_size": 2},
+        {"prefill_context_parallel_size": 2},
+        {"enable_dbo": True},
+        {"disable_hybrid_kv_cache_manager": True},
+    ],
+    ids=str,
+)
+def test_unsupported_features_are_refused_by_name(option):
+    refuse_unsupported(config_with())
+    with pytest.raises(ValueError, match=next(iter(option))):
+        refuse_unsupported(config_with(**option))

@@ -1,0 +1,198 @@
+"""The step that the worker opens and builders read, and the wrapped backend, with fakes of vLLM's objects."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+
+from attention_backends.star import backend as star_backend
+from attention_backends.star.backend import make_star_backend, takes_star
+from attention_backends.star.step import StarStep, current_step, open_step
+from engine_ext.worker import StarRequests
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
+from tests.unit.attention_backends.test_rows import batch_metadata
+
+PLAN = StarPlan(8, 8, 0, 30, 40)
+SPEC = FullAttentionSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32)
+
+
+class FakeBuilder(AttentionMetadataBuilder):
+    """The builder of a GPU backend; its metadata is the CommonAttentionMetadata that it gets."""
+
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+    supports_update_block_table = True
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        return common_attn_metadata
+
+    def update_block_table(self, metadata, blk_table, slot_mapping):
+        return metadata.replace(block_table_tensor=blk_table, slot_mapping=slot_mapping)
+
+
+class FakeBackend(AttentionBackend):
+    get_name = staticmethod(lambda: "FLASH_ATTN")
+    get_impl_cls = staticmethod(lambda: object)
+    get_builder_cls = staticmethod(lambda: FakeBuilder)
+
+
+def make_builder(spec=SPEC, device="cpu"):
+    scheduler = SimpleNamespace(max_num_seqs=10, max_num_batched_tokens=400)
+    config = SimpleNamespace(scheduler_config=scheduler)
+    return make_star_backend(FakeBackend).get_builder_cls()(spec, ["layer"], config, torch.device(device))
+
+
+def make_step(plans, scheduled, counted=None):
+    return StarStep(plans, scheduled, lambda common: list(scheduled), (counted if counted is not None else []).append)
+
+
+def test_the_wrapped_backend_has_the_name_of_the_backend_and_is_made_once():
+    wrapped = make_star_backend(FakeBackend)
+    assert issubclass(wrapped, FakeBackend)
+    assert wrapped.get_name() == "FLASH_ATTN"
+    assert make_star_backend(FakeBackend) is wrapped
+
+
+def test_star_rows_reach_the_base_builder_and_are_counted_once():
+    counted = []
+    common = batch_metadata([1, 20], [9, 20], columns=12)
+    builder, other = make_builder(), make_builder()
+    with open_step(make_step({"b": PLAN}, {"a": 1, "b": 20}, counted)):
+        built = builder.build(0, common)
+        other.build(0, common)
+        moved = other.update_block_table(built, common.block_table_tensor + 100, common.slot_mapping)
+    assert built.seq_lens.tolist() == [9, 8, 16, 12]
+    assert moved.block_table_tensor[3, :3].tolist() == [112, 113, 116]
+    assert len(counted) == 1
+
+
+def test_without_a_step_the_builder_gets_the_metadata_itself():
+    """As in dense batches, dummy runs and profiling runs, also after a star step."""
+    common = batch_metadata([1, 20], [9, 20], columns=12)
+    builder = make_builder()
+    with open_step(make_step({"b": PLAN}, {"a": 1, "b": 20})):
+        builder.build(0, common)
+    assert current_step() is None
+    assert builder.build(0, common) is common
+    table = common.block_table_tensor
+    assert builder.update_block_table(common, table, common.slot_mapping).block_table_tensor is table
+
+
+REMOTE = RemoteShards("own", (Shard("b", 16, 12, [{"name": "server"}]),))
+
+
+def test_a_decode_row_with_keys_on_another_replica_is_rewritten_and_has_a_query_for_that_replica():
+    rows, builder = [], make_builder()
+    step = StarStep({"b": PLAN}, {"a": 1, "b": 1}, lambda _: ["a", "b"], rows.append, {"b": REMOTE}, list)
+    with open_step(step):
+        built = builder.build(0, batch_metadata([1, 1], [9, 45], columns=12))
+        queries = current_step().remote_attention(4)
+        assert current_step().remote_attention(4) is queries, "the object is made once for each step"
+    assert built.seq_lens.tolist() == [9, 45 - 12]
+    (query,) = queries
+    assert query.tokens.tolist() == [1] and query.addresses == [{"name": "server"}]
+    (span,) = query.spans
+    assert (span.request_id, span.shard, span.num_queries, span.first_page, span.num_pages) == ("b", "b", 1, 0, 3)
+    assert query.pairs(4) == 12
+
+
+def test_a_step_without_keys_on_other_replicas_has_no_remote_queries():
+    builder = make_builder()
+    with open_step(make_step({"b": PLAN}, {"a": 1, "b": 20})):
+        builder.build(0, batch_metadata([1, 20], [9, 20], columns=12))
+        assert current_step().remote_attention(4) is None
+
+
+def test_after_a_failed_step_no_step_is_open():
+    with pytest.raises(KeyError), open_step(make_step({}, {})):
+        raise KeyError
+    assert current_step() is None
+
+
+@pytest.mark.parametrize("scheduled", [{"a": 20, "b": 1}, {"a": 1, "b": 19}, {"a": 1}])
+def test_rows_that_differ_from_the_schedulers_step_are_an_error(scheduled):
+    step = make_step({"b": PLAN}, scheduled)
+    with pytest.raises(RuntimeError, match="matched"):
+        step.rows(batch_metadata([1, 20], [9, 20], columns=12), 4)
+
+
+def test_a_star_step_that_no_layer_read_is_an_error():
+    with (
+        pytest.raises(RuntimeError, match="no full-attention layer"),
+        open_step(make_step({"a": PLAN}, {"a": 20})),
+    ):
+        pass
+
+
+def test_layers_other_than_full_attention_get_the_metadata_itself():
+    shape = {"block_size": 4, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    assert takes_star(SPEC)
+    for spec in (
+        SlidingWindowSpec(**shape, sliding_window=16),
+        ChunkedLocalAttentionSpec(**shape, attention_chunk_size=16),
+        FullAttentionSpec(**shape, sliding_window=16),
+        FullAttentionSpec(**shape, non_causal=True),
+    ):
+        assert not takes_star(spec)
+        common = batch_metadata([20], [20], columns=12)
+        step = make_step({"a": PLAN}, {"a": 20})
+        step.engaged = True
+        with open_step(step):
+            assert make_builder(spec).build(0, common) is common
+
+
+def test_gpu_builders_have_room_for_virtual_rows_and_keep_decode_graphs():
+    assert make_builder(device="meta").max_num_seqs == 3 * 10 + 400 // 4
+    assert make_builder().max_num_seqs == 10
+    support = make_star_backend(FakeBackend).get_builder_cls().get_cudagraph_support(None, SPEC)
+    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def test_only_backends_that_can_be_wrapped_are_attributes_of_the_module():
+    assert star_backend.CPU_ATTN.get_name() == "CPU_ATTN"
+    with pytest.raises(AttributeError):
+        _ = star_backend.FLEX_ATTENTION
+
+
+def step_output(new=(), cached=(), finished=()):
+    def request(name, plan, start):
+        extra = {KEY: RequestMetadata(plan).to_wire()}
+        return SimpleNamespace(
+            req_id=name, sampling_params=SimpleNamespace(extra_args=extra), num_computed_tokens=start
+        )
+
+    names, starts = zip(*cached, strict=True) if cached else ((), ())
+    return SimpleNamespace(
+        scheduled_new_reqs=[request(*item) for item in new],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=list(names), num_computed_tokens=list(starts)),
+        finished_req_ids=set(finished),
+    )
+
+
+def test_plans_are_kept_until_their_requests_finish():
+    requests = StarRequests()
+    assert requests.update(step_output(new=[("a", PLAN, 0), ("b", None, 0)])) == {"a": PLAN}
+    assert requests.update(step_output(cached=[("a", 20), ("b", 20)])) == {"a": PLAN}
+    assert requests.update(step_output(cached=[("a", 30), ("b", 30)])) == {}  # after the context: a dense step
+    assert requests.update(step_output(cached=[("a", 0)])) == {"a": PLAN}  # preempted and resumed
+    assert requests.update(step_output(new=[("a", PLAN, 0)])) == {"a": PLAN}  # preempted and resumed on the V2 runner
+    assert requests.update(step_output(finished=["a"])) == {}
+    assert requests.metadata == {}
+
+
+def test_a_request_with_keys_on_other_replicas_is_a_star_request_until_it_finishes():
+    requests, output = StarRequests(), step_output(new=[("a", PLAN, 28), ("b", PLAN, 0)])
+    output.scheduled_new_reqs[0].sampling_params.extra_args[KEY] = RequestMetadata(PLAN, remote=REMOTE).to_wire()
+    assert requests.update(output) == {"a": PLAN, "b": PLAN}
+    assert requests.metadata["a"].remote == REMOTE
+    assert requests.update(step_output(cached=[("a", 45), ("b", 45)])) == {"a": PLAN}
+    assert requests.update(step_output(cached=[("b", 46)], finished=["a"])) == {}
+    assert set(requests.metadata) == {"b"}

@@ -1,0 +1,85 @@
+"""Calls to replicas that answer late, or never."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from engine_ext.front.replica_rpc import ReplicaRPC, ReplicaTimeout
+from tests.unit.engine_ext.front.virtual_time import now, run
+
+TIMEOUT = 30.0
+
+
+class FakeEngine:
+    """Its replicas answer once their gate is open."""
+
+    def __init__(self) -> None:
+        self.errored = False
+        self.dead_error = EngineDeadError()
+        self.gates = {rank: asyncio.Event() for rank in range(2)}
+        self.gates[1].set()
+        self.called: list[tuple] = []
+        self.engine_core = SimpleNamespace(_call_utility_async=self.answer, core_engines=list(self.gates))
+
+    async def answer(self, name: str, *args, engine: int):
+        self.called.append((engine, name, *args))
+        await self.gates[engine].wait()
+        return args
+
+
+def test_an_answer_in_time_is_returned():
+    async def scenario():
+        engine, rpc = FakeEngine(), ReplicaRPC(TIMEOUT)
+        assert await rpc.call(engine, 1, "name", 2, 3) == (2, 3)
+        asyncio.get_running_loop().call_later(TIMEOUT - 1, engine.gates[0].set)
+        assert await rpc.call(engine, 0, "name") == ()
+        assert not rpc.is_unresponsive(0)
+
+    run(scenario)
+
+
+def test_a_replica_that_owes_an_answer_is_not_called_again_until_it_has_answered():
+    async def scenario():
+        engine, rpc = FakeEngine(), ReplicaRPC(TIMEOUT)
+        with pytest.raises(ReplicaTimeout, match="replica 0 has not answered for 30 s"):
+            await rpc.call(engine, 0, "first")
+        assert TIMEOUT <= now() < TIMEOUT + 2
+        assert rpc.is_unresponsive(0)
+        assert not rpc.is_unresponsive(1)
+        with pytest.raises(ReplicaTimeout):
+            await rpc.call(engine, 0, "second")
+        assert now() < TIMEOUT + 2, "at once"
+        with pytest.raises(ReplicaTimeout):
+            await rpc.call(engine, 0, "third", always=True)
+        assert [name for _, name in engine.called] == ["first", "third"]
+        engine.gates[0].set()
+        await asyncio.sleep(0.1)
+        assert not rpc.is_unresponsive(0)
+        assert await rpc.call(engine, 0, "fourth") == ()
+
+    run(scenario)
+
+
+def test_a_call_to_an_engine_that_dies_ends_with_its_error():
+    async def scenario():
+        engine, rpc = FakeEngine(), ReplicaRPC(TIMEOUT)
+        asyncio.get_running_loop().call_later(3, setattr, engine, "errored", True)
+        with pytest.raises(EngineDeadError):
+            await rpc.call(engine, 0, "name")
+        assert now() < 5
+        assert not rpc.is_unresponsive(0)
+
+    run(scenario)
+
+
+def test_an_error_of_the_call_is_raised():
+    async def scenario():
+        engine, rpc = FakeEngine(), ReplicaRPC(TIMEOUT)
+        with pytest.raises(IndexError):
+            await rpc.call(engine, 2, "name")
+
+    run(scenario)

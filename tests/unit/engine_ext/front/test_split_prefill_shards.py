@@ -1,0 +1,123 @@
+"""Prompts split over simulated replicas whose KV stays there: shards are held, attended to, lost and released."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from engine_ext.front.replica_rpc import ReplicaTimeout
+from engine_ext.front.split_prefill import ShardLost
+from engine_ext.front.state import front_state
+from engine_ext.metrics import front_metrics
+from replicas.core_rpc import OPEN_SHARD, RELEASE
+from scheduler.star.request_metadata import metadata_of
+from tests.unit.engine_ext.front.simulation import SHARDS, TOKENS, both_parts_run, whole_requests
+from tests.unit.engine_ext.front.virtual_time import now
+from tests.unit.scheduler.simulation import random_ids
+
+
+def test_shards_are_held_to_the_end_and_released_after_the_request_has_left(simulate):
+    async def scenario(server):
+        before = front_metrics().shard_requests._value.get()
+        async for _ in server.stream(TOKENS, SHARDS, max_tokens=30):
+            assert [len(replica.held) for replica in server.replicas] == [1, 1, 0]
+            assert [len(replica.opened) for replica in server.replicas] == [0, 1, 0]
+        assert server.work() == [[(0, 320), (480, 549)], [(0, 64), (320, 480)], []]
+        assert front_metrics().shard_requests._value.get() == before + 1
+        (whole,) = whole_requests(server)
+        metadata = metadata_of(whole)
+        (shard,) = metadata.remote.shards
+        assert (shard.start, shard.num_tokens) == (320, 160)
+        anchor, part = (metadata_of(request).part.name for request in server.replicas[1].requests.values())
+        assert shard.name == part
+        opened = [index for index, call in enumerate(server.client.calls) if call[2] == OPEN_SHARD]
+        assert len(opened) == 1
+        assert [(rank, *args) for rank, args in server.calls(RELEASE)] == [
+            (1, [anchor]),  # nothing reads this copy
+            (0, []),  # answered between two steps, after the request has left
+            (0, [metadata.remote.local_name]),
+            (1, [anchor, part]),
+        ]
+        assert server.client.calls[opened[0] - 1][2] == RELEASE, "the anchor's copy is released before"
+
+    simulate(scenario)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_output_leaves_no_page(simulate):
+    async def scenario(server):
+        stream = server.stream(TOKENS, SHARDS, max_tokens=100)
+        for _ in range(3):
+            await anext(stream)
+        await stream.aclose()
+        assert whole_requests(server)[0].num_output_tokens < 20
+
+    simulate(scenario)
+
+
+def test_a_request_whose_shard_is_lost_ends_with_the_reason(simulate):
+    async def scenario(server):
+        stream = server.stream(TOKENS, SHARDS, max_tokens=100)
+        await anext(stream)
+        server.replicas[1].running.clear()
+        with pytest.raises(ShardLost, match=r"holds a part of the prompt's KV.*replica 1 does not answer"):
+            async for _ in stream:
+                pass
+        server.replicas[1].running.set()
+
+    simulate(scenario)
+
+
+def test_with_shards_a_replica_that_hangs_at_its_part_is_an_error(simulate):
+    """No one replica may have the memory for the whole prompt."""
+
+    async def scenario(server):
+        running = asyncio.create_task(server.generate(TOKENS, SHARDS))
+        await both_parts_run(server)
+        server.replicas[1].running.clear()
+        with pytest.raises(ReplicaTimeout, match="replica 1 has not answered"):
+            await running
+        assert not whole_requests(server)
+        server.replicas[1].running.set()
+
+    simulate(scenario)
+
+
+def test_a_replica_that_owes_an_answer_is_still_called_to_release(simulate):
+    """The client does not wait for it, and other prompts do not reserve its pages until it has timed out again."""
+
+    async def scenario(server):
+        state = front_state(server.engine)
+        hanging = server.replicas[1]
+        ended = None
+        async for output in server.stream(TOKENS, SHARDS):
+            if output.finished:
+                hanging.running.clear()
+                with pytest.raises(ReplicaTimeout):
+                    await state.replica_rpc.call(server.engine, 1, RELEASE, [])
+                ended = now()
+        assert now() - ended < 3
+        assert len(hanging.held) == 1
+        assert state.reservations.reserved.total()
+        hanging.running.set()
+
+    simulate(scenario)
+
+
+def test_prompts_with_shards_reserve_their_memory_at_once_and_in_turn(simulate):
+    """Each takes more than half of a replica: the second one begins once the first one has released its pages."""
+
+    async def scenario(server):
+        ended = {}
+
+        async def generate(name: str, **sampling) -> None:
+            await server.generate(random_ids(len(name), 520), SHARDS, name, **sampling)
+            ended[name] = now()
+
+        await asyncio.gather(generate("a", max_tokens=10), generate("bc", n=2, temperature=1.0))
+        opened = [time for time, _, name, _ in server.client.calls if name == OPEN_SHARD]
+        assert opened[0] < ended["a"] < opened[1] < ended["bc"]
+        requests = [request for replica in server.replicas for request in replica.requests.values()]
+        assert not any(request.num_preemptions for request in requests)
+
+    simulate(scenario, num_pages=21)

@@ -1,0 +1,52 @@
+"""What a front keeps of each engine."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+from engine_ext.front.state import FrontState, front_state, state_of
+from replicas.options import ReplicaOptions
+from tests.unit.engine_ext.test_activation import fake_config
+
+
+class Processor:
+    """An input processor as far as FrontState looks at one."""
+
+    def __init__(self, starling: dict | None) -> None:
+        self.vllm_config = fake_config()
+        self.vllm_config.additional_config = {} if starling is None else {"starling": starling}
+        self.tokenizer = object()
+
+
+def test_each_engine_has_one_state_which_ends_with_it():
+    one, other = Processor({}), Processor({})
+    assert state_of(one) is front_state(SimpleNamespace(input_processor=one)) is not state_of(other)
+    assert state_of(one).planner.tokenizer is one.tokenizer
+    assert not hasattr(one, "starling")
+    ended = weakref.ref(state_of(one))
+    del one
+    gc.collect()
+    assert ended() is None
+
+
+def test_the_timeout_is_that_of_the_replicas_section():
+    assert state_of(Processor({"replicas": {"timeout": 5}})).replica_rpc.timeout == 5
+    for starling in ({}, None):
+        assert state_of(Processor(starling)).replica_rpc.timeout == ReplicaOptions().timeout
+
+
+def test_the_poller_knows_the_prompts_that_are_split_now():
+    state = state_of(Processor({}))
+    state.split_requests.add("a")
+    assert "a" in state.poller.split_requests
+
+
+def test_adapters_are_those_that_the_server_has_now():
+    state = FrontState(Processor({}).vllm_config)
+    assert state.lora_adapters() == {}
+    state.serving_models = SimpleNamespace(lora_requests={"a": 1})
+    assert state.lora_adapters() == {"a": 1}
+    state.serving_models.lora_requests["b"] = 2
+    assert state.lora_adapters() == {"a": 1, "b": 2}

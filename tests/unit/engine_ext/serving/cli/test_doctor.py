@@ -1,0 +1,122 @@
+"""`starling doctor` without a server: one JSON object, the plan's numbers, and reasons."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.attamba.random_model import make_random_attamba
+from benchmarks.random_llama import make_random_llama
+from engine_ext import plugin
+from engine_ext.serving.cli import doctor
+from scheduler.star.plan import StarPlan
+from tests.parity.harness import TINY
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    plugin.register()
+    return str(make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "engine_ext.serving.cli.main", "doctor", *arguments, "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def examine(*arguments: str) -> dict:
+    """The report. Standard output is one JSON object, although vLLM and its libraries print there."""
+    return json.loads(run(*arguments).stdout)
+
+
+def test_a_prompts_plan_memory_and_work(model):
+    report = examine(model, "--prompt-tokens", "3000", "--dtype", "float32", "--star-block-size", "512")
+    plan = StarPlan(512, 512, 0, 3000 - 512, 3000)
+    bytes_per_token = 2 * 2 * 2 * 32 * 4  # K and V, layers, KV heads, head size, float32
+    assert report["kv_cache"] == {
+        "page_tokens": 128,
+        "page_bytes": 128 * bytes_per_token,
+        "bytes_per_token": bytes_per_token,
+    }
+    assert report["attention_backend"]["name"] == "CPU_ATTN"
+    assert report["star_defaults"]["block_size"] == 512
+    assert report["star_refused"] == []
+    assert report["star_block_reuse"] == "yes"
+    prompt = report["prompt"]
+    assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
+    assert prompt["by_default"] == "dense"
+    assert prompt["plan_with_star_on"] == {"attention": "star"} | plan.summary()
+    assert prompt["attention_work_dense_over_star"] == round(plan.dense_keys() / plan.keys_attended(), 2)
+
+
+def test_what_an_attamba_models_cache_holds(tmp_path):
+    plugin.register()
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "intermediate_size": 96, "ssm_heads": 2}
+    sizes |= {"ssm_inner": 32, "ssm_state_dim": 16, "token_chunk": 8, "leading_tokens": 16, "num_hidden_layers": 2}
+    model = make_random_attamba(tmp_path / "attamba", max_position_embeddings=4096, **sizes)
+    options = ("--dtype", "float32", "--max-num-batched-tokens", "512", "--prompt-tokens", "1000")
+    whole = examine(str(model), *options)
+    report = whole["kv_cache"]
+    row = 2 * 64 * 4 * 2  # K|V, values, float32, layers
+    assert (report["bytes_per_token"], report["bytes_per_token_uncompressed"]) == (17 * row / 128, row)
+    # 8 pages of states; positions 984 to 999 of the window and 993 to 999 of the inputs, each of one page or two.
+    assert (whole["prompt"]["kv_pages"], whole["prompt"]["kv_bytes"]) == (8 + 2 + 1, 11 * 17 * row)
+    groups = {name: (group["page_tokens"], group["bytes_per_token"]) for name, group in report["groups"].items()}
+    page = 17 * row
+    assert groups == {"states": (128, page / 128), "window": (16, page / 16), "rows": (32, page / 32)}
+    assert report["groups"]["window"]["held_of_a_request"] == "its last 17 tokens"
+    a_request = 4096 // 128 + (-(-(16 + 512) // 16) + 1) + (-(-(7 + 512) // 32) + 1)
+    assert report["tokens_in_1_gib"] == int((1 << 30) // page / a_request * 4096)
+    assert report["tokens_in_1_gib_uncompressed"] == (1 << 30) // row
+
+
+def test_what_is_refused_and_why(model):
+    speculative = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
+    report = examine(model, "--prompt-tokens", "3000", "--speculative-config", speculative)
+    assert any("speculative decoding" in reason for reason in report["star_refused"])
+    assert report["star_block_reuse"] == "no: Star Attention is refused"
+    assert report["prompt"]["plan_with_star_on"] is None
+
+
+def test_replicas(model, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = ("--dtype", "float32", "--data-parallel-size", "2", "--prompt-tokens", "3000", "--star-block-size", "512")
+    report = examine(model, *options)
+    assert report["replicas"] == {
+        "number": 2,
+        "spread": "yes",
+        "shards": "yes, with star_shards=on (default off)",
+        "timeout": 30.0,
+        "cores": "0|1",
+    }
+    assert report["prompt"]["plan_with_star_on"]["replicas"] == 2
+    report = examine(model, *options, "--no-enable-prefix-caching")
+    assert report["replicas"]["spread"].startswith("no: replicas exchange pages of their prefix caches")
+    assert report["prompt"]["plan_with_star_on"]["replicas"] == 1
+
+
+def test_the_installation_alone(capfd, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert doctor.run(["--json"]) == 0
+    installation = json.loads(capfd.readouterr().out)["installation"]
+    assert installation["problem"] is None
+    assert installation["vllm"].startswith("0.32.")
+    assert installation["compiler"] is None
+    assert any("no C++ compiler" in note for note in installation["notes"])
+
+
+def test_options_that_a_server_would_refuse(model):
+    done = run(model, "--star-block-size", "100")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "star_block_size=100 is refused" in done.stderr
+
+
+def test_tables(model, capfd):
+    assert doctor.run([model, "--prompt-tokens", "3000", "--star-block-size", "512"]) == 0
+    output = capfd.readouterr().out
+    assert "bytes per token" in output
+    assert "star blocks: 5" in output

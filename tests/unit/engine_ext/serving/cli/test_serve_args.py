@@ -1,0 +1,387 @@
+"""The command line of `starling serve`, and of `starling`."""
+
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from engine_ext.serving.cli import main as cli
+from engine_ext.serving.cli.serve import refuse_taken_port
+from engine_ext.serving.cli.serve_args import (
+    FLAGS,
+    activate,
+    admin_options,
+    make_parser,
+    parse,
+    refuse_bypasses,
+    refuse_open_plaintext,
+)
+from engine_ext.serving.grpc import auth
+from engine_ext.serving.grpc.options import is_loopback
+from scheduler import options as scheduling_options
+from scheduler.star.options import FIELDS, StarOptions, flat_name
+from scheduler.star.parsing import OptionError
+from vllm_compat import versions
+
+MODEL = "some/model"
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return make_parser()
+
+
+@pytest.fixture
+def parse_fast(monkeypatch, parser):
+    """Parse with one parser for the module: building vLLM's takes seconds."""
+    monkeypatch.setattr("engine_ext.serving.cli.serve_args.make_parser", lambda: parser)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
+    return lambda *argv: parse([MODEL, *argv])
+
+
+def test_always_activated(parse_fast):
+    args, port = parse_fast()
+    assert (args.model_tag, args.additional_config, port) == (MODEL, {"starling": {}}, None)
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if field != "mode"])
+def test_every_option_has_a_flag(parse_fast, field):
+    alone = {"block_size": "0"} if field == "num_blocks" else {}
+    given, expected = ("on", "on") if field == "shards" else ("96", 96)
+    options = {f"--{flat_name(name).replace('_', '-')}": value for name, value in (alone | {field: given}).items()}
+    argv = [item for option in options.items() for item in option]
+    args, _ = parse_fast(*argv)
+    assert args.additional_config["starling"]["star"][field] == expected
+    assert not any(flat_name(name) in args for name in FIELDS), "vLLM should not see our flags"
+
+
+def test_mode_flag(parse_fast):
+    args, _ = parse_fast("--star", "auto", "--star_block_size", "1024")
+    assert args.additional_config["starling"]["star"] == {"mode": "auto", "block_size": 1024}
+
+
+def test_flags_join_additional_config(parse_fast):
+    args, _ = parse_fast(
+        "--additional-config", '{"starling":{"star":{"mode":"on"}},"other":1}', "--star-anchor-size=64"
+    )
+    assert args.additional_config == {"starling": {"star": {"mode": "on", "anchor_size": 64}}, "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--star-block-size", "12k"], ["star_block_size='12k'", "whole number", "(str)"]),
+        (["--star-block-size", "1.5"], ["star_block_size='1.5'"]),
+        (["--star-query-tokens", "-1"], ["star_query_tokens=-1", "0 or more"]),
+        (
+            ["--star-query-tokens", "5", "--star-context-tokens", "5"],
+            ["star_context_tokens", "star_query_tokens=5"],
+        ),
+        (["--star-block-size", "0"], ["star_block_size=0", "nothing says the size"]),
+        (
+            ["--additional-config", '{"starling":{"star":{"blok":1}}}'],
+            ["blok", "no such star option", "block_size"],
+        ),
+        (["--additional-config", '{"starling":{"moon":{}}}'], ["starling.moon", "no such section"]),
+        (["--additional-config", '{"starling":[]}'], ["starling=[]", "object"]),
+        (
+            ["--additional-config", '{"starling":{"star":{"block_size":512}}}', "--star-block-size", "1024"],
+            ["--star-block-size=1024", "block_size=512"],
+        ),
+        (
+            ["--additional-config", '{"starling":{"star":{"query_tokens":5}}}', "--star-context-tokens", "6"],
+            ["context_tokens=6", "query_tokens=5"],
+        ),
+    ],
+)
+def test_bad_star_options_are_refused_by_name(parse_fast, argv, says):
+    with pytest.raises(OptionError) as refused:
+        parse_fast(*argv)
+    assert all(part in str(refused.value) for part in says), refused.value
+
+
+def test_unknown_mode_shows_the_modes(parse_fast, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_fast("--star", "perhaps")
+    assert ended.value.code == 2
+    assert "perhaps" in (error := capsys.readouterr().err)
+    assert all(mode in error for mode in ("off", "on", "auto"))
+
+
+def test_a_flag_may_repeat_what_additional_config_says():
+    config = {"starling": {"star": {"block_size": 512}}}
+    assert activate(config, {"star_block_size": 512}) == config
+
+
+def test_activate_leaves_its_argument_alone():
+    config = {"starling": {"star": {}}}
+    activate(config, {"star_block_size": 512})
+    assert config == {"starling": {"star": {}}}
+
+
+def test_vllm_does_not_see_the_grpc_port(parse_fast):
+    args, port = parse_fast("--grpc-port", "0", "--data-parallel-size", "2")
+    assert (args.grpc_port, port, args.api_server_count) == (None, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "servers"),
+    [
+        (["--data-parallel-size", "2"], 1),  # vLLM would start two
+        (["--data-parallel-size", "2", "--api-server-count", "3"], 3),
+        (["--data-parallel-size", "2", "--headless"], None),
+        ([], None),
+    ],
+)
+def test_one_api_server_serves_all_replicas(parse_fast, argv, servers):
+    assert parse_fast(*argv)[0].api_server_count == servers
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--headless"], "--headless"),
+        (["--grpc"], "--grpc serves"),
+        (["--api-server-count", "2"], "--api-server-count"),
+        (["--port", "7001"], "--port is the same"),
+        (["--data-parallel-multi-port-external-lb"], "--data-parallel-multi-port-external-lb"),
+    ],
+)
+def test_options_that_exclude_grpc(parse_fast, argv, says):
+    with pytest.raises(ValueError, match=says):
+        parse_fast("--grpc-port", "7001", *argv)
+    parse_fast(*argv)  # without gRPC vLLM decides
+
+
+def test_grpc_port_may_be_https_port_on_a_unix_socket(parse_fast):
+    assert parse_fast("--grpc-port", "7001", "--port", "7001", "--uds", "/tmp/x")[1] == 7001
+
+
+def test_help_shows_starlings_meaning_of_grpc_port(parser):
+    serve = parser._subparsers._group_actions[0].choices["serve"]
+    (action,) = [action for action in serve._actions if action.dest == "grpc_port"]
+    assert "starling.v1" in action.help
+    assert "Rust" not in action.help
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_help_shows_description_and_default(parser, field):
+    serve = parser._subparsers._group_actions[0].choices["serve"]
+    (action,) = [action for action in serve._actions if action.dest == flat_name(field)]
+    default = getattr(StarOptions(), field)
+    assert FIELDS[field].description in action.help
+    assert default is None or f"(default: {default})" in action.help
+
+
+@pytest.mark.parametrize(
+    ("environ", "fine"),
+    [
+        ({}, True),
+        ({"VLLM_PLUGINS": "a,starling"}, True),
+        ({"VLLM_PLUGINS": "a"}, False),
+        ({"VLLM_PLUGINS": ""}, False),
+        ({"VLLM_USE_RUST_FRONTEND": "0"}, True),
+        ({"VLLM_USE_RUST_FRONTEND": "1"}, False),
+    ],
+    ids=str,
+)
+def test_environments_that_would_bypass_starling(environ, fine):
+    if fine:
+        refuse_bypasses(environ)
+        return
+    with pytest.raises(ValueError, match=next(iter(environ))):
+        refuse_bypasses(environ)
+
+
+def test_a_taken_port_is_refused_early():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"--grpc-port {port} can't be used"):
+            refuse_taken_port("--grpc-port", "127.0.0.1", port)
+    refuse_taken_port("--grpc-port", "127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("my.host", False),
+    ],
+)
+def test_is_loopback(host, loopback):
+    assert is_loopback(host) == loopback
+
+
+@pytest.mark.parametrize(
+    ("keys", "metadata", "admitted"),
+    [
+        ([], [], True),
+        (["k"], [], False),
+        (["k"], [("authorization", "Bearer k")], True),
+        (["k"], [("authorization", "bearer k")], True),
+        (["a", "k"], [("x", "y"), ("authorization", "Bearer k")], True),
+        (["k"], [("authorization", "Bearer kk")], False),
+        (["k"], [("authorization", "Basic k")], False),
+        (["k"], [("authorization", "k")], False),
+        (["k"], [("authorization", "Bearer ")], False),
+    ],
+)
+def test_api_key(keys, metadata, admitted):
+    assert auth.AuthInterceptor(keys).is_authorized(metadata) == admitted
+
+
+@pytest.mark.parametrize(
+    ("reqs", "authority", "says"), [(1, "ca.pem", "not supported over gRPC"), (2, None, "--ssl-ca-certs")]
+)
+def test_tls_that_grpc_does_not_support(reqs, authority, says):
+    args = Namespace(ssl_certfile="c", ssl_keyfile="k", ssl_cert_reqs=reqs, ssl_ca_certs=authority)
+    with pytest.raises(ValueError, match=says):
+        auth.server_credentials(args)
+
+
+def test_help_loads_no_vllm():
+    code = (
+        "import sys; from engine_ext.serving.cli import main as cli\n"
+        "try: cli.main(['--help'])\n"
+        "finally: print('vllm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "serve" in done.stdout and "doctor" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("starling 0.")
+
+
+def test_a_broken_setup_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(versions, "problem", lambda: "vLLM 9.9 is outside the supported range")
+    assert cli.main(["serve", MODEL]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (
+        "",
+        "starling serve: error: vLLM 9.9 is outside the supported range\n",
+    )
+
+
+def test_console_script_refuses_a_bad_option_before_anything_heavy():
+    starling = Path(sys.executable).with_name("starling")
+    done = subprocess.run(
+        [starling, "serve", MODEL, "--star-block-size", "x"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("starling serve: error: star_block_size='x' is refused")
+
+
+TLS = ["--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem"]
+OPEN = ["--host", "0.0.0.0"]
+
+
+def open_plaintext(parse_fast, *options: str) -> None:
+    args, grpc_port = parse_fast(*options)
+    admin = admin_options(args, grpc_port, {})
+    refuse_open_plaintext(args, grpc_port, admin)
+    assert "grpc_plaintext" not in args, "vLLM has no such argument"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        OPEN,
+        ["--grpc-port", "0"],
+        ["--grpc-port", "0", "--host", "localhost"],
+        ["--grpc-port", "0", *OPEN, *TLS],
+        ["--grpc-port", "0", *OPEN, "--grpc-plaintext"],
+        ["--grpc-port", "0", "--grpc-plaintext"],
+    ],
+    ids=" ".join,
+)
+def test_grpc_in_the_clear_stays_on_loopback(parse_fast, options):
+    open_plaintext(parse_fast, *options)
+
+
+ADMIN = ["--grpc-admin-port", "0", "--grpc-admin-host", "0.0.0.0", "--grpc-admin-key", "k"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--grpc-port", "7", *OPEN], ["--grpc-port 7", "0.0.0.0", "--ssl-certfile", "--grpc-plaintext"]),
+        (["--grpc-port", "7", "--host", "::"], ["--grpc-port 7", "::"]),
+        (["--grpc-port", "7", *ADMIN], ["--grpc-admin-port 0", "0.0.0.0", "--grpc-plaintext"]),
+        (["--grpc-plaintext"], ["--grpc-plaintext", "--grpc-port"]),
+        (["--grpc-port", "7", "--grpc-plaintext", *TLS], ["--grpc-plaintext", "--ssl-certfile"]),
+    ],
+    ids=" ".join,
+)
+def test_grpc_in_the_clear_elsewhere_is_refused(parse_fast, options, says):
+    with pytest.raises(ValueError) as refused:
+        open_plaintext(parse_fast, *options)
+    assert all(part in str(refused.value) for part in says), refused.value
+
+
+def test_cpu_attention_flag(parse_fast):
+    args, _ = parse_fast("--cpu-attention", "vllm")
+    assert args.additional_config["starling"] == {"cpu_attention": "vllm"}
+    assert "cpu_attention" not in args, "vLLM should not see our flags"
+    same = '{"starling": {"cpu_attention": "vllm"}}'
+    args, _ = parse_fast("--cpu-attention", "vllm", "--additional-config", same)
+    assert args.additional_config["starling"] == {"cpu_attention": "vllm"}
+    with pytest.raises(OptionError, match="--additional-config says cpu_attention='vllm'"):
+        parse_fast("--cpu-attention", "auto", "--additional-config", same)
+    with pytest.raises(OptionError, match=r"starling\.cpu_attention='fast' is refused"):
+        parse_fast("--additional-config", '{"starling": {"cpu_attention": "fast"}}')
+
+
+def test_scheduler_flags(parse_fast):
+    args, _ = parse_fast("--scheduler-fairness", "off", "--scheduler-shared-step-tokens", "512")
+    assert args.additional_config["starling"] == {"scheduler": {"fairness": "off", "shared_step_tokens": 512}}
+    assert not any(name.startswith("scheduler_shared") for name in vars(args)), "vLLM should not see our flags"
+    same = '{"starling": {"scheduler": {"star_block_reuse": "off"}}}'
+    args, _ = parse_fast("--scheduler-long-prompt-tokens", "9", "--additional-config", same)
+    assert args.additional_config["starling"]["scheduler"] == {"star_block_reuse": "off", "long_prompt_tokens": 9}
+    with pytest.raises(OptionError, match=r"--scheduler-star-block-reuse='on'.*says star_block_reuse='off'"):
+        parse_fast("--scheduler-star-block-reuse", "on", "--additional-config", same)
+    with pytest.raises(OptionError, match=r"starling\.scheduler\.shared_step_keys=0 is refused"):
+        parse_fast("--scheduler-shared-step-keys", "0")
+
+
+@pytest.mark.parametrize("field", scheduling_options.FIELDS)
+def test_every_scheduler_option_has_a_flag(parse_fast, field):
+    text, value = ("off", "off") if field in scheduling_options.SWITCHES else ("96", 96)
+    args, _ = parse_fast("--" + scheduling_options.flat_name(field).replace("_", "-"), text)
+    assert args.additional_config["starling"]["scheduler"] == {field: value}
+
+
+@pytest.mark.parametrize(("text", "value"), [("2.5", 2.5), ("30", 30.0)])
+def test_replica_timeout(parse_fast, text, value):
+    args, _ = parse_fast("--star-replica-timeout", text)
+    assert args.additional_config["starling"] == {"replicas": {"timeout": value}}
+    assert "star_replica_timeout" not in args, "vLLM should not see our flags"
+    same = f'{{"starling": {{"replicas": {{"timeout": {text}}}}}}}'
+    args, _ = parse_fast("--star-replica-timeout", text, "--additional-config", same)
+    assert args.additional_config["starling"] == {"replicas": {"timeout": value}}
+    with pytest.raises(OptionError, match=rf"--star-replica-timeout=7\.0 .*--additional-config says timeout={text}"):
+        parse_fast("--star-replica-timeout", "7", "--additional-config", same)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_bad_replica_timeouts(parse_fast, text):
+    with pytest.raises(OptionError, match=r"starling\.replicas\.timeout=.* is refused: it must be a number above 0"):
+        parse_fast("--star-replica-timeout", text)
+
+
+def test_flags_have_different_names():
+    assert len({flag.dest for flag in FLAGS}) == len(FLAGS)

@@ -1,0 +1,326 @@
+"""Activation through vLLM's own EngineArgs: what it sets, what it refuses, and engines without it."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+
+from benchmarks.attamba.random_model import make_random_attamba
+from benchmarks.random_llama import make_random_llama
+from engine_ext import plugin
+from engine_ext.activation import MIDDLEWARE, add_middleware, parse_config
+from engine_ext.models.configs import KVShiftLlamaConfig
+from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
+from scheduler.star.parsing import OptionError
+from scheduler.star.request_metadata import default_num_shards
+from tests.parity.harness import TINY
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    plugin.register()
+    return make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY)
+
+
+def engine_config(model, **arguments):
+    return EngineArgs(model=str(model), enforce_eager=True, **arguments).create_engine_config()
+
+
+def test_activated_engines_get_starlings_scheduler_and_worker(model):
+    config = engine_config(model, additional_config={"starling": {"star": {"mode": "on", "block_size": 256}}})
+    assert config.parallel_config.worker_cls == "engine_ext.worker.StarCPUWorker"
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "StarScheduler"
+    assert star_refusals(config) == []
+
+
+def test_engines_without_the_entry_are_vllms(model):
+    config = engine_config(model, additional_config={"other": 1})
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            "scheduler_cls=.*Starling sets this class",
+        ),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "worker_cls=.*Starling sets this class"),
+        ({"star": {"mode": "on", "block_size": 100}}, "star_block_size=100.*multiple of the KV page of 128"),
+        (
+            {"star": {"mode": "on", "block_size": 256, "anchor_size": 512}},
+            "star_anchor_size=512.*larger than",
+        ),
+        ({"star": {"block": 100}}, "block=100.*no such star option"),
+        ({"star": "on"}, "starling.star='on'.*must be an object"),
+        ({"entry": {"scheduler": "on"}}, r"starling\.scheduler='on'.*must be an object"),
+        ({"entry": {"scheduler": {"fairness": "no"}}}, r"starling\.scheduler\.fairness='no'.*on or off"),
+        ({"entry": {"stars": {}}}, "starling.stars=.*no such section"),
+        ({"entry": "yes"}, "starling='yes'.*must be an object"),
+        ({"entry": {"replicas": 30}}, r"starling\.replicas=30.*must be an object"),
+        ({"entry": {"replicas": {"timeout": 0}}}, r"starling\.replicas\.timeout=0.*a number above 0"),
+        ({"entry": {"cpu_attention": "ours"}}, r"starling\.cpu_attention='ours'.*auto or vllm"),
+        (
+            {
+                "star": {"mode": "auto"},
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                },
+            },
+            "star='auto' is refused: speculative decoding",
+        ),
+    ],
+)
+def test_options_that_exclude_one_another_are_refused_at_the_start(model, arguments, message):
+    entry = arguments.pop("entry", {"star": arguments.pop("star", {})})
+    with pytest.raises(ValueError, match=message):
+        engine_config(model, additional_config={"starling": entry}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("star", "message"),
+    [
+        ({"block_size": 256}, None),
+        ({"block_size": 64}, "star_block_size=64 is refused.*page of 128.*a multiple of 128"),
+        ({"block_size": 256, "overlap_size": 128}, "star_overlap_size=128 is refused.*Attamba.*Allowed: 0"),
+    ],
+)
+def test_sizes_of_attamba_are_checked_against_its_pages_of_chunk_states(tmp_path, star, message):
+    plugin.register()
+    model = make_random_attamba(tmp_path / "attamba", hidden_size=64, num_attention_heads=2, token_chunk=8)
+    refused = contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with refused:
+        engine_config(model, additional_config={"starling": {"star": {"mode": "on"} | star}})
+
+
+def test_star_off_by_default_starts_and_refuses_per_request(model):
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    config = engine_config(model, additional_config={"starling": {}}, speculative_config=speculative)
+    assert any("speculative decoding" in reason for reason in star_refusals(config))
+
+
+def test_the_server_gets_the_middleware_once():
+    args = SimpleNamespace(additional_config={"starling": {}}, middleware=["theirs"])
+    add_middleware(args)
+    add_middleware(args)
+    assert args.middleware == ["theirs", *MIDDLEWARE]
+    plain = SimpleNamespace(additional_config={}, middleware=[])
+    add_middleware(plain)
+    assert plain.middleware == []
+
+
+def test_no_entry_is_no_activation():
+    assert parse_config(None) is None
+    assert parse_config({"other": {}}) is None
+    assert parse_config({"starling": {}}).star.mode == "off"
+    with pytest.raises(OptionError):
+        parse_config({"starling": {"star": {"mode": "sometimes"}}})
+
+
+def fake_config(**changes):
+    """A configuration that no rule refuses, with changes by owner__attribute."""
+    model = SimpleNamespace(
+        runner_type="generate",
+        is_encoder_decoder=False,
+        use_mla=False,
+        is_attention_free=False,
+        hf_text_config=SimpleNamespace(layer_types=["sliding_attention", "full_attention"]),
+        get_sliding_window=lambda: 128,
+        uses_alibi=False,
+        is_mm_prefix_lm=False,
+        rswa_window=None,
+        is_diffusion=False,
+        is_hybrid=False,
+        max_model_len=8192,
+        get_vocab_size=lambda: 320,
+    )
+    parallel = SimpleNamespace(
+        decode_context_parallel_size=1,
+        prefill_context_parallel_size=1,
+        enable_dbo=False,
+        data_parallel_size=1,
+        data_parallel_external_lb=False,
+        data_parallel_hybrid_lb=False,
+        pipeline_parallel_size=1,
+        enable_elastic_ep=False,
+    )
+    config = SimpleNamespace(
+        model_config=model,
+        parallel_config=parallel,
+        speculative_config=None,
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, enable_prefix_caching=True),
+        kv_transfer_config=None,
+        attention_config=SimpleNamespace(backend=None),
+        scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
+        device_config=SimpleNamespace(device_type="cuda"),
+    )
+    for name, value in changes.items():
+        owner, _, attribute = name.partition("__") if "__" in name else ("", "", name)
+        setattr(getattr(config, owner) if owner else config, attribute, value)
+    return config
+
+
+REFUSED = {
+    "does not generate": {"model_config__runner_type": "pooling"},
+    "encoder-decoder": {"model_config__is_encoder_decoder": True},
+    "MLA": {"model_config__use_mla": True},
+    "no full-attention layer": {"model_config__hf_text_config": SimpleNamespace(layer_types=["sliding_attention"])},
+    "ALiBi": {"model_config__uses_alibi": True},
+    "prefix-LM": {"model_config__is_mm_prefix_lm": True},
+    "R-SWA": {"model_config__rswa_window": 64},
+    "diffusion": {"model_config__is_diffusion": True},
+    "speculative": {"speculative_config": object()},
+    "decode context": {"parallel_config__decode_context_parallel_size": 2},
+    "prefill context": {"parallel_config__prefill_context_parallel_size": 2},
+    "dual-batch": {"parallel_config__enable_dbo": True},
+    "fast prefill": {"cache_config__kv_sharing_fast_prefill": True},
+    "long_prefill_token_threshold=1": {"scheduler_config__long_prefill_token_threshold": 1},
+    "LMCacheConnectorV1": {"kv_transfer_config": SimpleNamespace(kv_connector="LMCacheConnectorV1")},
+    "FLEX_ATTENTION": {"attention_config__backend": SimpleNamespace(name="FLEX_ATTENTION")},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_each_refusal_names_its_reason(reason):
+    (refusal,) = star_refusals(fake_config(**REFUSED[reason]))
+    assert reason in refusal
+
+
+def test_every_rule_is_tested_and_supported_engines_are_not_refused():
+    assert len(REFUSED) == len(RULES)
+    assert star_refusals(fake_config()) == []
+    allowed = SimpleNamespace(kv_connector=CONNECTORS[0])
+    assert star_refusals(fake_config(kv_transfer_config=allowed)) == []
+    assert star_refusals(fake_config(attention_config__backend=SimpleNamespace(name="FLASHINFER"))) == []
+
+
+FULL = {
+    "parallel_config__data_parallel_size": 2,
+    "model_config__hf_text_config": SimpleNamespace(model_type="llama", layer_types=None),
+    "model_config__get_sliding_window": lambda: None,
+}
+
+ON_ONE_REPLICA = {
+    "depend on one another": {"model_config__hf_text_config": KVShiftLlamaConfig()},
+    "prefix caches": {"cache_config__enable_prefix_caching": False},
+    "OffloadingConnector": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
+    "external load balancer": {"parallel_config__data_parallel_external_lb": True},
+    "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
+    "elastic expert": {"parallel_config__enable_elastic_ep": True},
+    "pip install nixl": {},
+}
+
+
+@pytest.mark.parametrize("reason", ON_ONE_REPLICA)
+def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
+    monkeypatch.setattr("engine_ext.refusals.nixl_is_installed", lambda: "nixl" not in reason)
+    config = fake_config(**FULL | ON_ONE_REPLICA[reason])
+    assert reason in replica_set(config).split_refusal
+    assert star_refusals(config) == []
+
+
+def test_every_rule_about_replicas_is_tested_and_prompts_of_plain_models_are_split():
+    assert len(ON_ONE_REPLICA) == len(SPLIT_RULES)
+    assert (replica_set(fake_config(**FULL)).size, replica_set(fake_config(**FULL)).split_refusal) == (2, None)
+    assert "speculative" in replica_set(fake_config(**FULL, speculative_config=object())).split_refusal
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "window", "hybrid", "named"),
+    [
+        (["sliding_attention", "full_attention"], 128, False, "sliding_attention"),
+        (["linear_attention", "full_attention"], None, True, "linear_attention"),
+        (None, None, True, "hybrid"),
+    ],
+)
+def test_models_whose_blocks_depend_on_one_another_stay_on_one_replica(layer_types, window, hybrid, named):
+    model = {
+        "model_config__hf_text_config": SimpleNamespace(model_type="some", layer_types=layer_types),
+        "model_config__get_sliding_window": lambda: window,
+        "model_config__is_hybrid": hybrid,
+    }
+    assert named in replica_set(fake_config(**FULL | model)).split_refusal
+
+
+def test_an_engine_of_several_replicas_gets_the_star_connector_where_prompts_can_be_split(model):
+    several = engine_config(model, additional_config={"starling": {}}, data_parallel_size=2)
+    assert several.kv_transfer_config.kv_connector == "StarConnector"
+    assert engine_config(model, additional_config={"starling": {}}).kv_transfer_config is None
+    off = {"data_parallel_size": 2, "enable_prefix_caching": False}
+    assert engine_config(model, additional_config={"starling": {}}, **off).kv_transfer_config is None
+    with pytest.raises(ValueError, match="star_replicas=2 is refused: replicas exchange"):
+        engine_config(model, additional_config={"starling": {"star": {"replicas": 2}}}, **off)
+    with pytest.raises(ValueError, match="star_replicas=3 is refused: this server has 2"):
+        engine_config(model, additional_config={"starling": {"star": {"replicas": 3}}}, data_parallel_size=2)
+
+
+CPU = FULL | {
+    "device_config__device_type": "cpu",
+    "cache_config__cache_dtype": "auto",
+    "cache_config__block_size": 128,
+    "scheduler_config__async_scheduling": False,
+    "parallel_config___api_process_count": 1,
+    "model_config__dtype": torch.float32,
+    "model_config__get_head_size": lambda: 64,
+    "additional_config": {"starling": {}},
+}
+
+WITHOUT_SHARDS = {
+    "available on CPU only": {"device_config__device_type": "cuda"},
+    "takes no fp8": {"cache_config__cache_dtype": "fp8_e4m3"},
+    "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
+    "head sizes": {"model_config__get_head_size": lambda: 80 + 8},
+    "(amx)": {"model_config__dtype": torch.bfloat16},
+    "--api-server-count": {"parallel_config___api_process_count": 2},
+    "async scheduling": {"scheduler_config__async_scheduling": True},
+}
+
+
+@pytest.mark.parametrize("reason", WITHOUT_SHARDS)
+def test_the_reason_that_keeps_kv_from_staying_on_its_replica_is_named(reason, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    found = replica_set(fake_config(**CPU | WITHOUT_SHARDS[reason]))
+    assert found.split_refusal is None
+    assert reason in found.shards_refusal
+
+
+def test_every_rule_about_shards_is_tested_and_a_plain_cpu_has_shards():
+    assert len(WITHOUT_SHARDS) == len(SHARD_RULES)
+    assert replica_set(fake_config(**CPU)).shards_refusal is None
+    uncached = replica_set(fake_config(**CPU | {"cache_config__enable_prefix_caching": False}))
+    assert uncached.split_refusal is not None
+    assert uncached.shards_refusal is None
+
+
+def test_over_how_many_replicas_kv_is_divided_by_default(model):
+    def num_shards(number: int, **star) -> int:
+        given = {"starling": {"star": {"mode": "auto", "min_tokens": 256} | star}}
+        # In bfloat16 a processor with AMX has no shards.
+        config = engine_config(model, additional_config=given, data_parallel_size=number, dtype="float32")
+        return default_num_shards(config)
+
+    assert (num_shards(1), num_shards(3)) == (1, 1)
+    assert (num_shards(3, shards="on"), num_shards(3, shards="on", replicas=2)) == (3, 2)
+    for refused, number, star in (
+        ("this server has one replica", 1, {}),
+        ("star_replicas=1 keeps", 2, {"replicas": 1}),
+        ("star_overlap_size=", 2, {"overlap_size": 128, "block_size": 256}),
+    ):
+        with pytest.raises(ValueError, match=rf"star_shards='on' is refused: .*{refused}"):
+            num_shards(number, shards="on", **star)
+
+
+def test_a_model_without_layer_types_is_classified_by_its_window():
+    bare = {"model_config__hf_text_config": SimpleNamespace(layer_types=None)}
+    assert star_refusals(fake_config(**bare))
+    assert star_refusals(fake_config(**bare, model_config__get_sliding_window=lambda: None)) == []
+    assert star_refusals(fake_config(model_config__is_attention_free=True))

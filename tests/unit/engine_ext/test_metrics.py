@@ -1,0 +1,56 @@
+"""Counters of engine cores and workers on the API server's /metrics; each is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from prometheus_client import REGISTRY, generate_latest
+
+from vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, collect_from_children
+
+COUNT_HITS = (
+    "from scheduler.metrics import scheduler_metrics as m; m().count_hit('block', 64); m().count_hit('block', 0)"
+)
+COUNT_TOKENS = "from engine_ext.metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
+SET_SIZES = """
+from scheduler.metrics import cache_metrics
+cache_metrics().states.set(20)
+cache_metrics().bytes_per_token.labels("0", "full_attention").set(34)
+"""
+
+
+def run(code: str, **environment: str) -> None:
+    """Run a child process that the API server has started."""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=os.environ | environment)
+
+
+def shown() -> str:
+    return generate_latest(REGISTRY).decode()
+
+
+def test_metrics_of_children_are_shown_and_those_of_a_parents_children_are_not(monkeypatch, tmp_path):
+    monkeypatch.setenv(DIRECTORY_ENV, str(tmp_path))
+    monkeypatch.delenv(MULTIPROCESS_ENV, raising=False)
+    before = set(REGISTRY._collector_to_names)
+    directory = collect_from_children.__wrapped__()
+    try:
+        assert os.environ[DIRECTORY_ENV] == directory.name != str(tmp_path)
+        for _ in range(2):
+            run(COUNT_TOKENS + SET_SIZES)
+        metrics = shown()
+        assert "starling:cache_states 40.0" in metrics, "the states of several engines are added up"
+        assert 'starling:cache_bytes_per_token{group="0",kind="full_attention"} 34.0' in metrics, "sizes are equal"
+        assert "starling:context_tokens_total 14.0" in metrics
+        run(COUNT_HITS)
+        metrics = shown()
+        assert 'starling:cached_tokens_total{kind="block"} 64.0' in metrics
+        assert 'starling:cache_hits_total{kind="block"} 1.0' in metrics
+        assert 'starling:cache_hits_total{kind="prefix"} 0.0' in metrics
+        run(COUNT_TOKENS, **{DIRECTORY_ENV: str(tmp_path)})
+        assert "starling:context_tokens_total 14.0" in shown()
+    finally:
+        for collector in set(REGISTRY._collector_to_names) - before:
+            REGISTRY.unregister(collector)
+        directory.cleanup()

@@ -1,0 +1,330 @@
+"""A request's options at the fronts: they become its metadata, are shown to the client, or are refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from attention_backends.attamba.count import prompt_keys
+from engine_ext.metrics import front_metrics
+from engine_ext.models.attamba_config import AttambaConfig
+from engine_ext.requests import (
+    PLANNED,
+    PlannedPrompt,
+    RequestPlanner,
+    refuse_beam_search,
+    response_plans,
+    response_requests,
+)
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
+from tests.unit.engine_ext.test_activation import CPU, fake_config
+
+STAR = {"star": "on", "star_block_size": 64}
+
+
+TOKENIZER = SimpleNamespace(
+    encode=lambda text, add_special_tokens: [3, ord(text)], decode=lambda ids: "\n" if ids == [10] else ""
+)
+"""A tokenizer that begins a text with a token of its own, and drops a space at the start of a text."""
+
+
+def planner(additional_config, page_size: int | None = 16, tokenizer=TOKENIZER, **changes) -> RequestPlanner:
+    """The planner of an engine; ``changes`` are those of fake_config."""
+    config = fake_config(**changes)
+    config.additional_config = additional_config
+    config.cache_config.effective_attention_block_size = page_size
+    return RequestPlanner(config, tokenizer)
+
+
+def wire(*plan) -> dict:
+    """The metadata of a request with a plan only, as it is sent."""
+    return {KEY: {"plan": list(plan)}}
+
+
+def processed(extra_args, length: int = 300, resumable: bool = False):
+    params = SamplingParams(extra_args=extra_args)
+    return SimpleNamespace(
+        sampling_params=params,
+        prompt_token_ids=[1] * length,
+        prompt_embeds=None,
+        mm_features=None,
+        resumable=resumable,
+    )
+
+
+ON = {"starling": {}}
+
+
+def test_star_options_are_replaced_by_the_plan_and_others_are_kept():
+    mine = {"theirs": 7} | STAR
+    request = processed(mine)
+    planner(ON).resolve(request, None)
+    assert request.sampling_params.extra_args == {"theirs": 7} | wire(64, 64, 0, 150, 300, 1, False)
+    assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
+
+
+@pytest.mark.parametrize(("extra_args", "left"), [(None, None), ({"theirs": 7}, {"theirs": 7}), ({"star": "off"}, {})])
+def test_dense_requests_have_no_metadata(extra_args, left):
+    request = processed(extra_args)
+    planner(ON).resolve(request, None)
+    assert request.sampling_params.extra_args == left
+
+
+TRANSFER = SimpleNamespace(kv_connector="StarConnector", kv_connector_extra_config={SHARDS: 3})
+
+
+def plan_on_three_replicas(extra_args, length: int):
+    """The plan of a request to three replicas of 99 pages of 16 tokens, with shards by default."""
+    changes = CPU | {"kv_transfer_config": TRANSFER, "additional_config": {"starling": {"star": {"shards": "on"}}}}
+    changes |= {"parallel_config__data_parallel_size": 3, "cache_config__num_gpu_blocks": 300}
+    return planner(changes.pop("additional_config"), **changes).plan(extra_args, length).plan
+
+
+def test_a_plan_has_as_many_replicas_as_its_kv_needs():
+    assert [plan_on_three_replicas(STAR | {"star_shards": "on"}, length).replicas for length in (1000, 3000)] == [3, 3]
+    two = {"star": "on", "star_block_size": 128, "star_replicas": 2}
+    assert plan_on_three_replicas(two, 1500).shards
+    with pytest.raises(VLLMValidationError, match=r"star_shards='on' is refused: 20 star blocks .* than 2 replicas"):
+        plan_on_three_replicas(two, 3000)
+
+
+@pytest.mark.parametrize("extra_args", [{}, STAR | {"star_shards": "off"}, STAR | {"star_replicas": 1}])
+def test_a_prompt_on_one_replica_must_fit_in_its_memory(extra_args):
+    plan_on_three_replicas(extra_args, 99 * 16 - 1)
+    with pytest.raises(VLLMValidationError, match=r"1584 tokens runs on one replica, whose KV memory holds 1584"):
+        plan_on_three_replicas(extra_args, 99 * 16)
+
+
+def test_pooling_requests_are_not_planned():
+    planner({"starling": {"star": {"mode": "on"}}}).resolve(SimpleNamespace(sampling_params=None), None)
+
+
+def test_without_activation_a_star_key_is_refused_with_how_to_activate():
+    request = processed(STAR)
+    with pytest.raises(VLLMValidationError, match=r"not activated.*starling serve.*--additional-config") as refused:
+        planner({}).resolve(request, None)
+    assert refused.value.parameter == "star"
+    dense = processed({"theirs": 7, "sta": 1})
+    planner({}).resolve(dense, None)
+    assert dense.sampling_params.extra_args == {"theirs": 7, "sta": 1}
+
+
+@pytest.mark.parametrize("additional_config", [ON, {}])
+@pytest.mark.parametrize("forged", [{"plan": [64, 64, 0, 10, 20]}, {"part": {"name": "mine"}}, None, 1])
+def test_clients_can_not_send_metadata(forged, additional_config):
+    with pytest.raises(VLLMValidationError, match=r"starling=.*is refused: replicas use this key") as refused:
+        planner(additional_config).resolve(processed({KEY: forged}), None)
+    assert refused.value.parameter == KEY
+
+
+def test_an_unknown_star_key_is_refused():
+    with pytest.raises(VLLMValidationError, match="no such star option"):
+        planner(ON).resolve(processed({"star_": 1}), None)
+
+
+def test_the_metadata_of_a_part_is_sent_as_the_front_made_it():
+    metadata = RequestMetadata(StarPlan(64, 64, 0, 150, 300, 2), part=PromptPart("mine", 128, 64))
+    request = processed({KEY: metadata}, length=150)
+    planner(ON).resolve(request, {"prompt_token_ids": request.prompt_token_ids})
+    assert request.sampling_params.extra_args == {KEY: metadata.to_wire()}
+
+
+def test_a_planned_prompt_keeps_its_plan_and_gets_its_pages():
+    fetch = PageFetch((PageSource(128, [1], [{}]),))
+    plan = StarPlan(128, 64, 0, 200, 300, 2)
+    request = processed(STAR | {"theirs": 7, KEY: RequestMetadata(fetch=fetch)})
+    planner(ON).resolve(request, {PLANNED: PlannedPrompt(plan, 300)})
+    assert request.sampling_params.extra_args == {"theirs": 7, KEY: RequestMetadata(plan, fetch=fetch).to_wire()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speculative_config": object()}, "star='on' is refused: speculative decoding"),
+        ({"page_size": None}, "no one KV page size"),
+    ],
+)
+def test_engines_that_can_not_run_star_refuse_it_and_serve_dense(changes, message):
+    front = planner(ON, **changes)
+    with pytest.raises(VLLMValidationError, match=message):
+        front.resolve(processed(STAR), None)
+    front.resolve(processed(None), None)
+
+
+ATTAMBA = {
+    "page_size": 128,
+    "model_config__hf_text_config": AttambaConfig(token_chunk=8, leading_tokens=16),
+    "model_config__get_sliding_window": lambda: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"star_block_size": 64},
+            "star_block_size=64 is refused: .* page of 128 tokens. Allowed: a multiple of 128",
+        ),
+        ({"star_block_size": 256, "star_anchor_size": 64}, "star_anchor_size=64 is refused.*a multiple of 128"),
+        ({"star_block_size": 256, "star_overlap_size": 128}, "star_overlap_size=128 is refused.*Attamba.*Allowed: 0"),
+    ],
+)
+def test_sizes_of_attamba_are_pages_of_chunk_states_and_have_no_overlap(options, message):
+    with pytest.raises(VLLMValidationError, match=message):
+        planner(ON, **ATTAMBA).resolve(processed({"star": "on"} | options, length=1000), None)
+
+
+def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_keys():
+    front, request = planner(ON, **ATTAMBA), processed({"star": "on", "star_num_blocks": 3}, length=1000)
+    front.resolve(request, None)
+    assert request.sampling_params.extra_args == wire(384, 384, 0, 500, 1000, 1, False)
+    for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
+        shown = front.describe(PlannedPrompt(plan, 1000))
+        assert shown == shown | prompt_keys(plan, 1000, 8, 16, layers=8)
+    assert shown["keys_attended"] < shown["dense_keys"]
+
+
+def test_sessions_are_refused():
+    with pytest.raises(VLLMValidationError, match="streaming-input session"):
+        planner(ON).resolve(processed(STAR, resumable=True), None)
+
+
+@pytest.fixture
+def noted():
+    """(plans, request ids) that are noted for an HTTP response."""
+    plans, ids = [], []
+    tokens = response_plans.set(plans), response_requests.set(ids)
+    yield plans, ids
+    response_plans.reset(tokens[0])
+    response_requests.reset(tokens[1])
+
+
+def test_plans_and_request_ids_are_noted_before_the_response_starts(noted):
+    front, (plans, ids) = planner(ON), noted
+    given = {"prompt_token_ids": [1] * 300}
+    for request_id, extra_args in (("a", STAR), ("b", {})):
+        params = SamplingParams(extra_args=extra_args)
+        prepared = front.prepare(given, params)  # the Responses API prepares a prompt twice
+        assert front.prepare(prepared, params, request_id) is prepared
+    assert PLANNED not in given
+    star, dense = plans
+    assert (star["attention"], star["star_blocks"], star["context_end"]) == ("star", 3, 150)
+    assert dense == {"attention": "dense", "prompt_tokens": 300, "padding_tokens": 0}
+    assert ids == ["a", "b"]
+    with pytest.raises(VLLMValidationError, match="star_block_size=65"):
+        front.prepare(given, SamplingParams(extra_args=STAR | {"star_block_size": 65}), "c")
+    assert (len(plans), ids) == (2, ["a", "b"])
+
+
+@pytest.mark.parametrize("engine_input", ["text", {"prompt": "text"}, [1, 2]])
+def test_prompts_whose_tokens_are_not_known_yet_stay_as_they_are(engine_input, noted):
+    assert planner(ON).prepare(engine_input, SamplingParams(extra_args=STAR), "a") is engine_input
+    assert noted == ([], [])
+
+
+def test_without_activation_prompts_stay_as_they_are_and_star_options_are_refused_early(noted):
+    front, given = planner({}), {"prompt_token_ids": [1] * 300}
+    assert front.prepare(given, SamplingParams(), "a") is given
+    with pytest.raises(VLLMValidationError, match="not activated"):
+        front.prepare(given, SamplingParams(extra_args=STAR), "a")
+    assert noted == ([], [])
+
+
+def test_rejections_are_counted_by_known_options_only():
+    counter = front_metrics().rejections
+    for key, label in (("star_anchor_size", "star_anchor_size"), ("star_made_up", "unknown")):
+        before = counter.labels(label)._value.get()
+        with pytest.raises(VLLMValidationError):
+            planner(ON).plan({"star": "on", key: -1}, 300)
+        assert counter.labels(label)._value.get() == before + 1
+
+
+MARKED = STAR | {"star_segment_token": 7, "star_query_tokens": 10}
+
+
+def marked(extra_args=MARKED, **changes):
+    """A request whose segments of 100, 30 and 60 tokens start with 7, and are followed by a query of 10."""
+    request = processed(extra_args)
+    segments = [[7] + [token] * (size - 1) for token, size in ((1, 100), (2, 30), (3, 60))]
+    request.prompt_token_ids = [*segments[0], *segments[1], *segments[2], *[4] * 10]
+    for name, value in changes.items():
+        setattr(request, name, value)
+    return request
+
+
+def test_segments_start_at_star_blocks_borders_in_the_prompt_that_the_engine_gets():
+    front, request = planner(ON, model_config__max_model_len=300), marked()
+    front.resolve(request, None)
+    ids = request.prompt_token_ids
+    assert (len(ids), [ids.index(token) for token in (1, 2, 3, 4)]) == (262, [1, 129, 193, 252])
+    assert ids[100:129] == [10] * 28 + [7]
+    assert request.sampling_params.extra_args == wire(64, 64, 0, 252, 262, 1, False)
+    shown = front.describe(front.plan(MARKED, 200, marked().prompt_token_ids))
+    assert (shown["prompt_tokens"], shown["context_end"], shown["padding_tokens"]) == (262, 252, 62)
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_model_len", "message"),
+    [
+        ({}, 262, r"star_segment_token=7 is refused: .* of 200 tokens has 262. Allowed: up to 261 tokens"),
+        ({"mm_features": [1]}, 300, "star_segment_token=7 is refused: the prompt has images or embeddings"),
+        ({"extra_args": MARKED | {"star_segment_token": 9}}, 300, "star_segment_token=9 .* does not occur"),
+    ],
+)
+def test_segments_that_can_not_be_aligned_are_refused(changes, max_model_len, message):
+    with pytest.raises(VLLMValidationError, match=message):
+        planner(ON, model_config__max_model_len=max_model_len).resolve(marked(**changes), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prompt_logprob_token_ids", [[1]] * 199, "prompt_logprob_token_ids='199 rows' is refused"),
+        ("routed_experts_prompt_start", 5, "routed_experts_prompt_start=5 is refused"),
+    ],
+)
+def test_segments_are_not_aligned_where_a_parameter_counts_the_clients_tokens(name, value, message):
+    request = marked()
+    setattr(request.sampling_params, name, value)
+    with pytest.raises(VLLMValidationError, match=message):
+        planner(ON, model_config__max_model_len=300).resolve(request, None)
+
+
+def test_a_raw_prompt_with_images_is_not_one_of_tokens_alone():
+    prompt = {"prompt_token_ids": marked().prompt_token_ids, "multi_modal_data": {"image": object()}}
+    with pytest.raises(VLLMValidationError, match="the prompt has images or embeddings"):
+        planner(ON, model_config__max_model_len=300).prepare(prompt, SamplingParams(extra_args=MARKED))
+
+
+def test_prompts_without_the_servers_segment_token_stay_as_they_are():
+    front = planner({"starling": {"star": {"segment_token": 7}}}, model_config__max_model_len=300)
+    for request in (processed(STAR), marked(STAR, mm_features=[1]), marked({})):
+        before = list(request.prompt_token_ids)
+        front.resolve(request, None)
+        assert request.prompt_token_ids == before
+    request = marked(STAR | {"star_query_tokens": 10})
+    front.resolve(request, None)
+    assert len(request.prompt_token_ids) > 200
+
+
+NO_SPACE = SimpleNamespace(encode=lambda *_, **__: [1, 2], decode=lambda ids: "?")
+
+
+@pytest.mark.parametrize("tokenizer", [None, NO_SPACE])
+def test_without_a_token_of_white_space_the_padding_token_has_to_be_given(tokenizer):
+    front = planner(ON, model_config__max_model_len=300, tokenizer=tokenizer)
+    with pytest.raises(VLLMValidationError, match="star_padding_token=None is refused: star_segment_token=7 needs"):
+        front.resolve(marked(), None)
+    request = marked(MARKED | {"star_padding_token": 5})
+    front.resolve(request, None)
+    assert request.prompt_token_ids[100:128] == [5] * 28
+
+
+def test_beam_search_refuses_star_options():
+    refuse_beam_search(SimpleNamespace(vllm_xargs=None))
+    with pytest.raises(VLLMValidationError, match="star='on' is refused: beam search"):
+        refuse_beam_search(SimpleNamespace(vllm_xargs={"theirs": 1, "star": "on"}))

@@ -1,0 +1,249 @@
+"""The connector between replicas on real schedulers without a model: pages held, fetched, lost, and released."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.metrics.stats import PrefixCacheStats
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from replicas.connector import StarConnector
+from replicas.metadata import PageLoad, PageLoads, PageRead, WorkerAddress
+from replicas.page_transfer import TransferError
+from replicas.replica_state import replica_state
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
+from scheduler.star_scheduler import StarScheduler
+from tests.unit.scheduler.simulation import PAGE_SIZE, make_request, make_scheduler, run_to_end
+from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
+
+PLAN = StarPlan(64, 64, 0, 290, 300, 2)
+ADDRESS = {"name": "there", "layout": {"page_tokens": PAGE_SIZE}}
+
+
+def connected_scheduler(config, **extra):  # noqa: F811
+    """A scheduler with the connector; ``extra`` is the connector's configuration."""
+    given = copy.copy(config)
+    given.kv_transfer_config = KVTransferConfig(
+        kv_connector="StarConnector",
+        kv_connector_module_path="replicas.connector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra,
+    )
+    made = make_scheduler(given, StarScheduler)
+    made.connector.set_xfer_handshake_metadata({0: WorkerAddress(ADDRESS)})
+    return made
+
+
+@pytest.fixture
+def scheduler(config):  # noqa: F811
+    return connected_scheduler(config)
+
+
+def part(name: str, start: int, stop: int):
+    metadata = RequestMetadata(part=PromptPart(name, start, 64))
+    return make_request(name, PLAN, stop, max_tokens=1, metadata=metadata)
+
+
+def whole(name: str, start: int, page_ids: list[int]):
+    sources = PageSource(start, page_ids[:2], [ADDRESS]), PageSource(start + 64, page_ids[2:], [ADDRESS])
+    metadata = RequestMetadata(fetch=PageFetch(sources))
+    return make_request(name, PLAN, 300, metadata=metadata)
+
+
+def free_pages(scheduler) -> int:
+    return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def no_forward(scheduler, **output) -> None:
+    """A step in which nothing runs; ``output`` is what the workers report of their transfers."""
+    step = scheduler.schedule()
+    assert not step.total_num_scheduled_tokens
+    scheduler.update_from_output(step, ModelRunnerOutput([], {}, kv_connector_output=KVConnectorOutput(**output)))
+
+
+def test_a_part_holds_its_pages_until_they_are_released(scheduler):
+    request = part("mine", 128, 256)
+    scheduler.add_request(request)
+    run_to_end(scheduler)
+    no_forward(scheduler)
+    assert not scheduler.has_requests()  # an engine that only holds pages makes no steps
+    assert len(scheduler.connector.held_pages("mine")) == 4 and free_pages(scheduler) == 39 - 4
+    assert not scheduler.reset_prefix_cache()
+    scheduler.connector.release(["mine", "mine", "unknown"])
+    assert free_pages(scheduler) == 39
+    assert scheduler.reset_prefix_cache()
+
+
+def test_a_finished_part_reports_its_pages_and_an_aborted_part_holds_none(scheduler):
+    request = part("mine", 128, 256)
+    scheduler.add_request(request)
+    reported = {}
+    finished = scheduler.connector.request_finished_all_groups
+
+    def listen(request, block_ids):
+        reported[request.request_id] = finished(request, block_ids)[1]
+        return False, reported[request.request_id]
+
+    scheduler.connector.request_finished_all_groups = listen
+    run_to_end(scheduler)
+    held = [page.block_id for page in scheduler.connector.held_pages("mine")]
+    assert reported["mine"] == {"name": "mine", "start": 128, "pages": held, "addresses": [ADDRESS]}
+    scheduler.connector.release(["mine"])
+    scheduler.add_request(part("aborted", 0, 256))
+    scheduler.schedule()
+    scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
+    assert reported["aborted"] is None and not scheduler.connector.connector_scheduler.held
+    assert free_pages(scheduler) == 39
+
+
+def test_pages_of_others_follow_our_own_and_become_ordinary_cached_pages(scheduler):
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler)
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    step = scheduler.schedule()
+    assert not step.total_num_scheduled_tokens
+    (load,) = step.kv_connector_metadata.loads
+    ours = scheduler.kv_cache_manager.get_block_ids("whole")[0]
+    assert load.reads == [
+        PageRead([ADDRESS], [21, 22], ours[4:6]),
+        PageRead([ADDRESS], [30, 31, 32], ours[6:9]),
+    ]
+    # The pages have not arrived yet: no other request may find them.
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, None)["cached"] == [0, 1]
+    scheduler.update_from_output(
+        step, ModelRunnerOutput([], {}, kv_connector_output=KVConnectorOutput(finished_recving={"whole"}))
+    )
+    assert run_to_end(scheduler) == 300 - 288 + 2
+    scheduler.connector.release(["mine"])
+    scheduler.add_request(make_request("again", PLAN))
+    assert run_to_end(scheduler) == 300 - 288 + 2
+    scheduler.add_request(make_request("dense", None))
+    assert run_to_end(scheduler) == 300 - 64 + 2
+    assert free_pages(scheduler) == 39 and scheduler.reset_prefix_cache()
+
+
+def test_lost_pages_are_computed(scheduler):
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler)
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    step = scheduler.schedule()
+    lost = step.kv_connector_metadata.loads[0].local_page_ids()
+    output = KVConnectorOutput(finished_recving={"whole"}, invalid_block_ids=lost)
+    scheduler.update_from_output(step, ModelRunnerOutput([], {}, kv_connector_output=output))
+    assert run_to_end(scheduler) == 300 - 128 + 2
+    scheduler.connector.release(["mine"])
+    assert free_pages(scheduler) == 39
+
+
+@pytest.mark.parametrize("own", [0, 64])
+def test_without_its_own_start_a_request_fetches_nothing(scheduler, own):
+    if own:
+        scheduler.add_request(part("mine", 0, own))
+        run_to_end(scheduler)
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    assert run_to_end(scheduler) == 300 - own + 2
+
+
+def test_a_request_that_is_aborted_while_it_fetches_leaves_no_page(scheduler):
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler)
+    scheduler.connector.release(["mine"])
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    no_forward(scheduler)
+    scheduler.finish_requests("whole", RequestStatus.FINISHED_ABORTED)
+    assert free_pages(scheduler) < 39  # pages must not arrive where other requests own the memory
+    no_forward(scheduler, finished_recving={"whole"})
+    assert free_pages(scheduler) == 39
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, None)["cached"] == [0, 1]
+
+
+def test_the_state_of_a_replica(scheduler):
+    empty = replica_state(scheduler, hasher(), tokens(), PLAN, None)
+    expected = {"cached": [], "has_anchor": False, "queued_tokens": 0, "pages": 39, "layout": ADDRESS["layout"]}
+    assert empty == expected
+    scheduler.add_request(part("anchor", 0, 64))
+    run_to_end(scheduler)
+    scheduler.add_request(part("mine", 128, 288))
+    run_to_end(scheduler)
+    scheduler.add_request(make_request("waiting", None))
+    state = replica_state(scheduler, hasher(), tokens(), PLAN, None)
+    assert (state["cached"], state["has_anchor"], state["queued_tokens"]) == ([0, 2, 3, 4], True, 300)
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, "salt")["cached"] == []
+    assert replica_state(scheduler, hasher(), [], PLAN, None)["has_anchor"] is False
+
+
+def test_tokens_that_a_part_leaves_out_are_no_hit(config):  # noqa: F811
+    given = make_scheduler(config, StarScheduler)
+    given.log_stats = False  # else each step takes the counts
+    given.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    for request in (part("anchor", 0, 64), part("mine", 128, 256), make_request("whole", PLAN)):
+        given.add_request(request)
+        run_to_end(given)
+    stats = given.kv_cache_manager.make_prefix_cache_stats()
+    assert (stats.requests, stats.queries, stats.hits) == (1, 300, 64 + 128), "the anchor, and the part's blocks"
+
+
+def hasher():
+    return make_request("any", None)._block_hasher
+
+
+def tokens() -> list[int]:
+    return make_request("any", None).prompt_token_ids
+
+
+class FakeReader:
+    """Transfers that end as the test sets it."""
+
+    def __init__(self) -> None:
+        self.fails: TransferError | None = None
+        self.finished = False
+        self.cancelled = 0
+
+    def begin(self, transfer, address, remote_page_ids, local_page_ids) -> None:
+        if self.fails:
+            raise self.fails
+
+    def is_done(self, transfer) -> bool:
+        if self.fails:
+            raise self.fails
+        return self.finished
+
+    def cancel(self, transfer) -> None:
+        self.cancelled += 1
+
+
+@pytest.fixture
+def worker(scheduler, monkeypatch):
+    monkeypatch.setattr("replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
+    made = StarConnector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
+    made.connector_worker.reader = FakeReader()
+    made.bind_connector_metadata(PageLoads([PageLoad("whole", [PageRead([ADDRESS], [1, 2], [7, 8])])]))
+    return made
+
+
+def test_a_worker_reports_when_pages_have_arrived(worker):
+    worker.start_load_kv(SimpleNamespace())
+    assert worker.get_finished(set()) == (None, None)
+    worker.connector_worker.reader.finished = True
+    assert worker.get_finished(set()) == (None, {"whole"})
+    assert worker.get_finished(set()) == (None, None)
+    assert worker.get_block_ids_with_load_errors() == set()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_worker_reports_failed_pages_and_closes_the_connection(worker, at_once):
+    if at_once:
+        worker.connector_worker.reader.fails = TransferError("failed")
+    worker.start_load_kv(SimpleNamespace())
+    worker.connector_worker.reader.fails = TransferError("failed")
+    assert worker.get_finished(set()) == (None, {"whole"})
+    assert worker.get_block_ids_with_load_errors() == {7, 8}
+    assert worker.connector_worker.reader.cancelled == 1
+    assert (worker.get_finished(set()), worker.get_block_ids_with_load_errors()) == ((None, None), set())

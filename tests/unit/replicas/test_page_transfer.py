@@ -1,0 +1,204 @@
+"""Pages between two agents: copied whole, to the right places, and refused where the layouts differ."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from replicas import page_transfer
+from replicas.page_transfer import (
+    PageReader,
+    SourceRead,
+    Transfer,
+    TransferError,
+    bytes_per_page,
+    consecutive,
+    layout_mismatch,
+    next_wave,
+)
+
+PAGES = 8
+LAYOUT = {"dtype": "float32", "page_tokens": 32}
+
+
+def caches(first: float) -> dict[str, torch.Tensor]:
+    """Two layers; the kernel's pages are half of the scheduler's."""
+    shape = (2 * PAGES, 2, 16, 8)
+    layers = {f"layer.{index}": torch.zeros(shape) for index in range(2)}
+    for index, cache in enumerate(layers.values()):
+        cache += first + index + torch.arange(2 * PAGES).view(-1, 1, 1, 1) / 100
+    return layers
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = caches(10.0), caches(50.0)
+    readers = PageReader("ours", ours, PAGES, LAYOUT, 30.0), PageReader("theirs", theirs, PAGES, LAYOUT, 30.0)
+    yield ours, theirs, *readers
+    for reader in readers:
+        reader.close()
+
+
+def wait(reader: PageReader, transfer: Transfer) -> None:
+    deadline = time.monotonic() + 20
+    while not reader.is_done(transfer):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_pages_arrive_whole_in_every_layer_and_others_stay(pair):
+    ours, theirs, reader, other = pair
+    before = {name: cache.clone() for name, cache in ours.items()}
+    transfer = Transfer()
+    reader.begin(transfer, other.address(), [3, 4, 1], [2, 3, 7])
+    wait(reader, transfer)
+    for name, cache in ours.items():
+        pages, source = cache.view(PAGES, 2, -1), theirs[name].view(PAGES, 2, -1)
+        assert torch.equal(pages[[2, 3, 7]], source[[3, 4, 1]])
+        untouched = [0, 1, 4, 5, 6]
+        assert torch.equal(pages[untouched], before[name].view(PAGES, 2, -1)[untouched])
+    assert transfer.num_bytes == 3 * 2 * 2 * 2 * 16 * 8 * 4
+
+
+def test_idle_readers_take_no_core(pair):
+    """With NIXL's own setting each of them spins: the share is 2 for two of them, on free cores."""
+    worked, began = time.process_time(), time.monotonic()
+    time.sleep(1)
+    assert (time.process_time() - worked) / (time.monotonic() - began) < 0.2
+
+
+def test_another_layout_is_refused_with_both_sides_values(pair):
+    ours, _, reader, other = pair
+    before = {name: cache.clone() for name, cache in ours.items()}
+    address = other.address()
+    address["layout"] = address["layout"] | {"dtype": "bfloat16", "page_tokens": 64}
+    with pytest.raises(TransferError, match="dtype 'float32' here, 'bfloat16' there; page_tokens 32 here, 64 there"):
+        reader.begin(Transfer(), address, [0], [0])
+    assert all(torch.equal(ours[name], before[name]) for name in ours)
+
+
+def test_a_peer_that_is_not_there_is_an_error(pair):
+    _, _, reader, other = pair
+    with pytest.raises(TransferError, match="can't read from nobody"):
+        reader.begin(Transfer(), other.address() | {"name": "nobody", "metadata": b"no metadata"}, [0], [0])
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(page_transfer, "time", made)
+    return made
+
+
+def test_a_source_that_times_out_is_disconnected_and_can_be_read_again(pair, clock, monkeypatch):
+    ours, theirs, reader, other = pair
+    transfer = Transfer()
+    reader.begin(transfer, other.address(), [0], [0])
+    monkeypatch.setattr(reader.agent, "check_xfer_state", lambda handle: "PROC")
+    clock.now += 29
+    assert not reader.is_done(transfer)
+    clock.now += 2
+    with pytest.raises(TransferError, match="no page has arrived from theirs for 30 s"):
+        reader.is_done(transfer)
+    reader.cancel(transfer)
+    assert not transfer.reads
+    monkeypatch.undo()
+    again = Transfer()
+    reader.begin(again, other.address(), [5], [6])
+    wait(reader, again)
+    assert torch.equal(ours["layer.1"].view(PAGES, -1)[6], theirs["layer.1"].view(PAGES, -1)[5])
+
+
+def test_a_slow_transfer_that_makes_progress_does_not_time_out(pair, clock, monkeypatch):
+    """Eight pages at 25 s each, 200 s in all; every page arrives."""
+    ours, theirs, reader, other = pair
+    monkeypatch.setattr(page_transfer, "FIRST_WAVE_BYTES", 1)  # a page at a time
+    finished, slow = reader.agent.check_xfer_state, True
+    monkeypatch.setattr(reader.agent, "check_xfer_state", lambda handle: "PROC" if slow else finished(handle))
+    transfer = Transfer()
+    reader.begin(transfer, other.address(), range(PAGES), range(PAGES))
+    for page in range(PAGES):
+        (read,), slow = transfer.reads, True
+        clock.now += 25
+        assert not reader.is_done(transfer) and read.num_begun == page + 1
+        slow = False
+        deadline = time.monotonic() + 20
+        while not reader.is_done(transfer) and read.num_begun == page + 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert not transfer.reads and transfer.seconds == 200
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_of_two_sources_the_one_that_times_out_is_found(clock):
+    """The pages of one source do not extend the timeout of the other."""
+    reader = object.__new__(PageReader)
+    reader.agent = SimpleNamespace(
+        check_xfer_state=lambda handle: "DONE" if handle == "talks" else "PROC",
+        release_xfer_handle=lambda handle: None,
+        initialize_xfer=lambda kind, local, remote, name: name,
+        transfer=lambda handle: "PROC",
+    )
+    reader.peers, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
+    reader._descriptors = lambda *_: (None, None)
+    transfer = Transfer()
+    for name in reader.peers:
+        read = SourceRead({"name": name}, range(1000), range(1000), 1)
+        transfer.reads.append(read)
+        reader._begin_wave(read)
+    with pytest.raises(TransferError, match="from silent"):
+        for _ in range(40):
+            clock.now += 1
+            reader.is_done(transfer)
+    assert clock.now == 1031
+
+
+@pytest.mark.parametrize(
+    ("pages", "seconds", "expected"),
+    [(100, 2.0, 100), (100, 4.0, 50), (100, 1.0, 200), (100, 0.001, 800), (1, 25.0, 1)],
+    ids=["as planned", "slow", "fast", "at most eight times", "at least one page"],
+)
+def test_a_wave_has_the_pages_that_arrive_in_two_seconds(pages, seconds, expected):
+    assert next_wave(pages, seconds) == expected
+
+
+def test_pages_that_are_consecutive_on_both_sides_are_merged():
+    assert list(consecutive([4, 5, 6, 9, 10, 2], [1, 2, 3, 4, 6, 7])) == [(4, 1, 3), (9, 4, 1), (10, 6, 1), (2, 7, 1)]
+    assert list(consecutive([], [])) == []
+
+
+@pytest.mark.parametrize(
+    ("cache", "size"),
+    [(torch.zeros(4, 2, 3), 4 * 2 * 3 * 4 // 4), (torch.zeros(8, 3), 2 * 3 * 4)],
+    ids=["one kernel page", "two kernel pages"],
+)
+def test_bytes_of_a_page(cache, size):
+    assert bytes_per_page(cache, 4) == size
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [torch.zeros(2, 4, 3), torch.zeros(4, 6)[:, :3], torch.zeros(4, 3, 2).transpose(1, 2), torch.zeros(6, 3)],
+    ids=["K and V apart", "gaps", "not contiguous", "no multiple"],
+)
+def test_pages_that_do_not_lie_in_one_piece_are_refused(cache):
+    with pytest.raises(TransferError, match="one piece"):
+        bytes_per_page(cache, 4)
+
+
+def test_equal_layouts_match():
+    assert layout_mismatch({"a": 1}, {"a": 1}) is None
+    assert layout_mismatch({"a": 1}, {}) == "KV pages have another layout: a 1 here, None there"

@@ -1,0 +1,144 @@
+"""Both schedulers without a model: steps, pages and cache hits by plan, with steps in flight for the async one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from vllm.config import CUDAGraphMode
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from scheduler.star.parsing import OptionError
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import PromptPart, RequestMetadata
+from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
+from tests.unit.scheduler.simulation import (
+    PAGE_SIZE,
+    Engine,
+    answer,
+    make_config,
+    make_request,
+    make_scheduler,
+    run_to_end,
+)
+
+PLAN = StarPlan(64, 64, 0, 250, 300)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_config(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize(("scheduler_type", "ahead"), [(StarScheduler, 0), (AsyncStarScheduler, 1)])
+def test_tokens_computed_follow_the_plans(config, scheduler_type, ahead):
+    """Requests run one after the other; in the end all pages are free."""
+    scheduler = make_scheduler(config, scheduler_type)
+    engine = Engine(scheduler, ahead=ahead)
+    full = 299 // PAGE_SIZE * PAGE_SIZE
+    sequence = [  # (name, plan, prompt tokens found in the cache)
+        ("dense", None, 0),
+        ("star", PLAN, 64),
+        ("star again", PLAN, full),
+        ("dense again", None, full),
+        ("shorter query", StarPlan(64, 64, 0, 290, 300), 250 // PAGE_SIZE * PAGE_SIZE),
+        ("smaller anchor", StarPlan(64, 32, 0, 250, 300), 64),
+    ]
+    for name, plan, cached in sequence:
+        engine.add(name, plan)
+        engine.run()
+        assert engine.computed[name] == 300 - cached + 2, name
+        assert engine.cached[name] == cached, name
+    assert scheduler.reset_prefix_cache()
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
+
+
+def test_only_the_async_scheduler_is_an_async_scheduler_of_vllm():
+    assert issubclass(AsyncStarScheduler, AsyncScheduler)
+    assert not issubclass(StarScheduler, AsyncScheduler)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_reserve_prefill_lookahead",
+        "_update_after_schedule",
+        "_preempt_request",
+        "_free_request_blocks",
+        "_inflight_prefill_reserved_blocks",
+        "pause_state",
+    ],
+)
+def test_vllms_scheduler_has_the_names_that_starling_uses(name):
+    assert hasattr(Scheduler, name)
+
+
+@pytest.mark.parametrize("graphs", [CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.NONE])
+def test_with_decode_graphs_no_star_chunk_has_one_token(config, graphs):
+    """This holds only in blocks after the first, only with full decode graphs, and not for dense requests."""
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.decode_graphs = graphs.has_full_cudagraphs()
+    star, dense = make_request("star", PLAN), make_request("dense", None)
+    one = 0 if scheduler.decode_graphs else 1
+    for request, start, tokens, allowed in [
+        (star, 100, 1, one),
+        (star, 100, 2, 2),
+        (star, 10, 1, 1),
+        (star, 250, 1, 1),
+        (star, 300, 1, 1),
+        (dense, 100, 1, 1),
+    ]:
+        assert scheduler._reserve_prefill_lookahead(request, start, tokens) == allowed
+
+
+def test_server_defaults_that_do_not_fit_the_page_are_refused(config):
+    """The page size of a hybrid model is known only to the scheduler, so that the engine does not start."""
+    given = copy.copy(config)
+    given.additional_config = {"starling": {"star": {"mode": "on", "block_size": 96}}}
+    make_scheduler(given, StarScheduler)
+    with pytest.raises(OptionError, match="star_block_size=96"):
+        make_scheduler(given, StarScheduler, page_size=64)
+
+
+# The plan of a prompt that is split over two replicas. Its part here is blocks 2 and 3; the anchor is block 0.
+PART_PLAN = StarPlan(64, 64, 0, 290, 300, 2)
+
+
+def make_part(name: str, start: int, stop: int, plan: StarPlan | None = PART_PLAN):
+    metadata = RequestMetadata(part=PromptPart(name, start, 64))
+    return make_request(name, plan, stop, max_tokens=1, metadata=metadata)
+
+
+@pytest.mark.parametrize(("scheduler_type", "ahead"), [(StarScheduler, 0), (AsyncStarScheduler, 1)])
+def test_a_part_computes_only_its_own_blocks_and_takes_no_page_for_earlier_blocks(config, scheduler_type, ahead):
+    scheduler = make_scheduler(config, scheduler_type)
+    pool = scheduler.kv_cache_manager.block_pool
+    scheduler.add_request(make_part("anchor", 0, 64, None))
+    assert run_to_end(scheduler, ahead) == 64
+    scheduler.add_request(make_part("part", 128, 256))
+    step = scheduler.schedule()
+    pages = step.scheduled_new_reqs[0].block_ids[0]
+    assert pages[2:4] == [0, 0] and 0 not in pages[:2] + pages[4:]
+    assert step.num_scheduled_tokens["part"] == 100
+    assert pool.num_gpu_blocks - 1 - pool.get_num_free_blocks() == len(pages) - 2
+    scheduler.update_from_output(step, answer(step, {"part": []}))
+    assert 100 + run_to_end(scheduler, ahead) == 128
+    # Another request hits only what the part computed: the anchor and blocks 2 and 3, not block 1.
+    scheduler.add_request(make_request("whole", PART_PLAN))
+    assert run_to_end(scheduler, ahead) == 300 - 64 - 128 + 2
+    scheduler.add_request(make_request("dense", None))
+    assert run_to_end(scheduler, ahead) == 300 - 64 + 2
+    assert scheduler.reset_prefix_cache()
+    assert pool.null_block.ref_cnt >= 0
+    assert pool.get_num_free_blocks() == 39
+
+
+def test_a_part_hits_its_own_cached_blocks_and_computes_everything_without_a_cached_anchor(config):
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.add_request(make_part("no anchor", 128, 256))
+    assert run_to_end(scheduler, 0) == 256
+    scheduler.add_request(make_part("again", 128, 256))
+    assert run_to_end(scheduler, 0) == PAGE_SIZE  # the last page, as vLLM computes the last token of a prompt that hits
+    scheduler.add_request(make_part("further", 128, 288))
+    assert run_to_end(scheduler, 0) == 32

@@ -1,0 +1,318 @@
+"""The hooks around vLLM's AsyncLLM and its processors, on vLLM's own classes."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from types import SimpleNamespace
+
+import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.exceptions import RetryableRequestError
+from vllm.sampling_params import BeamSearchParams, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.stats import IterationStats
+
+from tests.unit.engine_ext.front.virtual_time import now, run, until
+from vllm_compat import front
+
+
+def test_the_names_that_are_hooked_are_there():
+    """A new vLLM that moves one of these fails here first."""
+    assert {"request_id", "prompt", "params"} <= inspect.signature(InputProcessor.process_inputs).parameters.keys()
+    assert {"prompt", "sampling_params"} <= inspect.signature(AsyncLLM.generate).parameters.keys()
+    builtin_tools = inspect.signature(OpenAIServingResponses._generate_with_builtin_tools).parameters
+    assert {"engine_input", "sampling_params"} <= builtin_tools.keys()
+
+
+@pytest.mark.parametrize("shim", ["on_generate", "on_beam_search"])
+def test_each_hook_is_still_needed(shim):
+    """Fails when vLLM does by itself what the hook is for: then the hook can go."""
+    if shim == "on_generate":
+        assert inspect.isasyncgenfunction(inspect.unwrap(AsyncLLM.generate))
+    else:
+        assert "extra_args" not in BeamSearchParams.__struct_fields__
+
+
+def test_a_processed_request_is_seen_with_its_prompt(monkeypatch):
+    seen = []
+    monkeypatch.setattr(InputProcessor, "process_inputs", lambda self, name, prompt, **_: f"request of {prompt}")
+    for _ in range(2):
+        front.on_processed_request(lambda *args: seen.append(args))
+    processor = object.__new__(InputProcessor)
+    assert processor.process_inputs("me", "prompt", params=None) == "request of prompt"
+    assert seen == [(processor, "request of prompt", "prompt")]
+
+
+@pytest.fixture
+def hooked(monkeypatch):
+    """vLLM's two classes with the hook around plain functions; returns what happened."""
+    events = []
+
+    def generate(self, prompt, sampling_params, request_id, **keywords):
+        events.append(("engine", prompt, request_id, keywords))
+        return "outputs"
+
+    def with_tools(self, *, engine_input, sampling_params, **keywords):
+        return self.engine_client.generate(engine_input, sampling_params, "me_0")
+
+    def prepare(processor, prompt, params, request_id):
+        events.append(("prepare", processor, prompt, params, request_id))
+        return f"{prompt} prepared"
+
+    def around(engine, generate, prompt, params, request_id, keywords):
+        return "around", generate(prompt, params, request_id, **keywords)
+
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    monkeypatch.setattr(AsyncLLM, "__del__", lambda self: None)
+    monkeypatch.setattr(OpenAIServingResponses, "_generate_with_builtin_tools", with_tools)
+    front.on_generate(prepare, around)
+    return events
+
+
+def test_a_prompt_is_prepared_before_its_outputs_are_asked_for(hooked):
+    engine = object.__new__(AsyncLLM)
+    engine.input_processor = "processor"
+    assert engine.generate("prompt", "params", "me", priority=3) == ("around", "outputs")
+    assert hooked == [
+        ("prepare", "processor", "prompt", "params", "me"),
+        ("engine", "prompt prepared", "me", {"priority": 3}),
+    ]
+
+
+def test_the_responses_api_prepares_a_prompt_before_its_own_generator_is_made(hooked):
+    engine = object.__new__(AsyncLLM)
+    engine.input_processor = "processor"
+    serving = object.__new__(OpenAIServingResponses)
+    serving.engine_client = engine
+    outputs = serving._generate_with_builtin_tools(engine_input="prompt", sampling_params="params")
+    assert outputs == ("around", "outputs")
+    assert hooked[0] == ("prepare", "processor", "prompt", "params", None)
+    assert hooked[1] == ("prepare", "processor", "prompt prepared", "params", "me_0")
+
+
+def test_the_responses_api_over_another_engine_client_is_vllms(hooked):
+    serving = object.__new__(OpenAIServingResponses)
+    serving.engine_client = SimpleNamespace(generate=lambda *args: args)
+    outputs = serving._generate_with_builtin_tools(engine_input="prompt", sampling_params="params")
+    assert outputs == ("prompt", "params", "me_0")
+    assert hooked == []
+
+
+@pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])
+def test_a_beam_search_is_seen_as_its_http_request(monkeypatch, kind):
+    seen = []
+    for each in (ChatCompletionRequest, CompletionRequest):
+        monkeypatch.setattr(each, "to_beam_search_params", lambda self, *args: args)
+    front.on_beam_search(seen.append)
+    request = kind.model_construct()
+    assert request.to_beam_search_params(1, 2) == (1, 2)
+    assert seen == [request]
+
+
+def test_the_list_of_models_is_seen_when_it_is_made(monkeypatch):
+    seen = []
+    monkeypatch.setattr(OpenAIServingModels, "__init__", lambda self, *args, **keywords: None)
+    front.on_serving_models(lambda *args: seen.append(args))
+    models = OpenAIServingModels("client", "paths")
+    assert seen == [("client", models)]
+
+
+# Calls to engine cores.
+
+
+class FakeClient:
+    """An engine-core client whose utilities answer once their gate is open."""
+
+    def __init__(self) -> None:
+        self.gate, self.error = asyncio.Event(), None
+        self.core_engines = ["one", "two"]
+
+    async def call_utility_all_async(self, name, *args):
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return [(name, *args)] * 2
+
+    async def _call_utility_async(self, name, *args, engine):
+        return engine, name, *args
+
+
+def fake_engine(client: FakeClient) -> SimpleNamespace:
+    return SimpleNamespace(engine_core=client, errored=False, dead_error=EngineDeadError())
+
+
+def test_a_utility_is_called_in_all_engine_cores_or_in_one():
+    async def scenario():
+        engine = fake_engine(FakeClient())
+        engine.engine_core.gate.set()
+        assert await front.call_engine_cores(engine, "name", 1) == [("name", 1)] * 2
+        assert await front.call_engine_core(engine, 1, "name", 1) == ("two", "name", 1)
+
+    run(scenario)
+
+
+def test_a_call_to_engine_cores_that_die_ends():
+    async def scenario():
+        engine = fake_engine(FakeClient())
+        call = asyncio.create_task(front.call_engine_cores(engine, "name"))
+        await asyncio.sleep(5)
+        assert not call.done()
+        engine.errored = True
+        with pytest.raises(EngineDeadError):
+            await call
+        assert now() < 5 + 2 * front.DEATH_CHECK_SECONDS
+        with pytest.raises(EngineDeadError):
+            await front.call_engine_cores(engine, "name")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(Exception(front.SHUTTING_DOWN), RetryableRequestError), (ValueError("another"), ValueError)],
+)
+def test_the_error_of_a_utility_is_raised(error, raised):
+    async def scenario():
+        engine = fake_engine(FakeClient())
+        engine.engine_core.gate.set()
+        engine.engine_core.error = error
+        with pytest.raises(raised):
+            await front.call_engine_cores(engine, "name")
+
+    run(scenario)
+
+
+# Requests of Starling's own.
+
+
+class FakeEngine:
+    """An AsyncLLM as far as run_internal_request uses it, on vLLM's own output processor."""
+
+    def __init__(self) -> None:
+        self.output_processor = OutputProcessor(None, log_stats=True, stream_interval=1)
+        self.input_processor = SimpleNamespace(assign_request_id=InputProcessor.assign_request_id)
+        self.engine_core = SimpleNamespace(add_request_async=self.add)
+        self.added, self.aborted = [], []
+        self.internal_ids: set[str] = set()
+        self.error: Exception | None = None
+        self._run_output_handler = lambda: None
+
+    async def add(self, request) -> None:
+        if self.error is not None:
+            raise self.error
+        self.added.append(request)
+
+    async def abort(self, request_id, internal) -> None:
+        self.aborted.append((request_id, internal))
+        self.output_processor.abort_requests([request_id], internal)
+
+    def run(self) -> asyncio.Task:
+        return asyncio.create_task(front.run_internal_request(self, request(), self.internal_ids))
+
+
+def request(name: str = "mine") -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=name,
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=1, detokenize=False),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def finished(name: str) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        request_id=name, new_token_ids=[7], finish_reason=FinishReason.LENGTH, kv_transfer_params={"pages": [4]}
+    )
+
+
+def test_internal_requests_end_with_their_output_and_are_in_no_statistics():
+    async def scenario():
+        engine = FakeEngine()
+        processor = engine.output_processor
+        task = engine.run()
+        await until(lambda: engine.added)
+        (name,) = front.engine_request_ids(engine, "mine")
+        assert name == engine.added[0].request_id != "mine"
+        assert front.request_state(engine, name).external_req_id == "mine"
+        assert processor.get_num_unfinished_requests() == 0
+        clients = request("client-1")
+        clients.external_req_id = "client"
+        processor.add_request(clients, None)
+        assert processor.get_num_unfinished_requests() == 1
+        assert front.unfinished_ids(engine) == (["mine", "client"], [name, "client-1"])
+        stats = IterationStats()
+        processor.process_outputs([finished(name)], 1.0, stats)
+        output = await task
+        assert output.kv_transfer_params == {"pages": [4]}
+        assert (stats.num_prompt_tokens, stats.num_generation_tokens, stats.finished_requests) == (0, 0, [])
+        assert engine.aborted == []
+        assert engine.internal_ids == set()
+        processor.process_outputs([finished("client-1")], 1.0, stats)
+        assert (stats.num_generation_tokens, len(stats.finished_requests)) == (1, 1)
+
+    run(scenario)
+
+
+def test_internal_requests_are_aborted_when_cancelled_and_by_the_id_of_their_maker():
+    async def scenario():
+        engine = FakeEngine()
+        task = engine.run()
+        await until(lambda: engine.added)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.aborted == [(engine.added[0].request_id, True)]
+
+        task = engine.run()
+        await until(lambda: len(engine.added) == 2)
+        engine.output_processor.abort_requests(["mine"], internal=False)
+        assert (await task).outputs[0].finish_reason == "abort"
+        assert front.unfinished_ids(engine) == ([], [])
+
+    run(scenario)
+
+
+def test_an_internal_request_that_can_not_be_sent_leaves_nothing():
+    async def scenario():
+        engine = FakeEngine()
+        engine.error = RuntimeError("not sent")
+        with pytest.raises(RuntimeError, match="not sent"):
+            await engine.run()
+        assert front.unfinished_ids(engine) == ([], [])
+        assert engine.internal_ids == set()
+
+    run(scenario)
+
+
+# Drains.
+
+
+def test_new_requests_are_refused_after_a_drain():
+    engine = object.__new__(AsyncLLM)
+    assert {"n", "request_id"} <= inspect.signature(AsyncLLM.check_admission).parameters.keys()
+    front.refuse_admission(engine, RuntimeError("draining"))
+    for arguments in ({}, {"n": 2, "request_id": "me"}):
+        with pytest.raises(RuntimeError, match="draining"):
+            engine.check_admission(**arguments)
+
+
+def test_a_callback_runs_before_the_engine_shuts_down():
+    events = []
+    engine = SimpleNamespace(shutdown=lambda timeout: events.append(timeout))
+    assert list(inspect.signature(AsyncLLM.shutdown).parameters) == ["self", "timeout"]
+    front.before_shutdown(engine, lambda: events.append("callback"))
+    engine.shutdown(timeout=3)
+    assert events == ["callback", 3]

@@ -1,0 +1,41 @@
+"""Functions of vLLM are replaced once."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from vllm_compat.patching import extends, touches, wrap
+
+
+def test_wrapping_twice_wraps_once():
+    class Owner:
+        def method(self):
+            return ["original"]
+
+        @classmethod
+        def maker(cls, value):
+            return [cls.__name__, value]
+
+    def around(original):
+        return lambda *args: [*original(*args), "wrapped"]
+
+    for _ in range(2):
+        wrap(Owner, "method", around)
+        wrap(Owner, "maker", around)
+    assert Owner().method() == ["original", "wrapped"]
+    assert Owner.maker(3) == ["Owner", 3, "wrapped"]
+    assert Owner.method.__name__ == "method"
+
+
+def test_a_function_of_a_module_is_replaced():
+    module = ModuleType("module")
+    module.double = lambda x: 2 * x
+    wrap(module, "double", lambda original: lambda x: original(x) + 1)
+    assert module.double(3) == 7
+
+
+def test_marks_change_nothing():
+    def function() -> None: ...
+
+    assert touches("vllm.a.B.c")(function) is function
+    assert extends(int)(ModuleType) is ModuleType

@@ -1,0 +1,60 @@
+"""What Starling reads and changes of vLLM's model runners."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.worker import gpu_model_runner
+
+from vllm_compat.worker import attention_backends, batch_request_ids, metadata_builders, without_discarded_generators
+
+
+def test_requests_of_a_batchs_rows():
+    first = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "b"]))
+    assert batch_request_ids(first, None) == ["a", "b"]
+    second = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={0: "a", 5: "b"}))
+    assert batch_request_ids(second, SimpleNamespace(req_idx=np.array([5, 0]))) == ["b", "a"]
+    with pytest.raises(RuntimeError, match="no req_idx"):
+        batch_request_ids(second, SimpleNamespace(req_idx=None))
+
+
+def runner(device: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        input_batch=SimpleNamespace(generators={0: "one", 2: "three"}),
+        discard_request_mask=SimpleNamespace(np=np.array([True, False, False])),
+        device=torch.device(device),
+    )
+
+
+def test_rows_whose_sample_is_discarded_have_no_generator_meanwhile():
+    on_cpu = runner("cpu")
+    with pytest.raises(KeyError), without_discarded_generators(on_cpu):
+        assert on_cpu.input_batch.generators == {2: "three"}
+        raise KeyError
+    assert on_cpu.input_batch.generators == {0: "one", 2: "three"}
+    on_gpu = runner("cuda")
+    with without_discarded_generators(on_gpu):
+        assert on_gpu.input_batch.generators == {0: "one", 2: "three"}
+    with without_discarded_generators(SimpleNamespace()):
+        """The V2 runner has no such mask."""
+
+
+def test_vllm_still_rewinds_the_generators_of_discarded_rows():
+    """Fails when without_discarded_generators can go."""
+    assert "set_offset" in inspect.getsource(gpu_model_runner)
+
+
+def test_attention_groups_of_a_runner():
+    def group(name: str) -> SimpleNamespace:
+        backend = SimpleNamespace(get_name=lambda: name)
+        return SimpleNamespace(
+            backend=backend, layer_names=[name.lower()], get_metadata_builder=lambda index: (name, index)
+        )
+
+    made = SimpleNamespace(attn_groups=[[group("B"), group("A")], [group("B")]])
+    assert attention_backends(SimpleNamespace(model_runner=made)) == ["A", "B"]
+    assert metadata_builders(made) == [(("B", 0), ["b"]), (("A", 0), ["a"]), (("B", 0), ["b"])]

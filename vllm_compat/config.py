@@ -1,0 +1,132 @@
+"""vLLM's configuration: hooks around its making, and what it does not say in public."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_compat.patching import Wrapper, touches, wrap
+
+
+def on_engine_config(before: Callable[[Any], None], after: Callable[[Any, Any], None]) -> None:
+    """Call ``before(engine_args)`` and ``after(engine_args, vllm_config)`` around every engine's configuration.
+
+    `LLM(...)`, `vllm serve` and `vllm bench` all pass through EngineArgs.create_engine_config. Goes when a
+    plugin can see the configuration before the engine is made.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            before(self)
+            config = original(self, *args, **kwargs)
+            after(self, config)
+            return config
+
+        return create_engine_config
+
+    wrap(EngineArgs, "create_engine_config", around)
+
+
+def is_async_engine(engine_args: Any) -> bool:
+    """Whether these arguments are for an AsyncLLM, the engine of servers."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return isinstance(engine_args, AsyncEngineArgs)
+
+
+def on_server_args(callback: Callable[[Any], None]) -> None:
+    """Call ``callback(namespace)`` before the OpenAI server makes its engine and app from it.
+
+    Lets an activated plain `vllm serve` get our middleware without the user's --middleware. Goes when an
+    endpoint plugin need not be named in VLLM_PLUGINS.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def from_cli_args(cls: type, args: Any) -> Any:
+            callback(args)
+            return original(cls, args)
+
+        return from_cli_args
+
+    wrap(AsyncEngineArgs, "from_cli_args", around)
+
+
+@touches("vllm.config.parallel.ParallelConfig._api_process_count")
+def num_api_servers(vllm_config: Any) -> int:
+    """How many API servers send requests to the engines. Goes with a public field."""
+    return vllm_config.parallel_config._api_process_count
+
+
+def cpu_attention_isa(vllm_config: Any) -> str:
+    """For which instruction set vLLM's CPU backend lays out its pages; known before a layer is made.
+
+    Goes when a backend names its layout.
+    """
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype)
+
+
+@touches("vllm.config.compilation.CompilationConfig.static_forward_context")
+def page_layout(vllm_config: Any, layer: str, cache_dtype: str) -> str:
+    """How a layer's KV pages are laid out inside: the backend, on CPU the instruction set it packs them for, and dtype.
+
+    Pages are copied as they are between equal layouts only. Goes when a backend names its layout.
+    """
+    attention = vllm_config.compilation_config.static_forward_context[layer]
+    name = attention.get_attn_backend().get_name()
+    return "/".join([name, str(getattr(attention, "isa", "any")), cache_dtype])
+
+
+@touches("vllm.config.compilation.CompilationConfig.static_forward_context")
+def attention_layer(vllm_config: Any, name: str) -> Any:
+    """A model's layer that has a KV cache, by its name. Goes when there is a public way to layers."""
+    return vllm_config.compilation_config.static_forward_context[name]
+
+
+@touches("vllm.config.compilation.CompilationConfig.splitting_ops")
+def split_graph_at(vllm_config: Any, op: str) -> None:
+    """Let piecewise CUDA graphs leave out an op that reads the step's metadata, like vLLM's attention ops.
+
+    Where vLLM splits nothing (eager, or full graphs only) there is nothing to add. Goes when an op can ask for it.
+    """
+    ops = vllm_config.compilation_config.splitting_ops
+    if ops and op not in ops:
+        ops.append(op)
+
+
+def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: int) -> int:
+    """The tokens that an engine would report as its "KV cache size", from the specs of its layers; starts none.
+
+    The number of requests of max_model_len that fit at once, times max_model_len. vLLM's own functions divide the
+    bytes among groups, round to pages and reserve pages for tokens in flight. Goes when vLLM can say it without a
+    model runner.
+
+    Args:
+        specs: layer name -> its KV cache spec, on one rank.
+        available_bytes: of that rank, for the KV cache.
+
+    Raises:
+        ValueError: not even one such request fits.
+    """
+    from vllm.v1.core import kv_cache_utils as utils
+
+    cache = vllm_config.cache_config
+    cache.kv_cache_layout = cache.kv_cache_layout or "LBHNC"  # an engine's workers choose; no bytes depend on it
+    configs = utils.get_kv_cache_configs(vllm_config, [specs], [available_bytes])
+    return utils.get_kv_cache_capacity(vllm_config, utils.generate_scheduler_kv_cache_config(configs))[0]
+
+
+def set_option_help(parser: Any, dest: str, help_text: str) -> None:
+    """Replace the help of an option of vLLM's parser. Goes when argparse, or vLLM's parser, has a public way to do so.
+
+    Args:
+        parser: a FlexibleArgumentParser.
+        dest: the option's name in the parsed namespace.
+    """
+    for action in parser._actions:
+        if action.dest == dest:
+            action.help = help_text

@@ -1,0 +1,58 @@
+"""The engine core: its utilities, and its check of KV memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_compat.patching import Wrapper, touches, wrap
+
+
+@touches(
+    "vllm.config.model.ModelConfig.max_model_len",
+    "vllm.config.model.ModelConfig.original_max_model_len",
+)
+def divide_kv_memory_check(by: Callable[[Any], int]) -> None:
+    """Let an engine core start whose KV memory holds max_model_len / ``by(vllm_config)`` tokens.
+
+    vLLM asks that one engine's memory holds a request of max_model_len tokens. Requests are still held against that
+    length. Goes when vLLM knows of requests whose KV is divided among engines.
+    """
+    from vllm.v1.engine import core
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def get_kv_cache_configs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+            model, parts = vllm_config.model_config, by(vllm_config)
+            if parts == 1 or model.original_max_model_len == -1:  # the latter: vLLM finds what fits in one engine
+                return original(vllm_config, *args, **kwargs)
+            length, model.max_model_len = model.max_model_len, -(-model.max_model_len // parts)
+            try:
+                return original(vllm_config, *args, **kwargs)
+            finally:
+                model.max_model_len = length
+
+        return get_kv_cache_configs
+
+    wrap(core, "get_kv_cache_configs", around)
+
+
+@touches("vllm.v1.engine.core.EngineCoreProc._handle_client_request")
+def add_core_utility(name: str, function: Callable[..., Any]) -> None:
+    """Let a front call ``function(engine_core, *args)`` in the engine-core process, by front.call_engine_cores.
+
+    Only that process has the scheduler, and vLLM hands nothing of it to the front but token outputs and
+    averages. A utility call looks its name up on the EngineCore, and runs between two steps, so it sees the
+    scheduler at rest. It takes and returns what msgpack has: None, bool, int, float, str, lists and dicts of
+    them (tuples come back as lists). Called in the engine core alone. Goes when vLLM lets a plugin register
+    utilities.
+
+    Raises:
+        RuntimeError: vLLM has a method of that name, which this would replace.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    current = getattr(EngineCore, name, None)
+    if current is not None and not getattr(current, "__starling__", False):
+        raise RuntimeError(f"vLLM's EngineCore has a method {name!r} of its own")
+    function.__starling__ = True  # type: ignore[attr-defined]
+    setattr(EngineCore, name, function)

@@ -1,0 +1,277 @@
+"""The engine as an API server sees it: AsyncLLM, its input and output processors, and its calls to engine cores."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm_compat.patching import Wrapper, touches, wrap
+
+
+def on_processed_request(callback: Callable[[Any, Any, Any], None]) -> None:
+    """Call ``callback(input_processor, engine_core_request, prompt)`` for every request of every front.
+
+    ``prompt`` is what the request was made of. The request holds its own copy of the sampling parameters;
+    platform.validate_request, which sees the prompt too, is handed the caller's, which several prompts may share. Goes
+    when vLLM lets a plugin amend a processed request.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, request_id, prompt, *args, **kwargs)
+            callback(self, request, prompt)
+            return request
+
+        return process_inputs
+
+    wrap(InputProcessor, "process_inputs", around)
+
+
+def on_generate(
+    prepare: Callable[[Any, Any, Any, str | None], Any],
+    around_outputs: Callable[..., Any],
+) -> None:
+    """Let ``prepare(input_processor, prompt, sampling_params, request_id)`` check and replace a prompt.
+
+    It is called before a response has started. ``request_id`` is the one that the engine is about to get; None where
+    it does not have one yet. The engine's outputs then come from
+    ``around_outputs(engine, generate, prompt, sampling_params, request_id, keywords)``.
+
+    AsyncLLM.generate is an async generator: its body, and with it every check, runs after a streamed
+    response's 200 has gone out. OpenAIServingResponses puts a second generator around it. Goes when vLLM
+    validates streamed requests before it answers.
+    """
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def around_engine(original: Callable[..., Any]) -> Wrapper:
+        def generate(self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> Any:
+            prompt = prepare(self.input_processor, prompt, sampling_params, request_id)
+            outputs = functools.partial(original, self)
+            return around_outputs(self, outputs, prompt, sampling_params, request_id, kwargs)
+
+        return generate
+
+    def around_responses(original: Callable[..., Any]) -> Wrapper:
+        def _generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
+            processor = getattr(self.engine_client, "input_processor", None)
+            if processor is not None:
+                engine_input, params = kwargs.get("engine_input"), kwargs.get("sampling_params")
+                kwargs["engine_input"] = prepare(processor, engine_input, params, None)
+            return original(self, *args, **kwargs)
+
+        return _generate_with_builtin_tools
+
+    wrap(AsyncLLM, "generate", around_engine)
+    wrap(OpenAIServingResponses, "_generate_with_builtin_tools", around_responses)
+
+
+def on_beam_search(callback: Callable[[Any], None]) -> None:
+    """Call ``callback(http_request)`` where an OpenAI request becomes beam-search parameters.
+
+    BeamSearchParams carry no extra_args, so options in `vllm_xargs` would be lost without a word. Goes
+    when they do.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            callback(self)
+            return original(self, *args, **kwargs)
+
+        return to_beam_search_params
+
+    wrap(ChatCompletionRequest, "to_beam_search_params", around)
+    wrap(CompletionRequest, "to_beam_search_params", around)
+
+
+def on_serving_models(callback: Callable[[Any, Any], None]) -> None:
+    """Call ``callback(engine_client, serving_models)`` when an OpenAI server makes its list of models.
+
+    That list alone knows LoRA adapters by name, those loaded while the server runs included, and vLLM's application
+    keeps it to itself. Goes when the engine client lists adapters by name.
+    """
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def __init__(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, engine_client, *args, **kwargs)
+            callback(engine_client, self)
+
+        return __init__
+
+    wrap(OpenAIServingModels, "__init__", around)
+
+
+DEATH_CHECK_SECONDS = 1.0
+SHUTTING_DOWN = "Server shutting down"
+
+
+@touches("vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async")
+async def call_engine_cores(engine: Any, name: str, *args: Any) -> list[Any]:
+    """Call a utility in every engine core of an AsyncLLM; one result for each data-parallel engine.
+
+    Where there are several engines ``call_utility_async`` returns the first one's result only, hence ``_all_``. A call
+    to an engine that dies is never answered, hence the look at its health while waiting. Goes when AsyncLLM
+    has a public way to utilities that ends with the engine.
+
+    Raises:
+        EngineDeadError: the engine is dead, or dies meanwhile.
+        RetryableRequestError: it is shutting down.
+        Exception: the utility failed; vLLM gives its message, not its type.
+    """
+    from vllm.exceptions import RetryableRequestError
+
+    if engine.errored:
+        raise engine.dead_error
+    call = asyncio.ensure_future(engine.engine_core.call_utility_all_async(name, *args))
+    try:
+        while not (await asyncio.wait({call}, timeout=DEATH_CHECK_SECONDS))[0]:
+            if engine.errored:
+                raise engine.dead_error
+        return call.result()
+    except Exception as error:
+        if str(error) == SHUTTING_DOWN:
+            raise RetryableRequestError("the server is shutting down") from None
+        raise
+    finally:
+        call.cancel()
+
+
+@touches(
+    "vllm.v1.engine.core_client.AsyncMPClient._call_utility_async",
+    "vllm.v1.engine.core_client.MPClient.core_engines",
+)
+async def call_engine_core(engine: Any, rank: int, name: str, *args: Any) -> Any:
+    """Call a utility in one engine core of an AsyncLLM with several. Goes as call_engine_cores does."""
+    client = engine.engine_core
+    return await client._call_utility_async(name, *args, engine=client.core_engines[rank])
+
+
+@touches(
+    "vllm.v1.engine.input_processor.InputProcessor.assign_request_id",
+    "vllm.v1.engine.async_llm.AsyncLLM._run_output_handler",
+    "vllm.v1.engine.async_llm.AsyncLLM.abort",
+    "vllm.v1.engine.output_processor.OutputProcessor.add_request",
+    "vllm.v1.engine.output_processor.RequestOutputCollector.get",
+    "vllm.v1.engine.core_client.EngineCoreClient.add_request_async",
+)
+async def run_internal_request(engine: Any, request: Any, internal_ids: set[str]) -> Any:
+    """Run a processed request of Starling's own to its end; returns its RequestOutput.
+
+    The engine knows it by the id that its maker gave it, so aborts of that id, and calls that ask for the engine's
+    requests of that id, reach it. Admission limits and request statistics leave it out. Where this call is cancelled
+    or fails, the request is aborted. Goes when vLLM has requests of its own making.
+
+    Args:
+        internal_ids: the engine's ids of all such requests of this engine; the request's is in it while it runs.
+    """
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    hide_requests(engine.output_processor, internal_ids)
+    engine.input_processor.assign_request_id(request)
+    engine._run_output_handler()
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
+    internal_ids.add(request.request_id)
+    try:
+        engine.output_processor.add_request(request, None, None, 0, queue)
+        await engine.engine_core.add_request_async(request)
+        return await queue.get()
+    except BaseException:
+        await engine.abort(request.request_id, internal=True)
+        raise
+    finally:
+        queue.close()
+        internal_ids.discard(request.request_id)
+
+
+_hidden: WeakKeyDictionary[Any, Collection[str]] = WeakKeyDictionary()
+
+
+@touches("vllm.v1.engine.output_processor.OutputProcessor.request_states")
+def hide_requests(output_processor: Any, engine_request_ids: Collection[str]) -> None:
+    """Leave these requests out of vLLM's request statistics and of what admission counts.
+
+    Args:
+        engine_request_ids: read at each look, so that its owner may add and remove ids.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    def unless_hidden(original: Callable[..., Any]) -> Wrapper:
+        def update_stats(self: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+            if req_state.request_id not in _hidden.get(self, ()):
+                original(self, req_state, *args, **kwargs)
+
+        return update_stats
+
+    def without_hidden(original: Callable[..., Any]) -> Wrapper:
+        def get_num_unfinished_requests(self: Any) -> int:
+            return original(self) - sum(name in self.request_states for name in _hidden.get(self, ()))
+
+        return get_num_unfinished_requests
+
+    wrap(OutputProcessor, "_update_stats_from_output", unless_hidden)
+    wrap(OutputProcessor, "_update_stats_from_finished", unless_hidden)
+    wrap(OutputProcessor, "get_num_unfinished_requests", without_hidden)
+    _hidden[output_processor] = engine_request_ids
+
+
+@touches("vllm.v1.engine.async_llm.AsyncLLM.check_admission")
+def refuse_admission(engine: Any, error: Exception) -> None:
+    """Let every front of an AsyncLLM refuse new requests with ``error``; those admitted go on.
+
+    vLLM calls ``check_admission`` before a response starts, and again when the engine gets the request. Goes
+    when vLLM's server can drain while it runs.
+    """
+
+    def check_admission(n: int = 1, request_id: str | None = None) -> None:
+        raise error
+
+    engine.check_admission = check_admission
+
+
+@touches("vllm.v1.engine.async_llm.AsyncLLM.shutdown")
+def before_shutdown(engine: Any, callback: Callable[[], None]) -> None:
+    """Call ``callback()`` before an AsyncLLM shuts down.
+
+    On a signal vLLM's serve_http stops the engine before the server; it does so in a thread. Goes when serve_http takes
+    a hook.
+    """
+    shut_down = engine.shutdown
+
+    def shutdown(timeout: float | None = None) -> None:
+        callback()
+        shut_down(timeout=timeout)
+
+    engine.shutdown = shutdown
+
+
+@touches("vllm.v1.engine.output_processor.OutputProcessor.external_req_ids")
+def engine_request_ids(engine: Any, request_id: str) -> list[str]:
+    """The engine's own ids of what a front calls ``request_id``: one, or one per choice; none: it is unknown.
+
+    vLLM adds random characters to a front's id, and splits n > 1 into a request per choice. Goes with a
+    public look-up.
+    """
+    return list(engine.output_processor.external_req_ids.get(request_id, ()))
+
+
+@touches("vllm.v1.engine.output_processor.OutputProcessor.request_states")
+def unfinished_ids(engine: Any) -> tuple[list[str], list[str]]:
+    """(ids that fronts gave, the engine's own) of all requests of an AsyncLLM. Goes with a public list."""
+    return list(engine.output_processor.external_req_ids), list(engine.output_processor.request_states)
+
+
+@touches("vllm.v1.engine.output_processor.OutputProcessor.request_states")
+def request_state(engine: Any, engine_request_id: str) -> Any | None:
+    """vLLM's state of a request in the front: ``external_req_id``, ``is_prefilling``, ``num_cached_tokens``.
+
+    None where it has ended. Goes with a public look-up.
+    """
+    return engine.output_processor.request_states.get(engine_request_id)

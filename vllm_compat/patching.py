@@ -1,0 +1,40 @@
+"""How Starling marks and changes vLLM's code: at run time, once, without copying any of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
+Wrapper = Callable[..., Any]
+T = TypeVar("T")
+
+
+def wrap(owner: type | ModuleType, name: str, wrapper: Callable[[Callable[..., Any]], Wrapper]) -> None:
+    """Replace a function of a class or a module by ``wrapper(original)``, once; a classmethod stays one."""
+    current = inspect.getattr_static(owner, name)
+    is_classmethod = isinstance(current, classmethod)
+    original = current.__func__ if is_classmethod else current
+    if getattr(original, "__starling__", False):
+        return
+    wrapped = functools.wraps(original)(wrapper(original))
+    wrapped.__starling__ = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def extends(*bases: type) -> Callable[[type[T]], type[T]]:
+    """Say which vLLM classes a class extends whose bases are found at run time, or that is mixed into them.
+
+    Changes nothing. names.py reads it, to list what the class overrides.
+    """
+    return lambda cls: cls
+
+
+def touches(*names: str) -> Callable[[T], T]:
+    """Say which attributes of vLLM's objects a function or a class reads or writes, as "module.Class.attribute".
+
+    Changes nothing. names.py reads it, to list these attributes.
+    """
+    return lambda function: function

@@ -1,0 +1,93 @@
+"""The prefix cache of an engine core: page hashes, the hasher of its requests, and its statistics.
+
+Imported in an engine core where Starling is activated, and not before: it imports vLLM's scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.engine import core
+
+from vllm_compat.patching import Wrapper, wrap
+
+Hasher = Callable[[Any], list[Any]]
+HashFunction = Callable[[Any], bytes]
+
+
+def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) -> None:
+    """Let ``page_key(request, start, end)`` add a tagged extra key to the hash of a page.
+
+    In place of vLLM's own function for extra keys, in the two modules that call it, so that page hashes
+    and KV events agree. Only called in an engine core where Starling is activated. Goes when vLLM has a
+    hook for extra keys.
+    """
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def generate_block_hash_extra_keys(request: Any, start: int, end: int, mm_index: int) -> Any:
+            keys, next_index = original(request, start, end, mm_index)
+            key = page_key(request, start, end)
+            return (keys if key is None else (*(keys or ()), key)), next_index
+
+        return generate_block_hash_extra_keys
+
+    wrap(kv_cache_utils, "generate_block_hash_extra_keys", around)
+    wrap(block_pool, "generate_block_hash_extra_keys", around)
+
+
+def extra_page_keys(request: Any, start: int, end: int) -> Any:
+    """vLLM's extra keys (LoRA, salt, images) of a request's page over positions ``[start, end)``, and those added."""
+    return kv_cache_utils.generate_block_hash_extra_keys(request, start, end, 0)[0]
+
+
+def hash_page(hash_function: HashFunction, parent: Any, token_ids: Any, extra_keys: Any) -> Any:
+    """vLLM's hash of a page of tokens that follows the page whose hash is ``parent``."""
+    return kv_cache_utils.hash_block_tokens(hash_function, parent, token_ids, extra_keys)
+
+
+def plain_request_hasher(page_size: int, hash_function: HashFunction) -> Hasher:
+    """vLLM's own hasher: from a request to the hashes of its pages that were completed since the last call."""
+    return kv_cache_utils.get_request_block_hasher(page_size, hash_function)
+
+
+_make_hasher: Callable[[int, HashFunction], Hasher] | None = None
+
+
+def use_request_hasher(make: Callable[[int, HashFunction], Hasher] | None) -> None:
+    """Let the engine core that is being made hash its requests' pages by ``make(page_size, hash_function)``.
+
+    EngineCore makes its hasher right after its scheduler, and calls it where requests come in, beside the steps.
+    Called while the scheduler is made, each time. Goes when a scheduler can bring a hasher.
+
+    Args:
+        make: None for vLLM's own.
+    """
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def get_request_block_hasher(page_size: int, hash_function: HashFunction) -> Any:
+            return (_make_hasher or original)(page_size, hash_function)
+
+        return get_request_block_hasher
+
+    global _make_hasher
+    _make_hasher = make
+    wrap(core, "get_request_block_hasher", around)
+
+
+def leave_out_of_hit_rate(is_left_out: Callable[[Any], bool]) -> None:
+    """Keep requests out of vLLM's prefix-cache hit rate: the tokens that a part of a prompt leaves out are no hit.
+
+    Only called in an engine core where Starling is activated. Goes when a request can say so.
+    """
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> None:
+            if not is_left_out(request):
+                original(self, request, num_hits)
+
+        return record_prefix_cache_stats
+
+    wrap(KVCacheManager, "record_prefix_cache_stats", around)

@@ -1,0 +1,397 @@
+"""What Starling reads and changes of a vLLM scheduler: pages, KV cache groups, hits, queues.
+
+A page here is vLLM's KVCacheBlock, and ``num_pages`` leaves out the pool's null page, which holds nothing. All of this
+goes when vLLM has a scheduler API for plugins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import is_full_attention_spec
+
+from vllm_compat.patching import touches
+
+Page = Any
+"""A vLLM KVCacheBlock."""
+
+
+@touches(
+    "vllm.v1.core.block_pool.BlockPool.num_gpu_blocks",
+    "vllm.v1.core.block_pool.BlockPool.get_num_free_blocks",
+    "vllm.v1.core.block_pool.BlockPool.null_block",
+    "vllm.v1.core.block_pool.BlockPool.blocks",
+    "vllm.v1.core.block_pool.BlockPool.get_cached_block",
+    "vllm.v1.core.block_pool.BlockPool.touch",
+    "vllm.v1.core.block_pool.BlockPool.free_blocks",
+    "vllm.v1.core.kv_cache_utils.KVCacheBlock.ref_cnt",
+    "vllm.v1.core.kv_cache_utils.KVCacheBlock.is_null",
+    "vllm.v1.core.kv_cache_utils.KVCacheBlock.block_id",
+    "vllm.v1.core.kv_cache_utils.KVCacheBlock.block_hash",
+)
+class PagePool:
+    """The pages of one engine: a vLLM BlockPool."""
+
+    def __init__(self, block_pool: Any) -> None:
+        self.block_pool = block_pool
+
+    @property
+    def num_pages(self) -> int:
+        num_pages: int = self.block_pool.num_gpu_blocks - 1
+        return num_pages
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no request holds; some of them have content that a prompt can still hit."""
+        free: int = self.block_pool.get_num_free_blocks()
+        return free
+
+    @property
+    def null_page(self) -> Page:
+        """The page that stands where a request has none: it takes no memory, has no hash, and may be held for ever."""
+        return self.block_pool.null_block
+
+    def find(self, page_hash: Any, group: int = 0) -> Page | None:
+        """The page of a KV cache group that is cached under this hash; None: there is none."""
+        found = self.block_pool.get_cached_block(page_hash, [group])
+        return None if found is None else found[0]
+
+    def find_run(self, page_hashes: Iterable[Any], group: int = 0) -> list[Page]:
+        """The pages cached under these hashes, up to the first hash that has none."""
+        found = []
+        for page_hash in page_hashes:
+            page = self.find(page_hash, group)
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def pages(self, page_ids: Iterable[int]) -> list[Page]:
+        return [self.block_pool.blocks[page_id] for page_id in page_ids]
+
+    def hold(self, pages: Sequence[Page]) -> None:
+        """Keep pages from being freed until they are released once more."""
+        self.block_pool.touch(pages)
+
+    def release(self, pages: Iterable[Page]) -> None:
+        """Release held pages; the first ones lose their content first when pages are needed."""
+        self.block_pool.free_blocks(pages)
+
+    def cached_free_pages(self) -> Iterator[int]:
+        """Of each free page that has content, the number of its KV cache group. Walks the whole pool."""
+        for page in self.block_pool.blocks:
+            if page.ref_cnt == 0 and not page.is_null and page.block_hash is not None:
+                yield get_group_id(page.block_hash)
+
+
+@touches(
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.req_to_blocks",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.num_cached_block",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.block_size",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.kv_cache_group_id",
+)
+@dataclass(frozen=True)
+class CacheGroup:
+    """One KV cache group: layers whose pages are allocated together.
+
+    Attributes:
+        spec: vLLM's KVCacheSpec of the layers.
+        manager: vLLM's SingleTypeKVCacheManager.
+    """
+
+    layer_names: list[str]
+    spec: Any
+    manager: Any
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        size: int = self.manager.block_size
+        return size
+
+    @property
+    def index(self) -> int:
+        index: int = self.manager.kv_cache_group_id
+        return index
+
+    def pages(self, request_id: str) -> Sequence[Page]:
+        """What a request holds, in the order of its tokens; the null page where it holds none."""
+        pages: Sequence[Page] = self.manager.req_to_blocks.get(request_id, ())
+        return pages
+
+    def num_pages(self, request_id: str) -> int:
+        """How many pages a request holds, null pages left out."""
+        return sum(not page.is_null for page in self.pages(request_id))
+
+    def num_held_pages(self) -> int:
+        """How many pages all requests hold; a page that several hold counts once."""
+        held = self.manager.req_to_blocks.values()
+        return len({page.block_id for pages in held for page in pages if not page.is_null})
+
+    def num_hashed_pages(self, request_id: str) -> int | None:
+        """How many of a request's leading pages are in the prefix cache; None: the request has had no page yet."""
+        hashed: int | None = self.manager.num_cached_block.get(request_id)
+        return hashed
+
+
+@touches(
+    "vllm.v1.core.sched.scheduler.Scheduler.kv_cache_manager",
+    "vllm.v1.core.sched.scheduler.Scheduler.kv_cache_config",
+    "vllm.v1.core.sched.scheduler.Scheduler.hash_block_size",
+    "vllm.v1.core.sched.scheduler.Scheduler.waiting",
+    "vllm.v1.core.sched.scheduler.Scheduler.running",
+    "vllm.v1.core.sched.scheduler.Scheduler.kv_holding_waiting",
+    "vllm.v1.core.sched.scheduler.Scheduler.policy",
+    "vllm.v1.core.sched.scheduler.Scheduler.pause_state",
+    "vllm.v1.core.sched.scheduler.Scheduler.max_num_running_reqs",
+    "vllm.v1.core.sched.scheduler.Scheduler.num_spec_tokens",
+    "vllm.v1.core.sched.scheduler.Scheduler.lora_config",
+    "vllm.v1.core.sched.scheduler.Scheduler.need_mamba_block_aligned_split",
+    "vllm.v1.core.sched.scheduler.Scheduler.use_v2_model_runner",
+    "vllm.v1.core.sched.scheduler.Scheduler._inflight_prefill_reserved_blocks",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.block_pool",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.coordinator",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.watermark_blocks",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.prefix_cache_stats",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.prefix_cache_lookup_enabled",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.evict_blocks",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids",
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.single_type_managers",
+    "vllm.v1.core.block_pool.BlockPool.emit_cached_block_events",
+    "vllm.v1.request.Request.prefill_stats",
+    "vllm.v1.request.Request._all_token_ids",
+)
+class SchedulerView:
+    """One vLLM scheduler."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    @property
+    def manager(self) -> Any:
+        return self.scheduler.kv_cache_manager
+
+    @cached_property
+    def pool(self) -> PagePool:
+        return PagePool(self.manager.block_pool)
+
+    @cached_property
+    def groups(self) -> list[CacheGroup]:
+        groups, managers = self.scheduler.kv_cache_config.kv_cache_groups, self.manager.coordinator.single_type_managers
+        return [
+            CacheGroup(group.layer_names, group.kv_cache_spec, manager)
+            for group, manager in zip(groups, managers, strict=True)
+        ]
+
+    @cached_property
+    def only_group(self) -> CacheGroup | None:
+        """The KV cache's group where it is one of full attention, hashed page by page; else None."""
+        if len(self.groups) != 1 or type(self.groups[0].manager) is not FullAttentionManager:
+            return None
+        return self.groups[0] if self.groups[0].page_size == self.scheduler.hash_block_size else None
+
+    @property
+    def full_attention_page_size(self) -> int | None:
+        """Tokens of a KV page of the full-attention layers; None where there is no one size.
+
+        The number that vLLM puts into cache_config.effective_attention_block_size, which is set only after the
+        scheduler is made. Goes when it is set before.
+        """
+        sizes = {group.page_size for group in self.groups if is_full_attention_spec(group.manager.kv_cache_spec)}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @property
+    def num_blocks(self) -> int:
+        """Pages of the pool, the null page included, as the KV cache configuration counts them."""
+        num_blocks: int = self.scheduler.kv_cache_config.num_blocks
+        return num_blocks
+
+    # The prefix cache.
+
+    def may_hit(self, request: Any) -> bool:
+        """Whether a request reads the prefix cache at all."""
+        enabled: bool = self.manager.prefix_cache_lookup_enabled(request)
+        return enabled
+
+    def evict(self, page_ids: set[int]) -> None:
+        """Take pages out of the prefix cache; requests that hold them keep them."""
+        self.manager.evict_blocks(page_ids)
+
+    def is_at_page_border(self, group: CacheGroup, request: Any) -> bool:
+        """Whether a request holds exactly the pages of its computed tokens, all of them full and hashed."""
+        num_pages = request.num_computed_tokens // group.page_size  # with a page begun it would hold one more
+        held = len(group.pages(request.request_id))
+        return held == group.num_hashed_pages(request.request_id) == num_pages
+
+    def adopt(self, group: CacheGroup, request: Any, pages: Sequence[Page]) -> int:
+        """Append cached pages to a request that is at a page border, as computed; returns their tokens."""
+        held = group.manager.req_to_blocks[request.request_id]
+        self.pool.hold(pages)
+        held.extend(pages)
+        group.manager.num_cached_block[request.request_id] = len(held)
+        if self.pool.block_pool.enable_kv_cache_events and request.kv_cache_report_mode == "full":
+            self.pool.block_pool.emit_cached_block_events(request, len(held), group.page_size, group.index)
+        tokens = len(pages) * group.page_size
+        request.num_computed_tokens += tokens
+        return tokens
+
+    def count_hit(self, request: Any, tokens: int, in_statistics: bool) -> None:
+        """Count adopted tokens as vLLM counts a prefix hit: in the request's usage, once, and in the statistics.
+
+        Args:
+            in_statistics: whether the prefix cache's statistics count the request at all.
+        """
+        first_time = request.num_preemptions == 0
+        if request.prefill_stats is not None and first_time:
+            request.prefill_stats.num_cached_tokens += tokens
+            request.prefill_stats.num_local_cached_tokens += tokens
+            request.prefill_stats.num_computed_tokens -= tokens
+        stats = self.manager.prefix_cache_stats
+        if stats is not None and in_statistics:
+            hits = "hits" if first_time else "preempted_hits"
+            setattr(stats, hits, getattr(stats, hits) + tokens)
+
+    def report_adopted(self, output: Any, request_id: str, page_ids: Sequence[int]) -> None:
+        """Tell the worker, in a step about to go out, which pages a request has adopted since its last step.
+
+        The V1 runner appends them to the request's pages, and takes its computed tokens, each time it is scheduled. V2
+        keeps that number on the device: to it the request goes out as new, as a session that got more input does.
+        """
+        cached = output.scheduled_cached_reqs
+        index = cached.req_ids.index(request_id)
+        if not self.scheduler.use_v2_model_runner:
+            (fresh,) = cached.new_block_ids[index] or ([],)
+            cached.new_block_ids[index] = ([*page_ids, *fresh],)
+            return
+        for column in (
+            cached.req_ids,
+            cached.new_block_ids,
+            cached.num_computed_tokens,
+            cached.num_output_tokens,
+            cached.new_token_ids,
+        ):
+            if column:
+                del column[index]
+        request = self.scheduler.requests[request_id]
+        all_page_ids = self.manager.get_block_ids(request_id)
+        output.scheduled_new_reqs.append(NewRequestData.from_request(request, all_page_ids, request._all_token_ids))
+
+    # Requests, and the steps that they share.
+
+    @staticmethod
+    def computed_tokens(request: Any) -> int:
+        """Tokens whose step has come back; vLLM counts those in flight as computed."""
+        return max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+
+    @staticmethod
+    def cached_tokens(request: Any) -> int | None:
+        """Prompt tokens found in the prefix cache; None after the first token, when vLLM has handed the number on."""
+        stats = request.prefill_stats
+        return None if stats is None else stats.num_cached_tokens
+
+    @property
+    def by_priority(self) -> bool:
+        """Whether requests are scheduled by their priority."""
+        return self.scheduler.policy == SchedulingPolicy.PRIORITY
+
+    @property
+    def admits_requests(self) -> bool:
+        """Whether waiting requests may be scheduled, as far as a pause and the number of running ones go."""
+        return self.scheduler.pause_state == PauseState.UNPAUSED and not self.is_full
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests run as may."""
+        return len(self.scheduler.running) >= self.scheduler.max_num_running_reqs
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is scheduled, running requests included."""
+        return self.scheduler.pause_state == PauseState.PAUSED_ALL
+
+    @property
+    def tokens_of_a_decode(self) -> int:
+        """Tokens that a decoding request takes in a step, speculated ones included."""
+        return 1 + self.scheduler.num_spec_tokens
+
+    @property
+    def max_loras(self) -> int | None:
+        """LoRA adapters that a step has slots for; None where LoRA is off."""
+        config = self.scheduler.lora_config
+        return None if config is None else config.max_loras
+
+    @property
+    def chunks_end_at_mamba_blocks(self) -> bool:
+        """Whether a chunk must end where Mamba's state is kept (mamba_cache_mode=align)."""
+        aligned: bool = self.scheduler.need_mamba_block_aligned_split
+        return aligned
+
+    def all_waiting(self) -> list[Any]:
+        """The requests that wait, those that hold pages already first."""
+        return [*self.scheduler.kv_holding_waiting, *self.scheduler.waiting]
+
+    def holds_pages_while_waiting(self, request: Any) -> bool:
+        return request in self.scheduler.kv_holding_waiting
+
+    @property
+    def num_pages_for_waiting(self) -> int:
+        """Free pages that waiting requests may take, without the watermark and what running prefills will need."""
+        free = self.pool.num_free_pages - self.manager.watermark_blocks
+        return free - self.scheduler._inflight_prefill_reserved_blocks()
+
+    def num_pages_of(self, request: Any) -> int:
+        """Pages that a request takes in all, over all KV cache groups."""
+        return sum(-(-request.num_tokens // group.page_size) for group in self.groups)
+
+    @contextmanager
+    def without_waiting(self, requests: Sequence[Any]) -> Iterator[None]:
+        """While a step is scheduled, keep these requests out of the waiting queue; then put each back where it was.
+
+        To give such a request no tokens would not do: vLLM stops at the first waiting request that gets none.
+        """
+        if not requests:
+            yield
+            return
+        queue = self.scheduler.waiting
+        before = list(queue)
+        queue.remove_requests(requests)
+        try:
+            yield
+        finally:
+            self._put_back(queue, requests, before)
+
+    def _put_back(self, queue: Any, requests: Sequence[Any], before: Sequence[Any]) -> None:
+        """Each goes behind those that vLLM has put in front of the queue meanwhile, which it has preempted."""
+        if self.by_priority:
+            for request in requests:
+                queue.add_request(request)
+            return
+        known = {id(request) for request in before}
+        remaining = {id(request) for request in (*queue, *requests)}
+        merged = [request for request in queue if id(request) not in known]
+        merged += [request for request in before if id(request) in remaining]
+        queue.clear()
+        queue.extend(merged)
+
+
+def forget_uncomputed_pages(view: SchedulerView, request: Any) -> None:
+    """Take the pages of a chunk that will not be computed out of the prefix cache, before their request is preempted.
+
+    vLLM hashes a page when it is scheduled. By priority it may preempt a request that the same step has scheduled
+    already, and would leave pages in the cache whose content never comes. Goes when vLLM drops those hashes itself.
+    """
+    for group in view.groups:
+        if isinstance(group.manager, FullAttentionManager):
+            uncomputed = group.pages(request.request_id)[request.num_computed_tokens // group.page_size :]
+            hashed = {page.block_id for page in uncomputed if page.block_hash is not None}
+            if hashed:
+                view.evict(hashed)

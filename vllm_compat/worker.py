@@ -1,0 +1,76 @@
+"""vLLM's workers and model runners."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vllm_compat.patching import touches
+
+
+@touches(
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.req_states",
+)
+def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:
+    """Request id of each real row of a batch, in the model runner's order.
+
+    V2 says which requests in the metadata; V1 keeps them in its input batch. Goes when the metadata of
+    both carries request ids.
+
+    Raises:
+        RuntimeError: the V2 runner gave no request numbers.
+    """
+    if hasattr(runner, "input_batch"):
+        return runner.input_batch.req_ids
+    if common.req_idx is None:
+        raise RuntimeError("the V2 model runner gave no req_idx: rows can't be matched to requests")
+    names = runner.req_states.index_to_req_id
+    return [names[int(index)] for index in common.req_idx]
+
+
+@contextlib.contextmanager
+@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.discard_request_mask")
+def without_discarded_generators(runner: Any) -> Iterator[None]:
+    """While this holds, rows whose sample will be discarded (an unfinished prefill) have no generator of their own.
+
+    vLLM's V1 runner lets them sample and then rewinds their generators by offset, which a CPU generator refuses:
+    one seeded request, prefilled in more than one step, ends a CPU engine. A generator that is left out needs no
+    rewinding. Goes when v1/worker/gpu_model_runner.py does not call set_offset on CPU generators.
+    """
+    generators = runner.input_batch.generators if hasattr(runner, "discard_request_mask") else None
+    if not generators or runner.device.type != "cpu":
+        yield
+        return
+    left_out = {row: generators.pop(row) for row in list(generators) if runner.discard_request_mask.np[row]}
+    try:
+        yield
+    finally:
+        generators.update(left_out)
+
+
+@touches(
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.attn_groups",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.attn_groups",
+)
+def attention_groups(runner: Any) -> list[Any]:
+    """The attention groups of a model runner, V1 or V2. Goes with a public accessor."""
+    return [group for groups in runner.attn_groups for group in groups]
+
+
+def metadata_builders(runner: Any) -> list[tuple[Any, list[str]]]:
+    """(metadata builder, its layers' names) of a model runner, V1 or V2."""
+    return [(group.get_metadata_builder(0), group.layer_names) for group in attention_groups(runner)]
+
+
+def attention_backends(worker: Any) -> list[str]:
+    """Names of the attention backends that a worker's layers run on. Goes when vLLM reports them."""
+    return sorted({group.backend.get_name() for group in attention_groups(worker.model_runner)})
+
+
+def kv_connector() -> Any:
+    """This worker's KV connector. Goes when workers are handed theirs."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()

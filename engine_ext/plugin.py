@@ -44,13 +44,17 @@ def _hook_in() -> None:
         from engine_ext.activation import after_engine_config
         from engine_ext.front.split_prefill import generate_split
         from engine_ext.front.state import state_of
-        from engine_ext.requests import refuse_beam_search
+        from engine_ext.requests import begin_beam_search
+
+        def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
+            if request.sampling_params is not None:  # else a pooling request
+                state_of(input_processor).planner.resolve(request, prompt)
 
         after_engine_config(vllm_config)
-        on_processed_request(lambda processor, *request: state_of(processor).planner.resolve(*request))
+        on_processed_request(resolve)
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
             on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_split)
-            on_beam_search(refuse_beam_search)
+            on_beam_search(begin_beam_search)
 
     def server_args(args: object) -> None:
         if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,13 +19,30 @@ from scheduler.star.kv_demand import with_enough_replicas
 from scheduler.star.options import FIELD_OF, flat_name, is_star_key, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan, make_plan
-from scheduler.star.request_metadata import KEY, RequestMetadata, default_num_shards
+from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata, default_num_shards
 from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, align
 
 logger = init_logger("vllm.starling")
 
+
+@dataclass
+class ResponsePlans:
+    """The plans of one HTTP request's prompts, as its response shows them.
+
+    Attributes:
+        limit: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.
+    """
+
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    limit: int | None = None
+
+    def add(self, plan: dict[str, Any]) -> None:
+        if self.limit is None or len(self.plans) < self.limit:
+            self.plans.append(plan)
+
+
 # The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
-response_plans: ContextVar[list[dict[str, Any]] | None] = ContextVar("starling_response_plans", default=None)
+response_plans: ContextVar[ResponsePlans | None] = ContextVar("starling_response_plans", default=None)
 
 # The ids of the engine requests that the HTTP request being handled made: filled here, read by HttpProgress.
 response_requests: ContextVar[list[str] | None] = ContextVar("starling_response_requests", default=None)
@@ -135,7 +152,7 @@ class RequestPlanner:
             num_tokens = len(token_ids)
         elif SEGMENT_TOKEN in given:
             reason = "the prompt has images or embeddings, which can't be moved"
-            raise OptionError(SEGMENT_TOKEN, given[SEGMENT_TOKEN], reason, "a prompt of tokens alone, or no mark")
+            raise OptionError(SEGMENT_TOKEN, given[SEGMENT_TOKEN], reason, f"a text-only prompt, or no {SEGMENT_TOKEN}")
         plan = make_plan(num_tokens, defaults, request, page_size, self.replicas)
         if plan is not None and plan.shards:
             wanted = defaults.replicas
@@ -156,7 +173,9 @@ class RequestPlanner:
                 f"the prompt of {planned.num_tokens} tokens runs on one replica, whose KV memory holds {room}, output "
                 "included"
             )
-            raise OptionError(flat_name("shards"), "off", reason, "a shorter prompt, or a star prompt with on")
+            raise OptionError(
+                flat_name("shards"), "off", reason, f"a shorter prompt, or star=on with {flat_name('shards')}=on"
+            )
 
     def describe(self, planned: PlannedPrompt) -> dict[str, Any]:
         """The plan as a response shows it to the client."""
@@ -176,6 +195,7 @@ class RequestPlanner:
             VLLMValidationError: the request's options can't be used.
         """
         extra_args = getattr(params, "extra_args", None)
+        given_metadata(extra_args)
         if not isinstance(engine_input, Mapping) or (self.config is None and not extra_args):
             return engine_input
         token_ids = engine_input.get("prompt_token_ids")
@@ -186,7 +206,7 @@ class RequestPlanner:
             engine_input = {**engine_input, PLANNED: planned}
             plans = response_plans.get()
             if plans is not None and self.config is not None:
-                plans.append(self.describe(planned))
+                plans.add(self.describe(planned))
         ids = response_requests.get()
         if ids is not None and request_id is not None:
             ids.append(request_id)
@@ -202,18 +222,14 @@ class RequestPlanner:
             VLLMValidationError: the request's options can't be used.
         """
         params = request.sampling_params
-        if params is None:
-            return
-        metadata = (params.extra_args or {}).get(KEY, RequestMetadata())
-        if not isinstance(metadata, RequestMetadata):
-            reason = "replicas use this key for prompts that they split"
-            raise VLLMValidationError(str(OptionError(KEY, metadata, reason, "nothing")), parameter=KEY)
+        metadata = given_metadata(params.extra_args)
         if metadata.part is not None:  # made by split prefill, with the plan of the whole prompt
             params.extra_args = {KEY: metadata.to_wire()}
             return
         planned = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
-        if planned is None:
-            num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        # vLLM renders a prompt of Python's that no renderer has seen here: it may truncate it, or expand images.
+        if planned is None or planned.num_tokens - planned.padding_tokens != num_tokens:
             alone = request.prompt_embeds is None and not request.mm_features
             planned = self.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None)
         if self.config is None:
@@ -230,6 +246,19 @@ class RequestPlanner:
             rest.pop(KEY, None)
             params.extra_args = rest | {KEY: wire} if wire else rest
         front_metrics().requests.labels("dense" if planned.plan is None else "star").inc()
+
+
+def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
+    """The metadata that split prefill gave a request; empty for requests of clients.
+
+    Raises:
+        VLLMValidationError: a client uses the key.
+    """
+    metadata = (extra_args or {}).get(KEY, NO_METADATA)
+    if not isinstance(metadata, RequestMetadata):
+        error = OptionError(KEY, metadata, "this key is reserved for Starling", "leave it out")
+        raise VLLMValidationError(str(error), parameter=KEY)
+    return metadata
 
 
 def tokens_alone(engine_input: Mapping[str, Any]) -> list[int] | None:
@@ -264,12 +293,17 @@ def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -
     return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown
 
 
-def refuse_beam_search(http_request: Any) -> None:
-    """Refuse star options with beam search, which drops per-request options and makes a new prompt of each beam.
+def begin_beam_search(http_request: Any) -> None:
+    """Refuse star options with beam search, and show one plan for each of its prompts.
+
+    Beam search drops per-request options, and makes a new prompt of each beam and token.
 
     Raises:
         VLLMValidationError: the request has star options.
     """
+    plans = response_plans.get()
+    if plans is not None:
+        plans.limit = (plans.limit or 0) + 1
     for key, value in (http_request.vllm_xargs or {}).items():
         if is_star_key(key):
             reason = "beam search restarts every beam as a new prompt, so it has no one plan"

@@ -25,7 +25,7 @@ def reuse_refusal(vllm_config: Any) -> str | None:
         return "prefix caching is off"
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and transfer.kv_connector != CONNECTOR:
-        return "a KV connector follows a request's pages from its start"
+        return "the KV connector expects a request's pages to be computed in order"
     if vllm_config.aux_output_config.enabled:
         return "routed experts are returned for tokens in the order in which they are computed"
     return dependence(vllm_config.model_config)

@@ -40,7 +40,7 @@ class SchedulerMetrics:
         report_to_front()
         self.cache_hits = Counter(
             "starling:cache_hits",
-            "Prefix cache hits: of a prompt's start (prefix), or of star blocks behind a hole (block).",
+            "Prefix cache hits: of a prompt's start (prefix), or of star blocks behind an uncached page (block).",
             ["kind"],
         )
         self.cached_tokens = Counter(

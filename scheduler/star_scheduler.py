@@ -71,7 +71,7 @@ class StarMixin(SchedulerHooks):
     def _make_limiter(self, options: SchedulingOptions) -> PrefillLimiter | None:
         refusal = limiter_refusal(self)
         if refusal is not None:
-            logger.warning("The scheduler does not bound the chunks of long prompts: %s", refusal)
+            logger.warning("--scheduler-fairness has no effect here: %s", refusal)
             return None
         return PrefillLimiter(self, make_limits(options, self.max_num_scheduled_tokens))
 
@@ -79,7 +79,7 @@ class StarMixin(SchedulerHooks):
         group = self.view.only_group
         refusal = reuse_refusal(vllm_config) or (None if group else "the KV cache has several groups of layers")
         if refusal is not None or group is None:
-            logger.info("Star blocks are found in the prefix cache from a prompt's start only: %s", refusal)
+            logger.info("Reuse of star blocks behind an edit is off: %s", refusal)
             return None
         return BlockReuse(self.view, group)
 

@@ -57,12 +57,13 @@ def on_generate(
         return generate
 
     def around_responses(original: Callable[..., Any]) -> Wrapper:
-        def _generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def _generate_with_builtin_tools(
+            self: Any, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             processor = getattr(self.engine_client, "input_processor", None)
             if processor is not None:
-                engine_input, params = kwargs.get("engine_input"), kwargs.get("sampling_params")
-                kwargs["engine_input"] = prepare(processor, engine_input, params, None)
-            return original(self, *args, **kwargs)
+                engine_input = prepare(processor, engine_input, sampling_params, None)
+            return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
 
         return _generate_with_builtin_tools
 
@@ -181,11 +182,12 @@ async def run_internal_request(engine: Any, request: Any, internal_ids: set[str]
     internal_ids.add(request.request_id)
     try:
         engine.output_processor.add_request(request, None, None, 0, queue)
-        await engine.engine_core.add_request_async(request)
-        return await queue.get()
-    except BaseException:
-        await engine.abort(request.request_id, internal=True)
-        raise
+        try:
+            await engine.engine_core.add_request_async(request)
+            return await queue.get()
+        except (Exception, asyncio.CancelledError):
+            await engine.abort(request.request_id, internal=True)
+            raise
     finally:
         queue.close()
         internal_ids.discard(request.request_id)

@@ -54,6 +54,8 @@ class SchedulerHooks:
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
         hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
         blocks, num_tokens, *rest = hit
+        if not blocks.blocks:  # a model without a KV cache
+            return hit
         pages = self.extend_prefix_hit(request, blocks.blocks[0], num_tokens)
         if pages is None:
             return hit

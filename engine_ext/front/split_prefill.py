@@ -157,7 +157,7 @@ class SplitPrefill:
                 async for output in outputs:
                     lost = (output.kv_transfer_params or {}).get(LOST)
                     if lost is not None:
-                        raise ShardLost(f"a replica holds a part of the prompt's KV, and it can't be used: {lost}")
+                        raise ShardLost(f"the replica that holds a part of the prompt's KV is unavailable: {lost}")
                     yield output
         finally:
             self.state.split_requests.discard(self.request_id)
@@ -318,7 +318,7 @@ class SplitPrefill:
         calls = (self._call(rank, RELEASE, of_rank, always=True) for rank, of_rank in names.items())
         for error in await asyncio.gather(*calls, return_exceptions=True):
             if error is not None:
-                logger.error("%s: pages may stay held: %s", self.request_id, error)
+                logger.error("%s: a replica may not have freed this request's KV pages: %s", self.request_id, error)
 
 
 def with_task(params: SamplingParams, task: Task | None) -> SamplingParams:

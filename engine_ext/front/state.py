@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +25,7 @@ class FrontState:
             request, the engine does not know such a request.
         internal_ids: the engine's ids of the requests that Starling made for parts of prompts.
         releases: calls under way that release what ended requests held on replicas.
-        serving_models: vLLM's list of the server's models; None where no OpenAI server uses the engine.
+        serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
     """
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
@@ -34,23 +37,32 @@ class FrontState:
         self.internal_ids: set[str] = set()
         self.releases: set[asyncio.Future] = set()
         self.poller = ProgressPoller(self.split_requests)
-        self.serving_models: Any = None
+        self.serving_models: Callable[[], Any] = lambda: None
+
+    def set_serving_models(self, models: Any) -> None:
+        """Keep vLLM's list of models, which refers to the engine, and so to this state's key: by a weak reference."""
+        self.serving_models = weakref.ref(models)
 
     def lora_adapters(self) -> dict[str, Any]:
         """The LoRA adapters (vLLM's LoRARequests) by name, those loaded while the server runs included."""
-        return {} if self.serving_models is None else dict(self.serving_models.lora_requests)
+        models = self.serving_models()
+        return {} if models is None else dict(models.lora_requests)
 
 
 _states: WeakKeyDictionary[Any, FrontState] = WeakKeyDictionary()
+_making = threading.Lock()  # vLLM processes some inputs in threads
 
 
 def state_of(input_processor: Any) -> FrontState:
     """The state of the engine that an input processor belongs to, made at the first call."""
     state = _states.get(input_processor)
-    if state is None:
-        tokenizer = getattr(input_processor, "tokenizer", None)
-        state = _states[input_processor] = FrontState(input_processor.vllm_config, tokenizer)
-    return state
+    if state is not None:
+        return state
+    with _making:
+        if input_processor not in _states:
+            tokenizer = getattr(input_processor, "tokenizer", None)
+            _states[input_processor] = FrontState(input_processor.vllm_config, tokenizer)
+        return _states[input_processor]
 
 
 def front_state(engine: Any) -> FrontState:

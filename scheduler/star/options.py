@@ -46,7 +46,7 @@ class StarOptions(BaseModel):
     )
     context_tokens: Tokens | None = Field(
         None,
-        description="the same counted from the front: leading prompt tokens in blocks; not with query_tokens",
+        description="length of the context, the leading prompt tokens that are cut into blocks; not with query_tokens",
     )
     replicas: ReplicaCount = Field(
         "auto",
@@ -138,7 +138,7 @@ def _refuse_contradictions(options: StarOptions, show: Callable[[str], str]) -> 
         raise OptionError(
             show("context_tokens"),
             options.context_tokens,
-            f"{show('query_tokens')}={options.query_tokens} says the same from the other end",
+            f"{show('query_tokens')}={options.query_tokens} already sets where the query starts",
             f"one of {show('query_tokens')} and {show('context_tokens')}",
         )
     if {"block_size", "num_blocks"} <= given and options.block_size and options.num_blocks:
@@ -152,7 +152,7 @@ def _refuse_contradictions(options: StarOptions, show: Callable[[str], str]) -> 
         raise OptionError(
             show("block_size"),
             0,
-            f"{show('num_blocks')} is 0 too, so nothing says the size",
+            f"{show('num_blocks')} is 0 too, so the block size is undefined",
             ALLOWED["block_size"],
         )
 

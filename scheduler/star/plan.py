@@ -257,7 +257,7 @@ def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int
         raise OptionError(
             flat_name("block_size"),
             0,
-            f"{flat_name('num_blocks')} is 0 too, so nothing says the size",
+            f"{flat_name('num_blocks')} is 0 too, so the block size is undefined",
             f"{flat_name('block_size')} or {flat_name('num_blocks')} above 0",
         )
     return max(-(-num_prompt_tokens // (options.num_blocks * page_size)), 1) * page_size

@@ -87,7 +87,7 @@ def align(
         reason = (
             f"{SEGMENT_TOKEN}={mark} needs it, as the model's tokenizer has no token for a space, nor for a line break"
         )
-        raise OptionError(PADDING_TOKEN, None, reason, "the id of a token that says nothing")
+        raise OptionError(PADDING_TOKEN, None, reason, "the id of a token without meaning, such as a space")
     context = fill_gaps(context, gaps, padding)
     moved_end = {"query_tokens": None, "context_tokens": len(context)}
     return context + query, (request or parse_options({}, flat=True)).model_copy(update=moved_end)
@@ -120,7 +120,7 @@ def check_block_size(options: StarOptions) -> None:
     if options.segment_token is not None and not options.block_size:
         blocks = f"{flat_name('num_blocks')}={options.num_blocks}"
         reason = f"with {blocks} the borders move with the length of the prompt"
-        raise OptionError(SEGMENT_TOKEN, options.segment_token, reason, f"no mark, or {flat_name('block_size')}")
+        raise OptionError(SEGMENT_TOKEN, options.segment_token, reason, f"no {SEGMENT_TOKEN}, or a {flat_name('block_size')}")
 
 
 def find_gaps(token_ids: list[int], mark: int, block_size: int) -> list[tuple[int, int]]:

@@ -289,7 +289,7 @@ def test_parts_are_not_counted_as_requests_and_choices_use_the_same_fetched_page
     [
         (options(4), ["star_replicas=4", "this server has 3", "auto, or 1 to 3"]),
         (options(2) | {"star_overlap_size": 32}, ["star_replicas=2", "star_overlap_size=32"]),
-        ({"starling": "a part of another prompt"}, ["starling='a part of another prompt' is refused", "replicas"]),
+        ({"starling": "a part of another prompt"}, ["starling='a part of another prompt' is refused", "reserved"]),
     ],
     ids=["too many", "overlap", "forged"],
 )

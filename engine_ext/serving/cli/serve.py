@@ -176,7 +176,7 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
 
 def note_serving_models(engine: Any, models: Any) -> None:
     """Keep vLLM's list of the server's models, from which gRPC requests get LoRA adapters."""
-    front_state(engine).serving_models = models
+    front_state(engine).set_serving_models(models)
 
 
 def stop_before_engine(engine: Any, front: Front, grace: float) -> None:

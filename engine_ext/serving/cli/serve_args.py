@@ -132,7 +132,7 @@ def make_parser() -> FlexibleArgumentParser:
     )
     starling.add_argument(
         "--grpc-admin-host",
-        help=f"The host of --grpc-admin-port; only with an admin key other than loopback (default: {LOOPBACK})",
+        help=f"The host of --grpc-admin-port; a host other than loopback requires an admin key (default: {LOOPBACK})",
     )
     starling.add_argument(
         "--grpc-admin-key",

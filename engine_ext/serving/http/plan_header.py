@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engine_ext.requests import response_plans
+from engine_ext.requests import ResponsePlans, response_plans
 
 HEADER = b"x-starling-plan"
 
@@ -23,12 +23,12 @@ class PlanHeader:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        plans: list[dict[str, Any]] = []
-        response_plans.set(plans)
+        noted = ResponsePlans()
+        response_plans.set(noted)
 
         async def send_with_plans(message: Any) -> None:
-            if message["type"] == "http.response.start" and plans:
-                headers = [(HEADER, json.dumps(plan).encode()) for plan in plans]
+            if message["type"] == "http.response.start" and noted.plans:
+                headers = [(HEADER, json.dumps(plan).encode()) for plan in noted.plans]
                 message = message | {"headers": [*message.get("headers", []), *headers]}
             await send(message)
 

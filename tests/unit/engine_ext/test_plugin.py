@@ -51,7 +51,17 @@ def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch)
     monkeypatch.setattr(plugin, "on_beam_search", lambda callback: hooks.append(callback.__name__))
     plugin._hook_in()
     callbacks["after"](object.__new__(getattr(arg_utils, kind)), SimpleNamespace(additional_config={}))
-    assert hooks == ["resolve", *(["generate_split", "refuse_beam_search"] if hooked else [])]
+    assert hooks == ["resolve", *(["generate_split", "begin_beam_search"] if hooked else [])]
+
+
+def test_pooling_requests_are_not_planned(monkeypatch):
+    callbacks = {}
+    monkeypatch.setattr(plugin, "on_engine_config", lambda before, after: callbacks.update(after=after))
+    monkeypatch.setattr(plugin, "on_server_args", lambda callback: None)
+    monkeypatch.setattr(plugin, "on_processed_request", lambda callback: callbacks.update(resolve=callback))
+    plugin._hook_in()
+    callbacks["after"](object.__new__(arg_utils.EngineArgs), SimpleNamespace(additional_config={}))
+    callbacks["resolve"]("an input processor that is not read", SimpleNamespace(sampling_params=None), None)
 
 
 def test_a_server_gets_the_middleware_and_a_benchmark_has_none(monkeypatch):

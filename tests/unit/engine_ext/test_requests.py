@@ -15,7 +15,8 @@ from engine_ext.requests import (
     PLANNED,
     PlannedPrompt,
     RequestPlanner,
-    refuse_beam_search,
+    ResponsePlans,
+    begin_beam_search,
     response_plans,
     response_requests,
 )
@@ -99,10 +100,6 @@ def test_a_prompt_on_one_replica_must_fit_in_its_memory(extra_args):
         plan_on_three_replicas(extra_args, 99 * 16)
 
 
-def test_pooling_requests_are_not_planned():
-    planner({"starling": {"star": {"mode": "on"}}}).resolve(SimpleNamespace(sampling_params=None), None)
-
-
 def test_without_activation_a_star_key_is_refused_with_how_to_activate():
     request = processed(STAR)
     with pytest.raises(VLLMValidationError, match=r"not activated.*starling serve.*--additional-config") as refused:
@@ -116,7 +113,9 @@ def test_without_activation_a_star_key_is_refused_with_how_to_activate():
 @pytest.mark.parametrize("additional_config", [ON, {}])
 @pytest.mark.parametrize("forged", [{"plan": [64, 64, 0, 10, 20]}, {"part": {"name": "mine"}}, None, 1])
 def test_clients_can_not_send_metadata(forged, additional_config):
-    with pytest.raises(VLLMValidationError, match=r"starling=.*is refused: replicas use this key") as refused:
+    with pytest.raises(
+        VLLMValidationError, match=r"starling=.*is refused: this key is reserved for Starling"
+    ) as refused:
         planner(additional_config).resolve(processed({KEY: forged}), None)
     assert refused.value.parameter == KEY
 
@@ -196,7 +195,7 @@ def test_sessions_are_refused():
 @pytest.fixture
 def noted():
     """(plans, request ids) that are noted for an HTTP response."""
-    plans, ids = [], []
+    plans, ids = ResponsePlans(), []
     tokens = response_plans.set(plans), response_requests.set(ids)
     yield plans, ids
     response_plans.reset(tokens[0])
@@ -211,19 +210,19 @@ def test_plans_and_request_ids_are_noted_before_the_response_starts(noted):
         prepared = front.prepare(given, params)  # the Responses API prepares a prompt twice
         assert front.prepare(prepared, params, request_id) is prepared
     assert PLANNED not in given
-    star, dense = plans
+    star, dense = plans.plans
     assert (star["attention"], star["star_blocks"], star["context_end"]) == ("star", 3, 150)
     assert dense == {"attention": "dense", "prompt_tokens": 300, "padding_tokens": 0}
     assert ids == ["a", "b"]
     with pytest.raises(VLLMValidationError, match="star_block_size=65"):
         front.prepare(given, SamplingParams(extra_args=STAR | {"star_block_size": 65}), "c")
-    assert (len(plans), ids) == (2, ["a", "b"])
+    assert (len(plans.plans), ids) == (2, ["a", "b"])
 
 
 @pytest.mark.parametrize("engine_input", ["text", {"prompt": "text"}, [1, 2]])
 def test_prompts_whose_tokens_are_not_known_yet_stay_as_they_are(engine_input, noted):
     assert planner(ON).prepare(engine_input, SamplingParams(extra_args=STAR), "a") is engine_input
-    assert noted == ([], [])
+    assert noted == (ResponsePlans(), [])
 
 
 def test_without_activation_prompts_stay_as_they_are_and_star_options_are_refused_early(noted):
@@ -231,7 +230,7 @@ def test_without_activation_prompts_stay_as_they_are_and_star_options_are_refuse
     assert front.prepare(given, SamplingParams(), "a") is given
     with pytest.raises(VLLMValidationError, match="not activated"):
         front.prepare(given, SamplingParams(extra_args=STAR), "a")
-    assert noted == ([], [])
+    assert noted == (ResponsePlans(), [])
 
 
 def test_rejections_are_counted_by_known_options_only():
@@ -325,6 +324,32 @@ def test_without_a_token_of_white_space_the_padding_token_has_to_be_given(tokeni
 
 
 def test_beam_search_refuses_star_options():
-    refuse_beam_search(SimpleNamespace(vllm_xargs=None))
+    begin_beam_search(SimpleNamespace(vllm_xargs=None))
     with pytest.raises(VLLMValidationError, match="star='on' is refused: beam search"):
-        refuse_beam_search(SimpleNamespace(vllm_xargs={"theirs": 1, "star": "on"}))
+        begin_beam_search(SimpleNamespace(vllm_xargs={"theirs": 1, "star": "on"}))
+
+
+def test_beam_search_shows_one_plan_for_each_prompt(noted):
+    """vLLM makes a new prompt of each beam and token: hundreds of headers break HTTP clients."""
+    front, (plans, _) = planner(ON), noted
+    for prompt in (300, 500):
+        begin_beam_search(SimpleNamespace(vllm_xargs=None))
+        for length in range(prompt, prompt + 10):
+            front.prepare({"type": "token", "prompt_token_ids": [1] * length}, SamplingParams())
+    assert [plan["prompt_tokens"] for plan in plans.plans] == [300, 500]
+
+
+@pytest.mark.parametrize("length", [200, 400], ids=["truncated", "expanded"])
+def test_a_prompt_that_vllm_changes_after_its_plan_is_planned_again(length):
+    """vLLM renders raw prompts of Python's within the engine: it may truncate them, or expand their images."""
+    front = planner(ON)
+    prepared = front.prepare({"prompt_token_ids": [1] * 300}, SamplingParams(extra_args=STAR))
+    request = processed(STAR, length=length)
+    front.resolve(request, prepared)
+    plan = RequestMetadata.from_wire(request.sampling_params.extra_args[KEY]).plan
+    assert (plan.num_prompt_tokens, plan.context_end) == (length, length // 2)
+
+
+def test_the_key_of_metadata_is_refused_before_the_response_starts():
+    with pytest.raises(VLLMValidationError, match="starling='mine' is refused: this key is reserved for Starling"):
+        planner(ON).prepare({"prompt_token_ids": [1] * 300}, SamplingParams(extra_args={KEY: "mine"}))

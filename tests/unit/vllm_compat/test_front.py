@@ -60,7 +60,7 @@ def hooked(monkeypatch):
         events.append(("engine", prompt, request_id, keywords))
         return "outputs"
 
-    def with_tools(self, *, engine_input, sampling_params, **keywords):
+    def with_tools(self, request_id, engine_input, sampling_params, **keywords):
         return self.engine_client.generate(engine_input, sampling_params, "me_0")
 
     def prepare(processor, prompt, params, request_id):
@@ -92,7 +92,7 @@ def test_the_responses_api_prepares_a_prompt_before_its_own_generator_is_made(ho
     engine.input_processor = "processor"
     serving = object.__new__(OpenAIServingResponses)
     serving.engine_client = engine
-    outputs = serving._generate_with_builtin_tools(engine_input="prompt", sampling_params="params")
+    outputs = serving._generate_with_builtin_tools(request_id="me", engine_input="prompt", sampling_params="params")
     assert outputs == ("around", "outputs")
     assert hooked[0] == ("prepare", "processor", "prompt", "params", None)
     assert hooked[1] == ("prepare", "processor", "prompt prepared", "params", "me_0")
@@ -101,7 +101,7 @@ def test_the_responses_api_prepares_a_prompt_before_its_own_generator_is_made(ho
 def test_the_responses_api_over_another_engine_client_is_vllms(hooked):
     serving = object.__new__(OpenAIServingResponses)
     serving.engine_client = SimpleNamespace(generate=lambda *args: args)
-    outputs = serving._generate_with_builtin_tools(engine_input="prompt", sampling_params="params")
+    outputs = serving._generate_with_builtin_tools(request_id="me", engine_input="prompt", sampling_params="params")
     assert outputs == ("prompt", "params", "me_0")
     assert hooked == []
 

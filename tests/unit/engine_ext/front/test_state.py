@@ -43,10 +43,18 @@ def test_the_poller_knows_the_prompts_that_are_split_now():
     assert "a" in state.poller.split_requests
 
 
+class Models:
+    """As far as the state reads vLLM's OpenAIServingModels."""
+
+
 def test_adapters_are_those_that_the_server_has_now():
     state = FrontState(Processor({}).vllm_config)
     assert state.lora_adapters() == {}
-    state.serving_models = SimpleNamespace(lora_requests={"a": 1})
+    models = Models()
+    models.lora_requests = {"a": 1}
+    state.set_serving_models(models)
     assert state.lora_adapters() == {"a": 1}
-    state.serving_models.lora_requests["b"] = 2
+    models.lora_requests["b"] = 2
     assert state.lora_adapters() == {"a": 1, "b": 2}
+    del models
+    assert state.lora_adapters() == {}, "the state does not keep the models, nor the engine that they refer to"

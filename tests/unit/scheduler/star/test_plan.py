@@ -95,7 +95,7 @@ REFUSED = [
     ({"star_block_size": 32, "star_anchor_size": 64}, "star_anchor_size", "larger than the star block of 32"),
     ({"star_query_tokens": 1001}, "star_query_tokens", "only 1000 tokens"),
     ({"star_context_tokens": 1001}, "star_context_tokens", "only 1000 tokens"),
-    ({"star_query_tokens": 5, "star_context_tokens": 5}, "star_context_tokens", "other end"),
+    ({"star_query_tokens": 5, "star_context_tokens": 5}, "star_context_tokens", "sets where the query starts"),
     ({"star_block_size": 64, "star_num_blocks": 4}, "star_num_blocks", "already sets"),
     ({"star_block_size": 0}, "star_block_size", "star_num_blocks is 0 too"),
     ({"star_replicas": 0}, "star_replicas", "auto, or a whole number of replicas"),

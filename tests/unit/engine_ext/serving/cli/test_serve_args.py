@@ -81,7 +81,7 @@ def test_flags_join_additional_config(parse_fast):
             ["--star-query-tokens", "5", "--star-context-tokens", "5"],
             ["star_context_tokens", "star_query_tokens=5"],
         ),
-        (["--star-block-size", "0"], ["star_block_size=0", "nothing says the size"]),
+        (["--star-block-size", "0"], ["star_block_size=0", "the block size is undefined"]),
         (
             ["--additional-config", '{"starling":{"star":{"blok":1}}}'],
             ["blok", "no such star option", "block_size"],

@@ -1,7 +1,6 @@
 """The calls of InferenceService on a fake engine: what each field does, and what is refused."""
 
 import asyncio
-from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -176,9 +175,17 @@ def test_tokenize():
     assert refusal(FakeEngine(), "Tokenize", pb.TokenizeRequest())[2] == ["prompt"]
 
 
+class Models:
+    """As far as the front reads vLLM's OpenAIServingModels."""
+
+    def __init__(self, lora_requests: dict) -> None:
+        self.lora_requests = lora_requests
+
+
 def test_capabilities():
     engine = FakeEngine()
-    front_state(engine).serving_models = SimpleNamespace(lora_requests={"b": 1, "a": 2})
+    models = Models(lora_requests={"b": 1, "a": 2})
+    front_state(engine).set_serving_models(models)
     reply = call(engine, "GetCapabilities", pb.GetCapabilitiesRequest())
     assert (reply.models, reply.max_model_len, reply.vocabulary_size) == (["fake", "alias"], 100, 320)
     assert (reply.kv_page_tokens, reply.star_available, list(reply.star_refusals)) == (32, True, [])
@@ -204,7 +211,8 @@ def test_lora():
     code, text, fields = refusal(engine, "Generate", request)
     assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["lora_name"])
     assert "it has none" in text
-    front_state(engine).serving_models = SimpleNamespace(lora_requests={"sql": "the adapter"})
+    models = Models(lora_requests={"sql": "the adapter"})
+    front_state(engine).set_serving_models(models)
     call(engine, "Generate", request)
     call(engine, "Generate", pb.GenerateRequest(text="p"))
     assert [call.lora for call in engine.calls] == ["the adapter", None]

@@ -40,8 +40,8 @@ WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "engine_ext.worker.StarGPUWorker",
 }
-SCHEDULER = "scheduler.star_scheduler.StarScheduler"
-ASYNC_SCHEDULER = "scheduler.star_scheduler.AsyncStarScheduler"
+SCHEDULER = "engine_ext.engine_core.StarScheduler"
+ASYNC_SCHEDULER = "engine_ext.engine_core.AsyncStarScheduler"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vllm.v1.kv_cache_interface import KVCacheSpecKind
+
 from attention_backends.kernels.contract import CPU_ISAS
 from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
@@ -40,9 +42,16 @@ def _decode_graphs(config: Any) -> bool:
 
 
 def _backend(config: Any) -> str | None:
-    backend = config.attention_config.backend
+    given = config.attention_config
+    backend = given.backend_per_kind.get(KVCacheSpecKind.FULL_ATTENTION.value, given.backend)
     on_cpu = config.device_config.device_type == "cpu"  # the CPU platform always takes CPU_ATTN
     return None if backend is None or on_cpu or backend.name in WRAPPED else backend.name
+
+
+def _reports_no_page_size(config: Any) -> bool:
+    """Whether the engine cores have started, and report no KV page size of full attention; see engine_core.py."""
+    cache = config.cache_config
+    return cache.num_gpu_blocks is not None and cache.effective_attention_block_size is None
 
 
 Rules = tuple[tuple[Callable[[Any], Any], str], ...]
@@ -81,8 +90,8 @@ RULES: Rules = (
         "prefill context parallelism splits the prompt",
     ),
     (
-        lambda c: c.parallel_config.enable_dbo,
-        "dual-batch overlap slices batches by row before rows are split",
+        lambda c: c.parallel_config.use_ubatching,
+        "dual-batch overlap and --ubatch-size slice batches by row before rows are split",
     ),
     (lambda c: c.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill skips tokens by batch row"),
     (
@@ -94,6 +103,11 @@ RULES: Rules = (
         "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix",
     ),
     (_backend, f"the attention backend is not one of those wrapped: {', '.join(WRAPPED)}"),
+    (
+        _reports_no_page_size,
+        "the full-attention layers have no one KV page size, or an attention backend that is not wrapped: see the "
+        "engine's log",
+    ),
 )
 
 

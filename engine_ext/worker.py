@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
-from attention_backends.star.backend import register_star_backends
+from attention_backends.star.backend import register_star_backends, takes_star
 from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import StarStep, open_step
 from engine_ext.activation import parse_config
@@ -70,11 +71,42 @@ def count_rows(rows: VirtualRows) -> None:
     metrics.keys_dense.inc(rows.dense_pairs)
 
 
-def set_cpu_attention(vllm_config: Any) -> None:
-    from attention_backends.star import cpu_impl
+def register_backends(vllm_config: Any, refusals: list[str]) -> None:
+    """Register the star backends in this process where star can run, and always on CPU.
 
-    config = parse_config(vllm_config.additional_config)
-    cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
+    On GPUs a star backend has smaller full CUDA graphs and larger buffers than vLLM's. On CPU it also has Starling's
+    attention op, which dense batches use too.
+    """
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    if is_cpu or not refusals:
+        register_star_backends()
+    if is_cpu:
+        from attention_backends.star import cpu_impl
+
+        config = parse_config(vllm_config.additional_config)
+        cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
+
+
+def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
+    """Why a model can't run star rows on the metadata builders of its layers; None where it can.
+
+    All full-attention layers must split their rows. A layer that does not would attend to the whole prompt, and its KV
+    would then be cached as that of independent star blocks.
+
+    Args:
+        builders: (metadata builder, names of its layers), for all layers.
+    """
+    splits = [getattr(builder, "takes_star", False) for builder, _ in builders]
+    unable = {
+        type(builder).__name__
+        for (builder, _), able in zip(builders, splits, strict=True)
+        if not able and getattr(builder, "holds_keys", True) and takes_star(getattr(builder, "kv_cache_spec", None))
+    }
+    if any(splits) and not unable:
+        return None
+    names = ", ".join(sorted(unable or {type(builder).__name__ for builder, _ in builders}))
+    which = "full-attention layers" if unable else "all layers"
+    return f"{which} run on an attention backend that is not wrapped, with the metadata builders {names}"
 
 
 @functools.cache
@@ -84,9 +116,10 @@ def make_star_worker(base: type) -> type:
     @extends(WorkerBase)
     class StarWorker(base):
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            register_star_backends()
-            if vllm_config.device_config.device_type == "cpu":
-                set_cpu_attention(vllm_config)
+            self.star_refusals = star_refusals(vllm_config)
+            self.lacks_star_layers = False
+            self.is_warming_up = False
+            register_backends(vllm_config, self.star_refusals)
             super().__init__(vllm_config, *args, **kwargs)
             self.star_requests = StarRequests()
             self.counts_rows = self.rank == 0
@@ -96,23 +129,41 @@ def make_star_worker(base: type) -> type:
 
         def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
             result = super().initialize_from_config(*args, **kwargs)
-            if not star_refusals(self.vllm_config):
+            if not self.star_refusals:
                 self._check_layers()
             return result
 
+        def compile_or_warm_up_model(self) -> Any:
+            """As vLLM's; the V2 model runner's warm-up calls ``execute_model`` with requests of its own."""
+            self.is_warming_up = True
+            try:
+                return super().compile_or_warm_up_model()
+            finally:
+                self.is_warming_up = False
+
         def _check_layers(self) -> None:
+            """Find out whether the layers of the loaded model can run star rows.
+
+            Raises:
+                RuntimeError: they can't, and star is not off by default.
+            """
             builders = metadata_builders(self.model_runner)
+            problem = unsplit_layers(builders)
+            if problem is not None:
+                config = parse_config(self.vllm_config.additional_config)
+                if config is None or config.star.mode != "off":
+                    raise RuntimeError(problem)
+                logger.warning("Star Attention is not available here: %s", problem)
+                self.lacks_star_layers = True
+                return
             star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
             # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
             total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
-            if not star:
-                names = sorted({type(builder).__name__ for builder, _ in builders})
-                raise RuntimeError(f"no attention layer can run Star Attention; metadata builders: {', '.join(names)}")
             if star < total:
                 logger.info_once("Star Attention runs on the %d full-attention layers of %d", star, total)
 
         def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.counts_rows:
+            if self.counts_rows and not self.is_warming_up:
                 self.computed_tokens.inc(scheduler_output.total_num_scheduled_tokens)
             plans = self.star_requests.update(scheduler_output)
             if not plans:

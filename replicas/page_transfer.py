@@ -255,16 +255,26 @@ def next_wave(num_pages: int, seconds: float) -> int:
 def bytes_per_page(cache: torch.Tensor, num_pages: int) -> int:
     """Bytes from one page to the next in a layer's KV cache.
 
+    A page is one piece of memory, in whatever order its dimensions are: H, N, C in vLLM's layout LBHNC, N, H, C in
+    LBNHC. Both ends must have the same order, which ``PageReader`` finds in ``layout``.
+
     Raises:
         TransferError: a page is not in one piece.
     """
     kernel_pages, rest = divmod(cache.shape[0], num_pages)
-    if rest or not cache[0].is_contiguous() or cache.stride(0) != cache[0].numel():
+    if rest or not is_dense(cache[0]) or cache.stride(0) != cache[0].numel():
         shape, strides = tuple(cache.shape), cache.stride()
         raise TransferError(
-            f"a KV cache of shape {shape}, strides {strides} does not hold {num_pages} pages in one piece each"
+            f"a KV cache of shape {shape}, strides {strides} does not hold {num_pages} pages in one piece each: leave "
+            "VLLM_KV_CACHE_LAYOUT unset, or set it to LBHNC or LBNHC"
         )
     return kernel_pages * cache.stride(0) * cache.element_size()
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor takes one piece of memory without gaps, in any order of its dimensions."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
 
 
 def consecutive(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[int, int, int]]:

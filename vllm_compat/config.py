@@ -53,6 +53,27 @@ def on_server_args(callback: Callable[[Any], None]) -> None:
     wrap(AsyncEngineArgs, "from_cli_args", around)
 
 
+@touches("vllm.v1.engine.core.EngineCore.vllm_config")
+def report_page_size_if(condition: Callable[[Any], bool]) -> None:
+    """Let an engine core report the KV page size of full attention to its fronts only if ``condition(engine_core)``.
+
+    That is ``cache_config.effective_attention_block_size``, which is None where the core reports none. What a core
+    sends its fronts when it has started has no field of a plugin's own, and vLLM reads this one for nothing else. Goes
+    when it has such a field.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def _initialize_effective_attention_block_size(self: Any) -> None:
+            original(self)
+            if not condition(self):
+                self.vllm_config.cache_config.effective_attention_block_size = None
+
+        return _initialize_effective_attention_block_size
+
+    wrap(EngineCore, "_initialize_effective_attention_block_size", around)
+
+
 @touches("vllm.config.parallel.ParallelConfig._api_process_count")
 def num_api_servers(vllm_config: Any) -> int:
     """How many API servers send requests to the engines. Goes with a public field."""
@@ -72,13 +93,16 @@ def cpu_attention_isa(vllm_config: Any) -> str:
 
 @touches("vllm.config.compilation.CompilationConfig.static_forward_context")
 def page_layout(vllm_config: Any, layer: str, cache_dtype: str) -> str:
-    """How a layer's KV pages are laid out inside: the backend, on CPU the instruction set it packs them for, and dtype.
+    """How a layer's KV pages are laid out inside.
 
-    Pages are copied as they are between equal layouts only. Goes when a backend names its layout.
+    The backend, on CPU the instruction set that the backend packs pages for, the dtype, and the order of dimensions
+    that the engine core has chosen for all layers (vllm/v1/kv_cache_layout.py). Pages are copied as they are between
+    equal layouts only. Goes when a backend names its layout.
     """
     attention = vllm_config.compilation_config.static_forward_context[layer]
     name = attention.get_attn_backend().get_name()
-    return "/".join([name, str(getattr(attention, "isa", "any")), cache_dtype])
+    order = vllm_config.cache_config.get_resolved_kv_cache_layout().name
+    return "/".join([name, str(getattr(attention, "isa", "any")), cache_dtype, order])
 
 
 @touches("vllm.config.compilation.CompilationConfig.static_forward_context")

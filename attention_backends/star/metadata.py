@@ -33,6 +33,18 @@ def virtual_block_table(table: torch.Tensor, rows: VirtualRows) -> torch.Tensor:
     return virtual
 
 
+def _split_field(values: np.ndarray, source: np.ndarray, padding: int) -> np.ndarray:
+    """(batch rows,) values -> (virtual rows,) values. Batch rows past the end of ``values`` get ``padding``.
+
+    Model runner V2 pads the other fields to the size of a CUDA graph, but not the ones that are split here
+    (vllm/v1/worker/gpu/model_states/default.py).
+    """
+    split = np.full(len(source), padding, dtype=values.dtype)
+    live = source < len(values)
+    split[live] = values[source[live]]
+    return split
+
+
 def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> CommonAttentionMetadata:
     """The same tokens in virtual rows. Slot mapping and positions are per token and stay as they are.
 
@@ -45,8 +57,7 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     if not isinstance(common.causal, bool):
         raise RuntimeError("star rows in a batch with a per-row causal tensor, which has no split")
     device = common.seq_lens.device
-    source = torch.from_numpy(rows.source)
-    device_source = source.to(device)
+    device_source = torch.from_numpy(rows.source).to(device)
     starts = np.concatenate(([0], np.cumsum(rows.query_lens))).astype(np.int32)
     query_start_loc_cpu = torch.from_numpy(starts)
     # The host's length of a decode row may be an upper bound (async scheduling): keep the device's.
@@ -56,6 +67,11 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     lens = torch.from_numpy(rows.seq_lens[changed]).to(seq_lens.dtype)
     seq_lens[torch.from_numpy(changed).to(device)] = lens.to(device)
     upper_bound = torch.from_numpy(rows.seq_lens).to(seq_lens.dtype)
+    is_prefilling, req_idx = common.is_prefilling, common.req_idx
+    if is_prefilling is not None:
+        is_prefilling = torch.from_numpy(_split_field(is_prefilling.numpy(), rows.source, padding=False))
+    if req_idx is not None:
+        req_idx = _split_field(req_idx, rows.source, padding=-1)
     return common.replace(
         query_start_loc=query_start_loc_cpu.to(device),
         query_start_loc_cpu=query_start_loc_cpu,
@@ -65,8 +81,8 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
         max_query_len=int(rows.query_lens.max()),
         max_seq_len=int(rows.seq_lens.max()),
         block_table_tensor=virtual_block_table(common.block_table_tensor, rows),
-        is_prefilling=None if common.is_prefilling is None else common.is_prefilling[source],
-        req_idx=None if common.req_idx is None else common.req_idx[rows.source],
+        is_prefilling=is_prefilling,
+        req_idx=req_idx,
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )

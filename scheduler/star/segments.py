@@ -120,7 +120,8 @@ def check_block_size(options: StarOptions) -> None:
     if options.segment_token is not None and not options.block_size:
         blocks = f"{flat_name('num_blocks')}={options.num_blocks}"
         reason = f"with {blocks} the borders move with the length of the prompt"
-        raise OptionError(SEGMENT_TOKEN, options.segment_token, reason, f"no {SEGMENT_TOKEN}, or a {flat_name('block_size')}")
+        allowed = f"no {SEGMENT_TOKEN}, or a {flat_name('block_size')}"
+        raise OptionError(SEGMENT_TOKEN, options.segment_token, reason, allowed)
 
 
 def find_gaps(token_ids: list[int], mark: int, block_size: int) -> list[tuple[int, int]]:

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from attention_backends.star import backend as star_backend
-from attention_backends.star.backend import make_star_backend, takes_star
+from attention_backends.star.backend import CLASS_NAMES, WRAPPED, make_star_backend, takes_star, virtual_bounds
+from attention_backends.star.rows import split_rows
 from attention_backends.star.step import StarStep, current_step, open_step
 from engine_ext.worker import StarRequests
 from scheduler.star.plan import StarPlan
@@ -46,7 +49,7 @@ class FakeBackend(AttentionBackend):
 
 def make_builder(spec=SPEC, device="cpu"):
     scheduler = SimpleNamespace(max_num_seqs=10, max_num_batched_tokens=400)
-    config = SimpleNamespace(scheduler_config=scheduler)
+    config = SimpleNamespace(scheduler_config=scheduler, model_config=SimpleNamespace(max_model_len=1000))
     return make_star_backend(FakeBackend).get_builder_cls()(spec, ["layer"], config, torch.device(device))
 
 
@@ -156,10 +159,60 @@ def test_gpu_builders_have_room_for_virtual_rows_and_keep_decode_graphs():
     assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
 
+@st.composite
+def batches(draw):
+    """(tokens of a step, page size, max_model_len, plans, query lengths, lengths) of a batch that fits its bounds."""
+    page_size = draw(st.sampled_from([1, 4, 16]))
+    plans, query_lens, seq_lens = [], [], []
+    for _ in range(draw(st.integers(1, 4))):
+        block = draw(st.integers(1, 6)) * page_size
+        anchor, overlap = (draw(st.integers(0, block // page_size)) * page_size for _ in range(2))
+        context_end = draw(st.integers(1, 6 * block))
+        prompt = context_end + draw(st.integers(1, 2 * block))
+        end = draw(st.integers(1, prompt))
+        plans.append(StarPlan(block, anchor, overlap, context_end, prompt))
+        query_lens.append(draw(st.integers(1, end)))
+        seq_lens.append(end)
+    return sum(query_lens), page_size, max(seq_lens), plans, query_lens, seq_lens
+
+
+def num_pages(rows, page_size):
+    return int((-(-rows.seq_lens // page_size)).sum())
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches())
+def test_virtual_rows_and_their_pages_stay_within_what_builders_have_room_for(batch):
+    tokens, page_size, max_model_len, plans, query_lens, seq_lens = batch
+    rows = split_rows(plans, query_lens, seq_lens, page_size)
+    if rows is None:
+        return
+    scheduler = SimpleNamespace(max_num_seqs=len(plans), max_num_batched_tokens=tokens)
+    max_rows, max_pages = virtual_bounds(scheduler, max_model_len, page_size)
+    assert len(rows.source) <= max_rows
+    assert num_pages(rows, page_size) <= max_pages
+
+
+def test_three_tokens_can_have_three_rows_of_nearly_all_pages():
+    """Therefore ``virtual_bounds`` can't count fewer than three for each request."""
+    size = 1 << 16
+    rows = split_rows([StarPlan(size, size, size, 2 * size + 1, 2 * size + 2)], [3], [2 * size + 2], 16)
+    assert rows.query_lens.tolist() == [1, 1, 1]
+    assert num_pages(rows, 16) > 2.99 * (2 * size + 2) / 16
+
+
 def test_only_backends_that_can_be_wrapped_are_attributes_of_the_module():
     assert star_backend.CPU_ATTN.get_name() == "CPU_ATTN"
-    with pytest.raises(AttributeError):
-        _ = star_backend.FLEX_ATTENTION
+    for name in ("FLEX_ATTENTION", "StarFlexAttentionBackend", "FlashAttentionBackend"):
+        with pytest.raises(AttributeError):
+            getattr(star_backend, name)
+
+
+def test_a_star_backend_is_found_by_its_class_name_too():
+    """As CUDA's platform finds it."""
+    assert star_backend.StarCPUAttentionBackend is star_backend.CPU_ATTN
+    assert star_backend.CPU_ATTN.full_cls_name() == (star_backend.__name__, "StarCPUAttentionBackend")
+    assert sorted(CLASS_NAMES.values()) == sorted(WRAPPED)
 
 
 def step_output(new=(), cached=(), finished=()):

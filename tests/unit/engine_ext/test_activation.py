@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.attamba.random_model import make_random_attamba
@@ -145,7 +145,7 @@ def fake_config(**changes):
     parallel = SimpleNamespace(
         decode_context_parallel_size=1,
         prefill_context_parallel_size=1,
-        enable_dbo=False,
+        use_ubatching=False,
         data_parallel_size=1,
         data_parallel_external_lb=False,
         data_parallel_hybrid_lb=False,
@@ -156,9 +156,14 @@ def fake_config(**changes):
         model_config=model,
         parallel_config=parallel,
         speculative_config=None,
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, enable_prefix_caching=True),
+        cache_config=SimpleNamespace(
+            kv_sharing_fast_prefill=False,
+            enable_prefix_caching=True,
+            num_gpu_blocks=None,
+            effective_attention_block_size=None,
+        ),
         kv_transfer_config=None,
-        attention_config=SimpleNamespace(backend=None),
+        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         device_config=SimpleNamespace(device_type="cuda"),
@@ -181,11 +186,12 @@ REFUSED = {
     "speculative": {"speculative_config": object()},
     "decode context": {"parallel_config__decode_context_parallel_size": 2},
     "prefill context": {"parallel_config__prefill_context_parallel_size": 2},
-    "dual-batch": {"parallel_config__enable_dbo": True},
+    "dual-batch": {"parallel_config__use_ubatching": True},
     "fast prefill": {"cache_config__kv_sharing_fast_prefill": True},
     "long_prefill_token_threshold=1": {"scheduler_config__long_prefill_token_threshold": 1},
     "LMCacheConnectorV1": {"kv_transfer_config": SimpleNamespace(kv_connector="LMCacheConnectorV1")},
     "FLEX_ATTENTION": {"attention_config__backend": SimpleNamespace(name="FLEX_ATTENTION")},
+    "no one KV page size": {"cache_config__num_gpu_blocks": 100},
 }
 
 
@@ -201,6 +207,33 @@ def test_every_rule_is_tested_and_supported_engines_are_not_refused():
     allowed = SimpleNamespace(kv_connector=CONNECTORS[0])
     assert star_refusals(fake_config(kv_transfer_config=allowed)) == []
     assert star_refusals(fake_config(attention_config__backend=SimpleNamespace(name="FLASHINFER"))) == []
+    started = {"cache_config__num_gpu_blocks": 100, "cache_config__effective_attention_block_size": 16}
+    assert star_refusals(fake_config(**started)) == []
+
+
+FLEX, FLASH = SimpleNamespace(name="FLEX_ATTENTION"), SimpleNamespace(name="FLASH_ATTN")
+
+
+@pytest.mark.parametrize(
+    ("backend", "per_kind", "refused"),
+    [
+        (FLASH, {"full_attention": FLEX}, True),
+        (FLEX, {"full_attention": FLASH}, False),
+        (FLASH, {"sliding_window": FLEX}, False),
+        (FLEX, {"sliding_window": FLASH}, True),
+    ],
+)
+def test_the_backend_of_full_attention_layers_counts(backend, per_kind, refused):
+    given = {"attention_config__backend": backend, "attention_config__backend_per_kind": per_kind}
+    assert any("FLEX_ATTENTION" in reason for reason in star_refusals(fake_config(**given))) == refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"), [({"enable_dbo": True}, True), ({"ubatch_size": 2}, True), ({}, False)]
+)
+def test_microbatches_are_refused_however_they_are_turned_on(arguments, refused):
+    given = fake_config(parallel_config=ParallelConfig(**arguments))
+    assert any("--ubatch-size" in reason for reason in star_refusals(given)) == refused
 
 
 FULL = {

@@ -6,6 +6,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.metrics.stats import PrefixCacheStats
@@ -14,8 +15,9 @@ from vllm.v1.request import RequestStatus
 
 from replicas.connector import StarConnector
 from replicas.metadata import PageLoad, PageLoads, PageRead, WorkerAddress
-from replicas.page_transfer import TransferError
+from replicas.page_transfer import TransferError, layout_mismatch
 from replicas.replica_state import replica_state
+from replicas.worker_connector import WorkerConnector
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from scheduler.star_scheduler import StarScheduler
@@ -226,6 +228,25 @@ def worker(scheduler, monkeypatch):
     made.connector_worker.reader = FakeReader()
     made.bind_connector_metadata(PageLoads([PageLoad("whole", [PageRead([ADDRESS], [1, 2], [7, 8])])]))
     return made
+
+
+def test_pages_of_engines_with_different_layouts_are_not_copied(scheduler, monkeypatch):
+    """As with different values of VLLM_KV_CACHE_LAYOUT on two hosts."""
+    monkeypatch.setattr("replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("replicas.worker_connector.PageReader", lambda name, caches, num_pages, layout, timeout: layout)
+    backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
+    layer = SimpleNamespace(get_attn_backend=lambda: backend)
+    layouts = []
+    for order in ("LBHNC", "LBNHC"):
+        given = copy.copy(scheduler.vllm_config)
+        given.cache_config = copy.copy(given.cache_config)
+        given.cache_config.kv_cache_layout = order
+        given.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
+        connector = WorkerConnector(given, PAGE_SIZE, 40)
+        connector.register_kv_caches({"layer": torch.zeros(40, 2)})
+        layouts.append(connector.reader)
+    assert layout_mismatch(layouts[0], layouts[0]) is None
+    assert "LBHNC' here, 'FLASH_ATTN/any/auto/LBNHC' there" in layout_mismatch(*layouts)
 
 
 def test_a_worker_reports_when_pages_have_arrived(worker):

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute_layout_strides, create_kv_cache_views
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from replicas import page_transfer
 from replicas.page_transfer import (
@@ -191,12 +193,48 @@ def test_bytes_of_a_page(cache, size):
 
 @pytest.mark.parametrize(
     "cache",
-    [torch.zeros(2, 4, 3), torch.zeros(4, 6)[:, :3], torch.zeros(4, 3, 2).transpose(1, 2), torch.zeros(6, 3)],
-    ids=["K and V apart", "gaps", "not contiguous", "no multiple"],
+    [torch.zeros(2, 4, 3), torch.zeros(4, 6)[:, :3], torch.zeros(3, 4, 2).transpose(0, 1), torch.zeros(6, 3)],
+    ids=["K and V apart", "gaps", "heads apart", "no multiple"],
 )
 def test_pages_that_do_not_lie_in_one_piece_are_refused(cache):
     with pytest.raises(TransferError, match="one piece"):
         bytes_per_page(cache, 4)
+
+
+def vllm_caches(layout: KVCacheLayout, kernel_page_size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The caches of two layers as vLLM makes them, and the memory behind them."""
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    memory = torch.zeros(2 * PAGES * spec.page_size_bytes, dtype=torch.int8)
+    layer_stride, block_stride, *_ = compute_layout_strides(spec, PAGES, 2, layout)
+    placement = KVCacheTensor(len(memory), ["layer.0", "layer.1"], layer_stride, block_stride)
+    views = create_kv_cache_views(memory, spec, PAGES, layout, placement, kernel_page_size)
+    return dict(zip(placement.layers, views, strict=True)), memory
+
+
+@pytest.mark.parametrize("kernel_page_size", [32, 16])
+@pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC], ids=lambda layout: layout.name)
+def test_pages_move_in_the_layouts_in_which_vllm_has_them_in_one_piece(layout, kernel_page_size):
+    """LBNHC is vLLM's default on most GPUs."""
+    ours, _ = vllm_caches(layout, kernel_page_size)
+    theirs, memory = vllm_caches(layout, kernel_page_size)
+    memory.view(torch.float32).normal_()
+    readers = PageReader("ours", ours, PAGES, LAYOUT, 30.0), PageReader("theirs", theirs, PAGES, LAYOUT, 30.0)
+    transfer = Transfer()
+    readers[0].begin(transfer, readers[1].address(), [3, 4, 1], [2, 3, 7])
+    wait(readers[0], transfer)
+    for name, cache in ours.items():
+        pages, source = cache.unflatten(0, (PAGES, -1)), theirs[name].unflatten(0, (PAGES, -1))
+        assert torch.equal(pages[[2, 3, 7]], source[[3, 4, 1]])
+        assert not pages[[0, 1, 4, 5, 6]].any()
+    for reader in readers:
+        reader.close()
+
+
+@pytest.mark.parametrize("layout", [KVCacheLayout.BLHNC, KVCacheLayout.LHBNC], ids=lambda layout: layout.name)
+def test_other_layouts_of_vllm_are_refused_with_those_that_are_not(layout):
+    caches, _ = vllm_caches(layout, 32)
+    with pytest.raises(TransferError, match="VLLM_KV_CACHE_LAYOUT unset, or set it to LBHNC or LBNHC"):
+        PageReader("ours", caches, PAGES, LAYOUT, 30.0)
 
 
 def test_equal_layouts_match():

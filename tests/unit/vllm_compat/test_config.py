@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import CompilationConfig
+from vllm.config import CacheConfig, CompilationConfig
 from vllm.config.parallel import ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.utils import record_kv_cache_layout
+from vllm.v1.engine.core import EngineCore
 
 from vllm_compat.config import (
     attention_layer,
@@ -20,6 +22,7 @@ from vllm_compat.config import (
     on_engine_config,
     on_server_args,
     page_layout,
+    report_page_size_if,
     split_graph_at,
 )
 
@@ -54,6 +57,21 @@ def test_arguments_of_servers_differ_from_those_of_offline_engines():
     assert not is_async_engine(object.__new__(EngineArgs))
 
 
+@pytest.mark.parametrize(("condition", "reported"), [(True, 16), (False, None)])
+def test_a_core_reports_its_page_size_only_on_a_condition(condition, reported, monkeypatch):
+    def find_page_size(core):
+        core.vllm_config.cache_config.effective_attention_block_size = 16
+
+    name = "_initialize_effective_attention_block_size"
+    assert hasattr(EngineCore, name)
+    monkeypatch.setattr(EngineCore, name, find_page_size)
+    core = object.__new__(EngineCore)
+    core.vllm_config = SimpleNamespace(cache_config=SimpleNamespace())
+    report_page_size_if(lambda asked: asked is core and condition)
+    getattr(core, name)()
+    assert core.vllm_config.cache_config.effective_attention_block_size == reported
+
+
 def test_vllm_still_has_the_private_fields():
     config = CompilationConfig()
     assert config.static_forward_context == {}
@@ -70,11 +88,22 @@ def test_the_instruction_set_known_before_a_layer_is_made_is_that_of_the_layer()
     assert "_get_attn_isa(" in inspect.getsource(cpu_attn.CPUAttentionMetadataBuilder.__init__)
 
 
-@pytest.mark.parametrize(("isa", "layout"), [({}, "CPU_ATTN/any/auto"), ({"isa": "vec"}, "CPU_ATTN/vec/auto")])
-def test_the_layout_of_a_layers_pages(isa, layout):
+@pytest.mark.parametrize(
+    ("isa", "order", "layout"),
+    [
+        ({}, "LBHNC", "CPU_ATTN/any/auto/LBHNC"),
+        ({"isa": "vec"}, "LBHNC", "CPU_ATTN/vec/auto/LBHNC"),
+        ({}, "LBNHC", "CPU_ATTN/any/auto/LBNHC"),
+    ],
+)
+def test_the_layout_of_a_layers_pages(isa, order, layout):
     backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
     layer = SimpleNamespace(get_attn_backend=lambda: backend, **isa)
-    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={"layers.0": layer}))
+    cache = CacheConfig()
+    record_kv_cache_layout(cache, order)
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"layers.0": layer}), cache_config=cache
+    )
     assert page_layout(config, "layers.0", "auto") == layout
     assert attention_layer(config, "layers.0") is layer
 

@@ -1,0 +1,168 @@
+"""The worker on GPUs: what it registers, which layers it accepts, and what it counts. vLLM's worker is a fake."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.worker import gpu_worker
+from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+from vllm.v1.worker.worker_base import WorkerBase
+
+from attention_backends.star.backend import WRAPPED
+from engine_ext import engine_core
+from engine_ext.requests import RequestPlanner
+from engine_ext.worker import make_star_worker, unsplit_layers
+from tests.unit.attention_backends.test_step import SPEC
+from tests.unit.engine_ext.test_activation import fake_config
+
+
+class FakeWorker:
+    """A worker of vLLM whose model runner is a fake, and whose warm-up is that of vLLM's V2 model runner."""
+
+    rank = 0
+
+    def __init__(self, vllm_config):
+        self.vllm_config = vllm_config
+        self.executed = []
+        group = SimpleNamespace(kv_cache_spec=SPEC)
+        self.model_runner = SimpleNamespace(
+            is_pooling_model=False,
+            max_num_reqs=8,
+            max_model_len=1024,
+            num_speculative_steps=0,
+            model_state=None,
+            vllm_config=SimpleNamespace(num_lookahead_tokens=0),
+            kv_cache_config=SimpleNamespace(kv_cache_groups=[group], num_blocks=100),
+            kv_connector=SimpleNamespace(set_disabled=lambda disabled: None),
+        )
+
+    def initialize_from_config(self, kv_cache_config):
+        pass
+
+    def compile_or_warm_up_model(self):
+        assert run_mixed_prefill_decode_warmup(self.model_runner, self.execute_model, self.sample_tokens, 20)
+        return "times"
+
+    def execute_model(self, scheduler_output):
+        self.executed.append(scheduler_output.total_num_scheduled_tokens)
+
+    def sample_tokens(self, grammar_output):
+        pass
+
+
+def make_worker(mode="off", **changes):
+    given = {"parallel_config__data_parallel_index": 7, "additional_config": {"starling": {"star": {"mode": mode}}}}
+    return make_star_worker(FakeWorker)(fake_config(**given | changes))
+
+
+@pytest.fixture(autouse=True)
+def unregistered():
+    yield
+    for name in WRAPPED:
+        AttentionBackendEnum[name].clear_override()
+
+
+REFUSED = {"speculative_config": object()}
+
+
+@pytest.mark.parametrize(
+    ("device", "refused", "wrapped"),
+    [("cuda", {}, True), ("cuda", REFUSED, False), ("cpu", {}, True), ("cpu", REFUSED, True)],
+)
+def test_backends_are_wrapped_where_star_can_run_and_on_cpu_for_its_op(device, refused, wrapped):
+    make_worker(device_config__device_type=device, **refused)
+    assert all(AttentionBackendEnum[name].is_overridden() == wrapped for name in WRAPPED)
+
+
+def test_an_engine_with_speculative_decoding_keeps_the_full_graphs_of_its_backend():
+    plain = AttentionBackendEnum.TRITON_ATTN.get_class().get_builder_cls()
+    make_worker(**REFUSED)
+    assert AttentionBackendEnum.TRITON_ATTN.get_class().get_builder_cls() is plain
+    make_worker()
+    star = AttentionBackendEnum.TRITON_ATTN.get_class().get_builder_cls()
+    assert star is not plain
+    assert star.get_cudagraph_support(None, SPEC).value < plain.get_cudagraph_support(None, SPEC).value
+
+
+def test_the_tokens_of_vllms_warm_up_are_not_counted():
+    worker = make_worker()
+    counted = worker.computed_tokens._value.get()
+    assert worker.compile_or_warm_up_model() == "times"
+    assert sum(worker.executed) == 2 + 20
+    assert worker.computed_tokens._value.get() == counted
+    step = SchedulerOutput.make_empty()
+    step.total_num_scheduled_tokens = 5
+    worker.execute_model(step)
+    assert worker.computed_tokens._value.get() == counted + 5
+
+
+def test_vllm_still_warms_up_its_kernels_in_the_method_that_is_overridden():
+    source = inspect.getsource(gpu_worker.Worker.compile_or_warm_up_model)
+    assert "kernel_warmup(self)" in source and "self.model_runner, self.execute_model" in source
+    assert "compile_or_warm_up_model" in vars(WorkerBase)
+
+
+class TurboQuantMetadataBuilder:
+    """A builder of full-attention layers that is not wrapped."""
+
+    kv_cache_spec = SPEC
+
+
+SPLITS = SimpleNamespace(takes_star=True, kv_cache_spec=SPEC)
+OTHER = SimpleNamespace(kv_cache_spec=None)
+SHIFT_STATE = SimpleNamespace(holds_keys=False, kv_cache_spec=SPEC)
+
+
+@pytest.mark.parametrize(
+    ("builders", "problem"),
+    [
+        ([SPLITS], None),
+        ([SPLITS, OTHER, SHIFT_STATE], None),
+        ([TurboQuantMetadataBuilder()], "full-attention layers.*TurboQuantMetadataBuilder$"),
+        ([SPLITS, TurboQuantMetadataBuilder()], "full-attention layers.*TurboQuantMetadataBuilder$"),
+        ([OTHER], "all layers.*SimpleNamespace$"),
+    ],
+    ids=["star", "beside layers of other kinds", "none", "some only", "no full attention"],
+)
+def test_all_full_attention_layers_must_split_their_rows(builders, problem, monkeypatch):
+    """vLLM leaves some layers of a TURBOQUANT model to FLASH_ATTN."""
+    layers = [(builder, ["layer"]) for builder in builders]
+    assert (unsplit_layers(layers) is None) == (problem is None)
+    monkeypatch.setattr("engine_ext.worker.metadata_builders", lambda runner: layers)
+    worker = make_worker("on")
+    if problem is None:
+        worker.initialize_from_config(None)
+    else:
+        with pytest.raises(RuntimeError, match=problem):
+            worker.initialize_from_config(None)
+    worker = make_worker("off")
+    worker.initialize_from_config(None)
+    assert worker.lacks_star_layers == (problem is not None)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_front_refuses_star_where_the_layers_of_an_engine_that_has_started_can_not_run_it(able, monkeypatch):
+    """From the worker that finds out to the front, through the engine core."""
+    builder = SPLITS if able else TurboQuantMetadataBuilder()
+    monkeypatch.setattr("engine_ext.worker.metadata_builders", lambda runner: [(builder, ["layer"])])
+    worker = make_worker("off")
+    worker.initialize_from_config(None)
+
+    config = worker.vllm_config
+    core = object.__new__(EngineCore)
+    core.vllm_config = config
+    core.model_executor = SimpleNamespace(collective_rpc=lambda function: [function(worker)])
+    manager = SimpleNamespace(block_size=16, kv_cache_spec=SPEC)
+    coordinator = SimpleNamespace(single_type_managers=[manager])
+    core.scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=coordinator))
+    assert engine_core.StarScheduler, "the module's import prepares the engine core"
+    core._initialize_effective_attention_block_size()
+    config.cache_config.num_gpu_blocks = 100
+
+    refusals = RequestPlanner(config).refusals
+    assert refusals == [] if able else ("not wrapped" in refusals[0] and len(refusals) == 1)

@@ -57,6 +57,22 @@ class AttambaMetadata:
     _plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
     _step_locations: Locations | None = None
 
+    @classmethod
+    def on_one_page(cls, tokens: StepTokens, spec: AttentionSpec, device: torch.device) -> AttambaMetadata:
+        """Metadata of a step whose requests all have page 0 only, for runs without a cache.
+
+        Args:
+            tokens: of a dense step.
+            spec: of the group's cache.
+        """
+        query_lens = np.bincount(tokens.request)
+        starts = np.append(0, query_lens.cumsum())
+        seq_lens = tokens.position[starts[1:] - 1] + 1
+        columns = -(-int(seq_lens.max()) // spec.block_size)
+        table = torch.zeros(len(query_lens), columns, dtype=torch.int32, device=device)
+        query_start_loc, lens = (torch.from_numpy(array).int().to(device) for array in (starts, seq_lens))
+        return cls(tokens, table, table, query_start_loc, lens)
+
     def plan(self, chunk_size: int, offset: int, window: int) -> ChunkPlan:
         """The plan of a layer, made once for all layers with the same offset."""
         key = (chunk_size, offset, window)

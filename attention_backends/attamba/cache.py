@@ -112,6 +112,12 @@ class PagedRows(nn.Module, AttentionLayerBase):
         rows = self.spec.page_size_bytes // (width * cache.element_size())
         return cache.as_strided((cache.shape[0], rows, width), (cache.stride(0), width, 1))
 
+    def scratch_page(self, device: torch.device) -> torch.Tensor:
+        """(1, rows, row values), a page of zeros like those of ``pages``, for runs without a cache."""
+        width = self.spec.num_kv_heads * (self.spec.head_size + self.spec.head_size_v)
+        rows = self.spec.page_size_bytes // (width * self.spec.dtype.itemsize)
+        return torch.zeros(1, rows, width, dtype=self.spec.dtype, device=device)
+
     def kv_pages(self, heads: int) -> KvPages:
         """Views of a cache of K|V, made once for the tensor that vLLM has bound."""
         if self._kv is None or self._kv[0] is not self.kv_cache:

@@ -7,6 +7,7 @@ A boundary is the last token of its chunk, and the chunk's state has the number 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,24 @@ def dense_tokens(query_lens: np.ndarray, seq_lens: np.ndarray) -> StepTokens:
     return StepTokens(request, position, request, *np.zeros((2, len(request)), dtype=np.int64))
 
 
+def profiled_tokens(num_tokens: int, chunk_size: int, offset: int, window: int, max_rows: int) -> StepTokens:
+    """A step of ``num_tokens`` tokens that needs as much memory as any, for vLLM's memory profiling.
+
+    The chunks have ``max_rows`` rows or more where ``num_tokens`` tokens can lie in so many. The first request has many
+    tokens. Each of the others has one, in the last place of a chunk: such a chunk has the most rows for a token. All
+    tokens see the state of token 0.
+
+    Args:
+        num_tokens: at least 1.
+        chunk_size, offset, window: see ``plan_step``.
+        max_rows: of a group of chunks, see ``ChunkPlan.groups``.
+    """
+    others = min(num_tokens - 1, max(0, -(-(max_rows - num_tokens) // chunk_size)))
+    query_lens = np.array([num_tokens - others] + [1] * others)
+    first = ((window + offset) // chunk_size + 2) * chunk_size - 1 - offset
+    return dense_tokens(query_lens, first + query_lens)
+
+
 def star_tokens(tokens: StepTokens, virtual: VirtualRows) -> StepTokens:
     """The same tokens cut into pieces, one piece for each virtual row of the cache of states."""
     piece = np.repeat(np.arange(len(virtual.source)), virtual.query_lens)
@@ -105,6 +124,16 @@ class ChunkPlan:
     stair_piece: np.ndarray
     stair_states: np.ndarray
     token_0_seen: np.ndarray
+
+    def groups(self, max_rows: int) -> Iterator[tuple[slice, slice]]:
+        """The chunks in groups of at most ``max_rows`` rows (chunks x W), or of one chunk, and the tokens of each."""
+        count, width = self.chunk_positions.shape
+        first = np.arange(0, count, max(1, max_rows // width))
+        tokens = np.searchsorted(self.chunk_index, first)
+        for chunk, token, end, token_end in zip(
+            first, tokens, np.append(first[1:], count), np.append(tokens[1:], len(self.chunk_index)), strict=True
+        ):
+            yield slice(int(chunk), int(end)), slice(int(token), int(token_end))
 
 
 def num_states_seen(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> np.ndarray:

@@ -1,7 +1,9 @@
 """The scan of the mixers in Triton, for GPUs. The tests compare this kernel with the torch version in scan.py.
 
 A program computes one head of one mixer for some tokens of a chunk. The convolution, the decays and both products stay
-in registers. Only tokens of the step are computed. Each head computes B and C, which all heads have in common, again.
+in registers. The loops over the columns of a head and over the taps keep the tiles small enough for that: a head of 128
+as one tile, with the taps unrolled, took up to 1,368 bytes of stack in chunks of 128 (float32, sm_80).
+Only tokens of the step are computed. Each head computes B and C, which all heads have in common, again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import triton.language as tl
 
 from attention_backends.attamba.mixer import MixerSizes
 
-BLOCK_Q, BLOCK_S = 16, 16  # queries of a program, and values of the state that it reads at a time
+BLOCK_Q, BLOCK_S, BLOCK_D = 16, 16, 32
+"""Queries of a program, and the values of the state and the columns of the head that it reads at a time."""
 
 
 @triton.jit
@@ -20,7 +23,7 @@ def _convolve(rows, weight, column, column_mask, row, width, row_stride, TAPS: t
     """SiLU of the causal convolution at (row, column), in float32; 0 past the chunk's width and outside of the mask."""
     mask = column_mask[None, :] & (row < width)[:, None]
     total = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
-    for back in tl.static_range(TAPS):
+    for back in range(TAPS):
         in_chunk = mask & (row >= back)[:, None]
         values = tl.load(rows + (row - back)[:, None] * row_stride + column[None, :], mask=in_chunk, other=0.0)
         tap = tl.load(weight + column * TAPS + (TAPS - 1 - back), mask=column_mask, other=0.0)
@@ -67,7 +70,7 @@ def scan_kernel(
 
     rows = projected + chunk * chunk_stride + mixer * mixer_stride
     weight = conv_weight + mixer * (INNER + 2 * STATE) * TAPS
-    row, lane = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_D)
+    row = tl.arange(0, BLOCK_W)
     scores = tl.zeros([BLOCK_Q, BLOCK_W], dtype=tl.float32)
     for start in range(0, STATE, BLOCK_S):
         state = start + tl.arange(0, BLOCK_S)
@@ -85,12 +88,15 @@ def scan_kernel(
     remains = tl.exp(tl.where(causal, query_decay[:, None] - decay[None, :], 0.0).to(tl.float32))
     weights = tl.where(causal, remains * scores * dt[None, :], 0.0)
 
-    column = head * HEAD_SIZE + lane
-    u = _convolve(rows, weight, column, lane < HEAD_SIZE, row, width, row_stride, TAPS)
-    query_u = _convolve(rows, weight, column, lane < HEAD_SIZE, query, width, row_stride, TAPS)
-    y = tl.dot(weights, u, tl.load(skip + mixer_head).to(tl.float32) * query_u, input_precision="tf32x3")
-    destination = out + (token * (tl.num_programs(1) // HEADS) + mixer)[:, None] * INNER + column[None, :]
-    tl.store(destination, y, mask=in_step[:, None] & (lane < HEAD_SIZE)[None, :])
+    factor = tl.load(skip + mixer_head).to(tl.float32)
+    destination = out + (token * (tl.num_programs(1) // HEADS) + mixer)[:, None] * INNER
+    for start in range(0, HEAD_SIZE, BLOCK_D):
+        lane = start + tl.arange(0, BLOCK_D)
+        column = head * HEAD_SIZE + lane
+        u = _convolve(rows, weight, column, lane < HEAD_SIZE, row, width, row_stride, TAPS)
+        query_u = _convolve(rows, weight, column, lane < HEAD_SIZE, query, width, row_stride, TAPS)
+        y = tl.dot(weights, u, factor * query_u, input_precision="tf32x3")
+        tl.store(destination + column[None, :], y, mask=in_step[:, None] & (lane < HEAD_SIZE)[None, :])
 
 
 def chunk_scan(
@@ -106,9 +112,8 @@ def chunk_scan(
     count, width, mixers, _ = projected.shape
     starts = torch.searchsorted(chunk_index, torch.arange(count + 1, device=chunk_index.device))
     out = projected.new_empty(len(index_in_chunk), mixers, sizes.inner, dtype=torch.float32)
-    block_w, block_d = (max(16, triton.next_power_of_2(size)) for size in (width, sizes.inner // sizes.heads))
-    block_q = min(BLOCK_Q, block_w)
-    scan_kernel[(count, mixers * sizes.heads, triton.cdiv(width, block_q))](
+    blocks = tile(width, sizes.inner // sizes.heads)
+    scan_kernel[(count, mixers * sizes.heads, triton.cdiv(width, blocks["BLOCK_Q"]))](
         projected,
         conv_weight,
         a_log,
@@ -122,13 +127,16 @@ def chunk_scan(
         INNER=sizes.inner,
         STATE=sizes.state,
         TAPS=sizes.taps,
-        BLOCK_W=block_w,
-        BLOCK_Q=block_q,
-        BLOCK_S=BLOCK_S,
-        BLOCK_D=block_d,
-        num_warps=warps(block_w),
+        **blocks,
+        num_warps=warps(blocks["BLOCK_W"]),
     )
     return out
+
+
+def tile(width: int, head_size: int) -> dict[str, int]:
+    """The block sizes of the kernel for chunks of ``width`` tokens; powers of 2, at least 16 for the tensor cores."""
+    block_w, block_d = (max(16, triton.next_power_of_2(size)) for size in (width, head_size))
+    return {"BLOCK_W": block_w, "BLOCK_Q": BLOCK_Q, "BLOCK_S": BLOCK_S, "BLOCK_D": min(BLOCK_D, block_d)}
 
 
 def warps(block_w: int) -> int:

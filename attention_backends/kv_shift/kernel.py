@@ -110,15 +110,17 @@ def shift_kernel(
     value_weights: torch.Tensor,
     state: torch.Tensor,
     metadata: ShiftMetadata,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``shift.shift``, for a step with requests.
+    out_key: torch.Tensor,
+    out_value: torch.Tensor,
+) -> None:
+    """As ``shift.shift``, for a step with requests; stores the shifted K and V in ``out_key`` and ``out_value``.
 
-    The rows of ``key`` and ``value`` may have any stride, the elements of a row are contiguous. The weights are float32
-    and contiguous. The last dimension of the state is contiguous.
+    The outputs are contiguous and have the shape of ``key``. The rows of ``key`` and ``value`` may have any stride, the
+    elements of a row are contiguous. The weights are float32 and contiguous. The last dimension of the state is
+    contiguous.
     """
     rows, heads = key.shape[0], key_weights.shape[0]
     size = key.shape[1] // heads
-    out_key, out_value = key.new_empty(key.shape), value.new_empty(value.shape)
     tensors = (key, value, out_key, out_value, key_weights, value_weights, state)
     strides = (key.stride(0), value.stride(0), out_key.stride(0), *state.stride()[:3], state.shape[2])
     block = triton.next_power_of_2(size)
@@ -127,4 +129,3 @@ def shift_kernel(
     _first_rows_kernel[(requests, heads)](
         *tensors, metadata.first_rows, metadata.first_slots, rows, *strides, SIZE=size, BLOCK=block
     )
-    return out_key, out_value

@@ -7,10 +7,13 @@ convolutions in the same way.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -24,7 +27,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from attention_backends.kv_shift.kernel import shift_kernel
-from attention_backends.kv_shift.shift import ShiftMetadata, find_predecessors, shift
+from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
 from vllm_compat.config import split_graph_at
 from vllm_compat.models import attention_spec, register_layer, register_op
 
@@ -33,7 +36,11 @@ OP = "starling::kv_shift"
 
 
 class ShiftStateBuilder(AttentionMetadataBuilder[ShiftMetadata]):
-    """Finds each request's predecessor. The buffers are persistent, so that CUDA graphs of decode can be replayed."""
+    """Finds each request's predecessor. The metadata are views of persistent buffers.
+
+    A CUDA graph keeps the views of its capture, which may have more requests than the step that replays the graph. So
+    every build also resets the rows after the requests of its step: such rows read no state and change no output.
+    """
 
     holds_keys: ClassVar[bool] = False
 
@@ -55,8 +62,9 @@ class ShiftStateBuilder(AttentionMetadataBuilder[ShiftMetadata]):
             common.query_start_loc, common.seq_lens, common.block_table_tensor, self.kv_cache_spec.block_size
         )
         requests = len(rows)
-        self.first_rows[:requests].copy_(rows)
-        self.first_slots[:requests].copy_(slots)
+        for buffer, live, unused in ((self.first_rows, rows, NO_ROW), (self.first_slots, slots, NO_SLOT)):
+            buffer[:requests].copy_(live)
+            buffer[requests:].fill_(unused)
         return ShiftMetadata(self.first_rows[:requests], self.first_slots[:requests], common.slot_mapping)
 
 
@@ -150,7 +158,11 @@ def refuse_unsupported(config: Any) -> None:
     for name, is_on, reason in (
         ("decode_context_parallel_size", parallel.decode_context_parallel_size > 1, "it shards sequences"),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size > 1, "it splits prompts"),
-        ("enable_dbo", parallel.enable_dbo, "one half of a request's chunk would not see the state of the other half"),
+        (
+            "enable_dbo or ubatch_size",
+            parallel.use_ubatching,
+            "one half of a request's chunk would not see the state of the other half",
+        ),
         # vLLM then puts attention layers and states in one group, and gives all of them the window of 2.
         (
             "disable_hybrid_kv_cache_manager",
@@ -169,16 +181,44 @@ def _kv_shift(
     value_weights: torch.Tensor,
     layer_name: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # The outputs are allocated before the break point, because the graph after it reads the same addresses at replay.
+    outputs = _kv_shift_fake(key, value, key_weights, value_weights, layer_name)
+    break_point()(key, value, key_weights, value_weights, *outputs, layer_name)
+    return outputs
+
+
+@functools.cache
+def break_point() -> Callable[..., None]:
+    """``_shift_into`` as a break point of breakable CUDA graphs, like vLLM's attention ops.
+
+    The V1 runner captures these graphs without metadata, so a captured shift would never read the state. vLLM decides
+    at the call of ``eager_break_during_capture`` whether breakable graphs are on. VllmConfig may turn them on after the
+    import of this module, so the call is made in the first forward.
+    """
+    return eager_break_during_capture(_shift_into)
+
+
+def _shift_into(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_weights: torch.Tensor,
+    value_weights: torch.Tensor,
+    out_key: torch.Tensor,
+    out_value: torch.Tensor,
+    layer_name: str,
+) -> None:
     context = get_forward_context()
     layer: Any = context.no_compile_layers[layer_name]
     metadata: Any = context.attn_metadata
     if isinstance(metadata, list):
         metadata = metadata[0]
+    step = None if metadata is None else metadata[layer_name]
     tensors = (key, value, key_weights, value_weights, layer.kv_cache)
-    if metadata is None:
-        return shift(*tensors, None)
-    run = shift_kernel if HAS_TRITON and key.is_cuda else shift
-    return run(*tensors, metadata[layer_name])
+    if step is not None and HAS_TRITON and key.is_cuda:
+        shift_kernel(*tensors, step, out_key, out_value)
+    else:
+        for out, shifted in zip((out_key, out_value), shift(*tensors, step), strict=True):
+            out.copy_(shifted)
 
 
 def _kv_shift_fake(

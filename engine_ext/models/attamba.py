@@ -25,13 +25,19 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
 from attention_backends.attamba.attend import attend
+from attention_backends.attamba.backend import AttambaMetadata
 from attention_backends.attamba.cache import PagedRows, cache_specs
-from attention_backends.attamba.chunks import layer_offset
+from attention_backends.attamba.chunks import ChunkPlan, layer_offset, profiled_tokens
 from attention_backends.attamba.mixer import MixerSizes
+from attention_backends.attamba.pages import KvPages
 from attention_backends.attamba.scan import chunk_scan
 from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.models.attamba_weights import MIXERS, load_checkpoint
 from vllm_compat.rotary import ExactRotaryEmbedding
+
+GROUP_ROWS = 2048
+"""Rows of chunks that a layer's mixers process at once. The limit bounds the memory of a step: a step with a token in
+each of many chunks has many more rows than tokens."""
 
 
 class Mixers(nn.Module):
@@ -65,10 +71,10 @@ class Mixers(nn.Module):
             chunks: (N, W, dim), inputs of each chunk from its first token on.
             chunk_index, index_in_chunk: (T,) int64, see ``chunk_scan``.
         """
-        projected, gate = (
-            linear(rows)[0].unflatten(-1, (len(MIXERS), -1)) for linear, rows in ((self.inputs, chunks), (self.gate, x))
-        )
+        projected = self.inputs(chunks)[0].unflatten(-1, (len(MIXERS), -1))
         y = chunk_scan(projected, self.conv_weight, self.A_log, self.D, self.sizes, chunk_index, index_in_chunk)
+        del projected  # the largest tensor of long chunks with few tokens in the step
+        gate = self.gate(x)[0].unflatten(-1, (len(MIXERS), -1))
         y = nn.functional.rms_norm(y * nn.functional.silu(gate.float()), y.shape[-1:], eps=self.eps) * self.norm_weight
         return (linear(part)[0] for linear, part in zip(self.out_proj, y.to(x.dtype).unbind(1), strict=True))
 
@@ -123,22 +129,24 @@ class AttentiveSsm(nn.Module):
         """(T, dim) for the normed inputs x (T, dim)."""
         query, _ = self.wq(x)
         metadata: Any = get_forward_context().attn_metadata
-        if metadata is None:  # a memory profiling run of vLLM
-            return self.wo(query)[0]
-        states, window, rows = (metadata[cache.prefix] for cache in (self.states, self.window, self.rows))
+        caches = (self.states, self.window, self.rows)
+        if metadata is None:  # a run without requests, such as vLLM's memory profiling
+            states, window, rows = self.profiling_metadata(x)
+            states_page, window_page, inputs = (cache.scratch_page(x.device) for cache in caches)
+            states_kv, window_kv = (KvPages(page, self.heads) for page in (states_page, window_page))
+        else:
+            states, window, rows = (metadata[cache.prefix] for cache in caches)
+            states_kv, window_kv = (cache.kv_pages(self.heads) for cache in (self.states, self.window))
+            inputs = self.rows.pages
         num_tokens = len(rows.tokens.position)  # x may have padding after them
         plan = states.plan(self.chunk_size, self.offset, self.leading_tokens)
 
-        inputs = self.rows.pages
         inputs[rows.locate_step(self.rows.spec)] = x[:num_tokens]
-        chunks = inputs[rows.locate(self.rows.spec, plan.chunk_request[:, None], plan.chunk_positions)]
-        indices = (torch.from_numpy(index).to(x.device) for index in (plan.chunk_index, plan.index_in_chunk))
         own = x[:num_tokens, self.rank * self.local_dim : (self.rank + 1) * self.local_dim]
-        key, value = (own + mixed for mixed in self.mixers(x[:num_tokens], chunks, *indices))
+        key, value = self.mix(x[:num_tokens], inputs, rows, plan).add_(own)
         query, key = self.rotary(positions[:num_tokens], query[:num_tokens].contiguous(), key)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
 
-        states_kv, window_kv = (cache.kv_pages(self.heads) for cache in (self.states, self.window))
         page_ids, page_rows = window.locate_step(self.window.spec)
         window_kv.write(page_ids, page_rows, key, value)
         states.write_states(states_kv, plan, key, value)
@@ -157,6 +165,35 @@ class AttentiveSsm(nn.Module):
             self.head_dim**-0.5,
         ).flatten(1)
         return self.wo(nn.functional.pad(out, (0, 0, 0, len(x) - num_tokens)) if num_tokens < len(x) else out)[0]
+
+    def mix(self, x: torch.Tensor, inputs: torch.Tensor, rows: AttambaMetadata, plan: ChunkPlan) -> torch.Tensor:
+        """The output of each mixer, (mixers, T, local dim), by groups of at most GROUP_ROWS rows of chunks.
+
+        Args:
+            x: (T, dim), inputs of the tokens of the step.
+            inputs: (num_pages, rows, dim), the cache of the inputs of open chunks.
+            rows: metadata of that cache.
+            plan: of the layer.
+        """
+        chunk_index, index_in_chunk = (
+            torch.from_numpy(index).to(x.device) for index in (plan.chunk_index, plan.index_in_chunk)
+        )
+        mixed = x.new_empty(len(MIXERS), len(x), self.local_dim)
+        for group, tokens in plan.groups(GROUP_ROWS):
+            at = rows.locate(self.rows.spec, plan.chunk_request[group, None], plan.chunk_positions[group])
+            indices = (chunk_index[tokens] - group.start, index_in_chunk[tokens])
+            for out, part in zip(mixed, self.mixers(x[tokens], inputs[at], *indices), strict=True):
+                out[tokens] = part
+        return mixed
+
+    def profiling_metadata(self, x: torch.Tensor) -> Iterator[AttambaMetadata]:
+        """Metadata of the states, the window and the rows for a run of tokens x (T, dim) that belong to no request.
+
+        vLLM sizes the KV cache by the peak memory of such a run, so the run does what a step of T tokens does at most.
+        """
+        tokens = profiled_tokens(len(x), self.chunk_size, self.offset, self.leading_tokens, GROUP_ROWS)
+        caches = (self.states, self.window, self.rows)
+        return (AttambaMetadata.on_one_page(tokens, cache.spec, x.device) for cache in caches)
 
 
 class AttambaLayer(nn.Module):
@@ -248,7 +285,10 @@ def refuse_features(vllm_config: VllmConfig) -> None:
         ),
         "decode context parallelism": (parallel.decode_context_parallel_size > 1, "the caches are not split by tokens"),
         "prefill context parallelism": (parallel.prefill_context_parallel_size > 1, "chunks are not split over ranks"),
-        "dual-batch overlap": (parallel.enable_dbo, "the plan of a step is for the whole batch"),
+        "dual-batch overlap (enable_dbo or ubatch_size)": (
+            parallel.use_ubatching,
+            "the plan of a step is for the whole batch",
+        ),
         "disable_hybrid_kv_cache_manager": (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
             "each of the three caches needs its own KV cache group",

@@ -1,26 +1,21 @@
 """Run in a process with the shim of tests/v2_shim, which makes Triton usable without a GPU.
 
 interpret   runs the scan as Python and in torch, and compares both to the recurrence in float64 (TRITON_INTERPRET=1)
-compile     compiles the kernel for an NVIDIA GPU to machine code (without TRITON_INTERPRET)
+wide        runs the scan as Python on chunks that lie far apart (TRITON_INTERPRET=1)
+compile     compiles the kernel for NVIDIA GPUs to machine code (without TRITON_INTERPRET)
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-import triton
 
 from attention_backends.attamba import scan, scan_kernel
 from attention_backends.attamba.mixer import MixerSizes
 from tests.kernels.cases import rms
 
 MIXERS = 2
-SPILLED_BYTES, SHARED_MEMORY = 64, 99 * 1024  # as in triton/test_compile.py
 
 
 def recurrence(rows: torch.Tensor, conv: torch.Tensor, a_log: torch.Tensor, skip: torch.Tensor, sizes: MixerSizes):
@@ -44,6 +39,7 @@ def interpret() -> None:
         (torch.float32, MixerSizes(2, 32, 16, 4), 8, (8, 8, 3, 1), (0, 5, 1, 0)),
         (torch.bfloat16, MixerSizes(4, 96, 40, 4), 64, (64, 33), (63, 0)),
         (torch.float32, MixerSizes(1, 16, 16, 2), 1, (1, 1), (0, 0)),
+        (torch.float32, MixerSizes(2, 256, 16, 4), 16, (16, 7), (9, 0)),  # heads of 128: several blocks of columns
     ):
         torch.manual_seed(0)
         columns = sizes.inner + 2 * sizes.state
@@ -77,32 +73,45 @@ def interpret() -> None:
         assert rms(wrong - exact) > 1e-2
 
 
-def compile_kernels() -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def interpret_wide() -> None:
+    """Chunks at offsets above 2^31 elements."""
+    from tests.kernels.sparse import keep_arguments_in_place, spread
 
-    triton.backends.backends.pop("cpu")  # the shim's backend, which has no compiler
-    pointers = {
-        **dict.fromkeys(("projected", "conv_weight"), "*bf16"),
-        **dict.fromkeys(("a_log", "skip", "out"), "*fp32"),
-        **dict.fromkeys(("starts", "index_in_chunk"), "*i64"),
-    }
-    sizes = {"HEADS": 8, "INNER": 256, "STATE": 128, "TAPS": 4, "BLOCK_S": scan_kernel.BLOCK_S, "BLOCK_D": 32}
-    for width in (16, 64, 128):
-        constants = sizes | {"BLOCK_W": width, "BLOCK_Q": min(width, scan_kernel.BLOCK_Q)}
-        names = scan_kernel.scan_kernel.arg_names
-        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-        source = ASTSource(scan_kernel.scan_kernel, signature, constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": scan_kernel.warps(width)})
-        with tempfile.TemporaryDirectory() as folder:
-            binary = Path(folder) / "kernel.cubin"
-            binary.write_bytes(made.asm["cubin"])
-            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-            usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-        assert int(re.search(r"STACK:(\d+)", usage)[1]) <= SPILLED_BYTES
-        assert "mma" in made.asm["ptx"]
-        assert made.metadata.shared <= SHARED_MEMORY
+    keep_arguments_in_place()
+    torch.manual_seed(0)
+    sizes, width = MixerSizes(2, 32, 16, 4), 4
+    columns = sizes.inner + 2 * sizes.state
+    projected = torch.randn(3, width, MIXERS, columns + sizes.heads)
+    parameters = torch.randn(MIXERS, columns, 4), torch.randn(MIXERS, 2), torch.randn(MIXERS, 2)
+    indices = torch.arange(3).repeat_interleave(width), torch.arange(width).repeat(3)
+    want = scan.chunk_scan(projected, *parameters, sizes, *indices)
+    got = scan_kernel.chunk_scan(spread(projected), *parameters, sizes, *indices)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def compile_kernels() -> None:
+    """The widest chunks that are served, with heads of more than one block of columns, and the smallest tiles."""
+    from tests.kernels.machine_code import CAPABILITIES, check_resources
+
+    for capability in CAPABILITIES:
+        for width, head_size in ((128, 128), (64, 128), (16, 16)):
+            constants = {
+                "HEADS": 8,
+                "INNER": 8 * head_size,
+                "STATE": 128,
+                "TAPS": 4,
+                **scan_kernel.tile(width, head_size),
+            }
+            for dtype, aligned in (("bf16", True), ("fp32", False)):
+                types = {
+                    **dict.fromkeys(("projected", "conv_weight"), f"*{dtype}"),
+                    **dict.fromkeys(("a_log", "skip", "out"), "*fp32"),
+                    **dict.fromkeys(("starts", "index_in_chunk"), "*i64"),
+                }
+                warps = scan_kernel.warps(constants["BLOCK_W"])
+                made = check_resources(scan_kernel.scan_kernel, types, constants, capability, aligned, num_warps=warps)
+                assert "mma" in made.asm["ptx"]
 
 
 if __name__ == "__main__":
-    {"interpret": interpret, "compile": compile_kernels}[sys.argv[1]]()
+    {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels}[sys.argv[1]]()

@@ -1,7 +1,8 @@
 """Run in a process with the shim of tests/v2_shim, which makes Triton usable without a GPU.
 
 interpret   runs the kernels as Python, and compares them to the torch path (TRITON_INTERPRET=1)
-compile     compiles the kernels for an NVIDIA GPU to machine code (without TRITON_INTERPRET)
+wide        runs the kernels as Python on rows and pages that lie far apart (TRITON_INTERPRET=1)
+compile     compiles the kernels for NVIDIA GPUs to machine code (without TRITON_INTERPRET)
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import sys
 
 import torch
-import triton
 
 from attention_backends.kv_shift import kernel
 from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, shift
@@ -33,7 +33,8 @@ def interpret() -> None:
             torch.tensor([7, 16, 17, 22, 8, 9, 10, 10, 28, -1]),
         )
         want = shift(key, value, *weights, states[0], metadata)
-        got = kernel.shift_kernel(key, value, *weights, states[1], metadata)
+        got = key.new_empty(key.shape), value.new_empty(value.shape)
+        kernel.shift_kernel(key, value, *weights, states[1], metadata, *got)
         # The torch path writes padding to page 0, which no request has.
         torch.testing.assert_close(states[1][1:], states[0][1:], rtol=0, atol=0)
         tolerance = 1e-6 if dtype == torch.float32 else 2**-7  # the interpreter truncates bfloat16
@@ -42,23 +43,43 @@ def interpret() -> None:
             torch.testing.assert_close(mine, its, rtol=tolerance, atol=tolerance)
 
 
-def compile_kernels() -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def interpret_wide() -> None:
+    """Rows of K, V and the outputs, and pages of the state, at offsets above 2^31 elements."""
+    from tests.kernels.sparse import keep_arguments_in_place, spread
 
-    triton.backends.backends.pop("cpu")  # the shim's backend, which has no compiler
-    pointers = {
-        **dict.fromkeys(("key", "value", "out_key", "out_value", "state"), "*bf16"),
-        **dict.fromkeys(("key_weights", "value_weights"), "*fp32"),
-        **{"slots": "*i64", "first_slots": "*i64", "first_rows": "*i32"},
-    }
-    for function in (kernel._rows_kernel, kernel._first_rows_kernel):
-        constants = {"SIZE": 96, "BLOCK": 128}
-        names = [name for name in function.arg_names if name not in constants]
-        signature = {name: pointers.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
-        made = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
-        assert made.asm["cubin"]
+    keep_arguments_in_place()
+    torch.manual_seed(0)
+    size = 4
+    key, value = torch.randn(2, 3, HEADS * size)
+    weights = torch.rand(2, HEADS, 2)
+    state = torch.randn(3, HEADS, PAGE_SIZE, 2 * size)
+    wide_state = spread(state)
+    last_page = 2 * PAGE_SIZE
+    metadata = ShiftMetadata(
+        torch.tensor([0, 2]).int(), torch.tensor([last_page, NO_SLOT]), torch.arange(last_page + 1, last_page + 4)
+    )
+    want = shift(key, value, *weights, state, metadata)
+    got = spread(torch.zeros_like(key)), spread(torch.zeros_like(value))
+    kernel.shift_kernel(spread(key), spread(value), *weights, wide_state, metadata, *got)
+    torch.testing.assert_close(wide_state[1:], state[1:], rtol=0, atol=0)
+    for mine, its in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-6)
+
+
+def compile_kernels() -> None:
+    """A head size that is no power of 2, and the largest that vLLM's backends serve."""
+    from tests.kernels.machine_code import CAPABILITIES, check_resources
+
+    for capability in CAPABILITIES:
+        for dtype, size, block, aligned in (("bf16", 96, 128, True), ("fp32", 256, 256, False)):
+            types = {
+                **dict.fromkeys(("key", "value", "out_key", "out_value", "state"), f"*{dtype}"),
+                **dict.fromkeys(("key_weights", "value_weights"), "*fp32"),
+                **{"slots": "*i64", "first_slots": "*i64", "first_rows": "*i32"},
+            }
+            for function in (kernel._rows_kernel, kernel._first_rows_kernel):
+                check_resources(function, types, {"SIZE": size, "BLOCK": block}, capability, aligned)
 
 
 if __name__ == "__main__":
-    {"interpret": interpret, "compile": compile_kernels}[sys.argv[1]]()
+    {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels}[sys.argv[1]]()

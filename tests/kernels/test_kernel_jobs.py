@@ -11,10 +11,10 @@ import pytest
 from tests.parity.harness import ROOT, v2_env
 
 
-@pytest.mark.parametrize("job", ["interpret", "compile"])
+@pytest.mark.parametrize("job", ["interpret", "wide", "compile"])
 @pytest.mark.parametrize("kernels", ["kv_shift_job", "attamba_scan_job"])
 def test_kernels(kernels, job):
-    env = os.environ | v2_env() | ({} if job == "interpret" else {"TRITON_INTERPRET": "0"})
+    env = os.environ | v2_env() | ({"TRITON_INTERPRET": "0"} if job == "compile" else {})
     done = subprocess.run(
         [sys.executable, "-m", f"tests.kernels.{kernels}", job],
         capture_output=True,

@@ -1,6 +1,7 @@
 """Attamba without an engine: closed forms, the scan, attention over pages that the tests keep, sizes, weights."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.forward_context import override_forward_context
+from vllm.model_executor.layers.linear import LinearBase
 
 from attention_backends.attamba import reference
 from attention_backends.attamba.attend import attend
@@ -19,7 +31,8 @@ from attention_backends.attamba.mixer import MixerSizes
 from attention_backends.attamba.pages import KvPages
 from attention_backends.attamba.scan import chunk_scan
 from attention_backends.star.step import StarStep, open_step
-from engine_ext.models.attamba import refuse_features
+from engine_ext.models import attamba
+from engine_ext.models.attamba import AttentiveSsm, refuse_features
 from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.models.attamba_weights import MIXERS, load_checkpoint, target_shards
 from scheduler.star.plan import StarPlan
@@ -213,6 +226,98 @@ def test_scan_is_the_recurrence(chunk_size, layer):
         assert (got - expected[first:]).abs().max() < 1e-4
 
 
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors, allocated inside of the mode, that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        for leaf in tree_leaves(result):
+            if torch.is_tensor(leaf) and (key := leaf.untyped_storage()._cdata) not in given | self.seen:
+                self.seen.add(key)
+                self.now += leaf.untyped_storage().nbytes()
+                weakref.finalize(leaf.untyped_storage(), self._free, key, leaf.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, key: int, num_bytes: int) -> None:
+        self.seen.discard(key)
+        self.now -= num_bytes
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
+        initialize_model_parallel()
+        yield config
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+P, MOST_TOKENS, ROWS_OF_A_GROUP = 16, 256, 128
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens"),
+    [
+        ([256], [256]),
+        ([256], [700]),
+        ([2] * 128, [90] * 128),
+        ([1] * 256, [P - 1] * 256),  # 15 rows of a chunk for each token
+        ([193] + [1] * 63, [400, *range(20, 83)]),
+        ([1] * 40, [200] * 40),
+    ],
+    ids=["prompt", "chunk", "pairs", "decode", "mixed", "few"],
+)
+def test_the_memory_profile_sees_the_peak_of_a_step(query_lens, seq_lens, one_rank, monkeypatch):
+    """A run without metadata allocates at its peak at least what any step of as many tokens does, and little more.
+
+    The mixers are wide, as in a large model, and the bytes of their intermediate results most of the peak.
+    """
+    monkeypatch.setattr(attamba, "GROUP_ROWS", ROWS_OF_A_GROUP, raising=False)
+    config = AttambaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, token_chunk=P, leading_tokens=5, ssm_heads=4,
+        ssm_inner=512, ssm_state_dim=16,
+    )  # fmt: skip
+    requests, columns = len(query_lens), -(-max(seq_lens) // PAGE_ROWS)
+    layer = AttentiveSsm(config, 0, torch.float32, "layer")
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for module in layer.modules():
+        if isinstance(module, LinearBase):
+            module.quant_method.process_weights_after_loading(module)
+    common = batch_metadata(query_lens, seq_lens, columns)
+    metadata = {}
+    for cache in (layer.states, layer.window, layer.rows):
+        spec = cache.spec
+        values = spec.page_size_bytes // spec.dtype.itemsize
+        width = spec.head_size + spec.head_size_v
+        pages = torch.zeros(requests * columns, values)
+        cache.kv_cache = pages.as_strided((len(pages), 1, width), (values, width, 1))
+        builder = AttambaMetadataBuilder(spec, [cache.prefix], one_rank, torch.device("cpu"))
+        metadata[cache.prefix] = builder.build(0, common)
+
+    def peak(num_tokens: int, of_metadata) -> int:
+        x = torch.randn(num_tokens, config.hidden_size)
+        context = SimpleNamespace(attn_metadata=of_metadata)
+        with torch.inference_mode(), override_forward_context(context), LiveBytes() as live:
+            out = layer(torch.arange(num_tokens), x)
+        assert out.shape == x.shape
+        assert out.isfinite().all()
+        return live.peak
+
+    step, profile = peak(sum(query_lens), metadata), peak(MOST_TOKENS, None)
+    assert step <= profile
+    assert profile <= 1.1 * step or requests > 1
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_pages_have_equal_bytes(ranks):
     specs = cache_specs(8, 16, 512, 512 // ranks, torch.bfloat16)
@@ -252,7 +357,7 @@ def test_config_has_the_page_size_of_the_states_and_the_dependence_of_star_block
     assert "star_blocks_depend" not in json.loads(config.to_json_string(use_diff=False))
 
 
-PARALLEL = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+PARALLEL = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +368,7 @@ PARALLEL = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 
         ({"quant_config": object()}, "quantization=awq"),
         ({"parallel_config": PARALLEL | {"decode_context_parallel_size": 2}}, "decode context"),
         ({"parallel_config": PARALLEL | {"prefill_context_parallel_size": 2}}, "prefill context"),
-        ({"parallel_config": PARALLEL | {"enable_dbo": True}}, "dual-batch"),
+        ({"parallel_config": PARALLEL | {"use_ubatching": True}}, "dual-batch"),
         ({"scheduler_config": {"disable_hybrid_kv_cache_manager": True}}, "disable_hybrid_kv_cache_manager"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -7,10 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.compilation import breakable_cudagraph
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import override_forward_context
 
+from attention_backends.kv_shift import state
 from attention_backends.kv_shift.reference import shift_reference
 from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
-from attention_backends.kv_shift.state import WINDOW, refuse_unsupported, state_spec
+from attention_backends.kv_shift.state import WINDOW, ShiftStateBuilder, refuse_unsupported, state_spec
 
 HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 2, 4, 4, 40
 
@@ -28,8 +32,8 @@ class Batch:
         self.tables = [[next(page_ids) for _ in range(-(-length // PAGE_SIZE))] for length in lengths]
         self.done = [0] * len(lengths)
 
-    def step(self, chunks: dict[int, int], padding: int = 0) -> list[torch.Tensor]:
-        """Run the next tokens of some sequences; returns (2, tokens, heads * size) shifted K and V of each.
+    def inputs(self, chunks: dict[int, int], padding: int = 0) -> SimpleNamespace:
+        """Rows of K and V, and what a metadata builder reads, for the next tokens of some sequences.
 
         Args:
             chunks: number of tokens by sequence.
@@ -47,10 +51,25 @@ class Batch:
             positions = range(self.done[request], self.done[request] + n)
             slots += [page_ids[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for position in positions]
             self.done[request] += n
-        predecessors = find_predecessors(starts, lens, table, PAGE_SIZE)
-        metadata = ShiftMetadata(*predecessors, torch.tensor(slots + [-1] * padding))
-        shifted = torch.stack(shift(key, value, *self.weights, self.state, metadata))
-        return list(shifted[:, : len(slots)].split(list(chunks.values()), 1))
+        return SimpleNamespace(
+            key=key,
+            value=value,
+            query_start_loc=starts,
+            seq_lens=lens,
+            block_table_tensor=table,
+            slot_mapping=torch.tensor(slots + [-1] * padding),
+        )
+
+    def step(self, chunks: dict[int, int], padding: int = 0) -> list[torch.Tensor]:
+        """Run ``inputs``; returns (2, tokens, heads * size) shifted K and V of each sequence."""
+        step = self.inputs(chunks, padding)
+        predecessors = find_predecessors(step.query_start_loc, step.seq_lens, step.block_table_tensor, PAGE_SIZE)
+        metadata = ShiftMetadata(*predecessors, step.slot_mapping)
+        shifted = torch.stack(shift(step.key, step.value, *self.weights, self.state, metadata))
+        return self.split(shifted, chunks)
+
+    def split(self, shifted: torch.Tensor, chunks: dict[int, int]) -> list[torch.Tensor]:
+        return list(shifted[:, : sum(chunks.values())].split(list(chunks.values()), 1))
 
     def expected(self, request: int) -> torch.Tensor:
         both = zip(self.raw[request].float(), self.weights, strict=True)
@@ -118,6 +137,95 @@ def test_predecessors():
     assert slots.tolist() == [NO_SLOT, 2 * 4 + 3, NO_SLOT]
 
 
+ROWS = 8
+STEPS = [{0: 8}, {0: 1, 1: 5}, {1: 1, 0: 6}, {2: 3, 1: 4, 0: 1}, {0: 1, 1: 1, 2: 1}]
+
+
+class GraphBuffers:
+    """The persistent inputs of a CUDA graph of ROWS rows, and the builder of the state's metadata."""
+
+    def __init__(self):
+        config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=ROWS))
+        spec = SimpleNamespace(block_size=PAGE_SIZE)
+        self.builder = ShiftStateBuilder(spec, ["layer"], config, torch.device("cpu"))
+        self.key, self.value = torch.zeros(2, ROWS, HEADS * SIZE)
+        self.slots = torch.full((ROWS,), -1)
+
+    def build(self, step: SimpleNamespace) -> ShiftMetadata:
+        """Copy a step to the buffers, with slot -1 in the rows after its tokens, and build its metadata."""
+        tokens = min(ROWS, len(step.slot_mapping))
+        self.key[:tokens], self.value[:tokens] = step.key[:ROWS], step.value[:ROWS]
+        self.slots[:tokens], self.slots[tokens:] = step.slot_mapping[:ROWS], -1
+        return self.builder.build(0, SimpleNamespace(**vars(step) | {"slot_mapping": self.slots[:ROWS]}))
+
+    def capture(self) -> ShiftMetadata:
+        """The metadata of vLLM's dummy batch (InputBatch.make_dummy): ROWS requests of one token, without slots."""
+        ones = torch.ones(ROWS, dtype=torch.int32)
+        tables = {
+            "block_table_tensor": torch.zeros(ROWS, 9, dtype=torch.int32),
+            "slot_mapping": torch.full((ROWS,), -1),
+        }
+        starts = torch.arange(ROWS + 1, dtype=torch.int32)
+        rows = {"key": self.key, "value": self.value}
+        return self.build(SimpleNamespace(query_start_loc=starts, seq_lens=ones, **tables, **rows))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["piecewise", "full"])
+def test_a_captured_graph_is_right_for_any_batch(padded):
+    """A graph keeps the metadata of its capture: ROWS requests, whose tensors a later step may fill in part.
+
+    vLLM pads the requests for FULL graphs only. A breakable graph captured with metadata has ROWS requests too.
+    """
+    batch, buffers = Batch([30, 30, 30]), GraphBuffers()
+    captured = buffers.capture()
+    done = [0, 0, 0]
+    for chunks in STEPS:
+        buffers.build(batch.inputs(chunks, ROWS - len(chunks) if padded else 0))
+        shifted = torch.stack(shift(buffers.key, buffers.value, *batch.weights, batch.state, captured))
+        for request, got in zip(chunks, batch.split(shifted, chunks), strict=True):
+            expected = batch.expected(request)[:, done[request] : batch.done[request]]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+            done[request] = batch.done[request]
+
+
+class CaptureOnCpu(breakable_cudagraph.BreakableCUDAGraphCapture):
+    """vLLM's capture of a breakable graph without its CUDA graphs: ``replay`` runs the break points alone."""
+
+    def _begin_segment(self) -> None:
+        self._capturing = True
+
+    def _end_segment(self) -> None:
+        self._capturing = False
+
+
+@pytest.mark.parametrize("metadata_at_capture", [False, True], ids=["V1", "V2"])
+def test_the_op_breaks_a_breakable_graph(metadata_at_capture, monkeypatch):
+    """V1 captures breakable graphs without metadata, so a captured shift would never read the state."""
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    monkeypatch.setattr(breakable_cudagraph, "_weak_ref_capture_arg", lambda argument: argument)  # a CUDA op
+    state.break_point.cache_clear()
+    batch, buffers = Batch([30, 30, 30]), GraphBuffers()
+
+    def context(metadata: ShiftMetadata | None) -> SimpleNamespace:
+        return SimpleNamespace(
+            attn_metadata=None if metadata is None else {"layer": metadata},
+            no_compile_layers={"layer": SimpleNamespace(kv_cache=batch.state)},
+            cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
+        )
+
+    with override_forward_context(context(buffers.capture() if metadata_at_capture else None)), CaptureOnCpu() as graph:
+        outputs = torch.ops.starling.kv_shift(buffers.key, buffers.value, *batch.weights, "layer")
+    done = [0, 0, 0]
+    for chunks in STEPS:
+        with override_forward_context(context(buffers.build(batch.inputs(chunks)))):
+            graph.replay()
+        for request, got in zip(chunks, batch.split(torch.stack(outputs), chunks), strict=True):
+            expected = batch.expected(request)[:, done[request] : batch.done[request]]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+            done[request] = batch.done[request]
+    state.break_point.cache_clear()
+
+
 def attention_spec(value_bytes: int, **more):
     page_bytes = 128 * 8 * 2 * 64 * value_bytes
     sizes = {"block_size": 128, "num_kv_heads": 8, "head_size": 64, "page_size_bytes": page_bytes}
@@ -140,7 +248,7 @@ def test_a_page_that_does_not_fit_is_refused_by_name():
 
 
 def config_with(**options):
-    plain = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+    plain = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
     options = plain | {"disable_hybrid_kv_cache_manager": False} | options
     both = SimpleNamespace(**options)
     return SimpleNamespace(parallel_config=both, scheduler_config=both)
@@ -151,12 +259,13 @@ def config_with(**options):
     [
         {"decode_context_parallel_size": 2},
         {"prefill_context_parallel_size": 2},
-        {"enable_dbo": True},
+        {"use_ubatching": True},
         {"disable_hybrid_kv_cache_manager": True},
     ],
     ids=str,
 )
 def test_unsupported_features_are_refused_by_name(option):
     refuse_unsupported(config_with())
-    with pytest.raises(ValueError, match=next(iter(option))):
+    name = next(iter(option))
+    with pytest.raises(ValueError, match="enable_dbo or ubatch_size" if name == "use_ubatching" else name):
         refuse_unsupported(config_with(**option))

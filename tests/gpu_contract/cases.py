@@ -1,0 +1,204 @@
+"""Mixed batches of dense and star requests, laid out in paged caches as vLLM's workers do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+
+from attention_backends.kernels.reference import masked_attention
+from attention_backends.star.reference import star_mask
+from attention_backends.star.rows import split_rows
+from scheduler.star.plan import StarPlan
+
+HEAD_SIZE = 32
+SCALE = 1 / math.sqrt(HEAD_SIZE)
+FP8 = torch.float8_e4m3fn
+# Manager page and kernel page. vLLM splits the manager's pages for kernels that take only smaller ones.
+PAGES = ((16, 16), (32, 32), (64, 64), (64, 16))
+LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")
+Q_SCALE, K_SCALE, V_SCALE = 0.5, 0.25, 2.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """Query positions ``[start, end)`` of one request; without a plan its attention is dense."""
+
+    start: int
+    end: int
+    plan: StarPlan | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step.
+
+    Attributes:
+        requests: of the step, in the batch's order.
+        manager_page, kernel_page: tokens of a page of the KV cache manager and of the kernel.
+        layout: name of vLLM's KVCacheLayout.
+        kv_heads, group: KV heads, and query heads for each of them.
+        window: of a layer with a sliding window beside the full one; None for no such layer.
+        sinks: whether the layers have attention sinks.
+        fp8: whether the cache is fp8 with scales.
+        padding: rows and tokens that a CUDA graph adds.
+        runner: the model runner, V1 or V2, whose metadata the batch has.
+        seed: of the numbers.
+    """
+
+    requests: tuple[Request, ...]
+    manager_page: int = 16
+    kernel_page: int = 16
+    layout: str = "LBNHC"
+    kv_heads: int = 1
+    group: int = 1
+    window: int | None = None
+    sinks: bool = False
+    fp8: bool = False
+    padding: int = 0
+    runner: str = "V1"
+    seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    @property
+    def query_lens(self) -> list[int]:
+        return [request.end - request.start for request in self.requests]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+
+@dataclass
+class Numbers:
+    """K and V of each request, (end, KV heads, D), queries of the step (tokens, H, D) and (H,) sinks, as stored."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    queries: torch.Tensor
+    sinks: torch.Tensor | None
+    scales: tuple[float, float, float] = field(default=(1.0, 1.0, 1.0))
+
+
+def numbers(case: Case, fp8_query: bool) -> Numbers:
+    """The numbers of a case, in float32 or fp8; an fp8 number is multiplied by its scale for its value."""
+    torch.manual_seed(case.seed)
+    dtype = FP8 if case.fp8 else torch.float32
+    shape = (case.kv_heads, HEAD_SIZE)
+    keys = [torch.randn(request.end, *shape).to(dtype) for request in case.requests]
+    values = [torch.randn(request.end, *shape).to(dtype) for request in case.requests]
+    queries = torch.randn(case.num_tokens + case.padding, case.heads, HEAD_SIZE)
+    sinks = torch.randn(case.heads) if case.sinks else None
+    scales = (Q_SCALE if fp8_query else 1.0, K_SCALE, V_SCALE) if case.fp8 else (1.0, 1.0, 1.0)
+    return Numbers(keys, values, queries.to(FP8) if fp8_query else queries, sinks, scales)
+
+
+def expected(case: Case, drawn: Numbers, window: int | None = None) -> torch.Tensor:
+    """(tokens, H, D) in float64, with the mask written out. A window's layer is dense within the window."""
+    outs, first = [], 0
+    for request, key, value in zip(case.requests, drawn.keys, drawn.values, strict=True):
+        positions = torch.arange(request.end)
+        mask = positions[None] <= positions[:, None]
+        if window is not None:
+            mask &= positions[None] > positions[:, None] - window
+        elif request.plan is not None:
+            plan = request.plan
+            mask = star_mask(
+                request.end,
+                block_size=plan.block_size,
+                anchor_size=plan.anchor_size,
+                overlap_size=plan.overlap_size,
+                context_end=plan.context_end,
+            )
+        last = first + request.end - request.start
+        q_scale, k_scale, v_scale = drawn.scales
+        out, lse = masked_attention(
+            drawn.queries[first:last].double() * q_scale,
+            key.double() * k_scale,
+            value.double() * v_scale,
+            mask[request.start :],
+            SCALE,
+        )
+        if drawn.sinks is not None:
+            out = out * torch.sigmoid(lse - drawn.sinks.double())[..., None]
+        outs.append(out)
+        first = last
+    return torch.cat(outs)
+
+
+@st.composite
+def requests(draw: st.DrawFn, page_size: int, max_tokens: int, max_queries: int) -> Request:
+    """A decode, a dense chunk, or a chunk of a star prompt whose ends are often at borders or one token beside them."""
+
+    def chunk(start: int, end: int, plan: StarPlan | None = None) -> Request:
+        return Request(max(start, end - max_queries), end, plan)
+
+    num_tokens = draw(st.one_of(st.integers(2, max_tokens), st.integers(max_tokens // 2, max_tokens)))
+    kind = draw(st.sampled_from(["star", "star", "star", "star", "dense", "decode"]))
+    if kind == "decode":
+        return Request(num_tokens - 1, num_tokens, None)
+    if kind == "dense":
+        start = draw(st.integers(0, num_tokens - 1))
+        return chunk(start, draw(st.integers(start + 1, num_tokens)))
+    num_pages = draw(st.sampled_from([1, 1, 2, 3]))
+    sizes = st.integers(0, num_pages).map(lambda count: count * page_size)
+    block_size = num_pages * page_size
+    context_end = draw(st.one_of(st.integers(1, num_tokens), st.integers(num_tokens // 2, num_tokens)))
+    plan = StarPlan(block_size, draw(sizes), draw(sizes), context_end, num_tokens)
+    borders = {0, num_tokens, context_end, *range(0, num_tokens, block_size)}
+    points = sorted({p for border in borders for p in (border - 1, border, border + 1) if 0 <= p <= num_tokens})
+    point = st.one_of(st.sampled_from(points[::-1]), st.integers(0, num_tokens))
+    start, end = sorted((draw(point), draw(point)))
+    if start == end:
+        start, end = (start - 1, end) if end == num_tokens else (start, end + 1)
+    return chunk(start, end, plan)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    fp8: bool,
+    sinks: bool,
+    fp8_with_sinks: bool = True,
+    decodes_first: bool = False,
+    layouts: tuple[str, ...] = LAYOUTS,
+    max_tokens: int = 260,
+    max_queries: int = 260,
+    max_heads: int = 8,
+    max_requests: int = 5,
+) -> Case:
+    """A step of up to ``max_requests`` requests; ``fp8``, ``sinks`` and ``fp8_with_sinks`` say what may be drawn."""
+    manager_page, kernel_page = draw(st.sampled_from(PAGES))
+    # vLLM splits pages only where a layer's pages are next to one another.
+    allowed = [name for name in layouts if manager_page == kernel_page or name.startswith("L")]
+    batch = draw(st.lists(requests(manager_page, max_tokens, max_queries), min_size=1, max_size=max_requests))
+    if decodes_first:
+        batch.sort(key=lambda request: request.end - request.start > 1)
+    has_sinks = sinks and draw(st.booleans())
+    return Case(
+        tuple(batch),
+        manager_page,
+        kernel_page,
+        draw(st.sampled_from(allowed)),
+        draw(st.sampled_from([heads for heads in (1, 4, 8) if heads <= max_heads])),
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.sampled_from([None, None, 1, 17, 50])),
+        has_sinks,
+        fp8 and (fp8_with_sinks or not has_sinks) and draw(st.booleans()),
+        draw(st.sampled_from([0, 0, 0, 1, 3])),
+        draw(st.sampled_from(["V1", "V2"])),
+        draw(st.integers(0, 99)),
+    )
+
+
+def gathers_pages(case: Case) -> bool:
+    """Whether a virtual row of the case has other pages than the first ones of its request."""
+    plans, ends = [request.plan for request in case.requests], [request.end for request in case.requests]
+    rows = split_rows(plans, case.query_lens, ends, case.kernel_page)
+    return rows is not None and len(rows.gathered) > 0

@@ -1,0 +1,138 @@
+"""Run in a process of its own: holds one backend, wrapped, against the explicit mask, and prints a JSON line.
+
+    python -m tests.gpu_contract.job NAME
+
+NAME is a key of ``JOBS``. The Triton kernels run under the interpreter, so the process needs the environment of
+tests/parity/harness.py's ``v2_env``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tests.gpu_contract.cuda_platform import use_cuda_platform
+
+os.environ["VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE"] = "1024"
+PLATFORM = use_cuda_platform()
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from vllm.platforms.interface import DeviceCapability  # noqa: E402
+
+from tests.gpu_contract import kernels  # noqa: E402
+from tests.gpu_contract.cases import cases, expected, gathers_pages, numbers  # noqa: E402
+from tests.gpu_contract.engine import run_case  # noqa: E402
+
+BOUND = 1e-6
+
+
+class Tally:
+    """Counts of the cases of a job, and their worst difference."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+        self.counts = dict.fromkeys(
+            ("cases", "star_steps", "gathered", "one_token_rows", "windowed", "fp8", "sinks", "padded", "split_pages"),
+            0,
+        )
+
+    def add(self, case: Any, base: Any, fp8_query: bool) -> None:
+        drawn = numbers(case, case.fp8 and fp8_query)
+        outputs, rows = run_case(case, base, drawn)
+        for out, window in outputs:
+            want = expected(case, drawn, window)
+            assert not out.isnan().any(), f"{int(out.isnan().any((1, 2)).sum())} tokens have no output"
+            difference = (out.double() - want).abs().max().item()
+            # fp8 values reach 4 times those of float32 here.
+            assert difference <= BOUND * max(1.0, want.abs().max().item()), f"the worst difference is {difference:.1e}"
+            self.worst = max(self.worst, difference / max(1.0, want.abs().max().item()))
+        facts = {
+            "cases": True,
+            "star_steps": rows is not None,
+            "gathered": rows is not None and len(rows.gathered) > 0,
+            "one_token_rows": rows is not None and bool(((rows.query_lens == 1) & rows.star).any()),
+            "windowed": case.window is not None,
+            "fp8": case.fp8,
+            "sinks": case.sinks,
+            "padded": case.padding > 0,
+            "split_pages": case.kernel_page < case.manager_page,
+        }
+        for name, fact in facts.items():
+            self.counts[name] += fact
+
+
+def hold(base: Any, tally: Tally, strategy: Any, examples: int, *, fp8_query: bool = True) -> Tally:
+    """Run ``examples`` steps of a strategy on a backend, and count them in ``tally``."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def run(case: Any) -> None:
+        tally.add(case, base, fp8_query)
+
+    run()
+    return tally
+
+
+def flash_attention(capability: tuple[int, int], examples: int, **drawn: Any) -> Tally:
+    PLATFORM.capability = DeviceCapability(*capability)
+    torch.cuda.get_device_capability = lambda device=None: capability
+    kernels.install_flash_attention()
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    return hold(FlashAttentionBackend, Tally(), cases(**drawn), examples)
+
+
+def flashinfer(capability: tuple[int, int], examples: int, **drawn: Any) -> Tally:
+    PLATFORM.capability = DeviceCapability(*capability)
+    from tests.gpu_contract.flashinfer_kernels import install_flashinfer
+
+    install_flashinfer()
+    from vllm.v1.attention.backends.flashinfer import FlashInferBackend
+
+    strategy = cases(fp8=True, decodes_first=True, **drawn)
+    return hold(FlashInferBackend, Tally(), strategy, examples, fp8_query=False)
+
+
+def triton(examples: int) -> Tally:
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    # The interpreter takes milliseconds for each tile of keys, so the batches are small.
+    strategy = cases(fp8=True, sinks=True, max_tokens=180, max_queries=10, max_heads=4, max_requests=3)
+    tally = Tally()
+    for part in (strategy.filter(gathers_pages), strategy):
+        hold(TritonAttentionBackend, tally, part, examples, fp8_query=False)
+    return tally
+
+
+JOBS: dict[str, Callable[[], Tally]] = {
+    "fa2": lambda: flash_attention((8, 0), 150, fp8=False, sinks=False),
+    "fa3": lambda: flash_attention((9, 0), 200, fp8=True, sinks=True),
+    "fa4": lambda: flash_attention((10, 0), 100, fp8=True, sinks=True),
+    "flashinfer_sm80": lambda: flashinfer((8, 0), 100, sinks=False),
+    "flashinfer_sm90": lambda: flashinfer((9, 0), 100, sinks=True),
+    "flashinfer_sm100": lambda: flashinfer(
+        # TRT-LLM's prefill of an fp8 cache takes 16 bit queries only, and it is the one with sinks.
+        *((10, 0), 100),
+        sinks=True,
+        fp8_with_sinks=False,
+        layouts=("LBHNC", "BLHNC"),
+    ),
+    "triton": lambda: triton(16),
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name = sys.argv[1]
+    tally = JOBS[name]()
+    print(json.dumps({"job": name, "worst": tally.worst, **tally.counts}))

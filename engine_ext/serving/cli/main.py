@@ -11,6 +11,7 @@ from vllm_compat import versions
 from vllm_compat.versions import vllm_version
 
 UNUSABLE = 2
+FAILED = 1  # of selftest, whose 2 is a machine without a GPU
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -31,7 +32,18 @@ def doctor(argv: Sequence[str]) -> int:
     return run(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "doctor": doctor}
+def selftest(argv: Sequence[str]) -> int:
+    """check whether Starling computes the right thing on this machine"""
+    reason = versions.problem()
+    if reason is not None:
+        print(f"starling selftest: error: {reason}", file=sys.stderr)
+        return FAILED
+    from engine_ext.serving.cli.selftest import run
+
+    return run(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "doctor": doctor, "selftest": selftest}
 
 
 def version() -> str:

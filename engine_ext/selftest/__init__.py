@@ -1,0 +1,1 @@
+"""`starling selftest`: checks whether Starling computes the right thing on this machine."""

@@ -1,0 +1,94 @@
+"""A tiny random Llama, and log-probabilities under an explicit mask by Transformers."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+# For times of long prompts: attention takes most of a prefill, as in a real model.
+LONG = TINY | {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 1 << 18,
+}
+VOCABULARY = 320
+MAX_REFERENCE_BYTES = 8 << 30
+"""Checkpoints above this size get no float32 reference, which runs on the CPU."""
+
+
+def make_model(path: Path, dtype: torch.dtype, config: dict[str, int]) -> Path:
+    """Write a random checkpoint with a fixed seed and without a tokenizer; returns ``path``.
+
+    Args:
+        config: LlamaConfig fields.
+    """
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **config)
+    settings.architectures, settings.dtype = ["LlamaForCausalLM"], dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(settings)
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                # Sharp attention: the scores spread over units, so that a wrong mask changes the logits.
+                scale = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+                torch.nn.init.normal_(weight, 0, scale * weight.shape[1] ** -0.5)
+    path.mkdir(parents=True, exist_ok=True)
+    settings.save_pretrained(path)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def vocabulary(model: str) -> int:
+    """Entries of a model's vocabulary."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).get_text_config().vocab_size
+
+
+def reference_refusal(model: str) -> str | None:
+    """Why there is no float32 reference for a checkpoint; None where there is one."""
+    if not Path(model).is_dir():
+        return "the reference needs a checkpoint in a local folder"
+    size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if size > MAX_REFERENCE_BYTES:
+        return f"a float32 reference of {size / 2**30:.0f} GiB of weights takes too long on the CPU"
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def load_reference(model: str) -> Any:
+    """Transformers' own model in float32 with eager attention. It shares no code with vLLM and Starling."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def reference_logprobs(model: str, ids: list[int], mask: torch.Tensor) -> torch.Tensor:
+    """(len(ids) - 1,) log-probability of each of ``ids[1:]`` in float32.
+
+    Args:
+        mask: (len(ids), len(ids)) bool, which key (column) a query (row) sees.
+    """
+    bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        reference = load_reference(model)
+        logits = reference(torch.tensor([ids]), attention_mask=bias[None, None], use_cache=False).logits[0]
+    return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -1,0 +1,61 @@
+"""The prompts of the engine checks: the same on every machine, for a vocabulary of any size."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+PAGE_SIZE, BLOCK, QUERY, LENGTH, NEW = 32, 128, 37, 600, 16
+STEP_TOKENS = 256  # a step cuts prompts anywhere
+NUM_PAGES, MAX_LENGTH = 150, 2048
+GROWTH, PREEMPTED = 80, 8  # eight prompts fit in the cache, and their outputs do not
+EDITED_BLOCK = 2
+STAR = {"star": "on", "star_block_size": BLOCK, "star_query_tokens": QUERY}
+ONE_BLOCK = STAR | {"star_block_size": 1024}
+CONTEXT = LENGTH - QUERY
+
+Prompt = dict[str, Any]
+
+
+def make_prompt(seed: int, length: int, vocabulary: int, **fields: Any) -> Prompt:
+    """Random tokens, and by default ``NEW`` tokens of output."""
+    draw = random.Random(seed)
+    return {"ids": [draw.randrange(vocabulary) for _ in range(length)], "max_tokens": NEW} | fields
+
+
+def plain_batches(vocabulary: int) -> dict[str, list[Prompt]]:
+    """Dense prompts that both a plain and an activated engine run."""
+    lengths = (LENGTH, 1, 33, 300, 20)
+    return {"off": [make_prompt(seed, length, vocabulary, cold=True) for seed, length in enumerate(lengths)]}
+
+
+def star_batches(vocabulary: int, num_decodes: int) -> dict[str, list[Prompt]]:
+    """The batches of an activated engine, in the order in which they have to run.
+
+    Args:
+        num_decodes: prompts that decode beside a star prompt.
+    """
+    prompt = make_prompt(1, LENGTH, vocabulary)
+    star = prompt | {"star": STAR}
+    position = EDITED_BLOCK * BLOCK + BLOCK // 2
+    ids = list(prompt["ids"])
+    ids[position] = (ids[position] + 1) % vocabulary
+    edited = star | {"ids": ids}
+    decodes = [make_prompt(100 + seed, 20, vocabulary, max_tokens=2 * NEW, cold=True) for seed in range(num_decodes)]
+    growing = [
+        make_prompt(200 + seed, 550, vocabulary, cold=True, max_tokens=GROWTH, star=STAR if seed % 2 else None)
+        for seed in range(PREEMPTED)
+    ]
+    return plain_batches(vocabulary) | {
+        "dense": [prompt | {"prompt_logprobs": True}],
+        "star": [star | {"prompt_logprobs": True}],
+        "one block": [prompt | {"star": ONE_BLOCK, "prompt_logprobs": True}],
+        "alone": [star | {"cold": True}],
+        "beside": [*decodes, star | {"cold": True}],
+        "warm": [star],
+        "edited": [edited],
+        "edited, cold": [edited | {"cold": True}],
+        "calm 1": growing[: PREEMPTED // 2],
+        "calm 2": growing[PREEMPTED // 2 :],
+        "preempted": growing,
+    }

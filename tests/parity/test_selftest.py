@@ -1,0 +1,64 @@
+"""`starling selftest --quick` as a user runs it on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from engine_ext.selftest.machine import has_gpu
+from tests.parity.harness import COUNTERS, cores
+
+pytestmark = pytest.mark.engine
+
+PASSED = [
+    "kernel: CPU op",
+    "kernel: plain torch",
+    "kernel: CPU op, cache above 2^31 elements",
+    "star rows: CPU_ATTN, vLLM's op",
+    "star rows: CPU_ATTN, Starling's op",
+    *(
+        f"V1, eager, KV as the model: {check}"
+        for check in (
+            "engines start",
+            "star off equals plain vLLM",
+            "one star block equals dense",
+            "star against the mask",
+            "star beside decodes",
+            "preemption",
+            "prefix hit",
+            "reuse of star blocks",
+        )
+    ),
+]
+SKIPPED = [
+    "kernel: Triton",
+    "kernel: xformers",
+    "kernel: Triton, cache above 2^31 elements",
+    "two GPUs: TP=2 equals TP=1",
+    "two GPUs: moved pages are equal",
+]
+
+
+@pytest.mark.skipif(has_gpu(), reason="the CPU part runs on machines without a GPU")
+def test_the_cpu_part_passes(tmp_path):
+    path = tmp_path / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name not in COUNTERS}
+    with cores(1) as bound:
+        done = subprocess.run(
+            [sys.executable, "-m", "engine_ext.serving.cli.main", "selftest", "--quick", "--json", str(path)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=environment | {"VLLM_CPU_OMP_THREADS_BIND": bound, "OMP_NUM_THREADS": "1"},
+        )
+    assert done.returncode == 2, done.stdout + done.stderr
+    report = json.loads(path.read_text())
+    verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
+    assert verdicts == dict.fromkeys(PASSED, "PASS") | dict.fromkeys(SKIPPED, "SKIP")
+    (engine,) = report["engines"].values()
+    assert (engine["runner"], engine["backend"], engine["graphs"]) == ("V1", "CPU_ATTN", "eager")
+    assert f"{len(PASSED)} PASS, 0 FAIL, {len(SKIPPED)} SKIP" in done.stdout

@@ -138,7 +138,7 @@ BAD = {
     "negative": ({"star_query_tokens": -1}, ["star_query_tokens", "-1", "0 or more"]),
     "both ends": (
         {"star_query_tokens": 8, "star_context_tokens": 8},
-        ["star_context_tokens", "8", "star_query_tokens=8 says the same"],
+        ["star_context_tokens", "8", "star_query_tokens=8 already sets where the query starts"],
     ),
     "mark not there": (
         {"star": "on", "star_block_size": 64, "star_segment_token": 256},

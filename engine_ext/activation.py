@@ -6,6 +6,7 @@ user gives `--additional-config '{"starling": {...}}'`. Without the entry nothin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, check_shards, check_sizes, max_replicas
 from scheduler.star.request_metadata import CONNECTOR, SHARDS, default_num_shards
 from scheduler.star.segments import check_segment_options
+from vllm_compat.config import share_memory_nodes
 from vllm_compat.engine_core import divide_kv_memory_check
 from vllm_compat.metrics import collect_from_children
 
@@ -118,6 +120,7 @@ def after_engine_config(vllm_config: Any) -> None:
     refuse_overlap(vllm_config, config.star.overlap_size)
     check_sizes(config.star, star_page_size(vllm_config))
     check_segment_options(config.star, vllm_config.model_config.get_vocab_size())
+    share_memory_nodes(vllm_config, os.environ)
     replicas = replica_set(vllm_config)
     max_replicas(config.star, config.star.overlap_size, replicas)
     check_shards(config.star, config.star.overlap_size, replicas)

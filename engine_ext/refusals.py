@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from scheduler.star.options import flat_name
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet
 from scheduler.star.request_metadata import CONNECTOR
-from vllm_compat.config import cpu_attention_isa, num_api_servers
+from vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
 CONNECTORS = (CONNECTOR, "OffloadingConnector")
@@ -121,6 +122,12 @@ def _external_balancer(config: Any) -> bool:
     return parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
 
 
+def _moves_kv_memory(config: Any) -> bool:
+    """As vLLM's own check of KV connectors; it runs before Starling sets its connector."""
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    return "expandable_segments:True" in settings and not config.model_config.enable_cumem_allocator
+
+
 SPLIT_RULES: Rules = (
     (
         lambda c: dependence(c.model_config),
@@ -134,6 +141,12 @@ SPLIT_RULES: Rules = (
     (_external_balancer, "with an external load balancer a front reaches some of the replicas only"),
     (lambda c: c.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism divides the layers of a page"),
     (lambda c: c.parallel_config.enable_elastic_ep, "elastic expert parallelism changes the replicas while it runs"),
+    (lambda c: c.model_config.enable_sleep_mode, "sleep mode frees the KV memory that NIXL has registered"),
+    (
+        _moves_kv_memory,
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may move the KV memory that NIXL has registered",
+    ),
+    (lambda c: c.aux_output_config.enabled, "outputs beside tokens exist on the replica that computed them only"),
     (lambda c: not nixl_is_installed(), "the NIXL library, which moves KV pages, is not installed: pip install nixl"),
 )
 
@@ -190,7 +203,7 @@ def _refusals(rules: Rules, vllm_config: Any) -> Iterator[str]:
 def star_page_size(vllm_config: Any) -> int:
     """Tokens of a full-attention KV page, as far as the configuration says before the engine has started."""
     own = getattr(vllm_config.model_config.hf_text_config, "page_tokens", None)
-    return own or vllm_config.cache_config.block_size
+    return own or page_size_before_start(vllm_config)
 
 
 def refuse_overlap(vllm_config: Any, overlap_size: int) -> None:

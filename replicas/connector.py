@@ -34,6 +34,10 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
     connector_scheduler: SchedulerConnector
     connector_worker: WorkerConnector
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        return False  # the pages are registered with NIXL once, at the start
+
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         page_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from vllm_compat.patching import Wrapper, touches, wrap
+from vllm_compat.patching import Wrapper, first_found, touches, wrap
+
+CPU_PAGE_SIZE = 128
+"""vLLM's default on CPU (vllm/platforms/cpu.py)."""
+MEMORY_NODES_ENV = "CPU_VISIBLE_MEMORY_NODES"
+"""The user's own choice of memory nodes (vllm/utils/cpu_resource_utils.py)."""
 
 
 def on_engine_config(before: Callable[[Any], None], after: Callable[[Any, Any], None]) -> None:
@@ -140,8 +145,51 @@ def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: 
 
     cache = vllm_config.cache_config
     cache.kv_cache_layout = cache.kv_cache_layout or "LBHNC"  # an engine's workers choose; no bytes depend on it
-    configs = utils.get_kv_cache_configs(vllm_config, [specs], [available_bytes])
+    planning = first_found("vllm.v1.core.kv_cache_planning", "vllm.v1.core.kv_cache_utils")
+    groups = []
+    if hasattr(planning, "get_global_kv_cache_groups"):  # since vLLM 0.33 the caller makes the groups
+        groups.append(planning.get_global_kv_cache_groups(vllm_config, [specs]))
+    configs = planning.get_kv_cache_configs(vllm_config, [specs], [available_bytes], *groups)
     return utils.get_kv_cache_capacity(vllm_config, utils.generate_scheduler_kv_cache_config(configs))[0]
+
+
+@touches("vllm.config.cache.CacheConfig.user_specified_block_size")
+def page_size_before_start(vllm_config: Any) -> int:
+    """Tokens of a KV page, as far as it is known before the engine cores have started.
+
+    On CPU, vLLM 0.33 chooses the page size in the worker, when the model is loaded. Until then the configuration has
+    the default of GPUs, where no user gave a size. Goes when the configuration has the size that will be used.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    cache = vllm_config.cache_config
+    started = cache.num_gpu_blocks is not None
+    if started or cache.user_specified_block_size or vllm_config.device_config.device_type != "cpu":
+        return cache.block_size
+    return AttentionBackendEnum.CPU_ATTN.get_class().get_preferred_block_size(CPU_PAGE_SIZE)
+
+
+def share_memory_nodes(vllm_config: Any, environ: MutableMapping[str, str]) -> None:
+    """Let the CPU replicas of a host use all of its memory nodes, where it has fewer nodes than workers.
+
+    vLLM 0.33 takes a worker's number for that of a memory node, and ends a replica whose node does not exist, on every
+    host of one node. It leaves that out wherever VLLM_CPU_SIM_MULTI_NUMA is set; 0, its default, changes nothing else.
+    Called before the engine cores start, which inherit the environment. Goes when `vllm serve --data-parallel-size 2`
+    starts on a host of one memory node.
+    """
+    parallel = vllm_config.parallel_config
+    workers = parallel.data_parallel_size_local * parallel.world_size
+    if vllm_config.device_config.device_type != "cpu" or parallel.data_parallel_size == 1:
+        return
+    if MEMORY_NODES_ENV not in environ and not set(range(workers)) <= memory_nodes():
+        environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "0")
+
+
+def memory_nodes() -> set[int]:
+    """The memory nodes that this process may use."""
+    from vllm.utils.cpu_resource_utils import get_memory_affinity
+
+    return set(get_memory_affinity())
 
 
 def set_option_help(parser: Any, dest: str, help_text: str) -> None:

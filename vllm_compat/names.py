@@ -1,8 +1,11 @@
-"""The table of vLLM names that Starling depends on, and its check against a vLLM.
+"""The tables of vLLM names that Starling depends on, and their check against a vLLM.
 
-    python -m vllm_compat.names             compares names.json with the installed vLLM
-    python -m vllm_compat.names PATH        compares names.json with another vLLM: a folder or a wheel
-    python -m vllm_compat.names --write     makes names.json anew from Starling's sources and the installed vLLM
+There is a table for each supported release of vLLM: names-0.32.json, names-0.33.json.
+
+    python -m vllm_compat.names             compares the table of the installed vLLM's release with that vLLM
+    python -m vllm_compat.names PATH        compares the table of the nearest release with another vLLM: a folder or
+                                            a wheel
+    python -m vllm_compat.names --write     makes the installed vLLM's table anew, from Starling's sources and that vLLM
 
 Both sides are read as source text; neither is imported. The kinds of use in the table:
 
@@ -13,6 +16,7 @@ Both sides are read as source text; neither is imported. The kinds of use in the
     touch     a name in ``@touches``; an attribute of an imported vLLM module, class or instance; an attribute of
               ``self`` that comes from a vLLM base
     string    a whole string that is the full name of something in vLLM
+    moved     a name in a call of ``patching.first_found``, if that vLLM has it
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from vllm_compat.source_tree import FUNCTIONS, SourceTree, TreeError, decorators
 PACKAGES = ("vllm_compat", "scheduler", "attention_backends", "replicas", "engine_ext")
 COMPAT = "vllm_compat/"
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = Path(__file__).with_name("names.json")
+TABLES = Path(__file__).parent
 # What lies behind vLLM's scheduler and its KV cache manager. vllm_compat/scheduler_view.py is the way to it.
 INTERNAL = frozenset(
     {
@@ -221,6 +225,14 @@ class Reader(ast.NodeVisitor):
                 else:
                     self.report(self.project.unclear, argument, "touches() of something else than a vLLM name")
             return
+        if function == "vllm_compat.patching.first_found":
+            for argument in node.args:
+                name = string(argument).replace(":", ".")
+                if is_vllm(name):
+                    self.use(name, "moved", argument, certain=False)
+                else:
+                    self.report(self.project.unclear, argument, "first_found() of something else than a vLLM name")
+            return
         owner = self.full_name(first) if first else None
         if function == "vllm_compat.patching.wrap":
             self.report(self.project.private, node, "wraps a function of vLLM")
@@ -303,7 +315,7 @@ def inherited_uses(project: Project, tree: SourceTree) -> list[Use]:
 
 
 def make_table(project: Project, tree: SourceTree) -> dict[str, Any]:
-    """The content of names.json: the version of vLLM, and the names with their signatures (None: not found there)."""
+    """The content of a table: the version of vLLM, and the names with their signatures (None: not found there)."""
     uses: dict[str, list[Use]] = {}
     for use in [*project.uses, *inherited_uses(project, tree)]:
         if use.certain or tree.find(use.name):
@@ -344,6 +356,23 @@ def outside_compat(reports: Iterable[str]) -> list[str]:
     return sorted({report for report in reports if not report.startswith(COMPAT)})
 
 
+def release_of(version: str) -> tuple[int, ...]:
+    """(0, 33) of "0.33.1+cpu"; () of a version without numbers."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, match.groups())) if match else ()
+
+
+def table_file(version: str) -> Path:
+    return TABLES / f"names-{'.'.join(map(str, release_of(version)))}.json"
+
+
+def nearest_table(version: str) -> dict[str, Any]:
+    """The table of a version's release; else that of the last release before it, else the first one."""
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in TABLES.glob("names-*.json")]
+    tables.sort(key=lambda table: release_of(table["vllm"]))
+    return next((table for table in reversed(tables) if release_of(table["vllm"]) <= release_of(version)), tables[0])
+
+
 def excerpt(text: str, other: str) -> str:
     """At most 240 characters of a signature, from a little before where it differs from the other one."""
     pairs = enumerate(zip(text, other, strict=False))
@@ -374,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vllm_compat.names", description="Compare the vLLM names that Starling depends on with a vLLM."
     )
     parser.add_argument("path", nargs="?", type=Path, help="vLLM package folder, a folder that contains it, or a wheel")
-    parser.add_argument("--write", action="store_true", help="make names.json anew from the installed vLLM")
+    parser.add_argument("--write", action="store_true", help="make the installed vLLM's table anew")
     arguments = parser.parse_args(argv)
     if arguments.write and arguments.path:
         parser.error("--write reads the installed vLLM: leave out PATH")
@@ -382,16 +411,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         tree = SourceTree(arguments.path) if arguments.path else SourceTree.installed()
         if arguments.write:
             table = make_table(read_project(ROOT), tree)
-            TABLE.write_text(as_json(table), encoding="utf-8")
+            table_file(tree.version()).write_text(as_json(table), encoding="utf-8")
         else:
-            table = json.loads(TABLE.read_text(encoding="utf-8"))
+            table = nearest_table(tree.version())
         missing, changed = compare(table, tree)
     except (TreeError, SyntaxError) as error:
         print(error, file=sys.stderr)
         return 2
     print(*missing, *changed, sep="\n", end="\n" * bool(missing or changed))
     counts = f"{len(table['names'])} names: {len(missing)} missing, {len(changed)} changed"
-    print(f"{counts}; names.json is from vLLM {table['vllm']}, compared with vLLM {tree.version()}")
+    print(f"{counts}; the table is from vLLM {table['vllm']}, compared with vLLM {tree.version()}")
     return 1 if missing or changed else 0
 
 

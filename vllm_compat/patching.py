@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
@@ -22,6 +23,25 @@ def wrap(owner: type | ModuleType, name: str, wrapper: Callable[[Callable[..., A
     wrapped = functools.wraps(original)(wrapper(original))
     wrapped.__starling__ = True  # type: ignore[attr-defined]
     setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def first_found(*names: str) -> Any:
+    """The first of these objects that the installed vLLM has: releases have it at different places, or add it.
+
+    names.py reads the calls, and lists those of the names that a vLLM has.
+
+    Args:
+        names: "module:attribute", or "module", as pkgutil.resolve_name takes them; the newest release's first.
+
+    Raises:
+        ImportError: vLLM has none of them.
+    """
+    for name in names:
+        try:
+            return pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"the installed vLLM has none of {', '.join(names)}")
 
 
 def extends(*bases: type) -> Callable[[type[T]], type[T]]:

@@ -62,13 +62,18 @@ def use_request_hasher(make: Callable[[int, HashFunction], Hasher] | None) -> No
     EngineCore makes its hasher right after its scheduler, and calls it where requests come in, beside the steps.
     Called while the scheduler is made, each time. Goes when a scheduler can bring a hasher.
 
+    Where keys also cover tokens behind their page (speculative decoding since vLLM 0.33), the hasher stays vLLM's:
+    Starling has no use for its own there, since star is refused.
+
     Args:
         make: None for vLLM's own.
     """
 
     def around(original: Callable[..., Any]) -> Wrapper:
-        def get_request_block_hasher(page_size: int, hash_function: HashFunction) -> Any:
-            return (_make_hasher or original)(page_size, hash_function)
+        def get_request_block_hasher(page_size: int, hash_function: HashFunction, num_tokens_behind: int = 0) -> Any:
+            if _make_hasher is None or num_tokens_behind:
+                return original(page_size, hash_function, *[num_tokens_behind] * bool(num_tokens_behind))
+            return _make_hasher(page_size, hash_function)
 
         return get_request_block_hasher
 

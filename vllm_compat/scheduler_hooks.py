@@ -51,8 +51,10 @@ class SchedulerHooks:
 
     # vLLM's methods.
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+    def _get_local_prefix_cache_hit(self, request: Any, *max_cache_hit_length: int | None) -> Any:
+        hit = super()._get_local_prefix_cache_hit(request, *max_cache_hit_length)  # type: ignore[misc]
+        if any(length is not None for length in max_cache_hit_length):  # vLLM 0.33: hidden states were kept up to here
+            return hit
         blocks, num_tokens, *rest = hit
         if not blocks.blocks:  # a model without a KV cache
             return hit

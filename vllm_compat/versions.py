@@ -6,8 +6,8 @@ import importlib.metadata
 import importlib.util
 from pathlib import Path
 
-VLLM_MIN, VLLM_BELOW = (0, 32), (0, 33)
-VLLM_RANGE = ">=0.32,<0.33"
+VLLM_MIN, VLLM_BELOW = (0, 32), (0, 34)
+VLLM_RANGE = ">=0.32,<0.34"
 COMMON_NAMES = ("attention_backends", "scheduler", "replicas")
 """Starling's packages whose names another distribution may have too."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from vllm_compat import versions
-from vllm_compat.config import kv_cache_capacity
+from vllm_compat.config import kv_cache_capacity, page_size_before_start
 from vllm_compat.versions import VLLM_RANGE, vllm_version
 
 UNUSABLE = 2
@@ -164,7 +164,7 @@ def page_and_token_size(config: Any) -> tuple[int, int]:
     dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
     ranks = parallel.tensor_parallel_size
     per_layer = 2 * model.get_num_kv_heads(parallel) * ranks * model.get_head_size() * dtype.itemsize
-    return cache.block_size, layers * parallel.pipeline_parallel_size * per_layer
+    return page_size_before_start(config), layers * parallel.pipeline_parallel_size * per_layer
 
 
 def kv_cache(config: Any) -> dict[str, Any]:

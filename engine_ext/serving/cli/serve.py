@@ -18,9 +18,7 @@ import uvloop
 from vllm import envs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
-from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import setup_server
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
@@ -33,6 +31,7 @@ from engine_ext.serving.grpc.prompts import chat_params
 from engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from scheduler.star.parsing import OptionError
 from vllm_compat.front import before_shutdown, on_serving_models
+from vllm_compat.server import set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
 
@@ -49,13 +48,13 @@ def run(argv: Sequence[str]) -> int:
     """
     # By default vLLM reports usage to its project's server. A Starling server does so only where the user wants it.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    cli_env_setup()
+    set_up_environment()
     try:
         args, grpc_port = parse(argv)
         admin = admin_options(args, grpc_port, os.environ)  # before vLLM logs its arguments, which have the key
         refuse_open_plaintext(args, grpc_port, admin)
         configure_logging_from_args(args)
-        validate_parsed_serve_args(args)
+        validate_serve_args(args)
         bind_cores(args)
         if grpc_port is not None:
             server_credentials(args)

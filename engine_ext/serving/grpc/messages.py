@@ -73,7 +73,10 @@ def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_p
         otherwise: as in ``field_path``.
     """
     # VLLMValidationError adds its parameter to str(); the BadRequest names the field already.
-    text = str(error.args[0]) if isinstance(error, VLLMValidationError) else str(error)
+    # Since vLLM 0.33 an EngineDeadError has a text for clients beside the one for logs.
+    text = (
+        str(error.args[0]) if isinstance(error, VLLMValidationError) else getattr(error, "CLIENT_MESSAGE", str(error))
+    )
     status = status_pb2.Status(code=code.value[0], message=text or type(error).__name__)
     if status.code == code_pb2.INVALID_ARGUMENT:
         details = error_details_pb2.BadRequest()

@@ -6,13 +6,13 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TextPrompt, TokensPrompt
 from vllm.renderers import ChatParams
 from vllm.renderers.chat_utils import load_chat_template
 
 from starling.v1 import inference_pb2 as pb
+from vllm_compat.server import default_chat_template_kwargs
 
 GenerateRequest = pb.GenerateStreamRequest | pb.GenerateRequest
 PromptRequest = GenerateRequest | pb.TokenizeRequest
@@ -23,7 +23,7 @@ def chat_params(args: Namespace) -> ChatParams:
     return ChatParams(
         chat_template=load_chat_template(args.chat_template),
         chat_template_content_format=args.chat_template_content_format,
-        chat_template_kwargs=resolve_default_chat_template_kwargs(args),
+        chat_template_kwargs=default_chat_template_kwargs(args),
     )
 
 

@@ -140,6 +140,8 @@ def fake_config(**changes):
         is_diffusion=False,
         is_hybrid=False,
         max_model_len=8192,
+        enable_sleep_mode=False,
+        enable_cumem_allocator=False,
         get_vocab_size=lambda: 320,
     )
     parallel = SimpleNamespace(
@@ -163,6 +165,7 @@ def fake_config(**changes):
             effective_attention_block_size=None,
         ),
         kv_transfer_config=None,
+        aux_output_config=SimpleNamespace(enabled=False),
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
@@ -249,6 +252,9 @@ ON_ONE_REPLICA = {
     "external load balancer": {"parallel_config__data_parallel_external_lb": True},
     "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
     "elastic expert": {"parallel_config__enable_elastic_ep": True},
+    "sleep mode": {"model_config__enable_sleep_mode": True},
+    "expandable_segments:True": {},
+    "outputs beside tokens": {"aux_output_config__enabled": True},
     "pip install nixl": {},
 }
 
@@ -256,6 +262,7 @@ ON_ONE_REPLICA = {
 @pytest.mark.parametrize("reason", ON_ONE_REPLICA)
 def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
     monkeypatch.setattr("engine_ext.refusals.nixl_is_installed", lambda: "nixl" not in reason)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", reason)
     config = fake_config(**FULL | ON_ONE_REPLICA[reason])
     assert reason in replica_set(config).split_refusal
     assert star_refusals(config) == []

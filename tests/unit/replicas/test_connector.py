@@ -268,3 +268,7 @@ def test_a_worker_reports_failed_pages_and_closes_the_connection(worker, at_once
     assert worker.get_block_ids_with_load_errors() == {7, 8}
     assert worker.connector_worker.reader.cancelled == 1
     assert (worker.get_finished(set()), worker.get_block_ids_with_load_errors()) == ((None, None), set())
+
+
+def test_the_connector_does_not_support_sleep_mode():
+    assert not StarConnector.supports_sleep_mode(KVTransferConfig(kv_connector="StarConnector", kv_role="kv_both"))

@@ -18,11 +18,14 @@ from vllm_compat.config import (
     attention_layer,
     cpu_attention_isa,
     is_async_engine,
+    memory_nodes,
     num_api_servers,
     on_engine_config,
     on_server_args,
     page_layout,
+    page_size_before_start,
     report_page_size_if,
+    share_memory_nodes,
     split_graph_at,
 )
 
@@ -115,3 +118,44 @@ def test_the_graph_is_split_at_an_op_where_it_is_split_at_all(ops, after):
     config = SimpleNamespace(compilation_config=SimpleNamespace(splitting_ops=ops))
     split_graph_at(config, "our::op")
     assert config.compilation_config.splitting_ops == after
+
+
+@pytest.mark.parametrize(
+    ("device", "user_size", "num_pages", "page_size"),
+    [("cpu", False, None, 128), ("cpu", True, None, 16), ("cpu", False, 100, 16), ("cuda", False, None, 16)],
+)
+def test_the_page_size_of_cpus_is_known_before_the_model_is_loaded(device, user_size, num_pages, page_size):
+    cache = SimpleNamespace(block_size=16, user_specified_block_size=user_size, num_gpu_blocks=num_pages)
+    config = SimpleNamespace(cache_config=cache, device_config=SimpleNamespace(device_type=device))
+    assert page_size_before_start(config) == page_size
+
+
+@pytest.mark.parametrize(
+    ("replicas", "local", "world_size", "nodes", "device", "environ", "added"),
+    [
+        (2, 2, 1, {0}, "cpu", {}, {"VLLM_CPU_SIM_MULTI_NUMA": "0"}),
+        (2, 2, 2, {0, 1}, "cpu", {}, {"VLLM_CPU_SIM_MULTI_NUMA": "0"}),
+        (2, 2, 1, {1, 2}, "cpu", {}, {"VLLM_CPU_SIM_MULTI_NUMA": "0"}),
+        (2, 2, 1, {0, 1}, "cpu", {}, {}),
+        (2, 1, 1, {0}, "cpu", {}, {}),  # the other one is on another host
+        (1, 1, 2, {0}, "cpu", {}, {}),
+        (2, 2, 1, {0}, "cuda", {}, {}),
+        (2, 2, 1, {0}, "cpu", {"VLLM_CPU_SIM_MULTI_NUMA": "1"}, {}),
+        (2, 2, 1, {0}, "cpu", {"CPU_VISIBLE_MEMORY_NODES": "0"}, {}),
+    ],
+)
+def test_replicas_share_memory_nodes_where_there_are_too_few(
+    monkeypatch, replicas, local, world_size, nodes, device, environ, added
+):
+    monkeypatch.setattr("vllm_compat.config.memory_nodes", lambda: nodes)
+    parallel = {"data_parallel_size": replicas, "data_parallel_size_local": local, "world_size": world_size}
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel), device_config=SimpleNamespace(device_type=device)
+    )
+    after = dict(environ)
+    share_memory_nodes(config, after)
+    assert after == environ | added
+
+
+def test_a_process_may_use_at_least_one_memory_node():
+    assert memory_nodes()

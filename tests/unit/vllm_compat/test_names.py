@@ -11,6 +11,7 @@ import pytest
 
 from vllm_compat import names
 from vllm_compat.source_tree import SourceTree, TreeError
+from vllm_compat.versions import version_problem
 
 VLLM = {
     "__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vllm.core import Engine\n",
@@ -112,12 +113,12 @@ def vllm(tmp_path):
 
 @pytest.fixture
 def table(vllm, tmp_path, monkeypatch):
-    """The table of PROJECT, put in the place of names.json."""
+    """The table of PROJECT, put in the place of the committed ones."""
     project = names.read_project(write(tmp_path / "project", PROJECT))
     assert not project.unclear
     table = names.make_table(project, SourceTree(vllm))
-    monkeypatch.setattr(names, "TABLE", tmp_path / "names.json")
-    names.TABLE.write_text(names.as_json(table))
+    monkeypatch.setattr(names, "TABLES", tmp_path)
+    (tmp_path / "names-1.0.json").write_text(names.as_json(table))
     return table
 
 
@@ -139,14 +140,34 @@ def starling():
 
 def test_the_committed_table_is_that_of_the_sources(installed, starling):
     generated = names.as_json(names.make_table(starling, installed))
-    message = "names.json is out of date: run `python -m vllm_compat.names --write`"
-    assert names.TABLE.read_text() == generated, message
+    file = names.table_file(installed.version())
+    assert file.read_text() == generated, f"{file.name} is out of date: run `make names`"
 
 
-def test_the_installed_vllm_has_every_name():
-    table = json.loads(names.TABLE.read_text())
+@pytest.mark.parametrize("file", sorted(names.TABLES.glob("names-*.json")), ids=lambda file: file.stem)
+def test_a_supported_vllm_has_every_name(file):
+    table = json.loads(file.read_text())
+    assert names.table_file(table["vllm"]) == file and version_problem(table["vllm"]) is None
     assert [entry["name"] for entry in table["names"] if entry["signature"] is None] == []
     assert len(table["names"]) > 200
+
+
+@pytest.mark.parametrize(
+    ("version", "used"), [("0.9.0", "1.0"), ("1.0.7", "1.0"), ("1.1.0rc1", "1.0"), ("1.10", "1.2"), ("unknown", "1.0")]
+)
+def test_a_vllm_is_compared_with_the_last_release_before_it(table, version, used):
+    (names.TABLES / "names-1.2.json").write_text(names.as_json(table | {"vllm": "1.2"}))
+    assert names.nearest_table(version)["vllm"] == used
+
+
+def test_of_names_that_moved_a_table_has_those_that_its_vllm_has(vllm, tmp_path):
+    code = """
+from vllm_compat.patching import first_found
+helper = first_found("vllm.new.place:helper", "vllm.core:helper")
+"""
+    project = names.read_project(write(tmp_path / "project", {"vllm_compat/moved.py": code}))
+    found = [(entry["name"], entry["kinds"]) for entry in names.make_table(project, SourceTree(vllm))["names"]]
+    assert found == [("vllm.core.helper", ["moved"])] and not project.unclear
 
 
 def test_the_check_imports_no_vllm():
@@ -202,7 +223,7 @@ def test_names_are_found_through_re_exports(vllm):
 
 def test_an_equal_vllm_passes(table, vllm, capsys):
     assert names.main([str(vllm)]) == names.main([str(vllm / "vllm")]) == 0
-    line = "14 names: 0 missing, 0 changed; names.json is from vLLM 1.0, compared with vLLM 1.0\n"
+    line = "14 names: 0 missing, 0 changed; the table is from vLLM 1.0, compared with vLLM 1.0\n"
     assert capsys.readouterr().out == 2 * line
 
 
@@ -212,7 +233,7 @@ def test_a_missing_name_is_reported(table, vllm, capsys):
     assert names.main([str(vllm)]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "missing  vllm.core.Engine.run  (used in scheduler/mine.py)",
-        "14 names: 1 missing, 0 changed; names.json is from vLLM 1.0, compared with vLLM 1.1",
+        "14 names: 1 missing, 0 changed; the table is from vLLM 1.0, compared with vLLM 1.1",
     ]
 
 
@@ -286,9 +307,10 @@ def test_write_takes_no_path(tmp_path):
 def test_write_makes_the_table_of_the_installed_vllm(table, vllm, tmp_path, monkeypatch):
     monkeypatch.setattr(names, "ROOT", tmp_path / "project")
     monkeypatch.setattr(SourceTree, "installed", classmethod(lambda cls: cls(vllm)))
-    names.TABLE.unlink()
+    file = names.table_file("1.0")
+    file.unlink()
     assert names.main(["--write"]) == 0
-    assert names.TABLE.read_text() == names.as_json(table)
+    assert file.read_text() == names.as_json(table)
 
 
 def test_no_installed_vllm(monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from types import ModuleType
 
-from vllm_compat.patching import extends, touches, wrap
+import pytest
+
+from vllm_compat.patching import extends, first_found, touches, wrap
 
 
 def test_wrapping_twice_wraps_once():
@@ -32,6 +35,13 @@ def test_a_function_of_a_module_is_replaced():
     module.double = lambda x: 2 * x
     wrap(module, "double", lambda original: lambda x: original(x) + 1)
     assert module.double(3) == 7
+
+
+def test_the_first_place_that_exists_is_taken():
+    assert first_found("json.nowhere:loads", "json:nothing", "json:loads", "json:dumps") is json.loads
+    assert first_found("json.nowhere", "json") is json
+    with pytest.raises(ImportError, match=r"has none of json\.nowhere, json:nothing"):
+        first_found("json.nowhere", "json:nothing")
 
 
 def test_marks_change_nothing():

@@ -16,10 +16,9 @@ from vllm_compat.prefix_cache import leave_out_of_hit_rate, use_request_hasher
 def test_the_names_that_are_hooked_are_there():
     """A new vLLM that moves one of these fails here first."""
     assert "get_request_block_hasher(" in inspect.getsource(core.EngineCore.__init__)
-    assert list(inspect.signature(kv_cache_utils.get_request_block_hasher).parameters) == [
-        "hash_block_size",
-        "caching_hash_fn",
-    ]
+    parameters = list(inspect.signature(kv_cache_utils.get_request_block_hasher).parameters)
+    assert parameters[:2] == ["hash_block_size", "caching_hash_fn"]
+    assert parameters[2:] in ([], ["num_hash_lookahead_tokens"])
     for module in (kv_cache_utils, block_pool):
         assert list(inspect.signature(module.generate_block_hash_extra_keys).parameters) == [
             "request",
@@ -40,6 +39,8 @@ def vllms_hasher(monkeypatch):
 def test_the_engine_core_that_is_made_next_gets_the_hasher(vllms_hasher):
     use_request_hasher(lambda *args: ("ours", *args))
     assert core.get_request_block_hasher(16, "hash") == ("ours", 16, "hash")
+    assert core.get_request_block_hasher(16, "hash", 0) == ("ours", 16, "hash")
+    assert core.get_request_block_hasher(16, "hash", 1) == ("vllm's", 16, "hash", 1)  # speculative decoding, vLLM 0.33
     use_request_hasher(None)
     assert core.get_request_block_hasher(16, "hash") == ("vllm's", 16, "hash")
 

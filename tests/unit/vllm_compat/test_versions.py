@@ -16,8 +16,9 @@ from vllm_compat.versions import problem, shadowing_package, version_problem, vl
     [
         ("0.32.0", None),
         ("0.32.7+cpu", None),
-        ("0.31.9", "outside the supported range >=0.32,<0.33"),
-        ("0.33.0", "outside the supported range"),
+        ("0.33.0", None),
+        ("0.31.9", "outside the supported range >=0.32,<0.34"),
+        ("0.34.0", "outside the supported range"),
         ("1.0", "outside the supported range"),
         (None, "not installed"),
     ],

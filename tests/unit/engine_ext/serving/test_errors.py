@@ -121,3 +121,8 @@ def test_bad_request_names_the_field_and_repeats_the_message():
 def test_other_codes_carry_no_bad_request():
     status = error_status(EngineDeadError(), StatusCode.UNAVAILABLE, "text")
     assert (status.code, len(status.details)) == (StatusCode.UNAVAILABLE.value[0], 0)
+
+
+def test_a_dead_engine_has_the_text_of_vllms_http_server():
+    status = error_status(EngineDeadError(), StatusCode.UNAVAILABLE, "text")
+    assert status.message == create_error_response(EngineDeadError()).error.message

@@ -1,4 +1,4 @@
-"""Links and commands in the Markdown files, as GitHub resolves them. `make docs` checks the same links in the site."""
+"""Links, commands and paths in the Markdown files, as GitHub shows them. `make docs` checks the links of the site."""
 
 from __future__ import annotations
 
@@ -90,6 +90,15 @@ def unknown_names(text: str) -> list[str]:
     return unknown
 
 
+def unknown_paths(text: str) -> list[str]:
+    """Inline code that looks like a path in a folder of the repository, where there is no such file or folder."""
+    words = [token.content for token in tokens(text) if token.type == "code_inline"]
+    paths = [word for word in words if re.fullmatch(r"[\w.-]+/[\w./*-]+", word)]
+    made_here = ("build", "dist", "models")
+    inside = [path for path in paths if path.split("/")[0] not in made_here and (ROOT / path.split("/")[0]).is_dir()]
+    return [path for path in inside if not any(ROOT.glob(path.rstrip("/")))]
+
+
 def has_module(name: str) -> bool:
     try:
         return find_spec(name) is not None
@@ -105,6 +114,11 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_what_exists(page):
     assert unknown_names((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    assert unknown_paths((ROOT / page).read_text(encoding="utf-8")) == []
 
 
 def test_all_pages_are_read():
@@ -154,3 +168,8 @@ def test_which_links_are_broken(tmp_path, link, good, image):
 )
 def test_which_names_are_unknown(text, unknown):
     assert unknown_names(text) == unknown
+
+
+def test_which_paths_are_unknown():
+    good = "`tests/unit/`, `docs/grpc.md`, `proto/starling/v1/*.proto`, `build/nonsense`, `vllm/v1`, docs/none.md"
+    assert unknown_paths(f"{good}, `docs/none.md`, `tests/none/*.py`") == ["docs/none.md", "tests/none/*.py"]

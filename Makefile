@@ -19,7 +19,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model demo demo-hosts serve test unit lint layers types names check-vllm proto proto-check proto-release lock bench wheel clean
+.PHONY: help env env-next demo-model demo demo-hosts serve test unit lint layers types names check-vllm proto proto-check proto-release lock bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,16 +47,18 @@ demo-hosts: env demo-model ## one server over two hosts, made of network namespa
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
 
-test: env demo-model lint layers types proto-check ## everything that CI checks
+test: env demo-model lint layers types proto-check docs ## everything that CI checks
 	$(BIN)/pytest -q --durations=15 tests/e2e
 	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/e2e tests
 
-unit: env ## the tests that start no engine; takes seconds
+unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit
 
-lint: env ## ruff: lint rules and format
+lint: env ## ruff: lint rules and format; the issue forms against GitHub's schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd .github/ISSUE_TEMPLATE && ../../$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms *_*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo
@@ -90,6 +92,11 @@ lock: ## pin the requirements of pyproject.toml in .ci/requirements-cpu.lock
 
 bench: env demo-model ## measure the time to first token of Star Attention; writes JSON and figures
 	$(BIN)/python -m benchmarks.star_ttft
+
+docs: env ## build the documentation site into build/docs; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@! grep -rEo --include '*.html' '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//[^>]*' build/docs || \
+	{ echo 'docs: the site loads files from other sites'; exit 1; }
 
 wheel: env ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

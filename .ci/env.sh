@@ -92,7 +92,7 @@ case "${1:-}" in
     ;;
   lock)
     "$uv" pip compile --python .venv --quiet --custom-compile-command "make lock" \
-      --extra cpu --extra dev --extra bench pyproject.toml -o "$LOCK"
+      --extra cpu --extra dev --extra bench --extra docs pyproject.toml -o "$LOCK"
     ;;
   *) die "usage: .ci/env.sh install|lock" ;;
 esac

@@ -52,9 +52,7 @@ EOF
 # What this vLLM imports at start and the other one does not.
 "$uv" pip install --quiet --python "$NEXT" --no-deps orjson
 "$uv" pip install --quiet --python "$NEXT" --no-deps -e .
-for command in vllm; do
-  printf '#!%s\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n' "$PWD/$NEXT/bin/python" >"$NEXT/bin/$command"
-  chmod +x "$NEXT/bin/$command"
-done
+sed "1s|.*|#!$PWD/$NEXT/bin/python|" "$BASE/bin/vllm" >"$NEXT/bin/vllm"
+chmod +x "$NEXT/bin/vllm"
 say "compiling bytecode"
-"$NEXT/bin/python" -m compileall -q -j 2 "$packages/vllm" || true
+"$NEXT/bin/python" -m compileall -q -j 0 "$packages/vllm" || true # some files are written for newer Pythons

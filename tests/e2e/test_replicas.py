@@ -16,6 +16,8 @@ from http.client import HTTPConnection
 import grpc
 import psutil
 import pytest
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
@@ -374,6 +376,7 @@ def test_requests_fail_at_once_if_a_replica_is_killed_during_a_prefill(server):
         assert time.monotonic() - started < 20
     failed = [text for status, text in responses if status >= 500]
     assert failed
-    assert all(b"EngineCore" in text for text in failed)
+    dead = create_error_response(EngineDeadError()).error.message.encode()
+    assert all(dead in text for text in failed)
     assert all(len(json.loads(text)["choices"][0]["logprobs"]["tokens"]) == TOKENS for s, text in responses if s < 500)
     assert server.process.wait(30) != 0

@@ -1,8 +1,17 @@
-"""One thread of torch for each test process."""
+"""Settings of hypothesis, and one thread of torch for each test process.
+
+Hypothesis draws the same examples in every run, without a time limit for one. `pytest --hypothesis-profile random` draws
+others.
+"""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True, scope="session")

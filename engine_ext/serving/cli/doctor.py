@@ -36,6 +36,9 @@ def run(argv: Sequence[str]) -> int:
     args, serve_options = parser.parse_known_args(argv)
     if args.prompt_tokens is not None and (args.prompt_tokens < 1 or args.model is None):
         parser.error("--prompt-tokens takes a number from 1, and a model")
+    if args.model is not None and vllm_version() is None:
+        print(f"starling doctor: error: {versions.problem()}", file=sys.stderr)
+        return UNUSABLE
     with reserved_output() as output:
         report: dict[str, Any] = {"installation": installation()}
         if args.model is not None:
@@ -77,6 +80,8 @@ def installation() -> dict[str, Any]:
 
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     notes = [] if compiler else ["no C++ compiler: torch.compile can't run on CPU, serve with --enforce-eager"]
+    if vllm_version() is None:
+        notes.append("on a machine without GPUs, `starling setup-cpu` installs vLLM")
     if version("xformers") is None:
         notes.append("xformers is not installed; it is optional (extra `xformers`)")
     return {

@@ -43,7 +43,19 @@ def selftest(argv: Sequence[str]) -> int:
     return run(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "doctor": doctor, "selftest": selftest}
+def setup_cpu(argv: Sequence[str]) -> int:
+    """install vLLM for CPUs into this environment"""
+    from engine_ext.serving.cli.setup_cpu import run
+
+    return run(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "doctor": doctor,
+    "selftest": selftest,
+    "setup-cpu": setup_cpu,
+}
 
 
 def version() -> str:
@@ -54,7 +66,7 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, 2 where this installation or the arguments are unusable."""
-    commands = "\n".join(f"  {name:8} {command.__doc__}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="starling",
         description="vLLM with Star Attention and a gRPC front.",

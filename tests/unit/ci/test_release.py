@@ -1,0 +1,70 @@
+"""The checks of `make release` that need no build."""
+
+from __future__ import annotations
+
+import importlib.util
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def release():
+    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci/release.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tracked(release) -> list[str]:
+    folders = {package: folder for folder, package in release.PACKAGES.items()}
+    required = [Path(name) for name in release.REQUIRED]
+    return [f"{folders[path.parts[0]]}/{'/'.join(path.parts[1:])}" for path in required] + ["scheduler/options.py"]
+
+
+@pytest.fixture
+def names(release) -> list[str]:
+    metadata = [f"vllm_starling-0.1.0.dist-info/{name}" for name in release.METADATA]
+    return [*release.REQUIRED, "scheduler/options.py", *metadata]
+
+
+def test_a_wheel_with_what_git_has(release, names, tracked):
+    assert release.wheel_problems(names, tracked) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["starling/py.typed", "vllm_compat/names.json", "vllm_starling-0.1.0.dist-info/licenses/LICENSE"],
+)
+def test_a_wheel_without_a_file(release, names, tracked, name):
+    names.remove(name)
+    (problem,) = release.wheel_problems(names, tracked)
+    assert "lacks" in problem and name.removeprefix("vllm_starling-0.1.0.dist-info/") in problem
+
+
+@pytest.mark.parametrize("name", ["tests/conftest.py", "engine_ext/scratch.py", "vllm_starling-0.1.0.dist-info/x"])
+def test_a_wheel_with_another_file(release, names, tracked, name):
+    (problem,) = release.wheel_problems([*names, name], tracked)
+    assert "has" in problem and Path(name).name in problem
+
+
+def test_a_package_without_py_typed_in_git(release, names, tracked):
+    tracked.remove("replicas/py.typed")
+    names.remove("replicas/py.typed")
+    assert release.wheel_problems(names, tracked) == ["the wheel lacks replicas/py.typed"]
+
+
+def test_the_packages_are_those_that_hatch_puts_into_the_wheel(release):
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == list(release.PACKAGES)
+
+
+def test_a_python_that_does_not_run_is_not_found(release, tmp_path):
+    shim = tmp_path / "python3"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    assert release.find_python("false", str(shim)) is None

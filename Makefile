@@ -15,7 +15,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env demo-model demo demo-hosts serve test unit lint layers types names proto proto-check proto-release lock bench wheel clean
+.PHONY: help env demo-model demo demo-hosts serve test unit lint lint-docker layers types names proto proto-check proto-release lock bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,9 +45,12 @@ test: env demo-model lint layers types proto-check ## everything that CI checks
 unit: env ## the tests that start no engine; takes seconds
 	$(BIN)/pytest -q tests/unit
 
-lint: env ## ruff: lint rules and format
+lint: env lint-docker ## ruff: lint rules and format; and lint-docker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-docker: env ## hadolint: the Dockerfiles of examples/docker
+	$(BIN)/hadolint examples/docker/Dockerfile.*
 
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo

@@ -19,7 +19,8 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model demo demo-hosts serve test unit lint layers types names check-vllm proto proto-check proto-release lock bench docs wheel release clean
+.PHONY: help env env-next demo-model demo demo-hosts serve test test-next unit lint lint-docker layers types docs names \
+	check-vllm compatibility proto proto-check proto-release lock bench wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,12 +55,15 @@ test: env demo-model lint layers types proto-check docs ## everything that CI ch
 unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit
 
-lint: env ## ruff: lint rules and format; zizmor: the workflows; the issue forms against GitHub's schema
+lint: env lint-docker ## ruff: lint rules and format; zizmor: the workflows; the issue forms; and lint-docker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/zizmor --quiet --offline .github/workflows
 	cd .github/ISSUE_TEMPLATE && ../../$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms *_*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+
+lint-docker: env ## hadolint: the Dockerfiles of examples/docker
+	$(BIN)/hadolint examples/docker/Dockerfile.*
 
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo

@@ -9,6 +9,12 @@ ENV := .venv/.stamp
 NEXT_VLLM := 0.33.0
 NEXT := .venv-next/bin
 NEXT_ENV := .venv-next/.stamp
+NEXT_SERVERS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py
+NEXT_TESTS := tests/unit tests/parity/test_star_tiny.py
+
+RESULTS := build/tests
+REPORT := -q --durations=15 --junitxml=$(RESULTS)
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 MODEL := models/smollm2-135m-instruct/model.safetensors
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) proto/starling/v1/*.proto
@@ -48,9 +54,21 @@ demo-hosts: env demo-model ## one server over two hosts, made of network namespa
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
 
-test: env demo-model lint layers types proto-check docs ## everything that CI checks
-	$(BIN)/pytest -q --durations=15 tests/e2e
-	$(BIN)/pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/e2e tests
+test: env demo-model lint layers types proto-check docs ## everything that CI checks, test-next included
+	rm -rf $(RESULTS)/installed
+	$(BIN)/pytest $(REPORT)/installed/servers.xml tests/e2e
+	$(BIN)/pytest $(REPORT)/installed/others.xml $(PARALLEL) --ignore tests/e2e tests
+	$(MAKE) test-next
+
+# `make test-next NEXT_SERVERS=tests/e2e NEXT_TESTS='--ignore tests/e2e tests'` runs all tests.
+test-next: env-next demo-model ## tests with the Python files of the next vLLM
+	rm -rf $(RESULTS)/next
+	$(NEXT)/python -m pytest $(REPORT)/next/servers.xml $(NEXT_SERVERS)
+	$(NEXT)/python -m pytest $(REPORT)/next/others.xml $(PARALLEL) $(NEXT_TESTS)
+
+compatibility: ## write docs/compatibility.md from the results of the last test and test-next
+	$(BIN)/python .ci/compatibility.py collect $(RESULTS)/installed
+	$(NEXT)/python .ci/compatibility.py collect $(RESULTS)/next
 
 unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit

@@ -32,7 +32,7 @@ PACKAGES = {  # folder of the repository -> package in the wheel; [tool.hatch.bu
     "engine_ext": "engine_ext",
     "proto/starling": "starling",
 }
-REQUIRED = ("vllm_compat/names.json", *(f"{package}/py.typed" for package in PACKAGES.values()))
+REQUIRED = ("vllm_compat/names-0.33.json", *(f"{package}/py.typed" for package in PACKAGES.values()))
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
 NO_GPU = 2
 """The exit code of `starling selftest` for a machine without a GPU whose CPU part passed."""

@@ -81,7 +81,8 @@ class PrefillLimiter:
         is_long = request.status == RequestStatus.RUNNING and self._is_long(request)
         limit = self.granted.get(request.request_id, 0 if is_long else tokens)
         if not limit and self.without_adapter and adapter_of(request):
-            # vLLM counts the adapters of a step: a request that is not in the step would lose its slot to another one.
+            # vLLM 0.32 counts the adapters of a step: a request that is not in the step would lose its slot to another
+            # one. vLLM 0.33 counts those of all running requests, and this goes with 0.32.
             limit = MIN_CHUNK
         self.deferred += max(0, tokens - limit)
         if limit and request.request_id in self.granted:

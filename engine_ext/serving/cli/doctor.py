@@ -80,8 +80,6 @@ def installation() -> dict[str, Any]:
 
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     notes = [] if compiler else ["no C++ compiler: torch.compile can't run on CPU, serve with --enforce-eager"]
-    if vllm_version() is None:
-        notes.append("on a machine without GPUs, `starling setup-cpu` installs vLLM")
     if version("xformers") is None:
         notes.append("xformers is not installed; it is optional (extra `xformers`)")
     return {

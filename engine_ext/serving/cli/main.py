@@ -8,17 +8,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vllm_compat import versions
-from vllm_compat.versions import vllm_version
 
 UNUSABLE = 2
 FAILED = 1  # of selftest, whose 2 is a machine without a GPU
 
 
-def serve(argv: Sequence[str]) -> int:
-    """start the OpenAI server, and the gRPC server where --grpc-port is given"""
+def usable(command: str) -> bool:
+    """Whether Starling can extend the installed vLLM; prints the reason where it can't."""
     reason = versions.problem()
     if reason is not None:
-        print(f"starling serve: error: {reason}", file=sys.stderr)
+        print(f"starling {command}: error: {reason}", file=sys.stderr)
+    return reason is None
+
+
+def serve(argv: Sequence[str]) -> int:
+    """start the OpenAI server, and the gRPC server where --grpc-port is given"""
+    if not usable("serve"):
         return UNUSABLE
     from engine_ext.serving.cli.serve import run
 
@@ -34,9 +39,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 def selftest(argv: Sequence[str]) -> int:
     """check whether Starling computes the right thing on this machine"""
-    reason = versions.problem()
-    if reason is not None:
-        print(f"starling selftest: error: {reason}", file=sys.stderr)
+    if not usable("selftest"):
         return FAILED
     from engine_ext.serving.cli.selftest import run
 
@@ -61,7 +64,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def version() -> str:
     """Starling's and vLLM's version."""
     own = importlib.metadata.version("vllm-starling")
-    return f"starling {own} (vLLM {vllm_version() or 'not installed'})"
+    return f"starling {own} (vLLM {versions.vllm_version() or 'not installed'})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ def test_a_wheel_with_what_git_has(release, names, tracked):
 
 @pytest.mark.parametrize(
     "name",
-    ["starling/py.typed", "vllm_compat/names.json", "vllm_starling-0.1.0.dist-info/licenses/LICENSE"],
+    ["starling/py.typed", "vllm_compat/names-0.33.json", "vllm_starling-0.1.0.dist-info/licenses/LICENSE"],
 )
 def test_a_wheel_without_a_file(release, names, tracked, name):
     names.remove(name)

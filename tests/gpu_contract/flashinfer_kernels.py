@@ -276,7 +276,12 @@ def install_flashinfer() -> None:
         xqa_batch_decode_with_kv_cache=_decode,
     )
     prefill = types.SimpleNamespace(trtllm_batch_context_with_kv_cache=trtllm_batch_context_with_kv_cache)
-    utils = types.SimpleNamespace(FP4Tensor=object, _get_range_buf=lambda *arguments: None)
+    utils = types.SimpleNamespace(
+        FP4Tensor=object,
+        _get_range_buf=lambda *arguments: None,
+        get_device_sm_count=lambda device: 132,
+        get_trtllm_gen_multi_ctas_kv_counter_bytes=lambda *arguments: 1,
+    )
     parts = {"": package, ".decode": decode, ".prefill": prefill, ".utils": utils, "_cubin": types.SimpleNamespace()}
     for suffix, part in parts.items():
         name = f"flashinfer{suffix}"
@@ -295,3 +300,5 @@ def install_flashinfer() -> None:
     from vllm.v1.attention.backends import flashinfer as backend
 
     backend.trtllm_workspace_buffer = torch.zeros(1, dtype=torch.uint8)
+    if hasattr(backend, "_get_multi_ctas_kv_counter_buffer"):  # since vLLM 0.33, and on the GPU
+        backend._get_multi_ctas_kv_counter_buffer = lambda num_bytes, device: torch.zeros(num_bytes, dtype=torch.uint8)

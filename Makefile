@@ -10,7 +10,7 @@ NEXT_VLLM := 0.33.0
 NEXT := .venv-next/bin
 NEXT_ENV := .venv-next/.stamp
 NEXT_SERVERS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py
-NEXT_TESTS := tests/unit tests/parity/test_star_tiny.py
+NEXT_TESTS := tests/unit tests/gpu_contract tests/parity/test_star_tiny.py
 
 RESULTS := build/tests
 REPORT := -q --durations=15 --junitxml=$(RESULTS)

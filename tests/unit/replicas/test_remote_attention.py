@@ -293,6 +293,8 @@ def test_an_unknown_layer_is_an_error_in_the_response(servers, client):
 
 
 def test_the_thread_sleeps_once_no_shard_is_open_for_a_while(servers, monkeypatch):
+    monkeypatch.setattr(remote_attention_server, "LINGER_SECONDS", float("inf"))
+    servers[0].open("a", TABLES["a"])  # the thread may have gone to sleep before this test
     servers[0].close(list(servers[0].shards))
     assert servers[0].has_work.is_set()
     monkeypatch.setattr(remote_attention_server, "LINGER_SECONDS", 0.0)

@@ -66,9 +66,10 @@ test-next: env-next demo-model ## tests with the Python files of the next vLLM
 	$(NEXT)/python -m pytest $(REPORT)/next/servers.xml $(NEXT_SERVERS)
 	$(NEXT)/python -m pytest $(REPORT)/next/others.xml $(PARALLEL) $(NEXT_TESTS)
 
-compatibility: ## write docs/compatibility.md from the results of the last test and test-next
-	$(BIN)/python .ci/compatibility.py collect $(RESULTS)/installed
-	$(NEXT)/python .ci/compatibility.py collect $(RESULTS)/next
+compatibility: ## write docs/compatibility.md from the results of the last test, test-next and release
+	$(BIN)/python .ci/compatibility.py tests $(RESULTS)/installed
+	$(NEXT)/python .ci/compatibility.py tests $(RESULTS)/next
+	$(BIN)/python .ci/compatibility.py wheels build/release
 
 unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit

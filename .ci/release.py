@@ -2,7 +2,7 @@
 
 For each Python, a new environment gets the wheel by pip and vLLM by `starling setup-cpu`. Then `starling doctor`,
 `vllm --version` and `starling selftest --quick` run there; the last one generates tokens with a tiny random model.
-Needs uv, on PATH or in .venv, and git.
+Needs uv, on PATH or in .venv, and git. Results are also in build/release, for `make compatibility`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
+RESULTS = ROOT / "build" / "release"
 PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = {  # folder of the repository -> package in the wheel; [tool.hatch.build.targets.wheel] has the same folders
     "vllm_compat": "vllm_compat",
@@ -60,12 +62,17 @@ def main() -> int:
         print(f"release: error: {error}", file=sys.stderr)
         return 1
     say(f"{wheel.name} and its sdist are in dist/")
-    for name, line in results.items():
-        print(line or f"Python {name}: NOT TESTED: no such interpreter was found; name it with PYTHONS=")
+    for name, result in results.items():
+        print(summary(result) if result else f"Python {name}: NOT TESTED: no such interpreter was found")
     for name in PYTHONS if args.pythons else ():
-        if not any(line.startswith(f"Python {name}.") for line in results.values()):
+        if not any(result["python"].startswith(f"{name}.") for result in results.values()):
             print(f"Python {name}: NOT TESTED: PYTHONS= does not have it")
     return 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    seconds = f"{result['seconds']:.0f} s"
+    return f"Python {result['python']}: vLLM {result['vllm']}, torch {result['torch']}: {result['result']}, {seconds}"
 
 
 def say(text: str) -> None:
@@ -155,14 +162,14 @@ def wheel_problems(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
     ]
 
 
-def test_install(python: str, wheel: Path, torch: str) -> str:
-    """Install the wheel and vLLM into an empty environment and use them; returns a line for the summary.
+def test_install(python: str, wheel: Path, torch: str) -> dict[str, Any]:
+    """Install the wheel and vLLM into an empty environment and use them; returns versions and the result.
 
     Raises:
         ReleaseError: a command failed, or no engine of the self-test started.
     """
-    version = call(python, "--version", capture=True).strip()
-    say(f"installing with {version} ({python})")
+    version = call(python, "--version", capture=True).strip().removeprefix("Python ")
+    say(f"installing with Python {version} ({python})")
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="starling-release-") as name:
         folder = Path(name)
@@ -177,13 +184,19 @@ def test_install(python: str, wheel: Path, torch: str) -> str:
         report = json.loads((folder / "report.json").read_text())
     verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
     if not any(verdict == "PASS" for name, verdict in verdicts.items() if name.endswith("engines start")):
-        raise ReleaseError(f"{version}: no engine of the self-test started")
+        raise ReleaseError(f"Python {version}: no engine of the self-test started")
     passed = list(verdicts.values()).count("PASS")
     machine = report["machine"]
-    return (
-        f"{version}: vLLM {machine['vLLM']}, torch {machine['torch']}, {passed} checks of the self-test passed, "
-        f"{time.monotonic() - start:.0f} s"
-    )
+    result = {
+        "python": version,
+        "vllm": machine["vLLM"],
+        "torch": machine["torch"],
+        "result": f"installed, {passed} checks of the self-test passed",
+        "seconds": round(time.monotonic() - start),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{version}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    return result
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model demo demo-hosts serve test test-next unit lint lint-docker layers types docs names \
+.PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit lint lint-docker layers types docs names \
 	check-vllm compatibility proto proto-check proto-release lock bench wheel release clean
 
 help: ## list the targets
@@ -54,11 +54,12 @@ demo-hosts: env demo-model ## one server over two hosts, made of network namespa
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
 
-test: env demo-model lint layers types proto-check docs ## everything that CI checks, test-next included
+test: test-installed test-next ## everything that CI checks
+
+test-installed: env demo-model lint layers types proto-check docs ## lint, types, docs, and all tests with the vLLM of the lock file
 	rm -rf $(RESULTS)/installed
 	$(BIN)/pytest $(REPORT)/installed/servers.xml tests/e2e
 	$(BIN)/pytest $(REPORT)/installed/others.xml $(PARALLEL) --ignore tests/e2e tests
-	$(MAKE) test-next
 
 # `make test-next NEXT_SERVERS=tests/e2e NEXT_TESTS='--ignore tests/e2e tests'` runs all tests.
 test-next: env-next demo-model ## tests with the Python files of the next vLLM
@@ -91,10 +92,10 @@ names: env env-next ## write vllm_compat/names-*.json, the vLLM names that Starl
 	$(BIN)/python -m vllm_compat.names --write
 	$(NEXT)/python -m vllm_compat.names --write
 
-check-vllm: env ## compare those names with another vLLM: VERSION=0.33.0, by default the newest release
-	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && \
-	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
-	$(BIN)/python -m vllm_compat.names "$$wheel"/vllm-*.whl
+check-vllm: ## compare those names with another vLLM: VERSION=0.33.0, by default the newest release; needs pip alone
+	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && python=$${PYTHON:-python3} && \
+	"$$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
+	"$$python" -m vllm_compat.names "$$wheel"/vllm-*.whl
 
 types: env ## mypy
 	$(BIN)/mypy

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import refuse_overlap, replica_set, star_page_size, star_refusals
+from replicas import network
 from replicas import options as replica_options
 from replicas.options import ReplicaOptions, parse_replicas
 from scheduler import options as scheduling_options
@@ -24,7 +25,7 @@ from scheduler.options import SchedulingOptions, parse_scheduling
 from scheduler.star.options import StarOptions, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, check_shards, check_sizes, max_replicas
-from scheduler.star.request_metadata import CONNECTOR, SHARDS, default_num_shards
+from scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from scheduler.star.segments import check_segment_options
 from vllm_compat.config import share_memory_nodes
 from vllm_compat.engine_core import divide_kv_memory_check
@@ -125,12 +126,14 @@ def after_engine_config(vllm_config: Any) -> None:
     max_replicas(config.star, config.star.overlap_size, replicas)
     check_shards(config.star, config.star.overlap_size, replicas)
     if replicas.size > 1 and replicas.split_refusal is None:
+        one_host = is_one_host(vllm_config.parallel_config)
+        check_network(one_host)
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR,
             kv_connector_module_path="replicas.connector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={SHARDS: max_shards(config.star, replicas)},
+            kv_connector_extra_config={SHARDS: max_shards(config.star, replicas), ONE_HOST: one_host},
         )
         divide_kv_memory_check(default_num_shards)
     parallel = vllm_config.parallel_config
@@ -145,6 +148,32 @@ def after_engine_config(vllm_config: Any) -> None:
     if replicas.split_refusal is not None:
         reason = replicas.split_refusal
         logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, reason)
+
+
+def is_one_host(parallel: Any) -> bool:
+    """Whether all replicas, and all ranks of each, are on this host. Ray may put them on others."""
+    local = parallel.data_parallel_size_local == parallel.data_parallel_size
+    return local and parallel.nnodes == 1 and parallel.data_parallel_backend != "ray"
+
+
+def check_network(one_host: bool) -> None:
+    """Refuse replicas on several hosts where it is not known by which network device they are reached.
+
+    Raises:
+        OptionError: as above.
+    """
+    try:
+        network.devices(one_host, os.environ)
+    except network.NetworkError as error:
+        reason = (
+            f"{error}, and replicas on several hosts exchange KV pages. A peer that reaches the ports of these "
+            "transfers can write the workers' memory, so they are opened on a device that is named only"
+        )
+        allowed = (
+            f"this host's address in a network that only the replicas reach, or the name of a device in "
+            f"{network.DEVICES_ENV}"
+        )
+        raise OptionError(network.ADDRESS_ENV, os.environ.get(network.ADDRESS_ENV), reason, allowed) from None
 
 
 def max_shards(star: StarOptions, replicas: ReplicaSet) -> int:

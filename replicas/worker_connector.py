@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ from attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
 from attention_backends.star.remote_queries import RemoteQuery
 from replicas.metadata import PageLoad, PageLoads, WorkerAddress
 from replicas.metrics import replica_metrics
+from replicas.network import DEVICES_ENV, use_devices
 from replicas.options import replica_options
 from replicas.page_transfer import PageReader, Transfer, TransferError
 from replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
 from replicas.remote_attention_server import RemoteAttentionServer
 from scheduler.lost_requests import LostRequests
+from scheduler.star.request_metadata import ONE_HOST
 from vllm_compat.config import attention_layer, page_layout
 
 logger = init_logger("vllm.starling")
@@ -36,6 +39,9 @@ class WorkerConnector:
         self.rank = get_tensor_model_parallel_rank()
         self.name = f"{vllm_config.kv_transfer_config.engine_id}-{self.rank}"
         self.timeout = replica_options(vllm_config).timeout
+        one_host = vllm_config.kv_transfer_config.kv_connector_extra_config.get(ONE_HOST, False)
+        devices = use_devices(one_host, os.environ)
+        logger.info("KV pages are exchanged over the network devices %s (%s)", devices, DEVICES_ENV)
         self.metrics = replica_metrics()
         self.kv_caches: dict[str, Any] = {}
         self.reader: PageReader | None = None

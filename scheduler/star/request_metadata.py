@@ -28,6 +28,9 @@ CONNECTOR = "StarConnector"
 SHARDS = "shards"
 """The key in the connector's configuration: over how many replicas a prompt's KV is divided by default."""
 
+ONE_HOST = "one_host"
+"""The key in the connector's configuration: whether all replicas are on one host."""
+
 
 @dataclass(frozen=True)
 class PromptPart:

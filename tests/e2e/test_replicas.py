@@ -24,6 +24,7 @@ from examples.server import end_on_signals, serving
 from scheduler.star.assignment import ReplicaState, assign_blocks
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
+from tests.e2e.sockets import LOOPBACK, listening
 from tests.e2e.wait import wait_until
 
 pytestmark = pytest.mark.e2e
@@ -362,6 +363,13 @@ def test_a_replica_that_hangs_during_its_part_delays_the_output_and_nothing_else
     output = complete(server, again, star)
     assert computed_since(server, earlier) == expected(2088, star, [ReplicaState()] * REPLICAS)
     assert_same(output, complete_on_one(server, again, star))
+
+
+def test_every_port_is_on_loopback(server):
+    """A peer that reaches a port of NIXL's can write a worker's memory."""
+    found = listening(server.process.pid)
+    assert {name for name, _ in found} >= {"starling", "VLLM::Worker"}
+    assert {address for _, address in found} <= LOOPBACK
 
 
 def test_requests_fail_at_once_if_a_replica_is_killed_during_a_prefill(server):

@@ -33,6 +33,9 @@ def served(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
         with two_hosts() as hosts, serving_on_both(hosts, model, *options, folder=folder) as client:
+            for host, log in zip(hosts, ("here.log", "there.log"), strict=True):
+                # Not on the loopback device, nor on others that a host may have.
+                assert f"over the network devices {host.device} (" in (folder / log).read_text()
             yield hosts, client, str(model)
 
 

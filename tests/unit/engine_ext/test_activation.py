@@ -17,7 +17,7 @@ from engine_ext.activation import MIDDLEWARE, add_middleware, parse_config
 from engine_ext.models.configs import KVShiftLlamaConfig
 from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
 from scheduler.star.parsing import OptionError
-from scheduler.star.request_metadata import default_num_shards
+from scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from tests.parity.harness import TINY
 
 
@@ -301,6 +301,23 @@ def test_an_engine_of_several_replicas_gets_the_star_connector_where_prompts_can
         engine_config(model, additional_config={"starling": {"star": {"replicas": 2}}}, **off)
     with pytest.raises(ValueError, match="star_replicas=3 is refused: this server has 2"):
         engine_config(model, additional_config={"starling": {"star": {"replicas": 3}}}, data_parallel_size=2)
+
+
+def test_replicas_on_several_hosts_need_an_address(model, monkeypatch):
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
+    given = {"additional_config": {"starling": {}}, "data_parallel_size": 2}
+    assert engine_config(model, **given).kv_transfer_config.kv_connector_extra_config[ONE_HOST]
+    given |= {"data_parallel_size_local": 1, "data_parallel_address": "127.0.0.1"}
+    with pytest.raises(
+        ValueError, match="VLLM_HOST_IP=None is refused: VLLM_HOST_IP is not set, and replicas on several"
+    ):
+        engine_config(model, **given)
+    monkeypatch.setenv("VLLM_HOST_IP", "192.0.2.77")
+    with pytest.raises(ValueError, match=r"no network device of this host has the address 192\.0\.2\.77"):
+        engine_config(model, **given)
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    assert not engine_config(model, **given).kv_transfer_config.kv_connector_extra_config[ONE_HOST]
 
 
 CPU = FULL | {

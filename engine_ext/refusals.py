@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vllm import envs
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from attention_backends.kernels.contract import CPU_ISAS
@@ -125,7 +126,17 @@ def _external_balancer(config: Any) -> bool:
 def _moves_kv_memory(config: Any) -> bool:
     """As vLLM's own check of KV connectors; it runs before Starling sets its connector."""
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
-    return "expandable_segments:True" in settings and not config.model_config.enable_cumem_allocator
+    on_cpu = config.device_config.device_type == "cpu"
+    return "expandable_segments:True" in settings and not config.model_config.enable_cumem_allocator and not on_cpu
+
+
+def _launcher(config: Any) -> str | None:
+    """What starts the engines' processes, if it is not vLLM itself: it may do so on other hosts."""
+    parallel = config.parallel_config
+    if parallel.data_parallel_backend != "mp":
+        return parallel.data_parallel_backend
+    executor = parallel.distributed_executor_backend
+    return None if executor in ("mp", "uni") else str(executor)
 
 
 SPLIT_RULES: Rules = (
@@ -139,6 +150,11 @@ SPLIT_RULES: Rules = (
     ),
     (_other_connector, "an engine has one KV connector, and --kv-transfer-config gives it another"),
     (_external_balancer, "with an external load balancer a front reaches some of the replicas only"),
+    (
+        lambda c: envs.VLLM_DP_SIZE > 1,
+        "VLLM_DP_SIZE: each process of vLLM's offline data parallelism reaches its own replica only",
+    ),
+    (_launcher, "replicas that vLLM does not start itself may be on hosts whose network devices are not known"),
     (lambda c: c.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism divides the layers of a page"),
     (lambda c: c.parallel_config.enable_elastic_ep, "elastic expert parallelism changes the replicas while it runs"),
     (lambda c: c.model_config.enable_sleep_mode, "sleep mode frees the KV memory that NIXL has registered"),

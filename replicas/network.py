@@ -9,12 +9,14 @@ VLLM_HOST_IP, which belongs into a network of the replicas' own.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import psutil
 
 DEVICES_ENV = "UCX_NET_DEVICES"
 ADDRESS_ENV = "VLLM_HOST_IP"
+GLOO_ENV = "GLOO_SOCKET_IFNAME"
 LOOPBACK_ADDRESS = "127.0.0.1"
 SYS_NET = Path("/sys/class/net")
 
@@ -44,11 +46,19 @@ def devices(one_host: bool, environ: Mapping[str, str]) -> str:
 
 
 def device_of(address: str) -> str | None:
-    """The network device that has an IP address, such as eth0; None where there is none."""
+    """The network device that has an IP address, such as eth0; None where there is none, or this is no address."""
+    wanted = parse(address)
     for name, addresses in psutil.net_if_addrs().items():
-        if any(item.address.partition("%")[0] == address for item in addresses):
+        if wanted is not None and wanted in map(parse, (item.address for item in addresses)):
             return name
     return None
+
+
+def parse(address: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(address.strip("[]"))
+    except ValueError:
+        return None  # psutil also lists hardware addresses
 
 
 def rdma_devices(device: str) -> list[str]:
@@ -57,6 +67,17 @@ def rdma_devices(device: str) -> list[str]:
     ports = folder / "dev_port"
     port = int(ports.read_text()) + 1 if ports.is_file() else 1
     return sorted(f"{found.name}:{port}" for found in (folder / "device" / "infiniband").glob("*"))
+
+
+def keep_gloo_on_loopback(environ: MutableMapping[str, str]) -> None:
+    """Let the workers of one host meet on the loopback device.
+
+    torch's Gloo groups listen on the address that the host's name resolves to, which may be one of the network, and
+    have no authentication either.
+    """
+    device = device_of(LOOPBACK_ADDRESS)
+    if device is not None:
+        environ.setdefault(GLOO_ENV, device)
 
 
 def use_devices(one_host: bool, environ: MutableMapping[str, str]) -> str:

@@ -181,7 +181,7 @@ def share_memory_nodes(vllm_config: Any, environ: MutableMapping[str, str]) -> N
     workers = parallel.data_parallel_size_local * parallel.world_size
     if vllm_config.device_config.device_type != "cpu" or parallel.data_parallel_size == 1:
         return
-    if MEMORY_NODES_ENV not in environ and not set(range(workers)) <= memory_nodes():
+    if not environ.get(MEMORY_NODES_ENV) and not set(range(workers)) <= memory_nodes():
         environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "0")
 
 

@@ -32,9 +32,15 @@ from tests.e2e.serving import (
     request,
     running,
 )
+from tests.e2e.sockets import LOOPBACK, listening
 from tests.e2e.wait import wait_until
 
 pytestmark = pytest.mark.e2e
+
+
+def test_every_port_is_on_loopback(server):
+    found = listening(server.process.pid)
+    assert found and {address for _, address in found} <= LOOPBACK
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])

@@ -5,6 +5,13 @@ import datetime
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def no_allocator_settings(monkeypatch):
+    """Settings of the user's own, which engine_ext/refusals.py reads."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
     """Paths of a self-signed certificate for localhost and of its key."""

@@ -173,7 +173,8 @@ def make_plan(torch: str, environ: Mapping[str, str]) -> Plan | None:
     if torch == "pypi":
         overrides += map(str, torch_requirements)
     elif folders := local_folders(torch_requirements, environ):
-        env["UV_FIND_LINKS"] = ",".join(map(str, folders))
+        others = [name for name in environ.get("UV_FIND_LINKS", "").split(",") if "://" in name]
+        env["UV_FIND_LINKS"] = ",".join([*map(str, folders), *others])
     else:
         options.append("--torch-backend=cpu")
     if sys.prefix == sys.base_prefix:

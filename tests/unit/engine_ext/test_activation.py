@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
-from engine_ext.activation import MIDDLEWARE, add_middleware, parse_config
+from engine_ext.activation import MIDDLEWARE, add_middleware, is_one_host, parse_config
 from engine_ext.models.configs import KVShiftLlamaConfig
 from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
 from scheduler.star.parsing import OptionError
@@ -153,6 +153,8 @@ def fake_config(**changes):
         data_parallel_hybrid_lb=False,
         pipeline_parallel_size=1,
         enable_elastic_ep=False,
+        data_parallel_backend="mp",
+        distributed_executor_backend="mp",
     )
     config = SimpleNamespace(
         model_config=model,
@@ -254,6 +256,10 @@ ON_ONE_REPLICA = {
     "elastic expert": {"parallel_config__enable_elastic_ep": True},
     "sleep mode": {"model_config__enable_sleep_mode": True},
     "expandable_segments:True": {},
+    "VLLM_DP_SIZE": {},
+    "not start itself may be on hosts whose network devices are not known (ray)": {
+        "parallel_config__data_parallel_backend": "ray"
+    },
     "outputs beside tokens": {"aux_output_config__enabled": True},
     "pip install nixl": {},
 }
@@ -263,6 +269,7 @@ ON_ONE_REPLICA = {
 def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
     monkeypatch.setattr("engine_ext.refusals.nixl_is_installed", lambda: "nixl" not in reason)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", reason)
+    monkeypatch.setenv("VLLM_DP_SIZE", "2" if reason == "VLLM_DP_SIZE" else "1")
     config = fake_config(**FULL | ON_ONE_REPLICA[reason])
     assert reason in replica_set(config).split_refusal
     assert star_refusals(config) == []
@@ -318,6 +325,24 @@ def test_replicas_on_several_hosts_need_an_address(model, monkeypatch):
         engine_config(model, **given)
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
     assert not engine_config(model, **given).kv_transfer_config.kv_connector_extra_config[ONE_HOST]
+    monkeypatch.delenv("VLLM_HOST_IP")
+    given["data_parallel_size_local"] = 0  # a front without replicas of its own
+    assert engine_config(model, **given).kv_transfer_config is not None
+
+
+@pytest.mark.parametrize(("executor", "one_host"), [("mp", True), ("uni", True), ("ray", False), (object, False)])
+def test_processes_that_another_program_starts_may_be_on_other_hosts(executor, one_host):
+    parallel = fake_config(parallel_config__distributed_executor_backend=executor).parallel_config
+    parallel.data_parallel_size_local, parallel.nnodes = 1, 1
+    assert is_one_host(parallel) == one_host
+    parallel.nnodes = 2
+    assert not is_one_host(parallel)
+
+
+def test_expandable_segments_are_those_of_cuda(monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert "expandable_segments" in replica_set(fake_config(**FULL)).split_refusal
+    assert replica_set(fake_config(**CPU)).split_refusal is None
 
 
 CPU = FULL | {

@@ -12,9 +12,22 @@ import pytest
 
 from replicas import network
 from replicas.messages import nixl_is_installed
-from replicas.network import ADDRESS_ENV, DEVICES_ENV, NetworkError, devices, use_devices
+from replicas.network import (
+    ADDRESS_ENV,
+    DEVICES_ENV,
+    GLOO_ENV,
+    NetworkError,
+    devices,
+    keep_gloo_on_loopback,
+    use_devices,
+)
 
-CARDS = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.1", "fe80::1%eth0"], "ib0": ["10.1.0.1"]}
+CARDS = {
+    "lo": ["127.0.0.1", "::1"],
+    "eth0": ["10.0.0.1", "fd00::1", "fe80::1%eth0", "02:00:00:00:00:01"],
+    "eth1": ["fe80::1%eth1"],
+    "ib0": ["10.1.0.1"],
+}
 
 
 @pytest.fixture
@@ -33,7 +46,9 @@ def cards(monkeypatch, tmp_path):
         (True, {ADDRESS_ENV: "10.0.0.1"}, "lo"),
         (True, {DEVICES_ENV: "eth0"}, "eth0"),
         (False, {ADDRESS_ENV: "10.0.0.1"}, "eth0"),
-        (False, {ADDRESS_ENV: "fe80::1"}, "eth0"),
+        (False, {ADDRESS_ENV: "fd00:0::1"}, "eth0"),
+        (False, {ADDRESS_ENV: "[FD00::1]"}, "eth0"),
+        (False, {ADDRESS_ENV: "fe80::1%eth1"}, "eth1"),
         (False, {ADDRESS_ENV: "10.1.0.1"}, "ib0,mlx5_1:2"),
         (False, {DEVICES_ENV: "mlx5_0:1"}, "mlx5_0:1"),
     ],
@@ -48,11 +63,18 @@ def test_the_devices(cards, one_host, environ, expected):
         ({}, f"{ADDRESS_ENV} is not set"),
         ({ADDRESS_ENV: ""}, f"{ADDRESS_ENV} is not set"),
         ({ADDRESS_ENV: "10.9.9.9"}, "no network device of this host has the address 10.9.9.9"),
+        ({ADDRESS_ENV: "host-a"}, "no network device of this host has the address host-a"),
     ],
 )
 def test_between_hosts_the_device_must_be_known(cards, environ, reason):
     with pytest.raises(NetworkError, match=reason):
         devices(False, environ)
+
+
+@pytest.mark.parametrize(("environ", "expected"), [({}, "lo"), ({GLOO_ENV: "eth0"}, "eth0")])
+def test_gloo_is_kept_on_loopback_unless_the_user_names_a_device(cards, environ, expected):
+    keep_gloo_on_loopback(environ)
+    assert environ == {GLOO_ENV: expected}
 
 
 LISTENING = """

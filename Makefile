@@ -10,7 +10,8 @@ NEXT_VLLM := 0.33.0
 NEXT := .venv-next/bin
 NEXT_ENV := .venv-next/.stamp
 NEXT_SERVERS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py
-NEXT_TESTS := tests/unit tests/gpu_contract tests/parity/test_star_tiny.py
+# The slow file first: each worker runs whole files.
+NEXT_TESTS := tests/parity/test_star_tiny.py tests/gpu_contract tests/unit
 
 RESULTS := build/tests
 REPORT := -q --durations=15 --junitxml=$(RESULTS)

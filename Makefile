@@ -11,7 +11,9 @@ NEXT := .venv-next/bin
 NEXT_ENV := .venv-next/.stamp
 NEXT_SERVERS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py
 # The slow file first: each worker runs whole files.
-NEXT_TESTS := tests/parity/test_star_tiny.py tests/gpu_contract tests/unit
+STAR_TINY := tests/parity/test_star_tiny.py::test_
+NEXT_TESTS := $(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
+	tests/gpu_contract tests/unit
 
 RESULTS := build/tests
 REPORT := -q --durations=15 --junitxml=$(RESULTS)

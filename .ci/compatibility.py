@@ -57,8 +57,8 @@ definitions in torch.
 {wheels}
 
 Each line is an empty environment in which the commands of the README were run (`make release`): install the wheel,
-`starling setup-cpu`, `starling doctor`, and the answers of `starling selftest --quick`. A torch without `+cpu` is PyPI's
-build for CUDA (`starling setup-cpu --torch pypi`).
+`starling setup-cpu`, `starling doctor`, and `starling selftest --quick`, which generates tokens. A torch without `+cpu`
+is PyPI's build for CUDA (`starling setup-cpu --torch pypi`).
 
 ## GPUs
 

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
 from engine_ext.metrics import front_metrics
-from engine_ext.refusals import refuse_overlap, replica_set, star_page_size, star_refusals
+from engine_ext.refusals import other_launcher, refuse_overlap, replica_set, star_page_size, star_refusals
 from replicas import network
 from replicas import options as replica_options
 from replicas.options import ReplicaOptions, parse_replicas
@@ -156,8 +156,7 @@ def after_engine_config(vllm_config: Any) -> None:
 def is_one_host(parallel: Any) -> bool:
     """Whether all replicas, and all ranks of each, are processes that vLLM starts on this host."""
     local = parallel.data_parallel_size_local == parallel.data_parallel_size
-    own = parallel.data_parallel_backend == "mp" and parallel.distributed_executor_backend in ("mp", "uni")
-    return local and own and parallel.nnodes == 1
+    return local and parallel.nnodes == 1 and other_launcher(parallel) is None
 
 
 def check_network(one_host: bool) -> None:

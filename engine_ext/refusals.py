@@ -130,9 +130,8 @@ def _moves_kv_memory(config: Any) -> bool:
     return "expandable_segments:True" in settings and not config.model_config.enable_cumem_allocator and not on_cpu
 
 
-def _launcher(config: Any) -> str | None:
+def other_launcher(parallel: Any) -> str | None:
     """What starts the engines' processes, if it is not vLLM itself: it may do so on other hosts."""
-    parallel = config.parallel_config
     if parallel.data_parallel_backend != "mp":
         return parallel.data_parallel_backend
     executor = parallel.distributed_executor_backend
@@ -154,7 +153,10 @@ SPLIT_RULES: Rules = (
         lambda c: envs.VLLM_DP_SIZE > 1,
         "VLLM_DP_SIZE: each process of vLLM's offline data parallelism reaches its own replica only",
     ),
-    (_launcher, "replicas that vLLM does not start itself may be on hosts whose network devices are not known"),
+    (
+        lambda c: other_launcher(c.parallel_config),
+        "replicas that vLLM does not start itself may be on hosts whose network devices are not known",
+    ),
     (lambda c: c.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism divides the layers of a page"),
     (lambda c: c.parallel_config.enable_elastic_ep, "elastic expert parallelism changes the replicas while it runs"),
     (lambda c: c.model_config.enable_sleep_mode, "sleep mode frees the KV memory that NIXL has registered"),

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from vllm_compat.source_tree import FUNCTIONS, SourceTree, TreeError, decorators, dotted, imported, statements
+from vllm_compat.versions import release_of
 
 PACKAGES = ("vllm_compat", "scheduler", "attention_backends", "replicas", "engine_ext")
 COMPAT = "vllm_compat/"
@@ -218,20 +219,15 @@ class Reader(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         function = self.full_name(node.func)
         first, second = (*node.args, None, None)[:2]
-        if function == "vllm_compat.patching.touches":
+        if function in ("vllm_compat.patching.touches", "vllm_compat.patching.first_found"):
+            mark = function.rpartition(".")[2]
+            moved = mark == "first_found"
             for argument in node.args:
-                if is_vllm(name := string(argument)):
-                    self.use(name, "touch", argument)
-                else:
-                    self.report(self.project.unclear, argument, "touches() of something else than a vLLM name")
-            return
-        if function == "vllm_compat.patching.first_found":
-            for argument in node.args:
-                name = string(argument).replace(":", ".")
+                name = string(argument).replace(":", ".") if moved else string(argument)
                 if is_vllm(name):
-                    self.use(name, "moved", argument, certain=False)
+                    self.use(name, "moved" if moved else "touch", argument, certain=not moved)
                 else:
-                    self.report(self.project.unclear, argument, "first_found() of something else than a vLLM name")
+                    self.report(self.project.unclear, argument, f"{mark}() of something else than a vLLM name")
             return
         owner = self.full_name(first) if first else None
         if function == "vllm_compat.patching.wrap":
@@ -354,12 +350,6 @@ def scheduler_internals(project: Project) -> list[str]:
 
 def outside_compat(reports: Iterable[str]) -> list[str]:
     return sorted({report for report in reports if not report.startswith(COMPAT)})
-
-
-def release_of(version: str) -> tuple[int, ...]:
-    """(0, 33) of "0.33.1+cpu"; () of a version without numbers."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return tuple(map(int, match.groups())) if match else ()
 
 
 def table_file(version: str) -> Path:

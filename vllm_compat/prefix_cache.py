@@ -70,9 +70,9 @@ def use_request_hasher(make: Callable[[int, HashFunction], Hasher] | None) -> No
     """
 
     def around(original: Callable[..., Any]) -> Wrapper:
-        def get_request_block_hasher(page_size: int, hash_function: HashFunction, num_tokens_behind: int = 0) -> Any:
-            if _make_hasher is None or num_tokens_behind:
-                return original(page_size, hash_function, *[num_tokens_behind] * bool(num_tokens_behind))
+        def get_request_block_hasher(page_size: int, hash_function: HashFunction, *num_tokens_behind: int) -> Any:
+            if _make_hasher is None or any(num_tokens_behind):
+                return original(page_size, hash_function, *num_tokens_behind)
             return _make_hasher(page_size, hash_function)
 
         return get_request_block_hasher

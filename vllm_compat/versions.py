@@ -27,13 +27,17 @@ def vllm_version() -> str | None:
     return None
 
 
+def release_of(version: str) -> tuple[int, ...]:
+    """(0, 33) of "0.33.1+cpu"; () of a version without numbers."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
 def version_problem(version: str | None) -> str | None:
     """Why this vLLM can't be extended, with what to install; None where it can."""
     advice = f"install vllm{VLLM_RANGE}, or on a machine without GPUs run `starling setup-cpu`"
     if version is None:
         return f"vLLM is not installed: {advice}"
-    parts = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    if not VLLM_MIN <= parts < VLLM_BELOW:
+    if not VLLM_MIN <= release_of(version) < VLLM_BELOW:
         return f"vLLM {version} is outside the supported range {VLLM_RANGE}: {advice}"
     return None
 

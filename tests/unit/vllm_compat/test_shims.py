@@ -12,9 +12,9 @@ from vllm.utils import cpu_resource_utils
 from benchmarks.random_llama import make_random_llama
 from tests.parity.harness import TINY
 from vllm_compat import names
-from vllm_compat.versions import VLLM_MIN, vllm_version
+from vllm_compat.versions import VLLM_MIN, release_of, vllm_version
 
-INSTALLED = names.release_of(vllm_version() or "")
+INSTALLED = release_of(vllm_version() or "")
 TABLES = [json.loads(file.read_text()) for file in sorted(names.TABLES.glob("names-*.json"))]
 FOR_0_32 = (
     "vllm_compat/server.py",

@@ -225,15 +225,18 @@ def hide_requests(output_processor: Any, engine_request_ids: Collection[str]) ->
 
 
 @touches("vllm.v1.engine.async_llm.AsyncLLM.check_admission")
-def refuse_admission(engine: Any, error: Exception) -> None:
-    """Let every front of an AsyncLLM refuse new requests with ``error``; those admitted go on.
+def refuse_admission(engine: Any, make_error: Callable[[], Exception]) -> None:
+    """Let every front of an AsyncLLM refuse new requests; those admitted go on.
 
     vLLM calls ``check_admission`` before a response starts, and again when the engine gets the request. Goes
     when vLLM's server can drain while it runs.
+
+    Args:
+        make_error: makes the exception of each refusal. One exception for all would keep the frames of every request.
     """
 
     def check_admission(n: int = 1, request_id: str | None = None) -> None:
-        raise error
+        raise make_error()
 
     engine.check_admission = check_admission
 

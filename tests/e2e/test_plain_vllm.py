@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -73,8 +74,19 @@ def test_structured_output_with_star(server):
 
 def test_a_response_has_a_plan_for_each_prompt(server):
     response = complete(server, prompt=["ab" * 300, "cd" * 100])
-    plans = [json.loads(plan) for plan in response.headers.get_list("x-starling-plan")]
+    plans = json.loads(response.headers["x-starling-plan"])
     assert [plan["prompt_tokens"] for plan in plans] == [600, 200]
+
+
+def test_pythons_http_client_reads_the_response_to_many_prompts(server):
+    url = httpx.URL(server.http)
+    connection = http.client.HTTPConnection(url.host, url.port, timeout=120)
+    body = {"model": server.model, "prompt": ["ab"] * 100, "max_tokens": 1}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    assert len(json.loads(response.read())["choices"]) == 100
+    assert len(response.headers.get_all("x-starling-plan")) == 1
+    connection.close()
 
 
 def vllm_bench(*arguments: str) -> str:

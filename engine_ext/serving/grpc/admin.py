@@ -192,7 +192,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         if not self.front.draining:
             logger.info("admin: draining, no more requests are admitted")
         await self.front.stop_admitting()
-        refuse_admission(self.engine, DrainingError())
+        refuse_admission(self.engine, DrainingError)
         deadline = time.monotonic() + wait_seconds
         while (left := self.engine.get_num_unfinished_requests()) and time.monotonic() < deadline:
             if self.engine.errored:

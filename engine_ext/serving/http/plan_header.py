@@ -1,16 +1,34 @@
-"""ASGI middleware: each response of an activated server says in a header how its prompt is prefilled.
+"""ASGI middleware: each response of an activated server says in the header `x-starling-plan` how it is prefilled.
 
-There is one `x-starling-plan` header for each prompt, a JSON object; streamed responses have it too.
+The header is a JSON object for one prompt. For several prompts it is an array of the first prompts' plans, as many as
+fit into MAX_BYTES: Python's http.client refuses responses with more than 100 headers, and proxies limit their size.
+Streamed responses have the header too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from engine_ext.requests import ResponsePlans, response_plans
 
 HEADER = b"x-starling-plan"
+MAX_BYTES = 2048
+
+
+def header_value(plans: Sequence[dict[str, Any]]) -> bytes:
+    """The header's value for the plans of a response, at least one."""
+    if len(plans) == 1:
+        return json.dumps(plans[0]).encode()
+    shown, size = [], len("[]")
+    for plan in plans:
+        shown.append(json.dumps(plan))
+        size += len(shown[-1]) + len(", ")
+        if size > MAX_BYTES:
+            shown.pop()
+            break
+    return f"[{', '.join(shown)}]".encode()
 
 
 class PlanHeader:
@@ -28,8 +46,8 @@ class PlanHeader:
 
         async def send_with_plans(message: Any) -> None:
             if message["type"] == "http.response.start" and noted.plans:
-                headers = [(HEADER, json.dumps(plan).encode()) for plan in noted.plans]
-                message = message | {"headers": [*message.get("headers", []), *headers]}
+                headers = [*message.get("headers", []), (HEADER, header_value(noted.plans))]
+                message = message | {"headers": headers}
             await send(message)
 
         await self.app(scope, receive, send_with_plans)

@@ -303,7 +303,7 @@ def test_an_internal_request_that_can_not_be_sent_leaves_nothing():
 def test_new_requests_are_refused_after_a_drain():
     engine = object.__new__(AsyncLLM)
     assert {"n", "request_id"} <= inspect.signature(AsyncLLM.check_admission).parameters.keys()
-    front.refuse_admission(engine, RuntimeError("draining"))
+    front.refuse_admission(engine, lambda: RuntimeError("draining"))
     for arguments in ({}, {"n": 2, "request_id": "me"}):
         with pytest.raises(RuntimeError, match="draining"):
             engine.check_admission(**arguments)

@@ -292,6 +292,21 @@ def test_drain_is_idempotent_and_waits():
     assert [answer.requests_left for answer in answers] == [1, 1, 0]
 
 
+def test_refusals_after_a_drain_keep_nothing_of_earlier_requests():
+    """An exception that is raised again would keep the tracebacks, and so the frames, of all earlier requests."""
+
+    async def scenario():
+        engine = FakeEngine()
+        async with admin_of(engine) as admin:
+            await admin.Drain(pb.DrainRequest())
+            for _ in range(1000):
+                with pytest.raises(DrainingError) as refused:
+                    engine.check_admission(1)
+            return len(refused.traceback)
+
+    assert asyncio.run(scenario()) == 2
+
+
 def namespace(**given) -> Namespace:
     return Namespace(port=8000, model="m", **{f"grpc_admin_{name}": value for name, value in given.items()})
 

@@ -1,10 +1,12 @@
 """What a front calls by name in the engine core of a replica, with vllm_compat.front.call_engine_cores.
 
-Arguments and results are plain numbers, names, lists and dicts. A call runs between two of the engine's steps.
+Arguments and results are plain numbers, names, bytes, lists and dicts. A call runs between two of the engine's steps.
+vLLM sends a result that is a Future once it is there, and the engine makes steps until then.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any
 
 from replicas.replica_state import replica_state
@@ -16,7 +18,7 @@ OPEN_SHARD = "starling_open_shard"
 RELEASE = "starling_release"
 
 
-def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> dict[str, Any]:
+def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> Future[dict[str, Any]]:
     return replica_state(core.scheduler, core.request_block_hasher, token_ids, StarPlan(*plan), cache_salt)
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, RequestMetadata
-from vllm_compat.scheduler_view import SchedulerView
+from vllm_compat.scheduler_view import PagePool, SchedulerView
+
+# Hashing the pages of a prompt of a million tokens takes 0.2 s. One thread: more would only wait for one another.
+_hashing = ThreadPoolExecutor(1, "starling-page-hashes")
 
 
 def replica_state(
     scheduler: Any, block_hasher: Any, token_ids: list[int], plan: StarPlan, cache_salt: str | None
-) -> dict[str, Any]:
+) -> Future[dict[str, Any]]:
     """What the replica has cached of a prompt, how busy it is, and what its KV memory is like.
+
+    The caller, which stands between two steps of the engine, waits for nothing that grows with the prompt: a thread
+    hashes the prompt and looks its pages up, while the engine makes steps.
 
     Args:
         scheduler: the replica's scheduler, with the connector between replicas.
@@ -23,27 +31,33 @@ def replica_state(
         token_ids: the prompt; without any, only the load, the memory and the layout are of use.
 
     Returns:
-        ``cached``: numbers of the star blocks whose pages are all in the prefix cache.
+        ``cached``: a byte for each star block, 1 where its pages are all in the prefix cache (ReplicaState.cached).
         ``has_anchor``: whether the anchor's pages are.
         ``queued_tokens``: tokens that the replica's requests have yet to compute.
         ``pages``: pages of the replica's KV memory.
         ``layout``: layout of a page (replicas/page_transfer.py).
     """
-    params = SamplingParams(max_tokens=1, extra_args={KEY: RequestMetadata(plan=plan).to_wire()})
-    request = Request("starling-look", token_ids, params, None, cache_salt=cache_salt, block_hasher=block_hasher)
-    pool, page_size = SchedulerView(scheduler).pool, scheduler.block_size
-    cached = [pool.find(page_hash) is not None for page_hash in request.block_hashes]
-    end = min(plan.context_end // page_size, len(cached))
-    block_pages = plan.block_size // page_size
+    pool = SchedulerView(scheduler).pool
     unfinished = (request for request in scheduler.requests.values() if not request.is_finished())
-    return {
-        "cached": [
-            star_block
-            for star_block, first in enumerate(range(0, end, block_pages))
-            if all(cached[first : min(first + block_pages, end)])
-        ],
-        "has_anchor": bool(cached) and all(cached[: plan.anchor_size // page_size]),
+    load = {
         "queued_tokens": sum(request.num_tokens - request.num_computed_tokens for request in unfinished),
         "pages": pool.num_pages,
         "layout": scheduler.connector.addresses[0]["layout"],
+    }
+    params = SamplingParams(max_tokens=1, extra_args={KEY: RequestMetadata(plan=plan).to_wire()})
+
+    def with_cached_blocks() -> dict[str, Any]:
+        request = Request("starling-look", token_ids, params, None, cache_salt=cache_salt, block_hasher=block_hasher)
+        return load | _cached_blocks(pool, request.block_hashes, plan, scheduler.block_size)
+
+    return _hashing.submit(with_cached_blocks)
+
+
+def _cached_blocks(pool: PagePool, page_hashes: list[Any], plan: StarPlan, page_size: int) -> dict[str, Any]:
+    """Which star blocks of a prompt are cached; runs beside the engine's steps."""
+    cached = np.array(pool.are_cached(page_hashes[: plan.context_end // page_size]), dtype=bool)
+    first_pages = range(0, len(cached), plan.block_size // page_size)
+    return {
+        "cached": np.logical_and.reduceat(cached, first_pages).tobytes() if first_pages else b"",
+        "has_anchor": bool(len(cached)) and bool(cached[: plan.anchor_size // page_size].all()),
     }

@@ -100,7 +100,7 @@ class BlockReuse:
         if plan is None or start >= plan.context_end:
             return num_tokens
         last = (request.num_tokens - 1) // self.page_size
-        for page in chain_restarts(plan, self.page_size):
+        for page in chain_restarts(plan, self.page_size, start):
             length = page * self.page_size - start
             if length >= num_tokens or page >= last:
                 break

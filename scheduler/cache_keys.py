@@ -38,11 +38,16 @@ def star_page_key(plan: StarPlan, start: int, end: int) -> tuple[str, str] | Non
     return ("star", key if end <= plan.context_end else f"{key}:{plan.context_end}")
 
 
-def chain_restarts(plan: StarPlan, page_size: int) -> Iterator[int]:
-    """The pages whose key does not continue that of the page before: the first of each later block, and the query's."""
-    first_query_page = plan.context_end // page_size
-    yield from range(plan.block_size // page_size, first_query_page, plan.block_size // page_size)
-    yield first_query_page
+def chain_restarts(plan: StarPlan, page_size: int, start: int) -> Iterator[int]:
+    """The pages whose key does not continue that of the page before: the first of each later block, and the query's.
+
+    Args:
+        start: a position; only pages behind it.
+    """
+    per_block, first_query_page = plan.block_size // page_size, plan.context_end // page_size
+    yield from range((start // plan.block_size + 1) * per_block, first_query_page, per_block)
+    if first_query_page * page_size > start:
+        yield first_query_page
 
 
 def parent_pages(plan: StarPlan, page_size: int, page: int) -> tuple[int, ...] | None:

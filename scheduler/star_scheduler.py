@@ -252,8 +252,7 @@ class StarMixin(SchedulerHooks):
         pool = self.view.pool
         if self.reuse is None or request.request_id not in self.reuse.requests:
             return len(pool.find_run(request.block_hashes, group.index)) * group.page_size
-        cached = sum(pool.find(page_hash, group.index) is not None for page_hash in request.block_hashes)
-        return cached * group.page_size
+        return sum(pool.are_cached(request.block_hashes, group.index)) * group.page_size
 
 
 class StarScheduler(StarMixin, Scheduler):

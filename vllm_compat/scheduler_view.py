@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.core.kv_cache_utils import get_group_id, make_block_hash_with_group_id
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -31,6 +31,8 @@ Page = Any
     "vllm.v1.core.block_pool.BlockPool.null_block",
     "vllm.v1.core.block_pool.BlockPool.blocks",
     "vllm.v1.core.block_pool.BlockPool.get_cached_block",
+    "vllm.v1.core.block_pool.BlockPool.cached_block_hash_to_block",
+    "vllm.v1.core.block_pool.BlockHashToBlockMap._cache",
     "vllm.v1.core.block_pool.BlockPool.touch",
     "vllm.v1.core.block_pool.BlockPool.free_blocks",
     "vllm.v1.core.kv_cache_utils.KVCacheBlock.ref_cnt",
@@ -64,6 +66,15 @@ class PagePool:
         """The page of a KV cache group that is cached under this hash; None: there is none."""
         found = self.block_pool.get_cached_block(page_hash, [group])
         return None if found is None else found[0]
+
+    def are_cached(self, page_hashes: Iterable[Any], group: int = 0) -> list[bool]:
+        """Whether a page of a KV cache group is cached under each hash.
+
+        Any thread may call this while the engine makes steps: each answer is one look into a dict. ``find`` is for the
+        scheduler's thread alone. Goes when the pool can be asked for a hash without a page.
+        """
+        cache = self.block_pool.cached_block_hash_to_block._cache
+        return [make_block_hash_with_group_id(page_hash, group) in cache for page_hash in page_hashes]
 
     def find_run(self, page_hashes: Iterable[Any], group: int = 0) -> list[Page]:
         """The pages cached under these hashes, up to the first hash that has none."""

@@ -33,11 +33,13 @@ def prompt_keys(plan: StarPlan | None, num_tokens: int, chunk_size: int, window:
     context, total, context_end = dense, dense, num_tokens
     if plan is not None:
         context_end = plan.context_end
-        starts = range(0, context_end, plan.block_size)
-        context = sum(
-            pairs(start, min(start + plan.block_size, context_end), start, plan.anchor_size if start else 0)
-            for start in starts
-        )
+        # All whole blocks but the first attend to equally many keys: chunks end where star blocks do.
+        size, num_whole = plan.block_size, context_end // plan.block_size
+        context = pairs(0, min(size, context_end), 0, 0)
+        if num_whole:
+            context += (num_whole - 1) * pairs(size, 2 * size, size, plan.anchor_size)
+            rest = num_whole * size
+            context += pairs(rest, context_end, rest, plan.anchor_size)
         total = context + pairs(context_end, num_tokens, 0, 0)
     return {
         "keys_attended": round(total),

@@ -19,6 +19,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
@@ -204,10 +205,11 @@ class SplitPrefill:
             ValueError: the pages of two of them have different layouts.
         """
         # Pages that an adapter computed have keys that only its own requests make.
-        token_ids = list(self.token_ids) if self.keywords.get("lora_request") is None else []
+        token_ids = self.token_ids if self.keywords.get("lora_request") is None else []
+        encoded = msgspec.Raw(msgspec.msgpack.encode(token_ids))  # once for all replicas
         number = self.engine.vllm_config.parallel_config.data_parallel_size
         salt, plan = self.prompt.get("cache_salt"), self.plan.to_wire()
-        calls = (self._call(rank, REPLICA_STATE, token_ids, plan, salt) for rank in range(number))
+        calls = (self._call(rank, REPLICA_STATE, encoded, plan, salt) for rank in range(number))
         answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, ReplicaTimeout):
@@ -223,7 +225,7 @@ class SplitPrefill:
         self.capacity = {rank: state["pages"] for rank, state in states.items()}
         return {
             rank: ReplicaState(
-                frozenset(state["cached"]),
+                state["cached"],
                 state["has_anchor"],
                 state["queued_tokens"] / self.plan.block_size,
                 self._demand.max_blocks(rank) if self.plan.shards else math.inf,

@@ -9,8 +9,10 @@ query also runs on the replica of the first range: that range is the longest, so
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 BISECTIONS = 32
 
@@ -20,13 +22,14 @@ class ReplicaState:
     """A replica before it starts on a prompt.
 
     Attributes:
-        cached_blocks: the star blocks of the prompt whose pages are all in its prefix cache.
+        cached: a byte for each star block of the prompt, 1 where all its pages are in the prefix cache; blocks behind
+            the last byte are not cached.
         has_anchor: whether the pages of the anchor are.
         load: work that is queued there already.
         max_blocks: star blocks that its memory takes.
     """
 
-    cached_blocks: frozenset[int] = frozenset()
+    cached: bytes = b""
     has_anchor: bool = False
     load: float = 0.0
     max_blocks: float = math.inf
@@ -58,14 +61,15 @@ def assign_blocks(
         ValueError: the replicas' memory does not take all blocks.
     """
     order = _order(num_blocks, replicas)[:max_replicas]
+    uncached = {index: _uncached_before(num_blocks, replicas[index]) for index in order}
     low, high = 0.0, max(replica.load for replica in replicas) + num_blocks + anchor_work
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if _fill(num_blocks, anchor_work, replicas, order, middle) is None:
+        if _fill(num_blocks, anchor_work, replicas, uncached, middle) is None:
             low = middle
         else:
             high = middle
-    assignments = _fill(num_blocks, anchor_work, replicas, order, high)
+    assignments = _fill(num_blocks, anchor_work, replicas, uncached, high)
     if assignments is None:
         room = sum(replicas[index].max_blocks for index in order)
         raise ValueError(f"{num_blocks} star blocks, and {len(order)} replicas have room for {room:.0f}")
@@ -75,16 +79,18 @@ def assign_blocks(
 def completion_time(assignment: Assignment, anchor_work: float, replica: ReplicaState) -> float:
     """The work after which a replica is done with its assignment, queued work included."""
     anchor = 0.0 if assignment.first == 0 or replica.has_anchor else anchor_work
-    blocks = range(assignment.first, assignment.stop)
-    return replica.load + anchor + sum(block not in replica.cached_blocks for block in blocks)
+    num_cached = replica.cached.count(1, assignment.first, assignment.stop)
+    return replica.load + anchor + (assignment.stop - assignment.first - num_cached)
 
 
 def best_num_replicas(num_blocks: int, anchor_work: float, max_replicas: int) -> int:
     """The smallest number of idle replicas with empty caches that is as fast as ``max_replicas`` of them."""
 
     def work(number: int) -> float:
-        assignments = assign_blocks(num_blocks, anchor_work, [ReplicaState()] * number, number)
-        return max(completion_time(assignment, anchor_work, ReplicaState()) for assignment in assignments)
+        # All replicas are done after a whole number of blocks, or after the anchor and a whole number of blocks.
+        even = -(-(num_blocks + (number - 1) * math.ceil(anchor_work)) // number)
+        behind_anchor = max(-(-(num_blocks - math.floor(anchor_work)) // number), 0)
+        return min(num_blocks, even, behind_anchor + anchor_work)
 
     return min(range(1, min(max_replicas, num_blocks) + 1), key=lambda number: (round(work(number), 6), number))
 
@@ -96,34 +102,56 @@ def _order(num_blocks: int, replicas: Sequence[ReplicaState]) -> list[int]:
     begin, then by load.
     """
 
-    def leading(replica: ReplicaState) -> int:
-        return next((block for block in range(num_blocks) if block not in replica.cached_blocks), num_blocks)
+    def first_block(replica: ReplicaState, flag: int) -> int:
+        """The first block that is cached (1), or is not (0)."""
+        found = replica.cached.find(flag)
+        if found >= 0:
+            return found
+        return num_blocks if flag else len(replica.cached)
 
     by_index = range(len(replicas))
     first = min(
         by_index,
-        key=lambda index: (replicas[index].load - leading(replicas[index]), len(replicas[index].cached_blocks), index),
+        key=lambda index: (
+            replicas[index].load - first_block(replicas[index], 0),
+            replicas[index].cached.count(1),
+            index,
+        ),
     )
     rest = sorted(
         (index for index in by_index if index != first),
-        key=lambda index: (min(replicas[index].cached_blocks, default=num_blocks), replicas[index].load, index),
+        key=lambda index: (first_block(replicas[index], 1), replicas[index].load, index),
     )
     return [first, *rest]
 
 
+def _uncached_before(num_blocks: int, replica: ReplicaState) -> np.ndarray:
+    """(num_blocks + 1,) int64: how many blocks before each one are not cached."""
+    counts = np.zeros(num_blocks + 1, dtype=np.int64)
+    flags = np.frombuffer(replica.cached.ljust(num_blocks, b"\0"), dtype=np.uint8)
+    np.cumsum(1 - flags, out=counts[1:])
+    return counts
+
+
 def _fill(
-    num_blocks: int, anchor_work: float, replicas: Sequence[ReplicaState], order: Sequence[int], until: float
+    num_blocks: int,
+    anchor_work: float,
+    replicas: Sequence[ReplicaState],
+    uncached: Mapping[int, np.ndarray],
+    until: float,
 ) -> list[Assignment] | None:
-    """Give each replica in turn all that it can do by time ``until``; None where blocks are left over."""
+    """Give each replica in turn all that it can do by time ``until``; None where blocks are left over.
+
+    Args:
+        uncached: replica -> its _uncached_before, in the order in which the replicas get blocks.
+    """
     assignments, first = [], 0
-    for index in order:
+    for index, before in uncached.items():
         replica, stop = replicas[index], first
-        work = completion_time(Assignment(index, first, first), anchor_work, replica)
-        while stop < num_blocks and stop - first < replica.max_blocks:
-            work += stop not in replica.cached_blocks
-            if work > until:
-                break
-            stop += 1
+        left = until - completion_time(Assignment(index, first, first), anchor_work, replica)
+        if left >= 0:
+            stop = int(np.searchsorted(before, before[first] + math.floor(left), side="right")) - 1
+            stop = int(min(stop, first + replica.max_blocks))
         if stop > first:
             assignments.append(Assignment(index, first, stop))
         elif not assignments:

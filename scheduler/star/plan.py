@@ -76,7 +76,7 @@ class StarPlan:
 
     def keys_attended(self) -> int:
         """Query-key pairs of the whole prompt, per head and layer."""
-        return sum(count_pairs(stop - start, keys) for start, stop, keys in self.split(0, self.num_prompt_tokens))
+        return self._context_pairs() + self._pairs(self.context_end, self.num_prompt_tokens)
 
     def dense_keys(self) -> int:
         """Query-key pairs of the same prompt under dense causal prefill."""
@@ -84,8 +84,17 @@ class StarPlan:
 
     def context_keys_per_token(self) -> float:
         """Keys that a context token attends to, on average."""
-        pairs = sum(count_pairs(stop - start, keys) for start, stop, keys in self.split(0, self.context_end))
-        return pairs / max(self.context_end, 1)
+        return self._context_pairs() / max(self.context_end, 1)
+
+    def _context_pairs(self) -> int:
+        """Query-key pairs of the context. All whole blocks have equally many, except for those that see all before."""
+        size, num_whole = self.block_size, self.context_end // self.block_size
+        first = min((self.anchor_size + self.overlap_size) // size + 1, num_whole)
+        ends = self._pairs(0, first * size) + self._pairs(num_whole * size, self.context_end)
+        return ends + (num_whole - first) * count_pairs(size, self.key_ranges(first, (first + 1) * size))
+
+    def _pairs(self, start: int, stop: int) -> int:
+        return sum(count_pairs(end - begin, keys) for begin, end, keys in self.split(start, stop))
 
     def to_wire(self) -> list[int]:
         """The plan as msgpack takes it; ``StarPlan(*wire)`` is the plan again."""

@@ -6,6 +6,7 @@ the output see them. They are white space, which changes a model's answer least 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,10 +76,13 @@ def align(
     block_size = find_block_size(options, len(token_ids), page_size)
     if context_end <= block_size:  # the prompt runs dense
         return token_ids, request
-    gaps = find_gaps(context, mark, block_size)
-    before, aligned = len(token_ids), len(token_ids) + sum(length for _, length in gaps)
-    if aligned > max(before, limits.max_prompt_tokens):
-        reason = f"with its segments at star blocks' borders the prompt of {before} tokens has {aligned}"
+    before = len(token_ids)
+    room = max(limits.max_prompt_tokens - before, 0)
+    gaps = find_gaps(context, mark, block_size, room)
+    padding_tokens = sum(length for _, length in gaps)
+    if padding_tokens > room:
+        aligned = before + padding_tokens
+        reason = f"with its segments at star blocks' borders the prompt of {before} tokens has at least {aligned}"
         raise OptionError(
             SEGMENT_TOKEN, mark, reason, f"up to {limits.max_prompt_tokens} tokens: smaller blocks or fewer segments"
         )
@@ -124,15 +128,20 @@ def check_block_size(options: StarOptions) -> None:
         raise OptionError(SEGMENT_TOKEN, options.segment_token, reason, allowed)
 
 
-def find_gaps(token_ids: list[int], mark: int, block_size: int) -> list[tuple[int, int]]:
+def find_gaps(token_ids: list[int], mark: int, block_size: int, room: float = math.inf) -> list[tuple[int, int]]:
     """(position, length) of each padding that moves a ``mark`` to a multiple of ``block_size``.
 
     A mark at position 0 needs no padding. A mark at position 1 gets none either: many tokenizers put one token before
     the prompt.
+
+    Args:
+        room: the search ends once the paddings have more than so many tokens.
     """
     gaps: list[tuple[int, int]] = []
     position = added = 0
     for _ in range(token_ids.count(mark)):
+        if added > room:
+            break
         position = token_ids.index(mark, position)
         length = -(position + added) % block_size
         if length and position > 1:

@@ -118,7 +118,7 @@ def test_pages_of_others_follow_our_own_and_become_ordinary_cached_pages(schedul
         PageRead([ADDRESS], [30, 31, 32], ours[6:9]),
     ]
     # The pages have not arrived yet: no other request may find them.
-    assert replica_state(scheduler, hasher(), tokens(), PLAN, None)["cached"] == [0, 1]
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, None).result()["cached"] == bytes([1, 1, 0, 0, 0])
     scheduler.update_from_output(
         step, ModelRunnerOutput([], {}, kv_connector_output=KVConnectorOutput(finished_recving={"whole"}))
     )
@@ -163,22 +163,22 @@ def test_a_request_that_is_aborted_while_it_fetches_leaves_no_page(scheduler):
     assert free_pages(scheduler) < 39  # pages must not arrive where other requests own the memory
     no_forward(scheduler, finished_recving={"whole"})
     assert free_pages(scheduler) == 39
-    assert replica_state(scheduler, hasher(), tokens(), PLAN, None)["cached"] == [0, 1]
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, None).result()["cached"] == bytes([1, 1, 0, 0, 0])
 
 
 def test_the_state_of_a_replica(scheduler):
-    empty = replica_state(scheduler, hasher(), tokens(), PLAN, None)
-    expected = {"cached": [], "has_anchor": False, "queued_tokens": 0, "pages": 39, "layout": ADDRESS["layout"]}
+    empty = replica_state(scheduler, hasher(), tokens(), PLAN, None).result()
+    expected = {"cached": bytes(5), "has_anchor": False, "queued_tokens": 0, "pages": 39, "layout": ADDRESS["layout"]}
     assert empty == expected
     scheduler.add_request(part("anchor", 0, 64))
     run_to_end(scheduler)
     scheduler.add_request(part("mine", 128, 288))
     run_to_end(scheduler)
     scheduler.add_request(make_request("waiting", None))
-    state = replica_state(scheduler, hasher(), tokens(), PLAN, None)
-    assert (state["cached"], state["has_anchor"], state["queued_tokens"]) == ([0, 2, 3, 4], True, 300)
-    assert replica_state(scheduler, hasher(), tokens(), PLAN, "salt")["cached"] == []
-    assert replica_state(scheduler, hasher(), [], PLAN, None)["has_anchor"] is False
+    state = replica_state(scheduler, hasher(), tokens(), PLAN, None).result()
+    assert (state["cached"], state["has_anchor"], state["queued_tokens"]) == (bytes([1, 0, 1, 1, 1]), True, 300)
+    assert replica_state(scheduler, hasher(), tokens(), PLAN, "salt").result()["cached"] == bytes(5)
+    assert replica_state(scheduler, hasher(), [], PLAN, None).result()["has_anchor"] is False
 
 
 def test_tokens_that_a_part_leaves_out_are_no_hit(config):  # noqa: F811

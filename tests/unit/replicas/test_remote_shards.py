@@ -74,7 +74,7 @@ def test_a_second_request_finds_the_query_of_the_first(scheduler):
     for computed in (112 + 2, 16 + 2):  # the last token of 400 is in no whole page
         scheduler.add_request(whole("whole"))
         assert run_to_end(scheduler) == computed
-    assert replica_state(scheduler, hasher(), IDS, PLAN, None)["cached"] == [0, 1]
+    assert replica_state(scheduler, hasher(), IDS, PLAN, None).result()["cached"] == bytes([1, 1, 0, 0, 0])
 
 
 def test_a_preempted_request_goes_on_from_the_held_pages(scheduler):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -229,12 +230,14 @@ class EngineCoreClient:
             replica.send(lambda finish=finish: finish(request_ids, RequestStatus.FINISHED_ABORTED))
 
     async def _call_utility_async(self, name: str, *args: Any, engine: Replica) -> Any:
+        args = tuple(msgspec.msgpack.decode(msgspec.msgpack.encode(args)))
         self.calls.append((now(), engine.rank, name, args))
         answered = asyncio.get_running_loop().create_future()
-        args = msgspec.msgpack.decode(msgspec.msgpack.encode(args))
 
         def call() -> None:
             result = getattr(core.EngineCore, name)(engine.core, *args)
+            if isinstance(result, Future):  # no thread runs beside virtual time
+                result = result.result()
             if not answered.cancelled():
                 answered.set_result(msgspec.msgpack.decode(msgspec.msgpack.encode(result)))
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from itertools import combinations_with_replacement, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.star.assignment import Assignment, ReplicaState, assign_blocks, best_num_replicas, completion_time
 
-REPLICAS = st.lists(
-    st.builds(
+
+def flags(cached: Iterable[int], num_blocks: int = 10) -> bytes:
+    """The flags of ReplicaState for the cached blocks."""
+    return bytes(block in cached for block in range(num_blocks))
+
+
+def replica_states(num_blocks: int, **more: st.SearchStrategy) -> st.SearchStrategy[list[ReplicaState]]:
+    replica = st.builds(
         ReplicaState,
-        cached_blocks=st.frozensets(st.integers(0, 9), max_size=10),
+        cached=st.lists(st.sampled_from([0, 1]), max_size=num_blocks).map(bytes),
         has_anchor=st.booleans(),
         load=st.sampled_from([0.0, 0.5, 3.0, 20.0]),
-    ),
-    min_size=1,
-    max_size=4,
-)
+        **more,
+    )
+    return st.lists(replica, min_size=1, max_size=4)
+
+
 ANCHORS = st.sampled_from([0.0, 0.25, 1.0])
 
 
@@ -28,8 +37,9 @@ def makespan(assignments, anchor_work, replicas) -> float:
     return max(completion_time(each, anchor_work, replicas[each.replica]) for each in assignments)
 
 
-@given(blocks=st.integers(1, 10), anchor_work=ANCHORS, replicas=REPLICAS, max_replicas=st.integers(1, 4))
-def test_each_replica_gets_one_contiguous_range_and_each_block_is_in_one(blocks, anchor_work, replicas, max_replicas):
+@given(data=st.data(), blocks=st.integers(1, 10), anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
+def test_each_replica_gets_one_contiguous_range_and_each_block_is_in_one(data, blocks, anchor_work, max_replicas):
+    replicas = data.draw(replica_states(blocks))
     assignments = assign_blocks(blocks, anchor_work, replicas, max_replicas)
     assert [block for each in assignments for block in range(each.first, each.stop)] == list(range(blocks))
     assert len({each.replica for each in assignments}) == len(assignments) <= max_replicas
@@ -55,6 +65,75 @@ def test_no_other_contiguous_split_is_faster(blocks, anchor_work, number):
     assert found <= best + 1e-6
 
 
+def plain_assignments(num_blocks, anchor_work, replicas, max_replicas) -> list[Assignment] | None:
+    """What assign_blocks searches for, by a look at each block; None where the replicas have no room."""
+
+    def first_block(replica: ReplicaState, cached: bool) -> int:
+        padded = replica.cached.ljust(num_blocks, b"\0")
+        return next((block for block in range(num_blocks) if padded[block] == cached), num_blocks)
+
+    def work(replica: ReplicaState, first: int, stop: int) -> float:
+        anchor = 0.0 if first == 0 or replica.has_anchor else anchor_work
+        return replica.load + anchor + sum(not any(replica.cached[block : block + 1]) for block in range(first, stop))
+
+    def fill(until: float) -> list[Assignment] | None:
+        assignments, first = [], 0
+        for index in order:
+            replica, stop = replicas[index], first
+            while (
+                stop < num_blocks
+                and stop - first < replica.max_blocks
+                and work(replica, first, stop) <= until
+                and work(replica, first, stop + 1) <= until
+            ):
+                stop += 1
+            if stop > first:
+                assignments.append(Assignment(index, first, stop))
+            elif not assignments:
+                return None
+            first = stop
+        return assignments if first == num_blocks else None
+
+    def rank(index: int) -> tuple:
+        replica = replicas[index]
+        return replica.load - first_block(replica, False), sum(replica.cached), index
+
+    first = min(range(len(replicas)), key=rank)
+    rest = (index for index in range(len(replicas)) if index != first)
+    key = lambda index: (first_block(replicas[index], True), replicas[index].load, index)  # noqa: E731
+    order = [first, *sorted(rest, key=key)][:max_replicas]
+    # Replicas end after their load, the anchor or none, and a whole number of blocks.
+    ends = {
+        each.load + anchor + count
+        for each in replicas
+        for anchor in (0, anchor_work)
+        for count in range(num_blocks + 1)
+    }
+    return next((found for until in sorted(ends) if (found := fill(until)) is not None), None)
+
+
+@settings(max_examples=300)
+@given(data=st.data(), blocks=st.integers(1, 14), anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
+def test_assignments_are_those_of_a_look_at_each_block(data, blocks, anchor_work, max_replicas):
+    replicas = data.draw(replica_states(blocks, max_blocks=st.sampled_from([0, 1, 2, 5, math.inf])))
+    expected = plain_assignments(blocks, anchor_work, replicas, max_replicas)
+    if expected is None:
+        with pytest.raises(ValueError, match="have room for"):
+            assign_blocks(blocks, anchor_work, replicas, max_replicas)
+    else:
+        assert assign_blocks(blocks, anchor_work, replicas, max_replicas) == expected
+
+
+@given(st.integers(1, 60), st.sampled_from([0.0, 0.001, 0.25, 0.5, 1.0]), st.integers(1, 12))
+def test_the_best_number_of_replicas_is_that_of_the_assignments(blocks, anchor_work, max_replicas):
+    def work(number: int) -> float:
+        idle = [ReplicaState()] * number
+        return makespan(assign_blocks(blocks, anchor_work, idle, number), anchor_work, idle)
+
+    fastest = min(range(1, min(max_replicas, blocks) + 1), key=lambda number: (round(work(number), 6), number))
+    assert best_num_replicas(blocks, anchor_work, max_replicas) == fastest
+
+
 @pytest.mark.parametrize("blocks", range(1, 33))
 def test_two_replicas_that_both_compute_the_anchor_take_half_the_blocks_and_the_anchor(blocks):
     assignments = assign_blocks(blocks, 1.0, [ReplicaState(), ReplicaState()], 2)
@@ -70,9 +149,9 @@ def test_two_replicas_that_both_compute_the_anchor_take_half_the_blocks_and_the_
         # With any block, the busy replica would be the last.
         ([ReplicaState(load=100), ReplicaState()], [Assignment(1, 0, 8)]),
         # All blocks are cached.
-        ([ReplicaState(), ReplicaState(frozenset(range(8)), True)], [Assignment(1, 0, 8)]),
-        ([ReplicaState(), ReplicaState(frozenset({0, 1}), True)], [Assignment(1, 0, 6), Assignment(0, 6, 8)]),
-        ([ReplicaState(frozenset({6, 7}), True), ReplicaState()], [Assignment(1, 0, 3), Assignment(0, 3, 8)]),
+        ([ReplicaState(), ReplicaState(bytes([1] * 8), True)], [Assignment(1, 0, 8)]),
+        ([ReplicaState(), ReplicaState(bytes([1, 1]), True)], [Assignment(1, 0, 6), Assignment(0, 6, 8)]),
+        ([ReplicaState(flags({6, 7}, 8), True), ReplicaState()], [Assignment(1, 0, 3), Assignment(0, 3, 8)]),
         ([ReplicaState()] * 3, [Assignment(0, 0, 4), Assignment(1, 4, 7), Assignment(2, 7, 8)]),
     ],
 )

@@ -1,0 +1,53 @@
+"""The front plans on its event loop: the work must not grow with the number of star blocks of a prompt."""
+
+from __future__ import annotations
+
+import pytest
+
+from attention_backends.attamba.count import prompt_keys
+from scheduler.star.assignment import ReplicaState, assign_blocks
+from scheduler.star.options import StarOptions, parse_options
+from scheduler.star.parsing import OptionError
+from scheduler.star.plan import ReplicaSet, make_plan
+from scheduler.star.segments import TokenLimits, align
+from tests.unit.lines_run import lines_run
+
+MANY = {"mode": "on", "block_size": 16, "anchor_size": 16}
+TOKENS = 1_000_000
+PLAN = make_plan(TOKENS, StarOptions(), parse_options(MANY, flat=False), 16)
+BLOCKS = PLAN.num_star_blocks
+
+
+def test_a_plan_for_many_replicas_is_made_without_a_look_at_each_block():
+    options = parse_options(MANY, flat=False)
+    work = lines_run(lambda: make_plan(TOKENS, StarOptions(), options, 16, ReplicaSet(8)))
+    assert BLOCKS == 62468
+    assert work < 1000
+
+
+def test_the_attended_keys_are_counted_without_a_look_at_each_block():
+    assert lines_run(PLAN.summary) < 200
+
+
+def test_the_attended_keys_of_attamba_are_counted_without_a_look_at_each_block():
+    shape = {"chunk_size": 1, "window": 8, "layers": 1}
+    assert lines_run(lambda: prompt_keys(PLAN, TOKENS, **shape)) < 200
+
+
+@pytest.mark.parametrize("cached", ["none", "all", "every_second"])
+def test_blocks_are_assigned_without_a_look_at_each_block(cached):
+    flags = {"none": b"", "all": bytes([1] * BLOCKS), "every_second": bytes([0, 1] * (BLOCKS // 2))}[cached]
+    replicas = [ReplicaState(flags, bool(flags), load=index, max_blocks=BLOCKS) for index in range(8)]
+    assert lines_run(lambda: assign_blocks(BLOCKS, 1.0, replicas, 8)) < 10_000
+
+
+def test_segments_are_counted_up_to_the_longest_prompt():
+    """Each of these segments would take a star block of its own."""
+    limits = TokenLimits(max_prompt_tokens=TOKENS, vocabulary_size=10, white_space=lambda: 3)
+    options = parse_options({"mode": "on", "block_size": 8192, "segment_token": 5}, flat=False)
+
+    def refused() -> None:
+        with pytest.raises(OptionError, match="star_segment_token=5 is refused"):
+            align([1, 5] * (TOKENS // 2), StarOptions(), options, 16, limits)
+
+    assert lines_run(refused) < 5000

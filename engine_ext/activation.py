@@ -15,6 +15,8 @@ from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
+from engine_ext.cache_salt import CACHE_SALT, CACHE_SALT_SETTINGS
+from engine_ext.clients import api_keys
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import other_launcher, refuse_overlap, replica_set, star_page_size, star_refusals
 from replicas import network
@@ -27,7 +29,7 @@ from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, check_shards, check_sizes, max_replicas
 from scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from scheduler.star.segments import check_segment_options
-from vllm_compat.config import share_memory_nodes
+from vllm_compat.config import is_async_engine, share_memory_nodes
 from vllm_compat.engine_core import divide_kv_memory_check
 from vllm_compat.metrics import collect_from_children
 
@@ -35,9 +37,14 @@ logger = init_logger("vllm.starling")
 
 ENTRY = "starling"
 STAR, SCHEDULING, REPLICAS, CPU_ATTENTION = "star", scheduling_options.SECTION, replica_options.SECTION, "cpu_attention"
-SECTIONS = (STAR, SCHEDULING, REPLICAS, CPU_ATTENTION)
+SECTIONS = (STAR, SCHEDULING, REPLICAS, CPU_ATTENTION, CACHE_SALT)
 EXAMPLES = {STAR: '{"mode": "auto", ...}', SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
-MIDDLEWARE = ("engine_ext.serving.http.plan_header.PlanHeader", "engine_ext.serving.http.progress.HttpProgress")
+CHOICES = {CPU_ATTENTION: CPU_ATTENTION_SETTINGS, CACHE_SALT: CACHE_SALT_SETTINGS}  # the first is the default
+MIDDLEWARE = (  # the last one is the outermost
+    "engine_ext.serving.http.plan_header.PlanHeader",
+    "engine_ext.serving.http.progress.HttpProgress",
+    "engine_ext.serving.http.client.NoteClient",
+)
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
@@ -53,12 +60,14 @@ class StarlingConfig:
 
     Attributes:
         cpu_attention: which attention op runs on CPU: "auto" for the faster one, or "vllm" for vLLM's always.
+        cache_salt: which requests share cached pages: one of CACHE_SALT_SETTINGS.
     """
 
     star: StarOptions
     scheduling: SchedulingOptions
     replicas: ReplicaOptions
     cpu_attention: str
+    cache_salt: str
 
 
 def parse_config(additional_config: Any) -> StarlingConfig | None:
@@ -78,15 +87,16 @@ def parse_config(additional_config: Any) -> StarlingConfig | None:
     for section, example in EXAMPLES.items():
         if not isinstance(value := entry.get(section, {}), Mapping):
             raise OptionError(f"{ENTRY}.{section}", value, "it must be an object", example)
-    cpu_attention = entry.get(CPU_ATTENTION, "auto")
-    if cpu_attention not in CPU_ATTENTION_SETTINGS:
-        allowed = " or ".join(CPU_ATTENTION_SETTINGS)
-        raise OptionError(f"{ENTRY}.{CPU_ATTENTION}", cpu_attention, "there is no such choice", allowed)
+    chosen = {name: entry.get(name, settings[0]) for name, settings in CHOICES.items()}
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise OptionError(f"{ENTRY}.{name}", value, "there is no such choice", " or ".join(CHOICES[name]))
     return StarlingConfig(
         star=parse_options(entry.get(STAR, {}), flat=False),
         scheduling=parse_scheduling(entry.get(SCHEDULING, {}), f"{ENTRY}.{SCHEDULING}."),
         replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),
-        cpu_attention=cpu_attention,
+        cpu_attention=chosen[CPU_ATTENTION],
+        cache_salt=chosen[CACHE_SALT],
     )
 
 
@@ -96,8 +106,11 @@ def before_engine_config(engine_args: Any) -> None:
     Raises:
         OptionError: Starling is activated beside a scheduler or worker class of the user's, or its entry is wrong.
     """
-    if parse_config(engine_args.additional_config) is None:
+    config = parse_config(engine_args.additional_config)
+    if config is None:
         return
+    if config.cache_salt != "request" and not is_async_engine(engine_args):
+        raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, "only a server has clients", "request")
     for name, value, default in (
         ("scheduler_cls", engine_args.scheduler_cls, None),
         ("worker_cls", engine_args.worker_cls, "auto"),
@@ -199,7 +212,16 @@ def _log_activation(star: StarOptions, refusals: list[str], model: Any) -> None:
         )
 
 
-def add_middleware(args: Any) -> None:
-    """Add the middleware that shows plans and progress to the arguments of a server that is about to start."""
-    if parse_config(args.additional_config) is not None:
-        args.middleware = [*args.middleware, *(name for name in MIDDLEWARE if name not in args.middleware)]
+def prepare_server(args: Any) -> None:
+    """Add Starling's middleware to the arguments of a server that is about to start.
+
+    Raises:
+        OptionError: the server's cache salts would come from API keys, and it has none.
+    """
+    config = parse_config(args.additional_config)
+    if config is None:
+        return
+    if config.cache_salt == "api-key" and not api_keys(args):
+        reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
+        raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")
+    args.middleware = [*args.middleware, *(name for name in MIDDLEWARE if name not in args.middleware)]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from engine_ext.models.registry import register_model_families
 from vllm_compat.bench import add_bench_backend, is_bench
 from vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from vllm_compat.engine_core import divide_kv_memory_check
-from vllm_compat.front import on_beam_search, on_generate, on_processed_request
+from vllm_compat.front import on_beam_search, on_encode, on_generate, on_processed_request
 from vllm_compat.versions import problem
 
 logger = logging.getLogger("vllm.starling")
@@ -42,6 +43,7 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from engine_ext.activation import after_engine_config
+        from engine_ext.clients import sees_cached, without_cached
         from engine_ext.front.split_prefill import generate_split
         from engine_ext.front.state import state_of
         from engine_ext.requests import begin_beam_search
@@ -50,18 +52,26 @@ def _hook_in() -> None:
             if request.sampling_params is not None:  # else a pooling request
                 state_of(input_processor).planner.resolve(request, prompt)
 
+        def with_salt(input_processor: Any, prompt: Any) -> Any:
+            return state_of(input_processor).planner.with_salt(prompt)
+
+        def generate_for_client(*request: Any) -> AsyncGenerator[Any, None]:
+            generated = generate_split(*request)
+            return generated if sees_cached() else without_cached(generated)
+
         after_engine_config(vllm_config)
         on_processed_request(resolve)
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
-            on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_split)
+            on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
+            on_encode(with_salt)
             on_beam_search(begin_beam_search)
 
     def server_args(args: object) -> None:
         if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server
             return
-        from engine_ext.activation import add_middleware
+        from engine_ext.activation import prepare_server
 
-        add_middleware(args)
+        prepare_server(args)
 
     async def bench_request(*args: Any, **kwargs: Any) -> Any:
         from engine_ext.serving.grpc.bench import request_starling

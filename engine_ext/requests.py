@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from engine_ext.activation import ENTRY, parse_config
+from engine_ext.cache_salt import salted
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import refuse_overlap, replica_set, star_refusals
 from scheduler.star.kv_demand import with_enough_replicas
@@ -189,13 +190,17 @@ class RequestPlanner:
             request_id: the one that the engine is about to get; None where it does not have one yet.
 
         Returns:
-            The engine input with its PlannedPrompt; an input whose tokens are not known yet as it is.
+            The engine input with its PlannedPrompt and, with a request id, its salt; without a plan where its tokens
+            are not known yet.
 
         Raises:
-            VLLMValidationError: the request's options can't be used.
+            VLLMValidationError: the request's options can't be used, or it lacks the salt that the server requires.
         """
         extra_args = getattr(params, "extra_args", None)
         given_metadata(extra_args)
+        with_salt = self.with_salt(engine_input)
+        if request_id is not None:  # else the same input comes again, with an id
+            engine_input = with_salt
         if not isinstance(engine_input, Mapping) or (self.config is None and not extra_args):
             return engine_input
         token_ids = engine_input.get("prompt_token_ids")
@@ -211,6 +216,14 @@ class RequestPlanner:
         if ids is not None and request_id is not None:
             ids.append(request_id)
         return engine_input
+
+    def with_salt(self, engine_input: Any) -> Any:
+        """An engine input with the salt that the server's option `cache_salt` gives it.
+
+        Raises:
+            VLLMValidationError: the server requires a salt or an API key, and the request has none.
+        """
+        return engine_input if self.config is None else salted(self.config.cache_salt, engine_input)
 
     def resolve(self, request: Any, prompt: Any) -> None:
         """Replace a processed request's star options by its metadata, in the request's own sampling parameters.

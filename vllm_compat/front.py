@@ -71,6 +71,22 @@ def on_generate(
     wrap(OpenAIServingResponses, "_generate_with_builtin_tools", around_responses)
 
 
+def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
+    """Let ``prepare(input_processor, prompt)`` check and replace the prompt of every pooling request of an AsyncLLM.
+
+    Goes as on_generate does.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def encode(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(self, prepare(self.input_processor, prompt), *args, **kwargs)
+
+        return encode
+
+    wrap(AsyncLLM, "encode", around)
+
+
 def on_beam_search(callback: Callable[[Any], None]) -> None:
     """Call ``callback(http_request)`` where an OpenAI request becomes beam-search parameters.
 

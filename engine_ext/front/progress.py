@@ -14,6 +14,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from engine_ext.clients import sees_cached
 from scheduler.core_rpc import PREFILL_PROGRESS
 from vllm_compat.front import call_engine_cores, engine_request_ids, request_state
 
@@ -26,11 +27,14 @@ ARRIVAL_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Progress:
-    """Prompt tokens and star blocks done; a dense prompt has 0 blocks and no context."""
+    """Prompt tokens and star blocks done; a dense prompt has 0 blocks and no context.
+
+    ``cached``: of the tokens done; None where the client may not know.
+    """
 
     computed: int
     prompt: int
-    cached: int
+    cached: int | None
     context: int
     star_blocks_done: int
     star_blocks: int
@@ -120,13 +124,14 @@ class ProgressPoller:
         if self.task is None:
             self.task = asyncio.create_task(self._run(engine))
         yielded: Progress | None = None
+        show_cached = sees_cached()
         try:
             while True:
                 await watch.changed.wait()
                 watch.changed.clear()
                 if watch.last is not None and watch.last != yielded:
                     yielded = watch.last
-                    yield yielded
+                    yield yielded if show_cached else replace(yielded, cached=None)
                 if watch.ended:
                     return
         finally:

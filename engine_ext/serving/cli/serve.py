@@ -15,13 +15,13 @@ from typing import Any
 
 import psutil
 import uvloop
-from vllm import envs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
+from engine_ext.clients import api_keys
 from engine_ext.front.state import front_state
 from engine_ext.serving.cli.cores import CORES_ENV, core_binding
 from engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
@@ -164,7 +164,8 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
     on_serving_models(note_serving_models)
-    front = Front(engine, [key for key in args.api_key or [envs.VLLM_API_KEY] if key], chat_params(args), admin)
+    show_cached = args.enable_prompt_tokens_details
+    front = Front(engine, api_keys(args), chat_params(args), admin, show_cached)
     address = authority(host)
     port = await front.start(f"{address}:{port}", credentials)
     logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")

@@ -13,7 +13,8 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
-from engine_ext.activation import CPU_ATTENTION, ENTRY, REPLICAS, SCHEDULING, STAR, parse_config
+from engine_ext.activation import CACHE_SALT, CPU_ATTENTION, ENTRY, REPLICAS, SCHEDULING, STAR, parse_config
+from engine_ext.cache_salt import CACHE_SALT_SETTINGS
 from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
 from replicas.options import ReplicaOptions
 from scheduler.options import SchedulingOptions
@@ -29,6 +30,11 @@ GRPC_PORT_HELP = (
 CPU_ATTENTION_HELP = (
     "On CPU: auto, Starling's attention op where it is faster than vLLM's, or vllm, always vLLM's. A C++ compiler "
     "builds Starling's op at the first start. (default: auto)"
+)
+CACHE_SALT_HELP = (
+    "Which requests share cached KV pages: request, those with the same cache_salt, or without one, as in vLLM; "
+    "required, as request, but requests without a cache_salt are refused; api-key, those with the same API key and the "
+    "same cache_salt or none (needs --api-key). (default: request)"
 )
 ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
 
@@ -98,6 +104,7 @@ FLAGS = (
     *model_flags(STAR, StarOptions, flat_name),
     *model_flags(REPLICAS, ReplicaOptions, lambda field: f"star_replica_{field}"),
     Flag(CPU_ATTENTION, CPU_ATTENTION, None, {"choices": CPU_ATTENTION_SETTINGS, "help": CPU_ATTENTION_HELP}),
+    Flag(CACHE_SALT, CACHE_SALT, None, {"choices": CACHE_SALT_SETTINGS, "help": CACHE_SALT_HELP}),
     *model_flags(SCHEDULING, SchedulingOptions, scheduling_name),
 )
 

@@ -19,7 +19,7 @@ def progress_event(progress: Progress) -> pb.GenerateStreamResponse:
         progress=pb.Progress(
             computed_tokens=progress.computed,
             prompt_tokens=progress.prompt,
-            cached_tokens=progress.cached,
+            cached_tokens=progress.cached or 0,
             context_tokens=progress.context,
             star_blocks_done=progress.star_blocks_done,
             star_blocks=progress.star_blocks,

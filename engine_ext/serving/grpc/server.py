@@ -14,6 +14,7 @@ from vllm.renderers import ChatParams
 from engine_ext.serving.grpc import admin as admin_service
 from engine_ext.serving.grpc.admin import AdminServicer, start_admin_server
 from engine_ext.serving.grpc.auth import AuthInterceptor, DecodeErrorInterceptor, add_port
+from engine_ext.serving.grpc.client import NoteClient
 from engine_ext.serving.grpc.inference import MAX_REQUEST_BYTES, SERVICE, Inference
 from engine_ext.serving.grpc.options import NO_ADMIN, AdminOptions, authority
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
@@ -42,17 +43,24 @@ class Front:
         api_keys: calls of InferenceService need one of these; none: they need no key.
         chat: how chat messages are rendered.
         admin: where AdminService is served.
+        show_cached: whether responses say how many tokens were cached (vLLM's --enable-prompt-tokens-details).
     """
 
     def __init__(
-        self, engine: Any, api_keys: list[str], chat: ChatParams | None = None, admin: AdminOptions = NO_ADMIN
+        self,
+        engine: Any,
+        api_keys: list[str],
+        chat: ChatParams | None = None,
+        admin: AdminOptions = NO_ADMIN,
+        show_cached: bool = False,
     ) -> None:
         self.engine = engine
         self.admin = admin
         self.admin_server: grpc.aio.Server | None = None
         self.admin_port: int | None = None
         self.auth = AuthInterceptor(api_keys)
-        self.server = grpc.aio.server(interceptors=[self.auth, DecodeErrorInterceptor()], options=SERVER_OPTIONS)
+        interceptors = [self.auth, NoteClient(show_cached), DecodeErrorInterceptor()]
+        self.server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         self.health = health.aio.HealthServicer()
         self.inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)

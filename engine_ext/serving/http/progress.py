@@ -31,7 +31,8 @@ def wants_progress(scope: Any) -> bool:
 
 def comment(prompt_index: int, progress: Progress) -> bytes:
     """A comment of the event stream; ``prompt_index`` counts the prompts of a request that has several."""
-    return f": starling-progress {json.dumps({'prompt_index': prompt_index} | asdict(progress))}\n\n".encode()
+    numbers = {name: value for name, value in asdict(progress).items() if value is not None}
+    return f": starling-progress {json.dumps({'prompt_index': prompt_index} | numbers)}\n\n".encode()
 
 
 class HttpProgress:

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
-from engine_ext.activation import MIDDLEWARE, add_middleware, is_one_host, parse_config
+from engine_ext.activation import MIDDLEWARE, is_one_host, parse_config, prepare_server
 from engine_ext.models.configs import KVShiftLlamaConfig
 from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
 from scheduler.star.parsing import OptionError
@@ -109,11 +109,11 @@ def test_star_off_by_default_starts_and_refuses_per_request(model):
 
 def test_the_server_gets_the_middleware_once():
     args = SimpleNamespace(additional_config={"starling": {}}, middleware=["theirs"])
-    add_middleware(args)
-    add_middleware(args)
+    prepare_server(args)
+    prepare_server(args)
     assert args.middleware == ["theirs", *MIDDLEWARE]
     plain = SimpleNamespace(additional_config={}, middleware=[])
-    add_middleware(plain)
+    prepare_server(plain)
     assert plain.middleware == []
 
 

@@ -48,10 +48,11 @@ def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch)
     monkeypatch.setattr(plugin, "on_server_args", lambda callback: None)
     monkeypatch.setattr(plugin, "on_processed_request", lambda callback: hooks.append("resolve"))
     monkeypatch.setattr(plugin, "on_generate", lambda prepare, around: hooks.append(around.__name__))
+    monkeypatch.setattr(plugin, "on_encode", lambda prepare: hooks.append(prepare.__name__))
     monkeypatch.setattr(plugin, "on_beam_search", lambda callback: hooks.append(callback.__name__))
     plugin._hook_in()
     callbacks["after"](object.__new__(getattr(arg_utils, kind)), SimpleNamespace(additional_config={}))
-    assert hooks == ["resolve", *(["generate_split", "begin_beam_search"] if hooked else [])]
+    assert hooks == ["resolve", *(["generate_for_client", "with_salt", "begin_beam_search"] if hooked else [])]
 
 
 def test_pooling_requests_are_not_planned(monkeypatch):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine_ext.front.state import front_state
+from engine_ext.serving.http.client import NoteClient
 from engine_ext.serving.http.progress import HttpProgress
 from scheduler.core_rpc import PREFILL_PROGRESS
 from tests.unit.engine_ext.front.simulation import Server
@@ -15,11 +16,18 @@ from tests.unit.scheduler.simulation import random_ids
 
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 PROMPT = random_ids(0, 2500)
+WANTED = [(b"x-starling-progress", b"true")]
 DATA = [b"data: x\n\n"] * 3 + [b"data: [DONE]\n\n", b""]
 
 
-async def respond(server: Server, headers, *, content=EVENT_STREAM, path="/v1/completions") -> list[bytes]:
-    """Bodies that a client gets of an application that sends an event for each token."""
+async def respond(
+    server: Server, headers, *, content=EVENT_STREAM, path="/v1/completions", show_cached: bool = True
+) -> list[bytes]:
+    """Bodies that a client gets of an application that sends an event for each token.
+
+    Args:
+        show_cached: vLLM's --enable-prompt-tokens-details.
+    """
     bodies: list[bytes] = []
 
     async def app(scope, receive, send):
@@ -35,19 +43,24 @@ async def respond(server: Server, headers, *, content=EVENT_STREAM, path="/v1/co
             bodies.append(message["body"])
 
     scope = {"type": "http", "path": path, "headers": headers}
-    scope["app"] = SimpleNamespace(state=SimpleNamespace(engine_client=server.engine))
-    await HttpProgress(app)(scope, None, send)
+    args = SimpleNamespace(enable_prompt_tokens_details=show_cached)
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(engine_client=server.engine, args=args))
+    await NoteClient(HttpProgress(app))(scope, None, send)
     return bodies
+
+
+def progress_of(bodies: list[bytes]) -> list[dict]:
+    """The progress in the comments before the events."""
+    prefix, ending = b": starling-progress ", b"\n\n"
+    comments, events = bodies[: -len(DATA)], bodies[-len(DATA) :]
+    assert events == DATA
+    assert all(line.startswith(prefix) and line.endswith(ending) and line.count(b"\n") == 2 for line in comments)
+    return [json.loads(line.removeprefix(prefix)) for line in comments]
 
 
 def test_comments_come_before_the_first_event(simulate):
     async def scenario(server):
-        bodies = await respond(server, [(b"x-starling-progress", b"true")])
-        comments, events = bodies[: -len(DATA)], bodies[-len(DATA) :]
-        assert events == DATA
-        prefix, ending = b": starling-progress ", b"\n\n"
-        assert all(line.startswith(prefix) and line.endswith(ending) and line.count(b"\n") == 2 for line in comments)
-        updates = [json.loads(line.removeprefix(prefix)) for line in comments]
+        updates = progress_of(await respond(server, WANTED))
         computed = [update["computed"] for update in updates]
         assert len(computed) > 2
         assert computed == sorted(set(computed))
@@ -58,13 +71,22 @@ def test_comments_come_before_the_first_event(simulate):
     simulate(scenario)
 
 
+def test_without_vllms_option_progress_does_not_say_what_was_cached(simulate):
+    async def scenario(server):
+        updates = progress_of(await respond(server, WANTED, show_cached=False))
+        assert updates[0]["computed"]
+        assert not any("cached" in update for update in updates)
+
+    simulate(scenario)
+
+
 @pytest.mark.parametrize(
     "request_",
     [
         {"headers": []},
         {"headers": [(b"x-starling-progress", b"false")]},
-        {"headers": [(b"x-starling-progress", b"true")], "path": "/v1/responses"},
-        {"headers": [(b"x-starling-progress", b"true")], "content": [(b"content-type", b"application/json")]},
+        {"headers": WANTED, "path": "/v1/responses"},
+        {"headers": WANTED, "content": [(b"content-type", b"application/json")]},
     ],
     ids=["no header", "false", "another path", "not streamed"],
 )

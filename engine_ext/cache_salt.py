@@ -1,0 +1,77 @@
+"""The server's option `cache_salt`: which requests share cached KV pages.
+
+Prompts share pages only if their salts are equal. With block reuse a client can look for one star block of another
+client's prompt, without knowing what is before the block: only salts keep clients apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from engine_ext.clients import Client, current_client
+from scheduler.star.parsing import OptionError
+
+CACHE_SALT_SETTINGS = ("request", "required", "api-key")
+"""Values of the option: the request's own salt or none, as in vLLM; a salt in each request; one from the API key."""
+
+CACHE_SALT = "cache_salt"
+
+
+def derived_salt(api_key: str, salt: str | None) -> str:
+    """The salt of a client's prompts: an HMAC-SHA256 whose key is the API key, over the request's own salt.
+
+    Equal in all processes and on all hosts. The API key does not follow from it.
+    """
+    message = b"" if salt is None else b"\0" + salt.encode(errors="surrogatepass")
+    return hmac.new(
+        api_key.encode(errors="surrogatepass"), b"starling cache_salt" + message, hashlib.sha256
+    ).hexdigest()
+
+
+def salt_for(setting: str, salt: str | None, client: Client | None) -> str | None:
+    """The salt with which a request reaches the engine.
+
+    Args:
+        setting: one of CACHE_SALT_SETTINGS.
+        salt: the request's own.
+
+    Raises:
+        OptionError: the server requires a salt or an API key, and the request has none.
+    """
+    if setting == "required" and not salt:
+        raise OptionError(
+            CACHE_SALT,
+            salt,
+            "this server runs with --cache-salt required",
+            "a text of 1 to 128 characters that others don't know",
+        )
+    if setting != "api-key":
+        return salt
+    if client is None or not client.api_key:
+        reason = "this server derives it from the API key (--cache-salt api-key), and the request has none"
+        raise OptionError(CACHE_SALT, salt, reason, "any, with `authorization: Bearer <API key>`")
+    return derived_salt(client.api_key, salt)
+
+
+def salted(setting: str, engine_input: Any) -> Any:
+    """An engine's input with the salt that it gets on this server.
+
+    Raises:
+        VLLMValidationError: as ``salt_for`` raises OptionError, or a prompt without a place for a salt needs one.
+    """
+    if setting == "request":
+        return engine_input
+    given = engine_input.get(CACHE_SALT) if isinstance(engine_input, Mapping) else None
+    try:
+        if not isinstance(engine_input, Mapping):  # a text, or a session whose prompt comes in pieces
+            reason = f"prompts of type {type(engine_input).__name__} have none, with --cache-salt {setting}"
+            raise OptionError(CACHE_SALT, None, reason, "a prompt that is given as a whole, as a mapping")
+        salt = salt_for(setting, given, current_client.get())
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter=CACHE_SALT) from None
+    return {**engine_input, CACHE_SALT: salt}

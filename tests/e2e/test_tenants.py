@@ -1,0 +1,182 @@
+"""One `starling serve` with an API key for each of two tenants, whose prompts share no cached pages.
+
+The operator's counters say what was cached: to clients the server does not tell it.
+"""
+
+import hashlib
+import itertools
+
+import grpc
+import httpx
+import pytest
+
+from benchmarks.random_llama import make_tiny_llama
+from examples.server import end_on_signals, serving
+from starling.v1 import inference_pb2 as pb
+from starling.v1 import inference_pb2_grpc
+from tests.e2e.serving import MODEL, PAGE_SIZE, PATHS, body, metrics, options
+
+pytestmark = pytest.mark.e2e
+
+A, B = "key-of-tenant-a", "key-of-tenant-b"
+BLOCK = 128
+STAR = {"star": "on", "star_block_size": BLOCK, "star_anchor_size": 0, "star_query_tokens": 40}
+LENGTH = 701
+WHOLE = LENGTH // PAGE_SIZE * PAGE_SIZE
+
+_numbers = itertools.count(1)
+
+
+def new_prompt() -> str:
+    """A text of LENGTH tokens that has no page in common with those before."""
+    return hashlib.shake_256(str(next(_numbers)).encode()).hexdigest(LENGTH)[:LENGTH]
+
+
+def with_block_of(victim: str) -> str:
+    """A prompt of other text around the third star block of the victim's prompt: the guess of an attacker."""
+    own = new_prompt()
+    return own[: 2 * BLOCK] + victim[2 * BLOCK : 3 * BLOCK] + own[3 * BLOCK :]
+
+
+class Tenants:
+    """Requests of two tenants to one server, and what the operator counts."""
+
+    def __init__(self, server) -> None:
+        self.http = httpx.Client(base_url=server.http, timeout=120)
+        self.channel = grpc.insecure_channel(server.grpc)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    def post(self, key: str, path: str, **fields) -> httpx.Response:
+        authorization = {"Authorization": f"Bearer {key}"}
+        content = fields if path.startswith("/inference") else body(path, **fields)
+        response = self.http.post(path, headers=authorization, json=content)
+        assert response.status_code == 200, response.text
+        return response
+
+    def complete(self, key: str, prompt: str, **fields) -> None:
+        self.post(key, "/v1/completions", prompt=prompt, **fields)
+
+    def generate(self, key: str, prompt: str, **fields) -> list[pb.GenerateStreamResponse]:
+        sampling = pb.SamplingParams(temperature=0, max_tokens=2)
+        request = pb.GenerateStreamRequest(text=prompt, sampling=sampling, **fields)
+        return list(self.inference.GenerateStream(request, metadata=[("authorization", f"Bearer {key}")]))
+
+    def upload(self, key: str, prompt: str) -> None:
+        head = pb.GenerateStreamRequest(sampling=pb.SamplingParams(temperature=0, max_tokens=2))
+        parts = [pb.GenerateUploadStreamRequest(head=head), pb.GenerateUploadStreamRequest(text=prompt)]
+        list(self.inference.GenerateUploadStream(iter(parts), metadata=[("authorization", f"Bearer {key}")]))
+
+    def cached_by(self, send, *args, **fields) -> int:
+        """The tokens that a request found in the prefix cache."""
+        before = metrics(self.http, "starling:cached_tokens_total")
+        send(*args, **fields)
+        return int(metrics(self.http, "starling:cached_tokens_total") - before)
+
+
+@pytest.fixture(scope="module")
+def tenants(tmp_path_factory):
+    end_on_signals()
+    folder = tmp_path_factory.mktemp("tenants")
+    model = make_tiny_llama(folder / MODEL)
+    arguments = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
+    arguments += ["--max-num-batched-tokens", "512", "--enable-scale-out", "--api-key", A, B, "--cache-salt", "api-key"]
+    with serving(model, *arguments, log=folder / "log", seconds=300) as server:
+        tenants = Tenants(server)
+        yield tenants
+        tenants.http.close()
+        tenants.channel.close()
+
+
+@pytest.mark.parametrize("front", ["complete", "generate", "upload"])
+def test_a_tenant_hits_its_own_pages_and_not_those_of_another(tenants, front):
+    send, prompt = getattr(tenants, front), new_prompt()
+    assert tenants.cached_by(send, A, prompt) == 0
+    assert tenants.cached_by(send, B, prompt) == 0
+    assert tenants.cached_by(send, A, prompt) == WHOLE
+
+
+def test_a_tenant_shares_its_pages_between_http_and_grpc(tenants):
+    prompt = new_prompt()
+    tenants.complete(A, prompt)
+    assert tenants.cached_by(tenants.generate, B, prompt) == 0
+    assert tenants.cached_by(tenants.generate, A, prompt) == WHOLE
+
+
+@pytest.mark.parametrize("front", ["complete", "generate"])
+def test_no_block_in_the_middle_of_another_tenants_prompt_is_found(tenants, front):
+    victim = new_prompt()
+    star = {"xargs": STAR} if front == "complete" else {"star": options(STAR)}
+    send = getattr(tenants, front)
+    send(A, victim, **star)
+    assert tenants.cached_by(send, B, with_block_of(victim), **star) == 0
+    assert tenants.cached_by(send, A, with_block_of(victim), **star) == BLOCK
+
+
+def test_a_salt_separates_the_prompts_of_one_tenant_too(tenants):
+    prompt = new_prompt()
+    tenants.complete(A, prompt, cache_salt="project 1")
+    assert tenants.cached_by(tenants.complete, A, prompt) == 0
+    assert tenants.cached_by(tenants.complete, A, prompt, cache_salt="project 2") == 0
+    assert tenants.cached_by(tenants.complete, A, prompt, cache_salt="project 1") == WHOLE
+    assert tenants.cached_by(tenants.generate, B, prompt, cache_salt="project 1") == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": [new_prompt(), new_prompt()]}),
+        ("/v1/completions", {"use_beam_search": True, "n": 2, "max_tokens": 1}),
+        ("/v1/chat/completions", {}),
+        ("/v1/responses", {}),
+        ("/v1/messages", {}),
+        ("/inference/v1/generate", {}),
+    ],
+    ids=["batch", "beams", "chat", "responses", "messages", "tokens in"],
+)
+def test_every_path_keeps_tenants_apart(tenants, path, fields):
+    fields = own_prompt(path) | fields
+    tenants.post(A, path, **fields)
+    assert tenants.cached_by(tenants.post, B, path, **fields) == 0
+    assert tenants.cached_by(tenants.post, A, path, **fields) >= WHOLE - PAGE_SIZE
+
+
+def own_prompt(path: str) -> dict:
+    prompt = new_prompt()
+    return {
+        "/v1/completions": {"prompt": prompt},
+        "/v1/responses": {"input": prompt},
+        "/inference/v1/generate": {"token_ids": [*prompt.encode()], "sampling_params": {"max_tokens": 2}},
+    }.get(path, {"messages": [{"role": "user", "content": prompt}]})
+
+
+def numbers_of(answer, name: str) -> list:
+    """The values of a field anywhere in a JSON answer."""
+    if isinstance(answer, dict):
+        inner = [value for inside in answer.values() for value in numbers_of(inside, name)]
+        return inner + ([answer[name]] if name in answer else [])
+    return [value for inside in answer for value in numbers_of(inside, name)] if isinstance(answer, list) else []
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_http_response_says_how_many_tokens_were_cached(tenants, path):
+    prompt = own_prompt(path)
+    tenants.post(A, path, **prompt)
+    responses = []
+
+    def again() -> None:
+        responses.append(tenants.post(A, path, **prompt))
+
+    assert tenants.cached_by(again) > 0
+    names = ("cached_tokens", "cache_read_input_tokens")
+    found = [value for name in names for value in numbers_of(responses[0].json(), name)]
+    assert not any(found), responses[0].text
+    assert "cached" not in str(responses[0].headers)
+
+
+def test_no_grpc_event_says_how_many_tokens_were_cached(tenants):
+    prompt = new_prompt()
+    tenants.generate(A, prompt)
+    events: list[pb.GenerateStreamResponse] = []
+    assert tenants.cached_by(lambda: events.extend(tenants.generate(A, prompt, progress=True))) == WHOLE
+    assert events[-1].final.usage.prompt_tokens == LENGTH
+    assert not any(event.final.usage.cached_tokens or event.progress.cached_tokens for event in events)

@@ -1,0 +1,103 @@
+"""The option `cache_salt`: which salt a request reaches the engine with, and which requests are refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from engine_ext.activation import before_engine_config, prepare_server
+from engine_ext.cache_salt import derived_salt, salt_for
+from engine_ext.clients import Client, current_client
+from scheduler.star.parsing import OptionError
+from tests.unit.engine_ext.test_requests import planner
+
+ANN, BOB = Client("key of ann", sees_cached=False), Client("key of bob", sees_cached=False)
+TOKENS = {"type": "token", "prompt_token_ids": [1] * 40}
+
+
+@pytest.fixture
+def as_client():
+    tokens = []
+    yield lambda client: tokens.append(current_client.set(client))
+    for token in reversed(tokens):
+        current_client.reset(token)
+
+
+def prepared(setting: str, **prompt):
+    """The input with which a request reaches the engine."""
+    return planner({"starling": {"cache_salt": setting}}).prepare(TOKENS | prompt, SamplingParams(), "request-1")
+
+
+def test_by_default_the_salt_is_the_requests():
+    assert "cache_salt" not in planner({"starling": {}}).prepare(TOKENS, SamplingParams(), "request-1")
+    assert prepared("request", cache_salt="mine")["cache_salt"] == "mine"
+
+
+def test_a_required_salt_is_taken_as_it_is():
+    assert prepared("required", cache_salt="mine")["cache_salt"] == "mine"
+
+
+@pytest.mark.parametrize("request_id", ["request-1", None], ids=["engine", "before the response"])
+@pytest.mark.parametrize("prompt", [TOKENS, TOKENS | {"cache_salt": ""}, "text"], ids=["none", "empty", "text"])
+def test_a_request_without_the_required_salt_is_refused(prompt, request_id):
+    with pytest.raises(VLLMValidationError, match=r"^cache_salt=.* is refused: .*--cache-salt required") as refused:
+        planner({"starling": {"cache_salt": "required"}}).prepare(prompt, SamplingParams(), request_id)
+    assert refused.value.parameter == "cache_salt"
+
+
+def test_salts_of_api_keys_differ_by_key_and_by_the_requests_own_salt(as_client):
+    salts = []
+    for client in (ANN, BOB):
+        as_client(client)
+        salts += [prepared("api-key", **given)["cache_salt"] for given in ({}, {"cache_salt": "x"})]
+        assert prepared("api-key")["cache_salt"] == salts[-2]
+    assert len({*salts}) == 4
+    assert not any(client.api_key in salt for client in (ANN, BOB) for salt in salts)
+
+
+def test_a_salt_is_derived_once_where_a_front_looks_at_the_input_before(as_client):
+    as_client(ANN)
+    plans = planner({"starling": {"cache_salt": "api-key"}})
+    early = plans.prepare(TOKENS | {"cache_salt": "x"}, SamplingParams(), None)
+    assert early["cache_salt"] == "x"
+    assert plans.prepare(early, SamplingParams(), "request-1")["cache_salt"] == derived_salt(ANN.api_key, "x")
+
+
+@pytest.mark.parametrize("client", [None, Client("", sees_cached=False)], ids=["no client", "no key"])
+def test_a_request_without_the_key_that_gives_its_salt_is_refused(as_client, client):
+    as_client(client)
+    with pytest.raises(VLLMValidationError, match="derives it from the API key"):
+        prepared("api-key", cache_salt="mine")
+
+
+def test_a_derived_salt_is_one_that_vllm_accepts():
+    from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+
+    validate_cache_salt(salt_for("api-key", "a" * 128, ANN))
+    validate_cache_salt(salt_for("api-key", "\ud800", ANN))
+
+
+def server_args(**values) -> SimpleNamespace:
+    return SimpleNamespace(additional_config={"starling": {"cache_salt": "api-key"}}, middleware=[], **values)
+
+
+def test_a_server_without_api_keys_does_not_derive_salts_from_them(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(OptionError, match=r"cache_salt='api-key' is refused: the server has no API keys"):
+        prepare_server(server_args(api_key=None))
+    prepare_server(server_args(api_key=["key"]))
+    monkeypatch.setenv("VLLM_API_KEY", "key")
+    prepare_server(server_args(api_key=None))
+
+
+@pytest.mark.parametrize("setting", ["required", "api-key"])
+def test_an_engine_without_a_server_has_no_clients(tmp_path, setting):
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    config = {"starling": {"cache_salt": setting}}
+    with pytest.raises(OptionError, match="only a server has clients"):
+        before_engine_config(EngineArgs(model=str(tmp_path), additional_config=config))
+    before_engine_config(AsyncEngineArgs(model=str(tmp_path), additional_config=config))

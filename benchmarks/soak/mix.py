@@ -21,7 +21,7 @@ from benchmarks.soak.target import Clients, Output, RefusedError, body_of, field
 from starling.client import StarlingError
 from starling.v1 import admin_pb2 as admin
 
-LONG_PROMPT, LONG_OUTPUT, HOLD_SECONDS = 4000, 1000, 8
+LONG_PROMPT, LONG_OUTPUT = 4000, 1000
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def in_upload(player: Player) -> Cut:
 
 
 def stops_reading(player: Player) -> Cut:
-    return Cut(received=5_000, hold=HOLD_SECONDS, reset=True)
+    return Cut(received=5_000, hold=player.hold_seconds, reset=True)
 
 
 def vanishing(when: str, cut: Callable[[Player], Cut], prompt: int, share: float, brief: bool = True) -> list[Kind]:

@@ -31,11 +31,16 @@ class Player:
         spread: star options of a prompt that is split over the server's replicas, if it has several.
     """
 
-    def __init__(self, clients: Clients, seed: int = 0) -> None:
+    def __init__(self, clients: Clients, hold_seconds: float = 8) -> None:
+        """
+        Args:
+            hold_seconds: how long a client that has stopped to read stays connected.
+        """
         self.clients = clients
         self.target = clients.target
         self.model = self.target.model
-        self.random = random.Random(seed)
+        self.hold_seconds = hold_seconds
+        self.random = random.Random(0)
         self.ledger = Ledger()
         self.cases: list[Case] = []
         self.answers: dict[str, list[Any]] = {}

@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit lint lint-docker layers types docs names \
-	check-vllm compatibility proto proto-check proto-release lock bench wheel release clean
+	check-vllm compatibility proto proto-check proto-release lock bench soak wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,10 @@ lock: ## pin the requirements of pyproject.toml in .ci/requirements-cpu.lock
 
 bench: env demo-model ## measure the time to first token of Star Attention; writes JSON and figures
 	$(BIN)/python -m benchmarks.star_ttft
+
+# MINUTES: after the warm-up; REPLICAS: data-parallel replicas.
+soak: env ## a server under a mixed load for MINUTES=30: no request is lost, nothing grows; writes JSON and a figure
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),1)
 
 docs: env ## build the documentation site into build/docs; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -20,6 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.random_llama import make_tiny_llama
+from benchmarks.soak.load import OpenLoop, play_each
+from benchmarks.soak.mix import KINDS
+from benchmarks.soak.player import Player
+from benchmarks.soak.series import Sampler
+from benchmarks.soak.target import Clients, Target
 from engine_ext.serving.errors import GRPC_CODES
 from examples.server import end_on_signals, serving
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
@@ -43,7 +48,16 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("load")
     model = make_tiny_llama(folder / "tiny")
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "1024"]
-    options += ["--api-key", KEY, "--grpc-admin-key", ADMIN_KEY, "--max-num-queued-reqs", str(QUEUE)]
+    options += [
+        "--scheduling-policy",
+        "priority",
+        "--api-key",
+        KEY,
+        "--grpc-admin-key",
+        ADMIN_KEY,
+        "--max-num-queued-reqs",
+        str(QUEUE),
+    ]
     # The first 200 streams use all of so few pages. oneDNN would keep a primitive for each number of tokens of a step;
     # here it keeps none. So memory that grows after 200 streams is a leak.
     options += ["--num-gpu-blocks-override", "384"]
@@ -263,6 +277,27 @@ def test_an_upload_gives_the_tokens_of_the_same_prompt_in_one_message(server):
 
     expected, uploaded = run(server, scenario)
     assert uploaded == expected
+
+
+def test_a_soak_in_miniature_loses_no_request_and_leaves_no_page(server, tmp_path):
+    """Every kind of request of `make soak` twice, and one sample of the processes."""
+    http = server.http.removeprefix("http://")
+    target = Target(http, server.grpc, server.model, server.process.pid, KEY, ADMIN_KEY, QUEUE)
+
+    async def scenario():
+        async with Clients(target) as clients:
+            player = Player(clients, hold_seconds=0.5)
+            await player.learn_answers()
+            await play_each(player, 2)
+            left = await OpenLoop(player, 1).rest()
+            return player.ledger, left, await Sampler(clients, tmp_path, 1).sample()
+
+    ledger, left, sample = asyncio.run(asyncio.wait_for(scenario(), 240))
+    assert (ledger.lost, ledger.requests) == (0, 2 * len(KINDS)), ledger.details
+    assert ledger.checked >= 10
+    assert not any(left.values()), left
+    assert sample["processes"] >= 3
+    assert {f"{name}: RSS" for name in ("starling", "EngineCore", "Worker of EngineCore")} <= sample.keys()
 
 
 FUZZ = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}

@@ -1,0 +1,92 @@
+"""Prompts with options, each of which has one right answer: greedy, dense or star. One table for HTTP and gRPC."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+PAGE_SIZE = 32
+SEGMENT_TOKEN, PADDING_TOKEN = 256, 10
+QUERY = {"star": "on", "star_query_tokens": 40}
+BLOCKS = QUERY | {"star_block_size": 128}
+EDITABLE = BLOCKS | {"star_anchor_size": 128}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and its options.
+
+    Attributes:
+        prompt: token ids.
+        star: options by their HTTP names; empty: dense.
+        max_tokens: output tokens, unless ``form`` ends the output.
+        form: the field ``structured_outputs`` of gRPC; None: any output.
+    """
+
+    name: str
+    prompt: tuple[int, ...]
+    star: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 8
+    form: dict[str, Any] | None = None
+
+
+def random_ids(seed: str, length: int) -> tuple[int, ...]:
+    """Token ids of bytes, the same for the same seed."""
+    return tuple(random.Random(seed).choices(range(3, 250), k=length))
+
+
+def random_text(seed: str, length: int) -> str:
+    """Small letters, the same for the same seed."""
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=length))
+
+
+def segmented(variant: int, seed: str) -> tuple[int, ...]:
+    """Five documents, of which the third has a length of its own in each variant, and a query."""
+    lengths = [100, 150, 90 + 7 * variant, 120, 80]
+    documents = [(SEGMENT_TOKEN, *random_ids(f"{seed} {index}", length)) for index, length in enumerate(lengths)]
+    return sum(documents, ()) + random_ids(f"{seed} query", 40)
+
+
+def edited(variant: int, seed: str) -> tuple[int, ...]:
+    """A prompt of eight star blocks, one token of which differs in each variant."""
+    ids = list(random_ids(seed, 8 * 128 + 40))
+    ids[(variant + 1) * 128 + 50] = 3 + variant
+    return tuple(ids)
+
+
+def make_cases(replicas: int, seed: str = "") -> list[Case]:
+    """The cases for a server with this number of replicas.
+
+    Args:
+        seed: another seed gives other prompts.
+    """
+    segments = BLOCKS | {"star_segment_token": SEGMENT_TOKEN, "star_padding_token": PADDING_TOKEN}
+    long: dict[str, dict[str, Any]] = {
+        "dense": {},
+        "anchor": BLOCKS | {"star_anchor_size": 64},
+        "anchor of a block": BLOCKS,
+        "no anchor": BLOCKS | {"star_anchor_size": 0},
+        "overlap": BLOCKS | {"star_overlap_size": 64},
+        "number of blocks": QUERY | {"star_num_blocks": 6},
+        "context": {"star": "on", "star_block_size": 128, "star_context_tokens": 700},
+        "auto": BLOCKS | {"star": "auto", "star_min_tokens": 500},
+    }
+    forms: dict[str, dict[str, Any]] = {
+        "regex": {"regex": "(ab|cd){3}"},
+        "choices": {"choices": ["yes", "no"]},
+        "schema": {"json_schema": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}},
+    }
+    cases = [Case(f"short {i}", random_ids(f"{seed}short {i}", 30 + 9 * i), max_tokens=24) for i in range(4)]
+    cases += [Case(name, random_ids(f"{seed}long", 1000), star) for name, star in long.items()]
+    cases += [Case(f"edited {i}", edited(i, f"{seed}edited"), EDITABLE) for i in range(4)]
+    cases += [Case(f"segments {i}", segmented(i, f"{seed}segments"), segments) for i in range(3)]
+    for name, form in forms.items():
+        prompt = random_ids(f"{seed}{name}", 300)
+        cases += [Case(name, prompt, form=form, max_tokens=40), Case(f"{name}, star", prompt, BLOCKS, 40, form)]
+    if replicas > 1:
+        spread = BLOCKS | {"star_replicas": replicas}
+        for i in range(4):
+            prompt = random_ids(f"{seed}spread {i}", 12 * 128 + 40 + i)
+            cases += [Case(f"spread {i}", prompt, spread), Case(f"shards {i}", prompt, spread | {"star_shards": "on"})]
+    return cases

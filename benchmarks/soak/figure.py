@@ -1,0 +1,45 @@
+"""The curves of the soak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import saved_figure
+
+PANELS = {
+    "memory (RSS), MiB since the warm-up": ("RSS",),
+    "memory of its own (USS), MiB since the warm-up": ("USS",),
+    "descriptors, threads, sockets": ("descriptors", "threads", "sockets"),
+}
+
+
+def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """A column for each run: memory, descriptors and threads of each process, pages and requests of the engines."""
+    with saved_figure(path, len(PANELS) + 1, len(runs), figsize=(6.5 * len(runs), 13), squeeze=False) as (_, axes):
+        for column, run in zip(axes.T, runs, strict=True):
+            engines = "one engine" if run["replicas"] == 1 else f"{run['replicas']} replicas"
+            sent = f"{run['requests']['sent']:,} requests, {run['requests']['lost']} lost"
+            column[0].set_title(f"{engines}, {run['rate_requests_per_second']:.1f} requests/s: {sent}", fontsize=10)
+            for panel, (label, quantities) in zip(column, PANELS.items(), strict=False):
+                for name, series in run["series"].items():
+                    process, _, quantity = name.rpartition(": ")
+                    if process and quantity in quantities:
+                        named = process if len(quantities) == 1 else f"{quantity} of {process}"
+                        base = series["curve"][0] if len(quantities) == 1 else 0
+                        plot(panel, run, [value - base for value in series["curve"]], named)
+                panel.set_ylabel(label, fontsize=8)
+            for name in ("pages used", "pages cached", "requests running"):
+                plot(column[-1], run, run["series"][name]["curve"], name)
+            column[-1].set_ylabel("all engines", fontsize=8)
+            column[-1].set_xlabel("minutes after the warm-up")
+            for panel in column:
+                panel.grid(alpha=0.3)
+                panel.legend(fontsize=5, ncols=2)
+
+
+def plot(panel: Any, run: dict[str, Any], values: Sequence[float], label: str) -> None:
+    """A curve of medians at equal distances over the run."""
+    step = run["minutes"] / len(values)
+    panel.plot([step * (index + 0.5) for index in range(len(values))], values, label=label, linewidth=1)

@@ -1,0 +1,216 @@
+"""The kinds of requests of the load, each with its share and the outcomes that it may have."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import aiohttp
+import grpc
+
+from benchmarks.soak.bad_requests import GRPC_REFUSALS, HTTP_REFUSALS
+from benchmarks.soak.cases import BLOCKS, Case, random_ids, random_text
+from benchmarks.soak.ledger import ABORTED, ANSWERED, DIFFERENT, LEFT, REFUSED
+from benchmarks.soak.player import Player
+from benchmarks.soak.relay import Cut, Relay
+from benchmarks.soak.target import Clients, Output, RefusedError, body_of, fields_of
+from starling.client import StarlingError
+from starling.v1 import admin_pb2 as admin
+
+LONG_PROMPT, LONG_OUTPUT = 4000, 1000
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of request.
+
+    Attributes:
+        share: of all requests, relative to those of the other kinds.
+        play: sends one, and returns its outcome.
+        accepts: its possible outcomes.
+        brief: whether it keeps a client only for as long as the server needs.
+    """
+
+    name: str
+    share: float
+    play: Callable[[Player], Awaitable[str]]
+    accepts: frozenset[str] = frozenset({ANSWERED})
+    brief: bool = True
+
+
+def options(player: Player) -> dict[str, Any]:
+    """A salt and a priority, or neither."""
+    salt = player.random.choice([None, None, "tenant a", "tenant b"])
+    return {"priority": player.random.choice([0, 0, -1, 2])} | ({"cache_salt": salt} if salt else {})
+
+
+async def http(player: Player) -> str:
+    case, stream = player.any_case(), player.random.random() < 0.6
+    headers = {"x-starling-progress": "true"} if stream and player.random.random() < 0.5 else None
+    body = body_of(case, player.model) | {"stream": stream} | options(player)
+    return player.check(case, await player.clients.complete(body, headers))
+
+
+async def grpc_stream(player: Player, upload: bool) -> str:
+    case = player.any_case()
+    fields = fields_of(case) | options(player) | {"progress": player.random.random() < 0.5}
+    return player.check(case, await player.clients.stream(case.prompt, upload=upload, **fields))
+
+
+async def grpc_unary(player: Player) -> str:
+    case = player.any_case()
+    return player.check(case, await player.clients.generate(case.prompt, **fields_of(case), **options(player)))
+
+
+async def chat(player: Player) -> str:
+    """Over HTTP and gRPC; both have the same text."""
+    seed, star = player.random.randrange(3), player.random.choice([{}, BLOCKS])
+    messages = [{"role": "user", "content": random_text(f"chat {seed}", 400)}]
+    body = {"model": player.model, "messages": messages, "temperature": 0, "max_tokens": 8, "vllm_xargs": star}
+    name = f"chat {seed}, {'star' if star else 'dense'}"
+    if player.random.random() < 0.5:
+        return player.check_named(name, await player.clients.chat(body))
+    reply = await player.clients.grpc.generate(messages, temperature=0, max_tokens=8, star=star)
+    return player.check_named(name, Output({0: [reply.choices[0].text]}, {0: "length"}))
+
+
+async def choices(player: Player) -> str:
+    """Several sampled choices. Their number and lengths are checked."""
+    number, case = player.random.choice([2, 3]), player.any_case(free=True)
+    sampled = {"n": number, "temperature": 1.0}
+    if player.random.random() < 0.5:
+        output = await player.clients.complete(body_of(case, player.model) | options(player) | sampled)
+    else:
+        fields = fields_of(case) | options(player) | sampled
+        output = await player.clients.stream(case.prompt, **fields)
+    lengths = {index: len(tokens) for index, tokens in output.tokens.items()}
+    return ANSWERED if lengths == dict.fromkeys(range(number), case.max_tokens) else DIFFERENT
+
+
+async def tokenize(player: Player) -> str:
+    text = random_text(str(player.random.random()), player.random.choice([50, 5000, 200_000]))
+    if player.random.random() < 0.5:
+        count = (await player.clients.grpc.tokenize(text)).count
+    else:
+        async with player.clients.post("/tokenize", {"model": player.model, "prompt": text}) as response:
+            count = (await response.json())["count"]
+    return ANSWERED if count == len(text) else DIFFERENT
+
+
+async def refused_http(player: Player) -> str:
+    bad = player.random.choice(HTTP_REFUSALS)
+    body = bad.change(body_of(Case(bad.name, random_ids(bad.name, 300), BLOCKS), player.model), player.target.queue)
+    try:
+        async with player.clients.post(bad.path, body, bad.headers):
+            return f"{bad.name} was not refused"
+    except RefusedError as error:
+        if error.args[0] == bad.status:
+            return REFUSED
+        raise
+
+
+async def refused_grpc(player: Player) -> str:
+    bad = player.random.choice(GRPC_REFUSALS)
+    try:
+        await player.clients.generate(bad.prompt, **{"max_tokens": 2} | bad.fields(player.target.queue))
+        return f"{bad.name} was not refused"
+    except StarlingError as error:
+        if error.code is bad.code:
+            return REFUSED
+        raise
+
+
+async def vanish(player: Player, front: str, cut: Callable[[Player], Cut], prompt: int) -> str:
+    """A request through a relay, which cuts its connection."""
+    star = player.random.choice([{}, BLOCKS | {"star_block_size": 512}, player.spread])
+    case = Case("vanish", random_ids(str(player.random.random()), prompt), star, LONG_OUTPUT)
+    async with Relay(getattr(player.target, front), cut(player)) as relay:
+        address = f"127.0.0.1:{relay.port}"
+        near = replace(player.target, http=address) if front == "http" else replace(player.target, grpc=address)
+        async with Clients(near) as clients:
+            try:
+                if front == "grpc":
+                    upload = player.random.random() < 0.5
+                    await clients.stream(case.prompt, upload=upload, logprobs=5, **fields_of(case))
+                else:
+                    await clients.complete(body_of(case, player.model) | {"stream": True, "logprobs": 5})
+            except (aiohttp.ClientError, StarlingError) as error:
+                unavailable = not isinstance(error, StarlingError) or error.code is grpc.StatusCode.UNAVAILABLE
+                if relay.cuts and unavailable:
+                    return LEFT
+                raise
+    return ANSWERED
+
+
+async def abort(player: Player) -> str:
+    """A long request, which AdminService ends."""
+    name, case = uuid.uuid4().hex, Case("", random_ids(str(player.random.random()), 600), player.spread, LONG_OUTPUT)
+    running = asyncio.ensure_future(player.clients.stream(case.prompt, request_id=name, **fields_of(case)))
+    try:
+        await asyncio.sleep(player.random.random() * 0.5)
+        await player.clients.control("Abort", admin.AbortRequest(request_ids=[name]))
+        output = await running
+    finally:
+        running.cancel()
+    return ABORTED if output.finished == {0: "abort"} else ANSWERED
+
+
+async def control(player: Player) -> str:
+    """A reset of the prefix cache, and what operators read."""
+    name = player.random.choice(["ResetPrefixCache", "GetServerInfo", "GetCacheState"])
+    await player.clients.control(name, getattr(admin, f"{name}Request")())
+    await player.clients.grpc.capabilities()
+    return ANSWERED
+
+
+async def scrape(player: Player) -> str:
+    return ANSWERED if "vllm:" in await player.clients.metrics() else "no metrics"
+
+
+def in_prefill(player: Player) -> Cut:
+    return Cut(seconds=player.random.uniform(0.02, 0.3), reset=player.random.random() < 0.5)
+
+
+def in_decode(player: Player) -> Cut:
+    return Cut(received=player.random.randrange(3_000, 30_000), reset=player.random.random() < 0.5)
+
+
+def in_upload(player: Player) -> Cut:
+    return Cut(sent=player.random.randrange(500, 3_500), reset=player.random.random() < 0.5)
+
+
+def stops_reading(player: Player) -> Cut:
+    return Cut(received=5_000, hold=player.hold_seconds, reset=True)
+
+
+def vanishing(when: str, cut: Callable[[Player], Cut], prompt: int, share: float, brief: bool = True) -> list[Kind]:
+    """Clients of each front that vanish at a moment; ``prompt`` is their number of prompt tokens."""
+    return [
+        Kind(f"{when}, {front}", share, partial(vanish, front=front, cut=cut, prompt=prompt), GONE, brief)
+        for front in ("http", "grpc")
+    ]
+
+
+GONE = frozenset({LEFT, ANSWERED})
+KINDS = [
+    Kind("HTTP", 20, http),
+    Kind("gRPC stream", 14, partial(grpc_stream, upload=False)),
+    Kind("gRPC upload", 6, partial(grpc_stream, upload=True)),
+    Kind("gRPC unary", 8, grpc_unary),
+    Kind("chat", 4, chat),
+    Kind("choices", 5, choices),
+    Kind("tokenize", 4, tokenize),
+    Kind("refused, http", 6, refused_http, frozenset({REFUSED})),
+    Kind("refused, grpc", 6, refused_grpc, frozenset({REFUSED})),
+    *vanishing("vanishes in prefill", in_prefill, LONG_PROMPT, 2),
+    *vanishing("vanishes in decode", in_decode, 300, 2),
+    *vanishing("vanishes in upload", in_upload, LONG_PROMPT, 2),
+    *vanishing("stops reading", stops_reading, 300, 0.5, brief=False),
+    Kind("aborted", 4, abort, frozenset({ABORTED, ANSWERED})),
+    Kind("control", 3, control),
+    Kind("scrape", 2, scrape),
+]

@@ -1,0 +1,111 @@
+"""Plays requests, accounts for each, and compares answers with the first answer to the same case."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import grpc
+
+from benchmarks.soak.cases import BLOCKS, Case, make_cases
+from benchmarks.soak.ledger import ANSWERED, DIFFERENT, Ledger
+from benchmarks.soak.target import Clients, Output, RefusedError, body_of
+from starling.client import StarlingError
+
+if TYPE_CHECKING:
+    from benchmarks.soak.mix import Kind
+
+DEADLINE_SECONDS = 120
+MARGIN = 1e-3
+"""In float32, the rows of a batch change log probabilities by up to 5e-5."""
+
+
+class Player:
+    """Sends requests of any kind with the same clients.
+
+    Attributes:
+        cases: prompts whose answers are known.
+        answers: name of a case -> its answer.
+        spread: star options of a prompt that is split over the server's replicas, if it has several.
+    """
+
+    def __init__(self, clients: Clients, hold_seconds: float = 8) -> None:
+        """
+        Args:
+            hold_seconds: how long a client that has stopped to read stays connected.
+        """
+        self.clients = clients
+        self.target = clients.target
+        self.model = self.target.model
+        self.hold_seconds = hold_seconds
+        self.random = random.Random(0)
+        self.ledger = Ledger()
+        self.cases: list[Case] = []
+        self.answers: dict[str, list[Any]] = {}
+        self.spread: dict[str, Any] = BLOCKS | {"star_replicas": self.target.replicas}
+
+    async def learn_answers(self) -> None:
+        """Store the answer of an idle server to each case.
+
+        A case with two tokens that are nearly as likely as one another gets another prompt: the last bits of a log
+        probability depend on the other requests of a step.
+
+        Raises:
+            RuntimeError: a case has no prompt with one right answer.
+        """
+        variants = [make_cases(self.target.replicas, seed) for seed in ("", "another ", "a third ")]
+        for same in zip(*variants, strict=True):
+            for case in same:
+                body = body_of(case, self.model) | {"logprobs": 2}
+                output, margin = await self._answer(body)
+                if margin > MARGIN or case.form:
+                    break
+            else:
+                raise RuntimeError(f"the case {case.name!r} has no prompt with one right answer")
+            self.cases.append(case)
+            self.answers[case.name] = output
+
+    async def _answer(self, body: dict[str, Any]) -> tuple[list[int], float]:
+        """The tokens of a greedy completion, and the least distance between its first and second choice."""
+        async with self.clients.post("/v1/completions", body) as response:
+            (choice,) = (await response.json())["choices"]
+        likeliest = (sorted(top.values()) for top in choice["logprobs"]["top_logprobs"])
+        return choice["token_ids"], min(top[-1] - top[-2] for top in likeliest)
+
+    def any_case(self, free: bool = False) -> Case:
+        """A case by chance; with ``free``, one whose output has no required form."""
+        return self.random.choice([case for case in self.cases if not (free and case.form)])
+
+    def check(self, case: Case, output: Output) -> str:
+        """Whether an output is the answer to its case."""
+        return self.check_named(case.name, output)
+
+    def check_named(self, name: str, output: Output) -> str:
+        """Whether an output is the first one with this name. Requests that the server cut short are different."""
+        self.ledger.checked += 1
+        tokens = output.tokens.get(0, [])
+        known = self.answers.setdefault(name, tokens)
+        if tokens == known and output.finished.keys() == {0} and output.finished[0] != "abort":
+            return ANSWERED
+        self.ledger.differences.append(f"{name}: {tokens} ({output.finished}), expected {known}")
+        return DIFFERENT
+
+    async def play(self, kind: Kind) -> None:
+        """Send a request, and account for it."""
+        outcome, detail = await self._outcome(kind)
+        self.ledger.record(kind.name, outcome, detail, kind.accepts)
+
+    async def _outcome(self, kind: Kind) -> tuple[str, str]:
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                return await kind.play(self), ""
+        except RefusedError as error:
+            return error.args[0], str(error)
+        except StarlingError as error:
+            return error.code.name, error.message
+        except grpc.aio.AioRpcError as error:
+            return error.code().name, error.details() or ""
+        except (TimeoutError, OSError, aiohttp.ClientError, KeyError, TypeError, ValueError) as error:
+            return type(error).__name__, repr(error)

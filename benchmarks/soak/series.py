@@ -1,0 +1,110 @@
+"""Samples of a server's quantities over time, and what is allowed to grow by how much."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.soak.processes import sample_folder, sample_processes
+from benchmarks.soak.target import Clients, series_sum
+from benchmarks.soak.trend import batch_medians, fit_trend
+
+BOUNDS = {
+    "RSS": 32,
+    "PSS": 32,
+    "USS": 32,
+    "descriptors": 30,
+    "threads": 12,
+    "sockets": 30,
+    "processes": 0,
+    "files in /dev/shm": 6,
+    "/dev/shm, MiB": 6,
+    "temporary files": 30,
+    "temporary files, MiB": 6,
+    "lines of metrics": 60,
+    "bytes of the log": 2**62,
+}
+"""The allowed growth of a quantity in an hour: memory in MiB, all others as numbers."""
+CURVE_POINTS = 40
+
+
+class Sampler:
+    """Samples a server every few seconds, in a task.
+
+    Attributes:
+        times: of the samples, in hours since the start.
+        series: name -> one value for each of ``times``.
+        shared: files of shared memory that the server has used.
+    """
+
+    def __init__(self, clients: Clients, temporary: Path, seconds: float) -> None:
+        """
+        Args:
+            temporary: the server's folder of temporary files.
+            seconds: between two samples.
+        """
+        self.clients = clients
+        self.temporary = temporary
+        self.seconds = seconds
+        self.times: list[float] = []
+        self.samples: list[dict[str, float]] = []
+        self.shared: set[str] = set()
+
+    async def run(self) -> None:
+        """Sample until the task is cancelled."""
+        started = time.monotonic()
+        while True:
+            sample = await self.sample()
+            self.times.append((time.monotonic() - started) / 3600)
+            self.samples.append(sample)
+            await asyncio.sleep(self.seconds)
+
+    async def sample(self) -> dict[str, float]:
+        """Name -> value now."""
+        values, files = await asyncio.to_thread(sample_processes, self.clients.target.pid)
+        self.shared |= files
+        values |= await asyncio.to_thread(sample_folder, self.temporary)
+        text = await self.clients.metrics()
+        values["lines of metrics"] = text.count("\n")
+        for name in ("pages_used", "pages_cached", "requests_running", "requests_waiting"):
+            values[name.replace("_", " ")] = sum(getattr(state, name) for state in await self.clients.cache())
+        values["requests answered"] = series_sum(text, "vllm:request_success_total")
+        return values
+
+
+def bound_of(name: str) -> float | None:
+    """The allowed growth of a series in an hour; None: any."""
+    return BOUNDS.get(name.rpartition(": ")[2])
+
+
+def report_series(times: Sequence[float], samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Name -> the growth of a series and its verdict.
+
+    Args:
+        times: hours, of the samples after the warm-up.
+        samples: name -> value, one mapping for each of ``times``. Series that a sample lacks are left out: their
+            process ended, which the number of processes shows.
+
+    Returns:
+        {"first", "last", "per_hour", "interval", "bound", "verdict", "curve"}. Without a bound there is no verdict. The
+        curve has up to 40 medians at equal distances.
+    """
+    names = [name for name in samples[0] if all(name in sample for sample in samples)]
+    report = {}
+    for name in names:
+        values, bound = [sample[name] for sample in samples], bound_of(name)
+        trend = fit_trend(times, values)
+        curve = batch_medians(values, min(CURVE_POINTS, len(values)))
+        report[name] = {
+            "first": round(values[0], 2),
+            "last": round(values[-1], 2),
+            "per_hour": round(trend.slope, 2),
+            "interval": [round(trend.lower, 2), round(trend.upper, 2)],
+            "bound": bound,
+            "verdict": None if bound is None else trend.verdict(bound),
+            "curve": [round(float(value), 2) for value in curve],
+        }
+    return report

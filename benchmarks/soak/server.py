@@ -1,0 +1,44 @@
+"""The server of the soak: `starling serve` with a tiny random Llama, or the same under plain `vllm serve`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.random_llama import make_tiny_llama
+from benchmarks.soak.cases import PAGE_SIZE
+from benchmarks.soak.target import Target
+from examples.server import Server, serving
+
+API_KEY, ADMIN_KEY, QUEUE = "key-of-the-soak", "key-of-its-admin", 64
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "512"]
+# So few pages that the load evicts cached pages and preempts requests, and that each page is soon touched.
+OPTIONS += ["--num-gpu-blocks-override", "768", "--scheduling-policy", "priority"]
+OPTIONS += ["--max-num-queued-reqs", str(QUEUE), "--api-key", API_KEY, "--grpc-admin-key", ADMIN_KEY]
+ENVIRONMENT = {
+    # One core for each engine. Clients and replicas share the cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    # oneDNN would keep a primitive for each number of tokens of a step, up to 1,024 of them.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+@contextmanager
+def soaked_server(folder: Path, replicas: int) -> Iterator[tuple[Server, Target]]:
+    """Serve for the duration of the block. The server's temporary files are in ``folder / "tmp"``.
+
+    Raises:
+        RuntimeError: the server ends during its start, or takes longer than 300 s.
+    """
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    os.environ.update(ENVIRONMENT | {"TMPDIR": str(temporary)})
+    model = make_tiny_llama(folder / "tiny")
+    options = [*OPTIONS, *(["--data-parallel-size", str(replicas)] if replicas > 1 else [])]
+    with serving(model, *options, log=folder / "log", seconds=300) as server:
+        http = server.http.removeprefix("http://")
+        yield server, Target(http, server.grpc, server.model, server.process.pid, API_KEY, ADMIN_KEY, QUEUE, replicas)

@@ -1,0 +1,186 @@
+"""The server under load, and the clients of it: HTTP, gRPC and AdminService."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import grpc
+
+from benchmarks.soak.cases import Case
+from benchmarks.streaming_clients import events
+from starling.client import AsyncClient
+from starling.v1 import admin_pb2 as admin
+from starling.v1 import admin_pb2_grpc
+
+FORMS = {"regex": "regex", "choices": "choice", "json_schema": "json"}  # gRPC's names and HTTP's
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running server.
+
+    Attributes:
+        http, grpc: host:port.
+        pid: of its first process.
+        queue: its --max-num-queued-reqs.
+    """
+
+    http: str
+    grpc: str
+    model: str
+    pid: int
+    api_key: str
+    admin_key: str
+    queue: int
+    replicas: int = 1
+
+
+class RefusedError(Exception):
+    """The HTTP server answered with a status of 400 or more, or with an error in a stream."""
+
+
+@dataclass
+class Output:
+    """The output tokens of each choice, and why each ended; over the chat API its text in place of the tokens."""
+
+    tokens: dict[int, list[Any]] = field(default_factory=dict)
+    finished: dict[int, str] = field(default_factory=dict)
+
+    def add(self, index: int, tokens: list[Any], finish: str | None) -> None:
+        self.tokens.setdefault(index, []).extend(tokens)
+        if finish:
+            self.finished[index] = finish
+
+
+class Clients:
+    """One connection of gRPC and a pool of HTTP connections, to the server or to a relay in front of it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.credentials = {"authorization": f"Bearer {target.api_key}"}
+
+    async def __aenter__(self) -> Clients:
+        self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self.credentials)
+        self.grpc = AsyncClient(self.target.grpc, api_key=self.target.api_key, retries=0)
+        self.admin_channel = grpc.aio.insecure_channel(self.target.grpc)
+        self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.session.close()
+        await self.grpc.close()
+        await self.admin_channel.close()
+
+    async def control(self, name: str, message: Any) -> Any:
+        """The response of a method of AdminService."""
+        metadata = (("authorization", f"Bearer {self.target.admin_key}"),)
+        return await getattr(self.admin, name)(message, metadata=metadata)
+
+    async def cache(self) -> list[admin.EngineCache]:
+        """The KV cache of each engine, with its requests."""
+        response = await self.control("GetCacheState", admin.GetCacheStateRequest(per_request=True))
+        return list(response.engines)
+
+    @contextlib.asynccontextmanager
+    async def post(
+        self, path: str, body: Any, headers: dict[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A response of the HTTP server.
+
+        Raises:
+            RefusedError: its status is 400 or more.
+        """
+        async with self.session.post(f"http://{self.target.http}{path}", json=body, headers=headers) as response:
+            if response.status >= 400:
+                raise RefusedError(f"HTTP {response.status}", await response.text())
+            yield response
+
+    async def metrics(self) -> str:
+        """The text of /metrics."""
+        async with self.session.get(f"http://{self.target.http}/metrics") as response:
+            return await response.text()
+
+    async def complete(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> Output:
+        """A completion over HTTP, streamed if the body says so."""
+        output = Output()
+        async with self.post("/v1/completions", body, headers) as response:
+            async for data in events(response.content) if body.get("stream") else one(await response.json()):
+                if "error" in data:
+                    raise RefusedError(f"HTTP {data['error'].get('code')} in a stream", json.dumps(data))
+                for choice in data["choices"]:
+                    output.add(choice["index"], choice["token_ids"] or [], choice["finish_reason"])
+        return output
+
+    async def chat(self, body: dict[str, Any]) -> Output:
+        """A chat completion over HTTP, not streamed."""
+        output = Output()
+        async with self.post("/v1/chat/completions", body | {"stream": False}) as response:
+            for choice in (await response.json())["choices"]:
+                output.add(choice["index"], [choice["message"]["content"]], choice["finish_reason"])
+        return output
+
+    async def stream(self, prompt: Sequence[int], *, upload: bool = False, **fields: Any) -> Output:
+        """A stream over gRPC."""
+        output = Output()
+        async with contextlib.aclosing(self.grpc.stream(prompt, upload=upload, **fields)) as received:
+            async for event in received:
+                if event.HasField("delta"):
+                    output.add(event.delta.index, list(event.delta.token_ids), None)
+                elif event.HasField("final"):
+                    output.add(event.final.index, [], finish_name(event.final))
+        return output
+
+    async def generate(self, prompt: Sequence[int], **fields: Any) -> Output:
+        """One response over gRPC."""
+        output = Output()
+        for choice in (await self.grpc.generate(prompt, **fields)).choices:
+            output.add(choice.index, list(choice.token_ids), finish_name(choice))
+        return output
+
+
+async def one(value: Any) -> AsyncIterator[Any]:
+    yield value
+
+
+def finish_name(final: Any) -> str:
+    """vLLM's name of a finish reason of gRPC."""
+    field_type = final.DESCRIPTOR.fields_by_name["finish_reason"].enum_type
+    return field_type.values_by_number[final.finish_reason].name.removeprefix("FINISH_REASON_").lower()
+
+
+def body_of(case: Case, model: str) -> dict[str, Any]:
+    """A case as the body of a completion."""
+    body = {"model": model, "prompt": list(case.prompt), "max_tokens": case.max_tokens, "temperature": 0}
+    body |= {"return_token_ids": True, "vllm_xargs": case.star}
+    if case.form:
+        return body | {"structured_outputs": {FORMS[name]: value for name, value in case.form.items()}}
+    return body | {"ignore_eos": True}
+
+
+def fields_of(case: Case) -> dict[str, Any]:
+    """A case as the fields of a call of gRPC."""
+    fields = {"max_tokens": case.max_tokens, "temperature": 0, "star": case.star}
+    return fields | ({"structured_outputs": case.form} if case.form else {"ignore_eos": True})
+
+
+def series_sum(text: str, name: str) -> float:
+    """Sum of the series of a metric in the text of /metrics."""
+    return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)))
+
+
+async def wait_idle(clients: Clients, seconds: float = 60) -> list[admin.EngineCache]:
+    """The state of the engines once none has a request or a page in use, or after ``seconds``."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        states = await clients.cache()
+        busy = any(state.requests_running or state.requests_waiting or state.pages_used for state in states)
+        if not busy or asyncio.get_running_loop().time() > deadline:
+            return states
+        await asyncio.sleep(0.1)

@@ -19,7 +19,18 @@ from vllm.logger import init_logger
 from engine_ext.activation import parse_config
 from engine_ext.refusals import star_refusals
 from engine_ext.serving.errors import DrainingError
-from engine_ext.serving.grpc.auth import DecodeErrorInterceptor, Metadata, add_port, digest, has_valid_key
+from engine_ext.serving.grpc.arrivals import ArrivalInterceptor
+from engine_ext.serving.grpc.auth import (
+    ADMIN_PREFIX,
+    Continuation,
+    Metadata,
+    add_port,
+    digest,
+    has_valid_key,
+    host_of,
+    refusal_handler,
+)
+from engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
 from engine_ext.serving.grpc.messages import MODES, abort
 from scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
 from scheduler.star.options import StarOptions
@@ -73,6 +84,28 @@ def matching_request_ids(
     return from_front, [] if from_front else [name for name in engine_ids if name == request_id]
 
 
+class AdminInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls of AdminService, as ``refusal`` says.
+
+    Args:
+        key: the admin key, or None.
+        own_port: whether the port serves AdminService alone.
+    """
+
+    def __init__(self, key: str | None, own_port: bool) -> None:
+        self.key = key
+        self.own_port = own_port
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(ADMIN_PREFIX):
+            return handler
+        refused = refusal(handler_call_details.invocation_metadata, self.key, self.own_port)
+        return handler if refused is None else refusal_handler(handler, *refused)
+
+
 class Admission(Protocol):
     """What AdminService needs of the gRPC server."""
 
@@ -89,18 +122,12 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     Args:
         engine: the AsyncLLM of both fronts.
         front: the gRPC server; Drain stops its admission.
-        key: the admin key, or None.
-        own_port: whether the port serves AdminService alone.
         max_message_bytes: the server's limit of a message, for GetServerInfo.
     """
 
-    def __init__(
-        self, engine: Any, front: Admission, *, key: str | None, own_port: bool, max_message_bytes: int
-    ) -> None:
+    def __init__(self, engine: Any, front: Admission, *, max_message_bytes: int) -> None:
         self.engine = engine
         self.front = front
-        self.key = key
-        self.own_port = own_port
         self.max_message_bytes = max_message_bytes
         self.started = time.monotonic()
         self.backends: list[str] | None = None
@@ -121,10 +148,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         return await self._serve(context, self._drain, request.wait_seconds)
 
     async def _serve(self, context: Any, method: Callable[..., Awaitable[Response]], *args: Any) -> Response:
-        """Check who calls, and return the method's response; an error ends the call with its status."""
-        refused = refusal(context.invocation_metadata(), self.key, self.own_port)
-        if refused is not None:
-            await context.abort(*refused)
+        """The method's response; an error ends the call with its status."""
         try:
             return await method(*args)
         except Exception as error:
@@ -222,14 +246,15 @@ def star_message(star: StarOptions) -> inference_pb2.StarOptions:
 
 
 async def start_admin_server(
-    servicer: AdminServicer, address: str, credentials: grpc.ServerCredentials | None, options: Sequence[Any]
+    servicer: AdminServicer, key: str | None, address: str, credentials: grpc.ServerCredentials | None
 ) -> tuple[grpc.aio.Server, int]:
     """Serve AdminService and reflection on a port of their own; returns the server and the port.
 
     Raises:
         RuntimeError: the server can't listen there.
     """
-    server = grpc.aio.server(interceptors=[DecodeErrorInterceptor()], options=options)
+    interceptors = [AdminInterceptor(key, own_port=True), ArrivalInterceptor(host_of)]
+    server = grpc.aio.server(interceptors=interceptors, options=server_options(MAX_ADMIN_BYTES))
     admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), server)
     port = add_port(server, address, credentials)

@@ -1,4 +1,4 @@
-"""The gRPC server's interceptors (API keys, drain, requests that can't be decoded), TLS credentials and ports."""
+"""The gRPC server's interceptor for API keys and drain, its TLS credentials and ports."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from engine_ext.serving.errors import grpc_code
-
-UNGATED_PREFIXES = ("/grpc.health.v1.Health/", "/starling.v1.AdminService/")
-"""Methods that need no API key and are served while the server drains. AdminService checks its own key."""
+HEALTH_PREFIX = "/grpc.health.v1.Health/"
+ADMIN_PREFIX = "/starling.v1.AdminService/"
+UNGATED_PREFIXES = (HEALTH_PREFIX, ADMIN_PREFIX)
+"""Methods that need no API key and are served while the server drains. AdminService has its own key."""
 
 METHOD_HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -50,6 +49,12 @@ def has_valid_key(metadata: Metadata, digests: Sequence[bytes]) -> bool:
     token_digest = digest(token)
     matches = [secrets.compare_digest(token_digest, key) for key in digests]
     return scheme.lower() == "bearer" and any(matches)
+
+
+def host_of(context: grpc.aio.ServicerContext) -> str:
+    """The address of a call's client, without the port."""
+    host: str = context.peer().rpartition(":")[0]
+    return host
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
@@ -85,6 +90,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         """Whether a call has a valid key, or the server has no keys."""
         return not self.digests or has_valid_key(metadata, self.digests)
 
+    def client_of(self, context: grpc.aio.ServicerContext) -> str:
+        """A name for the client of an allowed call: its address, and its key where the server checks keys."""
+        if not self.digests:
+            return host_of(context)
+        metadata = dict(context.invocation_metadata() or ())
+        return f"{host_of(context)} {digest(str(metadata.get('authorization'))).hex()}"
+
     async def drain(self, seconds: float) -> bool:
         """Refuse new calls and wait for running calls; returns whether all of them ended within ``seconds``."""
         self.draining = True
@@ -94,46 +106,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         return not pending
 
 
-class DecodeErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls whose request is not a message of the called method with INVALID_ARGUMENT; gRPC's code is UNKNOWN."""
-
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler:
-        handler = await continuation(handler_call_details)
-        is_starling = handler_call_details.method.startswith("/starling.")
-        # A servicer that reads a stream of requests gets the DecodeError itself.
-        if handler is None or not is_starling or handler.request_streaming:
-            return handler
-        return with_decode_errors(handler)
-
-
-def with_decode_errors(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    """The handler, with a status in place of a DecodeError. The handler must be a coroutine that takes one request."""
-    serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
-
-    def deserialize(data: bytes) -> Any:
-        try:
-            return handler.request_deserializer(data)
-        except DecodeError as error:
-            return error
-
-    async def serve_or_abort(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        if isinstance(request, DecodeError):
-            await context.abort(grpc_code(request), str(request))
-        return await serve(request, context)
-
-    make_handler = METHOD_HANDLERS[False, handler.response_streaming]
-    return make_handler(serve_or_abort, deserialize, handler.response_serializer)
-
-
 def refusal_handler(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:
-    """A handler of the same kind that ends each call with ``code``."""
+    """A handler that ends each call with ``code``, and reads no message: gRPC reads that of a unary call first."""
 
-    async def refuse(_request: Any, context: grpc.aio.ServicerContext) -> None:
+    async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
         await context.abort(code, text)
 
-    make_handler = METHOD_HANDLERS[handler.request_streaming, handler.response_streaming]
+    make_handler = METHOD_HANDLERS[True, handler.response_streaming]
     return make_handler(refuse, handler.request_deserializer, handler.response_serializer)
 
 

@@ -20,6 +20,7 @@ from engine_ext.front.state import front_state
 from engine_ext.requests import PLANNED, tokens_alone
 from engine_ext.serving.errors import DuplicateRequestError, root_cause
 from engine_ext.serving.grpc.capabilities import capabilities
+from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from engine_ext.serving.grpc.messages import abort, given, star_args
 from engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
 from engine_ext.serving.grpc.progress import with_progress
@@ -31,7 +32,6 @@ from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-MAX_REQUEST_BYTES = 64 * 2**20  # some 15 million token ids
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):

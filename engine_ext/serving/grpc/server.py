@@ -12,10 +12,12 @@ from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
 from engine_ext.serving.grpc import admin as admin_service
-from engine_ext.serving.grpc.admin import AdminServicer, start_admin_server
-from engine_ext.serving.grpc.auth import AuthInterceptor, DecodeErrorInterceptor, add_port
+from engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
+from engine_ext.serving.grpc.arrivals import ArrivalInterceptor
+from engine_ext.serving.grpc.auth import AuthInterceptor, add_port
 from engine_ext.serving.grpc.client import NoteClient
-from engine_ext.serving.grpc.inference import MAX_REQUEST_BYTES, SERVICE, Inference
+from engine_ext.serving.grpc.inference import SERVICE, Inference
+from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
 from engine_ext.serving.grpc.options import NO_ADMIN, AdminOptions, authority
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 
@@ -23,16 +25,6 @@ logger = init_logger("vllm.starling")
 
 GRACE_SECONDS = 5.0
 HEALTH_CHECK_SECONDS = 0.5
-
-SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    # Without this, a second server could listen on the same port without an error and get half of the calls.
-    ("grpc.so_reuseport", 0),
-    # A stream has no messages during a long prefill. Don't close the connection of a client that pings meanwhile.
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 
 
 class Front:
@@ -59,13 +51,14 @@ class Front:
         self.admin_server: grpc.aio.Server | None = None
         self.admin_port: int | None = None
         self.auth = AuthInterceptor(api_keys)
-        interceptors = [self.auth, NoteClient(show_cached), DecodeErrorInterceptor()]
-        self.server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        self.arrivals = ArrivalInterceptor(self.auth.client_of)
+        interceptors = [self.auth, AdminInterceptor(admin.key, own_port=False), NoteClient(show_cached), self.arrivals]
+        self.server = grpc.aio.server(interceptors=interceptors, options=server_options(MAX_REQUEST_BYTES))
         self.health = health.aio.HealthServicer()
         self.inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(own_port=False), self.server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(), self.server)
         names = (SERVICE, admin_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         self.engine_died = False
@@ -73,9 +66,8 @@ class Front:
         self._watchdog: asyncio.Task | None = None
         self._stopping: asyncio.Task | None = None
 
-    def _admin_servicer(self, own_port: bool) -> AdminServicer:
-        key = self.admin.key
-        return AdminServicer(self.engine, self, key=key, own_port=own_port, max_message_bytes=MAX_REQUEST_BYTES)
+    def _admin_servicer(self) -> AdminServicer:
+        return AdminServicer(self.engine, self, max_message_bytes=MAX_REQUEST_BYTES)
 
     @property
     def draining(self) -> bool:
@@ -97,7 +89,7 @@ class Front:
         if self.admin.port is not None:
             host = authority(self.admin.host)
             self.admin_server, self.admin_port = await start_admin_server(
-                self._admin_servicer(own_port=True), f"{host}:{self.admin.port}", credentials, SERVER_OPTIONS
+                self._admin_servicer(), self.admin.key, f"{host}:{self.admin.port}", credentials
             )
             logger.info("AdminService on %s:%d", host, self.admin_port)
         for name in ("", SERVICE):

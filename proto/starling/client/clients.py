@@ -32,7 +32,7 @@ class Connection:
         tls: bool | Pem | None = None,
         certificate: tuple[Pem, Pem] | None = None,
         retries: int = 4,
-        max_message_bytes: int = 32 * 2**20,
+        max_message_bytes: int = 4 * 2**20,
     ) -> None:
         """
         Args:

@@ -12,7 +12,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext.front.state import front_state
 from engine_ext.requests import PLANNED
-from engine_ext.serving.grpc.inference import MAX_REQUEST_BYTES
+from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, output, result
 from vllm_compat.versions import vllm_version

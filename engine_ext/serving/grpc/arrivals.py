@@ -1,0 +1,132 @@
+"""Receives the message of a unary call after the call is allowed, within a time and beside few other messages.
+
+gRPC's own handler of a unary call takes the whole message from the network before anything else. So a client without a
+key, or one that stalls, could fill the memory. On the network a unary call is a stream of one message: Starling's
+handler takes calls as streams, and reads the message itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+from weakref import WeakValueDictionary
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
+
+AT_ONCE, OF_CLIENT, SECONDS = 32, 16, 60.0
+HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS = 16, 2, 10.0  # health needs no key
+
+
+ClientOf = Callable[[grpc.aio.ServicerContext], str]
+
+
+class SlowMessageError(Exception):
+    """A message did not arrive in time."""
+
+
+async def arriving(message: Awaitable[Any], seconds: float) -> Any:
+    """A message that gRPC is reading.
+
+    A read that lasts too long is not cancelled, since gRPC would keep the bytes of it. It ends with the call.
+
+    Raises:
+        SlowMessageError: it did not arrive within ``seconds``.
+    """
+    reading = asyncio.ensure_future(message)
+    reading.add_done_callback(_retrieve)
+    done, _ = await asyncio.wait({reading}, timeout=seconds)
+    if not done:
+        raise SlowMessageError(f"a message did not arrive within {seconds:.0f} s")
+    return reading.result()
+
+
+def _retrieve(reading: asyncio.Future) -> None:
+    """Retrieve the exception of a read that nobody awaits any more: else asyncio would log it."""
+    if not reading.cancelled():
+        reading.exception()
+
+
+class Arrivals:
+    """Limits the messages that arrive at the same time. Further ones wait, unread.
+
+    Args:
+        at_once: messages of all clients.
+        of_client: messages of one client.
+        seconds: from the start of the call to the end of the message.
+        client_of: returns a name for the client of a call.
+    """
+
+    def __init__(self, at_once: int, of_client: int, seconds: float, client_of: ClientOf) -> None:
+        self.client_of = client_of
+        self.all = asyncio.Semaphore(at_once)
+        self.of_client = of_client
+        self.seconds = seconds
+        self.clients: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def receive(self, context: grpc.aio.ServicerContext) -> Any:
+        """The call's message as bytes; grpc.aio.EOF: the client has sent none.
+
+        Raises:
+            SlowMessageError: it did not arrive in time.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.seconds
+        share = self.clients.setdefault(self.client_of(context), asyncio.Semaphore(self.of_client))
+        async with AsyncExitStack() as held:
+            for semaphore in (share, self.all):
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await held.enter_async_context(semaphore)
+                except TimeoutError:
+                    raise SlowMessageError(f"other messages kept this one waiting for {self.seconds:.0f} s") from None
+            return await arriving(context.read(), deadline - loop.time())
+
+
+class ArrivalInterceptor(grpc.aio.ServerInterceptor):
+    """Receives the messages of unary calls; add it after the interceptors that refuse calls.
+
+    A message that is none of the called method ends the call with INVALID_ARGUMENT; gRPC's code is UNKNOWN.
+
+    Args:
+        client_of: returns a name for the client of a call.
+    """
+
+    def __init__(self, client_of: ClientOf) -> None:
+        self.arrivals = Arrivals(AT_ONCE, OF_CLIENT, SECONDS, client_of)
+        self.health = Arrivals(HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS, host_of)
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        is_health = handler_call_details.method.startswith(HEALTH_PREFIX)
+        return receiving_handler(handler, self.health if is_health else self.arrivals)
+
+
+def receiving_handler(handler: grpc.RpcMethodHandler, arrivals: Arrivals) -> grpc.RpcMethodHandler:
+    """A handler that receives one message through ``arrivals``, for ``handler``, whose method is a coroutine."""
+    serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+    async def receive_and_serve(_: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            data = await arrivals.receive(context)
+        except SlowMessageError as error:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+        if data is grpc.aio.EOF:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+        try:
+            request = handler.request_deserializer(data)
+        except DecodeError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        del data
+        return await serve(request, context)
+
+    make_handler = METHOD_HANDLERS[True, handler.response_streaming]
+    return make_handler(receive_and_serve, None, handler.response_serializer)

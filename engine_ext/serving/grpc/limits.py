@@ -1,0 +1,40 @@
+"""Limits of the gRPC server's memory and connections, and the options of gRPC that set them."""
+
+from __future__ import annotations
+
+MAX_REQUEST_BYTES = 8 * 2**20  # over 2 million token ids, or 8 MiB of text; uploads take longer prompts
+MAX_ADMIN_BYTES = 256 * 2**10  # of a message to AdminService's own port
+
+MAX_STREAMS = 1024  # calls of one connection at once
+MAX_CONNECTIONS = 1024
+HANDSHAKE_MS = 20_000  # from a connection to the end of the TLS handshake
+
+KEEPALIVE_MS = 20_000  # a connection on which nothing arrives for so long gets a ping
+KEEPALIVE_TIMEOUT_MS = 20_000  # the connection is closed if the ping is not answered for so long
+
+NO_COMPRESSION = 1  # bit set of algorithms: only `identity`
+
+SERVER_OPTIONS = (
+    # Without this, a second server could listen on the same port without an error and get half of the calls.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+    # With it gRPC opens the windows of all calls for messages that nobody reads yet. Without it the window of such a
+    # call is 64 KiB, and grows by the message's size once the message is read.
+    ("grpc.http2.bdp_probe", 0),
+    # gRPC limits a message only after it is decompressed, and 8 MiB of gzip can become 8 GiB.
+    ("grpc.compression_enabled_algorithms_bitset", NO_COMPRESSION),
+    # A client may vanish without closing its connection. Then its requests end within a minute.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # A stream has no messages during a long prefill. Don't close the connection of a client that pings meanwhile.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """gRPC's options of a server whose messages have at most ``max_message_bytes``."""
+    return [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]

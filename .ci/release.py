@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
+BUILD_OPTIONS = ("--build-constraints", ROOT / ".ci/requirements-build.lock", "--require-build-hashes")
 RESULTS = ROOT / "build" / "release"
 PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = {  # folder of the repository -> package in the wheel; [tool.hatch.build.targets.wheel] has the same folders
@@ -115,11 +116,11 @@ def build(uv: str) -> Path:
     """Build and check both distributions; returns the wheel."""
     shutil.rmtree(DIST, ignore_errors=True)
     say("building the sdist, and the wheel from the sdist")
-    call(uv, "build", "--quiet", "--out-dir", DIST)
+    call(uv, "build", "--quiet", *BUILD_OPTIONS, "--out-dir", DIST)
     (wheel,) = DIST.glob("*.whl")
     (sdist,) = DIST.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as folder:
-        call(uv, "build", "--quiet", "--wheel", "--out-dir", folder)
+        call(uv, "build", "--quiet", *BUILD_OPTIONS, "--wheel", "--out-dir", folder)
         if digest(Path(folder) / wheel.name) != digest(wheel):
             raise ReleaseError("the wheel from the sdist is not the wheel from the checkout")
     say("checking them")

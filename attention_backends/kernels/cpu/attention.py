@@ -1,4 +1,5 @@
-"""The contract on a CPU: the C++ op of attention.cpp, or plain torch (fallback.py) where the op can't be built."""
+"""The contract on a CPU: the C++ op of attention.cpp, or plain torch (fallback.py) where the op can't be
+built or loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ VECTOR_SIZE = 16
 
 @functools.cache
 def built_op() -> Callable[..., torch.Tensor] | None:
-    """The C++ op, or None where it can't be built. The reason is logged once."""
+    """The C++ op, or None where it can't be built or loaded. The reason is logged once."""
     try:
         return load_op()
     except BuildError as error:

@@ -1,4 +1,4 @@
-"""Builds the CPU op on first use, once per user, source, torch version and processor.
+"""Builds the CPU op on first use, once per user, source, torch version, compiler, C library and processor.
 
 `python -m attention_backends.kernels.cpu.build` builds it ahead of the first request.
 """
@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from attention_backends.kernels.cpu.sealed_file import is_intact, seal
 
 SOURCE = "attention.cpp"
 SOURCES = (SOURCE, "gemm.h", "vector.h")
@@ -24,14 +26,23 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi")
 
 
 class BuildError(RuntimeError):
-    """The op can't be built on this machine; the message gives the reason and a remedy."""
+    """The op can't be built or loaded on this machine; the message gives the reason and a remedy."""
 
 
 def cache_directory() -> Path:
-    """The directory of built ops: TORCH_EXTENSIONS_DIR, as for torch's own extensions, else one in the user's cache."""
+    """The directory of built ops: TORCH_EXTENSIONS_DIR, as for torch's own extensions, else one in the user's cache.
+
+    Raises:
+        BuildError: the user has no home directory, and neither variable is set.
+    """
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(extensions) if extensions else cache / "starling" / "extensions"
+    if extensions:
+        return Path(extensions)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise BuildError(f"the CPU attention op needs a directory to build in: {error} Set XDG_CACHE_HOME") from error
+    return cache / "starling" / "extensions"
 
 
 def compiler() -> str | None:
@@ -48,37 +59,83 @@ def cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def key() -> str:
-    """A hash of everything that the built op depends on: sources, flags, torch version and processor."""
-    here = Path(__file__).parent
-    parts = [(here / name).read_text() for name in SOURCES]
-    parts += [torch.__version__, platform.machine(), cpu_flags(), *FLAGS]
+def compiler_version() -> str | None:
+    """What identifies the compiler: its path and what it says of itself; None where there is none, or it fails."""
+    path = compiler()
+    if path is None:
+        return None
+    try:
+        shown = subprocess.run([path, "--version"], capture_output=True, check=True, timeout=60, text=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{os.path.realpath(path)}\0{shown.stdout}"
+
+
+def c_library() -> str:
+    """Name and version of the C library that this process runs with."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except ValueError:  # not glibc
+        return " ".join(platform.libc_ver())
+
+
+def digest(parts: Sequence[str]) -> str:
+    """A short name for these texts together."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def machine_key() -> str:
+    """A digest of what a built op depends on: sources, flags, torch, C library and processor."""
+    here = Path(__file__).parent
+    parts = [(here / name).read_text() for name in SOURCES]
+    return digest([*parts, torch.__version__, c_library(), platform.machine(), cpu_flags(), *FLAGS])
+
+
+def built_op_path(directory: Path) -> Path:
+    """The file of the op of this machine and compiler.
+
+    Without a compiler, an op that any compiler has built for this machine, for example in an image from which the
+    compiler was removed.
+    """
+    prefix, version = f"starling_kernels_{machine_key()}", compiler_version()
+    built = directory / f"{prefix}_{digest([version or ''])}.so"
+    if version is None:
+        return next((path for path in sorted(directory.glob(f"{prefix}_*.so")) if is_intact(path)), built)
+    return built
+
+
 def load_op() -> Callable[..., torch.Tensor]:
-    """Load the op, after building it where that has not been done. Concurrent processes wait for one build.
+    """Load the op, after building it where there is no intact one. Concurrent processes wait for one build.
+
+    An op that is there is read only: the directory need not be writable then.
 
     Raises:
-        BuildError: there is no compiler or no writable directory, or the compiler fails.
+        BuildError: there is no compiler or no writable directory, the compiler fails, or the op can't be loaded.
     """
-    directory, name = cache_directory(), f"starling_kernels_{key()}"
-    built = directory / f"{name}.so"
+    directory = cache_directory()
+    built = built_op_path(directory)
+    if not is_intact(built):
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # The system releases the lock of a process that dies, so no process waits for a build that has stopped.
+            with open(built.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not is_intact(built):
+                    _build(built)
+        except OSError as error:
+            reason = f"the CPU attention op needs a directory to build in: {error}; set XDG_CACHE_HOME"
+            raise BuildError(reason) from error
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # The system releases the lock of a process that dies, so no process waits for a build that has stopped.
-        with open(directory / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not built.exists():
-                _build(name, built)
-    except OSError as error:
-        raise BuildError(f"the CPU attention op needs a directory to build in: {error}; set XDG_CACHE_HOME") from error
-    torch.ops.load_library(built)
-    return torch.ops.starling_kernels.paged_attention
+        torch.ops.load_library(built)
+        return torch.ops.starling_kernels.paged_attention
+    except (OSError, AttributeError) as error:
+        reason = f"the CPU attention op can't be loaded: {error}; set XDG_CACHE_HOME to a directory that allows it"
+        raise BuildError(reason) from error
 
 
-def _build(name: str, built: Path) -> None:
+def _build(built: Path) -> None:
     """Compile to ``built``. The file appears complete or not at all (raises BuildError)."""
+    name = built.stem
     command = os.environ.get("CXX", "c++")
     if compiler() is None:
         raise BuildError(
@@ -92,16 +149,22 @@ def _build(name: str, built: Path) -> None:
         from torch.utils import cpp_extension
 
         with tempfile.TemporaryDirectory(dir=built.parent, prefix=name) as work:
-            cpp_extension.load(
-                name=name,
-                sources=[str(Path(__file__).parent / SOURCE)],
-                extra_cflags=list(FLAGS),
-                extra_ldflags=["-fopenmp"],
-                build_directory=work,
-                is_python_module=False,
-            )
+            try:
+                cpp_extension.load(
+                    name=name,
+                    sources=[str(Path(__file__).parent / SOURCE)],
+                    extra_cflags=list(FLAGS),
+                    extra_ldflags=["-fopenmp"],
+                    build_directory=work,
+                    is_python_module=False,
+                )
+            except OSError:  # torch loads what it has compiled, and so does load_op, which says what is wrong
+                if not any(Path(work).glob("*.so")):
+                    raise
             # torch appends a number to the file's name after an earlier attempt in the same process.
-            os.replace(next(Path(work).glob("*.so")), built)
+            compiled = next(Path(work).glob("*.so"))
+            seal(compiled)
+            os.replace(compiled, built)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
         raise BuildError(f"the CPU attention op does not compile with {command!r}: {error}") from error
     finally:

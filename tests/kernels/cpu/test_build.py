@@ -1,9 +1,14 @@
-"""Building the op: one build for concurrent loads, and a clear message where no build is possible."""
+"""Building and loading the op: one build for concurrent loads, and a clear message where the op can't be used."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +18,7 @@ import torch
 
 from attention_backends.kernels.cpu import attention as cpu
 from attention_backends.kernels.cpu import build, fallback
+from attention_backends.kernels.cpu.sealed_file import seal
 from tests.kernels.cases import one_row
 
 
@@ -57,10 +63,10 @@ def test_concurrent_loads_build_once(empty_cache, monkeypatch):
     """The lock is on a file that each thread opens for itself, as processes do."""
     builds, loads = [], []
 
-    def slow_build(name: str, built: Path) -> None:
-        builds.append(name)
+    def slow_build(built: Path) -> None:
+        builds.append(built)
         time.sleep(0.2)
-        built.write_bytes(b"")
+        write_op(built)
 
     monkeypatch.setattr(build, "_build", slow_build)
     monkeypatch.setattr(torch.ops, "load_library", loads.append)
@@ -74,15 +80,82 @@ def test_concurrent_loads_build_once(empty_cache, monkeypatch):
 
 def load_missing_op() -> None:
     """Load an op that was not really built, so it may not be registered with torch."""
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(build.BuildError):
         build.load_op()
 
 
-def test_key_changes_with_what_the_build_depends_on(monkeypatch):
-    key = build.key()
-    assert key == build.key()
-    monkeypatch.setattr(build, "cpu_flags", lambda: "flags: none")
-    assert build.key() != key
-    monkeypatch.undo()
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    assert build.key() != key
+def write_op(built: Path, content: bytes = b"an op") -> None:
+    """Write what a build leaves."""
+    built.write_bytes(content)
+    seal(built)
+
+
+@pytest.mark.parametrize("damage", [lambda op: op[: len(op) // 2], lambda op: b"", lambda op: b"x" + op[1:]])
+def test_a_damaged_op_is_built_again(empty_cache, monkeypatch, damage):
+    builds, loads = [], []
+
+    def rebuild(built: Path) -> None:
+        builds.append(built)
+        write_op(built)
+
+    empty_cache.mkdir(parents=True)
+    built = build.built_op_path(empty_cache)
+    write_op(built)
+    monkeypatch.setattr(build, "_build", rebuild)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: loads.append(path.read_bytes()))
+    load_missing_op()
+    assert not builds
+    built.write_bytes(damage(built.read_bytes()))
+    load_missing_op()
+    assert builds == [built]
+    assert loads[0] == loads[1]
+
+
+def test_an_op_that_is_there_needs_no_writable_directory_and_no_compiler(empty_cache, monkeypatch):
+    loads = []
+    empty_cache.mkdir(parents=True)
+    built = build.built_op_path(empty_cache)
+    write_op(built)
+    monkeypatch.setattr(torch.ops, "load_library", loads.append)
+    monkeypatch.setattr(build.fcntl, "flock", lambda *_: pytest.fail("a lock is a file that is written"))
+    load_missing_op()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    load_missing_op()
+    assert loads == [built, built]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems")
+def test_where_the_op_cant_be_loaded_the_fallback_runs(tmp_path):
+    """In a mount namespace of its own; each case in a process of its own, since a library that is cut off is fatal."""
+    job = [sys.executable, "-m", "tests.kernels.cpu.load_job", tmp_path]
+    done = subprocess.run(["unshare", "--mount", *job], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    warnings = json.loads(done.stdout.splitlines()[-1])
+    assert warnings.keys() == {"noexec", "cut_off", "no_home", "read_only"}
+    assert "can't be loaded" in warnings["noexec"] and "XDG_CACHE_HOME" in warnings["noexec"]
+    assert "no C++ compiler 'no-such-compiler'" in warnings["cut_off"]
+    assert "Set XDG_CACHE_HOME" in warnings["no_home"]
+    assert "needs a directory to build in" in warnings["read_only"]
+    assert all(text.endswith("Attention runs in plain torch, which is slower.") for text in warnings.values())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (build, "cpu_flags", lambda: "flags: none"),
+        (build, "c_library", lambda: "glibc 2.0"),
+        (build, "compiler_version", lambda: "/usr/bin/c++ 1.0"),
+        (torch, "__version__", "0.0"),
+    ],
+    ids=["processor", "C library", "compiler", "torch"],
+)
+def test_another_op_is_built_where_what_it_depends_on_has_changed(tmp_path, monkeypatch, owner, name, value):
+    path = build.built_op_path(tmp_path)
+    assert path == build.built_op_path(tmp_path)
+    monkeypatch.setattr(owner, name, value)
+    assert build.built_op_path(tmp_path) != path
+
+
+def test_the_compiler_and_the_c_library_are_known_by_their_versions():
+    assert re.search(r"\d+\.\d+", build.compiler_version())
+    assert re.search(r"\d+\.\d+", build.c_library())

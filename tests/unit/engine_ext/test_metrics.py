@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
+import tempfile
 
+import pytest
 from prometheus_client import REGISTRY, generate_latest
 
 from vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, collect_from_children
@@ -54,3 +58,38 @@ def test_metrics_of_children_are_shown_and_those_of_a_parents_children_are_not(m
         for collector in set(REGISTRY._collector_to_names) - before:
             REGISTRY.unregister(collector)
         directory.cleanup()
+
+
+FULL_TEMP_DIRECTORY = f"""
+import logging, os, subprocess
+logging.basicConfig(format="%(message)s")
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", os.environ["{DIRECTORY_ENV}"]], check=True)
+with open(os.environ["{DIRECTORY_ENV}"] + "/filler", "wb") as filler:
+    filler.write(bytes(60 * 1024))
+{COUNT_TOKENS}
+{SET_SIZES}
+{COUNT_HITS}
+print(os.listdir(os.environ["{DIRECTORY_ENV}"]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_process_runs_without_its_metrics_where_the_temp_directory_is_full(tmp_path, monkeypatch):
+    monkeypatch.delenv(MULTIPROCESS_ENV, raising=False)
+    environment = os.environ | {DIRECTORY_ENV: str(tmp_path)}
+    command = ["unshare", "--mount", sys.executable, "-c", FULL_TEMP_DIRECTORY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stdout == "['filler']\n"
+    (line,) = [line for line in done.stderr.splitlines() if "/metrics" in line]
+    assert re.fullmatch(r"Metrics of process \d+ are missing on /metrics: .*No space left.*set TMPDIR.*", line)
+
+
+def test_a_server_starts_where_no_temp_directory_can_be_made(monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv(MULTIPROCESS_ENV, raising=False)
+    monkeypatch.setenv(DIRECTORY_ENV, str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(logging.getLogger("vllm.starling"), "propagate", True)
+    assert collect_from_children.__wrapped__() is None
+    assert DIRECTORY_ENV not in os.environ
+    assert "missing on /metrics" in caplog.text

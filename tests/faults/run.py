@@ -69,19 +69,22 @@ def run(chosen: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, Result]]:
 
 
 def attempt(servers: Servers, name: str, cell: Cell) -> Result:
-    """The result of a cell, on a new server where its requests have missed the moment."""
+    """The result of a cell; another attempt is made where its requests have missed the moment."""
     for last in (False,) * (ATTEMPTS - 1) + (True,):
         try:
             result = run_start(servers, cell) if cell.moment == START else run_cell(servers.get(name), cell)
         except MomentMissed as error:
             result = Result(faults=[f"not run: {error}"])
+            print(f"{cell.name}: {error}", flush=True)
         except Exception:
             traceback.print_exc()
+            servers.stop()
             result = Result(faults=[f"not run: {traceback.format_exc(limit=0).splitlines()[-1]}"])
         ended = servers.running is None or servers.running.server.process.poll() is not None
-        if result.faults or ended:
+        missed = any(fault.startswith("not run") for fault in result.faults)
+        if ended or (result.faults and not missed):
             servers.stop()
-        if last or not any(fault.startswith("not run") for fault in result.faults):
+        if last or not missed:
             return result
     raise AssertionError
 

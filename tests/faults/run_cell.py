@@ -25,7 +25,7 @@ from tests.faults.table import DECODE, IDLE, PREFILL, TRANSFER, Cell
 MOMENT_SECONDS = 60
 EXIT_SECONDS, GONE_SECONDS, RELEASE_SECONDS = 30, 20, 40
 STAR = {"star": "on", "star_block_size": 256, "star_query_tokens": 40, "star_replicas": 2}
-SIZES = {IDLE: (1000, 8), PREFILL: (3000, 8), TRANSFER: (1500, 8), DECODE: (1000, 400)}
+SIZES = {IDLE: (1000, 8), PREFILL: (3000, 8), TRANSFER: (1500, 8), DECODE: (1000, 800)}
 """Moment -> tokens of a prompt and of its output."""
 
 seeds = itertools.count(time.time_ns())
@@ -73,14 +73,15 @@ def run_cell(served: Served, cell: Cell) -> Result:
     running = [] if cell.moment == IDLE else start(served, cell, seconds)
     try:
         reach(served, cell.moment, running)
-    except BaseException:
+    except MomentMissed:
         served.open_gate()
+        wait_until(lambda: all(each.ended for each in running), MOMENT_SECONDS)
         raise
     tokens = [len(each.outcome.tokens) for each in running]
     with fault.begin(served, cell.target):
         began = time.monotonic()
         if any(each.ended for each in running) or (cell.moment in (PREFILL, TRANSFER) and any(tokens)):
-            raise MomentMissed(f"{cell.name}: requests were beyond the moment")
+            raise MomentMissed("requests were beyond the moment")
         health = HealthLog(served)
         served.open_gate()
         running = running or start(served, cell, seconds)

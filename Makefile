@@ -31,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit lint lint-docker layers types docs names \
-	check-vllm compatibility proto proto-check proto-release lock sbom audit bench soak wheel release clean
+	check-vllm compatibility proto proto-check proto-release lock sbom audit bench soak faults wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -139,6 +139,10 @@ bench: env demo-model ## measure the time to first token of Star Attention; writ
 # MINUTES: after the warm-up; REPLICAS: data-parallel replicas.
 soak: env ## a server under a mixed load for MINUTES=30: no request is lost, nothing grows; writes JSON and a figure
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),1)
+
+# FAULTS="SIGKILL decode": the cells with these words.
+faults: env ## the fault matrix: each fault at each moment of a request; writes docs/faults.md; needs root
+	$(BIN)/python -m tests.faults.run $(FAULTS)
 
 docs: env ## build the documentation site into build/docs; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

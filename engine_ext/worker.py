@@ -20,7 +20,13 @@ from replicas.metrics import replica_metrics
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RequestMetadata, metadata_of
 from vllm_compat.patching import extends
-from vllm_compat.worker import batch_request_ids, kv_connector, metadata_builders, without_discarded_generators
+from vllm_compat.worker import (
+    batch_request_ids,
+    kv_connector,
+    metadata_builders,
+    unlink_shared_memory,
+    without_discarded_generators,
+)
 
 logger = init_logger("vllm.starling")
 
@@ -126,6 +132,11 @@ def make_star_worker(base: type) -> type:
             replica = str(vllm_config.parallel_config.data_parallel_index)
             self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
             replica_metrics()  # on /metrics also where no page is ever moved
+
+        def init_device(self) -> Any:
+            result = super().init_device()
+            unlink_shared_memory(self.rank)
+            return result
 
         def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
             result = super().initialize_from_config(*args, **kwargs)

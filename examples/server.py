@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def serving(
     grpc_port: int | None = 0,
     seconds: float = 600,
     on_message: Callable[[str], object] = lambda message: None,
+    prefix: Sequence[str | Path] = (),
 ) -> Iterator[Server]:
     """Serve a model on loopback ports for the duration of the block.
 
@@ -105,13 +106,14 @@ def serving(
         port, grpc_port: preferred ports, see ``free_port``. With ``grpc_port`` None the server does not serve gRPC.
         seconds: how long the start may take.
         on_message: called with the last message of the log, several times a second while the server starts.
+        prefix: a command that runs the server's command, such as `nsenter`, in its own process.
 
     Raises:
         RuntimeError: the server ends during its start, or takes longer than ``seconds``.
     """
     port, grpc_port = free_port(port), None if grpc_port is None else free_port(grpc_port)
-    command = [Path(sys.executable).with_name("starling"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    command += [*([] if grpc_port is None else ["--grpc-port", str(grpc_port)]), *options]
+    command = [*prefix, Path(sys.executable).with_name("starling"), "serve", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), *([] if grpc_port is None else ["--grpc-port", str(grpc_port)]), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A separate process group, so that Ctrl-C in the terminal reaches only this process, which stops the server in

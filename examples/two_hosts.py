@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,13 @@ class Host:
 
     Attributes:
         core: the core that the host's replica runs on.
+        prefix: a command that runs each command of this host, such as `unshare`.
     """
 
     name: str
     address: str
     core: int
+    prefix: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -55,7 +57,7 @@ class Host:
         }
         with log.open("wb") as output:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *command],
+                ["ip", "netns", "exec", self.name, *self.prefix, *command],
                 stdout=output,
                 stderr=output,
                 env=ENVIRONMENT | os.environ | settings,
@@ -156,6 +158,25 @@ def serving_on_both(
     Raises:
         RuntimeError: a server ended while it started, or did not respond in time.
     """
+    started = started_on_both(hosts, model, *options, folder=folder, seconds=seconds)
+    with started as (socket, _), client_of(socket) as client:
+        yield client
+
+
+def client_of(socket: Path, timeout: float = 120) -> httpx.Client:
+    """An HTTP client of the server that listens on a Unix socket."""
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=timeout)
+
+
+@contextlib.contextmanager
+def started_on_both(
+    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 300, front: Sequence[str] = ()
+) -> Iterator[tuple[Path, list[subprocess.Popen]]]:
+    """Serve a model over both hosts; yields the Unix socket of the HTTP server, and the processes of the two hosts.
+
+    Args, Raises: as ``serving_on_both``.
+        front: further options of the first host, which has the front.
+    """
     here, there = hosts
     starling = Path(sys.executable).with_name("starling")
     both = ["--data-parallel-size", "2", "--data-parallel-size-local", "1"]
@@ -163,15 +184,13 @@ def serving_on_both(
     with tempfile.TemporaryDirectory(prefix="starling-") as place:
         # Both hosts have the same file system. A socket below ``folder`` could have too long a path.
         socket = Path(place) / "http.sock"
-        front = [starling, "serve", model, "--uds", str(socket), *both]
+        with_front = [starling, "serve", model, "--uds", str(socket), *both, *front]
         headless = [starling, "serve", model, "--headless", "--data-parallel-start-rank", "1", *both]
-        processes = [here.popen(front, folder / "here.log"), there.popen(headless, folder / "there.log")]
+        processes = [here.popen(with_front, folder / "here.log"), there.popen(headless, folder / "there.log")]
         try:
-            with httpx.Client(
-                transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=120
-            ) as client:
+            with client_of(socket) as client:
                 wait_for(client, processes, time.monotonic() + seconds, folder)
-                yield client
+            yield socket, processes
         finally:
             for process in processes:
                 process.send_signal(signal.SIGTERM)

@@ -24,6 +24,7 @@ from scheduler.star.parsing import OptionError
 from scheduler.star.plan import check_sizes
 from scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from scheduler.step_budget import make_limits
+from vllm_compat.engine_core import end_with_parent
 from vllm_compat.patching import extends
 from vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
 from vllm_compat.scheduler_hooks import SchedulerHooks
@@ -54,6 +55,7 @@ class StarMixin(SchedulerHooks):
         add_page_key(page_key)
         leave_out_of_hit_rate(is_incomplete)
         add_core_rpc()
+        end_with_parent()
         super().__init__(vllm_config, *args, **kwargs)
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         entry = vllm_config.additional_config["starling"]

@@ -1,11 +1,25 @@
-"""The engine core: its utilities, and its check of KV memory."""
+"""The engine core: its utilities, its check of KV memory, and its end if the process that started it is killed."""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+from vllm_compat.metrics import DIRECTORY_ENV
 from vllm_compat.patching import Wrapper, touches, wrap
+
+logger = logging.getLogger("vllm.starling")
+
+PARENT_CHECK_SECONDS = 1.0
+END_SECONDS = 10.0
+"""How long an engine core whose parent was killed may take to end its workers."""
 
 
 @touches(
@@ -56,3 +70,27 @@ def add_core_utility(name: str, function: Callable[..., Any]) -> None:
         raise RuntimeError(f"vLLM's EngineCore has a method {name!r} of its own")
     function.__starling__ = True  # type: ignore[attr-defined]
     setattr(EngineCore, name, function)
+
+
+def end_with_parent() -> None:
+    """Called in an engine core: end it soon after the process that started it, which is the API server or its launcher.
+
+    vLLM ends its engine cores when the API server ends in order. One that is killed leaves them and their workers,
+    with all of their memory. The parent's process id is polled: with fork, a sibling may hold the other end of
+    multiprocessing's own pipe. An engine inside the user's process stays. Goes when vLLM's engine cores look after
+    their parent.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and multiprocessing.current_process().name.startswith("EngineCore"):
+        threading.Thread(target=_end_after, args=(parent.pid,), name="starling-parent", daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    logger.error("process %d, which started this engine core, has ended: the engine core ends too", parent)
+    if DIRECTORY_ENV in os.environ:
+        shutil.rmtree(os.environ[DIRECTORY_ENV], ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(END_SECONDS)
+    os._exit(1)

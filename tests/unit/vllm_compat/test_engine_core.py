@@ -1,10 +1,17 @@
-"""The engine core's check of its KV memory; its utilities are tested in tests/unit/scheduler/test_core_rpc.py."""
+"""The engine core's check of its KV memory, and its end with its parent.
+
+Its utilities are tested in tests/unit/scheduler/test_core_rpc.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from vllm.v1.engine import core
 
@@ -38,3 +45,44 @@ def test_an_engine_core_checks_its_memory_against_its_part_of_the_length(monkeyp
 
 def test_the_engine_core_calls_the_check_by_its_modules_name():
     assert "get_kv_cache_configs(" in inspect.getsource(core.EngineCore._initialize_kv_caches)
+
+
+PARENT = """
+import multiprocessing, sys, time
+sys.path[:0] = {path}
+
+def core():
+    from vllm_compat.engine_core import end_with_parent
+    end_with_parent()
+    process = multiprocessing.current_process()
+    print(f"{{process.pid}} {{process.name}}\\n", end="", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    children = [context.Process(target=core, name=name) for name in {names}]
+    for child in children:
+        child.start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_an_engine_core_ends_once_its_parent_is_killed_and_other_processes_go_on(tmp_path, method):
+    names = ["EngineCore_DP0", "another", "EngineCore"]
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(path=sys.path, method=method, names=names))
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    lines = [parent.stdout.readline().split() for _ in names]
+    children = {name: psutil.Process(int(pid)) for pid, name in lines}
+    try:
+        parent.kill()
+        parent.wait()
+        _, alive = psutil.wait_procs([child for name, child in children.items() if name != "another"], timeout=60)
+        assert not alive
+        assert children["another"].is_running()
+    finally:
+        for child in children.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        parent.stdout.close()

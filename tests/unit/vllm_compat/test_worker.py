@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.v1.worker import gpu_model_runner
 
+from vllm_compat import worker
 from vllm_compat.worker import attention_backends, batch_request_ids, metadata_builders, without_discarded_generators
 
 
@@ -58,3 +59,17 @@ def test_attention_groups_of_a_runner():
     made = SimpleNamespace(attn_groups=[[group("B"), group("A")], [group("B")]])
     assert attention_backends(SimpleNamespace(model_runner=made)) == ["A", "B"]
     assert metadata_builders(made) == [(("B", 0), ["b"]), (("A", 0), ["a"]), (("B", 0), ["b"])]
+
+
+def test_names_of_shared_memory_are_removed_where_every_rank_of_the_group_has_it(tmp_path, monkeypatch):
+    kept = ["vllm_dist_1-tp:0-[2-3]-cpushm_2", "vllm_dist_12-tp:0-[0-1]-cpushm_0", "psm_1"]
+    for name in [*kept, "vllm_dist_1-tp:0-[0-1]-cpushm_0", "vllm_dist_1-tp:0-[0-1]-cpushm_1"]:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(worker, "SHARED_MEMORY", tmp_path)
+    monkeypatch.delenv("VLLM_DIST_IDENT", raising=False)
+    worker.unlink_shared_memory(1)
+    assert len(list(tmp_path.iterdir())) == 5
+    monkeypatch.setenv("VLLM_DIST_IDENT", "vllm_dist_1")
+    for _ in range(2):  # each rank does
+        worker.unlink_shared_memory(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

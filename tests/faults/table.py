@@ -1,0 +1,137 @@
+"""The cells of the matrix: on which server, which fault of what, at which moment of the requests; what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.faults.clients import ANSWER, CLOSED, ERROR
+
+START, IDLE, PREFILL, TRANSFER, DECODE = "start", "idle", "prefill", "transfer", "decode"
+HTTP_HEALTH, GRPC_HEALTH = ("200",), ("SERVING",)
+DEAD_HTTP, DEAD_GRPC = ("200", "503", "closed"), ("SERVING", "NOT_SERVING", "closed")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What counts as right.
+
+    Attributes:
+        ends: how each of the four requests may end (clients.py).
+        http_health, grpc_health: what the server may say of itself from the fault on.
+        exit: the server's exit code; None: it serves on, and then holds no page.
+        seconds: within which every request ends; for a fault that passes, after it has passed.
+    """
+
+    ends: tuple[str, ...]
+    http_health: tuple[str, ...] = HTTP_HEALTH
+    grpc_health: tuple[str, ...] = GRPC_HEALTH
+    exit: int | None = None
+    seconds: float = 120
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault.
+
+    Attributes:
+        server: a key of SERVERS.
+        fault: a key of faults.FAULTS.
+        target: what has the fault: a process by its role, or a file system.
+        moment: of the requests when the fault begins. At IDLE they are sent right after it. START: before the server
+            starts.
+    """
+
+    server: str
+    fault: str
+    target: str
+    moment: str
+    expected: Expected
+
+    @property
+    def name(self) -> str:
+        return f"{self.server} / {self.fault} / {self.target} / {self.moment}"
+
+
+SERVERS = {
+    "one engine": ["--tensor-parallel-size", "2"],
+    "replicas": ["--data-parallel-size", "2", "--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
+    "shards": ["--data-parallel-size", "2", "--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
+}
+"""Options. A prompt is split over both replicas; on `shards`, the KV stays where it was computed."""
+
+HOSTS = {
+    "two hosts": ["--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
+    "two hosts, shards": ["--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
+}
+"""The same for servers over two hosts."""
+
+SERVER_NOTES = {
+    "one engine": "`--tensor-parallel-size 2`: an API server, an engine core and two workers.",
+    "replicas": "`--data-parallel-size 2 --star-replica-timeout 5`: each prompt is split over both replicas, and one "
+    "of them fetches the pages of the other.",
+    "shards": "The same with `star_shards` `on`: the KV stays on the replica that computed it.",
+    "two hosts": "As `replicas`, with one replica on each of two hosts (network namespaces), whose monotonic clocks "
+    "differ by 11 days.",
+    "two hosts, shards": "As `shards`, on these hosts.",
+}
+NOTES = {
+    "SIGSTOP, N s": "the process stands for N seconds, and then goes on (SIGCONT)",
+    "slow": "the process runs for 20 ms of each 200 ms until all requests have ended",
+    "link cut, N s": "the device at one end of the link is down for N seconds",
+    "link slow": "1 Mbit/s both ways, until all requests have ended",
+    "link lossy": "one packet in ten is lost, both ways",
+    "full": "no byte is free in the file system until all requests have ended; at `start`: from before the start on",
+    "jump": "the time of day of all processes jumps, and jumps back after the requests have ended",
+}
+"""What is said of servers and faults in docs/faults.md."""
+
+ROLES = {
+    "one engine": ("API server", "engine", "worker"),
+    "replicas": ("API server", "coordinator", "replica 0", "replica 1", "replica 1 worker"),
+    "shards": ("replica 0", "replica 1", "replica 1 worker"),
+}
+MOMENTS = {
+    "one engine": (IDLE, PREFILL, DECODE),
+    "replicas": (IDLE, PREFILL, TRANSFER, DECODE),
+    "shards": (PREFILL, DECODE),
+}
+
+
+def expected(server: str, fault: str, target: str, moment: str) -> Expected:
+    """What is right for a cell of processes."""
+    if fault == "SIGKILL" and target == "API server":
+        # gRPC's library makes an error of a closed connection.
+        return Expected((CLOSED, ERROR), ("200", "closed"), ("SERVING", "closed"), -9, 20)
+    if fault == "SIGKILL":
+        ends = (ERROR, CLOSED) if moment == IDLE else (ERROR,)
+        return Expected(ends, DEAD_HTTP, DEAD_GRPC, 1, 20)
+    silent = target == "API server" and fault != "slow"
+    health = {"http_health": ("200", "silence"), "grpc_health": ("SERVING", "silence")} if silent else {}
+    lost = server == "shards" and fault == "SIGSTOP, 15 s"
+    return Expected((ANSWER, ERROR) if lost else (ANSWER,), **health)
+
+
+def cells() -> Iterator[Cell]:
+    """All cells: for each server those that it survives, and then those that end it."""
+    for server, roles in ROLES.items():
+        for fault in ("SIGSTOP, 2 s", "SIGSTOP, 15 s", "slow", "SIGKILL"):
+            for target in roles:
+                for moment in MOMENTS[server]:
+                    if fault != "slow" or moment != IDLE:
+                        yield Cell(server, fault, target, moment, expected(server, fault, target, moment))
+        for target in ("clock, one day ahead", "clock, one day back"):
+            for moment in (PREFILL, DECODE):
+                yield Cell(server, "jump", target, moment, Expected((ANSWER,)))
+    for folder in ("/tmp", "/dev/shm"):
+        for moment in (PREFILL, DECODE):
+            yield Cell("one engine", "full", folder, moment, Expected((ANSWER,)))
+        starts = folder == "/tmp"
+        at_start = Expected((ANSWER,)) if starts else Expected((CLOSED,), ("closed",), ("closed",), 1)
+        yield Cell("one engine", "full", folder, START, at_start)
+    for server in HOSTS:
+        for fault in ("link slow", "link lossy", "link cut, 3 s", "link cut, 15 s"):
+            for moment in (PREFILL, DECODE) if server.endswith("shards") else (IDLE, PREFILL, TRANSFER, DECODE):
+                if (fault, moment) not in (("link slow", TRANSFER), ("link slow", IDLE)):
+                    lost = server.endswith("shards") and fault == "link cut, 15 s"
+                    yield Cell(server, fault, "link", moment, Expected((ANSWER, ERROR) if lost else (ANSWER,)))

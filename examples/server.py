@@ -93,6 +93,7 @@ def serving(
     log: Path,
     port: int = 0,
     grpc_port: int | None = 0,
+    program: str = "starling",
     seconds: float = 600,
     on_message: Callable[[str], object] = lambda message: None,
     prefix: Sequence[str | Path] = (),
@@ -102,6 +103,7 @@ def serving(
     Args:
         model: name or path of the model.
         options: further options of `starling serve`.
+        program: `vllm` serves without gRPC and without Starling's options.
         log: file for the output of the server.
         port, grpc_port: preferred ports, see ``free_port``. With ``grpc_port`` None the server does not serve gRPC.
         seconds: how long the start may take.
@@ -112,7 +114,7 @@ def serving(
         RuntimeError: the server ends during its start, or takes longer than ``seconds``.
     """
     port, grpc_port = free_port(port), None if grpc_port is None else free_port(grpc_port)
-    command = [*prefix, Path(sys.executable).with_name("starling"), "serve", model, "--host", "127.0.0.1"]
+    command = [*prefix, Path(sys.executable).with_name(program), "serve", model, "--host", "127.0.0.1"]
     command += ["--port", str(port), *([] if grpc_port is None else ["--grpc-port", str(grpc_port)]), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

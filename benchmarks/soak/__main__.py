@@ -9,7 +9,9 @@ Every 3 seconds it samples each process of the server. Once a minute it waits un
 request may run and no page may be in use. It exits with 1 if a request is lost, an answer differs from the first answer
 to its prompt, a page stays in use, a process ends, a file stays behind, or a series grows: the 95 % interval of its
 slope (benchmarks/soak/trend.py) lies above the bound of benchmarks/soak/series.py. A series whose interval contains the
-bound is unclear; a longer run tells more. Writes results/soak.json and .png.
+bound is unclear; a longer run tells more. To tell the growth of vLLM from Starling's, compare `--front http` with
+`--front plain`, which get the same requests. Writes results/soak.json and .png;
+the server's log is in build/.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from benchmarks.soak.load import OpenLoop, measure_capacity
 from benchmarks.soak.player import Player
 from benchmarks.soak.series import Sampler, report_series
 from benchmarks.soak.server import soaked_server
-from benchmarks.soak.target import Clients, Target
+from benchmarks.soak.target import HTTP, PLAIN, STARLING, Clients, Target
 from benchmarks.soak.verdict import failures
 from examples.server import end_on_signals
 from starling.v1 import admin_pb2 as admin
 
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "soak"
 LOAD = 0.8
 CAPACITY_SECONDS, SAMPLE_SECONDS, REST_SECONDS = 30, 3, 60
@@ -59,16 +62,19 @@ async def soak(target: Target, temporary: Path, minutes: float, console: Console
         while (left := started + (warm_up + minutes) * 60 - time.monotonic()) > 0 and not sampling.done():
             await loop.send(min(REST_SECONDS, left))
             rests.append(await loop.rest())
-            reset = await clients.control("ResetPrefixCache", admin.ResetPrefixCacheRequest())
-            rests[-1]["resets_refused"] = int(not reset.reset)
+            if target.front != PLAIN:
+                reset = await clients.control("ResetPrefixCache", admin.ResetPrefixCacheRequest())
+                rests[-1]["resets_refused"] = int(not reset.reset)
             ledger = player.ledger
             console.print(f"{ledger.requests} requests, {ledger.lost} lost, {ledger.not_sent} not sent", rests[-1])
         if sampling.done():
             sampling.result()
         sampling.cancel()
+        await asyncio.gather(sampling, return_exceptions=True)
     kept = [index for index, hours in enumerate(sampler.times) if hours * 60 >= warm_up]
     series = report_series([sampler.times[i] for i in kept], [sampler.samples[i] for i in kept])
     run = {
+        "front": target.front,
         "replicas": target.replicas,
         "minutes": minutes,
         "warm_up_minutes": warm_up,
@@ -89,22 +95,22 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=30, help="minutes after the warm-up (default: %(default)s)")
     parser.add_argument("--replicas", type=int, default=1, help="data-parallel replicas (default: %(default)s)")
+    fronts = f"{HTTP}: requests over HTTP only, as {PLAIN}, which is vLLM without Starling (default: %(default)s)"
+    parser.add_argument("--front", choices=[STARLING, HTTP, PLAIN], default=STARLING, help=fronts)
     args = parser.parse_args()
     if args.minutes < 1 or args.replicas < 1:
         parser.error(f"--minutes {args.minutes:g} --replicas {args.replicas} is refused. Allowed: 1 or more of each.")
     end_on_signals()
-    console = Console()
+    console, log = Console(), ROOT / "build" / f"soak-{args.front}-{args.replicas}.log"
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        with soaked_server(folder, args.replicas) as (server, target):
+        with soaked_server(folder, log, args.replicas, args.front) as (server, target):
             run, sampler = asyncio.run(soak(target, folder / "tmp", args.minutes, console))
             run["exit_code"] = server.stop()
         run["files_left"] = sorted(path for path in sampler.shared if Path(path).exists())
         run["files_left"] += [path.name for path in (folder / "tmp").iterdir()]
-        log = (folder / "log").read_text(errors="replace")
-        run["tracebacks_in_the_log"] = log.count("Traceback (most recent call last)")
-        Path("/tmp/soak-last.log").write_text(log)
-    rows, path = write_row(NAME, "runs", run, ["replicas"])
+        run["tracebacks_in_the_log"] = log.read_text(errors="replace").count("Traceback (most recent call last)")
+    rows, path = write_row(NAME, "runs", run, ["front", "replicas"])
     draw(rows, OUT / f"{NAME}.png")
     console.print(table(run))
     for line in (found := failures(run)):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import saved_figure
+from benchmarks.soak.target import STARLING
 
 PANELS = {
     "memory (RSS), MiB since the warm-up": ("RSS",),
@@ -20,6 +21,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     with saved_figure(path, len(PANELS) + 1, len(runs), figsize=(6.5 * len(runs), 13), squeeze=False) as (_, axes):
         for column, run in zip(axes.T, runs, strict=True):
             engines = "one engine" if run["replicas"] == 1 else f"{run['replicas']} replicas"
+            engines = engines if run["front"] == STARLING else f"{run['front']}, {engines}"
             sent = f"{run['requests']['sent']:,} requests, {run['requests']['lost']} lost"
             column[0].set_title(f"{engines}, {run['rate_requests_per_second']:.1f} requests/s: {sent}", fontsize=10)
             for panel, (label, quantities) in zip(column, PANELS.items(), strict=False):

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from benchmarks.soak.mix import KINDS, Kind
+from benchmarks.soak.mix import KINDS, Kind, kinds_for
 from benchmarks.soak.player import Player
 from benchmarks.soak.target import wait_idle
 
@@ -16,7 +16,7 @@ CAPACITY_CLIENTS = 8
 
 async def measure_capacity(player: Player, seconds: float) -> float:
     """Requests in a second that the server completes for clients that never wait between two requests."""
-    kinds = [kind for kind in KINDS if kind.brief]
+    kinds = [kind for kind in kinds_for(player.target) if kind.brief]
     before, started = player.ledger.requests, time.monotonic()
 
     async def client() -> None:
@@ -44,6 +44,7 @@ class OpenLoop:
             rate: mean number of arrivals in a second.
         """
         self.player = player
+        self.kinds = kinds_for(player.target)
         self.rate = rate
         self.open: set[asyncio.Task[None]] = set()
 
@@ -55,7 +56,7 @@ class OpenLoop:
             if len(self.open) >= CLIENTS:
                 self.player.ledger.not_sent += 1
                 continue
-            task = asyncio.create_task(self.player.play(choose(self.player, KINDS)))
+            task = asyncio.create_task(self.player.play(choose(self.player, self.kinds)))
             self.open.add(task)
             task.add_done_callback(self.open.discard)
 

@@ -17,7 +17,7 @@ from benchmarks.soak.cases import BLOCKS, Case, random_ids, random_text
 from benchmarks.soak.ledger import ABORTED, ANSWERED, DIFFERENT, LEFT, REFUSED
 from benchmarks.soak.player import Player
 from benchmarks.soak.relay import Cut, Relay
-from benchmarks.soak.target import Clients, Output, RefusedError, body_of, fields_of
+from benchmarks.soak.target import STARLING, Clients, Output, RefusedError, Target, body_of, fields_of
 from starling.client import StarlingError
 from starling.v1 import admin_pb2 as admin
 
@@ -33,6 +33,7 @@ class Kind:
         play: sends one, and returns its outcome.
         accepts: its possible outcomes.
         brief: whether it keeps a client only for as long as the server needs.
+        plain: whether vLLM without Starling answers it too; it then ignores star options.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Kind:
     play: Callable[[Player], Awaitable[str]]
     accepts: frozenset[str] = frozenset({ANSWERED})
     brief: bool = True
+    plain: bool = False
+
+
+def kinds_for(target: Target) -> list[Kind]:
+    """The kinds that a server gets."""
+    return [kind for kind in KINDS if kind.plain or target.front == STARLING]
 
 
 def options(player: Player) -> dict[str, Any]:
@@ -72,7 +79,7 @@ async def chat(player: Player) -> str:
     messages = [{"role": "user", "content": random_text(f"chat {seed}", 400)}]
     body = {"model": player.model, "messages": messages, "temperature": 0, "max_tokens": 8, "vllm_xargs": star}
     name = f"chat {seed}, {'star' if star else 'dense'}"
-    if player.random.random() < 0.5:
+    if player.over_http():
         return player.check_named(name, await player.clients.chat(body))
     reply = await player.clients.grpc.generate(messages, temperature=0, max_tokens=8, star=star)
     return player.check_named(name, Output({0: [reply.choices[0].text]}, {0: "length"}))
@@ -82,7 +89,7 @@ async def choices(player: Player) -> str:
     """Several sampled choices. Their number and lengths are checked."""
     number, case = player.random.choice([2, 3]), player.any_case(free=True)
     sampled = {"n": number, "temperature": 1.0}
-    if player.random.random() < 0.5:
+    if player.over_http():
         output = await player.clients.complete(body_of(case, player.model) | options(player) | sampled)
     else:
         fields = fields_of(case) | options(player) | sampled
@@ -93,11 +100,11 @@ async def choices(player: Player) -> str:
 
 async def tokenize(player: Player) -> str:
     text = random_text(str(player.random.random()), player.random.choice([50, 5000, 200_000]))
-    if player.random.random() < 0.5:
-        count = (await player.clients.grpc.tokenize(text)).count
-    else:
+    if player.over_http():
         async with player.clients.post("/tokenize", {"model": player.model, "prompt": text}) as response:
             count = (await response.json())["count"]
+    else:
+        count = (await player.clients.grpc.tokenize(text)).count
     return ANSWERED if count == len(text) else DIFFERENT
 
 
@@ -190,20 +197,27 @@ def stops_reading(player: Player) -> Cut:
 def vanishing(when: str, cut: Callable[[Player], Cut], prompt: int, share: float, brief: bool = True) -> list[Kind]:
     """Clients of each front that vanish at a moment; ``prompt`` is their number of prompt tokens."""
     return [
-        Kind(f"{when}, {front}", share, partial(vanish, front=front, cut=cut, prompt=prompt), GONE, brief)
+        Kind(
+            f"{when}, {front}",
+            share,
+            partial(vanish, front=front, cut=cut, prompt=prompt),
+            GONE,
+            brief,
+            front == "http",
+        )
         for front in ("http", "grpc")
     ]
 
 
 GONE = frozenset({LEFT, ANSWERED})
 KINDS = [
-    Kind("HTTP", 20, http),
+    Kind("HTTP", 20, http, plain=True),
     Kind("gRPC stream", 14, partial(grpc_stream, upload=False)),
     Kind("gRPC upload", 6, partial(grpc_stream, upload=True)),
     Kind("gRPC unary", 8, grpc_unary),
-    Kind("chat", 4, chat),
-    Kind("choices", 5, choices),
-    Kind("tokenize", 4, tokenize),
+    Kind("chat", 4, chat, plain=True),
+    Kind("choices", 5, choices, plain=True),
+    Kind("tokenize", 4, tokenize, plain=True),
     Kind("refused, http", 6, refused_http, frozenset({REFUSED})),
     Kind("refused, grpc", 6, refused_grpc, frozenset({REFUSED})),
     *vanishing("vanishes in prefill", in_prefill, LONG_PROMPT, 2),
@@ -212,5 +226,5 @@ KINDS = [
     *vanishing("stops reading", stops_reading, 300, 0.5, brief=False),
     Kind("aborted", 4, abort, frozenset({ABORTED, ANSWERED})),
     Kind("control", 3, control),
-    Kind("scrape", 2, scrape),
+    Kind("scrape", 2, scrape, plain=True),
 ]

@@ -6,12 +6,11 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import grpc
 
 from benchmarks.soak.cases import BLOCKS, Case, make_cases
 from benchmarks.soak.ledger import ANSWERED, DIFFERENT, Ledger
-from benchmarks.soak.target import Clients, Output, RefusedError, body_of
+from benchmarks.soak.target import STARLING, Clients, Output, RefusedError, body_of
 from starling.client import StarlingError
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Player:
         variants = [make_cases(self.target.replicas, seed) for seed in ("", "another ", "a third ")]
         for same in zip(*variants, strict=True):
             for case in same:
-                body = body_of(case, self.model) | {"logprobs": 2}
+                body = body_of(case, self.model) | {"logprobs": 2, "return_tokens_as_token_ids": True}
                 output, margin = await self._answer(body)
                 if margin > MARGIN or case.form:
                     break
@@ -73,6 +72,10 @@ class Player:
             (choice,) = (await response.json())["choices"]
         likeliest = (sorted(top.values()) for top in choice["logprobs"]["top_logprobs"])
         return choice["token_ids"], min(top[-1] - top[-2] for top in likeliest)
+
+    def over_http(self) -> bool:
+        """Whether the next request goes over HTTP: half of them, or all."""
+        return self.target.front != STARLING or self.random.random() < 0.5
 
     def any_case(self, free: bool = False) -> Case:
         """A case by chance; with ``free``, one whose output has no required form."""
@@ -107,5 +110,5 @@ class Player:
             return error.code.name, error.message
         except grpc.aio.AioRpcError as error:
             return error.code().name, error.details() or ""
-        except (TimeoutError, OSError, aiohttp.ClientError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, this request is lost, and the others go on
             return type(error).__name__, repr(error)

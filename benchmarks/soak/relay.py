@@ -51,9 +51,9 @@ class Relay:
         self.cuts = 0
 
     async def __aenter__(self) -> Relay:
-        self.listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=READ_BYTES)
+        self.listener = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=READ_BYTES)
         self.port = self.listener.sockets[0].getsockname()[1]
-        self.tasks: set[asyncio.Task] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -62,11 +62,12 @@ class Relay:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server = socket.create_connection(self.address)
         # Few bytes wait between the server and a client that does not read.
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
@@ -78,7 +79,7 @@ class Relay:
         ]
         try:
             done, _ = await asyncio.wait(forwards, return_when=asyncio.FIRST_COMPLETED)
-            if done.pop().result():
+            if any(task.result() for task in done):
                 self.cuts += 1
                 await asyncio.sleep(self.cut.hold)
         finally:

@@ -1,4 +1,4 @@
-"""The server of the soak: `starling serve` with a tiny random Llama, or the same under plain `vllm serve`."""
+"""The server of the soak: `starling serve` with a tiny random Llama, or plain `vllm serve` with the same options."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from benchmarks.random_llama import make_tiny_llama
 from benchmarks.soak.cases import PAGE_SIZE
-from benchmarks.soak.target import Target
+from benchmarks.soak.target import PLAIN, STARLING, Target
 from examples.server import Server, serving
 
 API_KEY, ADMIN_KEY, QUEUE = "key-of-the-soak", "key-of-its-admin", 64
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "512"]
 # So few pages that the load evicts cached pages and preempts requests, and that each page is soon touched.
 OPTIONS += ["--num-gpu-blocks-override", "768", "--scheduling-policy", "priority"]
-OPTIONS += ["--max-num-queued-reqs", str(QUEUE), "--api-key", API_KEY, "--grpc-admin-key", ADMIN_KEY]
+OPTIONS += ["--max-num-queued-reqs", str(QUEUE), "--api-key", API_KEY]
 ENVIRONMENT = {
     # One core for each engine. Clients and replicas share the cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def soaked_server(folder: Path, replicas: int) -> Iterator[tuple[Server, Target]]:
+def soaked_server(folder: Path, log: Path, replicas: int, front: str = STARLING) -> Iterator[tuple[Server, Target]]:
     """Serve for the duration of the block. The server's temporary files are in ``folder / "tmp"``.
 
     Raises:
@@ -39,6 +39,14 @@ def soaked_server(folder: Path, replicas: int) -> Iterator[tuple[Server, Target]
     os.environ.update(ENVIRONMENT | {"TMPDIR": str(temporary)})
     model = make_tiny_llama(folder / "tiny")
     options = [*OPTIONS, *(["--data-parallel-size", str(replicas)] if replicas > 1 else [])]
-    with serving(model, *options, log=folder / "log", seconds=300) as server:
+    if front == PLAIN:
+        os.environ["VLLM_PLUGINS"] = ""
+        start = serving(model, *options, log=log, seconds=300, grpc_port=None, program="vllm")
+    else:
+        start = serving(model, *options, "--grpc-admin-key", ADMIN_KEY, log=log, seconds=300)
+    with start as server:
         http = server.http.removeprefix("http://")
-        yield server, Target(http, server.grpc, server.model, server.process.pid, API_KEY, ADMIN_KEY, QUEUE, replicas)
+        yield (
+            server,
+            Target(http, server.grpc, server.model, server.process.pid, API_KEY, ADMIN_KEY, QUEUE, replicas, front),
+        )

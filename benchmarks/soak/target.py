@@ -19,6 +19,7 @@ from starling.client import AsyncClient
 from starling.v1 import admin_pb2 as admin
 from starling.v1 import admin_pb2_grpc
 
+STARLING, HTTP, PLAIN = "starling", "http", "plain"
 FORMS = {"regex": "regex", "choices": "choice", "json_schema": "json"}  # gRPC's names and HTTP's
 
 
@@ -30,6 +31,8 @@ class Target:
         http, grpc: host:port.
         pid: of its first process.
         queue: its --max-num-queued-reqs.
+        front: STARLING, or one of the servers that get requests over HTTP only: HTTP, which is the same server, and
+            PLAIN, which is vLLM without Starling. PLAIN has no AdminService.
     """
 
     http: str
@@ -40,6 +43,7 @@ class Target:
     admin_key: str
     queue: int
     replicas: int = 1
+    front: str = STARLING
 
 
 class RefusedError(Exception):
@@ -84,7 +88,11 @@ class Clients:
         return await getattr(self.admin, name)(message, metadata=metadata)
 
     async def cache(self) -> list[admin.EngineCache]:
-        """The KV cache of each engine, with its requests."""
+        """The KV cache of each engine, with its requests. Of PLAIN, the numbers of requests of all engines."""
+        if self.target.front == PLAIN:
+            text = await self.metrics()
+            running, waiting = (int(series_sum(text, f"vllm:num_requests_{state}")) for state in ("running", "waiting"))
+            return [admin.EngineCache(requests_running=running, requests_waiting=waiting)]
         response = await self.control("GetCacheState", admin.GetCacheStateRequest(per_request=True))
         return list(response.engines)
 
@@ -123,7 +131,7 @@ class Clients:
         output = Output()
         async with self.post("/v1/chat/completions", body | {"stream": False}) as response:
             for choice in (await response.json())["choices"]:
-                output.add(choice["index"], [choice["message"]["content"]], choice["finish_reason"])
+                output.add(choice["index"], [choice["message"]["content"] or ""], choice["finish_reason"])
         return output
 
     async def stream(self, prompt: Sequence[int], *, upload: bool = False, **fields: Any) -> Output:

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
 from scheduler.star.assignment import ReplicaState
+from tests.e2e.sockets import documented_sockets, open_sockets
 from tests.e2e.test_replicas import (
     ENGINE_OPTIONS,
     assert_same,
@@ -47,6 +48,10 @@ def server(tmp_path_factory):
         model = make_tiny_llama(folder / "tiny")
         with serving(model, *settings, log=folder / "log", grpc_port=None, seconds=300) as server:
             yield server
+
+
+def test_the_sockets_are_those_of_the_documentation(server):
+    assert open_sockets(server.process.pid) == documented_sockets("Replicas on one host")
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,14 @@ from tests.e2e.serving import (
     request,
     running,
 )
-from tests.e2e.sockets import LOOPBACK, listening
+from tests.e2e.sockets import documented_sockets, open_sockets
 from tests.e2e.wait import wait_until
 
 pytestmark = pytest.mark.e2e
 
 
-def test_every_port_is_on_loopback(server):
-    found = listening(server.process.pid)
-    assert found and {address for _, address in found} <= LOOPBACK
+def test_the_sockets_are_those_of_the_documentation(server):
+    assert open_sockets(server.process.pid) == documented_sockets("One engine")
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])

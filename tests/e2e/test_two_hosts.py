@@ -5,11 +5,13 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals
-from examples.two_hosts import available, counts, serving_on_both, two_hosts
+from examples.two_hosts import available, counts, ip, serving_on_both, two_hosts
+from tests.e2e.sockets import documented_sockets, of_process
 from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs root and network namespaces")]
@@ -53,6 +55,17 @@ def assert_same(one: dict, other: dict) -> None:
     assert one["tokens"] == other["tokens"]
     gaps = [abs(a - b) for a, b in zip(one["token_logprobs"], other["token_logprobs"], strict=True)]
     assert max(gaps) <= TOLERANCE
+
+
+def test_the_sockets_are_those_of_the_documentation(served):
+    """The first host has all of them, the second one those of its engine and worker."""
+    found = [
+        {socket for pid in ip("netns", "pids", host.name).split() for socket in of_process(psutil.Process(int(pid)))}
+        for host in served[0]
+    ]
+    listed = [documented_sockets("Replicas on several hosts", VLLM_HOST_IP=host.address) for host in served[0]]
+    assert found[0] == listed[0]
+    assert found[1] == {socket for socket in listed[1] if socket.process in ("VLLM::EngineCore", "VLLM::Worker")}
 
 
 def test_both_hosts_prefill_and_the_output_is_that_of_one_host(served):

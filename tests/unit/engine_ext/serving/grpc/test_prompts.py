@@ -10,7 +10,6 @@ from engine_ext.serving.grpc import prompts
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
-
 LIMIT = prompts.PromptLimit(1000, 8000)
 
 

@@ -1,8 +1,12 @@
-"""Functions of vLLM's server whose module is another one in vLLM 0.33. Goes when vLLM 0.32 is no longer supported."""
+"""The socket of vLLM's server, and functions whose module is another one in vLLM 0.33 than in 0.32."""
 
 from __future__ import annotations
 
-from vllm_compat.patching import first_found
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from vllm_compat.patching import Wrapper, first_found, wrap
 
 default_chat_template_kwargs = first_found(
     "vllm.entrypoints.common.cli_args:resolve_default_chat_template_kwargs",
@@ -21,3 +25,21 @@ set_up_environment = first_found(
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup",
 )
 """Sets the environment variables that every `vllm` command sets at its start."""
+
+
+def on_server_socket(callback: Callable[[socket.socket], None]) -> None:
+    """Call ``callback(listener)`` with the TCP socket of vLLM's HTTP server, before it listens.
+
+    Goes when vLLM has options for TCP's keepalive.
+    """
+    from vllm.entrypoints.launchers import launcher
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def create_server_socket(*args: Any, **kwargs: Any) -> socket.socket:
+            listener: socket.socket = original(*args, **kwargs)
+            callback(listener)
+            return listener
+
+        return create_server_socket
+
+    wrap(launcher, "create_server_socket", around)

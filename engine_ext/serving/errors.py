@@ -38,8 +38,23 @@ class UploadMemoryError(GracefulHTTPError):
     """The prompts that clients are uploading fill the memory for uploads."""
 
     def __init__(self) -> None:
-        message = "prompts that other clients are uploading fill the memory for uploads; try again"
+        message = "prompts that are being uploaded fill the memory for uploads, or this client's half of it; try again"
         super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+class TokenizeMemoryError(GracefulHTTPError):
+    """The texts that wait for Tokenize fill its memory."""
+
+    def __init__(self) -> None:
+        message = "texts of other calls wait for the tokenizer; try again"
+        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+class SlowMessageError(GracefulHTTPError):
+    """A message did not arrive in time."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, HTTPStatus.REQUEST_TIMEOUT)
 
 
 # Most specific first: the first class that the exception is an instance of decides.
@@ -52,6 +67,8 @@ GRPC_CODES: tuple[tuple[type[Exception], StatusCode], ...] = (
     (DrainingError, StatusCode.UNAVAILABLE),
     (QueueOverflowError, StatusCode.RESOURCE_EXHAUSTED),
     (UploadMemoryError, StatusCode.RESOURCE_EXHAUSTED),
+    (TokenizeMemoryError, StatusCode.RESOURCE_EXHAUSTED),
+    (SlowMessageError, StatusCode.DEADLINE_EXCEEDED),
     (MaxQueuedTokensError, StatusCode.RESOURCE_EXHAUSTED),
     (VLLMNotFoundError, StatusCode.NOT_FOUND),
     (VLLMUnprocessableEntityError, StatusCode.INVALID_ARGUMENT),

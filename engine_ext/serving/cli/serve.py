@@ -29,9 +29,10 @@ from engine_ext.serving.grpc.auth import server_credentials
 from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, authority
 from engine_ext.serving.grpc.prompts import chat_params
 from engine_ext.serving.grpc.server import GRACE_SECONDS, Front
+from engine_ext.serving.http.keepalive import end_lost_connections
 from scheduler.star.parsing import OptionError
 from vllm_compat.front import before_shutdown, on_serving_models
-from vllm_compat.server import set_up_environment, validate_serve_args
+from vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
 
@@ -49,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
     # By default vLLM reports usage to its project's server. A Starling server does so only where the user wants it.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     set_up_environment()
+    on_server_socket(end_lost_connections)
     try:
         args, grpc_port = parse(argv)
         admin = admin_options(args, grpc_port, os.environ)  # before vLLM logs its arguments, which have the key

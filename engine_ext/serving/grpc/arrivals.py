@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import grpc
 from google.protobuf.message import DecodeError
 
+from engine_ext.serving.errors import SlowMessageError
 from engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
 
 AT_ONCE, OF_CLIENT, SECONDS = 32, 16, 60.0
@@ -23,10 +24,6 @@ HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS = 16, 2, 10.0  # health needs no 
 
 
 ClientOf = Callable[[grpc.aio.ServicerContext], str]
-
-
-class SlowMessageError(Exception):
-    """A message did not arrive in time."""
 
 
 async def arriving(message: Awaitable[Any], seconds: float) -> Any:

@@ -9,19 +9,19 @@ from vllm import envs
 
 from engine_ext.front.state import front_state
 from engine_ext.serving.grpc.admin import star_message
-from engine_ext.serving.grpc.upload import MAX_UPLOAD_BYTES
 from starling.v1 import inference_pb2 as pb
 from vllm_compat.versions import vllm_version
 
 UNBOUNDED = 0  # gRPC limits only the messages that it receives
 
 
-def capabilities(engine: Any, max_request_bytes: int) -> pb.GetCapabilitiesResponse:
+def capabilities(engine: Any, max_request_bytes: int, max_upload_bytes: int) -> pb.GetCapabilitiesResponse:
     """The response, from the engine's configuration; makes no call to the engine.
 
     Args:
         engine: the AsyncLLM of the server.
         max_request_bytes: the server's limit of a message.
+        max_upload_bytes: the memory of prompts that are being uploaded.
     """
     model, state = engine.model_config, front_state(engine)
     planner = state.planner
@@ -41,5 +41,5 @@ def capabilities(engine: Any, max_request_bytes: int) -> pb.GetCapabilitiesRespo
         lora_names=sorted(state.lora_adapters()),
         starling_version=importlib.metadata.version("vllm-starling"),
         vllm_version=vllm_version(),
-        max_upload_bytes=MAX_UPLOAD_BYTES,
+        max_upload_bytes=max_upload_bytes,
     )

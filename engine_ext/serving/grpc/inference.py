@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,14 +19,16 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from engine_ext.front.state import front_state
 from engine_ext.requests import PLANNED, tokens_alone
 from engine_ext.serving.errors import DuplicateRequestError, root_cause
+from engine_ext.serving.grpc.arrivals import ClientOf
 from engine_ext.serving.grpc.capabilities import capabilities
 from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from engine_ext.serving.grpc.messages import abort, given, star_args
 from engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
 from engine_ext.serving.grpc.progress import with_progress
-from engine_ext.serving.grpc.prompts import GenerateRequest, prompt_field, render
+from engine_ext.serving.grpc.prompts import GenerateRequest, prompt_field, prompt_limit, render
 from engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
-from engine_ext.serving.grpc.upload import UploadMemory, as_upload_event
+from engine_ext.serving.grpc.tokenizing import Tokenizing
+from engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -41,14 +43,20 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         engine: the AsyncLLM that the OpenAI server uses.
         on_dead: called when a call finds the engine dead.
         chat: how chat messages are rendered.
+        client_of: returns a name for the client of a call.
     """
 
-    def __init__(self, engine: Any, on_dead: Callable[[], Awaitable[None]], chat: ChatParams) -> None:
+    def __init__(
+        self, engine: Any, on_dead: Callable[[], Awaitable[None]], chat: ChatParams, client_of: ClientOf
+    ) -> None:
         self.engine = engine
         self.on_dead = on_dead
         self.chat = chat
+        self.client_of = client_of
         self.running: set[str] = set()
-        self.uploads = UploadMemory()
+        self.limit = prompt_limit(engine)
+        self.uploads = upload_quota(self.limit.tokens)
+        self.tokenizing = Tokenizing(engine.renderer, chat, self.limit)
         config = engine.model_config
         self.defaults = config.get_diff_sampling_param()
         # As in vLLM's completions: max_tokens of a generation config that the user chose is a cap, else a default.
@@ -64,17 +72,17 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateUploadStream(
         self, parts: AsyncIterator[pb.GenerateUploadStreamRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        try:
-            self._check_admission(1)
-            with self.uploads.upload() as upload:
-                request = await upload.receive(parts)
-        except Exception as raised:
-            await self._abort(raised, "head", context)
-
         async def write(event: pb.GenerateStreamResponse) -> None:
             await context.write(as_upload_event(event))
 
-        await self._serve(request, context, write, progress=request.progress)
+        with ExitStack() as held:
+            try:
+                self._check_admission(1)
+                room = held.enter_context(self.uploads.room(self.client_of(context)))
+                request = await Upload(room, self.limit).receive(parts)
+            except Exception as raised:
+                await self._abort(raised, "head", context)
+            await self._serve(request, context, write, progress=request.progress, on_prepared=held.close)
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         reply = Reply()
@@ -87,10 +95,9 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         try:
-            engine_input = await render(self.engine.renderer, request, self.chat, {}, any_length=True)
+            token_ids = await self.tokenizing.token_ids(request, self.client_of(context))
         except Exception as raised:
             await self._abort(raised, prompt_field(request), context)
-        token_ids = engine_input["prompt_token_ids"]
         return pb.TokenizeResponse(
             token_ids=token_ids, count=len(token_ids), max_model_len=self.engine.model_config.max_model_len
         )
@@ -98,7 +105,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetCapabilitiesResponse:
-        return capabilities(self.engine, MAX_REQUEST_BYTES)
+        return capabilities(self.engine, MAX_REQUEST_BYTES, self.uploads.total)
 
     async def _serve(
         self,
@@ -106,9 +113,14 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext,
         send: Callable[[pb.GenerateStreamResponse], Awaitable[None]],
         progress: bool = False,
+        on_prepared: Callable[[], None] = lambda: None,
     ) -> None:
-        """Send the events of a request; an error ends the call with its status."""
-        call = Call(prompt_field(request))
+        """Send the events of a request; an error ends the call with its status.
+
+        Args:
+            on_prepared: called once the prompt is tokenised.
+        """
+        call = Call(prompt_field(request), on_prepared)
         try:
             with self._unique_id(request.request_id) as request_id:
                 stream = self._generate(request, request_id, call)
@@ -124,6 +136,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self, request: GenerateRequest, request_id: str, call: Call
     ) -> AsyncGenerator[pb.GenerateStreamResponse]:
         engine_input, params, plan = await self._prepare(request)
+        call.on_prepared()
         lora = lora_adapter(self.engine, request)
         # The prompt is valid: an error of the engine that names no field is about the output's constraint.
         call.error_field = constraint_path(request.sampling) or call.error_field
@@ -160,7 +173,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self._refuse_without_effect(request)
         extras = {"cache_salt": request.cache_salt} if request.HasField("cache_salt") else {}
         validate_cache_salt(extras.get("cache_salt"))
-        engine_input = await render(self.engine.renderer, request, self.chat, extras)
+        engine_input = await render(self.engine.renderer, request, self.chat, extras, self.limit)
         num_tokens = len(engine_input["prompt_token_ids"])
         if not num_tokens:
             raise VLLMValidationError("The prompt has no tokens.", parameter=prompt_field(request))
@@ -236,10 +249,12 @@ class Call:
 
     Attributes:
         error_field: the request's field for errors that name none.
+        on_prepared: to call once the prompt is tokenised.
         sent_prompt_logprobs: whether the prompt's log probabilities have been sent.
     """
 
     error_field: str
+    on_prepared: Callable[[], None]
     sent_prompt_logprobs: bool = False
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Callable, MutableSequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -16,6 +19,7 @@ from vllm_compat.server import default_chat_template_kwargs
 
 GenerateRequest = pb.GenerateStreamRequest | pb.GenerateRequest
 PromptRequest = GenerateRequest | pb.TokenizeRequest
+PIECE_IDS = 2**16
 
 
 def chat_params(args: Namespace) -> ChatParams:
@@ -32,19 +36,63 @@ def prompt_field(request: PromptRequest) -> str:
     return request.WhichOneof("prompt") or "prompt"
 
 
-def prompt_of(request: PromptRequest) -> TextPrompt | TokensPrompt:
-    """A prompt of text or token ids, as vLLM's renderer takes it.
+@dataclass(frozen=True)
+class PromptLimit:
+    """The longest prompt of a model, output included.
+
+    Attributes:
+        tokens: of the prompt.
+        characters: no prompt of text has more; None: the server has no tokenizer.
+    """
+
+    tokens: int
+    characters: int | None
+
+    def check_ids(self, number: int) -> None:
+        """Check a number of token ids (raises VLLMValidationError: no prompt has so many)."""
+        if number > self.tokens:
+            reason = f"The prompt has {number} token ids or more; the model's context has {self.tokens}."
+            raise VLLMValidationError(reason, parameter="token_ids")
+
+    def check_characters(self, number: int) -> None:
+        """Check a number of characters (raises VLLMValidationError: no prompt has so many)."""
+        if self.characters is not None and number > self.characters:
+            reason = f"{self.characters} make more tokens than the {self.tokens} of the model's context"
+            raise VLLMValidationError(f"The prompt has {number} characters or more; {reason}.", parameter="text")
+
+
+def prompt_limit(engine: Any) -> PromptLimit:
+    """The longest prompt of an engine's model."""
+    tokens, tokenizer = engine.model_config.max_model_len, engine.renderer.tokenizer
+    return PromptLimit(tokens, None if tokenizer is None else tokens * tokenizer.max_chars_per_token)
+
+
+def prompt_of(request: pb.TokenizeRequest | GenerateRequest) -> TextPrompt:
+    """A prompt of text, as vLLM's renderer takes it.
 
     Raises:
         VLLMValidationError: the prompt is empty.
     """
-    field = prompt_field(request)
-    if field == "text" and request.text:
+    if prompt_field(request) == "text" and request.text:
         return TextPrompt(prompt=request.text)
-    if isinstance(request, GenerateRequest) and request.token_ids.ids:
-        return TokensPrompt(prompt_token_ids=list(request.token_ids.ids))
     kinds = [kind.name for kind in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
-    raise VLLMValidationError(f"The prompt is empty: set {' or '.join(kinds)}.", parameter=field)
+    raise VLLMValidationError(f"The prompt is empty: set {' or '.join(kinds)}.", parameter=prompt_field(request))
+
+
+async def token_list(ids: MutableSequence[int], check: Callable[[list[int]], None]) -> list[int]:
+    """A message's token ids as a list. The event loop runs between its pieces.
+
+    Args:
+        check: called with each piece.
+    """
+    numbers: list[int] = []
+    for start in range(0, len(ids), PIECE_IDS):
+        if start:
+            await asyncio.sleep(0)
+        piece = list(ids[start : start + PIECE_IDS])
+        check(piece)
+        numbers.extend(piece)
+    return numbers
 
 
 def conversation_of(chat: pb.Chat) -> list[dict[str, Any]]:
@@ -61,8 +109,29 @@ def conversation_of(chat: pb.Chat) -> list[dict[str, Any]]:
     return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
+async def render_chat(renderer: Any, messages: pb.Chat, chat: ChatParams) -> Any:
+    """A conversation as a prompt: text, or tokens where the model's template makes tokens.
+
+    Raises:
+        VLLMValidationError, ValueError: as ``render`` raises them.
+    """
+    _, prompt = await renderer.render_messages_async(*chat_arguments(renderer, messages, chat))
+    return prompt
+
+
+def chat_arguments(renderer: Any, messages: pb.Chat, chat: ChatParams) -> tuple[list[dict[str, Any]], ChatParams]:
+    """A conversation and its parameters, for vLLM's renderer (raises VLLMValidationError)."""
+    conversation = conversation_of(messages)
+    if renderer.model_config.hf_config.model_type == "gpt_oss":
+        reason = "this model's messages are not rendered by a template: render them and send token_ids"
+        raise VLLMValidationError(f"chat is refused: {reason}", parameter="chat")
+    opens_turn = not messages.HasField("add_generation_prompt") or messages.add_generation_prompt
+    kwargs = chat.chat_template_kwargs | {"add_generation_prompt": opens_turn}
+    return conversation, replace(chat, chat_template_kwargs=kwargs)
+
+
 async def render(
-    renderer: Any, request: PromptRequest, chat: ChatParams, extras: dict[str, Any], *, any_length: bool = False
+    renderer: Any, request: GenerateRequest, chat: ChatParams, extras: dict[str, Any], limit: PromptLimit
 ) -> Any:
     """The engine's input, with the prompt's tokens in `prompt_token_ids`.
 
@@ -70,26 +139,22 @@ async def render(
         renderer: the engine's.
         chat: the server's, from ``chat_params``.
         extras: more keys of the engine's input.
-        any_length: render also a prompt that is longer than the model's context.
+        limit: the longest prompt.
 
     Raises:
         VLLMValidationError, ValueError: the prompt is empty or too long, has unknown ids, or has messages that the
             template refuses; or the model has no template.
     """
     if request.WhichOneof("prompt") == "chat":
-        conversation = conversation_of(request.chat)
-        if renderer.model_config.hf_config.model_type == "gpt_oss":
-            reason = "this model's messages are not rendered by a template: render them and send token_ids"
-            raise VLLMValidationError(f"chat is refused: {reason}", parameter="chat")
-        opens_turn = not request.chat.HasField("add_generation_prompt") or request.chat.add_generation_prompt
-        kwargs = chat.chat_template_kwargs | {"add_generation_prompt": opens_turn}
-        tokenizing = replace(renderer.default_chat_tok_params, max_total_tokens=None) if any_length else None
-        _, (engine_input,) = await renderer.render_chat_async(
-            [conversation], replace(chat, chat_template_kwargs=kwargs), tokenizing, prompt_extras=extras
-        )
+        conversation, params = chat_arguments(renderer, request.chat, chat)
+        _, (engine_input,) = await renderer.render_chat_async([conversation], params, None, prompt_extras=extras)
         return engine_input
-    prompt = prompt_of(request)
-    renderer.validate_token_ids(prompt.get("prompt_token_ids", ()), parameter="token_ids")
-    tokenizing = replace(renderer.default_cmpl_tok_params, max_total_tokens=None) if any_length else None
-    (engine_input,) = await renderer.render_cmpl_async([prompt], tokenizing, prompt_extras=extras)
+    prompt: TextPrompt | TokensPrompt
+    if request.token_ids.ids:
+        limit.check_ids(len(request.token_ids.ids))
+        check = partial(renderer.validate_token_ids, parameter="token_ids")
+        prompt = TokensPrompt(prompt_token_ids=await token_list(request.token_ids.ids, check))
+    else:
+        prompt = prompt_of(request)
+    (engine_input,) = await renderer.render_cmpl_async([prompt], None, prompt_extras=extras)
     return engine_input

@@ -55,7 +55,9 @@ class Front:
         interceptors = [self.auth, AdminInterceptor(admin.key, own_port=False), NoteClient(show_cached), self.arrivals]
         self.server = grpc.aio.server(interceptors=interceptors, options=server_options(MAX_REQUEST_BYTES))
         self.health = health.aio.HealthServicer()
-        self.inference = Inference(engine, self.health.enter_graceful_shutdown, chat or ChatParams())
+        self.inference = Inference(
+            engine, self.health.enter_graceful_shutdown, chat or ChatParams(), self.auth.client_of
+        )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(), self.server)

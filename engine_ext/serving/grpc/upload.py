@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
 from engine_ext.serving.errors import UploadMemoryError
+from engine_ext.serving.grpc.arrivals import arriving
+from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from engine_ext.serving.grpc.prompts import PromptLimit
+from engine_ext.serving.grpc.quota import Quota, Room
 from starling.v1 import inference_pb2 as pb
 
-MAX_UPLOAD_BYTES = 256 * 2**20  # some 60 million token ids
+MIN_UPLOAD_BYTES = 512 * 2**20
+IDLE_SECONDS = 60.0
 PIECES = ("text", "token_ids")
 
+# What a piece becomes in memory until the engine has the prompt.
+ID_BYTES = 48  # in the message, as it grows, and as a number of a list
+CHARACTER_BYTES = 8  # in a piece, and in the whole text
+PIECE_BYTES = 64  # of a piece, however short
 
-class UploadMemory:
-    """Limits the bytes of all prompts that are being uploaded: a slow client's prompt stays in memory until it ends.
+
+def upload_quota(max_model_len: int) -> Quota:
+    """The memory of all prompts that are being uploaded. A client may use half of it, in which any prompt of ids fits.
 
     Args:
-        total: bytes of all uploads together, and so of one.
+        max_model_len: of the model.
     """
+    total = max(MIN_UPLOAD_BYTES, 2 * (max_model_len * ID_BYTES + 2 * MAX_REQUEST_BYTES))
+    return Quota(total, total // 2, UploadMemoryError)
 
-    def __init__(self, total: int = MAX_UPLOAD_BYTES) -> None:
-        self.total = total
-        self.used = 0
 
-    @contextmanager
-    def upload(self) -> Iterator[Upload]:
-        """An upload, whose memory is released at the end."""
-        upload = Upload(self)
+async def messages(parts: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:
+    """The messages of a stream.
+
+    Raises:
+        SlowMessageError: the next one did not arrive within ``seconds``.
+    """
+    while True:
         try:
-            yield upload
-        finally:
-            self.used -= upload.size
+            part = await arriving(anext(parts), seconds)
+        except StopAsyncIteration:
+            return
+        yield part
 
 
 class Upload:
-    """One prompt that is being uploaded."""
+    """One prompt that is being uploaded.
 
-    def __init__(self, memory: UploadMemory) -> None:
-        self.memory = memory
-        self.size = 0
+    Args:
+        room: for the prompt; whoever owns it releases it.
+        limit: the longest prompt.
+    """
+
+    def __init__(self, room: Room, limit: PromptLimit) -> None:
+        self.room = room
+        self.limit = limit
         self.kind = ""
+        self.characters = 0
         self.texts: list[str] = []
         self.request = pb.GenerateStreamRequest()
 
@@ -49,13 +68,14 @@ class Upload:
         """The request, once the client has sent all of it.
 
         Raises:
-            VLLMValidationError: parts are out of order or of several kinds, or larger than any upload may be.
-            UploadMemoryError: other uploads use the memory.
+            VLLMValidationError: parts are out of order or of several kinds, or the prompt is longer than any can be.
+            UploadMemoryError: there is no room for it beside others.
+            SlowMessageError: the next part did not arrive in time.
         """
+        self.room.take(2 * MAX_REQUEST_BYTES)  # for the head, and the message that is arriving
         first = True
-        async for part in parts:
+        async for part in messages(parts, IDLE_SECONDS):
             kind = part.WhichOneof("part")
-            self._reserve(part.ByteSize(), kind)
             if first != (kind == "head"):
                 reason = "the first message of an upload is its head, and no other is"
                 raise VLLMValidationError(f"{kind or 'an empty part'} is refused: {reason}", parameter="head")
@@ -68,23 +88,16 @@ class Upload:
             raise VLLMValidationError("The upload is empty: it needs a head, and a prompt.", parameter="head")
         if self.texts:
             self.request.text = "".join(self.texts)
+            self.texts.clear()
         return self.request
 
-    def _reserve(self, size: int, kind: str | None) -> None:
-        if self.size + size > self.memory.total:
-            reason = f"an upload has at most {self.memory.total} bytes (GetCapabilities: max_upload_bytes)"
-            raise VLLMValidationError(f"The prompt is too long: {reason}.", parameter=kind)
-        if self.memory.used + size > self.memory.total:
-            raise UploadMemoryError
-        self.size += size
-        self.memory.used += size
-
     def _begin(self, head: pb.GenerateStreamRequest) -> None:
-        self.request = head
         self.kind = head.WhichOneof("prompt") or ""
         if self.kind not in ("", *PIECES):
             reason = "messages have no pieces; send them with GenerateStream"
             raise VLLMValidationError(f"{self.kind} is refused in an upload: {reason}", parameter=self.kind)
+        self._reserve(head)
+        self.request = head
         if self.kind == "text":
             self.texts.append(head.text)
 
@@ -93,10 +106,24 @@ class Upload:
             reason = f"the pieces of a prompt are all {self.kind}" if self.kind else f"a piece is {' or '.join(PIECES)}"
             raise VLLMValidationError(f"{kind or 'an empty part'} is refused: {reason}", parameter=kind)
         self.kind = kind
+        if not (part.text or part.token_ids.ids):
+            return
+        self._reserve(part)
         if kind == "text":
             self.texts.append(part.text)
         else:
-            self.request.token_ids.ids.extend(part.token_ids.ids)
+            self.request.token_ids.MergeFrom(part.token_ids)
+
+    def _reserve(self, part: pb.GenerateStreamRequest | pb.GenerateUploadStreamRequest) -> None:
+        """Check the prompt's length with a part's piece, and take room for the piece."""
+        if self.kind == "text":
+            self.characters += len(part.text)
+            self.limit.check_characters(self.characters)
+            self.room.take(PIECE_BYTES + len(part.text) * CHARACTER_BYTES)
+        elif self.kind == "token_ids":
+            num_ids = len(part.token_ids.ids)
+            self.limit.check_ids(len(self.request.token_ids.ids) + num_ids)
+            self.room.take(num_ids * ID_BYTES)
 
 
 def as_upload_event(event: pb.GenerateStreamResponse) -> pb.GenerateUploadStreamResponse:

@@ -8,7 +8,14 @@ from vllm import exceptions
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine_ext.serving.errors import GRPC_CODES, DuplicateRequestError, UploadMemoryError, grpc_code, root_cause
+from engine_ext.serving.errors import (
+    GRPC_CODES,
+    DuplicateRequestError,
+    TokenizeMemoryError,
+    UploadMemoryError,
+    grpc_code,
+    root_cause,
+)
 from engine_ext.serving.grpc.messages import error_status, field_path
 from starling.v1 import inference_pb2 as pb
 
@@ -16,6 +23,7 @@ MADE_BY_HAND = {
     exceptions.QueueOverflowError: lambda: exceptions.QueueOverflowError(),
     exceptions.MaxQueuedTokensError: lambda: exceptions.MaxQueuedTokensError(),
     UploadMemoryError: lambda: UploadMemoryError(),
+    TokenizeMemoryError: lambda: TokenizeMemoryError(),
     EngineDeadError: lambda: EngineDeadError(),
 }
 
@@ -38,6 +46,7 @@ def test_each_row_is_reached(row):
 HTTP_STATUSES = {
     StatusCode.INVALID_ARGUMENT: {400, 422},
     StatusCode.NOT_FOUND: {404},
+    StatusCode.DEADLINE_EXCEEDED: {408},
     StatusCode.UNIMPLEMENTED: {501},
     StatusCode.RESOURCE_EXHAUSTED: {503},
     StatusCode.UNAVAILABLE: {500, 503},

@@ -45,10 +45,19 @@ class FakePlanner:
         return describe(planned.plan, planned.num_tokens)
 
 
+class FakeTokenizer:
+    """Makes PROMPT_TOKENS of each text."""
+
+    max_chars_per_token = 10_000
+
+    def __call__(self, text: str, **kwargs) -> dict[str, list[int]]:
+        return {"input_ids": [1] * PROMPT_TOKENS}
+
+
 class FakeEngine:
     """Streams ``script``: texts, RequestOutputs, an exception to raise, or None to wait for `release` first."""
 
-    def __init__(self, *script, refuses: Exception | None = None, max_model_len: int = 100) -> None:
+    def __init__(self, *script, refuses: Exception | None = None, max_model_len: int = 1000) -> None:
         self.script = script
         self.release = asyncio.Event()
         self.ended: list[str] = []  # ids of generators that were closed, in any way
@@ -58,7 +67,7 @@ class FakeEngine:
         self.errored = False
         self.dead_error = EngineDeadError()
         self.renderer = self
-        self.tokenizer = object()
+        self.tokenizer = FakeTokenizer()
         tokenizing = TokenizeParams(max_total_tokens=max_model_len)
         self.default_cmpl_tok_params = self.default_chat_tok_params = tokenizing
         self.vllm_config = SimpleNamespace(
@@ -93,6 +102,13 @@ class FakeEngine:
     async def render_cmpl_async(self, prompts, tok_params, prompt_extras):
         self.rendered.append((prompts, tok_params))
         return [{"type": "token", "prompt_token_ids": [1] * PROMPT_TOKENS}]
+
+    def get_tokenizer(self):
+        return self.tokenizer
+
+    async def render_messages_async(self, conversation, chat_params):
+        self.rendered.append((conversation, chat_params))
+        return conversation, {"prompt": "rendered"}
 
     async def render_chat_async(self, conversations, chat_params, tok_params, prompt_extras):
         self.rendered.append((conversations, chat_params, tok_params))

@@ -80,10 +80,11 @@ def test_a_server_takes_no_more_of_messages_that_wait_than_a_window():
     assert asyncio.run(scenario()) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("path", [GENERATE, HEALTH])
+@pytest.mark.parametrize("path", [GENERATE, f"/{SERVICE}/GenerateUploadStream", HEALTH])
 def test_a_message_that_does_not_come_to_its_end_ends_its_call(path, monkeypatch):
     monkeypatch.setattr("engine_ext.serving.grpc.arrivals.SECONDS", 0.1)
     monkeypatch.setattr("engine_ext.serving.grpc.arrivals.HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr("engine_ext.serving.grpc.upload.IDLE_SECONDS", 0.1)
 
     async def scenario():
         async with connected() as (_, connection):

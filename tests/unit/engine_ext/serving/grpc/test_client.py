@@ -142,8 +142,8 @@ def test_tokenize_and_capabilities(kind):
     engine = FakeEngine()
     assert Call(kind, engine, "tokenize")("abc").reply.count == 10
     assert Call(kind, engine, "tokenize")(CHAT, add_generation_prompt=False).reply.count == 10
-    assert engine.rendered[1][1].chat_template_kwargs["add_generation_prompt"] is False
-    assert Call(kind, engine, "capabilities")().reply.max_upload_bytes == 256 * 2**20
+    assert engine.rendered[0][1].chat_template_kwargs["add_generation_prompt"] is False
+    assert Call(kind, engine, "capabilities")().reply.max_upload_bytes == 512 * 2**20
     with pytest.raises(TypeError, match="token ids already"):
         Call(kind, engine, "tokenize")([1])
 
@@ -180,7 +180,7 @@ def test_a_long_prompt_goes_up_in_pieces(kind, monkeypatch, method, prompt, fiel
         return
     key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
     assert engine.rendered[0][0] == [{key: prompt}]
-    assert engine.calls[0].params.max_tokens == fields.get("max_tokens", 90)
+    assert engine.calls[0].params.max_tokens == fields.get("max_tokens", 990)
     if method == "stream":
         assert call.kinds == ["delta", "delta", "final"]
     else:

@@ -164,6 +164,8 @@ def test_a_model_without_a_template():
         async def render_chat_async(self, *args, **kwargs):
             raise ValueError("you must provide a chat template")
 
+        render_messages_async = render_chat_async
+
     for method, request in (("Generate", pb.GenerateRequest(chat=CHAT)), ("Tokenize", pb.TokenizeRequest(chat=CHAT))):
         code, text, fields = refusal(Untemplated(), method, request)
         assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["chat"])
@@ -188,7 +190,7 @@ def test_capabilities():
     models = Models(lora_requests={"b": 1, "a": 2})
     front_state(engine).set_serving_models(models)
     reply = call(engine, "GetCapabilities", pb.GetCapabilitiesRequest())
-    assert (reply.models, reply.max_model_len, reply.vocabulary_size) == (["fake", "alias"], 100, 320)
+    assert (reply.models, reply.max_model_len, reply.vocabulary_size) == (["fake", "alias"], 1000, 320)
     assert (reply.kv_page_tokens, reply.star_available, list(reply.star_refusals)) == (32, True, [])
     assert reply.star_defaults.mode == pb.StarOptions.MODE_OFF
     assert (reply.max_request_bytes, reply.max_response_bytes) == (MAX_REQUEST_BYTES, 0)

@@ -10,6 +10,8 @@ from engine_ext.serving.grpc import prompts
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
+LIMIT = prompts.PromptLimit(1000, 8000)
+
 
 @pytest.mark.parametrize(
     ("request_", "prompt"),
@@ -20,7 +22,9 @@ from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
     ids=["text", "token ids"],
 )
 def test_prompt(request_, prompt):
-    assert prompts.prompt_of(request_) == prompt
+    engine = FakeEngine()
+    asyncio.run(prompts.render(engine, request_, ChatParams(), {}, LIMIT))
+    assert engine.rendered == [([prompt], None)]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ def chat(*roles: str, **fields) -> pb.TokenizeRequest:
 def test_chat_is_rendered_with_the_servers_options(request_, opens):
     engine = FakeEngine()
     server = ChatParams(chat_template="T", chat_template_kwargs={"enable_thinking": False})
-    asyncio.run(prompts.render(engine, request_, server, {}))
+    asyncio.run(prompts.render(engine, request_, server, {}, LIMIT))
     ((conversations, params, tokenizing),) = engine.rendered
     (messages,) = conversations
     assert [message["role"] for message in messages] == [message.role for message in request_.chat.messages]
@@ -65,12 +69,36 @@ def test_chat_is_rendered_with_the_servers_options(request_, opens):
     assert tokenizing is None, "the renderer's own, which refuses a prompt beyond the context"
 
 
-@pytest.mark.parametrize("request_", [chat("user"), pb.TokenizeRequest(text="a")], ids=["chat", "text"])
-def test_any_length(request_):
-    engine = FakeEngine()
-    asyncio.run(prompts.render(engine, request_, ChatParams(), {}, any_length=True))
-    (*_, tokenizing) = engine.rendered[0]
-    assert tokenizing.max_total_tokens is None
+class NumberedRenderer(FakeEngine):
+    """Notes how many token ids are checked at once, and lets other tasks note that they run between."""
+
+    def validate_token_ids(self, ids, parameter) -> None:
+        self.rendered.append(len(ids))
+
+
+def test_many_token_ids_leave_room_for_other_tasks():
+    async def scenario():
+        renderer = NumberedRenderer(max_model_len=10**6)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(3 * prompts.PIECE_IDS + 1)))
+        limit = prompts.prompt_limit(renderer)
+        rendering = asyncio.create_task(prompts.render(renderer, request, ChatParams(), {}, limit))
+        while not rendering.done():
+            renderer.rendered.append("other")
+            await asyncio.sleep(0)
+        return renderer.rendered
+
+    *turns, (rendered, _) = asyncio.run(scenario())
+    assert [turn for turn in turns if turn != "other"] == [prompts.PIECE_IDS] * 3 + [1]
+    assert turns == [turn for piece in [prompts.PIECE_IDS] * 3 + [1] for turn in ("other", piece)]
+    assert rendered == [{"prompt_token_ids": list(range(3 * prompts.PIECE_IDS + 1))}]
+
+
+def test_more_ids_than_the_context_are_refused_before_they_are_a_list():
+    renderer = NumberedRenderer(max_model_len=100)
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(101)))
+    with pytest.raises(VLLMValidationError, match="101 token ids"):
+        asyncio.run(prompts.render(renderer, request, ChatParams(), {}, prompts.prompt_limit(renderer)))
+    assert renderer.rendered == []
 
 
 @pytest.mark.parametrize(
@@ -80,7 +108,7 @@ def test_any_length(request_):
 )
 def test_bad_chat(request_, says):
     with pytest.raises(VLLMValidationError) as refused:
-        asyncio.run(prompts.render(FakeEngine(), request_, ChatParams(), {}))
+        asyncio.run(prompts.render(FakeEngine(), request_, ChatParams(), {}, LIMIT))
     assert refused.value.parameter == "chat"
     assert says in str(refused.value)
 
@@ -89,7 +117,7 @@ def test_harmony_is_refused():
     engine = FakeEngine()
     engine.model_config.hf_config.model_type = "gpt_oss"
     with pytest.raises(VLLMValidationError, match="send token_ids"):
-        asyncio.run(prompts.render(engine, chat("user"), ChatParams(), {}))
+        asyncio.run(prompts.render(engine, chat("user"), ChatParams(), {}, LIMIT))
 
 
 def test_the_kinds_of_prompt_are_named():

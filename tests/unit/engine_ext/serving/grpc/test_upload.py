@@ -10,12 +10,23 @@ from grpc_status import rpc_status
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
 from engine_ext.serving.errors import UploadMemoryError
-from engine_ext.serving.grpc.upload import UploadMemory, as_upload_event
+from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from engine_ext.serving.grpc.prompts import PromptLimit
+from engine_ext.serving.grpc.quota import Quota
+from engine_ext.serving.grpc.upload import (
+    CHARACTER_BYTES,
+    ID_BYTES,
+    PIECE_BYTES,
+    Upload,
+    as_upload_event,
+    upload_quota,
+)
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 
 Part = pb.GenerateUploadStreamRequest
 Event = pb.GenerateUploadStreamResponse
+LIMIT = PromptLimit(1000, 8000)
 
 
 def head(**fields) -> Part:
@@ -31,9 +42,9 @@ async def stream(parts):
         yield part
 
 
-async def received(parts, memory=None) -> pb.GenerateStreamRequest:
-    with (memory or UploadMemory()).upload() as upload:
-        return await upload.receive(stream(parts))
+async def received(parts, quota=None, client="me", limit=LIMIT) -> pb.GenerateStreamRequest:
+    with (quota or upload_quota(1000)).room(client) as room:
+        return await Upload(room, limit).receive(parts)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +61,7 @@ async def received(parts, memory=None) -> pb.GenerateStreamRequest:
     ids=["head alone", "text", "text from the head on", "ids", "ids from the head on", "presence", "no prompt"],
 )
 def test_pieces_are_put_together(parts, request_):
-    assert asyncio.run(received(parts)) == request_
+    assert asyncio.run(received(stream(parts))) == request_
 
 
 REFUSED = {
@@ -69,38 +80,104 @@ REFUSED = {
 def test_parts_out_of_order(case):
     parts, parameter, says = REFUSED[case]
     with pytest.raises(VLLMValidationError) as refused:
-        asyncio.run(received(parts))
+        asyncio.run(received(stream(parts)))
     assert refused.value.parameter == parameter
     assert says in str(refused.value)
 
 
-def test_memory_is_limited_and_released():
-    memory = UploadMemory(total=1000)
-    with pytest.raises(VLLMValidationError, match="at most 1000 bytes"):
-        asyncio.run(received([head(text="x" * 600), Part(text="x" * 600)], memory))
-    assert memory.used == 0
+class CountedEngine(FakeEngine):
+    """Notes the memory of uploads at each step."""
 
-    async def two():
+    uploads: Quota
+
+    async def render_cmpl_async(self, prompts, tok_params, prompt_extras):
+        self.while_tokenising = self.uploads.used.total()
+        return await super().render_cmpl_async(prompts, tok_params, prompt_extras)
+
+    async def generate(self, *args, **kwargs):
+        self.while_generating = self.uploads.used.total()
+        async for output in super().generate(*args, **kwargs):
+            yield output
+
+
+def test_an_upload_keeps_its_room_until_it_is_tokenised():
+    engine = CountedEngine("a")
+
+    async def scenario():
+        async with front_of(engine) as client:
+            engine.uploads = client.front.inference.uploads
+            [_ async for _ in client.stub.GenerateUploadStream(stream([head(), ids(*range(300))]))]
+            return engine.uploads.used
+
+    assert asyncio.run(scenario()) == {}
+    assert engine.while_tokenising == 2 * MAX_REQUEST_BYTES + 300 * ID_BYTES
+    assert engine.while_generating == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "limit", "says"),
+    [
+        (ids(*range(60)), PromptLimit(100, 8000), "120 token ids or more"),
+        (Part(text="x" * 60), PromptLimit(10, 100), "120 characters or more"),
+    ],
+    ids=["ids", "text"],
+)
+def test_an_upload_longer_than_any_prompt_is_refused_as_it_comes_in(part, limit, says):
+    """The third part is never asked for."""
+
+    async def parts():
+        yield head()
+        yield part
+        yield part
+        raise AssertionError("the upload was refused too late")
+
+    with pytest.raises(VLLMValidationError, match=says):
+        asyncio.run(received(parts(), limit=limit))
+
+
+def test_many_empty_pieces_take_no_memory():
+    """A client could send them for ever."""
+    quota = upload_quota(1000)
+
+    async def scenario():
+        with quota.room("me") as room:
+            upload = Upload(room, LIMIT)
+            await upload.receive(stream([head(), *[Part(text="")] * 1000, *[Part(text="a")] * 10]))
+            return upload.texts, room.size
+
+    texts, size = asyncio.run(scenario())
+    assert (texts, size) == ([], 2 * MAX_REQUEST_BYTES + 10 * (PIECE_BYTES + CHARACTER_BYTES))
+
+
+def test_an_upload_that_stalls_leaves_room_for_other_clients():
+    """A client's share is full: its next upload is refused, the one of another client is not."""
+    quota = Quota(4 * 2 * MAX_REQUEST_BYTES, 2 * MAX_REQUEST_BYTES + 10_000, UploadMemoryError)
+
+    async def scenario():
         async def half():
-            yield head(text="x" * 600)
-            await asyncio.sleep(10)
+            yield head()
+            await asyncio.Event().wait()
 
-        async def hold():
-            with memory.upload() as upload:
-                await upload.receive(half())
-
-        holding = asyncio.create_task(hold())
-        await asyncio.sleep(0)
-        assert memory.used > 600
+        stalled = asyncio.create_task(received(half(), quota))
+        while not quota.used["me"]:
+            await asyncio.sleep(0)
         with pytest.raises(UploadMemoryError):
-            await received([head(text="x" * 600)], memory)
-        holding.cancel()
+            await received(stream([head(text="a")]), quota)
+        other = await received(stream([head(text="a")]), quota, client="other")
+        stalled.cancel()
         with suppress(asyncio.CancelledError):
-            await holding
-        return await received([head(text="x" * 600)], memory)
+            await stalled
+        return other.text, (await received(stream([head(text="b")]), quota)).text
 
-    assert asyncio.run(two()).text == "x" * 600
-    assert memory.used == 0
+    assert asyncio.run(scenario()) == ("a", "b")
+    assert quota.used == {}
+
+
+def test_a_client_can_upload_the_longest_prompt():
+    for tokens in (1000, 10**6, 10**8):
+        quota = upload_quota(tokens)
+        assert quota.of_client >= 2 * MAX_REQUEST_BYTES + tokens * ID_BYTES
+        assert quota.total == 2 * quota.of_client
 
 
 def test_both_responses_have_the_same_events():
@@ -167,10 +244,10 @@ def test_the_memory_of_a_cancelled_upload_is_released():
 
             call = client.stub.GenerateUploadStream(endless())
             async with asyncio.timeout(10):
-                while not memory.used:
+                while not memory.used.total():
                     await asyncio.sleep(0.01)
                 call.cancel()
-                while memory.used:
+                while memory.used.total():
                     await asyncio.sleep(0.01)
 
     asyncio.run(scenario())

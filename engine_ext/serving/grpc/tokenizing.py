@@ -1,0 +1,68 @@
+"""Tokenize on a thread and a tokenizer of its own, so that a long text delays no prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from vllm.inputs import TextPrompt
+from vllm.renderers import ChatParams, TokenizeParams
+
+from engine_ext.serving.errors import TokenizeMemoryError
+from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from engine_ext.serving.grpc.prompts import PromptLimit, prompt_of, render_chat
+from engine_ext.serving.grpc.quota import Quota
+from starling.v1 import inference_pb2 as pb
+
+
+class Tokenizing:
+    """Tokenises one request after the other.
+
+    Args:
+        renderer: the engine's.
+        chat: how chat messages are rendered.
+        limit: the longest prompt.
+    """
+
+    def __init__(self, renderer: Any, chat: ChatParams, limit: PromptLimit) -> None:
+        self.renderer = renderer
+        self.chat = chat
+        self.limit = limit
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="starling-tokenize")
+        # A copy: a tokenizer can't work in two threads. Now, since a tokenizer can't work while it is copied.
+        self.tokenizer = copy.deepcopy(renderer.tokenizer)
+        self.quota = Quota(2 * MAX_REQUEST_BYTES, MAX_REQUEST_BYTES, TokenizeMemoryError)
+
+    async def token_ids(self, request: pb.TokenizeRequest, client: str) -> list[int]:
+        """The token ids of a request's prompt, also of one that is somewhat longer than the model's context.
+
+        Args:
+            client: its name, for its share of the requests that wait.
+
+        Raises:
+            VLLMValidationError, ValueError: the prompt is empty, or has more characters than any prompt of the model;
+                or the messages can't be rendered.
+            TokenizeMemoryError: other requests wait.
+        """
+        with self.quota.room(client) as room:
+            room.take(request.ByteSize())
+            params = self.renderer.default_cmpl_tok_params
+            if request.WhichOneof("prompt") == "chat":
+                self.limit.check_characters(sum(len(message.content) for message in request.chat.messages))
+                params = self.renderer.default_chat_tok_params
+                prompt = await render_chat(self.renderer, request.chat, self.chat)
+                if "prompt_token_ids" in prompt:  # some models' templates make tokens
+                    return list(prompt["prompt_token_ids"])
+            else:
+                prompt = prompt_of(request)
+                self.limit.check_characters(len(prompt["prompt"]))
+            self.renderer.get_tokenizer()  # refuses where there is none
+            params = replace(params, max_total_tokens=None)
+            return await asyncio.get_running_loop().run_in_executor(self.thread, self._tokenize, prompt, params)
+
+    def _tokenize(self, prompt: TextPrompt, params: TokenizeParams) -> list[int]:
+        text = params.apply_pre_tokenization(self.tokenizer, prompt)["prompt"]
+        return list(self.tokenizer(text, **params.get_encode_kwargs())["input_ids"])

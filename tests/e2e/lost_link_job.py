@@ -1,0 +1,58 @@
+"""A server whose prompts never end, run by test_lost_link.py: it prints a line when a request starts or ends.
+
+Arguments: the address, and the seconds until a lost connection ends; 0 for the server's own values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from functools import partial
+
+import uvicorn
+
+from engine_ext.serving.grpc import limits
+from engine_ext.serving.grpc.server import Front
+from engine_ext.serving.http import keepalive
+from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
+from vllm_compat.server import on_server_socket
+
+GRPC_PORT, HTTP_PORT = 50051, 8000
+say = partial(print, flush=True)
+
+
+class Endless(FakeEngine):
+    async def generate(self, *args, **kwargs):
+        say("grpc started")
+        try:
+            async for output in super().generate(*args, **kwargs):
+                yield output
+        finally:
+            say("grpc ended")
+
+
+async def app(scope, receive, send):
+    """vLLM's routes end a request when uvicorn says that the client has disconnected."""
+    assert (await receive())["type"] == "http.request"
+    say("http started")
+    assert (await receive())["type"] == "http.disconnect"
+    say("http ended")
+
+
+async def serve(address: str, seconds: int) -> None:
+    from vllm.entrypoints.launchers import launcher
+
+    if seconds:
+        own = {"grpc.keepalive_time_ms": seconds * 500, "grpc.keepalive_timeout_ms": seconds * 500}
+        limits.SERVER_OPTIONS = tuple((name, own.get(name, value)) for name, value in limits.SERVER_OPTIONS)
+        keepalive.IDLE_SECONDS, keepalive.INTERVAL_SECONDS, keepalive.PROBES = 1, 1, seconds - 1
+    on_server_socket(keepalive.end_lost_connections)
+    await Front(Endless(None), []).start(f"{address}:{GRPC_PORT}", None)
+    with launcher.create_server_socket((address, HTTP_PORT), reuse_port=False) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+        say("ready")
+        await server.serve([listener])
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2])))

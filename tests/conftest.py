@@ -9,9 +9,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+from tests import stateful
+
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.register_profile("random", deadline=None)
 settings.load_profile("fixed")
+
+
+def pytest_addoption(parser):
+    stateful.add_options(parser)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -401,8 +401,7 @@ def forget_uncomputed_pages(view: SchedulerView, request: Any) -> None:
     already, and would leave pages in the cache whose content never comes. Goes when vLLM drops those hashes itself.
     """
     for group in view.groups:
-        if isinstance(group.manager, FullAttentionManager):
-            uncomputed = group.pages(request.request_id)[request.num_computed_tokens // group.page_size :]
-            hashed = {page.block_id for page in uncomputed if page.block_hash is not None}
-            if hashed:
-                view.evict(hashed)
+        uncomputed = group.pages(request.request_id)[request.num_computed_tokens // group.page_size :]
+        hashed = {page.block_id for page in uncomputed if page.block_hash is not None}
+        if hashed:
+            view.evict(hashed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.engine import core
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -34,6 +35,7 @@ from tests.parity.harness import TINY
 
 PAGE_SIZE = 32
 HASH = get_hash_fn_by_name("sha256")
+SHAPE = {"num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
 
 
 def make_config(folder: Path, starling: dict | None = None, **arguments: Any):
@@ -48,14 +50,21 @@ def make_config(folder: Path, starling: dict | None = None, **arguments: Any):
 
 
 def make_scheduler(
-    config, scheduler_type, page_size: int = PAGE_SIZE, num_pages: int = 40, v2: bool = False, **spec: Any
+    config,
+    scheduler_type,
+    page_size: int = PAGE_SIZE,
+    num_pages: int = 40,
+    v2: bool = False,
+    specs: Sequence[KVCacheSpec] = (),
+    **spec: Any,
 ):
-    """A scheduler with one group of full-attention layers; ``spec`` replaces fields of its FullAttentionSpec."""
-    shape = {"num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
-    spec = FullAttentionSpec(block_size=page_size, **shape | spec)
-    cache = KVCacheConfig(
-        num_blocks=num_pages, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-    )
+    """A scheduler with one group of full-attention layers, or with a group for each of ``specs``.
+
+    ``spec`` replaces fields of the one group's FullAttentionSpec.
+    """
+    specs = specs or [FullAttentionSpec(block_size=page_size, **SHAPE | spec)]
+    groups = [KVCacheGroupSpec([f"layer{index}"], one) for index, one in enumerate(specs)]
+    cache = KVCacheConfig(num_blocks=num_pages, kv_cache_tensors=[], kv_cache_groups=groups)
     scheduler = scheduler_type(
         vllm_config=config,
         kv_cache_config=cache,
@@ -75,15 +84,21 @@ def make_request(
     page_size: int = PAGE_SIZE,
     max_tokens: int = 3,
     metadata: RequestMetadata | None = None,
+    sampling: dict[str, Any] | None = None,
     **more: Any,
 ) -> Request:
-    """A request as the engine core makes it, with the request hasher of the scheduler that was made last."""
+    """A request as the engine core makes it, with the request hasher of the scheduler that was made last.
+
+    ``sampling`` are further sampling parameters.
+    """
     ids = [index % 250 for index in range(ids)] if isinstance(ids, int) else ids
     metadata = replace(metadata or RequestMetadata(), plan=plan)
     return Request(
         request_id=name,
         prompt_token_ids=ids,
-        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args={KEY: metadata.to_wire()}),
+        sampling_params=SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, extra_args={KEY: metadata.to_wire()}, **sampling or {}
+        ),
         pooling_params=None,
         block_hasher=core.get_request_block_hasher(page_size, HASH),
         **more,
@@ -99,15 +114,19 @@ def fingerprint(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def token_fingerprints(ids: list[int], plan: StarPlan | None) -> np.ndarray:
-    """(tokens,) int64: the fingerprint of each token's KV state."""
+def token_fingerprints(ids: list[int], plan: StarPlan | None, origin: object = None) -> np.ndarray:
+    """(tokens,) int64: the fingerprint of each token's KV state.
+
+    Args:
+        origin: what all states depend on beside the tokens: the adapter, the tenant.
+    """
     found = np.zeros(len(ids), dtype=np.int64)
-    state = 0
+    state = fingerprint(origin)
     for position, token in enumerate(ids):
         inside = plan is not None and plan.block_size <= position < plan.context_end
         if inside and not plan.overlap_size and position % plan.block_size == 0:
             anchor = int(found[plan.anchor_size - 1]) if plan.anchor_size else 0
-            state = fingerprint("block", anchor, plan.anchor_size, position)
+            state = fingerprint("block", origin, anchor, plan.anchor_size, position)
         elif inside and position == plan.block_size:
             state = fingerprint(state, plan.block_size, plan.anchor_size, plan.overlap_size)
         elif plan is not None and position == plan.context_end:

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from scheduler.options import SchedulingOptions, parse_scheduling
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan
 from scheduler.star_scheduler import StarScheduler
 from scheduler.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
-from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
+from tests.unit.scheduler.simulation import SHAPE, Engine, make_config, make_scheduler, random_ids
 
 STEP, PAGE_SIZE, LONG = 256, 16, 7900
 LIMITS = Limits(step_tokens=256, long_prompt=256, shared_tokens=64, shared_keys=64 * 1000)
@@ -117,14 +118,14 @@ def config(tmp_path_factory):
     return make_config(tmp_path_factory.mktemp("models"), **arguments)
 
 
-def make_engine(config, scheduler_type=StarScheduler, num_pages: int = 3000, **scheduling) -> Engine:
+def make_engine(config, scheduler_type=StarScheduler, num_pages: int = 3000, specs=(), **scheduling) -> Engine:
     made = copy.copy(config)
     made.scheduler_config = copy.copy(config.scheduler_config)
     made.additional_config = {"starling": {"scheduler": scheduling}}
     for name in ("policy", "long_prefill_token_threshold"):
         if name in scheduling:
             setattr(made.scheduler_config, name, scheduling.pop(name))
-    return Engine(make_scheduler(made, scheduler_type, PAGE_SIZE, num_pages), page_size=PAGE_SIZE)
+    return Engine(make_scheduler(made, scheduler_type, PAGE_SIZE, num_pages, specs=specs), page_size=PAGE_SIZE)
 
 
 def add_long(engine: Engine, count: int, plan: StarPlan | None = None, **more) -> list[str]:
@@ -366,10 +367,18 @@ def test_every_request_ends_and_no_page_is_wrong(config, arrivals, policy, num_p
     assert scheduler.reset_prefix_cache()
 
 
+FULL = FullAttentionSpec(block_size=PAGE_SIZE, **SHAPE)
+WINDOW = SlidingWindowSpec(block_size=PAGE_SIZE, sliding_window=4096, **SHAPE)
+LOCAL = ChunkedLocalAttentionSpec(block_size=PAGE_SIZE, attention_chunk_size=4096, **SHAPE)
+
+
+@pytest.mark.parametrize("second", [None, WINDOW, LOCAL], ids=["full", "full and window", "full and chunked local"])
 @pytest.mark.parametrize(("scheduler_type", "left"), [(Scheduler, 3), (StarScheduler, 0)])
-def test_a_chunk_preempted_in_its_own_step_leaves_no_page_keys(config, scheduler_type, left):
+def test_a_chunk_preempted_in_its_own_step_leaves_no_page_keys(config, scheduler_type, left, second):
     """With vLLM alone a later prompt would hit pages that were never written, so StarMixin removes the keys."""
-    engine = make_engine(config, scheduler_type, num_pages=26, policy="priority", long_prefill_token_threshold=64)
+    specs = [FULL, second] if second else [FULL]
+    sizes = {"num_pages": 1 + 25 * len(specs), "specs": specs}
+    engine = make_engine(config, scheduler_type, **sizes, policy="priority", long_prefill_token_threshold=64)
     victim = engine.add("victim", None, random_ids(1, 390), priority=5)
     engine.step()
     engine.add("urgent", None, random_ids(2, 16), priority=0)
@@ -379,7 +388,11 @@ def test_a_chunk_preempted_in_its_own_step_leaves_no_page_keys(config, scheduler
     engine.scheduler.schedule()
     assert victim.num_preemptions == 1
     unwritten = victim.block_hashes[computed // PAGE_SIZE : (computed + 64) // PAGE_SIZE]
-    assert sum(engine.pool.get_cached_block(key, [0]) is not None for key in unwritten) == left
+    counts = [
+        sum(engine.pool.get_cached_block(key, [group]) is not None for key in unwritten) for group in range(len(specs))
+    ]
+    assert [count > 0 for count in counts] == [left > 0] * len(specs)
+    assert second or counts == [left]
 
 
 def test_without_chunked_prefill_there_is_no_limiter(config):

@@ -1,0 +1,121 @@
+"""The prompts, plans and answers that the machine draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hypothesis import strategies as st
+
+from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
+from tests.unit.scheduler.simulation import random_ids
+from tests.unit.scheduler.stateful.cases import STOP
+from tests.unit.scheduler.stateful.setup import MAX_TOKENS, PAGE_SIZE
+
+MAX_ANSWERS = 30
+DOCUMENTS = [
+    random_ids(0, MAX_TOKENS),
+    random_ids(1, MAX_TOKENS),
+    (random_ids(2, 16) * MAX_TOKENS)[:MAX_TOKENS],  # star blocks with equal tokens
+]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a star plan: of blocks, anchor and overlap in pages, and of the query in tokens."""
+
+    block: int
+    anchor: int
+    overlap: int
+    query: int
+
+    def plan(self, num_tokens: int) -> StarPlan:
+        sizes = (size * PAGE_SIZE for size in (self.block, min(self.anchor, self.block), min(self.overlap, self.block)))
+        return StarPlan(*sizes, max(num_tokens - self.query, 1), num_tokens)
+
+    def independent_plan(self, num_tokens: int) -> StarPlan:
+        return replace(self.plan(num_tokens), overlap_size=0)
+
+
+sizes = st.builds(
+    Sizes,
+    block=st.sampled_from([2, 3, 4, 6]),
+    anchor=st.sampled_from([6, 0, 1, 2]),
+    overlap=st.sampled_from([0, 0, 0, 1, 6]),
+    query=st.sampled_from([1, 7, 8, 30]),
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The start of a document, with other tokens at some places."""
+
+    document: int
+    length: int
+    edits: tuple[int, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        ids = DOCUMENTS[self.document][: self.length]
+        for place in self.edits:
+            ids[place % self.length] = 251
+        return ids
+
+
+prompts = st.builds(
+    Prompt,
+    document=st.integers(0, len(DOCUMENTS) - 1),
+    length=st.sampled_from([5, 40, 63, 64, 100, 129, MAX_TOKENS - MAX_ANSWERS]),
+    edits=st.lists(st.integers(0, MAX_TOKENS), max_size=2).map(tuple),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request asks beside its tokens; ``seeds`` are those of its parallel samples."""
+
+    salt: str | None
+    adapter: int
+    priority: int
+    grammar: bool
+    seeds: tuple[int, ...]
+    num_answers: int
+    stops_at: int
+
+    def answers(self, seed: int) -> list[int]:
+        tokens = [(seed * 50 + 3 * index) % 250 for index in range(self.num_answers)]
+        return [STOP if index == self.stops_at else token for index, token in enumerate(tokens)]
+
+
+options = st.builds(
+    Options,
+    salt=st.sampled_from([None, None, "a", "b"]),
+    adapter=st.sampled_from([0, 0, 1, 2]),
+    priority=st.integers(0, 2),
+    grammar=st.sampled_from([False, False, False, True]),
+    seeds=st.sampled_from([(0,), (0,), (0,), (1,), (0, 1), (0, 0, 2)]),
+    num_answers=st.sampled_from([1, 3, 10, MAX_ANSWERS]),
+    stops_at=st.sampled_from([99, 99, 0, 3]),
+)
+
+
+asked = st.tuples(prompts, options, st.none() | sizes)
+"""A request: its prompt, its options, and the sizes of its plan; None: it is dense."""
+
+
+def part(name: str, plan: StarPlan, first: int, num_blocks: int) -> tuple[int, RequestMetadata] | None:
+    """Where a part of a prompt ends that a replica prefills for another one; None: the prompt has no such part."""
+    start = first * plan.block_size
+    stop = min(start + num_blocks * plan.block_size, plan.context_end // PAGE_SIZE * PAGE_SIZE)
+    if plan.is_dense or stop <= max(start, plan.anchor_size):
+        return None
+    return stop, RequestMetadata(plan=plan, part=PromptPart(name, start, plan.anchor_size))
+
+
+def fetching(plan: StarPlan) -> RequestMetadata:
+    """Fetch all blocks but the first from two replicas, whose pages are numbered as the prompt's pages."""
+    first, stop = plan.block_size // PAGE_SIZE, plan.context_end // PAGE_SIZE
+    middle = (first + stop) // 2
+    sources = [PageSource(a * PAGE_SIZE, list(range(a, b)), []) for a, b in ((first, middle), (middle, stop)) if a < b]
+    metadata = RequestMetadata(plan=replace(plan, replicas=2))
+    return replace(metadata, fetch=PageFetch(tuple(sources))) if sources else metadata

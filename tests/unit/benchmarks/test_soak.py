@@ -165,6 +165,7 @@ def test_samples_of_a_process_show_its_descriptors_and_its_shared_memory(tmp_pat
     assert path in paths
     assert values["/dev/shm, MiB"] >= 1
     assert values["processes"] >= 1
+    assert 0 < before["anonymous memory"] < before["RSS"]
     assert sample_folder(tmp_path)["temporary files"] == 5
 
 

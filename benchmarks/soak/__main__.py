@@ -105,10 +105,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         with soaked_server(folder, log, args.replicas, args.front) as (server, target):
+            before = set((folder / "tmp").iterdir())  # vLLM leaves its own sockets behind
             run, sampler = asyncio.run(soak(target, folder / "tmp", args.minutes, console))
             run["exit_code"] = server.stop()
         run["files_left"] = sorted(path for path in sampler.shared if Path(path).exists())
-        run["files_left"] += [path.name for path in (folder / "tmp").iterdir()]
+        run["files_left"] += sorted(path.name for path in set((folder / "tmp").iterdir()) - before)
         run["tracebacks_in_the_log"] = log.read_text(errors="replace").count("Traceback (most recent call last)")
     rows, path = write_row(NAME, "runs", run, ["front", "replicas"])
     draw(rows, OUT / f"{NAME}.png")

@@ -11,7 +11,7 @@ from benchmarks.soak.target import STARLING
 
 PANELS = {
     "memory (RSS), MiB since the warm-up": ("RSS",),
-    "memory of its own (USS), MiB since the warm-up": ("USS",),
+    "anonymous memory, MiB since the warm-up": ("anonymous memory",),
     "descriptors, threads, sockets": ("descriptors", "threads", "sockets"),
 }
 

@@ -99,7 +99,7 @@ async def choices(player: Player) -> str:
 
 
 async def tokenize(player: Player) -> str:
-    text = random_text(str(player.random.random()), player.random.choice([50, 5000, 200_000]))
+    text = random_text(str(player.random.random()), player.random.choice([50, 5000, 20_000]))
     if player.over_http():
         async with player.clients.post("/tokenize", {"model": player.model, "prompt": text}) as response:
             count = (await response.json())["count"]

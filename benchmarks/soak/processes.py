@@ -34,6 +34,7 @@ def sample_process(process: psutil.Process) -> dict[str, float]:
         "RSS": memory.rss / MIB,
         "PSS": memory.pss / MIB,
         "USS": memory.uss / MIB,
+        "anonymous memory": (memory.rss - memory.shared) / MIB,  # heap, stacks and KV cache
         "descriptors": process.num_fds(),
         "threads": process.num_threads(),
         "sockets": len(process.net_connections(kind="all")),

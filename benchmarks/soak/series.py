@@ -14,8 +14,7 @@ from benchmarks.soak.trend import batch_medians, fit_trend
 
 BOUNDS = {
     "RSS": 32,
-    "PSS": 32,
-    "USS": 32,
+    "anonymous memory": 32,
     "descriptors": 30,
     "threads": 12,
     "sockets": 30,

@@ -13,10 +13,12 @@ import pytest
 
 from benchmarks.soak.cases import PAGE_SIZE, edited, make_cases, segmented
 from benchmarks.soak.ledger import ANSWERED, DIFFERENT, LEFT, Ledger
-from benchmarks.soak.mix import KINDS
+from benchmarks.soak.mix import KINDS, kinds_for
+from benchmarks.soak.player import Player
 from benchmarks.soak.processes import sample_folder, sample_process, sample_processes
 from benchmarks.soak.relay import Cut, Relay
 from benchmarks.soak.series import bound_of, report_series
+from benchmarks.soak.target import PLAIN, Clients, Output, Target
 from benchmarks.soak.trend import FLAT, GROWING
 from benchmarks.soak.verdict import failures
 from starling.client.requests import STAR
@@ -36,6 +38,31 @@ def test_each_request_is_accounted_for_and_an_unexpected_outcome_is_lost():
     assert (ledger.requests, ledger.lost, ledger.different) == (7, 3, 1)
     assert "HTTP: HTTP 500: a message" in ledger.details
     assert sum(sum(counts.values()) for counts in ledger.as_json()["outcomes"].values()) == 7
+
+
+def test_an_answer_that_is_not_the_first_one_or_that_was_cut_short_is_different():
+    player = Player(Clients(Target("host:1", "host:2", "model", 1, "", "", 64)))
+    first = Output({0: [5, 6, 7]}, {0: "length"})
+    assert player.check_named("a case", first) == ANSWERED
+    assert player.check_named("a case", Output({0: [5, 6, 7]}, {0: "stop"})) == ANSWERED
+    others = [
+        ({0: [5, 6, 8]}, {0: "length"}),
+        ({0: [5, 6, 7]}, {0: "abort"}),
+        ({0: [5, 6, 7]}, {}),
+        ({}, {0: "length"}),
+    ]
+    for tokens, finished in others:
+        assert player.check_named("a case", Output(tokens, finished)) == DIFFERENT
+    assert player.ledger.checked == 6
+    assert len(player.ledger.differences) == 4
+
+
+def test_plain_vllm_gets_only_kinds_that_need_neither_grpc_nor_options_of_starling():
+    target = Target("host:1", "host:2", "model", 1, "", "", 64, front=PLAIN)
+    names = {kind.name for kind in kinds_for(target)}
+    assert names < {kind.name for kind in KINDS}
+    assert {"HTTP", "vanishes in decode, http", "stops reading, http"} <= names
+    assert not any("grpc" in name.lower() or "refused" in name for name in names)
 
 
 def test_the_cases_have_every_star_option_and_the_kinds_have_names_of_their_own():
@@ -165,6 +192,7 @@ def test_samples_of_a_process_show_its_descriptors_and_its_shared_memory(tmp_pat
     assert path in paths
     assert values["/dev/shm, MiB"] >= 1
     assert values["processes"] >= 1
+    assert 0 < before["anonymous memory"] < before["RSS"]
     assert sample_folder(tmp_path)["temporary files"] == 5
 
 

@@ -269,7 +269,7 @@ def test_segments_start_at_star_blocks_borders_in_the_prompt_that_the_engine_get
 @pytest.mark.parametrize(
     ("changes", "max_model_len", "message"),
     [
-        ({}, 262, r"star_segment_token=7 is refused: .* of 200 tokens has 262. Allowed: up to 261 tokens"),
+        ({}, 262, r"star_segment_token=7 is refused: .* of 200 tokens has at least 262. Allowed: up to 261 tokens"),
         ({"mm_features": [1]}, 300, "star_segment_token=7 is refused: the prompt has images or embeddings"),
         ({"extra_args": MARKED | {"star_segment_token": 9}}, 300, "star_segment_token=9 .* does not occur"),
     ],

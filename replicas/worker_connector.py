@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from attention_backends.kernels.contract import CPU_ISAS
 from attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
 from attention_backends.star.remote_queries import RemoteQuery
+from replicas.messages import MessageLimits
 from replicas.metadata import PageLoad, PageLoads, WorkerAddress
 from replicas.metrics import replica_metrics
 from replicas.network import DEVICES_ENV, use_devices
@@ -19,6 +20,7 @@ from replicas.options import replica_options
 from replicas.page_transfer import PageReader, Transfer, TransferError
 from replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
 from replicas.remote_attention_server import RemoteAttentionServer
+from replicas.remote_query import message_limits
 from scheduler.lost_requests import LostRequests
 from scheduler.star.request_metadata import ONE_HOST
 from vllm_compat.config import attention_layer, page_layout
@@ -133,7 +135,7 @@ class WorkerConnector:
         """
         if self.server is None:
             self._check_layers()
-            self.server = RemoteAttentionServer(f"{self.name}-server", self.kv_caches)
+            self.server = RemoteAttentionServer(f"{self.name}-server", self.kv_caches, self._message_limits())
         return self.server.open(name, page_ids)
 
     def _check_layers(self) -> None:
@@ -142,6 +144,20 @@ class WorkerConnector:
             layer = attention_layer(self.vllm_config, name)
             if not isinstance(layer.impl, CpuImpl) or layer.isa not in CPU_ISAS or unsupported_reason(layer.impl):
                 raise RuntimeError(f"other replicas can't attend to the KV of layer {name}")
+
+    def _message_limits(self) -> MessageLimits:
+        """What the queries of one step take at most: of all its tokens, in the layer with the largest ones."""
+        impls = [attention_layer(self.vllm_config, name).impl for name in self.kv_caches]
+        heads = max(impl.num_heads for impl in impls)
+        row_bytes = (
+            max(impl.num_heads * impl.head_size for impl in impls) * self.vllm_config.model_config.dtype.itemsize
+        )
+        return message_limits(
+            self.vllm_config.scheduler_config.max_num_batched_tokens,
+            row_bytes,
+            heads,
+            num_senders=self.vllm_config.parallel_config.data_parallel_size,
+        )
 
     def close_shards(self, names: list[str]) -> None:
         """No page of these shards is read any more when this returns."""
@@ -152,7 +168,7 @@ class WorkerConnector:
         """The object by which a step's layers send these queries to other replicas."""
         if self.client is None:
             self.client = RemoteAttentionClient(
-                f"{self.name}-client", self.rank, self.page_size, self.metrics.shard_bytes.inc
+                f"{self.name}-client", self.rank, self.page_size, self.metrics.shard_bytes.inc, self._message_limits()
             )
         return self.client.step(queries)
 

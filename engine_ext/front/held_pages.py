@@ -34,7 +34,8 @@ class HeldPages:
 
     def new_name(self, rank: int) -> str:
         """A name under which a replica holds the pages of one part."""
-        name = f"{self.request_id}#{uuid.uuid4().hex}"  # another API server may have a request of that id
+        # Another API server may have a request of that id; a name is sent with each query, so it has a bounded length.
+        name = f"{self.request_id[:64]}#{uuid.uuid4().hex}"
         self.names.setdefault(rank, []).append(name)
         return name
 

@@ -20,7 +20,7 @@ from attention_backends.star.remote_queries import RemoteQuery
 from replicas.messages import Message, MessageError, MessageLimits, Messenger
 from replicas.remote_attention_server import to_bytes
 from replicas.remote_query import error_of
-from scheduler.lost_requests import LostRequests
+from scheduler.worker_report import WorkerReport
 
 logger = init_logger("vllm.starling")
 
@@ -55,10 +55,10 @@ class RemoteAttentionClient:
         self.num_sent = 0
         self.lost: dict[str, str] = {}
 
-    def take_lost(self) -> LostRequests | None:
+    def take_lost(self) -> WorkerReport | None:
         """The requests lost since the last call; None where there are none."""
         lost, self.lost = self.lost, {}
-        return LostRequests(lost) if lost else None
+        return WorkerReport(lost) if lost else None
 
     def step(self, queries: Sequence[RemoteQuery]) -> StepRemoteAttention:
         return StepRemoteAttention(self, queries)
@@ -166,8 +166,8 @@ class StepRemoteAttention:
     ) -> None:
         """Take in one message; an exception here would end the engine."""
         if "failed" in message.header:
-            for number in [number for number, remote in sent.items() if self._name(remote) == message.sender]:
-                self._fail(sent.pop(number), str(message.header["failed"]))
+            for failed in [number for number, remote in sent.items() if self._name(remote) == message.sender]:
+                self._fail(sent.pop(failed), str(message.header["failed"]))
             return
         number = message.header.get("id")
         if not isinstance(number, int) or number not in sent or self._name(sent[number]) != message.sender:

@@ -135,7 +135,8 @@ class RemoteAttentionServer:
                 self._connect(message)
                 return
             query = parse_query(message)
-            body, response = b"", {"id": query.id}
+            body = b""
+            response: dict[str, Any] = {"id": query.id}
             try:
                 body = self._attend(query, message.body)
             except Exception as error:  # whatever the error is, the client must not wait for its timeout

@@ -21,8 +21,8 @@ from replicas.page_transfer import PageReader, Transfer, TransferError
 from replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
 from replicas.remote_attention_server import RemoteAttentionServer
 from replicas.remote_query import message_limits
-from scheduler.lost_requests import LostRequests
 from scheduler.star.request_metadata import ONE_HOST
+from scheduler.worker_report import WorkerReport
 from vllm_compat.config import attention_layer, page_layout
 
 logger = init_logger("vllm.starling")
@@ -96,6 +96,8 @@ class WorkerConnector:
 
     def take_finished(self) -> set[str] | None:
         """Ids of the requests whose loads have ended or failed since the last call; None where there are none."""
+        if self.reader is not None:
+            self.reader.retry_releases()
         for request_id, (load, transfer) in list(self._transfers.items()):
             assert self.reader is not None
             try:
@@ -172,6 +174,9 @@ class WorkerConnector:
             )
         return self.client.step(queries)
 
-    def take_lost_requests(self) -> LostRequests | None:
-        """The requests that could not attend to all their keys since the last call; None where there are none."""
-        return None if self.client is None else self.client.take_lost()
+    def take_report(self) -> WorkerReport | None:
+        """What the scheduler has to know of the steps since the last call; None where there is nothing."""
+        report = (self.client.take_lost() if self.client is not None else None) or WorkerReport()
+        if self.reader is not None:
+            report.stuck_pages, report.freed_pages = self.reader.take_stuck_pages()
+        return report if report != WorkerReport() else None

@@ -240,6 +240,9 @@ class FakeReader:
     def cancel(self, transfer) -> None:
         self.cancelled += 1
 
+    def retry_releases(self) -> None:
+        pass
+
 
 @pytest.fixture
 def worker(scheduler, monkeypatch):

@@ -22,9 +22,9 @@ from replicas import remote_attention_client, remote_attention_server
 from replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimits, frames
 from replicas.remote_attention_client import RemoteAttentionClient
 from replicas.remote_attention_server import RemoteAttentionServer
-from scheduler.lost_requests import LostRequests
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import Shard
+from scheduler.worker_report import WorkerReport
 from tests.unit.attention_backends.test_rows import HEADS, KV_HEADS, PAGE_SIZE, SIZE, batch_metadata
 
 REPLICAS = 3
@@ -267,7 +267,7 @@ def test_a_query_of_a_closed_shard_is_an_error_at_once_and_reads_nothing(servers
     lost = client.take_lost()
     assert "b is not open" in lost.reasons["me"]
     assert step.begin("layer", torch.randn_like(out), 0.3, 0.0).keys() and len(step.queries) == 1
-    assert lost.aggregate(LostRequests({"other": "why"})).reasons == lost.reasons | {"other": "why"}
+    assert lost.aggregate(WorkerReport({"other": "why"})).reasons == lost.reasons | {"other": "why"}
 
 
 def test_requests_of_a_server_that_does_not_respond_are_lost_once_a_step(servers, client, monkeypatch):

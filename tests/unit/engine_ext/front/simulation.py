@@ -29,9 +29,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from replicas.metadata import WorkerAddress
-from scheduler.lost_requests import LostRequests
 from scheduler.star.request_metadata import metadata_of
 from scheduler.star_scheduler import StarScheduler
+from scheduler.worker_report import WorkerReport
 from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, Engine, answer, make_scheduler, random_ids
 
@@ -134,7 +134,7 @@ class Replica(Engine):
             start = self.work[name][0] if name in self.work else self.positions[name] - count
             self.work[name] = (start, self.positions[name])
         result.kv_connector_output = KVConnectorOutput(
-            finished_recving=arrived, kv_connector_worker_meta=LostRequests(lost) if lost else None
+            finished_recving=arrived, kv_connector_worker_meta=WorkerReport(lost) if lost else None
         )
         return self.scheduler.update_from_output(output, result)
 

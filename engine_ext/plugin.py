@@ -16,7 +16,7 @@ from engine_ext.models.registry import register_model_families
 from vllm_compat.bench import add_bench_backend, is_bench
 from vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from vllm_compat.engine_core import divide_kv_memory_check
-from vllm_compat.front import on_beam_search, on_encode, on_generate, on_processed_request
+from vllm_compat.front import on_abort, on_beam_search, on_encode, on_generate, on_processed_request
 from vllm_compat.versions import problem
 
 logger = logging.getLogger("vllm.starling")
@@ -45,7 +45,7 @@ def _hook_in() -> None:
         from engine_ext.activation import after_engine_config
         from engine_ext.clients import sees_cached, without_cached
         from engine_ext.front.split_prefill import generate_split
-        from engine_ext.front.state import state_of
+        from engine_ext.front.state import abort_split, state_of
         from engine_ext.requests import begin_beam_search
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
@@ -64,6 +64,7 @@ def _hook_in() -> None:
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
             on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
             on_encode(with_salt)
+            on_abort(abort_split)
             on_beam_search(begin_beam_search)
 
     def server_args(args: object) -> None:

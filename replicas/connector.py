@@ -19,7 +19,7 @@ from replicas.metadata import PageLoads, WorkerAddress
 from replicas.remote_attention_client import StepRemoteAttention
 from replicas.scheduler_connector import SchedulerConnector
 from replicas.worker_connector import WorkerConnector
-from scheduler.lost_requests import LostRequests
+from scheduler.worker_report import WorkerReport
 from vllm_compat.scheduler_view import Page
 
 
@@ -112,8 +112,8 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.connector_worker.take_failed_page_ids()
 
-    def build_connector_worker_meta(self) -> LostRequests | None:
-        return self.connector_worker.take_lost_requests()
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return self.connector_worker.take_report()
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.WORKER:

@@ -1,4 +1,4 @@
-"""What a front calls by name in the engine core of a replica, with vllm_compat.front.call_engine_cores.
+"""What a front calls by name in the engine core of a replica, with vllm_compat.front.call_engine_core.
 
 Arguments and results are plain numbers, names, bytes, lists and dicts. A call runs between two of the engine's steps.
 vLLM sends a result that is a Future once it is there, and the engine makes steps until then.
@@ -11,6 +11,7 @@ from typing import Any
 
 from replicas.replica_state import replica_state
 from scheduler.star.plan import StarPlan
+from scheduler.star.request_metadata import metadata_of
 from vllm_compat.engine_core import add_core_utility
 
 REPLICA_STATE = "starling_replica_state"
@@ -28,11 +29,19 @@ def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _release(core: Any, names: list[str]) -> None:
+    if running := parts_running(core.scheduler, names):
+        core.abort_requests(running)  # else they would hold their pages later, for good
     connector = core.scheduler.connector
     opened = sorted(connector.opened_shards.intersection(names))
     if opened:  # an open shard would answer a late query from pages that belong to other requests by then
         core.model_executor.collective_rpc("close_shards", args=(opened,))
     connector.release(names)
+
+
+def parts_running(scheduler: Any, names: list[str]) -> list[str]:
+    """Ids of the requests that would hold pages under these names once they are complete."""
+    parts = ((request_id, metadata_of(request).part) for request_id, request in scheduler.requests.items())
+    return [request_id for request_id, part in parts if part is not None and part.name in names]
 
 
 def add_replica_rpc() -> None:

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.starling")
 
 FRAME_BYTES = 16 * 1024
 FRAME = struct.Struct("<QII")
@@ -37,6 +40,10 @@ class MessageError(Exception):
     """A message can't be sent; says why."""
 
 
+class FrameError(Exception):
+    """A frame is not one that ``frames`` makes, or exceeds a limit; says why."""
+
+
 @dataclass(frozen=True)
 class Message:
     """A received message.
@@ -49,6 +56,23 @@ class Message:
     sender: str
     header: dict[str, Any]
     body: bytearray
+
+
+@dataclass(frozen=True)
+class MessageLimits:
+    """What a receiver takes.
+
+    Attributes:
+        message_bytes: of one message, its header included.
+        num_senders: as many messages of that size may be incomplete at the same time.
+    """
+
+    message_bytes: int
+    num_senders: int = 1
+
+    @property
+    def message_frames(self) -> int:
+        return -(-self.message_bytes // FRAME_BYTES)
 
 
 def frames(number: int, header: dict[str, Any], body: bytes) -> Iterator[bytes]:
@@ -67,24 +91,47 @@ class FrameAssembler:
         incomplete: (sender, number of the message) -> its frames so far, by index.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: MessageLimits) -> None:
+        self.limits = limits
         self.incomplete: dict[tuple[str, int], dict[int, bytes]] = {}
 
     def add(self, sender: str, frame: bytes) -> Message | None:
-        """Take a frame; returns the message that the frame completes, or None."""
-        number, index, count = FRAME.unpack_from(frame)
+        """Take a frame; returns the message that the frame completes, or None.
+
+        Raises:
+            FrameError: the frame is refused. So are the other frames of its message.
+        """
+        number, index, count = self._unpack(frame)
         parts = self.incomplete.setdefault((sender, number), {})
+        if any(FRAME.unpack_from(part)[2] != count for part in list(parts.values())[:1]) or index in parts:
+            del self.incomplete[sender, number]
+            raise FrameError(f"message {number} has frames that contradict one another")
         parts[index] = frame
         if len(parts) < count:
+            self._check_room(sender, number)
             return None
         del self.incomplete[sender, number]
         whole = bytearray()
         for part in range(count):
             whole += memoryview(parts[part])[FRAME.size :]
-        (size,) = HEADER.unpack_from(whole)
-        header = msgspec.msgpack.decode(memoryview(whole)[HEADER.size : HEADER.size + size])
-        del whole[: HEADER.size + size]
-        return Message(sender, header, whole)
+        return Message(sender, *split_message(whole))
+
+    def _unpack(self, frame: bytes) -> tuple[int, int, int]:
+        """The number of a frame's message, the frame's index, and their count."""
+        if not FRAME.size <= len(frame) <= FRAME.size + FRAME_BYTES:
+            raise FrameError(f"it has {len(frame)} bytes, and not {FRAME.size} to {FRAME.size + FRAME_BYTES}")
+        number, index, count = FRAME.unpack_from(frame)
+        if not index < count <= self.limits.message_frames:
+            raise FrameError(f"it is frame {index} of {count}, and a message has at most {self.limits.message_frames}")
+        if index < count - 1 and len(frame) < FRAME.size + FRAME_BYTES:
+            raise FrameError(f"it is truncated: it has {len(frame)} bytes, and is not the last one")
+        return number, index, count
+
+    def _check_room(self, sender: str, number: int) -> None:
+        num_frames = sum(map(len, self.incomplete.values()))
+        if num_frames > self.limits.message_frames * self.limits.num_senders:
+            del self.incomplete[sender, number]
+            raise FrameError(f"{num_frames} frames of incomplete messages are waiting already")
 
     def drop(self, sender: str) -> None:
         """Drop the incomplete messages of a sender."""
@@ -92,19 +139,35 @@ class FrameAssembler:
             del self.incomplete[key]
 
 
+def split_message(whole: bytearray) -> tuple[dict[str, Any], bytearray]:
+    """The header and the body of a message.
+
+    Raises:
+        FrameError: it has no header.
+    """
+    try:
+        (size,) = HEADER.unpack_from(whole)
+        header = msgspec.msgpack.decode(memoryview(whole)[HEADER.size : HEADER.size + size], type=dict[str, Any])
+    except (struct.error, msgspec.DecodeError) as error:
+        raise FrameError(f"its message has no header: {error}") from error
+    del whole[: HEADER.size + size]
+    return header, whole
+
+
 class Messenger:
     """One end of the message connections; to be used by one thread.
 
     Args:
         name: unique among all messengers.
+        limits: of the messages that it receives.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limits: MessageLimits) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
 
         self.agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
         self.address = {"name": name, "metadata": self.agent.get_agent_metadata()}
-        self.assembler = FrameAssembler()
+        self.assembler = FrameAssembler(limits)
         self.peers: dict[str, str] = {}
         self.num_sent = 0
 
@@ -136,10 +199,20 @@ class Messenger:
             raise MessageError(f"NIXL can't send to {name}: {error!r}") from error
 
     def receive(self) -> list[Message]:
-        """The messages completed since the last call; never waits."""
-        notifications = self.agent.get_new_notifs()
-        found = (self.assembler.add(sender, frame) for sender, sent in notifications.items() for frame in sent)
-        return [message for message in found if message is not None]
+        """The messages completed since the last call; never waits. Frames that are refused are logged, and dropped."""
+        messages = []
+        for sender, sent in self.agent.get_new_notifs().items():
+            refused: list[FrameError] = []
+            for frame in sent:
+                try:
+                    message = self.assembler.add(sender, frame)
+                except FrameError as error:
+                    refused.append(error)
+                else:
+                    messages += [] if message is None else [message]
+            if refused:
+                logger.error("%d frames of %r are refused; the first one: %s", len(refused), sender, refused[0])
+        return messages
 
     def disconnect(self, name: str) -> None:
         """Close the connection to a peer that does not respond. ``connect`` can make a new one.

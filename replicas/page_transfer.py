@@ -44,6 +44,7 @@ class SourceRead:
     Attributes:
         wave: pages of a wave.
         num_begun: pages that have arrived or are under way.
+        num_arrived: pages of the waves that have ended.
         handle: NIXL's handle of the wave under way.
         started: when that wave began.
     """
@@ -53,6 +54,7 @@ class SourceRead:
     local_page_ids: Sequence[int]
     wave: int
     num_begun: int = 0
+    num_arrived: int = 0
     handle: Any = None
     started: float = 0.0
 
@@ -60,6 +62,15 @@ class SourceRead:
     def name(self) -> str:
         name: str = self.address["name"]
         return name
+
+
+@dataclass(frozen=True)
+class StuckRead:
+    """A read whose handle NIXL does not release. It may still write to ``page_ids`` of this worker."""
+
+    source: str
+    handle: Any
+    page_ids: list[int]
 
 
 class Transfer:
@@ -113,6 +124,9 @@ class PageReader:
         ]
         self.registered = self.agent.register_memory(regions, self.memory)
         self.peers: dict[str, str] = {}
+        self.stuck: list[StuckRead] = []
+        self._stuck_pages: list[int] = []
+        self._freed_pages: list[int] = []
 
     def address(self) -> dict[str, Any]:
         """What another worker needs to read these pages, as msgpack takes it."""
@@ -159,16 +173,18 @@ class PageReader:
             if state == "ERR":
                 raise TransferError(f"reading from {read.name} failed")
             seconds = time.monotonic() - read.started
+            if seconds > self.timeout:  # over TCP, NIXL may never report a link that is cut
+                # A wave that has ended late does not count: if this process has hung, the front has timed out too, and
+                # the source may have released the pages meanwhile.
+                raise TransferError(f"no page has arrived from {read.name} for {self.timeout:g} s")
             if state == "DONE":
-                self.agent.release_xfer_handle(read.handle)
-                read.handle = None
+                read.num_arrived = read.num_begun
+                self._release_handle(read)
                 if read.num_begun == len(read.local_page_ids):
                     transfer.reads.remove(read)
                 else:
                     read.wave = next_wave(read.wave, seconds)
                     self._begin_wave(read)
-            elif seconds > self.timeout:  # over TCP, NIXL may never report a link that is cut
-                raise TransferError(f"no page has arrived from {read.name} for {self.timeout:g} s")
         return not transfer.reads
 
     def _begin_wave(self, read: SourceRead) -> None:
@@ -192,16 +208,50 @@ class PageReader:
             raise TransferError(f"NIXL refused to read from {read.name}")
 
     def cancel(self, transfer: Transfer) -> None:
-        """Close the connections of a failed transfer. No late byte may arrive in pages that other requests own."""
+        """Close the connections of a failed transfer. No late byte may arrive in pages that other requests own.
+
+        Where NIXL does not end a read, its pages are stuck (``take_stuck_pages``).
+        """
         for read in transfer.reads:
+            if not self._release_handle(read):
+                continue  # its connection is in use
             try:
-                if read.handle is not None:
-                    self.agent.release_xfer_handle(read.handle)
                 if self.peers.pop(read.name, None) is not None:
                     self.agent.remove_remote_agent(read.name)
             except Exception:
                 logger.exception("the connection to %s can't be closed", read.name)
         transfer.reads.clear()
+
+    def _release_handle(self, read: SourceRead) -> bool:
+        """Release the handle of the wave under way; returns whether NIXL has done so. It is tried again otherwise."""
+        handle, read.handle = read.handle, None
+        if handle is None or self._try_release(read.name, handle):
+            return True
+        page_ids = list(read.local_page_ids[read.num_arrived : read.num_begun])
+        self.stuck.append(StuckRead(read.name, handle, page_ids))
+        self._stuck_pages += page_ids
+        return False
+
+    def _try_release(self, source: str, handle: Any) -> bool:
+        try:
+            self.agent.release_xfer_handle(handle)
+        except Exception as error:  # NIXL's own exceptions have no common class
+            logger.error("the read from %s can't be ended: %r", source, error)
+            return False
+        return True
+
+    def retry_releases(self) -> None:
+        """Try once more to release the handles of stuck reads. To be called at each step."""
+        for read in list(self.stuck):
+            if self._try_release(read.source, read.handle):
+                self.stuck.remove(read)
+                self._freed_pages += read.page_ids
+
+    def take_stuck_pages(self) -> tuple[list[int], list[int]]:
+        """(pages that are stuck, pages that no longer are) since the last call; a page once for each read."""
+        changes = self._stuck_pages, self._freed_pages
+        self._stuck_pages, self._freed_pages = [], []
+        return changes
 
     def close(self) -> None:
         self.agent.deregister_memory(self.registered)

@@ -17,9 +17,10 @@ from vllm.logger import init_logger
 
 from attention_backends.kernels.merge import merge
 from attention_backends.star.remote_queries import RemoteQuery
-from replicas.messages import Message, MessageError, Messenger
+from replicas.messages import Message, MessageError, MessageLimits, Messenger
 from replicas.remote_attention_server import to_bytes
-from scheduler.lost_requests import LostRequests
+from replicas.remote_query import error_of
+from scheduler.worker_report import WorkerReport
 
 logger = init_logger("vllm.starling")
 
@@ -43,18 +44,21 @@ class RemoteAttentionClient:
         rank: tensor-parallel rank of the worker, which queries the same rank of other replicas.
         page_size: tokens of a KV page.
         count_bytes: called with the bytes of each query and of each response.
+        limits: of the messages that it receives.
     """
 
-    def __init__(self, name: str, rank: int, page_size: int, count_bytes: Callable[[int], None]) -> None:
-        self.messenger = Messenger(name)
+    def __init__(
+        self, name: str, rank: int, page_size: int, count_bytes: Callable[[int], None], limits: MessageLimits
+    ) -> None:
+        self.messenger = Messenger(name, limits)
         self.rank, self.page_size, self.count_bytes = rank, page_size, count_bytes
         self.num_sent = 0
         self.lost: dict[str, str] = {}
 
-    def take_lost(self) -> LostRequests | None:
+    def take_lost(self) -> WorkerReport | None:
         """The requests lost since the last call; None where there are none."""
         lost, self.lost = self.lost, {}
-        return LostRequests(lost) if lost else None
+        return WorkerReport(lost) if lost else None
 
     def step(self, queries: Sequence[RemoteQuery]) -> StepRemoteAttention:
         return StepRemoteAttention(self, queries)
@@ -145,13 +149,7 @@ class StepRemoteAttention:
         while sent:
             messages = self.client.messenger.receive()
             for message in messages:
-                remote = sent.pop(message.header["id"], None)
-                if remote is None:
-                    continue  # the response to a query that has failed
-                if "error" in message.header:
-                    self._fail(remote, message.header["error"])
-                else:
-                    self._merge(remote, message, out.dtype, wide, lse)
+                self._take(message, sent, out.dtype, wide, lse)
             waited = time.monotonic() - started
             for number in [number for number in sent if waited > limits[number]]:
                 self._fail(sent.pop(number), f"no answer for {waited:.0f} s")
@@ -163,6 +161,30 @@ class StepRemoteAttention:
         if wide is not out:
             out.copy_(wide)
 
+    def _take(
+        self, message: Message, sent: dict[int, RemoteQuery], dtype: torch.dtype, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Take in one message; an exception here would end the engine."""
+        if "failed" in message.header:
+            for failed in [number for number, remote in sent.items() if self._name(remote) == message.sender]:
+                self._fail(sent.pop(failed), str(message.header["failed"]))
+            return
+        number = message.header.get("id")
+        if not isinstance(number, int) or number not in sent or self._name(sent[number]) != message.sender:
+            return  # the response to a query that has failed, or no response
+        remote, error = sent.pop(number), error_of(message.header)
+        if error is None:
+            try:
+                self._merge(remote, message, dtype, out, lse)
+            except ValueError as mismatch:
+                error = f"its response does not fit the query: {mismatch}"
+        if error is not None:
+            self._fail(remote, error)
+
+    def _name(self, remote: RemoteQuery) -> str:
+        name: str = remote.addresses[self.client.rank]["name"]
+        return name
+
     def _limit(self, remote: RemoteQuery, out: torch.Tensor) -> float:
         """Seconds that a response may take."""
         flops = 4 * remote.pairs(self.client.page_size) * out.shape[1] * out.shape[2]
@@ -171,9 +193,17 @@ class StepRemoteAttention:
     def _merge(
         self, remote: RemoteQuery, message: Message, dtype: torch.dtype, out: torch.Tensor, lse: torch.Tensor
     ) -> None:
+        """Merge a response.
+
+        Raises:
+            ValueError: it has another size than the query's response.
+        """
         tokens = torch.from_numpy(remote.tokens)
         shape = (len(tokens), *out.shape[1:])
         self.client.count_bytes(len(message.body))
+        wanted = math.prod(shape) * dtype.itemsize + 4 * math.prod(shape[:2])
+        if len(message.body) != wanted:
+            raise ValueError(f"it has {len(message.body)} bytes, and not {wanted}")
         remote_out = torch.frombuffer(message.body, dtype=dtype, count=math.prod(shape)).view(shape)
         remote_lse = torch.frombuffer(message.body, dtype=torch.float32, offset=remote_out.nbytes).view(shape[:2])
         outs, lses = torch.stack((out[tokens], remote_out.float())), torch.stack((lse[tokens], remote_lse))

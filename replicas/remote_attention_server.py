@@ -19,7 +19,8 @@ from vllm.logger import init_logger
 
 from attention_backends.kernels.contract import Layout, Operands
 from attention_backends.kernels.cpu.attention import paged_attention
-from replicas.messages import Message, MessageError, Messenger
+from replicas.messages import Message, MessageError, MessageLimits, Messenger
+from replicas.remote_query import Query, QueryError, parse_query
 
 logger = init_logger("vllm.starling")
 
@@ -38,11 +39,16 @@ class RemoteAttentionServer:
     Args:
         name: unique among all workers.
         kv_caches: layer -> its KV cache as vLLM's CPU attention has it, (pages, KV heads, page size, K and V).
+        limits: of the messages that it receives.
+
+    Attributes:
+        failure: why the thread has ended; None while it runs.
     """
 
-    def __init__(self, name: str, kv_caches: dict[str, torch.Tensor]) -> None:
+    def __init__(self, name: str, kv_caches: dict[str, torch.Tensor], limits: MessageLimits) -> None:
         self.kv_caches = kv_caches
-        self.messenger = Messenger(name)
+        self.messenger = Messenger(name, limits)
+        self.failure: str | None = None
         self.shards: dict[str, np.ndarray] = {}
         self.lock = threading.Lock()  # held while pages are read
         self.has_work = threading.Event()
@@ -51,8 +57,14 @@ class RemoteAttentionServer:
         self.thread.start()
 
     def open(self, name: str, page_ids: Sequence[int]) -> dict[str, Any]:
-        """Respond to queries of these pages from now on; returns the address that takes queries."""
+        """Respond to queries of these pages from now on; returns the address that takes queries.
+
+        Raises:
+            RuntimeError: the thread has ended, so that no query would get a response.
+        """
         with self.lock:
+            if self.failure is not None:
+                raise RuntimeError(f"this replica can't hold KV for other ones any more: {self.failure}")
             self.shards[name] = np.asarray(page_ids, dtype=np.int32)
         self.has_work.set()
         return self.messenger.address
@@ -70,6 +82,24 @@ class RemoteAttentionServer:
         self.thread.join()
 
     def _serve(self) -> None:
+        try:
+            self._serve_until_stopped()
+        except Exception as error:
+            logger.exception("remote attention has failed: this replica holds no more KV for other ones")
+            with self.lock:
+                self.failure = repr(error)
+                self.shards.clear()
+            self._tell_clients(f"its remote attention has failed: {error!r}")
+
+    def _tell_clients(self, failure: str) -> None:
+        """Let no client wait for the response to a query, if it can still be told."""
+        for name in self.messenger.peers:
+            try:
+                self.messenger.send(name, {"failed": failure})
+            except MessageError as error:  # the client's timeout handles it
+                logger.error("remote attention: %s", error)
+
+    def _serve_until_stopped(self) -> None:
         last = time.monotonic()
         while True:
             self.has_work.wait()
@@ -99,37 +129,60 @@ class RemoteAttentionServer:
         return not self.has_work.is_set()
 
     def _respond(self, message: Message) -> None:
+        """Respond to a query; a message that is none is logged, and gets no response."""
         try:
             if "hello" in message.header:
-                if not self.messenger.is_connected(message.sender):
-                    self.messenger.connect(message.header["hello"])
+                self._connect(message)
                 return
-            body, response = b"", {"id": message.header["id"]}
+            query = parse_query(message)
+            body = b""
+            response: dict[str, Any] = {"id": query.id}
             try:
-                body = self._attend(message.header, message.body)
+                body = self._attend(query, message.body)
             except Exception as error:  # whatever the error is, the client must not wait for its timeout
                 logger.exception("a shard can't be attended to")
                 response["error"] = str(error)
             self.messenger.send(message.sender, response, body)
-        except MessageError as error:  # the client's timeout handles it
-            logger.error("remote attention: %s", error)
+        except (MessageError, QueryError) as error:  # the client's timeout handles it
+            logger.error("remote attention: a message of %r: %s", message.sender, error)
 
-    def _attend(self, header: dict[str, Any], body: bytearray) -> bytes:
+    def _connect(self, message: Message) -> None:
+        """Connect to a client by the address in its first message.
+
+        Raises:
+            MessageError: NIXL can't reach it.
+            QueryError: there is no address of that client.
+        """
+        address = message.header["hello"]
+        if not isinstance(address, dict) or address.get("name") != message.sender or "metadata" not in address:
+            raise QueryError("its address is not the sender's")
+        if not self.messenger.is_connected(message.sender):
+            self.messenger.connect(address)
+
+    def _attend(self, query: Query, body: bytearray) -> bytes:
         """The body of the response to a query: out (T, heads, head size) in the query's dtype, lse (T, heads) float32.
 
         Raises:
-            ValueError: a shard of the query is not open.
+            QueryError: a shard of the query is not open, or the query does not fit the layer.
         """
-        cache = self.kv_caches[header["layer"]]
-        query = torch.frombuffer(body, dtype=getattr(torch, header["dtype"])).view(-1, header["heads"], header["size"])
+        cache = self.kv_caches.get(query.layer)
+        if cache is None:
+            raise QueryError(f"there is no layer {query.layer} here")
+        tokens = query.tokens(body, cache)
+        params = {"scale": query.scale, "softcap": query.softcap}
         with self.lock:
-            page_ids = []
-            for name, _, first, num_pages in header["spans"]:
-                if name not in self.shards:
-                    raise ValueError(f"shard {name} is not open here")
-                page_ids.append(self.shards[name][first : first + num_pages])
-            out, lse = attend_all(query, cache, page_ids, [span[1] for span in header["spans"]], header)
+            page_ids = [self._pages(*span) for span in query.spans]
+            out, lse = attend_all(tokens, cache, page_ids, [span[1] for span in query.spans], params)
         return to_bytes(out) + to_bytes(lse)
+
+    def _pages(self, shard: str, num_queries: int, first: int, num_pages: int) -> np.ndarray:
+        """The pages of one span of a query."""
+        if shard not in self.shards:
+            raise QueryError(f"shard {shard} is not open here")
+        page_ids = self.shards[shard]
+        if first < 0 or num_pages < 1 or first + num_pages > len(page_ids):
+            raise QueryError(f"shard {shard} has {len(page_ids)} pages, and not pages {first} to {first + num_pages}")
+        return page_ids[first : first + num_pages]
 
 
 def attend_all(

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from attention_backends.kernels.contract import CPU_ISAS
 from attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
 from attention_backends.star.remote_queries import RemoteQuery
+from replicas.messages import MessageLimits
 from replicas.metadata import PageLoad, PageLoads, WorkerAddress
 from replicas.metrics import replica_metrics
 from replicas.network import DEVICES_ENV, use_devices
@@ -19,8 +20,9 @@ from replicas.options import replica_options
 from replicas.page_transfer import PageReader, Transfer, TransferError
 from replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
 from replicas.remote_attention_server import RemoteAttentionServer
-from scheduler.lost_requests import LostRequests
+from replicas.remote_query import message_limits
 from scheduler.star.request_metadata import ONE_HOST
+from scheduler.worker_report import WorkerReport
 from vllm_compat.config import attention_layer, page_layout
 
 logger = init_logger("vllm.starling")
@@ -94,6 +96,8 @@ class WorkerConnector:
 
     def take_finished(self) -> set[str] | None:
         """Ids of the requests whose loads have ended or failed since the last call; None where there are none."""
+        if self.reader is not None:
+            self.reader.retry_releases()
         for request_id, (load, transfer) in list(self._transfers.items()):
             assert self.reader is not None
             try:
@@ -133,7 +137,7 @@ class WorkerConnector:
         """
         if self.server is None:
             self._check_layers()
-            self.server = RemoteAttentionServer(f"{self.name}-server", self.kv_caches)
+            self.server = RemoteAttentionServer(f"{self.name}-server", self.kv_caches, self._message_limits())
         return self.server.open(name, page_ids)
 
     def _check_layers(self) -> None:
@@ -142,6 +146,20 @@ class WorkerConnector:
             layer = attention_layer(self.vllm_config, name)
             if not isinstance(layer.impl, CpuImpl) or layer.isa not in CPU_ISAS or unsupported_reason(layer.impl):
                 raise RuntimeError(f"other replicas can't attend to the KV of layer {name}")
+
+    def _message_limits(self) -> MessageLimits:
+        """What the queries of one step take at most: of all its tokens, in the layer with the largest ones."""
+        impls = [attention_layer(self.vllm_config, name).impl for name in self.kv_caches]
+        heads = max(impl.num_heads for impl in impls)
+        row_bytes = (
+            max(impl.num_heads * impl.head_size for impl in impls) * self.vllm_config.model_config.dtype.itemsize
+        )
+        return message_limits(
+            self.vllm_config.scheduler_config.max_num_batched_tokens,
+            row_bytes,
+            heads,
+            num_senders=self.vllm_config.parallel_config.data_parallel_size,
+        )
 
     def close_shards(self, names: list[str]) -> None:
         """No page of these shards is read any more when this returns."""
@@ -152,10 +170,13 @@ class WorkerConnector:
         """The object by which a step's layers send these queries to other replicas."""
         if self.client is None:
             self.client = RemoteAttentionClient(
-                f"{self.name}-client", self.rank, self.page_size, self.metrics.shard_bytes.inc
+                f"{self.name}-client", self.rank, self.page_size, self.metrics.shard_bytes.inc, self._message_limits()
             )
         return self.client.step(queries)
 
-    def take_lost_requests(self) -> LostRequests | None:
-        """The requests that could not attend to all their keys since the last call; None where there are none."""
-        return None if self.client is None else self.client.take_lost()
+    def take_report(self) -> WorkerReport | None:
+        """What the scheduler has to know of the steps since the last call; None where there is nothing."""
+        report = (self.client.take_lost() if self.client is not None else None) or WorkerReport()
+        if self.reader is not None:
+            report.stuck_pages, report.freed_pages = self.reader.take_stuck_pages()
+        return report if report != WorkerReport() else None

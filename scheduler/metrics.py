@@ -38,6 +38,11 @@ class SchedulerMetrics:
 
     def __init__(self) -> None:
         report_to_front()
+        self.quarantined_pages = Gauge(
+            "starling:quarantined_pages",
+            "KV pages out of use, since a failed transfer from another replica may still write to them.",
+            multiprocess_mode="sum",
+        )
         self.cache_hits = Counter(
             "starling:cache_hits",
             "Prefix cache hits: of a prompt's start (prefix), or of star blocks behind an uncached page (block).",

@@ -15,15 +15,16 @@ from scheduler.block_reuse import BlockReuse, reuse_refusal
 from scheduler.cache_keys import independent_block_hasher, page_key
 from scheduler.cache_state import cache_state, compressed_groups, states_used
 from scheduler.core_rpc import add_core_rpc
-from scheduler.lost_requests import lost_requests
 from scheduler.metrics import cache_metrics, scheduler_metrics
 from scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_scheduling
 from scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
+from scheduler.quarantine import Quarantine
 from scheduler.star.options import parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import check_sizes
 from scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from scheduler.step_budget import make_limits
+from scheduler.worker_report import worker_report
 from vllm_compat.engine_core import end_with_parent
 from vllm_compat.patching import extends
 from vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
@@ -66,6 +67,7 @@ class StarMixin(SchedulerHooks):
         use_request_hasher(independent_block_hasher if self.reuse else None)
         self.kv_is_divided = default_num_shards(vllm_config) > 1
         self.metrics = scheduler_metrics()
+        self.quarantine = Quarantine(self.view)
         self.compressed = compressed_groups(self)
         if self.compressed:
             self._report_cache_sizes()
@@ -130,8 +132,13 @@ class StarMixin(SchedulerHooks):
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        ended = self._end_lost_requests(lost_requests(model_runner_output))
+        report = worker_report(model_runner_output)
+        if report.stuck_pages:
+            self.quarantine.add(report.stuck_pages)
+        ended = self._end_lost_requests(report.reasons)
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if report.stuck_pages or report.freed_pages:
+            ended += self._leave_quarantine(report.freed_pages)
         for request, reason in ended:
             outputs = result.setdefault(request.client_index, EngineCoreOutputs())
             outputs.outputs.append(
@@ -229,6 +236,21 @@ class StarMixin(SchedulerHooks):
         self.view.evict(wrong)
         ended = self.finish_requests(reasons, RequestStatus.FINISHED_ERROR)  # type: ignore[attr-defined]
         return [(request, reasons[request.request_id]) for request in ended]
+
+    def _leave_quarantine(self, freed_pages: Sequence[int]) -> list[tuple[Any, str]]:
+        """Take requests off the pages that a failed transfer may still write to, and use those it can't again.
+
+        Returns:
+            (request, reason) of each request that has ended, since there are no other pages for it.
+        """
+        without_pages = self.quarantine.replace_pages(self.requests.values())
+        reason = "its pages could not be fetched, and no other ones are free"
+        reasons = {request.request_id: reason for request in without_pages}
+        ended = self.finish_requests(reasons, RequestStatus.FINISHED_ERROR) if reasons else []  # type: ignore[attr-defined]
+        if freed_pages:
+            self.quarantine.free(freed_pages)
+        self.metrics.quarantined_pages.set(len(self.quarantine.num_writers))
+        return [(request, reason) for request in ended]
 
     def _page_ids(self, request_id: str) -> list[int]:
         return [page.block_id for page in self.view.groups[0].pages(request_id)]

@@ -52,7 +52,7 @@ def divide_kv_memory_check(by: Callable[[Any], int]) -> None:
 
 @touches("vllm.v1.engine.core.EngineCoreProc._handle_client_request")
 def add_core_utility(name: str, function: Callable[..., Any]) -> None:
-    """Let a front call ``function(engine_core, *args)`` in the engine-core process, by front.call_engine_cores.
+    """Let a front call ``function(engine_core, *args)`` in the engine-core process, by front.call_engine_core.
 
     Only that process has the scheduler, and vLLM hands nothing of it to the front but token outputs and
     averages. A utility call looks its name up on the EngineCore, and runs between two steps, so it sees the

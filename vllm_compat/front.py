@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
+from vllm_compat.admission import has_arrived, hide_requests
 from vllm_compat.patching import Wrapper, touches, wrap
 
 
@@ -129,13 +129,22 @@ DEATH_CHECK_SECONDS = 1.0
 SHUTTING_DOWN = "Server shutting down"
 
 
-@touches("vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async")
-async def call_engine_cores(engine: Any, name: str, *args: Any) -> list[Any]:
-    """Call a utility in every engine core of an AsyncLLM; one result for each data-parallel engine.
+@touches("vllm.v1.engine.core_client.MPClient.core_engines")
+def num_engine_cores(engine: Any) -> int:
+    """How many engine cores an AsyncLLM calls: one for each data-parallel engine."""
+    return len(engine.engine_core.core_engines)
 
-    Where there are several engines ``call_utility_async`` returns the first one's result only, hence ``_all_``. A call
-    to an engine that dies is never answered, hence the look at its health while waiting. Goes when AsyncLLM
-    has a public way to utilities that ends with the engine.
+
+@touches(
+    "vllm.v1.engine.core_client.AsyncMPClient._call_utility_async",
+    "vllm.v1.engine.core_client.MPClient.core_engines",
+)
+async def call_engine_core(engine: Any, rank: int, name: str, *args: Any) -> Any:
+    """Call a utility in one engine core of an AsyncLLM; returns its result, however late it is.
+
+    Where there are several engines ``call_utility_async`` returns the first one's result only, and
+    ``call_utility_all_async`` waits for all of them. A call to an engine that dies is never answered, hence the look at
+    its health while waiting. Goes when AsyncLLM has a public way to utilities of one engine that ends with it.
 
     Raises:
         EngineDeadError: the engine is dead, or dies meanwhile.
@@ -146,7 +155,8 @@ async def call_engine_cores(engine: Any, name: str, *args: Any) -> list[Any]:
 
     if engine.errored:
         raise engine.dead_error
-    call = asyncio.ensure_future(engine.engine_core.call_utility_all_async(name, *args))
+    client = engine.engine_core
+    call = asyncio.ensure_future(client._call_utility_async(name, *args, engine=client.core_engines[rank]))
     try:
         while not (await asyncio.wait({call}, timeout=DEATH_CHECK_SECONDS))[0]:
             if engine.errored:
@@ -158,16 +168,6 @@ async def call_engine_cores(engine: Any, name: str, *args: Any) -> list[Any]:
         raise
     finally:
         call.cancel()
-
-
-@touches(
-    "vllm.v1.engine.core_client.AsyncMPClient._call_utility_async",
-    "vllm.v1.engine.core_client.MPClient.core_engines",
-)
-async def call_engine_core(engine: Any, rank: int, name: str, *args: Any) -> Any:
-    """Call a utility in one engine core of an AsyncLLM with several. Goes as call_engine_cores does."""
-    client = engine.engine_core
-    return await client._call_utility_async(name, *args, engine=client.core_engines[rank])
 
 
 @touches(
@@ -209,37 +209,6 @@ async def run_internal_request(engine: Any, request: Any, internal_ids: set[str]
         internal_ids.discard(request.request_id)
 
 
-_hidden: WeakKeyDictionary[Any, Collection[str]] = WeakKeyDictionary()
-
-
-@touches("vllm.v1.engine.output_processor.OutputProcessor.request_states")
-def hide_requests(output_processor: Any, engine_request_ids: Collection[str]) -> None:
-    """Leave these requests out of vLLM's request statistics and of what admission counts.
-
-    Args:
-        engine_request_ids: read at each look, so that its owner may add and remove ids.
-    """
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    def unless_hidden(original: Callable[..., Any]) -> Wrapper:
-        def update_stats(self: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
-            if req_state.request_id not in _hidden.get(self, ()):
-                original(self, req_state, *args, **kwargs)
-
-        return update_stats
-
-    def without_hidden(original: Callable[..., Any]) -> Wrapper:
-        def get_num_unfinished_requests(self: Any) -> int:
-            return original(self) - sum(name in self.request_states for name in _hidden.get(self, ()))
-
-        return get_num_unfinished_requests
-
-    wrap(OutputProcessor, "_update_stats_from_output", unless_hidden)
-    wrap(OutputProcessor, "_update_stats_from_finished", unless_hidden)
-    wrap(OutputProcessor, "get_num_unfinished_requests", without_hidden)
-    _hidden[output_processor] = engine_request_ids
-
-
 @touches("vllm.v1.engine.async_llm.AsyncLLM.check_admission")
 def refuse_admission(engine: Any, make_error: Callable[[], Exception]) -> None:
     """Let every front of an AsyncLLM refuse new requests; those admitted go on.
@@ -252,9 +221,31 @@ def refuse_admission(engine: Any, make_error: Callable[[], Exception]) -> None:
     """
 
     def check_admission(n: int = 1, request_id: str | None = None) -> None:
-        raise make_error()
+        if not has_arrived(engine, request_id):
+            raise make_error()
 
     engine.check_admission = check_admission
+
+
+def on_abort(callback: Callable[[Any, list[str]], None]) -> None:
+    """Call ``callback(engine, request_ids)`` before requests are aborted by the ids that a front gave them.
+
+    A front can abort so a request that the engine does not know yet. And an abort that has begun reaches the engine
+    core: vLLM forgets the request at once, so where the caller is cancelled while it sends the abort (an anyio task
+    group cancels its tasks again and again), nothing would end the request in the engine core. Goes when vLLM has
+    requests of several parts, and shields its aborts.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        async def abort(self: Any, request_id: Any, internal: bool = False) -> None:
+            if not internal:
+                callback(self, [request_id] if isinstance(request_id, str) else list(request_id))
+            await asyncio.shield(asyncio.ensure_future(original(self, request_id, internal)))
+
+        return abort
+
+    wrap(AsyncLLM, "abort", around)
 
 
 @touches("vllm.v1.engine.async_llm.AsyncLLM.shutdown")

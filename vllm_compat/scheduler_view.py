@@ -6,7 +6,7 @@ goes when vLLM has a scheduler API for plugins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +35,7 @@ Page = Any
     "vllm.v1.core.block_pool.BlockHashToBlockMap._cache",
     "vllm.v1.core.block_pool.BlockPool.touch",
     "vllm.v1.core.block_pool.BlockPool.free_blocks",
+    "vllm.v1.core.block_pool.BlockPool.get_new_blocks",
     "vllm.v1.core.kv_cache_utils.KVCacheBlock.ref_cnt",
     "vllm.v1.core.kv_cache_utils.KVCacheBlock.is_null",
     "vllm.v1.core.kv_cache_utils.KVCacheBlock.block_id",
@@ -254,6 +255,18 @@ class SchedulerView:
         tokens = len(pages) * group.page_size
         request.num_computed_tokens += tokens
         return tokens
+
+    def replace_pages(self, group: CacheGroup, request_id: str, page_ids: Collection[int]) -> bool:
+        """Give a request other pages in place of these, without content; False: there are not enough free ones."""
+        held = group.manager.req_to_blocks.get(request_id, [])
+        indices = [index for index, page in enumerate(held) if page.block_id in page_ids]
+        if len(indices) > self.pool.num_free_pages:
+            return False
+        replaced = [held[index] for index in indices]
+        for index, page in zip(indices, self.pool.block_pool.get_new_blocks(len(indices)), strict=True):
+            held[index] = page
+        self.pool.release(replaced)
+        return True
 
     def count_hit(self, request: Any, tokens: int, in_statistics: bool) -> None:
         """Count adopted tokens as vLLM counts a prefix hit: in the request's usage, once, and in the statistics.

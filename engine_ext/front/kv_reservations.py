@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 
 class KVReservations:
@@ -41,17 +40,20 @@ class KVReservations:
         return Reservation(self, num_pages, shards)
 
 
-@dataclass
 class Reservation:
-    """Pages that are reserved for one prompt, by replica."""
+    """Pages that are reserved for one prompt.
 
-    reservations: KVReservations
-    num_pages: Mapping[int, int]
-    shards: bool
+    Attributes:
+        num_pages: replica -> pages that are still reserved there.
+    """
 
-    def release(self) -> None:
-        """Let other prompts reserve the pages; a second call does nothing."""
-        self.reservations.reserved.subtract(self.num_pages)
-        self.reservations.num_with_shards -= self.shards
-        self.num_pages, self.shards = {}, False
+    def __init__(self, reservations: KVReservations, num_pages: Mapping[int, int], shards: bool) -> None:
+        self.reservations, self.num_pages, self.shards = reservations, dict(num_pages), shards
+
+    def release(self, replica: int) -> None:
+        """Let other prompts reserve the pages of one replica; a second call does nothing."""
+        self.reservations.reserved[replica] -= self.num_pages.pop(replica, 0)
+        if not self.num_pages:
+            self.reservations.num_with_shards -= self.shards
+            self.shards = False
         self.reservations.changed.set()

@@ -1,13 +1,14 @@
 """How far a prompt is, before its first token: engine cores are polled while a request is watched, and only then.
 
 An engine reports nothing of a request before its first token, and a 128k prompt can take minutes. One poller for each
-engine asks for all watched requests in one call, a few times a second; the engine core answers between two steps.
+engine asks for all watched requests in one call to each replica, a few times a second; a replica answers between two of
+its steps. One that does not answer is not asked again until it has, and the others' progress does not wait for it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Container
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext.clients import sees_cached
 from scheduler.core_rpc import PREFILL_PROGRESS
-from vllm_compat.front import call_engine_cores, engine_request_ids, request_state
+from vllm_compat.front import call_engine_core, engine_request_ids, num_engine_cores, request_state
 
 logger = init_logger("vllm.starling")
 
@@ -100,9 +101,11 @@ class ProgressPoller:
         split_requests: ids of requests whose prompts are split over replicas now, which the engine may not know.
     """
 
-    def __init__(self, split_requests: Collection[str]) -> None:
+    def __init__(self, split_requests: Container[str]) -> None:
         self.split_requests = split_requests
         self.watches: set[Watch] = set()
+        self.calls: dict[int, asyncio.Task] = {}  # under way, by replica
+        self.states: dict[int, dict[str, dict[str, int]]] = {}  # the last answer of each replica
         self.task: asyncio.Task | None = None
 
     async def watch(
@@ -142,30 +145,47 @@ class ProgressPoller:
             while self.watches:
                 # The poll comes after the pause, also for the first watcher: a short prompt is done by then, and
                 # costs no call. And calls keep their distance however watchers come and go.
-                await asyncio.sleep(min(watch.interval for watch in self.watches))
-                await self._poll(engine)
+                interval = min(watch.interval for watch in self.watches)
+                await asyncio.sleep(interval)
+                await self._poll(engine, interval)
         except EngineDeadError:
             pass  # generate() raises it
         except Exception:
             logger.exception("the prefill progress can't be read")
         finally:
             self.task = None
+            for call in self.calls.values():
+                call.cancel()
+            self.calls.clear()
+            self.states.clear()
             for watch in self.watches:
                 watch.end()
 
-    async def _poll(self, engine: Any) -> None:
+    async def _poll(self, engine: Any, interval: float) -> None:
         for watch in self.watches:
             self._look_up(engine, watch)
         wanted = sorted({name for watch in self.watches if not watch.ended for name in watch.engine_ids})
         if not wanted:
             return
-        states: dict[str, dict[str, int]] = {}
-        for of_engine in await call_engine_cores(engine, PREFILL_PROGRESS, wanted):
-            states |= of_engine
+        await self._ask(engine, wanted, interval)
+        states = {name: state for of_replica in self.states.values() for name, state in of_replica.items()}
         for watch in self.watches:
             progress = furthest([states[name] for name in watch.engine_ids if name in states])
             if progress is not None and not watch.ended:
                 watch.update(progress)
+
+    async def _ask(self, engine: Any, wanted: list[str], seconds: float) -> None:
+        """Take in what the replicas answer within so many seconds; a late answer counts at the next poll."""
+        late = set(self.calls.values())
+        for rank in range(num_engine_cores(engine)):
+            if rank not in self.calls:
+                self.calls[rank] = asyncio.create_task(call_engine_core(engine, rank, PREFILL_PROGRESS, wanted))
+        if asked := set(self.calls.values()) - late:
+            await asyncio.wait(asked, timeout=seconds)
+        for rank, call in list(self.calls.items()):
+            if call.done():
+                del self.calls[rank]
+                self.states[rank] = call.result()
 
     def _look_up(self, engine: Any, watch: Watch) -> None:
         """Read in the front whether the request has arrived, has its first token, or is gone."""

@@ -3,6 +3,10 @@
 With ``star_shards`` the KV stays on the replicas that computed it until the request ends. Without, the replica that
 runs the request fetches it.
 
+From its admission on, the request counts for vLLM's limits, once. It is known by its id, to Abort and to Drain, also
+while the engine does not have it. Its preparation is a task of its own, which is cancelled once at most, however often
+the client's task is: so each part is aborted before its pages are released.
+
 Wraps AsyncLLM.generate, where HTTP and gRPC meet. Each replica with a part first computes the anchor, unless the anchor
 is in its cache: all replicas do so at the same time, so fetching the anchor from another one could only be later. The
 parts run under the request's own id and priority, so that an abort of that id ends them, and its progress counts them.
@@ -13,17 +17,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 from vllm.logger import init_logger
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from engine_ext.front.kv_reservations import Reservation
+from engine_ext.front.held_pages import HeldPages
 from engine_ext.front.replica_rpc import ReplicaTimeout
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
@@ -43,12 +47,13 @@ from scheduler.star.request_metadata import (
     RequestMetadata,
     Shard,
 )
+from vllm_compat.admission import admit, admitted_outputs, withdraw
 from vllm_compat.front import engine_request_ids, request_state, run_internal_request
 
 logger = init_logger("vllm.starling")
 
 HEALTH_CHECK_SECONDS = 5.0
-"""How often a replica with a part under way is called, to see whether it answers."""
+"""How often a replica with a part under way, or to come, is called, to see whether it answers."""
 
 FETCH_CHECK_SECONDS = 0.2
 """How often the front looks whether a request has its first tokens, so that other replicas can free their pages."""
@@ -107,64 +112,120 @@ class SplitPrefill:
         self.plan: StarPlan = planned.plan
         self.page_size: int = self.state.planner.page_size or 1
         self.anchor_work = self.plan.anchor_size / self.plan.block_size
-        self.names: dict[int, list[str]] = {}  # replica -> the names under which it holds pages
-        self.home: int | None = None  # the replica whose request attends to pages on other replicas
-        self.capacity: dict[int, int] = {}  # replica -> its pages
-        self.reservation: Reservation | None = None
+        self.held = HeldPages(engine, self.state.replica_rpc, request_id)
+        self.capacity: dict[int, int] = {}  # replica -> pages of its memory
+        self.aborted = asyncio.Event()
+        self.tasks: list[asyncio.Task] = []  # the request's end cancels them
+        self.working: set[asyncio.Future] = set()  # parts and the reservation under way, which end with their tasks
+
+    def abort(self) -> None:
+        """End the request, unless the engine has it: then the engine ends it."""
+        self.aborted.set()
 
     async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
         """Prefill the parts, then yield what the whole request yields on the replica of the first part.
 
         Raises:
+            QueueOverflowError, MaxQueuedTokensError: the server's limits are reached; raised before anything is done.
             ReplicaTimeout: no replica answers, or, with shards, one with a part does not.
             ShardLost: a replica that holds a part of the KV was lost.
         """
-        started = time.monotonic()
-        fetching: asyncio.Task | None = None
-        self.engine.check_admission(params.n, self.request_id)  # vLLM itself checks once all parts are done
-        self.state.split_requests.add(self.request_id)
+        admission = admit(self.engine, self.request_id, params.n, len(self.token_ids))
+        self.state.split_requests.add(self)
+        self.state.let_split_requests_end(self.engine)
+        has_ended = False
         try:
-            replicas = await self._replica_states()
-            ranks, states = list(replicas), list(replicas.values())
-            by_index = assign_blocks(self.plan.num_star_blocks, self.anchor_work, states, self.plan.replicas)
-            assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
-            rank, task = assignments[0].replica, None
-            if len(assignments) > 1:
-                wanted = self._demand.pages_of(assignments, params)
-                self.reservation = await self.state.reservations.reserve(wanted, self.capacity, self.plan.shards)
-                try:
-                    ended = await self._prefill(assignments, replicas)
-                except ReplicaTimeout as timeout:
-                    if self.plan.shards:  # one replica may not have the memory
-                        raise
-                    rank = next((rank for rank in ranks if not self.state.replica_rpc.is_unresponsive(rank)), rank)
-                    logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, timeout, rank)
-                else:
-                    aborted = next((output for output in ended if output and output.kv_transfer_params is None), None)
-                    if aborted is not None:  # by the client, under the request's id
-                        yield aborted
-                        return
-                    task = await self._task(assignments, ended)
-                    blocks_of = {each.replica: each.stop - each.first for each in assignments}
-                    front_metrics().count_split(blocks_of, time.monotonic() - started)
+            preparing = self._start(self._prepare(params))
+            aborting = asyncio.ensure_future(self.aborted.wait())
+            try:
+                await asyncio.wait({preparing, aborting}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                aborting.cancel()
+            prepared = None if self.aborted.is_set() else preparing.result()
+            if prepared is None:
+                yield aborted_output(self.request_id, self.token_ids, params.n)
+                return
+            rank, task = prepared
+            self.held.home = None if task is None else rank
             if isinstance(task, RemoteShards):
                 front_metrics().shard_requests.inc()
-                self.home = rank
             else:
-                fetching = asyncio.create_task(self._release_when_fetched())
+                self._start(self._release_when_fetched())
             keywords = self.keywords | {"data_parallel_rank": rank}
             whole = generate(self.prompt, with_task(params, task), self.request_id, **keywords)
-            async with aclosing(whole) as outputs:
+            async with aclosing(admitted_outputs(whole, admission)) as outputs:
                 async for output in outputs:
                     lost = (output.kv_transfer_params or {}).get(LOST)
                     if lost is not None:
                         raise ShardLost(f"the replica that holds a part of the prompt's KV is unavailable: {lost}")
+                    has_ended = output.finished
                     yield output
         finally:
-            self.state.split_requests.discard(self.request_id)
-            if fetching is not None:
-                fetching.cancel()
-            await self._end()
+            withdraw(self.engine, admission)
+            self.state.split_requests.remove(self)
+            await self._end(None if has_ended else admission.engine_request_id)
+
+    async def _prepare(self, params: SamplingParams) -> tuple[int, Task | None] | None:
+        """Prefill the parts; returns the replica of the whole request, and what that does with others' pages.
+
+        None: a client has aborted the parts, by the request's id.
+        """
+        started = time.monotonic()
+        replicas = await self._replica_states()
+        ranks, states = list(replicas), list(replicas.values())
+        by_index = assign_blocks(self.plan.num_star_blocks, self.anchor_work, states, self.plan.replicas)
+        assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
+        first = assignments[0].replica
+        if len(assignments) == 1:
+            return first, None
+        wanted = self._demand.pages_of(assignments, params)
+        try:
+            reserving = self.held.reserve(self.state.reservations, wanted, self.capacity, self.plan.shards)
+            await self._while_answering(wanted, reserving)
+            ended = await self._prefill(assignments, replicas)
+        except ReplicaTimeout as timeout:
+            if self.plan.shards:  # one replica may not have the memory
+                raise
+            rank = next((rank for rank in ranks if not self.state.replica_rpc.is_unresponsive(rank)), first)
+            logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, timeout, rank)
+            return rank, None
+        if any(output and output.kv_transfer_params is None for output in ended):
+            return None
+        task = await self._task(assignments, ended)
+        blocks_of = {each.replica: each.stop - each.first for each in assignments}
+        front_metrics().count_split(blocks_of, time.monotonic() - started)
+        return first, task
+
+    def _start(self, work: Any) -> asyncio.Task:
+        """Begin a task that the request's end cancels, and waits for."""
+        task = asyncio.ensure_future(work)
+        self.tasks.append(task)
+        return task
+
+    async def _end(self, engine_request_id: str | None) -> None:
+        """Release everything: at once where replicas answer; the client does not wait for one that does not.
+
+        Args:
+            engine_request_id: the engine's id of the whole request, where that has to be aborted.
+        """
+        ending = asyncio.ensure_future(self._stop_and_release(engine_request_id))
+        self.state.releases.add(ending)
+        ending.add_done_callback(self.state.releases.discard)
+        await asyncio.wait({ending}, timeout=RELEASE_SECONDS)
+
+    async def _stop_and_release(self, engine_request_id: str | None) -> None:
+        """End the request's tasks, then itself, and release the pages when no engine uses them any more."""
+        for task in self.tasks:
+            task.cancel()
+        while running := {task for task in self.tasks if not task.done()} | self.working:
+            await asyncio.wait(running)
+        for task in self.tasks:
+            if not task.cancelled():
+                task.exception()  # the client got it, unless it has left
+        if engine_request_id is not None:
+            # vLLM forgets to abort a request whose client leaves while it is handed to the engine.
+            await self.engine.abort(engine_request_id, internal=True)
+        await self.held.release()
 
     @property
     def _demand(self) -> KVDemand:
@@ -172,13 +233,6 @@ class SplitPrefill:
 
     async def _call(self, rank: int, name: str, *args: Any, always: bool = False) -> Any:
         return await self.state.replica_rpc.call(self.engine, rank, name, *args, always=always)
-
-    async def _end(self) -> None:
-        """Release everything: at once where replicas answer; the client does not wait for one that does not."""
-        release = asyncio.ensure_future(self._release())
-        self.state.releases.add(release)
-        release.add_done_callback(self.state.releases.discard)
-        await asyncio.wait({release}, timeout=RELEASE_SECONDS)
 
     async def _task(self, assignments: Sequence[Assignment], ended: Sequence[Any]) -> Task | None:
         """What the whole request does with the pages of the finished parts."""
@@ -256,7 +310,7 @@ class SplitPrefill:
             if output.kv_transfer_params is None:
                 return output
         part = await self._run(rank, start, stop, plan)
-        *anchors, _ = self.names[rank]
+        *anchors, _ = self.held.names[rank]
         if plan.shards and anchors:  # the pages would be held to the request's end, and nothing reads this copy
             await self._call(rank, RELEASE, anchors)
         return part
@@ -267,8 +321,7 @@ class SplitPrefill:
         Args:
             plan: None to compute the anchor, which is dense.
         """
-        name = f"{self.request_id}#{uuid.uuid4().hex}"  # another API server may have a request of that id
-        self.names.setdefault(rank, []).append(name)
+        name = self.held.new_name(rank)
         metadata = RequestMetadata(plan, part=PromptPart(name, start, self.plan.anchor_size))
         params = SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={KEY: metadata}
@@ -283,14 +336,24 @@ class SplitPrefill:
             data_parallel_rank=rank,
             **keywords,
         )
-        running = asyncio.create_task(run_internal_request(self.engine, request, self.state.internal_ids))
+        return await self._while_answering([rank], run_internal_request(self.engine, request, self.state.internal_ids))
+
+    async def _while_answering(self, ranks: Iterable[int], work: Any) -> Any:
+        """The result of ``work``, as long as these replicas answer.
+
+        Raises:
+            ReplicaTimeout: one does not.
+        """
+        running = asyncio.ensure_future(work)
+        self.working.add(running)
+        running.add_done_callback(self.working.discard)
         try:
             while not (await asyncio.wait({running}, timeout=HEALTH_CHECK_SECONDS))[0]:
-                await self._call(rank, RELEASE, [])
+                await asyncio.gather(*(self._call(rank, RELEASE, []) for rank in ranks))
             return running.result()
         finally:
             running.cancel()
-            await asyncio.gather(running, return_exceptions=True)  # its error, if any, is raised above
+            await asyncio.wait({running})
 
     async def _release_when_fetched(self) -> None:
         """Release the parts' pages once every choice has its first token.
@@ -303,24 +366,17 @@ class SplitPrefill:
             names = engine_request_ids(self.engine, self.request_id)
             states = [request_state(self.engine, name) for name in names]
             prefilling = not states or any(state is None or state.is_prefilling for state in states)
-        await self._end()  # the request's own end, which cancels this task, does not stop a release under way
+        self.held.home = None
+        self.held.release()
 
-    async def _release(self) -> None:
-        """Free what replicas hold for this prompt; a dead engine holds nothing."""
-        names, self.names = self.names, {}
-        if names and not self.engine.errored:
-            if self.home is not None:
-                # Answered between two steps, after the abort that was sent before: nothing attends to the pages then.
-                await self._release_names({self.home: []})
-            await self._release_names(names)
-        if self.reservation is not None:
-            self.reservation.release()
 
-    async def _release_names(self, names: Mapping[int, list[str]]) -> None:
-        calls = (self._call(rank, RELEASE, of_rank, always=True) for rank, of_rank in names.items())
-        for error in await asyncio.gather(*calls, return_exceptions=True):
-            if error is not None:
-                logger.error("%s: a replica may not have freed this request's KV pages: %s", self.request_id, error)
+def aborted_output(request_id: str, token_ids: Sequence[int], num_choices: int) -> RequestOutput:
+    """The last output of a request that is aborted before the engine gets it."""
+    choices = [
+        CompletionOutput(index, "", [], cumulative_logprob=None, logprobs=None, finish_reason="abort")
+        for index in range(num_choices)
+    ]
+    return RequestOutput(request_id, None, list(token_ids), None, choices, finished=True, num_cached_tokens=0)
 
 
 def with_task(params: SamplingParams, task: Task | None) -> SamplingParams:

@@ -9,11 +9,18 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from vllm.exceptions import RetryableRequestError
+from vllm.logger import init_logger
+
 from engine_ext.front.kv_reservations import KVReservations
 from engine_ext.front.progress import ProgressPoller
 from engine_ext.front.replica_rpc import ReplicaRPC
+from engine_ext.front.split_requests import SplitRequests
 from engine_ext.requests import RequestPlanner
 from replicas.options import ReplicaOptions
+from vllm_compat.front import before_shutdown, refuse_admission
+
+logger = init_logger("vllm.starling")
 
 
 class FrontState:
@@ -21,8 +28,7 @@ class FrontState:
 
     Attributes:
         planner: plans the engine's requests.
-        split_requests: ids of the requests whose prompts are split over replicas now. Between its parts and the whole
-            request, the engine does not know such a request.
+        split_requests: the requests whose prompts are split over replicas now.
         internal_ids: the engine's ids of the requests that Starling made for parts of prompts.
         releases: calls under way that release what ended requests held on replicas.
         serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
@@ -33,11 +39,36 @@ class FrontState:
         config = self.planner.config
         self.replica_rpc = ReplicaRPC((config.replicas if config else ReplicaOptions()).timeout)
         self.reservations = KVReservations()
-        self.split_requests: set[str] = set()
+        self.split_requests = SplitRequests()
         self.internal_ids: set[str] = set()
         self.releases: set[asyncio.Future] = set()
         self.poller = ProgressPoller(self.split_requests)
         self.serving_models: Callable[[], Any] = lambda: None
+        self._ends_before_engine = False
+
+    def let_split_requests_end(self, engine: Any) -> None:
+        """When the engine is about to shut down, wait for the split requests as long as --shutdown-timeout says.
+
+        An engine core that shuts down takes no more requests and calls, and ends once it has no request, although the
+        whole request of a prompt is still to come, or reads its pages. vLLM shuts the engine down in a thread; on the
+        event loop's own thread this can't wait.
+        """
+        if self._ends_before_engine:
+            return
+        self._ends_before_engine = True
+        loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
+
+        def wait() -> None:
+            seconds = engine.vllm_config.shutdown_timeout
+            if not seconds or not self.split_requests or threading.get_ident() == loop_thread or not loop.is_running():
+                return
+            logger.info("Waiting for %d prompts that are split over replicas", len(self.split_requests))
+            refuse_admission(engine, lambda: RetryableRequestError("the server is shutting down"))
+            ended = asyncio.run_coroutine_threadsafe(self.split_requests.wait_until_ended(seconds), loop)
+            if not ended.result():
+                logger.warning("Prompts that are split over replicas still run after %d s: they are ended", seconds)
+
+        before_shutdown(engine, wait)
 
     def set_serving_models(self, models: Any) -> None:
         """Keep vLLM's list of models, which refers to the engine, and so to this state's key: by a weak reference."""
@@ -63,6 +94,13 @@ def state_of(input_processor: Any) -> FrontState:
             tokenizer = getattr(input_processor, "tokenizer", None)
             _states[input_processor] = FrontState(input_processor.vllm_config, tokenizer)
         return _states[input_processor]
+
+
+def abort_split(engine: Any, request_ids: list[str]) -> None:
+    """End the requests of these ids whose prompts are split and which the engine does not have yet."""
+    split_requests = front_state(engine).split_requests
+    for request_id in request_ids:
+        split_requests.abort(request_id)
 
 
 def front_state(engine: Any) -> FrontState:

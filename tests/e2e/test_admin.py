@@ -24,7 +24,7 @@ from scheduler.star.plan import StarPlan
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as inference
-from vllm_compat.front import call_engine_cores
+from vllm_compat.front import call_engine_core
 
 pytestmark = pytest.mark.e2e
 
@@ -307,7 +307,7 @@ def test_progress_over_grpc(runner, server, fast_polls):
 
 def test_a_call_of_an_unknown_engine_core_utility_fails(runner, server):
     with pytest.raises(Exception, match="starling_nothing"):
-        runner.run(call_engine_cores(server.engine, "starling_nothing"))
+        runner.run(call_engine_core(server.engine, 0, "starling_nothing"))
 
 
 def over_http(path: str, **body):

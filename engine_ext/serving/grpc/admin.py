@@ -17,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from engine_ext.activation import parse_config
+from engine_ext.front.state import front_state
 from engine_ext.refusals import star_refusals
 from engine_ext.serving.errors import DrainingError
 from engine_ext.serving.grpc.arrivals import ArrivalInterceptor
@@ -36,7 +37,7 @@ from scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
 from scheduler.star.options import StarOptions
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2
-from vllm_compat.front import call_engine_cores, refuse_admission, request_state, unfinished_ids
+from vllm_compat.front import num_engine_cores, refuse_admission, request_state, unfinished_ids
 from vllm_compat.versions import vllm_version
 
 logger = init_logger("vllm.starling")
@@ -44,6 +45,9 @@ logger = init_logger("vllm.starling")
 SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
 MAX_WAIT_SECONDS = 86400.0
 POLL_SECONDS = 0.05
+
+ANSWER_SECONDS = 5.0
+"""How long the state of a replica is waited for. A replica answers between two of its steps."""
 
 NO_ACCESS = (
     "AdminService is not open here: start the server with --grpc-admin-port PORT and call that port, or with "
@@ -158,8 +162,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         config = self.engine.vllm_config
         starling = parse_config(config.additional_config)
         if self.backends is None:
-            of_engines = await call_engine_cores(self.engine, ATTENTION_BACKENDS)
-            self.backends = sorted({name for names in of_engines for name in names})
+            await self._look_up_backends()
         names = config.model_config.served_model_name
         return pb.GetServerInfoResponse(
             starling_version=importlib.metadata.version("vllm-starling"),
@@ -170,16 +173,26 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             star_defaults=star_message(starling.star) if starling else None,
             limits=limits(config, self.max_message_bytes),
             draining=self.front.draining,
-            attention_backends=self.backends,
+            attention_backends=self.backends or (),
             refused_features=[pb.RefusedFeature(feature="star", reason=reason) for reason in star_refusals(config)],
         )
 
+    async def _look_up_backends(self) -> None:
+        """Ask the replicas, which have the same ones: one that answers is enough."""
+        of_engines = await front_state(self.engine).replica_rpc.ask_all(self.engine, ANSWER_SECONDS, ATTENTION_BACKENDS)
+        if of_engines:
+            self.backends = sorted({name for names in of_engines.values() for name in names})
+
     async def _cache_state(self, per_request: bool) -> pb.GetCacheStateResponse:
-        engines = await call_engine_cores(self.engine, CACHE_STATE, per_request)
-        for engine in engines:
+        rpc = front_state(self.engine).replica_rpc
+        engines = await rpc.ask_all(self.engine, ANSWER_SECONDS, CACHE_STATE, per_request)
+        for engine in engines.values():
             for request in engine.get("requests", ()):
                 self._add_front_state(request)
-        return pb.GetCacheStateResponse(engines=[pb.EngineCache(**engine) for engine in engines])
+        unanswered = [rank for rank in range(num_engine_cores(self.engine)) if rank not in engines]
+        return pb.GetCacheStateResponse(
+            engines=[pb.EngineCache(**engine) for engine in engines.values()], unanswered=unanswered
+        )
 
     def _add_front_state(self, request: dict[str, Any]) -> None:
         """Add what the front knows: the client's id and, once the prompt is prefilled, its cached tokens."""
@@ -194,8 +207,12 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             reason = "request_ids needs at least one id, and no id may be empty"
             raise VLLMValidationError(reason, parameter="request_ids")
         response = pb.AbortResponse()
+        split_requests = front_state(self.engine).split_requests
         for request_id in dict.fromkeys(request_ids):
-            front_ids, engine_ids = matching_request_ids(request_id, *unfinished_ids(self.engine))
+            of_fronts, of_engine = unfinished_ids(self.engine)
+            # The engine does not know a split prompt that waits for memory, or whose parts have just ended.
+            known = dict.fromkeys([*of_fronts, *split_requests])
+            front_ids, engine_ids = matching_request_ids(request_id, known, of_engine)
             if front_ids:
                 await self.engine.abort(front_ids)
             elif engine_ids:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from starling.v1 import inference_pb2 as starling_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17starling/v1/admin.proto\x12\x0bstarling.v1\x1a\x1bstarling/v1/inference.proto\"\x16\n\x14GetServerInfoRequest\"\xc1\x02\n\x15GetServerInfoResponse\x12\x18\n\x10starling_version\x18\x01 \x01(\t\x12\x14\n\x0cvllm_version\x18\x02 \x01(\t\x12\x15\n\rtorch_version\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12/\n\rstar_defaults\x18\x06 \x01(\x0b\x32\x18.starling.v1.StarOptions\x12#\n\x06limits\x18\x07 \x01(\x0b\x32\x13.starling.v1.Limits\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x1a\n\x12\x61ttention_backends\x18\t \x03(\t\x12\x35\n\x10refused_features\x18\n \x03(\x0b\x32\x1b.starling.v1.RefusedFeature\"\xe4\x01\n\x06Limits\x12\x18\n\x10max_model_tokens\x18\x01 \x01(\x04\x12\x1c\n\x14max_running_requests\x18\x02 \x01(\x04\x12\x17\n\x0fmax_step_tokens\x18\x03 \x01(\x04\x12 \n\x13max_queued_requests\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1e\n\x11max_queued_tokens\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\x42\x16\n\x14_max_queued_requestsB\x14\n\x12_max_queued_tokens\"1\n\x0eRefusedFeature\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"+\n\x14GetCacheStateRequest\x12\x13\n\x0bper_request\x18\x01 \x01(\x08\"B\n\x15GetCacheStateResponse\x12)\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x18.starling.v1.EngineCache\"\xe8\x02\n\x0b\x45ngineCache\x12\x13\n\x0bpages_total\x18\x01 \x01(\x04\x12\x12\n\npages_used\x18\x02 \x01(\x04\x12\x14\n\x0cpages_cached\x18\x03 \x01(\x04\x12\x12\n\npages_free\x18\x04 \x01(\x04\x12\x18\n\x10requests_running\x18\x05 \x01(\x04\x12\x18\n\x10requests_waiting\x18\x06 \x01(\x04\x12\'\n\x06groups\x18\x07 \x03(\x0b\x32\x17.starling.v1.CacheGroup\x12+\n\x08requests\x18\x08 \x03(\x0b\x32\x19.starling.v1.RequestCache\x12\x1c\n\x0f\x63\x61pacity_tokens\x18\t \x01(\x04H\x00\x88\x01\x01\x12)\n\x1cuncompressed_capacity_tokens\x18\n \x01(\x04H\x01\x88\x01\x01\x42\x12\n\x10_capacity_tokensB\x1f\n\x1d_uncompressed_capacity_tokens\"\xb7\x02\n\nCacheGroup\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\x04\x12\x12\n\npage_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bpage_tokens\x18\x04 \x01(\x04\x12\x13\n\x0bpage_states\x18\x05 \x01(\x04\x12\x1d\n\x10tokens_per_state\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0b\x63ompression\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\npages_used\x18\x08 \x01(\x04\x12\x14\n\x0cpages_cached\x18\t \x01(\x04\x12\x1c\n\x0f\x62ytes_per_token\x18\n \x01(\x01H\x02\x88\x01\x01\x12\x13\n\x0bstates_used\x18\x0b \x01(\x04\x42\x13\n\x11_tokens_per_stateB\x0e\n\x0c_compressionB\x12\n\x10_bytes_per_token\"\xd4\x01\n\x0cRequestCache\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x65ngine_request_id\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x1a\n\rcached_tokens\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\'\n\x06groups\x18\x07 \x03(\x0b\x32\x17.starling.v1.GroupUsageB\x10\n\x0e_cached_tokens\"+\n\nGroupUsage\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x0e\n\x06states\x18\x02 \x01(\x04\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"/\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x03(\t\x12\x0f\n\x07unknown\x18\x02 \x03(\t\"\x19\n\x17ResetPrefixCacheRequest\")\n\x18ResetPrefixCacheResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\":\n\x0c\x44rainRequest\x12\x19\n\x0cwait_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_wait_seconds\"&\n\rDrainResponse\x12\x15\n\rrequests_left\x18\x01 \x01(\x04\x32\x9f\x03\n\x0c\x41\x64minService\x12V\n\rGetServerInfo\x12!.starling.v1.GetServerInfoRequest\x1a\".starling.v1.GetServerInfoResponse\x12V\n\rGetCacheState\x12!.starling.v1.GetCacheStateRequest\x1a\".starling.v1.GetCacheStateResponse\x12>\n\x05\x41\x62ort\x12\x19.starling.v1.AbortRequest\x1a\x1a.starling.v1.AbortResponse\x12_\n\x10ResetPrefixCache\x12$.starling.v1.ResetPrefixCacheRequest\x1a%.starling.v1.ResetPrefixCacheResponse\x12>\n\x05\x44rain\x12\x19.starling.v1.DrainRequest\x1a\x1a.starling.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17starling/v1/admin.proto\x12\x0bstarling.v1\x1a\x1bstarling/v1/inference.proto\"\x16\n\x14GetServerInfoRequest\"\xc1\x02\n\x15GetServerInfoResponse\x12\x18\n\x10starling_version\x18\x01 \x01(\t\x12\x14\n\x0cvllm_version\x18\x02 \x01(\t\x12\x15\n\rtorch_version\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12/\n\rstar_defaults\x18\x06 \x01(\x0b\x32\x18.starling.v1.StarOptions\x12#\n\x06limits\x18\x07 \x01(\x0b\x32\x13.starling.v1.Limits\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x1a\n\x12\x61ttention_backends\x18\t \x03(\t\x12\x35\n\x10refused_features\x18\n \x03(\x0b\x32\x1b.starling.v1.RefusedFeature\"\xe4\x01\n\x06Limits\x12\x18\n\x10max_model_tokens\x18\x01 \x01(\x04\x12\x1c\n\x14max_running_requests\x18\x02 \x01(\x04\x12\x17\n\x0fmax_step_tokens\x18\x03 \x01(\x04\x12 \n\x13max_queued_requests\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1e\n\x11max_queued_tokens\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\x42\x16\n\x14_max_queued_requestsB\x14\n\x12_max_queued_tokens\"1\n\x0eRefusedFeature\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"+\n\x14GetCacheStateRequest\x12\x13\n\x0bper_request\x18\x01 \x01(\x08\"V\n\x15GetCacheStateResponse\x12)\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x18.starling.v1.EngineCache\x12\x12\n\nunanswered\x18\x02 \x03(\r\"\xe8\x02\n\x0b\x45ngineCache\x12\x13\n\x0bpages_total\x18\x01 \x01(\x04\x12\x12\n\npages_used\x18\x02 \x01(\x04\x12\x14\n\x0cpages_cached\x18\x03 \x01(\x04\x12\x12\n\npages_free\x18\x04 \x01(\x04\x12\x18\n\x10requests_running\x18\x05 \x01(\x04\x12\x18\n\x10requests_waiting\x18\x06 \x01(\x04\x12\'\n\x06groups\x18\x07 \x03(\x0b\x32\x17.starling.v1.CacheGroup\x12+\n\x08requests\x18\x08 \x03(\x0b\x32\x19.starling.v1.RequestCache\x12\x1c\n\x0f\x63\x61pacity_tokens\x18\t \x01(\x04H\x00\x88\x01\x01\x12)\n\x1cuncompressed_capacity_tokens\x18\n \x01(\x04H\x01\x88\x01\x01\x42\x12\n\x10_capacity_tokensB\x1f\n\x1d_uncompressed_capacity_tokens\"\xb7\x02\n\nCacheGroup\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\x04\x12\x12\n\npage_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bpage_tokens\x18\x04 \x01(\x04\x12\x13\n\x0bpage_states\x18\x05 \x01(\x04\x12\x1d\n\x10tokens_per_state\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0b\x63ompression\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\npages_used\x18\x08 \x01(\x04\x12\x14\n\x0cpages_cached\x18\t \x01(\x04\x12\x1c\n\x0f\x62ytes_per_token\x18\n \x01(\x01H\x02\x88\x01\x01\x12\x13\n\x0bstates_used\x18\x0b \x01(\x04\x42\x13\n\x11_tokens_per_stateB\x0e\n\x0c_compressionB\x12\n\x10_bytes_per_token\"\xd4\x01\n\x0cRequestCache\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x65ngine_request_id\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x1a\n\rcached_tokens\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\'\n\x06groups\x18\x07 \x03(\x0b\x32\x17.starling.v1.GroupUsageB\x10\n\x0e_cached_tokens\"+\n\nGroupUsage\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x0e\n\x06states\x18\x02 \x01(\x04\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"/\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x03(\t\x12\x0f\n\x07unknown\x18\x02 \x03(\t\"\x19\n\x17ResetPrefixCacheRequest\")\n\x18ResetPrefixCacheResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\":\n\x0c\x44rainRequest\x12\x19\n\x0cwait_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_wait_seconds\"&\n\rDrainResponse\x12\x15\n\rrequests_left\x18\x01 \x01(\x04\x32\x9f\x03\n\x0c\x41\x64minService\x12V\n\rGetServerInfo\x12!.starling.v1.GetServerInfoRequest\x1a\".starling.v1.GetServerInfoResponse\x12V\n\rGetCacheState\x12!.starling.v1.GetCacheStateRequest\x1a\".starling.v1.GetCacheStateResponse\x12>\n\x05\x41\x62ort\x12\x19.starling.v1.AbortRequest\x1a\x1a.starling.v1.AbortResponse\x12_\n\x10ResetPrefixCache\x12$.starling.v1.ResetPrefixCacheRequest\x1a%.starling.v1.ResetPrefixCacheResponse\x12>\n\x05\x44rain\x12\x19.starling.v1.DrainRequest\x1a\x1a.starling.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,27 +43,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCACHESTATEREQUEST']._serialized_start=699
   _globals['_GETCACHESTATEREQUEST']._serialized_end=742
   _globals['_GETCACHESTATERESPONSE']._serialized_start=744
-  _globals['_GETCACHESTATERESPONSE']._serialized_end=810
-  _globals['_ENGINECACHE']._serialized_start=813
-  _globals['_ENGINECACHE']._serialized_end=1173
-  _globals['_CACHEGROUP']._serialized_start=1176
-  _globals['_CACHEGROUP']._serialized_end=1487
-  _globals['_REQUESTCACHE']._serialized_start=1490
-  _globals['_REQUESTCACHE']._serialized_end=1702
-  _globals['_GROUPUSAGE']._serialized_start=1704
-  _globals['_GROUPUSAGE']._serialized_end=1747
-  _globals['_ABORTREQUEST']._serialized_start=1749
-  _globals['_ABORTREQUEST']._serialized_end=1784
-  _globals['_ABORTRESPONSE']._serialized_start=1786
-  _globals['_ABORTRESPONSE']._serialized_end=1833
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1835
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1860
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1862
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1903
-  _globals['_DRAINREQUEST']._serialized_start=1905
-  _globals['_DRAINREQUEST']._serialized_end=1963
-  _globals['_DRAINRESPONSE']._serialized_start=1965
-  _globals['_DRAINRESPONSE']._serialized_end=2003
-  _globals['_ADMINSERVICE']._serialized_start=2006
-  _globals['_ADMINSERVICE']._serialized_end=2421
+  _globals['_GETCACHESTATERESPONSE']._serialized_end=830
+  _globals['_ENGINECACHE']._serialized_start=833
+  _globals['_ENGINECACHE']._serialized_end=1193
+  _globals['_CACHEGROUP']._serialized_start=1196
+  _globals['_CACHEGROUP']._serialized_end=1507
+  _globals['_REQUESTCACHE']._serialized_start=1510
+  _globals['_REQUESTCACHE']._serialized_end=1722
+  _globals['_GROUPUSAGE']._serialized_start=1724
+  _globals['_GROUPUSAGE']._serialized_end=1767
+  _globals['_ABORTREQUEST']._serialized_start=1769
+  _globals['_ABORTREQUEST']._serialized_end=1804
+  _globals['_ABORTRESPONSE']._serialized_start=1806
+  _globals['_ABORTRESPONSE']._serialized_end=1853
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1855
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1880
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1882
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1923
+  _globals['_DRAINREQUEST']._serialized_start=1925
+  _globals['_DRAINREQUEST']._serialized_end=1983
+  _globals['_DRAINRESPONSE']._serialized_start=1985
+  _globals['_DRAINRESPONSE']._serialized_end=2023
+  _globals['_ADMINSERVICE']._serialized_start=2026
+  _globals['_ADMINSERVICE']._serialized_end=2441
 # @@protoc_insertion_point(module_scope)

@@ -66,10 +66,12 @@ class GetCacheStateRequest(_message.Message):
     def __init__(self, per_request: _Optional[bool] = ...) -> None: ...
 
 class GetCacheStateResponse(_message.Message):
-    __slots__ = ("engines",)
+    __slots__ = ("engines", "unanswered")
     ENGINES_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
     engines: _containers.RepeatedCompositeFieldContainer[EngineCache]
-    def __init__(self, engines: _Optional[_Iterable[_Union[EngineCache, _Mapping]]] = ...) -> None: ...
+    unanswered: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, engines: _Optional[_Iterable[_Union[EngineCache, _Mapping]]] = ..., unanswered: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineCache(_message.Message):
     __slots__ = ("pages_total", "pages_used", "pages_cached", "pages_free", "requests_running", "requests_waiting", "groups", "requests", "capacity_tokens", "uncompressed_capacity_tokens")

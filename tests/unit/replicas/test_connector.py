@@ -9,10 +9,12 @@ import pytest
 import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from replicas import core_rpc
 from replicas.connector import StarConnector
 from replicas.metadata import PageLoad, PageLoads, PageRead, WorkerAddress
 from replicas.page_transfer import TransferError, layout_mismatch
@@ -21,7 +23,7 @@ from replicas.worker_connector import WorkerConnector
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from scheduler.star_scheduler import StarScheduler
-from tests.unit.scheduler.simulation import PAGE_SIZE, make_request, make_scheduler, run_to_end
+from tests.unit.scheduler.simulation import PAGE_SIZE, answer, make_request, make_scheduler, run_to_end
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
 
 PLAN = StarPlan(64, 64, 0, 290, 300, 2)
@@ -81,6 +83,24 @@ def test_a_part_holds_its_pages_until_they_are_released(scheduler):
     scheduler.connector.release(["mine", "mine", "unknown"])
     assert free_pages(scheduler) == 39
     assert scheduler.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2], ids=["waiting", "one chunk", "two chunks"])
+def test_a_part_that_still_runs_when_its_pages_are_released_never_holds_them(scheduler, steps):
+    """As where the abort of the part was lost."""
+    core = object.__new__(EngineCore)
+    core.scheduler = scheduler
+    for name in ("mine", "other"):
+        scheduler.add_request(part(name, 128, 256))
+    for _ in range(steps):
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, answer(output, {name: [] for name in output.num_scheduled_tokens}))
+    assert "mine" in scheduler.requests
+    core_rpc._release(core, ["mine"])
+    run_to_end(scheduler)
+    assert list(scheduler.connector.connector_scheduler.held) == ["other"]
+    core_rpc._release(core, ["other"])
+    assert free_pages(scheduler) == 39
 
 
 def test_a_finished_part_reports_its_pages_and_an_aborted_part_holds_none(scheduler):
@@ -219,6 +239,9 @@ class FakeReader:
 
     def cancel(self, transfer) -> None:
         self.cancelled += 1
+
+    def retry_releases(self) -> None:
+        pass
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ class Core:
         self.events: list[tuple] = []
         self.scheduler = self.connector = self.model_executor = self
         self.opened_shards: set[str] = set()
+        self.requests = {}
 
     def begin_shard(self, name):
         self.opened_shards.add(name)

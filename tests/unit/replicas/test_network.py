@@ -79,11 +79,11 @@ def test_gloo_is_kept_on_loopback_unless_the_user_names_a_device(cards, environ,
 
 LISTENING = """
 import os, psutil
-from replicas.messages import Messenger
+from replicas.messages import MessageLimits, Messenger
 from replicas.network import use_devices
 from replicas.page_transfer import make_agent
 use_devices(True, os.environ)
-agents = make_agent("pages"), Messenger("messages")
+agents = make_agent("pages"), Messenger("messages", MessageLimits(2**20))
 sockets = psutil.Process().net_connections(kind="inet")
 print("listens on", *{socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN})
 """

@@ -154,6 +154,7 @@ def test_of_two_sources_the_one_that_times_out_is_found(clock):
         initialize_xfer=lambda kind, local, remote, name: name,
         transfer=lambda handle: "PROC",
     )
+    reader.stuck = []
     reader.peers, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
     reader._descriptors = lambda *_: (None, None)
     transfer = Transfer()

@@ -19,15 +19,16 @@ from attention_backends.star.reference import star_mask
 from attention_backends.star.remote_queries import make_remote_queries
 from attention_backends.star.rows import split_rows
 from replicas import remote_attention_client, remote_attention_server
-from replicas.messages import FRAME_BYTES, FrameAssembler, frames
+from replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimits, frames
 from replicas.remote_attention_client import RemoteAttentionClient
 from replicas.remote_attention_server import RemoteAttentionServer
-from scheduler.lost_requests import LostRequests
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import Shard
+from scheduler.worker_report import WorkerReport
 from tests.unit.attention_backends.test_rows import HEADS, KV_HEADS, PAGE_SIZE, SIZE, batch_metadata
 
 REPLICAS = 3
+LIMITS = MessageLimits(2**20, num_senders=4)
 
 
 @st.composite
@@ -145,14 +146,14 @@ def test_messages_arrive_whole_in_whatever_order_their_frames_arrive(sizes, chan
         sent[number] = ({"id": number, "text": "a" * size}, body)
         loose += [(f"from{number % 2}", frame) for frame in frames(number, *sent[number])]
     chance.shuffle(loose)
-    assembler = FrameAssembler()
+    assembler = FrameAssembler(LIMITS)
     whole = [message for message in (assembler.add(*frame) for frame in loose) if message is not None]
     assert {message.header["id"]: (message.header, bytes(message.body)) for message in whole} == sent
     assert not assembler.incomplete
 
 
 def test_the_incomplete_messages_of_a_sender_can_be_dropped():
-    assembler = FrameAssembler()
+    assembler = FrameAssembler(LIMITS)
     first, _ = frames(1, {}, bytes(FRAME_BYTES))
     assembler.add("gone", first)
     assembler.add("other", first)
@@ -181,7 +182,7 @@ def servers():
     torch.manual_seed(1)
     caches = [cpu_cache(8) for _ in range(2)]
     made = [
-        RemoteAttentionServer(f"test-server-{number}", {"layer": cache, "bf16 layer": cache.to(torch.bfloat16)})
+        RemoteAttentionServer(f"test-server-{number}", {"layer": cache, "bf16 layer": cache.to(torch.bfloat16)}, LIMITS)
         for number, cache in enumerate(caches)
     ]
     yield made
@@ -192,7 +193,7 @@ def servers():
 @pytest.fixture(scope="module")
 def client(servers):
     counted = []
-    made = RemoteAttentionClient("test-client", 0, CPU_PAGE, counted.append)
+    made = RemoteAttentionClient("test-client", 0, CPU_PAGE, counted.append, LIMITS)
     made.counted = counted
     return made
 
@@ -248,7 +249,7 @@ def test_bfloat16_is_rounded_once_after_the_last_merge(servers, client):
 
 
 def test_each_tensor_parallel_rank_queries_the_same_rank(servers):
-    client = RemoteAttentionClient("test-client-rank-1", 1, CPU_PAGE, lambda size: None)
+    client = RemoteAttentionClient("test-client-rank-1", 1, CPU_PAGE, lambda size: None, LIMITS)
     (first,) = (remote for remote in remote_queries(servers) if remote.spans[0].shard == "a")
     ranks = replace(first, addresses=[{"name": "rank 0 of it"}, *first.addresses])
     out = torch.zeros(8, HEADS, CPU_SIZE)
@@ -266,7 +267,7 @@ def test_a_query_of_a_closed_shard_is_an_error_at_once_and_reads_nothing(servers
     lost = client.take_lost()
     assert "b is not open" in lost.reasons["me"]
     assert step.begin("layer", torch.randn_like(out), 0.3, 0.0).keys() and len(step.queries) == 1
-    assert lost.aggregate(LostRequests({"other": "why"})).reasons == lost.reasons | {"other": "why"}
+    assert lost.aggregate(WorkerReport({"other": "why"})).reasons == lost.reasons | {"other": "why"}
 
 
 def test_requests_of_a_server_that_does_not_respond_are_lost_once_a_step(servers, client, monkeypatch):

@@ -8,7 +8,6 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from replicas.replica_state import replica_state
-from scheduler.lost_requests import LostRequests
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import (
     LOST,
@@ -20,6 +19,7 @@ from scheduler.star.request_metadata import (
     default_num_shards,
     metadata_of,
 )
+from scheduler.worker_report import WorkerReport
 from tests.unit.replicas.test_connector import ADDRESS, connected_scheduler, free_pages, hasher
 from tests.unit.scheduler.simulation import answer, make_request, run_to_end
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
@@ -93,7 +93,7 @@ def test_a_preempted_request_goes_on_from_the_held_pages(scheduler):
 
 def lost(step, reasons):
     output = answer(step, {name: [7] for name in step.num_scheduled_tokens})
-    output.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=LostRequests(reasons))
+    output.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=WorkerReport(reasons))
     return output
 
 

@@ -135,13 +135,10 @@ class FakeClient:
         self.gate, self.error = asyncio.Event(), None
         self.core_engines = ["one", "two"]
 
-    async def call_utility_all_async(self, name, *args):
+    async def _call_utility_async(self, name, *args, engine):
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return [(name, *args)] * 2
-
-    async def _call_utility_async(self, name, *args, engine):
         return engine, name, *args
 
 
@@ -149,20 +146,20 @@ def fake_engine(client: FakeClient) -> SimpleNamespace:
     return SimpleNamespace(engine_core=client, errored=False, dead_error=EngineDeadError())
 
 
-def test_a_utility_is_called_in_all_engine_cores_or_in_one():
+def test_a_utility_is_called_in_one_engine_core():
     async def scenario():
         engine = fake_engine(FakeClient())
         engine.engine_core.gate.set()
-        assert await front.call_engine_cores(engine, "name", 1) == [("name", 1)] * 2
+        assert front.num_engine_cores(engine) == 2
         assert await front.call_engine_core(engine, 1, "name", 1) == ("two", "name", 1)
 
     run(scenario)
 
 
-def test_a_call_to_engine_cores_that_die_ends():
+def test_a_call_to_an_engine_core_that_dies_ends():
     async def scenario():
         engine = fake_engine(FakeClient())
-        call = asyncio.create_task(front.call_engine_cores(engine, "name"))
+        call = asyncio.create_task(front.call_engine_core(engine, 0, "name"))
         await asyncio.sleep(5)
         assert not call.done()
         engine.errored = True
@@ -170,7 +167,7 @@ def test_a_call_to_engine_cores_that_die_ends():
             await call
         assert now() < 5 + 2 * front.DEATH_CHECK_SECONDS
         with pytest.raises(EngineDeadError):
-            await front.call_engine_cores(engine, "name")
+            await front.call_engine_core(engine, 0, "name")
 
     run(scenario)
 
@@ -185,7 +182,7 @@ def test_the_error_of_a_utility_is_raised(error, raised):
         engine.engine_core.gate.set()
         engine.engine_core.error = error
         with pytest.raises(raised):
-            await front.call_engine_cores(engine, "name")
+            await front.call_engine_core(engine, 0, "name")
 
     run(scenario)
 

@@ -2,8 +2,8 @@
 
 Each replica is a real scheduler with the real connector between replicas, and a worker whose pages hold fingerprints
 (tests/unit/scheduler/simulation.py). Faked is what carries messages: the client of the engine cores, which hands them
-over as msgpack, the transfer of pages, and the attention to pages of another replica. A step takes STEP_SECONDS of
-virtual time, and a replica takes in messages between two steps only.
+over as msgpack and waits where vLLM's client may wait for its socket, the transfer of pages, and the attention to pages
+of another replica. A step takes STEP_SECONDS of virtual time, and a replica takes in messages between two steps only.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from replicas.metadata import WorkerAddress
-from scheduler.lost_requests import LostRequests
 from scheduler.star.request_metadata import metadata_of
 from scheduler.star_scheduler import StarScheduler
+from scheduler.worker_report import WorkerReport
 from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, Engine, answer, make_scheduler, random_ids
 
@@ -72,6 +72,7 @@ class Replica(Engine):
             scheduler=self.scheduler,
             request_block_hasher=self.hasher,
             model_executor=SimpleNamespace(collective_rpc=self._workers),
+            abort_requests=lambda names: self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED),
         )
         self.set_layout({"dtype": "float32"})
         self.work: dict[str, tuple[int, int]] = {}
@@ -133,7 +134,7 @@ class Replica(Engine):
             start = self.work[name][0] if name in self.work else self.positions[name] - count
             self.work[name] = (start, self.positions[name])
         result.kv_connector_output = KVConnectorOutput(
-            finished_recving=arrived, kv_connector_worker_meta=LostRequests(lost) if lost else None
+            finished_recving=arrived, kv_connector_worker_meta=WorkerReport(lost) if lost else None
         )
         return self.scheduler.update_from_output(output, result)
 
@@ -223,13 +224,16 @@ class EngineCoreClient:
             raise self.refused[rank]
         replica, message = self.core_engines[rank], sent(request, EngineCoreRequest)
         replica.send(lambda: replica.take(message))
+        await asyncio.sleep(0)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
+        await asyncio.sleep(0)
         for replica in self.core_engines:
             finish = replica.scheduler.finish_requests
             replica.send(lambda finish=finish: finish(request_ids, RequestStatus.FINISHED_ABORTED))
 
     async def _call_utility_async(self, name: str, *args: Any, engine: Replica) -> Any:
+        await asyncio.sleep(0)
         args = tuple(msgspec.msgpack.decode(msgspec.msgpack.encode(args)))
         self.calls.append((now(), engine.rank, name, args))
         answered = asyncio.get_running_loop().create_future()

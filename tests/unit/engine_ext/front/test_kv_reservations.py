@@ -19,12 +19,12 @@ def test_prompts_that_fetch_pages_wait_for_prompts_with_shards_only():
             await asyncio.sleep(0.01)
             assert not shards.done()
             assert not fetches.done()
-            reservation.release()
+            reservation.release(0)
         held = await shards
         await asyncio.sleep(0.01)
         assert not fetches.done()
-        held.release()
-        held.release()
+        held.release(0)
+        held.release(0)
         last = await fetches
         assert reservations.reserved[0] == 8
         assert not reservations.num_with_shards
@@ -32,8 +32,26 @@ def test_prompts_that_fetch_pages_wait_for_prompts_with_shards_only():
         await asyncio.sleep(0.01)
         waiting.cancel()  # reserves nothing
         await asyncio.sleep(0.01)
-        last.release()
+        last.release(0)
         assert reservations.reserved[0] == 0
         assert not reservations.turn.locked()
+
+    run(scenario)
+
+
+def test_the_memory_of_each_replica_is_given_back_on_its_own():
+    """As one replica hangs: other prompts wait for its memory alone."""
+
+    async def scenario():
+        reservations, capacity = KVReservations(), {0: 10, 1: 10, 2: 10}
+        first = await reservations.reserve({0: 8, 1: 8}, capacity, True)
+        first.release(0)
+        assert await reservations.reserve({0: 8, 2: 8}, capacity, True)
+        waiting = asyncio.ensure_future(reservations.reserve({1: 8}, capacity, True))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        first.release(1)
+        await waiting
+        assert reservations.num_with_shards == 2
 
     run(scenario)

@@ -23,9 +23,12 @@ class FakeEngine:
         self.chunk = chunk
         self.calls: list[list[str]] = []
         self.computed: dict[str, int] = {}
+        self.num_calls_of_other = 0
         self.errored = False
         self.dead_error = EngineDeadError()
-        self.engine_core = SimpleNamespace(call_utility_all_async=self.call)
+        self.engine_core = SimpleNamespace(_call_utility_async=self.call, core_engines=["one", "other"])
+        self.other_answers = asyncio.Event()
+        self.other_answers.set()
         self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
     def add(self, name: str, choices: int = 1) -> None:
@@ -43,13 +46,17 @@ class FakeEngine:
         for engine_id in self.output_processor.external_req_ids.pop(name):
             del self.output_processor.request_states[engine_id]
 
-    async def call(self, name: str, wanted: list[str]) -> list[dict]:
+    async def call(self, name: str, wanted: list[str], *, engine: str) -> dict:
+        """Of two replicas, one knows all requests."""
         assert name == PREFILL_PROGRESS
+        if engine == "other":
+            self.num_calls_of_other += 1
+            await self.other_answers.wait()
+            return {}
         self.calls.append(wanted)
         for engine_id in wanted:
             self.computed[engine_id] += self.chunk
-        # Two engines: each knows its own requests only.
-        return [{engine_id: self.state(engine_id) for engine_id in wanted}, {}]
+        return {engine_id: self.state(engine_id) for engine_id in wanted}
 
     def state(self, engine_id: str) -> dict[str, int]:
         computed = min(self.computed[engine_id], 100)
@@ -80,6 +87,18 @@ def test_one_call_serves_all_watchers():
         updates = await asyncio.gather(*(read(poller, engine, name) for name in ("a", "b", "c", "a")))
         assert updates == [[(40, 2), (80, 4), (100, 4)]] * 4
         assert engine.calls == [["0_a", "0_b", "0_c"]] * 3
+
+    run(scenario)
+
+
+def test_a_replica_that_hangs_holds_up_no_other_ones_progress_and_is_asked_once():
+    async def scenario():
+        engine = FakeEngine()
+        engine.add("a")
+        engine.other_answers.clear()
+        assert await read(ProgressPoller(()), engine, "a") == [(40, 2), (80, 4), (100, 4)]
+        assert now() <= 5 * INTERVAL + 0.01, "one poll waits for the replica, for an interval"
+        assert engine.num_calls_of_other == 1
 
     run(scenario)
 

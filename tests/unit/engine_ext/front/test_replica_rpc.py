@@ -83,3 +83,35 @@ def test_an_error_of_the_call_is_raised():
             await rpc.call(engine, 2, "name")
 
     run(scenario)
+
+
+def test_all_replicas_are_asked_and_those_that_answer_in_time_count():
+    """The one that does not is not asked the same again until it has answered; its late answer counts."""
+
+    async def scenario():
+        engine, rpc = FakeEngine(), ReplicaRPC(TIMEOUT)
+        both = [rpc.ask_all(engine, 5, "state", 1) for _ in range(2)]
+        assert await asyncio.gather(*both) == [{1: (1,)}] * 2
+        assert now() == 5
+        assert await rpc.ask_all(engine, 5, "state", 1) == {1: (1,)}
+        assert now() == 5, "it is not waited for again"
+        assert await rpc.ask_all(engine, 5, "state", 2) == {1: (2,)}
+        assert [call for call in engine.called if call[0] == 0] == [(0, "state", 1), (0, "state", 2)]
+        assert not rpc.is_unresponsive(0), "a long step is no reason to leave a replica out of prompts"
+        engine.gates[0].set()
+        assert await rpc.ask_all(engine, 5, "state", 1) == {0: (1,), 1: (1,)}
+        assert await rpc.ask_all(engine, 5, "state", 1) == {0: (1,), 1: (1,)}
+        assert len([call for call in engine.called if call == (0, "state", 1)]) == 2
+
+    run(scenario)
+
+
+def test_what_all_replicas_are_asked_ends_with_the_engine():
+    async def scenario():
+        engine, rpc = FakeEngine(), ReplicaRPC(TIMEOUT)
+        asyncio.get_running_loop().call_later(3, setattr, engine, "errored", True)
+        with pytest.raises(EngineDeadError):
+            await rpc.ask_all(engine, 20, "state")
+        assert now() < 5
+
+    run(scenario)

@@ -13,7 +13,7 @@ from engine_ext.metrics import front_metrics
 from replicas.core_rpc import OPEN_SHARD, RELEASE
 from scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import SHARDS, TOKENS, both_parts_run, whole_requests
-from tests.unit.engine_ext.front.virtual_time import now
+from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import random_ids
 
 
@@ -102,6 +102,44 @@ def test_a_replica_that_owes_an_answer_is_still_called_to_release(simulate):
         hanging.running.set()
 
     simulate(scenario)
+
+
+def test_memory_of_a_replica_that_hangs_stays_reserved_until_it_has_answered(simulate):
+    """However long that takes; what the other replicas have released can be reserved at once."""
+
+    async def scenario(server):
+        state = front_state(server.engine)
+        hanging = server.replicas[1]
+        async for output in server.stream(TOKENS, SHARDS):
+            if output.finished:
+                hanging.running.clear()
+        await asyncio.sleep(10 * state.replica_rpc.timeout)
+        assert len(hanging.held) == 1
+        assert (+state.reservations.reserved).keys() == {1}
+        hanging.running.set()
+        await until(lambda: not state.reservations.reserved.total())
+        assert not hanging.held
+
+    simulate(scenario)
+
+
+def test_a_prompt_that_waits_for_the_memory_of_a_replica_that_hangs_ends_with_an_error(simulate):
+    """It does not hold up the prompts behind it either, which get other replicas."""
+
+    async def scenario(server):
+        hanging = server.replicas[1]
+        first = asyncio.create_task(server.generate(random_ids(1, 520), SHARDS, "first", max_tokens=30))
+        await until(lambda: server.calls(OPEN_SHARD))
+        second = asyncio.create_task(server.generate(random_ids(2, 520), SHARDS, "second"))
+        await until(front_state(server.engine).reservations.turn.locked)
+        hanging.running.clear()
+        third = asyncio.create_task(server.generate(random_ids(3, 520), SHARDS, "third"))
+        results = await asyncio.gather(first, second, third, return_exceptions=True)
+        assert [type(result) for result in results] == [ShardLost, ReplicaTimeout, list]
+        assert results[2][-1].finished
+        hanging.running.set()
+
+    simulate(scenario, num_pages=21)
 
 
 def test_prompts_with_shards_reserve_their_memory_at_once_and_in_turn(simulate):

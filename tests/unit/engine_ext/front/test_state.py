@@ -39,7 +39,7 @@ def test_the_timeout_is_that_of_the_replicas_section():
 
 def test_the_poller_knows_the_prompts_that_are_split_now():
     state = state_of(Processor({}))
-    state.split_requests.add("a")
+    state.split_requests.add(SimpleNamespace(request_id="a"))
     assert "a" in state.poller.split_requests
 
 

@@ -16,6 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext.serving.cli.serve_args import admin_options
 from engine_ext.serving.errors import DrainingError
+from engine_ext.serving.grpc import admin
 from engine_ext.serving.grpc.admin import (
     AdminServicer,
     matching_request_ids,
@@ -96,13 +97,21 @@ def test_star_defaults_as_a_message():
     assert star_message(StarOptions(replicas=3)).replicas == 3
 
 
+class InputProcessor:
+    """As far as a front's state looks at it."""
+
+    def __init__(self, vllm_config) -> None:
+        self.vllm_config = vllm_config
+
+
 class FakeEngine:
     def __init__(self, fails: Exception | None = None) -> None:
         self.fails = fails
+        self.asked = 0
         self.errored = False
         self.dead_error = EngineDeadError()
         self.aborted: list[str] = []
-        self.engine_core = SimpleNamespace(call_utility_all_async=self.call)
+        self.engine_core = SimpleNamespace(_call_utility_async=self.call, core_engines=["one"])
         states = {
             "grpc-a-11": SimpleNamespace(external_req_id="grpc-a", is_prefilling=False, num_cached_tokens=32),
         }
@@ -114,6 +123,7 @@ class FakeEngine:
         scheduling.max_num_queued_reqs, scheduling.max_num_queued_tokens = 9, None
         self.vllm_config.model_config.served_model_name = "tiny"
         self.vllm_config.model_config.max_model_len = 1000
+        self.input_processor = InputProcessor(self.vllm_config)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         pass
@@ -129,14 +139,17 @@ class FakeEngine:
             raise self.fails
         return False
 
-    async def call(self, name: str, *args):
+    async def call(self, name: str, *args, engine: str):
+        if engine == "hangs":
+            self.asked += 1
+            await asyncio.Event().wait()
         if self.fails:
             raise self.fails
         if name == "starling_attention_backends":
-            return [["CPU_ATTN"]]
+            return ["CPU_ATTN"]
         pages = {"pages_total": 39, "pages_used": 4, "pages_cached": 5, "pages_free": 30}
         requests = [{"engine_request_id": "grpc-a-11", "status": "running", "groups": [{"pages": 4, "states": 100}]}]
-        return [pages | ({"requests": requests} if args == (True,) else {})]
+        return pages | ({"requests": requests} if args == (True,) else {})
 
 
 class FakeFront:
@@ -211,13 +224,13 @@ def test_errors_of_the_engine(error, code):
 def test_an_engine_that_dies_during_a_call(monkeypatch):
     """vLLM never answers such a call."""
     monkeypatch.setattr("vllm_compat.front.DEATH_CHECK_SECONDS", 0.01)
-    engine = FakeEngine()
+    engine = failing = FakeEngine()
 
-    async def never(*_):
-        engine.errored = True
+    async def never(*_, engine):
+        failing.errored = True
         await asyncio.Event().wait()
 
-    engine.engine_core.call_utility_all_async = never
+    engine.engine_core._call_utility_async = never
     assert call(engine, "GetCacheState", REQUESTS["GetCacheState"]).code() == grpc.StatusCode.UNAVAILABLE
 
 
@@ -249,6 +262,25 @@ def test_cache_state_with_the_state_of_the_front():
     (request,) = full.requests
     assert (request.request_id, request.engine_request_id, request.cached_tokens) == ("grpc-a", "grpc-a-11", 32)
     assert request.groups[0] == pb.GroupUsage(pages=4, states=100)
+
+
+def test_a_replica_that_hangs_is_named_and_the_others_state_does_not_wait_for_it(monkeypatch):
+    """It is asked once, however often its state is asked for."""
+    monkeypatch.setattr(admin, "ANSWER_SECONDS", 0.05)
+    engine = FakeEngine()
+    engine.engine_core.core_engines = ["one", "hangs", "another"]
+
+    async def scenario():
+        async with admin_of(engine) as stub:
+            answers = [await stub.GetCacheState(pb.GetCacheStateRequest(), timeout=10) for _ in range(3)]
+            return answers, await stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
+
+    answers, info = asyncio.run(scenario())
+    for answer in answers:
+        assert list(answer.unanswered) == [1]
+        assert [state.pages_total for state in answer.engines] == [39, 39]
+    assert list(info.attention_backends) == ["CPU_ATTN"]
+    assert engine.asked == 2, "once for each question"
 
 
 def test_abort_says_which_were_found():

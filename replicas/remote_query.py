@@ -1,0 +1,89 @@
+"""The messages of remote attention: a query of one layer, and what a step can need of them at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+
+from replicas.messages import Message, MessageLimits
+
+SPAN_BYTES = 512
+"""At least what one span of a query takes in its header, with the name of its shard."""
+
+
+class QueryError(Exception):
+    """A message is no query of open shards; says why."""
+
+
+class Query(msgspec.Struct, frozen=True):
+    """The header of a query.
+
+    Attributes:
+        id: the number of the query, which the response has too.
+        scale, softcap: of the layer.
+        dtype: torch's name of the query's dtype.
+        heads, size: number and size of the query's heads.
+        spans: (shard, query tokens, first page of the shard, pages) of consecutive query tokens.
+    """
+
+    id: int
+    layer: str
+    scale: float
+    softcap: float
+    dtype: str
+    heads: int
+    size: int
+    spans: list[tuple[str, int, int, int]]
+
+    def tokens(self, body: bytearray, cache: torch.Tensor) -> torch.Tensor:
+        """The query tokens of a body, (T, heads, head size).
+
+        Args:
+            cache: KV cache of the layer, (pages, KV heads, page size, K and V).
+
+        Raises:
+            QueryError: they do not fit the layer, or the spans.
+        """
+        dtype, kv_heads, size = str(cache.dtype).removeprefix("torch."), cache.shape[1], cache.shape[3] // 2
+        if self.dtype != dtype or self.size != size or self.heads < 1 or self.heads % kv_heads:
+            raise QueryError(
+                f"{self.heads} heads of size {self.size} in {self.dtype} do not fit {self.layer}, which has {kv_heads} "
+                f"KV heads of size {size} in {dtype}"
+            )
+        count = sum(num_queries for _, num_queries, _, _ in self.spans)
+        wanted = count * self.heads * size * cache.element_size()
+        if any(num_queries < 1 for _, num_queries, _, _ in self.spans) or len(body) != wanted or not count:
+            raise QueryError(f"the body has {len(body)} bytes, and its {count} query tokens take {wanted}")
+        return torch.frombuffer(body, dtype=cache.dtype).view(count, self.heads, size)
+
+
+def parse_query(message: Message) -> Query:
+    """The header of a message.
+
+    Raises:
+        QueryError: it is no query.
+    """
+    try:
+        return msgspec.convert(message.header, Query)
+    except msgspec.ValidationError as error:
+        raise QueryError(f"the header is no query: {error}") from error
+
+
+def message_limits(num_tokens: int, row_bytes: int, heads: int, num_senders: int) -> MessageLimits:
+    """Limits of the messages of remote attention: each step sends one query a layer, and gets one response.
+
+    Args:
+        num_tokens: of a step, at most.
+        row_bytes: of one query token, all heads.
+        heads: of one query token; each has a float32 log-sum-exp in a response.
+        num_senders: replicas that send at the same time.
+    """
+    return MessageLimits(num_tokens * (row_bytes + 4 * heads + SPAN_BYTES) + SPAN_BYTES, num_senders)
+
+
+def error_of(header: dict[str, Any]) -> str | None:
+    """The error in the header of a response; None: there is none."""
+    error = header.get("error")
+    return None if error is None else str(error)

@@ -1,0 +1,39 @@
+"""What workers report of a step to the scheduler: requests that are lost, and pages that may still be written to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """One step of one worker, or of all tensor-parallel ranks together.
+
+    Attributes:
+        reasons: request id -> why the step could not attend to all of the request's keys.
+        stuck_pages: pages to which a failed transfer may still write from now on; once for each transfer and rank.
+        freed_pages: such pages to which it can't any more.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    stuck_pages: list[int] = field(default_factory=list)
+    freed_pages: list[int] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        """Those of two workers together."""
+        assert isinstance(other, WorkerReport)
+        return WorkerReport(
+            other.reasons | self.reasons,
+            self.stuck_pages + other.stuck_pages,
+            self.freed_pages + other.freed_pages,
+        )
+
+
+def worker_report(model_runner_output: Any) -> WorkerReport:
+    """The report of a step; an empty one where the workers have nothing to report."""
+    output = model_runner_output.kv_connector_output
+    metadata = output.kv_connector_worker_meta if output is not None else None
+    return metadata if isinstance(metadata, WorkerReport) else WorkerReport()

@@ -30,7 +30,7 @@ CONTEXT = SimpleNamespace(invocation_metadata=tuple)
 
 
 def admin_of(server) -> AdminServicer:
-    return AdminServicer(server.engine, FakeFront(), key=None, own_port=True, max_message_bytes=1000)
+    return AdminServicer(server.engine, FakeFront(), max_message_bytes=1000)
 
 
 async def waiting_for_room(server) -> tuple[asyncio.Task, asyncio.Task]:

@@ -13,7 +13,7 @@ import psutil
 from tests.faults import hosts
 from tests.faults.served import CLOCK, Served
 
-SLOW_ON, SLOW_OFF = 0.02, 0.18
+SLOW_ON, SLOW_OFF = 0.05, 0.15
 """Seconds that a slow process runs and stands, in turn."""
 DAY = 86400
 

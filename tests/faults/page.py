@@ -14,10 +14,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 HEAD = """# Faults
 
 What clients see if a process, a link, a disk or a clock fails, and what is left behind. `make faults` runs each row
-against real servers on CPU, and writes this page (`tests/faults/`; needs root). Four clients send one request each:
-HTTP and gRPC, streamed and not. The moments are made to occur. `idle`: the requests are sent right after the fault
-begins. `prefill`: the prompts are being computed. `transfer`: a replica begins to read another one's KV pages.
-`decode`: all four outputs are being generated, and the streams are open.
+against real servers on CPU, and writes this page (`tests/faults/`; needs root). CI runs three of the rows.
+
+Four clients send one request each: HTTP and gRPC, streamed and not. The moments are made to occur. `idle`: the requests
+are sent right after the fault begins. `prefill`: the prompts are being computed. `transfer`: a replica begins to read
+another one's KV pages. `decode`: all four outputs are being generated, and the streams are open.
 
 A request may end in these ways:
 

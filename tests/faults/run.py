@@ -1,4 +1,4 @@
-"""`python -m tests.faults.run [WORD...]`: runs the cells whose names have all words, and keeps their results.
+"""`python -m tests.faults.run [WORD...]`: runs the cells whose names match all words, and keeps their results.
 
 Results are kept in results.json beside this file, and replace older ones of the same cells. Needs root.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,12 @@ from examples.server import end_on_signals
 from tests.faults.hosts import on_two_hosts
 from tests.faults.page import write
 from tests.faults.place import place
-from tests.faults.run_cell import MomentMissed, Result, look_at_failed_start, run_cell
+from tests.faults.run_cell import Result, look_at_failed_start, run_cell
 from tests.faults.served import Served, served
 from tests.faults.table import HOSTS, IDLE, SERVERS, START, Cell, cells
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-ATTEMPTS = 3
 
 
 class Servers:
@@ -63,30 +63,21 @@ def run(chosen: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, Result]]:
         for name, group in groupby(chosen, key=lambda cell: cell.server):
             servers.stop()
             for cell in group:
-                yield cell, attempt(servers, name, cell)
+                yield cell, result_of(servers, name, cell)
     finally:
         servers.stop()
 
 
-def attempt(servers: Servers, name: str, cell: Cell) -> Result:
-    """The result of a cell; another attempt is made where its requests have missed the moment."""
-    for last in (False,) * (ATTEMPTS - 1) + (True,):
-        try:
-            result = run_start(servers, cell) if cell.moment == START else run_cell(servers.get(name), cell)
-        except MomentMissed as error:
-            result = Result(faults=[f"not run: {error}"])
-            print(f"{cell.name}: {error}", flush=True)
-        except Exception:
-            traceback.print_exc()
-            servers.stop()
-            result = Result(faults=[f"not run: {traceback.format_exc(limit=0).splitlines()[-1]}"])
-        ended = servers.running is None or servers.running.server.process.poll() is not None
-        missed = any(fault.startswith("not run") for fault in result.faults)
-        if ended or (result.faults and not missed):
-            servers.stop()
-        if last or not missed:
-            return result
-    raise AssertionError
+def result_of(servers: Servers, name: str, cell: Cell) -> Result:
+    """The result of a cell. A server that has ended, or has shown a fault, serves no other cell."""
+    try:
+        result = run_start(servers, cell) if cell.moment == START else run_cell(servers.get(name), cell)
+    except Exception as error:
+        traceback.print_exc()
+        result = Result(faults=[f"not run: {error!r}"])
+    if result.faults or servers.running is None or servers.running.server.process.poll() is not None:
+        servers.stop()
+    return result
 
 
 def run_start(servers: Servers, cell: Cell) -> Result:
@@ -111,12 +102,12 @@ def read() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the fault matrix and write docs/faults.md.")
-    parser.add_argument("words", nargs="*", help="run the cells whose names have all of these")
+    parser.add_argument("words", nargs="*", help="regular expressions: run the cells whose names match all of them")
     parser.add_argument("--failed", action="store_true", help="run the cells that showed a fault, or have no result")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     arguments = parser.parse_args()
     results = read()
-    chosen = [cell for cell in cells() if all(word in cell.name for word in arguments.words)]
+    chosen = [cell for cell in cells() if all(re.search(word, cell.name) for word in arguments.words)]
     if arguments.failed:
         chosen = [cell for cell in chosen if results.get(cell.name, {"faults": True})["faults"]]
     if arguments.list:

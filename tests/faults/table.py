@@ -76,13 +76,15 @@ SERVER_NOTES = {
     "two hosts, shards": "As `shards`, on these hosts.",
 }
 NOTES = {
-    "SIGSTOP, N s": "the process stands for N seconds, and then goes on (SIGCONT)",
-    "slow": "the process runs for 20 ms of each 200 ms until all requests have ended",
+    "SIGSTOP, N s": "the process stands for N seconds, and then goes on (SIGCONT). Health does not show it, unless "
+    "it is the API server: vLLM notices processes that end, not those that stand",
+    "slow": "the process runs for 50 ms of each 200 ms until all requests have ended",
     "link cut, N s": "the device at one end of the link is down for N seconds",
     "link slow": "1 Mbit/s both ways, until all requests have ended",
-    "link lossy": "one packet in ten is lost, both ways",
+    "link lossy": "one packet in ten is lost, both ways (a packet filter chooses them; `netem` is not in every kernel)",
     "full": "no byte is free in the file system until all requests have ended; at `start`: from before the start on",
-    "jump": "the time of day of all processes jumps, and jumps back after the requests have ended",
+    "jump": "the time of day that Python reads in all processes jumps, and jumps back after the requests have ended. "
+    "The machine's clock is left alone",
 }
 """What is said of servers and faults in docs/faults.md."""
 
@@ -113,25 +115,43 @@ def expected(server: str, fault: str, target: str, moment: str) -> Expected:
 
 
 def cells() -> Iterator[Cell]:
-    """All cells: for each server those that it survives, and then those that end it."""
-    for server, roles in ROLES.items():
-        for fault in ("SIGSTOP, 2 s", "SIGSTOP, 15 s", "slow", "SIGKILL"):
-            for target in roles:
-                for moment in MOMENTS[server]:
-                    if fault != "slow" or moment != IDLE:
-                        yield Cell(server, fault, target, moment, expected(server, fault, target, moment))
-        for target in ("clock, one day ahead", "clock, one day back"):
-            for moment in (PREFILL, DECODE):
-                yield Cell(server, "jump", target, moment, Expected((ANSWER,)))
+    """All cells, by server; last for each those that end it."""
+    for server in ROLES:
+        yield from clock_cells(server)
+        if server == "one engine":
+            yield from disk_cells(server)
+        yield from process_cells(server)
+    for server in HOSTS:
+        yield from link_cells(server)
+
+
+def process_cells(server: str) -> Iterator[Cell]:
+    for fault in ("SIGSTOP, 2 s", "SIGSTOP, 15 s", "slow", "SIGKILL"):
+        for target in ROLES[server]:
+            for moment in MOMENTS[server]:
+                if fault != "slow" or moment != IDLE:
+                    yield Cell(server, fault, target, moment, expected(server, fault, target, moment))
+
+
+def clock_cells(server: str) -> Iterator[Cell]:
+    for target in ("clock, one day ahead", "clock, one day back"):
+        for moment in (PREFILL, DECODE):
+            yield Cell(server, "jump", target, moment, Expected((ANSWER,)))
+
+
+def disk_cells(server: str) -> Iterator[Cell]:
+    """A server needs /dev/shm to start, and /tmp for its own metrics alone."""
     for folder in ("/tmp", "/dev/shm"):
         for moment in (PREFILL, DECODE):
-            yield Cell("one engine", "full", folder, moment, Expected((ANSWER,)))
-        starts = folder == "/tmp"
-        at_start = Expected((ANSWER,)) if starts else Expected((CLOSED,), ("closed",), ("closed",), 1)
-        yield Cell("one engine", "full", folder, START, at_start)
-    for server in HOSTS:
-        for fault in ("link slow", "link lossy", "link cut, 3 s", "link cut, 15 s"):
-            for moment in (PREFILL, DECODE) if server.endswith("shards") else (IDLE, PREFILL, TRANSFER, DECODE):
-                if (fault, moment) not in (("link slow", TRANSFER), ("link slow", IDLE)):
-                    lost = server.endswith("shards") and fault == "link cut, 15 s"
-                    yield Cell(server, fault, "link", moment, Expected((ANSWER, ERROR) if lost else (ANSWER,)))
+            yield Cell(server, "full", folder, moment, Expected((ANSWER,)))
+    yield Cell(server, "full", "/tmp", START, Expected((ANSWER,)))
+    yield Cell(server, "full", "/dev/shm", START, Expected((CLOSED,), ("closed",), ("closed",), 1))
+
+
+def link_cells(server: str) -> Iterator[Cell]:
+    shards = server.endswith("shards")
+    for fault in ("link slow", "link lossy", "link cut, 3 s", "link cut, 15 s"):
+        for moment in (PREFILL, DECODE) if shards else (IDLE, PREFILL, TRANSFER, DECODE):
+            if fault != "link slow" or moment in (PREFILL, DECODE):
+                ends = (ANSWER, ERROR) if shards and fault == "link cut, 15 s" else (ANSWER,)
+                yield Cell(server, fault, "link", moment, Expected(ends))

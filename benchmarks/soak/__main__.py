@@ -58,7 +58,7 @@ async def soak(target: Target, temporary: Path, minutes: float, console: Console
         console.print(f"Capacity: {capacity:.1f} requests/s. The load: {LOAD * capacity:.1f} requests/s.")
         sampling, loop = asyncio.create_task(sampler.run()), OpenLoop(player, LOAD * capacity)
         started, warm_up = time.monotonic(), warm_up_minutes(minutes)
-        rests = []
+        rests, shown = [], 0
         while (left := started + (warm_up + minutes) * 60 - time.monotonic()) > 0 and not sampling.done():
             await loop.send(min(REST_SECONDS, left))
             rests.append(await loop.rest())
@@ -67,6 +67,9 @@ async def soak(target: Target, temporary: Path, minutes: float, console: Console
                 rests[-1]["resets_refused"] = int(not reset.reset)
             ledger = player.ledger
             console.print(f"{ledger.requests} requests, {ledger.lost} lost, {ledger.not_sent} not sent", rests[-1])
+            for detail in ledger.details[shown:]:
+                console.print(detail, style="red")
+            shown = len(ledger.details)
         if sampling.done():
             sampling.result()
         sampling.cancel()

@@ -101,8 +101,11 @@ def main() -> int:
     fronts = f"{HTTP}: requests over HTTP only, as {PLAIN}, which is vLLM without Starling (default: %(default)s)"
     parser.add_argument("--front", choices=[STARLING, HTTP, PLAIN], default=STARLING, help=fronts)
     args = parser.parse_args()
-    if args.minutes < 1 or args.replicas < 1:
-        parser.error(f"--minutes {args.minutes:g} --replicas {args.replicas} is refused. Allowed: 1 or more of each.")
+    if args.minutes < 5:
+        reason = "the memory that a server takes at its start would count as growth"
+        parser.error(f"--minutes {args.minutes:g} is refused: {reason}. Allowed: 5 or more.")
+    if args.replicas < 1:
+        parser.error(f"--replicas {args.replicas} is refused: a server has an engine. Allowed: 1 or more.")
     end_on_signals()
     console, log = Console(), ROOT / "build" / f"soak-{args.front}-{args.replicas}.log"
     with tempfile.TemporaryDirectory(prefix="soak-") as name:

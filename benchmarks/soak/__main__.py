@@ -58,7 +58,7 @@ async def soak(target: Target, temporary: Path, minutes: float, console: Console
         console.print(f"Capacity: {capacity:.1f} requests/s. The load: {LOAD * capacity:.1f} requests/s.")
         sampling, loop = asyncio.create_task(sampler.run()), OpenLoop(player, LOAD * capacity)
         started, warm_up = time.monotonic(), warm_up_minutes(minutes)
-        rests = []
+        rests, shown = [], 0
         while (left := started + (warm_up + minutes) * 60 - time.monotonic()) > 0 and not sampling.done():
             await loop.send(min(REST_SECONDS, left))
             rests.append(await loop.rest())
@@ -67,6 +67,9 @@ async def soak(target: Target, temporary: Path, minutes: float, console: Console
                 rests[-1]["resets_refused"] = int(not reset.reset)
             ledger = player.ledger
             console.print(f"{ledger.requests} requests, {ledger.lost} lost, {ledger.not_sent} not sent", rests[-1])
+            for detail in ledger.details[shown:]:
+                console.print(detail, style="red")
+            shown = len(ledger.details)
         if sampling.done():
             sampling.result()
         sampling.cancel()
@@ -98,8 +101,11 @@ def main() -> int:
     fronts = f"{HTTP}: requests over HTTP only, as {PLAIN}, which is vLLM without Starling (default: %(default)s)"
     parser.add_argument("--front", choices=[STARLING, HTTP, PLAIN], default=STARLING, help=fronts)
     args = parser.parse_args()
-    if args.minutes < 1 or args.replicas < 1:
-        parser.error(f"--minutes {args.minutes:g} --replicas {args.replicas} is refused. Allowed: 1 or more of each.")
+    if args.minutes < 5:
+        reason = "the memory that a server takes at its start would count as growth"
+        parser.error(f"--minutes {args.minutes:g} is refused: {reason}. Allowed: 5 or more.")
+    if args.replicas < 1:
+        parser.error(f"--replicas {args.replicas} is refused: a server has an engine. Allowed: 1 or more.")
     end_on_signals()
     console, log = Console(), ROOT / "build" / f"soak-{args.front}-{args.replicas}.log"
     with tempfile.TemporaryDirectory(prefix="soak-") as name:

@@ -10,9 +10,9 @@ from benchmarks.report import saved_figure
 from benchmarks.soak.target import STARLING
 
 PANELS = {
-    "memory (RSS), MiB since the warm-up": ("RSS",),
-    "anonymous memory, MiB since the warm-up": ("anonymous memory",),
-    "descriptors, threads, sockets": ("descriptors", "threads", "sockets"),
+    "RSS": "memory (RSS), MiB since the warm-up",
+    "descriptors": "descriptors, sockets among them",
+    "threads": "threads",
 }
 
 
@@ -24,13 +24,13 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             engines = engines if run["front"] == STARLING else f"{run['front']}, {engines}"
             sent = f"{run['requests']['sent']:,} requests, {run['requests']['lost']} lost"
             column[0].set_title(f"{engines}, {run['rate_requests_per_second']:.1f} requests/s: {sent}", fontsize=10)
-            for panel, (label, quantities) in zip(column, PANELS.items(), strict=False):
-                for name, series in run["series"].items():
-                    process, _, quantity = name.rpartition(": ")
-                    if process and quantity in quantities:
-                        named = process if len(quantities) == 1 else f"{quantity} of {process}"
-                        base = series["curve"][0] if len(quantities) == 1 else 0
-                        plot(panel, run, [value - base for value in series["curve"]], named)
+            for panel, (quantity, label) in zip(column, PANELS.items(), strict=False):
+                curves = {name: series["curve"] for name, series in run["series"].items()}
+                for name, curve in curves.items():
+                    process, _, end = name.rpartition(": ")
+                    if end == quantity:
+                        base = curve[0] if quantity == "RSS" else 0
+                        plot(panel, run, [value - base for value in curve], process)
                 panel.set_ylabel(label, fontsize=8)
             for name in ("pages used", "pages cached", "requests running"):
                 plot(column[-1], run, run["series"][name]["curve"], name)

@@ -22,6 +22,7 @@ from starling.client import StarlingError
 from starling.v1 import admin_pb2 as admin
 
 LONG_PROMPT, LONG_OUTPUT = 4000, 1000
+CUT_WHILE_SENDING = "Internal error from Core"  # grpc.aio's own message, in place of UNAVAILABLE
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,13 @@ async def vanish(player: Player, front: str, cut: Callable[[Player], Cut], promp
                     await clients.stream(case.prompt, upload=upload, logprobs=5, **fields_of(case))
                 else:
                     await clients.complete(body_of(case, player.model) | {"stream": True, "logprobs": 5})
-            except (aiohttp.ClientError, StarlingError) as error:
-                unavailable = not isinstance(error, StarlingError) or error.code is grpc.StatusCode.UNAVAILABLE
-                if relay.cuts and unavailable:
+            except aiohttp.ClientError:
+                if relay.cuts:
+                    return LEFT
+                raise
+            except StarlingError as error:
+                own = error.code is grpc.StatusCode.UNAVAILABLE or error.message == CUT_WHILE_SENDING
+                if relay.cuts and own:
                     return LEFT
                 raise
     return ANSWERED

@@ -103,7 +103,8 @@ class Player:
     async def _outcome(self, kind: Kind) -> tuple[str, str]:
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                return await kind.play(self), ""
+                outcome = await kind.play(self)
+                return outcome, self.ledger.differences[-1] if outcome == DIFFERENT and self.ledger.differences else ""
         except RefusedError as error:
             return error.args[0], str(error)
         except StarlingError as error:

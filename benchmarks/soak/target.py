@@ -71,7 +71,9 @@ class Clients:
         self.credentials = {"authorization": f"Bearer {target.api_key}"}
 
     async def __aenter__(self) -> Clients:
-        self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self.credentials)
+        # The server closes a connection that was idle for 5 s. A request that is sent at that moment would be lost.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+        self.session = aiohttp.ClientSession(connector=connector, headers=self.credentials)
         self.grpc = AsyncClient(self.target.grpc, api_key=self.target.api_key, retries=0)
         self.admin_channel = grpc.aio.insecure_channel(self.target.grpc)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)

@@ -72,9 +72,9 @@ make_venv() {
   fi
 }
 
-# Prints what builds Starling's wheel, and uv.
+# Prints what builds Starling's wheel, what hatchling also needs for an editable install, and uv.
 build_requirements() {
-  .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "uv", sep="\n")'
+  .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "editables~=0.3", "uv", sep="\n")'
 }
 
 # compile OUTPUT ARGUMENTS: writes a lock file.

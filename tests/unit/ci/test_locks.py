@@ -33,9 +33,9 @@ def test_each_locked_requirement_has_a_hash(path):
     assert all(locked(path).values())
 
 
-def test_what_builds_the_wheel_is_locked_with_uv():
+def test_what_builds_the_wheel_and_an_editable_install_is_locked_with_uv():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    assert {canonicalize_name(Requirement(name).name) for name in [*build, "uv"]} <= locked(BUILD).keys()
+    assert {canonicalize_name(Requirement(name).name) for name in [*build, "editables", "uv"]} <= locked(BUILD).keys()
 
 
 def test_torch_is_known_by_the_wheels_of_pytorchs_index_and_of_a_local_folder():

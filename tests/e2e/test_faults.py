@@ -6,6 +6,7 @@ from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals
 from examples.two_hosts import available
 from tests.faults.place import place
+from tests.faults.run import FOLDER
 from tests.faults.run_cell import run_cell
 from tests.faults.served import served
 from tests.faults.table import DECODE, PREFILL, Cell, expected
@@ -14,21 +15,17 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server():
     end_on_signals()
-    folder = tmp_path_factory.mktemp("faults")
-    with place() as here, served(here, make_tiny_llama(folder / "tiny"), log=folder / "log") as server:
+    model = make_tiny_llama(FOLDER / "tiny")
+    with place() as here, served(here, model, log=FOLDER / "e2e.log") as server:
         yield server
 
 
 @pytest.mark.parametrize(
     ("fault", "target", "moment"),
-    [("SIGSTOP, 2 s", "engine", DECODE), ("slow", "worker", PREFILL), ("SIGKILL", "engine", DECODE)],
-    ids=[
-        "engine stands during the outputs",
-        "worker is slow during the prefill",
-        "engine is killed during the outputs",
-    ],
+    [("SIGSTOP, 2 s", "engine", DECODE), ("SIGSTOP, 2 s", "worker", PREFILL), ("SIGKILL", "engine", DECODE)],
+    ids=["engine stands during the outputs", "worker stands during the prefill", "engine is killed during the outputs"],
 )
 def test_clients_see_what_is_expected_and_nothing_is_left(server, fault, target, moment):
     """The last case ends the server."""

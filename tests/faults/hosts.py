@@ -19,7 +19,7 @@ import psutil
 
 from examples.two_hosts import Host, client_of, ip, started_on_both, two_hosts
 from tests.faults.place import Place
-from tests.faults.served import ENGINE_OPTIONS, ENVIRONMENT, Served
+from tests.faults.served import ENGINE_OPTIONS, ENVIRONMENT, FRONT_OPTIONS, Served
 
 PORT = 50051
 TRANSFER_RATE, TRANSFER_BYTES = "3mbit", 500_000
@@ -84,7 +84,7 @@ def on_two_hosts(model: Path, *options: str, folder: Path) -> Iterator[OnTwoHost
     with two_hosts() as (here, other), tempfile.TemporaryDirectory(prefix="starling-") as place:
         there = replace(other, prefix=("unshare", "--time", "--monotonic", "1000000"))
         relay = Path(place) / "grpc.sock"
-        front = ["--grpc-port", str(PORT)]
+        front = ["--grpc-port", str(PORT), *FRONT_OPTIONS]
         both = [*ENGINE_OPTIONS, *options]
         with started_on_both((here, there), model, *both, folder=folder / "hosts", front=front) as (socket, processes):
             command = [sys.executable, "-m", "tests.faults.relay", str(relay), str(PORT)]

@@ -26,7 +26,8 @@ from tests.faults.run_cell import Result, look_at_failed_start, run_cell
 from tests.faults.served import Served, served
 from tests.faults.table import HOSTS, IDLE, SERVERS, START, Cell, cells
 
-ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "faults"
+"""Has the model and the logs. A folder below /tmp could not be seen by the servers, which have a /tmp of their own."""
 RESULTS = Path(__file__).with_name("results.json")
 
 
@@ -114,10 +115,9 @@ def main() -> int:
         print("\n".join(cell.name for cell in chosen))
         return 0
     end_on_signals()
-    folder = ROOT / "build" / "faults"
-    folder.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     shown = 0
-    for number, (cell, result) in enumerate(run(chosen, folder), 1):
+    for number, (cell, result) in enumerate(run(chosen, FOLDER), 1):
         shown += bool(result.faults)
         print(f"{number}/{len(chosen)} {cell.name}: {'; '.join(result.faults) or 'as expected'}", flush=True)
         results = read() | {cell.name: asdict(result)}

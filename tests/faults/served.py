@@ -23,9 +23,10 @@ from tests.faults.place import Place
 KEY = "faults"
 HOOKS = Path(__file__).with_name("hooks")
 CLOCK = "/dev/shm/clock"
-ENGINE_OPTIONS = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--grpc-admin-key", KEY]
+ENGINE_OPTIONS = ["--dtype", "float32", "--block-size", "32", "--enforce-eager"]
 # Small steps, so that a prompt takes many of them.
 ENGINE_OPTIONS += ["--max-num-batched-tokens", "32", "--max-num-seqs", "16"]
+FRONT_OPTIONS = ["--grpc-admin-key", KEY]
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 TITLES = {
@@ -111,7 +112,7 @@ def served(place: Place, model: Path, *options: str, log: Path, **environment: s
     prefix = place.prefix(
         ENVIRONMENT | {"PYTHONPATH": path, "FAULTS_GATE": "/tmp", "FAULTS_CLOCK": CLOCK} | environment
     )
-    with serving(model, *ENGINE_OPTIONS, *options, log=log, seconds=300, prefix=prefix) as server:
+    with serving(model, *ENGINE_OPTIONS, *FRONT_OPTIONS, *options, log=log, seconds=300, prefix=prefix) as server:
         yield Served(server, place)
 
 

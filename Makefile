@@ -9,6 +9,7 @@ ENV := .venv/.stamp
 NEXT_VLLM := 0.33.0
 NEXT := .venv-next/bin
 NEXT_ENV := .venv-next/.stamp
+FUZZ_ENV := build/fuzz/.stamp
 NEXT_SERVERS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py
 # The slow file first: each worker runs whole files.
 STAR_TINY := tests/parity/test_star_tiny.py::test_
@@ -31,7 +32,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit lint lint-docker layers types docs names \
-	check-vllm compatibility proto proto-check proto-release lock sbom audit bench soak faults wheel release clean
+	check-vllm compatibility proto proto-check proto-release lock sbom audit bench fuzz soak faults wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +138,16 @@ bench: env demo-model ## measure the time to first token of Star Attention; writ
 	$(BIN)/python -m benchmarks.star_ttft
 
 # MINUTES: after the warm-up; REPLICAS: data-parallel replicas.
+# schemathesis and what it requires: the versions of the lock file where that has them.
+$(FUZZ_ENV): .ci/requirements-cpu.lock Makefile | $(ENV)
+	rm -rf $(@D)
+	$$(command -v uv || echo $(BIN)/uv) pip install --quiet --python $(BIN)/python --target $(@D) \
+		--constraint .ci/requirements-cpu.lock schemathesis==4.32.5
+	@touch $@
+
+fuzz: env $(FUZZ_ENV) ## random requests over HTTP and gRPC for MINUTES=10, those of schemathesis too
+	PYTHONPATH=$(dir $(FUZZ_ENV)):$$PYTHONPATH $(BIN)/pytest -q -s tests/e2e/test_fuzz.py --fuzz-minutes $(or $(MINUTES),10)
+
 soak: env ## a server under a mixed load for MINUTES=30: no request is lost, nothing grows; writes JSON and a figure
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),1)
 

@@ -18,6 +18,9 @@ settings.load_profile("fixed")
 
 def pytest_addoption(parser):
     stateful.add_options(parser)
+    parser.addoption(
+        "--fuzz-minutes", type=float, default=0.0, help="run tests/e2e/test_fuzz.py for so long, with new examples"
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")

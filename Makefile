@@ -137,7 +137,6 @@ audit: env ## look for known vulnerabilities of the locked requirements
 bench: env demo-model ## measure the time to first token of Star Attention; writes JSON and figures
 	$(BIN)/python -m benchmarks.star_ttft
 
-# MINUTES: after the warm-up; REPLICAS: data-parallel replicas.
 # schemathesis and what it requires: the versions of the lock file where that has them.
 $(FUZZ_ENV): .ci/requirements-cpu.lock Makefile | $(ENV)
 	rm -rf $(@D)
@@ -148,6 +147,7 @@ $(FUZZ_ENV): .ci/requirements-cpu.lock Makefile | $(ENV)
 fuzz: env $(FUZZ_ENV) ## random requests over HTTP and gRPC for MINUTES=10, those of schemathesis too
 	PYTHONPATH=$(dir $(FUZZ_ENV)):$$PYTHONPATH $(BIN)/pytest -q -s tests/e2e/test_fuzz.py --fuzz-minutes $(or $(MINUTES),10)
 
+# MINUTES: after the warm-up; REPLICAS: data-parallel replicas.
 soak: env ## a server under a mixed load for MINUTES=30: no request is lost, nothing grows; writes JSON and a figure
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),1)
 

@@ -94,11 +94,13 @@ def encode(body: Any) -> bytes:
 
 
 def without_options(body: dict[str, Any]) -> dict[str, Any]:
-    """The same request to vLLM alone."""
+    """The same request to vLLM alone: its arguments for other plugins stay."""
     plain = json.loads(json.dumps(body))
-    if isinstance(plain.get("sampling_params"), dict):
-        plain["sampling_params"].pop("extra_args", None)
-    plain.pop("vllm_xargs", None)
+    for of, key in ((plain, "vllm_xargs"), (plain.get("sampling_params"), "extra_args")):
+        if isinstance(of, dict) and key in of:
+            given = of.pop(key)
+            if isinstance(given, dict):
+                of[key] = {name: value for name, value in given.items() if name not in (*FIELD_OF, KEY)}
     return plain
 
 

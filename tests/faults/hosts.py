@@ -18,10 +18,12 @@ import httpx
 import psutil
 
 from examples.two_hosts import Host, client_of, ip, started_on_both, two_hosts
+from tests.e2e.wait import wait_until
 from tests.faults.place import Place
 from tests.faults.served import ENGINE_OPTIONS, ENVIRONMENT, FRONT_OPTIONS, Served
 
 PORT = 50051
+RELAY_SECONDS = 60.0
 TRANSFER_RATE, TRANSFER_BYTES = "3mbit", 500_000
 """A transfer is brought to its middle by this rate: so many bytes have arrived, and more are to come."""
 
@@ -90,6 +92,8 @@ def on_two_hosts(model: Path, *options: str, folder: Path) -> Iterator[OnTwoHost
             command = [sys.executable, "-m", "tests.faults.relay", str(relay), str(PORT)]
             passing = here.popen(command, folder / "hosts" / "relay.log")
             try:
+                if not wait_until(relay.exists, RELAY_SECONDS):
+                    raise RuntimeError(f"the relay did not start; see {folder / 'hosts' / 'relay.log'}")
                 server = Processes(processes[0], processes[1:], f"unix:{relay}", str(model))
                 yield OnTwoHosts(server, Place(passing), (here, there), socket)
             finally:

@@ -51,7 +51,7 @@ def server(tmp_path_factory):
 
 
 def test_the_sockets_are_those_of_the_documentation(server):
-    assert open_sockets(server.process.pid) == documented_sockets("Replicas on one host")
+    assert open_sockets(server.process.pid) == documented_sockets("Replicas and several API servers")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ class SchedulerMachine(CountingMachine):
     Attributes:
         config: vLLM's, set by the test, as is ``kind``: one of KINDS.
         taken: pages that the machine holds, so that requests are preempted.
+        held: names of the parts of prompts that have been answered with pages, and not been released.
     """
 
     config: ClassVar[Any] = None
@@ -63,6 +64,7 @@ class SchedulerMachine(CountingMachine):
         self.in_flight: list[list[Any]] = []  # steps, and what the runner has returned for each; None: it has not run
         self.ended_loads: list[Any] = []
         self.taken: list[Any] = []
+        self.held: set[str] = set()
         self.totals["runs"] += 1
 
     @property
@@ -227,6 +229,7 @@ class SchedulerMachine(CountingMachine):
         self.totals["preemptions"] += case.request.num_preemptions
         self.totals["cached tokens"] += case.cached or 0
         if case.held is not None:
+            self.held.add(case.held["name"])
             positions = range(case.held["start"], case.num_prompt_tokens)
             held = self.runner.memory[case.held["pages"]].ravel()
             assert (held == case.states[positions.start : positions.stop]).all(), f"{case.name} holds other pages"
@@ -311,8 +314,11 @@ class SchedulerMachine(CountingMachine):
     @connected
     @rule(data=st.data())
     def release(self, data):
-        held = self.scheduler.connector.connector_scheduler.held
-        self.scheduler.connector.release([data.draw(st.sampled_from(["unknown", *held])), "unknown"])
+        self._release([data.draw(st.sampled_from(["unknown", *sorted(self.held)])), "unknown"])
+
+    def _release(self, names: list[str]) -> None:
+        self.scheduler.connector.release(names)
+        self.held -= set(names)
 
     @is_busy
     @rule()
@@ -328,7 +334,7 @@ class SchedulerMachine(CountingMachine):
             case.compile(99, False)
         for _ in range(1000):
             if self.setup.connector:
-                self.scheduler.connector.release(list(self.scheduler.connector.connector_scheduler.held))
+                self._release(sorted(self.held))
             for name in list(self.runner.loads):
                 self.ended_loads.append(self.runner.end_load(name, True))
             if not self.in_flight and not self.scheduler.has_requests():
@@ -343,8 +349,9 @@ class SchedulerMachine(CountingMachine):
     def all_pages_are_explained(self):
         held = [page.block_id for page in self.taken]
         if self.setup.connector:
-            for pages in self.scheduler.connector.connector_scheduler.held.values():
-                held += [page.block_id for page in pages]
+            parts = self.scheduler.connector.connector_scheduler.held
+            assert parts.keys() == self.held, "pages are held for completed parts of prompts, until they are released"
+            held += [page.block_id for pages in parts.values() for page in pages]
         check_pages(self.scheduler, held)
 
     @invariant()

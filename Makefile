@@ -31,7 +31,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit lint lint-docker layers types docs names \
+.PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit stateful lint lint-docker layers types docs names \
 	check-vllm compatibility proto proto-check proto-release lock sbom audit bench fuzz soak faults wheel release clean
 
 help: ## list the targets
@@ -80,6 +80,10 @@ compatibility: ## write docs/compatibility.md from the results of the last test,
 
 unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit
+
+stateful: env ## random requests and faults on the scheduler and on an engine: MINUTES=10 in all, or SEED=... of a failure
+	$(BIN)/pytest -q -s $(if $(SEED),--stateful-seed $(SEED),--stateful-minutes $$(( $(or $(MINUTES),10) / 5 ))) \
+		$(or $(TESTS),tests/unit/scheduler/test_stateful.py tests/parity/test_stateful.py)
 
 lint: env lint-docker ## ruff: lint rules and format; zizmor and the schema: the workflows; the issue forms; and lint-docker
 	$(BIN)/ruff check .

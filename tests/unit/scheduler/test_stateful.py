@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import pytest
 
 from tests.stateful import Length, run_machine
 from tests.unit.scheduler.simulation import make_config
 from tests.unit.scheduler.stateful.machine import SchedulerMachine
+from tests.unit.scheduler.stateful.setup import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-def test_no_request_is_lost_no_page_leaks_and_none_is_read_wrongly(config, quiet, pytestconfig):
-    SchedulerMachine.config = config
-    run_machine(SchedulerMachine, Length.of(pytestconfig), runs=150, rules=40)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_request_is_lost_no_page_leaks_and_none_is_read_wrongly(config, quiet, pytestconfig, kind):
+    machine = type("SchedulerMachine", (SchedulerMachine,), {"config": config, "kind": kind, "totals": Counter()})
+    run_machine(machine, Length.of(pytestconfig), runs=40, rules=40)

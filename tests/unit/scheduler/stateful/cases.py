@@ -59,7 +59,8 @@ class Case:
         states: (tokens,) int64, the fingerprint of the KV state of each token of the prompt and the answers.
         received: the tokens that the scheduler has answered.
         ended: the finish reason; None while the request is live.
-        prefilled: prompt tokens that the runner has computed, those of all preempted attempts included.
+        skipped: prompt tokens that the runner did not compute before the first preemption.
+        preempted: whether the request has been preempted.
         cached: prompt tokens that vLLM reports as cached; None before the first token.
         held: names and pages in the output of a part of a prompt.
     """
@@ -71,7 +72,8 @@ class Case:
     grammar: Future | None = None
     received: list[int] = field(default_factory=list)
     ended: str | None = None
-    prefilled: int = 0
+    skipped: int = 0
+    preempted: bool = False
     cached: int | None = None
     held: dict[str, Any] | None = None
 

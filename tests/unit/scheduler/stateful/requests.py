@@ -37,13 +37,20 @@ class Sizes:
         return replace(self.plan(num_tokens), overlap_size=0)
 
 
-sizes = st.builds(
-    Sizes,
-    block=st.sampled_from([2, 3, 4, 6]),
-    anchor=st.sampled_from([6, 0, 1, 2]),
-    overlap=st.sampled_from([0, 0, 0, 1, 6]),
-    query=st.sampled_from([1, 7, 8, 30]),
-)
+FIELDS = {
+    "block": st.sampled_from([2, 3, 4, 6]),
+    "anchor": st.sampled_from([6, 0, 0, 1, 2]),
+    "overlap": st.sampled_from([0, 0, 0, 0, 1, 6]),
+    "query": st.sampled_from([1, 7, 8, 30]),
+}
+
+
+@st.composite
+def pairs_of_sizes(draw) -> list[Sizes]:
+    """The sizes that the plans of a run have, which differ in one field at most."""
+    first = draw(st.builds(Sizes, **FIELDS))
+    field = draw(st.sampled_from(list(FIELDS)))
+    return [first, replace(first, **{field: draw(FIELDS[field])})]
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,9 @@ class Prompt:
 
 prompts = st.builds(
     Prompt,
-    document=st.integers(0, len(DOCUMENTS) - 1),
-    length=st.sampled_from([5, 40, 63, 64, 100, 129, MAX_TOKENS - MAX_ANSWERS]),
-    edits=st.lists(st.integers(0, MAX_TOKENS), max_size=2).map(tuple),
+    document=st.sampled_from([0, 0, 1, 2]),
+    length=st.sampled_from([5, 40, 64, 100, 129, 129, MAX_TOKENS - MAX_ANSWERS]),
+    edits=st.sampled_from([(), (20,), (45,), (3, 70), (100,)]),
 )
 
 
@@ -89,8 +96,8 @@ class Options:
 
 options = st.builds(
     Options,
-    salt=st.sampled_from([None, None, "a", "b"]),
-    adapter=st.sampled_from([0, 0, 1, 2]),
+    salt=st.sampled_from([None, None, None, "a", "b"]),
+    adapter=st.sampled_from([0, 0, 0, 0, 1, 2]),
     priority=st.integers(0, 2),
     grammar=st.sampled_from([False, False, False, True]),
     seeds=st.sampled_from([(0,), (0,), (0,), (1,), (0, 1), (0, 0, 2)]),
@@ -99,8 +106,10 @@ options = st.builds(
 )
 
 
-asked = st.tuples(prompts, options, st.none() | sizes)
-"""A request: its prompt, its options, and the sizes of its plan; None: it is dense."""
+stars = st.sampled_from([None, 0, 0, 0, 1])
+"""Which of the run's sizes a request's plan has; None: it is dense."""
+
+asked = st.tuples(prompts, options, stars)
 
 
 def part(name: str, plan: StarPlan, first: int, num_blocks: int) -> tuple[int, RequestMetadata] | None:

@@ -52,13 +52,11 @@ class Runner:
             start, row.position = row.position, row.position + count
             spans[name] = (start, row.position)
             assert count > 0 and row.position <= row.num_tokens, f"{name} computes tokens that are not known"
-            case = self.cases[name]
-            case.prefilled += max(0, min(row.position, case.num_prompt_tokens) - start)
             for group in range(len(self.specs)):
                 positions = np.arange(start, row.position)
                 pages, slots = self._slots(name, group, positions)
                 assert pages.all(), f"{name} writes to the null page of group {group}"
-                self.memory[pages, slots] = case.states[positions] ^ MARKS[group]
+                self.memory[pages, slots] = self.cases[name].states[positions] ^ MARKS[group]
         for name, (start, end) in spans.items():
             self._check_reads(name, start, end)
         names = list(spans)
@@ -71,12 +69,16 @@ class Runner:
     def _take_in(self, output: Any) -> None:
         for name in output.finished_req_ids:
             self.rows.pop(name, None)
+        for name in output.preempted_req_ids or ():
+            self.cases[name].preempted = True
         for new in output.scheduled_new_reqs:
+            self._skip_to(new.req_id, new.num_computed_tokens)
             known = new.prefill_token_ids if self.v2 else new.prompt_token_ids
             self.rows[new.req_id] = Row([list(ids) for ids in new.block_ids], new.num_computed_tokens, len(known))
         cached = output.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
             row, new_ids = self.rows[name], cached.new_block_ids[index]
+            self._skip_to(name, cached.num_computed_tokens[index])
             position, num_outputs = cached.num_computed_tokens[index], cached.num_output_tokens[index]
             num_tokens = self.cases[name].num_prompt_tokens + num_outputs
             if name in cached.resumed_req_ids:
@@ -91,6 +93,11 @@ class Runner:
             for load in output.kv_connector_metadata.loads:
                 pairs = [zip(read.remote_page_ids, read.local_page_ids, strict=True) for read in load.reads]
                 self.loads[load.request_id] = [pair for read in pairs for pair in read]
+
+    def _skip_to(self, name: str, position: int) -> None:
+        """Count the tokens that are hits of a request's first attempt."""
+        if not self.cases[name].preempted:
+            self.cases[name].skipped += position - (self.rows[name].position if name in self.rows else 0)
 
     def _slots(self, name: str, group: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pages = np.array(self.rows[name].pages[group], dtype=np.int64)

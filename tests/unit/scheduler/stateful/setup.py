@@ -22,7 +22,8 @@ SPECS = {
     "window": SlidingWindowSpec(block_size=PAGE_SIZE, sliding_window=20, **SHAPE),
     "local": ChunkedLocalAttentionSpec(block_size=PAGE_SIZE, attention_chunk_size=32, **SHAPE),
 }
-GROUPS = ["full", "full", "full window", "full window", "full local", "full window local", "window"]
+KINDS = ("any", "star blocks", "connector", "several groups")
+"""What a run is about: anything, reuse of star blocks, split prompts, or KV cache groups that share the pages."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,18 @@ class Setup:
 
 
 @st.composite
-def setups(draw) -> Setup:
-    groups = draw(st.sampled_from(GROUPS))
-    caching = draw(st.sampled_from([True, True, True, False]))
+def setups(draw, kind: str) -> Setup:
+    """A scheduler for runs of this kind. The connector is refused without a prefix cache and with several groups."""
+    several = ["full window", "full local", "full window local"]
+    groups = draw(st.sampled_from({"any": ["full", "window", *several], "several groups": several}.get(kind, ["full"])))
     options = {
         "fairness": draw(st.sampled_from(["on", "off"])),
         "long_prompt_tokens": draw(st.sampled_from([None, 24])),
         "shared_step_tokens": draw(st.sampled_from([None, 6])),
-        "star_block_reuse": draw(st.sampled_from(["on", "on", "off"])),
+        "star_block_reuse": "on" if kind == "star blocks" else draw(st.sampled_from(["on", "off"])),
     }
     return Setup(
-        policy=draw(st.sampled_from(["fcfs", "priority", "priority"])),
+        policy="priority" if kind == "several groups" else draw(st.sampled_from(["fcfs", "priority"])),
         is_async=draw(st.booleans()),
         v2=draw(st.booleans()),
         late=draw(st.booleans()),
@@ -106,8 +108,7 @@ def setups(draw) -> Setup:
         whole_fits=draw(st.booleans()),
         long_prefill=draw(st.sampled_from([0, 8, 10])),
         scheduling=tuple((name, value) for name, value in options.items() if value is not None),
-        caching=caching,
+        caching=kind != "any" or draw(st.booleans()),
         max_loras=draw(st.sampled_from([None, 1, 2])),
-        # The connector is refused without a prefix cache and with several KV cache groups.
-        connector=caching and groups == "full" and draw(st.booleans()),
+        connector=kind == "connector",
     )

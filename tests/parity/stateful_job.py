@@ -1,0 +1,240 @@
+"""Random requests, aborts, preemptions and resets on one engine with a tiny model; its answers are compared.
+
+Arguments: the checkpoint, then minutes and seed as in tests/stateful.py, where `-` is none. The engine runs in this
+process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that its scheduler is looked at after each step.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
+
+from tests.parity.harness import mask_of, max_gap, reference_logprobs, star, star_sizes
+from tests.stateful import CountingMachine, Length, run_machine
+from tests.unit.scheduler.simulation import random_ids
+from tests.unit.scheduler.stateful.checks import check_empty, check_pages, check_queues
+
+PAGE_SIZE, MAX_TOKENS, NUM_PAGES, LIMIT = 32, 384, 18, 1e-4
+SEGMENT, PADDING = 252, 10
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": PAGE_SIZE,
+    "max_model_len": MAX_TOKENS,
+    "num_gpu_blocks_override": NUM_PAGES,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 4,
+    "scheduling_policy": "priority",
+    "skip_tokenizer_init": True,
+    "additional_config": {"starling": {"star": {}, "scheduler": {"long_prompt_tokens": 100}}},
+}
+
+
+@dataclass
+class Asked:
+    """A request that the engine has not ended yet, and how many parallel samples it has."""
+
+    options: dict[str, Any]
+    num_samples: int
+    num_answers: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The start of a document, with another token at some places, and with segments that begin at others."""
+
+    document: int
+    length: int
+    edits: tuple[int, ...]
+    segments: tuple[int, ...]
+
+    def ids(self, with_segments: bool) -> list[int]:
+        ids = random_ids(self.document, self.length)
+        for place in self.edits:
+            ids[place % self.length] = 251
+        for place in sorted(self.segments, reverse=True) if with_segments else ():
+            ids.insert(place % (self.length - 40), SEGMENT)
+        return ids
+
+
+prompts = st.builds(
+    Prompt,
+    document=st.integers(0, 1),
+    length=st.sampled_from([60, 130, 200, 250]),
+    edits=st.lists(st.integers(0, MAX_TOKENS), max_size=2).map(tuple),
+    segments=st.sampled_from([(), (), (), (10,), (15, 70)]),
+)
+plans = st.builds(
+    star,
+    block_size=st.sampled_from([64, 96]),
+    query_tokens=st.sampled_from([1, 5, 33]),
+    anchor_size=st.sampled_from([None, 0, 32]),
+    overlap_size=st.sampled_from([0, 0, 32]),
+)
+
+
+class EngineMachine(CountingMachine):
+    """One engine for all runs; each run begins with an empty engine.
+
+    Attributes:
+        model: path of the checkpoint.
+        ended: requests that have been answered, which the engine must not answer again.
+    """
+
+    engine: ClassVar[Any] = None
+    model: ClassVar[Path]
+    numbers: ClassVar[Any] = count()
+
+    @initialize()
+    def start(self) -> None:
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.asked: dict[str, Asked] = {}
+        self.taken: list[Any] = []
+        assert self.engine.reset_prefix_cache()
+        self.totals["runs"] += 1
+
+    @precondition(lambda self: len(self.asked) < 6)
+    @rule(
+        prompt=prompts,
+        options=st.none() | plans,
+        num_answers=st.sampled_from([1, 4, 40]),
+        num_samples=st.sampled_from([1, 1, 1, 2]),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "tenant"]),
+        with_prompt=st.sampled_from([False, False, True]),
+    )
+    def add(self, prompt, options, num_answers, num_samples, priority, salt, with_prompt):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        segments = {"star_segment_token": SEGMENT, "star_padding_token": PADDING} if prompt.segments else {}
+        ids = prompt.ids(with_segments=options is not None)
+        params = SamplingParams(
+            max_tokens=num_answers,
+            n=num_samples,
+            temperature=1 if num_samples > 1 else 0,
+            top_k=1 if num_samples > 1 else 0,
+            ignore_eos=True,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            prompt_logprobs=0 if with_prompt else None,
+            extra_args=options and options | segments,
+        )
+        name = f"r{next(self.numbers)}"
+        given = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
+        self.engine.add_request(name, given, params, priority=priority)
+        self.asked[name] = Asked(options or {}, num_samples, num_answers)
+        self.totals["requests"] += 1
+
+    @precondition(lambda self: self.asked)
+    @rule(times=st.integers(1, 6))
+    def step(self, times):
+        for _ in range(times):
+            self._step()
+
+    def _step(self) -> None:
+        preempted = {name: request.num_preemptions for name, request in self.scheduler.requests.items()}
+        for output in self.engine.step():
+            asked = self.asked.get(output.request_id)
+            assert asked is not None, f"{output.request_id} is answered after its end"
+            if output.finished:
+                del self.asked[output.request_id]
+                self._compare(output, asked)
+        after = self.scheduler.requests
+        self.totals["preemptions"] += sum(
+            after[name].num_preemptions - before for name, before in preempted.items() if name in after
+        )
+        self.totals["steps"] += 1
+
+    def _compare(self, output: Any, asked: Asked) -> None:
+        """Hold the log-probabilities of an answer against the reference under the request's mask."""
+        prompt = list(output.prompt_token_ids)
+        assert len(output.outputs) == asked.num_samples
+        for answer in output.outputs:
+            ids = [*prompt, *answer.token_ids]
+            assert len(answer.token_ids) == asked.num_answers
+            mask = mask_of(star_sizes(asked.options, len(prompt)), len(ids)) if asked.options else None
+            expected = reference_logprobs(self.model, ids, mask)
+            chosen = zip(answer.logprobs, answer.token_ids, strict=True)
+            got = [step[token].logprob for step, token in chosen]
+            assert max_gap(got, expected[-len(got) :]) <= LIMIT, f"{output.request_id} has another answer"
+            if output.prompt_logprobs is not None:
+                pairs = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+                got = [step[token].logprob for step, token in pairs]
+                assert max_gap(got, expected[: len(got)]) <= LIMIT, f"{output.request_id} has another prompt"
+        self.totals["compared answers"] += len(output.outputs)
+        self.totals["cached tokens"] += output.num_cached_tokens or 0
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def abort(self, data):
+        name = data.draw(st.sampled_from(list(self.asked)))
+        self.engine.abort_request([name])
+        del self.asked[name]
+        self.totals["aborts"] += 1
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(left=st.integers(0, 3), times=st.integers(1, 4))
+    def steps_with_few_pages(self, left, times):
+        """Running requests that need a page are preempted."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        self.taken = pool.get_new_blocks(max(0, pool.get_num_free_blocks() - left))
+        self.step(times)
+        pool.free_blocks(self.taken)
+        self.taken = []
+
+    @rule(preempts=st.booleans())
+    def reset_prefix_cache(self, preempts):
+        assert self.engine.reset_prefix_cache(reset_running_requests=preempts) or not preempts
+
+    @precondition(lambda self: self.asked)
+    @rule()
+    def drain(self):
+        for _ in range(600):
+            if not self.asked:
+                break
+            self._step()
+        assert not self.asked, f"requests are lost: {list(self.asked)}"
+        self.engine.step()  # reports the last ends to the runner
+        check_empty(self.scheduler)
+
+    @invariant()
+    def all_pages_are_explained(self):
+        check_pages(self.scheduler, [page.block_id for page in self.taken])
+
+    @invariant()
+    def no_request_is_lost(self):
+        check_queues(self.scheduler, self.engine.output_processor.request_states)
+
+    def teardown(self):
+        """Leave the engine empty, after a failure too: the next run has the same engine."""
+        try:
+            if sys.exc_info()[0] is None:
+                self.drain()
+        finally:
+            self.scheduler.kv_cache_manager.block_pool.free_blocks(self.taken)
+            self.engine.abort_request(list(self.asked))
+            self.engine.step()
+
+
+def main() -> None:
+    model, minutes, seed = sys.argv[1:]
+    from vllm import EngineArgs, LLMEngine
+
+    EngineMachine.model = Path(model)
+    EngineMachine.engine = LLMEngine.from_engine_args(EngineArgs(model=model, **ENGINE))
+    logging.disable(logging.WARNING)
+    length = Length(None if minutes == "-" else float(minutes), None if seed == "-" else int(seed))
+    run_machine(EngineMachine, length, runs=12, rules=20)
+    print(dict(EngineMachine.totals), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from tests.stateful import CountingMachine, Length, run_machine
 from tests.unit.scheduler.simulation import random_ids
 from tests.unit.scheduler.stateful.checks import check_empty, check_pages, check_queues
 
-PAGE_SIZE, MAX_TOKENS, NUM_PAGES, LIMIT = 32, 384, 18, 1e-4
+PAGE_SIZE, MAX_TOKENS, NUM_PAGES, LIMIT = 32, 512, 18, 1e-4
 SEGMENT, PADDING = 252, 10
 ENGINE = {
     "dtype": "float32",
@@ -159,7 +159,7 @@ class EngineMachine(CountingMachine):
         assert len(output.outputs) == asked.num_samples
         for answer in output.outputs:
             ids = [*prompt, *answer.token_ids]
-            assert len(answer.token_ids) == asked.num_answers
+            assert len(answer.token_ids) == asked.num_answers, f"{output.request_id}: {answer.finish_reason}"
             mask = mask_of(star_sizes(asked.options, len(prompt)), len(ids)) if asked.options else None
             expected = reference_logprobs(self.model, ids, mask)
             chosen = zip(answer.logprobs, answer.token_ids, strict=True)

@@ -18,7 +18,7 @@ def server(tmp_path_factory):
     model = make_tiny_llama(folder / MODEL, num_hidden_layers=6)
     options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
     # In the test of SIGTERM, running streams end within this grace period on a slow machine too.
-    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "20", "--enable-prompt-tokens-details"]
+    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "120", "--enable-prompt-tokens-details"]
     with serving(model, *options, log=folder / "log", seconds=300) as server:
         yield server
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -58,7 +59,13 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [HEAD.format(notes=notes, summary=summary)]
     for server, group in groupby(every, key=lambda cell: cell.server):
         parts.append(f"\n## {server.capitalize()}\n\n{SERVER_NOTES[server]}\n\n")
-        parts.append(table(row(cell, results.get(cell.name)) for cell in group))
+        of_server = list(group)
+        shown = [cell for cell in of_server if cell.name in results]
+        if shown:
+            parts.append(table(row(cell, results[cell.name]) for cell in shown))
+        if missing := Counter(cell.fault for cell in of_server if cell.name not in results):
+            counted = ", ".join(f"{fault} ({number})" for fault, number in missing.items())
+            parts.append("\n" * bool(shown) + f"Cells without a result: {counted}.\n")
     return "".join(parts)
 
 
@@ -70,15 +77,12 @@ def table(rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def row(cell: Cell, result: Mapping[str, Any] | None) -> list[str]:
-    expected = expectation(cell.expected)
-    if result is None:
-        return [cell.fault, cell.target, cell.moment, expected, *"----", "not run"]
+def row(cell: Cell, result: Mapping[str, Any]) -> list[str]:
     health = (" → ".join(result[name]) for name in ("http_health", "grpc_health"))
     differs = "; ".join(cut(fault) for fault in result["faults"])
     verdict = f"**differs**: {differs}" if differs else "as expected"
     shown = [ends(result["ends"]), str(result["seconds"]), *health]
-    return [cell.fault, cell.target, cell.moment, expected, *shown, verdict]
+    return [cell.fault, cell.target, cell.moment, expectation(cell.expected), *shown, verdict]
 
 
 def expectation(expected: Expected) -> str:

@@ -32,4 +32,4 @@ def test_the_page_says_what_differed():
     assert "answer: HTTP, HTTP stream, gRPC stream; silence: gRPC" in text
     assert "**differs**: gRPC: silence; left: 3 \\| pages |" in text
     assert " cells 2 were run. In 1 of them all was as expected." in text
-    assert "| not run |" in text
+    assert "Cells without a result: " in text

@@ -104,7 +104,6 @@ class ProgressPoller:
     def __init__(self, split_requests: Container[str]) -> None:
         self.split_requests = split_requests
         self.watches: set[Watch] = set()
-        self.calls: dict[int, asyncio.Task] = {}  # under way, by replica
         self.states: dict[int, dict[str, dict[str, int]]] = {}  # the last answer of each replica
         self.task: asyncio.Task | None = None
 
@@ -143,49 +142,44 @@ class ProgressPoller:
     async def _run(self, engine: Any) -> None:
         try:
             while self.watches:
-                # The poll comes after the pause, also for the first watcher: a short prompt is done by then, and
-                # costs no call. And calls keep their distance however watchers come and go.
-                interval = min(watch.interval for watch in self.watches)
-                await asyncio.sleep(interval)
-                await self._poll(engine, interval)
+                polls = [asyncio.create_task(self._poll(engine, rank)) for rank in range(num_engine_cores(engine))]
+                try:
+                    done, _ = await asyncio.wait(polls, return_when=asyncio.FIRST_COMPLETED)
+                    for poll in done:
+                        poll.result()
+                finally:
+                    for poll in polls:
+                        poll.cancel()
         except EngineDeadError:
             pass  # generate() raises it
         except Exception:
             logger.exception("the prefill progress can't be read")
         finally:
             self.task = None
-            for call in self.calls.values():
-                call.cancel()
-            self.calls.clear()
             self.states.clear()
             for watch in self.watches:
                 watch.end()
 
-    async def _poll(self, engine: Any, interval: float) -> None:
-        for watch in self.watches:
-            self._look_up(engine, watch)
-        wanted = sorted({name for watch in self.watches if not watch.ended for name in watch.engine_ids})
-        if not wanted:
-            return
-        await self._ask(engine, wanted, interval)
+    async def _poll(self, engine: Any, rank: int) -> None:
+        """Ask one replica again and again, until nobody watches."""
+        while self.watches:
+            # The call comes after the pause, also for the first watcher: a short prompt is done by then, and costs no
+            # call. And calls keep their distance however watchers come and go.
+            await asyncio.sleep(min(watch.interval for watch in self.watches))
+            for watch in self.watches:
+                self._look_up(engine, watch)
+            wanted = sorted({name for watch in self.watches if not watch.ended for name in watch.engine_ids})
+            if wanted:
+                self.states[rank] = await call_engine_core(engine, rank, PREFILL_PROGRESS, wanted)
+                self._update()
+
+    def _update(self) -> None:
+        """Take in what the replicas have answered last."""
         states = {name: state for of_replica in self.states.values() for name, state in of_replica.items()}
         for watch in self.watches:
             progress = furthest([states[name] for name in watch.engine_ids if name in states])
             if progress is not None and not watch.ended:
                 watch.update(progress)
-
-    async def _ask(self, engine: Any, wanted: list[str], seconds: float) -> None:
-        """Take in what the replicas answer within so many seconds; a late answer counts at the next poll."""
-        late = set(self.calls.values())
-        for rank in range(num_engine_cores(engine)):
-            if rank not in self.calls:
-                self.calls[rank] = asyncio.create_task(call_engine_core(engine, rank, PREFILL_PROGRESS, wanted))
-        if asked := set(self.calls.values()) - late:
-            await asyncio.wait(asked, timeout=seconds)
-        for rank, call in list(self.calls.items()):
-            if call.done():
-                del self.calls[rank]
-                self.states[rank] = call.result()
 
     def _look_up(self, engine: Any, watch: Watch) -> None:
         """Read in the front whether the request has arrived, has its first token, or is gone."""

@@ -232,7 +232,7 @@ def main() -> None:
     EngineMachine.engine = LLMEngine.from_engine_args(EngineArgs(model=model, **ENGINE))
     logging.disable(logging.WARNING)
     length = Length(None if minutes == "-" else float(minutes), None if seed == "-" else int(seed))
-    run_machine(EngineMachine, length, runs=12, rules=20)
+    run_machine(EngineMachine, length, runs=5, rules=20)
     print(dict(EngineMachine.totals), flush=True)
 
 

@@ -30,7 +30,7 @@ from scheduler.star.plan import ReplicaSet, check_shards, check_sizes, max_repli
 from scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from scheduler.star.segments import check_segment_options
 from vllm_compat.config import is_async_engine, share_memory_nodes
-from vllm_compat.engine_core import divide_kv_memory_check
+from vllm_compat.engine_core import divide_kv_memory_check, end_coordinator_with_parent
 from vllm_compat.metrics import collect_from_children
 
 logger = init_logger("vllm.starling")
@@ -152,6 +152,7 @@ def after_engine_config(vllm_config: Any) -> None:
             kv_connector_extra_config={SHARDS: max_shards(config.star, replicas), ONE_HOST: one_host},
         )
         divide_kv_memory_check(default_num_shards)
+    end_coordinator_with_parent()
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:
         raise OptionError("worker_cls", parallel.worker_cls, "Starling has no worker for it", ", ".join(WORKERS))

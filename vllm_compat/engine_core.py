@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.starling")
 
 PARENT_CHECK_SECONDS = 1.0
 END_SECONDS = 10.0
-"""How long an engine core whose parent was killed may take to end its workers."""
+"""How long a process whose parent was killed may take to end its own children."""
 
 
 @touches(
@@ -80,15 +80,38 @@ def end_with_parent() -> None:
     multiprocessing's own pipe. An engine inside the user's process stays. Goes when vLLM's engine cores look after
     their parent.
     """
+    if multiprocessing.current_process().name.startswith("EngineCore"):
+        _watch_parent()
+
+
+def end_coordinator_with_parent() -> None:
+    """Let the coordinator of replicas end soon after the process that starts it, as ``end_with_parent`` does."""
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    original = DPCoordinatorProc.run_coordinator
+    if original is not run_coordinator:
+        run_coordinator.__wrapped__ = original  # type: ignore[attr-defined]
+        DPCoordinatorProc.run_coordinator = staticmethod(run_coordinator)  # type: ignore[method-assign]
+
+
+def run_coordinator(*args: Any, **kwargs: Any) -> None:
+    """vLLM's DPCoordinatorProc.run_coordinator. A function of a module, since a spawned process gets its name only."""
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    _watch_parent()
+    getattr(run_coordinator, "__wrapped__", DPCoordinatorProc.run_coordinator)(*args, **kwargs)
+
+
+def _watch_parent() -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None and multiprocessing.current_process().name.startswith("EngineCore"):
+    if parent is not None:
         threading.Thread(target=_end_after, args=(parent.pid,), name="starling-parent", daemon=True).start()
 
 
 def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
-    logger.error("process %d, which started this engine core, has ended: the engine core ends too", parent)
+    logger.error("process %d, which started this one, has ended: this one ends too", parent)
     if DIRECTORY_ENV in os.environ:
         shutil.rmtree(os.environ[DIRECTORY_ENV], ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -85,4 +86,38 @@ def test_an_engine_core_ends_once_its_parent_is_killed_and_other_processes_go_on
         for child in children.values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+        parent.stdout.close()
+
+
+COORDINATED = """
+import sys, time
+sys.path[:0] = {path}
+
+if __name__ == "__main__":
+    from vllm.config import ParallelConfig
+    from vllm.v1.engine.coordinator import DPCoordinator
+    from vllm_compat.engine_core import end_coordinator_with_parent
+
+    end_coordinator_with_parent()
+    coordinator = DPCoordinator(ParallelConfig(data_parallel_size=2, data_parallel_size_local=2))
+    print(coordinator.proc.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_the_coordinator_of_replicas_ends_once_its_parent_is_killed(tmp_path, method):
+    script = tmp_path / "parent.py"
+    script.write_text(COORDINATED.format(path=sys.path))
+    environment = os.environ | {"VLLM_WORKER_MULTIPROCESSING_METHOD": method}
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+    coordinator = psutil.Process(int(parent.stdout.readline()))
+    try:
+        parent.kill()
+        parent.wait()
+        _, alive = psutil.wait_procs([coordinator], timeout=60)
+        assert not alive
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            coordinator.kill()
         parent.stdout.close()

@@ -102,7 +102,7 @@ def test_grpc_which_hands_over_a_planned_prompt(simulate, plans):
             star=pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=64, query_tokens=20, replicas=2),
             sampling=pb.SamplingParams(temperature=0, max_tokens=3, ignore_eos=True),
         )
-        service = Inference(server.engine, on_dead=None, chat=ChatParams())
+        service = Inference(server.engine, on_dead=None, chat=ChatParams(), client_of=lambda context: "client")
         engine_input, params, shown = await service._prepare(request)
         assert (len(plans), shown["replicas"]) == (1, 2)
         async for _ in server.engine.generate(engine_input, params, "me"):

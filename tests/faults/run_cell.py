@@ -146,7 +146,7 @@ def reach(served: Served, moment: str, running: Sequence[Running]) -> None:
             return True
         if moment == TRANSFER:
             return served.at_gate()
-        engines = served.engines(per_request=True)
+        engines = served.engines(per_request=True, seconds=MOMENT_SECONDS)
         requests = [request for engine in engines for request in engine.requests]
         if moment == PREFILL:
             known = sum(engine.requests_running + engine.requests_waiting for engine in engines)

@@ -220,7 +220,7 @@ def prepare_server(args: Any) -> None:
         OptionError: the server's cache salts would come from API keys, and it has none.
     """
     config = parse_config(args.additional_config)
-    if config is None:
+    if config is None or getattr(args, "headless", False):  # a host without a front
         return
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"

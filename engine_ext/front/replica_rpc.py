@@ -67,7 +67,7 @@ class ReplicaRPC:
         """Call a utility in all replicas; returns the results of those that answer in time, by rank.
 
         A replica that owes the answer to the same question is not asked again, and not waited for any longer than it
-        was at first; its late answer counts.
+        was at first. Its late answer is out of date, and does not count.
 
         Args:
             seconds: how long to wait for an answer; at most ``timeout``.
@@ -80,7 +80,7 @@ class ReplicaRPC:
         asked = {}
         for rank in range(num_engine_cores(engine)):
             question = (rank, name, *args)
-            if question not in self._asked:
+            if question not in self._asked or self._asked[question][0].done():
                 call = asyncio.ensure_future(call_engine_core(engine, rank, name, *args))
                 call.add_done_callback(retrieve_error)
                 self._asked[question] = call, now + min(seconds, self.timeout)

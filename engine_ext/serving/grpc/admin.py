@@ -89,7 +89,7 @@ def matching_request_ids(
 
 
 class AdminInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls of AdminService, as ``refusal`` says.
+    """Refuses calls of AdminService, as ``refusal`` says; on a port of its own, those of reflection too.
 
     Args:
         key: the admin key, or None.
@@ -104,7 +104,7 @@ class AdminInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(ADMIN_PREFIX):
+        if handler is None or not (self.own_port or handler_call_details.method.startswith(ADMIN_PREFIX)):
             return handler
         refused = refusal(handler_call_details.invocation_metadata, self.key, self.own_port)
         return handler if refused is None else refusal_handler(handler, *refused)

@@ -8,8 +8,9 @@ handler takes calls as streams, and reads the message itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,7 +21,7 @@ from engine_ext.serving.errors import SlowMessageError
 from engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
 
 AT_ONCE, OF_CLIENT, SECONDS = 32, 16, 60.0
-HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS = 16, 2, 10.0  # health needs no key
+HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS = 64, 8, 10.0  # of health calls that run: they need no key
 
 
 ClientOf = Callable[[grpc.aio.ServicerContext], str]
@@ -84,6 +85,31 @@ class Arrivals:
             return await arriving(context.read(), deadline - loop.time())
 
 
+class RunningCalls:
+    """Limits the calls that run at the same time. Further ones are refused.
+
+    Args:
+        at_once: calls of all hosts.
+        of_host: calls of one host.
+    """
+
+    def __init__(self, at_once: int, of_host: int) -> None:
+        self.at_once = at_once
+        self.of_host = of_host
+        self.hosts: Counter[str] = Counter()
+
+    @contextmanager
+    def count(self, host: str) -> Iterator[bool]:
+        """Count a call until the end of the block; yields whether it is allowed."""
+        allowed = self.hosts.total() < self.at_once and self.hosts[host] < self.of_host
+        self.hosts[host] += allowed
+        try:
+            yield allowed
+        finally:
+            self.hosts[host] -= allowed
+            self.hosts += Counter()  # drops hosts without a call
+
+
 class ArrivalInterceptor(grpc.aio.ServerInterceptor):
     """Receives the messages of unary calls; add it after the interceptors that refuse calls.
 
@@ -96,6 +122,7 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, client_of: ClientOf) -> None:
         self.arrivals = Arrivals(AT_ONCE, OF_CLIENT, SECONDS, client_of)
         self.health = Arrivals(HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS, host_of)
+        self.health_calls = RunningCalls(HEALTH_AT_ONCE, HEALTH_OF_HOST)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -103,8 +130,24 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
-        is_health = handler_call_details.method.startswith(HEALTH_PREFIX)
-        return receiving_handler(handler, self.health if is_health else self.arrivals)
+        if handler_call_details.method.startswith(HEALTH_PREFIX):
+            return limited_handler(receiving_handler(handler, self.health), self.health_calls)
+        return receiving_handler(handler, self.arrivals)
+
+
+def limited_handler(handler: grpc.RpcMethodHandler, calls: RunningCalls) -> grpc.RpcMethodHandler:
+    """A handler of streams of messages that refuses calls beyond a limit, before it reads a message."""
+    serve = handler.stream_stream if handler.response_streaming else handler.stream_unary
+
+    async def count_and_serve(messages: Any, context: grpc.aio.ServicerContext) -> Any:
+        with calls.count(host_of(context)) as allowed:
+            if not allowed:
+                reason = f"{calls.at_once} health calls may run, and {calls.of_host} of one address"
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            return await serve(messages, context)
+
+    make_handler = METHOD_HANDLERS[True, handler.response_streaming]
+    return make_handler(count_and_serve, None, handler.response_serializer)
 
 
 def receiving_handler(handler: grpc.RpcMethodHandler, arrivals: Arrivals) -> grpc.RpcMethodHandler:

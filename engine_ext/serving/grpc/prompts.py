@@ -54,6 +54,13 @@ class PromptLimit:
             reason = f"The prompt has {number} token ids or more; the model's context has {self.tokens}."
             raise VLLMValidationError(reason, parameter="token_ids")
 
+    def check_chat(self, chat: pb.Chat) -> None:
+        """Check a number of messages and of characters (raises VLLMValidationError: no prompt has so many)."""
+        if len(chat.messages) > self.tokens:
+            reason = f"The prompt has {len(chat.messages)} messages; the model's context has {self.tokens} tokens."
+            raise VLLMValidationError(reason, parameter="chat")
+        self.check_characters(sum(len(message.role) + len(message.content) for message in chat.messages))
+
     def check_characters(self, number: int) -> None:
         """Check a number of characters (raises VLLMValidationError: no prompt has so many)."""
         if self.characters is not None and number > self.characters:
@@ -146,6 +153,7 @@ async def render(
             template refuses; or the model has no template.
     """
     if request.WhichOneof("prompt") == "chat":
+        limit.check_chat(request.chat)
         conversation, params = chat_arguments(renderer, request.chat, chat)
         _, (engine_input,) = await renderer.render_chat_async([conversation], params, None, prompt_extras=extras)
         return engine_input

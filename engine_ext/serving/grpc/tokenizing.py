@@ -51,7 +51,7 @@ class Tokenizing:
             room.take(request.ByteSize())
             params = self.renderer.default_cmpl_tok_params
             if request.WhichOneof("prompt") == "chat":
-                self.limit.check_characters(sum(len(message.content) for message in request.chat.messages))
+                self.limit.check_chat(request.chat)
                 params = self.renderer.default_chat_tok_params
                 prompt = await render_chat(self.renderer, request.chat, self.chat)
                 if "prompt_token_ids" in prompt:  # some models' templates make tokens
@@ -61,7 +61,16 @@ class Tokenizing:
                 self.limit.check_characters(len(prompt["prompt"]))
             self.renderer.get_tokenizer()  # refuses where there is none
             params = replace(params, max_total_tokens=None)
-            return await asyncio.get_running_loop().run_in_executor(self.thread, self._tokenize, prompt, params)
+            return await self._in_turn(prompt, params)
+
+    async def _in_turn(self, prompt: TextPrompt, params: TokenizeParams) -> list[int]:
+        """Tokenise on the thread. A cancelled call ends with its turn: until then its text is in memory."""
+        working = asyncio.get_running_loop().run_in_executor(self.thread, self._tokenize, prompt, params)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait({working})
+            raise
 
     def _tokenize(self, prompt: TextPrompt, params: TokenizeParams) -> list[int]:
         text = params.apply_pre_tokenization(self.tokenizer, prompt)["prompt"]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
 from engine_ext.serving.errors import UploadMemoryError
-from engine_ext.serving.grpc.arrivals import arriving
+from engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
 from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from engine_ext.serving.grpc.prompts import PromptLimit
 from engine_ext.serving.grpc.quota import Quota, Room
 from starling.v1 import inference_pb2 as pb
 
 MIN_UPLOAD_BYTES = 512 * 2**20
-IDLE_SECONDS = 60.0
+IDLE_SECONDS, ALL_SECONDS = 60.0, 600.0  # between two messages, and for all of them
 PIECES = ("text", "token_ids")
 
 # What a piece becomes in memory until the engine has the prompt.
@@ -34,15 +35,19 @@ def upload_quota(max_model_len: int) -> Quota:
     return Quota(total, total // 2, UploadMemoryError)
 
 
-async def messages(parts: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:
+async def messages(parts: AsyncIterator[Any], seconds: float, all_seconds: float) -> AsyncIterator[Any]:
     """The messages of a stream.
 
     Raises:
-        SlowMessageError: the next one did not arrive within ``seconds``.
+        SlowMessageError: the next one did not arrive within ``seconds``, or the last one within ``all_seconds``.
     """
+    deadline = asyncio.get_running_loop().time() + all_seconds
     while True:
+        left = deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise SlowMessageError(f"the upload did not come to its end within {all_seconds:.0f} s")
         try:
-            part = await arriving(anext(parts), seconds)
+            part = await arriving(anext(parts), min(seconds, left))
         except StopAsyncIteration:
             return
         yield part
@@ -70,11 +75,11 @@ class Upload:
         Raises:
             VLLMValidationError: parts are out of order or of several kinds, or the prompt is longer than any can be.
             UploadMemoryError: there is no room for it beside others.
-            SlowMessageError: the next part did not arrive in time.
+            SlowMessageError: the next part, or the last one, did not arrive in time.
         """
         self.room.take(2 * MAX_REQUEST_BYTES)  # for the head, and the message that is arriving
         first = True
-        async for part in messages(parts, IDLE_SECONDS):
+        async for part in messages(parts, IDLE_SECONDS, ALL_SECONDS):
             kind = part.WhichOneof("part")
             if first != (kind == "head"):
                 reason = "the first message of an upload is its head, and no other is"

@@ -14,6 +14,9 @@ from starling.client.requests import Prompt, generate_request, tokenize_request,
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 
+SERVER_MESSAGE_BYTES = 8 * 2**20
+"""The largest message that a server takes. Chat messages can't be uploaded in pieces, and may use all of it."""
+
 Event = pb.GenerateStreamResponse
 Events = Generator[Event, None, None]
 AsyncEvents = AsyncGenerator[Event, None]
@@ -82,12 +85,14 @@ class Connection:
         Raises:
             ValueError: the request would have to be uploaded, and its prompt is messages.
         """
-        size = request.ByteSize()
-        if not upload and size <= self.max_message_bytes:
+        size, limit = request.ByteSize(), self.max_message_bytes
+        if request.HasField("chat"):
+            limit = max(limit, SERVER_MESSAGE_BYTES)
+        if not upload and size <= limit:
             return False
         if request.HasField("chat"):
             reason = f"messages can't be uploaded in pieces, and these take {size} bytes"
-            allowed = f"up to {self.max_message_bytes}, the client's max_message_bytes"
+            allowed = f"up to {limit}"
             raise ValueError(f"The prompt is refused: {reason}. Allowed: {allowed}.")
         return True
 

@@ -93,6 +93,13 @@ def test_a_server_without_api_keys_does_not_derive_salts_from_them(monkeypatch):
     prepare_server(server_args(api_key=None))
 
 
+def test_a_host_without_a_front_needs_no_api_keys(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    args = server_args(api_key=None, headless=True)
+    prepare_server(args)
+    assert not args.middleware
+
+
 @pytest.mark.parametrize("setting", ["required", "api-key"])
 def test_an_engine_without_a_server_has_no_clients(tmp_path, setting):
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs

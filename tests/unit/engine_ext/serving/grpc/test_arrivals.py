@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engine_ext.serving.grpc.arrivals import Arrivals
+from engine_ext.serving.grpc.arrivals import HEALTH_OF_HOST, Arrivals
 from engine_ext.serving.grpc.auth import host_of
 from engine_ext.serving.grpc.inference import SERVICE
 from engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS
@@ -24,6 +25,7 @@ METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["InferenceSe
 GENERATE = f"/{SERVICE}/Generate"
 HEALTH = "/grpc.health.v1.Health/Check"
 ADMIN = "/starling.v1.AdminService/Abort"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 START = prefix(2**20) + b"\x12"  # of a message of 1 MiB, of which no more is sent
 KEY = {"authorization": "Bearer key"}
 REQUEST = pb.GenerateRequest(text="abc")
@@ -51,7 +53,7 @@ async def connected(*, admin_port: bool = False, certificates=None):
 @pytest.mark.parametrize("tls", [False, True], ids=["plain text", "TLS"])
 @pytest.mark.parametrize(
     ("path", "admin_port"),
-    [*((f"/{SERVICE}/{name}", False) for name in METHODS), (ADMIN, False), (ADMIN, True)],
+    [*((f"/{SERVICE}/{name}", False) for name in METHODS), (ADMIN, False), (ADMIN, True), (REFLECTION, True)],
 )
 def test_a_call_without_a_key_is_refused_before_its_message(path, admin_port, tls, certificates):
     async def scenario():
@@ -150,3 +152,24 @@ def test_an_ordinary_long_prompt_fits_one_message():
     million = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(10**6)))
     assert million.ByteSize() < MAX_REQUEST_BYTES
     assert pb.GenerateRequest(text="a" * 4_000_000).ByteSize() < MAX_REQUEST_BYTES
+
+
+def test_health_calls_of_one_address_are_few():
+    """Watch too, which may last for ever."""
+
+    async def scenario():
+        async with front_of(FakeEngine("a")) as client, grpc.aio.insecure_channel(client.address) as channel:
+            stub, request = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
+            watches = [stub.Watch(request) for _ in range(HEALTH_OF_HOST)]
+            for watch in watches:
+                await watch.read()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Check(request, timeout=10)
+            watches[0].cancel()
+            async with asyncio.timeout(10):
+                while client.front.arrivals.health_calls.hosts.total() == HEALTH_OF_HOST:
+                    await asyncio.sleep(0.01)
+            return refused.value.code(), (await stub.Check(request, timeout=10)).status
+
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert asyncio.run(scenario()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, serving)

@@ -192,8 +192,9 @@ def test_an_upload_is_refused_by_the_heads_field(kind):
     assert (call.error.code, call.error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p")
 
 
-def test_messages_have_no_pieces(kind):
-    with pytest.raises(ValueError, match="max_message_bytes"):
+def test_messages_have_no_pieces(kind, monkeypatch):
+    monkeypatch.setattr("starling.client.clients.SERVER_MESSAGE_BYTES", 20)
+    with pytest.raises(ValueError, match="Allowed: up to 20"):
         Call(kind, FakeEngine(), max_message_bytes=10)(CHAT)
 
 

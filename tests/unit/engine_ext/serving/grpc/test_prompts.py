@@ -125,3 +125,16 @@ def test_the_kinds_of_prompt_are_named():
         prompts.prompt_of(pb.TokenizeRequest())
     with pytest.raises(VLLMValidationError, match="set text or token_ids or chat"):
         prompts.prompt_of(pb.GenerateRequest())
+
+
+@pytest.mark.parametrize(
+    ("chat", "says"),
+    [
+        (pb.Chat(messages=[pb.ChatMessage(role="a", content="b")] * 4), "4 messages"),
+        (pb.Chat(messages=[pb.ChatMessage(role="a" * 10, content="b" * 21)]), "31 characters"),
+    ],
+    ids=["messages", "a long role"],
+)
+def test_messages_that_no_context_holds_are_refused(chat, says):
+    with pytest.raises(VLLMValidationError, match=says):
+        prompts.PromptLimit(3, 30).check_chat(chat)

@@ -103,3 +103,20 @@ def test_a_prompt_longer_than_the_context_is_tokenised():
             return await client.stub.Tokenize(TEXT, timeout=10)
 
     assert asyncio.run(scenario()).count == 10
+
+
+def test_a_text_that_waits_is_counted_after_its_client_has_cancelled(engine):
+    async def scenario():
+        async with front_of(engine) as client:
+            quota = client.front.inference.tokenizing.quota
+            first, second = (asyncio.ensure_future(client.stub.Tokenize(TEXT)) for _ in range(2))
+            await until(lambda: engine.tokenizer.texts and quota.used.total() == 2 * TEXT.ByteSize())
+            second.cancel()
+            await asyncio.wait({second})
+            counted = quota.used.total()
+            engine.tokenizer.go.set()
+            await first
+            await until(lambda: not quota.used)
+            return counted
+
+    assert asyncio.run(scenario()) == 2 * TEXT.ByteSize()

@@ -10,6 +10,7 @@ from grpc_status import rpc_status
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
 from engine_ext.serving.errors import UploadMemoryError
+from engine_ext.serving.grpc.arrivals import SlowMessageError
 from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from engine_ext.serving.grpc.prompts import PromptLimit
 from engine_ext.serving.grpc.quota import Quota
@@ -19,6 +20,7 @@ from engine_ext.serving.grpc.upload import (
     PIECE_BYTES,
     Upload,
     as_upload_event,
+    messages,
     upload_quota,
 )
 from starling.v1 import inference_pb2 as pb
@@ -251,3 +253,17 @@ def test_the_memory_of_a_cancelled_upload_is_released():
                     await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
+
+
+def test_an_upload_in_ever_more_pieces_ends():
+    async def endless():
+        while True:
+            yield ids()
+            await asyncio.sleep(0)
+
+    async def scenario():
+        async for _ in messages(endless(), 60, 0.05):
+            pass
+
+    with pytest.raises(SlowMessageError, match="did not come to its end within 0 s"):
+        asyncio.run(scenario())

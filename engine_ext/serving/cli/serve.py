@@ -120,6 +120,7 @@ async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions
             front = None if grpc_port is None else await start_front(engine, args, grpc_port, admin)
             grace = max(GRACE_SECONDS, args.shutdown_timeout)
             if front is not None:
+                front_state(engine).let_split_requests_end(engine)  # after the front has stopped: health says so first
                 stop_before_engine(engine, front, grace)
             try:
                 http_shutdown = await build_and_serve(engine, listen_address, sock, args)

@@ -207,13 +207,15 @@ def test_a_holder_whose_thread_ends_hands_out_no_shard_and_tells_its_clients(mon
     step, out = client.step([query]), torch.zeros(8, HEADS, CPU_SIZE)
     step.finish(step.begin("layer", torch.randn_like(out), 0.3, 0.0), out, torch.zeros(8, HEADS))
     assert client.take_lost() is None
-    sends = threading.Event()
+    receives, sends = threading.Event(), threading.Event()
 
     def fail():
+        receives.set()
         sends.wait()
         raise RuntimeError("the transport is gone")
 
     monkeypatch.setattr(server.messenger, "receive", fail)
+    assert receives.wait(20), "else the thread may still receive the query below"
     sent = step.begin("layer", torch.randn_like(out), 0.3, 0.0)
     sends.set()
     server.thread.join(20)

@@ -62,12 +62,6 @@ def http(server):
 
 
 @pytest.fixture(scope="module")
-def channel(server):
-    with grpc.insecure_channel(server.grpc) as channel:
-        yield channel
-
-
-@pytest.fixture(scope="module")
 def expected(http):
     """A plain answer, before anything random was sent."""
     return answer(http)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-MAX_REQUEST_BYTES = 8 * 2**20  # over 2 million token ids, or 8 MiB of text; uploads take longer prompts
+from starling.client.clients import SERVER_MESSAGE_BYTES
+
+MAX_REQUEST_BYTES = SERVER_MESSAGE_BYTES  # over 2 million token ids, or 8 MiB of text; uploads take longer prompts
 MAX_ADMIN_BYTES = 256 * 2**10  # of a message to AdminService's own port
 
 MAX_STREAMS = 1024  # calls of one connection at once

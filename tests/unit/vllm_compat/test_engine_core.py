@@ -17,6 +17,7 @@ import pytest
 from vllm.v1.engine import core
 
 from vllm_compat.engine_core import divide_kv_memory_check
+from vllm_compat.metrics import DIRECTORY_ENV
 
 
 def test_an_engine_core_checks_its_memory_against_its_part_of_the_length(monkeypatch):
@@ -48,6 +49,11 @@ def test_the_engine_core_calls_the_check_by_its_modules_name():
     assert "get_kv_cache_configs(" in inspect.getsource(core.EngineCore._initialize_kv_caches)
 
 
+def own_environment() -> dict[str, str]:
+    """Without the folder of this process's metrics, which an engine core removes once its parent is killed."""
+    return {name: value for name, value in os.environ.items() if name != DIRECTORY_ENV}
+
+
 PARENT = """
 import multiprocessing, sys, time
 sys.path[:0] = {path}
@@ -73,7 +79,7 @@ def test_an_engine_core_ends_once_its_parent_is_killed_and_other_processes_go_on
     names = ["EngineCore_DP0", "another", "EngineCore"]
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(path=sys.path, method=method, names=names))
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=own_environment())
     lines = [parent.stdout.readline().split() for _ in names]
     children = {name: psutil.Process(int(pid)) for pid, name in lines}
     try:
@@ -109,7 +115,7 @@ if __name__ == "__main__":
 def test_the_coordinator_of_replicas_ends_once_its_parent_is_killed(tmp_path, method):
     script = tmp_path / "parent.py"
     script.write_text(COORDINATED.format(path=sys.path))
-    environment = os.environ | {"VLLM_WORKER_MULTIPROCESSING_METHOD": method}
+    environment = own_environment() | {"VLLM_WORKER_MULTIPROCESSING_METHOD": method}
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
     coordinator = psutil.Process(int(parent.stdout.readline()))
     try:

@@ -27,6 +27,7 @@ from benchmarks.soak.series import Sampler
 from benchmarks.soak.target import Clients, Target
 from engine_ext.serving.errors import GRPC_CODES
 from examples.server import end_on_signals, serving
+from starling.client import AsyncClient, StarlingError
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.e2e.fuzz import messages, mutated
@@ -244,23 +245,15 @@ def test_a_request_with_too_many_choices_is_refused_before_it_reaches_the_engine
 
 
 def test_an_upload_of_a_million_tokens_is_refused_for_its_length_at_its_first_piece(server):
-    async def parts():
-        yield pb.GenerateUploadStreamRequest(head=pb.GenerateStreamRequest(sampling=request().sampling))
-        for _ in range(10):
-            yield pb.GenerateUploadStreamRequest(token_ids=pb.TokenIds(ids=[5] * 100_000))
-
-    async def scenario(calls):
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            async for _ in calls.stub.GenerateUploadStream(parts(), metadata=CREDENTIALS):
-                pass
-        return refused.value
+    async def scenario(_):
+        async with AsyncClient(server.grpc, api_key=KEY) as client:
+            with pytest.raises(StarlingError) as refused:
+                await client.generate([5] * 1_000_000, upload=True, max_tokens=TOKENS)
+            return refused.value
 
     error = run(server, scenario)
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.details() == "The prompt has 100000 token ids or more; the model's context has 8192."
-    details = error_details_pb2.BadRequest()
-    assert rpc_status.from_call(error).details[0].Unpack(details)
-    assert [violation.field for violation in details.field_violations] == ["token_ids"]
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "token_ids")
+    assert error.message == "The prompt has 262144 token ids or more; the model's context has 8192."
 
 
 def test_an_upload_gives_the_tokens_of_the_same_prompt_in_one_message(server):

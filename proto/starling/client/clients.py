@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 
 from starling.client.channel import SERVICE, Pem, channel_credentials, channel_options
+from starling.client.early_status import EarlyStatus
 from starling.client.errors import converted_errors
 from starling.client.requests import Prompt, generate_request, tokenize_request, upload_parts
 from starling.reply import Reply
@@ -222,9 +223,13 @@ class AsyncClient(Connection):
 
     async def _events(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> AsyncEvents:
         call = self._start(request, upload, timeout)
+        status = EarlyStatus(call)
         try:
             with converted_errors():
-                async for event in call:
-                    yield event
+                try:
+                    async for event in call:
+                        yield event
+                except grpc.aio.AioRpcError as error:
+                    raise await status.of(error) from error
         finally:
             call.cancel()

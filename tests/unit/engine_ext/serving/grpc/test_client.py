@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from engine_ext.serving.grpc import messages
 from engine_ext.serving.grpc.auth import server_credentials
 from scheduler.star.options import FIELD_OF
 from starling.client import AsyncClient, Client, StarlingError, clients, requests
+from starling.client.early_status import EarlyStatus
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 
@@ -190,6 +192,62 @@ def test_a_long_prompt_goes_up_in_pieces(kind, monkeypatch, method, prompt, fiel
 def test_an_upload_is_refused_by_the_heads_field(kind):
     call = Call(kind, FakeEngine())("abc", upload=True, top_p=2)
     assert (call.error.code, call.error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p")
+
+
+@pytest.mark.parametrize("retries", [0, 4])
+def test_an_upload_is_refused_before_its_end(kind, retries):
+    """The pieces exceed what a connection holds, so one is being written when the server refuses the upload."""
+    error = Call(kind, FakeEngine(), retries=retries)([5] * 2_000_000, upload=True).error
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (error.field, error.retry_after) == ("token_ids", None)
+    assert error.message == "The prompt has 262144 token ids or more; the model's context has 1000."
+
+
+@pytest.mark.parametrize("server_first", [True, False], ids=["server first", "write first"])
+def test_a_failed_write_does_not_hide_the_servers_status(server_first):
+    """grpc.aio may note the failed write before or after the server's status."""
+    failed = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+    refused = (grpc.StatusCode.INVALID_ARGUMENT, "too long")
+
+    class AioCall:
+        async def code(self):
+            return self.status[0]
+
+        async def details(self):
+            return self.status[1]
+
+        async def trailing_metadata(self):
+            return grpc.aio.Metadata(("a", "b"))
+
+        def add_done_callback(self, callback):
+            self.callback = callback
+
+        def end(self, status):
+            self.status = status
+            self.callback(self)
+
+    async def scenario():
+        call = AioCall()
+        status = EarlyStatus(call)
+        first, second = (refused, failed) if server_first else (failed, refused)
+        call.end(first)
+        waiting = asyncio.ensure_future(status.of(grpc.aio.AioRpcError(failed[0], details=failed[1])))
+        await asyncio.sleep(0)
+        call.end(second)
+        return await waiting
+
+    error = asyncio.run(scenario())
+    assert (error.code(), error.details(), error.trailing_metadata()["a"]) == (*refused, "b")
+
+
+def test_a_failed_write_without_a_status_of_the_server_is_reported(monkeypatch):
+    monkeypatch.setattr("starling.client.early_status.WAIT_SECONDS", 0.01)
+    failed = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, details="Internal error from Core")
+
+    async def scenario():
+        return await EarlyStatus(SimpleNamespace(add_done_callback=lambda _: None)).of(failed)
+
+    assert asyncio.run(scenario()) is failed
 
 
 def test_messages_have_no_pieces(kind, monkeypatch):

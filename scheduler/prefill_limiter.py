@@ -8,20 +8,17 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from scheduler.admission import WAITING, Admission
 from scheduler.options import MIN_CHUNK
 from scheduler.star.request_metadata import metadata_of
 from scheduler.step_budget import Limits, LongPrompt, divide_step
 from vllm_compat.scheduler_view import SchedulerView
-
-WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
 def limiter_refusal(scheduler: Any) -> str | None:
     """Why a scheduler's chunks can't be bounded; None: they can."""
     if not scheduler.scheduler_config.enable_chunked_prefill:
         return "chunked prefill is off, so a prompt is prefilled in one step"
-    if SchedulerView(scheduler).chunks_end_at_mamba_blocks:
-        return "with mamba_cache_mode=align a chunk must end where Mamba's state is kept"
     return None
 
 
@@ -46,6 +43,8 @@ class PrefillLimiter:
         self.deferred = 0
         self.skipped_long = False  # a step went to short prompts alone, and no long prompt has had a chunk since
         self.without_adapter: set[str] = set()
+        self.deferred_steps = 0  # steps without any prefill since the last one with
+        self.admission = Admission(self.view)
 
     def may_be_long(self, request: Any) -> bool:
         """Whether an arriving request may be a long prompt; a prompt with images that must not be cut is none."""
@@ -65,29 +64,42 @@ class PrefillLimiter:
         self.cached_tokens[request.request_id] = cached_tokens
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """While a step is scheduled, bound long prompts, and take waiting ones that get no tokens out of the queue."""
-        self.granted, self.deferred = self._grant(), 0
+    def step(self, throttle_prefills: bool) -> Iterator[None]:
+        """While a step is scheduled, bound long prompts, and take waiting ones that get no tokens out of the queue.
+
+        Args:
+            throttle_prefills: as in vLLM's Scheduler.schedule. A step without any prefill leaves its share to the next.
+        """
+        self.deferred = 0
+        if self.view.defers_prefills(throttle_prefills):
+            self.deferred_steps += 1
+            yield
+            return
+        self.granted = self._grant(self.limits.for_steps(1 + self.deferred_steps))
+        self.deferred_steps = 0
         try:
             with self.view.without_waiting(self._not_admitted()):
                 yield
         finally:
+            self.admission.end_step(self.prompts.get(next(iter(self.granted or ()), "")))
             self.granted = None
 
-    def bound(self, request: Any, tokens: int) -> int:
-        """How many of so many tokens a request may have in this step."""
+    def bound(self, request: Any, start: int, tokens: int) -> int:
+        """How many of so many tokens, from position ``start`` on, a request may have in this step."""
         if self.granted is None:
             return tokens
+        self.admission.count(request, tokens)
         is_long = request.status == RequestStatus.RUNNING and self._is_long(request)
         limit = self.granted.get(request.request_id, 0 if is_long else tokens)
         if not limit and self.without_adapter and adapter_of(request):
             # vLLM 0.32 counts the adapters of a step: a request that is not in the step would lose its slot to another
             # one. vLLM 0.33 counts those of all running requests, and this goes with 0.32.
             limit = MIN_CHUNK
-        self.deferred += max(0, tokens - limit)
-        if limit and request.request_id in self.granted:
+        bounded = self.view.shorten_chunk(request, start, tokens, limit)
+        self.deferred += tokens - bounded
+        if bounded and request.request_id in self.granted:
             self.skipped_long = False
-        return min(tokens, limit)
+        return bounded
 
     def _left(self, request: Any) -> int:
         """Tokens to prefill; an estimate for a request that waits."""
@@ -105,18 +117,22 @@ class PrefillLimiter:
         """The long prompts, most urgent first."""
         for name in [name for name, request in self.prompts.items() if request.is_finished()]:
             del self.prompts[name], self.cached_tokens[name]
+            self.admission.forget(name)
         live = (r for r in self.prompts.values() if r.status == RequestStatus.RUNNING or r.status in WAITING)
         found = [request for request in live if self._is_long(request)]
         if self.view.by_priority:
             found.sort(key=lambda request: (request.priority, request.arrival_time))
         return found
 
-    def _grant(self) -> dict[str, int] | None:
+    def _grant(self, limits: Limits) -> dict[str, int] | None:
         """Tokens that each long prompt may have in a step, those that are not named none; None: there are none."""
-        requests = self._with_room(self._long_prompts())
+        self.without_adapter = self._without_adapter()
+        requests = [r for r in self._long_prompts() if r.request_id not in self.without_adapter]
         if not requests:
             return None
-        self.without_adapter = self._without_adapter()
+        requests = self.admission.begin_step(requests)
+        if not requests:
+            return {}
         prompts = [
             LongPrompt(
                 name=request.request_id,
@@ -132,29 +148,7 @@ class PrefillLimiter:
         if short and prompts[0].runs and not self.skipped_long:
             self.skipped_long = True
             return {}
-        return divide_step(prompts, decodes + short, self.limits)
-
-    def _with_room(self, requests: list[Any]) -> list[Any]:
-        """Those that run, and those that wait and whose pages fit beside the requests before them.
-
-        A request that is admitted without room would only be preempted. None passes an earlier one that lacks room.
-        Where no long prompt runs, vLLM decides whether the first one fits, so that it is admitted once the other
-        requests have ended.
-        """
-        room = self.view.num_pages_for_waiting
-        any_runs = any(request.status == RequestStatus.RUNNING for request in requests)
-        full = self.view.is_full
-        fit: list[Any] = []
-        for request in requests:
-            if request.status == RequestStatus.RUNNING:
-                fit.append(request)
-                continue
-            num_pages = self.view.num_pages_of(request)
-            full = full or (num_pages > room and (any_runs or bool(fit)))
-            if not full:
-                fit.append(request)
-                room -= num_pages
-        return fit
+        return divide_step(prompts, decodes + short, limits)
 
     def _wanted_by_others(self, priority: int) -> tuple[int, int]:
         """Tokens that decodes, and that short prompts would take.

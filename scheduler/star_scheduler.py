@@ -77,7 +77,7 @@ class StarMixin(SchedulerHooks):
         if refusal is not None:
             logger.warning("--scheduler-fairness has no effect here: %s", refusal)
             return None
-        return PrefillLimiter(self, make_limits(options, self.max_num_scheduled_tokens))
+        return PrefillLimiter(self, make_limits(options, self.max_num_scheduled_tokens, self.view.chunk_unit))
 
     def _make_reuse(self, vllm_config: Any) -> BlockReuse | None:
         group = self.view.only_group
@@ -121,13 +121,13 @@ class StarMixin(SchedulerHooks):
         if self.limiter is not None and self.limiter.may_be_long(request):
             self.limiter.add(request, self._num_cached_tokens(request))
 
-    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+    def schedule(self, throttle_prefills: bool = False) -> Any:
         if self.reuse is not None and self.reuse.requests and not self.view.is_paused:
             self.metrics.count_hit("block", self.reuse.adopt_all())
         if self.limiter is None or not self.limiter.prompts:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        with self.limiter.step():
-            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            return super().schedule(throttle_prefills)  # type: ignore[misc]
+        with self.limiter.step(throttle_prefills):
+            output = super().schedule(throttle_prefills)  # type: ignore[misc]
         self.metrics.deferred_tokens.inc(self.limiter.deferred)
         return output
 
@@ -181,7 +181,7 @@ class StarMixin(SchedulerHooks):
     def bound_chunk(self, request: Any, start: int, num_tokens: int) -> int:
         """Bound a chunk by its prompt's part of this step, and end it at star blocks that are in the cache."""
         if self.limiter is not None:
-            num_tokens = self.limiter.bound(request, num_tokens)
+            num_tokens = self.limiter.bound(request, start, num_tokens)
         if self.reuse is not None:
             num_tokens = self.reuse.clip(request, start, num_tokens, MIN_CHUNK if self.decode_graphs else 1)
         return num_tokens

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduler.options import MIN_CHUNK, SchedulingOptions
 from scheduler.star.plan import StarPlan, count_pairs
@@ -27,17 +27,28 @@ KEYS_PER_TOKEN = 49152
 
 @dataclass(frozen=True)
 class Limits:
-    """SchedulingOptions as numbers for one engine; in tokens, but for ``shared_keys`` (query-key pairs)."""
+    """SchedulingOptions as numbers for one engine; in tokens, but for ``shared_keys`` (query-key pairs).
+
+    Attributes:
+        chunk_unit: chunks are multiples of this, but for a prompt's last one.
+    """
 
     step_tokens: int
     long_prompt: int
     shared_tokens: int
     shared_keys: int
+    chunk_unit: int = 1
 
     @property
     def min_chunk(self) -> int:
         """A chunk is not cut below this: a small chunk at great depth reads all keys for a few tokens."""
-        return max(MIN_CHUNK, min(self.shared_tokens, self.step_tokens // 16))
+        smallest = max(MIN_CHUNK, min(self.shared_tokens, self.step_tokens // 16))
+        return max(smallest, min(self.chunk_unit, self.step_tokens))
+
+    def for_steps(self, count: int) -> Limits:
+        """The limits of a step that has the share of so many steps."""
+        tokens = min(self.shared_tokens * count, self.step_tokens)
+        return replace(self, shared_tokens=tokens, shared_keys=self.shared_keys * count)
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,14 @@ class LongPrompt:
     priority: int = 0
 
 
-def make_limits(options: SchedulingOptions, step_tokens: int) -> Limits:
+def make_limits(options: SchedulingOptions, step_tokens: int, chunk_unit: int = 1) -> Limits:
     shared = min(options.shared_step_tokens or max(step_tokens // 4, 1), step_tokens)
     return Limits(
         step_tokens=step_tokens,
         long_prompt=options.long_prompt_tokens or step_tokens,
         shared_tokens=shared,
         shared_keys=options.shared_step_keys or shared * KEYS_PER_TOKEN,
+        chunk_unit=chunk_unit,
     )
 
 

@@ -164,12 +164,18 @@ class CacheGroup:
     "vllm.v1.core.sched.scheduler.Scheduler.kv_holding_waiting",
     "vllm.v1.core.sched.scheduler.Scheduler.policy",
     "vllm.v1.core.sched.scheduler.Scheduler.pause_state",
-    "vllm.v1.core.sched.scheduler.Scheduler.max_num_running_reqs",
+    "vllm.v1.core.sched.scheduler.Scheduler.max_num_active_reqs",
+    "vllm.v1.core.sched.scheduler.Scheduler.num_waiting_for_streaming_input",
+    "vllm.v1.core.sched.scheduler.Scheduler.prefill_capacity_bound",
     "vllm.v1.core.sched.scheduler.Scheduler.num_spec_tokens",
     "vllm.v1.core.sched.scheduler.Scheduler.lora_config",
     "vllm.v1.core.sched.scheduler.Scheduler.need_mamba_block_aligned_split",
+    "vllm.v1.core.sched.scheduler.Scheduler._mamba_block_aligned_split",
+    "vllm.v1.core.sched.scheduler.Scheduler.cache_config",
+    "vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens",
     "vllm.v1.core.sched.scheduler.Scheduler.use_v2_model_runner",
     "vllm.v1.core.sched.scheduler.Scheduler._inflight_prefill_reserved_blocks",
+    "vllm.v1.core.sched.scheduler.Scheduler._request_remaining_blocks",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.block_pool",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.coordinator",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.watermark_blocks",
@@ -334,8 +340,23 @@ class SchedulerView:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many requests run as may."""
-        return len(self.scheduler.running) >= self.scheduler.max_num_running_reqs
+        """Whether as many requests are active as may be: those that run, and sessions that wait for input."""
+        return self.num_active >= self.max_num_active
+
+    @property
+    def num_active(self) -> int:
+        return len(self.scheduler.running) + self.scheduler.num_waiting_for_streaming_input
+
+    @property
+    def max_num_active(self) -> int:
+        most: int = self.scheduler.max_num_active_reqs
+        return most
+
+    def defers_prefills(self, throttle_prefills: bool) -> bool:
+        """Whether vLLM leaves all prefills out of the next step (--prefill-schedule-interval)."""
+        if not throttle_prefills or self.scheduler.prefill_capacity_bound:
+            return False
+        return any(not request.is_prefill_chunk for request in self.scheduler.running)
 
     @property
     def is_paused(self) -> bool:
@@ -354,9 +375,29 @@ class SchedulerView:
         return None if config is None else config.max_loras
 
     @property
-    def chunks_end_at_mamba_blocks(self) -> bool:
-        """Whether a chunk must end where Mamba's state is kept (mamba_cache_mode=align)."""
-        aligned: bool = self.scheduler.need_mamba_block_aligned_split
+    def chunk_unit(self) -> int:
+        """Tokens of which a chunk has to be a multiple: Mamba's blocks with mamba_cache_mode=align; else 1.
+
+        With ``align``, the state that a chunk leaves behind is kept where the chunk ends, for prompts with that prefix.
+        """
+        unit: int = self.scheduler.cache_config.block_size if self.scheduler.need_mamba_block_aligned_split else 1
+        return unit
+
+    def shorten_chunk(self, request: Any, start: int, tokens: int, limit: int) -> int:
+        """Shorten a chunk that vLLM has made to about ``limit`` tokens, and to at least one unit.
+
+        Args:
+            start: the chunk's first position.
+            tokens: the chunk's tokens.
+        """
+        if limit >= tokens or not limit or self.chunk_unit == 1:
+            return min(tokens, limit)
+        to_border = self.chunk_unit - start % self.chunk_unit
+        most = self.scheduler.max_num_scheduled_tokens
+        shortened = min(tokens, limit if self.chunk_unit > most else max(limit, to_border))
+        aligned: int = self.scheduler._mamba_block_aligned_split(
+            request, shortened, start - request.num_computed_tokens
+        )
         return aligned
 
     def all_waiting(self) -> list[Any]:
@@ -373,8 +414,9 @@ class SchedulerView:
         return free - self.scheduler._inflight_prefill_reserved_blocks()
 
     def num_pages_of(self, request: Any) -> int:
-        """Pages that a request takes in all, over all KV cache groups."""
-        return sum(-(-request.num_tokens // group.page_size) for group in self.groups)
+        """Pages that a waiting request will take, over all KV cache groups; those of a prefix hit included."""
+        num_pages: int = self.scheduler._request_remaining_blocks(request)
+        return num_pages
 
     @contextmanager
     def without_waiting(self, requests: Sequence[Any]) -> Iterator[None]:

@@ -78,6 +78,8 @@ SERVER_NOTES = {
 NOTES = {
     "SIGSTOP, N s": "the process stands for N seconds, and then goes on (SIGCONT). Health does not show it, unless "
     "it is the API server: vLLM notices processes that end, not those that stand",
+    "SIGKILL": "one API server does not notice the end of the coordinator. It goes on, and balances requests by its "
+    "own counts. Several API servers end",
     "slow": "the process runs for 50 ms of each 200 ms until all requests have ended",
     "link cut, N s": "the device at one end of the link is down for N seconds",
     "link slow": "1 Mbit/s both ways, until all requests have ended",
@@ -105,6 +107,8 @@ def expected(server: str, fault: str, target: str, moment: str) -> Expected:
     if fault == "SIGKILL" and target == "API server":
         # gRPC's library makes an error of a closed connection.
         return Expected((CLOSED, ERROR), ("200", "closed"), ("SERVING", "closed"), -9, 20)
+    if fault == "SIGKILL" and target == "coordinator":
+        return Expected((ANSWER,))
     if fault == "SIGKILL":
         ends = (ERROR, CLOSED) if moment == IDLE else (ERROR,)
         return Expected(ends, DEAD_HTTP, DEAD_GRPC, 1, 20)

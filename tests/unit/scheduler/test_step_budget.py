@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -19,9 +18,9 @@ from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan
 from scheduler.star_scheduler import StarScheduler
 from scheduler.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
-from tests.unit.scheduler.simulation import SHAPE, Engine, make_config, make_scheduler, random_ids
+from tests.unit.scheduler.simulation import SHAPE, Engine, make_scheduler, random_ids
+from tests.unit.scheduler.steps import LONG, PAGE_SIZE, STEP, add_long, make_engine, make_step_config, throttle
 
-STEP, PAGE_SIZE, LONG = 256, 16, 7900
 LIMITS = Limits(step_tokens=256, long_prompt=256, shared_tokens=64, shared_keys=64 * 1000)
 PLAN = StarPlan(512, 512, 0, LONG - 32, LONG)
 
@@ -114,25 +113,7 @@ def test_bad_options_are_refused(values, message):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    arguments = {"max_num_batched_tokens": STEP, "max_num_seqs": 32, "block_size": PAGE_SIZE, "max_model_len": 8192}
-    return make_config(tmp_path_factory.mktemp("models"), **arguments)
-
-
-def make_engine(config, scheduler_type=StarScheduler, num_pages: int = 3000, specs=(), **scheduling) -> Engine:
-    made = copy.copy(config)
-    made.scheduler_config = copy.copy(config.scheduler_config)
-    made.additional_config = {"starling": {"scheduler": scheduling}}
-    for name in ("policy", "long_prefill_token_threshold"):
-        if name in scheduling:
-            setattr(made.scheduler_config, name, scheduling.pop(name))
-    return Engine(make_scheduler(made, scheduler_type, PAGE_SIZE, num_pages, specs=specs), page_size=PAGE_SIZE)
-
-
-def add_long(engine: Engine, count: int, plan: StarPlan | None = None, **more) -> list[str]:
-    names = [f"long{index}" for index in range(count)]
-    for index, name in enumerate(names):
-        engine.add(name, plan, random_ids(index, LONG), max_tokens=1, **more)
-    return names
+    return make_step_config(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("plan", [None, PLAN], ids=["dense", "star"])
@@ -232,8 +213,7 @@ def test_long_prompts_end_with_prefill_in_some_steps_only(config, interval):
     engine.add("chat", None, 20, max_tokens=5000)
     add_long(engine, 2)
     engine.step()
-    schedule, steps = engine.scheduler.schedule, itertools.count(1)
-    engine.scheduler.schedule = lambda: schedule(throttle_prefills=next(steps) % interval != 0)
+    throttle(engine, interval)
     run_with_short_prompts(engine, 2 * interval * (2 * LONG // (STEP // 4) + 2), max_tokens=2)
 
 

@@ -1,0 +1,87 @@
+"""Which of the long prompts that wait may be admitted in a step: those that find a seat and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from vllm_compat.scheduler_view import SchedulerView
+
+WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class Admission:
+    """The admission of long prompts to one scheduler.
+
+    A prompt that is admitted without room for its pages would only be preempted. So none is admitted beside running
+    long prompts unless it fits, and none passes an earlier one that does not. Where no long prompt runs, vLLM decides
+    whether the first one fits, so that it is admitted once the other requests have ended. Short prompts may pass it in
+    every second step, until they have a quarter as many tokens as it has itself; by priority they may not.
+
+    A long prompt leaves the last free seat (vLLM's max_num_seqs, max_num_active_seqs) to short prompts while another
+    long prompt runs.
+
+    Attributes:
+        passed: the first long prompt, while requests behind it may be admitted in its place.
+        tokens_before: long prompt -> tokens of the requests that have been admitted in its place.
+    """
+
+    def __init__(self, view: SchedulerView) -> None:
+        self.view = view
+        self.passed: str | None = None
+        self.tokens_before: dict[str, int] = {}
+        self.head_without_room: str | None = None
+
+    def begin_step(self, requests: Sequence[Any]) -> list[Any]:
+        """Of the long prompts, most urgent first, those that run and those that may be admitted in this step."""
+        running = [request for request in requests if request.status == RequestStatus.RUNNING]
+        head = requests[0].request_id if requests and not running else None
+        self.passed = head if head is not None and self._may_be_passed(requests[0]) else None
+        if self.passed is not None:
+            return []
+        room = self.view.num_pages_for_waiting
+        seats = self.view.max_num_active - self.view.num_active
+        admitted: list[Any] = []
+        full = False
+        for request in requests:
+            if request.status == RequestStatus.RUNNING:
+                admitted.append(request)
+                continue
+            num_pages = self.view.num_pages_of(request)
+            before = admitted if self.view.by_priority else admitted or running
+            full = full or seats <= bool(before) or (num_pages > room and bool(admitted or running))
+            if not full:
+                admitted.append(request)
+                room -= num_pages
+                seats -= 1
+        return admitted
+
+    def count(self, request: Any, tokens: int) -> None:
+        """Note that a request gets tokens in this step."""
+        if self.passed is not None and request.status in WAITING:
+            self.tokens_before[self.passed] = self.tokens_before.get(self.passed, 0) + tokens
+
+    def end_step(self, head: Any | None) -> None:
+        """A step has been scheduled.
+
+        Args:
+            head: the most urgent long prompt, if it was to get tokens in this step.
+        """
+        lacks_room = (
+            head is not None
+            and head.status in WAITING
+            and self.view.admits_requests
+            and self.view.num_pages_of(head) > self.view.num_pages_for_waiting
+        )
+        self.head_without_room = head.request_id if head is not None and lacks_room else None
+
+    def forget(self, name: str) -> None:
+        """A request has ended."""
+        self.tokens_before.pop(name, None)
+
+    def _may_be_passed(self, head: Any) -> bool:
+        if self.view.by_priority or head.request_id != self.head_without_room:
+            return False
+        return self.tokens_before.get(head.request_id, 0) < head.num_tokens // 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import RequestStatus
 
 from tests.unit.scheduler.stateful.cases import Case
@@ -49,7 +50,7 @@ def check_queues(scheduler: Any, live: Iterable[str]) -> None:
     for request in scheduler.waiting:
         assert not request.num_computed_tokens, f"{request.request_id} has computed tokens, and holds no pages"
     assert scheduler.deferred_waiting <= set(waiting)
-    assert len(scheduler.running) <= scheduler.max_num_running_reqs
+    assert len(scheduler.running) <= scheduler.max_num_active_reqs
 
 
 class PageKeys:
@@ -65,9 +66,10 @@ class PageKeys:
         size, keys = self.runner.page_size, case.request.block_hashes
         for page in range(self.known[case.name], len(keys)):
             states = case.states[page * size : (page + 1) * size]
-            for group in range(len(self.runner.specs)):
+            for group, spec in enumerate(self.runner.specs):
                 key = make_block_hash_with_group_id(keys[page], group)
-                marked = states ^ MARKS[group]
+                kept = np.full_like(states, states[-1]) if isinstance(spec, MambaSpec) else states
+                marked = kept ^ MARKS[group]
                 known = self.states.setdefault(key, marked)
                 assert np.array_equal(known, marked), f"page {page} of {case.name} has the key of other KV"
         self.known[case.name] = len(keys)
@@ -101,7 +103,8 @@ def check_empty(scheduler: Any) -> None:
         "pages": [manager.req_to_blocks for manager in managers if manager.req_to_blocks],
         "hashed": [manager.num_cached_block for manager in managers if manager.num_cached_block],
         "adopting": scheduler.reuse and (scheduler.reuse.requests or scheduler.reuse.unreported),
-        "long prompts": scheduler.limiter and (scheduler.limiter.prompts or scheduler.limiter.cached_tokens),
+        "long prompts": scheduler.limiter
+        and (scheduler.limiter.prompts or scheduler.limiter.cached_tokens or scheduler.limiter.admission.tokens_before),
     }
     if scheduler.connector is not None:
         side = scheduler.connector.connector_scheduler

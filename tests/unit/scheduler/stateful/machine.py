@@ -65,6 +65,7 @@ class SchedulerMachine(CountingMachine):
         self.ended_loads: list[Any] = []
         self.taken: list[Any] = []
         self.held: set[str] = set()
+        self.throttled = 0
         self.totals["runs"] += 1
 
     @property
@@ -195,7 +196,8 @@ class SchedulerMachine(CountingMachine):
             if self.in_flight:
                 self._return_step()
             return
-        output = self.scheduler.schedule()
+        self.throttled = (self.throttled + 1) % self.setup.interval
+        output = self.scheduler.schedule(throttle_prefills=self.throttled > 0)
         self._check_step(output)
         self.in_flight.append([output, None])
         if not self.setup.late:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 from tests.unit.scheduler.simulation import visible_positions
@@ -50,10 +50,14 @@ class Runner:
         for name, count in output.num_scheduled_tokens.items():
             row = self.rows[name]
             start, row.position = row.position, row.position + count
+            self._check_states(name, start)
             spans[name] = (start, row.position)
             assert count > 0 and row.position <= row.num_tokens, f"{name} computes tokens that are not known"
-            for group in range(len(self.specs)):
+            for group, spec in enumerate(self.specs):
                 positions = np.arange(start, row.position)
+                if isinstance(spec, MambaSpec):
+                    self._keep_state(name, group, row.position - 1)
+                    continue
                 pages, slots = self._slots(name, group, positions)
                 assert pages.all(), f"{name} writes to the null page of group {group}"
                 self.memory[pages, slots] = self.cases[name].states[positions] ^ MARKS[group]
@@ -103,9 +107,25 @@ class Runner:
         pages = np.array(self.rows[name].pages[group], dtype=np.int64)
         return pages[positions // self.page_size], positions % self.page_size
 
+    def _keep_state(self, name: str, group: int, position: int) -> None:
+        """A chunk of a Mamba layer leaves the state behind its last token in the page of that token."""
+        pages, _ = self._slots(name, group, np.array([position]))
+        assert pages.all(), f"{name} writes to the null page of group {group}"
+        self.memory[pages] = self.cases[name].states[position] ^ MARKS[group]
+
+    def _check_states(self, name: str, start: int) -> None:
+        """A chunk of a Mamba layer goes on from the state behind the token before it."""
+        for group, spec in enumerate(self.specs):
+            if isinstance(spec, MambaSpec) and start:
+                page = self._slots(name, group, np.array([start - 1]))[0]
+                right = self.memory[page, 0] == self.cases[name].states[start - 1] ^ MARKS[group]
+                assert right, f"{name} goes on from a wrong state of group {group} at position {start}"
+
     def _check_reads(self, name: str, start: int, end: int) -> None:
         case = self.cases[name]
         for group, spec in enumerate(self.specs):
+            if isinstance(spec, MambaSpec):
+                continue
             if isinstance(spec, SlidingWindowSpec):
                 keys = np.arange(max(0, start - spec.sliding_window + 1), end)
             elif isinstance(spec, ChunkedLocalAttentionSpec):

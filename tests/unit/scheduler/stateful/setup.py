@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 from vllm.config import KVTransferConfig
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import SHAPE, make_scheduler
@@ -21,9 +22,10 @@ SPECS = {
     "full": FullAttentionSpec(block_size=PAGE_SIZE, **SHAPE),
     "window": SlidingWindowSpec(block_size=PAGE_SIZE, sliding_window=20, **SHAPE),
     "local": ChunkedLocalAttentionSpec(block_size=PAGE_SIZE, attention_chunk_size=32, **SHAPE),
+    "mamba": MambaSpec(block_size=PAGE_SIZE, shapes=((4, 4),), dtypes=(torch.float32,), mamba_cache_mode="align"),
 }
-KINDS = ("any", "star blocks", "connector", "several groups")
-"""What a run is about: anything, reuse of star blocks, split prompts, or KV cache groups that share the pages."""
+KINDS = ("any", "star blocks", "connector", "several groups", "mamba")
+"""What a run is about: anything, reuse of star blocks, split prompts, groups that share the pages, or Mamba layers."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Setup:
         groups: the names of the KV cache groups' specs.
         spare_pages: pages beside those that one request can take.
         whole_fits: whether vLLM admits a prompt only where all of it fits.
+        max_num_active: vLLM's --max-num-active-seqs.
+        interval: vLLM's --prefill-schedule-interval.
         late: whether the runner runs a step just before its output is returned, and not when it is scheduled.
     """
 
@@ -44,6 +48,8 @@ class Setup:
     groups: str
     step_tokens: int
     max_num_seqs: int
+    max_num_active: int | None
+    interval: int
     spare_pages: int
     whole_fits: bool
     long_prefill: int
@@ -69,9 +75,11 @@ class Setup:
         made.scheduler_config.max_num_batched_tokens = self.step_tokens
         made.scheduler_config.max_num_scheduled_tokens = self.step_tokens
         made.scheduler_config.max_num_seqs = self.max_num_seqs
+        made.scheduler_config.max_num_active_seqs = self.max_num_active
         made.scheduler_config.scheduler_reserve_full_isl = self.whole_fits
         made.scheduler_config.long_prefill_token_threshold = self.long_prefill
         made.cache_config.enable_prefix_caching = self.caching
+        made.cache_config.mamba_cache_mode = "align"
         made.additional_config = {"starling": {"scheduler": dict(self.scheduling)}}
         made.lora_config = None if self.max_loras is None else SimpleNamespace(max_loras=self.max_loras)
         if self.connector:
@@ -89,7 +97,9 @@ class Setup:
 def setups(draw, kind: str) -> Setup:
     """A scheduler for runs of this kind. The connector is refused without a prefix cache and with several groups."""
     several = ["full window", "full local", "full window local"]
-    groups = draw(st.sampled_from({"any": ["full", "window", *several], "several groups": several}.get(kind, ["full"])))
+    of_kind = {"any": ["full", "window", *several], "several groups": several, "mamba": ["full mamba", "mamba"]}
+    groups = draw(st.sampled_from(of_kind.get(kind, ["full"])))
+    max_num_seqs = draw(st.sampled_from([2, 4, 16]))
     options = {
         "fairness": draw(st.sampled_from(["on", "off"])),
         "long_prompt_tokens": draw(st.sampled_from([None, 24])),
@@ -103,7 +113,9 @@ def setups(draw, kind: str) -> Setup:
         late=draw(st.booleans()),
         groups=groups,
         step_tokens=draw(st.sampled_from([13, 40, 40, 100])),
-        max_num_seqs=draw(st.sampled_from([2, 4, 16])),
+        max_num_seqs=max_num_seqs,
+        max_num_active=draw(st.sampled_from([None, None, 1, max_num_seqs])),
+        interval=draw(st.sampled_from([1, 1, 2, 3])),
         spare_pages=draw(st.sampled_from([0, 0, 12, 60])),
         whole_fits=draw(st.booleans()),
         long_prefill=draw(st.sampled_from([0, 8, 10])),

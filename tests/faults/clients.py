@@ -19,6 +19,8 @@ ANSWER = "answer"
 """The whole output, which `check.wrong_answers` also looks at."""
 ERROR = "error"
 """A status, or an error event in a stream."""
+ABORTED = "aborted"
+"""Some of the output, with "abort" as its finish reason."""
 CLOSED = "closed"
 """The connection ended or was refused without a status. gRPC's library makes an UNAVAILABLE of it, an ERROR."""
 SILENCE = "silence"
@@ -64,6 +66,7 @@ class Outcome:
         kind: one of the constants above.
         status: of HTTP or gRPC, as text.
         tokens: the output so far; grows while a response is streamed.
+        finish_reason: as vLLM names it.
         ended: time.monotonic() at the end.
     """
 
@@ -71,6 +74,7 @@ class Outcome:
     status: str = ""
     message: str = ""
     tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
     ended: float = 0.0
 
 
@@ -80,8 +84,9 @@ def http_unary(http: httpx.Client, _: grpc.Channel, request: Request, outcome: O
     if response.status_code != 200:
         outcome.kind, outcome.message = ERROR, response.text
         return
-    outcome.tokens += response.json()["choices"][0]["token_ids"]
-    outcome.kind = ANSWER
+    (choice,) = response.json()["choices"]
+    outcome.tokens += choice["token_ids"]
+    outcome.kind, outcome.finish_reason = ANSWER, choice["finish_reason"]
 
 
 def http_stream(http: httpx.Client, _: grpc.Channel, request: Request, outcome: Outcome) -> None:
@@ -101,7 +106,9 @@ def http_stream(http: httpx.Client, _: grpc.Channel, request: Request, outcome: 
                     outcome.kind, outcome.message = ERROR, event["error"]["message"]
                     outcome.status = f"200, event {event['error'].get('code')}"
                 else:
-                    outcome.tokens += event["choices"][0]["token_ids"] or []
+                    (choice,) = event["choices"]
+                    outcome.tokens += choice["token_ids"] or []
+                    outcome.finish_reason = choice["finish_reason"]
 
 
 def lines(response: httpx.Response) -> Iterator[str]:
@@ -116,6 +123,7 @@ def grpc_unary(_: httpx.Client, channel: grpc.Channel, request: Request, outcome
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     response = stub.Generate(pb.GenerateRequest(**request.grpc()), timeout=seconds)
     outcome.tokens += response.choices[0].token_ids
+    outcome.finish_reason = finish_reason(response.choices[0].finish_reason)
     outcome.kind, outcome.status = ANSWER, "OK"
 
 
@@ -123,7 +131,13 @@ def grpc_stream(_: httpx.Client, channel: grpc.Channel, request: Request, outcom
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     for event in stub.GenerateStream(pb.GenerateStreamRequest(**request.grpc()), timeout=seconds):
         outcome.tokens += event.delta.token_ids
+        if event.HasField("final"):
+            outcome.finish_reason = finish_reason(event.final.finish_reason)
     outcome.kind, outcome.status = ANSWER, "OK"
+
+
+def finish_reason(value: int) -> str:
+    return pb.Final.FinishReason.Name(value).removeprefix("FINISH_REASON_").lower()
 
 
 CLIENTS: dict[str, Callable[..., None]] = {
@@ -161,7 +175,7 @@ class Running:
             outcome.kind, outcome.status = SILENCE if gave_up else ERROR, error.code().name
             outcome.message = error.details() or ""
         if outcome.kind == ANSWER and len(outcome.tokens) != self.request.max_tokens:
-            outcome.kind = SHORT
+            outcome.kind = ABORTED if outcome.finish_reason == "abort" else SHORT
         outcome.ended = time.monotonic()
 
     @property

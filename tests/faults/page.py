@@ -27,6 +27,8 @@ A request may end in these ways:
   check this.
 - `error`: a status, or an error event in a stream. A gRPC client whose connection ends gets UNAVAILABLE from its own
   library.
+- `aborted`: some of the output, with `abort` as its finish reason. vLLM ends requests so when a server shuts down, or
+  another replica has ended.
 - `closed`: the connection ended, or was refused, without a status.
 - `silence`: no end within the deadline. `short`: an output without an error that is not whole. `wrong`: other tokens
   than the model's. None of these three is ever expected.

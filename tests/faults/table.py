@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.faults.clients import ANSWER, CLOSED, ERROR
+from tests.faults.clients import ABORTED, ANSWER, CLOSED, ERROR
 
 START, IDLE, PREFILL, TRANSFER, DECODE = "start", "idle", "prefill", "transfer", "decode"
 HTTP_HEALTH, GRPC_HEALTH = ("200",), ("SERVING",)
@@ -110,7 +110,9 @@ def expected(server: str, fault: str, target: str, moment: str) -> Expected:
     if fault == "SIGKILL" and target == "coordinator":
         return Expected((ANSWER,))
     if fault == "SIGKILL":
-        ends = (ERROR, CLOSED) if moment == IDLE else (ERROR,)
+        # vLLM ends the other replicas, which abort their requests.
+        ends = (ERROR,) if server == "one engine" else (ERROR, ABORTED)
+        ends = (*ends, CLOSED) if moment == IDLE else ends
         return Expected(ends, DEAD_HTTP, DEAD_GRPC, 1, 20)
     silent = target == "API server" and fault != "slow"
     health = {"http_health": ("200", "silence"), "grpc_health": ("SERVING", "silence")} if silent else {}

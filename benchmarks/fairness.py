@@ -56,18 +56,23 @@ class Engine:
     count: int = 0
 
     @classmethod
-    def start(cls, model: Path) -> Engine:
+    def start(cls, model: Path, **options: Any) -> Engine:
+        """Start it; ``options`` are vLLM's, and replace those of this benchmark."""
         from vllm import LLM
 
         arguments = ENGINE | {"max_num_seqs": 16, "kv_cache_memory_bytes": 4 << 30, "enable_prefix_caching": False}
+        arguments |= options
         llm = LLM(str(model), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **arguments)
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         return cls(llm, scheduler, scheduler.limiter)
 
     def schedule_as(self, name: str) -> None:
         """Use Starling's scheduling, or one of VLLM, from the next step on."""
-        threshold, adaptive = VLLM.get(name, (0, False))
-        self.scheduler.limiter = self.limiter if name == OURS else None
+        self.schedule(name == OURS, *VLLM.get(name, (0, False)))
+
+    def schedule(self, ours: bool, threshold: int, adaptive: bool) -> None:
+        """Use Starling's scheduling or vLLM's, with vLLM's --long-prefill-token-threshold(-adaptive)."""
+        self.scheduler.limiter = self.limiter if ours else None
         self.scheduler.scheduler_config.long_prefill_token_threshold = threshold
         self.scheduler.adaptive_long_prefill_threshold = adaptive
 

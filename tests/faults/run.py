@@ -70,13 +70,13 @@ def run(chosen: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, Result]]:
 
 
 def result_of(servers: Servers, name: str, cell: Cell) -> Result:
-    """The result of a cell. A server that has ended, or has shown a fault, serves no other cell."""
+    """The result of a cell. A server that has ended, lacks a process, or has shown a fault, serves no other cell."""
     try:
         result = run_start(servers, cell) if cell.moment == START else run_cell(servers.get(name), cell)
     except Exception as error:
         traceback.print_exc()
         result = Result(faults=[f"not run: {error!r}"])
-    if result.faults or servers.running is None or servers.running.server.process.poll() is not None:
+    if result.faults or cell.fault == "SIGKILL" or servers.running is None or servers.running.has_ended:
         servers.stop()
     return result
 

@@ -61,6 +61,10 @@ class Served:
     def http(self, timeout: float = 5) -> httpx.Client:
         return httpx.Client(base_url=self.server.http, timeout=timeout)
 
+    @property
+    def has_ended(self) -> bool:
+        return self.server.process.poll() is not None
+
     def process(self, role: str) -> psutil.Process:
         """The process of a role.
 

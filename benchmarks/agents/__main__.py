@@ -1,0 +1,96 @@
+"""Coding agents on one server, in simulated time: `python -m benchmarks.agents`.
+
+A trace of agents' requests (benchmarks/agents/trace.py) is played on vLLM's scheduler and on Starling's. The schedulers
+are the real ones, with their prefix caches. The model is arithmetic: how long a step takes is calculated for
+Llama-3.1-70B on eight H100s (benchmarks/agents/cost.py). Writes results/agents.json and .png. 24 sessions, some
+thousand requests, take some 4 minutes for each setting.
+
+With --live, the trace is divided by 16 and played on an engine with a random Llama of 2 layers, in seconds of its
+process on one core. Writes results/agents_live.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.agents.cost import Machine
+from benchmarks.agents.live import FACTOR, play_all
+from benchmarks.agents.live import SETTINGS as LIVE
+from benchmarks.agents.simulator import SETTINGS, STEP, play
+from benchmarks.agents.trace import Shape, make_trace, summary
+from benchmarks.engine import QUIET
+from benchmarks.report import saved_figure, write_json
+
+COLUMNS = {
+    "first_token_p50": "first token p50",
+    "first_token_p90": "p90",
+    "first_token_p99": "p99",
+    "pause_p50": "pause p50",
+    "pause_p99": "p99",
+    "tokens_per_second": "tokens/s",
+    "cached": "cached",
+}
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    table = Table(title="seconds")
+    for column in ("scheduling", *COLUMNS.values()):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[key]:.3g}" for key in COLUMNS))
+    Console().print(table)
+
+
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    panels = (("first_token", "to the first token"), ("pause", "between two tokens"))
+    with saved_figure(path, 1, 2, figsize=(8, 3.4)) as (_, axes):
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            axis.bar(list(rows), [row[f"{key}_p99"] for row in rows.values()], color="lightgrey", label="p99")
+            axis.bar(list(rows), [row[f"{key}_p50"] for row in rows.values()], label="median")
+            axis.set_yscale("log")
+            axis.set_title(f"seconds {title}", fontsize=9)
+            axis.tick_params(axis="x", rotation=75, labelsize=7)
+            axis.legend(fontsize=7)
+
+
+def main() -> None:
+    names = list(SETTINGS | LIVE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=24, help="agents' sessions in the trace")
+    parser.add_argument("--seed", type=int, default=0, help="of the trace")
+    parser.add_argument("--settings", nargs="*", choices=names, default=names, help="settings to play")
+    parser.add_argument("--workers", type=int, default=1, help="settings played at the same time")
+    parser.add_argument("--live", action="store_true", help="play the trace, divided by 16, on an engine")
+    args = parser.parse_args()
+    if args.live:
+        os.environ.update(QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+        shape, rows = play_all([name for name in LIVE if name in args.settings], args.sessions, args.seed)
+        report("agents_live", {"trace": shape, "factor": FACTOR, "rows": rows})
+        return
+    trace = make_trace(Shape(), args.sessions, args.seed)
+    shape = summary(trace)
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+        chosen = [name for name in SETTINGS if name in args.settings]
+        played = pool.imap(partial(play, num_sessions=args.sessions, seed=args.seed), chosen)
+        rows = dict(zip(chosen, track(played, "settings", len(chosen)), strict=True))
+    report("agents", {"trace": shape, "model": asdict(Machine()), "step_tokens": STEP, "rows": rows})
+
+
+def report(name: str, result: dict[str, Any]) -> None:
+    print(", ".join(f"{key} {value:.4g}" for key, value in result["trace"].items()))
+    show(result["rows"])
+    plot(result["rows"], write_json(name, result).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

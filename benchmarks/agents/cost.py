@@ -1,0 +1,49 @@
+"""How long a step of a model takes on GPUs, by arithmetic alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.star.plan import StarPlan
+from scheduler.step_budget import attended
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A model on GPUs. The defaults: Llama-3.1-70B in bfloat16 on eight H100s.
+
+    A step takes the longer of its arithmetic and its reads from memory, and a fixed time.
+
+    Attributes:
+        flops, bandwidth: that all GPUs reach together in practice: operations and bytes per second.
+        weights: the model's parameters; two bytes each.
+        layers, width: number of layers, and query heads times head size.
+        kv_bytes: of one token's keys and values, in all layers.
+        fixed_seconds: of a step, for launches, collectives and the host.
+        cache_tokens: room of the KV cache.
+    """
+
+    flops: float = 8 * 500e12
+    bandwidth: float = 8 * 2.3e12
+    weights: float = 70e9
+    layers: int = 80
+    width: int = 8192
+    kv_bytes: int = 2 * 80 * 1024 * 2
+    fixed_seconds: float = 0.006
+    cache_tokens: int = 1_300_000
+
+    def step_seconds(self, chunks: Iterable[tuple[int, int, StarPlan | None]]) -> float:
+        """Seconds of a step.
+
+        Args:
+            chunks: (first position, tokens, plan) of each request.
+        """
+        tokens = pairs = keys = 0
+        for start, count, plan in chunks:
+            tokens += count
+            pairs += attended(plan, start, start + count)
+            keys += start + count
+        arithmetic = (2 * self.weights * tokens + 4 * self.layers * self.width * pairs) / self.flops
+        memory = (2 * self.weights + self.kv_bytes * keys) / self.bandwidth
+        return self.fixed_seconds + max(arithmetic, memory)

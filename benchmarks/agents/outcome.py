@@ -1,0 +1,52 @@
+"""What the clients of a played trace have seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Outcome:
+    """Times in seconds.
+
+    Attributes:
+        first_tokens: from a request's arrival to its first token.
+        pauses: between two tokens of an answer.
+        seconds: from the first request to the last token.
+    """
+
+    first_tokens: list[float] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+
+    def note(self, now: float, arrived: float, last_token: float | None, new_tokens: int) -> None:
+        """A request has got tokens; ``last_token``: when it got the one before."""
+        self.output_tokens += new_tokens
+        if last_token is None:
+            self.first_tokens.append(now - arrived)
+        else:
+            self.pauses.append(now - last_token)
+
+    def summary(self) -> dict[str, Any]:
+        first, pauses = np.array(self.first_tokens), np.array(self.pauses)
+        return {
+            "first_token_p50": float(np.quantile(first, 0.5)),
+            "first_token_p90": float(np.quantile(first, 0.9)),
+            "first_token_p99": float(np.quantile(first, 0.99)),
+            "pause_p50": float(np.quantile(pauses, 0.5)),
+            "pause_p99": float(np.quantile(pauses, 0.99)),
+            "tokens_per_second": self.output_tokens / self.seconds,
+            "cached": self.cached_tokens / self.prompt_tokens,
+            "seconds": self.seconds,
+            "requests": len(self.first_tokens),
+            "steps": self.steps,
+            "preemptions": self.preemptions,
+        }

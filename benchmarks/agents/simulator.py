@@ -1,0 +1,183 @@
+"""A trace played on vLLM's scheduler in simulated time: all decisions are real, and the model is arithmetic."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.agents.conversation import Conversation, conversations
+from benchmarks.agents.cost import Machine
+from benchmarks.agents.outcome import Outcome
+from benchmarks.agents.trace import Session, Shape, make_trace
+from benchmarks.engine import QUIET
+from benchmarks.random_llama import make_tiny_llama
+from scheduler.star.options import parse_options
+from scheduler.star.plan import StarPlan, make_plan
+from scheduler.star.request_metadata import KEY, RequestMetadata
+
+PAGE, STEP = 64, 8192
+TOKEN = 7  # every answer is this token, over and over
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How steps are scheduled.
+
+    Attributes:
+        ours: by Starling's scheduler.
+        star: the prompts' star options.
+        threshold, adaptive: vLLM's --long-prefill-token-threshold and --long-prefill-token-threshold-adaptive.
+    """
+
+    ours: bool = False
+    star: dict[str, Any] = field(default_factory=dict)
+    threshold: int = 0
+    adaptive: bool = False
+
+
+SETTINGS: dict[str, Setting] = {
+    "Starling": Setting(ours=True),
+    "Starling, star": Setting(ours=True, star={"mode": "auto"}),
+    "vLLM": Setting(),
+    "vLLM, threshold 2048": Setting(threshold=2048),
+    "vLLM, threshold 512": Setting(threshold=512),
+    "vLLM, adaptive threshold": Setting(threshold=1, adaptive=True),
+}
+
+
+def play(name: str, num_sessions: int, seed: int) -> dict[str, Any]:
+    """The figures of one of SETTINGS. It needs a process of its own: Starling's scheduler changes vLLM's classes."""
+    os.environ.update(QUIET)
+    shape = Shape()
+    trace = make_trace(shape, num_sessions, seed)
+    return Simulator(Machine(), 2 * shape.compact_at, SETTINGS[name]).play(trace).summary()
+
+
+def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tuple[Any, Any]:
+    """vLLM's scheduler, or Starling's, for one engine; and the function that hashes a request's pages."""
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import init_none_hash
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import core
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from engine_ext import plugin
+    from scheduler.star_scheduler import StarScheduler
+
+    plugin.register()
+    hash_function = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_function)
+    with tempfile.TemporaryDirectory() as directory:
+        model = make_tiny_llama(Path(directory) / "llama", max_position_embeddings=max_model_len)
+        config = EngineArgs(
+            model=str(model),
+            max_num_batched_tokens=STEP,
+            max_num_seqs=256,
+            block_size=PAGE,
+            long_prefill_token_threshold=setting.threshold,
+            additional_config={"starling": {}} if setting.ours else {},
+        ).create_engine_config()
+        num_pages = machine.cache_tokens // PAGE
+        config.cache_config.num_gpu_blocks = num_pages
+        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=32, dtype=torch.float32)
+        scheduler = (StarScheduler if setting.ours else Scheduler)(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(num_pages, [], [KVCacheGroupSpec(["layer"], spec)]),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=PAGE,
+            hash_block_size=PAGE,
+            log_stats=True,
+        )
+    scheduler.adaptive_long_prefill_threshold = setting.adaptive
+    return scheduler, core.get_request_block_hasher(PAGE, hash_function)
+
+
+class Simulator:
+    """Plays the requests of sessions. Time passes by ``machine.step_seconds`` alone."""
+
+    def __init__(self, machine: Machine, max_model_len: int, setting: Setting) -> None:
+        self.scheduler, self.hasher = make_scheduler(machine, max_model_len, setting)
+        self.machine, self.star = machine, parse_options(setting.star, flat=False)
+        self.now, self.count = 0.0, 0
+        self.live: dict[str, tuple[Conversation, float]] = {}  # request -> its session, and when it arrived
+        self.last_token: dict[str, float] = {}
+        self.plans: dict[str, StarPlan | None] = {}
+        self.outcome = Outcome()
+
+    def play(self, trace: list[Session]) -> Outcome:
+        arrivals = [(each.session.start, each.number, each) for each in conversations(trace)]
+        heapq.heapify(arrivals)
+        begin = arrivals[0][0]
+        while arrivals or self.live:
+            if not self.live:
+                self.now = max(self.now, arrivals[0][0])
+            while arrivals and arrivals[0][0] <= self.now:
+                arrived, _, conversation = heapq.heappop(arrivals)
+                self._add(conversation, arrived)
+            for conversation, pause in self._step():
+                if conversation.turn is not None:
+                    heapq.heappush(arrivals, (self.now + pause, conversation.number, conversation))
+        self.outcome.seconds = self.now - begin
+        return self.outcome
+
+    def _add(self, conversation: Conversation, arrived: float) -> None:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.request import Request
+
+        ids = conversation.prompt()
+        plan = make_plan(len(ids), self.star, None, PAGE)
+        params = SamplingParams(
+            max_tokens=conversation.turn.answer,
+            ignore_eos=True,
+            extra_args={KEY: RequestMetadata(plan).to_wire()} if plan is not None else None,
+        )
+        self.count += 1
+        name = str(self.count)
+        self.live[name], self.plans[name] = (conversation, arrived), plan
+        request = Request(name, ids, params, None, arrival_time=arrived, block_hasher=self.hasher)
+        self.outcome.prompt_tokens += len(ids)
+        self.scheduler.add_request(request)
+
+    def _step(self) -> list[tuple[Conversation, float]]:
+        """Run one step; returns the sessions whose answer has ended, and the seconds until their next turn."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        output = self.scheduler.schedule()
+        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        counts = output.num_scheduled_tokens
+        self.now += self.machine.step_seconds((starts[name], n, self.plans[name]) for name, n in counts.items())
+        self.outcome.steps += 1
+        requests = {name: self.scheduler.requests[name] for name in counts}
+        ends = {name: starts[name] + n >= requests[name].num_tokens for name, n in counts.items()}
+        runner = ModelRunnerOutput(
+            req_ids=list(counts),
+            req_id_to_index={name: index for index, name in enumerate(counts)},
+            sampled_token_ids=[[TOKEN] if ends[name] else [] for name in counts],
+        )
+        done = []
+        for outputs in self.scheduler.update_from_output(output, runner).values():
+            for one in outputs.outputs:
+                self._note(one)
+                if one.finish_reason is not None:
+                    conversation, _ = self.live.pop(one.request_id)
+                    self.outcome.preemptions += requests[one.request_id].num_preemptions
+                    del self.last_token[one.request_id], self.plans[one.request_id]
+                    done.append((conversation, conversation.answered([TOKEN] * conversation.turn.answer)))
+        return done
+
+    def _note(self, output: Any) -> None:
+        name = output.request_id
+        before = self.last_token.get(name)
+        self.outcome.note(self.now, self.live[name][1], before, len(output.new_token_ids))
+        if before is None:
+            self.outcome.cached_tokens += output.prefill_stats.num_cached_tokens
+        self.last_token[name] = self.now

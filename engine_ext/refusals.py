@@ -101,6 +101,10 @@ RULES: Rules = (
         lambda c: c.parallel_config.use_ubatching,
         "dual-batch overlap and --ubatch-size slice batches by row before rows are split",
     ),
+    (
+        lambda c: c.cache_config.use_replayssm,
+        "--use-replayssm: its positions in the Mamba state are per batch row, and have no split into star rows",
+    ),
     (lambda c: c.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill skips tokens by batch row"),
     (
         lambda c: _decode_graphs(c) and c.scheduler_config.long_prefill_token_threshold == 1,

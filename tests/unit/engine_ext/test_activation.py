@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
+from attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
@@ -110,6 +112,50 @@ def test_star_off_by_default_starts_and_refuses_per_request(model):
     assert any("speculative decoding" in reason for reason in star_refusals(config))
 
 
+NEMOTRON_H = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "layers_block_type": ["mamba", "attention"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+}
+"""Of the only architecture for which vLLM takes --use-replayssm. There are no weights: no engine is started."""
+
+
+def test_beside_replayssm_a_server_starts_with_star_off_and_refuses_it(tmp_path):
+    """Its per-row positions come with the metadata of every layer, and virtual_metadata would end the engine."""
+    (tmp_path / "config.json").write_text(json.dumps(NEMOTRON_H))
+
+    def config(mode):
+        given = {"starling": {"star": {"mode": mode}}}
+        return engine_config(tmp_path, skip_tokenizer_init=True, use_replayssm=True, additional_config=given)
+
+    (reason,) = star_refusals(config("off"))
+    assert reason.startswith("--use-replayssm")
+    with pytest.raises(OptionError, match=r"star='auto' is refused: --use-replayssm: .* Allowed: off"):
+        config("auto")
+
+
+def test_what_sets_a_field_by_row_that_has_no_split_is_refused():
+    refused_with = {
+        "logits_indices_padded": "fast prefill",
+        "encoder_seq_lens": "encoder-decoder",
+        "encoder_seq_lens_cpu": "encoder-decoder",
+        "dcp_local_seq_lens": "decode context",
+        "dcp_local_seq_lens_cpu_upper_bound": "decode context",
+        "mm_req_doc_ranges": "prefix-LM",
+        "rswa_prefix_lens": "R-SWA",
+        "replayssm_decode_base_cpu": "--use-replayssm",
+    }
+    assert refused_with.keys() == set(ROW_FIELDS_WITHOUT_A_SPLIT)
+    assert set(refused_with.values()) <= REFUSED.keys()
+
+
 def test_the_server_gets_the_middleware_once():
     args = SimpleNamespace(additional_config={"starling": {}}, middleware=["theirs"])
     prepare_server(args)
@@ -165,6 +211,7 @@ def fake_config(**changes):
         speculative_config=None,
         cache_config=SimpleNamespace(
             kv_sharing_fast_prefill=False,
+            use_replayssm=False,
             enable_prefix_caching=True,
             num_gpu_blocks=None,
             effective_attention_block_size=None,
@@ -199,6 +246,7 @@ REFUSED = {
     "long_prefill_token_threshold=1": {"scheduler_config__long_prefill_token_threshold": 1},
     "LMCacheConnectorV1": {"kv_transfer_config": SimpleNamespace(kv_connector="LMCacheConnectorV1")},
     "FLEX_ATTENTION": {"attention_config__backend": SimpleNamespace(name="FLEX_ATTENTION")},
+    "--use-replayssm": {"cache_config__use_replayssm": True},
     "(two kinds of pages)": {"starling_reports": [{"star": None}, {"star": "two kinds of pages"}]},
 }
 

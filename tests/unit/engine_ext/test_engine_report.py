@@ -13,6 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import MPClient
+from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from engine_ext import engine_core
@@ -35,6 +36,7 @@ def start(config, specs, problems=(None,)):
     workers = [SimpleNamespace(star_problem=problem) for problem in problems]
     core = object.__new__(EngineCoreProc)
     core.vllm_config, core.engine_index, core.frontend_stats_publish_address = config, 0, None
+    core.addresses = EngineZmqAddresses([], [])
     core.model_executor = SimpleNamespace(collective_rpc=lambda function: [function(worker) for worker in workers])
     core.scheduler = make_scheduler(config, config.scheduler_config.get_scheduler_cls(), num_pages=200, specs=specs)
     core._initialize_effective_attention_block_size()

@@ -31,6 +31,7 @@ from scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default
 from scheduler.star.segments import check_segment_options
 from vllm_compat.config import is_async_engine, share_memory_nodes
 from vllm_compat.engine_core import divide_kv_memory_check, end_coordinator_with_parent
+from vllm_compat.engine_report import receive_reports
 from vllm_compat.metrics import collect_from_children
 
 logger = init_logger("vllm.starling")
@@ -50,8 +51,14 @@ WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "engine_ext.worker.StarGPUWorker",
 }
-SCHEDULER = "engine_ext.engine_core.StarScheduler"
-ASYNC_SCHEDULER = "engine_ext.engine_core.AsyncStarScheduler"
+SCHEDULERS = {
+    "vllm.v1.core.sched.scheduler.Scheduler": "engine_ext.engine_core.StarScheduler",
+    "vllm.v1.core.sched.async_scheduler.AsyncScheduler": "engine_ext.engine_core.AsyncStarScheduler",
+    "vllm.v1.core.sched.diffusion_scheduler.DiffusionScheduler": "engine_ext.engine_core.DiffusionStarScheduler",
+    "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler": (
+        "engine_ext.engine_core.AsyncDiffusionStarScheduler"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -153,18 +160,28 @@ def after_engine_config(vllm_config: Any) -> None:
         )
         divide_kv_memory_check(default_num_shards)
     end_coordinator_with_parent()
-    parallel = vllm_config.parallel_config
-    if parallel.worker_cls not in WORKERS:
-        raise OptionError("worker_cls", parallel.worker_cls, "Starling has no worker for it", ", ".join(WORKERS))
-    parallel.worker_cls = WORKERS[parallel.worker_cls]
-    scheduling = vllm_config.scheduler_config
-    scheduling.scheduler_cls = ASYNC_SCHEDULER if scheduling.async_scheduling else SCHEDULER
+    parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
+    parallel.worker_cls = star_class("worker_cls", parallel.worker_cls, WORKERS)
+    chosen = scheduling.get_scheduler_cls()
+    scheduling.scheduler_cls = star_class("scheduler_cls", f"{chosen.__module__}.{chosen.__qualname__}", SCHEDULERS)
+    receive_reports()
     collect_from_children()
     front_metrics()
     _log_activation(config.star, refusals, vllm_config.model_config)
     if replicas.split_refusal is not None:
         reason = replicas.split_refusal
         logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, reason)
+
+
+def star_class(option: str, chosen: str, known: Mapping[str, str]) -> str:
+    """The name of Starling's form of the class that vLLM has chosen.
+
+    Raises:
+        OptionError: Starling has none.
+    """
+    if chosen not in known:
+        raise OptionError(option, chosen, "vLLM has chosen this class, of which Starling has no form", ", ".join(known))
+    return known[chosen]
 
 
 def is_one_host(parallel: Any) -> bool:

@@ -1,27 +1,36 @@
-"""Starling in the engine core's process, which imports this module by the names of the schedulers (activation.py).
-
-Only workers know on which attention backends a model's layers run. The engine core asks them, and its fronts read the
-answer from the KV page size: see the rule of refusals.py about it.
-"""
+"""Starling in the engine core's process, which imports this module by the names of the schedulers (activation.py)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
-from vllm_compat.config import report_page_size_if
+from vllm.logger import init_logger
 
-__all__ = ["AsyncStarScheduler", "StarScheduler"]
+from engine_ext.engine_report import SPLIT, STAR, engine_report
+from engine_ext.refusals import star_refusals
+from scheduler.star.request_metadata import CONNECTOR
+from scheduler.star_scheduler import (
+    AsyncDiffusionStarScheduler,
+    AsyncStarScheduler,
+    DiffusionStarScheduler,
+    StarScheduler,
+)
+from vllm_compat.engine_report import send_report
+
+__all__ = ["AsyncDiffusionStarScheduler", "AsyncStarScheduler", "DiffusionStarScheduler", "StarScheduler"]
+
+logger = init_logger("vllm.starling")
 
 
-def lacks_star_layers(worker: Any) -> bool:
-    """Whether no layer of a worker can run star rows; False for a worker of vLLM's own."""
-    return getattr(worker, "lacks_star_layers", False)
+def report_of(core: Any) -> dict[str, str | None]:
+    """What an engine core reports to its fronts, which is also logged once where the configuration did not tell."""
+    report, config = engine_report(core), core.vllm_config
+    if report[STAR] and not star_refusals(config):
+        logger.warning("Star Attention is off here, and refused to requests that ask for it: %s", report[STAR])
+    transfer = config.kv_transfer_config
+    if report[SPLIT] and transfer is not None and transfer.kv_connector == CONNECTOR:
+        logger.warning("Every prompt stays on one replica: the KV cache has %s", report[SPLIT])
+    return report
 
 
-def has_star_layers(core: Any) -> bool:
-    """Whether all workers of an engine core have layers that can run star rows."""
-    return not any(core.model_executor.collective_rpc(lacks_star_layers))
-
-
-report_page_size_if(has_star_layers)
+send_report(report_of)

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from attention_backends.kernels.contract import CPU_ISAS
 from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
+from engine_ext.engine_report import SPLIT, STAR
 from replicas.messages import nixl_is_installed
 from scheduler.star.independence import FULL_ATTENTION, dependence
 from scheduler.star.options import flat_name
@@ -19,6 +20,7 @@ from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet
 from scheduler.star.request_metadata import CONNECTOR
 from vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
+from vllm_compat.engine_report import engine_reports
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
 CONNECTORS = (CONNECTOR, "OffloadingConnector")
@@ -50,10 +52,14 @@ def _backend(config: Any) -> str | None:
     return None if backend is None or on_cpu or backend.name in WRAPPED else backend.name
 
 
-def _reports_no_page_size(config: Any) -> bool:
-    """Whether the engine cores have started, and report no KV page size of full attention; see engine_core.py."""
-    cache = config.cache_config
-    return cache.num_gpu_blocks is not None and cache.effective_attention_block_size is None
+def _reported(field: str) -> Callable[[Any], str | None]:
+    """What engine cores that have started report of themselves; see engine_report.py."""
+
+    def found(config: Any) -> str | None:
+        reported = {report[field] for report in engine_reports(config)} - {None}
+        return "; ".join(sorted(reported)) or None
+
+    return found
 
 
 Rules = tuple[tuple[Callable[[Any], Any], str], ...]
@@ -95,6 +101,10 @@ RULES: Rules = (
         lambda c: c.parallel_config.use_ubatching,
         "dual-batch overlap and --ubatch-size slice batches by row before rows are split",
     ),
+    (
+        lambda c: c.cache_config.use_replayssm,
+        "--use-replayssm: its positions in the Mamba state are per batch row, and have no split into star rows",
+    ),
     (lambda c: c.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill skips tokens by batch row"),
     (
         lambda c: _decode_graphs(c) and c.scheduler_config.long_prefill_token_threshold == 1,
@@ -105,11 +115,7 @@ RULES: Rules = (
         "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix",
     ),
     (_backend, f"the attention backend is not one of those wrapped: {', '.join(WRAPPED)}"),
-    (
-        _reports_no_page_size,
-        "the full-attention layers have no one KV page size, or an attention backend that is not wrapped: see the "
-        "engine's log",
-    ),
+    (_reported(STAR), "the engine can't run it, as it found when it started"),
 )
 
 
@@ -165,6 +171,7 @@ SPLIT_RULES: Rules = (
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may move the KV memory that NIXL has registered",
     ),
     (lambda c: c.aux_output_config.enabled, "outputs beside tokens exist on the replica that computed them only"),
+    (_reported(SPLIT), "replicas exchange the pages of one group of layers, and the engine has other ones"),
     (lambda c: not nixl_is_installed(), "the NIXL library, which moves KV pages, is not installed: pip install nixl"),
 )
 

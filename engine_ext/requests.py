@@ -17,9 +17,9 @@ from engine_ext.cache_salt import salted
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import refuse_overlap, replica_set, star_refusals
 from scheduler.star.kv_demand import with_enough_replicas
-from scheduler.star.options import FIELD_OF, flat_name, is_star_key, parse_options
+from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, parse_options
 from scheduler.star.parsing import OptionError
-from scheduler.star.plan import StarPlan, make_plan
+from scheduler.star.plan import ReplicaSet, StarPlan, make_plan
 from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata, default_num_shards
 from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, align
 
@@ -74,6 +74,15 @@ class PlannedPrompt:
     padding_tokens: int = 0
 
 
+def usable_defaults(star: StarOptions, refusals: list[str], replicas: ReplicaSet) -> StarOptions:
+    """The server's star options without those that its engines, as they found when they started, can't follow.
+
+    What the configuration alone excludes is refused before the start (activation.py).
+    """
+    unusable = {"mode": "off"} if refusals else {}
+    return star.model_copy(update=unusable | ({"replicas": "auto", "shards": "off"} if replicas.split_refusal else {}))
+
+
 class RequestPlanner:
     """Plans the requests of one engine: each prompt once, by the first front that sees its tokens."""
 
@@ -81,6 +90,7 @@ class RequestPlanner:
         self.config = parse_config(vllm_config.additional_config)
         self.refusals = star_refusals(vllm_config) if self.config else [HOW_TO_ACTIVATE]
         self.replicas = replica_set(vllm_config)
+        self.defaults = usable_defaults(self.config.star, self.refusals, self.replicas) if self.config else None
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
 
@@ -134,20 +144,23 @@ class RequestPlanner:
 
     def _plan(self, extra_args: Mapping[str, Any], num_tokens: int, token_ids: list[int] | None) -> PlannedPrompt:
         given = {key: value for key, value in extra_args.items() if is_star_key(key)}
-        if self.config is None:
+        if self.config is None or self.defaults is None:
             if given:
                 name, value = next(iter(given.items()))
                 raise OptionError(name, value, HOW_TO_ACTIVATE, f"no star options without {ENTRY}")
             return PlannedPrompt(None, num_tokens, token_ids)
         request = parse_options(given, flat=True) if given else None
-        mode = self.config.star.mode if request is None or "mode" not in request.model_fields_set else request.mode
+        if request is None:
+            mode = self.defaults.mode
+        else:
+            mode = request.mode if "mode" in request.model_fields_set else self.config.star.mode
         if mode != "off" and self.refusals:
             raise OptionError("star", mode, "; ".join(self.refusals), "off")
         if mode != "off" and self.page_size is None:
             raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
-        page_size, defaults, client_tokens = self.page_size or 1, self.config.star, num_tokens
+        page_size, defaults, client_tokens = self.page_size or 1, self.defaults, num_tokens
         if token_ids is not None:
             token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)
             num_tokens = len(token_ids)

@@ -123,7 +123,7 @@ def make_star_worker(base: type) -> type:
     class StarWorker(base):
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             self.star_refusals = star_refusals(vllm_config)
-            self.lacks_star_layers = False
+            self.star_problem: str | None = None
             self.is_warming_up = False
             register_backends(vllm_config, self.star_refusals)
             super().__init__(vllm_config, *args, **kwargs)
@@ -153,19 +153,10 @@ def make_star_worker(base: type) -> type:
                 self.is_warming_up = False
 
         def _check_layers(self) -> None:
-            """Find out whether the layers of the loaded model can run star rows.
-
-            Raises:
-                RuntimeError: they can't, and star is not off by default.
-            """
+            """Find out whether the loaded model's layers can run star rows; engine_report.py asks for the result."""
             builders = metadata_builders(self.model_runner)
-            problem = unsplit_layers(builders)
-            if problem is not None:
-                config = parse_config(self.vllm_config.additional_config)
-                if config is None or config.star.mode != "off":
-                    raise RuntimeError(problem)
-                logger.warning("Star Attention is not available here: %s", problem)
-                self.lacks_star_layers = True
+            self.star_problem = unsplit_layers(builders)
+            if self.star_problem is not None:
                 return
             star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
             # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.

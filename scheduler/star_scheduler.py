@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
@@ -20,7 +21,6 @@ from scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_sched
 from scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
 from scheduler.quarantine import Quarantine
 from scheduler.star.options import parse_options
-from scheduler.star.parsing import OptionError
 from scheduler.star.plan import check_sizes
 from scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from scheduler.step_budget import make_limits
@@ -91,11 +91,8 @@ class StarMixin(SchedulerHooks):
         """Hold the server's star options against the page that the engine really has (raises OptionError)."""
         options = parse_options(star, flat=False)
         page_size = self.view.full_attention_page_size
-        if options.mode == "off":
-            return
-        if page_size is None:
-            raise OptionError("star", options.mode, "the full-attention layers have no one KV page size", "off")
-        check_sizes(options, page_size)
+        if options.mode != "off" and page_size is not None:  # without one page size the engine has no star
+            check_sizes(options, page_size)
 
     def _report_cache_sizes(self) -> None:
         metrics = cache_metrics()
@@ -285,3 +282,11 @@ class StarScheduler(StarMixin, Scheduler):
 
 class AsyncStarScheduler(StarMixin, AsyncScheduler):
     """For engines with async scheduling: vLLM turns it off for a class that is not an AsyncScheduler."""
+
+
+class DiffusionStarScheduler(StarMixin, DiffusionScheduler):
+    """For diffusion models, whose canvases of tokens vLLM's scheduler cuts to each request's width."""
+
+
+class AsyncDiffusionStarScheduler(StarMixin, DiffusionAsyncScheduler):
+    """For diffusion models in engines with async scheduling."""

@@ -58,27 +58,6 @@ def on_server_args(callback: Callable[[Any], None]) -> None:
     wrap(AsyncEngineArgs, "from_cli_args", around)
 
 
-@touches("vllm.v1.engine.core.EngineCore.vllm_config")
-def report_page_size_if(condition: Callable[[Any], bool]) -> None:
-    """Let an engine core report the KV page size of full attention to its fronts only if ``condition(engine_core)``.
-
-    That is ``cache_config.effective_attention_block_size``, which is None where the core reports none. What a core
-    sends its fronts when it has started has no field of a plugin's own, and vLLM reads this one for nothing else. Goes
-    when it has such a field.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def _initialize_effective_attention_block_size(self: Any) -> None:
-            original(self)
-            if not condition(self):
-                self.vllm_config.cache_config.effective_attention_block_size = None
-
-        return _initialize_effective_attention_block_size
-
-    wrap(EngineCore, "_initialize_effective_attention_block_size", around)
-
-
 @touches("vllm.config.parallel.ParallelConfig._api_process_count")
 def num_api_servers(vllm_config: Any) -> int:
     """How many API servers send requests to the engines. Goes with a public field."""

@@ -16,7 +16,6 @@ from grpc_reflection.v1alpha import reflection
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from engine_ext.activation import parse_config
 from engine_ext.front.state import front_state
 from engine_ext.refusals import star_refusals
 from engine_ext.serving.errors import DrainingError
@@ -160,7 +159,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def _server_info(self) -> pb.GetServerInfoResponse:
         config = self.engine.vllm_config
-        starling = parse_config(config.additional_config)
+        defaults = front_state(self.engine).planner.defaults
         if self.backends is None:
             await self._look_up_backends()
         names = config.model_config.served_model_name
@@ -170,7 +169,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             torch_version=torch.__version__,
             models=[names] if isinstance(names, str) else names,
             uptime_seconds=time.monotonic() - self.started,
-            star_defaults=star_message(starling.star) if starling else None,
+            star_defaults=star_message(defaults) if defaults else None,
             limits=limits(config, self.max_message_bytes),
             draining=self.front.draining,
             attention_backends=self.backends or (),

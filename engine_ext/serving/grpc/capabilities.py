@@ -33,7 +33,7 @@ def capabilities(engine: Any, max_request_bytes: int, max_upload_bytes: int) -> 
         kv_page_tokens=planner.page_size,
         star_available=not planner.refusals,
         star_refusals=planner.refusals,
-        star_defaults=star_message(planner.config.star) if planner.config else None,
+        star_defaults=star_message(planner.defaults) if planner.defaults else None,
         max_request_bytes=max_request_bytes,
         max_response_bytes=UNBOUNDED,
         max_n=envs.VLLM_MAX_N_SEQUENCES,

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.config import CUDAGraphMode, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
+from attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
-from engine_ext.activation import MIDDLEWARE, is_one_host, parse_config, prepare_server
+from engine_ext.activation import MIDDLEWARE, SCHEDULERS, is_one_host, parse_config, prepare_server, star_class
 from engine_ext.models.configs import KVShiftLlamaConfig
 from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
 from scheduler.star.parsing import OptionError
 from scheduler.star.request_metadata import ONE_HOST, default_num_shards
+from scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY
 
 
@@ -107,6 +112,50 @@ def test_star_off_by_default_starts_and_refuses_per_request(model):
     assert any("speculative decoding" in reason for reason in star_refusals(config))
 
 
+NEMOTRON_H = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "layers_block_type": ["mamba", "attention"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+}
+"""Of the only architecture for which vLLM takes --use-replayssm. There are no weights: no engine is started."""
+
+
+def test_beside_replayssm_a_server_starts_with_star_off_and_refuses_it(tmp_path):
+    """Its per-row positions come with the metadata of every layer, and virtual_metadata would end the engine."""
+    (tmp_path / "config.json").write_text(json.dumps(NEMOTRON_H))
+
+    def config(mode):
+        given = {"starling": {"star": {"mode": mode}}}
+        return engine_config(tmp_path, skip_tokenizer_init=True, use_replayssm=True, additional_config=given)
+
+    (reason,) = star_refusals(config("off"))
+    assert reason.startswith("--use-replayssm")
+    with pytest.raises(OptionError, match=r"star='auto' is refused: --use-replayssm: .* Allowed: off"):
+        config("auto")
+
+
+def test_what_sets_a_field_by_row_that_has_no_split_is_refused():
+    refused_with = {
+        "logits_indices_padded": "fast prefill",
+        "encoder_seq_lens": "encoder-decoder",
+        "encoder_seq_lens_cpu": "encoder-decoder",
+        "dcp_local_seq_lens": "decode context",
+        "dcp_local_seq_lens_cpu_upper_bound": "decode context",
+        "mm_req_doc_ranges": "prefix-LM",
+        "rswa_prefix_lens": "R-SWA",
+        "replayssm_decode_base_cpu": "--use-replayssm",
+    }
+    assert refused_with.keys() == set(ROW_FIELDS_WITHOUT_A_SPLIT)
+    assert set(refused_with.values()) <= REFUSED.keys()
+
+
 def test_the_server_gets_the_middleware_once():
     args = SimpleNamespace(additional_config={"starling": {}}, middleware=["theirs"])
     prepare_server(args)
@@ -162,6 +211,7 @@ def fake_config(**changes):
         speculative_config=None,
         cache_config=SimpleNamespace(
             kv_sharing_fast_prefill=False,
+            use_replayssm=False,
             enable_prefix_caching=True,
             num_gpu_blocks=None,
             effective_attention_block_size=None,
@@ -196,7 +246,8 @@ REFUSED = {
     "long_prefill_token_threshold=1": {"scheduler_config__long_prefill_token_threshold": 1},
     "LMCacheConnectorV1": {"kv_transfer_config": SimpleNamespace(kv_connector="LMCacheConnectorV1")},
     "FLEX_ATTENTION": {"attention_config__backend": SimpleNamespace(name="FLEX_ATTENTION")},
-    "no one KV page size": {"cache_config__num_gpu_blocks": 100},
+    "--use-replayssm": {"cache_config__use_replayssm": True},
+    "(two kinds of pages)": {"starling_reports": [{"star": None}, {"star": "two kinds of pages"}]},
 }
 
 
@@ -212,8 +263,7 @@ def test_every_rule_is_tested_and_supported_engines_are_not_refused():
     allowed = SimpleNamespace(kv_connector=CONNECTORS[0])
     assert star_refusals(fake_config(kv_transfer_config=allowed)) == []
     assert star_refusals(fake_config(attention_config__backend=SimpleNamespace(name="FLASHINFER"))) == []
-    started = {"cache_config__num_gpu_blocks": 100, "cache_config__effective_attention_block_size": 16}
-    assert star_refusals(fake_config(**started)) == []
+    assert star_refusals(fake_config(starling_reports=[{"star": None}])) == []
 
 
 FLEX, FLASH = SimpleNamespace(name="FLEX_ATTENTION"), SimpleNamespace(name="FLASH_ATTN")
@@ -261,6 +311,9 @@ ON_ONE_REPLICA = {
         "parallel_config__data_parallel_backend": "ray"
     },
     "outputs beside tokens": {"aux_output_config__enabled": True},
+    "one group of layers, and the engine has other ones (3 groups)": {
+        "starling_reports": [{"star": None, "split": "3 groups"}]
+    },
     "pip install nixl": {},
 }
 
@@ -296,6 +349,26 @@ def test_models_whose_blocks_depend_on_one_another_stay_on_one_replica(layer_typ
         "model_config__is_hybrid": hybrid,
     }
     assert named in replica_set(fake_config(**FULL | model)).split_refusal
+
+
+def test_a_diffusion_model_keeps_the_scheduler_that_vllm_has_for_it(model):
+    """vLLM takes that scheduler where the server has --diffusion-config, whatever the model."""
+    given = {"diffusion_config": {"canvas_length": 8}}
+    plain = engine_config(model, **given).scheduler_config.get_scheduler_cls()
+    config = engine_config(model, additional_config={"starling": {}}, **given)
+    star = config.scheduler_config.get_scheduler_cls()
+    assert plain is DiffusionScheduler
+    assert issubclass(star, plain) and issubclass(star, StarMixin)
+
+
+def test_every_scheduler_of_starling_is_one_of_vllm_with_the_mixin_before_it():
+    for base, star in SCHEDULERS.items():
+        assert resolve_obj_by_qualname(star).__bases__ == (StarMixin, resolve_obj_by_qualname(base))
+
+
+def test_a_class_that_vllm_has_chosen_and_starling_does_not_know_is_refused():
+    with pytest.raises(OptionError, match=r"scheduler_cls='theirs' is refused: vLLM has chosen.*Allowed: vllm.v1.core"):
+        star_class("scheduler_cls", "theirs", SCHEDULERS)
 
 
 def test_an_engine_of_several_replicas_gets_the_star_connector_where_prompts_can_be_split(model):

@@ -12,7 +12,6 @@ from vllm.config.parallel import ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.utils import record_kv_cache_layout
-from vllm.v1.engine.core import EngineCore
 
 from vllm_compat.config import (
     attention_layer,
@@ -24,7 +23,6 @@ from vllm_compat.config import (
     on_server_args,
     page_layout,
     page_size_before_start,
-    report_page_size_if,
     share_memory_nodes,
     split_graph_at,
 )
@@ -58,21 +56,6 @@ def test_a_servers_arguments_are_seen_before_its_engine_is_made(monkeypatch):
 def test_arguments_of_servers_differ_from_those_of_offline_engines():
     assert is_async_engine(object.__new__(AsyncEngineArgs))
     assert not is_async_engine(object.__new__(EngineArgs))
-
-
-@pytest.mark.parametrize(("condition", "reported"), [(True, 16), (False, None)])
-def test_a_core_reports_its_page_size_only_on_a_condition(condition, reported, monkeypatch):
-    def find_page_size(core):
-        core.vllm_config.cache_config.effective_attention_block_size = 16
-
-    name = "_initialize_effective_attention_block_size"
-    assert hasattr(EngineCore, name)
-    monkeypatch.setattr(EngineCore, name, find_page_size)
-    core = object.__new__(EngineCore)
-    core.vllm_config = SimpleNamespace(cache_config=SimpleNamespace())
-    report_page_size_if(lambda asked: asked is core and condition)
-    getattr(core, name)()
-    assert core.vllm_config.cache_config.effective_attention_block_size == reported
 
 
 def test_vllm_still_has_the_private_fields():

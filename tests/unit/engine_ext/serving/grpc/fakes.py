@@ -34,7 +34,7 @@ class FakePlanner:
     refusals: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(star=StarOptions())
+        self.defaults = StarOptions()
         self.planned: list[PlannedPrompt] = []
 
     def plan(self, extra_args, num_tokens, token_ids=None) -> PlannedPrompt:

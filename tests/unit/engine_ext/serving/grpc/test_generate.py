@@ -201,7 +201,7 @@ def test_capabilities():
 def test_capabilities_say_why_there_is_no_star():
     engine = FakeEngine()
     planner = engine.planner
-    planner.config, planner.refusals, planner.page_size = None, ["it is not activated"], None
+    planner.defaults, planner.refusals, planner.page_size = None, ["it is not activated"], None
     reply = call(engine, "GetCapabilities", pb.GetCapabilitiesRequest())
     assert (reply.star_available, list(reply.star_refusals)) == (False, ["it is not activated"])
     assert not reply.HasField("star_defaults")

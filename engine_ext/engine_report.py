@@ -1,0 +1,36 @@
+"""What an engine core reports to its fronts of Star Attention: what its layers and its KV cache do not allow.
+
+Only workers know on which attention backends the layers of the loaded model run, and only the scheduler knows the
+groups of layers in the KV cache. Fronts refuse requests with the reasons (refusals.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_compat.scheduler_view import SchedulerView
+
+STAR, SPLIT = "star", "split"
+"""The fields of a report: why no prompt can run star, and why none can be split over replicas; None: it can."""
+
+
+def star_problem_of(worker: Any) -> str | None:
+    """Why a worker's layers can't run star rows; None for a worker of vLLM's own."""
+    return getattr(worker, "star_problem", None)
+
+
+def engine_report(core: Any) -> dict[str, str | None]:
+    """The report of an engine core whose scheduler is made."""
+    view = SchedulerView(core.scheduler)
+    problems = sorted(set(core.model_executor.collective_rpc(star_problem_of)) - {None})
+    if view.full_attention_page_size is None:
+        problems.append("the full-attention layers have no one KV page size")
+    return {STAR: "; ".join(problems) or None, SPLIT: split_problem(view)}
+
+
+def split_problem(view: SchedulerView) -> str | None:
+    """Why the pages of a KV cache can't be exchanged between replicas; None: they can."""
+    if view.only_group is not None:
+        return None
+    number = len(view.groups)
+    return f"{number} groups" if number != 1 else "a group that is not full attention, hashed page by page"

@@ -1,0 +1,80 @@
+"""What an engine core tells its fronts when it has started: what it alone knows, and a front needs to plan requests.
+
+A report is a dict of msgpack's types. It goes out with what vLLM's engine core sends each front by itself, which has no
+field of a plugin's own. All of this goes when it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import make_dataclass
+from typing import Any
+
+import msgspec
+
+from vllm_compat.patching import Wrapper, touches, wrap
+
+Report = dict[str, Any]
+
+FIELD = "starling"
+REPORTS = "starling_reports"
+"""The attribute of a VllmConfig that holds the reports of the engine cores that have started."""
+
+
+def engine_reports(vllm_config: Any) -> list[Report]:
+    """The reports of an engine's cores, one for each replica; none before they have started."""
+    return list(getattr(vllm_config, REPORTS, ()))
+
+
+def add_report(vllm_config: Any, report: Report) -> None:
+    """Keep the report of one more engine core."""
+    setattr(vllm_config, REPORTS, [*engine_reports(vllm_config), report])
+
+
+@touches("vllm.v1.engine.core.EngineCore.vllm_config")
+def send_report(make_report: Callable[[Any], Report]) -> None:
+    """Let each engine core of this process report ``make_report(engine_core)``, once its scheduler is made.
+
+    An engine inside the user's process shares its configuration with its front, so nothing is sent.
+    """
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    def around_start(original: Callable[..., Any]) -> Wrapper:
+        def _initialize_effective_attention_block_size(self: Any) -> None:
+            original(self)
+            add_report(self.vllm_config, make_report(self))
+
+        return _initialize_effective_attention_block_size
+
+    def around_response(original: Callable[..., Any]) -> Wrapper:
+        def _make_ready_response(self: Any) -> Any:
+            return _with_report(original(self), engine_reports(self.vllm_config)[-1])
+
+        return _make_ready_response
+
+    wrap(EngineCore, "_initialize_effective_attention_block_size", around_start)
+    wrap(EngineCoreProc, "_make_ready_response", around_response)
+
+
+@touches("vllm.v1.engine.core_client.MPClient.vllm_config")
+def receive_reports() -> None:
+    """Let this process's fronts keep the reports of their engine cores. An engine core of vLLM's own sends none."""
+    from vllm.v1.engine.core_client import MPClient
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def _apply_ready_response(self: Any, payload: bytes) -> None:
+            original(self, payload)
+            report = msgspec.msgpack.decode(payload).get(FIELD) if payload else None
+            if report is not None:
+                add_report(self.vllm_config, report)
+
+        return _apply_ready_response
+
+    wrap(MPClient, "_apply_ready_response", around)
+
+
+def _with_report(response: Any, report: Report) -> Any:
+    """vLLM's ready response with one more field, which vLLM's own decoder leaves out."""
+    base = type(response)
+    with_field = make_dataclass(base.__name__, [(FIELD, dict)], bases=(base,), kw_only=True)
+    return with_field(**vars(response), **{FIELD: report})

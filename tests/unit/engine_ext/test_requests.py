@@ -20,8 +20,10 @@ from engine_ext.requests import (
     response_plans,
     response_requests,
 )
+from engine_ext.serving.grpc.outputs import final
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
+from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.test_activation import CPU, fake_config
 
 STAR = {"star": "on", "star_block_size": 64}
@@ -73,6 +75,24 @@ def test_dense_requests_have_no_metadata(extra_args, left):
     request = processed(extra_args)
     planner(ON).resolve(request, None)
     assert request.sampling_params.extra_args == left
+
+
+def test_a_context_of_one_star_block_is_counted_and_shown_as_dense():
+    """Its attention is dense, and so are its page keys."""
+    counts = {name: front_metrics().requests.labels(name)._value for name in ("dense", "star")}
+    before = {name: count.get() for name, count in counts.items()}
+    front = planner({"starling": {"star": {"mode": "on", "block_size": 64}}})
+    for length in (128, 130):  # 64 and 65 tokens of context
+        request = processed(None, length=length)
+        front.resolve(request, None)
+        is_star = length == 130
+        assert bool(request.sampling_params.extra_args) is is_star
+        planned = front.plan(None, length)
+        assert front.describe(planned)["attention"] == ("star" if is_star else "dense")
+        assert final(
+            SimpleNamespace(index=0, finish_reason=None, stop_reason=None), pb.Usage(), front.describe(planned)
+        ).final.plan.attention == (pb.Plan.ATTENTION_STAR if is_star else pb.Plan.ATTENTION_DENSE)
+    assert {name: count.get() - before[name] for name, count in counts.items()} == {"dense": 1, "star": 1}
 
 
 TRANSFER = SimpleNamespace(kv_connector="StarConnector", kv_connector_extra_config={SHARDS: 3})

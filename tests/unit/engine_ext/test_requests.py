@@ -48,14 +48,14 @@ def wire(*plan) -> dict:
     return {KEY: {"plan": list(plan)}}
 
 
-def processed(extra_args, length: int = 300, resumable: bool = False):
+def processed(extra_args, length: int = 300):
     params = SamplingParams(extra_args=extra_args)
     return SimpleNamespace(
         sampling_params=params,
         prompt_token_ids=[1] * length,
         prompt_embeds=None,
         mm_features=None,
-        resumable=resumable,
+        resumable=False,
     )
 
 
@@ -207,11 +207,6 @@ def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_ke
     assert shown["keys_attended"] < shown["dense_keys"]
 
 
-def test_sessions_are_refused():
-    with pytest.raises(VLLMValidationError, match="streaming-input session"):
-        planner(ON).resolve(processed(STAR, resumable=True), None)
-
-
 @pytest.fixture
 def noted():
     """(plans, request ids) that are noted for an HTTP response."""
@@ -343,10 +338,22 @@ def test_without_a_token_of_white_space_the_padding_token_has_to_be_given(tokeni
     assert request.prompt_token_ids[100:128] == [5] * 28
 
 
-def test_beam_search_refuses_star_options():
-    begin_beam_search(SimpleNamespace(vllm_xargs=None))
-    with pytest.raises(VLLMValidationError, match="star='on' is refused: beam search"):
-        begin_beam_search(SimpleNamespace(vllm_xargs={"theirs": 1, "star": "on"}))
+@pytest.mark.parametrize("given", [None, {"theirs": 1}, {"star": "off"}, {"star": "auto", "star_block_size": 64}])
+def test_beam_search_takes_requests_that_do_not_ask_for_star(given):
+    begin_beam_search(SimpleNamespace(vllm_xargs=given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"theirs": 1, "star": "on"}, "star='on' is refused: beam search makes a new prompt of each beam"),
+        ({"star_block_size": 64}, "star_block_size=64 is refused: beam search"),
+        ({"star": "auto", "star_block": 64}, "no such star option"),
+    ],
+)
+def test_beam_search_refuses_star(given, message):
+    with pytest.raises(VLLMValidationError, match=message):
+        begin_beam_search(SimpleNamespace(vllm_xargs=given))
 
 
 def test_beam_search_shows_one_plan_for_each_prompt(noted):

@@ -51,15 +51,16 @@ class SchedulerConnector:
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens to fetch from other replicas behind the cached ones, and whether that takes several steps.
 
-        A request fetches once. It fetches nothing where its own start is no longer cached: the fetched pages would have
-        no beginning, and the whole prompt is computed here. It fetches nothing after a preemption either: the other
+        A request fetches once. It fetches nothing where the pages are cached here: another choice of its prompt has
+        fetched them. It fetches nothing where its own start is no longer cached: the fetched pages would have no
+        beginning, and the whole prompt is computed here. It fetches nothing after a preemption either: the other
         replicas have released their pages by then.
         """
         fetch = metadata_of(request).fetch
         if fetch is None or request.request_id in self._fetched:
             return 0, False
         start, stop = fetch.span(self.page_size)
-        if not start <= num_computed_tokens < stop:
+        if num_computed_tokens < start:
             logger.warning(
                 "%s: pages from position %d on were to be fetched, but the prefix cache ends at %d: "
                 "they are computed here instead",
@@ -67,6 +68,8 @@ class SchedulerConnector:
                 start,
                 num_computed_tokens,
             )
+            return 0, False
+        if num_computed_tokens >= stop:
             return 0, False
         return stop - num_computed_tokens, True
 

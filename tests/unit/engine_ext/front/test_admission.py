@@ -199,6 +199,36 @@ def test_a_prompt_is_aborted_between_its_parts_and_the_whole_request(simulate):
     simulate(scenario)
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_prompt_is_aborted_while_it_is_handed_to_the_engine(simulate, monkeypatch, choices, draining):
+    """An API server asks its engine once for its tasks before it hands over its first request."""
+
+    async def scenario(server):
+        await server.generate(TOKENS, STAR | {"star_replicas": 1})  # from now on one replica has all of it cached
+        requests = whole_requests(server)
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def get_supported_tasks():
+            asked.set()
+            await answer.wait()
+            return ("generate",)
+
+        monkeypatch.setattr(server.engine, "get_supported_tasks", get_supported_tasks)
+        running = asyncio.create_task(server.generate(TOKENS, STAR, n=choices, temperature=1.0))
+        await asked.wait()
+        if draining:
+            await admin_of(server).Drain(pb.DrainRequest(), CONTEXT)
+        aborted = await admin_of(server).Abort(pb.AbortRequest(request_ids=["me"]), CONTEXT)
+        assert aborted.found == ["me"]
+        answer.set()
+        (output,) = await running
+        assert [choice.finish_reason for choice in output.outputs] == ["abort"] * choices
+        assert whole_requests(server) == requests
+
+    simulate(scenario)
+
+
 def test_of_two_prompts_with_one_id_the_end_of_the_first_leaves_the_second_known(simulate):
     async def scenario(server):
         short = asyncio.create_task(server.generate(random_ids(1, 520), STAR))

@@ -273,6 +273,19 @@ def on_abort(callback: Callable[[Any, list[str]], None]) -> None:
     wrap(AsyncLLM, "abort", around)
 
 
+@touches("vllm.v1.engine.core_client.EngineCoreClient.abort_requests_async")
+async def abort_in_engine_cores(engine: Any, engine_request_ids: list[str]) -> None:
+    """Abort requests that the front knows no more.
+
+    AsyncLLM hands the choices of n > 1 over one after the other, and an abort meanwhile misses those that an engine
+    core does not have yet. Goes when vLLM's abort waits for them.
+
+    Args:
+        engine_request_ids: the engine's own; unknown ones, and those of ended requests, do nothing.
+    """
+    await engine.engine_core.abort_requests_async(engine_request_ids)
+
+
 @touches("vllm.v1.engine.async_llm.AsyncLLM.shutdown")
 def before_shutdown(engine: Any, callback: Callable[[], None]) -> None:
     """Call ``callback()`` before an AsyncLLM shuts down.

@@ -48,7 +48,7 @@ from scheduler.star.request_metadata import (
     Shard,
 )
 from vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
-from vllm_compat.front import engine_request_ids, request_state, run_internal_request
+from vllm_compat.front import abort_in_engine_cores, engine_request_ids, request_state, run_internal_request
 
 logger = init_logger("vllm.starling")
 
@@ -116,12 +116,14 @@ class SplitPrefill:
         self.capacity: dict[int, int] = {}  # replica -> pages of its memory
         self.admission: Admission  # made before the request can be aborted
         self.aborted = asyncio.Event()
+        self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
         self.tasks: list[asyncio.Task] = []  # the request's end cancels them
         self.working: set[asyncio.Future] = set()  # parts and the reservation under way, which end with their tasks
 
     def abort(self) -> None:
         """End the request, unless the engine has it: then the engine ends it."""
         self.aborted.set()
+        self.aborted_ids += engine_request_ids(self.engine, self.request_id)
         withdraw(self.engine, self.admission)
 
     async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
@@ -229,6 +231,8 @@ class SplitPrefill:
         if engine_request_id is not None:
             # vLLM forgets to abort a request whose client leaves while it is handed to the engine.
             await self.engine.abort(engine_request_id, internal=True)
+        if self.aborted_ids:
+            await abort_in_engine_cores(self.engine, self.aborted_ids)
         await self.held.release()
 
     @property

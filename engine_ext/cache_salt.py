@@ -58,6 +58,16 @@ def salt_for(setting: str, salt: str | None, client: Client | None) -> str | Non
     return derived_salt(client.api_key, salt)
 
 
+def part_with_salt(engine_input: Mapping[str, Any]) -> str | None:
+    """The key of the part of an engine's input in which vLLM looks for the salt; None: the input itself.
+
+    The prompt of an encoder-decoder model has it in the decoder's prompt, and before it is rendered in the encoder's.
+    """
+    if engine_input.get("type") == "enc_dec":
+        return "decoder_prompt"
+    return "encoder_prompt" if "type" not in engine_input and "encoder_prompt" in engine_input else None
+
+
 def salted(setting: str, engine_input: Any) -> Any:
     """An engine's input with the salt that it gets on this server.
 
@@ -66,12 +76,14 @@ def salted(setting: str, engine_input: Any) -> Any:
     """
     if setting == "request":
         return engine_input
-    given = engine_input.get(CACHE_SALT) if isinstance(engine_input, Mapping) else None
+    part = part_with_salt(engine_input) if isinstance(engine_input, Mapping) else None
+    holder = engine_input if part is None else engine_input[part]
     try:
-        if not isinstance(engine_input, Mapping):  # a text, or a session whose prompt comes in pieces
-            reason = f"prompts of type {type(engine_input).__name__} have none, with --cache-salt {setting}"
+        if not isinstance(holder, Mapping):  # a text, or a session whose prompt comes in pieces
+            reason = f"prompts of type {type(holder).__name__} have none, with --cache-salt {setting}"
             raise OptionError(CACHE_SALT, None, reason, "a prompt that is given as a whole, as a mapping")
-        salt = salt_for(setting, given, current_client.get())
+        salt = salt_for(setting, holder.get(CACHE_SALT), current_client.get())
     except OptionError as error:
         raise VLLMValidationError(str(error), parameter=CACHE_SALT) from None
-    return {**engine_input, CACHE_SALT: salt}
+    holder = {**holder, CACHE_SALT: salt}
+    return holder if part is None else {**engine_input, part: holder}

@@ -14,6 +14,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from engine_ext.activation import ENTRY, parse_config
 from engine_ext.cache_salt import salted
+from engine_ext.dense_prompts import SESSION, refuse_star, refuse_star_beams, why_dense
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import refuse_overlap, replica_set, star_refusals
 from scheduler.star.kv_demand import with_enough_replicas
@@ -120,7 +121,11 @@ class RequestPlanner:
         return None
 
     def plan(
-        self, extra_args: Mapping[str, Any] | None, num_tokens: int, token_ids: list[int] | None = None
+        self,
+        extra_args: Mapping[str, Any] | None,
+        num_tokens: int,
+        token_ids: list[int] | None = None,
+        dense_reason: str | None = None,
     ) -> PlannedPrompt:
         """The plan of a request's prompt.
 
@@ -128,21 +133,22 @@ class RequestPlanner:
             extra_args: of the request's sampling parameters.
             num_tokens: of the prompt that the client gave.
             token_ids: these tokens, where the prompt has neither images nor embeddings.
+            dense_reason: why the prompt can't have a star plan; None: it can.
 
         Raises:
             VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
         """
         try:
-            planned = self._plan(extra_args or {}, num_tokens, token_ids)
+            planned = self._plan(extra_args or {}, num_tokens, token_ids, dense_reason)
             self._check_memory(planned)
         except OptionError as error:
-            # A label for each unknown key would let clients make up labels.
-            front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
-            raise VLLMValidationError(str(error), parameter=error.name) from None
+            raise rejection(error) from None
         logger.debug("planned a prompt of %d tokens: %s", planned.num_tokens, planned.plan or "dense")
         return planned
 
-    def _plan(self, extra_args: Mapping[str, Any], num_tokens: int, token_ids: list[int] | None) -> PlannedPrompt:
+    def _plan(
+        self, extra_args: Mapping[str, Any], num_tokens: int, token_ids: list[int] | None, dense_reason: str | None
+    ) -> PlannedPrompt:
         given = {key: value for key, value in extra_args.items() if is_star_key(key)}
         if self.config is None or self.defaults is None:
             if given:
@@ -158,6 +164,9 @@ class RequestPlanner:
             raise OptionError("star", mode, "; ".join(self.refusals), "off")
         if mode != "off" and self.page_size is None:
             raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
+        if dense_reason is not None:
+            refuse_star(given, mode, dense_reason)
+            return PlannedPrompt(None, num_tokens, token_ids)
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
         page_size, defaults, client_tokens = self.page_size or 1, self.defaults, num_tokens
@@ -214,13 +223,16 @@ class RequestPlanner:
         with_salt = self.with_salt(engine_input)
         if request_id is not None:  # else the same input comes again, with an id
             engine_input = with_salt
+        reason = why_dense(engine_input)
+        if reason == SESSION:
+            self.plan(extra_args, 0, dense_reason=reason)
         if not isinstance(engine_input, Mapping) or (self.config is None and not extra_args):
             return engine_input
         token_ids = engine_input.get("prompt_token_ids")
         if token_ids is None:
             return engine_input
         if PLANNED not in engine_input:
-            planned = self.plan(extra_args, len(token_ids), tokens_alone(engine_input))
+            planned = self.plan(extra_args, len(token_ids), tokens_alone(engine_input), reason)
             engine_input = {**engine_input, PLANNED: planned}
             plans = response_plans.get()
             if plans is not None and self.config is not None:
@@ -257,21 +269,20 @@ class RequestPlanner:
         # vLLM renders a prompt of Python's that no renderer has seen here: it may truncate it, or expand images.
         if planned is None or planned.num_tokens - planned.padding_tokens != num_tokens:
             alone = request.prompt_embeds is None and not request.mm_features
-            planned = self.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None)
+            reason = SESSION if request.resumable else why_dense(prompt)
+            planned = self.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None, reason)
         if self.config is None:
             return
         if planned.padding_tokens:
             _refuse_token_positions(params)
             request.prompt_token_ids = planned.token_ids
-        if planned.plan is not None and request.resumable:
-            reason = "a streaming-input session has no final prompt to plan for"
-            raise VLLMValidationError(str(OptionError("star", "on", reason, "off")), parameter="star")
         wire = replace(metadata, plan=planned.plan).to_wire()
         if params.extra_args or wire:
             rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
             rest.pop(KEY, None)
             params.extra_args = rest | {KEY: wire} if wire else rest
-        front_metrics().requests.labels("dense" if planned.plan is None else "star").inc()
+        if not request.resumable:  # a session's last piece, without input, is the one that counts
+            front_metrics().requests.labels("dense" if planned.plan is None else "star").inc()
 
 
 def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
@@ -319,18 +330,23 @@ def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -
     return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown
 
 
-def begin_beam_search(http_request: Any) -> None:
-    """Refuse star options with beam search, and show one plan for each of its prompts.
+def rejection(error: OptionError) -> VLLMValidationError:
+    """The error of a request whose option is refused, which is counted."""
+    # A label for each unknown key would let clients make up labels.
+    front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
+    return VLLMValidationError(str(error), parameter=error.name)
 
-    Beam search drops per-request options, and makes a new prompt of each beam and token.
+
+def begin_beam_search(http_request: Any) -> None:
+    """Refuse star with beam search, which drops per-request options, and show one plan for each of its prompts.
 
     Raises:
-        VLLMValidationError: the request has star options.
+        VLLMValidationError: the request asks for star.
     """
     plans = response_plans.get()
     if plans is not None:
         plans.limit = (plans.limit or 0) + 1
-    for key, value in (http_request.vllm_xargs or {}).items():
-        if is_star_key(key):
-            reason = "beam search restarts every beam as a new prompt, so it has no one plan"
-            raise VLLMValidationError(str(OptionError(key, value, reason, "use_beam_search=false")), parameter=key)
+    try:
+        refuse_star_beams({key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)})
+    except OptionError as error:
+        raise rejection(error) from None

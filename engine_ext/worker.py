@@ -153,10 +153,17 @@ def make_star_worker(base: type) -> type:
                 self.is_warming_up = False
 
         def _check_layers(self) -> None:
-            """Find out whether the loaded model's layers can run star rows; engine_report.py asks for the result."""
+            """Find out whether the loaded model's layers can run star rows; engine_report.py asks for the result.
+
+            Raises:
+                RuntimeError: they can't, and star is on by default.
+            """
             builders = metadata_builders(self.model_runner)
             self.star_problem = unsplit_layers(builders)
             if self.star_problem is not None:
+                config = parse_config(self.vllm_config.additional_config)
+                if config is None or config.star.mode == "on":
+                    raise RuntimeError(self.star_problem)
                 return
             star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
             # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.

@@ -36,7 +36,7 @@ class SchedulerConnector:
         self.held: dict[str, list[Page]] = {}
         self.num_users: Counter[str] = Counter()  # name -> requests here that begin with the pages
         self.release_later: set[str] = set()  # names whose last user releases the pages
-        self._fetched: set[str] = set()  # ids of requests whose load has been made
+        self._begun: set[str] = set()  # ids of requests that had pages to fetch, and have got their own pages
         self._loads: list[PageLoad] = []
 
     def set_addresses(self, metadata: dict[int, Any]) -> None:
@@ -51,15 +51,16 @@ class SchedulerConnector:
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens to fetch from other replicas behind the cached ones, and whether that takes several steps.
 
-        A request fetches once. It fetches nothing where its own start is no longer cached: the fetched pages would have
-        no beginning, and the whole prompt is computed here. It fetches nothing after a preemption either: the other
-        replicas have released their pages by then.
+        A request fetches when it begins. It fetches nothing where the pages are cached here: another choice of its
+        prompt has fetched them. It fetches nothing where its own start is no longer cached: the fetched pages would
+        have no beginning, and the whole prompt is computed here. It fetches nothing after a preemption either: the
+        other replicas have released their pages by then.
         """
         fetch = metadata_of(request).fetch
-        if fetch is None or request.request_id in self._fetched:
+        if fetch is None or request.request_id in self._begun:
             return 0, False
         start, stop = fetch.span(self.page_size)
-        if not start <= num_computed_tokens < stop:
+        if num_computed_tokens < start:
             logger.warning(
                 "%s: pages from position %d on were to be fetched, but the prefix cache ends at %d: "
                 "they are computed here instead",
@@ -68,14 +69,18 @@ class SchedulerConnector:
                 num_computed_tokens,
             )
             return 0, False
+        if num_computed_tokens >= stop:
+            return 0, False
         return stop - num_computed_tokens, True
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Make the load of a request whose pages for ``num_external_tokens`` fetched tokens are allocated."""
         fetch = metadata_of(request).fetch
-        if fetch is None or not num_external_tokens:
+        if fetch is None:
             return
-        self._fetched.add(request.request_id)
+        self._begun.add(request.request_id)
+        if not num_external_tokens:
+            return
         local_page_ids = blocks.get_block_ids()[0]
         first = (fetch.span(self.page_size)[1] - num_external_tokens) // self.page_size
         reads = []
@@ -106,7 +111,7 @@ class SchedulerConnector:
             The request's kv_transfer_params, from which the front learns where the part's pages are; None where no
             pages are held.
         """
-        self._fetched.discard(request.request_id)
+        self._begun.discard(request.request_id)
         metadata = metadata_of(request)
         if metadata.remote is not None:
             self._end_remote_attention(metadata.remote.local_name)

@@ -21,6 +21,7 @@ from scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_sched
 from scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
 from scheduler.quarantine import Quarantine
 from scheduler.star.options import parse_options
+from scheduler.star.parsing import OptionError
 from scheduler.star.plan import check_sizes
 from scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from scheduler.step_budget import make_limits
@@ -91,7 +92,9 @@ class StarMixin(SchedulerHooks):
         """Hold the server's star options against the page that the engine really has (raises OptionError)."""
         options = parse_options(star, flat=False)
         page_size = self.view.full_attention_page_size
-        if options.mode != "off" and page_size is not None:  # without one page size the engine has no star
+        if page_size is None and options.mode == "on":
+            raise OptionError("star", options.mode, "the full-attention layers have no one KV page size", "auto, off")
+        if options.mode != "off" and page_size is not None:
             check_sizes(options, page_size)
 
     def _report_cache_sizes(self) -> None:

@@ -13,7 +13,13 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from vllm.exceptions import VLLMClientError
+
 from vllm_compat.patching import Wrapper, touches, wrap
+
+
+class RequestWithdrawn(VLLMClientError):
+    """A request was withdrawn between its admission and its arrival. AsyncLLM.generate raises it as it is."""
 
 
 class Admission:
@@ -55,13 +61,17 @@ def admit(engine: Any, request_id: str, num_requests: int, num_tokens: int) -> A
 
 
 def withdraw(engine: Any, admission: Admission) -> None:
-    """Count an admitted request no longer: it has ended, whether the engine has got it or not."""
+    """Count an admitted request no longer: it has ended. Where the engine does not have it yet, it gets it no more."""
     _admitted.get(engine.output_processor, set()).discard(admission)
     _report(engine.output_processor)
 
 
 async def admitted_outputs(outputs: AsyncGenerator[Any, None], admission: Admission) -> AsyncGenerator[Any, None]:
-    """What AsyncLLM.generate yields for an admitted request, which is not held against the limits once more."""
+    """What AsyncLLM.generate yields for an admitted request, which is not held against the limits once more.
+
+    Raises:
+        RequestWithdrawn: the request was withdrawn before the engine got it.
+    """
     async with aclosing(outputs):
         token = _arriving.set(admission)
         try:
@@ -77,10 +87,16 @@ async def admitted_outputs(outputs: AsyncGenerator[Any, None], admission: Admiss
 
 
 def has_arrived(engine: Any, request_id: str | None) -> bool:
-    """Whether vLLM checks a request that is admitted already; if so, it counts as the engine's from now on."""
+    """Whether vLLM checks a request that is admitted already; if so, it counts as the engine's from now on.
+
+    Raises:
+        RequestWithdrawn: it was withdrawn meanwhile.
+    """
     admission = _arriving.get()
     if admission is None or admission.engine_request_id is not None:
         return False
+    if admission not in _admitted.get(engine.output_processor, ()):
+        raise RequestWithdrawn(f"request {request_id} was withdrawn before the engine got it")
     admission.engine_request_id = request_id
     withdraw(engine, admission)
     return True

@@ -10,13 +10,16 @@ from typing import Any
 from vllm_compat.admission import has_arrived, hide_requests
 from vllm_compat.patching import Wrapper, touches, wrap
 
+IS_BEAM = "starling_is_beam"
+"""The key of an engine input that is a beam of a beam search."""
+
 
 def on_processed_request(callback: Callable[[Any, Any, Any], None]) -> None:
     """Call ``callback(input_processor, engine_core_request, prompt)`` for every request of every front.
 
-    ``prompt`` is what the request was made of. The request holds its own copy of the sampling parameters;
-    platform.validate_request, which sees the prompt too, is handed the caller's, which several prompts may share. Goes
-    when vLLM lets a plugin amend a processed request.
+    ``prompt`` is what the request was made of; a beam has the key IS_BEAM. The request holds its own copy of the
+    sampling parameters; platform.validate_request, which sees the prompt too, is handed the caller's, which several
+    prompts may share. Goes when vLLM lets a plugin amend a processed request.
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -29,6 +32,24 @@ def on_processed_request(callback: Callable[[Any, Any, Any], None]) -> None:
         return process_inputs
 
     wrap(InputProcessor, "process_inputs", around)
+    mark_beams()
+
+
+def mark_beams() -> None:
+    """Give the prompt of each beam the key IS_BEAM, in servers and in offline engines.
+
+    Beam search makes a new prompt of each beam and token, which can't be told from a client's prompt. Goes when vLLM
+    says so of the prompt or its sampling parameters.
+    """
+    from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def get_prompt(self: Any) -> Any:
+            return {**original(self), IS_BEAM: True}
+
+        return get_prompt
+
+    wrap(BeamSearchSequence, "get_prompt", around)
 
 
 def on_generate(
@@ -95,6 +116,8 @@ def on_beam_search(callback: Callable[[Any], None]) -> None:
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 
     def around(original: Callable[..., Any]) -> Wrapper:
         def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,6 +128,8 @@ def on_beam_search(callback: Callable[[Any], None]) -> None:
 
     wrap(ChatCompletionRequest, "to_beam_search_params", around)
     wrap(CompletionRequest, "to_beam_search_params", around)
+    wrap(TranscriptionRequest, "to_beam_search_params", around)
+    wrap(TranslationRequest, "to_beam_search_params", around)
 
 
 def on_serving_models(callback: Callable[[Any, Any], None]) -> None:
@@ -246,6 +271,19 @@ def on_abort(callback: Callable[[Any, list[str]], None]) -> None:
         return abort
 
     wrap(AsyncLLM, "abort", around)
+
+
+@touches("vllm.v1.engine.core_client.EngineCoreClient.abort_requests_async")
+async def abort_in_engine_cores(engine: Any, engine_request_ids: list[str]) -> None:
+    """Abort requests that the front knows no more.
+
+    AsyncLLM hands the choices of n > 1 over one after the other, and an abort meanwhile misses those that an engine
+    core does not have yet. Goes when vLLM's abort waits for them.
+
+    Args:
+        engine_request_ids: the engine's own; unknown ones, and those of ended requests, do nothing.
+    """
+    await engine.engine_core.abort_requests_async(engine_request_ids)
 
 
 @touches("vllm.v1.engine.async_llm.AsyncLLM.shutdown")

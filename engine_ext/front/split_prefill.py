@@ -47,8 +47,8 @@ from scheduler.star.request_metadata import (
     RequestMetadata,
     Shard,
 )
-from vllm_compat.admission import admit, admitted_outputs, withdraw
-from vllm_compat.front import engine_request_ids, request_state, run_internal_request
+from vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
+from vllm_compat.front import abort_in_engine_cores, engine_request_ids, request_state, run_internal_request
 
 logger = init_logger("vllm.starling")
 
@@ -114,13 +114,17 @@ class SplitPrefill:
         self.anchor_work = self.plan.anchor_size / self.plan.block_size
         self.held = HeldPages(engine, self.state.replica_rpc, request_id)
         self.capacity: dict[int, int] = {}  # replica -> pages of its memory
+        self.admission: Admission  # made before the request can be aborted
         self.aborted = asyncio.Event()
+        self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
         self.tasks: list[asyncio.Task] = []  # the request's end cancels them
         self.working: set[asyncio.Future] = set()  # parts and the reservation under way, which end with their tasks
 
     def abort(self) -> None:
         """End the request, unless the engine has it: then the engine ends it."""
         self.aborted.set()
+        self.aborted_ids += engine_request_ids(self.engine, self.request_id)
+        withdraw(self.engine, self.admission)
 
     async def outputs(self, generate: Generate, params: SamplingParams) -> AsyncGenerator[Any, None]:
         """Prefill the parts, then yield what the whole request yields on the replica of the first part.
@@ -130,7 +134,7 @@ class SplitPrefill:
             ReplicaTimeout: no replica answers, or, with shards, one with a part does not.
             ShardLost: a replica that holds a part of the KV was lost.
         """
-        admission = admit(self.engine, self.request_id, params.n, len(self.token_ids))
+        self.admission = admission = admit(self.engine, self.request_id, params.n, len(self.token_ids))
         self.state.split_requests.add(self)
         self.state.let_split_requests_end(self.engine)
         has_ended = False
@@ -160,6 +164,8 @@ class SplitPrefill:
                         raise ShardLost(f"the replica that holds a part of the prompt's KV is unavailable: {lost}")
                     has_ended = output.finished
                     yield output
+        except RequestWithdrawn:  # aborted while it was handed over
+            yield aborted_output(self.request_id, self.token_ids, params.n)
         finally:
             withdraw(self.engine, admission)
             self.state.split_requests.remove(self)
@@ -225,6 +231,8 @@ class SplitPrefill:
         if engine_request_id is not None:
             # vLLM forgets to abort a request whose client leaves while it is handed to the engine.
             await self.engine.abort(engine_request_id, internal=True)
+        if self.aborted_ids:
+            await abort_in_engine_cores(self.engine, self.aborted_ids)
         await self.held.release()
 
     @property

@@ -158,7 +158,7 @@ def make_plan(
         replicas: the server's replicas.
 
     Returns:
-        The plan; None: the prompt runs dense.
+        The plan; None: the prompt runs dense. A prompt whose context fits in one star block does so in any mode.
 
     Raises:
         OptionError: an option does not fit the page, the block, the prompt or the replicas.
@@ -174,14 +174,16 @@ def make_plan(
     block_size = find_block_size(options, num_prompt_tokens, page_size)
     anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page_size)
     overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page_size)
-    context_end = find_context_end(options, given, num_prompt_tokens)
     limit = max_replicas(options, overlap_size, replicas)
     if "shards" in given:
         check_shards(options, overlap_size, replicas)
     if options.mode == "auto" and num_prompt_tokens < options.min_tokens:
         return None
+    context_end = find_context_end(options, given, num_prompt_tokens)
     plan = StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
-    if limit == 1 or plan.is_dense:
+    if plan.is_dense:
+        return None
+    if limit == 1:
         return plan
     number = best_num_replicas(plan.num_star_blocks, anchor_size / block_size, limit)
     return replace(plan, replicas=number, shards=number > 1 and options.shards == "on")

@@ -6,7 +6,7 @@ from benchmarks.random_llama import make_random_llama
 from tests.parity.harness import TINY, run_engine
 
 
-def test_a_server_with_star_on_starts_dense_where_all_layers_share_a_cache_with_windows(tmp_path):
+def test_a_server_with_star_auto_starts_dense_where_all_layers_share_a_cache_with_windows(tmp_path):
     """Without the hybrid KV cache manager, which vLLM leaves out for Llama-4, all layers have the windows' cache spec.
 
     A prompt that says star=off finds all full pages of a prompt that says nothing: pages of star have other keys.
@@ -17,7 +17,7 @@ def test_a_server_with_star_on_starts_dense_where_all_layers_share_a_cache_with_
     found = run_engine(
         model,
         [[prompt], [prompt | {"extra_args": {"star": "off"}}]],
-        star={"mode": "on", "block_size": 64},
+        star={"mode": "auto", "min_tokens": 64, "block_size": 64},
         disable_hybrid_kv_cache_manager=True,
     )
     (by_default,), (dense,) = found["batches"]

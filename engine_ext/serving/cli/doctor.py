@@ -302,14 +302,13 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
     default = None if replicas is None else make_plan(num_tokens, star, None, page_size, replicas)
     star_on = StarOptions(**(star.model_dump(exclude_unset=True) | {"mode": "on"}))
     with_star = make_plan(num_tokens, star_on, None, page_size, replicas or ONE_REPLICA)
-    assert with_star is not None
     plan = describe(with_star, num_tokens, config.model_config.hf_text_config)
     specs = attamba_specs(config).values()
     sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs] or [
         (cache["page_tokens"], None)
     ]
     num_pages = sum(num_pages_held(num_tokens, *size) for size in sizes)
-    ratio = round(plan["dense_keys"] / plan["keys_attended"], 2)
+    ratio = round(plan["dense_keys"] / plan["keys_attended"], 2) if with_star else 1.0
     return {
         "tokens": num_tokens,
         "kv_pages": num_pages,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import EncoderDecoderInput, build_enc_dec_input, split_enc_dec_input, tokens_input
 from vllm.sampling_params import SamplingParams
 
 from engine_ext.activation import before_engine_config, prepare_server
@@ -64,6 +65,47 @@ def test_a_salt_is_derived_once_where_a_front_looks_at_the_input_before(as_clien
     early = plans.prepare(TOKENS | {"cache_salt": "x"}, SamplingParams(), None)
     assert early["cache_salt"] == "x"
     assert plans.prepare(early, SamplingParams(), "request-1")["cache_salt"] == derived_salt(ANN.api_key, "x")
+
+
+def encoder_decoder_input(**prompt) -> EncoderDecoderInput:
+    """A rendered prompt of an encoder-decoder model, whose encoder takes the salt of the client."""
+    return build_enc_dec_input(tokens_input([1] * 40) | prompt, tokens_input([2] * 3), decoder_start_token_id=2)
+
+
+@pytest.mark.parametrize("given", [None, "x"])
+def test_a_prompt_of_an_encoder_and_a_decoder_gets_its_salt_where_vllm_reads_it(as_client, given):
+    """From the decoder's prompt, whose keys are those of the pages."""
+    as_client(ANN)
+    prompt = encoder_decoder_input(**{} if given is None else {"cache_salt": given})
+    plans = planner({"starling": {"cache_salt": "api-key"}}, model_config__is_encoder_decoder=True)
+    _, decoder = split_enc_dec_input(plans.prepare(prompt, SamplingParams(), "request-1"))
+    assert decoder["cache_salt"] == derived_salt(ANN.api_key, given)
+    assert decoder["prompt_token_ids"] == [2] * 3
+    assert prompt["decoder_prompt"].get("cache_salt") == given, "the client's input, which it may use again"
+
+
+def test_an_encoder_decoder_prompt_without_the_required_salt_is_refused():
+    plans = planner({"starling": {"cache_salt": "required"}})
+    with pytest.raises(VLLMValidationError, match="--cache-salt required"):
+        plans.prepare(encoder_decoder_input(), SamplingParams(), "request-1")
+    _, decoder = split_enc_dec_input(
+        plans.prepare(encoder_decoder_input(cache_salt="mine"), SamplingParams(), "request-1")
+    )
+    assert decoder["cache_salt"] == "mine"
+
+
+@pytest.mark.parametrize("encoder", ["text", {"prompt": "text"}], ids=["text", "mapping"])
+def test_a_raw_encoder_decoder_prompt_gets_its_salt_at_the_encoder(as_client, encoder):
+    """There vLLM reads it where it renders the prompt."""
+    as_client(ANN)
+    raw = {"encoder_prompt": encoder, "decoder_prompt": None}
+    plans = planner({"starling": {"cache_salt": "api-key"}})
+    if encoder == "text":
+        with pytest.raises(VLLMValidationError, match="a prompt that is given as a whole"):
+            plans.prepare(raw, SamplingParams(), "request-1")
+    else:
+        prepared = plans.prepare(raw, SamplingParams(), "request-1")
+        assert prepared["encoder_prompt"] == encoder | {"cache_salt": derived_salt(ANN.api_key, None)}
 
 
 @pytest.mark.parametrize("client", [None, Client("", sees_cached=False)], ids=["no client", "no key"])

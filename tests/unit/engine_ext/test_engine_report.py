@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from engine_ext import engine_core
 from engine_ext.requests import RequestPlanner
+from scheduler.star.parsing import OptionError
 from tests.unit.engine_ext.front.simulation import HASH
 from tests.unit.engine_ext.test_activation import engine_config, model  # noqa: F401
 from tests.unit.engine_ext.test_requests import processed
@@ -81,7 +82,7 @@ def plan_of(planner, options, length=3000):
     return planner.plan(options, length, [1] * length).plan
 
 
-@pytest.mark.parametrize("mode", ["off", "auto", "on"])
+@pytest.mark.parametrize("mode", ["off", "auto"])
 @pytest.mark.parametrize(
     ("specs", "problems", "reason"),
     [
@@ -107,6 +108,11 @@ def test_an_engine_that_can_not_run_star_starts_says_so_once_and_refuses_it(
             planner.resolve(processed(options), None)
         assert f"star='{value}' is refused: the engine can't run it" in str(refused.value)
         assert reason in str(refused.value) and "Allowed: off." in str(refused.value)
+
+
+def test_an_engine_without_one_page_size_does_not_start_with_star_on(start_server):
+    with pytest.raises(OptionError, match=r"star='on' is refused: the full-attention layers have no one KV page size"):
+        start_server({"mode": "on"}, WINDOW)
 
 
 def test_an_engine_whose_layers_are_wrapped_runs_star(start_server):

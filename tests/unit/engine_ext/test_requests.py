@@ -20,8 +20,10 @@ from engine_ext.requests import (
     response_plans,
     response_requests,
 )
+from engine_ext.serving.grpc.outputs import final
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
+from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.test_activation import CPU, fake_config
 
 STAR = {"star": "on", "star_block_size": 64}
@@ -46,14 +48,14 @@ def wire(*plan) -> dict:
     return {KEY: {"plan": list(plan)}}
 
 
-def processed(extra_args, length: int = 300, resumable: bool = False):
+def processed(extra_args, length: int = 300):
     params = SamplingParams(extra_args=extra_args)
     return SimpleNamespace(
         sampling_params=params,
         prompt_token_ids=[1] * length,
         prompt_embeds=None,
         mm_features=None,
-        resumable=resumable,
+        resumable=False,
     )
 
 
@@ -73,6 +75,24 @@ def test_dense_requests_have_no_metadata(extra_args, left):
     request = processed(extra_args)
     planner(ON).resolve(request, None)
     assert request.sampling_params.extra_args == left
+
+
+def test_a_context_of_one_star_block_is_counted_and_shown_as_dense():
+    """Its attention is dense, and so are its page keys."""
+    counts = {name: front_metrics().requests.labels(name)._value for name in ("dense", "star")}
+    before = {name: count.get() for name, count in counts.items()}
+    front = planner({"starling": {"star": {"mode": "on", "block_size": 64}}})
+    for length in (128, 130):  # 64 and 65 tokens of context
+        request = processed(None, length=length)
+        front.resolve(request, None)
+        is_star = length == 130
+        assert bool(request.sampling_params.extra_args) is is_star
+        planned = front.plan(None, length)
+        assert front.describe(planned)["attention"] == ("star" if is_star else "dense")
+        assert final(
+            SimpleNamespace(index=0, finish_reason=None, stop_reason=None), pb.Usage(), front.describe(planned)
+        ).final.plan.attention == (pb.Plan.ATTENTION_STAR if is_star else pb.Plan.ATTENTION_DENSE)
+    assert {name: count.get() - before[name] for name, count in counts.items()} == {"dense": 1, "star": 1}
 
 
 TRANSFER = SimpleNamespace(kv_connector="StarConnector", kv_connector_extra_config={SHARDS: 3})
@@ -185,11 +205,6 @@ def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_ke
         shown = front.describe(PlannedPrompt(plan, 1000))
         assert shown == shown | prompt_keys(plan, 1000, 8, 16, layers=8)
     assert shown["keys_attended"] < shown["dense_keys"]
-
-
-def test_sessions_are_refused():
-    with pytest.raises(VLLMValidationError, match="streaming-input session"):
-        planner(ON).resolve(processed(STAR, resumable=True), None)
 
 
 @pytest.fixture
@@ -323,10 +338,22 @@ def test_without_a_token_of_white_space_the_padding_token_has_to_be_given(tokeni
     assert request.prompt_token_ids[100:128] == [5] * 28
 
 
-def test_beam_search_refuses_star_options():
-    begin_beam_search(SimpleNamespace(vllm_xargs=None))
-    with pytest.raises(VLLMValidationError, match="star='on' is refused: beam search"):
-        begin_beam_search(SimpleNamespace(vllm_xargs={"theirs": 1, "star": "on"}))
+@pytest.mark.parametrize("given", [None, {"theirs": 1}, {"star": "off"}, {"star": "auto", "star_block_size": 64}])
+def test_beam_search_takes_requests_that_do_not_ask_for_star(given):
+    begin_beam_search(SimpleNamespace(vllm_xargs=given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"theirs": 1, "star": "on"}, "star='on' is refused: beam search makes a new prompt of each beam"),
+        ({"star_block_size": 64}, "star_block_size=64 is refused: beam search"),
+        ({"star": "auto", "star_block": 64}, "no such star option"),
+    ],
+)
+def test_beam_search_refuses_star(given, message):
+    with pytest.raises(VLLMValidationError, match=message):
+        begin_beam_search(SimpleNamespace(vllm_xargs=given))
 
 
 def test_beam_search_shows_one_plan_for_each_prompt(noted):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -134,7 +135,8 @@ def test_all_full_attention_layers_must_split_their_rows(builders, problem, monk
     layers = [(builder, ["layer"]) for builder in builders]
     assert (unsplit_layers(layers) is None) == (problem is None)
     monkeypatch.setattr("engine_ext.worker.metadata_builders", lambda runner: layers)
-    for mode in ("on", "off"):
+    for mode in ("on", "auto", "off"):
         worker = make_worker(mode)
-        worker.initialize_from_config(None)
+        with pytest.raises(RuntimeError, match=problem) if problem and mode == "on" else nullcontext():
+            worker.initialize_from_config(None)
         assert worker.star_problem is None if problem is None else re.search(problem, worker.star_problem)

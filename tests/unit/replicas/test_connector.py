@@ -295,3 +295,20 @@ def test_a_worker_reports_failed_pages_and_closes_the_connection(worker, at_once
 
 def test_the_connector_does_not_support_sleep_mode():
     assert not StarConnector.supports_sleep_mode(KVTransferConfig(kv_connector="StarConnector", kv_role="kv_both"))
+
+
+@pytest.mark.parametrize("cached", [300, 0], ids=["found all pages cached", "lost its start"])
+def test_a_request_that_has_begun_without_fetching_fetches_nothing_after_a_preemption(scheduler, cached):
+    """The other replicas have released their pages by then, and use them for other prompts."""
+    if cached:
+        scheduler.add_request(make_request("before", PLAN, cached))
+        run_to_end(scheduler)
+    mine = whole("mine", 128, [1, 2, 3, 4])
+    scheduler.add_request(mine)
+    output = scheduler.schedule()
+    assert output.num_scheduled_tokens["mine"]
+    assert not output.kv_connector_metadata.loads
+    scheduler.update_from_output(output, answer(output, {"mine": []}))
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert mine.num_preemptions == 1
+    assert scheduler.connector.get_num_new_matched_tokens(mine, 192) == (0, False)

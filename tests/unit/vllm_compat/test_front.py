@@ -11,6 +11,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 from vllm.exceptions import RetryableRequestError
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -106,10 +108,13 @@ def test_the_responses_api_over_another_engine_client_is_vllms(hooked):
     assert hooked == []
 
 
-@pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])
+BEAM_REQUESTS = [ChatCompletionRequest, CompletionRequest, TranscriptionRequest, TranslationRequest]
+
+
+@pytest.mark.parametrize("kind", BEAM_REQUESTS)
 def test_a_beam_search_is_seen_as_its_http_request(monkeypatch, kind):
     seen = []
-    for each in (ChatCompletionRequest, CompletionRequest):
+    for each in BEAM_REQUESTS:
         monkeypatch.setattr(each, "to_beam_search_params", lambda self, *args: args)
     front.on_beam_search(seen.append)
     request = kind.model_construct()

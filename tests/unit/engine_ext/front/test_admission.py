@@ -199,6 +199,62 @@ def test_a_prompt_is_aborted_between_its_parts_and_the_whole_request(simulate):
     simulate(scenario)
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_prompt_is_aborted_while_it_is_handed_to_the_engine(simulate, monkeypatch, choices, draining):
+    """An API server asks its engine once for its tasks before it hands over its first request."""
+
+    async def scenario(server):
+        await server.generate(TOKENS, STAR | {"star_replicas": 1})  # from now on one replica has all of it cached
+        requests = whole_requests(server)
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def get_supported_tasks():
+            asked.set()
+            await answer.wait()
+            return ("generate",)
+
+        monkeypatch.setattr(server.engine, "get_supported_tasks", get_supported_tasks)
+        running = asyncio.create_task(server.generate(TOKENS, STAR, n=choices, temperature=1.0))
+        await asked.wait()
+        if draining:
+            await admin_of(server).Drain(pb.DrainRequest(), CONTEXT)
+        aborted = await admin_of(server).Abort(pb.AbortRequest(request_ids=["me"]), CONTEXT)
+        assert aborted.found == ["me"]
+        answer.set()
+        (output,) = await running
+        assert [choice.finish_reason for choice in output.outputs] == ["abort"] * choices
+        assert whole_requests(server) == requests
+
+    simulate(scenario)
+
+
+@pytest.mark.parametrize("star", [STAR, SHARDS], ids=["fetched", "shards"])
+def test_choices_that_are_handed_to_the_engine_after_an_abort_end_before_their_pages_are_released(simulate, star):
+    """vLLM's abort misses a choice of n > 1 that the engine core does not have yet."""
+
+    async def scenario(server):
+        add_request, handing_over, go_on = server.client.add_request_async, asyncio.Event(), asyncio.Event()
+
+        async def add_second_choice_later(request):
+            if request.request_id.startswith("1_"):
+                handing_over.set()
+                await go_on.wait()
+            await add_request(request)
+
+        server.client.add_request_async = add_second_choice_later
+        running = asyncio.create_task(server.generate(TOKENS, star, n=2, temperature=1.0, max_tokens=30))
+        await handing_over.wait()
+        await server.engine.abort("me")
+        await until(lambda: not server.replicas[0].scheduler.requests)
+        go_on.set()
+        (output,) = await running
+        assert [choice.finish_reason for choice in output.outputs] == ["abort"] * 2
+        assert not server.replicas[0].scheduler.requests
+
+    simulate(scenario)
+
+
 def test_of_two_prompts_with_one_id_the_end_of_the_first_leaves_the_second_known(simulate):
     async def scenario(server):
         short = asyncio.create_task(server.generate(random_ids(1, 520), STAR))

@@ -7,6 +7,7 @@ step that reads it. Prompts whose KV stays on its replicas have a file of their 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from types import SimpleNamespace
 
@@ -231,6 +232,29 @@ def test_pages_that_have_become_cached_meanwhile_are_not_fetched(simulate):
         assert server.replicas[0].fetched == [5 - 2, 1]
 
     simulate(scenario)
+
+
+@pytest.mark.parametrize(
+    ("choices", "is_cached", "computed", "num_warnings"),
+    [(4, True, [480, 512, 480, 512], 0), (1, False, [0], 1)],
+    ids=["by another choice", "the start is lost"],
+)
+def test_pages_that_are_not_fetched_are_reported_only_where_they_are_computed_again(
+    simulate, monkeypatch, caplog, choices, is_cached, computed, num_warnings
+):
+    """Two of four choices fetch the pages. The others, which come later, find these pages in the cache."""
+    monkeypatch.setattr(logging.getLogger("vllm.starling"), "propagate", True)
+
+    async def scenario(server):
+        pool = server.replicas[0].pool
+        if not is_cached:
+            monkeypatch.setattr(pool, "get_cached_block", lambda *args: None)
+        await server.generate(TOKENS, STAR, n=choices, temperature=1.0)
+        assert [start for start, _ in server.work()[0][1:]] == computed
+
+    simulate(scenario)
+    warnings = [record for record in caplog.records if "computed here instead" in record.getMessage()]
+    assert len(warnings) == num_warnings
 
 
 def test_replicas_with_different_pages_are_refused_with_both_layouts(simulate):

@@ -45,8 +45,14 @@ def plan(
     [
         ({}, StarPlan(64, 64, 0, 500, 1000)),  # the query is 512 tokens, at most half of the prompt
         ({"num_prompt_tokens": 5000}, StarPlan(64, 64, 0, 4488, 5000)),
-        ({"num_prompt_tokens": 101}, StarPlan(64, 64, 0, 51, 101)),
-        ({"num_prompt_tokens": 1}, StarPlan(64, 64, 0, 0, 1)),
+        ({"num_prompt_tokens": 201}, StarPlan(64, 64, 0, 101, 201)),
+        ({"num_prompt_tokens": 1}, None),
+        # A context that fits in one block has dense attention.
+        ({"num_prompt_tokens": 128}, None),
+        ({"num_prompt_tokens": 130}, StarPlan(64, 64, 0, 65, 130)),
+        ({"context_tokens": 64}, None),
+        ({"num_blocks": 1}, None),
+        ({"mode": "auto", "min_tokens": 0, "block_size": 512}, None),
         ({"query_tokens": 0}, StarPlan(64, 64, 0, 999, 1000)),  # the last prompt token always attends to everything
         ({"query_tokens": 700}, StarPlan(64, 64, 0, 300, 1000)),
         ({"context_tokens": 333}, StarPlan(64, 64, 0, 333, 1000)),
@@ -55,7 +61,7 @@ def plan(
         ({"anchor_size": 0}, StarPlan(64, 0, 0, 500, 1000)),
         ({"num_blocks": 4}, StarPlan(256, 256, 0, 500, 1000)),  # 250, rounded up to whole pages
         ({"num_blocks": 3000}, StarPlan(16, 16, 0, 500, 1000)),
-        ({"defaults": {"block_size": 0, "num_blocks": 2}}, StarPlan(512, 512, 0, 500, 1000)),
+        ({"defaults": {"block_size": 0, "num_blocks": 3}}, StarPlan(336, 336, 0, 500, 1000)),
         (
             {"defaults": {"anchor_size": 64, "overlap_size": 64}, "block_size": 32},
             StarPlan(32, 32, 32, 500, 1000),
@@ -68,6 +74,7 @@ def plan(
         ({"mode": "off"}, None),
         ({"mode": "auto", "min_tokens": 1001}, None),
         ({"mode": "auto", "min_tokens": 1000}, StarPlan(64, 64, 0, 500, 1000)),
+        ({"mode": "auto", "min_tokens": 1001, "query_tokens": 1001}, None),  # its query is not cut off
         ({"defaults": {"mode": "off"}}, None),
         ({"defaults": {"mode": "off"}, "mode": "on"}, StarPlan(64, 64, 0, 500, 1000)),
         ({"defaults": {"mode": "off"}, "mode": "off", "block_size": 32}, None),
@@ -132,7 +139,6 @@ SHIFTED = ReplicaSet(2, "the model has KV shifting")
         ({"replicas": 1}, ReplicaSet(2), 1),
         ({"replicas": 2}, ReplicaSet(3), 2),
         ({"context_tokens": 128}, ReplicaSet(2), 1),  # two blocks: the second replica would compute two, too
-        ({"context_tokens": 64}, ReplicaSet(2), 1),  # with one block the prompt runs dense
         ({}, SHIFTED, 1),
         ({"replicas": 1}, SHIFTED, 1),
         ({"overlap_size": 16}, ReplicaSet(2), 1),
@@ -210,9 +216,6 @@ def test_the_plan_travels_in_extra_args():
         return metadata_of(SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra_args))).plan
 
     assert received({KEY: RequestMetadata(star).to_wire()}) == star
-    assert (
-        received({KEY: RequestMetadata(StarPlan(64, 64, 0, 64, 100)).to_wire()}) is None
-    )  # with one block the prompt runs dense
     assert received({"other": 1}) is None
     assert received(None) is None
     assert metadata_of(SimpleNamespace(sampling_params=None)).plan is None  # a pooling request
@@ -277,7 +280,12 @@ def test_keys_attended_are_those_of_the_mask(star):
         ({"shards": "on"}, {"shards": "off"}, ReplicaSet(3), False),
         ({"shards": "on"}, {"replicas": 1}, ReplicaSet(3), False),  # the default has no effect
         ({"shards": "on"}, {"overlap_size": 16}, ReplicaSet(3), False),
-        ({}, {"shards": "on", "block_size": 512}, ReplicaSet(3), False),  # two blocks run on one replica
+        (
+            {},
+            {"shards": "on", "block_size": 512, "query_tokens": 9},
+            ReplicaSet(3),
+            False,
+        ),  # two blocks run on one replica
     ],
 )
 def test_a_plan_has_whether_its_kv_stays_on_the_replicas_that_computed_it(server, options, replica_set, shards):

@@ -83,6 +83,14 @@ def test_what_is_refused_and_why(model):
     assert report["prompt"]["plan_with_star_on"] is None
 
 
+def test_a_prompt_of_one_star_block_is_dense_with_star_on_too(model, capfd):
+    assert doctor.run([model, "--prompt-tokens", "1000", "--star", "on", "--json"]) == 0
+    output = capfd.readouterr().out  # within this process, vLLM's log comes first
+    prompt = json.loads(output[output.index("{\n") :])["prompt"]
+    assert prompt["by_default"] == prompt["plan_with_star_on"]["attention"] == "dense"
+    assert prompt["attention_work_dense_over_star"] == 1.0
+
+
 def test_replicas(model, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = ("--dtype", "float32", "--data-parallel-size", "2", "--prompt-tokens", "3000", "--star-block-size", "512")

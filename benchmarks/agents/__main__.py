@@ -37,6 +37,7 @@ COLUMNS = {
     "first_token_p99": "p99",
     "pause_p50": "pause p50",
     "pause_p99": "p99",
+    "pause_p999": "p99.9",
     "tokens_per_second": "tokens/s",
     "cached": "cached",
 }
@@ -52,10 +53,11 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    panels = (("first_token", "to the first token"), ("pause", "between two tokens"))
+    panels = (("first_token", "p99", "to the first token"), ("pause", "p999", "between two tokens"))
     with saved_figure(path, 1, 2, figsize=(8, 3.4)) as (_, axes):
-        for axis, (key, title) in zip(axes, panels, strict=True):
-            axis.bar(list(rows), [row[f"{key}_p99"] for row in rows.values()], color="lightgrey", label="p99")
+        for axis, (key, high, title) in zip(axes, panels, strict=True):
+            label = {"p99": "p99", "p999": "p99.9"}[high]
+            axis.bar(list(rows), [row[f"{key}_{high}"] for row in rows.values()], color="lightgrey", label=label)
             axis.bar(list(rows), [row[f"{key}_p50"] for row in rows.values()], label="median")
             axis.set_yscale("log")
             axis.set_title(f"seconds {title}", fontsize=9)

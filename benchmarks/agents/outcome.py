@@ -43,6 +43,7 @@ class Outcome:
             "first_token_p99": float(np.quantile(first, 0.99)),
             "pause_p50": float(np.quantile(pauses, 0.5)),
             "pause_p99": float(np.quantile(pauses, 0.99)),
+            "pause_p999": float(np.quantile(pauses, 0.999)),
             "tokens_per_second": self.output_tokens / self.seconds,
             "cached": self.cached_tokens / self.prompt_tokens,
             "seconds": self.seconds,

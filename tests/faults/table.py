@@ -110,8 +110,8 @@ def expected(server: str, fault: str, target: str, moment: str) -> Expected:
     if fault == "SIGKILL" and target == "coordinator":
         return Expected((ANSWER,))
     if fault == "SIGKILL":
-        # vLLM ends the other replicas, which abort their requests.
-        ends = (ERROR,) if server == "one engine" else (ERROR, ABORTED)
+        # vLLM ends the other replicas, which abort their requests, unless these have just ended.
+        ends = (ERROR,) if server == "one engine" else (ERROR, ABORTED, ANSWER)
         ends = (*ends, CLOSED) if moment == IDLE else ends
         return Expected(ends, DEAD_HTTP, DEAD_GRPC, 1, 20)
     silent = target == "API server" and fault != "slow"

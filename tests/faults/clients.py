@@ -20,7 +20,7 @@ ANSWER = "answer"
 ERROR = "error"
 """A status, or an error event in a stream."""
 ABORTED = "aborted"
-"""Some of the output, with "abort" as its finish reason."""
+"""Some of the output, with "abort" as its finish reason. vLLM's HTTP stream without a token leaves the reason out."""
 CLOSED = "closed"
 """The connection ended or was refused without a status. gRPC's library makes an UNAVAILABLE of it, an ERROR."""
 SILENCE = "silence"
@@ -175,7 +175,8 @@ class Running:
             outcome.kind, outcome.status = SILENCE if gave_up else ERROR, error.code().name
             outcome.message = error.details() or ""
         if outcome.kind == ANSWER and len(outcome.tokens) != self.request.max_tokens:
-            outcome.kind = ABORTED if outcome.finish_reason == "abort" else SHORT
+            is_aborted = outcome.finish_reason == "abort" or not (outcome.tokens or outcome.finish_reason)
+            outcome.kind = ABORTED if is_aborted else SHORT
         outcome.ended = time.monotonic()
 
     @property

@@ -28,7 +28,7 @@ A request may end in these ways:
 - `error`: a status, or an error event in a stream. A gRPC client whose connection ends gets UNAVAILABLE from its own
   library.
 - `aborted`: some of the output, with `abort` as its finish reason. vLLM ends requests so when a server shuts down, or
-  another replica has ended.
+  another replica has ended. An HTTP stream that has no token yet then ends without a finish reason.
 - `closed`: the connection ended, or was refused, without a status.
 - `silence`: no end within the deadline. `short`: an output without an error that is not whole. `wrong`: other tokens
   than the model's. None of these three is ever expected.

@@ -112,7 +112,7 @@ def check_empty(scheduler: Any) -> None:
             "held": side.held,
             "users": +side.num_users,
             "later": side.release_later,
-            "fetched": side._fetched,
+            "begun": side._begun,
             "loads": side._loads,
         }
     assert not any(left.values()), {name: value for name, value in left.items() if value}

@@ -95,6 +95,7 @@ class Runner:
             row.position = position
         if output.kv_connector_metadata is not None:
             for load in output.kv_connector_metadata.loads:
+                assert not self.cases[load.request_id].preempted, "pages are fetched that are released by now"
                 pairs = [zip(read.remote_page_ids, read.local_page_ids, strict=True) for read in load.reads]
                 self.loads[load.request_id] = [pair for read in pairs for pair in read]
 

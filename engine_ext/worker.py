@@ -22,6 +22,7 @@ from scheduler.star.request_metadata import RequestMetadata, metadata_of
 from vllm_compat.patching import extends
 from vllm_compat.worker import (
     batch_request_ids,
+    keep_request_ids,
     kv_connector,
     metadata_builders,
     unlink_shared_memory,
@@ -136,6 +137,7 @@ def make_star_worker(base: type) -> type:
         def init_device(self) -> Any:
             result = super().init_device()
             unlink_shared_memory(self.rank)
+            keep_request_ids(self.model_runner)
             return result
 
         def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:

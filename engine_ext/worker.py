@@ -19,6 +19,7 @@ from engine_ext.refusals import star_refusals
 from replicas.metrics import replica_metrics
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RequestMetadata, metadata_of
+from vllm_compat.models import without_prefill_checkpoints
 from vllm_compat.patching import extends
 from vllm_compat.worker import (
     batch_request_ids,
@@ -92,6 +93,8 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
 
         config = parse_config(vllm_config.additional_config)
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
+        if vllm_config.model_config.is_hybrid:
+            without_prefill_checkpoints()
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:

@@ -60,8 +60,8 @@ def attention_spec(attention: Any, vllm_config: Any) -> Any:
 def without_prefill_checkpoints() -> None:
     """Let Mamba-2 layers keep states at the ends of chunks only, not within one. For CPU.
 
-    With prefix caching, vLLM keeps the state at the last whole page of a prompt without ending a chunk there. Its CPU op
-    returns no such state, and a Triton kernel would store it: a CPU engine ends with the first prompt of more than a
+    With prefix caching, vLLM keeps the state at the last whole page of a prompt without ending a chunk there. Its CPU
+    op returns no such state, and a Triton kernel would store it: a CPU engine ends with the first prompt of more than a
     page. Without these checkpoints vLLM ends a chunk at that page, as it does for gated delta nets. Goes when a CPU
     engine of plain vLLM serves a Mamba-2 hybrid with prefix caching.
     """

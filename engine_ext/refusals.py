@@ -14,7 +14,7 @@ from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
 from engine_ext.engine_report import SPLIT, STAR
 from replicas.messages import nixl_is_installed
-from scheduler.star.independence import FULL_ATTENTION, dependence
+from scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
 from scheduler.star.options import flat_name
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet
@@ -32,7 +32,7 @@ def _full_attention_layers(model: Any) -> bool:
         return False
     layer_types = getattr(model.hf_text_config, "layer_types", None)
     if layer_types:
-        return any(kind in FULL_ATTENTION for kind in layer_types)
+        return any(kind in (*FULL_ATTENTION, HYBRID) for kind in layer_types)
     return model.get_sliding_window() is None
 
 

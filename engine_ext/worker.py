@@ -19,9 +19,11 @@ from engine_ext.refusals import star_refusals
 from replicas.metrics import replica_metrics
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RequestMetadata, metadata_of
+from vllm_compat.models import without_prefill_checkpoints
 from vllm_compat.patching import extends
 from vllm_compat.worker import (
     batch_request_ids,
+    keep_request_ids,
     kv_connector,
     metadata_builders,
     unlink_shared_memory,
@@ -91,6 +93,8 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
 
         config = parse_config(vllm_config.additional_config)
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
+        if vllm_config.model_config.is_hybrid:
+            without_prefill_checkpoints()
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
@@ -136,6 +140,7 @@ def make_star_worker(base: type) -> type:
         def init_device(self) -> Any:
             result = super().init_device()
             unlink_shared_memory(self.rank)
+            keep_request_ids(self.model_runner)
             return result
 
         def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:

@@ -178,6 +178,15 @@ class StarMixin(SchedulerHooks):
         rest = request.block_hashes[len(extended) : (request.num_tokens - 1) // self.block_size]
         return extended + self.view.pool.find_run(rest)
 
+    def kept_boundary(self, request: Any, found: int) -> int:
+        """The end of the context, unless vLLM has found a border: there the next turn of a chat goes on.
+
+        Behind it, the keys of pages contain the context's end. vLLM keeps a state or window at the last page of a
+        prompt, where only the same prompt finds it.
+        """
+        plan = metadata_of(request).plan
+        return found if found or plan is None else plan.context_end // self.block_size * self.block_size
+
     def bound_chunk(self, request: Any, start: int, num_tokens: int) -> int:
         """Bound a chunk by its prompt's part of this step, and end it at star blocks that are in the cache."""
         if self.limiter is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -146,6 +147,27 @@ def page_size_before_start(vllm_config: Any) -> int:
     if started or cache.user_specified_block_size or vllm_config.device_config.device_type != "cpu":
         return cache.block_size
     return AttentionBackendEnum.CPU_ATTN.get_class().get_preferred_block_size(CPU_PAGE_SIZE)
+
+
+@touches("vllm.platforms.interface.Platform._align_hybrid_block_size")
+def hybrid_page_size(vllm_config: Any) -> int:
+    """Tokens of a full-attention page of a hybrid model before its engine cores have started.
+
+    vLLM enlarges the page when it loads the model, until it takes as much memory as a state. For the backends that
+    Starling wraps, the result does not depend on which one runs, but for a few GPUs that need large pages. Goes when
+    the configuration has the size that will be used.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    config = copy.copy(vllm_config)
+    config.cache_config = copy.copy(vllm_config.cache_config)
+    config.cache_config.block_size = page_size_before_start(vllm_config)
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    backend = AttentionBackendEnum.CPU_ATTN if on_cpu else AttentionBackendEnum.FLASH_ATTN
+    current_platform._align_hybrid_block_size(config, backend.get_class())
+    page_size: int = config.cache_config.block_size
+    return page_size
 
 
 def share_memory_nodes(vllm_config: Any, environ: MutableMapping[str, str]) -> None:

@@ -35,6 +35,14 @@ class SchedulerHooks:
         """
         return None
 
+    def kept_boundary(self, request: Any, found: int) -> int:
+        """Where, besides at its end, the state or window of a prompt stays in the prefix cache: a page border.
+
+        Args:
+            found: where another request's prompt has turned out to differ, or 0.
+        """
+        return found
+
     def bound_chunk(self, request: Any, start: int, num_tokens: int) -> int:
         """How many of the tokens from position ``start`` on a request may have in this step."""
         return num_tokens
@@ -55,13 +63,14 @@ class SchedulerHooks:
         hit = super()._get_local_prefix_cache_hit(request, *max_cache_hit_length)  # type: ignore[misc]
         if any(length is not None for length in max_cache_hit_length):  # vLLM 0.33: hidden states were kept up to here
             return hit
-        blocks, num_tokens, *rest = hit
+        blocks, num_tokens, boundary, *rest = hit
         if not blocks.blocks:  # a model without a KV cache
             return hit
+        boundary = self.kept_boundary(request, boundary)
         pages = self.extend_prefix_hit(request, blocks.blocks[0], num_tokens)
         if pages is None:
-            return hit
-        return self.kv_cache_manager.create_kv_cache_blocks((pages,)), len(pages) * self.block_size, *rest
+            return blocks, num_tokens, boundary, *rest
+        return self.kv_cache_manager.create_kv_cache_blocks((pages,)), len(pages) * self.block_size, boundary, *rest
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Called for every request that vLLM is about to schedule."""

@@ -14,23 +14,34 @@ from vllm_compat.patching import touches
 
 @touches(
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch",
-    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.req_states",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_attn",
 )
-def batch_request_ids(runner: Any, common: Any) -> Sequence[str]:
-    """Request id of each real row of a batch, in the model runner's order.
+def keep_request_ids(runner: Any) -> None:
+    """Let a V2 model runner keep the request ids of the batch whose metadata it is about to make.
 
-    V2 says which requests in the metadata; V1 keeps them in its input batch. Goes when the metadata of
-    both carries request ids.
-
-    Raises:
-        RuntimeError: the V2 runner gave no request numbers.
+    V1 keeps its input batch itself. V2's metadata names the requests of most models, but not those of hybrid ones.
+    Goes when the metadata of both runners carries request ids.
     """
     if hasattr(runner, "input_batch"):
-        return runner.input_batch.req_ids
-    if common.req_idx is None:
-        raise RuntimeError("the V2 model runner gave no req_idx: rows can't be matched to requests")
-    names = runner.req_states.index_to_req_id
-    return [names[int(index)] for index in common.req_idx]
+        return
+
+    prepare_attn = runner.prepare_attn
+
+    def keep(input_batch: Any) -> Any:
+        runner.starling_request_ids = input_batch.req_ids
+        return prepare_attn(input_batch)
+
+    runner.prepare_attn = keep
+
+
+@touches("vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch")
+def batch_request_ids(runner: Any) -> Sequence[str]:
+    """Request id of each real row of the batch that a model runner makes metadata for, in its order.
+
+    Goes with ``keep_request_ids``.
+    """
+    ids: Sequence[str] = runner.input_batch.req_ids if hasattr(runner, "input_batch") else runner.starling_request_ids
+    return ids
 
 
 @contextlib.contextmanager

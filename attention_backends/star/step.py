@@ -18,7 +18,7 @@ from attention_backends.star.rows import VirtualRows, split_rows
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RemoteShards
 
-RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
+RowIds = Callable[[], Sequence[str]]
 
 
 class StarStep:
@@ -103,7 +103,7 @@ class StarStep:
 
     def _split(self, common: CommonAttentionMetadata, page_size: int, anchored: bool) -> VirtualRows | None:
         query_lens = common.query_start_loc_cpu.diff().tolist()
-        ids = list(self.row_ids(common))
+        ids = list(self.row_ids())
         scheduled = [self.num_scheduled_tokens[request_id] for request_id in ids]
         padding = query_lens[len(ids) :]
         if query_lens[: len(ids)] != scheduled or any(padding):

@@ -132,7 +132,7 @@ def attend(own_op: bool, query: torch.Tensor, keys: dict[str, torch.Tensor], pla
         slot_mapping=torch.zeros(len(query), dtype=torch.int64),
     )
     scheduled = dict(zip((name for name, _, _ in BATCH), lens, strict=True))
-    step = plan and StarStep({STAR: plan}, scheduled, lambda _: list(scheduled), lambda _: None)
+    step = plan and StarStep({STAR: plan}, scheduled, lambda: list(scheduled), lambda _: None)
     with open_step(step) if step else nullcontext():
         metadata = builder.build(0, common)
         return impl.forward(layer, query, None, None, cache, metadata, torch.full_like(query, float("nan")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 FULL_ATTENTION = ("full_attention", "attention")
+HYBRID = "hybrid"  # full attention and layers that carry a state, side by side in one layer (Falcon-H1, Zamba2)
 
 
 def dependence(model_config: Any) -> str | None:
@@ -22,7 +23,7 @@ def dependence(model_config: Any) -> str | None:
         return reason
     kinds = set(getattr(text, "layer_types", None) or ()) - set(FULL_ATTENTION)
     kinds |= {"sliding window"} if model_config.get_sliding_window() is not None else set()
-    kinds |= {"hybrid"} if model_config.is_hybrid else set()
+    kinds |= {HYBRID} if model_config.is_hybrid else set()
     if kinds:
         return f"layers that are not full attention ({', '.join(sorted(kinds))}) carry state across block borders"
     return None

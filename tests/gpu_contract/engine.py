@@ -207,7 +207,7 @@ def run_case(
     ids = [str(index) for index in range(len(case.requests))]
     counted: list[VirtualRows] = []
     plans = {name: request.plan for name, request in zip(ids, case.requests, strict=True) if request.plan is not None}
-    step = StarStep(plans, dict(zip(ids, case.query_lens, strict=True)), lambda common: ids, counted.append)
+    step = StarStep(plans, dict(zip(ids, case.query_lens, strict=True)), lambda: ids, counted.append)
     outputs = []
     with open_step(step):
         metadata = build_attn_metadata(

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from scheduler.star.independence import FULL_ATTENTION, HYBRID
 from vllm_compat import versions
-from vllm_compat.config import kv_cache_capacity, page_size_before_start
+from vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start
 from vllm_compat.versions import VLLM_RANGE, vllm_version
 
 UNUSABLE = 2
@@ -163,11 +164,17 @@ def page_and_token_size(config: Any) -> tuple[int, int]:
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    layers = model.get_num_layers_by_block_type(parallel, "attention")
+    kinds = getattr(model.hf_text_config, "layer_types", None) if model.is_hybrid else None
+    layers = (
+        sum(kind in (*FULL_ATTENTION, HYBRID) for kind in kinds)
+        if kinds
+        else model.get_num_layers_by_block_type(parallel, "attention") * parallel.pipeline_parallel_size
+    )
     dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
     ranks = parallel.tensor_parallel_size
     per_layer = 2 * model.get_num_kv_heads(parallel) * ranks * model.get_head_size() * dtype.itemsize
-    return page_size_before_start(config), layers * parallel.pipeline_parallel_size * per_layer
+    page_size = hybrid_page_size(config) if model.is_hybrid else page_size_before_start(config)
+    return page_size, layers * per_layer
 
 
 def kv_cache(config: Any) -> dict[str, Any]:
@@ -293,12 +300,11 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
     Raises:
         OptionError: the server would refuse the prompt.
     """
-    from engine_ext.refusals import star_page_size
     from engine_ext.requests import describe
     from scheduler.star.options import StarOptions
     from scheduler.star.plan import ONE_REPLICA, make_plan
 
-    page_size = star_page_size(config)
+    page_size = cache["page_tokens"]
     default = None if replicas is None else make_plan(num_tokens, star, None, page_size, replicas)
     star_on = StarOptions(**(star.model_dump(exclude_unset=True) | {"mode": "on"}))
     with_star = make_plan(num_tokens, star_on, None, page_size, replicas or ONE_REPLICA)

@@ -131,7 +131,7 @@ def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
         names = [str(request) for request in active]
         scheduled = dict(zip(names, lens.tolist(), strict=True))
         in_context = {str(r): plans[r] for r in active if plans[r] is not None and done[r] < plans[r].context_end}
-        step = StarStep(in_context, scheduled, lambda _, names=names: names, counted.append) if in_context else None
+        step = StarStep(in_context, scheduled, lambda names=names: names, counted.append) if in_context else None
         common = batch_metadata(lens.tolist(), seq_lens.tolist(), columns=1)
         with open_step(step):
             metadata = [

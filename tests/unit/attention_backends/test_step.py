@@ -54,7 +54,7 @@ def make_builder(spec=SPEC, device="cpu"):
 
 
 def make_step(plans, scheduled, counted=None):
-    return StarStep(plans, scheduled, lambda common: list(scheduled), (counted if counted is not None else []).append)
+    return StarStep(plans, scheduled, lambda: list(scheduled), (counted if counted is not None else []).append)
 
 
 def test_the_wrapped_backend_has_the_name_of_the_backend_and_is_made_once():
@@ -94,7 +94,7 @@ REMOTE = RemoteShards("own", (Shard("b", 16, 12, [{"name": "server"}]),))
 
 def test_a_decode_row_with_keys_on_another_replica_is_rewritten_and_has_a_query_for_that_replica():
     rows, builder = [], make_builder()
-    step = StarStep({"b": PLAN}, {"a": 1, "b": 1}, lambda _: ["a", "b"], rows.append, {"b": REMOTE}, list)
+    step = StarStep({"b": PLAN}, {"a": 1, "b": 1}, lambda: ["a", "b"], rows.append, {"b": REMOTE}, list)
     with open_step(step):
         built = builder.build(0, batch_metadata([1, 1], [9, 45], columns=12))
         queries = current_step().remote_attention(4)

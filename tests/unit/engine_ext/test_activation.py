@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import FalconH1Config, GraniteMoeHybridConfig, JambaConfig, Qwen3NextConfig, Zamba2Config
 from vllm.config import CUDAGraphMode, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -479,3 +480,20 @@ def test_a_model_without_layer_types_is_classified_by_its_window():
     assert star_refusals(fake_config(**bare))
     assert star_refusals(fake_config(**bare, model_config__get_sliding_window=lambda: None)) == []
     assert star_refusals(fake_config(model_config__is_attention_free=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "has_full_attention"),
+    [
+        (FalconH1Config(num_hidden_layers=2), True),  # a Mamba-2 mixer and full attention in each layer
+        (Zamba2Config(), True),
+        (JambaConfig(), True),
+        (Qwen3NextConfig(), True),
+        (GraniteMoeHybridConfig(layer_types=["linear_attention"] * 32), False),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_hybrid_models_with_full_attention_take_star(config, has_full_attention):
+    model = {"model_config__hf_text_config": config, "model_config__is_hybrid": True}
+    refusals = star_refusals(fake_config(**model, model_config__get_sliding_window=lambda: None))
+    assert refusals == ([] if has_full_attention else ["the model has no full-attention layer"])

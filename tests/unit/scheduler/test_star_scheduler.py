@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan
@@ -15,11 +17,13 @@ from scheduler.star.request_metadata import PromptPart, RequestMetadata
 from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import (
     PAGE_SIZE,
+    SHAPE,
     Engine,
     answer,
     make_config,
     make_request,
     make_scheduler,
+    random_ids,
     run_to_end,
 )
 
@@ -99,6 +103,34 @@ def test_server_defaults_that_do_not_fit_the_page_are_refused(config):
     make_scheduler(given, StarScheduler)
     with pytest.raises(OptionError, match="star_block_size=96"):
         make_scheduler(given, StarScheduler, page_size=64)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MambaSpec(block_size=PAGE_SIZE, shapes=((4, 4),), dtypes=(torch.float32,), mamba_cache_mode="align"),
+        SlidingWindowSpec(block_size=PAGE_SIZE, sliding_window=40, **SHAPE),
+    ],
+    ids=["state", "window"],
+)
+def test_the_next_turn_of_a_chat_goes_on_at_the_end_of_the_context(config, spec):
+    """Of a prompt vLLM keeps the state or window at its last page, whose key no other star prompt has."""
+    made = copy.copy(config)
+    made.cache_config = copy.copy(config.cache_config)
+    made.cache_config.mamba_cache_mode = "align"
+    full = FullAttentionSpec(block_size=PAGE_SIZE, **SHAPE)
+    scheduler = make_scheduler(made, StarScheduler, specs=[full, spec])
+    scheduler.kv_cache_manager.coordinator.retention_interval = 0  # vLLM's default
+    engine = Engine(scheduler)
+    ids = random_ids(1, 300)
+    for name, plan, tokens, cached in [
+        ("first", PLAN, ids, 0),
+        ("second", StarPlan(64, 64, 0, 350, 400), ids + random_ids(2, 100), 250 // PAGE_SIZE * PAGE_SIZE),
+        ("third", StarPlan(64, 64, 0, 450, 500), ids + random_ids(2, 200), 350 // PAGE_SIZE * PAGE_SIZE),
+    ]:
+        engine.add(name, plan, tokens, max_tokens=1)
+        engine.run()
+        assert sum(step.get(name, 0) for step in engine.steps) == len(tokens) - cached, name
 
 
 # The plan of a prompt that is split over two replicas. Its part here is blocks 2 and 3; the anchor is block 0.

@@ -11,16 +11,30 @@ import torch
 from vllm.v1.worker import gpu_model_runner
 
 from vllm_compat import worker
-from vllm_compat.worker import attention_backends, batch_request_ids, metadata_builders, without_discarded_generators
+from vllm_compat.worker import (
+    attention_backends,
+    batch_request_ids,
+    keep_request_ids,
+    metadata_builders,
+    without_discarded_generators,
+)
+
+
+class SecondRunner:
+    """The V2 model runner, as far as it matters here."""
+
+    def prepare_attn(self, input_batch):
+        return len(input_batch.req_ids)
 
 
 def test_requests_of_a_batchs_rows():
     first = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "b"]))
-    assert batch_request_ids(first, None) == ["a", "b"]
-    second = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={0: "a", 5: "b"}))
-    assert batch_request_ids(second, SimpleNamespace(req_idx=np.array([5, 0]))) == ["b", "a"]
-    with pytest.raises(RuntimeError, match="no req_idx"):
-        batch_request_ids(second, SimpleNamespace(req_idx=None))
+    keep_request_ids(first)
+    assert batch_request_ids(first) == ["a", "b"]
+    second = SecondRunner()
+    keep_request_ids(second)
+    assert second.prepare_attn(SimpleNamespace(req_ids=["b", "a"])) == 2
+    assert batch_request_ids(second) == ["b", "a"]
 
 
 def runner(device: str) -> SimpleNamespace:

@@ -15,6 +15,7 @@ from engine_ext import plugin
 from engine_ext.serving.cli import doctor
 from scheduler.star.plan import StarPlan
 from tests.parity.harness import TINY
+from tests.parity.hybrid_models import make_random_hybrid
 from vllm_compat.versions import vllm_version
 
 
@@ -129,3 +130,11 @@ def test_tables(model, capfd):
     output = capfd.readouterr().out
     assert "bytes per token" in output
     assert "star blocks: 5" in output
+
+
+def test_the_page_of_a_hybrid_model_takes_as_much_memory_as_a_state(tmp_path):
+    """vLLM makes a page of 64 tokens of the 32 when it loads this model: a state takes 20,096 bytes."""
+    model = make_random_hybrid(tmp_path / "granite", "granite")
+    cache = examine(str(model), "--dtype", "float32", "--block-size", "32")["kv_cache"]
+    bytes_per_token = 2 * 2 * 2 * 32 * 4  # K and V, full-attention layers, KV heads, head size, float32
+    assert cache == {"page_tokens": 64, "page_bytes": 64 * bytes_per_token, "bytes_per_token": bytes_per_token}

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.e2e
 PAGE_SIZE = 32
 LENGTH = 7000  # prompt tokens: 55 steps of up to 128
 BLOCKS = {"star": "on", "star_block_size": 1024, "star_query_tokens": 100}
+SMALL_BLOCKS = {"star": "on", "star_block_size": 64, "star_query_tokens": 100}
 
 
 class Server:
@@ -312,7 +313,7 @@ def test_a_call_of_an_unknown_engine_core_utility_fails(runner, server):
 
 def over_http(path: str, **body):
     async def send(server) -> None:
-        response = await server.http.post(path, json={"model": "tiny", "vllm_xargs": BLOCKS} | body)
+        response = await server.http.post(path, json={"model": "tiny", "vllm_xargs": SMALL_BLOCKS} | body)
         assert response.status_code == 200, response.text
         assert response.headers.get_list("x-starling-plan")
 
@@ -328,8 +329,8 @@ async def over_grpc(server) -> None:
 
 
 async def from_python(server) -> None:
-    await server.run_to_end("with tokens", **BLOCKS)
-    params = SamplingParams(max_tokens=2, extra_args=dict(BLOCKS))
+    await server.run_to_end("with tokens", **SMALL_BLOCKS)
+    params = SamplingParams(max_tokens=2, extra_args=dict(SMALL_BLOCKS))
     async for _ in server.engine.generate({"prompt": "text" * 100}, params, "with text"):
         pass
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from engine_ext.activation import parse_config
 from engine_ext.engine_report import SPLIT, STAR, engine_report
 from engine_ext.refusals import star_refusals
 from scheduler.star.request_metadata import CONNECTOR
@@ -22,8 +23,13 @@ __all__ = ["AsyncDiffusionStarScheduler", "AsyncStarScheduler", "DiffusionStarSc
 logger = init_logger("vllm.starling")
 
 
-def report_of(core: Any) -> dict[str, str | None]:
-    """What an engine core reports to its fronts, which is also logged once where the configuration did not tell."""
+def report_of(core: Any) -> dict[str, str | None] | None:
+    """What an engine core reports to its fronts, which is also logged once where the configuration did not tell.
+
+    None for an engine without Starling, beside one with it in the user's process.
+    """
+    if parse_config(core.vllm_config.additional_config) is None:
+        return None
     report, config = engine_report(core), core.vllm_config
     if report[STAR] and not star_refusals(config):
         logger.warning("Star Attention is off here, and refused to requests that ask for it: %s", report[STAR])

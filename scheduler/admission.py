@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm.v1.request import RequestStatus
@@ -49,18 +49,21 @@ class Admission:
             if request.status == RequestStatus.RUNNING:
                 admitted.append(request)
                 continue
+            if full:
+                continue
             num_pages = self.view.num_pages_of(request)
             before = admitted if self.view.by_priority else admitted or running
-            full = full or seats <= bool(before) or (num_pages > room and bool(admitted or running))
+            full = seats <= bool(before) or (num_pages > room and bool(admitted or running))
             if not full:
                 admitted.append(request)
                 room -= num_pages
                 seats -= 1
         return admitted
 
-    def count(self, request: Any, tokens: int) -> None:
-        """Note that a request gets tokens in this step."""
-        if self.passed is not None and request.status in WAITING:
+    def count(self, admitted: Iterable[Any]) -> None:
+        """Note which requests were admitted in this step."""
+        if self.passed is not None:
+            tokens = sum(request.num_tokens for request in admitted)
             self.tokens_before[self.passed] = self.tokens_before.get(self.passed, 0) + tokens
 
     def end_step(self, head: Any | None) -> None:
@@ -69,13 +72,8 @@ class Admission:
         Args:
             head: the most urgent long prompt, if it was to get tokens in this step.
         """
-        lacks_room = (
-            head is not None
-            and head.status in WAITING
-            and self.view.admits_requests
-            and self.view.num_pages_of(head) > self.view.num_pages_for_waiting
-        )
-        self.head_without_room = head.request_id if head is not None and lacks_room else None
+        waits = head is not None and head.status in WAITING and self.view.admits_requests
+        self.head_without_room = head.request_id if head is not None and waits and self._lacks_room(head) else None
 
     def forget(self, name: str) -> None:
         """A request has ended."""
@@ -84,4 +82,7 @@ class Admission:
     def _may_be_passed(self, head: Any) -> bool:
         if self.view.by_priority or head.request_id != self.head_without_room:
             return False
-        return self.tokens_before.get(head.request_id, 0) < head.num_tokens // 4
+        return self.tokens_before.get(head.request_id, 0) < head.num_tokens // 4 and self._lacks_room(head)
+
+    def _lacks_room(self, request: Any) -> bool:
+        return self.view.num_pages_of(request) > self.view.num_pages_for_waiting

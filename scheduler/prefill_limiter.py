@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,8 @@ class PrefillLimiter:
         self.skipped_long = False  # a step went to short prompts alone, and no long prompt has had a chunk since
         self.without_adapter: set[str] = set()
         self.deferred_steps = 0  # steps without any prefill since the last one with
+        self.prefills = False  # this step has tokens of a prompt
+        self.long_runs = False  # a long prompt runs
         self.admission = Admission(self.view)
 
     def may_be_long(self, request: Any) -> bool:
@@ -64,22 +66,21 @@ class PrefillLimiter:
         self.cached_tokens[request.request_id] = cached_tokens
 
     @contextmanager
-    def step(self, throttle_prefills: bool) -> Iterator[None]:
+    def step(self) -> Iterator[None]:
         """While a step is scheduled, bound long prompts, and take waiting ones that get no tokens out of the queue.
 
-        Args:
-            throttle_prefills: as in vLLM's Scheduler.schedule. A step without any prefill leaves its share to the next.
+        With --prefill-schedule-interval, vLLM leaves all prefills out of some steps, which leave their shares to the
+        next one.
         """
-        self.deferred = 0
-        if self.view.defers_prefills(throttle_prefills):
-            self.deferred_steps += 1
-            yield
-            return
+        self.deferred, self.prefills = 0, False
         self.granted = self._grant(self.limits.for_steps(1 + self.deferred_steps))
-        self.deferred_steps = 0
+        held_out = self._not_admitted()
         try:
-            with self.view.without_waiting(self._not_admitted()):
+            with self.view.without_waiting(held_out):
                 yield
+            self.deferred_steps = self.deferred_steps + 1 if self.long_runs and not self.prefills else 0
+            if held_out and self.prefills:
+                self.view.note_backlog()
         finally:
             self.admission.end_step(self.prompts.get(next(iter(self.granted or ()), "")))
             self.granted = None
@@ -88,7 +89,6 @@ class PrefillLimiter:
         """How many of so many tokens, from position ``start`` on, a request may have in this step."""
         if self.granted is None:
             return tokens
-        self.admission.count(request, tokens)
         is_long = request.status == RequestStatus.RUNNING and self._is_long(request)
         limit = self.granted.get(request.request_id, 0 if is_long else tokens)
         if not limit and self.without_adapter and adapter_of(request):
@@ -99,12 +99,14 @@ class PrefillLimiter:
         self.deferred += tokens - bounded
         if bounded and request.request_id in self.granted:
             self.skipped_long = False
+        self.prefills = self.prefills or (bounded > 0 and start < request.num_prompt_tokens)
         return bounded
 
     def _left(self, request: Any) -> int:
         """Tokens to prefill; an estimate for a request that waits."""
         if request.status in WAITING:
-            return max(1, request.num_tokens - self.cached_tokens.get(request.request_id, 0))
+            known = max(self.cached_tokens.get(request.request_id, 0), request.num_computed_tokens)
+            return max(1, request.num_tokens - known)
         return request.num_tokens - request.num_computed_tokens
 
     def _is_long(self, request: Any) -> bool:
@@ -126,11 +128,14 @@ class PrefillLimiter:
 
     def _grant(self, limits: Limits) -> dict[str, int] | None:
         """Tokens that each long prompt may have in a step, those that are not named none; None: there are none."""
-        self.without_adapter = self._without_adapter()
-        requests = [r for r in self._long_prompts() if r.request_id not in self.without_adapter]
+        long_prompts = self._long_prompts()
+        self.long_runs = any(request.status == RequestStatus.RUNNING for request in long_prompts)
+        self.without_adapter = self._without_adapter(())
+        requests = [r for r in long_prompts if r.request_id not in self.without_adapter]
         if not requests:
             return None
         requests = self.admission.begin_step(requests)
+        self.without_adapter = self._without_adapter([r for r in long_prompts if r not in requests])
         if not requests:
             return {}
         prompts = [
@@ -175,9 +180,10 @@ class PrefillLimiter:
                     break
                 if request.status not in WAITING or not counts(request):
                     continue
-                if (num_pages := self.view.num_pages_of(request)) <= room:
-                    short += self._left(request)
-                    room -= num_pages
+                room -= self.view.num_pages_of(request)
+                if room < 0:  # vLLM stops at a request that does not fit
+                    break
+                short += self._left(request)
         return decodes, short
 
     def _not_admitted(self) -> list[Any]:
@@ -193,8 +199,12 @@ class PrefillLimiter:
             and not self.view.holds_pages_while_waiting(request)
         ]
 
-    def _without_adapter(self) -> set[str]:
-        """Requests that wait, and whose LoRA adapter finds no slot beside the adapters of the requests that run."""
+    def _without_adapter(self, held_out: Sequence[Any]) -> set[str]:
+        """Requests that wait, and whose LoRA adapter finds no slot beside the adapters of the requests that run.
+
+        Args:
+            held_out: requests that are not admitted in this step, and take no slot.
+        """
         max_loras = self.view.max_loras
         if max_loras is None:
             return set()
@@ -202,7 +212,10 @@ class PrefillLimiter:
         without: set[str] = set()
         for request in self.view.all_waiting():
             adapter = adapter_of(request)
-            if not adapter or adapter in in_slots:
+            if not adapter or adapter in in_slots or request.status not in WAITING:
+                continue
+            if request in held_out:
+                without.add(request.request_id)
                 continue
             if len(in_slots) < max_loras:
                 in_slots.add(adapter)

@@ -126,7 +126,7 @@ class StarMixin(SchedulerHooks):
             self.metrics.count_hit("block", self.reuse.adopt_all())
         if self.limiter is None or not self.limiter.prompts:
             return super().schedule(throttle_prefills)  # type: ignore[misc]
-        with self.limiter.step(throttle_prefills):
+        with self.limiter.step():
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
         self.metrics.deferred_tokens.inc(self.limiter.deferred)
         return output
@@ -178,14 +178,18 @@ class StarMixin(SchedulerHooks):
         rest = request.block_hashes[len(extended) : (request.num_tokens - 1) // self.block_size]
         return extended + self.view.pool.find_run(rest)
 
-    def kept_boundary(self, request: Any, found: int) -> int:
-        """The end of the context, unless vLLM has found a border: there the next turn of a chat goes on.
+    def kept_boundary(self, request: Any, num_tokens: int, found: int) -> int:
+        """The end of the context, where the next turn of a chat goes on, or the border that vLLM has found.
 
-        Behind it, the keys of pages contain the context's end. vLLM keeps a state or window at the last page of a
-        prompt, where only the same prompt finds it.
+        Behind the context, the keys of pages contain its end. vLLM keeps a state or window at the last page of a
+        prompt, where only the same prompt finds it. A border that vLLM has found comes first where nothing was hit:
+        other prompts begin alike. Else it is where the last turn ended, and each turn would keep the end of the one
+        before.
         """
         plan = metadata_of(request).plan
-        return found if found or plan is None else plan.context_end // self.block_size * self.block_size
+        if plan is None or (found and not num_tokens):
+            return found
+        return plan.context_end // self.block_size * self.block_size
 
     def bound_chunk(self, request: Any, start: int, num_tokens: int) -> int:
         """Bound a chunk by its prompt's part of this step, and end it at star blocks that are in the cache."""
@@ -210,6 +214,9 @@ class StarMixin(SchedulerHooks):
             request = self.requests[new.req_id]
             if not request.num_preemptions and not is_incomplete(request):
                 self.metrics.count_hit("prefix", new.num_computed_tokens)
+        if self.limiter is not None:
+            admitted = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+            self.limiter.admission.count(self.requests[name] for name in admitted)
         if self.reuse is not None:
             self.reuse.report(output)
 

@@ -32,8 +32,8 @@ def add_report(vllm_config: Any, report: Report) -> None:
 
 
 @touches("vllm.v1.engine.core.EngineCore.vllm_config")
-def send_report(make_report: Callable[[Any], Report]) -> None:
-    """Let each engine core of this process report ``make_report(engine_core)``, once its scheduler is made.
+def send_report(make_report: Callable[[Any], Report | None]) -> None:
+    """Let each engine core of this process report ``make_report(engine_core)``, if any, once its scheduler is made.
 
     An engine inside the user's process shares its configuration with its front, so nothing is sent.
     """
@@ -42,13 +42,16 @@ def send_report(make_report: Callable[[Any], Report]) -> None:
     def around_start(original: Callable[..., Any]) -> Wrapper:
         def _initialize_effective_attention_block_size(self: Any) -> None:
             original(self)
-            add_report(self.vllm_config, make_report(self))
+            report = make_report(self)
+            if report is not None:
+                add_report(self.vllm_config, report)
 
         return _initialize_effective_attention_block_size
 
     def around_response(original: Callable[..., Any]) -> Wrapper:
         def _make_ready_response(self: Any) -> Any:
-            return _with_report(original(self), engine_reports(self.vllm_config)[-1])
+            response, reports = original(self), engine_reports(self.vllm_config)
+            return _with_report(response, reports[-1]) if reports else response
 
         return _make_ready_response
 

@@ -35,10 +35,11 @@ class SchedulerHooks:
         """
         return None
 
-    def kept_boundary(self, request: Any, found: int) -> int:
+    def kept_boundary(self, request: Any, num_tokens: int, found: int) -> int:
         """Where, besides at its end, the state or window of a prompt stays in the prefix cache: a page border.
 
         Args:
+            num_tokens: those found in the prefix cache.
             found: where another request's prompt has turned out to differ, or 0.
         """
         return found
@@ -66,7 +67,7 @@ class SchedulerHooks:
         blocks, num_tokens, boundary, *rest = hit
         if not blocks.blocks:  # a model without a KV cache
             return hit
-        boundary = self.kept_boundary(request, boundary)
+        boundary = self.kept_boundary(request, num_tokens, boundary)
         pages = self.extend_prefix_hit(request, blocks.blocks[0], num_tokens)
         if pages is None:
             return blocks, num_tokens, boundary, *rest

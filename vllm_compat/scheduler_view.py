@@ -352,11 +352,12 @@ class SchedulerView:
         most: int = self.scheduler.max_num_active_reqs
         return most
 
-    def defers_prefills(self, throttle_prefills: bool) -> bool:
-        """Whether vLLM leaves all prefills out of the next step (--prefill-schedule-interval)."""
-        if not throttle_prefills or self.scheduler.prefill_capacity_bound:
-            return False
-        return any(not request.is_prefill_chunk for request in self.scheduler.running)
+    def note_backlog(self) -> None:
+        """Say that a step has left prompts waiting, as vLLM notes it of its queue, and then prefills in every step.
+
+        Only with --prefill-schedule-interval does vLLM read this.
+        """
+        self.scheduler.prefill_capacity_bound = True
 
     @property
     def is_paused(self) -> bool:
@@ -428,7 +429,7 @@ class SchedulerView:
             yield
             return
         queue = self.scheduler.waiting
-        before = list(queue)
+        before = [] if self.by_priority else list(queue)
         queue.remove_requests(requests)
         try:
             yield

@@ -230,6 +230,9 @@ class AsyncClient(Connection):
                     async for event in call:
                         yield event
                 except grpc.aio.AioRpcError as error:
-                    raise await status.of(error) from error
+                    known = await status.of(error)
+                    if known is error:
+                        raise
+                    raise known from error
         finally:
             call.cancel()

@@ -151,3 +151,10 @@ def test_an_engine_core_of_vllms_own_reports_nothing(model):  # noqa: F811
     assert response.pop("starling") == {"star": None, "split": None}
     planner = planner_of(engine_config(model, additional_config={"starling": {}}), msgspec.msgpack.encode(response))
     assert planner.refusals == []
+
+
+def test_an_engine_without_starling_in_the_same_process_reports_nothing(model, warnings):  # noqa: F811
+    assert engine_core.StarScheduler, "the module's import prepares the engine core"
+    config = engine_config(model, block_size=PAGE_SIZE)
+    assert "starling" not in msgspec.msgpack.decode(start(config, WINDOW))
+    assert warnings == []

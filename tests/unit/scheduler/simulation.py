@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,14 @@ class Engine:
             if not self.in_flight and not self.scheduler.has_unfinished_requests():
                 return
         raise AssertionError(f"unfinished after {limit} steps: {list(self.scheduler.requests)}")
+
+    def run_until(self, condition: Callable[[], bool], limit: int = 500) -> None:
+        """Step until something holds, at most ``limit`` times."""
+        for _ in range(limit):
+            if condition():
+                return
+            self.step()
+        raise AssertionError(f"not within {limit} steps")
 
     def _forget(self, output: Any) -> None:
         for name in output.finished_req_ids:

@@ -12,7 +12,7 @@ from scheduler.star_scheduler import StarScheduler
 from tests.unit.scheduler.simulation import Engine, make_config, make_scheduler, random_ids
 
 STEP, PAGE_SIZE, LONG = 256, 16, 7900
-OF_SCHEDULER = ("policy", "long_prefill_token_threshold", "max_num_active_seqs")
+OF_SCHEDULER = ("policy", "long_prefill_token_threshold", "max_num_active_seqs", "prefill_schedule_interval")
 
 
 def make_step_config(folder: Path) -> Any:

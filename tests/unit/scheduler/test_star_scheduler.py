@@ -105,23 +105,44 @@ def test_server_defaults_that_do_not_fit_the_page_are_refused(config):
         make_scheduler(given, StarScheduler, page_size=64)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
+@pytest.fixture(
+    params=[
         MambaSpec(block_size=PAGE_SIZE, shapes=((4, 4),), dtypes=(torch.float32,), mamba_cache_mode="align"),
         SlidingWindowSpec(block_size=PAGE_SIZE, sliding_window=40, **SHAPE),
     ],
     ids=["state", "window"],
 )
-def test_the_next_turn_of_a_chat_goes_on_at_the_end_of_the_context(config, spec):
-    """Of a prompt vLLM keeps the state or window at its last page, whose key no other star prompt has."""
+def sparse_engine(config, request) -> Engine:
+    """An engine that keeps a state or window at few places of a prompt, as vLLM does by default."""
     made = copy.copy(config)
     made.cache_config = copy.copy(config.cache_config)
     made.cache_config.mamba_cache_mode = "align"
     full = FullAttentionSpec(block_size=PAGE_SIZE, **SHAPE)
-    scheduler = make_scheduler(made, StarScheduler, specs=[full, spec])
-    scheduler.kv_cache_manager.coordinator.retention_interval = 0  # vLLM's default
-    engine = Engine(scheduler)
+    scheduler = make_scheduler(made, StarScheduler, specs=[full, request.param], num_pages=400)
+    scheduler.kv_cache_manager.coordinator.retention_interval = 0
+    return Engine(scheduler)
+
+
+def test_the_turns_of_a_chat_whose_start_other_chats_have_go_on_at_the_end_of_the_context(sparse_engine):
+    """The chat's first turn shows where the chats begin to differ; its next turns must not stay one turn behind."""
+    shared = random_ids(9, 200)
+    for chat in range(3):
+        own = random_ids(chat, 500)
+        for turn in range(5):
+            name, length = f"{chat}-{turn}", 300 + 100 * turn
+            ids = shared + own[: length - 200]
+            sparse_engine.add(name, StarPlan(64, 64, 0, length - 50, length), ids, max_tokens=1)
+            sparse_engine.run()
+            cached = length - sum(step.get(name, 0) for step in sparse_engine.steps)
+            if turn > (chat == 1):  # the second chat's first turn kept the border of the chats instead
+                assert cached == (length - 150) // PAGE_SIZE * PAGE_SIZE, name
+    first_of_third = 300 - sum(step.get("2-0", 0) for step in sparse_engine.steps)
+    assert first_of_third == 200 // PAGE_SIZE * PAGE_SIZE
+
+
+def test_the_next_turn_of_a_chat_goes_on_at_the_end_of_the_context(sparse_engine):
+    """Of a prompt vLLM keeps the state or window at its last page, whose key no other star prompt has."""
+    engine = sparse_engine
     ids = random_ids(1, 300)
     for name, plan, tokens, cached in [
         ("first", PLAN, ids, 0),

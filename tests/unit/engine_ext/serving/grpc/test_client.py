@@ -194,10 +194,24 @@ def test_an_upload_is_refused_by_the_heads_field(kind):
     assert (call.error.code, call.error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p")
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    found = [error]
+    while (cause := found[-1].__cause__) is not None:
+        assert cause not in found, "an error is its own cause"
+        found.append(cause)
+    return found
+
+
+@pytest.mark.parametrize("upload", [False, True], ids=["message", "upload"])
+def test_an_error_is_not_its_own_cause(kind, upload):
+    assert len(causes(Call(kind, FakeEngine())("abc", upload=upload, top_p=2).error)) == 2
+
+
 @pytest.mark.parametrize("retries", [0, 4])
 def test_an_upload_is_refused_before_its_end(kind, retries):
     """The pieces exceed what a connection holds, so one is being written when the server refuses the upload."""
     error = Call(kind, FakeEngine(), retries=retries)([5] * 2_000_000, upload=True).error
+    assert causes(error)[-1].__cause__ is None
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert (error.field, error.retry_after) == ("token_ids", None)
     assert error.message == "The prompt has 262144 token ids or more; the model's context has 1000."

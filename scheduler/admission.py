@@ -72,6 +72,7 @@ class Admission:
         Args:
             head: the most urgent long prompt, if it was to get tokens in this step.
         """
+        self.passed = None
         waits = head is not None and head.status in WAITING and self.view.admits_requests
         self.head_without_room = head.request_id if head is not None and waits and self._lacks_room(head) else None
 

@@ -203,7 +203,8 @@ class PrefillLimiter:
         """Requests that wait, and whose LoRA adapter finds no slot beside the adapters of the requests that run.
 
         Args:
-            held_out: requests that are not admitted in this step, and take no slot.
+            held_out: requests that are not admitted in this step, and take no slot. Those that wait for something
+                else, as a grammar, take none either, but may be admitted in this step.
         """
         max_loras = self.view.max_loras
         if max_loras is None:
@@ -212,12 +213,9 @@ class PrefillLimiter:
         without: set[str] = set()
         for request in self.view.all_waiting():
             adapter = adapter_of(request)
-            if not adapter or adapter in in_slots or request.status not in WAITING:
+            if not adapter or adapter in in_slots:
                 continue
-            if request in held_out:
-                without.add(request.request_id)
-                continue
-            if len(in_slots) < max_loras:
+            if len(in_slots) < max_loras and request.status in WAITING and request not in held_out:
                 in_slots.add(adapter)
             else:
                 without.add(request.request_id)

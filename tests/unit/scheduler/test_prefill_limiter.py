@@ -223,6 +223,40 @@ def test_a_long_prompt_without_room_takes_no_adapter_slot(config):
     assert engine.first_token["runs"] <= ALONE + 2
 
 
+def test_a_request_whose_grammar_is_ready_takes_no_slot_of_a_long_prompt_without_tokens(config):
+    """In vLLM 0.32 the adapters of a step count, not those of all running requests, and its engine would end."""
+    engine, one, other = with_one_adapter(config, StarScheduler)
+    engine.add("long", None, random_ids(0, LONG), max_tokens=1, lora_request=one)
+    engine.step()
+    grammar = engine.add("grammar", None, 30, max_tokens=1, lora_request=other)
+    grammar.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    grammar.structured_output_request = SimpleNamespace(grammar=SimpleNamespace(), reasoning_ended=True)
+    engine.add("short", None, 30, max_tokens=1)
+    engine.step()
+    assert engine.steps[-1].keys() == {"long", "short"}
+    grammar.structured_output_request = None
+    engine.run()
+    assert engine.first_token["grammar"] > engine.first_token["long"]
+
+
+def test_nothing_is_kept_of_a_long_prompt_that_was_passed_and_aborted(config):
+    engine = make_engine(config)
+    engine.add("chat", None, 20, max_tokens=40)
+    engine.step()
+    others = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 40)
+    engine.add("long", None, random_ids(0, LONG), max_tokens=1)
+    admission = engine.scheduler.limiter.admission
+    engine.run_until(lambda: admission.head_without_room == "long")
+    engine.add("short", None, 100, max_tokens=1)
+    engine.step()
+    assert admission.tokens_before == {"long": 100}
+    engine.scheduler.finish_requests(["long"], RequestStatus.FINISHED_ABORTED)
+    engine.add("next", None, 100, max_tokens=1)
+    engine.run()
+    assert (admission.tokens_before, admission.passed) == ({}, None)
+    engine.pool.free_blocks(others)
+
+
 def test_a_waiting_session_is_as_long_as_what_it_has_not_computed(config):
     engine = make_engine(config)
     (name,) = add_long(engine, 1)

@@ -42,7 +42,7 @@ class Admission:
         if self.passed is not None:
             return []
         room = self.view.num_pages_for_waiting
-        seats = self.view.max_num_active - self.view.num_active
+        seats = self.view.num_free_seats
         admitted: list[Any] = []
         full = False
         for request in requests:

@@ -335,22 +335,16 @@ class SchedulerView:
 
     @property
     def admits_requests(self) -> bool:
-        """Whether waiting requests may be scheduled, as far as a pause and the number of running ones go."""
-        return self.scheduler.pause_state == PauseState.UNPAUSED and not self.is_full
+        """Whether waiting requests may be scheduled, as far as a pause and the number of active ones go."""
+        return self.scheduler.pause_state == PauseState.UNPAUSED and self.num_free_seats > 0
 
     @property
-    def is_full(self) -> bool:
-        """Whether as many requests are active as may be: those that run, and sessions that wait for input."""
-        return self.num_active >= self.max_num_active
-
-    @property
-    def num_active(self) -> int:
-        return len(self.scheduler.running) + self.scheduler.num_waiting_for_streaming_input
-
-    @property
-    def max_num_active(self) -> int:
-        most: int = self.scheduler.max_num_active_reqs
-        return most
+    def num_free_seats(self) -> int:
+        """How many more requests may be active; those that run are, and sessions that wait for input."""
+        scheduler = self.scheduler
+        active = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+        free: int = scheduler.max_num_active_reqs - active
+        return free
 
     def note_backlog(self) -> None:
         """Say that a step has left prompts waiting, as vLLM notes it of its queue, and then prefills in every step.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agents.conversation import Conversation, conversations
+from benchmarks.agents.conversation import Conversation
 from benchmarks.agents.cost import Machine
-from benchmarks.agents.outcome import Outcome
-from benchmarks.agents.trace import Session, Shape, make_trace
+from benchmarks.agents.playback import Playback
+from benchmarks.agents.trace import Shape, make_trace
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
 from scheduler.star.options import parse_options
@@ -99,39 +98,26 @@ def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tu
     return scheduler, core.get_request_block_hasher(PAGE, hash_function)
 
 
-class Simulator:
+class Simulator(Playback):
     """Plays the requests of sessions. Time passes by ``machine.step_seconds`` alone."""
 
     def __init__(self, machine: Machine, max_model_len: int, setting: Setting) -> None:
+        super().__init__()
         self.scheduler, self.hasher = make_scheduler(machine, max_model_len, setting)
         self.machine, self.star = machine, parse_options(setting.star, flat=False)
         self.now, self.count = 0.0, 0
-        self.live: dict[str, tuple[Conversation, float]] = {}  # request -> its session, and when it arrived
-        self.last_token: dict[str, float] = {}
         self.plans: dict[str, StarPlan | None] = {}
-        self.outcome = Outcome()
 
-    def play(self, trace: list[Session]) -> Outcome:
-        arrivals = [(each.session.start, each.number, each) for each in conversations(trace)]
-        heapq.heapify(arrivals)
-        begin = arrivals[0][0]
-        while arrivals or self.live:
-            if not self.live:
-                self.now = max(self.now, arrivals[0][0])
-            while arrivals and arrivals[0][0] <= self.now:
-                arrived, _, conversation = heapq.heappop(arrivals)
-                self._add(conversation, arrived)
-            for conversation, pause in self._step():
-                if conversation.turn is not None:
-                    heapq.heappush(arrivals, (self.now + pause, conversation.number, conversation))
-        self.outcome.seconds = self.now - begin
-        return self.outcome
+    def time(self) -> float:
+        return self.now
 
-    def _add(self, conversation: Conversation, arrived: float) -> None:
+    def leap_to(self, moment: float) -> None:
+        self.now = max(self.now, moment)
+
+    def add(self, conversation: Conversation, ids: list[int], arrived: float) -> str:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
-        ids = conversation.prompt()
         plan = make_plan(len(ids), self.star, None, PAGE)
         params = SamplingParams(
             max_tokens=conversation.turn.answer,
@@ -140,13 +126,11 @@ class Simulator:
         )
         self.count += 1
         name = str(self.count)
-        self.live[name], self.plans[name] = (conversation, arrived), plan
-        request = Request(name, ids, params, None, arrival_time=arrived, block_hasher=self.hasher)
-        self.outcome.prompt_tokens += len(ids)
-        self.scheduler.add_request(request)
+        self.plans[name] = plan
+        self.scheduler.add_request(Request(name, ids, params, None, arrival_time=arrived, block_hasher=self.hasher))
+        return name
 
-    def _step(self) -> list[tuple[Conversation, float]]:
-        """Run one step; returns the sessions whose answer has ended, and the seconds until their next turn."""
+    def step(self) -> list[tuple[Conversation, float]]:
         from vllm.v1.outputs import ModelRunnerOutput
 
         output = self.scheduler.schedule()
@@ -166,18 +150,10 @@ class Simulator:
         done = []
         for outputs in self.scheduler.update_from_output(output, runner).values():
             for one in outputs.outputs:
-                self._note(one)
+                name, stats = one.request_id, one.prefill_stats
+                self.note(name, len(one.new_token_ids), None if stats is None else stats.num_cached_tokens)
                 if one.finish_reason is not None:
-                    conversation, _ = self.live.pop(one.request_id)
-                    self.outcome.preemptions += requests[one.request_id].num_preemptions
-                    del self.last_token[one.request_id], self.plans[one.request_id]
-                    done.append((conversation, conversation.answered([TOKEN] * conversation.turn.answer)))
+                    self.outcome.preemptions += requests[name].num_preemptions
+                    del self.plans[name]
+                    done.append(self.end(name, [TOKEN] * requests[name].max_tokens))
         return done
-
-    def _note(self, output: Any) -> None:
-        name = output.request_id
-        before = self.last_token.get(name)
-        self.outcome.note(self.now, self.live[name][1], before, len(output.new_token_ids))
-        if before is None:
-            self.outcome.cached_tokens += output.prefill_stats.num_cached_tokens
-        self.last_token[name] = self.now

@@ -36,7 +36,7 @@ from engine_ext import plugin
 from engine_ext.serving.cli.serve import start_front
 from engine_ext.serving.cli.serve_args import parse, refuse_open_plaintext
 from engine_ext.serving.grpc.options import NO_ADMIN
-from examples.server import free_port
+from examples.server import free_ports
 
 IN_PROCESS, GRPC, HTTP = WAYS = ("in process", "gRPC", "HTTP")
 MODEL = "tiny"
@@ -74,19 +74,21 @@ class ServedEngine:
 
 async def measure(model: Path, loads: list[int], tokens: int, rounds: int) -> dict[int, dict[str, Times]]:
     """Concurrent streams -> way -> its times."""
-    port = free_port()
+    http, grpc = free_ports(0, 0)
     options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", MODEL, "--disable-log-stats"]
-    args, grpc_port = parse([str(model), "--host", "127.0.0.1", "--port", str(port), "--grpc-port", "0", *options])
+    args, grpc_port = parse(
+        [str(model), "--host", "127.0.0.1", "--port", str(http), "--grpc-port", str(grpc), *options]
+    )
     args.model, args.uvicorn_log_level = str(model), "warning"
     refuse_open_plaintext(args, grpc_port, NO_ADMIN)
     listen_address, sock = setup_server(args, reuse_port=False)
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with sock, pool:
         async with build_async_engine_client(args) as engine:
-            front = await start_front(engine, args, free_port(), NO_ADMIN)
+            front = await start_front(engine, args, grpc_port, NO_ADMIN)
             serving = asyncio.ensure_future(build_and_serve(engine, listen_address, sock, args))
-            await wait_until_ready(f"http://127.0.0.1:{port}/health")
-            served = ServedEngine(engine, f"127.0.0.1:{front.port}", f"http://127.0.0.1:{port}", pool)
+            await wait_until_ready(f"http://127.0.0.1:{http}/health")
+            served = ServedEngine(engine, f"127.0.0.1:{front.port}", f"http://127.0.0.1:{http}", pool)
             result = {streams: await interleave(served, streams, tokens, rounds) for streams in loads}
             await front.stop(0)
             os.kill(os.getpid(), signal.SIGTERM)

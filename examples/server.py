@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -73,11 +74,23 @@ def end_on_signals() -> None:
         signal.signal(number, end)
 
 
-def free_port(preferred: int = 0) -> int:
-    """``preferred`` if nothing listens on that loopback port, otherwise a free port. 0 means any free port."""
-    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", preferred)) as listener:
-        return listener.getsockname()[1]
-    return free_port()
+def free_ports(*preferred: int) -> list[int]:
+    """For each preferred loopback port, that port if nothing listens on it, otherwise a free one; no two are the same.
+
+    A free port lies below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes it before the
+    server does. 0 means any free port.
+    """
+    others = iter(random.SystemRandom().sample(range(20000, 32768), 1000))
+    with contextlib.ExitStack() as held:
+
+        def hold(port: int) -> int:
+            try:
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                return hold(next(others))
+            return port
+
+        return [hold(port or next(others)) for port in preferred]
 
 
 def last_message(log: Path) -> str:
@@ -105,7 +118,7 @@ def serving(
         options: further options of `starling serve`.
         program: `vllm` serves without gRPC and without Starling's options.
         log: file for the output of the server.
-        port, grpc_port: preferred ports, see ``free_port``. With ``grpc_port`` None the server does not serve gRPC.
+        port, grpc_port: preferred ports, see ``free_ports``. With ``grpc_port`` None the server does not serve gRPC.
         seconds: how long the start may take.
         on_message: called with the last message of the log, several times a second while the server starts.
         prefix: a command that runs the server's command, such as `nsenter`, in its own process.
@@ -113,16 +126,16 @@ def serving(
     Raises:
         RuntimeError: the server ends during its start, or takes longer than ``seconds``.
     """
-    port, grpc_port = free_port(port), None if grpc_port is None else free_port(grpc_port)
+    http, grpc = free_ports(port, grpc_port or 0)
     command = [*prefix, Path(sys.executable).with_name(program), "serve", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), *([] if grpc_port is None else ["--grpc-port", str(grpc_port)]), *options]
+    command += ["--port", str(http), *([] if grpc_port is None else ["--grpc-port", str(grpc)]), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A separate process group, so that Ctrl-C in the terminal reaches only this process, which stops the server in
         # order. Not a separate session: Linux's autogroup schedules each session as a group, and vLLM's spinning
         # processes (one per core) yield only to their own group. They would keep this process from running.
         process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, process_group=0)
-    server = Server(process, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", str(model), log)
+    server = Server(process, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", str(model), log)
     try:
         server.wait(seconds, on_message)
         yield server

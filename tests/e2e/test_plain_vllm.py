@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import Server, free_port
+from examples.server import Server, free_ports
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     """`vllm serve`, with Starling activated by --additional-config alone."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    [port], log = free_ports(0), tmp_path_factory.mktemp("server") / "log"
     command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *ENGINE]
     command += ["--additional-config", '{"starling": {}}', "--max-num-batched-tokens", "512"]
     with log.open("wb") as output:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import ENVIRONMENT, free_port
+from examples.server import ENVIRONMENT, free_ports
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +31,7 @@ def test_sigterm_during_the_start_exits_with_130(tmp_path, moment, options):
     """The signal comes when ``moment`` is in the log, which the process of the engine or of its worker writes."""
     model = make_tiny_llama(tmp_path / "tiny")
     command = [Path(sys.executable).with_name("starling"), "serve", model, "--enforce-eager"]
-    command += ["--port", str(free_port()), *options]
+    command += ["--port", str(*free_ports(0)), *options]
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, process_group=0)

@@ -8,7 +8,11 @@ from typing import Any
 from vllm_compat.front import call_engine_core, num_engine_cores
 
 
-class ReplicaTimeout(Exception):
+class ReplicaUnavailable(Exception):
+    """A replica can't be reached, or does not answer."""
+
+
+class ReplicaTimeout(ReplicaUnavailable):
     """A replica has not answered in time.
 
     Attributes:

@@ -17,43 +17,31 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 from vllm.logger import init_logger
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from engine_ext.front.engine_replica import EngineReplica, HeldPart, PartAborted, SplitPrompt, while_answering
 from engine_ext.front.held_pages import HeldPages
-from engine_ext.front.replica_rpc import ReplicaTimeout
+from engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
 from engine_ext.requests import PLANNED, PlannedPrompt
-from replicas.core_rpc import OPEN_SHARD, RELEASE, REPLICA_STATE
+from replicas.core_rpc import OPEN_SHARD
 from replicas.page_transfer import layout_mismatch
 from scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from scheduler.star.kv_demand import KVDemand
 from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import (
-    KEY,
-    LOST,
-    PageFetch,
-    PageSource,
-    PromptPart,
-    RemoteShards,
-    RequestMetadata,
-    Shard,
-)
+from scheduler.star.request_metadata import KEY, LOST, PageFetch, RemoteShards, RequestMetadata, Shard
 from vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
-from vllm_compat.front import abort_in_engine_cores, engine_request_ids, request_state, run_internal_request
+from vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores, request_state
 
 logger = init_logger("vllm.starling")
-
-HEALTH_CHECK_SECONDS = 5.0
-"""How often a replica with a part under way, or to come, is called, to see whether it answers."""
 
 FETCH_CHECK_SECONDS = 0.2
 """How often the front looks whether a request has its first tokens, so that other replicas can free their pages."""
@@ -85,12 +73,6 @@ def planned_split(prompt: Any, params: Any, keywords: Mapping[str, Any]) -> Plan
     return planned if planned is not None and planned.plan is not None and planned.plan.replicas > 1 else None
 
 
-def source_of(output: Any) -> PageSource:
-    """Where the pages of a finished part are."""
-    params = output.kv_transfer_params
-    return PageSource(params["start"], params["pages"], params["addresses"])
-
-
 class ShardLost(RuntimeError):
     """A request could not go on, because a replica that holds a part of its KV can't be reached."""
 
@@ -111,14 +93,14 @@ class SplitPrefill:
         self.keywords = keywords
         self.plan: StarPlan = planned.plan
         self.page_size: int = self.state.planner.page_size or 1
-        self.anchor_work = self.plan.anchor_size / self.plan.block_size
         self.held = HeldPages(engine, self.state.replica_rpc, request_id)
         self.capacity: dict[int, int] = {}  # replica -> pages of its memory
         self.admission: Admission  # made before the request can be aborted
         self.aborted = asyncio.Event()
         self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
         self.tasks: list[asyncio.Task] = []  # the request's end cancels them
-        self.working: set[asyncio.Future] = set()  # parts and the reservation under way, which end with their tasks
+        self.under_way: set[asyncio.Future] = set()  # parts and the reservation, which end with their tasks
+        self.replicas = self._own_replicas()
 
     def abort(self) -> None:
         """End the request, unless the engine has it: then the engine ends it."""
@@ -131,7 +113,7 @@ class SplitPrefill:
 
         Raises:
             QueueOverflowError, MaxQueuedTokensError: the server's limits are reached; raised before anything is done.
-            ReplicaTimeout: no replica answers, or, with shards, one with a part does not.
+            ReplicaUnavailable: no replica answers, or, with shards, one with a part does not.
             ShardLost: a replica that holds a part of the KV was lost.
         """
         self.admission = admission = admit(self.engine, self.request_id, params.n, len(self.token_ids))
@@ -171,15 +153,22 @@ class SplitPrefill:
             self.state.split_requests.remove(self)
             await self._end(None if has_ended else admission.engine_request_id)
 
+    def _own_replicas(self) -> dict[int, EngineReplica]:
+        """This server's engines, by rank."""
+        prompt = SplitPrompt(self.request_id, self.token_ids, self.plan, self.page_size, self.prompt, self.keywords)
+        ranks = range(num_engine_cores(self.engine))
+        return {rank: EngineReplica(self.engine, rank, prompt, self.held, self.under_way) for rank in ranks}
+
     async def _prepare(self, params: SamplingParams) -> tuple[int, Task | None] | None:
         """Prefill the parts; returns the replica of the whole request, and what that does with others' pages.
 
         None: a client has aborted the parts, by the request's id.
         """
         started = time.monotonic()
-        replicas = await self._replica_states()
-        ranks, states = list(replicas), list(replicas.values())
-        by_index = assign_blocks(self.plan.num_star_blocks, self.anchor_work, states, self.plan.replicas)
+        states = await self._replica_states()
+        ranks = list(states)
+        anchor_work = self.plan.anchor_size / self.plan.block_size
+        by_index = assign_blocks(self.plan.num_star_blocks, anchor_work, list(states.values()), self.plan.replicas)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
         if len(assignments) == 1:
@@ -187,17 +176,17 @@ class SplitPrefill:
         wanted = self._demand.pages_of(assignments, params)
         try:
             reserving = self.held.reserve(self.state.reservations, wanted, self.capacity, self.plan.shards)
-            await self._while_answering(wanted, reserving)
-            ended = await self._prefill(assignments, replicas)
-        except ReplicaTimeout as timeout:
+            await while_answering([self.replicas[rank].check for rank in wanted], reserving, self.under_way)
+            parts = await self._prefill(assignments)
+        except PartAborted:
+            return None
+        except ReplicaUnavailable as error:
             if self.plan.shards:  # one replica may not have the memory
                 raise
-            rank = next((rank for rank in ranks if not self.state.replica_rpc.is_unresponsive(rank)), first)
-            logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, timeout, rank)
+            rank = next((rank for rank in ranks if not self.replicas[rank].has_failed), first)
+            logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
-        if any(output and output.kv_transfer_params is None for output in ended):
-            return None
-        task = await self._task(assignments, ended)
+        task = await self._task(assignments, parts)
         blocks_of = {each.replica: each.stop - each.first for each in assignments}
         front_metrics().count_split(blocks_of, time.monotonic() - started)
         return first, task
@@ -223,7 +212,7 @@ class SplitPrefill:
         """End the request's tasks, then itself, and release the pages when no engine uses them any more."""
         for task in self.tasks:
             task.cancel()
-        while running := {task for task in self.tasks if not task.done()} | self.working:
+        while running := {task for task in self.tasks if not task.done()} | self.under_way:
             await asyncio.wait(running)
         for task in self.tasks:
             if not task.cancelled():
@@ -239,44 +228,34 @@ class SplitPrefill:
     def _demand(self) -> KVDemand:
         return KVDemand(self.plan, self.page_size, self.capacity)
 
-    async def _call(self, rank: int, name: str, *args: Any, always: bool = False) -> Any:
-        return await self.state.replica_rpc.call(self.engine, rank, name, *args, always=always)
-
-    async def _task(self, assignments: Sequence[Assignment], ended: Sequence[Any]) -> Task | None:
+    async def _task(self, assignments: Sequence[Assignment], parts: Sequence[HeldPart | None]) -> Task | None:
         """What the whole request does with the pages of the finished parts."""
         if not self.plan.shards:
-            sources = tuple(source_of(output) for output in ended[1:] if output)
+            sources = tuple(part.source for part in parts[1:] if part)
             return PageFetch(sources) if sources else None
-        parts = [
-            (assignment.replica, output.kv_transfer_params)
-            for assignment, output in zip(assignments, ended, strict=True)
-            if output
+        held = [
+            (assignment.replica, part) for assignment, part in zip(assignments, parts, strict=True) if part is not None
         ]
-        opened = (self._call(rank, OPEN_SHARD, part["name"]) for rank, part in parts[1:])
+        opened = (self.replicas[rank].call(OPEN_SHARD, part.name) for rank, part in held[1:])
         shards = tuple(
-            Shard(part["name"], part["start"], len(part["pages"]) * self.page_size, addresses)
-            for (_, part), addresses in zip(parts[1:], await asyncio.gather(*opened), strict=True)
+            Shard(part.name, part.source.start, len(part.source.page_ids) * self.page_size, addresses)
+            for (_, part), addresses in zip(held[1:], await asyncio.gather(*opened), strict=True)
         )
-        return RemoteShards(parts[0][1]["name"], shards) if shards else None
+        return RemoteShards(held[0][1].name, shards) if shards else None
 
     async def _replica_states(self) -> dict[int, ReplicaState]:
         """What each replica that answers has cached of the prompt, and how busy it is, by rank.
 
         Raises:
-            ReplicaTimeout: none answers.
+            ReplicaUnavailable: none answers.
             ValueError: the pages of two of them have different layouts.
         """
-        # Pages that an adapter computed have keys that only its own requests make.
-        token_ids = self.token_ids if self.keywords.get("lora_request") is None else []
-        encoded = msgspec.Raw(msgspec.msgpack.encode(token_ids))  # once for all replicas
-        number = self.engine.vllm_config.parallel_config.data_parallel_size
-        salt, plan = self.prompt.get("cache_salt"), self.plan.to_wire()
-        calls = (self._call(rank, REPLICA_STATE, encoded, plan, salt) for rank in range(number))
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, ReplicaTimeout):
+        calls = (replica.state() for replica in self.replicas.values())
+        answers = dict(zip(self.replicas, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+        for answer in answers.values():
+            if isinstance(answer, BaseException) and not isinstance(answer, ReplicaUnavailable):
                 raise answer
-        states = {rank: answer for rank, answer in enumerate(answers) if not isinstance(answer, BaseException)}
+        states = {rank: answer for rank, answer in answers.items() if not isinstance(answer, BaseException)}
         if not states:
             raise ReplicaTimeout(0, self.state.replica_rpc.timeout)
         first = next(iter(states))
@@ -295,9 +274,11 @@ class SplitPrefill:
             for rank, state in states.items()
         }
 
-    async def _prefill(self, assignments: Sequence[Assignment], replicas: Mapping[int, ReplicaState]) -> list[Any]:
-        """Prefill all parts; returns their outputs, in the order of the assignments."""
-        parts = [asyncio.create_task(self._part(each, replicas[each.replica])) for each in assignments]
+    async def _prefill(self, assignments: Sequence[Assignment]) -> list[HeldPart | None]:
+        """Prefill all parts; returns them in the order of the assignments."""
+        parts = [
+            asyncio.create_task(self.replicas[each.replica].prefill(each.first, each.stop)) for each in assignments
+        ]
         try:
             return await asyncio.gather(*parts)
         except BaseException:
@@ -305,63 +286,6 @@ class SplitPrefill:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)  # the first one's error is raised
             raise
-
-    async def _part(self, assignment: Assignment, replica: ReplicaState) -> Any:
-        """Prefill the blocks of an assignment; returns the output, None where the part has no whole page."""
-        plan, rank = self.plan, assignment.replica
-        start = assignment.first * plan.block_size
-        stop = min(assignment.stop * plan.block_size, plan.context_end) // self.page_size * self.page_size
-        if stop <= start:
-            return None
-        if assignment.first and plan.anchor_size and not replica.has_anchor:
-            output = await self._run(rank, 0, plan.anchor_size, None)
-            if output.kv_transfer_params is None:
-                return output
-        part = await self._run(rank, start, stop, plan)
-        *anchors, _ = self.held.names[rank]
-        if plan.shards and anchors:  # the pages would be held to the request's end, and nothing reads this copy
-            await self._call(rank, RELEASE, anchors)
-        return part
-
-    async def _run(self, rank: int, start: int, stop: int, plan: StarPlan | None) -> Any:
-        """Prefill the prompt's tokens up to ``stop`` on a replica, which then holds the pages from ``start`` on.
-
-        Args:
-            plan: None to compute the anchor, which is dense.
-        """
-        name = self.held.new_name(rank)
-        metadata = RequestMetadata(plan, part=PromptPart(name, start, self.plan.anchor_size))
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={KEY: metadata}
-        )
-        prompt = {key: value for key, value in self.prompt.items() if key not in ("prompt", PLANNED)}
-        keywords = {key: self.keywords[key] for key in ("lora_request", "priority") if key in self.keywords}
-        request = self.engine.input_processor.process_inputs(
-            self.request_id,
-            prompt | {"prompt_token_ids": list(self.token_ids[:stop])},
-            params,
-            supported_tasks=await self.engine.get_supported_tasks(),
-            data_parallel_rank=rank,
-            **keywords,
-        )
-        return await self._while_answering([rank], run_internal_request(self.engine, request, self.state.internal_ids))
-
-    async def _while_answering(self, ranks: Iterable[int], work: Any) -> Any:
-        """The result of ``work``, as long as these replicas answer.
-
-        Raises:
-            ReplicaTimeout: one does not.
-        """
-        running = asyncio.ensure_future(work)
-        self.working.add(running)
-        running.add_done_callback(self.working.discard)
-        try:
-            while not (await asyncio.wait({running}, timeout=HEALTH_CHECK_SECONDS))[0]:
-                await asyncio.gather(*(self._call(rank, RELEASE, []) for rank in ranks))
-            return running.result()
-        finally:
-            running.cancel()
-            await asyncio.wait({running})
 
     async def _release_when_fetched(self) -> None:
         """Release the parts' pages once every choice has its first token.

@@ -16,7 +16,7 @@ from vllm.exceptions import QueueOverflowError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.front import split_prefill
+from engine_ext.front import engine_replica, split_prefill
 from engine_ext.front.replica_rpc import ReplicaTimeout
 from engine_ext.front.split_prefill import planned_split
 from engine_ext.front.state import front_state
@@ -150,7 +150,7 @@ def test_a_prompt_of_an_adapter_looks_for_no_cached_pages(simulate, monkeypatch)
     async def scenario(server):
         processor = server.engine.input_processor
         monkeypatch.setattr(processor, "_validate_lora", lambda lora_request: None)
-        monkeypatch.setattr(split_prefill, "run_internal_request", refuse)
+        monkeypatch.setattr(engine_replica, "run_internal_request", refuse)
         with pytest.raises(RuntimeError, match="not run"):
             await server.generate(TOKENS, STAR, lora_request=SimpleNamespace(lora_name="a", adapter_id=1))
         assert [args[0] for _, args in server.calls(REPLICA_STATE)] == [[], [], []]

@@ -39,6 +39,10 @@ logger = init_logger("vllm.starling")
 ENTRY = "starling"
 STAR, SCHEDULING, REPLICAS, CPU_ATTENTION = "star", scheduling_options.SECTION, replica_options.SECTION, "cpu_attention"
 SECTIONS = (STAR, SCHEDULING, REPLICAS, CPU_ATTENTION, CACHE_SALT)
+PEERS = f"{ENTRY}.{REPLICAS}.peers"
+SERVES_PEERS = "starling_serves_peers"
+"""The name, in the arguments of a server, that says that it serves gRPC to peers too."""
+
 EXAMPLES = {STAR: '{"mode": "auto", ...}', SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
 CHOICES = {CPU_ATTENTION: CPU_ATTENTION_SETTINGS, CACHE_SALT: CACHE_SALT_SETTINGS}  # the first is the default
 MIDDLEWARE = (  # the last one is the outermost
@@ -118,6 +122,8 @@ def before_engine_config(engine_args: Any) -> None:
         return
     if config.cache_salt != "request" and not is_async_engine(engine_args):
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, "only a server has clients", "request")
+    if config.replicas.peers and not is_async_engine(engine_args):
+        raise OptionError(PEERS, config.replicas.peers, "only a server has peers", f"no {PEERS}")
     for name, value, default in (
         ("scheduler_cls", engine_args.scheduler_cls, None),
         ("worker_cls", engine_args.worker_cls, "auto"),
@@ -142,13 +148,17 @@ def after_engine_config(vllm_config: Any) -> None:
     check_sizes(config.star, star_page_size(vllm_config))
     check_segment_options(config.star, vllm_config.model_config.get_vocab_size())
     share_memory_nodes(vllm_config, os.environ)
+    peers = config.replicas.peers
     one_host = is_one_host(vllm_config.parallel_config)
     if one_host:
         network.keep_gloo_on_loopback(os.environ)
     replicas = replica_set(vllm_config)
     max_replicas(config.star, config.star.overlap_size, replicas)
     check_shards(config.star, config.star.overlap_size, replicas)
+    if peers and replicas.split_refusal is not None:
+        raise OptionError(PEERS, peers, replicas.split_refusal, f"no {PEERS}")
     if replicas.size > 1 and replicas.split_refusal is None:
+        one_host = one_host and not peers
         if vllm_config.parallel_config.data_parallel_size_local:  # else this front's replicas are all on other hosts
             check_network(one_host)
         vllm_config.kv_transfer_config = KVTransferConfig(
@@ -234,11 +244,14 @@ def prepare_server(args: Any) -> None:
     """Add Starling's middleware to the arguments of a server that is about to start.
 
     Raises:
-        OptionError: the server's cache salts would come from API keys, and it has none.
+        OptionError: the server's cache salts would come from API keys, and it has none; it has peers, and no gRPC.
     """
     config = parse_config(args.additional_config)
     if config is None or getattr(args, "headless", False):  # a host without a front
         return
+    if config.replicas.peers and not getattr(args, SERVES_PEERS, False):
+        reason = "peers call one another over gRPC"
+        raise OptionError(PEERS, config.replicas.peers, reason, "with `starling serve --grpc-port` only")
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")

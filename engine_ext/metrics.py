@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 from vllm_compat.metrics import report_to_front
 
@@ -26,11 +27,13 @@ class FrontMetrics:
         self.shard_requests = Counter(
             "starling:shard_requests", "Requests whose KV stayed on the replicas that computed it."
         )
+        self.usable_peers = Gauge("starling:usable_peers", "Other servers that prompts are split with now.")
+        self.peer_parts = Counter("starling:peer_parts", "Parts of other servers' prompts that were prefilled here.")
 
-    def count_split(self, blocks_of: dict[int, int], seconds: float) -> None:
+    def count_split(self, blocks_of: Mapping[str, int], seconds: float) -> None:
         """Count one split prompt; ``blocks_of`` maps each replica to its number of star blocks."""
         for replica, blocks in blocks_of.items():
-            self.split_blocks.labels(str(replica)).inc(blocks)
+            self.split_blocks.labels(replica).inc(blocks)
         self.split_seconds.inc(seconds)
 
 

@@ -14,6 +14,7 @@ from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
 from engine_ext.engine_report import SPLIT, STAR
 from replicas.messages import nixl_is_installed
+from replicas.options import replica_options
 from scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
 from scheduler.star.options import flat_name
 from scheduler.star.parsing import OptionError
@@ -21,6 +22,9 @@ from scheduler.star.plan import ReplicaSet
 from scheduler.star.request_metadata import CONNECTOR
 from vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
 from vllm_compat.engine_report import engine_reports
+
+MAX_SERVERS = 64
+"""Over how many servers a prompt may be split, this one included."""
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
 CONNECTORS = (CONNECTOR, "OffloadingConnector")
@@ -124,6 +128,17 @@ def _other_connector(config: Any) -> str | None:
     return None if transfer is None or transfer.kv_connector == CONNECTOR else transfer.kv_connector
 
 
+def has_peers(config: Any) -> bool:
+    """Whether prompts are split over servers that find one another (--star-replica-peers)."""
+    return bool(replica_options(config).peers)
+
+
+def _engines_with_peers(config: Any) -> str | None:
+    if not has_peers(config) or config.parallel_config.data_parallel_size == 1:
+        return None
+    return f"--data-parallel-size {config.parallel_config.data_parallel_size}"
+
+
 def _external_balancer(config: Any) -> bool:
     parallel = config.parallel_config
     return parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
@@ -154,6 +169,7 @@ SPLIT_RULES: Rules = (
         "replicas exchange pages of their prefix caches, which are off",
     ),
     (_other_connector, "an engine has one KV connector, and --kv-transfer-config gives it another"),
+    (_engines_with_peers, "a server with peers (--star-replica-peers) has one engine"),
     (_external_balancer, "with an external load balancer a front reaches some of the replicas only"),
     (
         lambda c: envs.VLLM_DP_SIZE > 1,
@@ -186,6 +202,10 @@ def _unknown_isa(config: Any) -> str | None:
 
 
 SHARD_RULES: Rules = (
+    (
+        has_peers,
+        "servers that are peers (--star-replica-peers) don't know how much of its KV memory another one has promised",
+    ),
     (lambda c: c.device_config.device_type != "cpu", "attention that returns its log-sum-exp is available on CPU only"),
     (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "Starling's CPU attention takes no fp8 KV cache"),
     (_uses_vllm_attention, "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
@@ -207,10 +227,11 @@ SHARD_RULES: Rules = (
 
 def replica_set(vllm_config: Any) -> ReplicaSet:
     """The server's replicas, and why a prompt can't be split over them, or its KV can't stay there."""
-    size = vllm_config.parallel_config.data_parallel_size
+    peers = has_peers(vllm_config)
+    size = MAX_SERVERS if peers else vllm_config.parallel_config.data_parallel_size
     refusals = list(_refusals(RULES + SPLIT_RULES, vllm_config)) if size > 1 else []
     shards_refusal = None if size == 1 or refusals else next(_refusals(SHARD_RULES, vllm_config), None)
-    return ReplicaSet(size, "; ".join(refusals) or None, shards_refusal)
+    return ReplicaSet(size, "; ".join(refusals) or None, shards_refusal, 1 if peers else None)
 
 
 def star_refusals(vllm_config: Any) -> list[str]:

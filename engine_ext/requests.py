@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -94,6 +94,12 @@ class RequestPlanner:
         self.defaults = usable_defaults(self.config.star, self.refusals, self.replicas) if self.config else None
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
+        self.num_peers: Callable[[], int] | None = None  # how many servers there are now to split prompts with
+
+    @property
+    def replicas_now(self) -> ReplicaSet:
+        """The replicas that a prompt may be split over now."""
+        return self.replicas if self.num_peers is None else replace(self.replicas, present=1 + self.num_peers())
 
     @property
     def page_size(self) -> int | None:
@@ -103,7 +109,8 @@ class RequestPlanner:
     @property
     def num_pages(self) -> int:
         """KV pages of a replica, known once the engine core has started. vLLM adds up all replicas' and null pages."""
-        return (self.vllm_config.cache_config.num_gpu_blocks or 0) // self.replicas.size - 1
+        engines = self.vllm_config.parallel_config.data_parallel_size
+        return (self.vllm_config.cache_config.num_gpu_blocks or 0) // engines - 1
 
     @cached_property
     def token_limits(self) -> TokenLimits:
@@ -176,7 +183,7 @@ class RequestPlanner:
         elif SEGMENT_TOKEN in given:
             reason = "the prompt has images or embeddings, which can't be moved"
             raise OptionError(SEGMENT_TOKEN, given[SEGMENT_TOKEN], reason, f"a text-only prompt, or no {SEGMENT_TOKEN}")
-        plan = make_plan(num_tokens, defaults, request, page_size, self.replicas)
+        plan = make_plan(num_tokens, defaults, request, page_size, self.replicas_now)
         if plan is not None and plan.shards:
             wanted = defaults.replicas
             if request is not None and "replicas" in request.model_fields_set:

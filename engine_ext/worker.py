@@ -15,8 +15,9 @@ from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import StarStep, open_step
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
-from engine_ext.refusals import star_refusals
+from engine_ext.refusals import has_peers, star_refusals
 from replicas.metrics import replica_metrics
+from replicas.weights import note_weights
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RequestMetadata, metadata_of
 from vllm_compat.models import without_prefill_checkpoints
@@ -130,6 +131,8 @@ def make_star_worker(base: type) -> type:
             self.star_problem: str | None = None
             self.is_warming_up = False
             register_backends(vllm_config, self.star_refusals)
+            if has_peers(vllm_config):
+                note_weights()
             super().__init__(vllm_config, *args, **kwargs)
             self.star_requests = StarRequests()
             self.counts_rows = self.rank == 0

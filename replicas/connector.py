@@ -91,6 +91,9 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
     def release(self, names: Iterable[str]) -> None:
         self.connector_scheduler.release(names)
 
+    def cancel_fetch(self, request_ids: Iterable[str]) -> None:
+        self.connector_scheduler.cancel_fetch(request_ids)
+
     # A worker's side: vLLM's methods.
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:

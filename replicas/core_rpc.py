@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from replicas.replica_state import replica_state
+from replicas.weights import worker_digest
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import metadata_of
 from vllm_compat.engine_core import add_core_utility
@@ -17,6 +18,8 @@ from vllm_compat.engine_core import add_core_utility
 REPLICA_STATE = "starling_replica_state"
 OPEN_SHARD = "starling_open_shard"
 RELEASE = "starling_release"
+IDENTITY = "starling_identity"
+CANCEL_FETCH = "starling_cancel_fetch"
 
 
 def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> Future[dict[str, Any]]:
@@ -38,6 +41,17 @@ def _release(core: Any, names: list[str]) -> None:
     connector.release(names)
 
 
+def _identity(core: Any) -> dict[str, Any]:
+    digests = core.model_executor.collective_rpc(worker_digest)
+    address = core.scheduler.connector.addresses[0]
+    return {"name": address["name"], "layout": address["layout"], "weights": "/".join(digests)}
+
+
+def _cancel_fetch(core: Any, request_ids: list[str]) -> None:
+    known = [request_id for request_id in request_ids if request_id in core.scheduler.requests]
+    core.scheduler.connector.cancel_fetch(known)
+
+
 def parts_running(scheduler: Any, names: list[str]) -> list[str]:
     """Ids of the requests that would hold pages under these names once they are complete."""
     parts = ((request_id, metadata_of(request).part) for request_id, request in scheduler.requests.items())
@@ -49,3 +63,5 @@ def add_replica_rpc() -> None:
     add_core_utility(REPLICA_STATE, _replica_state)
     add_core_utility(OPEN_SHARD, _open_shard)
     add_core_utility(RELEASE, _release)
+    add_core_utility(IDENTITY, _identity)
+    add_core_utility(CANCEL_FETCH, _cancel_fetch)

@@ -43,6 +43,7 @@ class PageLoad:
 
 @dataclass
 class PageLoads(KVConnectorMetadata):
-    """The loads that begin with a step."""
+    """The loads that begin with a step, and the ids of requests whose loads end with it, as failed ones."""
 
     loads: list[PageLoad] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)

@@ -38,6 +38,8 @@ class SchedulerConnector:
         self.release_later: set[str] = set()  # names whose last user releases the pages
         self._begun: set[str] = set()  # ids of requests that had pages to fetch, and have got their own pages
         self._loads: list[PageLoad] = []
+        self._cancelled: set[str] = set()  # ids of requests that fetch nothing any more
+        self._new_cancelled: list[str] = []  # those of them that the workers don't know yet
 
     def set_addresses(self, metadata: dict[int, Any]) -> None:
         """Take the workers' handshake metadata, by tensor-parallel rank."""
@@ -57,7 +59,7 @@ class SchedulerConnector:
         other replicas have released their pages by then.
         """
         fetch = metadata_of(request).fetch
-        if fetch is None or request.request_id in self._begun:
+        if fetch is None or request.request_id in self._begun or request.request_id in self._cancelled:
             return 0, False
         start, stop = fetch.span(self.page_size)
         if num_computed_tokens < start:
@@ -95,9 +97,16 @@ class SchedulerConnector:
         self._loads.append(PageLoad(request.request_id, reads))
 
     def take_loads(self) -> PageLoads:
-        """The loads made since the last call."""
-        loads, self._loads = PageLoads(self._loads), []
+        """The loads made and cancelled since the last call."""
+        loads = PageLoads(self._loads, self._new_cancelled)
+        self._loads, self._new_cancelled = [], []
         return loads
+
+    def cancel_fetch(self, request_ids: Iterable[str]) -> None:
+        """Let requests fetch nothing any more: the pages may soon be no longer held. Those not fetched are computed."""
+        new = set(request_ids) - self._cancelled
+        self._cancelled |= new
+        self._new_cancelled += sorted(new)
 
     # Pages held for other replicas.
 
@@ -112,6 +121,7 @@ class SchedulerConnector:
             pages are held.
         """
         self._begun.discard(request.request_id)
+        self._cancelled.discard(request.request_id)
         metadata = metadata_of(request)
         if metadata.remote is not None:
             self._end_remote_attention(metadata.remote.local_name)

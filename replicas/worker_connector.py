@@ -83,8 +83,11 @@ class WorkerConnector:
     # Pages of other replicas.
 
     def start_loads(self, loads: PageLoads) -> None:
-        """Begin to read the pages of these loads."""
+        """Begin to read the pages of these loads, and end the cancelled ones."""
         assert self.reader is not None
+        for request_id in loads.cancelled:
+            if request_id in self._transfers:
+                self._fail(*self._transfers[request_id], TransferError("the replica that holds them was lost"))
         for load in loads.loads:
             transfer = Transfer()
             self._transfers[load.request_id] = load, transfer

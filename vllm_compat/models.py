@@ -94,3 +94,21 @@ def register_op(name: str, function: Callable[..., Any], fake: Callable[..., Any
     library = Library(namespace, "FRAGMENT")
     direct_register_custom_op(op, function, fake_impl=fake, target_lib=library)
     return library
+
+
+def on_weights_loaded(callback: Callable[[Any], None]) -> None:
+    """Call ``callback(model)`` when a model has its weights, before vLLM brings them into the form that its ops take.
+
+    On CPU nothing is left of most weights afterwards. Loaders that load a model in a way of their own don't call it.
+    Goes when vLLM names the weights that it has loaded.
+    """
+    from vllm.model_executor.model_loader import base_loader
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process_weights_after_loading(model: Any, *args: Any, **kwargs: Any) -> Any:
+            callback(model)
+            return original(model, *args, **kwargs)
+
+        return process_weights_after_loading
+
+    wrap(base_loader, "process_weights_after_loading", around)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from vllm.logger import init_logger
 
@@ -16,11 +16,19 @@ from replicas.core_rpc import RELEASE
 logger = init_logger("vllm.starling")
 
 
+class Holder(Protocol):
+    """Another server that holds pages."""
+
+    async def release(self) -> None:
+        """Let it free them; raises nothing."""
+
+
 class HeldPages:
     """The pages that replicas hold for one prompt, by name.
 
     Attributes:
         names: replica -> the names under which it holds pages, or will once a part is complete.
+        peers: other servers that hold pages, or will.
         home: the replica whose request reads pages of other replicas; None: no request reads them.
         reservation: what the prompt has reserved; None where it has reserved nothing.
     """
@@ -28,6 +36,7 @@ class HeldPages:
     def __init__(self, engine: Any, rpc: ReplicaRPC, request_id: str) -> None:
         self.engine, self.rpc, self.request_id = engine, rpc, request_id
         self.names: dict[int, list[str]] = {}
+        self.peers: Sequence[Holder] = ()
         self.home: int | None = None
         self.reservation: Reservation | None = None
         self._release: asyncio.Task | None = None
@@ -59,7 +68,7 @@ class HeldPages:
         if self.home is not None:
             # Answered between two steps, after the abort that was sent before: nothing reads the pages then.
             await self._call(self.home, [], patient=False)
-        await asyncio.gather(*(self._release_rank(rank) for rank in ranks))
+        await asyncio.gather(*(self._release_rank(rank) for rank in ranks), *(peer.release() for peer in self.peers))
 
     async def _release_rank(self, rank: int) -> None:
         """Release what one replica holds; its memory stays reserved until it has answered, or the engine is dead."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -26,13 +27,21 @@ from vllm.logger import init_logger
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from engine_ext.front.engine_replica import EngineReplica, HeldPart, PartAborted, SplitPrompt, while_answering
+from engine_ext.front.engine_replica import (
+    EngineReplica,
+    HeldPart,
+    PartAborted,
+    Replica,
+    SplitPrompt,
+    while_answering,
+)
 from engine_ext.front.held_pages import HeldPages
+from engine_ext.front.peer_replica import PeerReplica
 from engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
 from engine_ext.requests import PLANNED, PlannedPrompt
-from replicas.core_rpc import OPEN_SHARD
+from replicas.core_rpc import CANCEL_FETCH, OPEN_SHARD
 from replicas.page_transfer import layout_mismatch
 from scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from scheduler.star.kv_demand import KVDemand
@@ -60,6 +69,8 @@ def generate_split(
     planned = planned_split(prompt, params, keywords)
     if planned is None:
         return generate(prompt, params, request_id, **keywords)
+    if front_state(engine).peers is not None and keywords.get("lora_request") is not None:
+        return generate(prompt, params, request_id, **keywords)  # peers have adapters of their own
     return SplitPrefill(engine, prompt, request_id, keywords, planned).outputs(generate, params)
 
 
@@ -100,7 +111,14 @@ class SplitPrefill:
         self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
         self.tasks: list[asyncio.Task] = []  # the request's end cancels them
         self.under_way: set[asyncio.Future] = set()  # parts and the reservation, which end with their tasks
-        self.replicas = self._own_replicas()
+        shared = SplitPrompt(request_id, self.token_ids, self.plan, self.page_size, prompt, keywords)
+        self.engines = {
+            rank: EngineReplica(engine, rank, shared, self.held, self.under_way)
+            for rank in range(num_engine_cores(engine))
+        }
+        self.held.peers = self.peers = self._peer_replicas(shared)
+        # A front with peers has one engine, of rank 0; peers have the numbers behind it.
+        self.replicas: dict[int, Replica] = {**self.engines, **dict(enumerate(self.peers, len(self.engines)))}
 
     def abort(self) -> None:
         """End the request, unless the engine has it: then the engine ends it."""
@@ -153,11 +171,12 @@ class SplitPrefill:
             self.state.split_requests.remove(self)
             await self._end(None if has_ended else admission.engine_request_id)
 
-    def _own_replicas(self) -> dict[int, EngineReplica]:
-        """This server's engines, by rank."""
-        prompt = SplitPrompt(self.request_id, self.token_ids, self.plan, self.page_size, self.prompt, self.keywords)
-        ranks = range(num_engine_cores(self.engine))
-        return {rank: EngineReplica(self.engine, rank, prompt, self.held, self.under_way) for rank in ranks}
+    def _peer_replicas(self, prompt: SplitPrompt) -> list[PeerReplica]:
+        """The peers that can be used now, for this prompt."""
+        if self.state.peers is None:
+            return []
+        timeout = self.state.replica_rpc.timeout
+        return [PeerReplica(peer, prompt, timeout) for peer in self.state.peers.usable]
 
     async def _prepare(self, params: SamplingParams) -> tuple[int, Task | None] | None:
         """Prefill the parts; returns the replica of the whole request, and what that does with others' pages.
@@ -168,15 +187,16 @@ class SplitPrefill:
         states = await self._replica_states()
         ranks = list(states)
         anchor_work = self.plan.anchor_size / self.plan.block_size
-        by_index = assign_blocks(self.plan.num_star_blocks, anchor_work, list(states.values()), self.plan.replicas)
+        own = 0 if self.peers else None  # the client's connection is to this server
+        by_index = assign_blocks(self.plan.num_star_blocks, anchor_work, list(states.values()), self.plan.replicas, own)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
+        self._release_others(assignments)
         if len(assignments) == 1:
             return first, None
-        wanted = self._demand.pages_of(assignments, params)
         try:
-            reserving = self.held.reserve(self.state.reservations, wanted, self.capacity, self.plan.shards)
-            await while_answering([self.replicas[rank].check for rank in wanted], reserving, self.under_way)
+            if not self.peers:
+                await self._reserve(self._demand.pages_of(assignments, params))
             parts = await self._prefill(assignments)
         except PartAborted:
             return None
@@ -187,9 +207,27 @@ class SplitPrefill:
             logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
         task = await self._task(assignments, parts)
-        blocks_of = {each.replica: each.stop - each.first for each in assignments}
-        front_metrics().count_split(blocks_of, time.monotonic() - started)
+        front_metrics().count_split(self._blocks_by_replica(assignments), time.monotonic() - started)
         return first, task
+
+    def _blocks_by_replica(self, assignments: Sequence[Assignment]) -> Counter[str]:
+        """Star blocks by the replica's name in metrics; all peers have one."""
+        blocks: Counter[str] = Counter()
+        for each in assignments:
+            blocks[str(each.replica) if each.replica in self.engines else "peers"] += each.stop - each.first
+        return blocks
+
+    def _release_others(self, assignments: Sequence[Assignment]) -> None:
+        """Let peers without a part know that they get none."""
+        used = {each.replica for each in assignments}
+        for number, peer in enumerate(self.peers, len(self.engines)):
+            if number not in used:
+                self._start(peer.release())
+
+    async def _reserve(self, wanted: Mapping[int, int]) -> None:
+        """Reserve pages by rank, as long as these replicas answer."""
+        reserving = self.held.reserve(self.state.reservations, wanted, self.capacity, self.plan.shards)
+        await while_answering([self.engines[rank].check for rank in wanted], reserving, self.under_way)
 
     def _start(self, work: Any) -> asyncio.Task:
         """Begin a task that the request's end cancels, and waits for."""
@@ -230,13 +268,15 @@ class SplitPrefill:
 
     async def _task(self, assignments: Sequence[Assignment], parts: Sequence[HeldPart | None]) -> Task | None:
         """What the whole request does with the pages of the finished parts."""
+        if any(peer.has_failed for peer in self.peers):
+            return None
         if not self.plan.shards:
             sources = tuple(part.source for part in parts[1:] if part)
             return PageFetch(sources) if sources else None
         held = [
             (assignment.replica, part) for assignment, part in zip(assignments, parts, strict=True) if part is not None
         ]
-        opened = (self.replicas[rank].call(OPEN_SHARD, part.name) for rank, part in held[1:])
+        opened = (self.engines[rank].call(OPEN_SHARD, part.name) for rank, part in held[1:])
         shards = tuple(
             Shard(part.name, part.source.start, len(part.source.page_ids) * self.page_size, addresses)
             for (_, part), addresses in zip(held[1:], await asyncio.gather(*opened), strict=True)
@@ -256,14 +296,15 @@ class SplitPrefill:
             if isinstance(answer, BaseException) and not isinstance(answer, ReplicaUnavailable):
                 raise answer
         states = {rank: answer for rank, answer in answers.items() if not isinstance(answer, BaseException)}
-        if not states:
+        if not states or (self.peers and 0 not in states):
             raise ReplicaTimeout(0, self.state.replica_rpc.timeout)
-        first = next(iter(states))
-        for rank, state in states.items():
-            reason = layout_mismatch(states[first]["layout"], state["layout"])
+        engines = {rank: states[rank] for rank in self.engines if rank in states}
+        first = next(iter(engines))
+        for rank, state in engines.items():
+            reason = layout_mismatch(engines[first]["layout"], state["layout"])
             if reason is not None:
                 raise ValueError(f"replicas {first} and {rank} can't share a prompt: {reason}")
-        self.capacity = {rank: state["pages"] for rank, state in states.items()}
+        self.capacity = {rank: state["pages"] for rank, state in engines.items()}
         return {
             rank: ReplicaState(
                 state["cached"],
@@ -288,7 +329,7 @@ class SplitPrefill:
             raise
 
     async def _release_when_fetched(self) -> None:
-        """Release the parts' pages once every choice has its first token.
+        """Release the parts' pages once every choice has its first token; a peer that is lost may release them before.
 
         The output of a response that is not streamed comes at its end alone, so the front's own state is polled.
         """
@@ -296,6 +337,8 @@ class SplitPrefill:
         while prefilling:
             await asyncio.sleep(FETCH_CHECK_SECONDS)
             names = engine_request_ids(self.engine, self.request_id)
+            if any(peer.has_failed for peer in self.peers):
+                await self.engines[0].call(CANCEL_FETCH, names)
             states = [request_state(self.engine, name) for name in names]
             prefilling = not states or any(state is None or state.is_prefilling for state in states)
         self.held.home = None

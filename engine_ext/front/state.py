@@ -13,6 +13,7 @@ from vllm.exceptions import RetryableRequestError
 from vllm.logger import init_logger
 
 from engine_ext.front.kv_reservations import KVReservations
+from engine_ext.front.peers import Peers
 from engine_ext.front.progress import ProgressPoller
 from engine_ext.front.replica_rpc import ReplicaRPC
 from engine_ext.front.split_requests import SplitRequests
@@ -31,6 +32,7 @@ class FrontState:
         split_requests: the requests whose prompts are split over replicas now.
         internal_ids: the engine's ids of the requests that Starling made for parts of prompts.
         releases: calls under way that release what ended requests held on replicas.
+        peers: the servers that this one splits prompts with; None: it has none.
         serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
     """
 
@@ -42,9 +44,15 @@ class FrontState:
         self.split_requests = SplitRequests()
         self.internal_ids: set[str] = set()
         self.releases: set[asyncio.Future] = set()
+        self.peers: Peers | None = None
         self.poller = ProgressPoller(self.split_requests)
         self.serving_models: Callable[[], Any] = lambda: None
         self._ends_before_engine = False
+
+    def set_peers(self, peers: Peers) -> None:
+        """Split prompts with these servers from now on."""
+        self.peers = peers
+        self.planner.num_peers = lambda: len(peers.usable)
 
     def let_split_requests_end(self, engine: Any) -> None:
         """When the engine is about to shut down, wait for the split requests as long as --shutdown-timeout says.

@@ -45,7 +45,11 @@ class Assignment:
 
 
 def assign_blocks(
-    num_blocks: int, anchor_work: float, replicas: Sequence[ReplicaState], max_replicas: int
+    num_blocks: int,
+    anchor_work: float,
+    replicas: Sequence[ReplicaState],
+    max_replicas: int,
+    first: int | None = None,
 ) -> list[Assignment]:
     """Split blocks over at most ``max_replicas`` replicas, so that the last replica is done as early as possible.
 
@@ -53,6 +57,7 @@ def assign_blocks(
         num_blocks: star blocks of the prompt, 1 or more.
         anchor_work: the work of computing the anchor, A / B.
         replicas: all replicas, by index.
+        first: the replica that has to get the first range; None: the best one.
 
     Returns:
         Assignments in the order of their blocks, none empty; the first one's replica runs the query.
@@ -60,7 +65,7 @@ def assign_blocks(
     Raises:
         ValueError: the replicas' memory does not take all blocks.
     """
-    order = _order(num_blocks, replicas)[:max_replicas]
+    order = _order(num_blocks, replicas, first)[:max_replicas]
     uncached = {index: _uncached_before(num_blocks, replicas[index]) for index in order}
     low, high = 0.0, max(replica.load for replica in replicas) + num_blocks + anchor_work
     for _ in range(BISECTIONS):
@@ -95,11 +100,11 @@ def best_num_replicas(num_blocks: int, anchor_work: float, max_replicas: int) ->
     return min(range(1, min(max_replicas, num_blocks) + 1), key=lambda number: (round(work(number), 6), number))
 
 
-def _order(num_blocks: int, replicas: Sequence[ReplicaState]) -> list[int]:
+def _order(num_blocks: int, replicas: Sequence[ReplicaState], first: int | None) -> list[int]:
     """Replicas in the order in which they get blocks.
 
-    First the one with the most leading blocks cached, less its load. The others follow by where their cached blocks
-    begin, then by load.
+    First the given one, else the one with the most leading blocks cached, less its load. The others follow by where
+    their cached blocks begin, then by load.
     """
 
     def first_block(replica: ReplicaState, flag: int) -> int:
@@ -110,14 +115,15 @@ def _order(num_blocks: int, replicas: Sequence[ReplicaState]) -> list[int]:
         return num_blocks if flag else len(replica.cached)
 
     by_index = range(len(replicas))
-    first = min(
-        by_index,
-        key=lambda index: (
-            replicas[index].load - first_block(replicas[index], 0),
-            replicas[index].cached.count(1),
-            index,
-        ),
-    )
+    if first is None:
+        first = min(
+            by_index,
+            key=lambda index: (
+                replicas[index].load - first_block(replicas[index], 0),
+                replicas[index].cached.count(1),
+                index,
+            ),
+        )
     rest = sorted(
         (index for index in by_index if index != first),
         key=lambda index: (first_block(replicas[index], 1), replicas[index].load, index),

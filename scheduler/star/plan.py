@@ -122,14 +122,16 @@ class ReplicaSet:
     """The replicas that one prompt may be split over.
 
     Attributes:
-        size: data-parallel replicas of the server.
+        size: the data-parallel replicas of the server; with peers, how many servers there may be.
         split_refusal: why blocks can't be split over them; None where they can.
         shards_refusal: why the KV of such blocks can't be attended to where it is; None where it can.
+        present: with peers, how many servers there are now; None: ``size``.
     """
 
     size: int = 1
     split_refusal: str | None = None
     shards_refusal: str | None = None
+    present: int | None = None
 
 
 ONE_REPLICA = ReplicaSet()
@@ -175,6 +177,8 @@ def make_plan(
     anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page_size)
     overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page_size)
     limit = max_replicas(options, overlap_size, replicas)
+    if replicas.present is not None:
+        limit = min(limit, replicas.present)
     if "shards" in given:
         check_shards(options, overlap_size, replicas)
     if options.mode == "auto" and num_prompt_tokens < options.min_tokens:
@@ -204,7 +208,7 @@ def max_replicas(options: StarOptions, overlap_size: int, replicas: ReplicaSet) 
         return OptionError(flat_name("replicas"), options.replicas, reason, allowed)
 
     if options.replicas > replicas.size:
-        reason = f"this server has {replicas.size} (--data-parallel-size)"
+        reason = f"this server has {replicas.size} (--data-parallel-size, --star-replica-peers)"
         raise refused(reason, f"auto, or 1 to {replicas.size}" if replicas.size > 1 else "auto or 1")
     if replicas.split_refusal:
         raise refused(replicas.split_refusal, "auto or 1")
@@ -226,7 +230,7 @@ def check_shards(options: StarOptions, overlap_size: int, replicas: ReplicaSet) 
         return
     overlap, number = flat_name("overlap_size"), flat_name("replicas")
     for refused, reason in (
-        (replicas.size == 1, "this server has one replica (--data-parallel-size)"),
+        (replicas.size == 1, "this server has one replica (--data-parallel-size, --star-replica-peers)"),
         (replicas.split_refusal, replicas.split_refusal),
         (replicas.shards_refusal, replicas.shards_refusal),
         (options.replicas == 1, f"{number}=1 keeps the prompt on one replica"),

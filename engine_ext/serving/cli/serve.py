@@ -22,14 +22,17 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
 from engine_ext.clients import api_keys
+from engine_ext.front.peers import Peers, own_identity
 from engine_ext.front.state import front_state
 from engine_ext.serving.cli.cores import CORES_ENV, core_binding
 from engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from engine_ext.serving.grpc.auth import server_credentials
+from engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, authority
 from engine_ext.serving.grpc.prompts import chat_params
+from engine_ext.serving.grpc.replica import ReplicaServicer
 from engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from engine_ext.serving.http.keepalive import end_lost_connections
+from replicas.options import KEY_ENV, replica_options
 from scheduler.star.parsing import OptionError
 from vllm_compat.front import before_shutdown, on_serving_models
 from vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
@@ -168,10 +171,19 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     credentials = server_credentials(args)
     on_serving_models(note_serving_models)
     show_cached = args.enable_prompt_tokens_details
-    front = Front(engine, api_keys(args), chat_params(args), admin, show_cached)
+    options = replica_options(engine.vllm_config)
+    replica, key = None, os.environ.get(KEY_ENV) or None
+    if options.peers:
+        replica = ReplicaServicer(engine, await own_identity(engine, front_state(engine).replica_rpc))
+    front = Front(engine, api_keys(args), chat_params(args), admin, show_cached, replica, key)
     address = authority(host)
     port = await front.start(f"{address}:{port}", credentials)
     logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")
+    if replica is not None:
+        assert key is not None
+        front.peers = Peers(options, replica.identity, key, peer_credentials(args))
+        await front.peers.start()
+        front_state(engine).set_peers(front.peers)
     if args.host is None:
         logger.info("gRPC listens on loopback only: give --host to serve other machines")
     return front

@@ -13,10 +13,19 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
-from engine_ext.activation import CACHE_SALT, CPU_ATTENTION, ENTRY, REPLICAS, SCHEDULING, STAR, parse_config
+from engine_ext.activation import (
+    CACHE_SALT,
+    CPU_ATTENTION,
+    ENTRY,
+    REPLICAS,
+    SCHEDULING,
+    SERVES_PEERS,
+    STAR,
+    parse_config,
+)
 from engine_ext.cache_salt import CACHE_SALT_SETTINGS
 from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
-from replicas.options import ReplicaOptions
+from replicas.options import KEY_ENV, ReplicaOptions
 from scheduler.options import SchedulingOptions
 from scheduler.options import flat_name as scheduling_name
 from scheduler.star.options import StarOptions, flat_name, parse_options
@@ -89,12 +98,14 @@ def parse_seconds(text: str) -> Any:
 def model_flags(section: str, model: type[BaseModel], dest: Callable[[str], str]) -> Iterator[Flag]:
     """A flag for each field of a section's model; ``dest`` maps fields to flat names."""
     for field, info in model.model_fields.items():
-        default = "" if info.default is None else f" (default: {info.default})"
+        default = "" if info.default in (None, "") else f" (default: {info.default})"
         keywords: dict[str, Any] = {"help": f"{info.description}{default}"}
         if get_origin(info.annotation) is Literal:
             keywords["choices"] = get_args(info.annotation)
         elif info.annotation is float:
             keywords |= {"type": parse_seconds, "metavar": "SECONDS"}
+        elif info.annotation is str:
+            keywords["metavar"] = "HOST:PORT,..."
         else:
             keywords |= {"type": parse_number, "metavar": "N"}
         yield Flag(dest(field), section, field, keywords)
@@ -212,9 +223,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
     refuse_bypasses(os.environ)
     # vLLM refuses a gRPC port except with its Rust front.
     grpc_port, args.grpc_port = args.grpc_port, None
+    refuse_peers_without(args, grpc_port, os.environ)
     if grpc_port is not None:
         refuse_grpc_with(args, grpc_port)
         args.api_server_count = None  # one, also with several data-parallel engines
+        setattr(args, SERVES_PEERS, True)
     elif args.data_parallel_size > 1 and args.api_server_count is None and not args.headless:
         args.api_server_count = 1  # vLLM's default is one for each replica, and they would run on the replicas' cores
     return args, grpc_port
@@ -249,6 +262,19 @@ def refuse_bypasses(environ: Mapping[str, str]) -> None:
         raise ValueError(f"VLLM_PLUGINS={plugins!r} keeps Starling out of vLLM's processes: add `{ENTRY}` or unset it")
     if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise ValueError("VLLM_USE_RUST_FRONTEND is set: the Rust front reads no star options; unset it")
+
+
+def refuse_peers_without(args: argparse.Namespace, grpc_port: int | None, environ: Mapping[str, str]) -> None:
+    """Refuse peers that could not call this server, or would need no key for it (raises ValueError)."""
+    config = parse_config(args.additional_config)
+    if config is None or not config.replicas.peers:
+        return
+    for refused, reason in (
+        (grpc_port is None, "peers call one another over gRPC: give --grpc-port"),
+        (not environ.get(KEY_ENV), f"peers need a key to call one another: set {KEY_ENV}, to the same value on each"),
+    ):
+        if refused:
+            raise ValueError(f"--star-replica-peers {config.replicas.peers} is refused: {reason}")
 
 
 def refuse_grpc_with(args: argparse.Namespace, grpc_port: int) -> None:

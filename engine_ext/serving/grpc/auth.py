@@ -15,8 +15,11 @@ import grpc
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 ADMIN_PREFIX = "/starling.v1.AdminService/"
+REPLICA_PREFIX = "/starling.v1.ReplicaService/"
 UNGATED_PREFIXES = (HEALTH_PREFIX, ADMIN_PREFIX)
 """Methods that need no API key and are served while the server drains. AdminService has its own key."""
+
+WRONG_REPLICA_KEY = "ReplicaService needs the metadata `authorization: Bearer KEY` with the key of STARLING_REPLICA_KEY"
 
 METHOD_HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -62,10 +65,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         api_keys: the valid keys; none: calls need no key.
+        replica_key: the key of ReplicaService, whose calls need no API key; None: the server has no such service.
     """
 
-    def __init__(self, api_keys: Sequence[str]) -> None:
+    def __init__(self, api_keys: Sequence[str], replica_key: str | None = None) -> None:
         self.digests = [digest(key) for key in api_keys]
+        self.replica_digests = [] if replica_key is None else [digest(replica_key)]
         self.draining = False
         self.calls: set[asyncio.Task] = set()
 
@@ -75,8 +80,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(UNGATED_PREFIXES):
             return handler
-        if not self.is_authorized(handler_call_details.invocation_metadata):
+        metadata, text = handler_call_details.invocation_metadata, None
+        if handler_call_details.method.startswith(REPLICA_PREFIX):
+            if not has_valid_key(metadata, self.replica_digests):
+                text = WRONG_REPLICA_KEY
+        elif not self.is_authorized(metadata):
             text = "this server needs the metadata `authorization: Bearer <API key>`"
+        if text is not None:
             return refusal_handler(handler, grpc.StatusCode.UNAUTHENTICATED, text)
         if self.draining:
             return refusal_handler(handler, grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
@@ -138,6 +148,22 @@ def server_credentials(args: Namespace) -> grpc.ServerCredentials | None:
 
     renew = certificates if args.enable_ssl_refresh else lambda: None
     return grpc.dynamic_ssl_server_credentials(certificates(), renew, require)
+
+
+def peer_credentials(args: Namespace) -> grpc.ChannelCredentials | None:
+    """Credentials for calls of peers, which have the same --ssl-* options; None where these give no certificate.
+
+    A peer's certificate is checked against --ssl-ca-certs, or, without it, has to be signed by --ssl-certfile.
+
+    Raises:
+        OSError: a file of the options can't be read.
+    """
+    if not (args.ssl_certfile and args.ssl_keyfile):
+        return None
+    authorities = Path(args.ssl_ca_certs or args.ssl_certfile).read_bytes()
+    return grpc.ssl_channel_credentials(
+        authorities, Path(args.ssl_keyfile).read_bytes(), Path(args.ssl_certfile).read_bytes()
+    )
 
 
 def add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
+from engine_ext.front.peers import Peers
 from engine_ext.serving.grpc import admin as admin_service
 from engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
 from engine_ext.serving.grpc.arrivals import ArrivalInterceptor
@@ -19,7 +20,8 @@ from engine_ext.serving.grpc.client import NoteClient
 from engine_ext.serving.grpc.inference import SERVICE, Inference
 from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
 from engine_ext.serving.grpc.options import NO_ADMIN, AdminOptions, authority
-from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
+from engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.v1 import admin_pb2_grpc, inference_pb2_grpc, replica_pb2_grpc
 
 logger = init_logger("vllm.starling")
 
@@ -36,6 +38,8 @@ class Front:
         chat: how chat messages are rendered.
         admin: where AdminService is served.
         show_cached: whether responses say how many tokens were cached (vLLM's --enable-prompt-tokens-details).
+        replica: what this server does for its peers; None: it has none.
+        replica_key: with which peers call it.
     """
 
     def __init__(
@@ -45,12 +49,14 @@ class Front:
         chat: ChatParams | None = None,
         admin: AdminOptions = NO_ADMIN,
         show_cached: bool = False,
+        replica: ReplicaServicer | None = None,
+        replica_key: str | None = None,
     ) -> None:
         self.engine = engine
         self.admin = admin
         self.admin_server: grpc.aio.Server | None = None
         self.admin_port: int | None = None
-        self.auth = AuthInterceptor(api_keys)
+        self.auth = AuthInterceptor(api_keys, replica_key)
         self.arrivals = ArrivalInterceptor(self.auth.client_of)
         interceptors = [self.auth, AdminInterceptor(admin.key, own_port=False), NoteClient(show_cached), self.arrivals]
         self.server = grpc.aio.server(interceptors=interceptors, options=server_options(MAX_REQUEST_BYTES))
@@ -61,8 +67,11 @@ class Front:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.inference, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(), self.server)
+        if replica is not None:
+            replica_pb2_grpc.add_ReplicaServiceServicer_to_server(replica, self.server)
         names = (SERVICE, admin_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
+        self.peers: Peers | None = None  # that this server looks for while it serves
         self.engine_died = False
         self.port: int | None = None
         self._watchdog: asyncio.Task | None = None
@@ -115,6 +124,8 @@ class Front:
     async def _stop(self, grace: float) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
+        if self.peers is not None:
+            await self.peers.stop()
         self.engine_died = self.engine.errored
         await self.stop_admitting()
         if await self.auth.drain(grace):

@@ -1,0 +1,139 @@
+"""A replica that is another server's engine: it prefills a part of a prompt, and holds the pages, during one gRPC call.
+
+The call is the lease of the pages. The other server holds them until this one closes its side of the call; so nothing
+stays behind on the other server, however this one ends (engine_ext/serving/grpc/replica.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import msgspec
+
+from engine_ext.front.engine_replica import HeldPart, PartAborted, SplitPrompt
+from engine_ext.front.peers import Peer
+from engine_ext.front.replica_rpc import ReplicaUnavailable
+from scheduler.star.request_metadata import PageSource
+from starling.v1 import replica_pb2 as pb
+
+STATE_SECONDS = 5.0
+"""How long a prompt waits for the state of a peer. A peer answers between two steps of its engine."""
+
+RELEASE_SECONDS = 5.0
+"""How long a release waits for the peer's answer."""
+
+
+class PeerLost(ReplicaUnavailable):
+    """A call to a peer has failed, or the peer has not answered in time."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(f"peer {address} is lost: {reason}")
+
+
+class PeerReplica:
+    """One call to a peer, for one prompt.
+
+    Args:
+        peer: the other server.
+        prompt: the prompt, a part of which the peer may prefill.
+        timeout: seconds within which the peer has to send a message while it prefills.
+    """
+
+    def __init__(self, peer: Peer, prompt: SplitPrompt, timeout: float) -> None:
+        self.peer, self.prompt, self.timeout = peer, prompt, timeout
+        self.lost: PeerLost | None = None
+        self._call: Any = None
+        self._is_released = False
+        self._ending: asyncio.Future | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        return self.lost is not None
+
+    async def state(self) -> dict[str, Any]:
+        """As Replica.state, without what concerns the memory of the replica."""
+        plan = self.prompt.plan
+        message = pb.Prompt(
+            request_id=self.prompt.request_id,
+            token_ids=self.prompt.token_ids,
+            block_size=plan.block_size,
+            anchor_size=plan.anchor_size,
+            context_end=plan.context_end,
+            cache_salt=self.prompt.inputs.get("cache_salt"),
+            priority=self.prompt.keywords.get("priority", 0),
+        )
+        self._call = self.peer.prefill_part()
+        response = await self._exchange(pb.PrefillPartRequest(prompt=message), STATE_SECONDS)
+        state = response.state
+        return {"cached": state.cached, "has_anchor": state.has_anchor, "queued_tokens": state.queued_tokens}
+
+    async def prefill(self, first_block: int, stop_block: int) -> HeldPart | None:
+        part = pb.Part(first_block=first_block, stop_block=stop_block)
+        response = await self._exchange(pb.PrefillPartRequest(part=part), self.timeout)
+        while response.WhichOneof("step") == "alive":
+            response = await self._exchange(None, self.timeout)
+        if response.WhichOneof("step") == "aborted":
+            raise PartAborted
+        self._ending = asyncio.ensure_future(self._read_to_end())
+        held = response.held
+        if not held.page_ids:
+            return None
+        addresses = msgspec.msgpack.decode(held.addresses)
+        return HeldPart(self.peer.address, PageSource(held.start, list(held.page_ids), addresses))
+
+    async def release(self) -> None:
+        """Let the peer free the pages; or, where it still prefills, end the part."""
+        if self._call is None or self._is_released:
+            return
+        self._is_released = True
+        try:
+            async with asyncio.timeout(RELEASE_SECONDS):
+                await self._call.done_writing()
+                self._ending = self._ending or asyncio.ensure_future(self._read_to_end())
+                await asyncio.shield(self._ending)
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            pass
+        finally:
+            self._call.cancel()
+
+    async def _exchange(self, request: pb.PrefillPartRequest | None, seconds: float) -> pb.PrefillPartResponse:
+        """Send a message, if there is one, and return the next one of the peer.
+
+        Raises:
+            PeerLost: the call has failed, or has ended, or nothing has come in time.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                if request is not None:
+                    await self._call.write(request)
+                response = await self._call.read()
+        except TimeoutError:
+            raise self._lose(f"it has not answered for {seconds:g} s") from None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise self._lose(reason_of(error)) from None
+        if response is grpc.aio.EOF:
+            raise self._lose("it has ended the call")
+        return response
+
+    async def _read_to_end(self) -> None:
+        """Find out when the peer's part of the call ends: before the release, the pages are lost."""
+        reason = "it has ended the call"
+        try:
+            while await self._call.read() is not grpc.aio.EOF:
+                pass
+        except grpc.aio.AioRpcError as error:
+            reason = reason_of(error)
+        if not self._is_released:
+            self._lose(reason)
+
+    def _lose(self, reason: str) -> PeerLost:
+        self.lost = PeerLost(self.peer.address, reason)
+        self.peer.leave_out()
+        return self.lost
+
+
+def reason_of(error: Exception) -> str:
+    """Why a call has failed."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

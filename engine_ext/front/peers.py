@@ -1,0 +1,227 @@
+"""The servers that this one splits prompts with: found by name, asked what they are, and left out while they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.metadata
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from vllm.logger import init_logger
+
+from engine_ext.front.replica_rpc import ReplicaRPC
+from engine_ext.metrics import front_metrics
+from engine_ext.refusals import MAX_SERVERS
+from replicas.core_rpc import IDENTITY
+from replicas.options import ReplicaOptions, split_address, split_peers
+from starling.v1 import replica_pb2 as pb
+from starling.v1 import replica_pb2_grpc
+from vllm_compat.versions import vllm_version
+
+logger = init_logger("vllm.starling")
+
+REFRESH_SECONDS = 5.0
+"""How often names are resolved again, and peers are asked what they are."""
+
+DESCRIBE_SECONDS = 2.0
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_retries", 0),
+    # A lost link is noticed within 20 seconds. The peer holds pages for longer than that.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which server this is, and what has to be equal for two servers to share a prompt.
+
+    Attributes:
+        name: unique for each start of a server.
+        properties: versions, model, weights, and the layout of KV pages, as text.
+    """
+
+    name: str
+    properties: Mapping[str, str]
+
+    def mismatch(self, other: Identity) -> str | None:
+        """Why the two can't share a prompt, with the values of both; None where they can."""
+        differing = [
+            f"{key} {self.properties.get(key)!r} here, {other.properties.get(key)!r} there"
+            for key in sorted(self.properties.keys() | other.properties.keys())
+            if self.properties.get(key) != other.properties.get(key)
+        ]
+        return "; ".join(differing) or None
+
+
+async def own_identity(engine: Any, rpc: ReplicaRPC) -> Identity:
+    """The identity of this server, whose engine has started.
+
+    Raises:
+        ReplicaTimeout: the engine does not answer.
+    """
+    found = await rpc.call(engine, 0, IDENTITY)
+    model = engine.vllm_config.model_config
+    config = model.hf_text_config.to_dict()
+    config.pop("_name_or_path", None)  # the model's folder may have another name on each server
+    described = json.dumps([config, str(model.dtype), model.quantization], sort_keys=True, default=str)
+    properties = {key: str(value) for key, value in found["layout"].items()} | {
+        "starling": importlib.metadata.version("vllm-starling"),
+        "vllm": vllm_version() or "unknown",
+        "model": hashlib.sha256(described.encode()).hexdigest()[:16],
+        "weights": hashlib.sha256(found["weights"].encode()).hexdigest()[:16],
+    }
+    return Identity(found["name"], properties)
+
+
+class Peer:
+    """One address, at which another server may listen.
+
+    Args:
+        address: of the gRPC front, as HOST:PORT.
+        channel: to it.
+        key: of STARLING_REPLICA_KEY.
+        timeout: seconds for which the peer is left out after a failed call.
+    """
+
+    def __init__(self, address: str, channel: grpc.aio.Channel, key: str, timeout: float) -> None:
+        self.address, self.channel, self.timeout = address, channel, timeout
+        self.metadata = (("authorization", f"Bearer {key}"),)
+        self.stub = replica_pb2_grpc.ReplicaServiceStub(channel)
+        self.identity: Identity | None = None
+        self.problem: str | None = "it has not been asked yet"
+        self._left_out_until = 0.0
+
+    @property
+    def is_usable(self) -> bool:
+        return self.problem is None and asyncio.get_running_loop().time() >= self._left_out_until
+
+    def leave_out(self) -> None:
+        """A call has failed: use the peer again only after some time."""
+        self._left_out_until = asyncio.get_running_loop().time() + self.timeout
+
+    def prefill_part(self) -> Any:
+        """Begin a call of ReplicaService.PrefillPart."""
+        return self.stub.PrefillPart(metadata=self.metadata)
+
+    async def describe(self) -> str | None:
+        """Ask for the peer's identity; returns why it can't be had, None where it is there."""
+        try:
+            answer = await self.stub.Describe(pb.DescribeRequest(), timeout=DESCRIBE_SECONDS, metadata=self.metadata)
+        except grpc.aio.AioRpcError as error:
+            self.identity = None
+            return f"{error.code().name}: {error.details()}"
+        self.identity = Identity(answer.name, dict(answer.properties))
+        return None
+
+
+class Peers:
+    """All peers of one server.
+
+    Args:
+        options: where they are.
+        own: this server's identity.
+        key: of STARLING_REPLICA_KEY.
+        credentials: of TLS; None: plain text.
+    """
+
+    def __init__(
+        self, options: ReplicaOptions, own: Identity, key: str, credentials: grpc.ChannelCredentials | None
+    ) -> None:
+        self.entries = split_peers(options.peers)
+        self.own, self.key, self.credentials, self.timeout = own, key, credentials, options.timeout
+        self.peers: dict[str, Peer] = {}
+        self._addresses: dict[str, list[str]] = {}  # entry -> what it was resolved to last
+        self._refreshing: asyncio.Task | None = None
+
+    @property
+    def usable(self) -> list[Peer]:
+        """The peers that a prompt may be split with now."""
+        return [peer for peer in self.peers.values() if peer.is_usable][: MAX_SERVERS - 1]
+
+    async def start(self) -> None:
+        """Find the peers once, and again and again from now on."""
+        await self.refresh()
+        self._refreshing = asyncio.ensure_future(self._refresh_for_ever())
+
+    async def stop(self) -> None:
+        """Stop looking for peers. Calls that run go on."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait({self._refreshing})
+
+    async def _refresh_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                await self.refresh()
+            except Exception:
+                logger.exception("the peers can't be found")
+
+    async def refresh(self) -> None:
+        """Resolve all names, and ask each address what is there."""
+        await asyncio.gather(*(self._resolve(entry) for entry in self.entries))
+        hosts = {address: entry for entry in self.entries for address in self._addresses.get(entry, ())}
+        for address in self.peers.keys() - hosts.keys():
+            logger.info("peer %s: no name leads to it any more", address)
+            del self.peers[address]  # its channel closes with the last call that uses it
+        for address, entry in hosts.items():
+            if address not in self.peers:
+                self.peers[address] = Peer(address, self._channel(address, entry), self.key, self.timeout)
+        peers = list(self.peers.values())
+        problems = await asyncio.gather(*(peer.describe() for peer in peers))
+        known = {self.own.name}
+        for peer, problem in zip(peers, problems, strict=True):
+            self._note(peer, problem or self._problem_of(peer, known))
+        front_metrics().usable_peers.set(len(self.usable))
+
+    def _problem_of(self, peer: Peer, known: set[str]) -> str | None:
+        """Why a peer that has answered can't be used; ``known`` has the names of the servers before it."""
+        assert peer.identity is not None
+        if peer.identity.name == self.own.name:
+            return "it is this server"
+        if peer.identity.name in known:
+            return "another address leads to the same server"
+        known.add(peer.identity.name)
+        mismatch = self.own.mismatch(peer.identity)
+        return None if mismatch is None else f"its KV pages can't be used here: {mismatch}"
+
+    def _note(self, peer: Peer, problem: str | None) -> None:
+        if problem != peer.problem:
+            if problem is None:
+                logger.info("peer %s: prompts are split with it", peer.address)
+            else:
+                logger.info("peer %s is not used: %s", peer.address, problem)
+        peer.problem = problem
+
+    async def _resolve(self, entry: str) -> None:
+        """Look up the addresses behind a name. If that fails, the last ones stay."""
+        host, port = split_address(entry)
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            logger.warning("the addresses of the peers %s can't be looked up: %s", entry, error)
+            return
+        self._addresses[entry] = sorted({join(str(address[0]), port) for *_, address in found})
+
+    def _channel(self, address: str, entry: str) -> grpc.aio.Channel:
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+        # The certificate is for the name, not for the address behind it.
+        options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", split_address(entry)[0]))
+        return grpc.aio.secure_channel(address, self.credentials, options)
+
+
+def join(host: str, port: int) -> str:
+    """HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,176 @@
+"""starling.v1.ReplicaService: prefills parts of the prompts of other servers, and holds their pages meanwhile.
+
+One call is one part of one prompt. It is also the lease of the pages: they are held until the caller closes its side
+of the call. If the call breaks instead (the caller has died, or the network between the two), the caller may still read
+the pages for some time, until it has noticed. Therefore they are held for GRACE_TIMEOUTS times --star-replica-timeout
+then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import msgspec
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, HeldPart, PartAborted, SplitPrompt
+from engine_ext.front.held_pages import HeldPages
+from engine_ext.front.peers import Identity
+from engine_ext.front.replica_rpc import ReplicaUnavailable
+from engine_ext.front.state import front_state
+from engine_ext.metrics import front_metrics
+from engine_ext.serving.grpc.arrivals import arriving
+from engine_ext.serving.grpc.messages import abort
+from scheduler.star.plan import StarPlan
+from starling.v1 import replica_pb2 as pb
+from starling.v1 import replica_pb2_grpc
+from vllm_compat.admission import Admission, admit, withdraw
+
+logger = init_logger("vllm.starling")
+
+GRACE_TIMEOUTS = 2
+MESSAGE_SECONDS = 60.0
+"""How long the caller may take to send a message."""
+
+
+class ReplicaServicer(replica_pb2_grpc.ReplicaServiceServicer):
+    """Serves the peers of one server.
+
+    Args:
+        engine: the AsyncLLM, which has one engine.
+        identity: of this server.
+    """
+
+    def __init__(self, engine: Any, identity: Identity) -> None:
+        self.engine, self.identity = engine, identity
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
+        return pb.DescribeResponse(name=self.identity.name, properties=dict(self.identity.properties))
+
+    async def PrefillPart(self, _: Any, context: Any) -> None:
+        try:
+            first = await arriving(context.read(), MESSAGE_SECONDS)
+            if first is grpc.aio.EOF or first.WhichOneof("step") != "prompt":
+                raise VLLMValidationError("the first message has to be the prompt", parameter="prompt")
+            prompt = split_prompt(first.prompt, front_state(self.engine).planner.page_size or 1)
+            await Lease(self.engine, prompt).serve(context)
+        except ReplicaUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await abort(context, error, "prompt")
+
+
+def split_prompt(message: pb.Prompt, page_size: int) -> SplitPrompt:
+    """The prompt of a message.
+
+    Raises:
+        VLLMValidationError: its plan is none that a server makes.
+    """
+    plan = StarPlan(message.block_size, message.anchor_size, 0, message.context_end, len(message.token_ids), replicas=2)
+    sizes = (plan.block_size, plan.anchor_size)
+    if (
+        not 0 < plan.context_end < plan.num_prompt_tokens
+        or not plan.block_size
+        or plan.anchor_size > plan.block_size
+        or any(size % page_size for size in sizes)
+    ):
+        reason = f"a peer sent a plan that does not fit its prompt, or KV pages of {page_size} tokens: {plan}"
+        raise VLLMValidationError(reason, parameter="prompt")
+    inputs = {"cache_salt": message.cache_salt} if message.HasField("cache_salt") else {}
+    return SplitPrompt(
+        message.request_id, list(message.token_ids), plan, page_size, inputs, {"priority": message.priority}
+    )
+
+
+class Lease:
+    """One call of a peer: its prompt, and the pages that are held for it."""
+
+    def __init__(self, engine: Any, prompt: SplitPrompt) -> None:
+        self.engine, self.prompt, self.front = engine, prompt, front_state(engine)
+        self.held = HeldPages(engine, self.front.replica_rpc, prompt.request_id)
+        self.under_way: set[asyncio.Future] = set()
+        self.replica = EngineReplica(engine, 0, prompt, self.held, self.under_way)
+        self.admission: Admission | None = None
+        self.prefilling: asyncio.Task | None = None
+        self.is_held = False  # the caller knows where the pages are
+
+    async def serve(self, context: Any) -> None:
+        """Answer the caller's messages until it closes its side of the call, or the call breaks."""
+        is_closed = False
+        try:
+            state = await self.replica.state()
+            await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
+            request = await context.read()
+            if request is not grpc.aio.EOF:
+                await self._prefill(context, request)
+            is_closed = True
+        finally:
+            releasing = asyncio.ensure_future(self._end(broken=not is_closed))
+            self.front.releases.add(releasing)
+            releasing.add_done_callback(self.front.releases.discard)
+        await asyncio.shield(releasing)
+
+    async def _prefill(self, context: Any, request: pb.PrefillPartRequest) -> None:
+        """Prefill a part, and wait until the caller needs its pages no more."""
+        first, stop = request.part.first_block, request.part.stop_block
+        if request.WhichOneof("step") != "part" or not first < stop <= self.prompt.plan.num_star_blocks:
+            reason = f"blocks {first} to {stop} are no part of {self.prompt.plan.num_star_blocks} blocks"
+            raise VLLMValidationError(reason, parameter="part")
+        start, end = self.prompt.part(first, stop)
+        self.admission = admit(self.engine, self.prompt.request_id, 1, end - start)
+        self.prefilling = asyncio.ensure_future(self.replica.prefill(first, stop))
+        closing = asyncio.ensure_future(context.read())
+        try:
+            ends = {self.prefilling, closing}
+            while not (await asyncio.wait(ends, timeout=HEALTH_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED))[0]:
+                await self.replica.check()
+                await context.write(pb.PrefillPartResponse(alive=pb.Alive()))
+            if not closing.done():
+                response = response_of(self.prefilling)
+                self.is_held = True
+                await context.write(response)
+                front_metrics().peer_parts.inc()
+            await closing
+        finally:
+            closing.cancel()
+
+    async def _end(self, broken: bool) -> None:
+        """End the part, and release its pages: at once, or, if the call broke, when the caller has noticed."""
+        if self.prefilling is not None:
+            self.prefilling.cancel()
+            while running := {task for task in (self.prefilling, *self.under_way) if not task.done()}:
+                await asyncio.wait(running)
+            if not self.prefilling.cancelled():
+                self.prefilling.exception()  # the caller got it, unless it has left
+        if broken and self.is_held:
+            seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout
+            name = self.prompt.request_id
+            logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
+            await asyncio.sleep(seconds)
+        await self.held.release()
+        if self.admission is not None:
+            withdraw(self.engine, self.admission)
+
+
+def prompt_state(state: dict[str, Any]) -> pb.PromptState:
+    """The state of a replica as a message."""
+    return pb.PromptState(cached=state["cached"], has_anchor=state["has_anchor"], queued_tokens=state["queued_tokens"])
+
+
+def response_of(prefilling: asyncio.Task[HeldPart | None]) -> pb.PrefillPartResponse:
+    """The response to a part that has ended (raises what the part raised)."""
+    try:
+        part = prefilling.result()
+    except PartAborted:
+        return pb.PrefillPartResponse(aborted=pb.PartAborted())
+    if part is None:
+        return pb.PrefillPartResponse(held=pb.HeldPart())
+    addresses = msgspec.msgpack.encode(part.source.addresses)
+    return pb.PrefillPartResponse(
+        held=pb.HeldPart(start=part.source.start, page_ids=part.source.page_ids, addresses=addresses)
+    )

@@ -151,10 +151,15 @@ class Lease:
             seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout
             name = self.prompt.request_id
             logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
-            await asyncio.sleep(seconds)
+            await until_noticed(seconds)
         await self.held.release()
         if self.admission is not None:
             withdraw(self.engine, self.admission)
+
+
+async def until_noticed(seconds: float) -> None:
+    """Wait until the caller of a broken call must have noticed, and reads the pages no more."""
+    await asyncio.sleep(seconds)
 
 
 def prompt_state(state: dict[str, Any]) -> pb.PromptState:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import FalconH1Config, GraniteMoeHybridConfig, JambaConfig, Qwen3NextConfig, Zamba2Config
 from vllm.config import CUDAGraphMode, ParallelConfig
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
@@ -18,7 +18,15 @@ from attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
-from engine_ext.activation import MIDDLEWARE, SCHEDULERS, is_one_host, parse_config, prepare_server, star_class
+from engine_ext.activation import (
+    MIDDLEWARE,
+    SCHEDULERS,
+    SERVES_PEERS,
+    is_one_host,
+    parse_config,
+    prepare_server,
+    star_class,
+)
 from engine_ext.models.configs import KVShiftLlamaConfig
 from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
 from scheduler.star.parsing import OptionError
@@ -293,6 +301,7 @@ def test_microbatches_are_refused_however_they_are_turned_on(arguments, refused)
 
 
 FULL = {
+    "additional_config": {},
     "parallel_config__data_parallel_size": 2,
     "model_config__hf_text_config": SimpleNamespace(model_type="llama", layer_types=None),
     "model_config__get_sliding_window": lambda: None,
@@ -302,6 +311,9 @@ ON_ONE_REPLICA = {
     "depend on one another": {"model_config__hf_text_config": KVShiftLlamaConfig()},
     "prefix caches": {"cache_config__enable_prefix_caching": False},
     "OffloadingConnector": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
+    "a server with peers (--star-replica-peers) has one engine (--data-parallel-size 2)": {
+        "additional_config": {"starling": {"replicas": {"peers": "a:1"}}}
+    },
     "external load balancer": {"parallel_config__data_parallel_external_lb": True},
     "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
     "elastic expert": {"parallel_config__enable_elastic_ep": True},
@@ -404,6 +416,58 @@ def test_replicas_on_several_hosts_need_an_address(model, monkeypatch):
     assert engine_config(model, **given).kv_transfer_config is not None
 
 
+PEERS = {"starling": {"replicas": {"peers": "a:1"}}}
+
+
+def server_config(model, **arguments):
+    return AsyncEngineArgs(model=str(model), enforce_eager=True, **arguments).create_engine_config()
+
+
+def test_a_server_with_peers_gets_the_star_connector_and_needs_an_address(model, monkeypatch):
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
+    with pytest.raises(ValueError, match="VLLM_HOST_IP=None is refused: VLLM_HOST_IP is not set"):
+        server_config(model, additional_config=PEERS)
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    config = server_config(model, additional_config=PEERS)
+    assert config.kv_transfer_config.kv_connector == "StarConnector"
+    assert not config.kv_transfer_config.kv_connector_extra_config[ONE_HOST]
+    found = replica_set(config)
+    assert (found.size, found.present, found.split_refusal) == (64, 1, None)
+    assert "peers (--star-replica-peers) don't know" in found.shards_refusal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"enable_prefix_caching": False}, r"starling\.replicas\.peers='a:1' is refused: replicas exchange pages"),
+        ({"data_parallel_size": 2}, r"peers='a:1' is refused: a server with peers .* has one engine"),
+        (
+            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star": {"shards": "on"}}}},
+            "star_shards='on' is refused: servers that are peers",
+        ),
+        (
+            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star": {"replicas": 65}}}},
+            "star_replicas=65 is refused: this server has 64",
+        ),
+    ],
+)
+def test_peers_that_could_never_be_used_are_refused_at_the_start(model, monkeypatch, arguments, reason):
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    with pytest.raises(ValueError, match=reason):
+        server_config(model, **{"additional_config": PEERS} | arguments)
+
+
+def test_only_a_server_with_grpc_has_peers(model):
+    with pytest.raises(ValueError, match="only a server has peers"):
+        engine_config(model, additional_config=PEERS)
+    args = SimpleNamespace(additional_config=PEERS, middleware=[], headless=False)
+    with pytest.raises(ValueError, match=r"peers call one another over gRPC.*starling serve --grpc-port"):
+        prepare_server(args)
+    setattr(args, SERVES_PEERS, True)
+    prepare_server(args)
+
+
 @pytest.mark.parametrize(("executor", "one_host"), [("mp", True), ("uni", True), ("ray", False), (object, False)])
 def test_processes_that_another_program_starts_may_be_on_other_hosts(executor, one_host):
     parallel = fake_config(parallel_config__distributed_executor_backend=executor).parallel_config
@@ -431,6 +495,10 @@ CPU = FULL | {
 }
 
 WITHOUT_SHARDS = {
+    "peers (--star-replica-peers) don't know": {
+        "additional_config": {"starling": {"replicas": {"peers": "a:1"}}},
+        "parallel_config__data_parallel_size": 1,
+    },
     "available on CPU only": {"device_config__device_type": "cuda"},
     "takes no fp8": {"cache_config__cache_dtype": "fp8_e4m3"},
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},

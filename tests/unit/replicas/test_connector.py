@@ -164,6 +164,28 @@ def test_lost_pages_are_computed(scheduler):
     assert free_pages(scheduler) == 39
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_whose_fetch_is_cancelled_computes_the_pages(scheduler, begun):
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler)
+    core = object.__new__(EngineCore)
+    core.scheduler = scheduler
+    scheduler.add_request(whole("whole", 128, [21, 22, 30, 31, 32]))
+    if begun:
+        loads = scheduler.schedule().kv_connector_metadata.loads
+    core_rpc._cancel_fetch(core, ["whole", "unknown"])
+    core_rpc._cancel_fetch(core, ["whole"])
+    if begun:
+        step = scheduler.schedule()
+        assert step.kv_connector_metadata.cancelled == ["whole"]
+        failed = KVConnectorOutput(finished_recving={"whole"}, invalid_block_ids=loads[0].local_page_ids())
+        scheduler.update_from_output(step, ModelRunnerOutput([], {}, kv_connector_output=failed))
+    assert run_to_end(scheduler) == 300 - 128 + 2
+    scheduler.connector.release(["mine"])
+    assert free_pages(scheduler) == 39
+    assert not scheduler.connector.connector_scheduler._cancelled
+
+
 @pytest.mark.parametrize("own", [0, 64])
 def test_without_its_own_start_a_request_fetches_nothing(scheduler, own):
     if own:
@@ -290,6 +312,17 @@ def test_a_worker_reports_failed_pages_and_closes_the_connection(worker, at_once
     assert worker.get_finished(set()) == (None, {"whole"})
     assert worker.get_block_ids_with_load_errors() == {7, 8}
     assert worker.connector_worker.reader.cancelled == 1
+    assert (worker.get_finished(set()), worker.get_block_ids_with_load_errors()) == ((None, None), set())
+
+
+def test_a_worker_ends_a_load_that_is_cancelled(worker):
+    worker.start_load_kv(SimpleNamespace())
+    worker.bind_connector_metadata(PageLoads([], ["whole", "unknown"]))
+    worker.start_load_kv(SimpleNamespace())
+    assert worker.get_finished(set()) == (None, {"whole"})
+    assert worker.get_block_ids_with_load_errors() == {7, 8}
+    assert worker.connector_worker.reader.cancelled == 1
+    worker.start_load_kv(SimpleNamespace())  # once more, as it may come late
     assert (worker.get_finished(set()), worker.get_block_ids_with_load_errors()) == ((None, None), set())
 
 

@@ -1,10 +1,10 @@
-"""The timeout for replicas that do not respond, as the configuration gives it."""
+"""The options of replicas, as the configuration gives them."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from replicas.options import parse_replicas, replica_options
+from replicas.options import parse_replicas, replica_options, split_address, split_peers
 from scheduler.star.parsing import OptionError
 
 
@@ -27,3 +27,25 @@ def test_a_value_that_is_no_time_is_refused(value):
 def test_an_unknown_option_is_refused_with_the_known_ones():
     with pytest.raises(OptionError, match=r"replicas_limit='1' is refused: there is no such replicas option.*timeout"):
         parse_replicas({"limit": "1"}, prefix="replicas_")
+
+
+@pytest.mark.parametrize(
+    ("peers", "expected"),
+    [
+        ("", []),
+        ("a:1", [("a", 1)]),
+        ("a.b.svc:50051, 10.0.0.1:65535", [("a.b.svc", 50051), ("10.0.0.1", 65535)]),
+        ("[fd00::1]:50051", [("fd00::1", 50051)]),
+    ],
+)
+def test_peers_are_hosts_with_ports(peers, expected):
+    assert parse_replicas({"peers": peers}).peers == peers
+    assert [split_address(entry) for entry in split_peers(peers)] == expected
+
+
+@pytest.mark.parametrize(
+    "peers", ["a", "a:", ":1", "a:0", "a:65536", "a:1,", ",", "a:1,b", "fd00::1:5", "a:-1", "a:1x", 5]
+)
+def test_peers_without_host_or_port_are_refused(peers):
+    with pytest.raises(OptionError, match=r"replicas\.peers=.* is refused: it must be HOST:PORT or"):
+        parse_replicas({"peers": peers})

@@ -29,6 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from replicas.metadata import WorkerAddress
+from replicas.weights import worker_digest
 from scheduler.star.request_metadata import metadata_of
 from scheduler.star_scheduler import StarScheduler
 from scheduler.worker_report import WorkerReport
@@ -50,23 +51,41 @@ def sent(message: Any, kind: type) -> Any:
     return MsgpackDecoder(kind).decode(MsgpackEncoder().encode(message))
 
 
+class Cluster:
+    """The memory of all replicas that may read one another's pages.
+
+    Args:
+        size: how many replicas there may be.
+        num_pages: pages of each.
+    """
+
+    def __init__(self, size: int, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.memory = np.zeros((size * num_pages, PAGE_SIZE), dtype=np.int64)
+        self.replicas: list[Replica] = []
+
+
 class Replica(Engine):
     """One engine core with its worker.
 
     Attributes:
+        place: its index in the cluster.
         memory: the pages of all replicas; those of this one begin at row ``first_row``.
         work: (first token, last token + 1) of what was computed, by request in the order of their first steps.
         prompts: engine request id -> its prompt.
         running: while it is cleared, the replica makes no step and answers nothing.
         opened: name -> ids of held pages to which other replicas may attend.
+        weights: the digest of the model's weights.
+        loads_arrive: while it is False, no page of another replica arrives.
         fetched: how many pages each request that fetched some has read from other replicas.
     """
 
-    def __init__(self, rank: int, config: Any, memory: np.ndarray, cluster: list[Replica], outputs: asyncio.Queue):
-        num_pages = len(memory) // config.parallel_config.data_parallel_size
-        super().__init__(make_scheduler(config, StarScheduler, num_pages=num_pages))
-        self.rank, self.cluster, self.outputs = rank, cluster, outputs
-        self.memory, self.first_row = memory, rank * num_pages
+    def __init__(self, rank: int, config: Any, cluster: Cluster, outputs: asyncio.Queue):
+        super().__init__(make_scheduler(config, StarScheduler, num_pages=cluster.num_pages))
+        self.rank, self.cluster, self.outputs = rank, cluster.replicas, outputs
+        self.place = len(cluster.replicas)
+        cluster.replicas.append(self)
+        self.memory, self.first_row = cluster.memory, self.place * cluster.num_pages
         self.hasher = core.get_request_block_hasher(PAGE_SIZE, HASH)
         self.core = SimpleNamespace(
             scheduler=self.scheduler,
@@ -78,11 +97,15 @@ class Replica(Engine):
         self.work: dict[str, tuple[int, int]] = {}
         self.requests: dict[str, Request] = {}
         self.opened: dict[str, list[int]] = {}
+        self.weights = "weights"
         self.fetched: list[int] = []
         self.inbox: deque[Callable[[], None]] = deque()
         self.woken, self.running = asyncio.Event(), asyncio.Event()
         self.running.set()
-        self._arriving: list[Any] = []
+        self.loads_arrive = True
+        self._arriving: dict[str, Any] = {}  # request id -> its load
+        self._ended: set[str] = set()  # requests whose loads have failed
+        self._failed_pages: set[int] = set()
 
     @property
     def held(self) -> dict[str, list[Any]]:
@@ -93,7 +116,7 @@ class Replica(Engine):
         return self.pool.get_num_free_blocks()
 
     def set_layout(self, layout: dict[str, Any]) -> None:
-        address = {"rank": self.rank, "layout": layout}
+        address = {"name": f"replica {self.place}", "place": self.place, "layout": layout}
         self.scheduler.connector.set_xfer_handshake_metadata({0: WorkerAddress(address)})
 
     def send(self, message: Callable[[], None]) -> None:
@@ -133,34 +156,46 @@ class Replica(Engine):
         for name, count in output.num_scheduled_tokens.items():
             start = self.work[name][0] if name in self.work else self.positions[name] - count
             self.work[name] = (start, self.positions[name])
+        failed, self._failed_pages = self._failed_pages, set()
         result.kv_connector_output = KVConnectorOutput(
-            finished_recving=arrived, kv_connector_worker_meta=WorkerReport(lost) if lost else None
+            finished_recving=arrived,
+            invalid_block_ids=failed,
+            kv_connector_worker_meta=WorkerReport(lost) if lost else None,
         )
         return self.scheduler.update_from_output(output, result)
 
     def _begin_loads(self, metadata: KVConnectorMetadata) -> None:
         for load in metadata.loads:
             for read in load.reads:
-                source = self.cluster[read.addresses[0]["rank"]]
+                source = self.cluster[read.addresses[0]["place"]]
                 held = {page.block_id for pages in source.held.values() for page in pages}
                 assert held.issuperset(read.remote_page_ids), "pages are read that their replica does not hold"
                 rows = source.first_row + np.array(read.remote_page_ids)
                 self.memory[self.first_row + np.array(read.local_page_ids)] = self.memory[rows]
             self.fetched.append(len(load.local_page_ids()))
-            self._arriving.append(load.request_id)
+            self._arriving[load.request_id] = load
+        for name in metadata.cancelled:
+            if name in self._arriving:
+                self._failed_pages |= self._arriving[name].local_page_ids()
+                self.memory[self.first_row + np.array(sorted(self._failed_pages))] = 0
+                self._ended.add(name)
+                del self._arriving[name]
 
     def _finish_loads(self) -> set[str]:
-        """Requests whose pages have arrived: a step after they were asked for."""
-        arrived, self._arriving = set(self._arriving), []
-        return arrived
+        """Requests whose pages have arrived, a step after they were asked for, or have failed to."""
+        ended, self._ended = self._ended, set()
+        if self.loads_arrive:
+            ended |= self._arriving.keys()
+            self._arriving.clear()
+        return ended
 
     def _lost_requests(self, output: Any) -> dict[str, str]:
         """The requests of a step whose shards are on a replica that hangs."""
         return {
-            name: f"replica {shard.addresses[0]['rank']} does not answer"
+            name: f"replica {shard.addresses[0]['place']} does not answer"
             for name in output.num_scheduled_tokens
             for shard in self._shards(name)
-            if not self.cluster[shard.addresses[0]["rank"]].running.is_set()
+            if not self.cluster[shard.addresses[0]["place"]].running.is_set()
         }
 
     def _shards(self, name: str) -> tuple[Any, ...]:
@@ -172,16 +207,18 @@ class Replica(Engine):
         pages, offsets = super()._slots(name, end)
         rows = pages + self.first_row
         for shard in self._shards(name):
-            holder = self.cluster[shard.addresses[0]["rank"]]
+            holder = self.cluster[shard.addresses[0]["place"]]
             remote = np.array(holder.opened[shard.name])[np.arange(shard.num_tokens) // PAGE_SIZE]
             rows[shard.start : shard.start + shard.num_tokens] = holder.first_row + remote
         return rows, offsets
 
-    def _workers(self, method: str, args: tuple) -> list[Any]:
+    def _workers(self, method: str | Callable, args: tuple = ()) -> list[Any]:
+        if method is worker_digest:
+            return [self.weights]
         if method == "open_shard":
             name, page_ids = args
             self.opened[name] = page_ids
-            return [{"rank": self.rank}]
+            return [{"place": self.place}]
         assert method == "close_shards"
         for name in args[0]:
             del self.opened[name]
@@ -196,15 +233,12 @@ class EngineCoreClient:
         refused: rank -> the error that a request to it raises where it is sent.
     """
 
-    def __init__(self, config: Any, num_pages: int) -> None:
+    def __init__(self, config: Any, cluster: Cluster) -> None:
         number = config.parallel_config.data_parallel_size
-        config.cache_config.num_gpu_blocks = number * num_pages
+        config.cache_config.num_gpu_blocks = number * cluster.num_pages
         config.cache_config.effective_attention_block_size = PAGE_SIZE
         self.outputs: asyncio.Queue = asyncio.Queue()
-        memory = np.zeros((number * num_pages, PAGE_SIZE), dtype=np.int64)
-        self.core_engines: list[Replica] = []
-        for rank in range(number):
-            self.core_engines.append(Replica(rank, config, memory, self.core_engines, self.outputs))
+        self.core_engines = [Replica(rank, config, cluster, self.outputs) for rank in range(number)]
         self.resources = SimpleNamespace(engine_dead=False)
         self.calls: list[tuple[float, int, str, tuple]] = []
         self.refused: dict[int, Exception] = {}
@@ -264,8 +298,8 @@ class EngineCoreClient:
 class Server:
     """An AsyncLLM over simulated replicas."""
 
-    def __init__(self, config: Any, num_pages: int) -> None:
-        self.client = EngineCoreClient(config, num_pages)
+    def __init__(self, config: Any, cluster: Cluster) -> None:
+        self.client = EngineCoreClient(config, cluster)
         self.replicas = self.client.core_engines
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(core_client.EngineCoreClient, "make_async_mp_client", lambda **_: self.client)
@@ -310,9 +344,13 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(config: Any, num_pages: int = 100) -> AsyncIterator[Server]:
-    """A server whose replicas run; ``num_pages`` of each include the null page."""
-    server = Server(config, num_pages)
+async def serving(config: Any, num_pages: int = 100, cluster: Cluster | None = None) -> AsyncIterator[Server]:
+    """A server whose replicas run; ``num_pages`` of each include the null page.
+
+    Args:
+        cluster: in which other servers are too; None: one of its own.
+    """
+    server = Server(config, cluster or Cluster(config.parallel_config.data_parallel_size, num_pages))
     loops = [asyncio.create_task(replica.loop()) for replica in server.replicas]
 
     def stop_at_an_error(loop: asyncio.Task) -> None:

@@ -124,6 +124,18 @@ def test_assignments_are_those_of_a_look_at_each_block(data, blocks, anchor_work
         assert assign_blocks(blocks, anchor_work, replicas, max_replicas) == expected
 
 
+@given(data=st.data(), blocks=st.integers(1, 14), anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
+def test_a_given_first_replica_gets_the_first_range_and_no_such_split_is_faster(
+    data, blocks, anchor_work, max_replicas
+):
+    replicas = data.draw(replica_states(blocks))
+    first = data.draw(st.integers(0, len(replicas) - 1))
+    assignments = assign_blocks(blocks, anchor_work, replicas, max_replicas, first)
+    assert (assignments[0].replica, assignments[0].first, assignments[-1].stop) == (first, 0, blocks)
+    alone = makespan([Assignment(first, 0, blocks)], anchor_work, replicas)
+    assert makespan(assignments, anchor_work, replicas) <= alone + 1e-6
+
+
 @given(st.integers(1, 60), st.sampled_from([0.0, 0.001, 0.25, 0.5, 1.0]), st.integers(1, 12))
 def test_the_best_number_of_replicas_is_that_of_the_assignments(blocks, anchor_work, max_replicas):
     def work(number: int) -> float:

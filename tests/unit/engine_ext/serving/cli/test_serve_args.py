@@ -197,6 +197,20 @@ def test_environments_that_would_bypass_starling(environ, fine):
         refuse_bypasses(environ)
 
 
+def test_peers_need_grpc_and_a_key(parse_fast, monkeypatch):
+    monkeypatch.delenv("STARLING_REPLICA_KEY", raising=False)
+    peers = ("--star-replica-peers", "a:1,b:2")
+    with pytest.raises(ValueError, match=r"--star-replica-peers a:1,b:2 is refused: .*give --grpc-port"):
+        parse_fast(*peers)
+    with pytest.raises(ValueError, match=r"--star-replica-peers a:1,b:2 is refused: .*set STARLING_REPLICA_KEY"):
+        parse_fast(*peers, "--grpc-port", "5")
+    monkeypatch.setenv("STARLING_REPLICA_KEY", "key")
+    args, _ = parse_fast(*peers, "--grpc-port", "5")
+    assert args.additional_config["starling"]["replicas"]["peers"] == "a:1,b:2"
+    with pytest.raises(ValueError, match="peers='a' is refused: it must be HOST:PORT"):
+        parse_fast("--star-replica-peers", "a", "--grpc-port", "5")
+
+
 def test_a_taken_port_is_refused_early():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

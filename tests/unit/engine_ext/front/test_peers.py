@@ -1,0 +1,493 @@
+"""Prompts split over servers that are peers: real gRPC between real fronts, over simulated engines.
+
+The simulation's fingerprints check every KV page that is read: a wrong page, or one that is no longer held, fails the
+step that reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import grpc
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.core.kv_cache_utils import init_none_hash
+
+from benchmarks.random_llama import make_random_llama
+from engine_ext import plugin
+from engine_ext.front import engine_replica, peer_replica, peers
+from engine_ext.front.peers import Identity, Peers, own_identity
+from engine_ext.front.state import front_state
+from engine_ext.serving.grpc import replica as replica_service
+from engine_ext.serving.grpc.replica import ReplicaServicer
+from engine_ext.serving.grpc.server import Front
+from replicas.core_rpc import CANCEL_FETCH
+from replicas.options import ReplicaOptions
+from scheduler.star.request_metadata import metadata_of
+from starling.v1 import replica_pb2 as pb
+from tests.parity.harness import TINY
+from tests.unit.engine_ext.front.simulation import PAGE_SIZE, STAR, TOKENS, Cluster, Server, serving, whole_requests
+from tests.unit.scheduler.simulation import HASH, random_ids
+
+KEY = "the key of the peers"
+TIMEOUT = 30
+AUTO = {name: value for name, value in STAR.items() if name != "star_replicas"}
+
+
+class Pod:
+    """One server with its gRPC front, as `starling serve` makes them."""
+
+    def __init__(self, server: Server, front: Front, address: str) -> None:
+        self.server, self.front, self.address = server, front, address
+        self.state = front_state(server.engine)
+
+    @property
+    def replica(self):
+        return self.server.replicas[0]
+
+    async def find(self, entries: str, key: str = KEY) -> Peers:
+        """Look for peers once, and use them."""
+        options = ReplicaOptions(peers=entries, timeout=TIMEOUT)
+        found = Peers(options, await own_identity(self.server.engine, self.state.replica_rpc), key, None)
+        await found.refresh()
+        self.state.set_peers(found)
+        return found
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    plugin.register()
+    init_none_hash(HASH)
+    model = make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY | {"max_position_embeddings": 8192})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_HOST_IP", "127.0.0.1")
+        return AsyncEngineArgs(
+            model=str(model),
+            dtype="float32",
+            block_size=PAGE_SIZE,
+            max_num_batched_tokens=100,
+            max_num_seqs=4,
+            enforce_eager=True,
+            additional_config={"starling": {"replicas": {"peers": "localhost:1", "timeout": TIMEOUT}}},
+        ).create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch):
+    monkeypatch.setattr(engine_replica, "HEALTH_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(replica_service, "HEALTH_CHECK_SECONDS", 0.1)
+
+
+@pytest.fixture
+def run_pods(config):
+    """Run a scenario on servers that are peers of one another; at its end every page has to be free."""
+
+    def run(scenario: Callable[..., Awaitable[object]], number: int = 2) -> None:
+        async def bounded() -> None:
+            cluster, pods = Cluster(number, 100), []
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(number):
+                    server = await stack.enter_async_context(serving(config, cluster=cluster))
+                    identity = await own_identity(server.engine, front_state(server.engine).replica_rpc)
+                    front = Front(
+                        server.engine, ["api key"], replica=ReplicaServicer(server.engine, identity), replica_key=KEY
+                    )
+                    port = await front.start("127.0.0.1:0", None)
+                    stack.push_async_callback(front.stop, 0)
+                    pods.append(Pod(server, front, f"127.0.0.1:{port}"))
+                for pod in pods:
+                    await pod.find(",".join(other.address for other in pods))
+                await scenario(*pods)
+                for pod in pods:
+                    await until(lambda pod=pod: not pod.state.releases and not pod.state.split_requests)
+                    await until(lambda pod=pod: not pod.replica.scheduler.has_requests())
+                    pod.server.check_all_is_free()
+                    assert not pod.state.internal_ids
+                    assert not pod.server.engine.output_processor.request_states
+                    assert pod.server.engine.get_num_unfinished_requests() == 0
+
+        asyncio.run(asyncio.wait_for(bounded(), 60))
+
+    return run
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def held_by(pod: Pod) -> None:
+    """Wait until a pod holds pages for another one."""
+    await until(lambda: pod.replica.held)
+
+
+# Prompts that are split.
+
+
+def test_a_peer_prefills_a_part_and_the_pages_are_fetched(run_pods):
+    async def scenario(a, b):
+        outputs = await a.server.generate(TOKENS, AUTO, priority=7, cache_salt="salt")
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.server.work() == [[(0, 320), (480, 522)]]
+        assert b.server.work() == [[(0, 64), (320, 480)]]
+        (whole,) = whole_requests(a.server)
+        assert [source.start for source in metadata_of(whole).fetch.sources] == [320]
+        assert a.replica.fetched == [160 // PAGE_SIZE]
+        requests = [*a.replica.requests.values(), *b.replica.requests.values()]
+        assert {(request.priority, request.cache_salt) for request in requests} == {(7, "salt")}
+
+    run_pods(scenario)
+
+
+def test_three_servers_share_a_prompt_and_each_may_be_asked(run_pods):
+    async def scenario(*pods):
+        for seed, pod in enumerate(pods):
+            before = [len(other.replica.work) for other in pods]
+            await pod.server.generate(random_ids(seed, 900), AUTO)
+            assert [len(other.replica.work) - count for other, count in zip(pods, before, strict=True)] == [2, 2, 2]
+
+    run_pods(scenario, 3)
+
+
+def test_what_a_peer_has_cached_is_not_computed_again(run_pods):
+    async def scenario(a, b):
+        await b.server.generate(TOKENS, AUTO | {"star_replicas": 1})
+        before = len(b.replica.work)
+        await a.server.generate(TOKENS, AUTO)
+        (whole,) = whole_requests(a.server)
+        assert (
+            sum(stop - start for start, stop in list(b.replica.work.values())[before:]) <= PAGE_SIZE
+        )  # a part's last page, for its one output
+        assert metadata_of(whole).fetch is not None
+
+    run_pods(scenario)
+
+
+def test_the_plan_names_the_servers_there_are_now(run_pods):
+    async def scenario(a, b):
+        planner = a.state.planner
+        assert planner.plan(AUTO, 900, random_ids(0, 900)).plan.replicas == 2
+        a.state.peers.peers[b.address].problem = "gone"
+        assert planner.plan(AUTO, 900, random_ids(0, 900)).plan.replicas == 1
+        assert planner.plan(AUTO | {"star_replicas": 5}, 900, random_ids(0, 900)).plan.replicas == 1
+
+    run_pods(scenario)
+
+
+# Requests that end early.
+
+
+@pytest.mark.parametrize("moment", ["the parts run", "one part is held"])
+def test_a_client_that_leaves_takes_the_parts_with_it(run_pods, moment):
+    async def scenario(a, b):
+        held = moment == "one part is held"
+        running = asyncio.create_task(a.server.generate(TOKENS if held else random_ids(1, 4000), AUTO))
+        await until(lambda: a.replica.work and b.replica.work)
+        if held:
+            a.replica.running.clear()  # its own part does not end
+            await held_by(b)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        a.replica.running.set()
+        await until(lambda: not b.replica.held and not b.replica.scheduler.requests)
+
+    run_pods(scenario)
+
+
+def test_a_request_that_an_operator_aborts_on_either_server_ends(run_pods):
+    async def scenario(a, b):
+        for pod in (a, b):
+            running = asyncio.create_task(a.server.generate(random_ids(3, 4000), AUTO))
+            await until(lambda: a.state.internal_ids and b.state.internal_ids)
+            await pod.server.engine.abort("me")
+            (output,) = await running
+            assert [choice.finish_reason for choice in output.outputs] == ["abort"]
+
+    run_pods(scenario)
+
+
+def test_draining_waits_for_the_parts_of_other_servers(run_pods):
+    async def scenario(a, b):
+        running = asyncio.create_task(a.server.generate(random_ids(3, 2000), AUTO))
+        await until(lambda: b.state.internal_ids)
+        assert b.server.engine.get_num_unfinished_requests() == 1
+        await b.front.stop_admitting()
+        stopping = asyncio.create_task(b.front.stop(30))
+        await asyncio.sleep(0)
+        await running
+        assert len(b.replica.work) == 2
+        await stopping
+        # From now on this server computes alone.
+        await a.state.peers.refresh()
+        assert a.state.peers.usable == []
+        await a.server.generate(random_ids(4, 600), AUTO)
+        assert len(b.replica.work) == 2
+
+    run_pods(scenario)
+
+
+# Faults.
+
+
+def test_a_peer_that_dies_while_it_prefills_leaves_the_prompt_to_this_server(run_pods):
+    async def scenario(a, b):
+        prompt = random_ids(3, 2000)
+        running = asyncio.create_task(a.server.generate(prompt, AUTO))
+        await until(lambda: b.replica.work)
+        await b.front.server.stop(None)
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert max(stop for _, stop in a.replica.work.values()) == 2002
+        await a.state.peers.refresh()
+        assert a.state.peers.usable == []
+
+    run_pods(scenario)
+
+
+def test_a_peer_whose_engine_hangs_leaves_the_prompt_to_this_server(run_pods):
+    async def scenario(a, b):
+        running = asyncio.create_task(a.server.generate(random_ids(3, 2000), AUTO))
+        await until(lambda: b.replica.work)
+        b.state.replica_rpc.timeout = 0.2
+        b.replica.running.clear()
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        b.replica.running.set()
+
+    run_pods(scenario)
+
+
+def test_a_peer_that_hangs_before_the_parts_is_not_waited_for(run_pods, monkeypatch):
+    monkeypatch.setattr(peer_replica, "STATE_SECONDS", 0.2)
+
+    async def scenario(a, b):
+        b.replica.running.clear()
+        await a.server.generate(TOKENS, AUTO)
+        assert a.server.work() == [[(0, 522)]]
+        b.replica.running.set()
+
+    run_pods(scenario)
+
+
+def test_pages_stay_held_when_the_call_breaks_until_the_other_server_must_have_noticed(run_pods, monkeypatch):
+    noticed, waited = asyncio.Event(), []
+
+    async def until_noticed(seconds):
+        waited.append(seconds)
+        await noticed.wait()
+
+    async def scenario(a, b):
+        a.replica.loads_arrive = False
+        running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
+        await until(lambda: a.replica.fetched)
+        (session,) = a.state.split_requests._requests[0].peers
+        await b.front.server.stop(None)  # all of its calls break
+        await until(lambda: session.has_failed)
+        outputs = await running  # what was not fetched is computed here
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.server.calls(CANCEL_FETCH)
+        assert max(stop for _, stop in a.replica.work.values()) == 522
+        assert b.replica.held
+        noticed.set()
+        await until(lambda: not b.replica.held)
+        assert waited == [2 * TIMEOUT]
+
+    monkeypatch.setattr(replica_service, "until_noticed", until_noticed)
+    run_pods(scenario)
+
+
+def test_pages_that_are_lost_before_the_request_begins_are_not_fetched(run_pods, monkeypatch):
+    async def at_once(seconds):
+        pass
+
+    async def scenario(a, b):
+        running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
+        await until(lambda: a.replica.work and b.replica.work)
+        a.replica.running.clear()  # its own part ends later
+        await held_by(b)
+        (session,) = a.state.split_requests._requests[0].peers
+        await until(lambda: session._ending is not None)  # it knows that the part is held
+        await b.front.server.stop(None)
+        await until(lambda: session.has_failed)
+        a.replica.running.set()
+        await running
+        assert a.replica.fetched == []
+        assert max(stop for _, stop in a.replica.work.values()) == 522
+
+    monkeypatch.setattr(replica_service, "until_noticed", at_once)
+    run_pods(scenario)
+
+
+# Who is a peer.
+
+
+def test_a_server_is_not_its_own_peer_and_counts_once(run_pods):
+    async def scenario(a, b):
+        port = b.address.rpartition(":")[2]
+        found = await a.find(f"{a.address},{b.address},localhost:{port}")
+        assert len(found.usable) == 1
+        problems = [peer.problem for peer in found.peers.values() if peer.problem]
+        assert "it is this server" in problems
+
+    run_pods(scenario)
+
+
+def test_only_servers_with_the_same_model_weights_and_versions_are_used(run_pods):
+    async def scenario(a, b):
+        own = await own_identity(a.server.engine, a.state.replica_rpc)
+        assert set(own.properties) >= {"starling", "vllm", "model", "weights", "dtype"}
+        b.replica.weights = "others"
+        theirs = await own_identity(b.server.engine, b.state.replica_rpc)
+        assert "weights" in own.mismatch(theirs)
+        service = ReplicaServicer(b.server.engine, theirs)
+        front = Front(b.server.engine, [], replica=service, replica_key=KEY)
+        port = await front.start("127.0.0.1:0", None)
+        found = await a.find(f"127.0.0.1:{port}")
+        assert found.usable == []
+        (peer,) = found.peers.values()
+        assert peer.problem.startswith("its KV pages can't be used here: weights '")
+        await front.stop(0)
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("key", ["another key", "api key", ""])
+def test_a_server_with_another_key_gets_nothing(run_pods, key):
+    async def scenario(a, b):
+        found = await a.find(b.address, key=key)
+        (peer,) = found.peers.values()
+        assert peer.problem.startswith("UNAUTHENTICATED")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await peer.prefill_part().read()
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        await a.server.generate(TOKENS, AUTO)
+        assert b.server.work() == [[]]
+
+    run_pods(scenario)
+
+
+def test_a_name_that_can_not_be_looked_up_keeps_its_last_addresses(run_pods, monkeypatch):
+    async def scenario(a, b):
+        found = await a.find(b.address)
+
+        async def fail(*args, **kwargs):
+            raise OSError("no name server")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fail)
+        await found.refresh()
+        assert [peer.address for peer in found.usable] == [b.address]
+
+    run_pods(scenario)
+
+
+def test_all_addresses_behind_a_name_are_peers_and_those_that_leave_are_forgotten(run_pods, monkeypatch):
+    async def scenario(a, b):
+        port = int(b.address.rpartition(":")[2])
+        behind = ["127.0.0.1", "::1"]
+
+        async def look_up(host, port, **_):
+            assert host == "starling-peers"
+            return [(0, 0, 0, "", (address, port)) for address in behind]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+        found = await a.find(f"starling-peers:{port}")
+        assert sorted(found.peers) == [f"127.0.0.1:{port}", f"[::1]:{port}"]
+        assert [peer.address for peer in found.usable] == [b.address]
+        behind.remove("127.0.0.1")
+        await found.refresh()
+        assert list(found.peers) == [f"[::1]:{port}"]
+        assert found.usable == []
+
+    run_pods(scenario)
+
+
+def test_identities_differ_by_what_only_one_of_them_has():
+    assert Identity("a", {"x": "1"}).mismatch(Identity("b", {"x": "1"})) is None
+    reason = Identity("a", {"x": "1"}).mismatch(Identity("b", {"x": "2", "y": "3"}))
+    assert reason == "x '1' here, '2' there; y None here, '3' there"
+
+
+# Messages that no server of this version sends.
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"token_ids": []}, "plan that does not fit"),
+        ({"block_size": 0}, "plan that does not fit"),
+        ({"block_size": PAGE_SIZE + 1}, "plan that does not fit"),
+        ({"anchor_size": 128}, "plan that does not fit"),
+        ({"context_end": 0}, "plan that does not fit"),
+        ({"context_end": 520}, "plan that does not fit"),
+        ({"token_ids": [10**6] * 520}, "vocabulary"),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_can_not_be_served_is_refused(run_pods, change, reason):
+    values = {"request_id": "x", "token_ids": TOKENS, "block_size": 64, "anchor_size": 64, "context_end": 500}
+
+    async def scenario(a, b):
+        call = a.state.peers.usable[0].prefill_part()
+        await call.write(pb.PrefillPartRequest(prompt=pb.Prompt(**values | change)))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+            await call.write(pb.PrefillPartRequest(part=pb.Part(first_block=0, stop_block=2)))
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason in refused.value.details()
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 0), (3, 2), (0, 9), (8, 9)])
+def test_a_part_that_the_prompt_does_not_have_is_refused(run_pods, first, stop):
+    async def scenario(a, b):
+        call = a.state.peers.usable[0].prefill_part()
+        prompt = pb.Prompt(request_id="x", token_ids=TOKENS, block_size=64, anchor_size=64, context_end=500)
+        await call.write(pb.PrefillPartRequest(prompt=prompt))
+        await call.read()
+        await call.write(pb.PrefillPartRequest(part=pb.Part(first_block=first, stop_block=stop)))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert f"blocks {first} to {stop} are no part of 8 blocks" in refused.value.details()
+
+    run_pods(scenario)
+
+
+def test_a_call_without_a_prompt_is_refused(run_pods):
+    async def scenario(a, b):
+        for messages in ([], [pb.PrefillPartRequest(part=pb.Part())]):
+            call = a.state.peers.usable[0].prefill_part()
+            for message in messages:
+                await call.write(message)
+            await call.done_writing()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call.read()
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    run_pods(scenario)
+
+
+def test_a_server_without_peers_has_no_such_service(run_pods):
+    async def scenario(a, b):
+        front = Front(b.server.engine, ["api key"])
+        port = await front.start("127.0.0.1:0", None)
+        found = await a.find(f"127.0.0.1:{port}", key="api key")
+        (peer,) = found.peers.values()
+        assert peer.problem.startswith("UNIMPLEMENTED")
+        await front.stop(0)
+
+    run_pods(scenario)
+
+
+def test_the_longest_time_without_a_peers_answer_is_below_the_time_that_pages_stay_held():
+    """A peer that holds pages gives them away later than the server that reads them has noticed the broken call."""
+    options = dict(peers.CHANNEL_OPTIONS)
+    notices = (options["grpc.keepalive_time_ms"] + options["grpc.keepalive_timeout_ms"]) / 1000
+    assert notices < replica_service.GRACE_TIMEOUTS * ReplicaOptions().timeout

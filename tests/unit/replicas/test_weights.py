@@ -1,0 +1,48 @@
+"""The digest of a model's weights."""
+
+import pytest
+import torch
+
+from replicas.weights import weights_digest
+
+
+def model(seed: int = 0, bias: bool = True) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    made = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=bias), torch.nn.Linear(96, 3))
+    made.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.0)))
+    made.register_parameter("empty", torch.nn.Parameter(torch.empty(0)))
+    return made
+
+
+def test_equal_weights_have_one_digest():
+    assert weights_digest(model()) == weights_digest(model())
+
+
+@torch.no_grad()
+def change(made: torch.nn.Module, kind: str) -> torch.nn.Module:
+    if kind == "a little training":
+        made[1].weight.add_(torch.randn_like(made[1].weight) * 1e-5)
+    elif kind == "dtype":
+        made.bfloat16()
+    elif kind == "a scalar":
+        made.scale.add_(1)
+    elif kind == "transposed":
+        made[0].weight = torch.nn.Parameter(made[0].weight.T.contiguous())
+    return made
+
+
+@pytest.mark.parametrize("kind", ["a little training", "dtype", "a scalar", "transposed"])
+def test_other_weights_have_another_digest(kind):
+    assert weights_digest(change(model(), kind)) != weights_digest(model())
+
+
+def test_a_missing_parameter_changes_the_digest():
+    assert weights_digest(model(bias=False)) != weights_digest(model())
+
+
+def test_the_order_in_memory_does_not_count():
+    """A weight may be stored transposed; what it is counts."""
+    made = model()
+    made[0].weight = torch.nn.Parameter(made[0].weight.detach().T.contiguous().T)
+    assert not made[0].weight.is_contiguous()
+    assert weights_digest(made) == weights_digest(model())

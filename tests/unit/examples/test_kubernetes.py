@@ -1,0 +1,321 @@
+"""examples/kubernetes: Kubernetes' schemas accept the manifests, and their parts refer to what exists."""
+
+import json
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "examples" / "kubernetes"
+PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
+# The oldest Kubernetes whose fields the manifests may use (docs/kubernetes.md), and the newest with known schemas.
+VERSIONS = ("1.30", kubernetes_validate.latest_version())
+ENGINE_STOP_SECONDS = 15  # docs/docker.md
+
+LWS_NAMES = {"LWS_LEADER_ADDRESS": "10.0.0.1", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1"}
+LWS_TEMPLATES = ("leaderTemplate", "workerTemplate")
+# Of leaderworkerset.x-k8s.io/v1, for which there is no schema: each field of the manifest, and its values.
+LWS_FIELDS = {
+    "replicas": int,
+    "startupPolicy": ("LeaderCreated", "LeaderReady"),
+    "rolloutStrategy.type": ("RollingUpdate",),
+    "rolloutStrategy.rollingUpdateConfiguration.maxUnavailable": int,
+    "rolloutStrategy.rollingUpdateConfiguration.maxSurge": int,
+    "leaderWorkerTemplate.size": int,
+    "leaderWorkerTemplate.restartPolicy": ("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"),
+}
+
+
+def read(name: str) -> list[dict]:
+    """The documents of a file of examples/kubernetes."""
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def patched(value, patch):
+    """A value with a strategic merge patch of Kubernetes: null removes, and lists of named objects merge by name."""
+    if isinstance(patch, dict):
+        value = value if isinstance(value, dict) else {}
+        merged = {**value, **{key: patched(value.get(key), item) for key, item in patch.items()}}
+        return {key: item for key, item in merged.items() if item is not None}
+    if isinstance(patch, list) and all(isinstance(item, dict) for item in patch):
+        named = {item["name"]: item for item in value or []}
+        named |= {item["name"]: patched(named.get(item["name"]), item) for item in patch}
+        return list(named.values())
+    return patch
+
+
+(DEPLOYMENT,) = read("deployment.yaml")
+(CPU_PATCH,) = read("cpu.yaml")
+CPU = patched(DEPLOYMENT, CPU_PATCH)
+*SET_OBJECTS, SET = read("leaderworkerset.yaml")
+NETWORK, MODELS = read("network.yaml"), read("models.yaml")
+LEADER, WORKER = (SET["spec"]["leaderWorkerTemplate"][name] for name in LWS_TEMPLATES)
+SERVERS = {"gpu": DEPLOYMENT["spec"]["template"], "cpu": CPU["spec"]["template"], "leader": LEADER, "worker": WORKER}
+FRONTS = ("gpu", "cpu", "leader")
+SERVICES = {item["metadata"]["name"]: item for item in NETWORK + SET_OBJECTS if item["kind"] == "Service"}
+POLICIES = [item["spec"] for item in NETWORK + SET_OBJECTS if item["kind"] == "NetworkPolicy"]
+BUILT_IN = [DEPLOYMENT, CPU, *NETWORK, *MODELS, *SET_OBJECTS] + [
+    {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
+    for name, template in zip(LWS_TEMPLATES, (LEADER, WORKER), strict=True)
+]
+
+
+def container(name: str) -> dict:
+    (found,) = SERVERS[name]["spec"]["containers"]
+    return found
+
+
+def labels(name: str) -> dict:
+    return SERVERS[name]["metadata"]["labels"]
+
+
+def ports(name: str) -> dict[str, int]:
+    """The ports of a server's container by their names."""
+    return {port["name"]: port["containerPort"] for port in container(name).get("ports", [])}
+
+
+def selects(selector: dict, labels: dict) -> bool:
+    return selector.items() <= labels.items()
+
+
+def selected(selector: dict) -> set[str]:
+    """The servers that a selector of labels selects."""
+    assert selector, "an empty selector selects every pod"
+    return {name for name in SERVERS if selects(selector, labels(name))}
+
+
+def secret_keys(name: str) -> dict[str, str]:
+    """The environment variables of a server that come from the Secret, and their keys there."""
+    sources = {item["name"]: item.get("valueFrom", {}).get("secretKeyRef") for item in container(name)["env"]}
+    assert all(source["name"] == "starling" for source in sources.values() if source)
+    return {name: source["key"] for name, source in sources.items() if source}
+
+
+def environment(name: str) -> dict[str, str]:
+    """The environment of a server's container, with examples of what Kubernetes and LeaderWorkerSet set."""
+    values = {item["name"]: item.get("value", "10.0.0.1") for item in container(name)["env"]}
+    return values | (LWS_NAMES if name in ("leader", "worker") else {})
+
+
+def arguments(name: str) -> list[str]:
+    """A server's arguments, with its environment inserted as Kubernetes does it."""
+    values = environment(name)
+    return [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], text) for text in container(name)["args"]]
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """A function that parses a server's command line in its environment."""
+
+    def parse_server(name):
+        for variable, value in environment(name).items():
+            monkeypatch.setenv(variable, value)
+        args, grpc_port = parse(arguments(name))
+        refuse_open_plaintext(args, grpc_port, admin_options(args, grpc_port, {}))
+        return args, grpc_port
+
+    return parse_server
+
+
+def open_ports(name: str, direction: str, other: dict) -> set[tuple[str, int | None]]:
+    """Protocols and ports that NetworkPolicies open between a server and a pod with other labels; None: every port."""
+    policies = [policy for policy in POLICIES if selects(policy["podSelector"]["matchLabels"], labels(name))]
+    policies = [policy for policy in policies if direction in policy["policyTypes"]]
+    assert policies, "without a policy, everything is open"
+    found = set()
+    for rule in (rule for policy in policies for rule in policy[direction.lower()]):
+        sides = rule.get("from" if direction == "Ingress" else "to")
+        assert sides is None or all(side.keys() == {"podSelector"} for side in sides)
+        if sides is None or any(selects(side["podSelector"]["matchLabels"], other) for side in sides):
+            found |= {(port["protocol"], port.get("port")) for port in rule["ports"]}
+    return found
+
+
+def leaves(value: dict, path: str = ""):
+    """The values in a tree of dictionaries that are none, by their paths."""
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from leaves(item, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", item
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("manifest", BUILT_IN, ids=lambda item: f"{item['kind']}-{item['metadata']['name']}")
+def test_schemas_accept_the_manifests(manifest, version):
+    kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_schemas_refuse_unknown_fields():
+    manifest = deepcopy(BUILT_IN[-1])
+    manifest["template"]["spec"]["containers"][0]["comand"] = ["sleep"]
+    with pytest.raises(kubernetes_validate.ValidationError, match="comand"):
+        kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
+
+
+def test_the_leader_worker_set_has_known_fields():
+    outer = deepcopy(SET["spec"])
+    for template in LWS_TEMPLATES:
+        del outer["leaderWorkerTemplate"][template]
+    for path, value in leaves(outer):
+        known = LWS_FIELDS[path]
+        assert type(value) is known if isinstance(known, type) else value in known, path
+    assert (SET["apiVersion"], SET["kind"]) == ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet")
+    assert SET.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    assert SET["metadata"]["name"] not in SERVICES, "LeaderWorkerSet makes a Service of that name"
+
+
+def test_a_patch_merges_as_in_kubernetes():
+    value = {"a": {"b": 1, "c": 2}, "list": [{"name": "x", "y": 1}, {"name": "z"}], "plain": [1]}
+    patch = {"a": {"b": None}, "list": [{"name": "x", "y": 2}, {"name": "new"}], "plain": [2]}
+    merged = {"a": {"c": 2}, "list": [{"name": "x", "y": 2}, {"name": "z"}, {"name": "new"}], "plain": [2]}
+    assert patched(value, patch) == merged
+
+
+def test_the_patch_for_cpus_takes_the_gpu_away():
+    assert "nvidia.com/gpu" in container("gpu")["resources"]["limits"]
+    assert container("cpu")["resources"]["limits"].keys() == {"cpu", "memory"}
+    assert (container("gpu")["image"], container("cpu")["image"]) == ("starling:cuda", "starling:cpu")
+    assert container("gpu")["env"] == [item for item in container("cpu")["env"] if item in container("gpu")["env"]]
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_command_lines_of_fronts_are_accepted(name, parsed):
+    args, grpc_port = parsed(name)
+    assert ports(name) == {"http": args.port, "grpc": grpc_port}
+    probes = container(name)
+    assert probes["readinessProbe"]["grpc"] == {"port": grpc_port}
+    for probe in ("startupProbe", "livenessProbe"):
+        assert probes[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    scrape = SERVERS[name]["metadata"]["annotations"]
+    assert scrape["prometheus.io/port"] == str(args.port)
+
+
+def test_the_workers_command_line_is_accepted_and_goes_with_the_leaders(parsed):
+    leader, _ = parsed("leader")
+    worker, _ = parsed("worker")
+    assert worker.headless and not leader.headless and ports("worker") == {}
+    assert (leader.data_parallel_start_rank, worker.data_parallel_start_rank) == (None, 1)
+    for option in ("model_tag", "served_model_name", "additional_config", "shutdown_timeout", "data_parallel_address"):
+        assert getattr(leader, option) == getattr(worker, option)
+    for args in (leader, worker):
+        assert args.data_parallel_size == int(LWS_NAMES["LWS_GROUP_SIZE"]) and args.data_parallel_size_local == 1
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_servers_have_time_to_start_and_to_end(name, parsed):
+    args, _ = parsed(name)
+    spec = SERVERS[name]["spec"]
+    pre_stop = container(name).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+    assert spec["terminationGracePeriodSeconds"] >= pre_stop + args.shutdown_timeout + ENGINE_STOP_SECONDS
+    assert spec["shareProcessNamespace"]
+    if probe := container(name).get("startupProbe"):
+        assert probe["periodSeconds"] * probe["failureThreshold"] < DEPLOYMENT["spec"]["progressDeadlineSeconds"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu"])
+def test_pods_find_one_another_by_the_headless_service(name):
+    (peers,) = (text for text in arguments(name) if text.startswith("--star-replica-peers="))
+    host, _, port = peers.partition("=")[2].partition(":")
+    service = SERVICES[host]["spec"]
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", False)
+    assert name in selected(service["selector"])
+    (entry,) = service["ports"]
+    # The addresses of a headless Service are those of pods: its port is not translated.
+    assert int(port) == entry["port"] == ports(name)["grpc"]
+
+
+@pytest.mark.parametrize(
+    ("service", "servers"),
+    [
+        ("starling", {"gpu", "cpu"}),
+        ("starling-peers", {"gpu", "cpu"}),
+        ("starling-hosts-front", {"leader"}),
+    ],
+)
+def test_services_select_fronts_and_name_their_ports(service, servers):
+    spec = SERVICES[service]["spec"]
+    assert selected(spec["selector"]) == servers
+    for name in servers:
+        assert all(port["port"] == ports(name)[port["targetPort"]] for port in spec["ports"])
+
+
+def test_all_services_are_tested():
+    assert SERVICES.keys() == {"starling", "starling-peers", "starling-hosts-front"}
+
+
+def test_the_deployment_and_its_budget_select_its_pods():
+    (budget,) = (item["spec"] for item in NETWORK if item["kind"] == "PodDisruptionBudget")
+    for selector in (budget["selector"], DEPLOYMENT["spec"]["selector"]):
+        assert selected(selector["matchLabels"]) == {"gpu", "cpu"}
+    assert DEPLOYMENT["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_only_the_fronts_ports_are_open_to_others(name):
+    every_port, dns = {("TCP", None)}, {("UDP", 53), ("TCP", 53)}
+    for_clients = {("TCP", port) for port in ports(name).values()}
+    for other in ({}, *map(labels, SERVERS)):
+        own = other.get("app.kubernetes.io/name") == labels(name)["app.kubernetes.io/name"]
+        assert open_ports(name, "Ingress", other) == for_clients | (every_port if own else set())
+        assert open_ports(name, "Egress", other) == dns | (every_port if own else set())
+
+
+def test_the_docs_create_the_secret_with_all_keys():
+    (command,) = re.findall(r"^\$ (printf .*?)$", PAGE.replace("\\\n", " "), flags=re.MULTILINE)
+    assert "kubectl create secret generic starling --from-env-file=/dev/stdin" in " ".join(command.split())
+    created = set(re.findall(r"([\w-]+)=%s", command.replace(r"\n", " ")))
+    assert created == {key for name in SERVERS for key in secret_keys(name).values()}
+    assert secret_keys("gpu") == {"VLLM_API_KEY": "api-key", "STARLING_REPLICA_KEY": "replica-key"}
+    assert secret_keys("leader") == {"VLLM_API_KEY": "api-key"}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_servers_mount_all_volumes_and_can_write_where_they_must(name):
+    volumes = {volume["name"]: volume for volume in SERVERS[name]["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: mount for mount in container(name)["volumeMounts"]}
+    assert {mount["name"] for mount in mounts.values()} == volumes.keys()
+    (claim,) = (item["metadata"]["name"] for item in MODELS if item["kind"] == "PersistentVolumeClaim")
+    models = mounts.pop("/models")
+    assert models["readOnly"] and volumes[models["name"]]["persistentVolumeClaim"]["claimName"] == claim
+    assert arguments(name)[0].startswith("/models/")
+    assert mounts.keys() == {"/home/starling/.cache", "/tmp", "/dev/shm"}
+    media = {path: volumes[mount["name"]]["emptyDir"].get("medium") for path, mount in mounts.items()}
+    assert [path for path, medium in media.items() if medium == "Memory"] == ["/dev/shm"]
+
+
+@pytest.mark.parametrize("pod", [*SERVERS.values(), MODELS[1]], ids=[*SERVERS, "models"])
+def test_pods_meet_the_restricted_security_standard(pod):
+    spec, context = pod["spec"], pod["spec"]["securityContext"]
+    assert spec["automountServiceAccountToken"] is False
+    assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+    assert all(volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"} for volume in spec["volumes"])
+    assert context["runAsNonRoot"] and context["seccompProfile"] == {"type": "RuntimeDefault"}
+    for item in spec["containers"]:
+        assert item["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_images_are_those_of_the_docker_page_and_run_as_their_users(name):
+    image = container(name)["image"]
+    (dockerfile,) = re.findall(rf"docker build -f (\S+) -t {image} ", (ROOT / "docs" / "docker.md").read_text())
+    text = (ROOT / dockerfile).read_text()
+    context = SERVERS[name]["spec"]["securityContext"]
+    assert f"\nUSER {context['runAsUser']}:{context['runAsGroup']}\n" in text
+    assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", text, flags=re.MULTILINE)[-1]) == ["starling", "serve"]
+    assert "command" not in container(name)
+
+
+def test_the_docs_name_every_manifest():
+    named = set(re.findall(r"examples/kubernetes/([\w-]+\.yaml)", PAGE))
+    assert named == {path.name for path in FOLDER.iterdir()}

@@ -31,7 +31,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model demo demo-hosts serve test test-installed test-next unit stateful lint lint-docker layers types docs names \
+.PHONY: help env env-next demo-model demo demo-hosts demo-peers serve test test-installed test-next unit stateful lint lint-docker layers types docs names \
 	check-vllm compatibility proto proto-check proto-release lock sbom audit bench fuzz soak faults wheel release clean
 
 help: ## list the targets
@@ -56,6 +56,9 @@ demo: env demo-model ## run examples/demo.py on the demo model
 
 demo-hosts: env demo-model ## one server over two hosts, made of network namespaces; needs root (examples/two_hosts.py)
 	$(BIN)/python -m examples.two_hosts
+
+demo-peers: env demo-model ## two servers on two such hosts, which are peers of one another; needs root
+	$(BIN)/python -m examples.two_hosts --peers
 
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py

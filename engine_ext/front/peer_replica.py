@@ -25,6 +25,10 @@ RELEASE_SECONDS = 5.0
 """How long a release waits for the peer's answer."""
 
 
+ADDRESS_KEYS = {"name", "metadata", "bases", "device", "layout"}
+"""What the address of a worker's memory has (replicas/page_transfer.py)."""
+
+
 class PeerLost(ReplicaUnavailable):
     """A call to a peer has failed, or the peer has not answered in time."""
 
@@ -77,11 +81,12 @@ class PeerReplica:
         if response.WhichOneof("step") == "aborted":
             raise PartAborted
         self._ending = asyncio.ensure_future(self._read_to_end())
-        held = response.held
-        if not held.page_ids:
-            return None
-        addresses = msgspec.msgpack.decode(held.addresses)
-        return HeldPart(self.peer.address, PageSource(held.start, list(held.page_ids), addresses))
+        source = page_source(response.held)
+        start, stop = self.prompt.part(first_block, stop_block)
+        count = (stop - start) // self.prompt.page_size
+        if source is None or len(source.page_ids) != count or (count and source.start != start):
+            raise self._lose("it holds other pages than it was asked for")
+        return HeldPart(self.peer.address, source) if count else None
 
     async def release(self) -> None:
         """Let the peer free the pages; or, where it still prefills, end the part."""
@@ -132,6 +137,17 @@ class PeerReplica:
         self.lost = PeerLost(self.peer.address, reason)
         self.peer.leave_out()
         return self.lost
+
+
+def page_source(held: pb.HeldPart) -> PageSource | None:
+    """Where the pages of a part are; None: the peer sent something else."""
+    try:
+        addresses = msgspec.msgpack.decode(held.addresses, type=list[dict[str, Any]]) if held.page_ids else []
+    except msgspec.DecodeError:
+        return None
+    if any(address.keys() != ADDRESS_KEYS for address in addresses):
+        return None
+    return PageSource(held.start, list(held.page_ids), addresses)
 
 
 def reason_of(error: Exception) -> str:

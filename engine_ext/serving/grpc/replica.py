@@ -173,7 +173,7 @@ def response_of(prefilling: asyncio.Task[HeldPart | None]) -> pb.PrefillPartResp
         part = prefilling.result()
     except PartAborted:
         return pb.PrefillPartResponse(aborted=pb.PartAborted())
-    if part is None:
+    if part is None:  # the caller knows that the part has no whole page
         return pb.PrefillPartResponse(held=pb.HeldPart())
     addresses = msgspec.msgpack.encode(part.source.addresses)
     return pb.PrefillPartResponse(

@@ -116,7 +116,8 @@ class Replica(Engine):
         return self.pool.get_num_free_blocks()
 
     def set_layout(self, layout: dict[str, Any]) -> None:
-        address = {"name": f"replica {self.place}", "place": self.place, "layout": layout}
+        name = f"replica {self.place}"
+        address = {"name": name, "metadata": b"", "bases": [], "device": self.place, "layout": layout}
         self.scheduler.connector.set_xfer_handshake_metadata({0: WorkerAddress(address)})
 
     def send(self, message: Callable[[], None]) -> None:
@@ -167,7 +168,7 @@ class Replica(Engine):
     def _begin_loads(self, metadata: KVConnectorMetadata) -> None:
         for load in metadata.loads:
             for read in load.reads:
-                source = self.cluster[read.addresses[0]["place"]]
+                source = self.cluster[read.addresses[0]["device"]]
                 held = {page.block_id for pages in source.held.values() for page in pages}
                 assert held.issuperset(read.remote_page_ids), "pages are read that their replica does not hold"
                 rows = source.first_row + np.array(read.remote_page_ids)
@@ -192,10 +193,10 @@ class Replica(Engine):
     def _lost_requests(self, output: Any) -> dict[str, str]:
         """The requests of a step whose shards are on a replica that hangs."""
         return {
-            name: f"replica {shard.addresses[0]['place']} does not answer"
+            name: f"replica {shard.addresses[0]['device']} does not answer"
             for name in output.num_scheduled_tokens
             for shard in self._shards(name)
-            if not self.cluster[shard.addresses[0]["place"]].running.is_set()
+            if not self.cluster[shard.addresses[0]["device"]].running.is_set()
         }
 
     def _shards(self, name: str) -> tuple[Any, ...]:
@@ -207,7 +208,7 @@ class Replica(Engine):
         pages, offsets = super()._slots(name, end)
         rows = pages + self.first_row
         for shard in self._shards(name):
-            holder = self.cluster[shard.addresses[0]["place"]]
+            holder = self.cluster[shard.addresses[0]["device"]]
             remote = np.array(holder.opened[shard.name])[np.arange(shard.num_tokens) // PAGE_SIZE]
             rows[shard.start : shard.start + shard.num_tokens] = holder.first_row + remote
         return rows, offsets
@@ -218,7 +219,7 @@ class Replica(Engine):
         if method == "open_shard":
             name, page_ids = args
             self.opened[name] = page_ids
-            return [{"place": self.place}]
+            return [{"device": self.place}]
         assert method == "close_shards"
         for name in args[0]:
             del self.opened[name]

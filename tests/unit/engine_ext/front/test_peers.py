@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from argparse import Namespace
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -21,6 +22,7 @@ from engine_ext.front import engine_replica, peer_replica, peers
 from engine_ext.front.peers import Identity, Peers, own_identity
 from engine_ext.front.state import front_state
 from engine_ext.serving.grpc import replica as replica_service
+from engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from engine_ext.serving.grpc.replica import ReplicaServicer
 from engine_ext.serving.grpc.server import Front
 from replicas.core_rpc import CANCEL_FETCH
@@ -47,10 +49,10 @@ class Pod:
     def replica(self):
         return self.server.replicas[0]
 
-    async def find(self, entries: str, key: str = KEY) -> Peers:
+    async def find(self, entries: str, key: str = KEY, credentials=None) -> Peers:
         """Look for peers once, and use them."""
         options = ReplicaOptions(peers=entries, timeout=TIMEOUT)
-        found = Peers(options, await own_identity(self.server.engine, self.state.replica_rpc), key, None)
+        found = Peers(options, await own_identity(self.server.engine, self.state.replica_rpc), key, credentials)
         await found.refresh()
         self.state.set_peers(found)
         return found
@@ -322,6 +324,30 @@ def test_pages_that_are_lost_before_the_request_begins_are_not_fetched(run_pods,
     run_pods(scenario)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"start": 0}, {"page_ids": [1]}, {"page_ids": []}, {"addresses": b"\xc1"}, {"addresses": b"\x91\x81\xa1a\x01"}],
+    ids=str,
+)
+def test_a_peer_that_holds_other_pages_than_it_should_is_left_out(run_pods, monkeypatch, change):
+    response_of = replica_service.response_of
+
+    def other_response(prefilling):
+        response = response_of(prefilling)
+        for name, value in change.items():
+            response.held.ClearField(name)
+            response.held.MergeFrom(pb.HeldPart(**{name: value}))
+        return response
+
+    async def scenario(a, b):
+        outputs = await a.server.generate(TOKENS, AUTO)
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == []
+
+    monkeypatch.setattr(replica_service, "response_of", other_response)
+    run_pods(scenario)
+
+
 # Who is a peer.
 
 
@@ -366,6 +392,31 @@ def test_a_server_with_another_key_gets_nothing(run_pods, key):
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         await a.server.generate(TOKENS, AUTO)
         assert b.server.work() == [[]]
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+def test_the_certificate_of_a_peer_has_to_be_for_the_name_by_which_it_is_found(run_pods, certificates, name):
+    """The certificate is for localhost alone."""
+    certificate, key = map(str, certificates)
+    args = Namespace(ssl_certfile=certificate, ssl_keyfile=key, ssl_ca_certs=None, ssl_cert_reqs=0)
+    args.enable_ssl_refresh = False
+
+    async def scenario(a, b):
+        identity = await own_identity(b.server.engine, b.state.replica_rpc)
+        front = Front(b.server.engine, [], replica=ReplicaServicer(b.server.engine, identity), replica_key=KEY)
+        port = await front.start("127.0.0.1:0", server_credentials(args))
+        found = await a.find(f"{name}:{port}", credentials=peer_credentials(args))
+        # Some systems have IPv6 for localhost too, where nothing listens.
+        assert [peer.address for peer in found.usable] == ([f"127.0.0.1:{port}"] if name == "localhost" else [])
+        plain = await a.find(f"localhost:{port}")
+        assert plain.usable == []
+        if name == "localhost":
+            a.state.set_peers(found)
+            await a.server.generate(TOKENS, AUTO)
+            assert b.server.work() == [[(0, 64), (320, 480)]]
+        await front.stop(0)
 
     run_pods(scenario)
 

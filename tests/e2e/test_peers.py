@@ -1,0 +1,122 @@
+"""Two servers on two hosts, which are network namespaces: each prefills parts of the other one's prompts."""
+
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from benchmarks.random_llama import make_tiny_llama
+from examples.server import end_on_signals
+from examples.two_hosts import GRPC_PORT, available, counts, ip, serving_as_peers, two_hosts
+from tests.e2e.sockets import documented_sockets, of_process
+from tests.e2e.test_two_hosts import COMPUTED, MOVED, TOKEN_BYTES, assert_same, complete
+from tests.e2e.wait import wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs root and network namespaces")]
+
+HERE, ON_PEERS = 'starling:spread_blocks_total{replica="0"}', 'starling:spread_blocks_total{replica="peers"}'
+PARTS, USABLE = "starling:peer_parts_total", "starling:usable_peers"
+TIMEOUT_SECONDS = 5
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    end_on_signals()
+    folder = tmp_path_factory.mktemp("peers")
+    # Steps so small that a server is killed during a prefill.
+    options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "32"]
+    options += ["--star-replica-timeout", str(TIMEOUT_SECONDS)]
+    model = make_tiny_llama(folder / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
+        with (
+            two_hosts() as hosts,
+            serving_as_peers(hosts, model, *options, folder=folder) as (clients, processes),
+        ):
+            yield hosts, clients, processes, str(model)
+
+
+def random_prompt(seed: int, length: int = 2088) -> list[int]:
+    return random.Random(seed).choices(range(3, 250), k=length)
+
+
+def test_the_sockets_are_those_of_the_documentation(served):
+    for host in served[0]:
+        processes = [psutil.Process(int(pid)) for pid in ip("netns", "pids", host.name).split()]
+        found = {socket for process in processes for socket in of_process(process)}
+        assert found == documented_sockets("Servers that are peers", VLLM_HOST_IP=host.address)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_both_servers_prefill_and_the_output_is_that_of_one(served, asked):
+    _, clients, _, model = served
+    client, other = clients[asked], clients[1 - asked]
+    prompt = random_prompt(asked)
+    before, before_there = counts(client), counts(other)
+    both = complete(client, model, prompt, 2)
+    after, after_there = counts(client), counts(other)
+    assert [after[name] - before.get(name, 0) for name in (HERE, ON_PEERS)] == [5, 3]
+    assert after[COMPUTED] - before[COMPUTED] == 5 * 256 + 40 + 5
+    assert after_there[COMPUTED] - before_there[COMPUTED] == 256 + 3 * 256
+    assert after[MOVED] - before[MOVED] == 3 * 256 * TOKEN_BYTES
+    assert after_there[PARTS] - before_there[PARTS] == 1
+    assert_same(both, complete(client, model, prompt, 1, cache_salt="another"))
+
+
+def test_prompts_of_both_servers_at_once(served):
+    """Each server prefills its own prompts and parts of the other's, and fetches pages while it is read itself."""
+    _, clients, _, model = served
+    prompts = [random_prompt(seed) for seed in range(10, 16)]
+    expected = [complete(clients[0], model, prompt, 1, cache_salt="another") for prompt in prompts]
+    before = [counts(client)[PARTS] for client in clients]
+    with ThreadPoolExecutor(6) as pool:
+        outputs = pool.map(lambda at: complete(clients[at % 2], model, prompts[at], 2), range(6))
+        for output, alone in zip(outputs, expected, strict=True):
+            assert output["tokens"] == alone["tokens"]
+    assert all(counts(client)[PARTS] > count for client, count in zip(clients, before, strict=True))
+
+
+def test_a_call_without_the_key_of_the_peers_is_refused(served):
+    """From the peer's own host, which reaches the port."""
+    hosts = served[0]
+    call = (
+        "import grpc\n"
+        "from starling.v1 import replica_pb2 as pb, replica_pb2_grpc\n"
+        f"channel = grpc.insecure_channel('{hosts[0].address}:{GRPC_PORT}')\n"
+        "try:\n"
+        "    replica_pb2_grpc.ReplicaServiceStub(channel).Describe(pb.DescribeRequest(), timeout=20)\n"
+        "except grpc.RpcError as error:\n"
+        "    print(error.code().name)\n"
+    )
+    assert ip("netns", "exec", hosts[1].name, sys.executable, "-c", call).strip() == "UNAUTHENTICATED"
+
+
+def pages_held(client, model: str) -> float:
+    """Fraction of a server's pages. vLLM updates the metric in a step, so the server gets a short prompt."""
+    client.post("/v1/completions", json={"model": model, "prompt": [5, 6, 7], "max_tokens": 1}).raise_for_status()
+    (line,) = (
+        line for line in client.get("/metrics").text.splitlines() if line.startswith("vllm:kv_cache_usage_perc{")
+    )
+    return float(line.rsplit(" ", 1)[1])
+
+
+def test_a_server_that_is_killed_leaves_its_peer_with_the_prompt_and_without_its_pages(served):
+    """The last test: one prompt of each server is prefilled on both when the second server is killed."""
+    _, clients, processes, model = served
+    client, other = clients
+    prompts = [random_prompt(seed, 8000) for seed in (20, 21)]
+    alone = complete(client, model, prompts[0], 1, cache_salt="another")
+    started, started_there = counts(client), counts(other)
+    with ThreadPoolExecutor(2) as pool:
+        lost = pool.submit(complete, other, model, prompts[1], 2)
+        assert wait_until(lambda: counts(client)[COMPUTED] > started[COMPUTED])
+        output = pool.submit(complete, client, model, prompts[0], 2)
+        assert wait_until(lambda: counts(other)[ON_PEERS] > started_there.get(ON_PEERS, 0), 60)
+        processes[1].kill()
+        assert_same(output.result(timeout=90), alone)
+        assert isinstance(lost.exception(timeout=60), Exception)
+    assert wait_until(lambda: counts(client)[USABLE] == 0, 30)
+    assert wait_until(lambda: pages_held(client, model) == 0, 60)
+    assert_same(complete(client, model, prompts[0], 2), alone)

@@ -20,7 +20,7 @@ from replicas.remote_attention_client import StepRemoteAttention
 from replicas.scheduler_connector import SchedulerConnector
 from replicas.worker_connector import WorkerConnector
 from scheduler.worker_report import WorkerReport
-from vllm_compat.scheduler_view import Page
+from vllm_compat.kv_pages import Page
 
 
 class StarConnector(KVConnectorBase_V1, SupportsHMA):

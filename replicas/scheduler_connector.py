@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 
 from replicas.metadata import PageLoad, PageLoads, PageRead
 from scheduler.star.request_metadata import metadata_of
-from vllm_compat.scheduler_view import Page, PagePool
+from vllm_compat.kv_pages import Page, PagePool
 
 logger = init_logger("vllm.starling")
 

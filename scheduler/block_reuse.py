@@ -16,7 +16,8 @@ from vllm.v1.request import RequestStatus
 from scheduler.cache_keys import chain_restarts, independent_plan
 from scheduler.star.independence import dependence
 from scheduler.star.request_metadata import CONNECTOR, metadata_of
-from vllm_compat.scheduler_view import CacheGroup, SchedulerView
+from vllm_compat.kv_pages import CacheGroup
+from vllm_compat.scheduler_view import SchedulerView
 
 
 def reuse_refusal(vllm_config: Any) -> str | None:

@@ -27,10 +27,10 @@ from scheduler.star.request_metadata import LOST, default_num_shards, metadata_o
 from scheduler.step_budget import make_limits
 from scheduler.worker_report import worker_report
 from vllm_compat.engine_core import end_with_parent
+from vllm_compat.kv_pages import Page
 from vllm_compat.patching import extends
 from vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
 from vllm_compat.scheduler_hooks import SchedulerHooks
-from vllm_compat.scheduler_view import Page
 
 logger = init_logger("vllm.starling")
 

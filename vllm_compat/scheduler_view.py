@@ -1,158 +1,23 @@
-"""What Starling reads and changes of a vLLM scheduler: pages, KV cache groups, hits, queues.
+"""What Starling reads and changes of a vLLM scheduler: requests, their pages and hits, queues, steps.
 
-A page here is vLLM's KVCacheBlock, and ``num_pages`` leaves out the pool's null page, which holds nothing. All of this
-goes when vLLM has a scheduler API for plugins.
+All of this goes when vLLM has a scheduler API for plugins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import get_group_id, make_block_hash_with_group_id
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import is_full_attention_spec
 
+from vllm_compat.kv_pages import CacheGroup, Page, PagePool
 from vllm_compat.patching import touches
-
-Page = Any
-"""A vLLM KVCacheBlock."""
-
-
-@touches(
-    "vllm.v1.core.block_pool.BlockPool.num_gpu_blocks",
-    "vllm.v1.core.block_pool.BlockPool.get_num_free_blocks",
-    "vllm.v1.core.block_pool.BlockPool.null_block",
-    "vllm.v1.core.block_pool.BlockPool.blocks",
-    "vllm.v1.core.block_pool.BlockPool.get_cached_block",
-    "vllm.v1.core.block_pool.BlockPool.cached_block_hash_to_block",
-    "vllm.v1.core.block_pool.BlockHashToBlockMap._cache",
-    "vllm.v1.core.block_pool.BlockPool.touch",
-    "vllm.v1.core.block_pool.BlockPool.free_blocks",
-    "vllm.v1.core.block_pool.BlockPool.get_new_blocks",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.ref_cnt",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.is_null",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.block_id",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.block_hash",
-)
-class PagePool:
-    """The pages of one engine: a vLLM BlockPool."""
-
-    def __init__(self, block_pool: Any) -> None:
-        self.block_pool = block_pool
-
-    @property
-    def num_pages(self) -> int:
-        num_pages: int = self.block_pool.num_gpu_blocks - 1
-        return num_pages
-
-    @property
-    def num_free_pages(self) -> int:
-        """Pages that no request holds; some of them have content that a prompt can still hit."""
-        free: int = self.block_pool.get_num_free_blocks()
-        return free
-
-    @property
-    def null_page(self) -> Page:
-        """The page that stands where a request has none: it takes no memory, has no hash, and may be held for ever."""
-        return self.block_pool.null_block
-
-    def find(self, page_hash: Any, group: int = 0) -> Page | None:
-        """The page of a KV cache group that is cached under this hash; None: there is none."""
-        found = self.block_pool.get_cached_block(page_hash, [group])
-        return None if found is None else found[0]
-
-    def are_cached(self, page_hashes: Iterable[Any], group: int = 0) -> list[bool]:
-        """Whether a page of a KV cache group is cached under each hash.
-
-        Any thread may call this while the engine makes steps: each answer is one look into a dict. ``find`` is for the
-        scheduler's thread alone. Goes when the pool can be asked for a hash without a page.
-        """
-        cache = self.block_pool.cached_block_hash_to_block._cache
-        return [make_block_hash_with_group_id(page_hash, group) in cache for page_hash in page_hashes]
-
-    def find_run(self, page_hashes: Iterable[Any], group: int = 0) -> list[Page]:
-        """The pages cached under these hashes, up to the first hash that has none."""
-        found = []
-        for page_hash in page_hashes:
-            page = self.find(page_hash, group)
-            if page is None:
-                break
-            found.append(page)
-        return found
-
-    def pages(self, page_ids: Iterable[int]) -> list[Page]:
-        return [self.block_pool.blocks[page_id] for page_id in page_ids]
-
-    def hold(self, pages: Sequence[Page]) -> None:
-        """Keep pages from being freed until they are released once more."""
-        self.block_pool.touch(pages)
-
-    def release(self, pages: Iterable[Page]) -> None:
-        """Release held pages; the first ones lose their content first when pages are needed."""
-        self.block_pool.free_blocks(pages)
-
-    def cached_free_pages(self) -> Iterator[int]:
-        """Of each free page that has content, the number of its KV cache group. Walks the whole pool."""
-        for page in self.block_pool.blocks:
-            if page.ref_cnt == 0 and not page.is_null and page.block_hash is not None:
-                yield get_group_id(page.block_hash)
-
-
-@touches(
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.req_to_blocks",
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.num_cached_block",
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.block_size",
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.kv_cache_group_id",
-)
-@dataclass(frozen=True)
-class CacheGroup:
-    """One KV cache group: layers whose pages are allocated together.
-
-    Attributes:
-        spec: vLLM's KVCacheSpec of the layers.
-        manager: vLLM's SingleTypeKVCacheManager.
-    """
-
-    layer_names: list[str]
-    spec: Any
-    manager: Any
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        size: int = self.manager.block_size
-        return size
-
-    @property
-    def index(self) -> int:
-        index: int = self.manager.kv_cache_group_id
-        return index
-
-    def pages(self, request_id: str) -> Sequence[Page]:
-        """What a request holds, in the order of its tokens; the null page where it holds none."""
-        pages: Sequence[Page] = self.manager.req_to_blocks.get(request_id, ())
-        return pages
-
-    def num_pages(self, request_id: str) -> int:
-        """How many pages a request holds, null pages left out."""
-        return sum(not page.is_null for page in self.pages(request_id))
-
-    def num_held_pages(self) -> int:
-        """How many pages all requests hold; a page that several hold counts once."""
-        held = self.manager.req_to_blocks.values()
-        return len({page.block_id for pages in held for page in pages if not page.is_null})
-
-    def num_hashed_pages(self, request_id: str) -> int | None:
-        """How many of a request's leading pages are in the prefix cache; None: the request has had no page yet."""
-        hashed: int | None = self.manager.num_cached_block.get(request_id)
-        return hashed
 
 
 @touches(

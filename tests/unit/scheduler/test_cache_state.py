@@ -17,7 +17,7 @@ from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from starling.v1.admin_pb2 import EngineCache
 from tests.unit.scheduler.simulation import PAGE_SIZE, answer, make_request, make_scheduler
 from tests.unit.scheduler.test_star_scheduler import PLAN, config
-from vllm_compat.scheduler_view import CacheGroup
+from vllm_compat.kv_pages import CacheGroup
 
 __all__ = ["config"]
 

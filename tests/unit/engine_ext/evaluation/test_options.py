@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from engine_ext.evaluation.options import parse_options, without_secrets
-from engine_ext.evaluation.plans import DENSE, Plan, parse_plan, with_dense
+from engine_ext.evaluation.plans import DENSE, LETTERS, Plan, parse_plan, with_dense
 from engine_ext.evaluation.prompts import read_own_prompts
 from engine_ext.evaluation.store import Answer, Store
+from engine_ext.evaluation.tasks import GROUPS, TASKS
+from engine_ext.serving.cli.eval import make_parser
 
 
 @pytest.mark.parametrize(
@@ -159,3 +161,10 @@ def test_the_kit_loads_neither_vllm_nor_torch():
     code = "import sys, engine_ext.serving.cli.eval as _; print({'vllm', 'torch', 'matplotlib'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_page_names_every_option_task_and_plan():
+    page = (Path(__file__).parents[4] / "docs" / "eval.md").read_text(encoding="utf-8")
+    options = [name for action in make_parser()._actions for name in action.option_strings if name.startswith("--")]
+    names = [*options, *TASKS, *GROUPS, *LETTERS.values()]
+    assert [name for name in names if f"`{name}`" not in page and name != "--help"] == []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ import httpx
 from engine_ext.evaluation.plans import Plan
 
 ATTEMPTS = 4
+CONNECT_SECONDS = 30.0
 FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
 TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
 PLAN_HEADER = "x-starling-plan"
@@ -75,7 +77,9 @@ class Client:
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.AsyncClient(base_url=self.base_url, headers=headers, timeout=timeout)
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url, headers=headers, timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS)
+        )
         self._model = model
         self._facts: ServerFacts | None = None
 
@@ -94,8 +98,9 @@ class Client:
             ServerError: also where the server has no such model, more than one and none is named, or no /tokenize.
         """
         if self._facts is None:
-            models = (await self._send("GET", "/v1/models")).json()["data"]
-            names = [model["id"] for model in models]
+            response = await self._send("GET", "/v1/models")
+            with understood(response):
+                names = [model["id"] for model in response.json()["data"]]
             if self._model is None and len(names) != 1:
                 raise ServerError(f"the server has several models: choose one with --model: {', '.join(names)}")
             name = self._model or names[0]
@@ -134,10 +139,8 @@ class Client:
 
     async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         response = await self._send("POST", "/tokenize", body, missing="see the note on servers in docs/eval.md")
-        answer = response.json()
-        if not {"tokens", "max_model_len"} <= set(answer):
-            raise ServerError(f"{self.base_url}/tokenize does not answer as vLLM's does: see docs/eval.md")
-        return dict(answer)
+        with understood(response):
+            return {name: response.json()[name] for name in ("tokens", "max_model_len")}
 
     async def complete(self, token_ids: Sequence[int], plan: Plan, max_tokens: int) -> Completion:
         """The greedy output of a prompt.
@@ -173,7 +176,9 @@ class Client:
         logprobs = response.json()["choices"][0].get("logprobs")
         if completion.token_ids != [token_id] or not logprobs:
             raise ServerError(f"{self.base_url} did not force a token: --logprobs needs a vLLM server")
-        top = {int(name.removeprefix("token_id:")): value for name, value in logprobs["top_logprobs"][0].items()}
+        with understood(response):
+            logprob, named = logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]
+            top = {int(name.removeprefix("token_id:")): value for name, value in named.items()}
         if all(value < -1000 for token, value in top.items() if token != token_id):
             raise ServerError(
                 "--logprobs needs log-probabilities before restrictions: vLLM's --logprobs-mode raw_logprobs"
@@ -183,7 +188,7 @@ class Client:
             completion.finish_reason,
             completion.token_ids,
             completion.plan,
-            logprobs["token_logprobs"][0],
+            logprob,
             top,
         )
 
@@ -231,9 +236,21 @@ class Client:
 
 def as_completion(response: httpx.Response) -> Completion:
     """The first choice of a response."""
-    choice, header = response.json()["choices"][0], response.headers.get(PLAN_HEADER)
-    plan = json.loads(header) if header else None
-    return Completion(choice["text"], choice.get("finish_reason"), choice.get("token_ids"), plan)
+    with understood(response):
+        choice, header = response.json()["choices"][0], response.headers.get(PLAN_HEADER)
+        plan = json.loads(header) if header else None
+        return Completion(choice["text"], choice.get("finish_reason"), choice.get("token_ids"), plan)
+
+
+@contextmanager
+def understood(response: httpx.Response) -> Iterator[None]:
+    """Raise ServerError where a response does not have the form that the block expects."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ServerError(
+            f"{response.url} does not answer as vLLM's OpenAI server does (docs/eval.md): {response.text[:200]}"
+        ) from None
 
 
 def check_engaged(header: str | None, plan: Plan, num_tokens: int) -> None:

@@ -24,6 +24,7 @@ class FakeServer:
         tokenizes, templated: whether the server has /tokenize, and a chat template.
         models: names.
         fail: called before each completion; what it returns is sent as (status, message).
+        replies: path -> what the server answers there, in place of the right answer.
         raw_logprobs: whether log-probabilities are those before restrictions.
     """
 
@@ -34,12 +35,15 @@ class FakeServer:
     templated: bool = True
     models: tuple[str, ...] = ("fake",)
     fail: Callable[[dict], tuple[int, str] | None] = lambda body: None
+    replies: dict = field(default_factory=dict)
     raw_logprobs: bool = True
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
     completions: list[dict] = field(default_factory=list)
 
     def reply(self, path: str, body: dict) -> tuple[int, dict, dict[str, str]]:
+        if path in self.replies:
+            return 200, self.replies[path], {}
         if path == "/v1/models":
             return 200, {"data": [{"id": name} for name in self.models]}, {}
         if path == "/version":

@@ -192,6 +192,10 @@ def test_prompts_run_at_the_same_time_up_to_the_concurrency():
         ({"models": ("a", "b")}, None, "several models: choose one with --model: a, b"),
         ({"models": ("a", "b")}, "c", "model='c' is refused: the server has no such model"),
         ({"tokenizes": False}, None, "has no /tokenize, which measures the lengths of prompts"),
+        ({"replies": {"/v1/models": {"data": None}}}, None, "/v1/models does not answer as vLLM's OpenAI server does"),
+        ({"replies": {"/v1/models": []}}, None, "/v1/models does not answer as vLLM's OpenAI server does"),
+        ({"replies": {"/tokenize": {"count": 1}}}, None, "/tokenize does not answer as vLLM's OpenAI server does"),
+        ({"replies": {"/v1/completions": {"choices": []}}}, None, "/v1/completions does not answer as vLLM's"),
     ],
 )
 def test_servers_that_can_not_be_used(settings, model, reason):

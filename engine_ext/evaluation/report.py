@@ -16,6 +16,7 @@ from engine_ext.evaluation.statistics import ALL, Cell, Interval, Pair
 
 VERSION = 1
 NUM_EXAMPLES = 10
+TOO_HARD = 0.1  # a score of dense below which the summary warns
 
 
 class DifferentAnswer(BaseModel):
@@ -100,9 +101,10 @@ def sentence(cell: Cell) -> str:
         return f"{cell.plan} gives dense's exact answer to {percent(cell.score)} of {cell.prompts} prompts{work}."
     low, high = cell.difference.low, cell.difference.high
     verdict = "below dense" if high < 0 else "above dense" if low > 0 else "no measured difference to dense"
+    too_hard = " Dense scores so little that there is little to lose." if cell.dense_score < TOO_HARD else ""
     return (
         f"{cell.plan} scores {percent(cell.score)} {over}, dense {percent(cell.dense_score)}: "
-        f"{points(cell.difference)} points, {verdict}{work}."
+        f"{points(cell.difference)} points, {verdict}{work}.{too_hard}"
     )
 
 

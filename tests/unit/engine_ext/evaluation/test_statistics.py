@@ -162,3 +162,5 @@ def test_what_the_summary_says_of_an_interval(low, high, verdict):
     [text] = summary([changed])
     assert verdict in text and text.startswith("n/4 scores 100.0 % over 1 prompts, dense 100.0 %")
     assert text.endswith("with 25.0 % of dense's attention work.")
+    [warned] = summary([changed.model_copy(update={"dense_score": 0.09})])
+    assert warned.endswith("attention work. Dense scores so little that there is little to lose.")

@@ -99,14 +99,10 @@ class Store:
 
 def check_setup(folder: Path, setup: dict[str, Any]) -> None:
     """Write the setup into an empty folder; refuse (ValueError) a folder with another one."""
-    path = folder / SETUP
-    if not path.exists():
-        path.write_text(json.dumps(setup, indent=2) + "\n", encoding="utf-8")
+    before = stored_setup(folder)
+    if before is None:
+        (folder / SETUP).write_text(json.dumps(setup, indent=2) + "\n", encoding="utf-8")
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is damaged: use another --out") from None
     changed = [
         f"{name} was {before.get(name)!r} and is {setup.get(name)!r}"
         for name in sorted(before.keys() | setup.keys())
@@ -117,6 +113,17 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
             f"out={str(folder)!r} is refused: it has results of another setup ({'; '.join(changed)}). "
             "Allowed: the same options as before, or another folder."
         )
+
+
+def stored_setup(folder: Path) -> dict[str, Any] | None:
+    """The setup of a folder; None where there is none (raises ValueError for a damaged one)."""
+    path = folder / SETUP
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: use another --out") from None
 
 
 def read_answers(path: Path, lines: Sequence[bytes]) -> list[Answer]:

@@ -26,7 +26,7 @@ from engine_ext.evaluation.report import Report, html_report, summary, terminal_
 from engine_ext.evaluation.runner import evaluate, key_of
 from engine_ext.evaluation.server import StartError, served
 from engine_ext.evaluation.statistics import compare, make_pairs
-from engine_ext.evaluation.store import Store
+from engine_ext.evaluation.store import Store, check_setup, stored_setup
 from engine_ext.evaluation.tasks import GROUPS, TASKS
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -89,6 +89,9 @@ def run(argv: Sequence[str]) -> int:
     try:
         check_arguments(args, serve_options)
         options = parse_options({name: getattr(args, name) for name in EvalOptions.model_fields})
+        before = stored_setup(args.out)
+        if before is not None:  # refused before a server starts; the model's name is known only then
+            check_setup(args.out, options.setup(before.get("model", "")))
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals_as_interrupt())
             if args.serve is not None:

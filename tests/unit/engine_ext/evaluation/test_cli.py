@@ -70,6 +70,20 @@ def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
         assert json.loads((tmp_path / "setup.json").read_text()) == report.setup
 
 
+def test_another_setup_is_refused_before_a_server_starts_and_another_model_after(tmp_path, capsys, monkeypatch):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    assert cli.run(["some/model", *TASKS, "--prompt-seed", "1", "--out", str(tmp_path)]) == 2
+    assert "prompt_seed was 0 and is 1" in capsys.readouterr().err
+    with served(answer=knows, models=("other",)) as fake:
+        assert evaluate(fake, tmp_path) == 2
+    assert "model was 'fake' and is 'other'" in capsys.readouterr().err
+    (tmp_path / "setup.json").write_text("[1]")
+    assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
+    assert "setup.json is damaged" in capsys.readouterr().err
+
+
 class Page(HTMLParser):
     """The tags of a page, and everything that would load something."""
 

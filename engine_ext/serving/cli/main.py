@@ -46,6 +46,13 @@ def selftest(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """measure what Star Attention costs in answers, on your model and prompts"""
+    from engine_ext.serving.cli.eval import run
+
+    return run(argv)
+
+
 def setup_cpu(argv: Sequence[str]) -> int:
     """install vLLM for CPUs into this environment"""
     from engine_ext.serving.cli.setup_cpu import run
@@ -57,6 +64,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serve,
     "doctor": doctor,
     "selftest": selftest,
+    "eval": evaluate,
     "setup-cpu": setup_cpu,
 }
 

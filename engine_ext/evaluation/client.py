@@ -1,0 +1,278 @@
+"""The requests to a server with OpenAI's completions API and vLLM's /tokenize."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from engine_ext.evaluation.plans import Plan
+
+ATTEMPTS = 4
+CONNECT_SECONDS = 30.0
+FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
+TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
+PLAN_HEADER = "x-starling-plan"
+
+
+class ServerError(Exception):
+    """The server refused a request, can't be reached, or can't do what the evaluation needs."""
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server says about itself.
+
+    Attributes:
+        model: the name of the model that is asked.
+        max_model_len: tokens of a prompt and its output.
+        starling: whether Starling is activated, so that requests can have star plans.
+        version: of vLLM; None where the server does not say.
+    """
+
+    model: str
+    max_model_len: int
+    starling: bool
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One output.
+
+    Attributes:
+        text, finish_reason: as the server sent them.
+        token_ids: of the output; None where the server does not send them.
+        plan: the server's ``x-starling-plan``; None without Starling.
+        logprob: of the first output token; None where it was not asked for.
+        top_logprobs: token id -> log-probability, of the most probable tokens at the first output position.
+    """
+
+    text: str
+    finish_reason: str | None
+    token_ids: list[int] | None
+    plan: dict[str, Any] | None
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+
+
+class Client:
+    """A server, as an asynchronous context manager.
+
+    Args:
+        base_url: such as http://localhost:8000, with or without /v1.
+        model: its name on the server; None: the server has only one.
+        api_key: sent as a bearer token.
+        timeout: seconds that an answer may take.
+    """
+
+    def __init__(
+        self, base_url: str, model: str | None = None, api_key: str | None = None, timeout: float = 600
+    ) -> None:
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url, headers=headers, timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS)
+        )
+        self._model = model
+        self._facts: ServerFacts | None = None
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def facts(self) -> ServerFacts:
+        """What the server says about itself; asked once, with one short completion.
+
+        Raises:
+            ServerError: also where the server has no such model, more than one and none is named, or no /tokenize.
+        """
+        if self._facts is None:
+            response = await self._send("GET", "/v1/models")
+            with understood(response):
+                names = [model["id"] for model in response.json()["data"]]
+            if self._model is None and len(names) != 1:
+                raise ServerError(f"the server has several models: choose one with --model: {', '.join(names)}")
+            name = self._model or names[0]
+            if name not in names:
+                raise ServerError(f"model={name!r} is refused: the server has no such model. Allowed: {names}.")
+            tokenized = await self._tokenize({"model": name, "prompt": "Hello"})
+            probe = {"model": name, "prompt": tokenized["tokens"], "max_tokens": 1}
+            starling = PLAN_HEADER in (await self._send("POST", "/v1/completions", probe)).headers
+            self._facts = ServerFacts(name, tokenized["max_model_len"], starling, await self._version())
+        return self._facts
+
+    async def _version(self) -> str | None:
+        try:
+            return str((await self._send("GET", "/version")).json()["version"])
+        except (ServerError, ValueError, KeyError):
+            return None
+
+    async def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones."""
+        return await self._tokens({"prompt": text, "add_special_tokens": False})
+
+    async def tokenize_prompt(self, text: str) -> list[int]:
+        """The tokens of a prompt, with those that the tokenizer puts before each prompt."""
+        return await self._tokens({"prompt": text})
+
+    async def tokenize_chat(self, messages: Sequence[Any]) -> list[int]:
+        """The tokens of a chat with the model's template, up to where the answer begins.
+
+        Raises:
+            ServerError: also where the model has no chat template.
+        """
+        return await self._tokens({"messages": list(messages), "add_generation_prompt": True})
+
+    async def _tokens(self, body: dict[str, Any]) -> list[int]:
+        return list((await self._tokenize({"model": (await self.facts()).model} | body))["tokens"])
+
+    async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        response = await self._send("POST", "/tokenize", body, missing="see the note on servers in docs/eval.md")
+        with understood(response):
+            return {name: response.json()[name] for name in ("tokens", "max_model_len")}
+
+    async def complete(self, token_ids: Sequence[int], plan: Plan, max_tokens: int) -> Completion:
+        """The greedy output of a prompt.
+
+        Args:
+            token_ids: of the prompt.
+
+        Raises:
+            ServerError: also where the plan did not engage.
+        """
+        response = await self._complete(token_ids, plan, {"max_tokens": max_tokens, "return_token_ids": True})
+        return as_completion(response)
+
+    async def score_token(self, token_ids: Sequence[int], plan: Plan, token_id: int) -> Completion:
+        """The log-probabilities at the position behind a prompt, of ``token_id`` and of the most probable tokens.
+
+        The request forces the token as its output. The log-probabilities are those before that restriction, as vLLM
+        reports them by default.
+
+        Raises:
+            ServerError: also where the server reports them after the restriction.
+        """
+        fields = {
+            "max_tokens": 1,
+            "logprobs": TOP_LOGPROBS,
+            "allowed_token_ids": [token_id],
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        response = await self._complete(token_ids, plan, fields)
+        completion = as_completion(response)
+        logprobs = response.json()["choices"][0].get("logprobs")
+        if completion.token_ids != [token_id] or not logprobs:
+            raise ServerError(f"{self.base_url} did not force a token: --logprobs needs a vLLM server")
+        with understood(response):
+            logprob, named = logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]
+            top = {int(name.removeprefix("token_id:")): value for name, value in named.items()}
+        if all(value < -1000 for token, value in top.items() if token != token_id):
+            raise ServerError(
+                "--logprobs needs log-probabilities before restrictions: vLLM's --logprobs-mode raw_logprobs"
+            )
+        return Completion(
+            completion.text,
+            completion.finish_reason,
+            completion.token_ids,
+            completion.plan,
+            logprob,
+            top,
+        )
+
+    async def _complete(self, token_ids: Sequence[int], plan: Plan, fields: dict[str, Any]) -> httpx.Response:
+        facts = await self.facts()
+        if not plan.is_dense and not facts.starling:
+            raise ServerError(
+                f"plan={plan.name!r} is refused: Starling is not activated on {self.base_url} (its responses have no "
+                f"{PLAN_HEADER}). Allowed: dense, or a server of `starling serve`."
+            )
+        body = {"model": facts.model, "prompt": list(token_ids), "temperature": 0} | fields
+        if facts.starling:
+            body["vllm_xargs"] = plan.options
+        response = await self._send("POST", "/v1/completions", body)
+        if facts.starling:
+            check_engaged(response.headers.get(PLAN_HEADER), plan, len(token_ids))
+        return response
+
+    async def _send(self, method: str, path: str, body: Any = None, missing: str | None = None) -> httpx.Response:
+        """One request, repeated where the connection or the server fails.
+
+        Args:
+            missing: what to say where the server has no such path.
+
+        Raises:
+            ServerError: the request is refused, or the last attempt failed.
+        """
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+            try:
+                response = await self._http.request(method, path, json=body)
+            except httpx.TransportError as error:
+                failure = f"{type(error).__name__}: {error}"
+                continue
+            if response.status_code < 400:
+                return response
+            failure = f"HTTP {response.status_code}: {error_message(response)}"
+            if response.status_code == 404 and missing is not None:
+                raise ServerError(f"{self.base_url} has no {path}, which measures the lengths of prompts: {missing}")
+            if response.status_code < 500:
+                raise ServerError(f"{self.base_url}{path} refused the request: {failure}")
+        raise ServerError(f"{self.base_url}{path} failed {ATTEMPTS} times, the last time with {failure}")
+
+
+def as_completion(response: httpx.Response) -> Completion:
+    """The first choice of a response."""
+    with understood(response):
+        choice, header = response.json()["choices"][0], response.headers.get(PLAN_HEADER)
+        plan = json.loads(header) if header else None
+        return Completion(choice["text"], choice.get("finish_reason"), choice.get("token_ids"), plan)
+
+
+@contextmanager
+def understood(response: httpx.Response) -> Iterator[None]:
+    """Raise ServerError where a response does not have the form that the block expects."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ServerError(
+            f"{response.url} does not answer as vLLM's OpenAI server does (docs/eval.md): {response.text[:200]}"
+        ) from None
+
+
+def check_engaged(header: str | None, plan: Plan, num_tokens: int) -> None:
+    """Refuse an answer that was not prefilled as ``plan`` says.
+
+    Raises:
+        ServerError: with the reason.
+    """
+    attention = json.loads(header)["attention"] if header else "nothing"
+    if attention != ("dense" if plan.is_dense else "star"):
+        raise ServerError(
+            f"plan={plan.name!r} did not engage on a prompt of {num_tokens} tokens: the server reports {attention} in "
+            f"{PLAN_HEADER}. A prompt whose context fits in one star block is dense: use smaller star blocks or longer "
+            "prompts."
+        )
+
+
+def error_message(response: httpx.Response) -> str:
+    """What a server says about an error."""
+    try:
+        answer = response.json()
+    except ValueError:
+        return response.text[:500]
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    return str(error.get("message", error) if isinstance(error, dict) else error)

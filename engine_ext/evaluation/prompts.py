@@ -1,0 +1,219 @@
+"""The prompts as tokens: those of the tasks, cut to a length, and the user's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine_ext.evaluation.tasks import Example, Match, Task
+
+Format = Literal["chat", "text"]
+NEAR = 0.98  # of the budget, where the search for a task's size may end
+MAX_MEASUREMENTS = 12
+END_CHARACTERS = 600
+OWN = "prompts"
+OWN_WITHOUT_ANSWER = "prompts without answers"
+
+
+class Tokenizer(Protocol):
+    """The calls of ``client.Client`` that count and make tokens."""
+
+    async def tokenize(self, text: str) -> list[int]: ...
+
+    async def tokenize_prompt(self, text: str) -> list[int]: ...
+
+    async def tokenize_chat(self, messages: list[Any]) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is sent, and what is expected.
+
+    Attributes:
+        name: unique within an evaluation.
+        task: the task's name, or OWN or OWN_WITHOUT_ANSWER.
+        length: the tokens that prompt and answer may have; None for the user's own prompts.
+        token_ids: of the prompt.
+        end: the last characters of the prompt, for reports.
+        references: the strings that a right answer contains; empty: the answer is compared with dense's.
+        match: how they are counted.
+        answer_ids: the tokens of a right answer; empty where there are no references.
+        max_tokens: of the answer.
+    """
+
+    name: str
+    task: str
+    length: int | None
+    token_ids: tuple[int, ...]
+    end: str
+    references: tuple[str, ...]
+    match: Match
+    answer_ids: tuple[int, ...]
+    max_tokens: int
+
+
+class OwnPrompt(BaseModel):
+    """A line of the user's file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str | None = Field(None, min_length=1)
+    messages: list[Any] | None = Field(None, min_length=1)
+    answer: str | list[str] | None = None
+    match: Match = "all"
+
+    @model_validator(mode="after")
+    def check(self) -> OwnPrompt:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("a line has either prompt or messages")
+        if self.answer == [] or any(not text.strip() for text in self.references):
+            raise ValueError("answer is empty: leave it out where there is none")
+        return self
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        if self.answer is None:
+            return ()
+        return (self.answer,) if isinstance(self.answer, str) else tuple(self.answer)
+
+
+async def fit(
+    make: Callable[[int], Example], measure: Callable[[Example], Awaitable[int]], budget: int, least: int, guess: int
+) -> tuple[int, int]:
+    """The size whose example has at most ``budget`` tokens, and comes near it.
+
+    Args:
+        make: size -> example; a larger size has more tokens.
+        measure: the tokens of an example.
+        least: the smallest size.
+        guess: where the search begins.
+
+    Returns:
+        (size, its tokens).
+
+    Raises:
+        ValueError: the smallest size has too many tokens.
+    """
+    low, low_tokens = least, await measure(make(least))
+    if low_tokens > budget:
+        raise ValueError(f"its shortest prompt has {low_tokens} tokens, and {budget} are left for it")
+    high: int | None = None
+    size = max(guess, least + 1)
+    for _ in range(MAX_MEASUREMENTS):
+        tokens = await measure(make(size))
+        slope = max((tokens - low_tokens) / (size - low), 0.01) if size != low else 1.0
+        if tokens > budget:
+            high = size
+        else:
+            low, low_tokens = size, tokens
+            if tokens >= NEAR * budget:
+                break
+        step = int((budget - low_tokens) / slope)
+        size = low + max(1, step)
+        if high is not None:
+            if high - low <= 1:
+                break
+            size = min(size, high - 1)
+    return low, low_tokens
+
+
+async def task_prompts(
+    task: Task, length: int, count: int, *, seed: int, prompt_format: Format, tokenizer: Tokenizer
+) -> list[Prompt]:
+    """``count`` prompts of a task that fit, with their answers, into ``length`` tokens.
+
+    They depend on the task, the length, the index, the seed and the tokenizer, and on nothing else.
+
+    Raises:
+        ValueError: the task has no prompt so short.
+    """
+    budget, prompts, guess = length - task.max_tokens, [], task.least + 8
+    for index in range(count):
+        name = f"{task.name}/{length}/{index}"
+
+        def make(size: int, name: str = name) -> Example:
+            return task.make(Random(f"{seed}/{name}"), size)
+
+        async def measure(example: Example) -> int:
+            return len(await example_tokens(example, prompt_format, tokenizer))
+
+        try:
+            size, _ = await fit(make, measure, budget, task.least, guess)
+        except ValueError as error:
+            raise ValueError(f"lengths={length} is too short for the task {task.name}: {error}") from None
+        guess = size if index == 0 else guess
+        example = make(size)
+        prompts.append(
+            Prompt(
+                name=name,
+                task=task.name,
+                length=length,
+                token_ids=tuple(await example_tokens(example, prompt_format, tokenizer)),
+                end=f"{example.text}\n\n{example.answer_prefix}"[-END_CHARACTERS:],
+                references=example.references,
+                match="all",
+                answer_ids=tuple(await tokenizer.tokenize(example.answer)),
+                max_tokens=task.max_tokens,
+            )
+        )
+    return prompts
+
+
+async def example_tokens(example: Example, prompt_format: Format, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of an example's prompt, up to where the model goes on."""
+    if prompt_format == "text":
+        return await tokenizer.tokenize_prompt(f"{example.text}\n\n{example.answer_prefix}")
+    chat = await tokenizer.tokenize_chat([{"role": "user", "content": example.text}])
+    return chat + await tokenizer.tokenize(example.answer_prefix)
+
+
+def read_own_prompts(path: Path) -> list[tuple[int, OwnPrompt]]:
+    """(line number, prompt) of each line of a JSONL file that is not empty.
+
+    Raises:
+        ValueError: the file can't be read, has no prompt, or a line is not a prompt; with the line's number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts={str(path)!r} can't be read: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                prompts.append((number, OwnPrompt.model_validate(json.loads(line))))
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ValueError(f"{path}, line {number}: {place + ': ' if place else ''}{first['msg']}") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: it is not JSON: {error}") from None
+    if not prompts:
+        raise ValueError(f"prompts={str(path)!r} is refused: the file has no prompt")
+    return prompts
+
+
+async def own_prompt(own: OwnPrompt, line: int, max_tokens: int, tokenizer: Tokenizer) -> Prompt:
+    """One of the user's prompts as tokens: a text as it is, messages with the model's chat template."""
+    if own.prompt is not None:
+        token_ids, end = await tokenizer.tokenize_prompt(own.prompt), own.prompt
+    else:
+        token_ids, end = await tokenizer.tokenize_chat(own.messages or []), json.dumps(own.messages, ensure_ascii=False)
+    answer = ", ".join(own.references) if own.match == "all" else next(iter(own.references), "")
+    return Prompt(
+        name=f"line {line}",
+        task=OWN if own.references else OWN_WITHOUT_ANSWER,
+        length=None,
+        token_ids=tuple(token_ids),
+        end=end[-END_CHARACTERS:],
+        references=own.references,
+        match=own.match,
+        answer_ids=tuple(await tokenizer.tokenize(answer)) if answer else (),
+        max_tokens=max_tokens,
+    )

@@ -1,0 +1,91 @@
+"""Starts `starling serve` in a child process for the duration of an evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+START_SECONDS, STOP_SECONDS = 1800, 60
+CHOSEN_HERE = ("--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")
+
+
+class StartError(Exception):
+    """The server ended while it started, or took too long."""
+
+
+@contextlib.contextmanager
+def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
+    """The base URL of `starling serve MODEL` on a free loopback port, until the block ends.
+
+    Args:
+        options: further options of `starling serve`.
+        log: file for the output of the server.
+
+    Raises:
+        ValueError: an option that is chosen here.
+        StartError: the server did not start.
+    """
+    for option in options:
+        if option.split("=")[0].replace("_", "-") in CHOSEN_HERE:
+            raise ValueError(
+                f"{option} is refused: `starling eval MODEL` chooses it. Allowed: --base-url, with a server"
+            )
+    port = free_port()
+    command = [sys.executable, "-m", "engine_ext.serving.cli.main", "serve", model, *options]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        # In a process group of its own, so that Ctrl-C reaches only this process, which then stops the server.
+        process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
+    try:
+        base_url = f"http://127.0.0.1:{port}"
+        wait_until_ready(process, base_url, log)
+        yield base_url
+    finally:
+        stop(process)
+
+
+def free_port() -> int:
+    """A loopback port below Linux's ephemeral ports, so that no outgoing connection takes it before the server does.
+
+    Raises:
+        StartError: none of the ports that were tried is free.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32768), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise StartError("no port from 20000 to 32767 is free for `starling serve`")
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path) -> None:
+    """Return once the server answers (raises StartError)."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise StartError(f"`starling serve` ended with exit code {process.returncode} (log: {log}):\n{tail}")
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"{base_url}/health", timeout=5).close()
+            return
+        time.sleep(0.5)
+    raise StartError(f"`starling serve` did not answer within {START_SECONDS} s (log: {log})")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server in order, or by force after STOP_SECONDS."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

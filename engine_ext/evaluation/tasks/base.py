@@ -1,0 +1,66 @@
+"""What a task is: a pure function from a random generator and a size to a text, a question and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+Match = Literal["all", "any"]
+"""How an output is scored: the share of references that it contains, or whether it contains one of them."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt of a task.
+
+    Attributes:
+        text: the context, and the question behind it.
+        answer_prefix: the words with which the answer begins; they are given to the model.
+        references: the strings that a right answer contains.
+        separator: what stands between them in a right answer.
+    """
+
+    text: str
+    answer_prefix: str
+    references: tuple[str, ...]
+    separator: str = ", "
+
+    @property
+    def answer(self) -> str:
+        """The right answer as the model would continue ``answer_prefix``."""
+        return " " + self.separator.join(self.references)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A family of prompts of any length.
+
+    Attributes:
+        name: for --tasks.
+        make: (random generator, size) -> an example. A larger size gives a longer text. The same state of the generator
+            and the same size give the same example.
+        least: the smallest size.
+        max_tokens: of an answer.
+        measures: what the task measures, in a line.
+        source: whose definition it follows.
+    """
+
+    name: str
+    make: Callable[[Random, int], Example]
+    least: int
+    max_tokens: int
+    measures: str
+    source: str
+
+
+def hide(rng: Random, sentences: Sequence[str], needles: Sequence[str]) -> str:
+    """The sentences as one text, with each needle at a random place between them; the needles keep their order."""
+    places = sorted(rng.randint(0, len(sentences)) for _ in needles)
+    pieces: list[str] = []
+    start = 0
+    for place, needle in zip(places, needles, strict=True):
+        pieces += [*sentences[start:place], needle]
+        start = place
+    return " ".join([*pieces, *sentences[start:]])

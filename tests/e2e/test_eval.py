@@ -1,0 +1,133 @@
+"""`starling eval` starts `starling serve` itself, measures star beside dense, and goes on with stored answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.random_llama import make_tiny_llama
+from engine_ext.evaluation.report import Report
+from examples.server import ENVIRONMENT, serving
+from tests.e2e.serving import MODEL, PAGE_SIZE, PROMPT
+
+pytestmark = pytest.mark.e2e
+
+STARLING = str(Path(sys.executable).with_name("starling"))
+ENGINE = ("--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZE), "--served-model-name", MODEL)
+PLANS = ("n/8", "B=128,A=64,Q=40")
+MEASURED = ("--tasks", "niah_single_2,vt", "--lengths", "1200,2000", "--prompts-per-cell", "2", "--logprobs", "2")
+PLAN_OPTIONS = tuple(part for plan in PLANS for part in ("--plan", plan))
+NUM_ANSWERS = 2 * 2 * 2 * (1 + len(PLANS))
+
+
+def evaluate(*arguments: str) -> subprocess.CompletedProcess:
+    command = [STARLING, "eval", *arguments]
+    environment = ENVIRONMENT | os.environ | {"COLUMNS": "300"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def lines(folder: Path) -> list[dict]:
+    return list(map(json.loads, (folder / "results.jsonl").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def measured(model, tmp_path_factory):
+    """(folder, output) of a run that served the model itself."""
+    folder = tmp_path_factory.mktemp("results")
+    done = evaluate(str(model), *ENGINE, *MEASURED, *PLAN_OPTIONS, "--out", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_star_engages_and_its_numbers_are_those_of_the_plans(measured):
+    folder, _ = measured
+    answers = lines(folder)
+    assert len(answers) == NUM_ANSWERS
+    for answer in answers:
+        plan = answer["server_plan"]
+        assert plan["attention"] == ("dense" if answer["plan"] == "dense" else "star")
+        if answer["plan"] == "n/8":
+            assert plan["block_size"] == -(-plan["prompt_tokens"] // (8 * PAGE_SIZE)) * PAGE_SIZE
+            assert plan["keys_attended"] < plan["dense_keys"]
+        elif answer["plan"] == PLANS[1]:
+            assert (plan["block_size"], plan["anchor_size"]) == (128, 64)
+            assert plan["context_end"] == plan["prompt_tokens"] - 40
+
+
+def test_star_moves_the_distributions_and_dense_is_its_own_measure(measured):
+    folder, output = measured
+    report = Report.model_validate_json((folder / "results.json").read_text())
+    assert len(report.cells) == (2 * 2 + 1) * len(PLANS)
+    assert all(cell.prompts == (8 if cell.task == "all" else 2) for cell in report.cells)
+    for cell in report.cells:
+        assert 0 < cell.attended_keys < 1
+        assert cell.kl > 1e-4, "star's distributions differ: the mask was engaged"
+    assert {"results.json", "report.html", "setup.json", "server.log"} <= {path.name for path in folder.iterdir()}
+    assert re.search(r"n/8 scores [\d.]+ % over 8 prompts", output)
+    dense = [answer for answer in lines(folder) if answer["plan"] == "dense"]
+    for answer in dense:
+        assert len(answer["scores"]) == 2
+        for score in answer["scores"]:
+            assert score["logprob"] <= max(score["top"].values()) + 1e-9 < 0
+            assert len(score["top"]) in (20, 21)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with serving(model, *ENGINE, log=tmp_path_factory.mktemp("server") / "log", grpc_port=None) as server:
+        yield server
+
+
+def test_a_second_run_resumes_on_another_server(measured, server, tmp_path):
+    folder, _ = measured
+    before = Report.model_validate_json((folder / "results.json").read_text())
+    stored = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "results.jsonl").write_bytes(b"".join(stored[:-2]) + stored[-2][:50])
+    done = evaluate("--base-url", server.http, *MEASURED, *PLAN_OPTIONS, "--out", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"found {NUM_ANSWERS - 2} of {NUM_ANSWERS} answers" in done.stdout
+    again = Report.model_validate_json((folder / "results.json").read_text())
+    assert [(cell.task, cell.same_as_dense) for cell in again.cells] == [
+        (cell.task, cell.same_as_dense) for cell in before.cells
+    ]
+
+
+def test_what_is_refused(measured, server, tmp_path):
+    other = evaluate("--base-url", server.http, *MEASURED, "--plan", "n/4", "--out", str(measured[0]))
+    assert other.returncode == 2 and "results of another setup" in other.stderr
+    dense = evaluate("--base-url", server.http, *MEASURED, "--plan", "B=4096", "--out", str(tmp_path))
+    assert dense.returncode == 1 and "plan='B=4096' did not engage" in dense.stderr
+
+
+def test_log_probabilities_are_those_of_the_prompt_with_the_answer(server, tmp_path):
+    """For own prompts without a reference, along dense's answer. vLLM's prompt_logprobs give the same."""
+    file, results = tmp_path / "own.jsonl", tmp_path / "results"
+    file.write_text(json.dumps({"prompt": PROMPT}))
+    options = ("--plan", PLANS[1], "--logprobs", "4", "--max-tokens", "6", "--out", str(results))
+    done = evaluate("--base-url", server.http, "--prompts", str(file), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    dense, star = lines(results)
+    sent = {"prompt": PROMPT, "model": MODEL}
+    tokens = httpx.post(f"{server.http}/tokenize", json=sent).json()["tokens"] + dense["token_ids"][:4]
+    exact = {"star": "on", "star_block_size": 128, "star_anchor_size": 64, "star_context_tokens": len(PROMPT) - 40}
+    for answer, xargs in ((dense, {"star": "off"}), (star, exact)):
+        body = {"model": MODEL, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "vllm_xargs": xargs}
+        response = httpx.post(f"{server.http}/v1/completions", json=body, timeout=120).json()
+        rows = zip(response["choices"][0]["prompt_logprobs"][-4:], tokens[-4:], strict=True)
+        expected = [row[str(token)]["logprob"] for row, token in rows]
+        assert [score["logprob"] for score in answer["scores"]] == pytest.approx(expected, abs=1e-4)
+    assert [score["logprob"] for score in star["scores"]] != pytest.approx(
+        [score["logprob"] for score in dense["scores"]], abs=1e-3
+    )

@@ -1,0 +1,285 @@
+"""`starling eval` as a user runs it, against a server in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+from engine_ext.evaluation import client as client_module
+from engine_ext.evaluation import figure, server
+from engine_ext.evaluation.report import Report
+from engine_ext.serving.cli import eval as cli
+from engine_ext.serving.cli.main import main
+from tests.unit.engine_ext.evaluation.fake_server import served
+
+TASKS = ("--tasks", "vt,niah_single_1", "--lengths", "2000,3000", "--prompts-per-cell", "3", "--plan", "n/8")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.0)
+    monkeypatch.setenv("COLUMNS", "300")
+    for name in ("OPENAI_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def knows(prompt: str, xargs: dict) -> str:
+    """Dense finds all variables and passcodes; star finds passcodes only, and answers with HTML."""
+    if "VAR" in prompt:
+        found = re.findall(r"VAR (\w+)", prompt)
+        return " ".join(dict.fromkeys(found))[:30] if xargs["star"] == "off" else "<script>alert(1)</script>"
+    return " ".join(re.findall(r"\d{7}", prompt))
+
+
+def evaluate(fake, out: Path, *options: str) -> int:
+    return cli.run(["--base-url", fake.url, *(options or TASKS), "--out", str(out)])
+
+
+def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+        output = capsys.readouterr().out
+        report = Report.model_validate_json((tmp_path / "results.json").read_text())
+        cells = {(cell.task, cell.length): cell for cell in report.cells}
+        assert set(cells) == {(task, n) for task in ("vt", "niah_single_1") for n in (2000, 3000)} | {("all", None)}
+        assert all(cells["niah_single_1", n].score == 1 and cells["vt", n].score == 0 for n in (2000, 3000))
+        assert cells["vt", 2000].difference.high == cells["vt", 2000].difference.low == -1
+        assert (cells["all", None].prompts, cells["all", None].difference.mean) == (12, -0.5)
+        assert "n/8 scores 50.0 % over 12 prompts, dense 100.0 %: -50.0 [-50.0, -50.0] points, below dense" in output
+        assert "written to" in output and "found" not in output
+        assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24
+        asked = len(fake.completions)
+        assert evaluate(fake, tmp_path) == 0
+        assert len(fake.completions) == asked + 1
+        assert "found 24 of 24 answers" in capsys.readouterr().out
+        again = Report.model_validate_json((tmp_path / "results.json").read_text())
+        assert again.cells == report.cells
+        assert evaluate(fake, tmp_path, *TASKS, "--plan", "n/4") == 2
+        assert "results of another setup (plans was" in capsys.readouterr().err
+        assert json.loads((tmp_path / "setup.json").read_text()) == report.setup
+
+
+def test_another_setup_is_refused_before_a_server_starts_and_another_model_after(tmp_path, capsys, monkeypatch):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    assert cli.run(["some/model", *TASKS, "--prompt-seed", "1", "--out", str(tmp_path)]) == 2
+    assert "prompt_seed was 0 and is 1" in capsys.readouterr().err
+    with served(answer=knows, models=("other",)) as fake:
+        assert evaluate(fake, tmp_path) == 2
+    assert "model was 'fake' and is 'other'" in capsys.readouterr().err
+    (tmp_path / "setup.json").write_text("[1]")
+    assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
+    assert "setup.json is damaged" in capsys.readouterr().err
+
+
+class Page(HTMLParser):
+    """The tags of a page, and everything that would load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.loads, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_html_report_escapes_texts_and_loads_nothing(tmp_path):
+    with served(answer=knows, models=("<b>model</b>",)) as fake:
+        assert evaluate(fake, tmp_path) == 0
+    page = Page((tmp_path / "report.html").read_text())
+    assert "script" not in page.tags and "b" not in page.tags
+    text = "".join(page.text)
+    assert "<script>alert(1)</script>" in text and "<b>model</b>" in text
+    assert all(value.startswith("data:image/png;base64,") for value in page.loads)
+    assert "--plan n/8 --tasks vt,niah_single_1 --lengths 2000,3000" in text
+    assert "Which variables have the value" in text, "the end of a prompt is shown"
+
+
+def test_a_run_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figure, "find_spec", lambda name: None)
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+    assert "no figure: it needs matplotlib" in capsys.readouterr().out
+    assert not (tmp_path / "differences.png").exists()
+    assert "img" not in Page((tmp_path / "report.html").read_text()).tags
+
+
+@pytest.mark.skipif(util.find_spec("matplotlib") is None, reason="matplotlib is optional")
+def test_the_figure_is_in_a_file_and_in_the_report(tmp_path):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+    assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
+    assert Page((tmp_path / "report.html").read_text()).tags.count("img") == 1
+
+
+def test_own_prompts_with_and_without_answers(tmp_path, capsys):
+    lines = [
+        {"prompt": "a" * 300, "answer": ["on", "off"], "match": "any"},
+        {"messages": [{"role": "user", "content": "b" * 300}], "answer": "off"},
+        {"prompt": "c" * 300},
+        {"prompt": "d" * 300},
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with served(answer=lambda prompt, xargs: "same" if prompt[0] == "c" else xargs["star"]) as fake:
+        options = ("--prompts", str(file), "--plan", "n/8", "--logprobs", "2", "--max-tokens", "5")
+        assert evaluate(fake, tmp_path / "out", *options) == 0
+        assert {body["max_tokens"] for body in fake.completions} == {1, 5}
+        file.write_text("\n".join(map(json.dumps, lines[:3])))
+        assert evaluate(fake, tmp_path / "out", *options) == 2
+        assert "prompts_sha256 was" in capsys.readouterr().err
+    report = Report.model_validate_json((tmp_path / "out" / "results.json").read_text())
+    cells = {cell.task: cell for cell in report.cells}
+    assert set(cells) == {"prompts", "prompts without answers"}
+    assert (cells["prompts"].dense_score, cells["prompts"].score) == (1.0, 0.5)
+    assert (cells["prompts without answers"].dense_score, cells["prompts without answers"].score) == (1.0, 0.5)
+    assert cells["prompts"].logprob_difference.mean == pytest.approx(-0.5)
+    assert cells["prompts"].top1_agreement == 0.0
+    assert cells["prompts"].kl > 0
+    assert report.different[0].prompt == "line 2"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "either MODEL, which is served for the evaluation, or --base-url is needed"),
+        (("model", "--base-url", "http://x"), "and not both"),
+        (("--base-url", "http://x", "--dtype", "float32"), "unknown options: --dtype"),
+        (("--base-url", "http://x", "--dtype=float32"), "unknown options: --dtype=float32"),
+        (("--base-url", "http://x", "--task=vt"), "unknown options: --task=vt"),
+        (("--base-url", "localhost:8000"), "base_url='localhost:8000' is refused"),
+        (("--base-url", "http://me:secret@x"), "is refused"),
+        (("--base-url", "http://x", "--concurrency", "0"), "concurrency=0 is refused"),
+        (("--base-url", "http://x", "--timeout", "-1"), "timeout=-1.0 is refused"),
+        (("--base-url", "http://x", "--tasks", "vt,qa_1"), "tasks='qa_1' is refused"),
+        (("--base-url", "http://x", "--tasks", "vt", "--plan", "n/0x"), "plan='n/0x' is refused"),
+        (("model", "--port", "1", "--tasks", "vt"), "--port is refused"),
+        (("model", "--api-key", "k", "--tasks", "vt"), "--api-key goes with --base-url"),
+    ],
+)
+def test_unusable_arguments(tmp_path, capsys, options, reason):
+    assert main(["eval", *options, "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("starling eval: error: ") and reason in printed.err
+    assert printed.out == ""
+
+
+def test_help_names_every_option_of_the_evaluation(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in printed for name in cli.EvalOptions.model_fields if name != "plans")
+    assert "--plan" in printed and "niah_multikey_3" in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "code", "reason"),
+    [
+        ({"engages": False}, TASKS, 1, "plan='n/8' did not engage"),
+        ({"starling": False}, TASKS, 1, "Starling is not activated"),
+        ({"tokenizes": False}, TASKS, 1, "has no /tokenize"),
+        ({"templated": False}, TASKS, 1, "there is no chat template"),
+        ({}, ("--tasks", "cwe", "--lengths", "1000"), 2, "lengths=1000 is too short for the task cwe"),
+        ({}, ("--tasks", "vt", "--lengths", "120000", "--prompts-per-cell", "1"), 2, "max_model_len is 100000"),
+    ],
+)
+def test_what_a_server_can_not_do(tmp_path, capsys, settings, options, code, reason):
+    with served(answer=knows, **settings) as fake:
+        assert evaluate(fake, tmp_path, *options) == code
+    assert reason in capsys.readouterr().err
+
+
+def test_a_failure_says_how_to_go_on_and_keeps_what_was_answered(tmp_path, capsys):
+    asked = []
+
+    def fail(body: dict) -> tuple[int, str] | None:
+        asked.append(body)
+        return (500, "gone") if len(asked) > 10 else None
+
+    with served(answer=knows, fail=fail) as fake:
+        assert evaluate(fake, tmp_path) == 1
+        assert "failed 4 times" in (error := capsys.readouterr().err)
+        assert "the same command goes on from there" in error
+        fake.fail = lambda body: None
+        assert evaluate(fake, tmp_path) == 0
+    assert "found 9 of 24 answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number):
+    """The server holds the sixth completion until the signal was sent."""
+    asked, reached, go_on = [], threading.Event(), threading.Event()
+
+    def fail(body: dict) -> None:
+        asked.append(body)
+        if len(asked) == 6:
+            reached.set()
+            go_on.wait(60)
+
+    with served(answer=knows, fail=fail) as fake:
+        command = [sys.executable, "-m", "engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
+        process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        assert reached.wait(60)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        go_on.set()
+        assert process.returncode == 130
+        assert "starling eval: interrupted" in error and "Traceback" not in error
+        assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+        assert evaluate(fake, tmp_path) == 0
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24
+
+
+def test_the_key_of_the_environment_is_sent_and_written_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+        assert set(fake.keys) == {"Bearer very-secret"}
+    assert not any(b"very-secret" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_server_that_ends_at_its_start_is_reported_with_its_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    assert cli.run(["some/model", "--tasks", "vt", "--out", str(tmp_path)]) == 1
+    assert "`starling serve` ended with exit code 1" in capsys.readouterr().err
+    assert (tmp_path / "server.log").exists()
+
+
+def test_the_child_is_stopped_when_the_block_ends(tmp_path, monkeypatch):
+    """A child that ignores SIGTERM is killed."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\ntrap '' TERM\necho $$ \"$@\"\nwhile :; do sleep 0.1; done\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(server.sys, "executable", str(script))
+    monkeypatch.setattr(server, "STOP_SECONDS", 0.2)
+    log = tmp_path / "log"
+
+    def wait(process, base_url, path) -> None:
+        while not log.read_text().endswith("\n"):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(server, "wait_until_ready", wait)
+    with server.served("some/model", ["--dtype", "float32"], log) as url:
+        pid, *command = log.read_text().split()
+    assert command[:6] == ["-m", "engine_ext.serving.cli.main", "serve", "some/model", "--dtype", "float32"]
+    assert command[6:] == ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)

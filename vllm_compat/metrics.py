@@ -99,13 +99,20 @@ class DirectoryCollector(Collector):
     """Reads the metrics of other processes from a directory, at each scrape."""
 
     def __init__(self, directory: str) -> None:
-        self.directory = directory
+        self.directory, self.is_lost = directory, False
 
     def describe(self) -> Iterable:
         return []
 
     def collect(self) -> Iterable:
-        return MultiProcessCollector(None, self.directory).collect()
+        """The metrics; none where the directory is gone, so that /metrics still shows those of this process."""
+        try:
+            return MultiProcessCollector(None, self.directory).collect()
+        except (ValueError, OSError) as error:  # some systems clear old files from their temporary directory
+            if not self.is_lost:
+                logger.warning("The metrics of engines and workers are missing on /metrics: %s", error)
+            self.is_lost = True
+            return ()
 
 
 @functools.cache

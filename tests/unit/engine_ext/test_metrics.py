@@ -10,9 +10,9 @@ import sys
 import tempfile
 
 import pytest
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest
 
-from vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, collect_from_children
+from vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, DirectoryCollector, collect_from_children
 
 COUNT_HITS = (
     "from scheduler.metrics import scheduler_metrics as m; m().count_hit('block', 64); m().count_hit('block', 0)"
@@ -93,3 +93,14 @@ def test_a_server_starts_where_no_temp_directory_can_be_made(monkeypatch, tmp_pa
     assert collect_from_children.__wrapped__() is None
     assert DIRECTORY_ENV not in os.environ
     assert "missing on /metrics" in caplog.text
+
+
+def test_the_front_shows_its_own_metrics_where_the_directory_of_the_others_is_gone(monkeypatch, tmp_path, caplog):
+    """As where a system clears old files from /tmp."""
+    registry, directory = CollectorRegistry(), tmp_path / "metrics"
+    Gauge("own", "", registry=registry).set(3)
+    registry.register(DirectoryCollector(str(directory)))
+    monkeypatch.setattr(logging.getLogger("vllm.starling"), "propagate", True)
+    for _ in range(2):
+        assert "own 3.0" in generate_latest(registry).decode()
+    assert caplog.text.count("missing on /metrics") == 1

@@ -131,8 +131,9 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     replicas = replica_set(config)
     if replicas.size > 1:
         refusal = replicas.split_refusal
+        peers = starling.replicas.peers
         report["replicas"] = {
-            "number": replicas.size,
+            "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
             "spread": f"no: {refusal}" if refusal else "yes",
             "shards": "no: prompts stay on one replica" if refusal else shards_report(replicas, starling.star),
             "timeout": starling.replicas.timeout,

@@ -27,7 +27,9 @@ class FrontMetrics:
         self.shard_requests = Counter(
             "starling:shard_requests", "Requests whose KV stayed on the replicas that computed it."
         )
-        self.usable_peers = Gauge("starling:usable_peers", "Other servers that prompts are split with now.")
+        self.usable_peers = Gauge(
+            "starling:usable_peers", "Other servers that prompts are split with now.", multiprocess_mode="livemax"
+        )
         self.peer_parts = Counter("starling:peer_parts", "Parts of other servers' prompts that were prefilled here.")
 
     def count_split(self, blocks_of: Mapping[str, int], seconds: float) -> None:

@@ -1,9 +1,9 @@
 """starling.v1.ReplicaService: prefills parts of the prompts of other servers, and holds their pages meanwhile.
 
-One call is one part of one prompt. It is also the lease of the pages: they are held until the caller closes its side
-of the call. If the call breaks instead (the caller has died, or the network between the two), the caller may still read
-the pages for some time, until it has noticed. Therefore they are held for GRACE_TIMEOUTS times --star-replica-timeout
-then.
+One call is one part of one prompt. It is also the lease of the pages: they are held until the caller sends a release.
+If the call ends without one (the caller has died, or the network between the two), the caller may still read the pages
+for some time, until it has noticed. Therefore they are held for GRACE_TIMEOUTS times --star-replica-timeout and
+NOTICE_SECONDS then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, HeldPart, PartAborted, SplitPrompt
 from engine_ext.front.held_pages import HeldPages
-from engine_ext.front.peers import Identity
+from engine_ext.front.peers import NOTICE_SECONDS, Identity
 from engine_ext.front.replica_rpc import ReplicaUnavailable
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
@@ -100,23 +100,27 @@ class Lease:
         self.is_held = False  # the caller knows where the pages are
 
     async def serve(self, context: Any) -> None:
-        """Answer the caller's messages until it closes its side of the call, or the call breaks."""
-        is_closed = False
+        """Answer the caller's messages until it sends a release, or the call breaks."""
+        is_released = False
         try:
             state = await self.replica.state()
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
             request = await context.read()
-            if request is not grpc.aio.EOF:
-                await self._prefill(context, request)
-            is_closed = True
+            if not is_end(request):
+                request = await self._prefill(context, request)
+            is_released = request is not grpc.aio.EOF
         finally:
-            releasing = asyncio.ensure_future(self._end(broken=not is_closed))
+            releasing = asyncio.ensure_future(self._end(broken=not is_released))
             self.front.releases.add(releasing)
             releasing.add_done_callback(self.front.releases.discard)
         await asyncio.shield(releasing)
 
-    async def _prefill(self, context: Any, request: pb.PrefillPartRequest) -> None:
-        """Prefill a part, and wait until the caller needs its pages no more."""
+    async def _prefill(self, context: Any, request: pb.PrefillPartRequest) -> Any:
+        """Prefill a part, and wait until the caller needs its pages no more.
+
+        Returns:
+            What came after the part: a release; or grpc.aio.EOF, which a broken call can look like too.
+        """
         first, stop = request.part.first_block, request.part.stop_block
         if request.WhichOneof("step") != "part" or not first < stop <= self.prompt.plan.num_star_blocks:
             reason = f"blocks {first} to {stop} are no part of {self.prompt.plan.num_star_blocks} blocks"
@@ -135,7 +139,9 @@ class Lease:
                 self.is_held = True
                 await context.write(response)
                 front_metrics().peer_parts.inc()
-            await closing
+            while not is_end(message := await closing):
+                closing = asyncio.ensure_future(context.read())
+            return message
         finally:
             closing.cancel()
 
@@ -148,13 +154,18 @@ class Lease:
             if not self.prefilling.cancelled():
                 self.prefilling.exception()  # the caller got it, unless it has left
         if broken and self.is_held:
-            seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout
+            seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout + NOTICE_SECONDS
             name = self.prompt.request_id
             logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
             await until_noticed(seconds)
         await self.held.release()
         if self.admission is not None:
             withdraw(self.engine, self.admission)
+
+
+def is_end(request: Any) -> bool:
+    """Whether what came of a call is its end: a release, or the end of its messages."""
+    return request is grpc.aio.EOF or request.WhichOneof("step") == "release"
 
 
 async def until_noticed(seconds: float) -> None:

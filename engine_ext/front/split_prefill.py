@@ -196,8 +196,9 @@ class SplitPrefill:
         if len(assignments) == 1:
             return first, None
         try:
-            if not self.peers:
-                await self._reserve(self._demand.pages_of(assignments, params))
+            # Peers reserve their parts at once, or refuse them: servers must not wait for one another's memory.
+            own_parts = [each for each in assignments if each.replica in self.engines]
+            await self._reserve(self._demand.pages_of(own_parts, params))
             parts = await self._prefill(assignments)
         except PartAborted:
             return None
@@ -230,7 +231,7 @@ class SplitPrefill:
 
     async def _reserve(self, wanted: Mapping[int, int]) -> None:
         """Reserve pages by rank, as long as these replicas answer."""
-        reserving = self.held.reserve(self.state.reservations, wanted, self.capacity, self.plan.shards)
+        reserving = self.held.reserve(self.state.reservations, wanted, self.capacity)
         await while_answering([self.engines[rank].check for rank in wanted], reserving, self.under_way)
 
     def _start(self, work: Any) -> asyncio.Task:

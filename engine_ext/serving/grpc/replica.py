@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import msgspec
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
 from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, HeldPart, PartAborted, SplitPrompt
@@ -97,6 +97,7 @@ class Lease:
         self.replica = EngineReplica(engine, 0, prompt, self.held, self.under_way)
         self.admission: Admission | None = None
         self.prefilling: asyncio.Task | None = None
+        self.capacity = 0  # pages of the engine's memory
         self.is_held = False  # the caller knows where the pages are
 
     async def serve(self, context: Any) -> None:
@@ -104,6 +105,7 @@ class Lease:
         is_released = False
         try:
             state = await self.replica.state()
+            self.capacity = state["pages"]
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
             request = await context.read()
             if not is_end(request):
@@ -127,6 +129,7 @@ class Lease:
             raise VLLMValidationError(reason, parameter="part")
         start, end = self.prompt.part(first, stop)
         self.admission = admit(self.engine, self.prompt.request_id, 1, end - start)
+        self._reserve(end - start + (self.prompt.plan.anchor_size if first else 0))
         self.prefilling = asyncio.ensure_future(self.replica.prefill(first, stop))
         closing = asyncio.ensure_future(context.read())
         try:
@@ -144,6 +147,13 @@ class Lease:
             return message
         finally:
             closing.cancel()
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Reserve the memory of a part, or refuse the part: its caller holds memory that others here may wait for."""
+        num_pages = min(num_tokens // self.prompt.page_size + 1, self.capacity)
+        self.held.reservation = self.front.reservations.reserve_at_once({0: num_pages}, {0: self.capacity})
+        if self.held.reservation is None:
+            raise QueueOverflowError
 
     async def _end(self, broken: bool) -> None:
         """End the part, and release its pages: at once, or, if the call broke, when the caller has noticed."""

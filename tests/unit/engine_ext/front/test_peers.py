@@ -223,6 +223,32 @@ def test_a_prompt_with_an_unknown_token_is_refused_as_without_peers(run_pods, to
     run_pods(scenario)
 
 
+@pytest.mark.parametrize("asked", [(0, 0, 0, 0), (0, 1, 0, 1)], ids=["one server", "both servers"])
+def test_prompts_that_do_not_fit_at_once_do_not_wait_for_one_another(run_pods, asked):
+    """Each takes half of a server's memory, and holds its own part while the others' parts run."""
+
+    async def scenario(*pods):
+        runs = (pods[at].server.generate(random_ids(n, 1500), AUTO, name=f"{n}") for n, at in enumerate(asked))
+        for outputs in await asyncio.gather(*runs):
+            assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        for pod in pods:
+            assert not any(pod.state.reservations.reserved.values())
+
+    run_pods(scenario)
+
+
+def test_a_peer_without_memory_for_a_part_refuses_it(run_pods):
+    async def scenario(a, b):
+        reserved = b.state.reservations.reserve_at_once({0: 95}, {0: 99})
+        await a.server.generate(TOKENS, AUTO)
+        assert b.server.work() == [[]]
+        assert max(stop for _, stop in a.replica.work.values()) == 522
+        assert b.state.reservations.reserved[0] == 95
+        reserved.release(0)
+
+    run_pods(scenario)
+
+
 # Requests that end early.
 
 

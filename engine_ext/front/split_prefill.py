@@ -152,7 +152,9 @@ class SplitPrefill:
                 return
             rank, task = prepared
             self.held.home = None if task is None else rank
-            if isinstance(task, RemoteShards):
+            if task is None:  # nothing reads the parts, and another request may wait for their pages
+                self.held.release()
+            elif isinstance(task, RemoteShards):
                 front_metrics().shard_requests.inc()
             else:
                 self._start(self._release_when_fetched())

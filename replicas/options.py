@@ -62,6 +62,10 @@ def split_address(entry: str) -> tuple[str, int]:
         raise ValueError("an IPv6 address stands in brackets")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("there is no host, or no port from 1 to 65535")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("a part of the host between two dots is empty, or has over 63 characters") from None
     return host, int(port)
 
 

@@ -17,6 +17,7 @@ from engine_ext.requests import PLANNED
 from replicas.core_rpc import RELEASE, REPLICA_STATE
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
+from starling.v1 import replica_pb2 as pb
 from vllm_compat.front import run_internal_request
 
 HEALTH_CHECK_SECONDS = 5.0
@@ -54,6 +55,25 @@ class SplitPrompt:
         Pages that an adapter computed have keys that only its own requests make.
         """
         return msgspec.Raw(msgspec.msgpack.encode(self.token_ids if self.keywords.get("lora_request") is None else []))
+
+    @cached_property
+    def message(self) -> pb.PrefillPartRequest:
+        """The prompt for other servers, made once for all of them: a million tokens take 40 ms.
+
+        Raises:
+            ValueError: a token or the priority is no number that a server takes.
+        """
+        return pb.PrefillPartRequest(
+            prompt={
+                "request_id": self.request_id,
+                "token_ids": self.token_ids,
+                "block_size": self.plan.block_size,
+                "anchor_size": self.plan.anchor_size,
+                "context_end": self.plan.context_end,
+                "cache_salt": self.inputs.get("cache_salt"),
+                "priority": self.keywords.get("priority", 0),
+            }
+        )
 
     def part(self, first_block: int, stop_block: int) -> tuple[int, int]:
         """The positions [start, stop) of some star blocks, as far as they are whole pages."""

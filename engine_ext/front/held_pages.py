@@ -49,10 +49,10 @@ class HeldPages:
         return name
 
     async def reserve(
-        self, reservations: KVReservations, num_pages: Mapping[int, int], capacity: Mapping[int, int], shards: bool
+        self, reservations: KVReservations, num_pages: Mapping[int, int], capacity: Mapping[int, int]
     ) -> None:
         """Reserve memory, as KVReservations.reserve does."""
-        self.reservation = await reservations.reserve(num_pages, capacity, shards)
+        self.reservation = await reservations.reserve(num_pages, capacity)
 
     def release(self) -> asyncio.Task:
         """Begin to release everything, once; a second call returns the same task.

@@ -1,18 +1,19 @@
 """A replica that is another server's engine: it prefills a part of a prompt, and holds the pages, during one gRPC call.
 
-The call is the lease of the pages. The other server holds them until this one closes its side of the call; so nothing
-stays behind on the other server, however this one ends (engine_ext/serving/grpc/replica.py).
+The call is the lease of the pages. The other server holds them until this one says that it needs them no more, or for
+some time after the call has broken: so nothing stays behind on the other server, however this one ends
+(engine_ext/serving/grpc/replica.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, TypedDict
 
 import grpc
 import msgspec
 
-from engine_ext.front.engine_replica import HeldPart, PartAborted, SplitPrompt
+from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, HeldPart, PartAborted, SplitPrompt
 from engine_ext.front.peers import Peer
 from engine_ext.front.replica_rpc import ReplicaUnavailable
 from scheduler.star.request_metadata import PageSource
@@ -25,8 +26,14 @@ RELEASE_SECONDS = 5.0
 """How long a release waits for the peer's answer."""
 
 
-ADDRESS_KEYS = {"name", "metadata", "bases", "device", "layout"}
-"""What the address of a worker's memory has (replicas/page_transfer.py)."""
+class Address(TypedDict):
+    """Where a worker's memory is (replicas/page_transfer.py)."""
+
+    name: str
+    metadata: bytes
+    bases: list[int]
+    device: int
+    layout: dict[str, int | str]
 
 
 class PeerLost(ReplicaUnavailable):
@@ -42,7 +49,7 @@ class PeerReplica:
     Args:
         peer: the other server.
         prompt: the prompt, a part of which the peer may prefill.
-        timeout: seconds within which the peer has to send a message while it prefills.
+        timeout: seconds within which the peer's engine has to answer while it prefills.
     """
 
     def __init__(self, peer: Peer, prompt: SplitPrompt, timeout: float) -> None:
@@ -58,26 +65,22 @@ class PeerReplica:
 
     async def state(self) -> dict[str, Any]:
         """As Replica.state, without what concerns the memory of the replica."""
-        plan = self.prompt.plan
-        message = pb.Prompt(
-            request_id=self.prompt.request_id,
-            token_ids=self.prompt.token_ids,
-            block_size=plan.block_size,
-            anchor_size=plan.anchor_size,
-            context_end=plan.context_end,
-            cache_salt=self.prompt.inputs.get("cache_salt"),
-            priority=self.prompt.keywords.get("priority", 0),
-        )
+        try:
+            message = self.prompt.message
+        except ValueError as error:  # this server's engine says so too, in terms of the request
+            raise PeerLost(self.peer.address, f"the prompt can't be sent: {error}") from None
         self._call = self.peer.prefill_part()
-        response = await self._exchange(pb.PrefillPartRequest(prompt=message), STATE_SECONDS)
+        response = await self._exchange(message, STATE_SECONDS)
         state = response.state
         return {"cached": state.cached, "has_anchor": state.has_anchor, "queued_tokens": state.queued_tokens}
 
     async def prefill(self, first_block: int, stop_block: int) -> HeldPart | None:
         part = pb.Part(first_block=first_block, stop_block=stop_block)
-        response = await self._exchange(pb.PrefillPartRequest(part=part), self.timeout)
+        # The peer asks its engine some time after each message, and once the engine has answered, sends the next one.
+        seconds = self.timeout + 2 * HEALTH_CHECK_SECONDS
+        response = await self._exchange(pb.PrefillPartRequest(part=part), seconds)
         while response.WhichOneof("step") == "alive":
-            response = await self._exchange(None, self.timeout)
+            response = await self._exchange(None, seconds)
         if response.WhichOneof("step") == "aborted":
             raise PartAborted
         self._ending = asyncio.ensure_future(self._read_to_end())
@@ -95,9 +98,10 @@ class PeerReplica:
         self._is_released = True
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
+                await self._call.write(pb.PrefillPartRequest(release=pb.Release()))
                 await self._call.done_writing()
                 self._ending = self._ending or asyncio.ensure_future(self._read_to_end())
-                await asyncio.shield(self._ending)
+                await asyncio.wait({self._ending})
         except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             pass
         finally:
@@ -142,12 +146,12 @@ class PeerReplica:
 def page_source(held: pb.HeldPart) -> PageSource | None:
     """Where the pages of a part are; None: the peer sent something else."""
     try:
-        addresses = msgspec.msgpack.decode(held.addresses, type=list[dict[str, Any]]) if held.page_ids else []
+        addresses = msgspec.msgpack.decode(held.addresses, type=list[Address]) if held.page_ids else []
     except msgspec.DecodeError:
         return None
-    if any(address.keys() != ADDRESS_KEYS for address in addresses):
+    if held.page_ids and not addresses:
         return None
-    return PageSource(held.start, list(held.page_ids), addresses)
+    return PageSource(held.start, list(held.page_ids), [dict(address) for address in addresses])
 
 
 def reason_of(error: Exception) -> str:

@@ -30,12 +30,18 @@ REFRESH_SECONDS = 5.0
 
 DESCRIBE_SECONDS = 2.0
 
+RESOLVE_SECONDS = 5.0
+"""How long a look-up of a name may take; a start waits for the first one."""
+
+PING_SECONDS = 10
+NOTICE_SECONDS = 2 * PING_SECONDS
+"""Within this time a server notices that the link to a peer is lost, or the peer's host: a ping is not answered."""
+
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),
-    # A lost link is noticed within 20 seconds. The peer holds pages for longer than that.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", PING_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", PING_SECONDS * 1000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
@@ -79,6 +85,7 @@ async def own_identity(engine: Any, rpc: ReplicaRPC) -> Identity:
         "vllm": vllm_version() or "unknown",
         "model": hashlib.sha256(described.encode()).hexdigest()[:16],
         "weights": hashlib.sha256(found["weights"].encode()).hexdigest()[:16],
+        "timeout": f"{rpc.timeout:g}",  # it says how long the other server holds pages that this one may still read
     }
     return Identity(found["name"], properties)
 
@@ -208,9 +215,10 @@ class Peers:
         host, port = split_address(entry)
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            logger.warning("the addresses of the peers %s can't be looked up: %s", entry, error)
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:  # a time-out is an OSError
+            logger.warning("the addresses of the peers %s can't be looked up: %s", entry, error or "no answer in time")
             return
         self._addresses[entry] = sorted({join(str(address[0]), port) for *_, address in found})
 

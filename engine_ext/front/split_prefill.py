@@ -15,11 +15,11 @@ parts run under the request's own id and priority, so that an abort of that id e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -117,6 +117,7 @@ class SplitPrefill:
             for rank in range(num_engine_cores(engine))
         }
         self.held.peers = self.peers = self._peer_replicas(shared)
+        self.lenders: list[PeerReplica] = []  # the peers with a part, whose pages the request reads
         # A front with peers has one engine, of rank 0; peers have the numbers behind it.
         self.replicas: dict[int, Replica] = {**self.engines, **dict(enumerate(self.peers, len(self.engines)))}
 
@@ -151,13 +152,15 @@ class SplitPrefill:
                 return
             rank, task = prepared
             self.held.home = None if task is None else rank
-            if isinstance(task, RemoteShards):
+            if task is None:  # nothing reads the parts, and another request may wait for their pages
+                self.held.release()
+            elif isinstance(task, RemoteShards):
                 front_metrics().shard_requests.inc()
             else:
                 self._start(self._release_when_fetched())
             keywords = self.keywords | {"data_parallel_rank": rank}
             whole = generate(self.prompt, with_task(params, task), self.request_id, **keywords)
-            async with aclosing(admitted_outputs(whole, admission)) as outputs:
+            async with contextlib.aclosing(admitted_outputs(whole, admission)) as outputs:
                 async for output in outputs:
                     lost = (output.kv_transfer_params or {}).get(LOST)
                     if lost is not None:
@@ -191,19 +194,21 @@ class SplitPrefill:
         by_index = assign_blocks(self.plan.num_star_blocks, anchor_work, list(states.values()), self.plan.replicas, own)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
-        self._release_others(assignments)
+        self._choose_lenders(assignments)
         if len(assignments) == 1:
             return first, None
         try:
-            if not self.peers:
-                await self._reserve(self._demand.pages_of(assignments, params))
+            # Peers reserve their parts at once, or refuse them: servers must not wait for one another's memory.
+            own_parts = [each for each in assignments if each.replica in self.engines]
+            await self._reserve(self._demand.pages_of(own_parts, params))
             parts = await self._prefill(assignments)
         except PartAborted:
             return None
         except ReplicaUnavailable as error:
             if self.plan.shards:  # one replica may not have the memory
                 raise
-            rank = next((rank for rank in ranks if not self.replicas[rank].has_failed), first)
+            own_ranks = [rank for rank in ranks if rank in self.engines]
+            rank = next((rank for rank in own_ranks if not self.engines[rank].has_failed), own_ranks[0])
             logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
         task = await self._task(assignments, parts)
@@ -217,16 +222,18 @@ class SplitPrefill:
             blocks[str(each.replica) if each.replica in self.engines else "peers"] += each.stop - each.first
         return blocks
 
-    def _release_others(self, assignments: Sequence[Assignment]) -> None:
-        """Let peers without a part know that they get none."""
+    def _choose_lenders(self, assignments: Sequence[Assignment]) -> None:
+        """Note the peers with a part, and let the others know that they get none."""
         used = {each.replica for each in assignments}
         for number, peer in enumerate(self.peers, len(self.engines)):
-            if number not in used:
+            if number in used:
+                self.lenders.append(peer)
+            else:
                 self._start(peer.release())
 
     async def _reserve(self, wanted: Mapping[int, int]) -> None:
         """Reserve pages by rank, as long as these replicas answer."""
-        reserving = self.held.reserve(self.state.reservations, wanted, self.capacity, self.plan.shards)
+        reserving = self.held.reserve(self.state.reservations, wanted, self.capacity)
         await while_answering([self.engines[rank].check for rank in wanted], reserving, self.under_way)
 
     def _start(self, work: Any) -> asyncio.Task:
@@ -268,7 +275,7 @@ class SplitPrefill:
 
     async def _task(self, assignments: Sequence[Assignment], parts: Sequence[HeldPart | None]) -> Task | None:
         """What the whole request does with the pages of the finished parts."""
-        if any(peer.has_failed for peer in self.peers):
+        if any(peer.has_failed for peer in self.lenders):
             return None
         if not self.plan.shards:
             sources = tuple(part.source for part in parts[1:] if part)
@@ -337,12 +344,17 @@ class SplitPrefill:
         while prefilling:
             await asyncio.sleep(FETCH_CHECK_SECONDS)
             names = engine_request_ids(self.engine, self.request_id)
-            if any(peer.has_failed for peer in self.peers):
-                await self.engines[0].call(CANCEL_FETCH, names)
+            if any(peer.has_failed for peer in self.lenders):
+                await self._cancel_fetch(names)
             states = [request_state(self.engine, name) for name in names]
             prefilling = not states or any(state is None or state.is_prefilling for state in states)
         self.held.home = None
         self.held.release()
+
+    async def _cancel_fetch(self, engine_request_ids: list[str]) -> None:
+        """Let the engine fetch nothing more. One that hangs does so when it is back: the pages may be gone by then."""
+        with contextlib.suppress(ReplicaUnavailable):
+            await self.state.replica_rpc.call(self.engine, 0, CANCEL_FETCH, engine_request_ids, always=True)
 
 
 def aborted_output(request_id: str, token_ids: Sequence[int], num_choices: int) -> RequestOutput:

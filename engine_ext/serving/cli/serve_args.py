@@ -269,9 +269,14 @@ def refuse_peers_without(args: argparse.Namespace, grpc_port: int | None, enviro
     config = parse_config(args.additional_config)
     if config is None or not config.replicas.peers:
         return
+    key = environ.get(KEY_ENV, "")
     for refused, reason in (
         (grpc_port is None, "peers call one another over gRPC: give --grpc-port"),
-        (not environ.get(KEY_ENV), f"peers need a key to call one another: set {KEY_ENV}, to the same value on each"),
+        (not key, f"peers need a key to call one another: set {KEY_ENV}, to the same value on each"),
+        (
+            key != key.strip() or not key.isascii() or not key.isprintable(),
+            f"gRPC can't send the key of {KEY_ENV}: not all of it is printable ASCII, or it has a space at an end",
+        ),
     ):
         if refused:
             raise ValueError(f"--star-replica-peers {config.replicas.peers} is refused: {reason}")

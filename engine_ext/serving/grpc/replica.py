@@ -1,9 +1,9 @@
 """starling.v1.ReplicaService: prefills parts of the prompts of other servers, and holds their pages meanwhile.
 
-One call is one part of one prompt. It is also the lease of the pages: they are held until the caller closes its side
-of the call. If the call breaks instead (the caller has died, or the network between the two), the caller may still read
-the pages for some time, until it has noticed. Therefore they are held for GRACE_TIMEOUTS times --star-replica-timeout
-then.
+One call is one part of one prompt. It is also the lease of the pages: they are held until the caller sends a release.
+If the call ends without one (the caller has died, or the network between the two), the caller may still read the pages
+for some time, until it has noticed. Therefore they are held for GRACE_TIMEOUTS times --star-replica-timeout and
+NOTICE_SECONDS then.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import grpc
 import msgspec
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
 from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, HeldPart, PartAborted, SplitPrompt
 from engine_ext.front.held_pages import HeldPages
-from engine_ext.front.peers import Identity
+from engine_ext.front.peers import NOTICE_SECONDS, Identity
 from engine_ext.front.replica_rpc import ReplicaUnavailable
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
@@ -97,32 +97,39 @@ class Lease:
         self.replica = EngineReplica(engine, 0, prompt, self.held, self.under_way)
         self.admission: Admission | None = None
         self.prefilling: asyncio.Task | None = None
+        self.capacity = 0  # pages of the engine's memory
         self.is_held = False  # the caller knows where the pages are
 
     async def serve(self, context: Any) -> None:
-        """Answer the caller's messages until it closes its side of the call, or the call breaks."""
-        is_closed = False
+        """Answer the caller's messages until it sends a release, or the call breaks."""
+        is_released = False
         try:
             state = await self.replica.state()
+            self.capacity = state["pages"]
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
             request = await context.read()
-            if request is not grpc.aio.EOF:
-                await self._prefill(context, request)
-            is_closed = True
+            if not is_end(request):
+                request = await self._prefill(context, request)
+            is_released = request is not grpc.aio.EOF
         finally:
-            releasing = asyncio.ensure_future(self._end(broken=not is_closed))
+            releasing = asyncio.ensure_future(self._end(broken=not is_released))
             self.front.releases.add(releasing)
             releasing.add_done_callback(self.front.releases.discard)
         await asyncio.shield(releasing)
 
-    async def _prefill(self, context: Any, request: pb.PrefillPartRequest) -> None:
-        """Prefill a part, and wait until the caller needs its pages no more."""
+    async def _prefill(self, context: Any, request: pb.PrefillPartRequest) -> Any:
+        """Prefill a part, and wait until the caller needs its pages no more.
+
+        Returns:
+            What came after the part: a release; or grpc.aio.EOF, which a broken call can look like too.
+        """
         first, stop = request.part.first_block, request.part.stop_block
         if request.WhichOneof("step") != "part" or not first < stop <= self.prompt.plan.num_star_blocks:
             reason = f"blocks {first} to {stop} are no part of {self.prompt.plan.num_star_blocks} blocks"
             raise VLLMValidationError(reason, parameter="part")
         start, end = self.prompt.part(first, stop)
         self.admission = admit(self.engine, self.prompt.request_id, 1, end - start)
+        self._reserve(end - start + (self.prompt.plan.anchor_size if first else 0))
         self.prefilling = asyncio.ensure_future(self.replica.prefill(first, stop))
         closing = asyncio.ensure_future(context.read())
         try:
@@ -135,9 +142,18 @@ class Lease:
                 self.is_held = True
                 await context.write(response)
                 front_metrics().peer_parts.inc()
-            await closing
+            while not is_end(message := await closing):
+                closing = asyncio.ensure_future(context.read())
+            return message
         finally:
             closing.cancel()
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Reserve the memory of a part, or refuse the part: its caller holds memory that others here may wait for."""
+        num_pages = min(num_tokens // self.prompt.page_size + 1, self.capacity)
+        self.held.reservation = self.front.reservations.reserve_at_once({0: num_pages}, {0: self.capacity})
+        if self.held.reservation is None:
+            raise QueueOverflowError
 
     async def _end(self, broken: bool) -> None:
         """End the part, and release its pages: at once, or, if the call broke, when the caller has noticed."""
@@ -148,13 +164,18 @@ class Lease:
             if not self.prefilling.cancelled():
                 self.prefilling.exception()  # the caller got it, unless it has left
         if broken and self.is_held:
-            seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout
+            seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout + NOTICE_SECONDS
             name = self.prompt.request_id
             logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
             await until_noticed(seconds)
         await self.held.release()
         if self.admission is not None:
             withdraw(self.engine, self.admission)
+
+
+def is_end(request: Any) -> bool:
+    """Whether what came of a call is its end: a release, or the end of its messages."""
+    return request is grpc.aio.EOF or request.WhichOneof("step") == "release"
 
 
 async def until_noticed(seconds: float) -> None:

@@ -26,12 +26,14 @@ class DescribeResponse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., properties: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class PrefillPartRequest(_message.Message):
-    __slots__ = ("prompt", "part")
+    __slots__ = ("prompt", "part", "release")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     prompt: Prompt
     part: Part
-    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ...) -> None: ...
+    release: Release
+    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
 
 class PrefillPartResponse(_message.Message):
     __slots__ = ("state", "alive", "held", "aborted")
@@ -70,6 +72,10 @@ class Part(_message.Message):
     first_block: int
     stop_block: int
     def __init__(self, first_block: _Optional[int] = ..., stop_block: _Optional[int] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PromptState(_message.Message):
     __slots__ = ("cached", "has_anchor", "queued_tokens")

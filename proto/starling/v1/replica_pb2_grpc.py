@@ -65,9 +65,10 @@ class ReplicaServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PrefillPart(self, request_iterator, context):
-        """Prefills a part of a prompt, and holds the pages of the part until the caller closes its side of the call. The
-        caller sends the prompt, gets its state, and sends which part to prefill. If the call breaks, the pages are held
-        for twice the seconds of --star-replica-timeout, since the caller may not know yet, and still read them.
+        """Prefills a part of a prompt, and holds the pages of the part until the caller sends `release`. The caller sends the
+        prompt, gets its state, and sends which part to prefill. If the call ends without `release`, it is broken. The
+        pages are then held for twice the seconds of --star-replica-timeout and 20 seconds more, since the caller may not
+        know yet, and still read them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

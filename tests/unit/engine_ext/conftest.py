@@ -51,7 +51,6 @@ def simulate(server_config):
                     await asyncio.sleep(1)
                     server.check_all_is_free()
                     assert not state.reservations.reserved.total()
-                    assert not state.reservations.num_with_shards
                     assert not state.split_requests
                     assert not state.internal_ids
                     assert not server.engine.output_processor.request_states

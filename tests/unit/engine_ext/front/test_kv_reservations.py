@@ -8,27 +8,26 @@ from engine_ext.front.kv_reservations import KVReservations
 from tests.unit.engine_ext.front.virtual_time import run
 
 
-def test_prompts_that_fetch_pages_wait_for_prompts_with_shards_only():
+def test_a_prompt_waits_until_all_that_it_needs_is_free():
     async def scenario():
         reservations, capacity = KVReservations(), {0: 10}
-        one = await reservations.reserve({0: 8}, capacity, False)
-        other = await reservations.reserve({0: 8}, capacity, False)
-        shards = asyncio.ensure_future(reservations.reserve({0: 8}, capacity, True))
-        fetches = asyncio.ensure_future(reservations.reserve({0: 8}, capacity, False))
-        for reservation in (one, other):
-            await asyncio.sleep(0.01)
-            assert not shards.done()
-            assert not fetches.done()
-            reservation.release(0)
-        held = await shards
+        first = await reservations.reserve({0: 8}, capacity)
+        second = asyncio.ensure_future(reservations.reserve({0: 8}, capacity))
+        third = asyncio.ensure_future(reservations.reserve({0: 2}, capacity))
         await asyncio.sleep(0.01)
-        assert not fetches.done()
+        assert not second.done()
+        assert not third.done()  # first come, first served
+        assert reservations.reserve_at_once({0: 2}, capacity) is None
+        first.release(0)
+        first.release(0)
+        held = await second
+        last = await third
+        assert reservations.reserved[0] == 10
+        assert reservations.reserve_at_once({0: 1}, capacity) is None
         held.release(0)
-        held.release(0)
-        last = await fetches
-        assert reservations.reserved[0] == 8
-        assert not reservations.num_with_shards
-        waiting = asyncio.ensure_future(reservations.reserve({0: 8}, capacity, True))
+        at_once = reservations.reserve_at_once({0: 8}, capacity)
+        at_once.release(0)
+        waiting = asyncio.ensure_future(reservations.reserve({0: 9}, capacity))
         await asyncio.sleep(0.01)
         waiting.cancel()  # reserves nothing
         await asyncio.sleep(0.01)
@@ -44,14 +43,14 @@ def test_the_memory_of_each_replica_is_given_back_on_its_own():
 
     async def scenario():
         reservations, capacity = KVReservations(), {0: 10, 1: 10, 2: 10}
-        first = await reservations.reserve({0: 8, 1: 8}, capacity, True)
+        first = await reservations.reserve({0: 8, 1: 8}, capacity)
         first.release(0)
-        assert await reservations.reserve({0: 8, 2: 8}, capacity, True)
-        waiting = asyncio.ensure_future(reservations.reserve({1: 8}, capacity, True))
+        assert await reservations.reserve({0: 8, 2: 8}, capacity)
+        waiting = asyncio.ensure_future(reservations.reserve({1: 8}, capacity))
         await asyncio.sleep(0.01)
         assert not waiting.done()
         first.release(1)
         await waiting
-        assert reservations.num_with_shards == 2
+        assert reservations.reserved == {0: 8, 1: 8, 2: 8}
 
     run(scenario)

@@ -12,21 +12,26 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable
 
 import grpc
+import msgspec
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.front import engine_replica, peer_replica, peers
+from engine_ext.front.engine_replica import SplitPrompt
 from engine_ext.front.peers import Identity, Peers, own_identity
+from engine_ext.front.replica_rpc import ReplicaTimeout
 from engine_ext.front.state import front_state
 from engine_ext.serving.grpc import replica as replica_service
 from engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from engine_ext.serving.grpc.replica import ReplicaServicer
 from engine_ext.serving.grpc.server import Front
-from replicas.core_rpc import CANCEL_FETCH
+from replicas.core_rpc import CANCEL_FETCH, RELEASE
 from replicas.options import ReplicaOptions
+from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import metadata_of
 from starling.v1 import replica_pb2 as pb
 from tests.parity.harness import TINY
@@ -35,6 +40,7 @@ from tests.unit.scheduler.simulation import HASH, random_ids
 
 KEY = "the key of the peers"
 TIMEOUT = 30
+ADDRESS = {"name": "x", "metadata": b"", "bases": [], "device": 0, "layout": {"dtype": "float32"}}
 AUTO = {name: value for name, value in STAR.items() if name != "star_replicas"}
 
 
@@ -179,6 +185,70 @@ def test_the_plan_names_the_servers_there_are_now(run_pods):
     run_pods(scenario)
 
 
+def test_a_prompt_is_made_a_message_once_for_all_peers(run_pods, monkeypatch):
+    made = []
+
+    def make(**fields):
+        made.append(fields)
+        return pb.PrefillPartRequest(**fields)
+
+    async def scenario(a, b, c):
+        await a.server.generate(TOKENS, AUTO)
+        assert len(made) == 1
+        assert b.replica.work
+        assert c.replica.work
+
+    monkeypatch.setattr(engine_replica, "pb", Namespace(PrefillPartRequest=make))
+    run_pods(scenario, 3)
+
+
+def test_any_priority_is_sent(run_pods):
+    async def scenario(a, b):
+        for priority in (2**40, -(2**40)):
+            await a.server.generate(random_ids(priority % 1000, 520), AUTO, priority=priority)
+            assert {request.priority for request in b.replica.requests.values()} == {priority}
+            b.replica.requests.clear()
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("token", [10**6, 2**32])
+def test_a_prompt_with_an_unknown_token_is_refused_as_without_peers(run_pods, token):
+    async def scenario(a, b):
+        for star in (AUTO, AUTO | {"star_replicas": 1}):
+            with pytest.raises(VLLMValidationError, match="vocabulary"):
+                await a.server.generate([*TOKENS, token], star)
+        assert a.state.peers.usable
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("asked", [(0, 0, 0, 0), (0, 1, 0, 1)], ids=["one server", "both servers"])
+def test_prompts_that_do_not_fit_at_once_do_not_wait_for_one_another(run_pods, asked):
+    """Each takes half of a server's memory, and holds its own part while the others' parts run."""
+
+    async def scenario(*pods):
+        runs = (pods[at].server.generate(random_ids(n, 1500), AUTO, name=f"{n}") for n, at in enumerate(asked))
+        for outputs in await asyncio.gather(*runs):
+            assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        for pod in pods:
+            assert not any(pod.state.reservations.reserved.values())
+
+    run_pods(scenario)
+
+
+def test_a_peer_without_memory_for_a_part_refuses_it(run_pods):
+    async def scenario(a, b):
+        reserved = b.state.reservations.reserve_at_once({0: 95}, {0: 99})
+        await a.server.generate(TOKENS, AUTO)
+        assert b.server.work() == [[]]
+        assert max(stop for _, stop in a.replica.work.values()) == 522
+        assert b.state.reservations.reserved[0] == 95
+        reserved.release(0)
+
+    run_pods(scenario)
+
+
 # Requests that end early.
 
 
@@ -296,9 +366,142 @@ def test_pages_stay_held_when_the_call_breaks_until_the_other_server_must_have_n
         assert b.replica.held
         noticed.set()
         await until(lambda: not b.replica.held)
-        assert waited == [2 * TIMEOUT]
+        assert waited == [2 * TIMEOUT + peers.NOTICE_SECONDS]
 
     monkeypatch.setattr(replica_service, "until_noticed", until_noticed)
+    run_pods(scenario)
+
+
+async def held_for(pod: Pod, prompt: pb.Prompt) -> grpc.aio.Call:
+    """A call to a pod which holds pages of the prompt."""
+    call = pod.state.peers.usable[0].prefill_part()
+    await call.write(pb.PrefillPartRequest(prompt=prompt))
+    await call.read()
+    await call.write(pb.PrefillPartRequest(part=pb.Part(first_block=0, stop_block=2)))
+    while (await call.read()).WhichOneof("step") != "held":
+        pass
+    return call
+
+
+PROMPT = pb.Prompt(request_id="x", token_ids=TOKENS, block_size=64, anchor_size=64, context_end=500)
+
+
+def test_a_call_that_ends_without_a_release_counts_as_broken(run_pods, monkeypatch):
+    """gRPC may show a call that broke as one whose caller has sent all of its messages."""
+    noticed = asyncio.Event()
+
+    async def until_noticed(seconds):
+        await noticed.wait()
+
+    async def scenario(a, b):
+        call = await held_for(a, PROMPT)
+        await call.done_writing()
+        await until(lambda: b.state.releases)
+        await b.state.replica_rpc.call(b.server.engine, 0, RELEASE, [])
+        assert b.replica.held
+        noticed.set()
+        assert await call.read() is grpc.aio.EOF
+        assert not b.replica.held
+
+    monkeypatch.setattr(replica_service, "until_noticed", until_noticed)
+    run_pods(scenario)
+
+
+def test_a_message_that_is_no_release_releases_nothing(run_pods):
+    async def scenario(a, b):
+        call = await held_for(a, PROMPT)
+        await call.write(pb.PrefillPartRequest(part=pb.Part(first_block=0, stop_block=1)))
+        await call.write(pb.PrefillPartRequest())
+        for _ in range(3):
+            await a.state.peers.usable[0].describe()
+            await b.state.replica_rpc.call(b.server.engine, 0, RELEASE, [])
+        assert b.replica.held
+        await call.write(pb.PrefillPartRequest(release=pb.Release()))
+        assert await call.read() is grpc.aio.EOF
+        assert not b.replica.held
+
+    run_pods(scenario)
+
+
+def test_an_engine_that_hangs_while_a_peer_is_lost_fetches_nothing_when_it_is_back(run_pods, monkeypatch):
+    async def at_once(seconds):
+        pass
+
+    async def scenario(a, b):
+        a.replica.loads_arrive = False
+        running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
+        await until(lambda: a.replica.fetched)
+        (session,) = a.state.split_requests._requests[0].peers
+        a.replica.running.clear()
+        a.state.replica_rpc.timeout = 0.2
+        with pytest.raises(ReplicaTimeout):  # from now on it counts as unresponsive
+            await a.state.replica_rpc.call(a.server.engine, 0, RELEASE, [])
+        await b.front.server.stop(None)
+        await until(lambda: session.has_failed)
+        await until(lambda: a.server.calls(CANCEL_FETCH))
+        a.replica.running.set()
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+
+    monkeypatch.setattr(replica_service, "until_noticed", at_once)
+    run_pods(scenario)
+
+
+def test_a_prompt_waits_for_this_servers_engine_which_hangs_while_parts_run(run_pods):
+    async def scenario(a, b):
+        running = asyncio.create_task(a.server.generate(random_ids(3, 1000), AUTO))
+        await until(lambda: a.replica.work and b.replica.work)
+        a.state.replica_rpc.timeout = 0.2
+        a.replica.running.clear()
+        await until(lambda: a.state.replica_rpc.is_unresponsive(0))
+        await until(lambda: not b.replica.scheduler.requests)
+        a.replica.running.set()
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+
+    run_pods(scenario)
+
+
+def test_a_peer_that_does_not_answer_does_not_spoil_the_parts_of_others(run_pods, monkeypatch):
+    monkeypatch.setattr(peer_replica, "STATE_SECONDS", 1)
+
+    async def scenario(a, b, c):
+        b.replica.running.clear()
+        await a.server.generate(TOKENS, AUTO)
+        assert len(c.replica.work) == 2
+        assert a.replica.fetched
+        assert not a.server.calls(CANCEL_FETCH)
+        b.replica.running.set()
+
+    run_pods(scenario, 3)
+
+
+def test_a_peer_has_the_time_limit_beside_the_time_between_its_messages(run_pods, monkeypatch):
+    exchange, limits = peer_replica.PeerReplica._exchange, []
+
+    async def noting(self, request, seconds):
+        limits.append(seconds)
+        return await exchange(self, request, seconds)
+
+    async def scenario(a, b):
+        await a.server.generate(TOKENS, AUTO)
+        of_state, *others = limits
+        assert of_state == peer_replica.STATE_SECONDS
+        assert others
+        assert min(others) > TIMEOUT + peer_replica.HEALTH_CHECK_SECONDS
+
+    monkeypatch.setattr(peer_replica.PeerReplica, "_exchange", noting)
+    run_pods(scenario)
+
+
+def test_a_call_that_was_cancelled_is_released_without_an_error(run_pods):
+    async def scenario(a, b):
+        plan = StarPlan(64, 64, 0, 500, len(TOKENS), replicas=2)
+        session = peer_replica.PeerReplica(a.state.peers.usable[0], SplitPrompt("x", TOKENS, plan, PAGE_SIZE), 30)
+        await session.state()
+        session._call.cancel()
+        await session.release()
+
     run_pods(scenario)
 
 
@@ -326,7 +529,16 @@ def test_pages_that_are_lost_before_the_request_begins_are_not_fetched(run_pods,
 
 @pytest.mark.parametrize(
     "change",
-    [{"start": 0}, {"page_ids": [1]}, {"page_ids": []}, {"addresses": b"\xc1"}, {"addresses": b"\x91\x81\xa1a\x01"}],
+    [
+        {"start": 0},
+        {"page_ids": [1]},
+        {"page_ids": []},
+        {"addresses": b"\xc1"},
+        {"addresses": b"\x91\x81\xa1a\x01"},
+        {"addresses": b"\x90"},
+        {"addresses": msgspec.msgpack.encode([ADDRESS | {"layout": None}])},
+        {"addresses": msgspec.msgpack.encode([ADDRESS | {"bases": "0"}])},
+    ],
     ids=str,
 )
 def test_a_peer_that_holds_other_pages_than_it_should_is_left_out(run_pods, monkeypatch, change):
@@ -365,7 +577,7 @@ def test_a_server_is_not_its_own_peer_and_counts_once(run_pods):
 def test_only_servers_with_the_same_model_weights_and_versions_are_used(run_pods):
     async def scenario(a, b):
         own = await own_identity(a.server.engine, a.state.replica_rpc)
-        assert set(own.properties) >= {"starling", "vllm", "model", "weights", "dtype"}
+        assert set(own.properties) >= {"starling", "vllm", "model", "weights", "dtype", "timeout"}
         b.replica.weights = "others"
         theirs = await own_identity(b.server.engine, b.state.replica_rpc)
         assert "weights" in own.mismatch(theirs)
@@ -431,6 +643,20 @@ def test_a_name_that_can_not_be_looked_up_keeps_its_last_addresses(run_pods, mon
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fail)
         await found.refresh()
         assert [peer.address for peer in found.usable] == [b.address]
+
+    run_pods(scenario)
+
+
+def test_a_look_up_that_hangs_does_not_keep_a_server_from_starting(run_pods, monkeypatch):
+    monkeypatch.setattr(peers, "RESOLVE_SECONDS", 0.1)
+
+    async def scenario(a, b):
+        async def hang(*args, **kwargs):
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
+        found = await asyncio.wait_for(a.find(b.address), 10)
+        assert found.usable == []
 
     run_pods(scenario)
 
@@ -541,4 +767,4 @@ def test_the_longest_time_without_a_peers_answer_is_below_the_time_that_pages_st
     """A peer that holds pages gives them away later than the server that reads them has noticed the broken call."""
     options = dict(peers.CHANNEL_OPTIONS)
     notices = (options["grpc.keepalive_time_ms"] + options["grpc.keepalive_timeout_ms"]) / 1000
-    assert notices < replica_service.GRACE_TIMEOUTS * ReplicaOptions().timeout
+    assert notices == peers.NOTICE_SECONDS

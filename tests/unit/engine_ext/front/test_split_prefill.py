@@ -80,6 +80,18 @@ def test_with_shards_a_prompt_can_be_larger_than_the_memory_of_a_replica(simulat
     simulate(lambda server: check_spans(server, 900, 100, 3, star), num_pages=21)
 
 
+def test_prompts_that_do_not_fit_at_once_do_not_wait_for_one_another(simulate):
+    """Each takes half of a replica's memory, and holds its parts until it has fetched all of them."""
+    star = {name: value for name, value in STAR.items() if name != "star_replicas"}
+
+    async def scenario(server):
+        runs = (server.generate(random_ids(number, 1500), star, name=f"{number}") for number in range(4))
+        for outputs in await asyncio.wait_for(asyncio.gather(*runs), 100):
+            assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+
+    simulate(scenario, num_pages=100)
+
+
 async def check_spans(server: Server, length: int, query: int, replicas: int, star: dict) -> None:
     """Run a prompt, and check that the replicas' spans follow one another, beside the copies of the anchor."""
     await server.generate(random_ids(length, length), star)

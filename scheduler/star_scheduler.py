@@ -69,6 +69,7 @@ class StarMixin(SchedulerHooks):
         self.kv_is_divided = default_num_shards(vllm_config) > 1
         self.metrics = scheduler_metrics()
         self.quarantine = Quarantine(self.view)
+        self.is_stalled = False  # nothing was scheduled in the last step, and nothing runs
         self.compressed = compressed_groups(self)
         if self.compressed:
             self._report_cache_sizes()
@@ -124,12 +125,33 @@ class StarMixin(SchedulerHooks):
     def schedule(self, throttle_prefills: bool = False) -> Any:
         if self.reuse is not None and self.reuse.requests and not self.view.is_paused:
             self.metrics.count_hit("block", self.reuse.adopt_all())
-        if self.limiter is None or not self.limiter.prompts:
-            return super().schedule(throttle_prefills)  # type: ignore[misc]
-        with self.limiter.step():
+        held_out = self._waits_for_held_pages() if self.is_stalled else []
+        if held_out:
+            with self.view.without_waiting(held_out):
+                output = super().schedule(throttle_prefills)  # type: ignore[misc]
+        elif self.limiter is None or not self.limiter.prompts:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
-        self.metrics.deferred_tokens.inc(self.limiter.deferred)
+        else:
+            with self.limiter.step():
+                output = super().schedule(throttle_prefills)  # type: ignore[misc]
+            self.metrics.deferred_tokens.inc(self.limiter.deferred)
+        # The step after one in which a split prompt might pass is an ordinary one.
+        self.is_stalled = not (output.total_num_scheduled_tokens or self.running or held_out)
         return output
+
+    def _waits_for_held_pages(self) -> list[Any]:
+        """The requests that wait beside the first one of a split prompt; none where no such request waits.
+
+        A split prompt holds the pages of its parts, so a request before it may wait for just these pages. Where nothing
+        else runs, both would wait for good, unless the split prompt passes. The memory it needs is reserved among the
+        split prompts.
+        """
+        waiting = self.view.all_waiting()
+        split = next((request for request in waiting if metadata_of(request).is_split), None)
+        if split is None:
+            return []
+        holds = self.view.holds_pages_while_waiting
+        return [request for request in waiting if request is not split and not holds(request)]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = worker_report(model_runner_output)

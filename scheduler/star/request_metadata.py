@@ -125,6 +125,11 @@ class RequestMetadata:
     fetch: PageFetch | None = None
     remote: RemoteShards | None = None
 
+    @property
+    def is_split(self) -> bool:
+        """Whether this is a part of a split prompt, or the whole request behind its parts."""
+        return self.part is not None or self.fetch is not None or self.remote is not None
+
     def to_wire(self) -> dict[str, Any]:
         """The metadata as msgpack takes it."""
         wire: dict[str, Any] = {} if self.plan is None else {"plan": self.plan.to_wire()}

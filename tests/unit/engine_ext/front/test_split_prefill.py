@@ -92,6 +92,23 @@ def test_prompts_that_do_not_fit_at_once_do_not_wait_for_one_another(simulate):
     simulate(scenario, num_pages=100)
 
 
+@pytest.mark.parametrize("star", [STAR, SHARDS], ids=["fetched", "shards"])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_request_that_waits_for_the_pages_of_a_split_prompt_is_passed_by_it(simulate, star, choices):
+    """The whole request comes behind it in the queue, and holds the pages of its own part."""
+
+    async def scenario(server):
+        sampling = {"n": choices, "temperature": 1.0 if choices > 1 else 0.0}
+        split = asyncio.create_task(server.generate(random_ids(1, 1900), star, name="split", **sampling))
+        await until(lambda: server.replicas[0].work)
+        waiting = asyncio.create_task(server.generate(random_ids(2, 2900), name="waits", data_parallel_rank=0))
+        for running in (split, waiting):
+            outputs = await asyncio.wait_for(running, 200)
+            assert outputs[-1].finished
+
+    simulate(scenario)
+
+
 async def check_spans(server: Server, length: int, query: int, replicas: int, star: dict) -> None:
     """Run a prompt, and check that the replicas' spans follow one another, beside the copies of the anchor."""
     await server.generate(random_ids(length, length), star)

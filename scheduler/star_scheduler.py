@@ -136,7 +136,7 @@ class StarMixin(SchedulerHooks):
                 output = super().schedule(throttle_prefills)  # type: ignore[misc]
             self.metrics.deferred_tokens.inc(self.limiter.deferred)
         # The step after one in which a split prompt might pass is an ordinary one.
-        self.is_stalled = not (output.total_num_scheduled_tokens or self.running or held_out)
+        self.is_stalled = not (output.total_num_scheduled_tokens or held_out) and self.view.nothing_runs
         return output
 
     def _waits_for_held_pages(self) -> list[Any]:
@@ -146,12 +146,11 @@ class StarMixin(SchedulerHooks):
         else runs, both would wait for good, unless the split prompt passes. The memory it needs is reserved among the
         split prompts.
         """
-        waiting = self.view.all_waiting()
+        waiting = list(self.view.scheduler.waiting)
         split = next((request for request in waiting if metadata_of(request).is_split), None)
         if split is None:
             return []
-        holds = self.view.holds_pages_while_waiting
-        return [request for request in waiting if request is not split and not holds(request)]
+        return [request for request in waiting if request is not split]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = worker_report(model_runner_output)

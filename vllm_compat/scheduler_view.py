@@ -260,6 +260,11 @@ class SchedulerView:
         )
         return aligned
 
+    @property
+    def nothing_runs(self) -> bool:
+        """Whether no request runs, and none that waits holds pages, as one whose pages are being fetched."""
+        return not (self.scheduler.running or self.scheduler.kv_holding_waiting)
+
     def all_waiting(self) -> list[Any]:
         """The requests that wait, those that hold pages already first."""
         return [*self.scheduler.kv_holding_waiting, *self.scheduler.waiting]

@@ -323,17 +323,33 @@ class SplitPrefill:
         }
 
     async def _prefill(self, assignments: Sequence[Assignment]) -> list[HeldPart | None]:
-        """Prefill all parts; returns them in the order of the assignments."""
-        parts = [
-            asyncio.create_task(self.replicas[each.replica].prefill(each.first, each.stop)) for each in assignments
-        ]
+        """Prefill all parts; returns them in the order of the assignments.
+
+        Raises:
+            PartAborted: a client has aborted the parts.
+            EngineDeadError: an engine of this server is dead. vLLM aborts the parts on the others before that is known.
+        """
+        parts = [asyncio.create_task(self._prefill_part(each)) for each in assignments]
         try:
-            return await asyncio.gather(*parts)
+            ended = await asyncio.gather(*parts)
         except BaseException:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)  # the first one's error is raised
             raise
+        aborted = next((part for part in ended if isinstance(part, PartAborted)), None)
+        if aborted is not None:
+            raise aborted
+        return [part for part in ended if not isinstance(part, PartAborted)]
+
+    async def _prefill_part(self, assignment: Assignment) -> HeldPart | PartAborted | None:
+        """Prefill one part. On engines of one server all parts end with an abort, so it is returned, not raised."""
+        try:
+            return await self.replicas[assignment.replica].prefill(assignment.first, assignment.stop)
+        except PartAborted as aborted:
+            if self.peers:  # which do not know of an abort on another server
+                raise
+            return aborted
 
     async def _release_when_fetched(self) -> None:
         """Release the parts' pages once every choice has its first token; a peer that is lost may release them before.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -336,11 +336,16 @@ def consecutive(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[i
             start = index
 
 
-def layout_mismatch(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+def layout_mismatch(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """Why pages can't be copied between two layouts, with the values of both; None where they can."""
-    differing = [
+    differing = differences(ours, theirs)
+    return f"KV pages have another layout: {differing}" if differing else None
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The entries that differ, with the values of both sides; empty where none does."""
+    return "; ".join(
         f"{name} {ours.get(name)!r} here, {theirs.get(name)!r} there"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
-    ]
-    return f"KV pages have another layout: {'; '.join(differing)}" if differing else None
+    )

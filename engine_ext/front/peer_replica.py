@@ -14,7 +14,7 @@ import grpc
 import msgspec
 
 from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, HeldPart, PartAborted, SplitPrompt
-from engine_ext.front.peers import Peer
+from engine_ext.front.peers import Peer, reason_of
 from engine_ext.front.replica_rpc import ReplicaUnavailable
 from scheduler.star.request_metadata import PageSource
 from starling.v1 import replica_pb2 as pb
@@ -152,8 +152,3 @@ def page_source(held: pb.HeldPart) -> PageSource | None:
     if held.page_ids and not addresses:
         return None
     return PageSource(held.start, list(held.page_ids), [dict(address) for address in addresses])
-
-
-def reason_of(error: Exception) -> str:
-    """Why a call has failed."""
-    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

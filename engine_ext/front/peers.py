@@ -19,6 +19,7 @@ from engine_ext.metrics import front_metrics
 from engine_ext.refusals import MAX_SERVERS
 from replicas.core_rpc import IDENTITY
 from replicas.options import ReplicaOptions, split_address, split_peers
+from replicas.page_transfer import differences
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc
 from vllm_compat.versions import vllm_version
@@ -61,12 +62,7 @@ class Identity:
 
     def mismatch(self, other: Identity) -> str | None:
         """Why the two can't share a prompt, with the values of both; None where they can."""
-        differing = [
-            f"{key} {self.properties.get(key)!r} here, {other.properties.get(key)!r} there"
-            for key in sorted(self.properties.keys() | other.properties.keys())
-            if self.properties.get(key) != other.properties.get(key)
-        ]
-        return "; ".join(differing) or None
+        return differences(self.properties, other.properties) or None
 
 
 async def own_identity(engine: Any, rpc: ReplicaRPC) -> Identity:
@@ -126,7 +122,7 @@ class Peer:
             answer = await self.stub.Describe(pb.DescribeRequest(), timeout=DESCRIBE_SECONDS, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             self.identity = None
-            return f"{error.code().name}: {error.details()}"
+            return reason_of(error)
         self.identity = Identity(answer.name, dict(answer.properties))
         return None
 
@@ -233,3 +229,8 @@ class Peers:
 def join(host: str, port: int) -> str:
     """HOST:PORT, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def reason_of(error: Exception) -> str:
+    """Why a call to a peer has failed."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

@@ -50,7 +50,8 @@ def make_documents(length: int) -> list[list[int]]:
 
 def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[float]]]:
     """Kind of edit -> configuration -> seconds to the first token after each edit."""
-    star = {"star": "on", "star_block_size": length // BLOCKS, "star_query_tokens": QUERY_TOKENS}
+    sizes = {"star_block_size": length // BLOCKS, "star_overlap_size": 0}
+    star = {"star": "on", "star_query_tokens": QUERY_TOKENS} | sizes
     query = [1] * QUERY_TOKENS
     seconds: dict[str, dict[str, list[float]]] = {}
     with make_engine(model, "on") as ours, make_engine(model, "off") as plain:

@@ -42,9 +42,10 @@ ENGINE = {
 
 def configurations(fixed_block: int | None) -> dict[str, dict[str, Any]]:
     """Name -> options of its requests."""
-    star = {"star": "on", "star_query_tokens": QUERY_TOKENS}
+    star = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_overlap_size": 0}
     options: dict[str, dict[str, Any]] = {"dense": {}}
     options |= {f"n/B = {blocks}": star | {"star_num_blocks": blocks} for blocks in (4, 8, 16)}
+    options["n/B = 8, overlap"] = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_num_blocks": 8}
     if fixed_block is not None:
         options[f"B = {fixed_block}"] = star | {"star_block_size": fixed_block}
     return options

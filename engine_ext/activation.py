@@ -26,9 +26,10 @@ from scheduler import options as scheduling_options
 from scheduler.options import SchedulingOptions, parse_scheduling
 from scheduler.star.options import StarOptions, parse_options
 from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ReplicaSet, check_shards, check_sizes, max_replicas
+from scheduler.star.plan import ReplicaSet, check_shards, max_replicas
 from scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from scheduler.star.segments import check_segment_options
+from scheduler.star.sizes import check_sizes
 from vllm_compat.config import is_async_engine, share_memory_nodes
 from vllm_compat.engine_core import divide_kv_memory_check, end_coordinator_with_parent
 from vllm_compat.engine_report import receive_reports

@@ -252,8 +252,13 @@ def star_page_size(vllm_config: Any) -> int:
     return own or page_size_before_start(vllm_config)
 
 
-def refuse_overlap(vllm_config: Any, overlap_size: int) -> None:
+def takes_overlap(vllm_config: Any) -> bool:
+    """Whether a star block of the model can see the end of the block before it."""
+    return getattr(vllm_config.model_config.hf_text_config, "model_type", None) != "attamba"
+
+
+def refuse_overlap(vllm_config: Any, overlap_size: int | None) -> None:
     """Refuse an overlap of star blocks for models that can't have one (raises OptionError)."""
-    if overlap_size and getattr(vllm_config.model_config.hf_text_config, "model_type", None) == "attamba":
+    if overlap_size and not takes_overlap(vllm_config):
         reason = "an Attamba model's window ends at the border of a star block, and an overlap would go beyond it"
         raise OptionError(flat_name("overlap_size"), overlap_size, reason, "0")

@@ -16,7 +16,7 @@ from engine_ext.activation import ENTRY, parse_config
 from engine_ext.cache_salt import salted
 from engine_ext.dense_prompts import SESSION, refuse_star, refuse_star_beams, why_dense
 from engine_ext.metrics import front_metrics
-from engine_ext.refusals import refuse_overlap, replica_set, star_refusals
+from engine_ext.refusals import refuse_overlap, replica_set, star_refusals, takes_overlap
 from scheduler.star.kv_demand import with_enough_replicas
 from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, parse_options
 from scheduler.star.parsing import OptionError
@@ -75,13 +75,19 @@ class PlannedPrompt:
     padding_tokens: int = 0
 
 
-def usable_defaults(star: StarOptions, refusals: list[str], replicas: ReplicaSet) -> StarOptions:
+def usable_defaults(vllm_config: Any, star: StarOptions, refusals: list[str], replicas: ReplicaSet) -> StarOptions:
     """The server's star options without those that its engines, as they found when they started, can't follow.
 
     What the configuration alone excludes is refused before the start (activation.py).
     """
-    unusable = {"mode": "off"} if refusals else {}
-    return star.model_copy(update=unusable | ({"replicas": "auto", "shards": "off"} if replicas.split_refusal else {}))
+    usable: dict[str, str | int] = {}
+    if refusals:
+        usable |= {"mode": "off"}
+    if replicas.split_refusal:
+        usable |= {"replicas": "auto", "shards": "off"}
+    if not takes_overlap(vllm_config):
+        usable |= {"overlap_size": 0}
+    return star.model_copy(update=usable)
 
 
 class RequestPlanner:
@@ -91,7 +97,9 @@ class RequestPlanner:
         self.config = parse_config(vllm_config.additional_config)
         self.refusals = star_refusals(vllm_config) if self.config else [HOW_TO_ACTIVATE]
         self.replicas = replica_set(vllm_config)
-        self.defaults = usable_defaults(self.config.star, self.refusals, self.replicas) if self.config else None
+        self.defaults = (
+            usable_defaults(vllm_config, self.config.star, self.refusals, self.replicas) if self.config else None
+        )
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
         self.num_peers: Callable[[], int] | None = None  # how many servers there are now to split prompts with

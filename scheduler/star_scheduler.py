@@ -22,8 +22,8 @@ from scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
 from scheduler.quarantine import Quarantine
 from scheduler.star.options import parse_options
 from scheduler.star.parsing import OptionError
-from scheduler.star.plan import check_sizes
 from scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
+from scheduler.star.sizes import check_sizes
 from scheduler.step_budget import make_limits
 from scheduler.worker_report import worker_report
 from vllm_compat.engine_core import end_with_parent

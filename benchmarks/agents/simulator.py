@@ -40,7 +40,7 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     "Starling": Setting(ours=True),
-    "Starling, star": Setting(ours=True, star={"mode": "auto"}),
+    "Starling, star": Setting(ours=True, star={"mode": "auto", "block_size": 8192, "overlap_size": 0}),
     "vLLM": Setting(),
     "vLLM, threshold 2048": Setting(threshold=2048),
     "vLLM, threshold 512": Setting(threshold=512),

@@ -10,7 +10,7 @@ STEP_TOKENS = 256  # a step cuts prompts anywhere
 NUM_PAGES, MAX_LENGTH = 150, 2048
 GROWTH, PREEMPTED = 80, 8  # eight prompts fit in the cache, and their outputs do not
 EDITED_BLOCK = 2
-STAR = {"star": "on", "star_block_size": BLOCK, "star_query_tokens": QUERY}
+STAR = {"star": "on", "star_block_size": BLOCK, "star_overlap_size": 0, "star_query_tokens": QUERY}
 ONE_BLOCK = STAR | {"star_block_size": 1024}
 CONTEXT = LENGTH - QUERY
 

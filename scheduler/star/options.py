@@ -24,21 +24,29 @@ PREFIX = "star"
 class StarOptions(BaseModel):
     """Star Attention as the user asks for it; sizes and counts are in tokens unless they say otherwise.
 
-    The defaults suit prompts of 32k to 1M tokens. A fixed block of 8,192 tokens keeps the cost linear in
-    the prompt; a fraction of the prompt, like B = n/4, would stay quadratic. It also keeps block borders where they
-    are when a chat grows, so that its next turn finds every complete block in the prefix cache. At 32k
-    tokens it is the B = n/4 that the paper found most accurate; below 32k dense prefill is as fast.
+    What a size of None stands for depends on the prompt: scheduler/star/sizes.py.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     mode: Mode = Field("off", description="off, on, or auto: on for prompts of at least min_tokens")
     min_tokens: Tokens = Field(32768, description="with auto, shorter prompts stay dense")
-    block_size: Tokens = Field(8192, description="star block B, a multiple of the KV page; 0: use num_blocks")
+    block_size: Tokens | None = Field(
+        None,
+        description="star block B, a multiple of the KV page; default an eighth of the prompt's length rounded up to a "
+        "power of two, and 1024 or more; 0: use num_blocks",
+    )
     num_blocks: Tokens = Field(0, description="with block_size 0: cut the prompt into so many equal blocks")
-    anchor_size: Tokens | None = Field(None, description="anchor A, a multiple of the page, A <= B; default B")
-    overlap_size: Tokens = Field(
-        0, description="tokens of the previous block that a block also sees, a multiple of the page, <= B"
+    anchor_size: Tokens | None = Field(
+        None,
+        description="anchor A, the first tokens of the prompt, which every block sees; a multiple of the page, A <= B; "
+        "default B less the overlap, or, with neither given, 128 and at most B/8 in whole pages",
+    )
+    overlap_size: Tokens | None = Field(
+        None,
+        description="tokens of the previous block that a block also sees, a multiple of the page, <= B; default B less "
+        "the anchor; 0 where an anchor is given, and where blocks must not depend on one another: with segments, and "
+        "on a server with several replicas",
     )
     query_tokens: Tokens | None = Field(
         None,
@@ -148,7 +156,7 @@ def _refuse_contradictions(options: StarOptions, show: Callable[[str], str]) -> 
             f"{show('block_size')}={options.block_size} already sets the blocks",
             f"{show('num_blocks')} only with {show('block_size')}=0 or without it",
         )
-    if "block_size" in given and not options.block_size and not options.num_blocks:
+    if options.block_size == 0 and not options.num_blocks:
         raise OptionError(
             show("block_size"),
             0,

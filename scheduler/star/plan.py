@@ -9,6 +9,7 @@ from typing import Any
 from scheduler.star.assignment import best_num_replicas
 from scheduler.star.options import StarOptions, flat_name, merge
 from scheduler.star.parsing import OptionError
+from scheduler.star.sizes import find_anchor_and_overlap, find_block_size
 
 DEFAULT_QUERY_TOKENS = 512
 
@@ -165,7 +166,6 @@ def make_plan(
     Raises:
         OptionError: an option does not fit the page, the block, the prompt or the replicas.
     """
-    defaults = fit_default(defaults, page_size)
     options = merge(defaults, request)
     given: set[str] = set() if request is None else request.model_fields_set
     if options.mode == "off":
@@ -174,8 +174,8 @@ def make_plan(
             raise OptionError(flat_name(field), getattr(options, field), reason, "with star=on or star=auto")
         return None
     block_size = find_block_size(options, num_prompt_tokens, page_size)
-    anchor_size = _bounded("anchor_size", options.anchor_size, given, block_size, page_size)
-    overlap_size = _bounded("overlap_size", options.overlap_size, given, block_size, page_size)
+    independent = needs_independent_blocks(options, replicas)
+    anchor_size, overlap_size = find_anchor_and_overlap(options, given, block_size, page_size, independent=independent)
     limit = max_replicas(options, overlap_size, replicas)
     if replicas.present is not None:
         limit = min(limit, replicas.present)
@@ -193,7 +193,23 @@ def make_plan(
     return replace(plan, replicas=number, shards=number > 1 and options.shards == "on")
 
 
-def max_replicas(options: StarOptions, overlap_size: int, replicas: ReplicaSet) -> int:
+def needs_independent_blocks(options: StarOptions, replicas: ReplicaSet) -> bool:
+    """Whether blocks that need the block before them would turn off what the options or the server are for.
+
+    Segments are there to be reused behind an edit, and a server has several replicas to split prompts over them. Over
+    how many of them a prompt is split (``star_replicas``, peers that come and go) does not change what is computed.
+    """
+    return options.segment_token is not None or (replicas.size > 1 and replicas.split_refusal is None)
+
+
+def default_has_overlap(defaults: StarOptions, replicas: ReplicaSet) -> bool:
+    """Whether the blocks of a long prompt depend on one another if its request gives no options."""
+    if defaults.overlap_size is not None or defaults.anchor_size is not None:
+        return bool(defaults.overlap_size)
+    return not needs_independent_blocks(defaults, replicas)
+
+
+def max_replicas(options: StarOptions, overlap_size: int | None, replicas: ReplicaSet) -> int:
     """Over how many replicas blocks may be split.
 
     Raises:
@@ -220,7 +236,7 @@ def max_replicas(options: StarOptions, overlap_size: int, replicas: ReplicaSet) 
     return options.replicas
 
 
-def check_shards(options: StarOptions, overlap_size: int, replicas: ReplicaSet) -> None:
+def check_shards(options: StarOptions, overlap_size: int | None, replicas: ReplicaSet) -> None:
     """Refuse ``shards`` where no prompt is split over several replicas, or its KV can't stay there.
 
     Raises:
@@ -238,59 +254,6 @@ def check_shards(options: StarOptions, overlap_size: int, replicas: ReplicaSet) 
     ):
         if refused:
             raise OptionError(flat_name("shards"), options.shards, str(reason), "off")
-
-
-def check_sizes(options: StarOptions, page_size: int) -> None:
-    """Refuse server defaults that no prompt could use with this KV page (raises OptionError)."""
-    options = fit_default(options, page_size)
-    sizes = {"block_size": options.block_size, "anchor_size": options.anchor_size or 0}
-    for field, value in (sizes | {"overlap_size": options.overlap_size}).items():
-        _refuse_off_page(field, value, page_size)
-    if options.block_size:
-        given = options.model_fields_set
-        _bounded("anchor_size", options.anchor_size, given, options.block_size, page_size)
-        _bounded("overlap_size", options.overlap_size, given, options.block_size, page_size)
-
-
-def fit_default(options: StarOptions, page_size: int) -> StarOptions:
-    """The options, with a block size that nobody gave rounded up to whole pages.
-
-    An Attamba page has 16 P tokens, which need not divide the default.
-    """
-    if "block_size" in options.model_fields_set:
-        return options
-    block_size = -(-options.block_size // page_size) * page_size
-    return StarOptions(**options.model_dump(exclude_unset=True) | {"block_size": block_size})
-
-
-def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int) -> int:
-    """B of a prompt (raises OptionError: it is not a whole number of pages, or nothing says it)."""
-    if options.block_size:
-        _refuse_off_page("block_size", options.block_size, page_size)
-        return options.block_size
-    if not options.num_blocks:
-        raise OptionError(
-            flat_name("block_size"),
-            0,
-            f"{flat_name('num_blocks')} is 0 too, so the block size is undefined",
-            f"{flat_name('block_size')} or {flat_name('num_blocks')} above 0",
-        )
-    return max(-(-num_prompt_tokens // (options.num_blocks * page_size)), 1) * page_size
-
-
-def _bounded(field: str, value: int | None, given: set[str], block_size: int, page_size: int) -> int:
-    """A or O, at most B. A value above B that the request gave is refused; a default above B becomes B."""
-    if value is None:
-        return block_size
-    _refuse_off_page(field, value, page_size)
-    if value > block_size and field in given:
-        raise OptionError(
-            flat_name(field),
-            value,
-            f"it is larger than the star block of {block_size} tokens",
-            f"a multiple of {page_size} from 0 to {block_size}",
-        )
-    return min(value, block_size)
 
 
 def find_context_end(options: StarOptions, given: set[str], num_prompt_tokens: int) -> int:
@@ -317,13 +280,3 @@ def find_context_end(options: StarOptions, given: set[str], num_prompt_tokens: i
     if query_tokens is None or "query_tokens" not in given:
         query_tokens = min(DEFAULT_QUERY_TOKENS if query_tokens is None else query_tokens, num_prompt_tokens // 2)
     return num_prompt_tokens - max(query_tokens, 1)
-
-
-def _refuse_off_page(field: str, value: int, page_size: int) -> None:
-    if value % page_size:
-        raise OptionError(
-            flat_name(field),
-            value,
-            f"it is not a multiple of the KV page of {page_size} tokens",
-            f"a multiple of {page_size}",
-        )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from scheduler.star.options import StarOptions, flat_name, merge, parse_options
 from scheduler.star.parsing import OptionError
-from scheduler.star.plan import find_block_size, find_context_end, fit_default
+from scheduler.star.plan import find_context_end
+from scheduler.star.sizes import find_block_size
 
 SEGMENT_TOKEN = flat_name("segment_token")
 PADDING_TOKEN = flat_name("padding_token")
@@ -45,7 +46,7 @@ def align(
         page_size: tokens of a KV page of the full-attention layers.
 
     Returns:
-        The padded prompt, and the request's options with the context's end in the padded prompt. Both are the
+        The padded prompt, and the request's options with B and the context's end in the padded prompt. Both are the
         arguments themselves where there is nothing to move.
 
     Raises:
@@ -56,7 +57,6 @@ def align(
     given = set() if request is None else request.model_fields_set
     if defaults.segment_token is None and not given & {"segment_token", "padding_token"}:
         return token_ids, request
-    defaults = fit_default(defaults, page_size)
     options = merge(defaults, request)
     check_padding(options, limits.vocabulary_size)
     mark = options.segment_token
@@ -64,7 +64,7 @@ def align(
         return token_ids, request
     if "segment_token" in given:
         check_block_size(options)
-    elif not options.block_size:
+    elif options.block_size == 0:
         return token_ids, request
     context_end = find_context_end(options, given, len(token_ids))
     context, query = token_ids[:context_end], token_ids[context_end:]
@@ -93,8 +93,9 @@ def align(
         )
         raise OptionError(PADDING_TOKEN, None, reason, "the id of a token without meaning, such as a space")
     context = fill_gaps(context, gaps, padding)
-    moved_end = {"query_tokens": None, "context_tokens": len(context)}
-    return context + query, (request or parse_options({}, flat=True)).model_copy(update=moved_end)
+    # The padded prompt may be beyond the power of two up to which the default B is this one.
+    fixed = {"block_size": block_size, "query_tokens": None, "context_tokens": len(context)}
+    return context + query, (request or parse_options({}, flat=True)).model_copy(update=fixed)
 
 
 def check_segment_options(options: StarOptions, vocabulary_size: int) -> None:
@@ -121,7 +122,7 @@ def check_token(name: str, token: int | None, vocabulary_size: int) -> None:
 
 def check_block_size(options: StarOptions) -> None:
     """Refuse segments where the block borders depend on the length of the prompt (raises OptionError)."""
-    if options.segment_token is not None and not options.block_size:
+    if options.segment_token is not None and options.block_size == 0:
         blocks = f"{flat_name('num_blocks')}={options.num_blocks}"
         reason = f"with {blocks} the borders move with the length of the prompt"
         allowed = f"no {SEGMENT_TOKEN}, or a {flat_name('block_size')}"

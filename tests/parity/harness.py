@@ -124,19 +124,21 @@ def mask_of(sizes: dict[str, int], num_tokens: int) -> torch.Tensor:
 
 
 def star(block_size: int, query_tokens: int, anchor_size: int | None = None, overlap_size: int = 0) -> dict:
-    """The options of a star request."""
+    """The options of a star request. Without an anchor, A is B less the overlap: the paper's A = B without one."""
     options = {"star": "on", "star_block_size": block_size, "star_query_tokens": query_tokens}
     options |= {} if anchor_size is None else {"star_anchor_size": anchor_size}
-    return options | ({"star_overlap_size": overlap_size} if overlap_size else {})
+    return options | {"star_overlap_size": overlap_size}
 
 
 def star_sizes(options: dict, num_prompt_tokens: int) -> dict[str, int]:
     """The sizes that ``mask_of`` takes, computed from the options independently of the plan."""
     block_size = options["star_block_size"]
+    # Without an overlap in the options, as a client would send them: the anchor is an eighth of the block.
+    overlap_size = options.get("star_overlap_size", block_size - block_size // 8)
     return {
         "block_size": block_size,
-        "anchor_size": options.get("star_anchor_size", block_size),
-        "overlap_size": options.get("star_overlap_size", 0),
+        "anchor_size": options.get("star_anchor_size", block_size - overlap_size),
+        "overlap_size": overlap_size,
         "context_end": num_prompt_tokens - options["star_query_tokens"],
     }
 

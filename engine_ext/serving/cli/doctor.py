@@ -108,15 +108,18 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
 
     from engine_ext.activation import parse_config
     from engine_ext.refusals import replica_set, star_refusals
+    from engine_ext.requests import usable_defaults
     from engine_ext.serving.cli.cores import CORES_ENV, core_binding
     from engine_ext.serving.cli.serve_args import parse
+    from scheduler.star.plan import default_has_overlap
 
     args, _ = parse([model, *serve_options])
     args.model = model
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     starling = parse_config(config.additional_config)
     assert starling is not None
-    refusals = star_refusals(config)
+    refusals, replicas = star_refusals(config), replica_set(config)
+    star = usable_defaults(config, starling.star, [], replicas)
     cache = kv_cache(config)
     report: dict[str, Any] = {
         "model": model,
@@ -124,23 +127,22 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "attention_op": attention_op(config, starling.cpu_attention),
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "kv_cache": cache,
-        "star_defaults": starling.star.model_dump(),
+        "star_defaults": star.model_dump(),
         "star_refused": refusals,
-        "star_block_reuse": block_reuse(config, starling.scheduling, refusals),
+        "star_block_reuse": block_reuse(config, starling.scheduling, refusals, default_has_overlap(star, replicas)),
     }
-    replicas = replica_set(config)
     if replicas.size > 1:
         refusal = replicas.split_refusal
         peers = starling.replicas.peers
         report["replicas"] = {
             "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
             "spread": f"no: {refusal}" if refusal else "yes",
-            "shards": "no: prompts stay on one replica" if refusal else shards_report(replicas, starling.star),
+            "shards": "no: prompts stay on one replica" if refusal else shards_report(replicas, star),
             "timeout": starling.replicas.timeout,
             "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
         }
     if prompt_tokens is not None:
-        report["prompt"] = prompt_cost(prompt_tokens, starling.star, cache, None if refusals else replicas, config)
+        report["prompt"] = prompt_cost(prompt_tokens, star, cache, None if refusals else replicas, config)
     return report
 
 
@@ -150,14 +152,20 @@ def shards_report(replicas: Any, star: Any) -> str:
     return f"no: {refusal}" if refusal else f"yes, with star_shards=on (default {star.shards})"
 
 
-def block_reuse(config: Any, scheduling: Any, refusals: list[str]) -> str:
-    """Whether star blocks are reused behind an edit, or why not."""
+def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: bool) -> str:
+    """Whether star blocks are reused behind an edit, or why not.
+
+    Args:
+        has_overlap: whether blocks depend on one another under the server's defaults.
+    """
     from scheduler.block_reuse import reuse_refusal
 
     if refusals or scheduling.star_block_reuse == "off":
         return "no: Star Attention is refused" if refusals else "no: --scheduler-star-block-reuse off"
     refusal = reuse_refusal(config)
-    return f"no: {refusal}" if refusal else "yes"
+    if refusal:
+        return f"no: {refusal}"
+    return "yes, of prompts without an overlap: star_overlap_size=0, or segments" if has_overlap else "yes"
 
 
 def page_and_token_size(config: Any) -> tuple[int, int]:

@@ -48,6 +48,15 @@ def wire(*plan) -> dict:
     return {KEY: {"plan": list(plan)}}
 
 
+def test_a_model_that_takes_no_overlap_gets_the_papers_anchor():
+    def sizes(model_type):
+        model = SimpleNamespace(model_type=model_type, layer_types=["full_attention"])
+        planned = planner(ON, model_config__hf_text_config=model).plan(STAR, 300)
+        return planned.plan.anchor_size, planned.plan.overlap_size
+
+    assert (sizes("llama"), sizes("attamba")) == ((16, 48), (64, 0))
+
+
 def processed(extra_args, length: int = 300):
     params = SamplingParams(extra_args=extra_args)
     return SimpleNamespace(
@@ -66,7 +75,7 @@ def test_star_options_are_replaced_by_the_plan_and_others_are_kept():
     mine = {"theirs": 7} | STAR
     request = processed(mine)
     planner(ON).resolve(request, None)
-    assert request.sampling_params.extra_args == {"theirs": 7} | wire(64, 64, 0, 150, 300, 1, False)
+    assert request.sampling_params.extra_args == {"theirs": 7} | wire(64, 16, 48, 150, 300, 1, False)
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scheduler.star.options import StarOptions, flat_name, merge, parse_options
 from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ONE_REPLICA, ReplicaSet, StarPlan, check_sizes, make_plan
+from scheduler.star.plan import ONE_REPLICA, ReplicaSet, StarPlan, make_plan
 from scheduler.star.request_metadata import (
     KEY,
     PageFetch,
@@ -23,6 +23,7 @@ from scheduler.star.request_metadata import (
     Shard,
     metadata_of,
 )
+from scheduler.star.sizes import check_sizes, default_anchor_size, default_block_size
 from tests.unit.masks import mask_of
 
 PAGE_SIZE = 16
@@ -43,40 +44,53 @@ def plan(
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
     [
-        ({}, StarPlan(64, 64, 0, 500, 1000)),  # the query is 512 tokens, at most half of the prompt
-        ({"num_prompt_tokens": 5000}, StarPlan(64, 64, 0, 4488, 5000)),
-        ({"num_prompt_tokens": 201}, StarPlan(64, 64, 0, 101, 201)),
+        ({}, StarPlan(64, 16, 48, 500, 1000)),  # the query is 512 tokens, at most half of the prompt
+        ({"num_prompt_tokens": 5000}, StarPlan(64, 16, 48, 4488, 5000)),
+        ({"num_prompt_tokens": 201}, StarPlan(64, 16, 48, 101, 201)),
         ({"num_prompt_tokens": 1}, None),
         # A context that fits in one block has dense attention.
         ({"num_prompt_tokens": 128}, None),
-        ({"num_prompt_tokens": 130}, StarPlan(64, 64, 0, 65, 130)),
+        ({"num_prompt_tokens": 130}, StarPlan(64, 16, 48, 65, 130)),
         ({"context_tokens": 64}, None),
         ({"num_blocks": 1}, None),
         ({"mode": "auto", "min_tokens": 0, "block_size": 512}, None),
-        ({"query_tokens": 0}, StarPlan(64, 64, 0, 999, 1000)),  # the last prompt token always attends to everything
-        ({"query_tokens": 700}, StarPlan(64, 64, 0, 300, 1000)),
-        ({"context_tokens": 333}, StarPlan(64, 64, 0, 333, 1000)),
-        ({"context_tokens": 1000}, StarPlan(64, 64, 0, 999, 1000)),
+        ({"query_tokens": 0}, StarPlan(64, 16, 48, 999, 1000)),  # the last prompt token always attends to everything
+        ({"query_tokens": 700}, StarPlan(64, 16, 48, 300, 1000)),
+        ({"context_tokens": 333}, StarPlan(64, 16, 48, 333, 1000)),
+        ({"context_tokens": 1000}, StarPlan(64, 16, 48, 999, 1000)),
         ({"anchor_size": 32, "overlap_size": 16}, StarPlan(64, 32, 16, 500, 1000)),
         ({"anchor_size": 0}, StarPlan(64, 0, 0, 500, 1000)),
-        ({"num_blocks": 4}, StarPlan(256, 256, 0, 500, 1000)),  # 250, rounded up to whole pages
+        # One of A and O alone: the paper's star blocks have no overlap, and A + O = B.
+        ({"anchor_size": 32}, StarPlan(64, 32, 0, 500, 1000)),
+        ({"overlap_size": 0}, StarPlan(64, 64, 0, 500, 1000)),
+        ({"overlap_size": 48}, StarPlan(64, 16, 48, 500, 1000)),
+        ({"overlap_size": 64}, StarPlan(64, 16, 64, 500, 1000)),
+        ({"defaults": {"anchor_size": 32}, "overlap_size": 16}, StarPlan(64, 32, 16, 500, 1000)),
+        ({"defaults": {"overlap_size": 0}, "block_size": 128}, StarPlan(128, 128, 0, 500, 1000)),
+        # Blocks that have to be independent get the paper's anchor, unless an overlap is asked for.
+        ({"segment_token": 7}, StarPlan(64, 64, 0, 500, 1000)),
+        ({"segment_token": 7, "overlap_size": 32}, StarPlan(64, 32, 32, 500, 1000)),
+        ({"replica_set": ReplicaSet(2), "replicas": 1}, StarPlan(64, 64, 0, 500, 1000)),
+        ({"replica_set": ReplicaSet(2), "overlap_size": 32}, StarPlan(64, 32, 32, 500, 1000)),
+        ({"replica_set": ReplicaSet(2, "they shift")}, StarPlan(64, 16, 48, 500, 1000)),
+        ({"num_blocks": 4}, StarPlan(256, 32, 224, 500, 1000)),  # 250, rounded up to whole pages
         ({"num_blocks": 3000}, StarPlan(16, 16, 0, 500, 1000)),
-        ({"defaults": {"block_size": 0, "num_blocks": 3}}, StarPlan(336, 336, 0, 500, 1000)),
+        ({"defaults": {"block_size": 0, "num_blocks": 3}}, StarPlan(336, 48, 288, 500, 1000)),
         (
             {"defaults": {"anchor_size": 64, "overlap_size": 64}, "block_size": 32},
             StarPlan(32, 32, 32, 500, 1000),
         ),
         # A default query has at most half of the prompt.
-        ({"defaults": {"query_tokens": 900}}, StarPlan(64, 64, 0, 500, 1000)),
-        ({"defaults": {"query_tokens": 900}, "context_tokens": 200}, StarPlan(64, 64, 0, 200, 1000)),
-        ({"defaults": {"context_tokens": 900}, "query_tokens": 10}, StarPlan(64, 64, 0, 990, 1000)),
-        ({"defaults": {"context_tokens": 5000}}, StarPlan(64, 64, 0, 999, 1000)),
+        ({"defaults": {"query_tokens": 900}}, StarPlan(64, 16, 48, 500, 1000)),
+        ({"defaults": {"query_tokens": 900}, "context_tokens": 200}, StarPlan(64, 16, 48, 200, 1000)),
+        ({"defaults": {"context_tokens": 900}, "query_tokens": 10}, StarPlan(64, 16, 48, 990, 1000)),
+        ({"defaults": {"context_tokens": 5000}}, StarPlan(64, 16, 48, 999, 1000)),
         ({"mode": "off"}, None),
         ({"mode": "auto", "min_tokens": 1001}, None),
-        ({"mode": "auto", "min_tokens": 1000}, StarPlan(64, 64, 0, 500, 1000)),
+        ({"mode": "auto", "min_tokens": 1000}, StarPlan(64, 16, 48, 500, 1000)),
         ({"mode": "auto", "min_tokens": 1001, "query_tokens": 1001}, None),  # its query is not cut off
         ({"defaults": {"mode": "off"}}, None),
-        ({"defaults": {"mode": "off"}, "mode": "on"}, StarPlan(64, 64, 0, 500, 1000)),
+        ({"defaults": {"mode": "off"}, "mode": "on"}, StarPlan(64, 16, 48, 500, 1000)),
         ({"defaults": {"mode": "off"}, "mode": "off", "block_size": 32}, None),
     ],
 )
@@ -199,8 +213,23 @@ def test_server_defaults_that_do_not_fit_the_page_are_refused(star):
 def test_the_built_in_defaults_fit_every_page_size():
     for page_size in (16, 32, 48, 64, 128, 256, 1024, 1600):
         check_sizes(StarOptions(), page_size)
-        plan = make_plan(20_000, StarOptions(mode="on"), None, page_size)
+        plan = make_plan(40_000, StarOptions(mode="on"), None, page_size)
         assert plan.block_size == -(-8192 // page_size) * page_size
+        assert plan.anchor_size == -(-128 // page_size) * page_size
+        assert plan.anchor_size + plan.overlap_size == plan.block_size
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "block_size"),
+    [(1, 1024), (8192, 1024), (8193, 2048), (16_384, 2048), (16_385, 4096), (65_536, 8192), (65_537, 16_384)],
+)
+def test_the_default_block_grows_with_the_prompt_by_powers_of_two(num_prompt_tokens, block_size):
+    assert default_block_size(num_prompt_tokens, PAGE_SIZE) == block_size
+
+
+def test_the_default_anchor_is_a_small_part_of_its_block():
+    sizes = {block_size: default_anchor_size(block_size, PAGE_SIZE) for block_size in (16, 128, 256, 512, 1024, 8192)}
+    assert sizes == {16: 16, 128: 16, 256: 32, 512: 64, 1024: 128, 8192: 128}
 
 
 def test_a_request_replaces_only_the_defaults_of_its_own_options():

@@ -99,6 +99,17 @@ def test_padding_does_not_change_the_query(options, context_end):
     assert got[context_end:] == ids[len(ids) - (len(got) - context_end) :]
 
 
+def test_the_default_block_is_that_of_the_prompt_without_padding():
+    """With its padding, the prompt is beyond the power of two up to which blocks have 1,024 tokens."""
+    ids = prompt([1000] * 7 + [1100])
+    assert len(ids) <= 8192
+    options = {"star": "on", "star_segment_token": MARK, "star_padding_token": PAD, "star_query_tokens": 3}
+    got, own = aligned(ids, options)
+    assert len(got) > 8192 and starts(got) == list(range(0, 8192, 1024))
+    plan = make_plan(len(got), StarOptions(), own, PAGE_SIZE)
+    assert (plan.block_size, plan.anchor_size, plan.overlap_size) == (1024, 1024, 0)
+
+
 def test_marks_in_the_query_are_not_moved():
     ids = [*prompt([4, 10]), MARK, 99]
     assert aligned(ids, ON)[0] == aligned(prompt([4, 10]), ON | {"star_query_tokens": 1})[0] + [MARK, 99]

@@ -37,7 +37,7 @@ def examine(*arguments: str) -> dict:
 
 def test_a_prompts_plan_memory_and_work(model):
     report = examine(model, "--prompt-tokens", "3000", "--dtype", "float32", "--star-block-size", "512")
-    plan = StarPlan(512, 512, 0, 3000 - 512, 3000)
+    plan = StarPlan(512, 128, 384, 3000 - 512, 3000)
     bytes_per_token = 2 * 2 * 2 * 32 * 4  # K and V, layers, KV heads, head size, float32
     assert report["kv_cache"] == {
         "page_tokens": 128,
@@ -47,7 +47,7 @@ def test_a_prompts_plan_memory_and_work(model):
     assert report["attention_backend"]["name"] == "CPU_ATTN"
     assert report["star_defaults"]["block_size"] == 512
     assert report["star_refused"] == []
-    assert report["star_block_reuse"] == "yes"
+    assert report["star_block_reuse"] == "yes, of prompts without an overlap: star_overlap_size=0, or segments"
     prompt = report["prompt"]
     assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
     assert prompt["by_default"] == "dense"

@@ -89,7 +89,6 @@ def test_star_defaults_as_a_message():
         min_tokens=32768,
         block_size=0,
         num_blocks=4,
-        overlap_size=0,
         replicas=0,
         shards=False,
     )

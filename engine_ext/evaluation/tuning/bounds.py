@@ -35,7 +35,7 @@ def lower_bound(losses: Sequence[float], best: float) -> float:
         losses: of prompts, not empty.
         best: the loss of the prompt that is added.
     """
-    return -_upper([-loss for loss in losses], -best, len(losses))
+    return 0.0 - _upper([-loss for loss in losses], -best, len(losses))
 
 
 def _upper(losses: Sequence[float], added: float, number: int) -> float:

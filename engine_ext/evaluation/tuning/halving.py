@@ -15,7 +15,10 @@ FIRST_ROUND = 8  # prompts
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts, each text once: an equal prompt says nothing new."""
-    return list({prompt.token_ids: prompt for prompt in reversed(prompts)}.values())[::-1]
+    found: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.token_ids, prompt)
+    return list(found.values())
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

@@ -159,8 +159,10 @@ def test_a_store_refuses_another_setup_a_damaged_line_and_a_second_process(tmp_p
         Store(tmp_path, {"a": 1, "b": 2})
 
 
-def test_the_kit_loads_neither_vllm_nor_torch():
-    code = "import sys, engine_ext.serving.cli.eval as _; print({'vllm', 'torch', 'matplotlib'} & sys.modules.keys())"
+@pytest.mark.parametrize("command", ["eval", "tune"])
+def test_the_kit_loads_neither_vllm_nor_torch(command):
+    modules = "{'vllm', 'torch', 'matplotlib'} & sys.modules.keys()"
+    code = f"import sys, engine_ext.serving.cli.{command} as _; print({modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -33,7 +33,7 @@ def test_the_bounds_hold_as_often_as_they_say_where_prompts_lose_all_or_nothing(
 
 
 def test_the_bound_holds_for_losses_with_a_rare_large_one():
-    """Three kinds of prompts: 90 % lose nothing, 8 % lose 0.1, 2 % lose 1. Without the added prompt it does not hold."""
+    """90 % of prompts lose nothing, 8 % lose 0.1, 2 % lose 1. Without the added prompt it does not hold."""
     kinds, size = ((0.0, 0.9), (0.1, 0.08), (1.0, 0.02)), 30
     mean = sum(loss * share for loss, share in kinds)
     held = held_without = 0.0

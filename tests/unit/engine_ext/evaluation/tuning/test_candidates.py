@@ -33,7 +33,7 @@ def test_the_default_candidates_of_one_length():
         *("n/3,A=32,O=2720", "n/3,A=1376,O=1376", "n/3"),
     ]
     costs = [candidate.cost for candidate in found]
-    assert costs == sorted(costs) and 0 < costs[0] and costs[-1] < 1
+    assert costs == sorted(costs) and costs[0] > 0 and costs[-1] < 1
     for three in (costs[0:3], costs[3:6], costs[6:9], costs[9:12]):
         assert max(three) - min(three) < 1e-9, "one number of blocks, one cost"
 

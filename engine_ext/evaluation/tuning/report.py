@@ -146,17 +146,26 @@ def make_loss(losses: Sequence[float], measure: Measure) -> Loss:
 
 def candidate_results(tuning: Tuning, measure: Measure) -> list[CandidateResult]:
     """A row for each candidate, the cheapest first."""
-    return [candidate_result(trial, tuning.chosen, measure) for trial in tuning.trials]
+    rows, found = [], False
+    for trial in tuning.trials:
+        rows.append(candidate_result(trial, tuning.chosen, found, measure))
+        found = found or trial is tuning.chosen
+    return rows
 
 
-def candidate_result(trial: Trial, chosen: Trial | None, measure: Measure) -> CandidateResult:
+def candidate_result(trial: Trial, chosen: Trial | None, not_needed: bool, measure: Measure) -> CandidateResult:
+    """The row of a candidate.
+
+    Args:
+        not_needed: whether the chosen plan comes before it, and so costs no more.
+    """
     plan, loss = trial.candidate.plan, make_loss(trial.losses, measure) if trial.losses else None
     outcome: Literal["chosen", "dropped", "not needed", "not shown"]
     if trial.dropped_after is not None:
         outcome, reason = "dropped", trial.reason
     elif trial is chosen:
         outcome, reason = "chosen", ""
-    elif chosen is not None and (loss is None or trial.candidate.cost >= chosen.candidate.cost):
+    elif chosen is not None and not_needed:
         outcome, reason = "not needed", f"{chosen.candidate.plan.name} costs no more"
     else:
         assert loss is not None

@@ -19,7 +19,7 @@ from engine_ext.evaluation.runner import evaluate, key_of
 from engine_ext.evaluation.statistics import compare, make_pairs
 from engine_ext.evaluation.store import Store, check_setup, stored_setup
 from engine_ext.serving.cli.measuring import (
-    Measure,
+    Measurement,
     add_prompt_options,
     add_server_options,
     connect,
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     return run_measurement("starling eval", args, serve_options, prepare)
 
 
-def prepare(args: argparse.Namespace) -> Measure:
+def prepare(args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be measured)."""
     options = parse_options(EvalOptions, {name: getattr(args, name) for name in EvalOptions.model_fields})
     before = stored_setup(args.out)

@@ -28,7 +28,7 @@ SPEED_SECONDS = 3600  # a long prompt takes minutes, and the time left is estima
 KEY_ENV, SERVE_KEY_ENV = "OPENAI_API_KEY", "VLLM_API_KEY"
 LOG_FILE = "server.log"
 
-Measure = Callable[[Sequence[str], Console], Awaitable[int]]
+Measurement = Callable[[Sequence[str], Console], Awaitable[int]]
 """(the arguments that name the server, console) -> exit code. The server runs, at ``args.base_url``."""
 
 
@@ -94,7 +94,7 @@ def run_measurement(
     command: str,
     args: argparse.Namespace,
     serve_options: Sequence[str],
-    prepare: Callable[[argparse.Namespace], Measure],
+    prepare: Callable[[argparse.Namespace], Measurement],
 ) -> int:
     """Check the arguments, start a server for MODEL, and measure.
 

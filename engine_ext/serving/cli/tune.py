@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine_ext.evaluation.options import parse_options, without_secrets
-from engine_ext.evaluation.plans import ALLOWED as ALLOWED_PLANS
 from engine_ext.evaluation.store import Store, check_setup, stored_setup
 from engine_ext.evaluation.tuning.candidates import chosen_candidates, default_candidates
 from engine_ext.evaluation.tuning.halving import distinct, halves
@@ -31,7 +30,7 @@ from engine_ext.evaluation.tuning.report import (
 )
 from engine_ext.evaluation.tuning.tuner import Trial, Tuner, find_page_size
 from engine_ext.serving.cli.measuring import (
-    Measure,
+    Measurement,
     add_prompt_options,
     add_server_options,
     connect,
@@ -39,8 +38,10 @@ from engine_ext.serving.cli.measuring import (
     progress_bars,
     run_measurement,
 )
+from scheduler.star.options import FIELDS, flat_name
 
 NOT_FOUND = 3
+CHOSEN_HERE = {f"--{flat_name(field).replace('_', '-')}" for field in FIELDS if field not in ("replicas", "shards")}
 JSON_FILE, HTML_FILE, CONFIG_FILE = "tune.json", "tune.html", "additional-config.json"
 
 
@@ -60,9 +61,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--budget", type=float, required=True, metavar="POINTS", help="of mean loss, such as 2: 0.02 of a score")
     add("--measure", choices=MEASURES, default="score", help="of the loss; 100 points of logprob are 1 nat: score")
     add("--logprobs", type=int, metavar="N", help=f"tokens for logprob and agreement to compare: {DEFAULT_LOGPROBS}")
-    plans = ALLOWED_PLANS.partition("n/8")
-    allowed = f"{plans[1]}{plans[2]}"
-    add("--plan", action="append", dest="plans", default=[], metavar="PLAN", help=f"a candidate; repeatable: {allowed}")
+    add(
+        "--plan",
+        action="append",
+        dest="plans",
+        default=[],
+        metavar="PLAN",
+        help="a candidate in place of the default ones, such as n/8 or B=4096,A=128,O=1024; repeatable",
+    )
     add("--query-tokens", type=int, metavar="Q", help="of the default candidates; default: 512, or half the prompt")
     add_prompt_options(parser, TuneOptions.model_fields)
     return parser
@@ -71,11 +77,14 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Search; returns the exit code: 0, 3 where no plan is within the budget, or those of ``run_measurement``."""
     args, serve_options = make_parser().parse_known_args(argv)
-    return run_measurement("starling tune", args, serve_options, prepare)
+    return run_measurement("starling tune", args, serve_options, partial(prepare, serve_options))
 
 
-def prepare(args: argparse.Namespace) -> Measure:
+def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be found)."""
+    for option in serve_options:
+        if option.partition("=")[0].replace("_", "-") in CHOSEN_HERE:
+            raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
     options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
     before = stored_setup(args.out)
     if before is not None:  # refused before a server starts; the model's name is known only then
@@ -120,7 +129,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
                     most = sum(len(search) - len(trial.losses) for trial in left)
                     finished = progress.tasks[bar].completed
                     progress.update(bar, total=finished + most + len(search) - done + 2 * len(held_out))
-                    console.print(f"{number} of {len(search)} prompts: {len(left)} candidates")
+                    console.print(f"{number} of {len(search)} prompts, candidates left: {len(left)}")
 
                 tuner = Tuner(
                     client,

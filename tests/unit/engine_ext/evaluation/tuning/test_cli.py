@@ -18,6 +18,7 @@ from engine_ext.evaluation.tuning.options import TuneOptions
 from engine_ext.evaluation.tuning.report import TuneReport
 from engine_ext.serving.cli import tune as cli
 from engine_ext.serving.cli.main import main
+from engine_ext.serving.cli.serve_args import parse as parse_serve
 from tests.unit.engine_ext.evaluation.fake_server import served
 from tests.unit.engine_ext.evaluation.test_cli import Page
 
@@ -70,6 +71,8 @@ def test_a_plan_is_found_and_written_for_a_server(tmp_path, capsys, own):
     config = json.loads((out / "additional-config.json").read_text())
     assert config == report.chosen.additional_config == {"starling": {"star": options}}
     assert parse_config(config).star.num_blocks == 4
+    served_by_flags, _ = parse_serve(["fake", *report.chosen.flags])
+    assert served_by_flags.additional_config == config
     flags = "--star auto --star-min-tokens 2000 --star-num-blocks 4 --star-anchor-size 16 --star-overlap-size 496"
     assert f"starling serve fake {flags}\n" in output
     assert "within the budget of 5, with a confidence of 95 %" in output
@@ -91,6 +94,23 @@ def test_a_second_run_asks_nothing_again_and_another_budget_uses_the_answers(tmp
     with served(models=("other",)) as fake:
         assert tune(fake, out, own, *LOGPROB) == 2
     assert "model was 'fake' and is 'other'" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_goes_on_and_finds_the_same(tmp_path, capsys, own):
+    asked = []
+
+    def fail(body: dict) -> tuple[int, str] | None:
+        asked.append(body)
+        return (500, "gone") if len(asked) > 300 else None
+
+    with served(loss=loses_by_blocks, page_size=16, fail=fail) as fake:
+        assert tune(fake, tmp_path / "out", own, *LOGPROB) == 1
+        assert "the same command goes on from there" in capsys.readouterr().err
+        fake.fail = lambda body: None
+        assert tune(fake, tmp_path / "out", own, *LOGPROB) == 0
+        assert tune(fake, tmp_path / "whole", own, *LOGPROB) == 0
+    assert read(tmp_path / "out").candidates == read(tmp_path / "whole").candidates
+    assert read(tmp_path / "out").chosen == read(tmp_path / "whole").chosen
 
 
 def test_where_no_plan_is_within_the_budget(tmp_path, capsys, own):
@@ -156,6 +176,9 @@ def test_tasks_are_tuned_on_too(tmp_path):
         (("--tasks", "vt", "--budget", "50", "--plan", "n/4", "--query-tokens", "9"), "write Q into the plans"),
         (("--tasks", "vt", "--budget", "50", "--logprobs", "9"), "it has no effect with --measure score"),
         (("--budget", "2"), "either --tasks or --prompts is needed"),
+        (("--tasks", "vt", "--budget", "50", "--star", "on"), "--star is refused: the search chooses it"),
+        (("--tasks", "vt", "--budget", "50", "--star_block_size=64"), "--star_block_size=64 is refused"),
+        (("--tasks", "vt", "--budget", "50", "--port", "1"), "--port is refused"),
     ],
 )
 def test_unusable_arguments_are_refused_before_a_server_starts(tmp_path, capsys, monkeypatch, options, reason):

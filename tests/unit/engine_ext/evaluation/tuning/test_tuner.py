@@ -12,6 +12,7 @@ from engine_ext.evaluation.runner import Memory
 from engine_ext.evaluation.tuning.candidates import chosen_candidates
 from engine_ext.evaluation.tuning.halving import halves
 from engine_ext.evaluation.tuning.measures import MEASURES
+from engine_ext.evaluation.tuning.report import candidate_results
 from engine_ext.evaluation.tuning.tuner import Tuner, find_page_size
 from tests.unit.engine_ext.evaluation.fake_server import served
 
@@ -143,6 +144,21 @@ def test_a_server_whose_own_options_change_a_plan_is_refused(defaults, field):
         pytest.raises(ServerError, match=f"plan='n/8' has {field}.*: the server's own star options change it"),
     ):
         search(fake, 20, 0.5, ["n/8"])
+
+
+def test_a_plan_of_equal_cost_that_was_not_good_enough_is_not_called_unneeded():
+    """One of its 30 prompts loses everything."""
+    [loser] = [prompt.name for prompt in halves(prompts_of(60))[0][20:21]]
+
+    def answer(prompt: str, xargs: dict) -> str:
+        return "no" if xargs.get("star_overlap_size") == 240 and prompt[:3] == loser else "yes"
+
+    plans = ("n/8,A=10,O=240", "n/8,A=20,O=230")
+    with served(answer=answer) as fake:
+        tuning = search(fake, 60, 0.13, plans)
+    first, second = candidate_results(tuning, MEASURES["score"])
+    assert first.attended_keys == second.attended_keys
+    assert (first.outcome, second.outcome) == ("not shown", "chosen")
 
 
 @pytest.mark.parametrize("size", [1, 16, 32])

@@ -15,6 +15,7 @@ from engine_ext.evaluation.prompts import Format, read_own_prompts
 from engine_ext.evaluation.tasks import Task, choose_tasks
 
 SETUP_VERSION = 1
+SECRET_WORDS = {"token", "key", "password"}
 Length = Annotated[int, Field(ge=256)]
 Options = TypeVar("Options", bound="PromptOptions")
 
@@ -113,7 +114,8 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
     shown, hide = [], False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        secret = name.startswith("--") and any(word in name for word in ("token", "key", "password"))
+        words = name.replace("_", "-").split("-")  # --max-num-batched-tokens is no secret
+        secret = name.startswith("--") and not SECRET_WORDS.isdisjoint(words)
         if hide and not argument.startswith("--"):
             shown.append("...")
         else:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from engine_ext.evaluation.prompts import Prompt
 from engine_ext.evaluation.report import fill_page, html_table, percent
-from engine_ext.evaluation.tuning.bounds import CONFIDENCE, lower_bound, prompts_needed, upper_bound
+from engine_ext.evaluation.tuning.bounds import CONFIDENCE, LOSSLESS_DRAWS, lower_bound, prompts_needed, upper_bound
 from engine_ext.evaluation.tuning.candidates import served_options
 from engine_ext.evaluation.tuning.measures import MEASURES, Measure, MeasureName
 from engine_ext.evaluation.tuning.tuner import Trial, Tuning
@@ -242,7 +242,8 @@ def terminal_table(report: TuneReport) -> Table:
 
     table = Table(title=f"Losses to dense in points of {report.measure}")
     for name in COLUMNS:
-        table.add_column(escape_markup(name), justify="left" if name in ("plan", "result") else "right")
+        left = name in ("plan", "result")
+        table.add_column(escape_markup(name), justify="left" if left else "right", no_wrap=name != "result")
     for row in table_rows(report):
         table.add_row(*map(escape_markup, row))
     return table
@@ -252,11 +253,18 @@ def summary(report: TuneReport) -> list[str]:
     """The result in sentences."""
     budget, found, closest = f"the budget of {100 * report.budget:g}", report.chosen, report.closest
     if found is not None and found.within_budget:
+        rare = percent(min(LOSSLESS_DRAWS / (found.confirmed.prompts + 1), 1.0))
+        caution = (
+            [f"A kind of prompt that loses much more, and is at most {rare} of all prompts, may not be among these."]
+            if MEASURES[report.measure].worst is None
+            else []
+        )
         return [
             f"{found.plan} loses {loss_text(found.confirmed)} points of {report.measure} on {found.confirmed.prompts} "
             f"held-out prompts: within {budget}, with a confidence of 95 %.",
             f"It attends to {percent(found.attended_keys)} of the keys that dense attends to. Prompts shorter than "
             f"{report.prompts['shortest']} tokens stay dense: none was measured.",
+            *caution,
         ]
     assert closest is not None
     where = "not confirmed by the held-out prompts" if found is not None else "the closest"

@@ -182,7 +182,7 @@ def write(report: TuneReport, folder: Path, served: Sequence[str], console: Cons
         written.append(CONFIG_FILE)
     console.print(terminal_table(report))
     for text in summary(report):
-        console.print(escape(text))
+        console.print(escape(text), soft_wrap=True)
     if report.succeeded:
         console.print(escape(how_to_serve(report, served)), soft_wrap=True)
     console.print(f"written to {escape(str(folder))}: {', '.join(written)}")

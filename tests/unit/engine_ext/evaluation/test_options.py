@@ -91,6 +91,9 @@ def test_the_command_of_a_report_repeats_the_options_without_secrets():
     assert command.startswith("starling eval some/model --hf-token ... --api-key=... --dtype float32 --plan n/8 ")
     assert "--plan B=64,A=64 --tasks vt,niah --lengths 512,1024" in command
     assert without_secrets(["--trust-remote-code", "--hf-token", "--other", "x"])[-2:] == ["--other", "x"]
+    assert without_secrets(["--hf_token", "x"]) == ["--hf_token", "..."]
+    shown = ["--max-num-batched-tokens", "2048", "--max_num_batched_tokens=2048"]
+    assert without_secrets(shown) == shown
 
 
 @pytest.mark.parametrize(

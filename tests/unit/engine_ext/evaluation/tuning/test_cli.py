@@ -78,6 +78,7 @@ def test_a_plan_is_found_and_written_for_a_server(tmp_path, capsys, own):
     assert "within the budget of 5, with a confidence of 95 %" in output
     assert f"attends to {100 * report.chosen.attended_keys:.1f} % of the keys that dense attends to" in output
     assert "dropped after 8 prompts: it loses at least" in output
+    assert "loses much more, and is at most 14.3 % of all prompts, may not be among these" in output
 
 
 def test_a_second_run_asks_nothing_again_and_another_budget_uses_the_answers(tmp_path, capsys, own):
@@ -152,11 +153,12 @@ def test_the_page_escapes_texts_and_loads_nothing(tmp_path, own):
     assert "<b>model</b>" in text and "--star-num-blocks" in text and "--measure logprob --logprobs 8" in text
 
 
-def test_tasks_are_tuned_on_too(tmp_path):
+def test_tasks_are_tuned_on_too(tmp_path, capsys):
     tasks = ("--tasks", "niah_single_1,vt", "--lengths", "2000", "--prompts-per-cell", "10")
     with served(answer=lambda prompt, xargs: "nothing") as fake:
         arguments = ["--base-url", fake.url, *tasks, "--budget", "30", "--plan", "n/8", "--out", str(tmp_path)]
         assert cli.run(arguments) == 0
+    assert "may not be among these" not in capsys.readouterr().out, "a score has a largest loss"
     assert read(tmp_path).prompts["searched"] == read(tmp_path).prompts["held_out"] == 10
 
 

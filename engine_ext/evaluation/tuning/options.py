@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import Field
 from engine_ext.evaluation.options import PromptOptions, without_secrets
 from engine_ext.evaluation.plans import DENSE, parse_plan, with_dense
 from engine_ext.evaluation.prompts import read_own_prompts
-from engine_ext.evaluation.tuning.bounds import least_prompts
+from engine_ext.evaluation.tuning.bounds import LOSSLESS_DRAWS, least_prompts
 from engine_ext.evaluation.tuning.measures import MEASURES, Measure, MeasureName
 
 SETUP_VERSION = 1
@@ -73,8 +74,8 @@ class TuneOptions(PromptOptions):
         enough = "" if self.prompts else f" (--prompts-per-cell {-(-self.least_prompts // cells)})"
         if self.chosen_measure.worst is None:
             raise ValueError(f"{number} different prompts are too few for an interval: {self.least_prompts} are needed")
-        smallest = 100 * self.chosen_measure.worst * 3 / (number // 2 + 1)
-        others = f"--budget {smallest:.3g} or more" if smallest < 100 else "a larger budget"
+        smallest = math.ceil(1000 * self.chosen_measure.worst * LOSSLESS_DRAWS / (number // 2 + 1)) / 10
+        others = f"--budget {smallest:g} or more" if smallest < 100 else "a larger budget"
         raise ValueError(
             f"budget={self.budget:g} is refused: {number} different prompts can't show it, even if none of them loses. "
             f"Needed: at least {self.least_prompts} prompts{enough}. Or: {others}, or --measure logprob, which needs "

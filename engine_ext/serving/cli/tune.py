@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_server_options(parser)
     add = parser.add_argument
     add("--budget", type=float, required=True, metavar="POINTS", help="of mean loss, such as 2: 0.02 of a score")
-    add("--measure", choices=MEASURES, default="score", help="of the loss; 100 points of logprob are 1 nat: score")
+    add("--measure", choices=MEASURES, default="score", help="what a loss is: score; 100 points of logprob are 1 nat")
     add("--logprobs", type=int, metavar="N", help=f"tokens for logprob and agreement to compare: {DEFAULT_LOGPROBS}")
     add(
         "--plan",

@@ -53,7 +53,7 @@ def read(out: Path) -> TuneReport:
     return TuneReport.model_validate_json((out / "tune.json").read_text())
 
 
-LOGPROB = ("--measure", "logprob", "--budget", "5")
+LOGPROB = ("--measure", "logprob", "--logprobs", "1", "--budget", "5")
 
 
 def test_a_plan_is_found_and_written_for_a_server(tmp_path, capsys, own):
@@ -90,7 +90,7 @@ def test_a_second_run_asks_nothing_again_and_another_budget_uses_the_answers(tmp
         assert len(fake.completions) == asked + 2, "the probes for Starling and for the page"
         assert "answers in" in capsys.readouterr().out
         assert read(out).candidates == first.candidates and read(out).chosen == first.chosen
-        assert tune(fake, out, own, "--measure", "logprob", "--budget", "60") == 0
+        assert tune(fake, out, own, *LOGPROB, "--budget", "60") == 0
         assert read(out).chosen.attended_keys < first.chosen.attended_keys
     with served(models=("other",)) as fake:
         assert tune(fake, out, own, *LOGPROB) == 2
@@ -102,7 +102,7 @@ def test_a_run_that_failed_goes_on_and_finds_the_same(tmp_path, capsys, own):
 
     def fail(body: dict) -> tuple[int, str] | None:
         asked.append(body)
-        return (500, "gone") if len(asked) > 300 else None
+        return (500, "gone") if len(asked) > 100 else None
 
     with served(loss=loses_by_blocks, page_size=16, fail=fail) as fake:
         assert tune(fake, tmp_path / "out", own, *LOGPROB) == 1
@@ -119,7 +119,7 @@ def test_where_no_plan_is_within_the_budget(tmp_path, capsys, own):
     with served(loss=loses_by_blocks, page_size=16) as fake:
         assert tune(fake, out, own, *LOGPROB) == 0
         capsys.readouterr()
-        assert tune(fake, out, own, "--measure", "logprob", "--budget", "0.5") == 3
+        assert tune(fake, out, own, *LOGPROB, "--budget", "0.5") == 3
     output, report = capsys.readouterr().out, read(out)
     assert not (out / "additional-config.json").exists(), "that of another budget is gone"
     assert report.chosen is None and report.closest.loss.mean == pytest.approx(0.01)
@@ -150,7 +150,7 @@ def test_the_page_escapes_texts_and_loads_nothing(tmp_path, own):
     page = Page((tmp_path / "out" / "tune.html").read_text())
     assert "b" not in page.tags and "script" not in page.tags and page.loads == []
     text = "".join(page.text)
-    assert "<b>model</b>" in text and "--star-num-blocks" in text and "--measure logprob --logprobs 8" in text
+    assert "<b>model</b>" in text and "--star-num-blocks" in text and "--measure logprob --logprobs 1" in text
 
 
 def test_tasks_are_tuned_on_too(tmp_path, capsys):
@@ -190,16 +190,24 @@ def test_unusable_arguments_are_refused_before_a_server_starts(tmp_path, capsys,
     assert error.startswith("starling tune: error: ") and reason in error
 
 
-def test_the_number_of_prompts_that_a_refusal_names_is_accepted(own, tmp_path):
-    """To the last prompt."""
-    for number, accepted in ((298, True), (297, False)):
+@pytest.mark.parametrize("number", [5, 20, 43, 297])
+def test_what_a_refusal_names_is_accepted(own, number):
+    """The number of prompts, to the last one, and the budget."""
+
+    def options(number: int, budget: float) -> TuneOptions:
         own.write_text("\n".join(json.dumps({"prompt": f"{index}"}) for index in range(number)))
-        options = TuneOptions(prompts=own, budget=2)
-        if accepted:
-            options.check()
-        else:
-            with pytest.raises(ValueError, match="at least 298 prompts"):
-                options.check()
+        return TuneOptions(prompts=own, budget=budget)
+
+    with pytest.raises(ValueError, match="at least 298 prompts") as refused:
+        options(number, 2).check()
+    options(298, 2).check()
+    named = re.search(r"--budget ([\d.]+) or more", str(refused.value))
+    if named is None:
+        assert number == 5, "no budget below 100 allows so few"
+    else:
+        options(number, float(named[1])).check()
+        with pytest.raises(ValueError, match="is refused"):
+            options(number, float(named[1]) - 0.11).check()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +226,7 @@ def test_what_a_server_or_a_prompt_can_not_do(tmp_path, capsys, own, settings, p
 
 
 def test_the_command_of_a_report_repeats_the_search(tmp_path, own):
-    options = ("--measure", "logprob", "--budget", "5", "--logprobs", "3", "--query-tokens", "50", "--max-tokens", "9")
+    options = ("--measure", "logprob", "--budget", "5", "--logprobs", "2", "--query-tokens", "50", "--max-tokens", "9")
     with served() as fake:
         tune(fake, tmp_path / "out", own, *options)
         first = read(tmp_path / "out")

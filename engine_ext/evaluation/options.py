@@ -6,7 +6,7 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,11 +15,13 @@ from engine_ext.evaluation.prompts import Format, read_own_prompts
 from engine_ext.evaluation.tasks import Task, choose_tasks
 
 SETUP_VERSION = 1
+SECRET_WORDS = {"token", "key", "password"}
 Length = Annotated[int, Field(ge=256)]
+Options = TypeVar("Options", bound="PromptOptions")
 
 
-class EvalOptions(BaseModel):
-    """The options of `starling eval` that decide what is measured."""
+class PromptOptions(BaseModel):
+    """The options that decide on which prompts a command measures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,30 +30,60 @@ class EvalOptions(BaseModel):
     prompts_per_cell: int = Field(20, ge=1, description="prompts of each task and length")
     prompts: Path | None = Field(None, description="the user's own prompts, in place of tasks")
     max_tokens: int = Field(128, ge=1, description="of answers to the user's own prompts; tasks have their own")
-    plans: tuple[str, ...] = Field((), description="plans beside dense")
     prompt_format: Format = Field("chat", description="chat: with the model's chat template; text: without")
     prompt_seed: int = Field(0, description="of the tasks' prompts")
-    logprobs: int = Field(0, ge=0, description="tokens of the answer at which the distributions are compared")
 
     @property
     def chosen_tasks(self) -> list[Task]:
         return choose_tasks(self.tasks)
+
+    def check(self) -> None:
+        """Refuse what can't be used.
+
+        Raises:
+            ValueError: a task or a file of prompts that can't be used, or not exactly one of tasks and prompts.
+        """
+        if bool(self.tasks) == (self.prompts is not None):
+            raise ValueError("either --tasks or --prompts is needed, and not both")
+        _ = self.chosen_tasks, self.prompts and read_own_prompts(self.prompts)
+
+    def prompts_setup(self) -> dict[str, Any]:
+        """What decides the prompts, as JSON."""
+        if self.prompts is not None:
+            content = hashlib.sha256(self.prompts.read_bytes()).hexdigest()
+            return {"prompts_sha256": content, "max_tokens": self.max_tokens}
+        return {
+            "tasks": [task.name for task in self.chosen_tasks],
+            "lengths": list(self.lengths),
+            "prompts_per_cell": self.prompts_per_cell,
+            "prompt_format": self.prompt_format,
+            "prompt_seed": self.prompt_seed,
+        }
+
+    def prompts_arguments(self) -> list[str]:
+        """The arguments that give the same prompts."""
+        if self.prompts is not None:
+            return ["--prompts", str(self.prompts), "--max-tokens", str(self.max_tokens)]
+        parts = ["--tasks", ",".join(self.tasks), "--lengths", ",".join(map(str, self.lengths))]
+        parts += ["--prompts-per-cell", str(self.prompts_per_cell), "--prompt-format", self.prompt_format]
+        return [*parts, "--prompt-seed", str(self.prompt_seed)]
+
+
+class EvalOptions(PromptOptions):
+    """The options of `starling eval` that decide what is measured."""
+
+    plans: tuple[str, ...] = Field((), description="plans beside dense")
+    logprobs: int = Field(0, ge=0, description="tokens of the answer at which the distributions are compared")
 
     @property
     def all_plans(self) -> list[Plan]:
         """Dense, and then the others."""
         return with_dense(map(parse_plan, self.plans))
 
-    def check(self) -> EvalOptions:
-        """These options.
-
-        Raises:
-            ValueError: a task, a plan or a file of prompts that can't be used, or not exactly one of tasks and prompts.
-        """
-        if bool(self.tasks) == (self.prompts is not None):
-            raise ValueError("either --tasks or --prompts is needed, and not both")
-        _ = self.chosen_tasks, self.all_plans, self.prompts and read_own_prompts(self.prompts)
-        return self
+    def check(self) -> None:
+        """Refuse what can't be used (raises ValueError), a plan too."""
+        super().check()
+        _ = self.all_plans
 
     def setup(self, model: str) -> dict[str, Any]:
         """What all results in a folder have in common, as JSON."""
@@ -61,16 +93,7 @@ class EvalOptions(BaseModel):
             "plans": {plan.name: plan.options for plan in self.all_plans},
             "logprobs": self.logprobs,
         }
-        if self.prompts is not None:
-            content = hashlib.sha256(self.prompts.read_bytes()).hexdigest()
-            return setup | {"prompts_sha256": content, "max_tokens": self.max_tokens}
-        return setup | {
-            "tasks": [task.name for task in self.chosen_tasks],
-            "lengths": list(self.lengths),
-            "prompts_per_cell": self.prompts_per_cell,
-            "prompt_format": self.prompt_format,
-            "prompt_seed": self.prompt_seed,
-        }
+        return setup | self.prompts_setup()
 
     def command(self, target: Sequence[str]) -> str:
         """The command that measures the same.
@@ -81,12 +104,7 @@ class EvalOptions(BaseModel):
         parts = ["starling", "eval", *without_secrets(target)]
         for plan in self.plans:
             parts += ["--plan", plan]
-        if self.prompts is not None:
-            parts += ["--prompts", str(self.prompts), "--max-tokens", str(self.max_tokens)]
-        else:
-            parts += ["--tasks", ",".join(self.tasks), "--lengths", ",".join(map(str, self.lengths))]
-            parts += ["--prompts-per-cell", str(self.prompts_per_cell), "--prompt-format", self.prompt_format]
-            parts += ["--prompt-seed", str(self.prompt_seed)]
+        parts += self.prompts_arguments()
         parts += ["--logprobs", str(self.logprobs), "--out", "DIR"]
         return shlex.join(parts)
 
@@ -96,7 +114,8 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
     shown, hide = [], False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        secret = name.startswith("--") and any(word in name for word in ("token", "key", "password"))
+        words = name.replace("_", "-").split("-")  # --max-num-batched-tokens is no secret
+        secret = name.startswith("--") and not SECRET_WORDS.isdisjoint(words)
         if hide and not argument.startswith("--"):
             shown.append("...")
         else:
@@ -105,14 +124,19 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
     return shown
 
 
-def parse_options(values: dict[str, Any]) -> EvalOptions:
+def parse_options(model: type[Options], values: dict[str, Any]) -> Options:
     """Options from a command line.
+
+    Args:
+        model: the command's options.
 
     Raises:
         ValueError: with the option, its value and what is allowed.
     """
     try:
-        return EvalOptions(**values).check()
+        options = model(**values)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][0]}={first['input']!r} is refused: {first['msg']}") from None
+    options.check()
+    return options

@@ -166,24 +166,39 @@ def html_report(report: Report, figure: bytes | None) -> str:
     Args:
         figure: as PNG.
     """
-    columns, rows = table_rows(report.cells)
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
     image = ""
     if figure is not None:
         data = base64.b64encode(figure).decode()
         image = f'<img alt="Differences to dense with 95 % intervals" src="data:image/png;base64,{data}">'
-    page = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    return page.substitute(
+    return fill_page(
+        "report.html",
         model=escape(str(report.server["model"])),
         created=escape(report.created),
         summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(report.cells)),
-        table=f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>",
+        table=html_table(*table_rows(report.cells)),
         figure=image,
         examples="\n".join(map(html_example, report.different)) or "<p>No answer differs from dense's.</p>",
         command=escape(report.command),
         setup=escape(report.model_dump_json(indent=2, include={"setup", "server"})),
     )
+
+
+def fill_page(template: str, **parts: str) -> str:
+    """A page from one of the templates beside this module.
+
+    Args:
+        parts: HTML for its placeholders.
+    """
+    folder = files(__package__)
+    style = folder.joinpath("report.css").read_text(encoding="utf-8")
+    return Template(folder.joinpath(template).read_text(encoding="utf-8")).substitute(parts, style=style)
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
 def html_example(example: DifferentAnswer) -> str:

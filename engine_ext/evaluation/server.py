@@ -1,4 +1,4 @@
-"""Starts `starling serve` in a child process for the duration of an evaluation."""
+"""Starts `starling serve` in a child process for the duration of a measurement."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
     for option in options:
         if option.split("=")[0].replace("_", "-") in CHOSEN_HERE:
             raise ValueError(
-                f"{option} is refused: `starling eval MODEL` chooses it. Allowed: --base-url, with a server"
+                f"{option} is refused: it is chosen here for the server of MODEL. Allowed: --base-url, with a server"
             )
     port = free_port()
     command = [sys.executable, "-m", "engine_ext.serving.cli.main", "serve", model, *options]

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: its setup, and a line for each answer, so that a run that was ended can go on."""
+"""The folder of a measurement: its setup, and a line for each answer, so that a run that was ended can go on."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Store:
             self.answers = {answer.key: answer for answer in read_answers(folder / RESULTS, lines)}
         except BlockingIOError:
             self._file.close()
-            raise ValueError(f"out={str(folder)!r} is refused: another `starling eval` uses it") from None
+            raise ValueError(f"out={str(folder)!r} is refused: another process uses it") from None
         except BaseException:
             self._file.close()
             raise

@@ -1,4 +1,7 @@
-"""`starling eval` starts `starling serve` itself, measures star beside dense, and goes on with stored answers."""
+"""`starling eval` starts `starling serve` itself, measures star beside dense, and goes on with stored answers.
+
+`starling tune` finds a plan on the same server.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from engine_ext.evaluation.report import Report
+from engine_ext.evaluation.tuning.report import TuneReport
 from examples.server import ENVIRONMENT, serving
 from tests.e2e.serving import MODEL, PAGE_SIZE, PROMPT
 
@@ -27,10 +31,10 @@ PLAN_OPTIONS = tuple(part for plan in PLANS for part in ("--plan", plan))
 NUM_ANSWERS = 2 * 2 * 2 * (1 + len(PLANS))
 
 
-def evaluate(*arguments: str) -> subprocess.CompletedProcess:
-    command = [STARLING, "eval", *arguments]
+def evaluate(*arguments: str, command: str = "eval") -> subprocess.CompletedProcess:
+    words = [STARLING, command, *arguments]
     environment = ENVIRONMENT | os.environ | {"COLUMNS": "300"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,27 @@ def test_log_probabilities_are_those_of_the_prompt_with_the_answer(server, tmp_p
     assert [score["logprob"] for score in star["scores"]] != pytest.approx(
         [score["logprob"] for score in dense["scores"]], abs=1e-3
     )
+
+
+def test_tune_counts_what_the_server_counts_and_finds_a_plan(server, tmp_path):
+    """With a budget that any plan keeps, the cheapest one is found. A second run finds it without new answers."""
+    file, results = tmp_path / "own.jsonl", tmp_path / "results"
+    file.write_text("\n".join(json.dumps({"prompt": f"{number:02}" + PROMPT[:-number]}) for number in range(1, 21)))
+    plans = ("n/8,Q=40", "n/8,A=32,O=0,Q=40")
+    options = ("--measure", "logprob", "--logprobs", "1", "--max-tokens", "1", "--out", str(results))
+    options += tuple(part for plan in plans for part in ("--plan", plan))
+    target = ("--base-url", server.http, "--prompts", str(file))
+    done = evaluate(*target, *options, "--budget", "99", command="tune")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = TuneReport.model_validate_json((results / "tune.json").read_text())
+    assert (report.page_size, report.prompts["searched"], report.prompts["held_out"]) == (PAGE_SIZE, 10, 10)
+    assert [row.plan for row in report.candidates] == [plans[1], plans[0]]
+    assert [row.outcome for row in report.candidates] == ["chosen", "not needed"]
+    reported = [answer["server_plan"] for answer in lines(results) if answer["plan"] == plans[1]]
+    shares = [plan["keys_attended"] / plan["dense_keys"] for plan in reported]
+    assert report.chosen.attended_keys == pytest.approx(sum(shares) / len(shares)) and len(shares) == 20
+    assert report.chosen.confirmed.mean != 0, "star's distributions differ: the mask was engaged"
+    assert f"starling serve {MODEL} {' '.join(report.chosen.flags)}" in done.stdout
+    again = evaluate(*target, *options, "--budget", "99", command="tune")
+    assert again.returncode == 0 and f"found {len(lines(results))} answers" in again.stdout
+    assert TuneReport.model_validate_json((results / "tune.json").read_text()).chosen == report.chosen

@@ -53,6 +53,13 @@ def evaluate(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def tune(argv: Sequence[str]) -> int:
+    """find the cheapest star plan whose loss on your prompts stays within a budget"""
+    from engine_ext.serving.cli.tune import run
+
+    return run(argv)
+
+
 def setup_cpu(argv: Sequence[str]) -> int:
     """install vLLM for CPUs into this environment"""
     from engine_ext.serving.cli.setup_cpu import run
@@ -65,6 +72,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
     "selftest": selftest,
     "eval": evaluate,
+    "tune": tune,
     "setup-cpu": setup_cpu,
 }
 

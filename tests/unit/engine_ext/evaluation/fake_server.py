@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from scheduler.star.options import StarOptions, parse_options
+from scheduler.star.plan import make_plan
+
 MAX_MODEL_LEN = 100_000
 END = 3  # the token that ends each output
 
@@ -26,6 +29,9 @@ class FakeServer:
         fail: called before each completion; what it returns is sent as (status, message).
         replies: path -> what the server answers there, in place of the right answer.
         raw_logprobs: whether log-probabilities are those before restrictions.
+        page_size: tokens of a page, of which star blocks are whole numbers.
+        defaults: the server's own star options.
+        loss: (prompt, vllm_xargs) -> how much less probable star finds each forced token, in nats.
     """
 
     answer: Callable[[str, dict], str] = lambda prompt, xargs: " nothing"
@@ -37,6 +43,9 @@ class FakeServer:
     fail: Callable[[dict], tuple[int, str] | None] = lambda body: None
     replies: dict = field(default_factory=dict)
     raw_logprobs: bool = True
+    page_size: int = 1
+    defaults: dict = field(default_factory=dict)
+    loss: Callable[[str, dict], float] = lambda prompt, xargs: 0.5
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
     completions: list[dict] = field(default_factory=list)
@@ -67,7 +76,7 @@ class FakeServer:
         choice: dict = {"finish_reason": "stop"}
         if "allowed_token_ids" in body:
             [forced] = body["allowed_token_ids"]
-            shift = 0.0 if xargs["star"] == "off" else 0.5  # star finds each forced token less probable
+            shift = 0.0 if xargs["star"] == "off" else self.loss("".join(map(chr, tokens)), xargs)
             other = -0.7 if self.raw_logprobs else -9999.0
             top = {f"token_id:{forced}": -0.7 - shift, "token_id:1": other, "token_id:2": -5.0 if shift else other - 4}
             choice |= {"text": chr(forced), "token_ids": [forced]}
@@ -78,12 +87,12 @@ class FakeServer:
         return 200, {"choices": [choice]}, headers
 
     def plan(self, num_tokens: int, xargs: dict) -> dict:
-        if xargs.get("star") != "on" or not self.engages:
+        """The plan that Starling would make."""
+        request = parse_options(xargs, flat=True)
+        plan = make_plan(num_tokens, StarOptions(**self.defaults), request, self.page_size) if self.engages else None
+        if plan is None:
             return {"attention": "dense", "prompt_tokens": num_tokens}
-        context_end = xargs.get("star_context_tokens", num_tokens - 64)
-        size = xargs.get("star_block_size", -(-num_tokens // xargs.get("star_num_blocks", 4)))
-        numbers = {"block_size": size, "anchor_size": xargs.get("star_anchor_size", size), "context_end": context_end}
-        return {"attention": "star", "overlap_size": 0, "keys_attended": 1, "dense_keys": 4} | numbers
+        return {"attention": "star"} | plan.summary()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_ext.evaluation.options import parse_options, without_secrets
+from engine_ext.evaluation.options import EvalOptions, parse_options, without_secrets
 from engine_ext.evaluation.plans import DENSE, LETTERS, Plan, parse_plan, with_dense
 from engine_ext.evaluation.prompts import read_own_prompts
 from engine_ext.evaluation.store import Answer, Store
@@ -79,16 +79,21 @@ def test_dense_comes_first_and_each_plan_once():
 )
 def test_refused_options(values, reason):
     with pytest.raises(ValueError) as refused:
-        parse_options(values)
+        parse_options(EvalOptions, values)
     assert reason in str(refused.value)
 
 
 def test_the_command_of_a_report_repeats_the_options_without_secrets():
-    options = parse_options({"tasks": ("vt", "niah"), "lengths": ("512", 1024), "plans": ("n/8", "B=64,A=64")})
+    options = parse_options(
+        EvalOptions, {"tasks": ("vt", "niah"), "lengths": ("512", 1024), "plans": ("n/8", "B=64,A=64")}
+    )
     command = options.command(["some/model", "--hf-token", "abc", "--api-key=def", "--dtype", "float32"])
     assert command.startswith("starling eval some/model --hf-token ... --api-key=... --dtype float32 --plan n/8 ")
     assert "--plan B=64,A=64 --tasks vt,niah --lengths 512,1024" in command
     assert without_secrets(["--trust-remote-code", "--hf-token", "--other", "x"])[-2:] == ["--other", "x"]
+    assert without_secrets(["--hf_token", "x"]) == ["--hf_token", "..."]
+    shown = ["--max-num-batched-tokens", "2048", "--max_num_batched_tokens=2048"]
+    assert without_secrets(shown) == shown
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_a_store_has_what_was_added_and_drops_a_line_that_was_cut(tmp_path):
 def test_a_store_refuses_another_setup_a_damaged_line_and_a_second_process(tmp_path):
     with Store(tmp_path, {"a": 1, "b": 2}) as store:
         store.add(ANSWER)
-        with pytest.raises(ValueError, match="another `starling eval` uses it"):
+        with pytest.raises(ValueError, match="another process uses it"):
             Store(tmp_path, {"a": 1, "b": 2})
     with pytest.raises(ValueError, match=r"results of another setup \(b was 2 and is 3; c was None and is 4\)"):
         Store(tmp_path, {"a": 1, "b": 3, "c": 4})
@@ -157,8 +162,10 @@ def test_a_store_refuses_another_setup_a_damaged_line_and_a_second_process(tmp_p
         Store(tmp_path, {"a": 1, "b": 2})
 
 
-def test_the_kit_loads_neither_vllm_nor_torch():
-    code = "import sys, engine_ext.serving.cli.eval as _; print({'vllm', 'torch', 'matplotlib'} & sys.modules.keys())"
+@pytest.mark.parametrize("command", ["eval", "tune"])
+def test_the_kit_loads_neither_vllm_nor_torch(command):
+    modules = "{'vllm', 'torch', 'matplotlib'} & sys.modules.keys()"
+    code = f"import sys, engine_ext.serving.cli.{command} as _; print({modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

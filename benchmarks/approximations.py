@@ -146,9 +146,7 @@ def make_document(rng: Random, tokenizer: Any) -> Document:
         sentences.pop()
     ids = encode(start + hide(rng, sentences, [*needles, *went]))
     ids += encode(" " + " ".join(prose(rng, 20)))
-    questions = [
-        (f"\n\nThe passcode of {key} is", f" {code}") for key, code in zip(keys, codes, strict=True)
-    ] + [
+    questions = [(f"\n\nThe passcode of {key} is", f" {code}") for key, code in zip(keys, codes, strict=True)] + [
         (f"\n\nThe {thing} is now where {person} lives, and {person} lives", f" {place}.")
         if number_of % 2
         else (f"\n\nThe one who took the {thing} away lives", f" {place}.")

@@ -1,4 +1,4 @@
-"""What an evaluation measures. A folder of results belongs to one such setup."""
+"""What a command measures, and on which prompts."""
 
 from __future__ import annotations
 
@@ -69,6 +69,11 @@ class PromptOptions(BaseModel):
         return [*parts, "--prompt-seed", str(self.prompt_seed)]
 
 
+def folder_setup(model: str) -> dict[str, Any]:
+    """What all answers in a folder have in common, as JSON. An answer's key says the rest: its prompt and plan."""
+    return {"version": SETUP_VERSION, "model": model}
+
+
 class EvalOptions(PromptOptions):
     """The options of `starling eval` that decide what is measured."""
 
@@ -86,10 +91,8 @@ class EvalOptions(PromptOptions):
         _ = self.all_plans
 
     def setup(self, model: str) -> dict[str, Any]:
-        """What all results in a folder have in common, as JSON."""
-        setup: dict[str, Any] = {
-            "version": SETUP_VERSION,
-            "model": model,
+        """What is measured, as JSON."""
+        setup = folder_setup(model) | {
             "plans": {plan.name: plan.options for plan in self.all_plans},
             "logprobs": self.logprobs,
         }

@@ -109,8 +109,8 @@ def test_a_second_run_resumes_on_another_server(measured, server, tmp_path):
 
 
 def test_what_is_refused(measured, server, tmp_path):
-    other = evaluate("--base-url", server.http, *MEASURED, "--plan", "n/4", "--out", str(measured[0]))
-    assert other.returncode == 2 and "results of another setup" in other.stderr
+    twice = evaluate("--base-url", server.http, *MEASURED, "--plan", "n/4", "--plan", "n/4", "--out", str(measured[0]))
+    assert twice.returncode == 2 and "it is given twice" in twice.stderr
     dense = evaluate("--base-url", server.http, *MEASURED, "--plan", "B=4096", "--out", str(tmp_path))
     assert dense.returncode == 1 and "plan='B=4096' did not engage" in dense.stderr
 

@@ -11,6 +11,7 @@ from engine_ext.evaluation.prompts import Prompt
 from scheduler.star.options import FIELD_OF, PREFIX, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan, make_plan
+from scheduler.star.sizes import default_anchor_size
 
 NO_DEFAULTS = parse_options({}, flat=True)
 BLOCKS = (3, 4, 8, 16)
@@ -80,7 +81,7 @@ def chosen_candidates(texts: Sequence[str], prompts: Sequence[Prompt], page_size
 
 
 def default_candidates(prompts: Sequence[Prompt], page_size: int, query_tokens: int | None) -> list[Candidate]:
-    """For each number of star blocks: one anchor page with the rest of B as overlap, halves, and the paper's A = B.
+    """For each number of star blocks: a small anchor with the rest of B as overlap, halves, and the paper's A = B.
 
     These three attend to equally many keys. A and O are numbers of tokens, so they are those of the shortest prompt.
     Combinations that its pages do not allow, and those that are equal to another one, are left out.
@@ -98,8 +99,9 @@ def default_candidates(prompts: Sequence[Prompt], page_size: int, query_tokens: 
     for number in BLOCKS:
         size = -(-length // (number * page_size)) * page_size
         half = size // page_size // 2 * page_size
-        sizes = [f",A={anchor},O={size - anchor}" for anchor in (page_size, half) if page_size <= anchor < size]
-        for text in (*sizes, "") if length >= number * page_size else ():
+        anchors = (default_anchor_size(size, page_size), half)
+        sizes = [f",A={anchor},O={size - anchor}" for anchor in anchors if page_size <= anchor < size]
+        for text in (*sizes, ",O=0") if length >= number * page_size else ():
             try:
                 candidate = make_candidate(parse_plan(f"n/{number}{text}{query}"), prompts, page_size)
             except ValueError:

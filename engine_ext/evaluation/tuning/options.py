@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import Field
 
@@ -81,10 +80,6 @@ class TuneOptions(PromptOptions):
             f"Needed: at least {self.least_prompts} prompts{enough}. Or: {others}, or --measure logprob, which needs "
             f"{2 * LEAST_PROMPTS}"
         )
-
-    def setup(self, model: str) -> dict[str, Any]:
-        """What all answers in a folder have in common, as JSON. Other prompts, plans and budgets use the same."""
-        return {"command": "tune", "version": SETUP_VERSION, "model": model}
 
     def arguments(self) -> list[str]:
         """The arguments that search for the same."""

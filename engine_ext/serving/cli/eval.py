@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine_ext.evaluation.figure import figure_png
-from engine_ext.evaluation.options import EvalOptions, parse_options
+from engine_ext.evaluation.options import EvalOptions, folder_setup, parse_options
 from engine_ext.evaluation.plans import ALLOWED as ALLOWED_PLANS
 from engine_ext.evaluation.report import Report, html_report, summary, terminal_table, worst
 from engine_ext.evaluation.runner import evaluate, key_of
@@ -59,7 +59,7 @@ def prepare(args: argparse.Namespace) -> Measurement:
     options = parse_options(EvalOptions, {name: getattr(args, name) for name in EvalOptions.model_fields})
     before = stored_setup(args.out)
     if before is not None:  # refused before a server starts; the model's name is known only then
-        check_setup(args.out, options.setup(before.get("model", "")))
+        check_setup(args.out, folder_setup(before.get("model", "")))
     return partial(measure, args, options)
 
 
@@ -71,12 +71,11 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
 
     Raises:
         ServerError: a request failed.
-        ValueError: the folder has results of another setup, or a prompt can't be made or sent.
+        ValueError: the folder has results of another model, or a prompt can't be made or sent.
     """
     async with connect(args) as client:
         facts = await client.facts()
-        setup = options.setup(facts.model)
-        with Store(args.out, setup) as store:
+        with Store(args.out, folder_setup(facts.model)) as store:
             with progress_bars(console) as progress:
                 prompts = await make_prompts(options, client, progress)
                 plans = options.all_plans
@@ -98,7 +97,7 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
             pairs = make_pairs(prompts, answers)
             report = Report(
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
-                setup=setup,
+                setup=options.setup(facts.model),
                 command=options.command([*target, "--model", facts.model]),
                 server={"base_url": client.base_url, **vars(facts)},
                 cells=compare(pairs),

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from engine_ext.evaluation.options import parse_options, without_secrets
+from engine_ext.evaluation.options import folder_setup, parse_options, without_secrets
 from engine_ext.evaluation.store import Store, check_setup, stored_setup
 from engine_ext.evaluation.tuning.candidates import chosen_candidates, default_candidates
 from engine_ext.evaluation.tuning.halving import distinct, halves
@@ -88,7 +88,7 @@ def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measureme
     options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
     before = stored_setup(args.out)
     if before is not None:  # refused before a server starts; the model's name is known only then
-        check_setup(args.out, options.setup(before.get("model", "")))
+        check_setup(args.out, folder_setup(before.get("model", "")))
     return partial(measure, args, options)
 
 
@@ -108,7 +108,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     loss = options.chosen_measure
     async with connect(args) as client:
         facts = await client.facts()
-        with Store(args.out, options.setup(facts.model)) as store:
+        with Store(args.out, folder_setup(facts.model)) as store:
             if store.answers:
                 console.print(f"found {len(store.answers)} answers in {escape(str(args.out))}")
             with progress_bars(console) as progress:

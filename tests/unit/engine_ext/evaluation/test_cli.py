@@ -65,17 +65,20 @@ def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
         assert "found 24 of 24 answers" in capsys.readouterr().out
         again = Report.model_validate_json((tmp_path / "results.json").read_text())
         assert again.cells == report.cells
-        assert evaluate(fake, tmp_path, *TASKS, "--plan", "n/4") == 2
-        assert "results of another setup (plans was" in capsys.readouterr().err
-        assert json.loads((tmp_path / "setup.json").read_text()) == report.setup
+        more = (*TASKS, "--plan", "n/4", "--prompts-per-cell", "4")
+        assert evaluate(fake, tmp_path, *more) == 0
+        assert "found 24 of 48 answers" in capsys.readouterr().out
+        assert json.loads((tmp_path / "setup.json").read_text()) == {"version": 1, "model": "fake"}
 
 
-def test_another_setup_is_refused_before_a_server_starts_and_another_model_after(tmp_path, capsys, monkeypatch):
+def test_another_format_is_refused_before_a_server_starts_and_another_model_after(tmp_path, capsys, monkeypatch):
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
     monkeypatch.setattr(server.sys, "executable", "/bin/false")
-    assert cli.run(["some/model", *TASKS, "--prompt-seed", "1", "--out", str(tmp_path)]) == 2
-    assert "prompt_seed was 0 and is 1" in capsys.readouterr().err
+    (tmp_path / "setup.json").write_text('{"version": 0, "model": "fake"}')
+    assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
+    assert "version was 0 and is 1" in capsys.readouterr().err
+    (tmp_path / "setup.json").write_text('{"version": 1, "model": "fake"}')
     with served(answer=knows, models=("other",)) as fake:
         assert evaluate(fake, tmp_path) == 2
     assert "model was 'fake' and is 'other'" in capsys.readouterr().err
@@ -137,14 +140,14 @@ def test_own_prompts_with_and_without_answers(tmp_path, capsys):
         {"prompt": "d" * 300},
     ]
     file = tmp_path / "own.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)))
+    file.write_text("\n".join(map(json.dumps, lines[:3])))
     with served(answer=lambda prompt, xargs: "same" if prompt[0] == "c" else xargs["star"]) as fake:
         options = ("--prompts", str(file), "--plan", "n/8", "--logprobs", "2", "--max-tokens", "5")
         assert evaluate(fake, tmp_path / "out", *options) == 0
         assert {body["max_tokens"] for body in fake.completions} == {1, 5}
-        file.write_text("\n".join(map(json.dumps, lines[:3])))
-        assert evaluate(fake, tmp_path / "out", *options) == 2
-        assert "prompts_sha256 was" in capsys.readouterr().err
+        file.write_text("\n".join(map(json.dumps, lines)))
+        assert evaluate(fake, tmp_path / "out", *options) == 0
+        assert "found 6 of 8 answers" in capsys.readouterr().out
     report = Report.model_validate_json((tmp_path / "out" / "results.json").read_text())
     cells = {cell.task: cell for cell in report.cells}
     assert set(cells) == {"prompts", "prompts without answers"}

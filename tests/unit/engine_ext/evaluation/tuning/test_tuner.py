@@ -134,7 +134,7 @@ def test_agreement_counts_other_most_probable_tokens():
     ("defaults", "field"),
     [
         ({"anchor_size": 2}, "anchor_size 2"),
-        ({"overlap_size": 3}, "overlap_size 3"),
+        ({"anchor_size": 2, "overlap_size": 3}, "anchor_size 2"),
         ({"query_tokens": 9}, "context_end"),
     ],
 )

@@ -101,8 +101,9 @@ lint: env lint-docker ## ruff: lint rules and format; zizmor and the schema: the
 	cd .github/ISSUE_TEMPLATE && ../../$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms *_*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
-lint-docker: env ## hadolint: the Dockerfiles of examples/docker
+lint-docker: env ## hadolint: the Dockerfiles of examples/docker; the schema: the compose files
 	$(BIN)/hadolint examples/docker/Dockerfile.*
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec examples/*/compose.yaml
 
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo

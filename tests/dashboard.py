@@ -16,6 +16,8 @@ ALERTS = yaml.safe_load((MONITORING / "prometheus" / "alerts.yml").read_text())
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 EXPRESSIONS = QUERIES + [rule["expr"] for rule in RULES]
+OF_COMPRESSED_CACHES = {"starling:cache_states", "starling:cache_bytes_per_token", "starling:cache_capacity_tokens"}
+"""Series that a server of an Attamba model has, and no other: tests/parity/test_attamba.py compares their values."""
 NOT_METRICS = {"by", "up"}  # `up` is Prometheus' own
 
 

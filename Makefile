@@ -10,6 +10,9 @@ NEXT_VLLM := 0.33.0
 NEXT := .venv-next/bin
 NEXT_ENV := .venv-next/.stamp
 FUZZ_ENV := build/fuzz/.stamp
+BENCH_ENV := build/bench/.stamp
+LLAMA_ENV := build/llama/venv/.stamp
+BENCH = PYTHONPATH=$(CURDIR)/$(dir $(BENCH_ENV)):$$PYTHONPATH $(BIN)/python -m benchmarks.run $(if $(NOTE),--note '$(NOTE)')
 NEXT_SERVERS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py
 # The slow file first: each worker runs whole files.
 STAR_TINY := tests/parity/test_star_tiny.py::test_
@@ -33,7 +36,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed test-next unit stateful lint lint-docker layers types docs names \
-	check-vllm compatibility proto proto-check proto-release lock sbom audit bench fuzz soak faults wheel release clean
+	check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama fuzz soak faults wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,8 +104,9 @@ lint: env lint-docker ## ruff: lint rules and format; zizmor and the schema: the
 	cd .github/ISSUE_TEMPLATE && ../../$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms *_*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
-lint-docker: env ## hadolint: the Dockerfiles of examples/docker
+lint-docker: env ## hadolint: the Dockerfiles of examples/docker; the schema: the compose files
 	$(BIN)/hadolint examples/docker/Dockerfile.*
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec examples/*/compose.yaml
 
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo
@@ -146,8 +150,28 @@ audit: env ## look for known vulnerabilities of the locked requirements
 	sed 's/+cpu / /' .ci/requirements-cpu.lock > build/audit.lock
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r build/audit.lock -r .ci/requirements-build.lock
 
-bench: env demo-model ## measure the time to first token of Star Attention; writes JSON and figures
-	$(BIN)/python -m benchmarks.star_ttft
+# What vLLM's `bench sweep` needs beyond vLLM's own requirements.
+$(BENCH_ENV): .ci/requirements-cpu.lock Makefile | $(ENV)
+	rm -rf $(@D)
+	$$(command -v uv || echo $(BIN)/uv) pip install --quiet --python $(BIN)/python --target $(@D) --no-deps pandas==3.1.1
+	@touch $@
+
+# PyPI has llama.cpp as source only: the build takes a C++ compiler, CMake and some 10 minutes.
+$(LLAMA_ENV): | $(ENV)
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(@D)/bin/pip install --quiet llama-cpp-python==0.3.36
+	@touch $@
+
+# NAMES="star_ttft goodput": these benchmarks only; NOTE='...': stored with the figures.
+bench: env demo-model $(BENCH_ENV) ## the benchmarks with small settings, about 20 minutes; writes benchmarks/out
+	$(BENCH) --quick $(NAMES)
+
+bench-all: env demo-model $(BENCH_ENV) ## all benchmarks with the settings of docs/benchmarks.md, some hours; writes benchmarks/out
+	$(BENCH) $(NAMES)
+
+bench-llama: env demo-model $(BENCH_ENV) $(LLAMA_ENV) ## build llama.cpp, and compare vLLM and Starling with it
+	$(BENCH) llama_cpp
 
 # schemathesis and what it requires: the versions of the lock file where that has them.
 $(FUZZ_ENV): .ci/requirements-cpu.lock Makefile | $(ENV)

@@ -1,7 +1,8 @@
-"""The results of the benchmarks: JSON with the machine, plots, and statistics over interleaved runs."""
+"""The results of the benchmarks: JSON with the machine and the date, plots, and statistics over interleaved runs."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -17,20 +18,35 @@ import numpy as np
 
 from vllm_compat.versions import vllm_version
 
-OUT = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
+"""The committed results, whose figures README.md and docs/ state."""
+
+OUT = Path(os.environ.get("BENCHMARKS_OUT", RESULTS))
+"""The folder to write to."""
+
+ORIGIN = ("machine", "date", "note")
+"""The fields of a stored result that say where its figures come from."""
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores and the versions of Python, vLLM and torch."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    """The processor, its family and model number, its cores, and the versions of Python, vLLM and torch."""
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    found = {name.strip(): value.strip() for name, _, value in lines}
     return {
-        "processor": model,
+        "processor": found.get("model name", "unknown"),
+        "family_model": [found.get("cpu family"), found.get("model")],
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "vllm": vllm_version(),
         "torch": importlib.metadata.version("torch"),
     }
+
+
+def origin() -> dict[str, Any]:
+    """The machine, the date (UTC), and the text of BENCHMARKS_NOTE where that is set."""
+    found = {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    note = os.environ.get("BENCHMARKS_NOTE")
+    return found | ({"note": note} if note else {})
 
 
 def median_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
@@ -49,18 +65,17 @@ def ratio_interval(
 
 
 def read_json(name: str) -> dict[str, Any]:
-    """A stored result without its machine; empty if there is none."""
+    """A stored result without its origin; empty if there is none."""
     path = OUT / f"{name}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result.pop("machine", None)
-    return result
+    return {field: value for field, value in result.items() if field not in ORIGIN}
 
 
 def write_json(name: str, result: dict[str, Any]) -> Path:
-    """Write a result and the machine to results/; returns the path."""
-    OUT.mkdir(exist_ok=True)
+    """Write a result and its origin to OUT; returns the path."""
+    OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
+    path.write_text(json.dumps(origin() | result, indent=1) + "\n")
     return path
 
 

@@ -136,7 +136,7 @@ def main() -> None:
     table = Table(title="Two replicas: predicted from one, and measured")
     for column in ("tokens", "transport", "n/B", "one", "predicted", "measured", "error"):
         table.add_column(column, justify="right")
-    for row in result["rows"]:
+    for row in result.get("rows", []):  # none where nothing was measured yet
         predicted = predict(measured_prompt(row, result["kv_bytes_per_token"]), 2).seconds
         one, two = statistics.median(row["seconds_on_one"]), statistics.median(row["seconds_on_two"])
         cells = f"{row['tokens']:,}", row["way"], str(row["blocks"]), f"{one:.2f}", f"{predicted:.2f}", f"{two:.2f}"

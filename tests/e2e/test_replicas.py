@@ -6,6 +6,7 @@ computes, so that an output of one replica alone does not pass. The last test ki
 
 import json
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from examples.server import end_on_signals, serving
 from scheduler.star.assignment import ReplicaState, assign_blocks
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
+from tests.dashboard import OF_COMPRESSED_CACHES, QUERIES, metrics_of, samples_of
 from tests.e2e.sockets import documented_sockets, open_sockets
 from tests.e2e.wait import wait_until
 
@@ -188,6 +190,21 @@ def test_each_replica_computes_its_part_and_the_output_is_that_of_one_replica(se
     assert output[2]["replicas"] == star["star_replicas"]
     assert count_plans(server) == plans + 1, "the parts and the whole request use the front's plan"
     assert_same(output, complete_on_one(server, prompt, star))
+
+
+def test_the_dashboard_has_all_series_of_starling_and_no_query_without_a_series(server):
+    complete(server, random_prompt(6, 2088), options(2))
+    with pytest.raises(urllib.error.HTTPError):
+        complete(server, random_prompt(6, 2088), options(2, block=100))
+    with urllib.request.urlopen(f"{server.http}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    queried = set().union(*map(metrics_of, QUERIES)) - OF_COMPRESSED_CACHES
+    ours = {name for name in samples_of(text) if name.startswith("starling:")}
+    assert ours == {name for name in queried if name.startswith("starling:")}
+    # A series of vLLM may have no value yet: the requests that a limit has refused.
+    families = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+    suffixes = ("", "_bucket", "_sum", "_count")
+    assert queried <= ours | {family + suffix for family in families for suffix in suffixes}
 
 
 def test_a_cached_anchor_and_a_cached_prompt_are_not_computed_again(server):

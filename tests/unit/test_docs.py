@@ -94,8 +94,8 @@ def unknown_paths(text: str) -> list[str]:
     """Inline code that looks like a path in a folder of the repository, where there is no such file or folder."""
     words = [token.content for token in tokens(text) if token.type == "code_inline"]
     paths = [word for word in words if re.fullmatch(r"[\w.-]+/[\w./*-]+", word)]
-    made_here = ("build", "dist", "models")
-    inside = [path for path in paths if path.split("/")[0] not in made_here and (ROOT / path.split("/")[0]).is_dir()]
+    made_here = ("build/", "dist/", "models/", "benchmarks/out")
+    inside = [path for path in paths if not path.startswith(made_here) and (ROOT / path.split("/")[0]).is_dir()]
     return [path for path in inside if not any(ROOT.glob(path.rstrip("/")))]
 
 

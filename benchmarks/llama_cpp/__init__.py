@@ -1,0 +1,1 @@
+"""llama.cpp, vLLM and Starling beside one another on CPU."""

@@ -1,0 +1,267 @@
+"""The measured figures of README.md and docs/benchmarks.md are those of the JSON files in benchmarks/results.
+
+FIGURES has each sentence or row that states figures, with a format field in place of each figure and the values that
+the JSON files have for the fields. A page that states another value fails, and the message shows the right text. A
+figure that no entry covers fails too, unless UNRECORDED has it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from statistics import median
+from typing import Any
+
+import pytest
+
+from benchmarks.report import RESULTS
+
+ROOT = RESULTS.parents[1]
+README, BENCHMARKS = "README.md", "docs/benchmarks.md"
+STORED = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+PATTERN = re.compile(r"\d[\d,.]*(?:x| times| %| s| ms| µs)(?!\w)")
+"""A measured figure: a factor, a percentage or a time."""
+
+UNRECORDED = {
+    README: {},
+    BENCHMARKS: {
+        "1.2 ms": "the cost of Attamba's small operations, worked out from a profile",
+        "0.77x": "Attamba on a quiet machine, one round of --quick",
+        "1.18x": "the same",
+        "0.62x": "the same",
+        "0.86x": "the same",
+        "0.78x": "the same",
+        "4.9 %": "Attamba's paper",
+        "1.6 %": "Attamba's paper",
+        "80 %": "a setting of the soak",
+        "95 %": "the probability of all intervals",
+    },
+}
+"""Figures without a JSON file, and where they come from."""
+
+
+def ttft(result: str, tokens: int, configuration: str) -> dict[str, Any]:
+    (rows,) = [measured["rows"] for measured in STORED[result]["results"] if measured["tokens"] == tokens]
+    (row,) = [row for row in rows if row["configuration"] == configuration]
+    return row
+
+
+def llama(configuration: str, *kilotokens: int) -> list[float]:
+    return [ttft("star_ttft_llama", 1024 * count, configuration)["ttft_speedup"] for count in kilotokens]
+
+
+def fastest(result: str, tokens: int, *configurations: str) -> list[float]:
+    """The least seconds to the first token."""
+    return [min(ttft(result, tokens, name)["seconds"]) for name in configurations]
+
+
+BLOCKS = ("n/B = 4", "n/B = 8", "n/B = 16")
+FIXED = "B = 2048"
+SMOLLM2 = [ttft("star_ttft_smollm2", 8064, name)["ttft_speedup"] for name in BLOCKS]
+OF_KEYS = [
+    100 * ttft("star_ttft_llama", tokens, name)["attention_over_keys"]
+    for tokens in (32768, 65536)
+    for name in (*BLOCKS, FIXED)
+]
+DENSE, STAR, DECODE = (
+    "first token, dense, 16,384 tokens",
+    "first token, star, 16,384 tokens",
+    "a step of decode, 32,768 tokens before it",
+)
+OP = STORED["cpu_attention"]["vllm_over_starling"]
+OP_SECONDS = STORED["cpu_attention"]["seconds"]["bfloat16"][DENSE]
+EDIT = {name: median(runs) for name, runs in STORED["block_reuse"]["seconds"]["one token more"].items()}
+COST = STORED["dense_cost"]
+PREFILL_COST, DECODE_COST = (COST["ratio_to_plain"][name] for name in ("prefill 4,096 tokens", "decode 48 tokens"))
+INSTALLED, ACTIVATED = "installed, not activated", "activated, dense"
+FRONTS, PER_TOKEN = STORED["front_overhead"]["grpc_over_http"], STORED["front_overhead"]["us_per_token"]
+CPU_TIME = "CPU time of the server"
+OF_HTTP = {kind: sorted(front[kind][0] for front in FRONTS.values()) for kind in ("time", CPU_TIME)}
+ATTAMBA, ATTAMBA_SECONDS = STORED["attamba_speed"]["transformer_over_attamba"], STORED["attamba_speed"]["seconds"]
+BATCH = ATTAMBA["32 requests at once, 960 tokens and 64 new each"]
+CAPACITY = [100 * row["of_allowed"] for row in STORED["attamba_capacity"]["rows"] if row["model"] != "transformer"]
+QUALITY, BITS = STORED["attamba_quality"]["models"], STORED["attamba_quality"]["bits_ratio"]
+P4, P8 = (BITS[f"{name} over transformer"]["ours"] for name in ("attamba-p4-l32", "attamba-p8-l16"))
+SOAK = STORED["soak"]["runs"]
+
+
+def attamba(workload: str) -> float:
+    return ATTAMBA[workload][0]
+
+
+def attamba_times(workload: str, scale: float = 1) -> list[float]:
+    return [scale * median(ATTAMBA_SECONDS[workload][model]) for model in ("transformer", "attamba")]
+
+
+def quality(model: str) -> list[float]:
+    row = QUALITY[model]
+    positions = [row["bits_by_position"][name] for name in ("0 to 31", "256 to 511")]
+    return [
+        row["kv_bytes_per_token"],
+        row["kv_bytes_per_sequence"],
+        *(row["bits_per_byte"][seed] for seed in "01"),
+        *positions,
+    ]
+
+
+def outcomes(run: dict[str, Any], *kinds: str) -> int:
+    """Requests of the soak whose outcome is one of ``kinds``."""
+    return sum(counts.get(kind, 0) for counts in run["requests"]["outcomes"].values() for kind in kinds)
+
+
+QUALITY_ROW = "{:,.0f} | {:,.0f} | {:.3f} | {:.3f} | {:.3f} | {:.3f} |"
+EDIT_TIMES = [EDIT[name] for name in ("star, segments aligned", "dense, prefix cache", "star, prefix cache")]
+FIGURES = [
+    (
+        README,
+        "block of a quarter of the prompt | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x |",
+        llama(BLOCKS[0], 8, 16, 32, 64),
+    ),
+    (README, "| an eighth | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x |", llama(BLOCKS[1], 8, 16, 32, 64)),
+    (README, "| a sixteenth | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x |", llama(BLOCKS[2], 8, 16, 32, 64)),
+    (
+        README,
+        "| a block of 2,048 tokens | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x ({:.0f} s to {:.0f} s) |",
+        llama(FIXED, 8, 16, 32, 64) + fastest("star_ttft_llama", 65536, "dense", FIXED),
+    ),
+    (
+        README,
+        "a sixteenth | {:.2f}x, {:.2f}x, {:.2f}x ({:.0f} s to {:.0f}, {:.0f}, {:.0f} s) |",
+        SMOLLM2 + fastest("star_ttft_smollm2", 8064, "dense", *BLOCKS),
+    ),
+    (README, "is within {:.0f} % of the ratio of attended keys", [100 - min(OF_KEYS)]),
+    (
+        README,
+        "in bfloat16: {:.1f}x on a dense prompt of 16k tokens and on decode after 32k tokens, {:.2f}x under star",
+        [OP["bfloat16"][DENSE][0], OP["bfloat16"][STAR][0]],
+    ),
+    (README, "{:.1f}x on a dense prompt of 16k tokens and on decode", [OP["bfloat16"][DECODE][0]]),
+    (
+        README,
+        "The first token takes {:.1f} s. It takes {:.1f} s with dense attention and vLLM's prefix cache, and {:.1f} s",
+        EDIT_TIMES,
+    ),
+    (README, "in {} interleaved rounds, no ratio", [len(COST["seconds"]["prefill 4,096 tokens"]["plain vLLM"])]),
+    (
+        BENCHMARKS,
+        "up to {:.1f}x at 64k tokens with blocks of a sixteenth of the prompt, {:.1f}x with blocks of 2,048 tokens",
+        llama(BLOCKS[2], 64) + llama(FIXED, 64),
+    ),
+    (BENCHMARKS, "is {:.0f} to {:.0f} % of the ratio of attended keys", [min(OF_KEYS), max(OF_KEYS)]),
+    (BENCHMARKS, "SmolLM2-135M at 8,064 tokens: {:.2f}x, {:.2f}x, {:.2f}x with blocks", SMOLLM2),
+    (
+        BENCHMARKS,
+        "prefill {:.3f} ({:.3f} to {:.3f}) installed, {:.3f} ({:.3f} to {:.3f}) activated; decode {:.3f} ({:.3f} to "
+        "{:.3f}) and {:.3f} ({:.3f} to {:.3f}).",
+        [value for cost in (PREFILL_COST, DECODE_COST) for name in (INSTALLED, ACTIVATED) for value in cost[name]],
+    ),
+    (
+        BENCHMARKS,
+        "In bfloat16: {:.2f}x ({:.1f} s to {:.1f}) for the first token of 16,384 dense tokens, {:.2f}x for the "
+        "same under star in blocks of 2,048, and {:.2f}x for a decode step after 32,768 tokens. In float32: {:.2f}x, "
+        "{:.2f}x and {:.2f}x,",
+        [
+            OP["bfloat16"][DENSE][0],
+            *(median(OP_SECONDS[name]) for name in ("vllm", "auto")),
+            *(OP["bfloat16"][name][0] for name in (STAR, DECODE)),
+            *(OP["float32"][name][0] for name in (DENSE, STAR, DECODE)),
+        ],
+    ),
+    (
+        BENCHMARKS,
+        "gRPC takes {:.2f} to {:.2f} times as long as HTTP, and {:.2f} to {:.2f} times the server's CPU time ({:.0f} "
+        "µs against {:.0f} with 16 streams at once; {:.0f} in process)",
+        [
+            *(OF_HTTP[kind][index] for kind in OF_HTTP for index in (0, -1)),
+            *(median(PER_TOKEN["16"][way][CPU_TIME]) for way in ("gRPC", "HTTP", "in process")),
+        ],
+    ),
+    (
+        BENCHMARKS,
+        "Prefill of 32,768 tokens {:.2f}x ({:.1f} s to {:.1f}), of 8,192 {:.2f}x, of 1,024 {:.2f}x. A decode step "
+        "after 32,768 tokens {:.2f}x ({:.1f} ms to {:.1f}), after 8,192 {:.2f}x, after 1,024 {:.2f}x.",
+        [
+            attamba("prefill, 32,768 tokens"),
+            *attamba_times("prefill, 32,768 tokens"),
+            attamba("prefill, 8,192 tokens"),
+            attamba("prefill, 1,024 tokens"),
+            attamba("decode, 32,768 tokens"),
+            *attamba_times("decode, 32,768 tokens", 1000),
+            attamba("decode, 8,192 tokens"),
+            attamba("decode, 1,024 tokens"),
+        ],
+    ),
+    (BENCHMARKS, "and all of Attamba's: {:.2f}x ({:.2f} to {:.2f})", BATCH),
+    (BENCHMARKS, "{:.0f} to {:.0f} % of what the bytes allow", [min(CAPACITY), max(CAPACITY)]),
+    (BENCHMARKS, "| transformer | " + QUALITY_ROW, quality("transformer")),
+    (BENCHMARKS, "| transformer, 1 of 4 KV heads (isoKV4) | " + QUALITY_ROW, quality("isokv4")),
+    (BENCHMARKS, "| Attamba P = 4, L = 32 | " + QUALITY_ROW, quality("attamba-p4-l32")),
+    (BENCHMARKS, "| Attamba P = 8, L = 16 | " + QUALITY_ROW, quality("attamba-p8-l16")),
+    (
+        BENCHMARKS,
+        "P = 4 has {:.1f} % fewer bits than the transformer with seed 0 and {:.1f} % more with seed 1; the same P = 4 "
+        "model differs by {:.1f} % between the seeds. P = 8 is better than the transformer with both seeds, by "
+        "{:.1f} % and {:.1f} %,",
+        [
+            100 - 100 * P4["0"],
+            100 * P4["1"] - 100,
+            100 * QUALITY["attamba-p4-l32"]["bits_per_byte"]["1"] / QUALITY["attamba-p4-l32"]["bits_per_byte"]["0"]
+            - 100,
+            100 - 100 * P8["0"],
+            100 - 100 * P8["1"],
+        ],
+    ),
+    (
+        BENCHMARKS,
+        "| capacity, rate (requests/s) | {:.1f}, {:.1f} | {:.1f}, {:.1f} |",
+        [run[name] for run in SOAK for name in ("capacity_requests_per_second", "rate_requests_per_second")],
+    ),
+    (BENCHMARKS, "| requests sent | {:,} | {:,} |", [run["requests"]["sent"] for run in SOAK]),
+    (BENCHMARKS, "| arrivals not sent | {:,} | {:,} |", [run["requests"]["not_sent"] for run in SOAK]),
+    (BENCHMARKS, "| refused as they must be | {:,} | {:,} |", [outcomes(run, "refused") for run in SOAK]),
+    (BENCHMARKS, "vanished or stopped reading | {:,} | {:,} |", [outcomes(run, "left") for run in SOAK]),
+    (BENCHMARKS, "| lost | {} | {}, both", [run["requests"]["lost"] for run in SOAK]),
+    (
+        BENCHMARKS,
+        "| answers compared, different | {:,}, {} | {:,}, {} |",
+        [run["requests"][name] for run in SOAK for name in ("answers_checked", "answers_different")],
+    ),
+]
+
+
+def words_of(page: str) -> str:
+    """The text of a page without code blocks, with single spaces."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return " ".join(re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).split())
+
+
+@pytest.mark.parametrize(("page", "template", "values"), FIGURES, ids=[template[:40] for _, template, _ in FIGURES])
+def test_a_page_states_the_figures_of_the_results(page, template, values):
+    assert template.count("{") == len(values)
+    text = template.format(*values)
+    assert text in words_of(page), f"{page} does not have these figures of benchmarks/results: {text}"
+
+
+@pytest.mark.parametrize("page", [README, BENCHMARKS])
+def test_each_figure_of_a_page_comes_from_a_result(page):
+    text = words_of(page)
+    for _, template, values in (entry for entry in FIGURES if entry[0] == page):
+        text = text.replace(template.format(*values), " ")
+    found = set(PATTERN.findall(text))
+    assert found == UNRECORDED[page].keys(), "add an entry to FIGURES: CONTRIBUTING.md says how"
+
+
+def test_no_interval_of_the_cost_without_starling_excludes_one():
+    """README.md says that no ratio differs measurably from 1.0."""
+    for costs in COST["ratio_to_plain"].values():
+        for _, lower, upper in costs.values():
+            assert lower <= 1 <= upper
+
+
+@pytest.mark.parametrize("name", [name for name in STORED if name != "kv_shift_induction"])
+def test_a_result_has_machine_versions_and_date(name):
+    """Not that of examples/train_kv_shift.py, which has accuracies and runs without vLLM."""
+    result = STORED[name]
+    assert {"processor", "cores", "python", "vllm", "torch"} <= result["machine"].keys()
+    assert datetime.date.fromisoformat(result["date"])

@@ -1,0 +1,91 @@
+"""`make bench`: benchmarks run one after the other, also after one that fails."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import run
+
+WRITE = "import os, pathlib; pathlib.Path(os.environ['BENCHMARKS_OUT'], 'one.json').write_text('figures')"
+NOT_RUN = {
+    "engine": "an engine's process",
+    "random_llama": "makes a model",
+    "report": "writes results",
+    "run": "runs the others",
+    "streaming_clients": "clients of front_overhead",
+}
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_the_others_run_after_one_that_fails(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(run.NEEDS, "absent", (lambda: False, "no such thing"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.json").write_text("old")
+    commands = {
+        "first": python(WRITE),
+        "second": python("import sys; print('why it failed', file=sys.stderr); sys.exit(3)"),
+        "absent": python("assert False"),
+        "third": python("import os; print(os.environ['BENCHMARKS_NOTE'])"),
+    }
+    console = Console(width=120)
+    outcomes = run.run_all(commands, out, "a busy machine", console)
+    run.show(outcomes, out, console)
+    states = ["done", "failed (exit code 3)", "left out: no such thing", "done"]
+    assert [outcome.state for outcome in outcomes] == states
+    assert [outcome.files for outcome in outcomes] == [("one.json",), (), (), ()]
+    assert [outcome.failed for outcome in outcomes] == [False, True, False, False]
+    assert (out / "second.log").read_text() == "why it failed\n"
+    printed = capfd.readouterr().out
+    assert "a busy machine" in printed and "why it failed" in printed
+    assert "failed: second. " in printed
+
+
+@pytest.mark.parametrize(("code", "expected"), [("pass", 0), ("raise SystemExit(2)", 1)])
+def test_the_exit_code_says_whether_one_has_failed(tmp_path, monkeypatch, code, expected):
+    (tmp_path / "benchmark.py").write_text(code)
+    monkeypatch.setattr(run, "OUT", tmp_path / "out")
+    monkeypatch.setattr(run, "QUICK", {"star_ttft": ""})
+    monkeypatch.setattr(run.subprocess, "run", run_instead(run.subprocess.run, tmp_path / "benchmark.py"))
+    monkeypatch.setattr(sys, "argv", ["run", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == expected
+
+
+def run_instead(real, script):
+    """`subprocess.run` of a script instead of the benchmark."""
+    return lambda command, **options: real([command[0], str(script)], **options)
+
+
+def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "star_ttf"])
+    with pytest.raises(SystemExit):
+        run.main()
+    message = capsys.readouterr().err
+    assert "star_ttf: no such benchmark" in message and "star_ttft" in message
+
+
+def test_every_benchmark_is_run():
+    folder = run.ROOT / "benchmarks"
+    programs = {path for path in folder.rglob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    names = {path.relative_to(folder).with_suffix("").as_posix().replace("/", ".") for path in programs}
+    found = {name.removesuffix(".__main__") for name in names} - {"llama_cpp.job"}
+    assert found - NOT_RUN.keys() == run.FULL.keys()
+    assert run.QUICK.keys() <= run.FULL.keys()
+
+
+@pytest.mark.parametrize(("name", "arguments"), [*run.QUICK.items(), *run.FULL.items()])
+def test_options_of_benchmarks_exist(name, arguments):
+    module = find_spec(f"benchmarks.{name}")
+    program = find_spec(f"benchmarks.{name}.__main__") if module.submodule_search_locations else module
+    text = Path(program.origin).read_text()
+    assert [option for option in arguments.split() if option.startswith("--") and f'"{option}"' not in text] == []

@@ -1,0 +1,145 @@
+"""examples/monitoring: its files refer to what exists, and its queries to metrics that vLLM and Starling export."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.v1.metrics import loggers
+
+import engine_ext.metrics
+import replicas.metrics
+import scheduler.metrics
+from tests.dashboard import (
+    DASHBOARD,
+    EXPRESSIONS,
+    MONITORING,
+    PANELS,
+    QUERIES,
+    RULES,
+    labels_of,
+    metrics_of,
+    samples_of,
+)
+from tests.unit.scheduler.simulation import make_config
+from vllm_compat.metrics import DIRECTORY_ENV
+
+SUFFIXES = {Counter: ("_total",), Gauge: ("",), Histogram: ("_bucket", "_sum", "_count")}
+
+
+def read_yaml(*path: str):
+    return yaml.safe_load(MONITORING.joinpath(*path).read_text())
+
+
+SERVICES = read_yaml("compose.yaml")["services"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The labels of each series that a server exports, by its name."""
+    registry, labels = CollectorRegistry(), {}
+    config = make_config(tmp_path_factory.mktemp("model"))
+
+    def recorded(kind):
+        def make(name, documentation, labelnames=(), **options):
+            labels.update({name + suffix: set(labelnames) for suffix in SUFFIXES[kind]})
+            return kind(name, documentation, labelnames, registry=registry, **options)
+
+        return staticmethod(make)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(DIRECTORY_ENV, raising=False)
+        patch.setattr(loggers, "unregister_vllm_metrics", lambda: None)
+        for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
+            patch.setattr(loggers.PrometheusStatLogger, attribute, recorded(kind))
+        for module in (engine_ext.metrics, replicas.metrics, scheduler.metrics):
+            for kind in (Counter, Gauge):
+                if hasattr(module, kind.__name__):
+                    patch.setattr(module, kind.__name__, recorded(kind).__func__)
+        loggers.PrometheusStatLogger(config)
+        for metrics in (
+            engine_ext.metrics.FrontMetrics,
+            engine_ext.metrics.WorkerMetrics,
+            replicas.metrics.ReplicaMetrics,
+            scheduler.metrics.CacheMetrics,
+            scheduler.metrics.SchedulerMetrics,
+        ):
+            metrics()
+    return labels
+
+
+def test_metrics_are_found_in_an_expression():
+    expression = 'sum by (le, a) (rate(x:y_bucket{b="c", d!="e"}[5m])) / sum(z) > 0.1'
+    assert (metrics_of(expression), labels_of(expression)) == ({"x:y_bucket", "z"}, {"a", "b", "d"})
+
+
+def test_samples_are_found_on_a_page_of_metrics():
+    text = '# TYPE a:b counter\na:b_total{c="d"} 2\n# TYPE a:b_created gauge\na:b_created{c="d"} 17\n# TYPE e gauge\n'
+    assert samples_of(text) == {"a:b_total"}
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_queries_are_for_exported_metrics_and_their_labels(expression, exported):
+    names = metrics_of(expression)
+    assert names <= exported.keys()
+    for name in names:
+        assert labels_of(expression) <= exported[name]
+
+
+def test_every_series_of_starling_is_on_the_dashboard(exported):
+    """`tests/e2e/test_replicas.py` has the same test of a server's /metrics."""
+    shown = set().union(*map(metrics_of, QUERIES))
+    assert {name for name in exported if name.startswith("starling:")} - shown == set()
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_legends_name_labels_that_the_query_keeps(panel, exported):
+    for target in panel["targets"]:
+        grouped = labels_of(target["expr"])
+        kept = grouped or set().union(*(exported[name] for name in metrics_of(target["expr"])))
+        assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= kept
+
+
+def test_panels_have_ids_places_and_the_provisioned_data_source():
+    source = read_yaml("grafana", "provisioning", "datasources", "prometheus.yml")["datasources"][0]
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells), "panels overlap"
+    assert max(x for x, _ in cells) < 24, "Grafana's grid has 24 columns"
+    for used in (item["datasource"] for panel in PANELS for item in (panel, *panel["targets"])):
+        assert used == {"type": source["type"], "uid": source["uid"]}
+
+
+def test_services_refer_to_files_and_to_one_another():
+    mounts = {
+        target: MONITORING / source
+        for service in SERVICES.values()
+        for source, target in (volume.split(":")[:2] for volume in service["volumes"])
+        if source.startswith(".")
+    }
+    assert all(folder.is_dir() for folder in mounts.values())
+    prometheus = read_yaml("prometheus", "prometheus.yml")
+    (job,) = prometheus["scrape_configs"]
+    (targets,) = job["file_sd_configs"]
+    assert all((MONITORING / "prometheus" / name).is_file() for name in prometheus["rule_files"] + targets["files"])
+    assert f'up{{job="{job["job_name"]}"}}' in RULES[0]["expr"]
+    ((address,),) = [group["targets"] for group in read_yaml("prometheus", "targets.yml")]
+    assert SERVICES["prometheus"]["extra_hosts"] == [f"{address.partition(':')[0]}:host-gateway"]
+    source = read_yaml("grafana", "provisioning", "datasources", "prometheus.yml")["datasources"][0]
+    assert source["url"] == "http://prometheus:9090" and "prometheus" in SERVICES
+    provider = read_yaml("grafana", "provisioning", "dashboards", "starling.yml")["providers"][0]
+    home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (mounts[provider["options"]["path"]] / home.name).is_file() and str(home.parent) in mounts
+
+
+def test_images_have_versions_and_ports_are_published_on_loopback():
+    for service in SERVICES.values():
+        assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", service["image"])
+        assert service["ports"] and all(port.startswith("127.0.0.1:") for port in service["ports"])

@@ -13,17 +13,18 @@ FUZZ_ENV := build/fuzz/.stamp
 BENCH_ENV := build/bench/.stamp
 LLAMA_ENV := build/llama/venv/.stamp
 BENCH = PYTHONPATH=$(CURDIR)/$(dir $(BENCH_ENV)):$$PYTHONPATH $(BIN)/python -m benchmarks.run $(if $(NOTE),--note '$(NOTE)')
-NEXT_SERVERS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py
-# The slow file first: each worker runs whole files.
 STAR_TINY := tests/parity/test_star_tiny.py::test_
-NEXT_TESTS := $(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
+NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py \
+	$(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
 	tests/gpu_contract tests/unit
 
 LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-hashes
 
+CHECKS := lint layers types proto-check docs
 RESULTS := build/tests
-REPORT := -q --durations=15 --junitxml=$(RESULTS)
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Each of two workers runs whole files, in the order of their names: all servers in one worker (tests/conftest.py), which
+# take longest and start first; beside them the other tests.
+PYTEST := python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --junitxml=$(RESULTS)
 MODEL := models/smollm2-135m-instruct/model.safetensors
 EVAL_MODEL := models/qwen2.5-coder-0.5b-instruct/model.safetensors
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto \
@@ -35,7 +36,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed test-next unit stateful lint lint-docker layers types docs names \
+.PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed tests-installed test-next unit stateful lint lint-docker layers types docs names \
 	check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama fuzz soak faults wheel release clean
 
 help: ## list the targets
@@ -71,18 +72,20 @@ demo-peers: env demo-model ## two servers on two such hosts, which are peers of 
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
 
-test: test-installed test-next ## everything that CI checks
+test: env demo-model ## everything that CI checks
+	+$(MAKE) --jobs 2 --output-sync=target env-next $(CHECKS)
+	+$(MAKE) tests-installed test-next
 
-test-installed: env demo-model lint layers types proto-check docs ## lint, types, docs, and all tests with the vLLM of the lock file
+test-installed: env demo-model $(CHECKS) tests-installed ## lint, types, docs, and all tests with the vLLM of the lock file
+
+tests-installed: env demo-model ## all tests with the vLLM of the lock file
 	rm -rf $(RESULTS)/installed
-	$(BIN)/pytest $(REPORT)/installed/servers.xml tests/e2e
-	$(BIN)/pytest $(REPORT)/installed/others.xml $(PARALLEL) --ignore tests/e2e tests
+	$(BIN)/$(PYTEST)/installed/tests.xml tests
 
-# `make test-next NEXT_SERVERS=tests/e2e NEXT_TESTS='--ignore tests/e2e tests'` runs all tests.
+# `make test-next NEXT_TESTS=tests` runs all tests.
 test-next: env-next demo-model ## tests with the Python files of the next vLLM
 	rm -rf $(RESULTS)/next
-	$(NEXT)/python -m pytest $(REPORT)/next/servers.xml $(NEXT_SERVERS)
-	$(NEXT)/python -m pytest $(REPORT)/next/others.xml $(PARALLEL) $(NEXT_TESTS)
+	$(NEXT)/$(PYTEST)/next/tests.xml $(NEXT_TESTS)
 
 compatibility: ## write docs/compatibility.md from the results of the last test, test-next and release
 	$(BIN)/python .ci/compatibility.py tests $(RESULTS)/installed

@@ -1,4 +1,4 @@
-"""Settings of hypothesis, and one thread of torch for each test process.
+"""Settings of hypothesis, one thread of torch for each test process, and the order of tests in `pytest -n`.
 
 Hypothesis draws the same examples in every run, without a time limit. `pytest --hypothesis-profile random` draws
 others.
@@ -11,6 +11,8 @@ from hypothesis import settings
 
 from tests import stateful
 
+SERVERS = "tests/e2e/"
+
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.register_profile("random", deadline=None)
 settings.load_profile("fixed")
@@ -21,6 +23,21 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz-minutes", type=float, default=0.0, help="run tests/e2e/test_fuzz.py for so long, with new examples"
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``--dist loadfile``, one worker runs all tests that start servers: never two servers at a time.
+
+    A server's tests wait most of their time for one process, so the other worker has a core for the other tests.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SERVERS if nodeid.startswith(SERVERS) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,12 +1,13 @@
-"""Runs batches of token-id prompts through one vLLM engine, in a separate process, and prints the results.
+"""Runs batches of token-id prompts through one vLLM engine, and prints the results. fork_server.py calls it.
 
-Standard input is a job in JSON: {"engine": LLM arguments, "batches": [[prompt, ...], ...]}. A prompt is
+A job is {"engine": LLM arguments, "batches": [[prompt, ...], ...]}. A prompt is
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", "lora": path of an adapter, ...}. Batches run one after
-the other, the prompts of a batch together. A batch may also be one of the following, which have no result:
+the other, the prompts of a batch together. A batch may also be one of the following, which have no result and need an
+engine of one rank, which runs in the job's process:
 
-- {"call": "module:function"}: every worker calls the function (needs VLLM_ALLOW_INSECURE_SERIALIZATION=1);
-- {"chunk": tokens}: from now on a step computes at most these tokens (needs VLLM_ENABLE_V1_MULTIPROCESSING=0);
-- {"scheduler": "module:function"}: calls the function with the scheduler (needs VLLM_ENABLE_V1_MULTIPROCESSING=0).
+- {"call": "module:function"}: the worker calls the function;
+- {"chunk": tokens}: from now on a step computes at most these tokens;
+- {"scheduler": "module:function"}: calls the function with the scheduler.
 
 The result is a line of standard output that starts with RESULT: {"batches", "metrics"}. The metrics include Starling's
 metrics of the cache, whose labels follow their names.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import json
 import pkgutil
-import sys
 
 from prometheus_client import REGISTRY
 
@@ -54,11 +54,15 @@ def make_result(output) -> dict:
     }
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
+def import_vllm() -> tuple[type, type, type]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    return LLM, SamplingParams, LoRARequest
+
+
+def run(job: dict) -> None:
+    LLM, SamplingParams, LoRARequest = import_vllm()
     llm = LLM(disable_log_stats=False, skip_tokenizer_init=True, **job["engine"])
     batches = []
     for batch in job["batches"]:
@@ -83,7 +87,3 @@ def main() -> None:
         " ".join([s.name, *s.labels.values()]): s.value for s in samples if s.name.startswith("starling:cache_")
     }
     print("\n" + RESULT + json.dumps({"batches": batches, "metrics": metrics}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

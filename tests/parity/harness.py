@@ -42,6 +42,8 @@ def run_engine(
 ) -> dict:
     """Run the batches on one engine; engine_job.py describes ``batches`` and the result.
 
+    An engine of one rank runs in the process of the job, other engines in processes of their own.
+
     Args:
         model: path of the checkpoint.
         env: additional environment of the engine's process.
@@ -51,21 +53,33 @@ def run_engine(
     arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, "block_size": 32}
     arguments["additional_config"] = {"starling": {"star": star or {}}}
     job = {"engine": arguments | engine, "batches": batches}
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    inherited = {name: value for name, value in os.environ.items() if name not in COUNTERS}
-    with cores(engine.get("tensor_parallel_size", 1)) as bound:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.parity.engine_job"],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=600,
-            env=inherited | quiet | {"VLLM_CPU_OMP_THREADS_BIND": bound} | (env or {}),
-        )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    ranks = engine.get("tensor_parallel_size", 1)
+    server = fork_server(frozenset((env or {}).items()))
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log, cores(ranks) as bound:
+        of_job = {"VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
+        request = {"job": job, "env": of_job, "log": log.name, "seconds": 600}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code, output = server.stdout.readline().strip(), log.read()
+    assert code == "0", f"exit code {code or 'of the fork server'}: {output[-8000:]}"
+    (line,) = (line for line in output.splitlines() if line.startswith(RESULT))
     return json.loads(line.removeprefix(RESULT))
+
+
+@functools.cache
+def fork_server(env: frozenset[tuple[str, str]]) -> subprocess.Popen[str]:
+    """Start a fork_server.py with this additional environment. It ends with this process."""
+    inherited = {name: value for name, value in os.environ.items() if name not in COUNTERS}
+    # One thread: a process with more of them can not fork safely, and the other core has other work.
+    settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    settings |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.parity.fork_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=inherited | settings | dict(env),
+    )
 
 
 @contextmanager

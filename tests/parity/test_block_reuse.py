@@ -131,7 +131,7 @@ def test_reused_blocks_give_the_results_of_a_cold_run(model, runner):
     steps = sequence(short=runner == "v2")
     warm = [step for step in steps if isinstance(step[1], list)]
     cold = [[one | {"cold": True}] for _, batch, _ in warm for one in batch]
-    env = {"v1": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "v2": v2_env()}[runner]
+    env = {"v1": None, "v2": v2_env()}[runner]
     result = run_engine(model, [batch for _, batch, _ in steps] + cold, max_num_batched_tokens=300, env=env)
     cold_results = iter(result["batches"][len(warm) :])
     for (description, batch, expected_cached), outputs in zip(warm, result["batches"], strict=False):

@@ -101,7 +101,7 @@ def test_chunks_of_any_size(models, family, chunk_sizes, record_property):
     engine = KEEP_ALL | {"max_num_batched_tokens": 2048}
     runs = [make_batches(page_size, 100 * index) for index in range(len(chunk_sizes))]
     batches = [batch for size, run in zip(chunk_sizes, runs, strict=True) for batch in ({"chunk": size}, *run)]
-    outputs = run_engine(model.path, batches, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, **engine)["batches"]
+    outputs = run_engine(model.path, batches, **engine)["batches"]
     for index, (size, run) in enumerate(zip(chunk_sizes, runs, strict=True)):
         part = outputs[index * len(run) :][: len(run)]
         largest = largest_gap(model, page_size, run, part, engine, size)
@@ -137,7 +137,7 @@ def test_preempted_requests_and_a_state_that_is_lost(models, family, num_blocks)
     ]
     sizes = {"max_num_batched_tokens": 48, "max_model_len": 6 * page_size, "num_gpu_blocks_override": num_blocks}
     batches = [prompts, {"call": "tests.parity.kv_shift_cases:zero_state"}, prompts[:1]]
-    result = run_engine(model.path, batches, env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}, **sizes)
+    result = run_engine(model.path, batches, **sizes)
     right, wrong = result["batches"]
     largest = max(model.gap(prompt, output) for prompt, output in zip(prompts, right, strict=True))
     print(f"{family}: {result['metrics']['vllm:num_preemptions']} preemptions, largest gap {largest:.1e}")

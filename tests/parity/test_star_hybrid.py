@@ -73,7 +73,7 @@ def run(request, tmp_path_factory) -> Run:
     result = run_engine(
         model,
         [PROMPTS, {"chunk": SHORT}, PROMPTS, *turns],
-        env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (v2_env() if runner == "v2" else {}),
+        env=v2_env() if runner == "v2" else None,
         dtype=str(dtype).removeprefix("torch."),
         max_num_batched_tokens=WHOLE,
         max_model_len=WHOLE,

@@ -2,7 +2,8 @@
 
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), and a small anchor with
 an overlap at the same number of keys. Goes on where an earlier run of the same model and length ended. Writes
-results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows.
+results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the rows of `starling doctor` in
+engine_ext/evaluation/measured.json.
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.report import OUT, write_json
+from benchmarks.report import RESULTS as REPORTS
+from engine_ext.evaluation.measured import FILE, MeasuredLoss
+from engine_ext.evaluation.plans import DENSE
+from engine_ext.evaluation.statistics import ALL, kl_divergence
+from engine_ext.evaluation.store import RESULTS, Answer, read_answers
+from scheduler.star.options import FIELD_OF
 from scheduler.star.sizes import default_anchor_size
 
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
 TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"
 PAGE_SIZE, QUERY_TOKENS, LOGPROBS = 32, 128, 4
+SIZES = ("star_block_size", "star_anchor_size", "star_overlap_size")
+CELL_FIELDS = ("prompts", "attended_keys", "dense_score", "score", "difference", "logprob_difference", "kl")
 ENGINE = ("--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "2048", "--enforce-eager")
 
 
@@ -41,6 +52,90 @@ def evaluation(results: dict[str, Any]) -> dict[str, Any]:
     return {name: results[name] for name in kept}
 
 
+def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one model and length for measured.json: the mean over tasks of each star plan."""
+    rows = []
+    (tokens,) = evaluation["setup"]["lengths"]
+    for cell in evaluation["cells"]:
+        if cell["task"] != ALL or cell["plan"] == DENSE.name:
+            continue
+        options = evaluation["setup"]["plans"][cell["plan"]]
+        sizes = {FIELD_OF[name]: options[name] for name in SIZES}
+        kept = {name: cell[name] for name in CELL_FIELDS}
+        row = {"model": model, "tokens": tokens, **sizes, **kept}
+        rows.append(MeasuredLoss.model_validate(row).model_dump())
+    return rows
+
+
+def kl_ratios(answers: list[Answer], names: list[str]) -> list[dict[str, Any]]:
+    """For each pair of plans with equal B, the divergence from dense of the overlap over that of the paper's anchor.
+
+    The mean over prompts, of which each task has as many, and a 95 % bootstrap interval over prompts, fixed seed.
+    """
+    by_prompt: dict[str, dict[str, Answer]] = {}
+    for answer in answers:
+        by_prompt.setdefault(answer.prompt, {})[answer.plan] = answer
+    divergences = {
+        name: np.array([mean_kl(found[DENSE.name], found[name]) for found in by_prompt.values()]) for name in names
+    }
+    rows = []
+    for paper, overlap in zip(names[::2], names[1::2], strict=True):
+        drawn = np.random.default_rng(0).integers(0, len(by_prompt), (10_000, len(by_prompt)))
+        ratios = divergences[overlap][drawn].mean(1) / divergences[paper][drawn].mean(1)
+        low, high = np.quantile(ratios, [0.025, 0.975])
+        mean = divergences[overlap].mean() / divergences[paper].mean()
+        rows.append({"paper": paper, "overlap": overlap, "kl_ratio": [float(mean), float(low), float(high)]})
+    return rows
+
+
+def mean_kl(dense: Answer, other: Answer) -> float:
+    """The divergence of one prompt, the mean over the tokens of its answer."""
+    scores = zip(dense.scores, other.scores, strict=True)
+    return float(np.mean([kl_divergence(ours.top, theirs.top) for ours, theirs in scores]))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of docs/star-accuracy.md: all tasks by plan, and overlaps over the paper's blocks."""
+
+    def shown(interval: dict[str, float], scale: float, digits: int) -> str:
+        mean, low, high = (scale * interval[name] for name in ("mean", "low", "high"))
+        return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+    lines = [
+        "| plan | attention work | score (dense {:.0f}) | log-probability | same answer | KL |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in result["cells"]:
+        if cell["task"] == ALL and cell["plan"] != DENSE.name:
+            columns = (
+                f"`{cell['plan'].removesuffix(f',Q={QUERY_TOKENS}')}`",
+                f"{100 * cell['attended_keys']:.0f} %",
+                shown(cell["difference"], 100, 1),
+                shown(cell["logprob_difference"], 1, 3),
+                f"{100 * cell['same_as_dense']:.0f} %",
+                f"{cell['kl']:.3f}",
+            )
+            lines.append(f"| {' | '.join(columns)} |")
+            dense_score = 100 * cell["dense_score"]
+    lines[0] = lines[0].format(dense_score)
+    (tokens,) = result["setup"]["lengths"]
+    for pair in result["overlap_over_paper"]:
+        block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
+        mean, low, high = pair["kl_ratio"]
+        lines.append(
+            f"\nKL with an overlap over KL with A = B, at n/{tokens // block}: {mean:.2f} [{low:.2f}, {high:.2f}]."
+        )
+    return "\n".join(lines)
+
+
+def write_measured() -> None:
+    """Write measured.json from all results."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(OUT.glob("accuracy_*.json")):
+        rows += measured_rows(path.stem.split("_")[1], json.loads(path.read_text()))
+    FILE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a folder with a model")
@@ -59,8 +154,15 @@ def main() -> int:
     if code:
         return code
     results = json.loads((FOLDER / name / "results.json").read_text())
-    path = write_json(f"accuracy_{name}", evaluation(results))
+    keys = set(results["setup"]["plans"])
+    lines = (FOLDER / name / RESULTS).read_bytes().splitlines()
+    answers = [answer for answer in read_answers(FOLDER / name / RESULTS, lines) if answer.plan in keys]
+    ratios = kl_ratios(answers, plans(args.length, args.parts))
+    path = write_json(f"accuracy_{name}", evaluation(results) | {"overlap_over_paper": ratios})
     shutil.copy(FOLDER / name / "differences.png", OUT / f"accuracy_{name}.png")
+    print(markdown(json.loads(path.read_text())))
+    if OUT == REPORTS:
+        write_measured()
     print(f"written to {path}")
     return 0
 

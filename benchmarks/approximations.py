@@ -205,6 +205,26 @@ def rows_of(logprobs: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, 
     return rows
 
 
+def shown(values: list[float]) -> str:
+    """(mean, lower, upper) as text."""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of docs/star-accuracy.md for one model."""
+    title = f"{result['model']}, {result['documents']} documents"
+    lines = [
+        f"| {title} | attention work | passcodes | two facts | both | loss over star's |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["rows"].items():
+        if name != DENSE:
+            intervals = (row["passcodes_over_dense"], row["two_facts_over_dense"], row["over_dense"])
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["loss_over_stars"])
+            lines.append(f"| {name} | {100 * row['keys']:.0f} % | {' | '.join(map(shown, intervals))} | {ratio} |")
+    return "\n".join(lines)
+
+
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     names = [name for name in rows if name != DENSE]
     means, low, high = np.array([rows[name]["over_dense"] for name in names]).T
@@ -239,10 +259,6 @@ def main() -> None:
     table = Table(title=f"{args.model.name}: log-probability of a token of the answer, {args.documents} documents")
     for column in ("approximation", "keys", "over dense [95 %]", "passcodes", "two facts", "loss over star's [95 %]"):
         table.add_column(column, justify="right")
-
-    def shown(values: list[float]) -> str:
-        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
-
     for name, row in rows.items():
         intervals = (row["over_dense"], row["passcodes_over_dense"], row["two_facts_over_dense"])
         ratio = "" if name == DENSE else shown(row["loss_over_stars"])

@@ -54,7 +54,7 @@ def find_anchor_and_overlap(
 
     By default they have B tokens together, as many as the paper's anchor. Where blocks have to be independent these are
     the paper's anchor, A = B; else they are a small anchor and the end of the block before, which lose less at the same
-    number of keys.
+    number of keys (docs/star-accuracy.md).
 
     Args:
         given: the options that the request itself gave.

@@ -331,7 +331,16 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
         "by_default": "dense" if default is None else "star",
         "plan_with_star_on": None if replicas is None else plan,
         "attention_work_dense_over_star": None if replicas is None else ratio,
+        "loss_measured_with_such_a_plan": None if with_star is None else measured_loss(with_star),
     }
+
+
+def measured_loss(plan: Any) -> list[str]:
+    """What the most similar plans of docs/star-accuracy.md cost, on other models and shorter prompts."""
+    from engine_ext.evaluation.measured import closest, read_measured
+
+    found = [str(row) for row in closest(plan, read_measured())]
+    return [*found, "measured on small models: `starling eval` measures yours (docs/star-accuracy.md)"]
 
 
 def print_report(report: dict[str, Any], output: TextIO) -> None:

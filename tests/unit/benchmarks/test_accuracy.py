@@ -1,0 +1,66 @@
+"""docs/star-accuracy.md and `starling doctor` have the figures of benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import accuracy, approximations
+from benchmarks.report import RESULTS
+from engine_ext.evaluation.measured import read_measured
+from engine_ext.evaluation.store import Answer, TokenScore
+
+PAGE = (RESULTS.parents[1] / "docs" / "star-accuracy.md").read_text(encoding="utf-8")
+
+
+def stored(pattern: str) -> list[dict]:
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+    assert found
+    return found
+
+
+def test_the_page_has_the_tables_of_the_results():
+    for result in stored("accuracy_*.json"):
+        assert accuracy.markdown(result) in PAGE
+
+
+def test_the_page_has_the_table_of_the_other_approximations():
+    for result in stored("approximations_*.json"):
+        assert approximations.markdown(result) in PAGE
+
+
+def test_the_rows_of_doctor_are_those_of_the_results():
+    rows = []
+    for path in sorted(RESULTS.glob("accuracy_*.json")):
+        rows += accuracy.measured_rows(path.stem.split("_")[1], json.loads(path.read_text()))
+    assert rows == [row.model_dump() for row in read_measured()]
+
+
+def test_plans_of_equal_blocks_have_equal_keys():
+    assert accuracy.plans(2048, [8]) == ["B=256,A=256,O=0,Q=128", "B=256,A=32,O=224,Q=128"]
+
+
+def test_a_ratio_of_divergences_is_paired():
+    """Each prompt diverges as much with both plans: the interval has no width."""
+
+    def answer(prompt: str, plan: str, other: float) -> Answer:
+        score = TokenScore(logprob=-0.1, top={1: float(np.log(1 - other)), 2: float(np.log(other))})
+        rest = {"text": "", "finish_reason": "stop", "token_ids": [1], "server_plan": {}, "scores": [score]}
+        return Answer(key=prompt + plan, prompt=prompt, plan=plan, **rest)
+
+    shares = {"dense": 0.5, "paper": 0.9, "overlap": 0.9}
+    answers = [answer(prompt, plan, share) for prompt in "ab" for plan, share in shares.items()]
+    [row] = accuracy.kl_ratios(answers, ["paper", "overlap"])
+    assert row["kl_ratio"] == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_other_approximations_have_no_more_keys_than_star():
+    masks = approximations.approximations(24)
+    star = approximations.star_sizes(approximations.BLOCK, approximations.BLOCK, 0).sum()
+    names = ("a page and overlap", "half an anchor and half an overlap")
+    for name in (*names, "star, 3 dense layers", "overlap, 3 dense layers"):
+        keys = [int(masks[name](layer, None, None).sum()) for layer in range(24)]
+        assert np.mean(keys) <= star, name
+        assert (len(set(keys)) == 2) == ("dense layers" in name)

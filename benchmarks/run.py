@@ -43,6 +43,8 @@ FULL: dict[str, str] = {
     "fairness": "",
     "agents": "",
     "segment_padding": "",
+    "accuracy": "models/smollm2-135m-instruct",
+    "approximations": "models/smollm2-135m-instruct",
     "kernels.cpu_attention": "",
     "kernels.cpu_kernels": "",
     "kernels.gpu_kernels": "",

@@ -75,7 +75,7 @@ def over_grpc(server: Server, messages: list[dict[str, str]], star: bool, on_tex
         for event in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request):
             on_text(event.delta.text)
     plan = event.final.plan
-    names = ("prompt_tokens", "star_blocks", "anchor_size", "context_end", "keys_per_context_token")
+    names = ("prompt_tokens", "star_blocks", "anchor_size", "overlap_size", "context_end", "keys_per_context_token")
     attention = "star" if plan.attention == pb.Plan.ATTENTION_STAR else "dense"
     return {"attention": attention} | {name: getattr(plan, name) for name in names}
 
@@ -100,7 +100,8 @@ def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> tup
         return name, seconds, "dense", "-", "-", f"{(plan['prompt_tokens'] + 1) / 2:,.0f}"
     blocks = f"{plan['star_blocks']} x {STAR_BLOCK_SIZE:,}"
     keys = f"{plan['keys_per_context_token']:,.0f}"
-    return name, seconds, blocks, f"{plan['anchor_size']:,}", f"{plan['context_end']:,}", keys
+    seen = f"{plan['anchor_size']:,} + {plan['overlap_size']:,}"
+    return name, seconds, blocks, seen, f"{plan['context_end']:,}", keys
 
 
 def main() -> None:
@@ -122,7 +123,7 @@ def main() -> None:
             for front, stream in (("OpenAI API", over_http), ("gRPC", over_grpc))
             for star in (False, True)
         ]
-    table = Table("", "first token after", "star blocks", "anchor", "context end", "keys per context token")
+    table = Table("", "first token after", "star blocks", "anchor + overlap", "context end", "keys per context token")
     for row in rows:
         table.add_row(*row)
     console.print("\nAnswers are greedy. Each run has its own cache salt, so no run uses the KV cache of another run.")

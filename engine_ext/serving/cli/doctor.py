@@ -331,7 +331,7 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
         "by_default": "dense" if default is None else "star",
         "plan_with_star_on": None if replicas is None else plan,
         "attention_work_dense_over_star": None if replicas is None else ratio,
-        "loss_measured_with_such_a_plan": None if with_star is None else measured_loss(with_star),
+        "loss_measured_with_such_a_plan": None if replicas is None or with_star is None else measured_loss(with_star),
     }
 
 

@@ -11,7 +11,6 @@ from engine_ext.evaluation.prompts import Prompt
 from scheduler.star.options import FIELD_OF, PREFIX, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan, make_plan
-from scheduler.star.sizes import default_anchor_size
 
 NO_DEFAULTS = parse_options({}, flat=True)
 BLOCKS = (3, 4, 8, 16)
@@ -81,9 +80,9 @@ def chosen_candidates(texts: Sequence[str], prompts: Sequence[Prompt], page_size
 
 
 def default_candidates(prompts: Sequence[Prompt], page_size: int, query_tokens: int | None) -> list[Candidate]:
-    """For each number of star blocks: a small anchor with the rest of B as overlap, halves, and the paper's A = B.
+    """For each number of star blocks: the default anchor and overlap, halves of B, and the paper's A = B.
 
-    These three attend to equally many keys. A and O are numbers of tokens, so they are those of the shortest prompt.
+    These three attend to equally many keys. The halves are numbers of tokens, so they are those of the shortest prompt.
     Combinations that its pages do not allow, and those that are equal to another one, are left out.
 
     Args:
@@ -99,9 +98,8 @@ def default_candidates(prompts: Sequence[Prompt], page_size: int, query_tokens: 
     for number in BLOCKS:
         size = -(-length // (number * page_size)) * page_size
         half = size // page_size // 2 * page_size
-        anchors = (default_anchor_size(size, page_size), half)
-        sizes = [f",A={anchor},O={size - anchor}" for anchor in anchors if page_size <= anchor < size]
-        for text in (*sizes, ",O=0") if length >= number * page_size else ():
+        halves = [f",A={half},O={size - half}"] if half >= page_size else []
+        for text in ("", *halves, ",O=0") if length >= number * page_size else ():
             try:
                 candidate = make_candidate(parse_plan(f"n/{number}{text}{query}"), prompts, page_size)
             except ValueError:

@@ -152,7 +152,8 @@ def check_numbers(answer: Answer, candidate: Candidate) -> None:
         if found.get(name) != expected[name]:
             raise ServerError(
                 f"plan={answer.plan!r} has {name} {found.get(name)} on the prompt {answer.prompt}, and not "
-                f"{expected[name]}: the server's own star options change it. Start the server without star options"
+                f"{expected[name]}: the server's own star options or its replicas change it. "
+                "Start a server without star options, and with one replica"
             )
 
 

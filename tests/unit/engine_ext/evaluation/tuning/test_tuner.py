@@ -141,7 +141,7 @@ def test_agreement_counts_other_most_probable_tokens():
 def test_a_server_whose_own_options_change_a_plan_is_refused(defaults, field):
     with (
         served(answer=answers({}), defaults=defaults) as fake,
-        pytest.raises(ServerError, match=f"plan='n/8' has {field}.*: the server's own star options change it"),
+        pytest.raises(ServerError, match=f"plan='n/8' has {field}.*: the server's own star options or its"),
     ):
         search(fake, 20, 0.5, ["n/8"])
 

@@ -304,7 +304,7 @@ def test_an_aligned_prompt_gives_the_output_of_a_prompt_padded_by_the_client(htt
     mark, given = 256, [[256, *[token] * size] for token, size in ((65, 70), (66, 40), (67, 100))]
     padded = [token for segment in given for token in segment + [space] * (-len(segment) % 64)]
     ids, question = [token for segment in given for token in segment], [68] * 9
-    star = {"star": "on", "star_block_size": 64, "star_query_tokens": 9}
+    star = {"star": "on", "star_block_size": 64, "star_overlap_size": 0, "star_query_tokens": 9}
     end = len(padded) - (-len(given[-1]) % 64)
     common = {"model": MODEL, "max_tokens": 4, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1}
 

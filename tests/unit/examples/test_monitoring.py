@@ -51,8 +51,12 @@ def exported(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(DIRECTORY_ENV, raising=False)
         patch.setattr(loggers, "unregister_vllm_metrics", lambda: None)
-        for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
-            patch.setattr(loggers.PrometheusStatLogger, attribute, recorded(kind))
+        stats = loggers.PrometheusStatLogger
+        parts = (stats._spec_decoding_cls, stats._kv_connector_cls, stats._ec_connector_cls, stats._perf_metrics_cls)
+        for owner in (stats, *parts):
+            for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
+                if hasattr(owner, attribute):
+                    patch.setattr(owner, attribute, recorded(kind))
         for module in (engine_ext.metrics, replicas.metrics, scheduler.metrics):
             for kind in (Counter, Gauge):
                 if hasattr(module, kind.__name__):

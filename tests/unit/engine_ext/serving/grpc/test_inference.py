@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 import time
 from argparse import Namespace
 
@@ -19,6 +18,7 @@ from engine_ext.serving.grpc.auth import server_credentials
 from engine_ext.serving.grpc.inference import SERVICE
 from engine_ext.serving.grpc.options import AdminOptions
 from engine_ext.serving.grpc.server import Front
+from examples.server import free_ports
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
@@ -286,8 +286,7 @@ def test_admin_calls_need_their_port_or_key(key, sent, own_port, code):
     """The API key of generation is no admin key, and a drain by an admin refuses generation only."""
 
     async def main():
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            admin_port = free.getsockname()[1]
+        [admin_port] = free_ports(0)
         engine = FakeEngine("a")
         engine.get_num_unfinished_requests = lambda: 0
         front = Front(engine, ["api-key"], admin=AdminOptions(admin_port, "127.0.0.1", key))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import OUT, write_json
+from benchmarks.report import OUT, mean_ratio, write_json
 from benchmarks.report import RESULTS as REPORTS
 from engine_ext.evaluation.measured import FILE, MeasuredLoss
 from engine_ext.evaluation.plans import DENSE
@@ -80,11 +80,8 @@ def kl_ratios(answers: list[Answer], names: list[str]) -> list[dict[str, Any]]:
     }
     rows = []
     for paper, overlap in zip(names[::2], names[1::2], strict=True):
-        drawn = np.random.default_rng(0).integers(0, len(by_prompt), (10_000, len(by_prompt)))
-        ratios = divergences[overlap][drawn].mean(1) / divergences[paper][drawn].mean(1)
-        low, high = np.quantile(ratios, [0.025, 0.975])
-        mean = divergences[overlap].mean() / divergences[paper].mean()
-        rows.append({"paper": paper, "overlap": overlap, "kl_ratio": [float(mean), float(low), float(high)]})
+        ratio = mean_ratio(divergences[overlap], divergences[paper])
+        rows.append({"paper": paper, "overlap": overlap, "kl_ratio": ratio})
     return rows
 
 
@@ -128,12 +125,12 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_measured() -> None:
-    """Write measured.json from all results."""
+def all_measured_rows() -> list[dict[str, Any]]:
+    """The rows of measured.json, from all committed results."""
     rows: list[dict[str, Any]] = []
-    for path in sorted(OUT.glob("accuracy_*.json")):
+    for path in sorted(REPORTS.glob("accuracy_*.json")):
         rows += measured_rows(path.stem.split("_")[1], json.loads(path.read_text()))
-    FILE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows
 
 
 def main() -> int:
@@ -147,22 +144,22 @@ def main() -> int:
     name = f"{args.model.name}_{args.length}"
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
     command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
-    for plan in plans(args.length, args.parts):
+    names = plans(args.length, args.parts)
+    for plan in names:
         command += ["--plan", plan]
     command += ["--logprobs", str(LOGPROBS), "--out", str(FOLDER / name), *ENGINE, *args.serve]
     code = subprocess.run(command).returncode
     if code:
         return code
     results = json.loads((FOLDER / name / "results.json").read_text())
-    keys = set(results["setup"]["plans"])
     lines = (FOLDER / name / RESULTS).read_bytes().splitlines()
-    answers = [answer for answer in read_answers(FOLDER / name / RESULTS, lines) if answer.plan in keys]
-    ratios = kl_ratios(answers, plans(args.length, args.parts))
-    path = write_json(f"accuracy_{name}", evaluation(results) | {"overlap_over_paper": ratios})
+    answers = [answer for answer in read_answers(FOLDER / name / RESULTS, lines) if answer.plan in {DENSE.name, *names}]
+    result = evaluation(results) | {"overlap_over_paper": kl_ratios(answers, names)}
+    path = write_json(f"accuracy_{name}", result)
     shutil.copy(FOLDER / name / "differences.png", OUT / f"accuracy_{name}.png")
-    print(markdown(json.loads(path.read_text())))
+    print(markdown(result))
     if OUT == REPORTS:
-        write_measured()
+        FILE.write_text(json.dumps(all_measured_rows(), indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     return 0
 

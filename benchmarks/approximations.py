@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import sdpa_mask
 
 from attention_backends.star.reference import star_mask
-from benchmarks.report import saved_figure, write_json
+from benchmarks.report import mean_ratio, saved_figure, write_json
 from engine_ext.evaluation.tasks.base import hide
 from engine_ext.evaluation.tasks.needles import NEEDLE
 from engine_ext.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
@@ -177,13 +177,6 @@ def interval(differences: np.ndarray) -> list[float]:
     return [float(differences.mean()), *(float(bound) for bound in np.quantile(means, [0.025, 0.975]))]
 
 
-def loss_ratio(other: np.ndarray, star: np.ndarray) -> list[float]:
-    """(mean, lower, upper) of another approximation's loss over star's, over documents."""
-    drawn = np.random.default_rng(0).integers(0, len(star), (10_000, len(star)))
-    ratios = other[drawn].mean(1) / star[drawn].mean(1)
-    return [float(other.mean() / star.mean()), *(float(bound) for bound in np.quantile(ratios, [0.025, 0.975]))]
-
-
 def rows_of(logprobs: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, dict[str, Any]]:
     """Approximation -> keys over dense's, and the answers' log-probability over dense's, for both kinds of question.
 
@@ -200,7 +193,7 @@ def rows_of(logprobs: dict[str, np.ndarray], keys: dict[str, int]) -> dict[str, 
             "over_dense": interval(-loss),
             "passcodes_over_dense": interval(codes),
             "two_facts_over_dense": interval(moved),
-            "loss_over_stars": loss_ratio(loss, star_loss),
+            "loss_over_stars": mean_ratio(loss, star_loss),
         }
     return rows
 

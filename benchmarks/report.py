@@ -64,6 +64,13 @@ def ratio_interval(
     return float(np.median(ratios)), float(lower), float(upper)
 
 
+def mean_ratio(values: np.ndarray, baseline: np.ndarray) -> list[float]:
+    """[ratio, lower, upper] of the means of paired values: a 95 % bootstrap interval over pairs, fixed seed."""
+    drawn = np.random.default_rng(0).integers(0, len(baseline), (10_000, len(baseline)))
+    ratios = values[drawn].mean(1) / baseline[drawn].mean(1)
+    return [float(values.mean() / baseline.mean()), *(float(bound) for bound in np.quantile(ratios, [0.025, 0.975]))]
+
+
 def read_json(name: str) -> dict[str, Any]:
     """A stored result without its origin; empty if there is none."""
     path = OUT / f"{name}.json"

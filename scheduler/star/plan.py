@@ -9,7 +9,7 @@ from typing import Any
 from scheduler.star.assignment import best_num_replicas
 from scheduler.star.options import StarOptions, flat_name, merge
 from scheduler.star.parsing import OptionError
-from scheduler.star.sizes import find_anchor_and_overlap, find_block_size
+from scheduler.star.sizes import find_anchor_and_overlap, find_block_size, has_default_overlap
 
 DEFAULT_QUERY_TOKENS = 512
 
@@ -204,9 +204,8 @@ def needs_independent_blocks(options: StarOptions, replicas: ReplicaSet) -> bool
 
 def default_has_overlap(defaults: StarOptions, replicas: ReplicaSet) -> bool:
     """Whether the blocks of a long prompt depend on one another if its request gives no options."""
-    if defaults.overlap_size is not None or defaults.anchor_size is not None:
-        return bool(defaults.overlap_size)
-    return not needs_independent_blocks(defaults, replicas)
+    independent = needs_independent_blocks(defaults, replicas)
+    return bool(defaults.overlap_size) or has_default_overlap(defaults, independent=independent)
 
 
 def max_replicas(options: StarOptions, overlap_size: int | None, replicas: ReplicaSet) -> int:

@@ -30,6 +30,11 @@ def default_anchor_size(block_size: int, page_size: int) -> int:
     return min(_whole_pages(min(ANCHOR_TOKENS, block_size // ANCHORS_OF_BLOCK) or 1, page_size), block_size)
 
 
+def has_default_overlap(options: StarOptions, *, independent: bool) -> bool:
+    """Whether blocks see the block before them although no option says so."""
+    return options.overlap_size is None and options.anchor_size is None and not independent
+
+
 def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int) -> int:
     """B of a prompt (raises OptionError: it is not a whole number of pages, or nothing says it)."""
     if options.block_size is None:
@@ -68,8 +73,8 @@ def find_anchor_and_overlap(
         if value is not None:
             _check_in_block(field, value, given, block_size, page_size)
     if overlap is None:
-        has_overlap = anchor is None and not independent
-        overlap = block_size - default_anchor_size(block_size, page_size) if has_overlap else 0
+        by_default = has_default_overlap(options, independent=independent)
+        overlap = block_size - default_anchor_size(block_size, page_size) if by_default else 0
     overlap = min(overlap, block_size)
     if anchor is None:
         anchor = max(block_size - overlap, default_anchor_size(block_size, page_size))

@@ -17,7 +17,7 @@ from engine_ext.evaluation.plans import ALLOWED as ALLOWED_PLANS
 from engine_ext.evaluation.report import Report, html_report, summary, terminal_table, worst
 from engine_ext.evaluation.runner import evaluate, key_of
 from engine_ext.evaluation.statistics import compare, make_pairs
-from engine_ext.evaluation.store import Store, check_setup, stored_setup
+from engine_ext.evaluation.store import Store
 from engine_ext.serving.cli.measuring import (
     Measurement,
     add_prompt_options,
@@ -57,9 +57,6 @@ def run(argv: Sequence[str]) -> int:
 def prepare(args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be measured)."""
     options = parse_options(EvalOptions, {name: getattr(args, name) for name in EvalOptions.model_fields})
-    before = stored_setup(args.out)
-    if before is not None:  # refused before a server starts; the model's name is known only then
-        check_setup(args.out, folder_setup(before.get("model", "")))
     return partial(measure, args, options)
 
 

@@ -18,9 +18,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from engine_ext.evaluation.client import Client, ServerError
-from engine_ext.evaluation.options import PromptOptions
+from engine_ext.evaluation.options import PromptOptions, folder_setup
 from engine_ext.evaluation.prompts import Prompt, own_prompt, read_own_prompts, task_prompts
 from engine_ext.evaluation.server import StartError, served
+from engine_ext.evaluation.store import check_setup, stored_setup
 from engine_ext.evaluation.tasks import GROUPS, TASKS
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -111,6 +112,7 @@ def run_measurement(
     try:
         check_arguments(args, serve_options)
         measure = prepare(args)
+        check_folder(args.out)
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals_as_interrupt())
             if args.serve is not None:
@@ -161,6 +163,13 @@ def check_arguments(args: argparse.Namespace, serve_options: Sequence[str]) -> N
     for name in ("concurrency", "timeout"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name}={getattr(args, name)} is refused: it must be more than 0")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse (ValueError) a folder with answers in another format, before a server starts and says its model."""
+    before = stored_setup(folder)
+    if before is not None:
+        check_setup(folder, folder_setup(before.get("model", "")))
 
 
 def connect(args: argparse.Namespace) -> Client:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine_ext.evaluation.options import folder_setup, parse_options, without_secrets
-from engine_ext.evaluation.store import Store, check_setup, stored_setup
+from engine_ext.evaluation.store import Store
 from engine_ext.evaluation.tuning.candidates import chosen_candidates, default_candidates
 from engine_ext.evaluation.tuning.halving import distinct, halves
 from engine_ext.evaluation.tuning.measures import MEASURES
@@ -86,9 +86,6 @@ def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measureme
         if option.partition("=")[0].replace("_", "-") in CHOSEN_HERE:
             raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
     options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
-    before = stored_setup(args.out)
-    if before is not None:  # refused before a server starts; the model's name is known only then
-        check_setup(args.out, folder_setup(before.get("model", "")))
     return partial(measure, args, options)
 
 

@@ -32,10 +32,7 @@ def test_the_page_has_the_table_of_the_other_approximations():
 
 
 def test_the_rows_of_doctor_are_those_of_the_results():
-    rows = []
-    for path in sorted(RESULTS.glob("accuracy_*.json")):
-        rows += accuracy.measured_rows(path.stem.split("_")[1], json.loads(path.read_text()))
-    assert rows == [row.model_dump() for row in read_measured()]
+    assert accuracy.all_measured_rows() == [row.model_dump() for row in read_measured()]
 
 
 def test_plans_of_equal_blocks_have_equal_keys():

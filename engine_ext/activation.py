@@ -18,12 +18,20 @@ from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
 from engine_ext.cache_salt import CACHE_SALT, CACHE_SALT_SETTINGS
 from engine_ext.clients import api_keys
 from engine_ext.metrics import front_metrics
-from engine_ext.refusals import other_launcher, refuse_overlap, replica_set, star_page_size, star_refusals
+from engine_ext.refusals import (
+    other_launcher,
+    refuse_block_positions,
+    refuse_overlap,
+    replica_set,
+    star_page_size,
+    star_refusals,
+)
 from replicas import network
 from replicas import options as replica_options
 from replicas.options import ReplicaOptions, parse_replicas
 from scheduler import options as scheduling_options
 from scheduler.options import SchedulingOptions, parse_scheduling
+from scheduler.star.block_layout import check_block_positions
 from scheduler.star.options import StarOptions, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, check_shards, max_replicas
@@ -146,6 +154,9 @@ def after_engine_config(vllm_config: Any) -> None:
     if refusals and config.star.mode != "off":
         raise OptionError("star", config.star.mode, "; ".join(refusals), "off")
     refuse_overlap(vllm_config, config.star.overlap_size)
+    if config.star.mode != "off":
+        refuse_block_positions(vllm_config, config.star.positions)
+    check_block_positions(config.star)
     check_sizes(config.star, star_page_size(vllm_config))
     check_segment_options(config.star, vllm_config.model_config.get_vocab_size())
     share_memory_nodes(vllm_config, os.environ)

@@ -10,8 +10,9 @@ from typing import Any
 
 from vllm_compat.scheduler_view import SchedulerView
 
-STAR, SPLIT = "star", "split"
-"""The fields of a report: why no prompt can run star, and why none can be split over replicas; None: it can."""
+STAR, SPLIT, BLOCK_POSITIONS = "star", "split", "block_positions"
+"""The fields of a report: why no prompt can run star, be split over replicas, or have blocks with positions of their
+own; None: it can."""
 
 
 def star_problem_of(worker: Any) -> str | None:
@@ -19,13 +20,28 @@ def star_problem_of(worker: Any) -> str | None:
     return getattr(worker, "star_problem", None)
 
 
+def block_positions_problem_of(worker: Any) -> str | None:
+    """Why a worker's layers can't attend to blocks with positions of their own; None for a worker of vLLM's own."""
+    return getattr(worker, "block_positions_problem", None)
+
+
 def engine_report(core: Any) -> dict[str, str | None]:
     """The report of an engine core whose scheduler is made."""
     view = SchedulerView(core.scheduler)
-    problems = sorted(set(core.model_executor.collective_rpc(star_problem_of)) - {None})
+
+    def found(problem_of: Any) -> list[str]:
+        return sorted(set(core.model_executor.collective_rpc(problem_of)) - {None})
+
+    problems, block_problems = found(star_problem_of), found(block_positions_problem_of)
+    if view.only_group is None:
+        block_problems.append("the KV cache has several groups of layers")
     if view.full_attention_page_size is None:
         problems.append("the full-attention layers have no one KV page size")
-    return {STAR: "; ".join(problems) or None, SPLIT: split_problem(view)}
+    return {
+        STAR: "; ".join(problems) or None,
+        SPLIT: split_problem(view),
+        BLOCK_POSITIONS: "; ".join(block_problems) or None,
+    }
 
 
 def split_problem(view: SchedulerView) -> str | None:

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from attention_backends.kernels.contract import CPU_ISAS
 from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
-from engine_ext.engine_report import SPLIT, STAR
+from engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
 from replicas.messages import nixl_is_installed
 from replicas.options import replica_options
 from scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
@@ -201,11 +201,8 @@ def _unknown_isa(config: Any) -> str | None:
     return None if isa in CPU_ISAS else isa
 
 
-SHARD_RULES: Rules = (
-    (
-        has_peers,
-        "servers that are peers (--star-replica-peers) don't know how much of its KV memory another one has promised",
-    ),
+# What attention that returns its log-sum-exp, by which partial results are merged, does not run with.
+LOG_SUM_EXP_RULES: Rules = (
     (lambda c: c.device_config.device_type != "cpu", "attention that returns its log-sum-exp is available on CPU only"),
     (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "Starling's CPU attention takes no fp8 KV cache"),
     (_uses_vllm_attention, "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
@@ -214,6 +211,14 @@ SHARD_RULES: Rules = (
         f"Starling's CPU attention takes head sizes that are multiples of {VECTOR_SIZE}",
     ),
     (_unknown_isa, "on this processor vLLM stores keys in an order that Starling's CPU attention does not read"),
+)
+
+SHARD_RULES: Rules = (
+    (
+        has_peers,
+        "servers that are peers (--star-replica-peers) don't know how much of its KV memory another one has promised",
+    ),
+    *LOG_SUM_EXP_RULES,
     (
         lambda c: num_api_servers(c) > 1,
         "each of several API servers (--api-server-count) would reserve the same KV memory for its prompts",
@@ -223,6 +228,25 @@ SHARD_RULES: Rules = (
         "async scheduling: a step begins before it is known whether all replicas answered in the last one",
     ),
 )
+
+
+BLOCK_POSITIONS_RULES: Rules = (
+    (lambda c: dependence(c.model_config), "the model's star blocks depend on one another"),
+    (lambda c: c.model_config.uses_mrope, "M-RoPE: an image's positions depend on the images before it"),
+    (
+        lambda c: any(not rotary for rotary in getattr(c.model_config.hf_text_config, "no_rope_layers", None) or ()),
+        "some layers have no rotary embedding, so that turning a query would change their scores",
+    ),
+    *LOG_SUM_EXP_RULES,
+    (_reported(BLOCK_POSITIONS), "the engine can't run it, as it found when it started"),
+)
+
+
+def refuse_block_positions(vllm_config: Any, positions: str) -> None:
+    """Refuse blocks with positions of their own where the engine can't attend to them (raises OptionError)."""
+    reasons = list(_refusals(BLOCK_POSITIONS_RULES, vllm_config)) if positions == "block" else []
+    if reasons:
+        raise OptionError(flat_name("positions"), positions, "; ".join(reasons), "prompt")
 
 
 def replica_set(vllm_config: Any) -> ReplicaSet:

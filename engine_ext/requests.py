@@ -16,9 +16,11 @@ from engine_ext.activation import ENTRY, parse_config
 from engine_ext.cache_salt import salted
 from engine_ext.dense_prompts import SESSION, refuse_star, refuse_star_beams, why_dense
 from engine_ext.metrics import front_metrics
-from engine_ext.refusals import refuse_overlap, replica_set, star_refusals, takes_overlap
+from engine_ext.refusals import refuse_block_positions, refuse_overlap, replica_set, star_refusals, takes_overlap
+from scheduler.star.block_layout import POSITIONS, plan_blocks
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.kv_demand import with_enough_replicas
-from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, parse_options
+from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, StarPlan, make_plan
 from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata, default_num_shards
@@ -185,6 +187,8 @@ class RequestPlanner:
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
         page_size, defaults, client_tokens = self.page_size or 1, self.defaults, num_tokens
+        if merge(defaults, request).positions == "block" and mode != "off":
+            return self._plan_blocks(request, num_tokens, token_ids, page_size)
         if token_ids is not None:
             token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)
             num_tokens = len(token_ids)
@@ -199,6 +203,19 @@ class RequestPlanner:
             limit = self.replicas.size if wanted == "auto" else wanted
             plan = with_enough_replicas(plan, page_size, self.num_pages, limit)
         return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - client_tokens)
+
+    def _plan_blocks(
+        self, request: StarOptions | None, num_tokens: int, token_ids: list[int] | None, page_size: int
+    ) -> PlannedPrompt:
+        """The plan of a prompt whose blocks have positions of their own (raises OptionError)."""
+        refuse_block_positions(self.vllm_config, "block")
+        if token_ids is None:
+            reason = "the prompt has images or embeddings, whose positions are not those of a block"
+            raise OptionError(POSITIONS, "block", reason, f"a text-only prompt, or {POSITIONS}=prompt")
+        assert self.defaults is not None
+        return PlannedPrompt(
+            plan_blocks(token_ids, self.defaults, request, page_size, self.token_limits), num_tokens, token_ids
+        )
 
     def _check_memory(self, planned: PlannedPrompt) -> None:
         """Refuse a prompt that fits in no replica's memory, where max_model_len exceeds it (raises OptionError)."""
@@ -218,7 +235,7 @@ class RequestPlanner:
     def describe(self, planned: PlannedPrompt) -> dict[str, Any]:
         """The plan as a response shows it to the client."""
         plan = describe(planned.plan, planned.num_tokens, self.vllm_config.model_config.hf_text_config)
-        return plan | {"padding_tokens": planned.padding_tokens}
+        return {"padding_tokens": planned.padding_tokens} | plan
 
     def prepare(self, engine_input: Any, params: Any, request_id: str | None = None) -> Any:
         """Plan an engine input, and note plan and request id, while the response can still be an error with headers.
@@ -288,8 +305,9 @@ class RequestPlanner:
             planned = self.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None, reason)
         if self.config is None:
             return
-        if planned.padding_tokens:
+        if planned.padding_tokens or isinstance(planned.plan, BlockPositionsPlan):
             _refuse_token_positions(params)
+        if planned.padding_tokens:
             request.prompt_token_ids = planned.token_ids
         wire = replace(metadata, plan=planned.plan).to_wire()
         if params.extra_args or wire:
@@ -328,7 +346,7 @@ def _refuse_token_positions(params: Any) -> None:
         ("routed_experts_prompt_start", start, start > 0),
     ):
         if given:
-            reason = "the prompt has more tokens with its segments at star blocks' borders"
+            reason = "with its segments at the borders of star blocks or pages the engine's prompt has more tokens"
             error = OptionError(name, value, reason, f"none, or no {SEGMENT_TOKEN}")
             raise VLLMValidationError(str(error), parameter=name)
 

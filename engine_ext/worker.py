@@ -11,13 +11,16 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
 from attention_backends.star.backend import register_star_backends, takes_star
-from attention_backends.star.rows import VirtualRows
-from attention_backends.star.step import StarStep, open_step
+from attention_backends.star.rows import VirtualRows, is_split
+from attention_backends.star.step import StarStep, open_step, set_positions
+from attention_backends.star.turned import Rotation
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
 from engine_ext.refusals import has_peers, star_refusals
+from engine_ext.rotations import block_positions_problem, make_rotations
 from replicas.metrics import replica_metrics
 from replicas.weights import note_weights
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RequestMetadata, metadata_of
 from vllm_compat.models import without_prefill_checkpoints
@@ -51,7 +54,7 @@ class StarRequests:
         A preempted request keeps its plan: V1 resumes it as cached, V2 sends it out as new again.
 
         Returns:
-            The plans of the step's requests that still have context to prefill, or have KV on other replicas.
+            The plans of the step's requests whose rows are split, or that have KV on other replicas.
         """
         for request_id in output.finished_req_ids:
             self.metadata.pop(request_id, None)
@@ -69,7 +72,7 @@ class StarRequests:
         return {
             request_id: metadata.plan
             for request_id, metadata, start in found
-            if metadata and metadata.plan and (start < metadata.plan.context_end or metadata.remote)
+            if metadata and metadata.plan and (is_split(metadata.plan, start) or metadata.remote)
         }
 
 
@@ -129,6 +132,7 @@ def make_star_worker(base: type) -> type:
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             self.star_refusals = star_refusals(vllm_config)
             self.star_problem: str | None = None
+            self.block_positions_problem: str | None = None
             self.is_warming_up = False
             register_backends(vllm_config, self.star_refusals)
             if has_peers(vllm_config):
@@ -173,11 +177,35 @@ def make_star_worker(base: type) -> type:
                 if config is None or config.star.mode == "on":
                     raise RuntimeError(self.star_problem)
                 return
+            names = [name for builder, layers in builders if getattr(builder, "takes_star", False) for name in layers]
+            self._check_block_positions(names)
             star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
             # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
             total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
             if star < total:
                 logger.info_once("Star Attention runs on the %d full-attention layers of %d", star, total)
+
+        def _check_block_positions(self, layer_names: list[str]) -> None:
+            """Find out whether these layers can attend to blocks with positions of their own.
+
+            Raises:
+                RuntimeError: they can't, and prompts have such blocks by default.
+            """
+            model = self.model_runner.get_model()
+            device_type = self.vllm_config.device_config.device_type
+            self.block_positions_problem = block_positions_problem(model, layer_names, device_type)
+            if self.block_positions_problem is None:
+                # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
+                model.register_forward_pre_hook(set_positions, with_kwargs=True)
+                return
+            config = parse_config(self.vllm_config.additional_config)
+            if config is not None and config.star.mode != "off" and config.star.positions == "block":
+                raise RuntimeError(f"star_positions=block: {self.block_positions_problem}")
+
+        @functools.cached_property
+        def rotations(self) -> dict[str, Rotation]:
+            """Layer name -> how its queries are turned to the positions of a block."""
+            return make_rotations(self.model_runner.get_model(), self.vllm_config.model_config.max_model_len)
 
         def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             if self.counts_rows and not self.is_warming_up:
@@ -194,6 +222,7 @@ def make_star_worker(base: type) -> type:
                 count_rows if self.counts_rows else lambda rows: None,
                 remote,
                 kv_connector().remote_attention if remote else None,
+                self.rotations if any(isinstance(plan, BlockPositionsPlan) for plan in plans.values()) else None,
             )
             with open_step(step):
                 return super().execute_model(scheduler_output, *args, **kwargs)

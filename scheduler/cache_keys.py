@@ -10,12 +10,14 @@ vLLM chains page hashes over tokens and "extra keys" (LoRA, salt, images). Star 
 A chat's next turn has a later ``context_end`` and the same blocks, so it hits all complete context pages.
 
 Where blocks are independent of one another (no overlap), the chain also starts anew at each block, from the anchor
-and the block's position: a block between two edited blocks keeps its keys. The chain of the first query page continues
-from the last pages of all blocks, so that its key stands for everything before it.
+and the block's position: a block between two edited blocks keeps its keys. Where blocks have positions of their own, it
+starts from the anchor alone: a block has its keys wherever it stands. The chain of the first query page continues from
+the last pages of all blocks, so that its key stands for everything before it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,10 +34,8 @@ def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
 
 def star_page_key(plan: StarPlan, start: int, end: int) -> tuple[str, str] | None:
     """The extra key of the page over positions ``[start, end)``, tagged like vLLM's own; None: none."""
-    if start < plan.block_size:
-        return None
-    key = f"star:{plan.block_size}:{plan.anchor_size}:{plan.overlap_size}"
-    return ("star", key if end <= plan.context_end else f"{key}:{plan.context_end}")
+    key = plan.page_key(start, end)
+    return None if key is None else ("star", f"star:{key}")
 
 
 def chain_restarts(plan: StarPlan, page_size: int, start: int) -> Iterator[int]:
@@ -44,8 +44,9 @@ def chain_restarts(plan: StarPlan, page_size: int, start: int) -> Iterator[int]:
     Args:
         start: a position; only pages behind it.
     """
-    per_block, first_query_page = plan.block_size // page_size, plan.context_end // page_size
-    yield from range((start // plan.block_size + 1) * per_block, first_query_page, per_block)
+    first_query_page = plan.context_end // page_size
+    pages = (border // page_size for border in plan.borders(start + 1))
+    yield from itertools.takewhile(lambda page: page < first_query_page, pages)
     if first_query_page * page_size > start:
         yield first_query_page
 
@@ -55,11 +56,11 @@ def parent_pages(plan: StarPlan, page_size: int, page: int) -> tuple[int, ...] |
 
     Pages are counted from the start of the prompt.
     """
-    per_block, first_query_page = plan.block_size // page_size, plan.context_end // page_size
+    start, first_query_page = page * page_size, plan.context_end // page_size
     if page == first_query_page:
-        ends = {*range(per_block - 1, page, per_block), page - 1}
-        return tuple(sorted(ends))
-    if page < per_block or page % per_block or page > first_query_page:
+        ends = {page - 1, *(border // page_size - 1 for border in plan.borders() if border <= start)}
+        return tuple(sorted(ends - {-1}))
+    if page > first_query_page or start < plan.head_end or plan.block_start(start) != start:
         return None
     return (plan.anchor_size // page_size - 1,) if plan.anchor_size else ()
 
@@ -104,7 +105,8 @@ def independent_block_hasher(page_size: int, hash_function: HashFunction) -> Has
             if parents is None:
                 parent = key_of(page - 1) if page else None
             else:  # vLLM has the salt in the first page alone, which the chain of a block without an anchor leaves out
-                parent = hash_function(("star", start, request.cache_salt, tuple(map(key_of, parents))))
+                place = plan.place_in_key(start)
+                parent = hash_function(("star", place, request.cache_salt, tuple(map(key_of, parents))))
             tokens = request.all_token_ids[start:end]
             keys.append(hash_page(hash_function, parent, tokens, extra_page_keys(request, start, end)))
         return keys

@@ -162,11 +162,12 @@ def _progress(request: Any) -> dict[str, int] | None:
     start = part.start if part else 0
     computed = min(SchedulerView.computed_tokens(request), request.num_prompt_tokens)
     own = max(computed, start)
+    cached = max((SchedulerView.cached_tokens(request) or 0) - start, 0)
     return {
-        "computed": own - start,
-        "prompt": plan.num_prompt_tokens if plan else request.num_prompt_tokens,
-        "cached": max((SchedulerView.cached_tokens(request) or 0) - start, 0),
-        "context": plan.context_end if plan else 0,
+        "computed": plan.client_index(own) - start if plan else own - start,
+        "prompt": plan.num_client_tokens if plan else request.num_prompt_tokens,
+        "cached": plan.client_index(cached) if plan else cached,
+        "context": plan.client_index(plan.context_end) if plan else 0,
         "star_blocks_done": plan.blocks_done(own) - plan.blocks_done(start) if plan else 0,
         "star_blocks": plan.num_star_blocks if plan else 0,
         "part": int(part is not None),

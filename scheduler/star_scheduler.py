@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
+from scheduler.block_padding import block_positions_plan, count_client_tokens, with_padding, without_padding
 from scheduler.block_reuse import BlockReuse, reuse_refusal
 from scheduler.cache_keys import independent_block_hasher, page_key
 from scheduler.cache_state import cache_state, compressed_groups, states_used
@@ -20,13 +21,14 @@ from scheduler.metrics import cache_metrics, scheduler_metrics
 from scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_scheduling
 from scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
 from scheduler.quarantine import Quarantine
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.options import parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from scheduler.star.sizes import check_sizes
 from scheduler.step_budget import make_limits
 from scheduler.worker_report import worker_report
-from vllm_compat.engine_core import end_with_parent
+from vllm_compat.engine_core import amend_requests, end_with_parent
 from vllm_compat.kv_pages import Page
 from vllm_compat.patching import extends
 from vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
@@ -57,6 +59,7 @@ class StarMixin(SchedulerHooks):
         add_page_key(page_key)
         leave_out_of_hit_rate(is_incomplete)
         add_core_rpc()
+        amend_requests(with_padding)
         end_with_parent()
         super().__init__(vllm_config, *args, **kwargs)
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
@@ -70,6 +73,7 @@ class StarMixin(SchedulerHooks):
         self.metrics = scheduler_metrics()
         self.quarantine = Quarantine(self.view)
         self.is_stalled = False  # nothing was scheduled in the last step, and nothing runs
+        self.padded: dict[str, BlockPositionsPlan] = {}  # by request
         self.compressed = compressed_groups(self)
         if self.compressed:
             self._report_cache_sizes()
@@ -112,8 +116,12 @@ class StarMixin(SchedulerHooks):
         if self.kv_is_divided and request.max_tokens:
             request.max_tokens = min(request.max_tokens, self._max_output_tokens(request))
         super().add_request(request)  # type: ignore[misc]
-        if self.requests.get(request.request_id) is not request:  # more input of a session
+        name: str = request.request_id
+        if self.requests.get(name) is not request:  # more input of a session
             return
+        padded = block_positions_plan(request)
+        if padded is not None:
+            self.padded[name] = padded
         remote = metadata_of(request).remote
         if remote is not None:
             self.connector.begin_remote_attention(remote.local_name)
@@ -157,7 +165,12 @@ class StarMixin(SchedulerHooks):
         if report.stuck_pages:
             self.quarantine.add(report.stuck_pages)
         ended = self._end_lost_requests(report.reasons)
+        logprobs = model_runner_output.prompt_logprobs_dict
+        for name in self.padded.keys() & logprobs.keys():
+            logprobs[name] = without_padding(self.padded[name], logprobs[name])
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if self.padded:
+            self._count_as_the_client(result)
         if report.stuck_pages or report.freed_pages:
             ended += self._leave_quarantine(report.freed_pages)
         for request, reason in ended:
@@ -228,7 +241,7 @@ class StarMixin(SchedulerHooks):
         if num_tokens != 1 or not self.decode_graphs:
             return False
         plan = metadata_of(request).plan
-        return plan is not None and plan.block_size <= start < plan.context_end
+        return plan is not None and plan.head_end <= start < plan.context_end
 
     def after_schedule(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
@@ -246,6 +259,15 @@ class StarMixin(SchedulerHooks):
             self.reuse.forget_pages(request_id)
 
     # Their parts.
+
+    def _count_as_the_client(self, result: dict[int, Any]) -> None:
+        """Let outputs count a prompt's tokens as its client sent them, and forget the plans of ended requests."""
+        for outputs in result.values():
+            for output in outputs.outputs:
+                plan = self.padded.get(output.request_id)
+                if plan is not None and output.prefill_stats is not None:
+                    count_client_tokens(plan, output.prefill_stats)
+        self.padded = {name: plan for name, plan in self.padded.items() if name in self.requests}
 
     def _end_lost_requests(self, lost: dict[str, str]) -> list[tuple[Any, str]]:
         """End the requests of a step that could not attend to all their keys, before its tokens are read.

@@ -72,6 +72,23 @@ def add_core_utility(name: str, function: Callable[..., Any]) -> None:
     setattr(EngineCore, name, function)
 
 
+def amend_requests(amend: Callable[[Any], Any]) -> None:
+    """Let ``amend(engine_core_request)`` replace each request that reaches this process's engine core.
+
+    The front's own view of the request stays: the length of its prompt, usage and admission. Only called in an engine
+    core where Starling is activated. Goes when a scheduler may change a request before its pages are hashed.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def preprocess_add_request(self: Any, request: Any) -> Any:
+            return original(self, amend(request))
+
+        return preprocess_add_request
+
+    wrap(EngineCore, "preprocess_add_request", around)
+
+
 def end_with_parent() -> None:
     """Called in an engine core: end it soon after the process that started it, which is the API server or its launcher.
 

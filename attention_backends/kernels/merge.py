@@ -33,3 +33,25 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     # The total is at least 1 where any partial has keys, so the clamp changes it only where all are empty.
     out = (parts * weights[..., None]).sum(0) / total.clamp_min(1.0)[..., None]
     return out.to(outs.dtype), (peak + torch.log(total)).masked_fill(total == 0, float("-inf")).to(lses.dtype)
+
+
+def merge_rows(
+    out: torch.Tensor, lse: torch.Tensor, tokens: torch.Tensor, parts: torch.Tensor, part_lses: torch.Tensor
+) -> None:
+    """Merge attention over further, disjoint keys into the attention of some tokens, in place.
+
+    Args:
+        out: (T, H, D) float32.
+        lse: (T, H) float32; -inf where no key was seen.
+        tokens: (P,) int64, the token that each part is of; a token may have several parts.
+        parts: (P, H, D) partial outputs.
+        part_lses: (P, H) their log-sum-exps.
+    """
+    index = tokens[:, None].expand_as(part_lses)
+    peak = lse.scatter_reduce(0, index, part_lses, "amax")
+    safe = peak.masked_fill(peak.isinf(), 0.0)
+    own, weights = torch.exp(lse - safe), torch.exp(part_lses - safe[tokens])
+    total = own.index_add(0, tokens, weights)
+    out.mul_(own[..., None]).index_add_(0, tokens, parts.float() * weights[..., None])
+    out.div_(total.clamp_min(torch.finfo(total.dtype).tiny)[..., None])
+    lse.copy_(torch.where(total > 0, safe + torch.log(total), float("-inf")))

@@ -117,6 +117,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             rows = step.rows(common_attn_metadata, self.kv_cache_spec.block_size) if step else None
             if step is not None and rows is not None:
                 step.count(rows)
+                step.keep_block_table(rows, common_attn_metadata.block_table_tensor, self.kv_cache_spec.block_size)
                 common_attn_metadata = virtual_metadata(common_attn_metadata, rows)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 

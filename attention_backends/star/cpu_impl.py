@@ -88,11 +88,13 @@ class CpuImpl(CPUAttentionBackendImpl):
         """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
 
         As in vLLM's method, K and V of the step are in the cache already. Where other replicas hold keys of the rows,
-        they attend to these keys at the same time, and the parts are merged.
+        they attend to these keys at the same time, and the parts are merged. So is the attention to blocks with
+        positions of their own.
         """
         step = current_step()
         remote = None if step is None else step.remote_attention(kv_cache.shape[2])
-        if remote is None and not self.uses_op(query, layer, attn_metadata):
+        turned = None if step is None else step.turned_attention(kv_cache.shape[2])
+        if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         tokens = attn_metadata.num_actual_tokens
         num_pages, kv_heads, page_size, _ = kv_cache.shape
@@ -113,6 +115,9 @@ class CpuImpl(CPUAttentionBackendImpl):
         out, lse = paged_attention(operands)
         if remote is not None:
             remote.finish(sent, out, lse)
+        if turned is not None:
+            caches, options = (key_cache, value_cache), {"scale": self.scale, "softcap": self.logits_soft_cap}
+            turned.add(layer.layer_name, query[:tokens], out, lse, caches, Layout.CPU, **options)
         return output
 
 

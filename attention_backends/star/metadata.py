@@ -62,8 +62,7 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     query_start_loc_cpu = torch.from_numpy(starts)
     # The host's length of a decode row may be an upper bound (async scheduling): keep the device's.
     seq_lens = common.seq_lens[device_source]
-    changed = rows.star.copy()
-    changed[[remote.row for remote in rows.remote]] = True
+    changed = rows.shortened
     lens = torch.from_numpy(rows.seq_lens[changed]).to(seq_lens.dtype)
     seq_lens[torch.from_numpy(changed).to(device)] = lens.to(device)
     upper_bound = torch.from_numpy(rows.seq_lens).to(seq_lens.dtype)

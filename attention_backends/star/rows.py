@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import KeyRanges, StarPlan, count_pairs
 
 
@@ -23,6 +24,28 @@ class RemoteKeys:
 
     row: int
     keys: KeyRanges
+
+
+@dataclass(frozen=True)
+class TurnedKeys:
+    """Blocks with positions of their own, before a row's queries; every query of the row sees all of their keys.
+
+    To meet a block's keys at the true distance, a query is turned back. All arrays have one entry for each row and
+    block, N of them.
+
+    Attributes:
+        row: (N,) int64, the virtual row.
+        source: (N,) int64, the batch row whose block table has the pages.
+        first_page: (N,) int64, column of the block's first page in this block table.
+        num_keys: (N,) int64, keys of the block.
+        turn: (N,) int64, by how many positions the query is turned back.
+    """
+
+    row: np.ndarray
+    source: np.ndarray
+    first_page: np.ndarray
+    num_keys: np.ndarray
+    turn: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,7 @@ class VirtualRows:
         gathered: (G,) int64, rows whose pages are not those of ``source`` in order.
         page_columns: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
         remote: rows that also see keys in other replicas' memory, which ``seq_lens`` and the pages leave out.
+        turned: the keys of blocks with positions of their own, which they leave out too; None: there are none.
         context_tokens: query tokens in star rows.
         star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers differ).
         dense_pairs: the pairs that the same tokens would have under dense attention.
@@ -51,9 +75,24 @@ class VirtualRows:
     gathered: np.ndarray
     page_columns: np.ndarray
     remote: tuple[RemoteKeys, ...]
+    turned: TurnedKeys | None
     context_tokens: int
     star_pairs: float
     dense_pairs: float
+
+    @property
+    def shortened(self) -> np.ndarray:
+        """(R,) bool, the rows that see other keys, or fewer, than all those before them in their batch row."""
+        shortened = self.star.copy()
+        shortened[[remote.row for remote in self.remote]] = True
+        if self.turned is not None:
+            shortened[self.turned.row] = True
+        return shortened
+
+
+def is_split(plan: StarPlan, start: int) -> bool:
+    """Whether the tokens of a plan's prompt from position ``start`` on are split into virtual rows."""
+    return start < plan.context_end or isinstance(plan, BlockPositionsPlan)
 
 
 def split_rows(
@@ -75,7 +114,7 @@ def split_rows(
     remote_spans = remote_spans or [None] * len(plans)
     starts = [length - queries for queries, length in zip(query_lens, seq_lens, strict=True)]
     if not any(
-        queries and (span is not None or (plan is not None and start < plan.context_end))
+        queries and (span is not None or (plan is not None and is_split(plan, start)))
         for plan, queries, start, span in zip(plans, query_lens, starts, remote_spans, strict=True)
     ):
         return None
@@ -87,17 +126,20 @@ def split_rows(
     gathered: list[int] = []
     columns: list[np.ndarray] = []
     remote: list[RemoteKeys] = []
+    turned: list[tuple[int, int, BlockPositionsPlan]] = []
     context_tokens = star_pairs = dense_pairs = 0
     for row, (plan, start, end, span) in enumerate(zip(plans, starts, seq_lens, remote_spans, strict=True)):
         pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
         for piece_start, piece_end, keys in pieces:
             in_context, block_start = False, 0
             if plan is not None and piece_start < plan.context_end:
-                in_context, block_start = True, piece_start // plan.block_size * plan.block_size
+                in_context, block_start = True, plan.block_start(piece_start)
                 queries = piece_end - piece_start
                 context_tokens += queries
                 star_pairs += count_pairs(queries, keys)
                 dense_pairs += count_pairs(queries, ((0, piece_end),))
+            elif isinstance(plan, BlockPositionsPlan):
+                turned.append((len(source), row, plan))
             if span is not None:
                 keys, remote_keys = divide(keys, span)
                 if remote_keys:
@@ -122,9 +164,25 @@ def split_rows(
         np.asarray(gathered, dtype=np.int64),
         page_columns,
         tuple(remote),
+        _turned_keys(turned, page_size),
         context_tokens,
         star_pairs,
         dense_pairs,
+    )
+
+
+def _turned_keys(rows: list[tuple[int, int, BlockPositionsPlan]], page_size: int) -> TurnedKeys | None:
+    """The keys of (virtual row, batch row, plan)s; None where there is no such row."""
+    if not rows:
+        return None
+    keys = [plan.block_keys for _, _, plan in rows]
+    numbers = [len(one.starts) for one in keys]
+    return TurnedKeys(
+        np.repeat(np.asarray([row for row, _, _ in rows], dtype=np.int64), numbers),
+        np.repeat(np.asarray([source for _, source, _ in rows], dtype=np.int64), numbers),
+        np.concatenate([one.starts for one in keys]) // page_size,
+        np.concatenate([one.lengths for one in keys]),
+        np.concatenate([one.turns for one in keys]),
     )
 
 

@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from attention_backends.star.rows import VirtualRows, split_rows
+from attention_backends.star.turned import Rotation, TurnedAttention, make_turned_rows
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RemoteShards
 
@@ -31,6 +35,7 @@ class StarStep:
         on_rows: called with the rows of the step, once, when a builder first counts them.
         remote: request id -> where the rest of its KV is, for requests that have KV on other replicas.
         open_remote_attention: makes the object by which layers query other replicas, from the step's queries.
+        rotations: layer name -> its rotary embedding, for plans whose blocks have positions of their own.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class StarStep:
         on_rows: Callable[[VirtualRows], None],
         remote: Mapping[str, RemoteShards] | None = None,
         open_remote_attention: Callable[[Sequence[RemoteQuery]], Any] | None = None,
+        rotations: Mapping[str, Rotation] | None = None,
     ) -> None:
         self.plans = plans
         self.num_scheduled_tokens = num_scheduled_tokens
@@ -48,11 +54,15 @@ class StarStep:
         self.on_rows = on_rows
         self.remote = remote or {}
         self.open_remote_attention = open_remote_attention
+        self.rotations = rotations or {}
         self.engaged = False
         self.counted = False
         self._request_ids: list[str] = []
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
         self._remote_attention: dict[int, Any] = {}
+        self._turned_attention: dict[int, TurnedAttention] = {}
+        self._positions: list[tuple[int, np.ndarray]] = []
+        self.has_unset_positions = False
 
     def rows(self, common: CommonAttentionMetadata, page_size: int, anchored: bool = True) -> VirtualRows | None:
         """The batch's virtual rows for pages of ``page_size`` tokens; None where no row lies in star blocks.
@@ -95,6 +105,35 @@ class StarStep:
             self._remote_attention[page_size] = self.open_remote_attention(queries)
         return self._remote_attention[page_size]
 
+    def keep_block_table(self, rows: VirtualRows, block_table: torch.Tensor, page_size: int) -> None:
+        """Note the pages of blocks with positions of their own, which the rows' own block tables leave out.
+
+        Args:
+            block_table: (batch rows, columns) int32, the batch's own, with pages of ``page_size`` tokens.
+        """
+        if rows.turned is not None:
+            calls = list(make_turned_rows(rows, block_table, page_size))
+            self._turned_attention[page_size] = TurnedAttention(calls, self.rotations)
+
+    def turned_attention(self, page_size: int) -> TurnedAttention | None:
+        """By which layers with pages of this size attend to such blocks; None: no row has keys there."""
+        return self._turned_attention.get(page_size)
+
+    def set_positions(self, positions: torch.Tensor) -> None:
+        """Give the tokens of such blocks, and those behind them, the positions of their plan.
+
+        Args:
+            positions: (tokens,) int64, those of the step's tokens in its prompts; changed in place.
+
+        Raises:
+            RuntimeError: the positions are not one number a token.
+        """
+        self.has_unset_positions = False
+        for first, values in self._positions:
+            if positions.dim() != 1:
+                raise RuntimeError(f"positions of shape {tuple(positions.shape)} can't be those of a plan")
+            positions[first : first + len(values)] = torch.from_numpy(values).to(positions.device)
+
     def count(self, rows: VirtualRows) -> None:
         """Report the step's rows, if no layer before has."""
         if not self.counted:
@@ -119,6 +158,13 @@ class StarStep:
         seq_lens = common.seq_lens_cpu_upper_bound.tolist()
         seq_lens[len(ids) :] = [0] * len(padding)
         self._request_ids = ids
+        starts = np.cumsum([0, *query_lens]).tolist()
+        self._positions = [
+            (first, plan.positions(end - queries, end))
+            for plan, first, queries, end in zip(plans, starts, query_lens, seq_lens, strict=False)
+            if isinstance(plan, BlockPositionsPlan)
+        ]
+        self.has_unset_positions = bool(self._positions)
         spans = [self.remote[name].span() if name in self.remote else None for name in ids] + [None] * len(padding)
         return split_rows(plans, query_lens, seq_lens, page_size, spans)
 
@@ -131,12 +177,19 @@ def current_step() -> StarStep | None:
     return _current
 
 
+def set_positions(model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """A pre-hook of a model's forward method: gives the tokens of a step's block-positions plans their positions."""
+    if _current is not None:
+        _current.set_positions(kwargs["positions"])
+
+
 @contextmanager
 def open_step(step: StarStep | None) -> Iterator[None]:
     """Make ``step`` the current one.
 
     Raises:
-        RuntimeError: no attention layer read the plans. The answer would be dense without saying so.
+        RuntimeError: no attention layer read the plans, or the model did not take their positions. The answer would be
+            another one without saying so.
     """
     global _current
     _current = step
@@ -146,3 +199,5 @@ def open_step(step: StarStep | None) -> Iterator[None]:
         _current = None
     if step is not None and not step.engaged:
         raise RuntimeError("a step with star requests ran, but no full-attention layer took their plans")
+    if step is not None and step.has_unset_positions:
+        raise RuntimeError("a step with positions of star blocks' own ran, but the model did not take them")

@@ -69,6 +69,11 @@ class StarOptions(BaseModel):
     padding_token: Tokens | None = Field(
         None, description="id of the token that fills the gap before a moved segment; default a space"
     )
+    positions: Literal["prompt", "block"] = Field(
+        "prompt",
+        description="block: each segment is a block with positions of its own, behind the anchor, so that its cached "
+        "KV is used wherever it stands in a prompt; prompt: tokens have their positions in the prompt",
+    )
     shards: Switch = Field(
         "off",
         description="on: the KV of a prompt that is split over several replicas stays on the replicas that computed "
@@ -85,6 +90,7 @@ ALLOWED = {
     "overlap_size": "a multiple of the KV page from 0 to the block size",
     "replicas": "auto, or a whole number of replicas, 1 or more",
     "shards": "off, on",
+    "positions": "prompt, block",
 }
 EXPECTED = {
     "mode": "one of off, on, auto",
@@ -92,6 +98,7 @@ EXPECTED = {
     "segment_token": TOKEN,
     "padding_token": TOKEN,
     "shards": "off or on",
+    "positions": "prompt or block",
 }
 
 

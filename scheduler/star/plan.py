@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -43,6 +43,43 @@ class StarPlan:
     def is_dense(self) -> bool:
         """Whether phase 1 is plain causal attention: with one block it is, and so is everything after it."""
         return self.context_end <= self.block_size
+
+    @property
+    def num_client_tokens(self) -> int:
+        """Tokens of the prompt as the front gave it to the engine core."""
+        return self.num_prompt_tokens
+
+    def client_index(self, index: int) -> int:
+        """How many of these tokens are before a position."""
+        return index
+
+    @property
+    def head_end(self) -> int:
+        """Where block 0 ends. Before it, KV is that of dense attention."""
+        return self.block_size
+
+    def block_start(self, position: int) -> int:
+        """Where the star block of a context token starts."""
+        return position // self.block_size * self.block_size
+
+    def borders(self, first: int = 0) -> Iterable[int]:
+        """Where the star blocks behind block 0 start, those from position ``first`` on."""
+        start = max(-(-first // self.block_size), 1) * self.block_size
+        return range(start, self.context_end, self.block_size)
+
+    def page_key(self, start: int, end: int) -> str | None:
+        """What the KV of the page over positions ``[start, end)`` depends on beside its tokens and the pages before it.
+
+        None: on nothing, as under dense attention.
+        """
+        if start < self.head_end:
+            return None
+        key = f"{self.block_size}:{self.anchor_size}:{self.overlap_size}"
+        return key if end <= self.context_end else f"{key}:{self.context_end}"
+
+    def place_in_key(self, position: int) -> int | None:
+        """Where in the prompt a page is, if its KV depends on it, else None."""
+        return position
 
     def key_ranges(self, star_block: int, end: int) -> KeyRanges:
         """The keys of a context token of ``star_block`` whose position is ``end - 1``."""
@@ -112,6 +149,7 @@ class StarPlan:
             "prompt_tokens": self.num_prompt_tokens,
             "replicas": self.replicas,
             "shards": self.shards,
+            "positions": "prompt",
             "keys_attended": self.keys_attended(),
             "dense_keys": self.dense_keys(),
             "keys_per_context_token": round(self.context_keys_per_token(), 1),

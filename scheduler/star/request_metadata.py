@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from scheduler.star.block_positions import plan_from_wire
 from scheduler.star.plan import StarPlan
 
 KEY = "starling"
@@ -139,7 +140,7 @@ class RequestMetadata:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> RequestMetadata:
         plan, part, fetch, remote = (wire.get(name) for name in ("plan", "part", "fetch", "remote"))
-        made = None if plan is None else StarPlan(*plan)
+        made = None if plan is None else plan_from_wire(plan)
         return cls(
             None if made is None or made.is_dense else made,
             None if part is None else PromptPart(**part),

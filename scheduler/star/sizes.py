@@ -7,6 +7,8 @@ from scheduler.star.parsing import OptionError
 
 BLOCKS_OF_PROMPT = 8
 MIN_BLOCK_SIZE = 1024
+SEGMENT_BLOCK_SIZE = 8192
+"""B by default where blocks are segments with positions of their own, so that it does not depend on the prompt."""
 ANCHOR_TOKENS = 128
 ANCHORS_OF_BLOCK = 8
 
@@ -50,6 +52,13 @@ def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int
             f"{flat_name('block_size')} or {flat_name('num_blocks')} above 0",
         )
     return max(-(-num_prompt_tokens // (options.num_blocks * page_size)), 1) * page_size
+
+
+def find_segment_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int) -> int:
+    """As find_block_size, where blocks are segments with positions of their own: B is the longest segment."""
+    if options.block_size is None:
+        return _whole_pages(SEGMENT_BLOCK_SIZE, page_size)
+    return find_block_size(options, num_prompt_tokens, page_size)
 
 
 def find_anchor_and_overlap(

@@ -17,6 +17,7 @@ from starling.v1 import inference_pb2 as pb
 
 logger = init_logger("vllm.starling")
 
+POSITIONS = {pb.StarOptions.POSITIONS_PROMPT: "prompt", pb.StarOptions.POSITIONS_BLOCK: "block"}
 MODES = {pb.StarOptions.MODE_OFF: "off", pb.StarOptions.MODE_ON: "on", pb.StarOptions.MODE_AUTO: "auto"}
 RETRY_SECONDS = 1
 # gRPC's own retry policy of a client obeys this metadata; RetryInfo is for the client's program.
@@ -31,7 +32,7 @@ def given(message: Message) -> dict[str, Any]:
 def star_args(message: pb.StarOptions) -> dict[str, Any]:
     """The star options that the client set, under the flat names they have in SamplingParams.extra_args.
 
-    A mode without a name in this version stays a number, which parse_options refuses. ``replicas`` 0 means auto.
+    A mode, or positions, without a name in this version stay a number, which parse_options refuses. ``replicas`` 0 means auto.
     """
     values = given(message)
     mode = values.pop("mode", pb.StarOptions.MODE_UNSPECIFIED)
@@ -39,6 +40,9 @@ def star_args(message: pb.StarOptions) -> dict[str, Any]:
         values["mode"] = MODES.get(mode, mode)
     if values.get("replicas") == 0:
         values["replicas"] = "auto"
+    positions = values.pop("positions", pb.StarOptions.POSITIONS_UNSPECIFIED)
+    if positions != pb.StarOptions.POSITIONS_UNSPECIFIED:
+        values["positions"] = POSITIONS.get(positions, positions)
     if "shards" in values:
         values["shards"] = "on" if values["shards"] else "off"
     return {flat_name(field): value for field, value in values.items()}

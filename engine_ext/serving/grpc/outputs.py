@@ -8,8 +8,10 @@ from typing import Any
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 
+from engine_ext.serving.grpc.messages import POSITIONS
 from starling.v1 import inference_pb2 as pb
 
+POSITION_NUMBERS = {name: number for number, name in POSITIONS.items()}
 ATTENTION = {"dense": pb.Plan.ATTENTION_DENSE, "star": pb.Plan.ATTENTION_STAR}
 FINISH_REASONS = {
     "stop": pb.Final.FINISH_REASON_STOP,
@@ -84,4 +86,5 @@ def plan_message(plan: dict[str, Any]) -> pb.Plan:
     tokens = plan["prompt_tokens"]
     pairs = tokens * (tokens + 1) // 2
     dense = {"keys_attended": pairs, "dense_keys": pairs, "keys_per_context_token": (tokens + 1) / 2}
-    return pb.Plan(**dense | plan | {"attention": ATTENTION[plan["attention"]]})
+    names = {"attention": ATTENTION[plan["attention"]], "positions": POSITION_NUMBERS[plan.get("positions", "prompt")]}
+    return pb.Plan(**dense | plan | names)

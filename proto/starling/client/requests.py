@@ -20,6 +20,9 @@ SAMPLING = list(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 REQUEST = [name for name in pb.GenerateStreamRequest.DESCRIPTOR.fields_by_name if name not in (*PROMPTS, "sampling")]
 CHAT_FIELD = "add_generation_prompt"
 STAR = list(pb.StarOptions.DESCRIPTOR.fields_by_name)
+POSITIONS = {
+    name.removeprefix("POSITIONS_").lower(): number for name, number in pb.StarOptions.Positions.items() if number
+}
 MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarOptions.Mode.items() if number}
 
 
@@ -34,7 +37,8 @@ def generate_request(
 
     Raises:
         TypeError: an unknown name, a value of another type than its field's, or a prompt of an unknown kind.
-        ValueError: a number that its field can't hold, an unknown star mode, or shards that are neither off nor on.
+        ValueError: a number that its field can't hold, an unknown star mode or positions, or shards that are neither
+            off nor on.
     """
     chat = {name: value for name, value in fields.items() if name == CHAT_FIELD}
     request = make_message(pb.GenerateStreamRequest, *prompt_field(prompt, **chat))
@@ -125,6 +129,10 @@ def _set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             value = MODES[value]
         if field == "replicas" and value == "auto":
             value = 0
+        if field == "positions" and isinstance(value, str):
+            if value not in POSITIONS:
+                raise ValueError(f"star_positions={value!r} is refused. Allowed: {', '.join(POSITIONS)}.")
+            value = POSITIONS[value]
         if field == "shards" and isinstance(value, str):
             if value not in ("off", "on"):
                 raise ValueError(f"star_shards={value!r} is refused. Allowed: off, on.")

@@ -157,7 +157,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "num_blocks", "anchor_size", "overlap_size", "query_tokens", "context_tokens", "replicas", "shards", "segment_token", "padding_token")
+    __slots__ = ("mode", "min_tokens", "block_size", "num_blocks", "anchor_size", "overlap_size", "query_tokens", "context_tokens", "replicas", "shards", "segment_token", "padding_token", "positions")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -168,6 +168,14 @@ class StarOptions(_message.Message):
     MODE_OFF: StarOptions.Mode
     MODE_ON: StarOptions.Mode
     MODE_AUTO: StarOptions.Mode
+    class Positions(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        POSITIONS_UNSPECIFIED: _ClassVar[StarOptions.Positions]
+        POSITIONS_PROMPT: _ClassVar[StarOptions.Positions]
+        POSITIONS_BLOCK: _ClassVar[StarOptions.Positions]
+    POSITIONS_UNSPECIFIED: StarOptions.Positions
+    POSITIONS_PROMPT: StarOptions.Positions
+    POSITIONS_BLOCK: StarOptions.Positions
     MODE_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +188,7 @@ class StarOptions(_message.Message):
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PADDING_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
     block_size: int
@@ -192,7 +201,8 @@ class StarOptions(_message.Message):
     shards: bool
     segment_token: int
     padding_token: int
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., segment_token: _Optional[int] = ..., padding_token: _Optional[int] = ...) -> None: ...
+    positions: StarOptions.Positions
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., segment_token: _Optional[int] = ..., padding_token: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")
@@ -341,7 +351,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens")
+    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "positions")
     class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ATTENTION_UNSPECIFIED: _ClassVar[Plan.Attention]
@@ -363,6 +373,7 @@ class Plan(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     PADDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     attention: Plan.Attention
     star_blocks: int
     block_size: int
@@ -376,7 +387,8 @@ class Plan(_message.Message):
     replicas: int
     shards: bool
     padding_tokens: int
-    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ...) -> None: ...
+    positions: StarOptions.Positions
+    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

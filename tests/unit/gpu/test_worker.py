@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker import gpu_worker
@@ -38,6 +39,7 @@ class FakeWorker:
             vllm_config=SimpleNamespace(num_lookahead_tokens=0),
             kv_cache_config=SimpleNamespace(kv_cache_groups=[group], num_blocks=100),
             kv_connector=SimpleNamespace(set_disabled=lambda disabled: None),
+            get_model=torch.nn.Module,
         )
 
     def initialize_from_config(self, kv_cache_config):

@@ -91,8 +91,10 @@ def test_star_defaults_as_a_message():
         num_blocks=4,
         replicas=0,
         shards=False,
+        positions=inference.StarOptions.POSITIONS_PROMPT,
     )
     assert star_message(StarOptions(shards="on")).shards
+    assert star_message(StarOptions(positions="block")).positions == inference.StarOptions.POSITIONS_BLOCK
     assert star_message(StarOptions(replicas=3)).replicas == 3
 
 

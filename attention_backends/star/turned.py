@@ -1,0 +1,192 @@
+"""Attention of query and output over blocks with positions of their own: each query is turned for each block.
+
+A rotary embedding turns a pair of a query's or key's elements by an angle for each position, and a score depends on the
+difference of the two angles (arXiv 2104.09864, section 3.4.2). So keys that were computed at other positions than they
+stand at are met at their true distance by a query that is turned back by the difference. Keys are neither changed nor
+copied. Each pair of a query token and a block is a row of paged attention without a causal mask. The rows' results are
+merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from attention_backends.kernels.contract import Layout, Operands
+from attention_backends.kernels.dispatch import paged_attention
+from attention_backends.kernels.merge import merge_rows
+from attention_backends.star.rows import TurnedKeys, VirtualRows
+
+MAX_TOKENS = 8192
+"""Turned query tokens that one call has, or those of a single row and block where these are more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """A layer's rotary embedding, as far as turning a query takes it.
+
+    Attributes:
+        cos, sin: (positions, R / 2) float32, of the angles by which a position turns the first R elements of a head.
+        is_neox_style: whether elements i and i + R / 2 are a pair, else 2 i and 2 i + 1.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    is_neox_style: bool
+
+
+def turn_back(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
+    """Turn query tokens back.
+
+    Args:
+        query: (T, H, D).
+        cos, sin: (T, R / 2) float32, of the angles; elements behind the first R of a head stay.
+
+    Returns:
+        A new (T, H, D) in the query's dtype; computed in float32.
+    """
+    pairs = cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None]
+    turned = query.float()
+    if is_neox_style:
+        first, second = turned[..., :pairs], turned[..., pairs : 2 * pairs]
+        parts = [first * cos + second * sin, second * cos - first * sin, turned[..., 2 * pairs :]]
+        return torch.cat(parts, -1).to(query.dtype)
+    first, second = turned[..., : 2 * pairs : 2], turned[..., 1 : 2 * pairs : 2]
+    rotated = torch.stack([first * cos + second * sin, second * cos - first * sin], -1).flatten(-2)
+    return torch.cat([rotated, turned[..., 2 * pairs :]], -1).to(query.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class TurnedRows:
+    """Rows of one call, R of them, with T query tokens.
+
+    Attributes:
+        tokens: (T,) int64, numbers of the step's query tokens; a token is there once for each of its blocks.
+        turns: (T,) int64, by how many positions each is turned back.
+        block_table: (R, C) int32.
+        query_start_loc: (R + 1,) int32.
+        seq_lens: (R,) int32.
+    """
+
+    tokens: torch.Tensor
+    turns: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+def make_turned_rows(rows: VirtualRows, block_table: torch.Tensor, page_size: int) -> Iterator[TurnedRows]:
+    """The calls by which a step's queries attend to blocks with positions of their own.
+
+    Args:
+        block_table: (batch rows, columns) int32, the batch's own.
+        page_size: tokens of a page of it.
+    """
+    turned = rows.turned
+    if turned is None:
+        return
+    starts = np.concatenate(([0], np.cumsum(rows.query_lens)))
+    queries = rows.query_lens[turned.row]
+    # One call takes rows up to MAX_TOKENS query tokens.
+    calls = (np.cumsum(queries) - 1) // MAX_TOKENS
+    for first, stop in _runs(calls):
+        yield _one_call(turned, slice(first, stop), starts, queries, block_table, page_size)
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """The ranges of equal neighbours."""
+    borders = np.flatnonzero(np.diff(values)) + 1
+    yield from zip([0, *borders.tolist()], [*borders.tolist(), len(values)], strict=True)
+
+
+def _one_call(
+    turned: TurnedKeys,
+    part: slice,
+    starts: np.ndarray,
+    queries: np.ndarray,
+    block_table: torch.Tensor,
+    page_size: int,
+) -> TurnedRows:
+    lens, keys, device = queries[part], turned.num_keys[part], block_table.device
+    own_starts = np.concatenate(([0], np.cumsum(lens)))
+    # Token i of the call is query token i - own_starts[its row] of the row, and so on the step's.
+    tokens = np.arange(own_starts[-1]) + np.repeat(starts[turned.row[part]] - own_starts[:-1], lens)
+    columns = np.arange(-(-int(keys.max()) // page_size))
+    # Columns behind a row's keys are not read, but must be in the table.
+    pages = np.minimum(turned.first_page[part][:, None] + columns, block_table.shape[1] - 1)
+    source = torch.from_numpy(turned.source[part]).to(device)
+
+    def on_device(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(values).to(device=device, dtype=dtype)
+
+    return TurnedRows(
+        on_device(tokens, torch.int64),
+        on_device(np.repeat(turned.turn[part], lens), torch.int64),
+        block_table[source[:, None], on_device(pages, torch.int64)].to(torch.int32),
+        on_device(own_starts, torch.int32),
+        on_device(keys, torch.int32),
+    )
+
+
+class TurnedAttention:
+    """The attention of one step over blocks with positions of their own.
+
+    Args:
+        rows: the calls.
+        rotations: layer name -> its rotary embedding.
+    """
+
+    def __init__(self, rows: list[TurnedRows], rotations: Mapping[str, Rotation]) -> None:
+        self.rows = rows
+        self.rotations = rotations
+        self._angles: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def add(
+        self,
+        layer: str,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        **options: Any,
+    ) -> None:
+        """Add the blocks' keys to the attention over all other keys.
+
+        Args:
+            layer: name of the layer.
+            query: (tokens, heads, head size) of the step, turned to the positions of its tokens.
+            out: (tokens, heads, value size) of the step, changed in place.
+            lse: (tokens, heads) of the step, changed in place.
+            caches: the layer's key and value cache, in ``layout``.
+            options: further Operands: ``scale``, ``softcap`` and the like.
+        """
+        rotation = self.rotations[layer]
+        wide = out.float()  # rounded once, after the last merge
+        for rows, (cos, sin) in zip(self.rows, self._angles_of(rotation), strict=True):
+            turned = turn_back(query[rows.tokens], cos, sin, rotation.is_neox_style)
+            operands = Operands(
+                turned,
+                *caches,
+                rows.block_table,
+                rows.query_start_loc,
+                rows.seq_lens,
+                causal=False,
+                layout=layout,
+                **options,
+            )
+            merge_rows(wide, lse, rows.tokens, *paged_attention(operands))
+        out.copy_(wide)
+
+    def _angles_of(self, rotation: Rotation) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """cos and sin of each call's tokens, made by the first layer that needs them."""
+        found = self._angles.get(id(rotation))
+        if found is None:
+            found = [(rotation.cos[rows.turns], rotation.sin[rows.turns]) for rows in self.rows]
+            self._angles[id(rotation)] = found
+        return found

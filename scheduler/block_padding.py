@@ -1,0 +1,55 @@
+"""Padding between blocks with positions of their own: the engine core adds it to a prompt, and takes it off again.
+
+So the front, the client and vLLM's limits and statistics of a front count the prompt as the client sent it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from scheduler.star.block_positions import BlockPositionsPlan
+from scheduler.star.request_metadata import metadata_of
+
+
+def block_positions_plan(request: Any) -> BlockPositionsPlan | None:
+    """The plan of a request whose blocks have positions of their own."""
+    plan = metadata_of(request).plan
+    return plan if isinstance(plan, BlockPositionsPlan) else None
+
+
+def with_padding(request: Any) -> Any:
+    """An engine core's request with the padding of its plan; the request itself where there is none."""
+    plan = block_positions_plan(request)
+    if plan is None:
+        return request
+    padded = copy.copy(request)
+    padded.prompt_token_ids = plan.pad(request.prompt_token_ids)
+    return padded
+
+
+def without_padding(plan: BlockPositionsPlan, logprobs: Any) -> Any:
+    """The log-probabilities of the prompt's tokens but the first, without those of padding.
+
+    That of a block's first token is its log-probability behind the block before it, and its padding. No KV depends on
+    the block before.
+
+    Args:
+        logprobs: vLLM's tensors, with a row for each token of the padded prompt but the first.
+    """
+    rows = torch.from_numpy(plan.client_indexes()[1:] - 1)
+    return logprobs.filter(rows)
+
+
+def count_client_tokens(plan: BlockPositionsPlan, stats: Any) -> None:
+    """Change vLLM's prefill statistics of a request to tokens of the client's prompt.
+
+    Padding that was computed counts as computed, so that it is not taken for a cache hit.
+    """
+    computed = min(stats.num_prompt_tokens - stats.num_cached_tokens, plan.num_client_tokens)
+    cached = plan.num_client_tokens - computed
+    stats.num_prompt_tokens = plan.num_client_tokens
+    stats.num_cached_tokens = stats.num_local_cached_tokens = cached
+    stats.num_computed_tokens = computed

@@ -1,0 +1,116 @@
+"""The blocks of a prompt whose segments get positions of their own.
+
+A segment starts at each segment token of the context. A segment longer than B is cut there. What is before the first
+segment is the head, whose first whole pages are the anchor.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from scheduler.star.block_positions import BlockPositionsPlan
+from scheduler.star.options import StarOptions, flat_name, merge
+from scheduler.star.parsing import OptionError
+from scheduler.star.plan import find_context_end
+from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, check_padding
+from scheduler.star.sizes import find_anchor_and_overlap, find_segment_block_size
+
+POSITIONS = flat_name("positions")
+
+
+def has_block_positions(defaults: StarOptions, request: StarOptions | None) -> bool:
+    """Whether the blocks of a request's prompt get positions of their own."""
+    return merge(defaults, request).positions == "block"
+
+
+def plan_blocks(
+    token_ids: list[int], defaults: StarOptions, request: StarOptions | None, page_size: int, limits: TokenLimits
+) -> BlockPositionsPlan | None:
+    """The plan of a prompt with ``positions`` = ``block``.
+
+    Args:
+        token_ids: the prompt.
+        defaults: the server's options.
+        request: the request's own, or None where it gave none.
+        page_size: tokens of a KV page.
+
+    Returns:
+        None where the prompt runs dense: star is off, or the context is one block.
+
+    Raises:
+        OptionError: an option does not fit the page, the block or the prompt, or excludes another one.
+    """
+    given = set() if request is None else request.model_fields_set
+    options = merge(defaults, request)
+    check_padding(options, limits.vocabulary_size)
+    if options.mode == "off" or (options.mode == "auto" and len(token_ids) < options.min_tokens):
+        return None
+    check_block_positions(options)
+    block_size = find_segment_block_size(options, len(token_ids), page_size)
+    context_end = find_context_end(options, given, len(token_ids))
+    mark = options.segment_token
+    if "segment_token" in given and mark not in token_ids[:context_end]:
+        reason = f"it does not occur in the context, the first {context_end} tokens of the prompt"
+        raise OptionError(SEGMENT_TOKEN, mark, reason, "a token that starts the prompt's segments")
+    pieces = cut(token_ids, mark, context_end, block_size)
+    head = pieces[0][1]
+    if len(pieces) - (not head) < 2:
+        return None
+    anchor_size, _ = find_anchor_and_overlap(options, given, block_size, page_size, independent=True)
+    anchor_size = min(anchor_size, head // page_size * page_size)
+    blocks, padded_end = lay_out(pieces, page_size)
+    padded = padded_end + len(token_ids) - context_end
+    if padded > limits.max_prompt_tokens:
+        reason = f"with each block on a KV page of {page_size} tokens the prompt of {len(token_ids)} takes {padded}"
+        allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
+        raise OptionError(POSITIONS, "block", reason, allowed)
+    # The default is a token that the prompt has already, so that no penalty of sampling counts another one.
+    padding = mark if options.padding_token is None else options.padding_token
+    return BlockPositionsPlan(block_size, anchor_size, 0, padded_end, padded, blocks=blocks, padding_token=padding or 0)
+
+
+def check_block_positions(options: StarOptions) -> None:
+    """Refuse options that ``positions`` = ``block`` excludes, or lacks (raises OptionError)."""
+    if options.positions != "block" or options.mode == "off":
+        return
+
+    def refused(field: str, reason: str, allowed: str) -> OptionError:
+        return OptionError(flat_name(field), getattr(options, field), reason, allowed)
+
+    with_block = f"with {POSITIONS}=block"
+    if options.segment_token is None:
+        raise OptionError(POSITIONS, "block", f"without {SEGMENT_TOKEN} there are no segments", f"with {SEGMENT_TOKEN}")
+    if options.overlap_size:
+        raise refused("overlap_size", f"{with_block} no block sees the one before it", "0")
+    if options.block_size == 0:
+        reason = f"{with_block} the segments are the blocks, not equal parts of the prompt"
+        raise refused("num_blocks", reason, f"{flat_name('block_size')}, or neither")
+    if options.replicas not in ("auto", 1):
+        raise refused("replicas", f"{with_block} a prompt stays on one replica", "auto or 1")
+    if options.shards == "on":
+        raise refused("shards", f"{with_block} a prompt's KV stays on one replica", "off")
+
+
+def cut(token_ids: list[int], mark: int | None, context_end: int, block_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each block of a context. The first one is the head: the tokens before the first mark, or none.
+
+    Args:
+        mark: the token that starts a segment.
+        block_size: the most tokens of a block.
+    """
+    marks = [index for index in range(context_end) if token_ids[index] == mark]
+    borders = [*marks, context_end]
+    head = min(borders[0], block_size)
+    pieces = [(0, head)]
+    for start, stop in pairwise(sorted({head, *borders})):
+        pieces += [(first, min(first + block_size, stop)) for first in range(start, stop, block_size)]
+    return pieces
+
+
+def lay_out(pieces: list[tuple[int, int]], page_size: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Where the blocks are in the prompt with padding, each at the start of a page; and where the query starts."""
+    blocks, start = [], 0
+    for first, stop in pieces:
+        blocks.append((start, start + stop - first))
+        start += -(-(stop - first) // page_size) * page_size
+    return tuple(blocks), start

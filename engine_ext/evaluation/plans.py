@@ -13,10 +13,12 @@ LETTERS = {
     "A": "star_anchor_size",
     "O": "star_overlap_size",
     "Q": "star_query_tokens",
+    "P": "star_positions",
 }
+POSITIONS = ("prompt", "block")
 ALLOWED = (
     "dense; default, the server's own star options; n/8, eight star blocks; or sizes in tokens such as "
-    "B=1024,A=1024,O=0,Q=128"
+    "B=1024,A=1024,O=0,Q=128, and P=block for blocks with positions of their own"
 )
 
 
@@ -45,7 +47,7 @@ def parse_plan(text: str) -> Plan:
 
     Args:
         text: ``dense``; ``default``; or parts with a comma between them: ``n/8`` or ``N=8``, ``B=``, ``A=``, ``O=``,
-            ``Q=`` and a whole number.
+            ``Q=`` and a whole number; ``P=block``.
 
     Raises:
         ValueError: the text is no plan, or its options contradict one another.
@@ -63,6 +65,11 @@ def parse_plan(text: str) -> Plan:
             raise refused(f"{part!r} is no option of a plan")
         if LETTERS[letter] in options:
             raise refused(f"{letter} is given twice")
+        if letter == "P":
+            if value not in POSITIONS:
+                raise refused(f"{value!r} is not one of {', '.join(POSITIONS)}")
+            options[LETTERS[letter]] = value
+            continue
         if not (value.isascii() and value.isdigit()):
             raise refused(f"{value!r} is not a whole number")
         options[LETTERS[letter]] = int(value)

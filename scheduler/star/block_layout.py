@@ -1,7 +1,7 @@
-"""The blocks of a prompt whose segments get positions of their own.
+"""The blocks of a prompt whose blocks have positions of their own.
 
 A segment starts at each segment token of the context. A segment longer than B is cut there. What is before the first
-segment is the head, whose first whole pages are the anchor.
+segment is the head, whose first whole pages are the anchor. Without a segment token the context is cut every B tokens.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.options import StarOptions, flat_name, merge
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import find_context_end
-from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, check_padding
-from scheduler.star.sizes import find_anchor_and_overlap, find_segment_block_size
+from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, check_block_size, check_padding
+from scheduler.star.sizes import find_anchor_and_overlap, find_block_size, find_segment_block_size
 
 POSITIONS = flat_name("positions")
-
-
-def has_block_positions(defaults: StarOptions, request: StarOptions | None) -> bool:
-    """Whether the blocks of a request's prompt get positions of their own."""
-    return merge(defaults, request).positions == "block"
 
 
 def plan_blocks(
@@ -46,7 +41,8 @@ def plan_blocks(
     if options.mode == "off" or (options.mode == "auto" and len(token_ids) < options.min_tokens):
         return None
     check_block_positions(options)
-    block_size = find_segment_block_size(options, len(token_ids), page_size)
+    find_size = find_block_size if options.segment_token is None else find_segment_block_size
+    block_size = find_size(options, len(token_ids), page_size)
     context_end = find_context_end(options, given, len(token_ids))
     mark = options.segment_token
     if "segment_token" in given and mark not in token_ids[:context_end]:
@@ -78,13 +74,9 @@ def check_block_positions(options: StarOptions) -> None:
         return OptionError(flat_name(field), getattr(options, field), reason, allowed)
 
     with_block = f"with {POSITIONS}=block"
-    if options.segment_token is None:
-        raise OptionError(POSITIONS, "block", f"without {SEGMENT_TOKEN} there are no segments", f"with {SEGMENT_TOKEN}")
+    check_block_size(options)
     if options.overlap_size:
         raise refused("overlap_size", f"{with_block} no block sees the one before it", "0")
-    if options.block_size == 0:
-        reason = f"{with_block} the segments are the blocks, not equal parts of the prompt"
-        raise refused("num_blocks", reason, f"{flat_name('block_size')}, or neither")
     if options.replicas not in ("auto", 1):
         raise refused("replicas", f"{with_block} a prompt stays on one replica", "auto or 1")
     if options.shards == "on":

@@ -71,8 +71,9 @@ class StarOptions(BaseModel):
     )
     positions: Literal["prompt", "block"] = Field(
         "prompt",
-        description="block: each segment is a block with positions of its own, behind the anchor, so that its cached "
-        "KV is used wherever it stands in a prompt; prompt: tokens have their positions in the prompt",
+        description="block: each segment is a block, of any length up to B, with positions of its own behind the "
+        "anchor, so that its cached KV is used wherever it stands in a prompt; prompt: tokens have their positions in "
+        "the prompt",
     )
     shards: Switch = Field(
         "off",
@@ -175,7 +176,8 @@ def _refuse_contradictions(options: StarOptions, show: Callable[[str], str]) -> 
 def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
     """A request's options over the server's: what the request gives replaces the default.
 
-    Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply.
+    Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply. Nor
+    do the defaults that ``positions`` = ``block`` excludes where the request gives it.
     """
     if request is None:
         return defaults
@@ -185,4 +187,6 @@ def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
         base["context_tokens"] = None
     if given.get("context_tokens") is not None:
         base["query_tokens"] = None
+    if given.get("positions") == "block":
+        base |= {"overlap_size": None, "replicas": "auto", "shards": "off"}
     return StarOptions(**(base | given))

@@ -1,7 +1,8 @@
 """What Star Attention costs in answers: `python -m benchmarks.accuracy models/NAME --length 2048`.
 
-Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), and a small anchor with
-an overlap at the same number of keys. Goes on where an earlier run of the same model and length ended. Writes
+Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
+overlap at the same number of keys, and A = B with positions of a block's own. Goes on where an earlier run of the same
+model and length ended. Writes
 results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the rows of `starling doctor` in
 engine_ext/evaluation/measured.json.
 """
@@ -46,6 +47,11 @@ def plans(length: int, parts: list[int]) -> list[str]:
     return named
 
 
+def own_positions(name: str) -> str:
+    """The paper's plan of that name, but with positions of a block's own."""
+    return name.replace("O=0", "P=block")
+
+
 def evaluation(results: dict[str, Any]) -> dict[str, Any]:
     """The part of `starling eval`'s results that is kept: without answers, paths and the server's name."""
     kept = ("version", "created", "setup", "cells")
@@ -57,9 +63,9 @@ def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]
     rows = []
     (tokens,) = evaluation["setup"]["lengths"]
     for cell in evaluation["cells"]:
-        if cell["task"] != ALL or cell["plan"] == DENSE.name:
-            continue
         options = evaluation["setup"]["plans"][cell["plan"]]
+        if cell["task"] != ALL or cell["plan"] == DENSE.name or "star_positions" in options:
+            continue
         sizes = {FIELD_OF[name]: options[name] for name in SIZES}
         kept = {name: cell[name] for name in CELL_FIELDS}
         row = {"model": model, "tokens": tokens, **sizes, **kept}
@@ -67,8 +73,8 @@ def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def kl_ratios(answers: list[Answer], names: list[str]) -> list[dict[str, Any]]:
-    """For each pair of plans with equal B, the divergence from dense of the overlap over that of the paper's anchor.
+def kl_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """For each pair of plans, the divergence from dense of the second over that of the first, the paper's.
 
     The mean over prompts, of which each task has as many, and a 95 % bootstrap interval over prompts, fixed seed.
     """
@@ -76,13 +82,13 @@ def kl_ratios(answers: list[Answer], names: list[str]) -> list[dict[str, Any]]:
     for answer in answers:
         by_prompt.setdefault(answer.prompt, {})[answer.plan] = answer
     divergences = {
-        name: np.array([mean_kl(found[DENSE.name], found[name]) for found in by_prompt.values()]) for name in names
+        name: np.array([mean_kl(found[DENSE.name], found[name]) for found in by_prompt.values()])
+        for name in {name for pair in pairs for name in pair}
     }
-    rows = []
-    for paper, overlap in zip(names[::2], names[1::2], strict=True):
-        ratio = mean_ratio(divergences[overlap], divergences[paper])
-        rows.append({"paper": paper, "overlap": overlap, "kl_ratio": ratio})
-    return rows
+    return [
+        {"paper": paper, "other": other, "kl_ratio": mean_ratio(divergences[other], divergences[paper])}
+        for paper, other in pairs
+    ]
 
 
 def mean_kl(dense: Answer, other: Answer) -> float:
@@ -92,7 +98,7 @@ def mean_kl(dense: Answer, other: Answer) -> float:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of docs/star-accuracy.md: all tasks by plan, and overlaps over the paper's blocks."""
+    """The tables of docs/star-accuracy.md: all tasks by plan, and other plans over the paper's of equal B."""
 
     def shown(interval: dict[str, float], scale: float, digits: int) -> str:
         mean, low, high = (scale * interval[name] for name in ("mean", "low", "high"))
@@ -116,11 +122,12 @@ def markdown(result: dict[str, Any]) -> str:
             dense_score = 100 * cell["dense_score"]
     lines[0] = lines[0].format(dense_score)
     (tokens,) = result["setup"]["lengths"]
-    for pair in result["overlap_over_paper"]:
+    for pair in result["over_paper"]:
         block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
+        what = "positions of a block's own" if "P=block" in pair["other"] else "an overlap"
         mean, low, high = pair["kl_ratio"]
         lines.append(
-            f"\nKL with an overlap over KL with A = B, at n/{tokens // block}: {mean:.2f} [{low:.2f}, {high:.2f}]."
+            f"\nKL with {what} over KL with A = B, at n/{tokens // block}: {mean:.2f} [{low:.2f}, {high:.2f}]."
         )
     return "\n".join(lines)
 
@@ -138,6 +145,9 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="a folder with a model")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
     parser.add_argument("--parts", type=int, nargs="+", default=[4, 8, 16], help="n/B (%(default)s)")
+    parser.add_argument(
+        "--own", type=int, nargs="+", default=[8], help="n/B with positions of a block's own (%(default)s)"
+    )
     parser.add_argument("--prompts-per-cell", type=int, default=13, help="prompts of each task (%(default)s)")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
@@ -145,6 +155,9 @@ def main() -> int:
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
     command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     names = plans(args.length, args.parts)
+    own = [(name, own_positions(name)) for name in plans(args.length, args.own)[::2] if name in names]
+    pairs = [*zip(names[::2], names[1::2], strict=True), *own]
+    names += [name for _, name in own]
     for plan in names:
         command += ["--plan", plan]
     command += ["--logprobs", str(LOGPROBS), "--out", str(FOLDER / name), *ENGINE, *args.serve]
@@ -154,7 +167,7 @@ def main() -> int:
     results = json.loads((FOLDER / name / "results.json").read_text())
     lines = (FOLDER / name / RESULTS).read_bytes().splitlines()
     answers = [answer for answer in read_answers(FOLDER / name / RESULTS, lines) if answer.plan in {DENSE.name, *names}]
-    result = evaluation(results) | {"overlap_over_paper": kl_ratios(answers, names)}
+    result = evaluation(results) | {"over_paper": kl_ratios(answers, pairs)}
     path = write_json(f"accuracy_{name}", result)
     shutil.copy(FOLDER / name / "differences.png", OUT / f"accuracy_{name}.png")
     print(markdown(result))

@@ -201,10 +201,8 @@ def _unknown_isa(config: Any) -> str | None:
     return None if isa in CPU_ISAS else isa
 
 
-# What attention that returns its log-sum-exp, by which partial results are merged, does not run with.
-LOG_SUM_EXP_RULES: Rules = (
-    (lambda c: c.device_config.device_type != "cpu", "attention that returns its log-sum-exp is available on CPU only"),
-    (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "Starling's CPU attention takes no fp8 KV cache"),
+# Where Starling's CPU attention, which returns its log-sum-exp, does not run.
+CPU_ATTENTION_RULES: Rules = (
     (_uses_vllm_attention, "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
     (
         lambda c: c.model_config.get_head_size() % VECTOR_SIZE,
@@ -218,7 +216,9 @@ SHARD_RULES: Rules = (
         has_peers,
         "servers that are peers (--star-replica-peers) don't know how much of its KV memory another one has promised",
     ),
-    *LOG_SUM_EXP_RULES,
+    (lambda c: c.device_config.device_type != "cpu", "attention that returns its log-sum-exp is available on CPU only"),
+    (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "Starling's CPU attention takes no fp8 KV cache"),
+    *CPU_ATTENTION_RULES,
     (
         lambda c: num_api_servers(c) > 1,
         "each of several API servers (--api-server-count) would reserve the same KV memory for its prompts",
@@ -230,14 +230,34 @@ SHARD_RULES: Rules = (
 )
 
 
+def _made_for_prompt_positions(config: Any) -> bool:
+    """Whether an engine on a GPU was made without blocks with positions of their own."""
+    star = (config.additional_config or {}).get("starling", {}).get("star", {})
+    return config.device_config.device_type != "cpu" and star.get("positions") != "block"
+
+
+def _on_cpu(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda config: config.device_config.device_type == "cpu" and rule(config)
+
+
 BLOCK_POSITIONS_RULES: Rules = (
+    (
+        lambda c: c.device_config.device_type not in ("cpu", "cuda") and c.device_config.device_type,
+        "the kernels run on CPUs and on CUDA devices",
+    ),
+    (
+        _made_for_prompt_positions,
+        "on a GPU the server has to be started with --star-positions block, since its decode steps then run without "
+        "full CUDA graphs",
+    ),
     (lambda c: dependence(c.model_config), "the model's star blocks depend on one another"),
     (lambda c: c.model_config.uses_mrope, "M-RoPE: an image's positions depend on the images before it"),
     (
         lambda c: any(not rotary for rotary in getattr(c.model_config.hf_text_config, "no_rope_layers", None) or ()),
         "some layers have no rotary embedding, so that turning a query would change their scores",
     ),
-    *LOG_SUM_EXP_RULES,
+    (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "the KV cache is fp8, and so may be its queries"),
+    *((_on_cpu(rule), reason) for rule, reason in CPU_ATTENTION_RULES),
     (_reported(BLOCK_POSITIONS), "the engine can't run it, as it found when it started"),
 )
 

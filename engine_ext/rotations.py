@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attention_backends.star.turned import Rotation
+from attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
 from vllm_compat.rotary import FIXED_FREQUENCIES, angle_table, attention_layers, rotary_embeddings
 
 
@@ -18,10 +19,10 @@ def block_positions_problem(model: torch.nn.Module, layer_names: Iterable[str], 
         layer_names: the full-attention layers.
         device_type: of the engine.
     """
-    if device_type != "cpu":
-        return "attention that returns its log-sum-exp is available on CPU only"
-    from attention_backends.star.cpu_impl import unsupported_reason  # imports a backend that GPUs do not need
-
+    if device_type == "cpu":  # imports a backend that GPUs do not need
+        from attention_backends.star.cpu_impl import unsupported_reason
+    else:
+        unsupported_reason = unsupported_by_triton
     rotary, layers = rotary_embeddings(model), attention_layers(model)
     for name in layer_names:
         if rotary.get(name) is None:

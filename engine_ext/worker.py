@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -14,6 +14,7 @@ from attention_backends.star.backend import register_star_backends, takes_star
 from attention_backends.star.rows import VirtualRows, is_split
 from attention_backends.star.step import StarStep, open_step, set_positions
 from attention_backends.star.turned import Rotation
+from attention_backends.star.turned_impl import use_block_positions
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
 from engine_ext.refusals import has_peers, star_refusals
@@ -90,12 +91,13 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
     attention op, which dense batches use too.
     """
     is_cpu = vllm_config.device_config.device_type == "cpu"
+    config = parse_config(vllm_config.additional_config)
+    use_block_positions(config is not None and config.star.positions == "block")
     if is_cpu or not refusals:
         register_star_backends()
     if is_cpu:
         from attention_backends.star import cpu_impl
 
-        config = parse_config(vllm_config.additional_config)
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
         if vllm_config.model_config.is_hybrid:
             without_prefill_checkpoints()
@@ -133,6 +135,7 @@ def make_star_worker(base: type) -> type:
             self.star_refusals = star_refusals(vllm_config)
             self.star_problem: str | None = None
             self.block_positions_problem: str | None = None
+            self.rotations: dict[str, Rotation] | None = None
             self.is_warming_up = False
             register_backends(vllm_config, self.star_refusals)
             if has_peers(vllm_config):
@@ -194,18 +197,26 @@ def make_star_worker(base: type) -> type:
             model = self.model_runner.get_model()
             device_type = self.vllm_config.device_config.device_type
             self.block_positions_problem = block_positions_problem(model, layer_names, device_type)
+            config = parse_config(self.vllm_config.additional_config)
+            by_default = config is not None and config.star.positions == "block"
             if self.block_positions_problem is None:
+                if by_default:
+                    self._make_rotations()
                 # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
                 model.register_forward_pre_hook(set_positions, with_kwargs=True)
                 return
-            config = parse_config(self.vllm_config.additional_config)
-            if config is not None and config.star.mode != "off" and config.star.positions == "block":
+            if config is not None and by_default and config.star.mode != "off":
                 raise RuntimeError(f"star_positions=block: {self.block_positions_problem}")
 
-        @functools.cached_property
-        def rotations(self) -> dict[str, Rotation]:
-            """Layer name -> how its queries are turned to the positions of a block."""
-            return make_rotations(self.model_runner.get_model(), self.vllm_config.model_config.max_model_len)
+        def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:
+            """Layer name -> how its queries are turned to the positions of a block, where a plan needs it."""
+            if self.rotations is None and any(isinstance(plan, BlockPositionsPlan) for plan in plans):
+                self._make_rotations()
+            return self.rotations
+
+        def _make_rotations(self) -> None:
+            max_model_len = self.vllm_config.model_config.max_model_len
+            self.rotations = make_rotations(self.model_runner.get_model(), max_model_len)
 
         def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             if self.counts_rows and not self.is_warming_up:
@@ -222,7 +233,7 @@ def make_star_worker(base: type) -> type:
                 count_rows if self.counts_rows else lambda rows: None,
                 remote,
                 kv_connector().remote_attention if remote else None,
-                self.rotations if any(isinstance(plan, BlockPositionsPlan) for plan in plans.values()) else None,
+                self._rotations(plans.values()),
             )
             with open_step(step):
                 return super().execute_model(scheduler_output, *args, **kwargs)

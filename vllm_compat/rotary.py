@@ -67,6 +67,6 @@ def angle_table(rotary: Any, num_positions: int) -> tuple[torch.Tensor, torch.Te
 
     ``rotary`` holds them in the model's dtype, and YaRN's are scaled. Goes when vLLM has them in float32.
     """
-    cos, sin = rotary._compute_cos_sin_cache()[:num_positions].float().chunk(2, -1)
+    cos, sin = rotary._compute_cos_sin_cache()[:num_positions].float().to(rotary.cos_sin_cache.device).chunk(2, -1)
     length = torch.hypot(cos, sin)
     return cos / length, sin / length

@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from attention_backends.star.step import current_step
+from attention_backends.star.turned_impl import block_positions_in_use, make_turned_impl
 from vllm_compat.patching import extends
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
@@ -102,10 +103,14 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-            """Full graphs stay usable for decode batches, which are never rewritten, but not for mixed batches."""
+            """Full graphs stay usable for decode batches that are never rewritten, but not for mixed batches.
+
+            Those of prompts whose blocks have positions of their own are rewritten.
+            """
             support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
             decode_only = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-            return min(support, decode_only, key=lambda level: level.value)
+            most = AttentionCGSupport.NEVER if block_positions_in_use() else decode_only
+            return min(support, most, key=lambda level: level.value)
 
         def build(
             self,
@@ -117,8 +122,9 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             rows = step.rows(common_attn_metadata, self.kv_cache_spec.block_size) if step else None
             if step is not None and rows is not None:
                 step.count(rows)
-                step.keep_block_table(rows, common_attn_metadata.block_table_tensor, self.kv_cache_spec.block_size)
-                common_attn_metadata = virtual_metadata(common_attn_metadata, rows)
+                virtual = virtual_metadata(common_attn_metadata, rows)
+                step.keep_block_tables(rows, common_attn_metadata, virtual, self.kv_cache_spec.block_size)
+                common_attn_metadata = virtual
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
         def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
@@ -137,7 +143,8 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         @staticmethod
         def get_impl_cls() -> Any:
             if base.get_name() != "CPU_ATTN":
-                return base.get_impl_cls()
+                impl = base.get_impl_cls()
+                return make_turned_impl(impl) if block_positions_in_use() else impl
             from attention_backends.star.cpu_impl import CpuImpl
 
             return CpuImpl

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from attention_backends.star.rows import VirtualRows, split_rows
-from attention_backends.star.turned import Rotation, TurnedAttention, make_turned_rows
+from attention_backends.star.turned import OwnRows, Rotation, TurnedAttention, make_turned_rows
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RemoteShards
@@ -105,19 +105,31 @@ class StarStep:
             self._remote_attention[page_size] = self.open_remote_attention(queries)
         return self._remote_attention[page_size]
 
-    def keep_block_table(self, rows: VirtualRows, block_table: torch.Tensor, page_size: int) -> None:
+    def keep_block_tables(
+        self, rows: VirtualRows, batch: CommonAttentionMetadata, virtual: CommonAttentionMetadata, page_size: int
+    ) -> None:
         """Note the pages of blocks with positions of their own, which the rows' own block tables leave out.
 
         Args:
-            block_table: (batch rows, columns) int32, the batch's own, with pages of ``page_size`` tokens.
+            batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
         if rows.turned is not None:
-            calls = list(make_turned_rows(rows, block_table, page_size))
-            self._turned_attention[page_size] = TurnedAttention(calls, self.rotations)
+            tokens = int(rows.query_lens.sum())
+            own = OwnRows(tokens, virtual.block_table_tensor, virtual.query_start_loc, virtual.seq_lens)
+            calls = list(make_turned_rows(rows, batch.block_table_tensor, page_size))
+            self._turned_attention[page_size] = TurnedAttention(own, calls, self.rotations)
 
     def turned_attention(self, page_size: int) -> TurnedAttention | None:
-        """By which layers with pages of this size attend to such blocks; None: no row has keys there."""
-        return self._turned_attention.get(page_size)
+        """By which layers with pages of this size attend to such blocks; None: no row has keys there.
+
+        Raises:
+            RuntimeError: rows have keys there, but none are noted for this page size.
+        """
+        if not self._turned_attention:
+            return None
+        if page_size not in self._turned_attention:
+            raise RuntimeError(f"no rows with pages of {page_size} tokens are made for a layer that has such pages")
+        return self._turned_attention[page_size]
 
     def set_positions(self, positions: torch.Tensor) -> None:
         """Give the tokens of such blocks, and those behind them, the positions of their plan.

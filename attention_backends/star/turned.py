@@ -133,18 +133,62 @@ def _one_call(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class OwnRows:
+    """The step's virtual rows, R of them: what its tokens see beside the blocks with positions of their own.
+
+    Attributes:
+        num_tokens: their query tokens, without those that pad a CUDA graph.
+        block_table: (R, C) int32.
+        query_start_loc: (R + 1,) int32.
+        seq_lens: (R,) int32.
+    """
+
+    num_tokens: int
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+
+
 class TurnedAttention:
     """The attention of one step over blocks with positions of their own.
 
     Args:
+        own: the step's virtual rows.
         rows: the calls.
         rotations: layer name -> its rotary embedding.
     """
 
-    def __init__(self, rows: list[TurnedRows], rotations: Mapping[str, Rotation]) -> None:
+    def __init__(self, own: OwnRows, rows: list[TurnedRows], rotations: Mapping[str, Rotation]) -> None:
+        self.own = own
         self.rows = rows
         self.rotations = rotations
         self._angles: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def attend(
+        self,
+        layer: str,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        **options: Any,
+    ) -> None:
+        """Write the attention over all keys to ``out``. The arguments are those of ``add``, with padding at the end."""
+        own = self.own
+        query, out = query[: own.num_tokens], out[: own.num_tokens]
+        operands = Operands(
+            query,
+            *caches,
+            own.block_table,
+            own.query_start_loc,
+            own.seq_lens,
+            out=out,
+            layout=layout,
+            **options,
+        )
+        _, lse = paged_attention(operands)
+        self.add(layer, query, out, lse, caches, layout, **options)
 
     def add(
         self,

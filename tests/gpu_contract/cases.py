@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from attention_backends.kernels.reference import masked_attention
 from attention_backends.star.reference import star_mask
 from attention_backends.star.rows import split_rows
+from attention_backends.star.turned import Rotation
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 
 HEAD_SIZE = 32
 SCALE = 1 / math.sqrt(HEAD_SIZE)
+FREQUENCIES = 10000.0 ** -(torch.arange(0, HEAD_SIZE, 2, dtype=torch.float64) / HEAD_SIZE)
+ANGLES = torch.outer(torch.arange(1024, dtype=torch.float64), FREQUENCIES)
+ROTATION = Rotation(ANGLES.cos().float(), ANGLES.sin().float(), True)
 FP8 = torch.float8_e4m3fn
 # Manager page and kernel page. vLLM splits the manager's pages for kernels that take only smaller ones.
 PAGES = ((16, 16), (32, 32), (64, 64), (64, 16))
@@ -106,6 +111,11 @@ def expected(case: Case, drawn: Numbers, window: int | None = None) -> torch.Ten
         mask = positions[None] <= positions[:, None]
         if window is not None:
             mask &= positions[None] > positions[:, None] - window
+        elif isinstance(request.plan, BlockPositionsPlan):
+            queries = drawn.queries[first : first + request.end - request.start].double()
+            outs.append(over_blocks(request.plan, request, queries, key.double(), value.double()))
+            first += len(queries)
+            continue
         elif request.plan is not None:
             plan = request.plan
             mask = star_mask(
@@ -129,6 +139,65 @@ def expected(case: Case, drawn: Numbers, window: int | None = None) -> torch.Ten
         outs.append(out)
         first = last
     return torch.cat(outs)
+
+
+def over_blocks(
+    plan: BlockPositionsPlan, request: Request, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """(tokens, H, D): the attention of a chunk of a prompt whose blocks have positions of their own.
+
+    Queries and keys are those at the positions where they are computed. What a query behind the context sees of a block
+    is seen by the query turned back, here as a product of complex numbers.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    true_start, keys_of_query = 0, []
+    for number, (start, stop) in enumerate(plan.blocks):
+        turn = true_start - (plan.anchor_size if number else 0)
+        keys_of_query.append((start, stop, turn if stop else 0))
+        true_start += stop - start
+    outs = []
+    for row, index in enumerate(range(request.start, request.end)):
+        if index >= plan.context_end:
+            parts = [*keys_of_query, (plan.context_end, index + 1, 0)]
+        else:
+            number = max(block for block, (start, _) in enumerate(plan.blocks) if start <= index)
+            parts = [(plan.blocks[number][0], index + 1, 0)]
+            parts += [(0, plan.anchor_size, 0)] if number else []
+        places = torch.cat([torch.arange(start, stop) for start, stop, _ in parts])
+        turns = torch.cat([torch.full((stop - start,), turn) for start, stop, turn in parts])
+        # Turning the keys forward is turning the query back.
+        pairs = torch.complex(key[places, :, : HEAD_SIZE // 2], key[places, :, HEAD_SIZE // 2 :])
+        angles = torch.outer(turns.double(), FREQUENCIES)[:, None]
+        pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+        turned = torch.cat((pairs.real, pairs.imag), -1)
+        scores = torch.einsum("hd,khd->hk", query[row], turned) * SCALE
+        outs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value[places]))
+    return torch.stack(outs)
+
+
+@st.composite
+def block_requests(draw: st.DrawFn, page_size: int, max_tokens: int, max_queries: int) -> Request:
+    """A chunk, or a decode, of a prompt whose blocks have positions of their own."""
+    lengths = draw(st.lists(st.integers(1, 3 * page_size), min_size=2, max_size=4))
+    head = draw(st.sampled_from([0, *lengths[:1]]))
+    blocks, start = [(0, head)], -(-head // page_size) * page_size
+    for length in lengths[1:] if head else lengths:
+        if start + length < max_tokens:
+            blocks.append((start, start + length))
+            start += -(-length // page_size) * page_size
+    queries = draw(st.integers(1, 9))
+    plan = BlockPositionsPlan(
+        3 * page_size,
+        draw(st.integers(0, head // page_size)) * page_size,
+        0,
+        start,
+        start + queries,
+        blocks=tuple(blocks),
+    )
+    end = draw(st.one_of(st.integers(start + 1, start + queries + 2), st.integers(1, start + queries)))
+    begin = draw(st.one_of(st.just(end - 1), st.integers(0, end - 1)))
+    return Request(max(begin, end - max_queries), end, plan)
 
 
 @st.composite
@@ -172,12 +241,18 @@ def cases(
     max_queries: int = 260,
     max_heads: int = 8,
     max_requests: int = 5,
+    own_positions: bool = False,
 ) -> Case:
-    """A step of up to ``max_requests`` requests; ``fp8``, ``sinks`` and ``fp8_with_sinks`` say what may be drawn."""
+    """A step of up to ``max_requests`` requests; ``fp8``, ``sinks`` and ``fp8_with_sinks`` say what may be drawn.
+
+    With ``own_positions``, the blocks of at least one of them have positions of their own.
+    """
     manager_page, kernel_page = draw(st.sampled_from(PAGES))
     # vLLM splits pages only where a layer's pages are next to one another.
     allowed = [name for name in layouts if manager_page == kernel_page or name.startswith("L")]
     batch = draw(st.lists(requests(manager_page, max_tokens, max_queries), min_size=1, max_size=max_requests))
+    if own_positions:
+        batch[draw(st.integers(0, len(batch) - 1))] = draw(block_requests(manager_page, max_tokens, max_queries))
     if decodes_first:
         batch.sort(key=lambda request: request.end - request.start > 1)
     has_sinks = sinks and draw(st.booleans())
@@ -188,7 +263,7 @@ def cases(
         draw(st.sampled_from(allowed)),
         draw(st.sampled_from([heads for heads in (1, 4, 8) if heads <= max_heads])),
         draw(st.sampled_from([1, 2, 4])),
-        draw(st.sampled_from([None, None, 1, 17, 50])),
+        None if own_positions else draw(st.sampled_from([None, None, 1, 17, 50])),
         has_sinks,
         fp8 and (fp8_with_sinks or not has_sinks) and draw(st.booleans()),
         draw(st.sampled_from([0, 0, 0, 1, 3])),

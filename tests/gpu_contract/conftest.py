@@ -12,13 +12,14 @@ import pytest
 from tests.parity.harness import ROOT, v2_env
 
 PROPERTY = "gpu_contract"
+FACTS = ("one_token_rows", "windowed", "padded", "split_pages")
 
 
 @pytest.fixture
 def check_job(record_property):
     """A function that runs a job of job.py and checks its tally."""
 
-    def check(name: str, cases: int) -> None:
+    def check(name: str, cases: int, facts: tuple[str, ...] = FACTS) -> None:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "tests.gpu_contract.job", name],
             capture_output=True,
@@ -34,7 +35,7 @@ def check_job(record_property):
         assert tally["cases"] == cases
         assert tally["worst"] <= 1e-6
         assert tally["gathered"] >= cases // 8, "too few steps have rows of scattered pages"
-        for fact in ("one_token_rows", "windowed", "padded", "split_pages"):
+        for fact in facts:
             assert tally[fact], f"no case has {fact}"
 
     return check

@@ -25,7 +25,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from attention_backends.star.backend import make_star_backend
 from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import StarStep, open_step
-from tests.gpu_contract.cases import HEAD_SIZE, SCALE, Case, Numbers
+from tests.gpu_contract.cases import HEAD_SIZE, ROTATION, SCALE, Case, Numbers
 from tests.gpu_contract.cuda_platform import CUDA
 
 NAN_BYTE = 0x7F  # NaN in float8_e4m3fn
@@ -109,7 +109,7 @@ class LayerGroup:
         q_scale, k_scale, v_scale = drawn.scales
         self.layer = Attention.__new__(Attention)
         torch.nn.Module.__init__(self.layer)
-        self.layer.impl, self.layer.num_heads = self.impl, case.heads
+        self.layer.impl, self.layer.num_heads, self.layer.layer_name = self.impl, case.heads, self.name
         for name, scale in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
             setattr(self.layer, f"_{name}_scale", torch.tensor(scale, dtype=torch.float32))
             setattr(self.layer, f"_{name}_scale_float", scale)
@@ -207,7 +207,9 @@ def run_case(
     ids = [str(index) for index in range(len(case.requests))]
     counted: list[VirtualRows] = []
     plans = {name: request.plan for name, request in zip(ids, case.requests, strict=True) if request.plan is not None}
-    step = StarStep(plans, dict(zip(ids, case.query_lens, strict=True)), lambda: ids, counted.append)
+    scheduled = dict(zip(ids, case.query_lens, strict=True))
+    rotations = {group.name: ROTATION for group in groups}
+    step = StarStep(plans, scheduled, lambda: ids, counted.append, rotations=rotations)
     outputs = []
     with open_step(step):
         metadata = build_attn_metadata(
@@ -217,6 +219,7 @@ def run_case(
             kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
             **batch_fields(case),
         )
+        step.set_positions(torch.zeros(case.num_tokens, dtype=torch.int64))
         for group in groups:
             out = torch.full((len(drawn.queries), case.heads, HEAD_SIZE), float("nan"))
             group.impl.forward(group.layer, drawn.queries, None, None, group.cache, metadata[group.name], out)

@@ -23,6 +23,8 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
+from attention_backends.star import turned  # noqa: E402
+from attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import cases, expected, gathers_pages, numbers  # noqa: E402
 from tests.gpu_contract.engine import run_case  # noqa: E402
@@ -36,7 +38,10 @@ class Tally:
     def __init__(self) -> None:
         self.worst = 0.0
         self.counts = dict.fromkeys(
-            ("cases", "star_steps", "gathered", "one_token_rows", "windowed", "fp8", "sinks", "padded", "split_pages"),
+            (
+                *("cases", "star_steps", "gathered", "one_token_rows", "windowed", "fp8", "sinks", "padded"),
+                *("split_pages", "turned"),
+            ),
             0,
         )
 
@@ -59,6 +64,7 @@ class Tally:
             "fp8": case.fp8,
             "sinks": case.sinks,
             "padded": case.padding > 0,
+            "turned": rows is not None and rows.turned is not None,
             "split_pages": case.kernel_page < case.manager_page,
         }
         for name, fact in facts.items():
@@ -100,7 +106,7 @@ def flashinfer(capability: tuple[int, int], examples: int, **drawn: Any) -> Tall
     install_flashinfer()
     from vllm.v1.attention.backends.flashinfer import FlashInferBackend
 
-    strategy = cases(fp8=True, decodes_first=True, **drawn)
+    strategy = cases(**{"fp8": True, "decodes_first": True} | drawn)
     return hold(FlashInferBackend, Tally(), strategy, examples, fp8_query=False)
 
 
@@ -113,6 +119,29 @@ def triton(examples: int) -> Tally:
     for part in (strategy.filter(gathers_pages), strategy):
         hold(TritonAttentionBackend, tally, part, examples, fp8_query=False)
     return tally
+
+
+def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
+    """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernels.
+
+    On CPU tensors these are the CPU's, which fulfil the same contract as Triton's.
+    """
+    use_block_positions(True)
+    return run(*args, own_positions=True, **drawn)
+
+
+def triton_own_positions(examples: int) -> Tally:
+    """As ``own_positions`` on vLLM's Triton backend, with Starling's Triton kernels, interpreted."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    from attention_backends.kernels.triton.attention import paged_attention
+
+    turned.paged_attention = paged_attention
+    strategy = cases(
+        fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True
+    )
+    use_block_positions(True)
+    return hold(TritonAttentionBackend, Tally(), strategy, examples)
 
 
 JOBS: dict[str, Callable[[], Tally]] = {
@@ -129,6 +158,11 @@ JOBS: dict[str, Callable[[], Tally]] = {
         layouts=("LBHNC", "BLHNC"),
     ),
     "triton": lambda: triton(16),
+    "fa3_own": lambda: own_positions(flash_attention, (9, 0), 60, fp8=False, sinks=False),
+    "flashinfer_sm100_own": lambda: own_positions(
+        flashinfer, (10, 0), 60, fp8=False, sinks=False, layouts=("LBHNC", "BLHNC")
+    ),
+    "triton_own": lambda: triton_own_positions(24),
 }
 
 if __name__ == "__main__":

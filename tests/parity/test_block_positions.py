@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import pytest
@@ -49,7 +49,7 @@ class Prompt:
 
     @property
     def ids(self) -> list[int]:
-        return [*self.head, *sum(self.documents, []), *self.question]
+        return [*self.head, *chain.from_iterable(self.documents), *self.question]
 
     @property
     def context_end(self) -> int:

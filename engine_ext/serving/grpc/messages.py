@@ -32,8 +32,8 @@ def given(message: Message) -> dict[str, Any]:
 def star_args(message: pb.StarOptions) -> dict[str, Any]:
     """The star options that the client set, under the flat names they have in SamplingParams.extra_args.
 
-    A mode, or positions, without a name in this version stay a number, which parse_options refuses. ``replicas`` 0 means
-    auto.
+    A mode, or positions, without a name in this version stay a number, which parse_options refuses. ``replicas`` 0
+    means auto.
     """
     values = given(message)
     mode = values.pop("mode", pb.StarOptions.MODE_UNSPECIFIED)

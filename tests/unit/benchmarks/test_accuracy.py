@@ -36,7 +36,9 @@ def test_the_rows_of_doctor_are_those_of_the_results():
 
 
 def test_plans_of_equal_blocks_have_equal_keys():
-    assert accuracy.plans(2048, [8]) == ["B=256,A=256,O=0,Q=128", "B=256,A=32,O=224,Q=128"]
+    paper, overlap = accuracy.plans(2048, [8])
+    assert (paper, overlap) == ("B=256,A=256,O=0,Q=128", "B=256,A=32,O=224,Q=128")
+    assert accuracy.own_positions(paper) == "B=256,A=256,P=block,Q=128"
 
 
 def test_a_ratio_of_divergences_is_paired():
@@ -49,7 +51,7 @@ def test_a_ratio_of_divergences_is_paired():
 
     shares = {"dense": 0.5, "paper": 0.9, "overlap": 0.9}
     answers = [answer(prompt, plan, share) for prompt in "ab" for plan, share in shares.items()]
-    [row] = accuracy.kl_ratios(answers, ["paper", "overlap"])
+    [row] = accuracy.kl_ratios(answers, [("paper", "overlap")])
     assert row["kl_ratio"] == pytest.approx([1.0, 1.0, 1.0])
 
 

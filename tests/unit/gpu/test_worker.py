@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker import gpu_worker
@@ -88,6 +89,17 @@ def test_an_engine_with_speculative_decoding_keeps_the_full_graphs_of_its_backen
     star = AttentionBackendEnum.TRITON_ATTN.get_class().get_builder_cls()
     assert star is not plain
     assert star.get_cudagraph_support(None, SPEC).value < plain.get_cudagraph_support(None, SPEC).value
+
+
+def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of_decode_batches():
+    """Its layers run Starling's kernels in the steps of such prompts, decode steps included."""
+    own = {"starling": {"star": {"positions": "block", "segment_token": 7}}}
+    make_worker(additional_config=own)
+    star = AttentionBackendEnum.TRITON_ATTN.get_class()
+    assert star.get_impl_cls().turns_queries
+    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.NEVER
+    make_worker()
+    assert not hasattr(star.get_impl_cls(), "turns_queries")
 
 
 def test_the_tokens_of_vllms_warm_up_are_not_counted():

@@ -1,0 +1,86 @@
+"""vLLM's GPU attention, with Starling's Triton kernels for steps that attend to blocks with positions of their own.
+
+Such a step needs the log-sum-exp of its own rows, which vLLM's implementations do not give.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl
+
+from attention_backends.kernels.contract import Layout
+from attention_backends.star.step import current_step
+from vllm_compat.patching import extends, touches
+
+_in_use = False
+
+
+def use_block_positions(in_use: bool) -> None:
+    """Say whether the engine of this process may have blocks with positions of their own, before its layers are made.
+
+    Where it may, decode steps run without full CUDA graphs: a graph's block tables can't have rows for each block.
+    """
+    global _in_use
+    _in_use = in_use
+
+
+def block_positions_in_use() -> bool:
+    """What ``use_block_positions`` was told; False at first."""
+    return _in_use
+
+
+def unsupported_reason(impl: Any) -> str | None:
+    """The reason why the kernels can't run a layer, whatever the batch; None where they can."""
+    for refused, reason in (
+        (impl.alibi_slopes is not None, "it has ALiBi slopes"),
+        (impl.sinks is not None, "it has attention sinks"),
+        (impl.kv_cache_dtype.startswith("fp8"), "its cache is fp8"),
+    ):
+        if refused:
+            return reason
+    return None
+
+
+@functools.cache
+def make_turned_impl(base: type[AttentionImpl]) -> type[AttentionImpl]:
+    """A subclass of a GPU backend's implementation for caches of shape (pages, KV heads, page size, 2 * head size)."""
+
+    @extends(AttentionImpl)
+    @touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.logits_soft_cap")
+    class TurnedImpl(base):  # type: ignore[misc, valid-type]
+        turns_queries = True
+
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
+
+            As in vLLM's method, K and V of the step are in the cache already.
+            """
+            step = current_step()
+            turned = None if step is None or attn_metadata is None else step.turned_attention(kv_cache.shape[2])
+            if turned is None:
+                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            options = {"scale": self.scale, "softcap": self.logits_soft_cap or 0.0}
+            shape = (-1, self.num_heads, self.head_size)
+            turned.attend(layer.layer_name, query.view(shape), output.view(shape), caches, Layout.PAGES, **options)
+            return output
+
+    TurnedImpl.__name__ = TurnedImpl.__qualname__ = f"Turned{base.__name__}"
+    return TurnedImpl

@@ -45,6 +45,8 @@ FULL: dict[str, str] = {
     "segment_padding": "",
     "accuracy": "models/smollm2-135m-instruct",
     "approximations": "models/smollm2-135m-instruct",
+    "retrieval": "",
+    "lm_eval": "models/qwen2.5-coder-0.5b-instruct",
     "kernels.cpu_attention": "",
     "kernels.cpu_kernels": "",
     "kernels.gpu_kernels": "",
@@ -64,6 +66,7 @@ FULL: dict[str, str] = {
 NEEDS = {
     "kernels.gpu_kernels": (lambda: Path("/dev/nvidia0").exists(), "no GPU"),
     "llama_cpp": (lambda: (ROOT / "build/llama/venv/bin/python").exists(), "no llama.cpp: `make bench-llama`"),
+    "lm_eval": (lambda: (ROOT / "build/lm-eval/bin/lm_eval").exists(), "no lm_eval: see docs/eval.md"),
 }
 """Benchmark -> whether this machine has what it needs, and what to say if not."""
 

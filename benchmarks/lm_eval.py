@@ -1,0 +1,185 @@
+"""Star plans by lm-evaluation-harness, beside `starling eval`: `python -m benchmarks.lm_eval models/NAME`.
+
+Starts one server, and runs `lm_eval` on it once with dense attention and once with each of two plans of equal keys. The
+plan goes with each request, as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, whose table
+docs/eval.md shows with the scores of `benchmarks.accuracy` on the same plans. docs/eval.md says how to install lm_eval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.accuracy import ENGINE, plans
+from benchmarks.engine import ROOT
+from benchmarks.report import RESULTS, write_json
+from engine_ext.evaluation.plans import DENSE, Plan, parse_plan
+from engine_ext.evaluation.server import served
+from engine_ext.evaluation.statistics import bootstrap
+
+PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"
+FOLDER = ROOT / "benchmarks" / "out" / "lm_eval"
+TASKS = {"niah_multikey_2": "niah_multikey_2", "ruler_vt": "vt"}
+"""Tasks of lm_eval, and those of `starling eval` with the same definition."""
+
+PART = 8  # n/B
+TEMPLATE_TOKENS = 512
+"""At most, of the chat template. lm_eval's lengths do without it, and lm_eval cuts off the start of longer prompts."""
+
+
+def harness_command(
+    program: Path, base_url: str, model: str, plan: Plan, length: int, limit: int, out: Path
+) -> list[str]:
+    """One run of lm_eval: all tasks with one plan.
+
+    Args:
+        model: a folder with a model, by the name that the server has for it.
+        length: tokens of a prompt and its answer, as lm_eval counts them.
+        limit: prompts of each task.
+        out: the folder for the answers.
+    """
+    arguments = {
+        "model": model,
+        "base_url": f"{base_url}/v1/completions",
+        "tokenizer_backend": "huggingface",
+        "max_length": length + TEMPLATE_TOKENS,
+        "timeout": 600,
+    }
+    command = [str(program), "run", "--model", "local-completions", "--model_args", json.dumps(arguments)]
+    command += ["--tasks", ",".join(TASKS), "--metadata", json.dumps({"max_seq_lengths": [length]})]
+    command += ["--gen_kwargs", json.dumps({"vllm_xargs": plan.options}), "--limit", str(limit)]
+    return [*command, "--output_path", str(out), "--apply_chat_template", "--log_samples"]
+
+
+def star_requests(base_url: str) -> float:
+    """How many requests the server has run with Star Attention."""
+    with urllib.request.urlopen(f"{base_url}/metrics", timeout=60) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return sum(
+        sample.value
+        for sample in samples
+        if sample.name == "starling:requests_total" and sample.labels["attention"] == "star"
+    )
+
+
+def read_samples(out: Path, task: str, length: int) -> dict[str, tuple[float, str]]:
+    """Score and text of each answer of a run, by the hash of the prompt."""
+    (path,) = out.rglob(f"samples_{task}_*.jsonl")
+    samples = map(json.loads, path.read_text().splitlines())
+    return {sample["prompt_hash"]: (sample[str(length)], sample["resps"][0][0]) for sample in samples}
+
+
+def harness_version(out: Path) -> str:
+    (path,) = out.rglob("results_*.json")
+    return json.loads(path.read_text())["lm_eval_version"]
+
+
+def make_cell(
+    task: str, plan: str, dense: dict[str, tuple[float, str]], star: dict[str, tuple[float, str]]
+) -> dict[str, Any]:
+    """A task under a plan beside dense, with the field names of `starling eval`'s cells.
+
+    Raises:
+        ValueError: the two runs had different prompts.
+    """
+    if dense.keys() != star.keys():
+        raise ValueError(f"{task}: lm_eval gave {plan} other prompts than dense")
+    pairs = [(dense[prompt], star[prompt]) for prompt in dense]
+    return {
+        "task": task,
+        "plan": plan,
+        "prompts": len(pairs),
+        "dense_score": sum(one[0] for one, _ in pairs) / len(pairs),
+        "score": sum(two[0] for _, two in pairs) / len(pairs),
+        "difference": bootstrap([[two[0] - one[0] for one, two in pairs]]).model_dump(),
+        "same_as_dense": sum(one[1] == two[1] for one, two in pairs) / len(pairs),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of docs/eval.md: both tools' scores on the same plans."""
+    accuracy = json.loads((RESULTS / f"accuracy_{result['model']}_{result['tokens']}.json").read_text())
+    others = {(cell["task"], cell["plan"]): cell for cell in accuracy["cells"]}
+    lines = [
+        f"{result['model']}, {result['tokens']:,} tokens; lm_eval {result['lm_eval']} on {result['date']}, "
+        f"`starling eval` on {accuracy['date']}:",
+        "",
+        "| tool and task | prompts | plan | dense | score | difference [95 %] |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, nearest in TASKS.items():
+        of_task = [cell for cell in result["cells"] if cell["task"] == task]
+        rows = [("lm_eval", cell) for cell in of_task]
+        rows += [("starling eval", others[nearest, cell["plan"]]) for cell in of_task]
+        for tool, cell in rows:
+            mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
+            columns = (
+                f"{tool}, `{cell['task']}`",
+                str(cell["prompts"]),
+                f"`{cell['plan']}`",
+                f"{100 * cell['dense_score']:.0f} %",
+                f"{100 * cell['score']:.0f} %",
+                f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]",
+            )
+            lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def measure(program: Path, model: str, length: int, limit: int, options: list[str]) -> dict[str, Any]:
+    """Run all plans on one server.
+
+    Raises:
+        subprocess.CalledProcessError: lm_eval failed.
+        ValueError: star did not run on each prompt of a star plan, or the plans had different prompts.
+    """
+    folder = FOLDER / f"{Path(model).name}_{length}"
+    shutil.rmtree(folder, ignore_errors=True)
+    named = {plan.name: plan for plan in (DENSE, *map(parse_plan, plans(length, [PART])))}
+    with served(model, [*ENGINE, *options], folder / "server.log") as base_url:
+        for name, plan in named.items():
+            before = star_requests(base_url)
+            subprocess.run(
+                harness_command(program, base_url, model, plan, length, limit, folder / name), check=True, cwd=ROOT
+            )
+            ran, expected = star_requests(base_url) - before, 0 if plan.is_dense else limit * len(TASKS)
+            if ran != expected:
+                raise ValueError(f"{name}: star ran on {ran:.0f} prompts, and {expected} were expected")
+    found = {name: {task: read_samples(folder / name, task, length) for task in TASKS} for name in named}
+    dense = found.pop(DENSE.name)
+    return {
+        "model": Path(model).name,
+        "tokens": length,
+        "lm_eval": harness_version(folder / DENSE.name),
+        "plans": {name: plan.options for name, plan in named.items()},
+        "cells": [make_cell(task, name, dense[task], found[name][task]) for task in TASKS for name in found],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder with a model, relative to the repository")
+    parser.add_argument("--lm-eval", type=Path, default=PROGRAM, help="the program (%(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=20, help="of each task (%(default)s)")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
+    args = parser.parse_args()
+    if not args.lm_eval.exists():
+        parser.error(f"{args.lm_eval} does not exist: docs/eval.md says how to install lm_eval")
+    result = measure(args.lm_eval, args.model, args.length, args.prompts, args.serve)
+    path = write_json(f"lm_eval_{result['model']}_{result['tokens']}", result)
+    print(markdown(json.loads(path.read_text())))
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -187,7 +187,8 @@ class RequestPlanner:
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
         page_size, defaults, client_tokens = self.page_size or 1, self.defaults, num_tokens
-        if merge(defaults, request).positions == "block" and mode != "off":
+        own_positions = mode != "off" and merge(defaults, request).positions == "block"
+        if own_positions and (token_ids is not None or POSITIONS in given):
             return self._plan_blocks(request, num_tokens, token_ids, page_size)
         if token_ids is not None:
             token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)

@@ -81,6 +81,8 @@ def make_cases(replicas: int, seed: str = "") -> list[Case]:
     cases += [Case(name, random_ids(f"{seed}long", 1000), star) for name, star in long.items()]
     cases += [Case(f"edited {i}", edited(i, f"{seed}edited"), EDITABLE) for i in range(4)]
     cases += [Case(f"segments {i}", segmented(i, f"{seed}segments"), segments) for i in range(3)]
+    own = segments | {"star_positions": "block"}
+    cases += [Case(f"own positions {i}", segmented(i, f"{seed}segments"), own) for i in range(3)]
     for name, form in forms.items():
         prompt = random_ids(f"{seed}{name}", 300)
         cases += [Case(name, prompt, form=form, max_tokens=40), Case(f"{name}, star", prompt, BLOCKS, 40, form)]

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import grpc
@@ -329,6 +330,46 @@ def test_an_aligned_prompt_gives_the_output_of_a_prompt_padded_by_the_client(htt
     final = events[-1].final
     assert (final.plan.padding_tokens, final.usage.prompt_tokens) == (end - len(ids), end + 9)
     assert len(logprobs.tokens) == end + 9
+
+
+def test_documents_with_positions_of_their_own_are_reused_in_another_order(http, generate):
+    """Over both fronts, usage and log-probabilities count the prompt as it was sent; only the question is computed."""
+    head, question = [70] * (PAGE_SIZE + 6), [68] * 9
+    documents = [[256, *[token] * size] for token, size in ((65, 70), (66, 40), (67, 100))]
+    star = {"star": "on", "star_positions": "block", "star_segment_token": 256, "star_query_tokens": len(question)}
+    prompts = [[*head, *chain.from_iterable(documents[::step]), *question] for step in (1, -1)]
+    pages = [-(-len(part) // PAGE_SIZE) for part in (head, *documents)]
+
+    def complete(prompt: list[int], salt: str) -> tuple[dict, dict, dict]:
+        fields = {"model": MODEL, "max_tokens": 4, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1, "echo": True}
+        fields |= {"prompt": prompt, "vllm_xargs": star, "cache_salt": salt}
+        response = http.post("/v1/completions", json=fields)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0], json.loads(response.headers["x-starling-plan"]), response.json()["usage"]
+
+    for prompt in prompts:
+        choice, plan, usage = complete(prompt, "own positions")
+        assert usage["prompt_tokens"] == plan["prompt_tokens"] == len(prompt) == len(choice["prompt_logprobs"])
+        assert (plan["positions"], plan["star_blocks"], plan["anchor_size"]) == ("block", 4, PAGE_SIZE)
+        assert plan["padding_tokens"] == sum(pages) * PAGE_SIZE - (len(prompt) - len(question))
+
+    options = pb.StarOptions(
+        mode=pb.StarOptions.MODE_ON,
+        positions=pb.StarOptions.POSITIONS_BLOCK,
+        segment_token=256,
+        query_tokens=len(question),
+    )
+    answers, cached = [], []
+    for prompt in prompts:
+        for salt in ("own positions over grpc", f"cold {len(answers)}"):
+            tokens = pb.TokenIds(ids=prompt)
+            _, tokens, final = read(generate(request(options, text=None, token_ids=tokens, cache_salt=salt)))
+            assert final.usage.prompt_tokens == len(prompt)
+            assert final.plan.positions == pb.StarOptions.POSITIONS_BLOCK
+            answers.append(tokens)
+            cached.append(final.usage.cached_tokens)
+    assert cached == [0, 0, len(prompts[1]) - len(question), 0]
+    assert answers[0] == answers[1] and answers[2] == answers[3]
 
 
 def test_metrics_count_requests_tokens_keys_and_rejections(http, generate):

@@ -7,33 +7,70 @@ from typing import Any
 
 import torch
 
-from attention_backends.star.turned import Rotation
+from attention_backends.star.turned import Rotation, turn_back
 from attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
-from vllm_compat.rotary import FIXED_FREQUENCIES, angle_table, attention_layers, rotary_embeddings
+from vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
+
+CHECKED_POSITIONS = (1, 5, 63)
+TOLERANCES = {torch.float32: 1e-3}
+OTHER_TOLERANCE = 2e-2
+"""How much of a query or key may change if it is turned and turned back: rounding takes about 2e-6 in float32, and 5e-3
+in bfloat16, of which a query is rounded once more than without turning."""
 
 
-def block_positions_problem(model: torch.nn.Module, layer_names: Iterable[str], device_type: str) -> str | None:
+def block_positions_problem(
+    model: torch.nn.Module, layer_names: Iterable[str], device_type: str, hidden_size: int
+) -> str | None:
     """Why a model's layers can't attend to blocks with positions of their own; None: they can.
 
     Args:
         layer_names: the full-attention layers.
         device_type: of the engine.
+        hidden_size: of the inputs of an attention block.
     """
     if device_type == "cpu":  # imports a backend that GPUs do not need
         from attention_backends.star.cpu_impl import unsupported_reason
     else:
         unsupported_reason = unsupported_by_triton
-    rotary, layers = rotary_embeddings(model), attention_layers(model)
+    blocks = attention_blocks(model)
+    rotations = make_rotations(model, max(CHECKED_POSITIONS) + 1)
     for name in layer_names:
-        if rotary.get(name) is None:
+        block = blocks.get(name)
+        if block is None or block.rotary is None:
             return f"layer {name} has no rotary embedding beside it"
-        if type(rotary[name]) not in FIXED_FREQUENCIES:
-            return (
-                f"layer {name} has a {type(rotary[name]).__name__}, whose angles may not be the same at each position"
-            )
-        reason = unsupported_reason(layers[name].impl)
+        if type(block.rotary) not in FIXED_FREQUENCIES:
+            kind = type(block.rotary).__name__
+            return f"layer {name} has a {kind}, whose angles may not be the same at each position"
+        reason = unsupported_reason(block.attention.impl) or turning_problem(block, rotations[name], hidden_size)
         if reason is not None:
-            return f"layer {name} can't run on Starling's attention: {reason}"
+            return f"layer {name}: {reason}"
+    return None
+
+
+@torch.inference_mode()
+def turning_problem(block: AttentionBlock, rotation: Rotation, hidden_size: int) -> str | None:
+    """Why the queries and keys of a block at one position are not those at another one, turned; None: they are.
+
+    A model may leave the rotary embedding out of a layer, scale queries by their position, or change them behind the
+    rotary embedding. So the same inputs go through the block at position 0 and at others, up to its attention.
+    """
+    device = rotation.cos.device
+    dtype = next(block.module.parameters()).dtype
+    if not dtype.is_floating_point or dtype.itemsize == 1:  # quantised weights
+        dtype = torch.get_default_dtype()
+    positions = torch.tensor(CHECKED_POSITIONS, device=device)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(len(positions), hidden_size, generator=generator).to(device, dtype)
+    try:
+        at_zero, at_positions = (block.queries_and_keys(at, hidden) for at in (torch.zeros_like(positions), positions))
+    except Exception as error:
+        return f"its queries can't be looked at: {error!r}"
+    cos, sin = rotation.cos[positions], rotation.sin[positions]
+    for what, first, second in zip(("queries", "keys"), at_zero, at_positions, strict=True):
+        turned = turn_back(second, cos, sin, rotation.is_neox_style).float()
+        change = ((turned - first.float()).norm() / first.float().norm()).item()
+        if not change <= TOLERANCES.get(first.dtype, OTHER_TOLERANCE):
+            return f"its {what} at one position are not those at another one, turned: {change:.1e} of them differs"
     return None
 
 
@@ -50,4 +87,5 @@ def make_rotations(model: torch.nn.Module, num_positions: int) -> dict[str, Rota
             made[id(rotary)] = Rotation(*angle_table(rotary, num_positions), rotary.is_neox_style)
         return made[id(rotary)]
 
-    return {name: rotation(rotary) for name, rotary in rotary_embeddings(model).items() if rotary is not None}
+    rotaries = ((name, block.rotary) for name, block in attention_blocks(model).items())
+    return {name: rotation(rotary) for name, rotary in rotaries if type(rotary) in FIXED_FREQUENCIES}

@@ -196,7 +196,8 @@ def make_star_worker(base: type) -> type:
             """
             model = self.model_runner.get_model()
             device_type = self.vllm_config.device_config.device_type
-            self.block_positions_problem = block_positions_problem(model, layer_names, device_type)
+            hidden_size = self.vllm_config.model_config.get_hidden_size()
+            self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
             config = parse_config(self.vllm_config.additional_config)
             by_default = config is not None and config.star.positions == "block"
             if self.block_positions_problem is None:

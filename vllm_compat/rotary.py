@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,26 +42,80 @@ FIXED_FREQUENCIES = (
 """The rotary embeddings that turn by the same angle at each step, at any position and length."""
 
 
-@touches("vllm.model_executor.layers.attention.Attention.layer_name")
-def rotary_embeddings(model: torch.nn.Module) -> dict[str, Any]:
-    """Layer name -> its rotary embedding, or None, for the attention layers of a loaded model.
+class _Seen(Exception):
+    """Ends a forward pass at its attention."""
 
-    vLLM's models keep it beside the attention layer, as ``rotary_emb``. Goes when the attention layer knows it.
+
+@contextlib.contextmanager
+@touches("vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA.base_layer")
+def without_adapters(module: Any) -> Iterator[None]:
+    """While this holds, a module's layers run without LoRA, which needs a batch to run. Goes with AttentionBlock."""
+    layers = {name: layer for name, layer in module.named_children() if hasattr(layer, "base_layer")}
+    try:
+        for name, layer in layers.items():
+            setattr(module, name, layer.base_layer)
+        yield
+    finally:
+        for name, layer in layers.items():
+            setattr(module, name, layer)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBlock:
+    """One attention layer of a loaded model, and what its model has around it.
+
+    Attributes:
+        attention: vLLM's layer, which attends over the KV cache.
+        module: the model's module that has it, from hidden states to hidden states.
+    """
+
+    attention: Any
+    module: Any
+
+    @property
+    def rotary(self) -> Any | None:
+        """The rotary embedding, which vLLM's models keep beside the attention layer; None: there is none."""
+        return getattr(self.module, "rotary_emb", None)
+
+    def queries_and_keys(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (T, heads, head size) queries and keys with which the attention is called for T tokens.
+
+        Args:
+            positions: (T,) int64.
+            hidden: (T, hidden size).
+
+        Raises:
+            RuntimeError: the attention is not called, or not with the queries and keys first.
+        """
+        found: list[torch.Tensor] = []
+
+        def see(module: Any, args: Any) -> None:
+            found.extend(args[:2])
+            raise _Seen
+
+        handle = self.attention.register_forward_pre_hook(see)
+        try:
+            with without_adapters(self.module):
+                self.module(positions=positions, hidden_states=hidden)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        if len(found) != 2:
+            raise RuntimeError("the attention is not called with queries and keys")
+        query, key = (part.reshape(len(positions), -1, self.attention.head_size) for part in found)
+        return query, key
+
+
+@touches("vllm.model_executor.layers.attention.Attention.layer_name")
+def attention_blocks(model: torch.nn.Module) -> dict[str, AttentionBlock]:
+    """Layer name -> its block, for the attention layers of a loaded model. Goes when vLLM's layers know their rotary
+    embedding.
     """
     modules: dict[str, Any] = dict(model.named_modules())
-    parents = {name: modules[name.rpartition(".")[0]] for name, module in modules.items() if is_attention(module)}
-    return {modules[name].layer_name: getattr(parent, "rotary_emb", None) for name, parent in parents.items()}
-
-
-def attention_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """Layer name -> vLLM's attention layer, for those of a loaded model."""
-    modules: list[Any] = [module for module in model.modules() if is_attention(module)]
-    return {module.layer_name: module for module in modules}
-
-
-def is_attention(module: torch.nn.Module) -> bool:
-    """Whether a module is vLLM's attention over a KV cache."""
-    return isinstance(module, Attention)
+    names = [name for name, module in modules.items() if isinstance(module, Attention)]
+    found = (AttentionBlock(modules[name], modules[name.rpartition(".")[0]]) for name in names)
+    return {block.attention.layer_name: block for block in found}
 
 
 @touches("vllm.model_executor.layers.rotary_embedding.RotaryEmbedding._compute_cos_sin_cache")

@@ -58,7 +58,8 @@ class FakeWorker:
 
 
 def make_worker(mode="off", **changes):
-    given = {"parallel_config__data_parallel_index": 7, "additional_config": {"starling": {"star": {"mode": mode}}}}
+    given = {"parallel_config__data_parallel_index": 7, "model_config__get_hidden_size": lambda: 64}
+    given |= {"additional_config": {"starling": {"star": {"mode": mode}}}}
     return make_star_worker(FakeWorker)(fake_config(**given | changes))
 
 

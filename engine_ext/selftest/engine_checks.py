@@ -20,6 +20,7 @@ from engine_ext.selftest.paged import rms
 from engine_ext.selftest.result import Check, Result, Skip
 
 GAP = 1.5  # of star's distance from the reference to dense's
+TURNED_GAP = 4.0  # where a query is turned twice, by angles that are rounded twice; wrong angles give 30 and more
 NOISE = 8.0  # of dense's RMS gap to the reference: four deviations of a difference of two tokens in two runs
 NOISE_WITHOUT_REFERENCE = 0.1  # nats
 FP8_CAPABILITY = (8, 9)
@@ -55,15 +56,17 @@ def settings(gpu: bool, quick: bool) -> list[Setting]:
 
 @dataclass(frozen=True)
 class Engines:
-    """The two engines of a setting.
+    """The engines of a setting.
 
     Attributes:
         model: path or name of the checkpoint.
+        documents: an engine whose documents have positions of their own; None for an fp8 KV cache.
     """
 
     model: str
     plain: EngineRun
     star: EngineRun
+    documents: EngineRun | None = None
 
     @functools.cached_property
     def dense_gap(self) -> float | None:
@@ -97,7 +100,9 @@ def make_engines(model: str, vocabulary: int, setting: Setting, gpu: bool, **arg
     batches = p.star_batches(vocabulary, num_decodes=63 if gpu else 7)
     activated = engine | {"additional_config": {"starling": {}}}
     plain = EngineRun(engine, p.plain_batches(vocabulary), env)
-    return Engines(model, plain, EngineRun(activated, batches, env))
+    star = {"starling": {"star": p.own_positions(vocabulary - 1)}}
+    documents = EngineRun(engine | {"additional_config": star}, p.document_batches(vocabulary), env)
+    return Engines(model, plain, EngineRun(activated, batches, env), documents if setting.kv_dtype == "auto" else None)
 
 
 def engine_checks(name: str, engines: Engines) -> list[Check]:
@@ -111,6 +116,8 @@ def engine_checks(name: str, engines: Engines) -> list[Check]:
         "preemption": check_preemption,
         "prefix hit": functools.partial(check_cached, warm="warm", cold="alone"),
         "reuse of star blocks": functools.partial(check_cached, warm="edited", cold="edited, cold"),
+        "documents with positions of their own": check_documents,
+        "documents in another order": check_reordered,
     }
     return [Check(f"{name}: {title}", functools.partial(check, engines)) for title, check in checks.items()]
 
@@ -186,6 +193,44 @@ def check_mask(engines: Engines, bound: float = GAP, anchor_size: int = p.BLOCK)
     effect = gap_to_reference(engines, "star")
     detail = f"star {star:.1e}, dense {dense:.1e} nats RMS; without the mask {effect:.1e}"
     return Result(star / dense, bound, "x dense's gap", detail)
+
+
+NO_DOCUMENTS = "blocks with positions of their own are refused with an fp8 KV cache"
+
+
+def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Skip:
+    """The RMS gap to the reference of documents with positions of their own, over dense's gap to its reference.
+
+    Without an anchor, a document's tokens see one another alone, and their distances are those of the prompt. So the
+    reference is the explicit mask at the prompt's positions, while the engine turns the question for each document.
+    """
+    refusal, dense_gap = reference_refusal(engines.model), engines.dense_gap
+    if engines.documents is None or refusal or not dense_gap:
+        return Skip(NO_DOCUMENTS if engines.documents is None else str(refusal))
+    (output,), (prompt,) = engines.documents.outputs("documents"), engines.documents.batches["documents"]
+    ids, context_end = prompt["ids"] + output["token_ids"], sum(p.DOCUMENTS)
+    lengths = [*p.DOCUMENTS, len(ids) - context_end]
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    position = torch.arange(len(ids))
+    seen = (document[:, None] == document[None]) | (position >= context_end)[:, None]
+    difference = torch.tensor(all_logprobs(output)) - reference_logprobs(
+        engines.model, ids, seen & (position[None] <= position[:, None])
+    )
+    follows = torch.ones(len(ids), dtype=torch.bool)  # the first token of a document follows padding
+    follows[[sum(p.DOCUMENTS[:number]) for number in range(len(lengths))]] = False
+    gap = rms(difference[follows[1:]])
+    return Result(gap / dense_gap, bound, "x dense's gap", f"documents {gap:.1e}, dense {dense_gap:.1e} nats RMS")
+
+
+def check_reordered(engines: Engines) -> Result | Skip:
+    """Documents whose KV is cached in another order, and computed anew. NaN where not all were cached."""
+    if engines.documents is None:
+        return Skip(NO_DOCUMENTS)
+    (output,), expected = engines.documents.outputs("reordered"), engines.documents.outputs("reordered, cold")
+    cached, length = output["cached"], sum(p.DOCUMENTS)
+    result = judge_tokens([output], expected, engines.noise(), f"{cached} of {length + p.QUERY} prompt tokens cached")
+    enough = cached >= length and not expected[0]["cached"]
+    return result if enough else Result(math.nan, 0, result.unit, f"{result.detail}: {length} expected")
 
 
 def check_beside(engines: Engines) -> Result:

@@ -13,6 +13,8 @@ EDITED_BLOCK = 2
 STAR = {"star": "on", "star_block_size": BLOCK, "star_overlap_size": 0, "star_query_tokens": QUERY}
 ONE_BLOCK = STAR | {"star_block_size": 1024}
 CONTEXT = LENGTH - QUERY
+DOCUMENTS = (130, 45, 64, 201)  # tokens
+"""Documents, of which some end on a KV page and some do not."""
 
 Prompt = dict[str, Any]
 
@@ -27,6 +29,29 @@ def plain_batches(vocabulary: int) -> dict[str, list[Prompt]]:
     """Dense prompts that both a plain and an activated engine run."""
     lengths = (LENGTH, 1, 33, 300, 20)
     return {"off": [make_prompt(seed, length, vocabulary, cold=True) for seed, length in enumerate(lengths)]}
+
+
+def own_positions(mark: int) -> dict[str, Any]:
+    """The options of an engine whose documents have positions of their own; ``mark`` is the token that starts one."""
+    return {"positions": "block", "segment_token": mark, "query_tokens": QUERY, "anchor_size": 0}
+
+
+def document_batches(vocabulary: int) -> dict[str, list[Prompt]]:
+    """Prompts of the same documents in two orders. The last entry of the vocabulary is in none but at their starts."""
+    mark = vocabulary - 1
+    documents = [[mark, *make_prompt(300 + length, length - 1, mark)["ids"]] for length in DOCUMENTS]
+    question = make_prompt(2, QUERY, mark)["ids"]
+
+    def prompt(order: list[list[int]], **fields: Any) -> Prompt:
+        ids = [token for document in order for token in document] + question
+        return {"ids": ids, "max_tokens": NEW, "star": {"star": "on"}} | fields
+
+    return {
+        "documents": [prompt(documents, prompt_logprobs=True)],
+        "computed": [prompt(documents)],
+        "reordered": [prompt(documents[::-1])],
+        "reordered, cold": [prompt(documents[::-1], cold=True)],
+    }
 
 
 def star_batches(vocabulary: int, num_decodes: int) -> dict[str, list[Prompt]]:

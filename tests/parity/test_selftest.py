@@ -31,6 +31,8 @@ PASSED = [
             "preemption",
             "prefix hit",
             "reuse of star blocks",
+            "documents with positions of their own",
+            "documents in another order",
         )
     ),
 ]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.star.block_layout import check_block_positions, cut, has_block_positions, lay_out, plan_blocks
-from scheduler.star.options import StarOptions, parse_options
+from scheduler.star.block_layout import check_block_positions, cut, lay_out, plan_blocks
+from scheduler.star.options import parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.segments import TokenLimits
 
@@ -139,6 +139,29 @@ def test_a_prompt_without_marks_is_cut_after_b_tokens_if_the_mark_is_a_default()
     assert plan([88], None, defaults) is None
 
 
+def test_a_prompt_without_a_segment_token_is_cut_after_b_tokens():
+    made = plan(prompt(20, 5), {"star": "on", "star_positions": "block", "star_block_size": 8, "star_query_tokens": 3})
+    assert made.blocks == ((0, 8), (8, 16), (16, 24), (24, 25))
+    assert (made.anchor_size, made.context_end) == (8, 28)
+
+
+@pytest.mark.parametrize(
+    ("options", "token"),
+    [
+        ({}, MARK),
+        ({"star_padding_token": 50}, 50),
+        ({"star_segment_token": None}, 88),
+        ({"star_segment_token": None, "defaults": 5}, 88),  # a default that the prompt does not have
+    ],
+)
+def test_padding_is_a_token_that_the_prompt_has(options, token):
+    """So no penalty of sampling counts another one; unless an option names it."""
+    given = {key: value for key, value in (ON | options).items() if value is not None and key != "defaults"}
+    made = plan(prompt(20, 5, head=1), given | {"star_block_size": 8}, {"segment_token": options.get("defaults")})
+    assert made.padding_token == token
+    assert made.num_prompt_tokens > made.num_client_tokens
+
+
 def test_a_requests_options_replace_the_servers():
     defaults = {"mode": "on", "positions": "block", "segment_token": MARK, "query_tokens": 3, "block_size": BLOCK}
     ids = prompt(20, 5)
@@ -147,9 +170,14 @@ def test_a_requests_options_replace_the_servers():
     assert plan(ids, {"star": "off"}, defaults) is None
     assert plan(ids, {"star_segment_token": 99, "star_query_tokens": 1}, defaults).blocks[-2:] == ((28, 29), (32, 33))
     assert plan(ids, {"star_padding_token": 50}, defaults).padding_token == 50
-    server, request = parse_options(defaults, flat=False), parse_options({"star_positions": "prompt"}, flat=True)
-    assert has_block_positions(server, None) and not has_block_positions(server, request)
-    assert has_block_positions(StarOptions(), parse_options({"star_positions": "block"}, flat=True))
+
+
+def test_a_request_for_block_positions_replaces_the_defaults_that_these_exclude():
+    defaults = {"mode": "on", "overlap_size": 4, "replicas": 2, "shards": "on"}
+    made = plan(prompt(5, 5), ON, defaults)
+    assert (made.overlap_size, made.replicas, made.shards) == (0, 1, False)
+    with pytest.raises(OptionError, match="star_overlap_size=8 is refused: with star_positions=block no block sees"):
+        plan(prompt(5, 5), ON | {"star_overlap_size": 8}, defaults)
 
 
 def test_auto_leaves_short_prompts_dense_before_it_looks_at_them():
@@ -164,11 +192,6 @@ def test_auto_leaves_short_prompts_dense_before_it_looks_at_them():
     ("changes", "message"),
     [
         (
-            {"star_segment_token": None},
-            "star_positions='block' is refused: without star_segment_token there are no segments. "
-            "Allowed: with star_segment_token.",
-        ),
-        (
             {"star_segment_token": 5},
             "star_segment_token=5 is refused: it does not occur in the context, the first 10 tokens of the prompt. "
             "Allowed: a token that starts the prompt's segments.",
@@ -180,8 +203,8 @@ def test_auto_leaves_short_prompts_dense_before_it_looks_at_them():
         ),
         (
             {"star_num_blocks": 2},
-            "star_num_blocks=2 is refused: with star_positions=block the segments are the blocks, not equal parts of "
-            "the prompt. Allowed: star_block_size, or neither.",
+            "star_segment_token=0 is refused: with star_num_blocks=2 the borders move with the length of the prompt. "
+            "Allowed: no star_segment_token, or a star_block_size.",
         ),
         (
             {"star_replicas": 2},

@@ -18,6 +18,7 @@ from scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.client.requests import generate_request
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.test_activation import CPU, fake_config
+from tests.unit.engine_ext.test_requests import TRANSFER
 
 PAGE_SIZE, MARK = 16, 7
 OPTIONS = {"star": "on", "star_positions": "block", "star_segment_token": MARK, "star_query_tokens": 10}
@@ -119,6 +120,14 @@ def test_a_prompt_that_is_too_long_with_its_padding_is_refused():
     planner(model_config__max_model_len=107).plan(OPTIONS, len(IDS), IDS)
     with pytest.raises(VLLMValidationError, match=r"the prompt of 75 takes 106. Allowed: up to 105 tokens"):
         planner(model_config__max_model_len=106).plan(OPTIONS, len(IDS), IDS)
+
+
+def test_a_prompt_must_fit_in_the_memory_of_its_replica_with_its_padding():
+    """Of three replicas, which a prompt of the server may fill together."""
+    divided = {"kv_transfer_config": TRANSFER, "parallel_config__data_parallel_size": 3}
+    planner(**divided, cache_config__num_gpu_blocks=3 * 8).plan(OPTIONS, len(IDS), IDS)  # of 7 pages, 112 tokens
+    with pytest.raises(VLLMValidationError, match=r"the prompt of 106 tokens runs on one replica, .* holds 96"):
+        planner(**divided, cache_config__num_gpu_blocks=3 * 7).plan(OPTIONS, len(IDS), IDS)
 
 
 def text_model(**fields):

@@ -224,10 +224,10 @@ class RequestPlanner:
         if default_num_shards(self.vllm_config) == 1 or is_divided or self.page_size is None:
             return
         room = self.num_pages * self.page_size
-        if planned.num_tokens >= room:
+        num_tokens = planned.num_tokens if planned.plan is None else planned.plan.num_prompt_tokens
+        if num_tokens >= room:
             reason = (
-                f"the prompt of {planned.num_tokens} tokens runs on one replica, whose KV memory holds {room}, output "
-                "included"
+                f"the prompt of {num_tokens} tokens runs on one replica, whose KV memory holds {room}, output included"
             )
             raise OptionError(
                 flat_name("shards"), "off", reason, f"a shorter prompt, or star=on with {flat_name('shards')}=on"

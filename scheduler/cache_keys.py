@@ -23,7 +23,14 @@ from typing import Any
 
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import metadata_of
-from vllm_compat.prefix_cache import Hasher, HashFunction, extra_page_keys, hash_page, plain_request_hasher
+from vllm_compat.prefix_cache import (
+    Hasher,
+    HashFunction,
+    extra_page_keys,
+    hash_page,
+    plain_request_hasher,
+    without_salt,
+)
 
 
 def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
@@ -101,14 +108,14 @@ def independent_block_hasher(page_size: int, hash_function: HashFunction) -> Has
 
         for page in range(first, stop):
             start, end = page * page_size, (page + 1) * page_size
-            parents = parent_pages(plan, page_size, page)
+            parents, extra = parent_pages(plan, page_size, page), extra_page_keys(request, start, end)
             if parents is None:
                 parent = key_of(page - 1) if page else None
             else:  # vLLM has the salt in the first page alone, which the chain of a block without an anchor leaves out
                 place = plan.place_in_key(start)
                 parent = hash_function(("star", place, request.cache_salt, tuple(map(key_of, parents))))
-            tokens = request.all_token_ids[start:end]
-            keys.append(hash_page(hash_function, parent, tokens, extra_page_keys(request, start, end)))
+                extra = without_salt(extra)  # the first page may be a block, which has its key elsewhere too
+            keys.append(hash_page(hash_function, parent, request.all_token_ids[start:end], extra))
         return keys
 
     return hasher

@@ -163,10 +163,12 @@ def _progress(request: Any) -> dict[str, int] | None:
     computed = min(SchedulerView.computed_tokens(request), request.num_prompt_tokens)
     own = max(computed, start)
     cached = max((SchedulerView.cached_tokens(request) or 0) - start, 0)
+    done = plan.client_index(own) - start if plan else own - start
     return {
-        "computed": plan.client_index(own) - start if plan else own - start,
+        "computed": done,
         "prompt": plan.num_client_tokens if plan else request.num_prompt_tokens,
-        "cached": plan.client_index(cached) if plan else cached,
+        # As in a response's statistics: padding that was computed is no cache hit.
+        "cached": max(done - (own - start - cached), 0),
         "context": plan.client_index(plan.context_end) if plan else 0,
         "star_blocks_done": plan.blocks_done(own) - plan.blocks_done(start) if plan else 0,
         "star_blocks": plan.num_star_blocks if plan else 0,

@@ -43,6 +43,11 @@ def extra_page_keys(request: Any, start: int, end: int) -> Any:
     return kv_cache_utils.generate_block_hash_extra_keys(request, start, end, 0)[0]
 
 
+def without_salt(extra_keys: Any) -> Any:
+    """Extra keys of a page without the salt, which vLLM gives to a prompt's first page alone."""
+    return tuple(key for key in extra_keys or () if key[0] != "cache_salt") or None
+
+
 def hash_page(hash_function: HashFunction, parent: Any, token_ids: Any, extra_keys: Any) -> Any:
     """vLLM's hash of a page of tokens that follows the page whose hash is ``parent``."""
     return kv_cache_utils.hash_block_tokens(hash_function, parent, token_ids, extra_keys)

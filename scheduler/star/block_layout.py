@@ -44,8 +44,8 @@ def plan_blocks(
     find_size = find_block_size if options.segment_token is None else find_segment_block_size
     block_size = find_size(options, len(token_ids), page_size)
     context_end = find_context_end(options, given, len(token_ids))
-    mark = options.segment_token
-    if "segment_token" in given and mark not in token_ids[:context_end]:
+    mark, context = options.segment_token, token_ids[:context_end]
+    if "segment_token" in given and mark not in context:
         reason = f"it does not occur in the context, the first {context_end} tokens of the prompt"
         raise OptionError(SEGMENT_TOKEN, mark, reason, "a token that starts the prompt's segments")
     pieces = cut(token_ids, mark, context_end, block_size)
@@ -61,8 +61,10 @@ def plan_blocks(
         allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
         raise OptionError(POSITIONS, "block", reason, allowed)
     # The default is a token that the prompt has already, so that no penalty of sampling counts another one.
-    padding = mark if options.padding_token is None else options.padding_token
-    return BlockPositionsPlan(block_size, anchor_size, 0, padded_end, padded, blocks=blocks, padding_token=padding or 0)
+    padding = options.padding_token
+    if padding is None:
+        padding = mark if mark is not None and mark in context else token_ids[0]
+    return BlockPositionsPlan(block_size, anchor_size, 0, padded_end, padded, blocks=blocks, padding_token=padding)
 
 
 def check_block_positions(options: StarOptions) -> None:

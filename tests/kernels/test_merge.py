@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-from attention_backends.kernels.merge import merge
+from attention_backends.kernels.merge import merge, merge_rows
 from attention_backends.kernels.reference import masked_attention
 
 INF, NAN = float("inf"), float("nan")
@@ -72,3 +72,60 @@ def test_vllms_merge_agrees():
 def test_shapes_that_do_not_fit(shape):
     with pytest.raises(ValueError, match=r"\(P, \.\.\., D\) and \(P, \.\.\.\), P at least 1"):
         merge(torch.zeros(*shape[:1], 3, 2, 8), torch.zeros(shape))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_parts_merged_into_their_tokens_give_the_whole(data):
+    """Keys are assigned to up to five parts, some without keys, of which the first is merged in place already."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    offset = data.draw(st.sampled_from([0.0, 1000.0, -1000.0]))
+    keys, parts = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
+    tokens = st.lists(st.integers(0, parts), min_size=keys, max_size=keys)
+    owner = torch.tensor([data.draw(tokens) for _ in range(3)])  # of each token and key; the last part is left out
+    query, key, value = (torch.randn(size, 2, 8, dtype=torch.float64) * 3 for size in (3, keys, keys))
+    found = [masked_attention(query, key, value, owner == part, 1.0) for part in range(parts)]
+    whole, whole_lse = masked_attention(query, key, value, owner < parts, 1.0)
+    out, lse = found[0][0].float(), (found[0][1] + offset).float()
+    pairs = data.draw(st.permutations([(part, token) for part in range(1, parts) for token in range(3)]))
+    pairs = [(part, token) for part, token in pairs if (owner[token] == part).any() or data.draw(st.booleans())]
+    if pairs:
+        part, token = torch.tensor(pairs).T
+        outs, lses = (torch.stack([one[index] for one in found]) for index in (0, 1))
+        merge_rows(out, lse, token, outs[part, token].float(), (lses[part, token] + offset).float())
+    torch.testing.assert_close(out, whole.float(), rtol=1e-3, atol=1e-3 if offset else 1e-5)
+    torch.testing.assert_close(lse, (whole_lse + offset).float(), rtol=1e-6, atol=1e-5)
+
+
+def test_parts_of_tokens_are_merged_as_stacked_parts_are():
+    """Tokens with one, two and no further part; a part of no keys; a token that has no keys at all."""
+    torch.manual_seed(0)
+    out, lse, parts, part_lses = torch.randn(4, 3, 8), torch.randn(4, 3), torch.randn(5, 3, 8), torch.randn(5, 3)
+    tokens = torch.tensor([2, 0, 2, 3, 3])
+    lse[3], part_lses[3:], part_lses[1, 1], out[3], parts[3:] = -INF, -INF, -INF, 0, 0
+    stacked, logs = torch.zeros(3, 4, 3, 8), torch.full((3, 4, 3), -INF)
+    stacked[0], logs[0] = out, lse
+    for place, (part, token) in zip((1, 1, 2, 1, 2), enumerate(tokens.tolist()), strict=True):
+        stacked[place, token], logs[place, token] = parts[part], part_lses[part]
+    expected, expected_lse = merge(stacked, logs)
+    merge_rows(out, lse, tokens, parts, part_lses)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert (out[3] == 0).all() and (lse[3] == -INF).all()
+
+
+def test_no_parts_leave_the_tokens_as_they_are():
+    out, lse = torch.randn(2, 1, 4), torch.tensor([[3.0], [-INF]])
+    out[1] = 0
+    before = out.clone()
+    merge_rows(out, lse, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 4), torch.zeros(0, 1))
+    torch.testing.assert_close(out, before)
+    assert lse.tolist() == [[3.0], [-INF]]
+
+
+def test_low_precision_parts_are_summed_in_float32():
+    torch.manual_seed(0)
+    parts = torch.randn(9, 2, 16).bfloat16()
+    out, lse = parts[0].float()[None], torch.zeros(1, 2)
+    merge_rows(out, lse, torch.zeros(8, dtype=torch.int64), parts[1:], torch.zeros(8, 2))
+    torch.testing.assert_close(out[0], parts.double().mean(0).float())

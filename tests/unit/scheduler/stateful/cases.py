@@ -85,6 +85,13 @@ class Case:
     def num_prompt_tokens(self) -> int:
         return self.request.num_prompt_tokens
 
+    @property
+    def skipped_of_client(self) -> int:
+        """The prompt tokens that count as cached: padding that was computed does not."""
+        if self.plan is None:
+            return self.skipped
+        return max(self.plan.num_client_tokens - (self.num_prompt_tokens - self.skipped), 0)
+
     def token_at(self, position: int) -> int:
         """The token that is sampled for a position behind the prompt."""
         return self.answers[position - self.num_prompt_tokens]

@@ -124,7 +124,9 @@ class SchedulerMachine(CountingMachine):
         self._add(ids, given, 0, self._metadata(star, len(ids)))
 
     def _metadata(self, star: int | None, num_tokens: int) -> RequestMetadata:
-        return RequestMetadata(None if star is None else self.sizes[star].plan(num_tokens))
+        return RequestMetadata(
+            None if star is None else self.sizes[star].plan(num_tokens, self.setup.has_only_full_attention)
+        )
 
     @connected
     @has_room
@@ -237,7 +239,7 @@ class SchedulerMachine(CountingMachine):
             assert (held == case.states[positions.start : positions.stop]).all(), f"{case.name} holds other pages"
         elif case.cached is not None and metadata_of(case.request).fetch is None:
             # Pages that are adopted just before a preemption count as hits, and never reach the runner.
-            exact = case.cached == case.skipped or (case.preempted and case.skipped < case.cached)
+            exact = case.cached == case.skipped_of_client or (case.preempted and case.skipped_of_client < case.cached)
             assert exact and case.cached < case.num_prompt_tokens, f"{case.name} reports {case.cached} hits"
 
     def _check_step(self, output: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.unit.scheduler.simulation import random_ids
@@ -22,16 +24,36 @@ DOCUMENTS = [
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a star plan: of blocks, anchor and overlap in pages, and of the query in tokens."""
+    """The sizes of a star plan: of blocks, anchor and overlap in pages, and of the query in tokens.
+
+    With ``gap``, blocks have positions of their own, and the last page of each one ends with up to so many slots of
+    padding.
+    """
 
     block: int
     anchor: int
     overlap: int
     query: int
+    gap: int | None
 
-    def plan(self, num_tokens: int) -> StarPlan:
+    def plan(self, num_tokens: int, own_positions: bool = False) -> StarPlan:
+        """The plan of a prompt of so many tokens, its padding included."""
+        pages = (num_tokens - self.query) // PAGE_SIZE
+        if own_positions and self.gap is not None and pages > self.block:
+            return self._own_positions(self.gap, pages, num_tokens)
         sizes = (size * PAGE_SIZE for size in (self.block, min(self.anchor, self.block), min(self.overlap, self.block)))
         return StarPlan(*sizes, max(num_tokens - self.query, 1), num_tokens)
+
+    def _own_positions(self, gap: int, pages: int, num_tokens: int) -> BlockPositionsPlan:
+        borders = [*range(0, pages, self.block), pages]
+        blocks = tuple(
+            (start * PAGE_SIZE, stop * PAGE_SIZE - number % (gap + 1))
+            for number, (start, stop) in enumerate(pairwise(borders))
+        )
+        anchor = min(self.anchor, (blocks[0][1]) // PAGE_SIZE) * PAGE_SIZE
+        return BlockPositionsPlan(
+            self.block * PAGE_SIZE, anchor, 0, pages * PAGE_SIZE, num_tokens, blocks=blocks, padding_token=0
+        )
 
     def independent_plan(self, num_tokens: int) -> StarPlan:
         return replace(self.plan(num_tokens), overlap_size=0)
@@ -42,6 +64,7 @@ FIELDS = {
     "anchor": st.sampled_from([6, 0, 0, 1, 2]),
     "overlap": st.sampled_from([0, 0, 0, 0, 1, 6]),
     "query": st.sampled_from([1, 7, 8, 30]),
+    "gap": st.sampled_from([None, None, 0, PAGE_SIZE - 1]),
 }
 
 

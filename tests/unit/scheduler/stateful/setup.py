@@ -63,6 +63,11 @@ class Setup:
         return [SPECS[name] for name in self.groups.split()]
 
     @property
+    def has_only_full_attention(self) -> bool:
+        """Without it, prompts whose blocks have positions of their own are refused."""
+        return self.groups == "full"
+
+    @property
     def num_pages(self) -> int:
         """The null page included."""
         return 1 + len(self.specs) * (-(-MAX_TOKENS // PAGE_SIZE) + 1) + self.spare_pages

@@ -1,0 +1,183 @@
+"""Requests for blocks with positions of their own, at the fronts: plans, what is shown, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from engine_ext.refusals import BLOCK_POSITIONS_RULES
+from engine_ext.requests import PLANNED, RequestPlanner
+from engine_ext.serving.grpc.messages import star_args
+from engine_ext.serving.grpc.outputs import plan_message
+from scheduler.star.block_positions import BlockPositionsPlan
+from scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.client.requests import generate_request
+from starling.v1 import inference_pb2 as pb
+from tests.unit.engine_ext.test_activation import CPU, fake_config
+from tests.unit.engine_ext.test_requests import TRANSFER
+
+PAGE_SIZE, MARK = 16, 7
+OPTIONS = {"star": "on", "star_positions": "block", "star_segment_token": MARK, "star_query_tokens": 10}
+ON = {"star": "on", "star_block_size": 16}
+IDS = [*[1] * 40, MARK, *[2] * 19, MARK, *[3] * 4, *[4] * 10]
+PLAIN = CPU | {
+    "model_config__hf_text_config": SimpleNamespace(layer_types=["full_attention"], model_type="llama"),
+    "model_config__get_sliding_window": lambda: None,
+    "model_config__uses_mrope": False,
+    "model_config__max_model_len": 200,
+    "compilation_config": SimpleNamespace(cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: False)),
+    "cache_config__effective_attention_block_size": PAGE_SIZE,
+}
+
+
+def planner(defaults: dict | None = None, **changes) -> RequestPlanner:
+    """The planner of a CPU engine, with star options as the server's defaults."""
+    config = fake_config(**PLAIN | {"additional_config": {"starling": {"star": defaults or {}}}} | changes)
+    return RequestPlanner(config)
+
+
+def processed(extra_args: dict | None = None, **changes):
+    params = SamplingParams(extra_args=OPTIONS if extra_args is None else extra_args)
+    fields = {"prompt_token_ids": list(IDS), "prompt_embeds": None, "mm_features": None, "resumable": False}
+    return SimpleNamespace(sampling_params=params, **fields | changes)
+
+
+def test_a_request_has_its_plan_and_the_clients_tokens():
+    front, request = planner(), processed(OPTIONS | {"theirs": 1})
+    front.resolve(request, None)
+    assert request.prompt_token_ids == IDS
+    extra = request.sampling_params.extra_args
+    assert extra["theirs"] == 1 and not any(key.startswith("star_") for key in extra)
+    plan = RequestMetadata.from_wire(msgspec.msgpack.decode(msgspec.msgpack.encode(extra[KEY]))).plan
+    assert isinstance(plan, BlockPositionsPlan)
+    assert plan.blocks == ((0, 40), (48, 68), (80, 85)) and plan.context_end == 96
+    assert (plan.anchor_size, plan.num_prompt_tokens, plan.num_client_tokens) == (32, 106, len(IDS))
+
+
+def test_what_a_client_is_shown_counts_its_own_tokens():
+    front = planner()
+    shown = front.describe(front.plan(OPTIONS, len(IDS), IDS))
+    assert (shown["prompt_tokens"], shown["context_end"], shown["padding_tokens"]) == (75, 65, 31)
+    assert (shown["attention"], shown["positions"], shown["star_blocks"]) == ("star", "block", 3)
+    message = plan_message(shown)
+    assert (message.positions, message.prompt_tokens, message.padding_tokens) == (
+        pb.StarOptions.POSITIONS_BLOCK,
+        75,
+        31,
+    )
+    for options in ({"star": "off"}, ON):
+        assert plan_message(front.describe(front.plan(options, 75, IDS))).positions == pb.StarOptions.POSITIONS_PROMPT
+
+
+def test_a_prompt_is_planned_once():
+    """The plan that ``prepare`` has made is that of ``resolve``, unless vLLM has changed the prompt since."""
+    front = planner()
+    made = front.prepare({"type": "token", "prompt_token_ids": IDS}, SamplingParams(extra_args=OPTIONS))
+    assert made["prompt_token_ids"] == IDS and made[PLANNED].plan.num_prompt_tokens == 106
+    request = processed()
+    front.resolve(request, made)
+    assert request.sampling_params.extra_args[KEY] == RequestMetadata(made[PLANNED].plan).to_wire()
+    shorter = processed(prompt_token_ids=IDS[30:])
+    front.resolve(shorter, made)
+    assert RequestMetadata.from_wire(shorter.sampling_params.extra_args[KEY]).plan.num_client_tokens == len(IDS) - 30
+
+
+def test_a_prompt_stays_on_one_replica():
+    front = planner({"replicas": "auto"}, parallel_config__data_parallel_size=3)
+    assert front.replicas.split_refusal is None
+    assert front.plan(OPTIONS, len(IDS), IDS).plan.replicas == 1
+    assert front.plan(ON, 300).plan.replicas > 1
+
+
+def test_the_servers_default_leaves_prompts_with_images_the_positions_of_the_prompt():
+    defaults = {"mode": "on", "positions": "block", "segment_token": MARK, "block_size": 16, "query_tokens": 10}
+    front = planner(defaults)
+    assert isinstance(front.plan({}, len(IDS), IDS).plan, BlockPositionsPlan)
+    assert not isinstance(front.plan({}, len(IDS), None).plan, BlockPositionsPlan)
+    with pytest.raises(VLLMValidationError, match="star_positions='block' is refused: the prompt has images or"):
+        front.plan({"star_positions": "block"}, len(IDS), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prompt_logprob_token_ids", [[1]] * 74, "prompt_logprob_token_ids='74 rows' is refused: with its segments"),
+        ("routed_experts_prompt_start", 5, "routed_experts_prompt_start=5 is refused"),
+    ],
+)
+def test_parameters_that_count_the_clients_tokens_in_the_engine_are_refused(name, value, message):
+    request = processed()
+    setattr(request.sampling_params, name, value)
+    with pytest.raises(VLLMValidationError, match=message):
+        planner().resolve(request, None)
+
+
+def test_a_prompt_that_is_too_long_with_its_padding_is_refused():
+    planner(model_config__max_model_len=107).plan(OPTIONS, len(IDS), IDS)
+    with pytest.raises(VLLMValidationError, match=r"the prompt of 75 takes 106. Allowed: up to 105 tokens"):
+        planner(model_config__max_model_len=106).plan(OPTIONS, len(IDS), IDS)
+
+
+def test_a_prompt_must_fit_in_the_memory_of_its_replica_with_its_padding():
+    """Of three replicas, which a prompt of the server may fill together."""
+    divided = {"kv_transfer_config": TRANSFER, "parallel_config__data_parallel_size": 3}
+    planner(**divided, cache_config__num_gpu_blocks=3 * 8).plan(OPTIONS, len(IDS), IDS)  # of 7 pages, 112 tokens
+    with pytest.raises(VLLMValidationError, match=r"the prompt of 106 tokens runs on one replica, .* holds 96"):
+        planner(**divided, cache_config__num_gpu_blocks=3 * 7).plan(OPTIONS, len(IDS), IDS)
+
+
+def text_model(**fields):
+    return {"model_config__hf_text_config": SimpleNamespace(layer_types=["full_attention"], **fields)}
+
+
+REFUSED = {
+    "the kernels run on CPUs and on CUDA devices (xpu)": {"device_config__device_type": "xpu"},
+    "started with --star-positions block": {"device_config__device_type": "cuda"},
+    "depend on one another (a chunk": text_model(star_blocks_depend="a chunk crosses the border"),
+    "M-RoPE": {"model_config__uses_mrope": True},
+    "no rotary embedding, so that": text_model(no_rope_layers=[1, 0, 1]),
+    "fp8": {"cache_config__cache_dtype": "fp8_e4m3"},
+    "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
+    "multiples of 16": {"model_config__get_head_size": lambda: 72},
+    "several groups of layers": {
+        "starling_reports": [{"star": None, "split": None, "block_positions": "several groups of layers"}]
+    },
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_engines_that_can_not_attend_to_such_blocks_refuse_them_alone(reason):
+    front = planner(**REFUSED[reason])
+    with pytest.raises(VLLMValidationError) as refused:
+        front.plan(OPTIONS, len(IDS), IDS)
+    assert str(refused.value).startswith("star_positions='block' is refused: ")
+    assert reason in str(refused.value) and "Allowed: prompt." in str(refused.value)
+    assert front.plan(ON, len(IDS), IDS).plan is not None
+
+
+def test_every_rule_is_tested():
+    """But the one about processors, as in the test of shards, which share it."""
+    assert len(REFUSED) == len(BLOCK_POSITIONS_RULES) - 1
+    planner().plan(OPTIONS, len(IDS), IDS)
+    on_gpu = {"mode": "on", "positions": "block", "segment_token": MARK}
+    planner(on_gpu, device_config__device_type="cuda").plan(OPTIONS, len(IDS), IDS)
+
+
+@pytest.mark.parametrize(("given", "number"), [("block", 2), ("prompt", 1), (2, 2)])
+def test_clients_of_grpc_name_the_positions(given, number):
+    sent = generate_request([1, 2], {"star": {"mode": "on", "positions": given}})
+    assert sent.star.positions == number
+    assert star_args(sent.star) == {"star": "on", "star_positions": "block" if number == 2 else "prompt"}
+
+
+def test_unknown_positions_are_refused_by_the_client_and_by_the_server():
+    with pytest.raises(ValueError, match=r"star_positions='own' is refused\. Allowed: prompt, block\."):
+        generate_request([1, 2], {"star": {"positions": "own"}})
+    assert star_args(pb.StarOptions()) == {}
+    args = star_args(pb.StarOptions(positions=7))
+    with pytest.raises(VLLMValidationError, match=r"star_positions=7 is refused: .* Allowed: prompt, block"):
+        planner().plan(OPTIONS | args, len(IDS), IDS)

@@ -262,9 +262,14 @@ BLOCK_POSITIONS_RULES: Rules = (
 )
 
 
+def block_positions_refusals(vllm_config: Any) -> list[str]:
+    """The reasons why blocks can't have positions of their own on this engine; empty where they can."""
+    return list(_refusals(BLOCK_POSITIONS_RULES, vllm_config))
+
+
 def refuse_block_positions(vllm_config: Any, positions: str) -> None:
     """Refuse blocks with positions of their own where the engine can't attend to them (raises OptionError)."""
-    reasons = list(_refusals(BLOCK_POSITIONS_RULES, vllm_config)) if positions == "block" else []
+    reasons = block_positions_refusals(vllm_config) if positions == "block" else []
     if reasons:
         raise OptionError(flat_name("positions"), positions, "; ".join(reasons), "prompt")
 

@@ -17,7 +17,7 @@ from engine_ext.cache_salt import salted
 from engine_ext.dense_prompts import SESSION, refuse_star, refuse_star_beams, why_dense
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import refuse_block_positions, refuse_overlap, replica_set, star_refusals, takes_overlap
-from scheduler.star.block_layout import POSITIONS, plan_blocks
+from scheduler.star.block_layout import POSITIONS, TooMuchPadding, plan_blocks
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.kv_demand import with_enough_replicas
 from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
@@ -187,9 +187,11 @@ class RequestPlanner:
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
         page_size, defaults, client_tokens = self.page_size or 1, self.defaults, num_tokens
-        own_positions = mode != "off" and merge(defaults, request).positions == "block"
-        if own_positions and (token_ids is not None or POSITIONS in given):
-            return self._plan_blocks(request, num_tokens, token_ids, page_size)
+        if mode != "off" and merge(defaults, request).positions == "block":
+            planned = self._plan_blocks(request, given, num_tokens, token_ids, page_size)
+            if planned is not None:
+                return planned
+            defaults = defaults.model_copy(update={"segment_token": None, "padding_token": None})
         if token_ids is not None:
             token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)
             num_tokens = len(token_ids)
@@ -206,17 +208,36 @@ class RequestPlanner:
         return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - client_tokens)
 
     def _plan_blocks(
-        self, request: StarOptions | None, num_tokens: int, token_ids: list[int] | None, page_size: int
-    ) -> PlannedPrompt:
-        """The plan of a prompt whose blocks have positions of their own (raises OptionError)."""
+        self,
+        request: StarOptions | None,
+        given: Mapping[str, Any],
+        num_tokens: int,
+        token_ids: list[int] | None,
+        page_size: int,
+    ) -> PlannedPrompt | None:
+        """The plan of a prompt whose blocks have positions of their own.
+
+        Returns:
+            None where only the server's default asks for them, and the prompt can't have them.
+
+        Raises:
+            OptionError: the request's options can't be used.
+        """
         refuse_block_positions(self.vllm_config, "block")
+        by_default = not {POSITIONS, SEGMENT_TOKEN} & given.keys()
+        if token_ids is None and by_default:
+            return None
         if token_ids is None:
             reason = "the prompt has images or embeddings, whose positions are not those of a block"
             raise OptionError(POSITIONS, "block", reason, f"a text-only prompt, or {POSITIONS}=prompt")
         assert self.defaults is not None
-        return PlannedPrompt(
-            plan_blocks(token_ids, self.defaults, request, page_size, self.token_limits), num_tokens, token_ids
-        )
+        try:
+            plan = plan_blocks(token_ids, self.defaults, request, page_size, self.token_limits)
+        except TooMuchPadding:
+            if by_default:
+                return None
+            raise
+        return PlannedPrompt(plan, num_tokens, token_ids)
 
     def _check_memory(self, planned: PlannedPrompt) -> None:
         """Refuse a prompt that fits in no replica's memory, where max_model_len exceeds it (raises OptionError)."""

@@ -18,6 +18,10 @@ from scheduler.star.sizes import find_anchor_and_overlap, find_block_size, find_
 POSITIONS = flat_name("positions")
 
 
+class TooMuchPadding(OptionError):
+    """A prompt is too long with the padding of its blocks."""
+
+
 def plan_blocks(
     token_ids: list[int], defaults: StarOptions, request: StarOptions | None, page_size: int, limits: TokenLimits
 ) -> BlockPositionsPlan | None:
@@ -33,6 +37,7 @@ def plan_blocks(
         None where the prompt runs dense: star is off, or the context is one block.
 
     Raises:
+        TooMuchPadding: the prompt is too long with padding.
         OptionError: an option does not fit the page, the block or the prompt, or excludes another one.
     """
     given = set() if request is None else request.model_fields_set
@@ -59,7 +64,7 @@ def plan_blocks(
     if padded > limits.max_prompt_tokens:
         reason = f"with each block on a KV page of {page_size} tokens the prompt of {len(token_ids)} takes {padded}"
         allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
-        raise OptionError(POSITIONS, "block", reason, allowed)
+        raise TooMuchPadding(POSITIONS, "block", reason, allowed)
     # The default is a token that the prompt has already, so that no penalty of sampling counts another one.
     padding = options.padding_token
     if padding is None:

@@ -129,6 +129,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "kv_cache": cache,
         "star_defaults": star.model_dump(),
         "star_refused": refusals,
+        "star_positions": own_positions(config, star),
         "star_block_reuse": block_reuse(config, starling.scheduling, refusals, default_has_overlap(star, replicas)),
     }
     if replicas.size > 1:
@@ -144,6 +145,19 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     if prompt_tokens is not None:
         report["prompt"] = prompt_cost(prompt_tokens, star, cache, None if refusals else replicas, config)
     return report
+
+
+OWN_BLOCKS = "one for each segment, so that the plan depends on the prompt; shown here are blocks of equal size"
+
+
+def own_positions(config: Any, star: Any) -> str:
+    """Whether blocks can have positions of their own, and whether they do by default."""
+    from engine_ext.refusals import block_positions_refusals
+
+    refusals = block_positions_refusals(config)
+    return (
+        f"{star.positions}; block is refused: {'; '.join(refusals)}" if refusals else f"{star.positions}; block works"
+    )
 
 
 def shards_report(replicas: Any, star: Any) -> str:
@@ -330,6 +344,7 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
         "kv_bytes": num_pages * cache["page_bytes"],
         "by_default": "dense" if default is None else "star",
         "plan_with_star_on": None if replicas is None else plan,
+        "blocks": OWN_BLOCKS if star.positions == "block" else "of equal size",
         "attention_work_dense_over_star": None if replicas is None else ratio,
         "loss_measured_with_such_a_plan": None if replicas is None or with_star is None else measured_loss(with_star),
     }

@@ -86,6 +86,22 @@ def test_a_prompt_is_planned_once():
     assert RequestMetadata.from_wire(shorter.sampling_params.extra_args[KEY]).plan.num_client_tokens == len(IDS) - 30
 
 
+def test_a_servers_default_leaves_prompts_that_can_not_use_it_at_the_prompts_positions():
+    """Many short documents take a page each. A request that asks for them is refused instead."""
+    front = planner({"mode": "on", "positions": "block", "segment_token": MARK, "query_tokens": 10})
+    many, few = [MARK, 1] * 20 + [1] * 30, IDS
+    planned = front.plan({}, len(many), many)
+    assert (planned.plan, planned.padding_tokens, planned.token_ids) == (None, 0, many)  # shorter than a block of 1,024
+    assert isinstance(front.plan({}, len(few), few).plan, BlockPositionsPlan)
+    smaller = front.plan({"star_block_size": 16}, len(many), many)
+    assert (smaller.plan.context_end, smaller.plan.block_size) == (60, 16)
+    assert not isinstance(smaller.plan, BlockPositionsPlan)
+    with pytest.raises(VLLMValidationError, match=r"takes 346.*fewer segments"):
+        front.plan({"star_positions": "block"}, len(many), many)
+    images = front.plan({"star_block_size": 16}, len(IDS), None)
+    assert not isinstance(images.plan, BlockPositionsPlan) and images.plan.num_prompt_tokens == len(IDS)
+
+
 def test_a_prompt_stays_on_one_replica():
     front = planner({"replicas": "auto"}, parallel_config__data_parallel_size=3)
     assert front.replicas.split_refusal is None

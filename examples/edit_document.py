@@ -11,22 +11,14 @@ The example needs a server of `starling serve`, such as `make serve`. Only serve
 """
 
 import argparse
-import os
 import sysconfig
-import time
 from pathlib import Path
 
 import httpx
-from openai import OpenAI, OpenAIError
+from completions import Completions
+from openai import OpenAIError
 
 QUESTION = "\n\nWhat are these files about?\n"
-
-
-def tokenize(url: str, text: str) -> list[int]:
-    """Token ids of a text without special tokens; raises httpx.HTTPError if the server does not answer."""
-    response = httpx.post(f"{url}/tokenize", json={"prompt": text, "add_special_tokens": False}, timeout=60)
-    response.raise_for_status()
-    return response.json()["tokens"]
 
 
 def main() -> None:
@@ -41,40 +33,22 @@ def main() -> None:
     args = parser.parse_args()
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[: args.documents]
     documents = [f"{args.mark}{path.name}\n{path.read_text()[: args.characters]}" for path in files]
-    client = OpenAI(base_url=f"{args.url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"))
     try:
-        mark, question = tokenize(args.url, args.mark), tokenize(args.url, QUESTION)
-        if len(mark) > 1:
-            raise SystemExit(f"--mark {args.mark!r} must be one token of this model, but it is {len(mark)} tokens")
+        client = Completions(args.url)
         star = {
             "star": "on",
             "star_block_size": args.block,
-            "star_query_tokens": len(question),
-            "star_segment_token": mark[0],
+            "star_query_tokens": len(client.tokenize(QUESTION)),
+            "star_segment_token": client.token(args.mark),
         }
-        model = client.models.list().data[0].id
         for turn in range(args.turns + 1):
             if turn:
                 documents[args.edit - 1] += f"# Edited in turn {turn}.\n"
-            start = time.perf_counter()
-            stream = client.completions.create(
-                model=model,
-                prompt="".join([*documents, QUESTION]),
-                max_tokens=4,
-                temperature=0,
-                stream=True,
-                stream_options={"include_usage": True},
-                extra_body={"add_special_tokens": False, "vllm_xargs": star},
-            )
-            first_token = usage = None
-            for chunk in stream:
-                first_token = first_token or time.perf_counter() - start
-                usage = chunk.usage or usage
-            details = usage.prompt_tokens_details
-            cached = "?" if details is None else details.cached_tokens
+            answer = client.ask("".join([*documents, QUESTION]), star, max_tokens=4)
+            cached = "?" if answer.cached_tokens is None else answer.cached_tokens
             name = f"document {args.edit} edited" if turn else "the first time"
-            tokens = f"{cached} of {usage.prompt_tokens} prompt tokens cached"
-            print(f"{name}: first token after {first_token:.2f} s; {tokens}")
+            tokens = f"{cached} of {answer.prompt_tokens} prompt tokens cached"
+            print(f"{name}: first token after {answer.seconds:.2f} s; {tokens}")
     except (OpenAIError, httpx.HTTPError) as error:
         raise SystemExit(str(error)) from None
 

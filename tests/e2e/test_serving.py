@@ -299,6 +299,36 @@ def test_the_edit_example_computes_one_block(server, http):
     assert float(re.search(r'^starling:cached_tokens_total\{kind="block"\} (\S+)$', text, re.MULTILINE)[1]) >= 2 * 128
 
 
+def test_the_agent_example_computes_what_has_changed(server):
+    sizes = ("--turns", "9", "--files", "6", "--characters", "300", "--block", "128", "--mark", SPECIAL)
+    printed = example("agent_session.py", "--url", server.http, *sizes)
+    row = re.compile(r"^ *\d+ (.{31}) *(\d+) tokens +(\d+) +\S+ s +(\d+) +\S+ s +(\d+) +\S+ s$", re.MULTILINE)
+    turns = [(event.strip(), *map(int, numbers)) for event, *numbers in row.findall(printed)]
+    assert len(turns) == 9
+    (_, prompt_tokens, *first), (event, *_, edited) = turns[0], turns[2]
+    assert (first, event) == ([prompt_tokens] * 3, "a file is edited")
+    # The file with the line of the edit, the last turn's messages, and the new question, in whole pages.
+    line, messages, question = len("\n# Edited in turn 3.\n"), 200, 120
+    assert edited <= 300 + line + messages + question + 2 * PAGE_SIZE
+    dense, _, block = (sum(turn[column] for turn in turns) for column in (2, 3, 4))
+    assert block < dense
+    assert re.search(rf"all turns .* {dense} .* {block} ", printed)
+    assert int(re.search(r"anchor .*: (\d+) tokens", printed)[1]) >= PAGE_SIZE
+
+
+def test_the_retrieval_example_reuses_documents(server):
+    sizes = ("--questions", "3", "--documents", "6", "--characters", "600", "--mark", SPECIAL)
+    printed = example("rag.py", "--url", server.http, *sizes)
+    rows = re.findall(r"^  (dense|block) +(\d+) of (\d+) tokens, .* s ([+-])", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["dense", "block"] * 3
+    computed, prompt_tokens = ([int(row[column]) for row in rows] for column in (1, 2))
+    assert computed[:2] == prompt_tokens[:2]
+    dense, block = sum(computed[0::2]), sum(computed[1::2])
+    assert block < 0.8 * dense
+    right = sum(row[3] == "+" for row in rows[1::2])
+    assert re.fullmatch(rf"block +{block} of \d+ tokens, .* s, {right} of 3 right", printed.splitlines()[-1])
+
+
 def test_an_aligned_prompt_gives_the_output_of_a_prompt_padded_by_the_client(http, generate):
     """Compares the prompt's tokens and the logprobs, over both fronts."""
     (space,) = http.post("/tokenize", json={"prompt": " ", "add_special_tokens": False}).json()["tokens"]

@@ -48,6 +48,12 @@ def commands(server: Server) -> dict[str, str]:
         "editing one document of a long prompt: how many prompt tokens come from the cache": (
             f"{python} {examples}/edit_document.py --url {server.http}"
         ),
+        "a coding agent's session, whose files and tool results change: tokens computed and time of each turn": (
+            f"{python} {examples}/agent_session.py --url {server.http}"
+        ),
+        "questions about the standard library, answered from its documentation": (
+            f"{python} {examples}/rag.py --url {server.http}"
+        ),
         "gRPC, with grpcurl": (
             f"grpcurl -plaintext -d '{json.dumps(generate)}' {server.grpc} starling.v1.InferenceService/GenerateStream"
         ),

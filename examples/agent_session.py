@@ -3,7 +3,7 @@
 python examples/agent_session.py
 
 Each turn of the session changes its prompt: a file in the middle is edited and grows, a file is added, a tool's output
-is added or cleared, and in one turn a summary replaces the conversation so far. The same prompts are sent dense, with
+is added or cleared, and in one turn a summary replaces the older conversation. The same prompts are sent dense, with
 vLLM's prefix cache; with Star Attention; and with star_positions=block, where each file, tool's output and message is a
 segment that is reused wherever it stands. Each of these, and each run, has a cache salt of its own, so it starts cold.
 The answers in the conversation are written here, not the model's, so that all three get the same prompts.
@@ -65,7 +65,7 @@ class Session:
     def change(self, turn: int, event: str) -> None:
         """Let an event happen, and the prompt change."""
         if event == COMPACTION:
-            self.log = [SUMMARY]
+            self.log = [SUMMARY, *self.log[-4:]]
         elif event == FILE:
             self.add_file()
         elif event == EDIT:
@@ -84,9 +84,9 @@ class Session:
     def prompts(self, turns: int) -> Iterator[tuple[str, str, str]]:
         """(event, prompt without its end, end of the prompt: the user's message) of each turn."""
         for turn in range(1, turns + 1):
-            event = EVENTS[(turn - 2) % len(EVENTS)]
-            if turn in (1, turns * 2 // 3):
-                event = "the first prompt" if turn == 1 else COMPACTION
+            event = "the first prompt" if turn == 1 else EVENTS[(turn - 2) % len(EVENTS)]
+            if turn == turns // 2 // len(EVENTS) * len(EVENTS) + 4:  # one of the turns with a question alone
+                event = COMPACTION
             self.change(turn, event)
             segments = [*(f"{name}\n{text}\n" for name, text in self.files.items()), *self.log]
             context = message("system", SYSTEM) + "".join(f"{self.mark}{segment}" for segment in segments)

@@ -32,7 +32,7 @@ MODULES = (
 QUESTIONS = (
     ("Which function of shutil copies a directory tree recursively?", "copytree"),
     ("Which function of shutil deletes a directory tree?", "rmtree"),
-    ("Which function of shutil moves a file or directory to another location?", "move"),
+    ("Which function of shutil creates an archive of a directory?", "make_archive"),
     ("Which function of shutil copies a file with its metadata?", "copy2"),
     ("Which function of textwrap removes common leading whitespace from every line of a text?", "dedent"),
     ("Which function of textwrap adds a prefix to the lines of a text?", "indent"),

@@ -91,7 +91,8 @@ class Session:
             segments = [*(f"{name}\n{text}\n" for name, text in self.files.items()), *self.log]
             context = message("system", SYSTEM) + "".join(f"{self.mark}{segment}" for segment in segments)
             question = message("user", f"Turn {turn}. What should I look at next, and in which file?")
-            yield event, context, question + "<|im_start|>assistant\n"
+            # The mark in front of the question: the next prompt has it there, and dense then finds the question cached.
+            yield event, context, f"{self.mark}{question}<|im_start|>assistant\n"
             self.log.append(question + message("assistant", f"Look at the file number {turn % len(self.files)}."))
 
 

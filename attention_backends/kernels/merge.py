@@ -35,6 +35,23 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return out.to(outs.dtype), (peak + torch.log(total)).masked_fill(total == 0, float("-inf")).to(lses.dtype)
 
 
+def merge_parts(parts: torch.Tensor, part_lses: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
+    """Merge attention over disjoint keys into the attention of each token.
+
+    Args:
+        parts: (P, H, D) partial outputs.
+        part_lses: (P, H) their log-sum-exps. Each token has a part with keys.
+        tokens: (P,) int64, the token that each part is of.
+        out: (T, H, D) to write to.
+    """
+    index = tokens[:, None].expand_as(part_lses)
+    peak = part_lses.new_full(out.shape[:2], float("-inf")).scatter_reduce_(0, index, part_lses, "amax")
+    weights = torch.exp(part_lses - peak[tokens])
+    total = torch.zeros_like(peak).index_add_(0, tokens, weights)
+    merged = weights.new_zeros(out.shape).index_add_(0, tokens, parts.float() * weights[..., None])
+    out.copy_(merged.div_(total[..., None]))
+
+
 def merge_rows(
     out: torch.Tensor, lse: torch.Tensor, tokens: torch.Tensor, parts: torch.Tensor, part_lses: torch.Tensor
 ) -> None:

@@ -99,6 +99,10 @@ class CpuImpl(CPUAttentionBackendImpl):
         tokens = attn_metadata.num_actual_tokens
         num_pages, kv_heads, page_size, _ = kv_cache.shape
         key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
+        caches, options = (key_cache, value_cache), {"scale": self.scale, "softcap": self.logits_soft_cap}
+        if turned is not None and remote is None:
+            turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
+            return output
         sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
         operands = Operands(
             query[:tokens],
@@ -116,7 +120,6 @@ class CpuImpl(CPUAttentionBackendImpl):
         if remote is not None:
             remote.finish(sent, out, lse)
         if turned is not None:
-            caches, options = (key_cache, value_cache), {"scale": self.scale, "softcap": self.logits_soft_cap}
             turned.add(layer.layer_name, query[:tokens], out, lse, caches, Layout.CPU, **options)
         return output
 

@@ -114,8 +114,14 @@ class StarStep:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
         if rows.turned is not None:
-            tokens = int(rows.query_lens.sum())
-            own = OwnRows(tokens, virtual.block_table_tensor, virtual.query_start_loc, virtual.seq_lens)
+            own = OwnRows(
+                num_tokens=int(rows.query_lens.sum()),
+                are_decodes=bool((rows.query_lens == 1).all()),
+                max_pages=-(-int(rows.seq_lens.max()) // page_size),
+                block_table=virtual.block_table_tensor,
+                query_start_loc=virtual.query_start_loc,
+                seq_lens=virtual.seq_lens,
+            )
             calls = list(make_turned_rows(rows, batch.block_table_tensor, page_size))
             self._turned_attention[page_size] = TurnedAttention(own, calls, self.rotations)
 

@@ -18,7 +18,7 @@ import torch
 
 from attention_backends.kernels.contract import Layout, Operands
 from attention_backends.kernels.dispatch import paged_attention
-from attention_backends.kernels.merge import merge_rows
+from attention_backends.kernels.merge import merge_parts, merge_rows
 from attention_backends.star.rows import TurnedKeys, VirtualRows
 
 MAX_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -142,19 +142,42 @@ class OwnRows:
 
     Attributes:
         num_tokens: their query tokens, without those that pad a CUDA graph.
+        are_decodes: whether each of them has one query token.
+        max_pages: of a row.
         block_table: (R, C) int32.
         query_start_loc: (R + 1,) int32.
         seq_lens: (R,) int32.
     """
 
     num_tokens: int
+    are_decodes: bool
+    max_pages: int
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
 
 
+def with_own_rows(own: OwnRows, rows: TurnedRows) -> TurnedRows:
+    """The rows of one call, and before them the step's own, each of one token, which is not turned."""
+    device, num_rows = rows.tokens.device, len(rows.seq_lens)
+    width = max(own.max_pages, rows.block_table.shape[1])
+    table = torch.zeros((own.num_tokens + num_rows, width), dtype=torch.int32, device=device)
+    table[: own.num_tokens, : own.max_pages] = own.block_table[: own.num_tokens, : own.max_pages]
+    table[own.num_tokens :, : rows.block_table.shape[1]] = rows.block_table
+    own_tokens = torch.arange(own.num_tokens, device=device)
+    return TurnedRows(
+        torch.cat((own_tokens, rows.tokens)),
+        torch.cat((torch.zeros_like(own_tokens), rows.turns)),
+        table,
+        torch.arange(own.num_tokens + num_rows + 1, dtype=torch.int32, device=device),
+        torch.cat((own.seq_lens[: own.num_tokens].to(torch.int32), rows.seq_lens)),
+    )
+
+
 class TurnedAttention:
     """The attention of one step over blocks with positions of their own.
+
+    In a step of decodes, all rows are one call, and the layers share the angles.
 
     Args:
         own: the step's virtual rows.
@@ -166,6 +189,8 @@ class TurnedAttention:
         self.own = own
         self.rows = rows
         self.rotations = rotations
+        self.decodes = with_own_rows(own, rows[0]) if own.are_decodes and len(rows) == 1 else None
+        self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(
         self,
@@ -179,6 +204,9 @@ class TurnedAttention:
         """Write the attention over all keys to ``out``. The arguments are those of ``add``, with padding at the end."""
         own = self.own
         query, out = query[: own.num_tokens], out[: own.num_tokens]
+        if self.decodes is not None:
+            merge_parts(*self._attend(self.decodes, layer, query, caches, layout, **options), self.decodes.tokens, out)
+            return
         operands = Operands(
             query,
             *caches,
@@ -212,22 +240,43 @@ class TurnedAttention:
             caches: the layer's key and value cache, in ``layout``.
             options: further Operands: ``scale``, ``softcap`` and the like.
         """
-        rotation = self.rotations[layer]
         wide = out.float()  # rounded once, after the last merge
         for rows in self.rows:
-            # Those of all calls at once would take 4 R bytes for each query token and block: 260 MB for 512 tokens,
-            # 2,000 blocks and R = 64.
-            cos, sin = rotation.cos[rows.turns], rotation.sin[rows.turns]
-            turned = turn_back(query[rows.tokens], cos, sin, rotation.is_neox_style)
-            operands = Operands(
-                turned,
-                *caches,
-                rows.block_table,
-                rows.query_start_loc,
-                rows.seq_lens,
-                causal=False,
-                layout=layout,
-                **options,
-            )
-            merge_rows(wide, lse, rows.tokens, *paged_attention(operands))
+            merge_rows(wide, lse, rows.tokens, *self._attend(rows, layer, query, caches, layout, **options))
         out.copy_(wide)
+
+    def _attend(
+        self,
+        rows: TurnedRows,
+        layer: str,
+        query: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs and log-sum-exps of the rows of one call."""
+        rotation = self.rotations[layer]
+        turned = turn_back(query[rows.tokens], *self._angles_of(rows, rotation), rotation.is_neox_style)
+        operands = Operands(
+            turned,
+            *caches,
+            rows.block_table,
+            rows.query_start_loc,
+            rows.seq_lens,
+            causal=False,
+            layout=layout,
+            **options,
+        )
+        return paged_attention(operands)
+
+    def _angles_of(self, rows: TurnedRows, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the angles by which the tokens of a call are turned.
+
+        Those of all calls at once would take 4 R bytes for each query token and block: 260 MB for 512 tokens, 2,000
+        blocks and R = 64. So only those of decodes are kept.
+        """
+        if rows is not self.decodes:
+            return rotation.cos[rows.turns], rotation.sin[rows.turns]
+        if id(rotation) not in self._angles:
+            self._angles[id(rotation)] = (rotation.cos[rows.turns], rotation.sin[rows.turns])
+        return self._angles[id(rotation)]

@@ -173,7 +173,10 @@ def test_a_step_attends_at_true_distances(rotary, max_tokens, monkeypatch):
 def test_decode_steps_of_several_requests():
     ends = [plan.num_prompt_tokens + 3 for plan in (WITH_HEAD, HEADLESS, NO_ANCHOR, SHORT)]
     plans = (WITH_HEAD, HEADLESS, NO_ANCHOR, SHORT)
-    Batch([Row(plan, end - 1, end) for plan, end in zip(plans, ends, strict=True)], ROTARY[0]).check()
+    rows = [Row(plan, end - 1, end) for plan, end in zip(plans, ends, strict=True)]
+    others = [Row(None, 90, 91), Row(StarPlan(8, 8, 0, 30, 40), 44, 45)]
+    for batch in (Batch(rows, ROTARY[0]), Batch([*others, *rows], ROTARY[0]), Batch([*rows[:1], *others], ROTARY[2])):
+        batch.check()
 
 
 def test_the_turn_is_what_makes_it_right():

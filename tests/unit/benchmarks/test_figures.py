@@ -112,7 +112,17 @@ def outcomes(run: dict[str, Any], *kinds: str) -> int:
 
 QUALITY_ROW = "{:,.0f} | {:,.0f} | {:.3f} | {:.3f} | {:.3f} | {:.3f} |"
 EDIT_TIMES = [EDIT[name] for name in ("star, segments aligned", "dense, prefix cache", "star, prefix cache")]
+OWN = STORED["block_positions"]["seconds"]
+OWN_TIMES = {name: [median(runs) for runs in times.values()] for name, times in OWN.items()}
+OWN_DECODE = 1 / STORED["block_positions"]["over_ours"]["decode"]["dense"]["median"]
 FIGURES = [
+    (
+        README,
+        "the first token takes {:.2f} s; it takes {:.1f} s with dense attention",
+        OWN_TIMES["edit"][:2],
+    ),
+    (README, "all cached, it takes {:.2f} s and {:.1f} s.", OWN_TIMES["retrieval"]),
+    (README, "Each later token takes {:.2f}x dense's time", [OWN_DECODE]),
     (
         README,
         "block of a quarter of the prompt | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x |",

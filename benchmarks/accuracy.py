@@ -2,9 +2,8 @@
 
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
 overlap at the same number of keys, and A = B with positions of a block's own. Goes on where an earlier run of the same
-model and length ended. Writes
-results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the rows of `starling doctor` in
-engine_ext/evaluation/measured.json.
+model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the
+rows of `starling doctor` in engine_ext/evaluation/measured.json.
 """
 
 from __future__ import annotations

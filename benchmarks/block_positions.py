@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, saved_figure, write_json
+from benchmarks.report import plot_medians, ratios_over, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 MARK, HEAD_TOKENS, NEW_TOKENS = 255, 256, 33
@@ -112,11 +112,7 @@ TITLES = {
 def plot(title: str, seconds: dict[str, dict[str, list[float]]], path: Path) -> None:
     with saved_figure(path, len(seconds), figsize=(6.5, 5)) as (figure, axes):
         for axis, (name, times) in zip(axes, seconds.items(), strict=True):
-            medians = [statistics.median(values) for values in times.values()]
-            bars = axis.barh(list(times), medians)
-            axis.bar_label(bars, [f"{median:.3g} s" for median in medians], padding=3)
-            axis.margins(x=0.15)
-            axis.invert_yaxis()
+            plot_medians(axis, times, ".3g")
             axis.set_title(TITLES[name], fontsize=9)
         figure.suptitle(title, fontsize=10)
 
@@ -142,10 +138,9 @@ def main() -> None:
         table.add_column(column, justify="right")
     ratios: dict[str, Any] = {}
     for name, times in seconds.items():
-        over = {other: ratio_interval(times[BLOCK], values) for other, values in times.items() if other != BLOCK}
-        ratios[name] = {other: dict(zip(("median", "low", "high"), row, strict=True)) for other, row in over.items()}
+        over = ratios[name] = ratios_over(times, BLOCK)
         for other, values in times.items():
-            ratio = f"{over[other][0]:.2f}x" if other in over else ""
+            ratio = f"{over[other]['median']:.2f}x" if other in over else ""
             table.add_row(TITLES[name], other, f"{statistics.median(values):.3g}", ratio)
     Console().print(table)
     result = {"title": title, "query_tokens": QUERY_TOKENS, "seconds": seconds, "over_ours": ratios}

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, saved_figure, write_json
+from benchmarks.report import plot_medians, ratios_over, saved_figure, write_json
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 BLOCKS, MARK = 16, 255
@@ -79,11 +79,7 @@ def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[
 def plot(title: str, seconds: dict[str, dict[str, list[float]]], path: Path) -> None:
     with saved_figure(path, len(seconds), figsize=(6, 4.5), sharex=True) as (figure, axes):
         for axis, (edit, times) in zip(axes, seconds.items(), strict=True):
-            medians = [statistics.median(values) for values in times.values()]
-            bars = axis.barh(list(times), medians)
-            axis.bar_label(bars, [f"{median:.2f} s" for median in medians], padding=3)
-            axis.margins(x=0.15)
-            axis.invert_yaxis()
+            plot_medians(axis, times, ".2f")
             axis.set_title(edit, fontsize=9)
         axes[-1].set_xlabel("time to first token after an edit in the middle, seconds")
         figure.suptitle(title, fontsize=10)
@@ -103,11 +99,9 @@ def main() -> None:
         table.add_column(column, justify="right")
     ratios: dict[str, Any] = {}
     for edit, times in seconds.items():
-        ours = times[OURS[edit]]
-        over = {name: ratio_interval(ours, values) for name, values in times.items() if values is not ours}
-        ratios[edit] = {name: dict(zip(("median", "low", "high"), row, strict=True)) for name, row in over.items()}
+        over = ratios[edit] = ratios_over(times, OURS[edit])
         for name, values in times.items():
-            ratio = f"{over[name][0]:.1f}x" if name in over else ""
+            ratio = f"{over[name]['median']:.1f}x" if name in over else ""
             table.add_row(edit, name, f"{statistics.median(values):.2f}", ratio)
     Console().print(table)
     result = {"title": title, "query_tokens": QUERY_TOKENS, "seconds": seconds, "over_ours": ratios}

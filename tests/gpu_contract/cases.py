@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 
 from attention_backends.kernels.reference import masked_attention
+from attention_backends.kernels.rotary import Rotation
 from attention_backends.star.reference import star_mask
 from attention_backends.star.rows import split_rows
-from attention_backends.star.turned import Rotation
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from attention_backends.kernels.contract import Layout, Operands
 from attention_backends.kernels.cpu import fallback
 from attention_backends.kernels.cpu.build import BuildError, load_op
+from attention_backends.kernels.rotary import Rotation
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ VECTOR_SIZE = 16
 
 
 @functools.cache
-def built_op() -> Callable[..., torch.Tensor] | None:
-    """The C++ op, or None where it can't be built or loaded. The reason is logged once."""
+def built_op() -> Any | None:
+    """The C++ ops, or None where they can't be built or loaded. The reason is logged once."""
     try:
         return load_op()
     except BuildError as error:
@@ -40,11 +41,11 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     reason = refusal(operands)
     if reason is not None:
         raise ValueError(reason)
-    op = built_op()
-    if op is None:
+    ops = built_op()
+    if ops is None:
         return fallback.paged_attention(operands)
     out = operands.make_out()
-    lse = op(
+    lse = ops.paged_attention(
         operands.query,
         operands.keys,
         operands.values,
@@ -61,6 +62,53 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         operands.layout is Layout.CPU,
     )
     return out, lse
+
+
+def has_op_for(operands: Operands) -> bool:
+    """Whether ``turned_attention`` can run operands, which else are the work of ``paged_attention`` and torch."""
+    return operands.query.device.type == "cpu" and refusal(operands) is None and built_op() is not None
+
+
+def turned_attention(
+    operands: Operands,
+    tokens: torch.Tensor,
+    turns: torch.Tensor,
+    rotation: Rotation,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Computes what turned.py defines, by the C++ op.
+
+    Args:
+        operands: ``has_op_for`` is true of them.
+        out: (T, H, Dv) to write to; float32 with ``lse``, else in the query's dtype.
+        lse: (T, H) float32, contiguous, of the attention to other keys that ``out`` has; None: it has none.
+
+    Raises:
+        ValueError: ``query_start_loc``, ``seq_lens``, ``block_table``, ``tokens`` or ``turns`` holds values that lead
+            outside of the other operands.
+    """
+    ops = built_op()
+    assert ops is not None
+    ops.turned_attention(
+        operands.query,
+        operands.keys,
+        operands.values,
+        operands.block_table.contiguous(),
+        operands.query_start_loc.contiguous(),
+        operands.seq_lens.contiguous(),
+        tokens,
+        turns,
+        rotation.cos,
+        rotation.sin,
+        rotation.is_neox_style,
+        out,
+        lse,
+        operands.scale * operands.k_scale,
+        operands.softcap,
+        operands.v_scale,
+        operands.layout is Layout.CPU,
+    )
 
 
 def refusal(operands: Operands) -> str | None:

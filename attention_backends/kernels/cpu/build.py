@@ -13,15 +13,16 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from attention_backends.kernels.cpu.sealed_file import is_intact, seal
 
 SOURCE = "attention.cpp"
-SOURCES = (SOURCE, "gemm.h", "vector.h")
+SOURCES = (SOURCE, "attend.h", "call.h", "gemm.h", "join.h", "vector.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi")
 
 
@@ -104,8 +105,10 @@ def built_op_path(directory: Path) -> Path:
     return built
 
 
-def load_op() -> Callable[..., torch.Tensor]:
-    """Load the op, after building it where there is no intact one. Concurrent processes wait for one build.
+def load_op() -> Any:
+    """Load the ops, ``paged_attention`` and ``turned_attention``, after building them where they are not intact.
+
+    Concurrent processes wait for one build.
 
     An op that is there is read only: the directory need not be writable then.
 
@@ -127,7 +130,9 @@ def load_op() -> Callable[..., torch.Tensor]:
             raise BuildError(reason) from error
     try:
         torch.ops.load_library(built)
-        return torch.ops.starling_kernels.paged_attention
+        ops = torch.ops.starling_kernels
+        ops.paged_attention, ops.turned_attention  # noqa: B018 - raises AttributeError where the library lacks one
+        return ops
     except (OSError, AttributeError) as error:
         reason = f"the CPU attention op can't be loaded: {error}; set XDG_CACHE_HOME to a directory that allows it"
         raise BuildError(reason) from error

@@ -14,11 +14,12 @@ import torch
 
 from attention_backends.kernels.contract import Layout, Operands
 from attention_backends.kernels.dispatch import paged_attention
+from attention_backends.kernels.rotary import Rotation, turn_back
 from attention_backends.star import turned
 from attention_backends.star.metadata import virtual_metadata
 from attention_backends.star.rows import VirtualRows, split_rows
 from attention_backends.star.step import StarStep
-from attention_backends.star.turned import Rotation, make_turned_rows, turn_back
+from attention_backends.star.turned import make_turned_rows
 from scheduler.star.block_layout import lay_out
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan

@@ -1,0 +1,75 @@
+"""Paged attention of query tokens that several rows have, turned for each row, and merged.
+
+    turned_attention(operands, turned) -> (out, lse)            add_turned_attention(operands, turned, out, lse)
+
+The operands are those of contract.py, but ``query_start_loc`` divides P query tokens among the rows: token i of them is
+token ``tokens[i]`` of ``query``, turned back by ``turns[i]`` positions. A token of the query has the attention over the
+keys of all its rows, which are merged by their log-sum-exp. Every query token of a row sees all of the row's keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from attention_backends.kernels.contract import Operands
+from attention_backends.kernels.cpu import attention as cpu
+from attention_backends.kernels.dispatch import paged_attention
+from attention_backends.kernels.merge import merge_parts, merge_rows
+from attention_backends.kernels.rotary import Rotation, turn_back
+
+
+@dataclass(frozen=True, eq=False)
+class TurnedQueries:
+    """The query tokens of all rows, P of them, and how they are turned.
+
+    Attributes:
+        tokens: (P,) int64, numbers of tokens of the query.
+        turns: (P,) int64, by how many positions each is turned back, at least 0.
+        rotation: of the layer.
+    """
+
+    tokens: torch.Tensor
+    turns: torch.Tensor
+    rotation: Rotation
+
+    @functools.cached_property
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, (P, R / 2) float32 each."""
+        return self.rotation.cos[self.turns], self.rotation.sin[self.turns]
+
+
+def turned_attention(operands: Operands, turned: TurnedQueries) -> None:
+    """Write the attention of the query's tokens to ``operands.out``. Each token is in a row that has keys.
+
+    Raises:
+        ValueError: no implementation for this device supports the operands.
+    """
+    assert operands.out is not None
+    if cpu.has_op_for(operands):
+        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, operands.out, None)
+    merge_parts(*_by_parts(operands, turned), turned.tokens, operands.out)
+
+
+def add_turned_attention(operands: Operands, turned: TurnedQueries, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Merge the attention into that over other keys.
+
+    Args:
+        out: (T, H, Dv) float32, changed in place.
+        lse: (T, H) float32, changed in place; -inf where no key was seen.
+
+    Raises:
+        ValueError: no implementation for this device supports the operands.
+    """
+    if cpu.has_op_for(operands):
+        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, out, lse)
+    merge_rows(out, lse, turned.tokens, *_by_parts(operands, turned))
+
+
+def _by_parts(operands: Operands, turned: TurnedQueries) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention (P, H, Dv) of the rows' query tokens and its log-sum-exp (P, H), by the operands' own kernel."""
+    query = turn_back(operands.query[turned.tokens], *turned.angles, turned.rotation.is_neox_style)
+    return paged_attention(dataclasses.replace(operands, query=query, causal=False, out=None))

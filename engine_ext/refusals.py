@@ -256,7 +256,10 @@ BLOCK_POSITIONS_RULES: Rules = (
         lambda c: any(not rotary for rotary in getattr(c.model_config.hf_text_config, "no_rope_layers", None) or ()),
         "some layers have no rotary embedding, so that turning a query would change their scores",
     ),
-    (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "the KV cache is fp8, and so may be its queries"),
+    (
+        lambda c: c.device_config.device_type != "cpu" and c.cache_config.cache_dtype.startswith("fp8"),
+        "on a GPU the KV cache is fp8, and so may be its queries",
+    ),
     *((_on_cpu(rule), reason) for rule, reason in CPU_ATTENTION_RULES),
     (_reported(BLOCK_POSITIONS), "the engine can't run it, as it found when it started"),
 )

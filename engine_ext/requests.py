@@ -198,14 +198,17 @@ class RequestPlanner:
         elif SEGMENT_TOKEN in given:
             reason = "the prompt has images or embeddings, which can't be moved"
             raise OptionError(SEGMENT_TOKEN, given[SEGMENT_TOKEN], reason, f"a text-only prompt, or no {SEGMENT_TOKEN}")
-        plan = make_plan(num_tokens, defaults, request, page_size, self.replicas_now)
-        if plan is not None and plan.shards:
-            wanted = defaults.replicas
-            if request is not None and "replicas" in request.model_fields_set:
-                wanted = request.replicas
-            limit = self.replicas.size if wanted == "auto" else wanted
-            plan = with_enough_replicas(plan, page_size, self.num_pages, limit)
+        plan = self._with_room(make_plan(num_tokens, defaults, request, page_size, self.replicas_now), request)
         return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - client_tokens)
+
+    def _with_room(self, plan: StarPlan | None, request: StarOptions | None) -> StarPlan | None:
+        """A plan, with as many replicas as its KV needs where that stays on them (raises OptionError)."""
+        if plan is None or not plan.shards:
+            return plan
+        assert self.defaults is not None
+        wanted = merge(self.defaults, request).replicas
+        limit = self.replicas.size if wanted == "auto" else wanted
+        return with_enough_replicas(plan, self.page_size or 1, self.num_pages, limit)
 
     def _plan_blocks(
         self,
@@ -232,12 +235,12 @@ class RequestPlanner:
             raise OptionError(POSITIONS, "block", reason, f"a text-only prompt, or {POSITIONS}=prompt")
         assert self.defaults is not None
         try:
-            plan = plan_blocks(token_ids, self.defaults, request, page_size, self.token_limits)
+            plan = plan_blocks(token_ids, self.defaults, request, page_size, self.token_limits, self.replicas_now)
         except TooMuchPadding:
             if by_default:
                 return None
             raise
-        return PlannedPrompt(plan, num_tokens, token_ids)
+        return PlannedPrompt(self._with_room(plan, request), num_tokens, token_ids)
 
     def _check_memory(self, planned: PlannedPrompt) -> None:
         """Refuse a prompt that fits in no replica's memory, where max_model_len exceeds it (raises OptionError)."""

@@ -201,7 +201,7 @@ def make_star_worker(base: type) -> type:
             self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
             if self.block_positions_problem is None:
                 if block_positions_in_use():
-                    self._make_rotations()
+                    self._made_rotations()
                 # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
                 model.register_forward_pre_hook(set_positions, with_kwargs=True)
                 return
@@ -211,13 +211,15 @@ def make_star_worker(base: type) -> type:
 
         def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:
             """Layer name -> how its queries are turned to the positions of a block, where a plan needs it."""
-            if self.rotations is None and any(isinstance(plan, BlockPositionsPlan) for plan in plans):
-                self._make_rotations()
-            return self.rotations
+            needed = any(isinstance(plan, BlockPositionsPlan) for plan in plans)
+            return self._made_rotations() if needed else self.rotations
 
-        def _make_rotations(self) -> None:
-            max_model_len = self.vllm_config.model_config.max_model_len
-            self.rotations = make_rotations(self.model_runner.get_model(), max_model_len)
+        def _made_rotations(self) -> dict[str, Rotation]:
+            """Layer name -> how its queries are turned; made at its first use."""
+            if self.rotations is None:
+                max_model_len = self.vllm_config.model_config.max_model_len
+                self.rotations = make_rotations(self.model_runner.get_model(), max_model_len)
+            return self.rotations
 
         def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             if self.counts_rows and not self.is_warming_up:
@@ -240,7 +242,7 @@ def make_star_worker(base: type) -> type:
                 return super().execute_model(scheduler_output, *args, **kwargs)
 
         def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
-            return kv_connector().open_shard(name, page_ids)
+            return kv_connector().open_shard(name, page_ids, self._made_rotations)
 
         def close_shards(self, names: list[str]) -> None:
             kv_connector().close_shards(names)

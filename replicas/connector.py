@@ -17,6 +17,7 @@ from attention_backends.star.remote_queries import RemoteQuery
 from replicas.core_rpc import add_replica_rpc
 from replicas.metadata import PageLoads, WorkerAddress
 from replicas.remote_attention_client import StepRemoteAttention
+from replicas.remote_attention_server import Rotations
 from replicas.scheduler_connector import SchedulerConnector
 from replicas.worker_connector import WorkerConnector
 from scheduler.worker_report import WorkerReport
@@ -133,8 +134,8 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
 
     # A worker's side: for engine_ext/worker.py.
 
-    def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
-        return self.connector_worker.open_shard(name, page_ids)
+    def open_shard(self, name: str, page_ids: list[int], rotations: Rotations) -> dict[str, Any]:
+        return self.connector_worker.open_shard(name, page_ids, rotations)
 
     def close_shards(self, names: list[str]) -> None:
         self.connector_worker.close_shards(names)

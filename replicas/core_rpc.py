@@ -11,7 +11,7 @@ from typing import Any
 
 from replicas.replica_state import replica_state
 from replicas.weights import worker_digest
-from scheduler.star.plan import StarPlan
+from scheduler.star.block_positions import plan_from_wire
 from scheduler.star.request_metadata import metadata_of
 from vllm_compat.engine_core import add_core_utility
 
@@ -23,7 +23,7 @@ CANCEL_FETCH = "starling_cancel_fetch"
 
 
 def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> Future[dict[str, Any]]:
-    return replica_state(core.scheduler, core.request_block_hasher, token_ids, StarPlan(*plan), cache_salt)
+    return replica_state(core.scheduler, core.request_block_hasher, token_ids, plan_from_wire(plan), cache_salt)
 
 
 def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from vllm.logger import init_logger
 
 from attention_backends.kernels.merge import merge
-from attention_backends.star.remote_queries import RemoteQuery
+from attention_backends.star.remote_queries import RemoteQuery, RemoteSpan
 from replicas.messages import Message, MessageError, MessageLimits, Messenger
 from replicas.remote_attention_server import to_bytes
 from replicas.remote_query import error_of
@@ -42,16 +42,13 @@ class RemoteAttentionClient:
     Args:
         name: unique among all workers.
         rank: tensor-parallel rank of the worker, which queries the same rank of other replicas.
-        page_size: tokens of a KV page.
         count_bytes: called with the bytes of each query and of each response.
         limits: of the messages that it receives.
     """
 
-    def __init__(
-        self, name: str, rank: int, page_size: int, count_bytes: Callable[[int], None], limits: MessageLimits
-    ) -> None:
+    def __init__(self, name: str, rank: int, count_bytes: Callable[[int], None], limits: MessageLimits) -> None:
         self.messenger = Messenger(name, limits)
-        self.rank, self.page_size, self.count_bytes = rank, page_size, count_bytes
+        self.rank, self.count_bytes = rank, count_bytes
         self.num_sent = 0
         self.lost: dict[str, str] = {}
 
@@ -88,7 +85,7 @@ class RemoteAttentionClient:
             "dtype": str(query.dtype).removeprefix("torch."),
             "heads": query.shape[1],
             "size": query.shape[2],
-            "spans": [(span.shard, span.num_queries, span.first_page, span.num_pages) for span in remote.spans],
+            "spans": [(span.shard, span.first_query, span.num_queries, *ranges_of(span)) for span in remote.spans],
         }
         body = to_bytes(query)
         self.messenger.send(address["name"], header, body)
@@ -106,6 +103,11 @@ class RemoteAttentionClient:
             self.messenger.disconnect(name)
         except MessageError as error:
             logger.error("remote attention: %s", error)
+
+
+def ranges_of(span: RemoteSpan) -> tuple[list[int], list[int], list[int]]:
+    """The ranges of a span as msgpack takes them."""
+    return span.first_pages.tolist(), span.num_keys.tolist(), span.turns.tolist()
 
 
 class StepRemoteAttention:
@@ -187,7 +189,7 @@ class StepRemoteAttention:
 
     def _limit(self, remote: RemoteQuery, out: torch.Tensor) -> float:
         """Seconds that a response may take."""
-        flops = 4 * remote.pairs(self.client.page_size) * out.shape[1] * out.shape[2]
+        flops = 4 * remote.pairs() * out.shape[1] * out.shape[2]
         return RESPONSE_SECONDS + flops / MIN_FLOPS
 
     def _merge(

@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from attention_backends.kernels.contract import Layout, Operands
-from attention_backends.kernels.cpu.attention import paged_attention
+from attention_backends.kernels.contract import Layout
+from attention_backends.kernels.rotary import NO_ROTATION, Rotation
+from attention_backends.star.rows import TurnedKeys
+from attention_backends.star.turned import add_rows, make_turned_rows
 from replicas.messages import Message, MessageError, MessageLimits, Messenger
-from replicas.remote_query import Query, QueryError, parse_query
+from replicas.remote_query import Query, QueryError, Span, parse_query
 
 logger = init_logger("vllm.starling")
 
@@ -28,6 +30,8 @@ BUSY_SECONDS = 0.002
 """For this long after a message the thread looks for the next one without sleeping: a step's layers follow fast."""
 
 NAP_SECONDS = 0.0005
+
+Rotations = Callable[[], Mapping[str, Rotation]]
 
 LINGER_SECONDS = 30.0
 """For this long after a message the thread looks for the next one although no shard is open."""
@@ -39,14 +43,17 @@ class RemoteAttentionServer:
     Args:
         name: unique among all workers.
         kv_caches: layer -> its KV cache as vLLM's CPU attention has it, (pages, KV heads, page size, K and V).
+        rotations: returns layer -> its rotary embedding, for queries that are turned.
         limits: of the messages that it receives.
 
     Attributes:
         failure: why the thread has ended; None while it runs.
     """
 
-    def __init__(self, name: str, kv_caches: dict[str, torch.Tensor], limits: MessageLimits) -> None:
-        self.kv_caches = kv_caches
+    def __init__(
+        self, name: str, kv_caches: dict[str, torch.Tensor], rotations: Rotations, limits: MessageLimits
+    ) -> None:
+        self.kv_caches, self.rotations = kv_caches, rotations
         self.messenger = Messenger(name, limits)
         self.failure: str | None = None
         self.shards: dict[str, np.ndarray] = {}
@@ -169,59 +176,76 @@ class RemoteAttentionServer:
         if cache is None:
             raise QueryError(f"there is no layer {query.layer} here")
         tokens = query.tokens(body, cache)
-        params = {"scale": query.scale, "softcap": query.softcap}
+        rotation = self._rotation(query)
         with self.lock:
-            page_ids = [self._pages(*span) for span in query.spans]
-            out, lse = attend_all(tokens, cache, page_ids, [span[1] for span in query.spans], params)
+            page_ids = [self._pages(span, cache.shape[2]) for span in query.spans]
+            params = {"scale": query.scale, "softcap": query.softcap}
+            out, lse = attend_spans(tokens, cache, query.spans, page_ids, rotation, **params)
         return to_bytes(out) + to_bytes(lse)
 
-    def _pages(self, shard: str, num_queries: int, first: int, num_pages: int) -> np.ndarray:
-        """The pages of one span of a query."""
-        if shard not in self.shards:
-            raise QueryError(f"shard {shard} is not open here")
-        page_ids = self.shards[shard]
-        if first < 0 or num_pages < 1 or first + num_pages > len(page_ids):
-            raise QueryError(f"shard {shard} has {len(page_ids)} pages, and not pages {first} to {first + num_pages}")
-        return page_ids[first : first + num_pages]
+    def _rotation(self, query: Query) -> Rotation:
+        """How the query tokens are turned.
+
+        Raises:
+            QueryError: they can't be turned so far.
+        """
+        furthest = max((turn for span in query.spans for turn in span.turns), default=0)
+        if furthest == 0:
+            return NO_ROTATION
+        rotation = self.rotations().get(query.layer)
+        if rotation is None or furthest >= len(rotation.cos):
+            raise QueryError(f"queries of layer {query.layer} can't be turned by {furthest} positions")
+        return rotation
+
+    def _pages(self, span: Span, page_size: int) -> np.ndarray:
+        """The pages of the shard of a span, which has all of the span's keys."""
+        if span.shard not in self.shards:
+            raise QueryError(f"shard {span.shard} is not open here")
+        page_ids = self.shards[span.shard]
+        if not len(span.first_pages) == len(span.num_keys) == len(span.turns) > 0:
+            raise QueryError(f"{span} does not have three numbers for each range")
+        for first, keys, turn in zip(span.first_pages, span.num_keys, span.turns, strict=True):
+            if first < 0 or keys < 1 or turn < 0 or first + -(-keys // page_size) > len(page_ids):
+                raise QueryError(
+                    f"shard {span.shard} has {len(page_ids)} pages, and not {keys} keys from page {first} on, "
+                    f"turned by {turn} positions"
+                )
+        return page_ids
 
 
-def attend_all(
+def attend_spans(
     query: torch.Tensor,
     cache: torch.Tensor,
+    spans: Sequence[Span],
     page_ids: Sequence[np.ndarray],
-    num_queries: Sequence[int],
-    params: dict[str, Any],
+    rotation: Rotation,
+    **params: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of consecutive query tokens over all keys of whole pages, without a causal mask.
+    """Attention of query tokens over all keys of their spans, without a causal mask.
 
     Args:
         query: (T, heads, head size).
         cache: (pages, KV heads, page size, K and V).
-        page_ids: for each span of queries, the pages that it attends to.
-        num_queries: tokens of each span; they add up to T.
+        page_ids: for each span, the pages of its shard.
         params: ``scale`` and ``softcap`` of the layer.
 
     Returns:
-        out (T, heads, head size), lse (T, heads).
+        out (T, heads, head size) in the query's dtype, lse (T, heads) float32; 0 and -inf for a token without a span.
     """
+    out, lse = torch.zeros(query.shape), torch.full(query.shape[:2], float("-inf"))
+    if not spans:
+        return out.to(query.dtype), lse
     num_pages, kv_heads, page_size, _ = cache.shape
     keys, values = cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
-    block_table = torch.zeros(len(page_ids), max(map(len, page_ids)), dtype=torch.int32)
+    block_table = torch.zeros(len(spans), max(map(len, page_ids)), dtype=torch.int32)
     for row, of_row in enumerate(page_ids):
         block_table[row, : len(of_row)] = torch.from_numpy(of_row)
-    operands = Operands(
-        query,
-        keys,
-        values,
-        block_table,
-        torch.from_numpy(np.concatenate(([0], np.cumsum(num_queries))).astype(np.int32)),
-        torch.tensor([len(of_row) * page_size for of_row in page_ids], dtype=torch.int32),
-        scale=params["scale"],
-        softcap=params["softcap"],
-        causal=False,
-        layout=Layout.CPU,
-    )
-    return paged_attention(operands)
+    rows = np.repeat(np.arange(len(spans)), [len(span.turns) for span in spans])
+    ranges = (np.concatenate([getattr(span, name) for span in spans]) for name in ("first_pages", "num_keys", "turns"))
+    starts, query_lens = np.asarray([(span.first_query, span.num_queries) for span in spans]).T
+    calls = make_turned_rows(TurnedKeys(rows, rows, *ranges), starts, query_lens, block_table, page_size)
+    add_rows(calls, rotation, query, (keys, values), out, lse, layout=Layout.CPU, **params)
+    return out.to(query.dtype), lse
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:

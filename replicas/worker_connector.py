@@ -19,7 +19,7 @@ from replicas.network import DEVICES_ENV, use_devices
 from replicas.options import replica_options
 from replicas.page_transfer import PageReader, Transfer, TransferError
 from replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
-from replicas.remote_attention_server import RemoteAttentionServer
+from replicas.remote_attention_server import RemoteAttentionServer, Rotations
 from replicas.remote_query import message_limits
 from scheduler.star.request_metadata import ONE_HOST
 from scheduler.worker_report import WorkerReport
@@ -132,15 +132,20 @@ class WorkerConnector:
 
     # Remote attention.
 
-    def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
+    def open_shard(self, name: str, page_ids: list[int], rotations: Rotations) -> dict[str, Any]:
         """Let other replicas attend to these pages; returns the address that takes their queries.
+
+        Args:
+            rotations: returns how the queries of each layer are turned.
 
         Raises:
             RuntimeError: a layer's KV can't be attended to for other replicas.
         """
         if self.server is None:
             self._check_layers()
-            self.server = RemoteAttentionServer(f"{self.name}-server", self.kv_caches, self._message_limits())
+            self.server = RemoteAttentionServer(
+                f"{self.name}-server", self.kv_caches, rotations, self._message_limits()
+            )
         return self.server.open(name, page_ids)
 
     def _check_layers(self) -> None:
@@ -157,10 +162,13 @@ class WorkerConnector:
         row_bytes = (
             max(impl.num_heads * impl.head_size for impl in impls) * self.vllm_config.model_config.dtype.itemsize
         )
+        scheduling = self.vllm_config.scheduler_config
+        blocks_of_prompt = -(-self.vllm_config.model_config.max_model_len // self.page_size)
         return message_limits(
-            self.vllm_config.scheduler_config.max_num_batched_tokens,
+            scheduling.max_num_batched_tokens,
             row_bytes,
             heads,
+            num_ranges=scheduling.max_num_seqs * blocks_of_prompt,
             num_senders=self.vllm_config.parallel_config.data_parallel_size,
         )
 
@@ -173,7 +181,7 @@ class WorkerConnector:
         """The object by which a step's layers send these queries to other replicas."""
         if self.client is None:
             self.client = RemoteAttentionClient(
-                f"{self.name}-client", self.rank, self.page_size, self.metrics.shard_bytes.inc, self._message_limits()
+                f"{self.name}-client", self.rank, self.metrics.shard_bytes.inc, self._message_limits()
             )
         return self.client.step(queries)
 

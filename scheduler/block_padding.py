@@ -15,9 +15,12 @@ from scheduler.star.request_metadata import metadata_of
 
 
 def block_positions_plan(request: Any) -> BlockPositionsPlan | None:
-    """The plan of a request whose blocks have positions of their own."""
-    plan = metadata_of(request).plan
-    return plan if isinstance(plan, BlockPositionsPlan) else None
+    """The plan of a request whose blocks have positions of their own.
+
+    None for a part of a prompt that is split over replicas: a front has padded that, and counts its tokens itself.
+    """
+    metadata = metadata_of(request)
+    return metadata.plan if isinstance(metadata.plan, BlockPositionsPlan) and metadata.part is None else None
 
 
 def with_padding(request: Any) -> Any:

@@ -163,7 +163,7 @@ def _progress(request: Any) -> dict[str, int] | None:
     computed = min(SchedulerView.computed_tokens(request), request.num_prompt_tokens)
     own = max(computed, start)
     cached = max((SchedulerView.cached_tokens(request) or 0) - start, 0)
-    done = plan.client_index(own) - start if plan else own - start
+    done = plan.client_index(own) - plan.client_index(start) if plan else own - start
     return {
         "computed": done,
         "prompt": plan.num_client_tokens if plan else request.num_prompt_tokens,

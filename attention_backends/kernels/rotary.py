@@ -21,6 +21,10 @@ class Rotation:
     is_neox_style: bool
 
 
+NO_ROTATION = Rotation(torch.ones(1, 0), torch.zeros(1, 0), True)
+"""For queries that are not turned: it has position 0 alone, and turns no element."""
+
+
 def turn_back(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
     """Turn query tokens back.
 

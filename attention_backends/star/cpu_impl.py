@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from attention_backends.kernels.contract import CPU_ISAS, Layout, Operands
+from attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
 from attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
 from attention_backends.star.step import current_step
@@ -36,7 +36,6 @@ def unsupported_reason(impl: CPUAttentionBackendImpl) -> str | None:
         (impl.alibi_slopes is not None, "it has ALiBi slopes"),
         (impl.sinks is not None, "it has attention sinks"),
         (impl.sliding_window != -1, "it has a sliding window"),
-        (impl.is_fp8_kv_cache, "its cache is fp8"),
         (impl.head_size % VECTOR_SIZE, f"its head size is no multiple of {VECTOR_SIZE}"),
     ):
         if refused:
@@ -61,6 +60,8 @@ class CpuImpl(CPUAttentionBackendImpl):
             metadata: vLLM's attention metadata of the batch; None in warm-up runs.
         """
         if not self.has_op or _cpu_attention == "vllm" or metadata is None or layer.isa not in CPU_ISAS:
+            return False
+        if self.is_fp8_kv_cache:  # never measured
             return False
         if metadata.causal is not True or metadata.dynamic_causal is not None:
             return False
@@ -99,22 +100,24 @@ class CpuImpl(CPUAttentionBackendImpl):
         tokens = attn_metadata.num_actual_tokens
         num_pages, kv_heads, page_size, _ = kv_cache.shape
         key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
-        caches, options = (key_cache, value_cache), {"scale": self.scale, "softcap": self.logits_soft_cap}
+        options = {"scale": self.scale, "softcap": self.logits_soft_cap}
+        if self.is_fp8_kv_cache:
+            key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
+            options |= {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
+        caches = key_cache, value_cache
         if turned is not None and remote is None:
             turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
             return output
         sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
         operands = Operands(
             query[:tokens],
-            key_cache,
-            value_cache,
+            *caches,
             attn_metadata.block_table,
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
-            scale=self.scale,
-            softcap=self.logits_soft_cap,
             out=output[:tokens],
             layout=Layout.CPU,
+            **options,
         )
         out, lse = paged_attention(operands)
         if remote is not None:

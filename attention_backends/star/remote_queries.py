@@ -16,22 +16,26 @@ from attention_backends.star.rows import VirtualRows
 from scheduler.star.request_metadata import Shard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RemoteSpan:
-    """Consecutive query tokens, and the pages of a shard that they see.
+    """Consecutive query tokens, and the keys of a shard that they see: N ranges, each from a page border on.
 
     Attributes:
         request_id: the request of the tokens.
         shard: the name under which the other replica holds the pages.
-        num_queries: how many tokens.
-        first_page, num_pages: the shard's first page that they see, counted from its start, and how many pages.
+        first_query, num_queries: the query's first one of these tokens, and how many there are.
+        first_pages: (N,) int64, first page of each range, counted from the shard's start.
+        num_keys: (N,) int64, keys of each range.
+        turns: (N,) int64, by how many positions the tokens are turned back for it.
     """
 
     request_id: str
     shard: str
+    first_query: int
     num_queries: int
-    first_page: int
-    num_pages: int
+    first_pages: np.ndarray
+    num_keys: np.ndarray
+    turns: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +45,35 @@ class RemoteQuery:
     Attributes:
         addresses: of the replica's tensor-parallel ranks.
         tokens: (T,) int64, numbers of the step's query tokens.
-        spans: what each of them sees; the spans' queries add up to T.
+        spans: what they see.
     """
 
     addresses: Sequence[dict[str, Any]]
     tokens: np.ndarray
     spans: tuple[RemoteSpan, ...]
 
-    def pairs(self, page_size: int) -> int:
+    def pairs(self) -> int:
         """Query-key pairs, per head."""
-        return sum(span.num_queries * span.num_pages * page_size for span in self.spans)
+        return sum(span.num_queries * int(span.num_keys.sum()) for span in self.spans)
+
+
+class _Query:
+    """A RemoteQuery in the making: its tokens, each once, and its spans."""
+
+    def __init__(self, addresses: Sequence[dict[str, Any]]) -> None:
+        self.addresses = addresses
+        self.rows: dict[int, int] = {}  # virtual row -> its first query token here
+        self.tokens: list[np.ndarray] = []
+        self.num_tokens = 0
+        self.spans: list[RemoteSpan] = []
+
+    def first_query(self, row: int, tokens: np.ndarray) -> int:
+        """Where the tokens of a row begin, which are added unless they are there."""
+        if row not in self.rows:
+            self.rows[row] = self.num_tokens
+            self.tokens.append(tokens)
+            self.num_tokens += len(tokens)
+        return self.rows[row]
 
 
 def make_remote_queries(
@@ -64,17 +87,19 @@ def make_remote_queries(
         page_size: tokens of a KV page.
     """
     starts = np.concatenate(([0], np.cumsum(rows.query_lens)))
-    found: dict[str, tuple[Sequence[dict[str, Any]], list[np.ndarray], list[RemoteSpan]]] = {}
+    found: dict[str, _Query] = {}
     for remote in rows.remote:
         request_id = request_ids[rows.source[remote.row]]
         tokens = np.arange(starts[remote.row], starts[remote.row + 1])
         for shard in shards[request_id]:
-            for start, stop in remote.keys:
-                first, last = max(start, shard.start), min(stop, shard.start + shard.num_tokens)
-                if first >= last:
-                    continue
-                _, parts, spans = found.setdefault(shard.addresses[0]["name"], (shard.addresses, [], []))
-                parts.append(tokens)
-                pages = (first - shard.start) // page_size, (last - first) // page_size
-                spans.append(RemoteSpan(request_id, shard.name, len(tokens), *pages))
-    return [RemoteQuery(addresses, np.concatenate(parts), tuple(spans)) for addresses, parts, spans in found.values()]
+            first = np.maximum(remote.starts, shard.start)
+            last = np.minimum(remote.starts + remote.lengths, shard.start + shard.num_tokens)
+            seen = first < last
+            if not seen.any():
+                continue
+            query = found.setdefault(shard.addresses[0]["name"], _Query(shard.addresses))
+            first_pages, num_keys = (first - shard.start)[seen] // page_size, (last - first)[seen]
+            place = query.first_query(remote.row, tokens)
+            turns = remote.turns[seen]
+            query.spans.append(RemoteSpan(request_id, shard.name, place, len(tokens), first_pages, num_keys, turns))
+    return [RemoteQuery(query.addresses, np.concatenate(query.tokens), tuple(query.spans)) for query in found.values()]

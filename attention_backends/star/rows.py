@@ -14,16 +14,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.star.block_positions import BlockPositionsPlan
+from scheduler.star.block_positions import BlockKeys, BlockPositionsPlan
 from scheduler.star.plan import KeyRanges, StarPlan, count_pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RemoteKeys:
-    """Whole pages on other replicas, before a row's queries; every query of the row sees all of them."""
+    """Keys on other replicas, before a row's queries; every query of the row sees all of them.
+
+    Attributes:
+        row: the virtual row.
+        starts: (N,) int64, position of the first key of each range, on a page border.
+        lengths: (N,) int64, keys of each range.
+        turns: (N,) int64, by how many positions a query is turned back before it meets the keys of a range.
+    """
 
     row: int
-    keys: KeyRanges
+    starts: np.ndarray
+    lengths: np.ndarray
+    turns: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,11 @@ def split_rows(
     gathered: list[int] = []
     columns: list[np.ndarray] = []
     remote: list[RemoteKeys] = []
-    turned: list[tuple[int, int, BlockPositionsPlan]] = []
+    turned: list[tuple[int, int, BlockKeys]] = []
     context_tokens = star_pairs = dense_pairs = 0
     for row, (plan, start, end, span) in enumerate(zip(plans, starts, seq_lens, remote_spans, strict=True)):
         pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
+        first_remote, stop_remote = span or (0, 0)
         for piece_start, piece_end, keys in pieces:
             in_context, block_start = False, 0
             if plan is not None and piece_start < plan.context_end:
@@ -139,11 +149,18 @@ def split_rows(
                 star_pairs += count_pairs(queries, keys)
                 dense_pairs += count_pairs(queries, ((0, piece_end),))
             elif isinstance(plan, BlockPositionsPlan):
-                turned.append((len(source), row, plan))
+                blocks = plan.block_keys
+                is_remote = (blocks.starts >= first_remote) & (blocks.starts < stop_remote)
+                turned.append((len(source), row, blocks.where(~is_remote)))
+                if is_remote.any():
+                    away = blocks.where(is_remote)
+                    remote.append(RemoteKeys(len(source), away.starts, away.lengths, away.turns))
             if span is not None:
                 keys, remote_keys = divide(keys, span)
                 if remote_keys:
-                    remote.append(RemoteKeys(len(source), remote_keys))
+                    borders = np.asarray(remote_keys, dtype=np.int64)
+                    lengths = borders[:, 1] - borders[:, 0]
+                    remote.append(RemoteKeys(len(source), borders[:, 0], lengths, np.zeros_like(lengths)))
             if keys[0][0] or len(keys) > 1:
                 gathered.append(len(source))
                 columns.append(_page_columns(keys, page_size))
@@ -171,11 +188,11 @@ def split_rows(
     )
 
 
-def _turned_keys(rows: list[tuple[int, int, BlockPositionsPlan]], page_size: int) -> TurnedKeys | None:
-    """The keys of (virtual row, batch row, plan)s; None where there is no such row."""
+def _turned_keys(rows: list[tuple[int, int, BlockKeys]], page_size: int) -> TurnedKeys | None:
+    """The keys of (virtual row, batch row, blocks)s; None where there is no such row."""
     if not rows:
         return None
-    keys = [plan.block_keys for _, _, plan in rows]
+    keys = [blocks for _, _, blocks in rows]
     numbers = [len(one.starts) for one in keys]
     return TurnedKeys(
         np.repeat(np.asarray([row for row, _, _ in rows], dtype=np.int64), numbers),

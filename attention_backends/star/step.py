@@ -123,7 +123,8 @@ class StarStep:
                 query_start_loc=virtual.query_start_loc,
                 seq_lens=virtual.seq_lens,
             )
-            calls = list(make_turned_rows(rows, batch.block_table_tensor, page_size))
+            starts = np.cumsum(rows.query_lens) - rows.query_lens
+            calls = list(make_turned_rows(rows.turned, starts, rows.query_lens, batch.block_table_tensor, page_size))
             self._turned_attention[page_size] = TurnedAttention(own, calls, self.rotations)
 
     def turned_attention(self, page_size: int) -> TurnedAttention | None:

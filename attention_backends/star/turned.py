@@ -9,7 +9,7 @@ merged by their log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from attention_backends.kernels.contract import Layout, Operands
 from attention_backends.kernels.dispatch import paged_attention
 from attention_backends.kernels.rotary import Rotation
 from attention_backends.kernels.turned import TurnedQueries, add_turned_attention, turned_attention
-from attention_backends.star.rows import TurnedKeys, VirtualRows
+from attention_backends.star.rows import TurnedKeys
 
 MAX_TOKENS = {"cpu": 512, "cuda": 8192}
 """Turned query tokens that one call has on a device, or those of a single row and block where these are more.
@@ -48,19 +48,22 @@ class TurnedRows:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
 
+    def operands(self, query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], **options: Any) -> Operands:
+        """The operands of the call for a layer's query (tokens, heads, head size) and caches."""
+        return Operands(query, *caches, self.block_table, self.query_start_loc, self.seq_lens, **options)
 
-def make_turned_rows(rows: VirtualRows, block_table: torch.Tensor, page_size: int) -> Iterator[TurnedRows]:
-    """The calls by which a step's queries attend to blocks with positions of their own.
+
+def make_turned_rows(
+    turned: TurnedKeys, starts: np.ndarray, query_lens: np.ndarray, block_table: torch.Tensor, page_size: int
+) -> Iterator[TurnedRows]:
+    """The calls by which queries attend to blocks with positions of their own.
 
     Args:
-        block_table: (batch rows, columns) int32, the batch's own.
+        starts, query_lens: (R,) int64, first query token of each virtual row, and their number.
+        block_table: (batch rows, columns) int32.
         page_size: tokens of a page of it.
     """
-    turned = rows.turned
-    if turned is None:
-        return
-    starts = np.concatenate(([0], np.cumsum(rows.query_lens)))
-    queries = rows.query_lens[turned.row]
+    queries = query_lens[turned.row]
     calls = (np.cumsum(queries) - 1) // MAX_TOKENS[block_table.device.type]
     for first, stop in _runs(calls):
         yield _one_call(turned, slice(first, stop), starts, queries, block_table, page_size)
@@ -69,7 +72,8 @@ def make_turned_rows(rows: VirtualRows, block_table: torch.Tensor, page_size: in
 def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
     """The ranges of equal neighbours."""
     borders = np.flatnonzero(np.diff(values)) + 1
-    yield from zip([0, *borders.tolist()], [*borders.tolist(), len(values)], strict=True)
+    if len(values):
+        yield from zip([0, *borders.tolist()], [*borders.tolist(), len(values)], strict=True)
 
 
 def _one_call(
@@ -99,6 +103,29 @@ def _one_call(
         on_device(own_starts, torch.int32),
         on_device(keys, torch.int32),
     )
+
+
+def add_rows(
+    calls: Iterable[TurnedRows],
+    rotation: Rotation,
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Add the keys of these calls to the attention over all other keys.
+
+    Args:
+        query: (tokens, heads, head size), turned to the positions of its tokens.
+        caches: the layer's key and value cache.
+        out: (tokens, heads, value size) float32, changed in place.
+        lse: (tokens, heads) float32, changed in place.
+        options: further Operands: ``scale``, ``layout`` and the like.
+    """
+    for rows in calls:
+        queries = TurnedQueries(rows.tokens, rows.turns, rotation)
+        add_turned_attention(rows.operands(query, caches, **options), queries, out, lse)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +197,7 @@ class TurnedAttention:
         own = self.own
         query, out = query[: own.num_tokens], out[: own.num_tokens]
         if self.decodes is not None:
-            operands = self._operands(self.decodes, query, caches, out=out, layout=layout, **options)
+            operands = self.decodes.operands(query, caches, out=out, layout=layout, **options)
             turned_attention(operands, self._queries_of_decodes(self.decodes, self.rotations[layer]))
             return
         operands = Operands(
@@ -207,15 +234,8 @@ class TurnedAttention:
             options: further Operands: ``scale``, ``softcap`` and the like.
         """
         wide = out.float()  # rounded once, after the last merge
-        for rows in self.rows:
-            queries = TurnedQueries(rows.tokens, rows.turns, self.rotations[layer])
-            add_turned_attention(self._operands(rows, query, caches, layout=layout, **options), queries, wide, lse)
+        add_rows(self.rows, self.rotations[layer], query, caches, wide, lse, layout=layout, **options)
         out.copy_(wide)
-
-    def _operands(
-        self, rows: TurnedRows, query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], **options: Any
-    ) -> Operands:
-        return Operands(query, *caches, rows.block_table, rows.query_start_loc, rows.seq_lens, **options)
 
     def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
         """The turned queries of a step of decodes, one object for all layers, which so share the angles.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -63,8 +64,9 @@ class Prediction:
 
 def predict(prompt: Prompt, replicas: int) -> Prediction:
     """The prediction for so many idle replicas with empty caches."""
-    assignments = assign_blocks(prompt.blocks, 1.0, [ReplicaState()] * replicas, replicas)
-    rounds = round(max(completion_time(assignment, 1.0, ReplicaState()) for assignment in assignments))
+    sizes = np.ones(prompt.blocks)
+    assignments = assign_blocks(sizes, 1.0, [ReplicaState()] * replicas, replicas)
+    rounds = round(max(completion_time(sizes, assignment, 1.0, ReplicaState()) for assignment in assignments))
     moved = (prompt.blocks - assignments[0].stop) * prompt.block_bytes
     return Prediction(
         rounds, rounds * prompt.block_seconds, moved, moved / prompt.bytes_per_second, prompt.query_seconds

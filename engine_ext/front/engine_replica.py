@@ -34,7 +34,7 @@ class SplitPrompt:
 
     Attributes:
         request_id: as given to AsyncLLM.generate.
-        token_ids: all of the prompt.
+        token_ids: all of the prompt, as the engine core computes it.
         plan: of the whole prompt.
         page_size: tokens of a KV page.
         inputs: further entries of the engine input, such as ``cache_salt``.
@@ -77,8 +77,7 @@ class SplitPrompt:
 
     def part(self, first_block: int, stop_block: int) -> tuple[int, int]:
         """The positions [start, stop) of some star blocks, as far as they are whole pages."""
-        start = first_block * self.plan.block_size
-        stop = min(stop_block * self.plan.block_size, self.plan.context_end)
+        start, stop = self.plan.block_range(first_block, stop_block)
         return start, max(stop // self.page_size * self.page_size, start)
 
 

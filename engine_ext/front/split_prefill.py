@@ -111,7 +111,8 @@ class SplitPrefill:
         self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
         self.tasks: list[asyncio.Task] = []  # the request's end cancels them
         self.under_way: set[asyncio.Future] = set()  # parts and the reservation, which end with their tasks
-        shared = SplitPrompt(request_id, self.token_ids, self.plan, self.page_size, prompt, keywords)
+        padded = self.plan.pad(planned.token_ids)
+        shared = SplitPrompt(request_id, padded, self.plan, self.page_size, prompt, keywords)
         self.engines = {
             rank: EngineReplica(engine, rank, shared, self.held, self.under_way)
             for rank in range(num_engine_cores(engine))
@@ -191,7 +192,7 @@ class SplitPrefill:
         ranks = list(states)
         anchor_work = self.plan.anchor_size / self.plan.block_size
         own = 0 if self.peers else None  # the client's connection is to this server
-        by_index = assign_blocks(self.plan.num_star_blocks, anchor_work, list(states.values()), self.plan.replicas, own)
+        by_index = assign_blocks(self.plan.block_sizes, anchor_work, list(states.values()), self.plan.replicas, own)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
         self._choose_lenders(assignments)

@@ -1,4 +1,4 @@
-"""Which replica prefills which star blocks of one prompt. Pure functions; work is counted in star blocks.
+"""Which replica prefills which star blocks of one prompt. Pure functions; work is counted in blocks of B tokens.
 
 Phase 1 of Star Attention needs nothing of other blocks but the anchor (arXiv 2411.17116, section 2.1), so any replica
 may prefill any block. Each replica gets one contiguous range of blocks. The replica of the first range computes
@@ -26,7 +26,7 @@ class ReplicaState:
             the last byte are not cached.
         has_anchor: whether the pages of the anchor are.
         load: work that is queued there already.
-        max_blocks: star blocks that its memory takes.
+        max_blocks: blocks of B tokens that its memory takes.
     """
 
     cached: bytes = b""
@@ -45,7 +45,7 @@ class Assignment:
 
 
 def assign_blocks(
-    num_blocks: int,
+    sizes: np.ndarray,
     anchor_work: float,
     replicas: Sequence[ReplicaState],
     max_replicas: int,
@@ -54,7 +54,7 @@ def assign_blocks(
     """Split blocks over at most ``max_replicas`` replicas, so that the last replica is done as early as possible.
 
     Args:
-        num_blocks: star blocks of the prompt, 1 or more.
+        sizes: (N,) float64, the work of each star block, 1 for B tokens; N is at least 1.
         anchor_work: the work of computing the anchor, A / B.
         replicas: all replicas, by index.
         first: the replica that has to get the first range; None: the best one.
@@ -65,31 +65,39 @@ def assign_blocks(
     Raises:
         ValueError: the replicas' memory does not take all blocks.
     """
-    order = _order(num_blocks, replicas, first)[:max_replicas]
-    uncached = {index: _uncached_before(num_blocks, replicas[index]) for index in order}
-    low, high = 0.0, max(replica.load for replica in replicas) + num_blocks + anchor_work
+    before = _sums(sizes)
+    order = _order(before, replicas, first)[:max_replicas]
+    uncached = {index: _uncached_before(sizes, replicas[index]) for index in order}
+    low, high = 0.0, max(replica.load for replica in replicas) + float(before[-1]) + anchor_work
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if _fill(num_blocks, anchor_work, replicas, uncached, middle) is None:
+        if _fill(before, anchor_work, replicas, uncached, middle) is None:
             low = middle
         else:
             high = middle
-    assignments = _fill(num_blocks, anchor_work, replicas, uncached, high)
+    assignments = _fill(before, anchor_work, replicas, uncached, high)
     if assignments is None:
         room = sum(replicas[index].max_blocks for index in order)
-        raise ValueError(f"{num_blocks} star blocks, and {len(order)} replicas have room for {room:.0f}")
+        raise ValueError(f"{before[-1]:g} star blocks, and {len(order)} replicas have room for {room:.0f}")
     return assignments
 
 
-def completion_time(assignment: Assignment, anchor_work: float, replica: ReplicaState) -> float:
-    """The work after which a replica is done with its assignment, queued work included."""
-    anchor = 0.0 if assignment.first == 0 or replica.has_anchor else anchor_work
-    num_cached = replica.cached.count(1, assignment.first, assignment.stop)
-    return replica.load + anchor + (assignment.stop - assignment.first - num_cached)
+def completion_time(sizes: np.ndarray, assignment: Assignment, anchor_work: float, replica: ReplicaState) -> float:
+    """The work after which a replica is done with its assignment, queued work included.
+
+    Args:
+        sizes: as ``assign_blocks`` has them.
+    """
+    before = _uncached_before(sizes, replica)
+    return _start(assignment.first, anchor_work, replica) + float(before[assignment.stop] - before[assignment.first])
 
 
 def best_num_replicas(num_blocks: int, anchor_work: float, max_replicas: int) -> int:
-    """The smallest number of idle replicas with empty caches that is as fast as ``max_replicas`` of them."""
+    """The smallest number of idle replicas with empty caches that is as fast as ``max_replicas`` of them.
+
+    Args:
+        num_blocks: star blocks of the prompt, which all have B tokens.
+    """
 
     def work(number: int) -> float:
         # All replicas are done after a whole number of blocks, or after the anchor and a whole number of blocks.
@@ -100,12 +108,36 @@ def best_num_replicas(num_blocks: int, anchor_work: float, max_replicas: int) ->
     return min(range(1, min(max_replicas, num_blocks) + 1), key=lambda number: (round(work(number), 6), number))
 
 
-def _order(num_blocks: int, replicas: Sequence[ReplicaState], first: int | None) -> list[int]:
+def best_num_replicas_of(sizes: np.ndarray, anchor_work: float, max_replicas: int) -> int:
+    """As ``best_num_replicas``, for blocks of any sizes."""
+
+    def work(number: int) -> float:
+        assignments = assign_blocks(sizes, anchor_work, [ReplicaState()] * number, number)
+        return max(completion_time(sizes, each, anchor_work, ReplicaState()) for each in assignments)
+
+    return min(range(1, min(max_replicas, len(sizes)) + 1), key=lambda number: (round(work(number), 6), number))
+
+
+def _start(first: int, anchor_work: float, replica: ReplicaState) -> float:
+    """The work after which a replica begins with a range of blocks."""
+    return replica.load + (0.0 if first == 0 or replica.has_anchor else anchor_work)
+
+
+def _sums(sizes: np.ndarray) -> np.ndarray:
+    """(N + 1,) float64: the sum of the sizes before each one."""
+    return np.concatenate(([0.0], np.cumsum(sizes)))
+
+
+def _order(before: np.ndarray, replicas: Sequence[ReplicaState], first: int | None) -> list[int]:
     """Replicas in the order in which they get blocks.
 
-    First the given one, else the one with the most leading blocks cached, less its load. The others follow by where
+    First the given one, else the one with the most leading work cached, less its load. The others follow by where
     their cached blocks begin, then by load.
+
+    Args:
+        before: the work before each block.
     """
+    num_blocks = len(before) - 1
 
     def first_block(replica: ReplicaState, flag: int) -> int:
         """The first block that is cached (1), or is not (0)."""
@@ -119,7 +151,7 @@ def _order(num_blocks: int, replicas: Sequence[ReplicaState], first: int | None)
         first = min(
             by_index,
             key=lambda index: (
-                replicas[index].load - first_block(replicas[index], 0),
+                replicas[index].load - before[first_block(replicas[index], 0)],
                 replicas[index].cached.count(1),
                 index,
             ),
@@ -131,16 +163,14 @@ def _order(num_blocks: int, replicas: Sequence[ReplicaState], first: int | None)
     return [first, *rest]
 
 
-def _uncached_before(num_blocks: int, replica: ReplicaState) -> np.ndarray:
-    """(num_blocks + 1,) int64: how many blocks before each one are not cached."""
-    counts = np.zeros(num_blocks + 1, dtype=np.int64)
-    flags = np.frombuffer(replica.cached.ljust(num_blocks, b"\0"), dtype=np.uint8)
-    np.cumsum(1 - flags, out=counts[1:])
-    return counts
+def _uncached_before(sizes: np.ndarray, replica: ReplicaState) -> np.ndarray:
+    """(N + 1,) float64: how much work before each block is not cached."""
+    flags = np.frombuffer(replica.cached.ljust(len(sizes), b"\0"), dtype=np.uint8)
+    return _sums(sizes * (1 - flags))
 
 
 def _fill(
-    num_blocks: int,
+    before: np.ndarray,
     anchor_work: float,
     replicas: Sequence[ReplicaState],
     uncached: Mapping[int, np.ndarray],
@@ -149,18 +179,20 @@ def _fill(
     """Give each replica in turn all that it can do by time ``until``; None where blocks are left over.
 
     Args:
+        before: the work before each block.
         uncached: replica -> its _uncached_before, in the order in which the replicas get blocks.
     """
     assignments, first = [], 0
-    for index, before in uncached.items():
+    for index, to_do in uncached.items():
         replica, stop = replicas[index], first
-        left = until - completion_time(Assignment(index, first, first), anchor_work, replica)
+        left = until - _start(first, anchor_work, replica)
         if left >= 0:
-            stop = int(np.searchsorted(before, before[first] + math.floor(left), side="right")) - 1
-            stop = int(min(stop, first + replica.max_blocks))
+            in_time = np.searchsorted(to_do, to_do[first] + left, side="right")
+            in_memory = np.searchsorted(before, before[first] + replica.max_blocks, side="right")
+            stop = int(min(in_time, in_memory)) - 1
         if stop > first:
             assignments.append(Assignment(index, first, stop))
         elif not assignments:
             return None  # the query runs on the replica of the first assignment
         first = stop
-    return assignments if first == num_blocks else None
+    return assignments if first == len(before) - 1 else None

@@ -6,12 +6,14 @@ segment is the head, whose first whole pages are the anchor. Without a segment t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+from scheduler.star.assignment import best_num_replicas_of
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.options import StarOptions, flat_name, merge
 from scheduler.star.parsing import OptionError
-from scheduler.star.plan import find_context_end
+from scheduler.star.plan import ONE_REPLICA, ReplicaSet, check_shards, find_context_end, max_replicas
 from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, check_block_size, check_padding
 from scheduler.star.sizes import find_anchor_and_overlap, find_block_size, find_segment_block_size
 
@@ -23,7 +25,12 @@ class TooMuchPadding(OptionError):
 
 
 def plan_blocks(
-    token_ids: list[int], defaults: StarOptions, request: StarOptions | None, page_size: int, limits: TokenLimits
+    token_ids: list[int],
+    defaults: StarOptions,
+    request: StarOptions | None,
+    page_size: int,
+    limits: TokenLimits,
+    replicas: ReplicaSet = ONE_REPLICA,
 ) -> BlockPositionsPlan | None:
     """The plan of a prompt with ``positions`` = ``block``.
 
@@ -32,6 +39,7 @@ def plan_blocks(
         defaults: the server's options.
         request: the request's own, or None where it gave none.
         page_size: tokens of a KV page.
+        replicas: the server's replicas.
 
     Returns:
         None where the prompt runs dense: star is off, or the context is one block.
@@ -46,6 +54,12 @@ def plan_blocks(
     if options.mode == "off" or (options.mode == "auto" and len(token_ids) < options.min_tokens):
         return None
     check_block_positions(options)
+    if replicas.present is not None and "replicas" not in given:
+        options = options.model_copy(update={"replicas": "auto"})  # the server's default holds for other prompts
+    replicas = without_peers(replicas)
+    limit = max_replicas(options, 0, replicas)
+    if "shards" in given:
+        check_shards(options, 0, replicas)
     find_size = find_block_size if options.segment_token is None else find_segment_block_size
     block_size = find_size(options, len(token_ids), page_size)
     context_end = find_context_end(options, given, len(token_ids))
@@ -69,7 +83,19 @@ def plan_blocks(
     padding = options.padding_token
     if padding is None:
         padding = mark if mark is not None and mark in context else token_ids[0]
-    return BlockPositionsPlan(block_size, anchor_size, 0, padded_end, padded, blocks=blocks, padding_token=padding)
+    plan = BlockPositionsPlan(block_size, anchor_size, 0, padded_end, padded, blocks=blocks, padding_token=padding)
+    if limit == 1:
+        return plan
+    number = best_num_replicas_of(plan.block_sizes, anchor_size / block_size, limit)
+    return replace(plan, replicas=number, shards=number > 1 and options.shards == "on")
+
+
+def without_peers(replicas: ReplicaSet) -> ReplicaSet:
+    """The replicas over which blocks with positions of their own can be split."""
+    if replicas.present is None:
+        return replicas
+    reason = f"with {POSITIONS}=block a prompt is not split over servers that are peers (--star-replica-peers)"
+    return ReplicaSet(replicas.size, replicas.split_refusal or reason, replicas.shards_refusal or reason)
 
 
 def check_block_positions(options: StarOptions) -> None:
@@ -84,10 +110,6 @@ def check_block_positions(options: StarOptions) -> None:
     check_block_size(options)
     if options.overlap_size:
         raise refused("overlap_size", f"{with_block} no block sees the one before it", "0")
-    if options.replicas not in ("auto", 1):
-        raise refused("replicas", f"{with_block} a prompt stays on one replica", "auto or 1")
-    if options.shards == "on":
-        raise refused("shards", f"{with_block} a prompt's KV stays on one replica", "off")
 
 
 def cut(token_ids: list[int], mark: int | None, context_end: int, block_size: int) -> list[tuple[int, int]]:

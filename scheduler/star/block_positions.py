@@ -45,6 +45,10 @@ class BlockKeys:
     lengths: np.ndarray
     turns: np.ndarray
 
+    def where(self, chosen: np.ndarray) -> BlockKeys:
+        """Some of the blocks, given by (N,) bool."""
+        return self if chosen.all() else BlockKeys(self.starts[chosen], self.lengths[chosen], self.turns[chosen])
+
 
 @dataclass(frozen=True)
 class BlockPositionsPlan(StarPlan):
@@ -64,6 +68,14 @@ class BlockPositionsPlan(StarPlan):
     @property
     def num_star_blocks(self) -> int:
         return len(self.blocks) - self._first
+
+    @property
+    def block_sizes(self) -> np.ndarray:
+        return np.diff([*self._starts[self._first :], self.context_end]) / self.block_size
+
+    def block_range(self, first: int, stop: int) -> tuple[int, int]:
+        borders = [*self._starts[self._first :], self.context_end]
+        return borders[first], borders[stop]
 
     @property
     def is_dense(self) -> bool:

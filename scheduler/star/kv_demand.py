@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ class KVDemand:
     capacity: Mapping[int, int]
 
     def max_blocks(self, replica: int) -> int:
-        """Star blocks that a replica can hold beside the anchor's copy, or the query and a token of output."""
+        """Blocks of B tokens that a replica can hold beside the anchor's copy, or the query and a token of output."""
         beside = max(self.plan.anchor_size // self.page_size, self._tail_pages(1))
         return max((self.capacity[replica] - beside) * self.page_size // self.plan.block_size, 0)
 
@@ -40,16 +41,16 @@ class KVDemand:
         Args:
             params: the request's sampling parameters.
         """
-        size, end = self.plan.block_size, self.plan.context_end
         num_pages: dict[int, int] = {}
         for number, assignment in enumerate(assignments):
-            tokens = min(assignment.stop * size, end) - assignment.first * size
+            start, stop = self.plan.block_range(assignment.first, assignment.stop)
+            tokens = stop - start
             if number:
                 beside = self.plan.anchor_size // self.page_size
             elif self.plan.shards:
                 beside = params.n * self._tail_pages(params.max_tokens)
             else:
-                tokens, beside = end, self._tail_pages(0)
+                tokens, beside = self.plan.context_end, self._tail_pages(0)
             wanted = -(-tokens // self.page_size) + beside
             num_pages[assignment.replica] = min(wanted, self.capacity[assignment.replica])
         return num_pages
@@ -72,10 +73,10 @@ def with_enough_replicas(plan: StarPlan, page_size: int, num_pages: int, max_rep
         OptionError: ``max_replicas`` are not enough.
     """
     room = KVDemand(plan, page_size, {0: num_pages}).max_blocks(0)
-    needed = -(-plan.num_star_blocks // room) if room else max_replicas + 1
+    needed = math.ceil(plan.block_sizes.sum() / room) if room else max_replicas + 1
     if needed > max_replicas:
         reason = (
-            f"{plan.num_star_blocks} star blocks of {plan.block_size} tokens, anchor and query need more KV memory "
+            f"{plan.block_sizes.sum():g} star blocks of {plan.block_size} tokens, anchor and query need more KV memory "
             f"than {max_replicas} replicas of {num_pages} pages of {page_size} tokens have"
         )
         raise OptionError(flat_name("shards"), "on", reason, "a shorter prompt, smaller blocks, or more memory")

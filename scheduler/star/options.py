@@ -177,7 +177,7 @@ def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
     """A request's options over the server's: what the request gives replaces the default.
 
     Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply. Nor
-    do the defaults that ``positions`` = ``block`` excludes where the request gives it.
+    does the default of the overlap where the request gives ``positions`` = ``block``, which excludes it.
     """
     if request is None:
         return defaults
@@ -188,5 +188,5 @@ def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
     if given.get("context_tokens") is not None:
         base["query_tokens"] = None
     if given.get("positions") == "block":
-        base |= {"overlap_size": None, "replicas": "auto", "shards": "off"}
+        base["overlap_size"] = None
     return StarOptions(**(base | given))

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from scheduler.star.assignment import best_num_replicas
 from scheduler.star.options import StarOptions, flat_name, merge
 from scheduler.star.parsing import OptionError
@@ -40,6 +42,15 @@ class StarPlan:
         return -(-self.context_end // self.block_size)
 
     @property
+    def block_sizes(self) -> np.ndarray:
+        """(num_star_blocks,) float64: the memory, and about the work, of each block, 1 for ``block_size`` tokens."""
+        return np.ones(self.num_star_blocks)
+
+    def block_range(self, first: int, stop: int) -> tuple[int, int]:
+        """The positions [start, end) of star blocks ``first`` to ``stop - 1``."""
+        return first * self.block_size, min(stop * self.block_size, self.context_end)
+
+    @property
     def is_dense(self) -> bool:
         """Whether phase 1 is plain causal attention: with one block it is, and so is everything after it."""
         return self.context_end <= self.block_size
@@ -52,6 +63,10 @@ class StarPlan:
     def client_index(self, index: int) -> int:
         """How many of these tokens are before a position."""
         return index
+
+    def pad(self, token_ids: list[int]) -> list[int]:
+        """The prompt as the engine core computes it."""
+        return token_ids
 
     @property
     def head_end(self) -> int:
@@ -135,7 +150,7 @@ class StarPlan:
         return sum(count_pairs(end - begin, keys) for begin, end, keys in self.split(start, stop))
 
     def to_wire(self) -> list[int]:
-        """The plan as msgpack takes it; ``StarPlan(*wire)`` is the plan again."""
+        """The plan as msgpack takes it; ``plan_from_wire`` (block_positions.py) makes the plan of it."""
         return list(astuple(self))
 
     def summary(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 
 import grpc
+import numpy as np
 import psutil
 import pytest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -129,7 +130,7 @@ def expected(length: int, star: dict, states: list[ReplicaState]) -> list[int]:
     """Tokens that each replica has to compute: its star blocks, an anchor that it does not have, and the query."""
     block, end = star["star_block_size"], (length - star["star_query_tokens"]) // PAGE_SIZE * PAGE_SIZE
     blocks = -(-(length - star["star_query_tokens"]) // block)
-    assignments = assign_blocks(blocks, 1.0, states, star["star_replicas"])
+    assignments = assign_blocks(np.ones(blocks), 1.0, states, star["star_replicas"])
     assert len(assignments) > 1
     tokens = [0] * len(states)
     for assignment in assignments:
@@ -253,6 +254,41 @@ def test_an_edit_that_makes_a_segment_longer_moves_no_other_segment(server):
     assert output[2]["prompt_tokens"] == first[2]["prompt_tokens"] == 7 * 256 + len(segments[-1]) + 40
     padded = [segment + [10] * (256 - len(segment)) for segment in segments[:-1]] + segments[-1:]
     assert_same(output, complete_on_one(server, make_prompt(padded), options(2)))
+
+
+OWN_POSITIONS = {"star": "on", "star_positions": "block", "star_segment_token": 256, "star_query_tokens": 40}
+DOCUMENT_LENGTHS = (300, 41, 256, 500, 33, 410, 120, 380)
+
+
+def prompt_of_documents(seed: int, order: int = 1) -> tuple[list[int], int]:
+    """A prompt of a head, documents of these lengths and a query, and the tokens that its context takes with padding.
+
+    Args:
+        order: -1: the documents stand in reverse.
+    """
+    head, query = random_prompt(seed, 75), random_prompt(seed + 1, 40)
+    lengths = enumerate(DOCUMENT_LENGTHS, seed + 2)
+    documents = [[256, *random_prompt(number, length - 1)] for number, length in lengths]
+    ids = [token for part in (head, *documents[::order], query) for token in part]
+    return ids, sum(-(-len(part) // PAGE_SIZE) * PAGE_SIZE for part in (head, *documents))
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_documents_with_positions_of_their_own_are_computed_on_several_replicas(server, replicas):
+    """Each document once, and all of them are found again in another order."""
+    star = OWN_POSITIONS | {"star_replicas": replicas}
+    (prompt, context), before = prompt_of_documents(100 * replicas), computed(server)
+    output = complete(server, prompt, star)
+    work, query = computed_since(server, before), star["star_query_tokens"] + TOKENS - 1
+    assert output[2]["replicas"] == replicas and output[2]["prompt_tokens"] == len(prompt)
+    assert sum(work) == context + (replicas - 1) * 64 + query  # with the anchor once more on each other replica
+    assert sum(tokens > 300 for tokens in work) == replicas, work
+    assert_same(output, complete_on_one(server, prompt, star))
+
+    (prompt, _), before = prompt_of_documents(100 * replicas, -1), computed(server)
+    output = complete(server, prompt, star)
+    assert sum(computed_since(server, before)) <= 2 * PAGE_SIZE + query
+    assert_same(output, complete_on_one(server, prompt, star))
 
 
 def test_a_dense_request_gets_dense_attention_after_a_star_request_for_the_same_prompt(server):

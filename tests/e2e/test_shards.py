@@ -22,6 +22,7 @@ from examples.server import end_on_signals, serving
 from tests.e2e.test_replicas import (
     CONCURRENT_TOLERANCE,
     ENGINE_OPTIONS,
+    OWN_POSITIONS,
     PAGE_SIZE,
     REPLICAS,
     TOKENS,
@@ -35,6 +36,7 @@ from tests.e2e.test_replicas import (
     metrics,
     options,
     post,
+    prompt_of_documents,
     random_prompt,
     send,
 )
@@ -104,6 +106,22 @@ def assert_equals_reference(server, prompt: list[int], star: dict, output) -> No
     mask = mask_of(numbers | {"context_end": len(prompt) - star["star_query_tokens"]}, len(ids))
     reference = reference_logprobs(server.model, ids, mask)[-TOKENS:].tolist()
     assert max(abs(a - b) for a, b in zip(output[1], reference, strict=True)) <= 1e-4
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_documents_with_positions_of_their_own_stay_where_they_were_computed(server, replicas):
+    """Query and output, turned for each document, attend to it there; each token is sent once to each replica."""
+    star = OWN_POSITIONS | {"star_replicas": replicas}
+    (prompt, context), before, counted = prompt_of_documents(300 * replicas), computed(server), moved(server)
+    output = complete(server, prompt, star)
+    query = star["star_query_tokens"] + TOKENS - 1
+    assert sum(computed_since(server, before)) == context + (replicas - 1) * 64 + query
+    assert output[2]["replicas"] == replicas and output[2]["shards"]
+    assert [after - earlier for after, earlier in zip(moved(server), counted, strict=True)] == [
+        0,
+        BYTES * query * (replicas - 1),
+    ]
+    assert_same(output, complete_on_one(server, prompt, star))
 
 
 @pytest.mark.parametrize(

@@ -176,3 +176,21 @@ def test_preempted_requests_give_the_same(model):
     for prompt, output, other in zip(PROMPTS, small["batches"][0], large["batches"][0], strict=False):
         assert output["token_ids"] == other["token_ids"]
         check(model, prompt, output)
+
+
+def test_an_fp8_cache_costs_no_more_than_it_costs_dense_attention(model):
+    """Turned queries meet keys rounded to fp8; the error is that of dense attention over such keys."""
+    engine = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "max_num_batched_tokens": 300}
+    dense = [{"ids": prompt.ids, "extra_args": {}, "max_tokens": NEW} for prompt in PROMPTS]
+    requests = [prompt.request() for prompt in PROMPTS]
+    own, plain = (batch for batch in run_engine(model, [requests, dense], **engine)["batches"])
+
+    def errors(outputs: list[dict[str, Any]], expected: Any) -> float:
+        gaps = []
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            wanted = expected(prompt, output["token_ids"])[-NEW:]
+            gaps.append(torch.tensor(output["logprobs"]) - wanted)
+        return torch.stack(gaps).square().mean().sqrt().item()
+
+    of_dense = errors(plain, lambda prompt, tokens: dense_logprobs(model, prompt.ids + tokens))
+    assert 0 < errors(own, lambda prompt, tokens: prompt.expected(model, tokens)) <= 2 * of_dense

@@ -10,8 +10,10 @@ from vllm.v1.attention.backend import AttentionType
 
 from attention_backends.kernels.cpu.selection import Op
 from attention_backends.kernels.merge import merge
+from attention_backends.kernels.rotary import NO_ROTATION
 from attention_backends.star import cpu_impl
-from replicas.remote_attention_server import attend_all
+from replicas.remote_attention_server import attend_spans
+from replicas.remote_query import Span
 
 HEADS, KV_HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 4, 2, 64, 32, 40
 
@@ -79,7 +81,6 @@ def test_both_ops_write_the_same_and_the_selected_one_runs(monkeypatch):
         ({"alibi_slopes": [0.1] * HEADS}, "ALiBi"),
         ({"sinks": torch.zeros(HEADS)}, "sinks"),
         ({"sliding_window": 128}, "sliding window"),
-        ({"kv_cache_dtype": "fp8"}, "fp8"),
         ({"head_size": 72}, "multiple of 16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -106,6 +107,11 @@ def test_batches_that_vllms_op_runs(monkeypatch, layer, changes):
     assert not impl.uses_op(query, layer, metadata([1], [100], **changes))
 
 
+def test_batches_over_an_fp8_cache_are_vllms(monkeypatch):
+    monkeypatch.setattr(cpu_impl, "select_op", lambda *args, **kw: Op.STARLING)
+    assert not make(kv_cache_dtype="fp8").uses_op(torch.randn(1, HEADS, SIZE), LAYER, metadata([1], [100]))
+
+
 class OtherReplicas:
     """Other replicas, which attend to every key of the pages in ``table``."""
 
@@ -114,8 +120,9 @@ class OtherReplicas:
 
     def begin(self, layer: str, query: torch.Tensor, scale: float, softcap: float) -> str:
         self.query = layer, scale, softcap
-        numbers = {"scale": scale, "softcap": softcap}
-        self.parts = attend_all(query, self.cache, [self.table], [len(query)], numbers)
+        span = Span("", 0, len(query), [0], [len(self.table) * PAGE_SIZE], [0])
+        params = {"scale": scale, "softcap": softcap}
+        self.parts = attend_spans(query, self.cache, [span], [self.table], NO_ROTATION, **params)
         return "sent"
 
     def finish(self, sent: str, out: torch.Tensor, lse: torch.Tensor) -> None:

@@ -193,7 +193,9 @@ def test_each_query_meets_each_block_once_in_calls_of_few_tokens(max_tokens, mon
     monkeypatch.setitem(turned.MAX_TOKENS, "cpu", max_tokens)
     batch = Batch(MIXED, ROTARY[0])
     virtual = batch.split()
-    calls = list(make_turned_rows(virtual, batch.common.block_table_tensor, PAGE_SIZE))
+    first = np.cumsum(virtual.query_lens) - virtual.query_lens
+    table = batch.common.block_table_tensor
+    calls = list(make_turned_rows(virtual.turned, first, virtual.query_lens, table, PAGE_SIZE))
     longest = int(virtual.query_lens[virtual.turned.row].max())
     met, starts = [], np.concatenate(([0], np.cumsum(batch.query_lens)))
     for call in calls:
@@ -255,6 +257,4 @@ def test_a_query_is_turned_back_by_its_angle(rotary, dtype):
 
 def test_a_step_without_queries_behind_blocks_has_no_turned_rows():
     batch = Batch([Row(WITH_HEAD, 9, 30), Row(None, 3, 5)], ROTARY[0])
-    virtual = batch.split()
-    assert virtual.turned is None
-    assert list(make_turned_rows(virtual, batch.common.block_table_tensor, PAGE_SIZE)) == []
+    assert batch.split().turned is None

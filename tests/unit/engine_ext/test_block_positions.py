@@ -102,11 +102,12 @@ def test_a_servers_default_leaves_prompts_that_can_not_use_it_at_the_prompts_pos
     assert not isinstance(images.plan, BlockPositionsPlan) and images.plan.num_prompt_tokens == len(IDS)
 
 
-def test_a_prompt_stays_on_one_replica():
+def test_a_prompt_is_split_over_replicas_unless_it_or_the_server_says_otherwise():
     front = planner({"replicas": "auto"}, parallel_config__data_parallel_size=3)
-    assert front.replicas.split_refusal is None
+    assert front.plan(OPTIONS, len(IDS), IDS).plan.replicas == 3
+    assert front.plan(OPTIONS | {"star_replicas": 1}, len(IDS), IDS).plan.replicas == 1
+    front = planner({"replicas": 1}, parallel_config__data_parallel_size=3)
     assert front.plan(OPTIONS, len(IDS), IDS).plan.replicas == 1
-    assert front.plan(ON, 300).plan.replicas > 1
 
 
 def test_the_servers_default_leaves_prompts_with_images_the_positions_of_the_prompt():
@@ -156,7 +157,11 @@ REFUSED = {
     "depend on one another (a chunk": text_model(star_blocks_depend="a chunk crosses the border"),
     "M-RoPE": {"model_config__uses_mrope": True},
     "no rotary embedding, so that": text_model(no_rope_layers=[1, 0, 1]),
-    "fp8": {"cache_config__cache_dtype": "fp8_e4m3"},
+    "on a GPU the KV cache is fp8": {
+        "cache_config__cache_dtype": "fp8_e4m3",
+        "device_config__device_type": "cuda",
+        "additional_config": {"starling": {"star": {"positions": "block"}}},
+    },
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
     "multiples of 16": {"model_config__get_head_size": lambda: 72},
     "several groups of layers": {
@@ -172,7 +177,7 @@ def test_engines_that_can_not_attend_to_such_blocks_refuse_them_alone(reason):
         front.plan(OPTIONS, len(IDS), IDS)
     assert str(refused.value).startswith("star_positions='block' is refused: ")
     assert reason in str(refused.value) and "Allowed: prompt." in str(refused.value)
-    assert front.plan(ON, len(IDS), IDS).plan is not None
+    assert front.plan(ON | {"star_positions": "prompt"}, len(IDS), IDS).plan is not None
 
 
 def test_every_rule_is_tested():
@@ -181,6 +186,7 @@ def test_every_rule_is_tested():
     planner().plan(OPTIONS, len(IDS), IDS)
     on_gpu = {"mode": "on", "positions": "block", "segment_token": MARK}
     planner(on_gpu, device_config__device_type="cuda").plan(OPTIONS, len(IDS), IDS)
+    planner(cache_config__cache_dtype="fp8_e4m3").plan(OPTIONS, len(IDS), IDS)
 
 
 @pytest.mark.parametrize(("given", "number"), [("block", 2), ("prompt", 1), (2, 2)])

@@ -81,8 +81,9 @@ def test_incomplete_messages_take_no_more_memory_than_as_many_whole_ones_as_ther
 
 def test_the_limit_is_what_one_step_needs():
     """A step of 8192 tokens of a model with 32 heads of size 128 in bfloat16, and its response."""
-    limits = message_limits(8192, 32 * 128 * 2, 32, num_senders=2)
-    spans = [("n" * 100, 1, 0, 2**20)] * 8192
+    limits = message_limits(8192, 32 * 128 * 2, 32, num_ranges=8192 + 10_000, num_senders=2)
+    spans = [("n" * 100, 2**20, 1, [2**20], [2**20], [2**20])] * 8191
+    spans += [("n" * 100, 2**20, 1, [2**20] * 10_000, [2**20] * 10_000, [2**20] * 10_000)]
     header = {"id": 2**40, "layer": "model.layers.10.self_attn.attn", "scale": 0.1, "softcap": 0.0, "dtype": "bfloat16"}
     query = header | {"heads": 32, "size": 128, "spans": spans}
     for needed in ((query, bytes(8192 * 32 * 128 * 2)), ({"id": 1}, bytes(8192 * 32 * (128 * 2 + 4)))):
@@ -95,7 +96,7 @@ def test_the_limit_is_what_one_step_needs():
 
 @pytest.fixture(scope="module")
 def holder():
-    made = RemoteAttentionServer("malformed-server", {"layer": cpu_cache(8)}, LIMITS)
+    made = RemoteAttentionServer("malformed-server", {"layer": cpu_cache(8)}, dict, LIMITS)
     yield made
     made.stop()
 
@@ -111,7 +112,7 @@ def stranger(holder):
 
 @pytest.fixture(scope="module")
 def client():
-    return RemoteAttentionClient("malformed-client", 0, CPU_PAGE, lambda size: None, LIMITS)
+    return RemoteAttentionClient("malformed-client", 0, lambda size: None, LIMITS)
 
 
 GOOD = {
@@ -122,7 +123,7 @@ GOOD = {
     "dtype": "float32",
     "heads": HEADS,
     "size": CPU_SIZE,
-    "spans": [("a", 1, 0, 2)],
+    "spans": [("a", 0, 1, [0], [2 * CPU_PAGE], [0])],
 }
 BODY = bytes(4 * HEADS * CPU_SIZE)
 
@@ -142,10 +143,17 @@ WRONG_QUERIES = {
     "a truncated body": (GOOD, BODY[:-4]),
     "a body that is too long": (GOOD, BODY + b"abcd"),
     "no query tokens": (GOOD | {"spans": []}, b""),
-    "a negative number of query tokens": (GOOD | {"spans": [("a", -1, 0, 2), ("a", 2, 0, 2)]}, BODY),
-    "pages behind the shard": (GOOD | {"spans": [("a", 1, 1, 2)]}, BODY),
-    "pages before the shard": (GOOD | {"spans": [("a", 1, -1, 1)]}, BODY),
-    "another shard": (GOOD | {"spans": [("b", 1, 0, 2)]}, BODY),
+    "a negative number of query tokens": (GOOD | {"spans": [("a", 0, -1, [0], [CPU_PAGE], [0])]}, BODY),
+    "a query token behind the last": (GOOD | {"spans": [("a", 1, 1, [0], [CPU_PAGE], [0])]}, BODY),
+    "a query token before the first": (GOOD | {"spans": [("a", -1, 1, [0], [CPU_PAGE], [0])]}, BODY),
+    "keys behind the shard": (GOOD | {"spans": [("a", 0, 1, [1], [CPU_PAGE + 1], [0])]}, BODY),
+    "keys before the shard": (GOOD | {"spans": [("a", 0, 1, [-1], [CPU_PAGE], [0])]}, BODY),
+    "no keys": (GOOD | {"spans": [("a", 0, 1, [0], [0], [0])]}, BODY),
+    "no ranges": (GOOD | {"spans": [("a", 0, 1, [], [], [])]}, BODY),
+    "a range without a turn": (GOOD | {"spans": [("a", 0, 1, [0, 1], [1, 1], [0])]}, BODY),
+    "a negative turn": (GOOD | {"spans": [("a", 0, 1, [0], [CPU_PAGE], [-1])]}, BODY),
+    "a turn of a layer that has none": (GOOD | {"spans": [("a", 0, 1, [0], [CPU_PAGE], [1])]}, BODY),
+    "another shard": (GOOD | {"spans": [("b", 0, 1, [0], [CPU_PAGE], [0])]}, BODY),
     "another layer": (GOOD | {"layer": "other"}, BODY),
 }
 
@@ -201,8 +209,8 @@ def test_a_client_goes_on_after_responses_that_do_not_fit(holder, client, strang
 
 
 def test_a_holder_whose_thread_ends_hands_out_no_shard_and_tells_its_clients(monkeypatch):
-    server = RemoteAttentionServer("dying-server", {"layer": cpu_cache(8)}, LIMITS)
-    client = RemoteAttentionClient("dying-client", 0, CPU_PAGE, lambda size: None, LIMITS)
+    server = RemoteAttentionServer("dying-server", {"layer": cpu_cache(8)}, dict, LIMITS)
+    client = RemoteAttentionClient("dying-client", 0, lambda size: None, LIMITS)
     (query,) = (remote for remote in remote_queries([server, server]) if remote.spans[0].shard == "a")
     step, out = client.step([query]), torch.zeros(8, HEADS, CPU_SIZE)
     step.finish(step.begin("layer", torch.randn_like(out), 0.3, 0.0), out, torch.zeros(8, HEADS))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from attention_backends.kernels.merge import merge
 from attention_backends.kernels.reference import masked_attention
+from attention_backends.kernels.rotary import Rotation, turn_back
 from attention_backends.star.metadata import virtual_metadata
 from attention_backends.star.reference import star_mask
 from attention_backends.star.remote_queries import make_remote_queries
@@ -22,6 +23,8 @@ from replicas import remote_attention_client, remote_attention_server
 from replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimits, frames
 from replicas.remote_attention_client import RemoteAttentionClient
 from replicas.remote_attention_server import RemoteAttentionServer
+from scheduler.star.block_layout import lay_out
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import Shard
 from scheduler.worker_report import WorkerReport
@@ -96,20 +99,23 @@ def test_local_and_remote_keys_merged_are_star_attention(batch, seed):
     assert len({remote.addresses[0]["name"] for remote in queries}) == len(queries)
     for remote in queries:
         assert len(set(remote.tokens.tolist())) == len(remote.tokens) == sum(span.num_queries for span in remote.spans)
-        first = 0
         for span in remote.spans:
             shard = next(shard for shard in where[span.request_id] if shard.name == span.shard)
-            assert span.first_page >= 0 and (span.first_page + span.num_pages) * PAGE_SIZE <= shard.num_tokens
-            begin = int(span.request_id[1:]) * columns + shard.start // PAGE_SIZE + span.first_page
-            tokens = torch.from_numpy(remote.tokens[first : first + span.num_queries])
-            key, value = (
-                pages[begin : begin + span.num_pages].flatten(0, 1) for pages in (key_pages, value_pages)
-            )  # fmt: skip
+            assert not span.turns.any() and not (span.num_keys % PAGE_SIZE).any()
+            pages = np.concatenate(
+                [
+                    np.arange(page, page + keys // PAGE_SIZE)
+                    for page, keys in zip(span.first_pages, span.num_keys, strict=True)
+                ]
+            )
+            assert pages.min() >= 0 and (pages.max() + 1) * PAGE_SIZE <= shard.num_tokens
+            pages += int(span.request_id[1:]) * columns + shard.start // PAGE_SIZE
+            tokens = torch.from_numpy(remote.tokens[span.first_query : span.first_query + span.num_queries])
+            key, value = key_pages[pages].flatten(0, 1), value_pages[pages].flatten(0, 1)
             every = torch.ones(span.num_queries, len(key), dtype=torch.bool)
             theirs = attend(query[tokens], key, value, every)
             merged = merge(torch.stack((out[tokens], theirs[0])), torch.stack((lse[tokens], theirs[1])))
             out[tokens], lse[tokens] = merged
-            first += span.num_queries
     for row, (plan, start, end, _) in enumerate(batch):
         mask = star_mask(
             end,
@@ -129,7 +135,8 @@ def test_a_decode_step_is_rewritten_only_where_other_replicas_hold_keys():
     plan = StarPlan(8, 8, 0, 30, 40, 2)
     rows = split_rows([plan, plan, None], [1, 1, 1], [45, 45, 9], PAGE_SIZE, [(16, 28), None, None])
     assert rows.seq_lens.tolist() == [45 - 12, 45, 9]
-    assert [(remote.row, remote.keys) for remote in rows.remote] == [(0, ((16, 28),))]
+    (remote,) = rows.remote
+    assert (remote.row, remote.starts.tolist(), remote.lengths.tolist(), remote.turns.tolist()) == (0, [16], [12], [0])
     assert rows.gathered.tolist() == [0] and rows.page_columns[0].tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 11]
     assert split_rows([plan], [1], [45], PAGE_SIZE, [None]) is None
 
@@ -162,6 +169,8 @@ def test_the_incomplete_messages_of_a_sender_can_be_dropped():
 
 
 CPU_PAGE, CPU_SIZE = 32, 32
+ANGLES = torch.outer(torch.arange(400.0), 0.7 ** torch.arange(8.0))
+ROTATION = Rotation(ANGLES.cos(), ANGLES.sin(), True)
 
 
 def cpu_cache(pages: int) -> torch.Tensor:
@@ -182,7 +191,12 @@ def servers():
     torch.manual_seed(1)
     caches = [cpu_cache(8) for _ in range(2)]
     made = [
-        RemoteAttentionServer(f"test-server-{number}", {"layer": cache, "bf16 layer": cache.to(torch.bfloat16)}, LIMITS)
+        RemoteAttentionServer(
+            f"test-server-{number}",
+            {"layer": cache, "bf16 layer": cache.to(torch.bfloat16)},
+            lambda: {"layer": ROTATION},
+            LIMITS,
+        )
         for number, cache in enumerate(caches)
     ]
     yield made
@@ -193,7 +207,7 @@ def servers():
 @pytest.fixture(scope="module")
 def client(servers):
     counted = []
-    made = RemoteAttentionClient("test-client", 0, CPU_PAGE, counted.append, LIMITS)
+    made = RemoteAttentionClient("test-client", 0, counted.append, LIMITS)
     made.counted = counted
     return made
 
@@ -232,6 +246,49 @@ def test_responses_are_attention_over_the_pages_of_the_servers(servers, client):
     assert sum(client.counted) == 2 * 2 * 8 * HEADS * (2 * CPU_SIZE + 1) * 4  # layers, servers, queries and responses
 
 
+def test_blocks_with_positions_of_their_own_are_met_by_turned_queries_where_they_are(servers, client):
+    """The head, block 1 and the query are here, blocks 2 and 3 at one server, blocks 4 and 5 at the other."""
+    lengths = [40, 20, 33, 31, 5, 64]
+    ends = np.cumsum([0, *lengths]).tolist()
+    blocks, end = lay_out(list(itertools.pairwise(ends)), CPU_PAGE)
+    plan = BlockPositionsPlan(64, 32, 0, end, end + 8, 3, True, blocks=blocks)
+    held = [(2, 4), (4, 6)]
+    tables = [[4, 0, 6], [2, 5, 1]]
+    shards = []
+    for server, (first, stop), table, name in zip(servers, held, tables, "cd", strict=True):
+        start, last = plan.block_range(first, stop)
+        shards.append(Shard(name, start, last - start, [server.open(name, table)]))
+    span = (shards[0].start, end)
+    rows = split_rows([plan], [8], [end + 8], CPU_PAGE, [span])
+    queries = make_remote_queries(rows, ["me"], {"me": shards}, CPU_PAGE)
+    assert [remote.tokens.tolist() for remote in queries] == [list(range(8))] * 2  # each token is sent once
+    assert rows.turned.first_page.tolist() == [0, 2]  # of the head and of block 1
+
+    torch.manual_seed(4)
+    query = torch.randn(8, HEADS, CPU_SIZE)
+    ours, our_lse = torch.randn(8, HEADS, CPU_SIZE), torch.randn(8, HEADS)
+    parts = [(ours, our_lse)]
+    for server, (first, stop), table in zip(servers, held, tables, strict=True):
+        key, value = keys_and_values(server.kv_caches["layer"], table)
+        begin = blocks[first][0]
+        for number in range(first, stop):
+            start, last = blocks[number]
+            turn = int(plan.block_keys.turns[number])
+            assert turn == ends[number] - 32
+            turned = turn_back(query, ANGLES.cos()[[turn] * 8], ANGLES.sin()[[turn] * 8], True)
+            every, own = torch.ones(8, last - start, dtype=torch.bool), slice(start - begin, last - begin)
+            parts.append(masked_attention(turned, key[own], value[own], every, 0.3))
+    want = merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
+    out, lse = ours.clone(), our_lse.clone()
+    step = client.step(queries)
+    step.finish(step.begin("layer", query, 0.3, 0.0), out, lse)
+    assert client.take_lost() is None
+    torch.testing.assert_close(out, want[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, want[1], rtol=1e-4, atol=1e-5)
+    for server in servers:
+        server.close("cd")
+
+
 def test_bfloat16_is_rounded_once_after_the_last_merge(servers, client):
     torch.manual_seed(3)
     query = torch.randn(8, HEADS, CPU_SIZE).to(torch.bfloat16)
@@ -249,7 +306,7 @@ def test_bfloat16_is_rounded_once_after_the_last_merge(servers, client):
 
 
 def test_each_tensor_parallel_rank_queries_the_same_rank(servers):
-    client = RemoteAttentionClient("test-client-rank-1", 1, CPU_PAGE, lambda size: None, LIMITS)
+    client = RemoteAttentionClient("test-client-rank-1", 1, lambda size: None, LIMITS)
     (first,) = (remote for remote in remote_queries(servers) if remote.spans[0].shard == "a")
     ranks = replace(first, addresses=[{"name": "rank 0 of it"}, *first.addresses])
     out = torch.zeros(8, HEADS, CPU_SIZE)

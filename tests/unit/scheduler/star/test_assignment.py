@@ -6,11 +6,19 @@ import math
 from collections.abc import Iterable
 from itertools import combinations_with_replacement, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.star.assignment import Assignment, ReplicaState, assign_blocks, best_num_replicas, completion_time
+from scheduler.star.assignment import (
+    Assignment,
+    ReplicaState,
+    assign_blocks,
+    best_num_replicas,
+    best_num_replicas_of,
+    completion_time,
+)
 
 
 def flags(cached: Iterable[int], num_blocks: int = 10) -> bytes:
@@ -30,29 +38,36 @@ def replica_states(num_blocks: int, **more: st.SearchStrategy) -> st.SearchStrat
 
 
 ANCHORS = st.sampled_from([0.0, 0.25, 1.0])
+SIZES = st.one_of(
+    st.integers(1, 14).map(np.ones),
+    st.lists(st.sampled_from([0.125, 0.5, 0.75, 1.0]), min_size=1, max_size=14).map(np.array),
+)
+"""The sizes of equal blocks, and of documents."""
 
 
-def makespan(assignments, anchor_work, replicas) -> float:
+def makespan(sizes, assignments, anchor_work, replicas) -> float:
     """The time at which the last replica is done."""
-    return max(completion_time(each, anchor_work, replicas[each.replica]) for each in assignments)
+    return max(completion_time(sizes, each, anchor_work, replicas[each.replica]) for each in assignments)
 
 
-@given(data=st.data(), blocks=st.integers(1, 10), anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
-def test_each_replica_gets_one_contiguous_range_and_each_block_is_in_one(data, blocks, anchor_work, max_replicas):
-    replicas = data.draw(replica_states(blocks))
-    assignments = assign_blocks(blocks, anchor_work, replicas, max_replicas)
-    assert [block for each in assignments for block in range(each.first, each.stop)] == list(range(blocks))
+@given(data=st.data(), sizes=SIZES, anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
+def test_each_replica_gets_one_contiguous_range_and_each_block_is_in_one(data, sizes, anchor_work, max_replicas):
+    replicas = data.draw(replica_states(len(sizes)))
+    assignments = assign_blocks(sizes, anchor_work, replicas, max_replicas)
+    assert [block for each in assignments for block in range(each.first, each.stop)] == list(range(len(sizes)))
     assert len({each.replica for each in assignments}) == len(assignments) <= max_replicas
     assert all(each.stop > each.first for each in assignments)
 
 
-@given(blocks=st.integers(1, 8), anchor_work=ANCHORS, number=st.integers(1, 4))
-def test_no_other_contiguous_split_is_faster(blocks, anchor_work, number):
-    replicas = [ReplicaState()] * number
+@given(sizes=SIZES, anchor_work=ANCHORS, number=st.integers(1, 4))
+def test_no_other_contiguous_split_is_faster(sizes, anchor_work, number):
+    sizes = sizes[:8]
+    replicas, blocks = [ReplicaState()] * number, len(sizes)
     if number > blocks:
         return
     best = min(
         makespan(
+            sizes,
             [Assignment(index, first, stop) for index, (first, stop) in enumerate(pairwise(cuts))],
             anchor_work,
             replicas,
@@ -61,12 +76,13 @@ def test_no_other_contiguous_split_is_faster(blocks, anchor_work, number):
         for cuts in [(0, *inner, blocks)]
         if all(first < stop for first, stop in pairwise(cuts))
     )
-    found = makespan(assign_blocks(blocks, anchor_work, replicas, number), anchor_work, replicas)
+    found = makespan(sizes, assign_blocks(sizes, anchor_work, replicas, number), anchor_work, replicas)
     assert found <= best + 1e-6
 
 
-def plain_assignments(num_blocks, anchor_work, replicas, max_replicas) -> list[Assignment] | None:
+def plain_assignments(sizes, anchor_work, replicas, max_replicas) -> list[Assignment] | None:
     """What assign_blocks searches for, by a look at each block; None where the replicas have no room."""
+    num_blocks = len(sizes)
 
     def first_block(replica: ReplicaState, cached: bool) -> int:
         padded = replica.cached.ljust(num_blocks, b"\0")
@@ -74,7 +90,8 @@ def plain_assignments(num_blocks, anchor_work, replicas, max_replicas) -> list[A
 
     def work(replica: ReplicaState, first: int, stop: int) -> float:
         anchor = 0.0 if first == 0 or replica.has_anchor else anchor_work
-        return replica.load + anchor + sum(not any(replica.cached[block : block + 1]) for block in range(first, stop))
+        uncached = [block for block in range(first, stop) if not any(replica.cached[block : block + 1])]
+        return replica.load + anchor + sum(sizes[uncached])
 
     def fill(until: float) -> list[Assignment] | None:
         assignments, first = [], 0
@@ -82,7 +99,7 @@ def plain_assignments(num_blocks, anchor_work, replicas, max_replicas) -> list[A
             replica, stop = replicas[index], first
             while (
                 stop < num_blocks
-                and stop - first < replica.max_blocks
+                and sum(sizes[first : stop + 1]) <= replica.max_blocks
                 and work(replica, first, stop) <= until
                 and work(replica, first, stop + 1) <= until
             ):
@@ -96,60 +113,57 @@ def plain_assignments(num_blocks, anchor_work, replicas, max_replicas) -> list[A
 
     def rank(index: int) -> tuple:
         replica = replicas[index]
-        return replica.load - first_block(replica, False), sum(replica.cached), index
+        return replica.load - sum(sizes[: first_block(replica, False)]), sum(replica.cached), index
 
     first = min(range(len(replicas)), key=rank)
     rest = (index for index in range(len(replicas)) if index != first)
     key = lambda index: (first_block(replicas[index], True), replicas[index].load, index)  # noqa: E731
     order = [first, *sorted(rest, key=key)][:max_replicas]
-    # Replicas end after their load, the anchor or none, and a whole number of blocks.
+    # Replicas end after their load, the anchor or none, and some blocks.
     ends = {
-        each.load + anchor + count
+        work(each, first, stop) + anchor
         for each in replicas
         for anchor in (0, anchor_work)
-        for count in range(num_blocks + 1)
+        for first in range(num_blocks)
+        for stop in range(first, num_blocks + 1)
     }
     return next((found for until in sorted(ends) if (found := fill(until)) is not None), None)
 
 
 @settings(max_examples=300)
-@given(data=st.data(), blocks=st.integers(1, 14), anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
-def test_assignments_are_those_of_a_look_at_each_block(data, blocks, anchor_work, max_replicas):
-    replicas = data.draw(replica_states(blocks, max_blocks=st.sampled_from([0, 1, 2, 5, math.inf])))
-    expected = plain_assignments(blocks, anchor_work, replicas, max_replicas)
+@given(data=st.data(), sizes=SIZES, anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
+def test_assignments_are_those_of_a_look_at_each_block(data, sizes, anchor_work, max_replicas):
+    replicas = data.draw(replica_states(len(sizes), max_blocks=st.sampled_from([0, 1, 2, 5, math.inf])))
+    expected = plain_assignments(sizes, anchor_work, replicas, max_replicas)
     if expected is None:
         with pytest.raises(ValueError, match="have room for"):
-            assign_blocks(blocks, anchor_work, replicas, max_replicas)
+            assign_blocks(sizes, anchor_work, replicas, max_replicas)
     else:
-        assert assign_blocks(blocks, anchor_work, replicas, max_replicas) == expected
+        assert assign_blocks(sizes, anchor_work, replicas, max_replicas) == expected
 
 
-@given(data=st.data(), blocks=st.integers(1, 14), anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
-def test_a_given_first_replica_gets_the_first_range_and_no_such_split_is_faster(
-    data, blocks, anchor_work, max_replicas
-):
+@given(data=st.data(), sizes=SIZES, anchor_work=ANCHORS, max_replicas=st.integers(1, 4))
+def test_a_given_first_replica_gets_the_first_range_and_no_such_split_is_faster(data, sizes, anchor_work, max_replicas):
+    blocks = len(sizes)
     replicas = data.draw(replica_states(blocks))
     first = data.draw(st.integers(0, len(replicas) - 1))
-    assignments = assign_blocks(blocks, anchor_work, replicas, max_replicas, first)
+    assignments = assign_blocks(sizes, anchor_work, replicas, max_replicas, first)
     assert (assignments[0].replica, assignments[0].first, assignments[-1].stop) == (first, 0, blocks)
-    alone = makespan([Assignment(first, 0, blocks)], anchor_work, replicas)
-    assert makespan(assignments, anchor_work, replicas) <= alone + 1e-6
+    alone = makespan(sizes, [Assignment(first, 0, blocks)], anchor_work, replicas)
+    assert makespan(sizes, assignments, anchor_work, replicas) <= alone + 1e-6
 
 
 @given(st.integers(1, 60), st.sampled_from([0.0, 0.001, 0.25, 0.5, 1.0]), st.integers(1, 12))
 def test_the_best_number_of_replicas_is_that_of_the_assignments(blocks, anchor_work, max_replicas):
-    def work(number: int) -> float:
-        idle = [ReplicaState()] * number
-        return makespan(assign_blocks(blocks, anchor_work, idle, number), anchor_work, idle)
-
-    fastest = min(range(1, min(max_replicas, blocks) + 1), key=lambda number: (round(work(number), 6), number))
+    fastest = best_num_replicas_of(np.ones(blocks), anchor_work, max_replicas)
     assert best_num_replicas(blocks, anchor_work, max_replicas) == fastest
 
 
 @pytest.mark.parametrize("blocks", range(1, 33))
 def test_two_replicas_that_both_compute_the_anchor_take_half_the_blocks_and_the_anchor(blocks):
-    assignments = assign_blocks(blocks, 1.0, [ReplicaState(), ReplicaState()], 2)
-    assert makespan(assignments, 1.0, [ReplicaState(), ReplicaState()]) == pytest.approx(-(-(blocks + 1) // 2))
+    sizes = np.ones(blocks)
+    assignments = assign_blocks(sizes, 1.0, [ReplicaState(), ReplicaState()], 2)
+    assert makespan(sizes, assignments, 1.0, [ReplicaState(), ReplicaState()]) == pytest.approx(-(-(blocks + 1) // 2))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +182,7 @@ def test_two_replicas_that_both_compute_the_anchor_take_half_the_blocks_and_the_
     ],
 )
 def test_assignments_depend_on_cached_blocks_and_queued_work(replicas, expected):
-    assert assign_blocks(8, 1.0, replicas, len(replicas)) == expected
+    assert assign_blocks(np.ones(8), 1.0, replicas, len(replicas)) == expected
 
 
 @pytest.mark.parametrize(
@@ -178,13 +192,20 @@ def test_the_best_number_of_replicas_is_the_smallest_that_is_as_fast(blocks, max
     assert best_num_replicas(blocks, 1.0, max_replicas) == number
 
 
+def test_unequal_blocks_need_no_more_replicas_than_make_them_faster():
+    """One document is nearly all of the prompt."""
+    sizes = np.array([0.1, 1.0, 0.1, 0.1])
+    assert best_num_replicas_of(sizes, 0.1, 4) == 2
+    assert assign_blocks(sizes, 0.1, [ReplicaState()] * 2, 2) == [Assignment(0, 0, 2), Assignment(1, 2, 4)]
+
+
 def test_no_replica_gets_more_blocks_than_its_memory_takes():
     """Without the limit the idle replicas would get more. If all replicas together have no room, an error says so."""
     roomy, small = ReplicaState(load=3.0), ReplicaState(max_blocks=2)
-    assert assign_blocks(10, 1.0, [roomy, small, small], 3) == [
+    assert assign_blocks(np.ones(10), 1.0, [roomy, small, small], 3) == [
         Assignment(1, 0, 2),
         Assignment(2, 2, 4),
         Assignment(0, 4, 10),
     ]
     with pytest.raises(ValueError, match="10 star blocks, and 3 replicas have room for 6"):
-        assign_blocks(10, 1.0, [small] * 3, 3)
+        assign_blocks(np.ones(10), 1.0, [small] * 3, 3)

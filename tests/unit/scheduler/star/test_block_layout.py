@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scheduler.star.block_layout import check_block_positions, cut, lay_out, plan_blocks
 from scheduler.star.options import parse_options
 from scheduler.star.parsing import OptionError
+from scheduler.star.plan import ONE_REPLICA, ReplicaSet
 from scheduler.star.segments import TokenLimits
 
 MARK, PAGE_SIZE, BLOCK = 0, 4, 8
@@ -25,10 +26,16 @@ def prompt(*sizes: int, head: int = 0, query: int = 3) -> list[int]:
     return [88] * head + context + [99] * query
 
 
-def plan(ids: list[int], options: dict | None = None, defaults: dict | None = None, limits: TokenLimits = LIMITS):
+def plan(
+    ids: list[int],
+    options: dict | None = None,
+    defaults: dict | None = None,
+    limits: TokenLimits = LIMITS,
+    replicas: ReplicaSet = ONE_REPLICA,
+):
     """The plan of a request with these options, over the server's defaults under their bare names."""
     request = parse_options(options, flat=True) if options else None
-    return plan_blocks(ids, parse_options(defaults or {}, flat=False), request, PAGE_SIZE, limits)
+    return plan_blocks(ids, parse_options(defaults or {}, flat=False), request, PAGE_SIZE, limits, replicas)
 
 
 def client_blocks(ids: list[int], options: dict) -> list[tuple[int, int]]:
@@ -172,12 +179,31 @@ def test_a_requests_options_replace_the_servers():
     assert plan(ids, {"star_padding_token": 50}, defaults).padding_token == 50
 
 
-def test_a_request_for_block_positions_replaces_the_defaults_that_these_exclude():
-    defaults = {"mode": "on", "overlap_size": 4, "replicas": 2, "shards": "on"}
-    made = plan(prompt(5, 5), ON, defaults)
-    assert (made.overlap_size, made.replicas, made.shards) == (0, 1, False)
+def test_a_request_for_block_positions_replaces_the_default_that_these_exclude():
+    defaults = {"mode": "on", "overlap_size": 4}
+    assert plan(prompt(5, 5), ON, defaults).overlap_size == 0
     with pytest.raises(OptionError, match="star_overlap_size=8 is refused: with star_positions=block no block sees"):
         plan(prompt(5, 5), ON | {"star_overlap_size": 8}, defaults)
+
+
+def test_blocks_are_split_over_as_many_replicas_as_make_the_prompt_faster():
+    ids, three = prompt(5, 5, 5, 5), ReplicaSet(3)
+    assert (plan(ids, ON, replicas=three).replicas, plan(ids, ON).replicas) == (2, 1)
+    assert plan(ids, ON | {"star_replicas": 1}, replicas=three).replicas == 1
+    assert plan(ids, ON, {"replicas": 1}, replicas=three).replicas == 1
+    assert plan(prompt(8, 1, 1), ON, replicas=three).replicas == 2  # the last two together take less than the first
+    assert plan(ids, ON | {"star_shards": "on"}, replicas=three).shards
+    with pytest.raises(OptionError, match="star_replicas=4 is refused: this server has 3"):
+        plan(ids, ON | {"star_replicas": 4}, replicas=three)
+
+
+def test_prompts_with_such_blocks_are_not_split_over_peers():
+    """Peers are told of blocks of one size."""
+    ids, peers = prompt(5, 5, 5, 5), ReplicaSet(64, None, "peers", present=3)
+    assert plan(ids, ON, {"replicas": 2}, replicas=peers).replicas == 1
+    for option in ({"star_replicas": 2}, {"star_shards": "on"}):
+        with pytest.raises(OptionError, match="a prompt is not split over servers that are peers"):
+            plan(ids, ON | option, replicas=peers)
 
 
 def test_auto_leaves_short_prompts_dense_before_it_looks_at_them():
@@ -208,11 +234,12 @@ def test_auto_leaves_short_prompts_dense_before_it_looks_at_them():
         ),
         (
             {"star_replicas": 2},
-            "star_replicas=2 is refused: with star_positions=block a prompt stays on one replica. Allowed: auto or 1.",
+            "star_replicas=2 is refused: this server has 1 (--data-parallel-size, --star-replica-peers). Allowed: auto "
+            "or 1.",
         ),
         (
             {"star_shards": "on"},
-            "star_shards='on' is refused: with star_positions=block a prompt's KV stays on one replica. Allowed: off.",
+            "star_shards='on' is refused: this server has one replica",
         ),
         ({"star_block_size": 10}, "star_block_size=10 is refused: "),
         ({"star_block_size": 8, "star_anchor_size": 12}, "star_anchor_size=12 is refused: it is larger than the star "),

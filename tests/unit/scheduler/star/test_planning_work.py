@@ -38,7 +38,7 @@ def test_the_attended_keys_of_attamba_are_counted_without_a_look_at_each_block()
 def test_blocks_are_assigned_without_a_look_at_each_block(cached):
     flags = {"none": b"", "all": bytes([1] * BLOCKS), "every_second": bytes([0, 1] * (BLOCKS // 2))}[cached]
     replicas = [ReplicaState(flags, bool(flags), load=index, max_blocks=BLOCKS) for index in range(8)]
-    assert lines_run(lambda: assign_blocks(BLOCKS, 1.0, replicas, 8)) < 10_000
+    assert lines_run(lambda: assign_blocks(PLAN.block_sizes, 1.0, replicas, 8)) < 10_000
 
 
 def test_segments_are_counted_up_to_the_longest_prompt():

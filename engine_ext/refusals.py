@@ -9,7 +9,7 @@ from typing import Any
 from vllm import envs
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
-from attention_backends.kernels.contract import CPU_ISAS
+from attention_backends.kernels.contract import AMX, CPU_ISAS
 from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
 from engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
@@ -196,9 +196,18 @@ def _uses_vllm_attention(config: Any) -> bool:
     return (config.additional_config or {}).get("starling", {}).get("cpu_attention") == "vllm"
 
 
-def _unknown_isa(config: Any) -> str | None:
+def reads_all_caches(config: Any) -> bool:
+    """Whether Starling's CPU attention has to read the cache of each full-attention layer, by the server's options."""
+    star = (config.additional_config or {}).get("starling", {}).get("star", {})
+    return star.get("positions") == "block" or star.get("shards") == "on"
+
+
+def unread_isa(config: Any) -> str | None:
+    """The instruction set for which vLLM lays out keys, where Starling's CPU attention does not read them."""
     isa = cpu_attention_isa(config)
-    return None if isa in CPU_ISAS else isa
+    if isa in CPU_ISAS or (isa == AMX and reads_all_caches(config)):
+        return None
+    return isa
 
 
 # Where Starling's CPU attention, which returns its log-sum-exp, does not run.
@@ -208,7 +217,11 @@ CPU_ATTENTION_RULES: Rules = (
         lambda c: c.model_config.get_head_size() % VECTOR_SIZE,
         f"Starling's CPU attention takes head sizes that are multiples of {VECTOR_SIZE}",
     ),
-    (_unknown_isa, "on this processor vLLM stores keys in an order that Starling's CPU attention does not read"),
+    (
+        unread_isa,
+        "on this processor vLLM stores keys in an order that Starling's CPU attention does not read, unless the server "
+        "is started with --star-positions block or --star-shards on, or with --dtype float32",
+    ),
 )
 
 SHARD_RULES: Rules = (

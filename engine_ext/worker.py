@@ -17,7 +17,7 @@ from attention_backends.star.step import StarStep, open_step, set_positions
 from attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
-from engine_ext.refusals import has_peers, star_refusals
+from engine_ext.refusals import has_peers, reads_all_caches, star_refusals
 from engine_ext.rotations import block_positions_problem, make_rotations
 from replicas.metrics import replica_metrics
 from replicas.weights import note_weights
@@ -99,6 +99,7 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
         from attention_backends.star import cpu_impl
 
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
+        cpu_impl.read_all_caches(reads_all_caches(vllm_config))
         if vllm_config.model_config.is_hybrid:
             without_prefill_checkpoints()
 

@@ -38,6 +38,9 @@ On x86, vLLM takes "amx" for bf16 where the processor has AMX tiles. Else it tak
 head sizes that are no multiple of 32.
 """
 
+AMX = "amx"
+"""The instruction set of processors with AMX tiles, for bf16; "vec" runs there too."""
+
 
 class Layout(StrEnum):
     """How the memory of a page is ordered.

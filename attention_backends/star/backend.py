@@ -22,10 +22,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from attention_backends.kernels.contract import AMX, CPU_ISAS
 from attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from attention_backends.star.step import current_step
 from attention_backends.star.turned_impl import block_positions_in_use, make_turned_impl
-from vllm_compat.patching import extends
+from vllm_compat.patching import extends, touches
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
@@ -86,6 +87,10 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     base_builder: Any = base.get_builder_cls()
 
     @extends(AttentionMetadataBuilder)
+    @touches(
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.isa",
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder._set_isa_to_layers",
+    )
     class StarBuilder(base_builder):
         def __init__(
             self,
@@ -100,6 +105,16 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 sizes_by_pages = base.get_name() == "FLASHINFER"
                 vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)
+            if self.takes_star and device.type == "cpu":
+                self._lay_out_for_vectors(layer_names)
+
+        def _lay_out_for_vectors(self, layer_names: list[str]) -> None:
+            """Let vLLM lay out keys for vectors, where it would for AMX tiles and Starling's op has to read them."""
+            from attention_backends.star.cpu_impl import all_caches_are_read
+
+            if self.isa == AMX and all_caches_are_read():
+                self.isa = CPU_ISAS[0]
+                self._set_isa_to_layers(layer_names)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

@@ -15,6 +15,7 @@ from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op,
 from attention_backends.star.step import current_step
 
 _cpu_attention = "auto"
+_reads_all_caches = False
 
 
 def use_cpu_attention(setting: str) -> None:
@@ -27,6 +28,21 @@ def use_cpu_attention(setting: str) -> None:
     if setting not in CPU_ATTENTION_SETTINGS:
         raise ValueError(f"cpu_attention={setting!r} is refused. Allowed: {', '.join(CPU_ATTENTION_SETTINGS)}")
     _cpu_attention = setting
+
+
+def read_all_caches(in_use: bool) -> None:
+    """Say whether Starling's op has to read the caches of this process's layers, before their builders are made.
+
+    Where it has to, vLLM lays out keys for vectors on a processor with AMX tiles too, since the op does not read keys
+    that are laid out for tiles.
+    """
+    global _reads_all_caches
+    _reads_all_caches = in_use
+
+
+def all_caches_are_read() -> bool:
+    """What ``read_all_caches`` was told; False at first."""
+    return _reads_all_caches
 
 
 def unsupported_reason(impl: CPUAttentionBackendImpl) -> str | None:

@@ -118,6 +118,20 @@ def best_num_replicas_of(sizes: np.ndarray, anchor_work: float, max_replicas: in
     return min(range(1, min(max_replicas, len(sizes)) + 1), key=lambda number: (round(work(number), 6), number))
 
 
+def replicas_needed(sizes: np.ndarray, room: float, max_replicas: int) -> int | None:
+    """The fewest replicas whose memory takes all blocks, in contiguous ranges; None where ``max_replicas`` do not.
+
+    Args:
+        room: blocks of B tokens that one replica's memory takes.
+    """
+    before, first = _sums(sizes), 0
+    for number in range(1, max_replicas + 1):
+        first = int(np.searchsorted(before, before[first] + room, side="right")) - 1
+        if first == len(sizes):
+            return number
+    return None
+
+
 def _start(first: int, anchor_work: float, replica: ReplicaState) -> float:
     """The work after which a replica begins with a range of blocks."""
     return replica.load + (0.0 if first == 0 or replica.has_anchor else anchor_work)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scheduler.star.assignment import Assignment
+from scheduler.star.assignment import Assignment, replicas_needed
 from scheduler.star.options import flat_name
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan
@@ -26,10 +25,10 @@ class KVDemand:
     page_size: int
     capacity: Mapping[int, int]
 
-    def max_blocks(self, replica: int) -> int:
+    def max_blocks(self, replica: int) -> float:
         """Blocks of B tokens that a replica can hold beside the anchor's copy, or the query and a token of output."""
         beside = max(self.plan.anchor_size // self.page_size, self._tail_pages(1))
-        return max((self.capacity[replica] - beside) * self.page_size // self.plan.block_size, 0)
+        return max((self.capacity[replica] - beside) * self.page_size / self.plan.block_size, 0.0)
 
     def pages_of(self, assignments: Sequence[Assignment], params: Any) -> dict[int, int]:
         """Pages that a prompt with these assignments takes on each replica, at most all the pages of the replica.
@@ -73,8 +72,8 @@ def with_enough_replicas(plan: StarPlan, page_size: int, num_pages: int, max_rep
         OptionError: ``max_replicas`` are not enough.
     """
     room = KVDemand(plan, page_size, {0: num_pages}).max_blocks(0)
-    needed = math.ceil(plan.block_sizes.sum() / room) if room else max_replicas + 1
-    if needed > max_replicas:
+    needed = replicas_needed(plan.block_sizes, room, max_replicas)
+    if needed is None:
         reason = (
             f"{plan.block_sizes.sum():g} star blocks of {plan.block_size} tokens, anchor and query need more KV memory "
             f"than {max_replicas} replicas of {num_pages} pages of {page_size} tokens have"

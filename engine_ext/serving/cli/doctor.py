@@ -298,11 +298,17 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
         return {"name": "vLLM's", "why": "on GPUs the backend's own kernels run, also for star rows"}
     from attention_backends.kernels.cpu.build import compiler
     from attention_backends.kernels.cpu.selection import Processor, select_op
+    from engine_ext.refusals import unread_isa
 
     if setting == "vllm":
         return {"name": "vLLM's", "why": "--cpu-attention vllm selects it"}
     if compiler() is None:
         return {"name": "vLLM's", "why": "there is no C++ compiler to build Starling's op"}
+    if unread_isa(config):
+        return {
+            "name": "vLLM's",
+            "why": "on this processor vLLM lays out bfloat16 keys for AMX, which only its op reads",
+        }
     model, parallel = config.model_config, config.parallel_config
     group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
     chosen = {

@@ -517,6 +517,14 @@ def test_the_reason_that_keeps_kv_from_staying_on_its_replica_is_named(reason, m
     assert reason in found.shards_refusal
 
 
+@pytest.mark.parametrize("star", [{"positions": "block"}, {"shards": "on"}], ids=str)
+def test_keys_are_laid_out_for_vectors_where_a_server_needs_that(star, monkeypatch):
+    """Then Starling's attention reads them on processors with AMX too."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    changes = {"model_config__dtype": torch.bfloat16, "additional_config": {"starling": {"star": star}}}
+    assert replica_set(fake_config(**CPU | changes)).shards_refusal is None
+
+
 def test_every_rule_about_shards_is_tested_and_a_plain_cpu_has_shards():
     assert len(WITHOUT_SHARDS) == len(SHARD_RULES)
     assert replica_set(fake_config(**CPU)).shards_refusal is None

@@ -18,6 +18,7 @@ from scheduler.star.assignment import (
     best_num_replicas,
     best_num_replicas_of,
     completion_time,
+    replicas_needed,
 )
 
 
@@ -197,6 +198,19 @@ def test_unequal_blocks_need_no_more_replicas_than_make_them_faster():
     sizes = np.array([0.1, 1.0, 0.1, 0.1])
     assert best_num_replicas_of(sizes, 0.1, 4) == 2
     assert assign_blocks(sizes, 0.1, [ReplicaState()] * 2, 2) == [Assignment(0, 0, 2), Assignment(1, 2, 4)]
+
+
+@given(sizes=SIZES, room=st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.5, 30.0]), max_replicas=st.integers(1, 5))
+def test_the_fewest_replicas_with_room_are_those_that_an_assignment_needs(sizes, room, max_replicas):
+    def fits(number: int) -> bool:
+        try:
+            assign_blocks(sizes, 0.0, [ReplicaState(max_blocks=room)] * number, number)
+        except ValueError:
+            return False
+        return True
+
+    expected = next((number for number in range(1, max_replicas + 1) if fits(number)), None)
+    assert replicas_needed(sizes, room, max_replicas) == expected
 
 
 def test_no_replica_gets_more_blocks_than_its_memory_takes():

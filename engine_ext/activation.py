@@ -31,7 +31,7 @@ from replicas import options as replica_options
 from replicas.options import ReplicaOptions, parse_replicas
 from scheduler import options as scheduling_options
 from scheduler.options import SchedulingOptions, parse_scheduling
-from scheduler.star.block_layout import check_block_positions, without_peers
+from scheduler.star.block_layout import check_block_positions
 from scheduler.star.options import StarOptions, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, check_shards, max_replicas
@@ -165,9 +165,8 @@ def after_engine_config(vllm_config: Any) -> None:
     if one_host:
         network.keep_gloo_on_loopback(os.environ)
     replicas = replica_set(vllm_config)
-    for_prompts = without_peers(replicas) if config.star.positions == "block" else replicas
-    max_replicas(config.star, config.star.overlap_size, for_prompts)
-    check_shards(config.star, config.star.overlap_size, for_prompts)
+    max_replicas(config.star, config.star.overlap_size, replicas)
+    check_shards(config.star, config.star.overlap_size, replicas)
     if peers and replicas.split_refusal is not None:
         raise OptionError(PEERS, peers, replicas.split_refusal, f"no {PEERS}")
     if replicas.size > 1 and replicas.split_refusal is None:

@@ -112,9 +112,10 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             """Let vLLM lay out keys for vectors, where it would for AMX tiles and Starling's op has to read them."""
             from attention_backends.star.cpu_impl import all_caches_are_read
 
-            if self.isa == AMX and all_caches_are_read():
-                self.isa = CPU_ISAS[0]
-                self._set_isa_to_layers(layer_names)
+            builder: Any = self
+            if builder.isa == AMX and all_caches_are_read():
+                builder.isa = CPU_ISAS[0]
+                builder._set_isa_to_layers(layer_names)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

@@ -116,7 +116,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         tokens = attn_metadata.num_actual_tokens
         num_pages, kv_heads, page_size, _ = kv_cache.shape
         key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
-        options = {"scale": self.scale, "softcap": self.logits_soft_cap}
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.logits_soft_cap}
         if self.is_fp8_kv_cache:
             key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
             options |= {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}

@@ -15,6 +15,7 @@ from engine_ext.front.held_pages import HeldPages
 from engine_ext.front.state import front_state
 from engine_ext.requests import PLANNED
 from replicas.core_rpc import RELEASE, REPLICA_STATE
+from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.v1 import replica_pb2 as pb
@@ -63,6 +64,7 @@ class SplitPrompt:
         Raises:
             ValueError: a token or the priority is no number that a server takes.
         """
+        blocks = self.plan.blocks if isinstance(self.plan, BlockPositionsPlan) else ()
         return pb.PrefillPartRequest(
             prompt={
                 "request_id": self.request_id,
@@ -72,6 +74,7 @@ class SplitPrompt:
                 "context_end": self.plan.context_end,
                 "cache_salt": self.inputs.get("cache_salt"),
                 "priority": self.keywords.get("priority", 0),
+                "blocks": [{"start": start, "stop": stop} for start, stop in blocks],
             }
         )
 

@@ -54,10 +54,9 @@ def plan_blocks(
     if options.mode == "off" or (options.mode == "auto" and len(token_ids) < options.min_tokens):
         return None
     check_block_positions(options)
-    if replicas.present is not None and "replicas" not in given:
-        options = options.model_copy(update={"replicas": "auto"})  # the server's default holds for other prompts
-    replicas = without_peers(replicas)
     limit = max_replicas(options, 0, replicas)
+    if replicas.present is not None:
+        limit = min(limit, replicas.present)
     if "shards" in given:
         check_shards(options, 0, replicas)
     find_size = find_block_size if options.segment_token is None else find_segment_block_size
@@ -88,14 +87,6 @@ def plan_blocks(
         return plan
     number = best_num_replicas_of(plan.block_sizes, anchor_size / block_size, limit)
     return replace(plan, replicas=number, shards=number > 1 and options.shards == "on")
-
-
-def without_peers(replicas: ReplicaSet) -> ReplicaSet:
-    """The replicas over which blocks with positions of their own can be split."""
-    if replicas.present is None:
-        return replicas
-    reason = f"with {POSITIONS}=block a prompt is not split over servers that are peers (--star-replica-peers)"
-    return ReplicaSet(replicas.size, replicas.split_refusal or reason, replicas.shards_refusal or reason)
 
 
 def check_block_positions(options: StarOptions) -> None:

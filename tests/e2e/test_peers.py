@@ -65,6 +65,35 @@ def test_both_servers_prefill_and_the_output_is_that_of_one(served, asked):
     assert_same(both, complete(client, model, prompt, 1, cache_salt="another"))
 
 
+def test_both_servers_prefill_documents_with_positions_of_their_own(served):
+    """The head and three documents here, four there; all of them are found here in another order."""
+    _, clients, _, model = served
+    client, other = clients
+    star = {"star_positions": "block", "star_segment_token": 2}
+    head, documents, query = (
+        random_prompt(60, 250),
+        [[2, *random_prompt(seed, 250)] for seed in range(61, 68)],
+        [9] * 40,
+    )
+
+    def make_prompt(documents: list[list[int]]) -> list[int]:
+        return head + [token for document in documents for token in document] + query
+
+    before, before_there = counts(client), counts(other)
+    prompt = make_prompt(documents)
+    both = complete(client, model, prompt, 2, star=star)
+    after, after_there = counts(client), counts(other)
+    assert [after[name] - before.get(name, 0) for name in (HERE, ON_PEERS)] == [4, 4]
+    assert after[COMPUTED] - before[COMPUTED] == 4 * 256 + 40 + 5
+    assert after_there[COMPUTED] - before_there[COMPUTED] == 224 + 4 * 256
+    assert after[MOVED] - before[MOVED] == 4 * 256 * TOKEN_BYTES
+    assert_same(both, complete(client, model, prompt, 1, star=star, cache_salt="another"))
+    prompt, before = make_prompt(documents[::-1]), counts(client)
+    turned = complete(client, model, prompt, 1, star=star)
+    assert counts(client)[COMPUTED] - before[COMPUTED] <= 2 * 32 + 40 + 5
+    assert_same(turned, complete(client, model, prompt, 1, star=star, cache_salt="another"))
+
+
 def test_prompts_of_both_servers_at_once(served):
     """Each server prefills its own prompts and parts of the other's, and fetches pages while it is read itself."""
     _, clients, _, model = served

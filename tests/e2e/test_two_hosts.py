@@ -41,9 +41,11 @@ def served(tmp_path_factory):
             yield hosts, client, str(model)
 
 
-def complete(client, model: str, prompt: list[int], replicas: int, shards: str = "off", **more) -> dict:
-    """The tokens and logprobs of one completion."""
-    star = {"star": "on", "star_block_size": 256, "star_query_tokens": 40, "star_replicas": replicas}
+def complete(
+    client, model: str, prompt: list[int], replicas: int, shards: str = "off", star: dict | None = None, **more
+) -> dict:
+    """The tokens and logprobs of one completion, with these further star options."""
+    star = {"star": "on", "star_block_size": 256, "star_query_tokens": 40, "star_replicas": replicas} | (star or {})
     star["star_shards"] = shards
     body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 1, "vllm_xargs": star}
     response = client.post("/v1/completions", json=body | more)

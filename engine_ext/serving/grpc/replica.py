@@ -9,6 +9,7 @@ NOTICE_SECONDS then.
 from __future__ import annotations
 
 import asyncio
+from itertools import accumulate, pairwise
 from typing import Any
 
 import grpc
@@ -22,8 +23,13 @@ from engine_ext.front.peers import NOTICE_SECONDS, Identity
 from engine_ext.front.replica_rpc import ReplicaUnavailable
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
+from engine_ext.refusals import refuse_block_positions
+from engine_ext.requests import RequestPlanner
 from engine_ext.serving.grpc.arrivals import arriving
 from engine_ext.serving.grpc.messages import abort
+from scheduler.star.block_layout import lay_out
+from scheduler.star.block_positions import BlockPositionsPlan
+from scheduler.star.parsing import OptionError
 from scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc
@@ -55,7 +61,7 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServiceServicer):
             first = await arriving(context.read(), MESSAGE_SECONDS)
             if first is grpc.aio.EOF or first.WhichOneof("step") != "prompt":
                 raise VLLMValidationError("the first message has to be the prompt", parameter="prompt")
-            prompt = split_prompt(first.prompt, front_state(self.engine).planner.page_size or 1)
+            prompt = split_prompt(first.prompt, front_state(self.engine).planner)
             await Lease(self.engine, prompt).serve(context)
         except ReplicaUnavailable as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
@@ -65,25 +71,44 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServiceServicer):
             await abort(context, error, "prompt")
 
 
-def split_prompt(message: pb.Prompt, page_size: int) -> SplitPrompt:
+def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     """The prompt of a message.
 
     Raises:
-        VLLMValidationError: its plan is none that a server makes.
+        VLLMValidationError: its plan is none that a server makes, or one that this server can't compute.
     """
+    page_size = planner.page_size or 1
     plan = StarPlan(message.block_size, message.anchor_size, 0, message.context_end, len(message.token_ids), replicas=2)
-    sizes = (plan.block_size, plan.anchor_size)
-    if (
-        not 0 < plan.context_end < plan.num_prompt_tokens
-        or not plan.block_size
-        or plan.anchor_size > plan.block_size
-        or any(size % page_size for size in sizes)
-    ):
+    blocks = tuple((block.start, block.stop) for block in message.blocks)
+    if blocks:
+        plan = BlockPositionsPlan(**vars(plan), blocks=blocks)
+    if not is_served(plan, blocks, page_size):
         reason = f"a peer sent a plan that does not fit its prompt, or KV pages of {page_size} tokens: {plan}"
         raise VLLMValidationError(reason, parameter="prompt")
+    try:
+        refuse_block_positions(planner.vllm_config, "block" if blocks else "prompt")
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter="prompt") from None
     inputs = {"cache_salt": message.cache_salt} if message.HasField("cache_salt") else {}
     return SplitPrompt(
         message.request_id, list(message.token_ids), plan, page_size, inputs, {"priority": message.priority}
+    )
+
+
+def is_served(plan: StarPlan, blocks: tuple[tuple[int, int], ...], page_size: int) -> bool:
+    """Whether a plan is one that a server makes for its prompt."""
+    sizes = (plan.block_size, plan.anchor_size)
+    if not 0 < plan.context_end < plan.num_prompt_tokens or not plan.block_size or any(s % page_size for s in sizes):
+        return False
+    if not blocks:
+        return plan.anchor_size <= plan.block_size
+    lengths = [stop - start for start, stop in blocks]
+    ends = [0, *accumulate(lengths)]
+    return (
+        len(blocks) > 1
+        and all(0 < length <= plan.block_size for length in lengths[1:])
+        and plan.anchor_size <= lengths[0] <= plan.block_size
+        and lay_out(list(pairwise(ends)), page_size) == (blocks, plan.context_end)
     )
 
 

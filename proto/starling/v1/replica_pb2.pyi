@@ -48,7 +48,7 @@ class PrefillPartResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[PromptState, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., held: _Optional[_Union[HeldPart, _Mapping]] = ..., aborted: _Optional[_Union[PartAborted, _Mapping]] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("request_id", "token_ids", "block_size", "anchor_size", "context_end", "cache_salt", "priority")
+    __slots__ = ("request_id", "token_ids", "block_size", "anchor_size", "context_end", "cache_salt", "priority", "blocks")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Prompt(_message.Message):
     CONTEXT_END_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     block_size: int
@@ -63,7 +64,16 @@ class Prompt(_message.Message):
     context_end: int
     cache_salt: str
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., context_end: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockSpan]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., context_end: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockSpan, _Mapping]]] = ...) -> None: ...
+
+class BlockSpan(_message.Message):
+    __slots__ = ("start", "stop")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("first_block", "stop_block")

@@ -701,6 +701,15 @@ def test_identities_differ_by_what_only_one_of_them_has():
         ({"context_end": 0}, "plan that does not fit"),
         ({"context_end": 520}, "plan that does not fit"),
         ({"token_ids": [10**6] * 520}, "vocabulary"),
+        ({"blocks": [(0, 500)]}, "plan that does not fit"),
+        ({"blocks": [(0, 64), (96, 160)], "context_end": 160}, "plan that does not fit"),
+        ({"blocks": [(0, 64), (65, 100)], "context_end": 128}, "plan that does not fit"),
+        ({"blocks": [(0, 64), (64, 96), (64, 96)], "context_end": 128}, "plan that does not fit"),
+        ({"blocks": [(0, 64), (96, 64)], "context_end": 96}, "plan that does not fit"),
+        ({"blocks": [(0, 64), (64, 64)], "context_end": 64}, "plan that does not fit"),
+        ({"blocks": [(0, 64), (64, 160)], "context_end": 160}, "plan that does not fit"),
+        ({"blocks": [(0, 32), (32, 64)], "context_end": 64}, "plan that does not fit"),
+        ({"blocks": [(0, 64), (64, 100)], "context_end": 100}, "plan that does not fit"),
     ],
     ids=str,
 )
@@ -709,7 +718,8 @@ def test_a_prompt_that_can_not_be_served_is_refused(run_pods, change, reason):
 
     async def scenario(a, b):
         call = a.state.peers.usable[0].prefill_part()
-        await call.write(pb.PrefillPartRequest(prompt=pb.Prompt(**values | change)))
+        blocks = [{"start": start, "stop": stop} for start, stop in change.get("blocks", [])]
+        await call.write(pb.PrefillPartRequest(prompt=pb.Prompt(**values | change | {"blocks": blocks})))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
             await call.write(pb.PrefillPartRequest(part=pb.Part(first_block=0, stop_block=2)))

@@ -197,13 +197,10 @@ def test_blocks_are_split_over_as_many_replicas_as_make_the_prompt_faster():
         plan(ids, ON | {"star_replicas": 4}, replicas=three)
 
 
-def test_prompts_with_such_blocks_are_not_split_over_peers():
-    """Peers are told of blocks of one size."""
-    ids, peers = prompt(5, 5, 5, 5), ReplicaSet(64, None, "peers", present=3)
-    assert plan(ids, ON, {"replicas": 2}, replicas=peers).replicas == 1
-    for option in ({"star_replicas": 2}, {"star_shards": "on"}):
-        with pytest.raises(OptionError, match="a prompt is not split over servers that are peers"):
-            plan(ids, ON | option, replicas=peers)
+def test_blocks_are_split_over_the_peers_that_are_there():
+    ids = prompt(5, 5, 5, 5)
+    assert plan(ids, ON, replicas=ReplicaSet(64, None, "peers", present=3)).replicas == 2
+    assert plan(ids, ON | {"star_replicas": 9}, replicas=ReplicaSet(64, None, "peers", present=1)).replicas == 1
 
 
 def test_auto_leaves_short_prompts_dense_before_it_looks_at_them():

@@ -76,6 +76,25 @@ def cpu_attention_isa(vllm_config: Any) -> str:
     return _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype)
 
 
+@touches(
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.isa",
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder._set_isa_to_layers",
+)
+def set_cpu_attention_isa(builder: Any, layer_names: list[str], isa: str) -> None:
+    """Let vLLM's CPU backend lay out the pages of a builder's layers for another instruction set, before any is used.
+
+    Goes when vLLM has an option for it.
+    """
+    builder.isa = isa
+    builder._set_isa_to_layers(layer_names)
+
+
+@touches("vllm.model_executor.layers.attention.attention.set_default_quant_scales")
+def kv_scales(layer: Any) -> dict[str, float]:
+    """The scales of a layer's quantised KV cache. Goes with public attributes."""
+    return {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
+
+
 @touches("vllm.config.compilation.CompilationConfig.static_forward_context")
 def page_layout(vllm_config: Any, layer: str, cache_dtype: str) -> str:
     """How a layer's KV pages are laid out inside.

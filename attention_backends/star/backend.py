@@ -26,7 +26,8 @@ from attention_backends.kernels.contract import AMX, CPU_ISAS
 from attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from attention_backends.star.step import current_step
 from attention_backends.star.turned_impl import block_positions_in_use, make_turned_impl
-from vllm_compat.patching import extends, touches
+from vllm_compat.config import set_cpu_attention_isa
+from vllm_compat.patching import extends
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
@@ -87,10 +88,6 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     base_builder: Any = base.get_builder_cls()
 
     @extends(AttentionMetadataBuilder)
-    @touches(
-        "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.isa",
-        "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder._set_isa_to_layers",
-    )
     class StarBuilder(base_builder):
         def __init__(
             self,
@@ -114,8 +111,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
             builder: Any = self
             if builder.isa == AMX and all_caches_are_read():
-                builder.isa = CPU_ISAS[0]
-                builder._set_isa_to_layers(layer_names)
+                set_cpu_attention_isa(builder, layer_names, CPU_ISAS[0])
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

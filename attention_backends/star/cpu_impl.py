@@ -13,6 +13,7 @@ from attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_f
 from attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
 from attention_backends.star.step import current_step
+from vllm_compat.config import kv_scales
 
 _cpu_attention = "auto"
 _reads_all_caches = False
@@ -119,7 +120,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.logits_soft_cap}
         if self.is_fp8_kv_cache:
             key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
-            options |= {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
+            options |= kv_scales(layer)
         caches = key_cache, value_cache
         if turned is not None and remote is None:
             turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)

@@ -66,6 +66,7 @@ def plan_blocks(
     block_size = find_size(options, len(token_ids), page_size)
     context_end = find_context_end(options, given, len(token_ids))
     starts = segment_starts(options, given, token_ids, context_end)
+    refuse_padding(len(token_ids), len(starts) * page_size, limits, page_size)  # before each segment is looked at
     pieces = cut(starts, context_end, block_size)
     head = pieces[0][1]
     if len(pieces) - (not head) < 2:
@@ -74,10 +75,7 @@ def plan_blocks(
     anchor_size = min(anchor_size, head // page_size * page_size)
     blocks, padded_end = lay_out(pieces, page_size)
     padded = padded_end + len(token_ids) - context_end
-    if padded > limits.max_prompt_tokens:
-        reason = f"with each block on a KV page of {page_size} tokens the prompt of {len(token_ids)} takes {padded}"
-        allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
-        raise TooMuchPadding(POSITIONS, "block", reason, allowed)
+    refuse_padding(len(token_ids), padded, limits, page_size)
     padding = options.padding_token
     if padding is None:
         padding = default_padding(options.segment_token if starts else None, head, token_ids)
@@ -108,6 +106,14 @@ def check_block_positions(options: StarOptions) -> None:
     check_block_size(options)
     if options.overlap_size:
         raise refused("overlap_size", f"{with_block} no block sees the one before it", "0")
+
+
+def refuse_padding(num_tokens: int, padded: int, limits: TokenLimits, page_size: int) -> None:
+    """Refuse a prompt that takes ``padded`` tokens or more (raises TooMuchPadding)."""
+    if padded > limits.max_prompt_tokens:
+        reason = f"with each block on a KV page of {page_size} tokens the prompt of {num_tokens} takes {padded}"
+        allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
+        raise TooMuchPadding(POSITIONS, "block", reason, allowed)
 
 
 def default_padding(mark: int | None, head: int, token_ids: list[int]) -> int:

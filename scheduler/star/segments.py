@@ -102,6 +102,8 @@ def align(
 
 def check_segment_options(options: StarOptions, vocabulary_size: int) -> None:
     """Refuse a server's defaults that no prompt could use (raises OptionError)."""
+    if isinstance(options.segments, tuple):
+        raise OptionError(SEGMENTS, options.segments, "offsets are those of one prompt", "auto")
     check_token(SEGMENT_TOKEN, options.segment_token, vocabulary_size)
     check_padding(options, vocabulary_size)
     check_block_size(options)

@@ -1,6 +1,6 @@
 """The blocks of a prompt whose blocks have positions of their own.
 
-A segment starts at each segment token of the context, or at each of the offsets that the request gives. A segment longer
+A segment starts at each segment token of the context, or at each of its offsets where these are given. A segment longer
 than B is cut there. What is before the first segment is the head, whose first whole pages are the anchor. Without
 segments the context is cut every B tokens.
 """
@@ -132,7 +132,7 @@ def default_padding(mark: int | None, head: int, token_ids: list[int]) -> int:
 
 
 def cut(starts: Sequence[int], context_end: int, block_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each block of a context. The first one is the head: the tokens before the first segment, or none.
+    """(start, stop) of each block of a context. The first one is the head: what is before the first segment, or empty.
 
     Args:
         starts: where segments start, ascending and below ``context_end``.

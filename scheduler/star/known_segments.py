@@ -1,4 +1,4 @@
-"""Segments that the front of a server knows of a prompt: the messages of a chat, or the texts that a client has sent."""
+"""Segments that a server's front knows of a prompt: the messages of a chat, or the texts that a client has sent."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ class StarOptions(BaseModel):
     )
     segments: Literal["auto"] | Offsets | None = Field(
         None,
-        description="where segments start, without a token that marks them. auto: at the messages of a chat, the last of "
-        "which is the query. A request may give a list of token offsets instead",
+        description="where segments start, without a token that marks them. auto: at the messages of a chat, of which "
+        "the last one is the query. A request may give a list of token offsets instead",
     )
     padding_token: Tokens | None = Field(
         None, description="id of the token that fills the gap before a moved segment; default a space"
@@ -204,9 +204,9 @@ def _check_offsets(name: str, offsets: tuple[int, ...]) -> None:
 def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
     """A request's options over the server's: what the request gives replaces the default.
 
-    Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply. Nor
-    does the default of the overlap where the request gives ``positions`` = ``block``, which excludes it. The same holds
-    of ``segments`` and ``segment_token``.
+    Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply. The
+    same holds of ``segments`` and ``segment_token``. Nor does the default of the overlap apply where the request gives
+    ``positions`` = ``block``, which excludes it.
     """
     if request is None:
         return defaults

@@ -55,9 +55,9 @@ def align(
         arguments themselves where there is nothing to move.
 
     Raises:
-        OptionError: the padded prompt is too long; the block size follows from the length of the prompt; no segment
-            of which the request says where it starts does so in the context; no padding token is known, or it is outside
-            of the vocabulary, or given without segments; the context or the query is longer than the prompt.
+        OptionError: the padded prompt is too long; the block size follows from the length of the prompt; the request
+            says where segments start, and none does in the context; no padding token is known, or it is outside of the
+            vocabulary, or given without segments; the context or the query is longer than the prompt.
     """
     given = set() if request is None else request.model_fields_set
     if defaults.segment_token is None and not given & {"segment_token", "segments", "padding_token"}:

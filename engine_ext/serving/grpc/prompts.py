@@ -12,8 +12,9 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TextPrompt, TokensPrompt
-from vllm.renderers import ChatParams
+from vllm.renderers import ChatParams, TokenizeParams
 from vllm.renderers.chat_utils import load_chat_template
+from vllm.utils.mistral import is_mistral_tokenizer
 
 from engine_ext.requests import KNOWN_SEGMENTS
 from scheduler.star.known_segments import KnownSegments
@@ -149,7 +150,14 @@ def chat_arguments(renderer: Any, messages: pb.Chat, chat: ChatParams) -> tuple[
         raise VLLMValidationError(f"chat is refused: {reason}", parameter="chat")
     opens_turn = not messages.HasField("add_generation_prompt") or messages.add_generation_prompt
     kwargs = chat.chat_template_kwargs | {"add_generation_prompt": opens_turn}
+    if not is_mistral_tokenizer(renderer.tokenizer):  # as the HTTP server: its templates make no text
+        kwargs["tokenize"] = False
     return conversation, replace(chat, chat_template_kwargs=kwargs)
+
+
+def chat_tok_params(renderer: Any) -> TokenizeParams:
+    """How the text of a chat becomes tokens: its template has put the special tokens into it, as for HTTP."""
+    return replace(renderer.default_chat_tok_params, add_special_tokens=False)
 
 
 async def render(
@@ -170,7 +178,8 @@ async def render(
     if request.WhichOneof("prompt") == "chat":
         limit.check_chat(request.chat)
         conversation, params = chat_arguments(renderer, request.chat, chat)
-        _, (engine_input,) = await renderer.render_chat_async([conversation], params, None, prompt_extras=extras)
+        tokens = chat_tok_params(renderer)
+        _, (engine_input,) = await renderer.render_chat_async([conversation], params, tokens, prompt_extras=extras)
         return engine_input
     if request.WhichOneof("prompt") == "texts":
         return await render_texts(renderer, request.texts.texts, extras, limit)

@@ -37,7 +37,7 @@ class FakePlanner:
         self.defaults = StarOptions()
         self.planned: list[PlannedPrompt] = []
 
-    def plan(self, extra_args, num_tokens, token_ids=None) -> PlannedPrompt:
+    def plan(self, extra_args, num_tokens, token_ids=None, dense_reason=None, segments=None) -> PlannedPrompt:
         self.planned.append(PlannedPrompt(None, num_tokens, token_ids))
         return self.planned[-1]
 

@@ -65,8 +65,10 @@ def test_chat_is_rendered_with_the_servers_options(request_, opens):
     assert [message["role"] for message in messages] == [message.role for message in request_.chat.messages]
     assert messages[0]["content"] == "I am user"
     assert params.chat_template == "T"
-    assert params.chat_template_kwargs == {"enable_thinking": False, "add_generation_prompt": opens}
-    assert tokenizing is None, "the renderer's own, which refuses a prompt beyond the context"
+    wanted = {"enable_thinking": False, "add_generation_prompt": opens, "tokenize": False}
+    assert params.chat_template_kwargs == wanted
+    assert not tokenizing.add_special_tokens, "the template adds them"
+    assert tokenizing.max_total_tokens == 1000, "so that a prompt beyond the context is refused"
 
 
 class NumberedRenderer(FakeEngine):

@@ -66,7 +66,8 @@ def plan_blocks(
     block_size = find_size(options, len(token_ids), page_size)
     context_end = find_context_end(options, given, len(token_ids))
     starts = segment_starts(options, given, token_ids, context_end)
-    refuse_padding(len(token_ids), len(starts) * page_size, limits, page_size)  # before each segment is looked at
+    # A page each at least: known before each segment is looked at.
+    refuse_padding(len(token_ids), len(starts) * page_size, limits, page_size, " or more")
     pieces = cut(starts, context_end, block_size)
     head = pieces[0][1]
     if len(pieces) - (not head) < 2:
@@ -108,10 +109,10 @@ def check_block_positions(options: StarOptions) -> None:
         raise refused("overlap_size", f"{with_block} no block sees the one before it", "0")
 
 
-def refuse_padding(num_tokens: int, padded: int, limits: TokenLimits, page_size: int) -> None:
-    """Refuse a prompt that takes ``padded`` tokens or more (raises TooMuchPadding)."""
+def refuse_padding(num_tokens: int, padded: int, limits: TokenLimits, page_size: int, more: str = "") -> None:
+    """Refuse a prompt that takes ``padded`` tokens with its padding, or more (raises TooMuchPadding)."""
     if padded > limits.max_prompt_tokens:
-        reason = f"with each block on a KV page of {page_size} tokens the prompt of {num_tokens} takes {padded}"
+        reason = f"with each block on a KV page of {page_size} tokens the prompt of {num_tokens} takes {padded}{more}"
         allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
         raise TooMuchPadding(POSITIONS, "block", reason, allowed)
 

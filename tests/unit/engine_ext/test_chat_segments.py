@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import jinja2
@@ -100,7 +100,7 @@ def pieces(renderer: FakeRenderer, messages: list, **changes) -> list[str] | str
         return found.refusal
     text, offsets = engine_input["prompt"], engine_input["prompt_token_offsets"]
     borders = [0, *(offsets[start][0] for start in found.starts), len(text)]
-    return [text[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+    return [text[start:stop] for start, stop in pairwise(borders)]
 
 
 @pytest.mark.parametrize("width", [1, 5])
@@ -199,7 +199,7 @@ def test_the_work_is_bounded_and_borders_stay_as_a_chat_grows(number):
     assert numbers == sorted(set(numbers)) and (numbers[0], numbers[-1]) == (1, number - 1)
     if number <= 256:
         assert numbers == list(range(1, number))
-    steps = {later - earlier for earlier, later in zip(numbers[:-1], numbers[1:-1], strict=False)}
+    steps = {later - earlier for earlier, later in pairwise(numbers[:-1])}
     assert all(step & (step - 1) == 0 for step in steps) and len(steps) <= 1
 
 

@@ -138,8 +138,8 @@ def test_a_head_and_a_question_are_dense():
         ),
         (
             {"star_segments": [4, 13]},
-            "star_segments=(4, 13) is refused: the prompt has only 13 tokens, and 13 is not one of them. Allowed: offsets "
-            "from 0 to 12.",
+            "star_segments=(4, 13) is refused: the prompt has only 13 tokens, and 13 is not one of them. Allowed: "
+            "offsets from 0 to 12.",
         ),
         (
             {"star_segments": [11, 12], "star_query_tokens": 3},
@@ -177,7 +177,7 @@ def test_a_long_list_is_refused_in_few_words_and_few_steps():
             lambda: parse_options({"star_segments": offsets[::-1]}, flat=True), OptionError, "999998 follows 999999"
         )
         refused(lambda: parse_options({"star_segments": ["x" * 999] * MANY}, flat=True), OptionError, "it must be auto")
-        refused(lambda: own_plan([7] * MANY, OWN | {"star_segments": offsets}), TooMuchPadding, "takes 3999996")
+        refused(lambda: own_plan([7] * MANY, OWN | {"star_segments": offsets}), TooMuchPadding, "takes 3999996 or more")
         refused(lambda: moved_plan([7] * MANY, MOVED | {"star_segments": offsets}), OptionError, "has at least 10")
 
     assert lines_run(steps) < 20_000
@@ -242,9 +242,7 @@ def test_texts_are_segments_by_themselves():
     assert known(StarOptions(mode="on"), None, TEXTS) == (None, (5, 9), None)
     assert known(AUTO, {"star_block_size": 64}, TEXTS) == ("auto", (5, 9), None)
     for option in ({"star_segments": [4]}, {"star_segments": "auto"}, {"star_segment_token": 3}):
-        with pytest.raises(
-            OptionError, match="is refused: each text of the prompt is a segment. Allowed: no star_segm"
-        ):
+        with pytest.raises(OptionError, match="is refused: each text of the prompt is a segment"):
             known(StarOptions(mode="on"), option, TEXTS)
 
 

@@ -101,7 +101,7 @@ class FakeEngine:
 
     async def render_cmpl_async(self, prompts, tok_params, prompt_extras):
         self.rendered.append((prompts, tok_params))
-        return [{"type": "token", "prompt_token_ids": [1] * PROMPT_TOKENS}]
+        return [{"type": "token", "prompt_token_ids": [1] * PROMPT_TOKENS} for _ in prompts]
 
     def get_tokenizer(self):
         return self.tokenizer

@@ -10,6 +10,7 @@ PAGE_SIZE = 32
 SEGMENT_TOKEN, PADDING_TOKEN = 256, 10
 QUERY = {"star": "on", "star_query_tokens": 40}
 BLOCKS = QUERY | {"star_block_size": 128}
+MESSAGES = {"star": "on", "star_positions": "block", "star_segments": "auto"}
 EDITABLE = BLOCKS | {"star_anchor_size": 128}
 
 

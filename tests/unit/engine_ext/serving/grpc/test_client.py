@@ -276,7 +276,7 @@ def test_messages_and_texts_have_no_pieces(kind, monkeypatch, prompt, what):
 def test_a_list_of_texts_is_a_prompt_of_texts():
     sent = requests.generate_request(["head", "question"], {})
     assert sent == pb.GenerateStreamRequest(texts=pb.Texts(texts=["head", "question"]))
-    with pytest.raises(TypeError, match=r"it is several texts\\. Allowed: text or messages"):
+    with pytest.raises(TypeError, match=r"it is several texts\. Allowed: text or messages"):
         requests.tokenize_request(["head", "question"], None)
 
 

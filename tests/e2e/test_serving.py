@@ -486,6 +486,28 @@ def test_messages_of_a_chat_are_reused_in_another_order(http, generate):
         assert final.usage.cached_tokens == total - asked
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_messages_are_segments_on_every_path_of_chats(http, path, stream):
+    parts = [("user", "h" * 60), ("assistant", "a" * 50), ("user", "b" * 70), ("user", "What?")]
+    messages = [{"role": role, "content": content} for role, content in parts]
+    key = "input" if path == "/v1/responses" else "messages"
+    star = {"star": "on", "star_positions": "block", "star_segments": "auto", "star_padding_token": 32}
+    with http.stream("POST", path, json=body(path, stream=stream, xargs=star, **{key: messages})) as response:
+        response.read()
+    assert response.status_code == 200, response.text
+    plan = json.loads(response.headers["x-starling-plan"])
+    lengths = [len(f"{role}: {content}\n") for role, content in parts]
+    assert (plan["star_blocks"], plan["context_end"]) == (3, sum(lengths[:-1]))
+    assert plan["prompt_tokens"] == sum(lengths) + len("assistant:")
+    padding = sum(-length % PAGE_SIZE for length in lengths[:-1])
+    assert (plan["padding_tokens"], plan["anchor_size"]) == (padding, lengths[0] // PAGE_SIZE * PAGE_SIZE)
+
+    with http.stream("POST", path, json=body(path, stream=stream, xargs=star)) as response:  # of one message
+        response.read()
+    assert response.status_code == 400 and "the chat has one message" in response.text
+
+
 def test_texts_over_grpc_are_reused_in_another_order(generate):
     """Each text is a segment, and the last one is the question; without star they are one prompt."""
     head, question = "h" * (2 * PAGE_SIZE), "Which?"

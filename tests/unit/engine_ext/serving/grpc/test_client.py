@@ -447,7 +447,7 @@ def test_what_is_sent(fields, expected):
 
 def test_names_are_the_servers():
     assert {name: "mode" if name == "star" else name.removeprefix("star_") for name in FIELD_OF} == FIELD_OF
-    assert sorted(requests.STAR) == sorted(FIELD_OF.values())
+    assert sorted({*requests.STAR} - {"segment_offsets"}) == sorted(FIELD_OF.values())
     assert list(requests.MODES) == ["off", "on", "auto"]
 
 

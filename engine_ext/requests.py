@@ -202,7 +202,7 @@ class RequestPlanner:
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
         page_size, client_tokens = self.page_size or 1, num_tokens
-        own, (defaults, request, refusal) = request, with_known_segments(self.defaults, request, segments)
+        own, (defaults, request, refusal) = request, with_known_segments(self.defaults, request, segments, num_tokens)
         if mode != "off" and merge(defaults, request).positions == "block":
             planned = self._plan_blocks(defaults, request, given, num_tokens, token_ids, page_size)
             if planned is not None:
@@ -212,8 +212,8 @@ class RequestPlanner:
         if token_ids is not None:
             token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)
             num_tokens = len(token_ids)
-        elif by_request := {SEGMENT_TOKEN, SEGMENTS} & given.keys():
-            (name,) = by_request
+        elif named := [name for name in (SEGMENT_TOKEN, SEGMENTS) if given.get(name) is not None]:
+            name = named[0]
             reason = "the prompt has images or embeddings, which can't be moved"
             raise OptionError(name, given[name], reason, f"a text-only prompt, or no {name}")
         plan = self._with_room(make_plan(num_tokens, defaults, request, page_size, self.replicas_now), request)

@@ -32,8 +32,8 @@ def on_rendered_chat(
     """Let ``add(renderer, messages, chat_params, engine_input)`` add to the engine inputs of a server's chats.
 
     Where ``wanted(renderer)`` is true the engine input has ``prompt_token_offsets``: the characters of each token in
-    ``prompt``, the rendered text. A renderer whose tokenizer can't say them leaves them out. Goes when vLLM says which
-    tokens of a chat a message has.
+    ``prompt``, the rendered text. A renderer whose tokenizer can't say them leaves them out. They are removed again
+    unless the request itself asks for them. Goes when vLLM says which tokens of a chat a message has.
     """
     from vllm.renderers.base import BaseRenderer
 
@@ -43,10 +43,13 @@ def on_rendered_chat(
         ) -> Any:
             if not wanted(self):
                 return await original(self, conversations, chat_params, tok_params, **kwargs)
-            tok_params = replace(tok_params or self.default_chat_tok_params, return_token_offsets=True)
-            rendered, engine_inputs = await original(self, conversations, chat_params, tok_params, **kwargs)
+            own = tok_params or self.default_chat_tok_params
+            with_offsets = replace(own, return_token_offsets=True)
+            rendered, engine_inputs = await original(self, conversations, chat_params, with_offsets, **kwargs)
             for messages, engine_input in zip(conversations, engine_inputs, strict=True):
                 await add(self, messages, chat_params, engine_input)
+                if not own.return_token_offsets:
+                    engine_input.pop("prompt_token_offsets", None)
             return rendered, engine_inputs
 
         return render_chat_async

@@ -28,7 +28,7 @@ class KnownSegments:
 
 
 def with_known_segments(
-    defaults: StarOptions, request: StarOptions | None, known: KnownSegments | None
+    defaults: StarOptions, request: StarOptions | None, known: KnownSegments | None, num_tokens: int
 ) -> tuple[StarOptions, StarOptions | None, str | None]:
     """Replace ``segments`` = ``auto`` by offsets, and give a prompt of texts its offsets.
 
@@ -36,6 +36,7 @@ def with_known_segments(
         defaults: the server's options.
         request: the request's own, or None where it gave none.
         known: what the front knows of the prompt; None: nothing.
+        num_tokens: of the prompt.
 
     Returns:
         The server's options, the request's, and why a prompt has no segments that only the server's default asks for;
@@ -45,7 +46,7 @@ def with_known_segments(
         OptionError: the request asks for segments that are not known, or says where the segments of texts start.
     """
     options = merge(defaults, request)
-    if options.mode == "off":
+    if options.mode == "off" or (options.mode == "auto" and num_tokens < options.min_tokens):
         return defaults, request, None
     given = set() if request is None else request.model_fields_set
     if known is not None and known.source == "texts":

@@ -140,8 +140,9 @@ def test_a_plan_says_why_a_prompt_has_no_segments_by_default(segments, reason):
     assert shown["segments_refusal"] == reason == plan_message(shown).segments_refusal
     with pytest.raises(VLLMValidationError, match=f"star_segments='auto' is refused: {reason}"):
         front.plan({"star_segments": "auto"}, len(IDS), IDS, None, segments)
-    off = planner(AUTO | {"mode": "off"})
-    assert "segments_refusal" not in off.describe(off.plan({}, len(IDS), IDS, None, segments))
+    for not_asked in ({"mode": "off"}, {"mode": "auto", "min_tokens": len(IDS) + 1}):
+        front = planner(AUTO | not_asked)
+        assert "segments_refusal" not in front.describe(front.plan({}, len(IDS), IDS, None, segments))
 
 
 def test_a_default_of_auto_leaves_chats_that_can_not_use_it():
@@ -159,7 +160,7 @@ def test_offsets_of_a_prompt_with_images_are_refused():
     for positions in ("block", "prompt"):
         given = BY_OFFSETS | {"star_positions": positions, "star_block_size": 16}
         with pytest.raises(VLLMValidationError, match="is refused: the prompt has images or embeddings"):
-            planner().plan(given, len(IDS), None)
+            planner().plan(given | {"star_segment_token": None}, len(IDS), None)
     images = planner(AUTO | {"block_size": 16}).plan({}, len(IDS), None, None, None)
     assert not isinstance(images.plan, BlockPositionsPlan)
 

@@ -53,10 +53,11 @@ def test_engine_inputs_are_added_to_where_that_is_wanted(monkeypatch, wanted, gi
 
     async def render_chat_async(self, conversations, chat_params, tok_params=None, **kwargs):
         calls.append((tok_params, kwargs))
-        return conversations, [{"number": number} for number in range(len(conversations))]
+        offsets = {"prompt_token_offsets": [(0, 1)]} if tok_params and tok_params.return_token_offsets else {}
+        return conversations, [{"number": number} | offsets for number in range(len(conversations))]
 
     async def add(renderer, messages, chat_params, engine_input):
-        engine_input["added"] = (messages, chat_params)
+        engine_input["added"] = (messages, chat_params, engine_input["prompt_token_offsets"])
 
     monkeypatch.setattr(BaseRenderer, "render_chat_async", render_chat_async)
     for _ in range(2):
@@ -65,7 +66,7 @@ def test_engine_inputs_are_added_to_where_that_is_wanted(monkeypatch, wanted, gi
     made = asyncio.run(BaseRenderer.render_chat_async(renderer, [["a"], ["b"]], "params", *given, prompt_extras={}))
     expected = [{"number": 0}, {"number": 1}]
     if wanted:
-        expected = [one | {"added": ([name], "params")} for one, name in zip(expected, "ab", strict=True)]
+        expected = [one | {"added": ([name], "params", [(0, 1)])} for one, name in zip(expected, "ab", strict=True)]
     assert made == ([["a"], ["b"]], expected)
     ((tok_params, kwargs),) = calls
     assert kwargs == {"prompt_extras": {}}
@@ -73,3 +74,18 @@ def test_engine_inputs_are_added_to_where_that_is_wanted(monkeypatch, wanted, gi
         assert tok_params.return_token_offsets and tok_params.max_total_tokens == used.max_total_tokens
     else:
         assert tok_params is (given[0] if given else None)
+
+
+def test_offsets_that_the_request_asks_for_stay(monkeypatch):
+    async def render_chat_async(self, conversations, chat_params, tok_params=None):
+        return conversations, [{"prompt_token_offsets": [(0, 1)]}]
+
+    async def add(*args):
+        pass
+
+    monkeypatch.setattr(BaseRenderer, "render_chat_async", render_chat_async)
+    chat.on_rendered_chat(lambda renderer: True, add)
+    for asked in (True, False):
+        tok_params = TokenizeParams(max_total_tokens=9, return_token_offsets=asked)
+        _, (made,) = asyncio.run(BaseRenderer.render_chat_async(SimpleNamespace(), [["a"]], "params", tok_params))
+        assert ("prompt_token_offsets" in made) is asked

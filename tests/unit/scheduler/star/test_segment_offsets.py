@@ -213,7 +213,7 @@ AUTO = StarOptions(mode="on", segments="auto")
 def known(defaults: StarOptions, request: dict | None, segments: KnownSegments | None):
     """The resolved ``segments`` of both, and the reason why there are none."""
     options = None if request is None else parse_options(request, flat=True)
-    server, own, reason = with_known_segments(defaults, options, segments)
+    server, own, reason = with_known_segments(defaults, options, segments, 10)
     return server.segments, None if own is None else own.segments, reason
 
 
@@ -251,5 +251,8 @@ def test_nothing_happens_where_star_is_off_or_no_option_asks(segments):
     off = StarOptions(segments="auto")
     assert known(off, None, segments) == ("auto", None, None)
     assert known(AUTO, {"star": "off"}, segments) == ("auto", None, None)
+    short = {"star": "auto", "star_min_tokens": 11}
+    assert known(AUTO, short, segments) == ("auto", None, None)
+    assert known(AUTO, short | {"star_segments": "auto"}, segments) == ("auto", "auto", None)
     if segments is not TEXTS:
         assert known(StarOptions(mode="on"), {"star_segments": [4]}, segments) == (None, (4,), None)

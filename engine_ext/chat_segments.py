@@ -107,6 +107,23 @@ async def message_segments(
     return KnownSegments("messages", tuple(sorted(set(starts))))
 
 
+async def refusal_of_template(renderer: Any, params: Any) -> str | None:
+    """Why no chat of a model has its messages as segments, tried with a short one; None: chats can have them.
+
+    Args:
+        params: vLLM's ChatParams of a server.
+
+    Raises:
+        VLLMValidationError, ValueError: the model has no template, or its template refuses this chat.
+    """
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": f"This is message {number}."} for number, role in enumerate(roles)]
+    params = replace(params, chat_template_kwargs={"tokenize": False, **params.chat_template_kwargs})
+    offsets = replace(renderer.default_chat_tok_params, add_special_tokens=False, return_token_offsets=True)
+    _, (engine_input,) = await renderer.render_chat_async([messages], params, offsets)
+    return (await message_segments(renderer, messages, params, engine_input)).refusal
+
+
 def numbers_to_render(num_messages: int) -> list[int]:
     """How many messages are before each segment: 1, 2, ..., and all but the last.
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from attention_backends.star.reference import star_mask
 from benchmarks.report import saved_figure, write_json
 from examples.make_demo_model import OUTPUT as DEMO_MODEL
-from scheduler.star.segments import fill_gaps, find_gaps
+from scheduler.star.segments import fill_gaps, find_gaps, positions_of
 
 BLOCK, FILES = 256, 6
 MARK = "<file_sep>"
@@ -82,7 +82,7 @@ def measure(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[dict[str
         for name in (DENSE, STAR):
             logprobs[name].append(answer_logprob(model, context, question, answer, name == STAR))
         for name, text in PADDINGS.items():
-            aligned = fill_gaps(context, find_gaps(context, mark, BLOCK), encode(text)[0])
+            aligned = fill_gaps(context, find_gaps(positions_of(mark, context, len(context)), BLOCK), encode(text)[0])
             logprobs[name].append(answer_logprob(model, aligned, question, answer, True))
         padded.append(1 - len(context) / len(aligned))
     return logprobs, padded

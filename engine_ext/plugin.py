@@ -14,6 +14,7 @@ from typing import Any
 
 from engine_ext.models.registry import register_model_families
 from vllm_compat.bench import add_bench_backend, is_bench
+from vllm_compat.chat import on_chat_request, on_rendered_chat
 from vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from vllm_compat.engine_core import divide_kv_memory_check
 from vllm_compat.front import on_abort, on_beam_search, on_encode, on_generate, on_processed_request
@@ -43,6 +44,7 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from engine_ext.activation import after_engine_config
+        from engine_ext.chat_segments import add_segments, note_chat_options, wants_segments
         from engine_ext.clients import sees_cached, without_cached
         from engine_ext.front.split_prefill import generate_split
         from engine_ext.front.state import abort_split, state_of
@@ -66,6 +68,8 @@ def _hook_in() -> None:
             on_encode(with_salt)
             on_abort(abort_split)
             on_beam_search(begin_beam_search)
+            on_chat_request(note_chat_options)
+            on_rendered_chat(wants_segments, add_segments)
 
     def server_args(args: object) -> None:
         if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server

@@ -19,12 +19,13 @@ from engine_ext.metrics import front_metrics
 from engine_ext.refusals import refuse_block_positions, refuse_overlap, replica_set, star_refusals, takes_overlap
 from scheduler.star.block_layout import POSITIONS, TooMuchPadding, plan_blocks
 from scheduler.star.block_positions import BlockPositionsPlan
+from scheduler.star.known_segments import KnownSegments, with_known_segments
 from scheduler.star.kv_demand import with_enough_replicas
 from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, StarPlan, make_plan
 from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata, default_num_shards
-from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, align
+from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
 
 logger = init_logger("vllm.starling")
 
@@ -54,6 +55,9 @@ response_requests: ContextVar[list[str] | None] = ContextVar("starling_response_
 PLANNED = "starling_planned"
 """The key of an engine input that holds its PlannedPrompt."""
 
+KNOWN_SEGMENTS = "starling_segments"
+"""The key of an engine input that holds its KnownSegments, where its front knows them."""
+
 HOW_TO_ACTIVATE = (
     f"Starling is not activated on this server: start it with `starling serve`, or give vLLM "
     f"--additional-config '{{\"{ENTRY}\": {{}}}}'"
@@ -69,12 +73,15 @@ class PlannedPrompt:
         num_tokens: of the prompt that the engine gets.
         token_ids: that prompt; None where the client's prompt has images or embeddings.
         padding_tokens: how many of the tokens were added, to move segments to star blocks' borders.
+        segments_refusal: why the prompt has no segments although the server's default asks for them; None: it has, or
+            the default does not ask.
     """
 
     plan: StarPlan | None
     num_tokens: int
     token_ids: list[int] | None = None
     padding_tokens: int = 0
+    segments_refusal: str | None = None
 
 
 def usable_defaults(vllm_config: Any, star: StarOptions, refusals: list[str], replicas: ReplicaSet) -> StarOptions:
@@ -143,6 +150,7 @@ class RequestPlanner:
         num_tokens: int,
         token_ids: list[int] | None = None,
         dense_reason: str | None = None,
+        segments: KnownSegments | None = None,
     ) -> PlannedPrompt:
         """The plan of a request's prompt.
 
@@ -151,12 +159,13 @@ class RequestPlanner:
             num_tokens: of the prompt that the client gave.
             token_ids: these tokens, where the prompt has neither images nor embeddings.
             dense_reason: why the prompt can't have a star plan; None: it can.
+            segments: what the front knows of the prompt's segments; None: nothing.
 
         Raises:
             VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
         """
         try:
-            planned = self._plan(extra_args or {}, num_tokens, token_ids, dense_reason)
+            planned = self._plan(extra_args or {}, num_tokens, token_ids, dense_reason, segments)
             self._check_memory(planned)
         except OptionError as error:
             raise rejection(error) from None
@@ -164,7 +173,12 @@ class RequestPlanner:
         return planned
 
     def _plan(
-        self, extra_args: Mapping[str, Any], num_tokens: int, token_ids: list[int] | None, dense_reason: str | None
+        self,
+        extra_args: Mapping[str, Any],
+        num_tokens: int,
+        token_ids: list[int] | None,
+        dense_reason: str | None,
+        segments: KnownSegments | None,
     ) -> PlannedPrompt:
         given = {key: value for key, value in extra_args.items() if is_star_key(key)}
         if self.config is None or self.defaults is None:
@@ -172,6 +186,7 @@ class RequestPlanner:
                 name, value = next(iter(given.items()))
                 raise OptionError(name, value, HOW_TO_ACTIVATE, f"no star options without {ENTRY}")
             return PlannedPrompt(None, num_tokens, token_ids)
+        refuse_many_offsets(given.get(SEGMENTS), num_tokens)
         request = parse_options(given, flat=True) if given else None
         if request is None:
             mode = self.defaults.mode
@@ -186,20 +201,23 @@ class RequestPlanner:
             return PlannedPrompt(None, num_tokens, token_ids)
         if mode != "off" and request is not None:
             refuse_overlap(self.vllm_config, request.overlap_size)
-        page_size, defaults, client_tokens = self.page_size or 1, self.defaults, num_tokens
+        page_size, client_tokens = self.page_size or 1, num_tokens
+        own, (defaults, request, refusal) = request, with_known_segments(self.defaults, request, segments, num_tokens)
         if mode != "off" and merge(defaults, request).positions == "block":
-            planned = self._plan_blocks(request, given, num_tokens, token_ids, page_size)
+            planned = self._plan_blocks(defaults, request, given, num_tokens, token_ids, page_size)
             if planned is not None:
-                return planned
-            defaults = defaults.model_copy(update={"segment_token": None, "padding_token": None})
+                return replace(planned, segments_refusal=refusal)
+            request = own
+            defaults = defaults.model_copy(update={"segment_token": None, "segments": None, "padding_token": None})
         if token_ids is not None:
             token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)
             num_tokens = len(token_ids)
-        elif SEGMENT_TOKEN in given:
+        elif named := [name for name in (SEGMENT_TOKEN, SEGMENTS) if given.get(name) is not None]:
+            name = named[0]
             reason = "the prompt has images or embeddings, which can't be moved"
-            raise OptionError(SEGMENT_TOKEN, given[SEGMENT_TOKEN], reason, f"a text-only prompt, or no {SEGMENT_TOKEN}")
+            raise OptionError(name, given[name], reason, f"a text-only prompt, or no {name}")
         plan = self._with_room(make_plan(num_tokens, defaults, request, page_size, self.replicas_now), request)
-        return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - client_tokens)
+        return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - client_tokens, refusal)
 
     def _with_room(self, plan: StarPlan | None, request: StarOptions | None) -> StarPlan | None:
         """A plan, with as many replicas as its KV needs where that stays on them (raises OptionError)."""
@@ -212,6 +230,7 @@ class RequestPlanner:
 
     def _plan_blocks(
         self,
+        defaults: StarOptions,
         request: StarOptions | None,
         given: Mapping[str, Any],
         num_tokens: int,
@@ -227,15 +246,14 @@ class RequestPlanner:
             OptionError: the request's options can't be used.
         """
         refuse_block_positions(self.vllm_config, "block")
-        by_default = not {POSITIONS, SEGMENT_TOKEN} & given.keys()
+        by_default = not {POSITIONS, SEGMENT_TOKEN, SEGMENTS} & given.keys()
         if token_ids is None and by_default:
             return None
         if token_ids is None:
             reason = "the prompt has images or embeddings, whose positions are not those of a block"
             raise OptionError(POSITIONS, "block", reason, f"a text-only prompt, or {POSITIONS}=prompt")
-        assert self.defaults is not None
         try:
-            plan = plan_blocks(token_ids, self.defaults, request, page_size, self.token_limits, self.replicas_now)
+            plan = plan_blocks(token_ids, defaults, request, page_size, self.token_limits, self.replicas_now)
         except TooMuchPadding:
             if by_default:
                 return None
@@ -260,7 +278,8 @@ class RequestPlanner:
     def describe(self, planned: PlannedPrompt) -> dict[str, Any]:
         """The plan as a response shows it to the client."""
         plan = describe(planned.plan, planned.num_tokens, self.vllm_config.model_config.hf_text_config)
-        return {"padding_tokens": planned.padding_tokens} | plan
+        refusal = {} if planned.segments_refusal is None else {"segments_refusal": planned.segments_refusal}
+        return {"padding_tokens": planned.padding_tokens} | plan | refusal
 
     def prepare(self, engine_input: Any, params: Any, request_id: str | None = None) -> Any:
         """Plan an engine input, and note plan and request id, while the response can still be an error with headers.
@@ -289,7 +308,8 @@ class RequestPlanner:
         if token_ids is None:
             return engine_input
         if PLANNED not in engine_input:
-            planned = self.plan(extra_args, len(token_ids), tokens_alone(engine_input), reason)
+            known = engine_input.get(KNOWN_SEGMENTS)
+            planned = self.plan(extra_args, len(token_ids), tokens_alone(engine_input), reason, known)
             engine_input = {**engine_input, PLANNED: planned}
             plans = response_plans.get()
             if plans is not None and self.config is not None:

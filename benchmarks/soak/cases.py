@@ -10,6 +10,7 @@ PAGE_SIZE = 32
 SEGMENT_TOKEN, PADDING_TOKEN = 256, 10
 QUERY = {"star": "on", "star_query_tokens": 40}
 BLOCKS = QUERY | {"star_block_size": 128}
+MESSAGES = {"star": "on", "star_positions": "block", "star_segments": "auto"}
 EDITABLE = BLOCKS | {"star_anchor_size": 128}
 
 
@@ -83,6 +84,12 @@ def make_cases(replicas: int, seed: str = "") -> list[Case]:
     cases += [Case(f"segments {i}", segmented(i, f"{seed}segments"), segments) for i in range(3)]
     own = segments | {"star_positions": "block"}
     cases += [Case(f"own positions {i}", segmented(i, f"{seed}segments"), own) for i in range(3)]
+    for i in range(3):
+        prompt = segmented(i, f"{seed}offsets")
+        offsets = [index for index, token in enumerate(prompt) if token == SEGMENT_TOKEN]
+        named = {"star_segments": offsets, "star_padding_token": PADDING_TOKEN}
+        cases.append(Case(f"offsets {i}", prompt, BLOCKS | named | {"star_positions": "prompt"}))
+        cases.append(Case(f"own positions by offset {i}", prompt, BLOCKS | named | {"star_positions": "block"}))
     for name, form in forms.items():
         prompt = random_ids(f"{seed}{name}", 300)
         cases += [Case(name, prompt, form=form, max_tokens=40), Case(f"{name}, star", prompt, BLOCKS, 40, form)]

@@ -13,7 +13,7 @@ import aiohttp
 import grpc
 
 from benchmarks.soak.bad_requests import GRPC_REFUSALS, HTTP_REFUSALS
-from benchmarks.soak.cases import BLOCKS, Case, random_ids, random_text
+from benchmarks.soak.cases import BLOCKS, MESSAGES, Case, random_ids, random_text
 from benchmarks.soak.ledger import ABORTED, ANSWERED, DIFFERENT, LEFT, REFUSED
 from benchmarks.soak.player import Player
 from benchmarks.soak.relay import Cut, Relay
@@ -76,10 +76,12 @@ async def grpc_unary(player: Player) -> str:
 
 async def chat(player: Player) -> str:
     """Over HTTP and gRPC; both have the same text."""
-    seed, star = player.random.randrange(3), player.random.choice([{}, BLOCKS])
-    messages = [{"role": "user", "content": random_text(f"chat {seed}", 400)}]
+    kinds = {"dense": {}, "star": BLOCKS, "messages": MESSAGES}
+    seed, kind = player.random.randrange(3), player.random.choice(list(kinds))
+    star, count = kinds[kind], 3 if kind == "messages" else 1
+    messages = [{"role": "user", "content": random_text(f"chat {seed} {i}", 400 // count)} for i in range(count)]
     body = {"model": player.model, "messages": messages, "temperature": 0, "max_tokens": 8, "vllm_xargs": star}
-    name = f"chat {seed}, {'star' if star else 'dense'}"
+    name = f"chat {seed}, {kind}"
     if player.over_http():
         return player.check_named(name, await player.clients.chat(body))
     reply = await player.clients.grpc.generate(messages, temperature=0, max_tokens=8, star=star)

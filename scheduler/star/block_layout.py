@@ -1,11 +1,13 @@
 """The blocks of a prompt whose blocks have positions of their own.
 
-A segment starts at each segment token of the context. A segment longer than B is cut there. What is before the first
-segment is the head, whose first whole pages are the anchor. Without a segment token the context is cut every B tokens.
+A segment starts at each segment token of the context, or at each of its offsets where these are given. A segment longer
+than B is cut there. What is before the first segment is the head, whose first whole pages are the anchor. Without
+segments the context is cut every B tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,7 +16,7 @@ from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.options import StarOptions, flat_name, merge
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ONE_REPLICA, ReplicaSet, check_shards, find_context_end, max_replicas
-from scheduler.star.segments import SEGMENT_TOKEN, TokenLimits, check_block_size, check_padding
+from scheduler.star.segments import TokenLimits, check_block_size, check_padding, segment_option, segment_starts
 from scheduler.star.sizes import find_anchor_and_overlap, find_block_size, find_segment_block_size
 
 POSITIONS = flat_name("positions")
@@ -59,14 +61,13 @@ def plan_blocks(
         limit = min(limit, replicas.present)
     if "shards" in given:
         check_shards(options, 0, replicas)
-    find_size = find_block_size if options.segment_token is None else find_segment_block_size
+    find_size = find_block_size if segment_option(options)[1] is None else find_segment_block_size
     block_size = find_size(options, len(token_ids), page_size)
     context_end = find_context_end(options, given, len(token_ids))
-    mark, context = options.segment_token, token_ids[:context_end]
-    if "segment_token" in given and mark not in context:
-        reason = f"it does not occur in the context, the first {context_end} tokens of the prompt"
-        raise OptionError(SEGMENT_TOKEN, mark, reason, "a token that starts the prompt's segments")
-    pieces = cut(token_ids, mark, context_end, block_size)
+    starts = segment_starts(options, given, token_ids, context_end)
+    # A page each at least: known before each segment is looked at.
+    refuse_padding(len(token_ids), len(starts) * page_size, limits, page_size, " or more")
+    pieces = cut(starts, context_end, block_size)
     head = pieces[0][1]
     if len(pieces) - (not head) < 2:
         return None
@@ -74,14 +75,10 @@ def plan_blocks(
     anchor_size = min(anchor_size, head // page_size * page_size)
     blocks, padded_end = lay_out(pieces, page_size)
     padded = padded_end + len(token_ids) - context_end
-    if padded > limits.max_prompt_tokens:
-        reason = f"with each block on a KV page of {page_size} tokens the prompt of {len(token_ids)} takes {padded}"
-        allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
-        raise TooMuchPadding(POSITIONS, "block", reason, allowed)
-    # The default is a token that the prompt has already, so that no penalty of sampling counts another one.
+    refuse_padding(len(token_ids), padded, limits, page_size)
     padding = options.padding_token
     if padding is None:
-        padding = mark if mark is not None and mark in context else token_ids[0]
+        padding = default_padding(options.segment_token if starts else None, head, token_ids)
     plan = BlockPositionsPlan(block_size, anchor_size, 0, padded_end, padded, blocks=blocks, padding_token=padding)
     if limit == 1:
         return plan
@@ -103,15 +100,37 @@ def check_block_positions(options: StarOptions) -> None:
         raise refused("overlap_size", f"{with_block} no block sees the one before it", "0")
 
 
-def cut(token_ids: list[int], mark: int | None, context_end: int, block_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each block of a context. The first one is the head: the tokens before the first mark, or none.
+def refuse_padding(num_tokens: int, padded: int, limits: TokenLimits, page_size: int, more: str = "") -> None:
+    """Refuse a prompt that takes ``padded`` tokens with its padding, or more (raises TooMuchPadding)."""
+    if padded > limits.max_prompt_tokens:
+        reason = f"with each block on a KV page of {page_size} tokens the prompt of {num_tokens} takes {padded}{more}"
+        allowed = f"up to {limits.max_prompt_tokens} tokens: fewer segments, or smaller pages (--block-size)"
+        raise TooMuchPadding(POSITIONS, "block", reason, allowed)
+
+
+def default_padding(mark: int | None, head: int, token_ids: list[int]) -> int:
+    """The token between blocks where no option names one.
+
+    It is a token that the prompt has already, so that no penalty of sampling counts another one. And it is the same in
+    another order of the documents, since the key of a document's last page contains it.
 
     Args:
-        mark: the token that starts a segment.
+        mark: the token that starts each segment; None: there is none.
+        head: tokens of the head.
+    """
+    if mark is not None:
+        return mark
+    return token_ids[0] if head else token_ids[-1]
+
+
+def cut(starts: Sequence[int], context_end: int, block_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each block of a context. The first one is the head: what is before the first segment, or empty.
+
+    Args:
+        starts: where segments start, ascending and below ``context_end``.
         block_size: the most tokens of a block.
     """
-    marks = [index for index in range(context_end) if token_ids[index] == mark]
-    borders = [*marks, context_end]
+    borders = [*starts, context_end]
     head = min(borders[0], block_size)
     pieces = [(0, head)]
     for start, stop in pairwise(sorted({head, *borders})):

@@ -8,6 +8,8 @@ One pydantic model serves every front. The fields have a prefix where names are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
+from operator import ge
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +18,8 @@ from scheduler.star.parsing import OptionError, Switch, parse_fields
 
 Mode = Literal["off", "on", "auto"]
 Tokens = Annotated[int, Field(ge=0)]
+# A request's JSON has a list, and strict pydantic would take a tuple only; the offsets themselves stay strict.
+Offsets = Annotated[tuple[Tokens, ...], Field(strict=False, fail_fast=True)]
 ReplicaCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 PREFIX = "star"
@@ -66,6 +70,11 @@ class StarOptions(BaseModel):
         description="id of the token that starts a segment (a document, a message): it is moved to the next star "
         "block's border, so that an edit which changes a segment's length moves no other",
     )
+    segments: Literal["auto"] | Offsets | None = Field(
+        None,
+        description="where segments start, without a token that marks them. auto: at the messages of a chat, of which "
+        "the last one is the query. A request may give a list of token offsets instead",
+    )
     padding_token: Tokens | None = Field(
         None, description="id of the token that fills the gap before a moved segment; default a space"
     )
@@ -83,6 +92,7 @@ class StarOptions(BaseModel):
 
 
 FIELDS = StarOptions.model_fields
+OFFSETS = "a list of token offsets of the prompt, 0 or more and ascending"
 TOKEN = "the id of a token, 0 or more"
 ALLOWED = {
     "mode": "off, on, auto",
@@ -97,6 +107,7 @@ EXPECTED = {
     "mode": "one of off, on, auto",
     "replicas": ALLOWED["replicas"],
     "segment_token": TOKEN,
+    "segments": f"auto or {OFFSETS}",
     "padding_token": TOKEN,
     "shards": "off or on",
     "positions": "prompt or block",
@@ -147,6 +158,15 @@ def _expected(field: str) -> str:
 
 def _refuse_contradictions(options: StarOptions, show: Callable[[str], str]) -> None:
     given = options.model_fields_set
+    if options.segments is not None and options.segment_token is not None:
+        raise OptionError(
+            show("segments"),
+            options.segments,
+            f"{show('segment_token')}={options.segment_token} already says where segments start",
+            f"one of {show('segments')} and {show('segment_token')}",
+        )
+    if isinstance(options.segments, tuple):
+        _check_offsets(show("segments"), options.segments)
     if {"query_tokens", "context_tokens"} <= given and None not in (
         options.query_tokens,
         options.context_tokens,
@@ -173,11 +193,20 @@ def _refuse_contradictions(options: StarOptions, show: Callable[[str], str]) -> 
         )
 
 
+def _check_offsets(name: str, offsets: tuple[int, ...]) -> None:
+    if not offsets:
+        raise OptionError(name, offsets, "the list is empty", f"{OFFSETS}, or no {name}")
+    if any(map(ge, offsets, offsets[1:])):  # without a line of Python for each of a million offsets
+        before, offset = next(pair for pair in pairwise(offsets) if pair[0] >= pair[1])
+        raise OptionError(name, offsets, f"{offset} follows {before}", OFFSETS)
+
+
 def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
     """A request's options over the server's: what the request gives replaces the default.
 
-    Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply. Nor
-    does the default of the overlap where the request gives ``positions`` = ``block``, which excludes it.
+    Where the request gives one of ``query_tokens`` and ``context_tokens``, the default of the other does not apply. The
+    same holds of ``segments`` and ``segment_token``. Nor does the default of the overlap apply where the request gives
+    ``positions`` = ``block``, which excludes it.
     """
     if request is None:
         return defaults
@@ -187,6 +216,10 @@ def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
         base["context_tokens"] = None
     if given.get("context_tokens") is not None:
         base["query_tokens"] = None
+    if given.get("segments") is not None:
+        base["segment_token"] = None
+    if given.get("segment_token") is not None:
+        base["segments"] = None
     if given.get("positions") == "block":
         base["overlap_size"] = None
     return StarOptions(**(base | given))

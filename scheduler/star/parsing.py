@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,12 @@ class OptionError(ValueError):
         self.value = value
         self.reason = reason
         self.allowed = allowed
-        super().__init__(f"{name}={value!r} is refused: {reason}. Allowed: {allowed}.")
+        super().__init__(f"{name}={shown(value)} is refused: {reason}. Allowed: {allowed}.")
+
+
+def shown(value: object) -> str:
+    """A value in a message: of a list only the start, since a client may send any number of elements."""
+    return reprlib.repr(value) if isinstance(value, (list, tuple)) else repr(value)
 
 
 def parse_fields(
@@ -55,5 +61,5 @@ def parse_fields(
         field = str(error.errors()[0]["loc"][0])
         name = next(name for name in values if names[name] == field)
         value = values[name]
-        reason = f"it must be {expected(field)}, not {value!r} ({type(value).__name__})"
+        reason = f"it must be {expected(field)}, not {shown(value)} ({type(value).__name__})"
         raise OptionError(prefix + name, value, reason, (allowed or expected)(field)) from None

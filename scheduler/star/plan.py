@@ -252,7 +252,8 @@ def needs_independent_blocks(options: StarOptions, replicas: ReplicaSet) -> bool
     Segments are there to be reused behind an edit, and a server has several replicas to split prompts over them. Over
     how many of them a prompt is split (``star_replicas``, peers that come and go) does not change what is computed.
     """
-    return options.segment_token is not None or (replicas.size > 1 and replicas.split_refusal is None)
+    has_segments = options.segment_token is not None or options.segments is not None
+    return has_segments or (replicas.size > 1 and replicas.split_refusal is None)
 
 
 def default_has_overlap(defaults: StarOptions, replicas: ReplicaSet) -> bool:
@@ -316,6 +317,8 @@ def find_context_end(options: StarOptions, given: set[str], num_prompt_tokens: i
 
     Raises:
         OptionError: the request's context or query is longer than its prompt.
+
+    Where the request says where segments start, and not how long the query is, the query is the last segment.
     """
     for field in ("query_tokens", "context_tokens"):
         value = getattr(options, field)
@@ -326,6 +329,8 @@ def find_context_end(options: StarOptions, given: set[str], num_prompt_tokens: i
                 f"the prompt has only {num_prompt_tokens} tokens",
                 f"0 to {num_prompt_tokens}",
             )
+    if isinstance(options.segments, tuple) and not given & {"query_tokens", "context_tokens"}:
+        return min(options.segments[-1], num_prompt_tokens - 1)
     if options.context_tokens is not None:
         return min(options.context_tokens, num_prompt_tokens - 1)
     query_tokens = options.query_tokens

@@ -7,15 +7,20 @@ the output see them. They are white space, which changes a model's answer least 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from scheduler.star.options import StarOptions, flat_name, merge, parse_options
-from scheduler.star.parsing import OptionError
+from scheduler.star.parsing import OptionError, shown
 from scheduler.star.plan import find_context_end
 from scheduler.star.sizes import find_block_size
 
 SEGMENT_TOKEN = flat_name("segment_token")
+SEGMENTS = flat_name("segments")
 PADDING_TOKEN = flat_name("padding_token")
 
 
@@ -51,45 +56,42 @@ def align(
 
     Raises:
         OptionError: the padded prompt is too long; the block size follows from the length of the prompt; the request
-            names a segment token that its context does not have; no padding token is known, or it is outside of the
-            vocabulary, or given without a segment token; the context or the query is longer than the prompt.
+            says where segments start, and none does in the context; no padding token is known, or it is outside of the
+            vocabulary, or given without segments; the context or the query is longer than the prompt.
     """
     given = set() if request is None else request.model_fields_set
-    if defaults.segment_token is None and not given & {"segment_token", "padding_token"}:
+    if defaults.segment_token is None and not given & {"segment_token", "segments", "padding_token"}:
         return token_ids, request
     options = merge(defaults, request)
     check_padding(options, limits.vocabulary_size)
-    mark = options.segment_token
-    if mark is None or options.mode == "off" or (options.mode == "auto" and len(token_ids) < options.min_tokens):
+    name, value = segment_option(options)
+    if value is None or options.mode == "off" or (options.mode == "auto" and len(token_ids) < options.min_tokens):
         return token_ids, request
-    if "segment_token" in given:
+    if given & {"segment_token", "segments"}:
         check_block_size(options)
     elif options.block_size == 0:
         return token_ids, request
     context_end = find_context_end(options, given, len(token_ids))
     context, query = token_ids[:context_end], token_ids[context_end:]
-    if mark not in context:
-        if "segment_token" in given:
-            reason = f"it does not occur in the context, the first {context_end} tokens of the prompt"
-            raise OptionError(SEGMENT_TOKEN, mark, reason, "a token that starts the prompt's segments")
+    starts = segment_starts(options, given, token_ids, context_end)
+    if not starts:
         return token_ids, request
     block_size = find_block_size(options, len(token_ids), page_size)
     if context_end <= block_size:  # the prompt runs dense
         return token_ids, request
     before = len(token_ids)
     room = max(limits.max_prompt_tokens - before, 0)
-    gaps = find_gaps(context, mark, block_size, room)
+    gaps = find_gaps(starts, block_size, room)
     padding_tokens = sum(length for _, length in gaps)
     if padding_tokens > room:
         aligned = before + padding_tokens
         reason = f"with its segments at star blocks' borders the prompt of {before} tokens has at least {aligned}"
-        raise OptionError(
-            SEGMENT_TOKEN, mark, reason, f"up to {limits.max_prompt_tokens} tokens: smaller blocks or fewer segments"
-        )
+        allowed = f"up to {limits.max_prompt_tokens} tokens: smaller blocks or fewer segments"
+        raise OptionError(name, value, reason, allowed)
     padding = limits.white_space() if options.padding_token is None else options.padding_token
     if padding is None:
         reason = (
-            f"{SEGMENT_TOKEN}={mark} needs it, as the model's tokenizer has no token for a space, nor for a line break"
+            f"{name}={shown(value)} needs it, as the model's tokenizer has no token for a space, nor for a line break"
         )
         raise OptionError(PADDING_TOKEN, None, reason, "the id of a token without meaning, such as a space")
     context = fill_gaps(context, gaps, padding)
@@ -100,17 +102,19 @@ def align(
 
 def check_segment_options(options: StarOptions, vocabulary_size: int) -> None:
     """Refuse a server's defaults that no prompt could use (raises OptionError)."""
+    if isinstance(options.segments, tuple):
+        raise OptionError(SEGMENTS, options.segments, "offsets are those of one prompt", "auto")
     check_token(SEGMENT_TOKEN, options.segment_token, vocabulary_size)
     check_padding(options, vocabulary_size)
     check_block_size(options)
 
 
 def check_padding(options: StarOptions, vocabulary_size: int) -> None:
-    """Refuse a padding token outside of the vocabulary, or without a segment token (raises OptionError)."""
+    """Refuse a padding token outside of the vocabulary, or without segments (raises OptionError)."""
     check_token(PADDING_TOKEN, options.padding_token, vocabulary_size)
-    if options.padding_token is not None and options.segment_token is None:
-        reason = f"without {SEGMENT_TOKEN} it would have no effect"
-        raise OptionError(PADDING_TOKEN, options.padding_token, reason, f"with {SEGMENT_TOKEN}")
+    if options.padding_token is not None and segment_option(options)[1] is None:
+        reason = f"without {SEGMENT_TOKEN} or {SEGMENTS} it would have no effect"
+        raise OptionError(PADDING_TOKEN, options.padding_token, reason, f"with {SEGMENT_TOKEN} or {SEGMENTS}")
 
 
 def check_token(name: str, token: int | None, vocabulary_size: int) -> None:
@@ -122,33 +126,77 @@ def check_token(name: str, token: int | None, vocabulary_size: int) -> None:
 
 def check_block_size(options: StarOptions) -> None:
     """Refuse segments where the block borders depend on the length of the prompt (raises OptionError)."""
-    if options.segment_token is not None and options.block_size == 0:
+    name, value = segment_option(options)
+    if value is not None and options.block_size == 0:
         blocks = f"{flat_name('num_blocks')}={options.num_blocks}"
         reason = f"with {blocks} the borders move with the length of the prompt"
-        allowed = f"no {SEGMENT_TOKEN}, or a {flat_name('block_size')}"
-        raise OptionError(SEGMENT_TOKEN, options.segment_token, reason, allowed)
+        raise OptionError(name, value, reason, f"no {name}, or a {flat_name('block_size')}")
 
 
-def find_gaps(token_ids: list[int], mark: int, block_size: int, room: float = math.inf) -> list[tuple[int, int]]:
-    """(position, length) of each padding that moves a ``mark`` to a multiple of ``block_size``.
+def segment_option(options: StarOptions) -> tuple[str, Any]:
+    """The option that says where segments start, and its value; None: no option does."""
+    return (SEGMENTS, options.segments) if options.segments is not None else (SEGMENT_TOKEN, options.segment_token)
 
-    A mark at position 0 needs no padding. A mark at position 1 gets none either: many tokenizers put one token before
+
+def segment_starts(options: StarOptions, given: set[str], token_ids: list[int], context_end: int) -> list[int]:
+    """The positions of a prompt's context at which segments start, ascending.
+
+    Args:
+        given: the options that the request itself gave.
+
+    Raises:
+        OptionError: an offset is not a position of the prompt, or the request says where segments start and none does
+            in its context.
+    """
+    name, value = segment_option(options)
+    context = f"the context, the first {context_end} tokens of the prompt"
+    if isinstance(value, tuple):
+        if value[-1] >= len(token_ids):
+            reason = f"the prompt has only {len(token_ids)} tokens, and {value[-1]} is not one of them"
+            raise OptionError(name, value, reason, f"offsets from 0 to {len(token_ids) - 1}")
+        starts = list(value[: bisect_left(value, context_end)])
+        # Without a length of its own the query is the last segment, and the context may be the head alone.
+        if not starts and given & {"query_tokens", "context_tokens"}:
+            raise OptionError(name, value, f"no segment starts in {context}", "offsets of the context")
+        return starts
+    starts = [] if value is None else positions_of(value, token_ids, context_end)
+    if not starts and "segment_token" in given and value is not None:
+        reason = f"it does not occur in {context}"
+        raise OptionError(name, value, reason, "a token that starts the prompt's segments")
+    return starts
+
+
+def refuse_many_offsets(value: Any, num_tokens: int) -> None:
+    """Refuse more offsets than a prompt has tokens before each of them is looked at (raises OptionError)."""
+    if isinstance(value, (list, tuple)) and len(value) > num_tokens:
+        reason = f"it has {len(value)} elements, and the prompt has {num_tokens} tokens"
+        raise OptionError(SEGMENTS, value, reason, f"offsets from 0 to {num_tokens - 1}")
+
+
+def positions_of(mark: int, token_ids: list[int], end: int) -> list[int]:
+    """The positions of a token before ``end``."""
+    return np.flatnonzero(np.asarray(token_ids[:end], dtype=np.int64) == mark).tolist()
+
+
+def find_gaps(starts: Sequence[int], block_size: int, room: float = math.inf) -> list[tuple[int, int]]:
+    """(position, length) of each padding that moves a segment's start to a multiple of ``block_size``.
+
+    A segment at position 0 needs no padding. One at position 1 gets none either: many tokenizers put one token before
     the prompt.
 
     Args:
+        starts: the positions of the segments' first tokens.
         room: the search ends once the paddings have more than so many tokens.
     """
     gaps: list[tuple[int, int]] = []
-    position = added = 0
-    for _ in range(token_ids.count(mark)):
+    added = 0
+    for position in starts:
         if added > room:
             break
-        position = token_ids.index(mark, position)
         length = -(position + added) % block_size
         if length and position > 1:
             gaps.append((position, length))
             added += length
-        position += 1
     return gaps
 
 

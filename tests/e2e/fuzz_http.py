@@ -43,6 +43,7 @@ VALID = st.fixed_dictionaries(
         "star_query_tokens": st.integers(0, 60),
         "star_replicas": st.sampled_from(["auto", 1]),
         "star_segment_token": st.integers(0, 255),
+        "star_segments": st.just("auto") | st.lists(st.integers(0, 250), max_size=6, unique=True).map(sorted),
         "star_shards": st.just("off"),
     },
 )

@@ -149,6 +149,18 @@ BAD = {
         {"star": "on", "star_block_size": 64, "star_segment_token": 256},
         ["star_segment_token", "256", "does not occur in the context", "starts the prompt's segments"],
     ),
+    "offsets that do not ascend": (
+        {"star": "on", "star_segments": [4, 9, 7]},
+        ["star_segments", "(4, 9, 7)", "7 follows 9", "a list of token offsets"],
+    ),
+    "an offset behind the prompt": (
+        {"star": "on", "star_positions": "block", "star_segments": [4, 9000]},
+        ["star_segments", "(4, 9000)", "9000 is not one of them"],
+    ),
+    "many offsets": (
+        {"star": "on", "star_segments": list(range(100_000))},
+        ["star_segments", "[0, 1, 2, 3, 4, 5, ...]", "it has 100000 elements"],
+    ),
     "padding alone": (
         {"star": "on", "star_padding_token": 7},
         ["star_padding_token", "7", "without star_segment_token"],
@@ -174,6 +186,18 @@ def test_a_bad_option_gives_400(http, path, stream, bad):
 
 
 BAD_OVER_GRPC = ["off the page", "A above B", "O above B", "long query", "long context", "mark not there", "no token"]
+BAD_SEGMENTS = {
+    "offsets that do not ascend": ({"segment_offsets": [4, 9, 7]}, "star.segment_offsets", "7 follows 9"),
+    "an offset behind the prompt": ({"segment_offsets": [4, 9000]}, "star.segment_offsets", "9000 is not one of them"),
+    "no chat": ({"segments": pb.StarOptions.SEGMENTS_AUTO}, "star.segments", "the prompt is not a chat"),
+    "unknown": ({"segments": 9}, "star.segment_offsets", "star_segments=9 is refused: it must be auto or a list"),
+    "offsets beside a token": ({"segment_offsets": [4], "segment_token": 97}, "star.segment_offsets", "one of"),
+    "offsets beside auto": (
+        {"segment_offsets": [4], "segments": pb.StarOptions.SEGMENTS_AUTO},
+        "star.segment_offsets",
+        "segments already says where segments start",
+    ),
+}
 
 
 @pytest.mark.parametrize("bad", BAD_OVER_GRPC)
@@ -183,6 +207,16 @@ def test_a_bad_option_gives_invalid_argument(generate, bad):
         read(generate(request(options(xargs))))
     assert all(word in refused.value.details() for word in words)
     assert refused_fields(refused.value) == [words[0].replace("_", ".", 1)]
+
+
+@pytest.mark.parametrize("bad", BAD_SEGMENTS)
+def test_segments_that_can_not_be_used_give_invalid_argument(generate, bad):
+    fields, field, words = BAD_SEGMENTS[bad]
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, positions=pb.StarOptions.POSITIONS_BLOCK, **fields)
+    with pytest.raises(grpc.RpcError) as refused:
+        read(generate(request(star)))
+    assert words in refused.value.details()
+    assert refused_fields(refused.value) == [field]
 
 
 def refused_fields(error: grpc.RpcError) -> list[str]:
@@ -201,6 +235,10 @@ def refused_fields(error: grpc.RpcError) -> list[str]:
         ({"text": "x" * 9000}, "text"),
         ({"text": "x" * 8192}, "text"),
         ({"text": None, "token_ids": pb.TokenIds(ids=[9999])}, "token_ids"),
+        ({"text": None, "texts": pb.Texts()}, "texts"),
+        ({"text": None, "texts": pb.Texts(texts=["one"])}, "texts"),
+        ({"text": None, "texts": pb.Texts(texts=["one", ""])}, "texts"),
+        ({"text": None, "texts": pb.Texts(texts=["x"] * 9000)}, "texts"),
         ({"cache_salt": "a/b"}, "cache_salt"),
         ({"sampling": pb.SamplingParams(top_p=2)}, "sampling.top_p"),
         ({"sampling": pb.SamplingParams(max_tokens=0)}, "sampling.max_tokens"),
@@ -400,6 +438,98 @@ def test_documents_with_positions_of_their_own_are_reused_in_another_order(http,
             cached.append(final.usage.cached_tokens)
     assert cached == [0, 0, len(prompts[1]) - len(question), 0]
     assert answers[0] == answers[1] and answers[2] == answers[3]
+
+
+def test_messages_of_a_chat_are_reused_in_another_order(http, generate):
+    """With star_segments=auto over HTTP, and over gRPC, only the question is computed, and the answers are equal."""
+    head = {"role": "system", "content": "h" * (2 * PAGE_SIZE)}
+    documents = [{"role": "user", "content": letter * size} for letter, size in (("a", 70), ("b", 40), ("c", 100))]
+    question = {"role": "user", "content": "What?"}
+    star = {"star": "on", "star_positions": "block", "star_segments": "auto"}
+    chats = [[head, *documents[::step], question] for step in (1, -1)]
+
+    def complete(messages: list[dict], salt: str, **xargs) -> tuple[str, dict, int]:
+        fields = {"model": MODEL, "max_tokens": 8, "temperature": 0, "messages": messages, "cache_salt": salt}
+        response = http.post("/v1/chat/completions", json=fields | {"vllm_xargs": star | xargs})
+        assert response.status_code == 200, response.text
+        plan, answer = json.loads(response.headers["x-starling-plan"]), response.json()
+        return (
+            answer["choices"][0]["message"]["content"],
+            plan,
+            answer["usage"]["prompt_tokens_details"]["cached_tokens"],
+        )
+
+    asked = len("user: What?\nassistant:")
+    answers = [complete(chats[i], salt) for i in (0, 1) for salt in ("auto", f"cold auto {i}")]
+    total = answers[0][1]["prompt_tokens"]
+    assert [cached for *_, cached in answers] == [0, 0, total - asked, 0]
+    assert answers[0][0] == answers[1][0] and answers[2][0] == answers[3][0]
+    assert all(plan["context_end"] == total - asked and plan["star_blocks"] == 4 for _, plan, _ in answers)
+    assert all(plan == answers[0][1] for _, plan, _ in answers)
+
+    # The same borders by offsets of the tokens that /tokenize returns, of which each is a byte.
+    ids = http.post("/tokenize", json={"model": MODEL, "messages": chats[0]}).json()["tokens"]
+    lengths = [len(f"{one['role']}: {one['content']}\n") for one in chats[0][:-1]]
+    offsets = [sum(lengths[: index + 1]) for index in range(len(lengths))]
+    assert (len(ids), offsets[-1]) == (total, total - asked)
+    by_offsets = complete(chats[0], "auto", star_segments=offsets)
+    assert by_offsets == (answers[0][0], answers[0][1], total - asked)
+
+    chosen = pb.StarOptions(
+        mode=pb.StarOptions.MODE_ON, positions=pb.StarOptions.POSITIONS_BLOCK, segments=pb.StarOptions.SEGMENTS_AUTO
+    )
+    sampling = pb.SamplingParams(temperature=0, max_tokens=8)
+    for messages, expected in zip(chats, answers[::2], strict=True):
+        prompt = pb.Chat(messages=[pb.ChatMessage(**one) for one in messages])
+        text, _, final = read(generate(request(chosen, text=None, chat=prompt, sampling=sampling, cache_salt="auto")))
+        assert (text, final.plan.context_end) == (expected[0], total - asked)
+        assert final.usage.cached_tokens == total - asked
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_messages_are_segments_on_every_path_of_chats(http, path, stream):
+    parts = [("user", "h" * 60), ("assistant", "a" * 50), ("user", "b" * 70), ("user", "What?")]
+    messages = [{"role": role, "content": content} for role, content in parts]
+    key = "input" if path == "/v1/responses" else "messages"
+    star = {"star": "on", "star_positions": "block", "star_segments": "auto", "star_padding_token": 32}
+    with http.stream("POST", path, json=body(path, stream=stream, xargs=star, **{key: messages})) as response:
+        response.read()
+    assert response.status_code == 200, response.text
+    plan = json.loads(response.headers["x-starling-plan"])
+    lengths = [len(f"{role}: {content}\n") for role, content in parts]
+    assert (plan["star_blocks"], plan["context_end"]) == (3, sum(lengths[:-1]))
+    assert plan["prompt_tokens"] == sum(lengths) + len("assistant:")
+    padding = sum(-length % PAGE_SIZE for length in lengths[:-1])
+    assert (plan["padding_tokens"], plan["anchor_size"]) == (padding, lengths[0] // PAGE_SIZE * PAGE_SIZE)
+
+    with http.stream("POST", path, json=body(path, stream=stream, xargs=star)) as response:  # of one message
+        response.read()
+    assert response.status_code == 400 and "the chat has one message" in response.text
+
+
+def test_texts_over_grpc_are_reused_in_another_order(generate):
+    """Each text is a segment, and the last one is the question; without star they are one prompt."""
+    head, question = "h" * (2 * PAGE_SIZE), "Which?"
+    documents = [letter * size for letter, size in (("a", 70), ("b", 40), ("c", 100))]
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, positions=pb.StarOptions.POSITIONS_BLOCK)
+    answers, cached = [], []
+    for step in (1, -1):
+        texts = [head, *documents[::step], question]
+        for salt in ("texts", f"cold texts {step}"):
+            prompt = pb.Texts(texts=texts)
+            _, tokens, final = read(generate(request(star, text=None, texts=prompt, cache_salt=salt)))
+            assert final.plan.context_end == final.usage.prompt_tokens - len(question) == sum(map(len, texts[:-1]))
+            assert final.plan.star_blocks == 4
+            answers.append(tokens)
+            cached.append(final.usage.cached_tokens)
+    assert cached == [0, 0, sum(map(len, (head, *documents))), 0]
+    assert answers[0] == answers[1] and answers[2] == answers[3]
+    dense = [
+        read(generate(request(text=None, texts=pb.Texts(texts=texts), cache_salt="one"))),
+        read(generate(request(text="".join(texts), cache_salt="another"))),
+    ]
+    assert dense[0][:2] == dense[1][:2] and dense[0][2].plan.attention == pb.Plan.ATTENTION_DENSE
 
 
 def test_metrics_count_requests_tokens_keys_and_rejections(http, generate):

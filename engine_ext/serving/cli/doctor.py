@@ -6,6 +6,7 @@ It starts no engine and no server. With --json, standard output is one JSON obje
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import importlib.metadata
 import json
@@ -111,6 +112,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from engine_ext.requests import usable_defaults
     from engine_ext.serving.cli.cores import CORES_ENV, core_binding
     from engine_ext.serving.cli.serve_args import parse
+    from engine_ext.serving.grpc.prompts import chat_params
     from scheduler.star.plan import default_has_overlap
 
     args, _ = parse([model, *serve_options])
@@ -132,6 +134,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "star_positions": own_positions(config, star),
         "star_block_reuse": block_reuse(config, starling.scheduling, refusals, default_has_overlap(star, replicas)),
     }
+    if star.segments == "auto":
+        report["star_segments"] = messages_as_segments(config, chat_params(args))
     if replicas.size > 1:
         refusal = replicas.split_refusal
         peers = starling.replicas.peers
@@ -158,6 +162,26 @@ def own_positions(config: Any, star: Any) -> str:
     return (
         f"{star.positions}; block is refused: {'; '.join(refusals)}" if refusals else f"{star.positions}; block works"
     )
+
+
+def messages_as_segments(config: Any, params: Any) -> str:
+    """Whether the messages of a chat can be segments, with the model's tokenizer and the server's template.
+
+    Args:
+        params: vLLM's ChatParams of the server.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers import renderer_from_config
+
+    from engine_ext.chat_segments import refusal_of_template
+
+    try:
+        refusal = asyncio.run(refusal_of_template(renderer_from_config(config), params))
+    except VLLMValidationError as error:
+        refusal = str(error.args[0])
+    except (ValueError, OSError) as error:
+        refusal = str(error)
+    return f"auto does not work: {refusal}" if refusal else "auto works: the chat template separates messages"
 
 
 def shards_report(replicas: Any, star: Any) -> str:

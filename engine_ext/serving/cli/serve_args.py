@@ -30,6 +30,7 @@ from scheduler.options import SchedulingOptions
 from scheduler.options import flat_name as scheduling_name
 from scheduler.star.options import StarOptions, flat_name, parse_options
 from scheduler.star.parsing import OptionError
+from scheduler.star.segments import SEGMENTS
 from vllm_compat.config import set_option_help
 
 GRPC_PORT_HELP = (
@@ -102,6 +103,8 @@ def model_flags(section: str, model: type[BaseModel], dest: Callable[[str], str]
         keywords: dict[str, Any] = {"help": f"{info.description}{default}"}
         if get_origin(info.annotation) is Literal:
             keywords["choices"] = get_args(info.annotation)
+        elif dest(field) == SEGMENTS:
+            keywords["choices"] = ("auto",)  # offsets are those of one prompt
         elif info.annotation is float:
             keywords |= {"type": parse_seconds, "metavar": "SECONDS"}
         elif info.annotation is str:

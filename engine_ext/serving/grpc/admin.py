@@ -263,6 +263,8 @@ def star_message(star: StarOptions) -> inference_pb2.StarOptions:
         "shards": star.shards == "on",
         "positions": POSITION_NUMBERS[star.positions],
     }
+    if star.segments == "auto":
+        values["segments"] = inference_pb2.StarOptions.SEGMENTS_AUTO
     return inference_pb2.StarOptions(**star.model_dump(exclude_none=True) | values)
 
 

@@ -16,8 +16,9 @@ from vllm.renderers import ChatParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from engine_ext.chat_segments import chat_options
 from engine_ext.front.state import front_state
-from engine_ext.requests import PLANNED, tokens_alone
+from engine_ext.requests import KNOWN_SEGMENTS, PLANNED, tokens_alone
 from engine_ext.serving.errors import DuplicateRequestError, root_cause
 from engine_ext.serving.grpc.arrivals import ClientOf
 from engine_ext.serving.grpc.capabilities import capabilities
@@ -170,6 +171,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         """
         self._check_admission(max(request.sampling.n, 1))
         star = star_args(request.star)
+        chat_options.set(star)
         self._refuse_without_effect(request)
         extras = {"cache_salt": request.cache_salt} if request.HasField("cache_salt") else {}
         validate_cache_salt(extras.get("cache_salt"))
@@ -186,7 +188,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             raise VLLMValidationError(reason, parameter=prompt_field(request))
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         planner = front_state(self.engine).planner
-        planned = planner.plan(star, num_tokens, tokens_alone(engine_input))
+        known = engine_input.get(KNOWN_SEGMENTS)
+        planned = planner.plan(star, num_tokens, tokens_alone(engine_input), None, known)
         return {**engine_input, PLANNED: planned}, params, planner.describe(planned)
 
     def _check_admission(self, choices: int) -> None:

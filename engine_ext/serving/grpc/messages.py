@@ -13,6 +13,8 @@ from vllm.logger import init_logger
 
 from engine_ext.serving.errors import grpc_code
 from scheduler.star.options import FIELD_OF, flat_name
+from scheduler.star.parsing import shown
+from scheduler.star.segments import SEGMENTS
 from starling.v1 import inference_pb2 as pb
 
 logger = init_logger("vllm.starling")
@@ -33,8 +35,11 @@ def given(message: Message) -> dict[str, Any]:
 def star_args(message: pb.StarOptions) -> dict[str, Any]:
     """The star options that the client set, under the flat names they have in SamplingParams.extra_args.
 
-    A mode, or positions, without a name in this version stay a number, which parse_options refuses. ``replicas`` 0
-    means auto.
+    A mode, positions or segments without a name in this version stay a number, which parse_options refuses.
+    ``replicas`` 0 means auto.
+
+    Raises:
+        VLLMValidationError: two fields say where segments start.
     """
     values = given(message)
     mode = values.pop("mode", pb.StarOptions.MODE_UNSPECIFIED)
@@ -45,6 +50,15 @@ def star_args(message: pb.StarOptions) -> dict[str, Any]:
     positions = values.pop("positions", pb.StarOptions.POSITIONS_UNSPECIFIED)
     if positions != pb.StarOptions.POSITIONS_UNSPECIFIED:
         values["positions"] = POSITIONS.get(positions, positions)
+    offsets = values.pop("segment_offsets", None)
+    segments = values.pop("segments", pb.StarOptions.SEGMENTS_UNSPECIFIED)
+    if segments != pb.StarOptions.SEGMENTS_UNSPECIFIED:
+        values["segments"] = "auto" if segments == pb.StarOptions.SEGMENTS_AUTO else segments
+    if offsets is not None:
+        if "segments" in values:
+            reason = "segments already says where segments start. Allowed: one of the two"
+            raise VLLMValidationError(f"segment_offsets={shown(offsets)} is refused: {reason}.", parameter=SEGMENTS)
+        values["segments"] = offsets
     if "shards" in values:
         values["shards"] = "on" if values["shards"] else "off"
     return {flat_name(field): value for field, value in values.items()}
@@ -61,6 +75,8 @@ def field_path(parameter: str | None, text: str, otherwise: str) -> str:
         otherwise: the field for errors that name no known parameter: the prompt, mostly.
     """
     name = parameter or text.split(maxsplit=1)[0]
+    if name == SEGMENTS and not text.startswith(f"{SEGMENTS}='auto'"):
+        return "star.segment_offsets"
     if name in FIELD_OF:
         return f"star.{FIELD_OF[name]}"
     if name in pb.SamplingParams.DESCRIPTOR.fields_by_name:

@@ -1,19 +1,23 @@
-"""Makes the engine's input of a request's prompt (text, chat messages or token ids) with vLLM's renderer."""
+"""Makes the engine's input of a request's prompt (text, texts, chat messages or token ids) with vLLM's renderer."""
 
 from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TextPrompt, TokensPrompt
-from vllm.renderers import ChatParams
+from vllm.renderers import ChatParams, TokenizeParams
 from vllm.renderers.chat_utils import load_chat_template
+from vllm.utils.mistral import is_mistral_tokenizer
 
+from engine_ext.requests import KNOWN_SEGMENTS
+from scheduler.star.known_segments import KnownSegments
 from starling.v1 import inference_pb2 as pb
 from vllm_compat.server import default_chat_template_kwargs
 
@@ -60,6 +64,18 @@ class PromptLimit:
             reason = f"The prompt has {len(chat.messages)} messages; the model's context has {self.tokens} tokens."
             raise VLLMValidationError(reason, parameter="chat")
         self.check_characters(sum(len(message.role) + len(message.content) for message in chat.messages))
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Check a prompt of texts (raises VLLMValidationError: no prompt can be made of them)."""
+        if len(texts) > self.tokens:
+            reason = f"The prompt has {len(texts)} texts; the model's context has {self.tokens} tokens."
+            raise VLLMValidationError(reason, parameter="texts")
+        if len(texts) < 2:
+            reason = f"The prompt has {len(texts)} texts; it needs two or more: a head, documents, and the question."
+            raise VLLMValidationError(reason, parameter="texts")
+        if "" in texts:
+            raise VLLMValidationError(f"texts.texts[{list(texts).index('')}] is empty.", parameter="texts")
+        self.check_characters(sum(map(len, texts)))
 
     def check_characters(self, number: int) -> None:
         """Check a number of characters (raises VLLMValidationError: no prompt has so many)."""
@@ -134,7 +150,14 @@ def chat_arguments(renderer: Any, messages: pb.Chat, chat: ChatParams) -> tuple[
         raise VLLMValidationError(f"chat is refused: {reason}", parameter="chat")
     opens_turn = not messages.HasField("add_generation_prompt") or messages.add_generation_prompt
     kwargs = chat.chat_template_kwargs | {"add_generation_prompt": opens_turn}
+    if not is_mistral_tokenizer(renderer.tokenizer):  # as the HTTP server: its templates make no text
+        kwargs["tokenize"] = False
     return conversation, replace(chat, chat_template_kwargs=kwargs)
+
+
+def chat_tok_params(renderer: Any) -> TokenizeParams:
+    """How the text of a chat becomes tokens: its template has put the special tokens into it, as for HTTP."""
+    return replace(renderer.default_chat_tok_params, add_special_tokens=False)
 
 
 async def render(
@@ -155,8 +178,11 @@ async def render(
     if request.WhichOneof("prompt") == "chat":
         limit.check_chat(request.chat)
         conversation, params = chat_arguments(renderer, request.chat, chat)
-        _, (engine_input,) = await renderer.render_chat_async([conversation], params, None, prompt_extras=extras)
+        tokens = chat_tok_params(renderer)
+        _, (engine_input,) = await renderer.render_chat_async([conversation], params, tokens, prompt_extras=extras)
         return engine_input
+    if request.WhichOneof("prompt") == "texts":
+        return await render_texts(renderer, request.texts.texts, extras, limit)
     prompt: TextPrompt | TokensPrompt
     if request.token_ids.ids:
         limit.check_ids(len(request.token_ids.ids))
@@ -166,3 +192,30 @@ async def render(
         prompt = prompt_of(request)
     (engine_input,) = await renderer.render_cmpl_async([prompt], None, prompt_extras=extras)
     return engine_input
+
+
+async def render_texts(renderer: Any, texts: Sequence[str], extras: dict[str, Any], limit: PromptLimit) -> Any:
+    """The engine's input of texts that are tokenised one by one, with where each starts as its KnownSegments.
+
+    Args:
+        extras, limit: as in ``render``.
+
+    Raises:
+        VLLMValidationError, ValueError: as ``render`` raises them; or a text has no tokens.
+    """
+    limit.check_texts(texts)
+    first, others = (
+        renderer.default_cmpl_tok_params,
+        replace(renderer.default_cmpl_tok_params, add_special_tokens=False),
+    )
+    made = await renderer.render_cmpl_async([TextPrompt(prompt=texts[0])], first, prompt_extras=None)
+    made += await renderer.render_cmpl_async(
+        [TextPrompt(prompt=text) for text in texts[1:]], others, prompt_extras=None
+    )
+    tokens = [one["prompt_token_ids"] for one in made]
+    if [] in tokens:
+        raise VLLMValidationError(f"texts.texts[{tokens.index([])}] has no tokens.", parameter="texts")
+    starts = tuple(accumulate(map(len, tokens[:-1])))
+    prompt = TokensPrompt(prompt_token_ids=[token for text in tokens for token in text])
+    (engine_input,) = await renderer.render_cmpl_async([prompt], None, prompt_extras=extras)
+    return {**engine_input, KNOWN_SEGMENTS: KnownSegments("texts", starts)}

@@ -13,7 +13,7 @@ from vllm.renderers import ChatParams, TokenizeParams
 
 from engine_ext.serving.errors import TokenizeMemoryError
 from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
-from engine_ext.serving.grpc.prompts import PromptLimit, prompt_of, render_chat
+from engine_ext.serving.grpc.prompts import PromptLimit, chat_tok_params, prompt_of, render_chat
 from engine_ext.serving.grpc.quota import Quota
 from starling.v1 import inference_pb2 as pb
 
@@ -52,7 +52,7 @@ class Tokenizing:
             params = self.renderer.default_cmpl_tok_params
             if request.WhichOneof("prompt") == "chat":
                 self.limit.check_chat(request.chat)
-                params = self.renderer.default_chat_tok_params
+                params = chat_tok_params(self.renderer)
                 prompt = await render_chat(self.renderer, request.chat, self.chat)
                 if "prompt_token_ids" in prompt:  # some models' templates make tokens
                     return list(prompt["prompt_token_ids"])

@@ -99,7 +99,7 @@ class Upload:
     def _begin(self, head: pb.GenerateStreamRequest) -> None:
         self.kind = head.WhichOneof("prompt") or ""
         if self.kind not in ("", *PIECES):
-            reason = "messages have no pieces; send them with GenerateStream"
+            reason = "it has no pieces; send it with GenerateStream"
             raise VLLMValidationError(f"{self.kind} is refused in an upload: {reason}", parameter=self.kind)
         self._reserve(head)
         self.request = head

@@ -16,7 +16,7 @@ from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 
 SERVER_MESSAGE_BYTES = 8 * 2**20
-"""The largest message that a server takes. Chat messages can't be uploaded in pieces, and may use all of it."""
+"""The largest message that a server takes. Messages and texts can't be uploaded in pieces, and may use all of it."""
 
 Event = pb.GenerateStreamResponse
 Events = Generator[Event, None, None]
@@ -84,15 +84,16 @@ class Connection:
             upload: whether the caller wants that also for a small request.
 
         Raises:
-            ValueError: the request would have to be uploaded, and its prompt is messages.
+            ValueError: the request would have to be uploaded, and its prompt is messages or texts.
         """
         size, limit = request.ByteSize(), self.max_message_bytes
-        if request.HasField("chat"):
+        whole = {"chat": "messages", "texts": "several texts"}.get(request.WhichOneof("prompt"))
+        if whole is not None:
             limit = max(limit, SERVER_MESSAGE_BYTES)
         if not upload and size <= limit:
             return False
-        if request.HasField("chat"):
-            reason = f"messages can't be uploaded in pieces, and these take {size} bytes"
+        if whole is not None:
+            reason = f"{whole} can't be uploaded in pieces, and these take {size} bytes"
             allowed = f"up to {limit}"
             raise ValueError(f"The prompt is refused: {reason}. Allowed: {allowed}.")
         return True

@@ -11,8 +11,8 @@ from google.protobuf.message import Message
 
 from starling.v1 import inference_pb2 as pb
 
-# Text, token ids, or messages with `role` and `content`.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+# Text, texts that are tokenised one by one, token ids, or messages with `role` and `content`.
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Mapping[str, str]]
 
 PIECE_BYTES = 2**20
 PROMPTS = [kind.name for kind in pb.GenerateStreamRequest.DESCRIPTOR.oneofs_by_name["prompt"].fields]
@@ -37,8 +37,8 @@ def generate_request(
 
     Raises:
         TypeError: an unknown name, a value of another type than its field's, or a prompt of an unknown kind.
-        ValueError: a number that its field can't hold, an unknown star mode or positions, or shards that are neither
-            off nor on.
+        ValueError: a number that its field can't hold, unknown star mode, positions or segments, or shards that are
+            neither off nor on.
     """
     chat = {name: value for name, value in fields.items() if name == CHAT_FIELD}
     request = make_message(pb.GenerateStreamRequest, *prompt_field(prompt, **chat))
@@ -60,11 +60,13 @@ def tokenize_request(prompt: Prompt, add_generation_prompt: bool | None) -> pb.T
     """Make a request to tokenise text or messages.
 
     Raises:
-        TypeError: the prompt is token ids, or of an unknown kind.
+        TypeError: the prompt is texts or token ids, or of an unknown kind.
     """
     kind, value = prompt_field(prompt, add_generation_prompt)
     if kind == "token_ids":
         raise TypeError("The prompt is refused: it is token ids already. Allowed: text or messages.")
+    if kind == "texts":
+        raise TypeError("The prompt is refused: it is several texts. Allowed: text or messages.")
     return make_message(pb.TokenizeRequest, kind, value)
 
 
@@ -82,7 +84,11 @@ def prompt_field(prompt: Prompt, add_generation_prompt: bool | None = None) -> t
         return "chat", {"messages": prompt, "add_generation_prompt": add_generation_prompt}
     if add_generation_prompt is not None:
         raise TypeError("add_generation_prompt is refused: it is for a prompt of messages.")
-    return ("text", prompt) if isinstance(prompt, str) else ("token_ids", {"ids": prompt})
+    if isinstance(prompt, str):
+        return "text", prompt
+    if len(prompt) and isinstance(prompt[0], str):
+        return "texts", {"texts": prompt}
+    return "token_ids", {"ids": prompt}
 
 
 def make_message(kind: Any, name: str, value: Any) -> Any:
@@ -121,6 +127,8 @@ def _sampling_value(name: str, value: Any) -> Any:
 def _set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         field = "mode" if name == "star" else name.removeprefix("star_")
+        if field == "segments" and isinstance(value, (list, tuple)):
+            field = "segment_offsets"
         if field not in STAR:
             raise TypeError(f"star option {name!r} is refused: there is no such option. Allowed: {', '.join(STAR)}.")
         if field == "mode" and value is not None:
@@ -133,6 +141,10 @@ def _set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             if value not in POSITIONS:
                 raise ValueError(f"star_positions={value!r} is refused. Allowed: {', '.join(POSITIONS)}.")
             value = POSITIONS[value]
+        if field == "segments" and isinstance(value, str):
+            if value != "auto":
+                raise ValueError(f"star_segments={value!r} is refused. Allowed: auto, or a list of token offsets.")
+            value = pb.StarOptions.SEGMENTS_AUTO
         if field == "shards" and isinstance(value, str):
             if value not in ("off", "on"):
                 raise ValueError(f"star_shards={value!r} is refused. Allowed: off, on.")

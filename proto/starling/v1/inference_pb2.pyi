@@ -8,11 +8,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "star", "cache_salt", "priority", "lora_name", "progress")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "texts", "sampling", "star", "cache_salt", "priority", "lora_name", "progress")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STAR_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -23,13 +24,14 @@ class GenerateStreamRequest(_message.Message):
     text: str
     token_ids: TokenIds
     chat: Chat
+    texts: Texts
     sampling: SamplingParams
     star: StarOptions
     cache_salt: str
     priority: int
     lora_name: str
     progress: bool
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ..., progress: _Optional[bool] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., texts: _Optional[_Union[Texts, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ..., progress: _Optional[bool] = ...) -> None: ...
 
 class GenerateUploadStreamRequest(_message.Message):
     __slots__ = ("head", "text", "token_ids")
@@ -42,11 +44,12 @@ class GenerateUploadStreamRequest(_message.Message):
     def __init__(self, head: _Optional[_Union[GenerateStreamRequest, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "star", "cache_salt", "priority", "lora_name")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "texts", "sampling", "star", "cache_salt", "priority", "lora_name")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STAR_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
@@ -56,12 +59,13 @@ class GenerateRequest(_message.Message):
     text: str
     token_ids: TokenIds
     chat: Chat
+    texts: Texts
     sampling: SamplingParams
     star: StarOptions
     cache_salt: str
     priority: int
     lora_name: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., texts: _Optional[_Union[Texts, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., star: _Optional[_Union[StarOptions, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., lora_name: _Optional[str] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages", "add_generation_prompt")
@@ -78,6 +82,12 @@ class ChatMessage(_message.Message):
     role: str
     content: str
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
+class Texts(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -157,7 +167,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "num_blocks", "anchor_size", "overlap_size", "query_tokens", "context_tokens", "replicas", "shards", "segment_token", "padding_token", "positions")
+    __slots__ = ("mode", "min_tokens", "block_size", "num_blocks", "anchor_size", "overlap_size", "query_tokens", "context_tokens", "replicas", "shards", "segment_token", "padding_token", "positions", "segment_offsets", "segments")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -168,6 +178,12 @@ class StarOptions(_message.Message):
     MODE_OFF: StarOptions.Mode
     MODE_ON: StarOptions.Mode
     MODE_AUTO: StarOptions.Mode
+    class Segments(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SEGMENTS_UNSPECIFIED: _ClassVar[StarOptions.Segments]
+        SEGMENTS_AUTO: _ClassVar[StarOptions.Segments]
+    SEGMENTS_UNSPECIFIED: StarOptions.Segments
+    SEGMENTS_AUTO: StarOptions.Segments
     class Positions(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         POSITIONS_UNSPECIFIED: _ClassVar[StarOptions.Positions]
@@ -189,6 +205,8 @@ class StarOptions(_message.Message):
     SEGMENT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PADDING_TOKEN_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
     block_size: int
@@ -202,7 +220,9 @@ class StarOptions(_message.Message):
     segment_token: int
     padding_token: int
     positions: StarOptions.Positions
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., segment_token: _Optional[int] = ..., padding_token: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ...) -> None: ...
+    segment_offsets: _containers.RepeatedScalarFieldContainer[int]
+    segments: StarOptions.Segments
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., segment_token: _Optional[int] = ..., padding_token: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., segments: _Optional[_Union[StarOptions.Segments, str]] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")
@@ -351,7 +371,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "positions")
+    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "positions", "segments_refusal")
     class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ATTENTION_UNSPECIFIED: _ClassVar[Plan.Attention]
@@ -374,6 +394,7 @@ class Plan(_message.Message):
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     PADDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     attention: Plan.Attention
     star_blocks: int
     block_size: int
@@ -388,7 +409,8 @@ class Plan(_message.Message):
     shards: bool
     padding_tokens: int
     positions: StarOptions.Positions
-    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ...) -> None: ...
+    segments_refusal: str
+    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ..., segments_refusal: _Optional[str] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

@@ -10,10 +10,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from engine_ext.refusals import BLOCK_POSITIONS_RULES
-from engine_ext.requests import PLANNED, RequestPlanner
+from engine_ext.requests import KNOWN_SEGMENTS, PLANNED, RequestPlanner
 from engine_ext.serving.grpc.messages import star_args
 from engine_ext.serving.grpc.outputs import plan_message
 from scheduler.star.block_positions import BlockPositionsPlan
+from scheduler.star.known_segments import NO_CHAT, KnownSegments
 from scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.client.requests import generate_request
 from starling.v1 import inference_pb2 as pb
@@ -96,10 +97,78 @@ def test_a_servers_default_leaves_prompts_that_can_not_use_it_at_the_prompts_pos
     smaller = front.plan({"star_block_size": 16}, len(many), many)
     assert (smaller.plan.context_end, smaller.plan.block_size) == (60, 16)
     assert not isinstance(smaller.plan, BlockPositionsPlan)
-    with pytest.raises(VLLMValidationError, match=r"takes 346.*fewer segments"):
+    with pytest.raises(VLLMValidationError, match=r"takes 320 or more\. .*fewer segments"):
         front.plan({"star_positions": "block"}, len(many), many)
     images = front.plan({"star_block_size": 16}, len(IDS), None)
     assert not isinstance(images.plan, BlockPositionsPlan) and images.plan.num_prompt_tokens == len(IDS)
+
+
+BORDERS = (40, 60, 65)
+MESSAGES, TEXTS = KnownSegments("messages", BORDERS), KnownSegments("texts", BORDERS)
+AUTO = {"mode": "on", "positions": "block", "segments": "auto"}
+BY_OFFSETS = {"star": "on", "star_positions": "block", "star_segments": [40, 60, 65]}
+
+
+def test_offsets_messages_and_texts_have_one_plan():
+    """That of marks at the same tokens, but for the token of the padding."""
+    front, ids = planner(), [*IDS[:60], MARK, *IDS[61:65], *IDS[65:]]
+    plan = front.plan(BY_OFFSETS, len(ids), ids).plan
+    assert (plan.blocks, plan.padding_token) == (((0, 40), (48, 68), (80, 85)), 1)
+    marked = front.plan(OPTIONS, len(ids), ids).plan
+    assert vars(plan) | {"padding_token": MARK} == vars(marked) and marked.padding_token == MARK
+    auto = {"star": "on", "star_positions": "block", "star_segments": "auto"}
+    assert front.plan(auto, len(ids), ids, None, MESSAGES).plan == plan
+    assert front.plan({"star": "on", "star_positions": "block"}, len(ids), ids, None, TEXTS).plan == plan
+    by_default = planner(AUTO).plan({}, len(ids), ids, None, MESSAGES)
+    assert by_default.plan == plan and "segments_refusal" not in front.describe(by_default)
+
+
+def test_a_front_hands_over_the_segments_that_it_knows():
+    engine_input = {"type": "token", "prompt_token_ids": IDS, KNOWN_SEGMENTS: MESSAGES}
+    made = planner(AUTO).prepare(engine_input, SamplingParams())
+    assert made[PLANNED].plan.blocks == ((0, 40), (48, 68), (80, 85))
+
+
+@pytest.mark.parametrize(
+    ("segments", "reason"), [(None, NO_CHAT), (KnownSegments("messages", refusal="it rains"), "it rains")]
+)
+def test_a_plan_says_why_a_prompt_has_no_segments_by_default(segments, reason):
+    front = planner(AUTO | {"block_size": 32, "query_tokens": 10})
+    planned = front.plan({}, len(IDS), IDS, None, segments)
+    assert planned.plan.blocks == ((0, 32), (32, 64), (64, 65)), "as without segments"
+    shown = front.describe(planned)
+    assert shown["segments_refusal"] == reason == plan_message(shown).segments_refusal
+    with pytest.raises(VLLMValidationError, match=f"star_segments='auto' is refused: {reason}"):
+        front.plan({"star_segments": "auto"}, len(IDS), IDS, None, segments)
+    for not_asked in ({"mode": "off"}, {"mode": "auto", "min_tokens": len(IDS) + 1}):
+        front = planner(AUTO | not_asked)
+        assert "segments_refusal" not in front.describe(front.plan({}, len(IDS), IDS, None, segments))
+
+
+def test_a_default_of_auto_leaves_chats_that_can_not_use_it():
+    """Many short messages take a page each; their prompt has positions of the prompt, and no segments."""
+    front, many = planner(AUTO), [MARK, 1] * 20 + [1] * 30
+    short = KnownSegments("messages", tuple(range(2, 42, 2)))
+    assert front.plan({}, len(many), many, None, short).plan is None
+    sized = front.plan({"star_block_size": 16, "star_query_tokens": 10}, len(many), many, None, short)
+    assert (sized.plan.context_end, sized.plan.block_size, sized.padding_tokens) == (60, 16, 0)
+    with pytest.raises(VLLMValidationError, match=r"takes 304 or more\. .*fewer segments"):
+        front.plan({"star_segments": "auto"}, len(many), many, None, short)  # its query is the last message
+
+
+def test_offsets_of_a_prompt_with_images_are_refused():
+    for positions in ("block", "prompt"):
+        given = BY_OFFSETS | {"star_positions": positions, "star_block_size": 16}
+        with pytest.raises(VLLMValidationError, match="is refused: the prompt has images or embeddings"):
+            planner().plan(given | {"star_segment_token": None}, len(IDS), None)
+    images = planner(AUTO | {"block_size": 16}).plan({}, len(IDS), None, None, None)
+    assert not isinstance(images.plan, BlockPositionsPlan)
+
+
+def test_more_offsets_than_tokens_are_refused_before_they_are_read():
+    given = BY_OFFSETS | {"star_segments": ["?"] * 76}
+    with pytest.raises(VLLMValidationError, match="it has 76 elements, and the prompt has 75 tokens"):
+        planner().plan(given, len(IDS), IDS)
 
 
 def test_a_prompt_is_split_over_replicas_unless_it_or_the_server_says_otherwise():
@@ -194,6 +263,32 @@ def test_clients_of_grpc_name_the_positions(given, number):
     sent = generate_request([1, 2], {"star": {"mode": "on", "positions": given}})
     assert sent.star.positions == number
     assert star_args(sent.star) == {"star": "on", "star_positions": "block" if number == 2 else "prompt"}
+
+
+@pytest.mark.parametrize(
+    ("given", "sent", "read"),
+    [
+        ([4, 9], pb.StarOptions(segment_offsets=[4, 9]), [4, 9]),
+        ("auto", pb.StarOptions(segments=pb.StarOptions.SEGMENTS_AUTO), "auto"),
+        (1, pb.StarOptions(segments=pb.StarOptions.SEGMENTS_AUTO), "auto"),
+    ],
+)
+def test_clients_of_grpc_say_where_segments_start(given, sent, read):
+    made = generate_request([1, 2], {"star": {"segments": given}})
+    assert made.star == sent and star_args(made.star) == {"star_segments": read}
+
+
+def test_segments_that_the_client_and_the_server_do_not_know_are_refused():
+    with pytest.raises(
+        ValueError, match=r"star_segments='texts' is refused\. Allowed: auto, or a list of token offsets"
+    ):
+        generate_request([1, 2], {"star": {"segments": "texts"}})
+    args = star_args(pb.StarOptions(segments=7))
+    with pytest.raises(VLLMValidationError, match="star_segments=7 is refused: it must be auto or a list"):
+        planner().plan(args, len(IDS), IDS)
+    both = pb.StarOptions(segments=pb.StarOptions.SEGMENTS_AUTO, segment_offsets=[4])
+    with pytest.raises(VLLMValidationError, match=r"segment_offsets=\[4\] is refused: segments already says"):
+        star_args(both)
 
 
 def test_unknown_positions_are_refused_by_the_client_and_by_the_server():

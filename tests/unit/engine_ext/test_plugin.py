@@ -50,9 +50,12 @@ def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch)
     monkeypatch.setattr(plugin, "on_generate", lambda prepare, around: hooks.append(around.__name__))
     monkeypatch.setattr(plugin, "on_encode", lambda prepare: hooks.append(prepare.__name__))
     monkeypatch.setattr(plugin, "on_beam_search", lambda callback: hooks.append(callback.__name__))
+    monkeypatch.setattr(plugin, "on_chat_request", lambda callback: hooks.append(callback.__name__))
+    monkeypatch.setattr(plugin, "on_rendered_chat", lambda wanted, add: hooks.append(add.__name__))
     plugin._hook_in()
     callbacks["after"](object.__new__(getattr(arg_utils, kind)), SimpleNamespace(additional_config={}))
-    assert hooks == ["resolve", *(["generate_for_client", "with_salt", "begin_beam_search"] if hooked else [])]
+    of_servers = ["generate_for_client", "with_salt", "begin_beam_search", "note_chat_options", "add_segments"]
+    assert hooks == ["resolve", *(of_servers if hooked else [])]
 
 
 def test_pooling_requests_are_not_planned(monkeypatch):

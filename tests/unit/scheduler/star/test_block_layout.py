@@ -13,7 +13,7 @@ from scheduler.star.block_layout import check_block_positions, cut, lay_out, pla
 from scheduler.star.options import parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ONE_REPLICA, ReplicaSet
-from scheduler.star.segments import TokenLimits
+from scheduler.star.segments import TokenLimits, positions_of
 
 MARK, PAGE_SIZE, BLOCK = 0, 4, 8
 ON = {"star": "on", "star_positions": "block", "star_segment_token": MARK, "star_query_tokens": 3}
@@ -64,14 +64,14 @@ def client_blocks(ids: list[int], options: dict) -> list[tuple[int, int]]:
     ],
 )
 def test_a_context_is_cut_at_marks_and_after_b_tokens(ids, pieces):
-    assert cut(ids, 0, len(ids), 4) == pieces
-    assert cut([*ids, 0, 0], 0, len(ids), 4) == pieces, "a mark in the query is none"
+    assert cut(positions_of(0, ids, len(ids)), len(ids), 4) == pieces
+    assert cut(positions_of(0, [*ids, 0, 0], len(ids)), len(ids), 4) == pieces, "a mark in the query is none"
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 40), st.integers(1, 9))
 def test_pieces_follow_one_another_and_each_mark_starts_one(ids, context_end, block_size):
     context_end = min(context_end, len(ids))
-    pieces = cut(ids, MARK, context_end, block_size)
+    pieces = cut(positions_of(MARK, ids, context_end), context_end, block_size)
     assert pieces[0][0] == 0 and pieces[-1][1] == context_end
     assert all(before[1] == start for before, (start, _) in pairwise(pieces))
     assert all(start < stop <= start + block_size for start, stop in pieces[1:])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scheduler.star.options import StarOptions, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import make_plan
-from scheduler.star.segments import TokenLimits, align, check_segment_options, fill_gaps, find_gaps
+from scheduler.star.segments import TokenLimits, align, check_segment_options, fill_gaps, find_gaps, positions_of
 
 MARK, PAD, PAGE_SIZE, BLOCK = 0, 50, 4, 8
 ON = {"star": "on", "star_block_size": BLOCK, "star_segment_token": MARK, "star_query_tokens": 3}
@@ -43,7 +43,7 @@ def aligned(ids: list[int], options: dict, defaults: StarOptions | None = None):
     ],
 )
 def test_padding_moves_each_mark_to_a_border(ids, expected):
-    assert fill_gaps(ids, find_gaps(ids, MARK, 4), PAD) == expected
+    assert fill_gaps(ids, find_gaps(positions_of(MARK, ids, len(ids)), 4), PAD) == expected
 
 
 def starts(ids: list[int]) -> list[int]:

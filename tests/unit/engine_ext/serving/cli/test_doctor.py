@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.renderers import ChatParams
 
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
@@ -16,6 +18,7 @@ from engine_ext.serving.cli import doctor
 from scheduler.star.plan import StarPlan
 from tests.parity.harness import TINY
 from tests.parity.hybrid_models import make_random_hybrid
+from tests.unit.engine_ext.test_chat_segments import COUNTED
 from vllm_compat.versions import vllm_version
 
 
@@ -55,6 +58,21 @@ def test_a_prompts_plan_memory_and_work(model):
     assert prompt["attention_work_dense_over_star"] == round(plan.dense_keys() / plan.keys_attended(), 2)
     models = [line.split(",")[0] for line in prompt["loss_measured_with_such_a_plan"]]
     assert models[:-1] == ["qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "auto works: the chat template separates messages"),
+        (COUNTED, "auto does not work: the chat template does not render the first message as the beginning"),
+        ("{{ raise_exception('no chats') }}", "auto does not work: no chats"),
+    ],
+    ids=["the model's", "not a beginning", "broken"],
+)
+def test_whether_the_messages_of_chats_can_be_segments(model, template, says):
+    """With vLLM's own renderer, and the model's tokenizer."""
+    config = EngineArgs(model=model, dtype="float32").create_engine_config()
+    assert doctor.messages_as_segments(config, ChatParams(chat_template=template)).startswith(says)
 
 
 def test_what_an_attamba_models_cache_holds(tmp_path):

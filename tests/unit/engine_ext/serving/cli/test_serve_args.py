@@ -51,7 +51,8 @@ def test_always_activated(parse_fast):
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "mode"])
 def test_every_option_has_a_flag(parse_fast, field):
     alone = {"block_size": "0"} if field == "num_blocks" else {}
-    given, expected = {"shards": ("on", "on"), "positions": ("block", "block")}.get(field, ("96", 96))
+    words = {"shards": "on", "positions": "block", "segments": "auto"}
+    given, expected = (words[field], words[field]) if field in words else ("96", 96)
     options = {f"--{flat_name(name).replace('_', '-')}": value for name, value in (alone | {field: given}).items()}
     argv = [item for option in options.items() for item in option]
     args, _ = parse_fast(*argv)

@@ -37,7 +37,7 @@ class FakePlanner:
         self.defaults = StarOptions()
         self.planned: list[PlannedPrompt] = []
 
-    def plan(self, extra_args, num_tokens, token_ids=None) -> PlannedPrompt:
+    def plan(self, extra_args, num_tokens, token_ids=None, dense_reason=None, segments=None) -> PlannedPrompt:
         self.planned.append(PlannedPrompt(None, num_tokens, token_ids))
         return self.planned[-1]
 
@@ -101,7 +101,7 @@ class FakeEngine:
 
     async def render_cmpl_async(self, prompts, tok_params, prompt_extras):
         self.rendered.append((prompts, tok_params))
-        return [{"type": "token", "prompt_token_ids": [1] * PROMPT_TOKENS}]
+        return [{"type": "token", "prompt_token_ids": [1] * PROMPT_TOKENS} for _ in prompts]
 
     def get_tokenizer(self):
         return self.tokenizer

@@ -96,6 +96,7 @@ def test_star_defaults_as_a_message():
     assert star_message(StarOptions(shards="on")).shards
     assert star_message(StarOptions(positions="block")).positions == inference.StarOptions.POSITIONS_BLOCK
     assert star_message(StarOptions(replicas=3)).replicas == 3
+    assert star_message(StarOptions(segments="auto")).segments == inference.StarOptions.SEGMENTS_AUTO
 
 
 class InputProcessor:

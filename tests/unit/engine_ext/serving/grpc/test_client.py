@@ -264,10 +264,20 @@ def test_a_failed_write_without_a_status_of_the_server_is_reported(monkeypatch):
     assert asyncio.run(scenario()) is failed
 
 
-def test_messages_have_no_pieces(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("prompt", "what"), [(CHAT, "messages"), (["a head", "a question"], "several texts")], ids=["chat", "texts"]
+)
+def test_messages_and_texts_have_no_pieces(kind, monkeypatch, prompt, what):
     monkeypatch.setattr("starling.client.clients.SERVER_MESSAGE_BYTES", 20)
-    with pytest.raises(ValueError, match="Allowed: up to 20"):
-        Call(kind, FakeEngine(), max_message_bytes=10)(CHAT)
+    with pytest.raises(ValueError, match=rf"{what} can.t be uploaded in pieces, .*Allowed: up to 20"):
+        Call(kind, FakeEngine(), max_message_bytes=10)(prompt)
+
+
+def test_a_list_of_texts_is_a_prompt_of_texts():
+    sent = requests.generate_request(["head", "question"], {})
+    assert sent == pb.GenerateStreamRequest(texts=pb.Texts(texts=["head", "question"]))
+    with pytest.raises(TypeError, match=r"it is several texts\. Allowed: text or messages"):
+        requests.tokenize_request(["head", "question"], None)
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -402,7 +412,9 @@ def test_arguments_are_refused(fields, says):
             Client("localhost:1").stream("abc", **fields)
 
 
-@pytest.mark.parametrize("prompt", [None, 5, b"abc", CHAT[0], ["a"], [{"role": "user", "content": 1}], [{"say": "x"}]])
+@pytest.mark.parametrize(
+    "prompt", [None, 5, b"abc", CHAT[0], ["a", 5], [{"role": "user", "content": 1}], [{"say": "x"}]]
+)
 def test_prompts_of_unknown_kinds(prompt):
     with pytest.raises((TypeError, ValueError), match="refused"):
         requests.generate_request(prompt, {})
@@ -435,7 +447,7 @@ def test_what_is_sent(fields, expected):
 
 def test_names_are_the_servers():
     assert {name: "mode" if name == "star" else name.removeprefix("star_") for name in FIELD_OF} == FIELD_OF
-    assert sorted(requests.STAR) == sorted(FIELD_OF.values())
+    assert sorted({*requests.STAR} - {"segment_offsets"}) == sorted(FIELD_OF.values())
     assert list(requests.MODES) == ["off", "on", "auto"]
 
 

@@ -4,9 +4,11 @@ import asyncio
 
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers import ChatParams
+from vllm.renderers import ChatParams, TokenizeParams
 
+from engine_ext.requests import KNOWN_SEGMENTS
 from engine_ext.serving.grpc import prompts
+from scheduler.star.known_segments import KnownSegments
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
@@ -65,8 +67,10 @@ def test_chat_is_rendered_with_the_servers_options(request_, opens):
     assert [message["role"] for message in messages] == [message.role for message in request_.chat.messages]
     assert messages[0]["content"] == "I am user"
     assert params.chat_template == "T"
-    assert params.chat_template_kwargs == {"enable_thinking": False, "add_generation_prompt": opens}
-    assert tokenizing is None, "the renderer's own, which refuses a prompt beyond the context"
+    wanted = {"enable_thinking": False, "add_generation_prompt": opens, "tokenize": False}
+    assert params.chat_template_kwargs == wanted
+    assert not tokenizing.add_special_tokens, "the template adds them"
+    assert tokenizing.max_total_tokens == 1000, "so that a prompt beyond the context is refused"
 
 
 class NumberedRenderer(FakeEngine):
@@ -138,3 +142,49 @@ def test_the_kinds_of_prompt_are_named():
 def test_messages_that_no_context_holds_are_refused(chat, says):
     with pytest.raises(VLLMValidationError, match=says):
         prompts.PromptLimit(3, 30).check_chat(chat)
+
+
+class ByteRenderer:
+    """A token for each letter, and one before the prompt; spaces are none."""
+
+    BOS = 1
+    default_cmpl_tok_params = TokenizeParams(max_total_tokens=50)
+
+    async def render_cmpl_async(self, prompts, tok_params, prompt_extras):
+        made = []
+        for prompt in prompts:
+            ids = prompt.get("prompt_token_ids")
+            if ids is None:
+                ids = [self.BOS] * tok_params.add_special_tokens + list(prompt["prompt"].replace(" ", "").encode())
+            made.append({"type": "token", "prompt_token_ids": ids} | (prompt_extras or {}))
+        return made
+
+
+def render_texts(*texts: str):
+    request = pb.GenerateStreamRequest(texts=pb.Texts(texts=texts))
+    return asyncio.run(prompts.render(ByteRenderer(), request, ChatParams(), {"cache_salt": "me"}, LIMIT))
+
+
+def test_texts_are_tokenised_one_by_one_and_start_where_the_one_before_ends():
+    made = render_texts("he ad", "doc", "a document", "why")
+    assert made["prompt_token_ids"] == [1, *b"headdocadocumentwhy"]
+    assert made[KNOWN_SEGMENTS] == KnownSegments("texts", (5, 8, 17))
+    assert made["cache_salt"] == "me"
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        ([], "has 0 texts; it needs two or more"),
+        (["one"], "has 1 texts; it needs two or more"),
+        (["one", "", "two"], r"texts.texts\[1\] is empty"),
+        (["one", "two", "  "], r"texts.texts\[2\] has no tokens"),
+        (["x"] * 1001, "has 1001 texts; the model's context has 1000 tokens"),
+        (["x" * 4000, "x" * 4001], "has 8001 characters or more"),
+    ],
+    ids=["none", "one", "empty", "no tokens", "many", "long"],
+)
+def test_texts_of_which_no_prompt_can_be_made_are_refused(texts, says):
+    with pytest.raises(VLLMValidationError, match=says) as refused:
+        render_texts(*texts)
+    assert refused.value.parameter in ("texts", "text")

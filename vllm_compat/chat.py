@@ -1,0 +1,57 @@
+"""Chats as vLLM's renderer makes prompts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm_compat.patching import Wrapper, wrap
+
+
+def on_chat_request(callback: Callable[[Any], None]) -> None:
+    """Call ``callback(http_request)`` before an OpenAI server renders the messages of a request.
+
+    The renderer gets the messages without the request's own options. Goes when vLLM hands the request on.
+    """
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        async def preprocess_chat(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            callback(request)
+            return await original(self, request, *args, **kwargs)
+
+        return preprocess_chat
+
+    wrap(OnlineRenderer, "preprocess_chat", around)
+
+
+def on_rendered_chat(
+    wanted: Callable[[Any], bool], add: Callable[[Any, Sequence[Any], Any, dict[str, Any]], Awaitable[None]]
+) -> None:
+    """Let ``add(renderer, messages, chat_params, engine_input)`` add to the engine inputs of a server's chats.
+
+    Where ``wanted(renderer)`` is true the engine input has ``prompt_token_offsets``: the characters of each token in
+    ``prompt``, the rendered text. A renderer whose tokenizer can't say them leaves them out. They are removed again
+    unless the request itself asks for them. Goes when vLLM says which tokens of a chat a message has.
+    """
+    from vllm.renderers.base import BaseRenderer
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        async def render_chat_async(
+            self: Any, conversations: Sequence[Any], chat_params: Any, tok_params: Any = None, **kwargs: Any
+        ) -> Any:
+            if not wanted(self):
+                return await original(self, conversations, chat_params, tok_params, **kwargs)
+            own = tok_params or self.default_chat_tok_params
+            with_offsets = replace(own, return_token_offsets=True)
+            rendered, engine_inputs = await original(self, conversations, chat_params, with_offsets, **kwargs)
+            for messages, engine_input in zip(conversations, engine_inputs, strict=True):
+                await add(self, messages, chat_params, engine_input)
+                if not own.return_token_offsets:
+                    engine_input.pop("prompt_token_offsets", None)
+            return rendered, engine_inputs
+
+        return render_chat_async
+
+    wrap(BaseRenderer, "render_chat_async", around)

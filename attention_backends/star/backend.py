@@ -110,7 +110,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             from attention_backends.star.cpu_impl import all_caches_are_read
 
             builder: Any = self
-            if builder.isa == AMX and all_caches_are_read():
+            if all_caches_are_read() and builder.isa == AMX:
                 set_cpu_attention_isa(builder, layer_names, CPU_ISAS[0])
 
         @classmethod

@@ -103,8 +103,9 @@ def test_a_decode_row_with_keys_on_another_replica_is_rewritten_and_has_a_query_
     (query,) = queries
     assert query.tokens.tolist() == [1] and query.addresses == [{"name": "server"}]
     (span,) = query.spans
-    assert (span.request_id, span.shard, span.num_queries, span.first_page, span.num_pages) == ("b", "b", 1, 0, 3)
-    assert query.pairs(4) == 12
+    assert (span.request_id, span.shard, span.first_query, span.num_queries) == ("b", "b", 0, 1)
+    assert (span.first_pages.tolist(), span.num_keys.tolist(), span.turns.tolist()) == ([0], [12], [0])
+    assert query.pairs() == 12
 
 
 def test_a_step_without_keys_on_other_replicas_has_no_remote_queries():

@@ -83,7 +83,7 @@ class LiveRequests:
             if output.prefill_stats is not None:
                 self.cached[output.request_id] = output.prefill_stats.num_cached_tokens
         for _, name, state in self.ended:
-            if name in self.cached:  # it has ended with its first token
+            if name in self.cached and not state["split"]:  # it has ended with its first token
                 state["cached"] = self.cached.pop(name)
 
     def note_end(self, request: Any) -> None:
@@ -105,19 +105,24 @@ class LiveRequests:
         progress: dict[str, Any] | None = progress_of(request)
         if progress is None:
             return None
-        name = request.request_id
-        if SchedulerView.cached_tokens(request) is None:
+        name, metadata = request.request_id, metadata_of(request)
+        split = metadata.is_split and metadata.part is None
+        if split:  # what it did not compute, other replicas have computed
+            progress["cached"] = None
+        elif SchedulerView.cached_tokens(request) is None:
             progress["cached"] = self.cached.get(name)
         if name not in self.plans:
-            plan, model = metadata_of(request).plan, self.scheduler.vllm_config.model_config.hf_text_config
-            shown = describe(plan, request.num_prompt_tokens, model)
+            model = self.scheduler.vllm_config.model_config.hf_text_config
+            shown = describe(metadata.plan, request.num_prompt_tokens, model)
             self.plans[name] = {key: shown[key] for key in PLAN if key in shown}
         state = {
             "id": shortened(name),
             "status": request.status.name.lower(),
+            "arrived": request.arrival_time,
             "seconds": max(time.time() - request.arrival_time, 0.0),
             "generated": request.num_output_tokens,
             "max_tokens": request.max_tokens,
             "preemptions": request.num_preemptions,
+            "split": split,
         }
         return state | progress | self.plans[name]

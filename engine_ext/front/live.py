@@ -18,7 +18,7 @@ from typing import Any
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from engine_ext.front.progress import furthest
+from engine_ext.front.progress import ADDED, furthest
 from engine_ext.front.replica_rpc import retrieve_error
 from engine_ext.front.state import front_state
 from scheduler.core_rpc import LIVE_REQUESTS
@@ -64,6 +64,7 @@ class LiveView:
         self.engine = engine
         self.answers: dict[int, tuple[float, dict[str, Any]]] = {}  # replica -> when it came, and its last answer
         self.calls: dict[int, asyncio.Task] = {}
+        self.furthest: dict[str, Row] = {}  # the numbers of split prompts, by id
         self.snapshot: tuple[float, asyncio.Task[bytes]] | None = None  # when it was begun
         self.totals: tuple[float, dict[str, float]] = (float("-inf"), {})
         self.forgetting: asyncio.TimerHandle | None = None
@@ -88,6 +89,7 @@ class LiveView:
     def _forget(self) -> None:
         self.snapshot = None
         self.answers.clear()
+        self.furthest.clear()
 
     async def _make(self) -> bytes:
         totals, _ = await asyncio.gather(self._totals(), self._ask())
@@ -158,8 +160,28 @@ class LiveView:
         # A part may still be listed by one replica when another one lists the whole prompt already.
         rows = wholes + [merged(of_one) for name, of_one in parts.items() if name not in known]
         split = {shortened(name) for name in front_state(self.engine).split_requests}
-        rows.sort(key=lambda row: (row["status"] != "running", -row["seconds"]))
-        return rows, len(split - known - parts.keys())
+        rows.sort(key=lambda row: (row["status"] != "running", row["arrived"]))
+        unknown = split - known - parts.keys()
+        self._keep_furthest(rows, unknown)
+        return rows, len(unknown)
+
+    def _keep_furthest(self, rows: list[Row], unknown: set[str]) -> None:
+        """Let the numbers of split prompts not fall, when one part has ended and others have not, or the whole begins.
+
+        Args:
+            unknown: ids of split prompts that no replica knows now.
+        """
+        furthest_now = {name: self.furthest[name] for name in unknown & self.furthest.keys()}
+        for row in rows:
+            if row.get("replicas", 1) == 1:
+                continue
+            earlier = self.furthest.get(row["id"])
+            if earlier is not None and earlier["computed"] > row["computed"]:
+                row |= earlier
+            elif earlier is not None and row["cached"] is None:
+                row["cached"] = earlier["cached"]
+            furthest_now[row["id"]] = {name: row[name] for name in ADDED}
+        self.furthest = furthest_now
 
     def _row(self, rank: int, state: Mapping[str, Any]) -> Row:
         """A request as its replica and, where it is this front's, the front know it."""
@@ -169,7 +191,7 @@ class LiveView:
             row["id"] = OF_ENGINE.sub("", state["id"])
         else:
             row["id"] = shortened(of_front.external_req_id)
-            if state["cached"] is None and not of_front.is_prefilling:
+            if state["cached"] is None and not (state["split"] or of_front.is_prefilling):
                 row["cached"] = of_front.num_cached_tokens
         return row
 

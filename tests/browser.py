@@ -36,7 +36,7 @@ class Page:
     """The browser's only page.
 
     Attributes:
-        problems: errors that the page has logged, refusals by its Content-Security-Policy included.
+        problems: errors that the page has logged, refusals by its Content-Security-Policy included; HTTP's are not.
         addresses: of all that the page has loaded.
     """
 
@@ -58,8 +58,10 @@ class Page:
         return message["result"]
 
     def _note(self, method: str | None, parameters: dict[str, Any]) -> None:
-        if method == "Log.entryAdded" and parameters["entry"]["level"] == "error":
-            self.problems.append(parameters["entry"]["text"])
+        if method == "Log.entryAdded":
+            entry = parameters["entry"]
+            if entry["level"] == "error" and entry["source"] != "network":
+                self.problems.append(entry["text"])
         elif method == "Runtime.exceptionThrown":
             self.problems.append(json.dumps(parameters["exceptionDetails"]))
         elif method == "Network.requestWillBeSent":

@@ -35,7 +35,7 @@ def server(model, tmp_path_factory):
     """`vllm serve`, with Starling activated by --additional-config alone."""
     [port], log = free_ports(0), tmp_path_factory.mktemp("server") / "log"
     command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *ENGINE]
-    command += ["--additional-config", '{"starling": {}}', "--max-num-batched-tokens", "512"]
+    command += ["--additional-config", '{"starling": {"live_page": "on"}}', "--max-num-batched-tokens", "512"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=ENV, process_group=0)
     server = Server(process, f"http://127.0.0.1:{port}", "", str(model), log)
@@ -55,6 +55,14 @@ def test_a_response_has_the_plan(server):
     response = complete(server)
     plan = json.loads(response.headers["x-starling-plan"])
     assert (plan["attention"], plan["star_blocks"], plan["context_end"]) == ("star", 5, 560)
+
+
+def test_the_live_page_is_an_option_of_plain_vllm_too(server):
+    with httpx.Client(base_url=server.http, timeout=30) as http:
+        before = http.get("/starling/live.json").json()
+        complete(server)
+        (ended,) = http.get("/starling/live.json").json()["ended"] if not before["ended"] else ()
+        assert (ended["attention"], ended["star_blocks_done"], ended["finish_reason"]) == ("star", 5, "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])

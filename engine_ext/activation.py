@@ -279,7 +279,7 @@ def prepare_server(args: Any) -> None:
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")
-    wanted = MIDDLEWARE
+    wanted: tuple[str, ...] = MIDDLEWARE
     if config.live_page == "on":
         wanted = (*MIDDLEWARE, PAGE_MIDDLEWARE)
         prepare_live_page(args, config)

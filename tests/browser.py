@@ -69,6 +69,7 @@ class Page:
 
     def open(self, address: str) -> None:
         self.send("Page.navigate", url=address)
+        self.wait_for("location.href != 'about:blank' && document.readyState == 'complete'")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""

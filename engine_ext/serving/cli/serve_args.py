@@ -52,7 +52,7 @@ CACHE_SALT_HELP = (
 
 LIVE_PAGE_HELP = (
     "on: the HTTP server has a page, /starling/live, that shows the requests while they run. It needs the server's API "
-    f"key, or, where that is set, the admin key ({ADMIN_KEY_ENV}). (default: off)"
+    f"key or, where the server has one, the admin key ({ADMIN_KEY_ENV}, --grpc-admin-key). (default: off)"
 )
 
 

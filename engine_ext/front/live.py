@@ -64,7 +64,8 @@ class LiveView:
         self.engine = engine
         self.answers: dict[int, tuple[float, dict[str, Any]]] = {}  # replica -> when it came, and its last answer
         self.calls: dict[int, asyncio.Task] = {}
-        self.furthest: dict[str, Row] = {}  # the numbers of split prompts, by id
+        # Split prompt, by id -> the furthest numbers of its parts, and whether the whole request has begun.
+        self.of_parts: dict[str, tuple[Row, bool]] = {}
         self.snapshot: tuple[float, asyncio.Task[bytes]] | None = None  # when it was begun
         self.totals: tuple[float, dict[str, float]] = (float("-inf"), {})
         self.forgetting: asyncio.TimerHandle | None = None
@@ -89,7 +90,7 @@ class LiveView:
     def _forget(self) -> None:
         self.snapshot = None
         self.answers.clear()
-        self.furthest.clear()
+        self.of_parts.clear()
 
     async def _make(self) -> bytes:
         totals, _ = await asyncio.gather(self._totals(), self._ask())
@@ -162,26 +163,29 @@ class LiveView:
         split = {shortened(name) for name in front_state(self.engine).split_requests}
         rows.sort(key=lambda row: (row["status"] != "running", row["arrived"]))
         unknown = split - known - parts.keys()
-        self._keep_furthest(rows, unknown)
+        self._keep_numbers_of_parts(rows, unknown)
         return rows, len(unknown)
 
-    def _keep_furthest(self, rows: list[Row], unknown: set[str]) -> None:
+    def _keep_numbers_of_parts(self, rows: list[Row], unknown: set[str]) -> None:
         """Let the numbers of split prompts not fall, when one part has ended and others have not, or the whole begins.
 
         Args:
             unknown: ids of split prompts that no replica knows now.
         """
-        furthest_now = {name: self.furthest[name] for name in unknown & self.furthest.keys()}
+        of_parts = {name: self.of_parts[name] for name in unknown & self.of_parts.keys()}
         for row in rows:
-            if row.get("replicas", 1) == 1:
-                continue
-            earlier = self.furthest.get(row["id"])
-            if earlier is not None and earlier["computed"] > row["computed"]:
-                row |= earlier
-            elif earlier is not None and row["cached"] is None:
-                row["cached"] = earlier["cached"]
-            furthest_now[row["id"]] = {name: row[name] for name in ADDED}
-        self.furthest = furthest_now
+            numbers, had_begun = self.of_parts.get(row["id"], ({}, False))
+            if row["part"] and had_begun:  # another request with the same id
+                numbers = {}
+            if numbers.get("computed", 0) > row["computed"]:
+                row |= numbers
+            elif row["split"]:
+                row["cached"] = numbers.get("cached")
+            if row["part"]:
+                numbers = {name: row[name] for name in ADDED}
+            if numbers:
+                of_parts[row["id"]] = numbers, not row["part"]
+        self.of_parts = of_parts
 
     def _row(self, rank: int, state: Mapping[str, Any]) -> Row:
         """A request as its replica and, where it is this front's, the front know it."""

@@ -73,6 +73,23 @@ def test_a_split_prompt_is_one_request_in_all_of_its_phases(simulate):
     simulate(scenario)
 
 
+def test_a_split_prompt_with_the_id_of_one_before_begins_anew(simulate):
+    async def scenario(server: Server):
+        view = LiveView(server.engine)
+        for seed in range(2):
+            outputs = server.stream(random_ids(seed, 2500), SPLIT, "mine", max_tokens=40)
+            running = asyncio.create_task(read_to_end(outputs))
+            computed = []
+            while not running.done():
+                computed += [row["computed"] for row in json.loads(await view.body())["requests"]]
+                view.snapshot = None
+                await asyncio.sleep(0.01)
+            assert computed[0] < 500
+            assert computed[-1] == 2500
+
+    simulate(scenario)
+
+
 def test_requests_of_all_replicas_are_listed_running_ones_first(simulate):
     async def scenario(server: Server):
         view = LiveView(server.engine)

@@ -191,7 +191,7 @@ CHROMIUM_SHA256 := 20e5656fcdcf4118ede85edfb9d6bb9cc1bbb7ffb8b75622fffbcf36a835c
 $(BROWSER_ENV): Makefile
 	rm -rf $(@D)
 	mkdir -p $(@D)
-	cd $(@D) && npm pack --silent @sparticuz/chromium@$(CHROMIUM) >/dev/null && \
+	cd $(@D) && npm pack --silent --fetch-retries 1 --fetch-timeout 60000 @sparticuz/chromium@$(CHROMIUM) >/dev/null && \
 	echo '$(CHROMIUM_SHA256)  sparticuz-chromium-$(CHROMIUM).tgz' | sha256sum --check --quiet && \
 	tar -xzf sparticuz-chromium-$(CHROMIUM).tgz package/bin/chromium.br package/LICENSE && \
 	node -e 'const fs = require("fs"); fs.writeFileSync("chromium", require("zlib").brotliDecompressSync(fs.readFileSync("package/bin/chromium.br")), {mode: 0o755})' && \

@@ -12,6 +12,7 @@ NEXT_ENV := .venv-next/.stamp
 FUZZ_ENV := build/fuzz/.stamp
 BENCH_ENV := build/bench/.stamp
 LLAMA_ENV := build/llama/venv/.stamp
+BROWSER_ENV := build/browser/.stamp
 BENCH = PYTHONPATH=$(CURDIR)/$(dir $(BENCH_ENV)):$$PYTHONPATH $(BIN)/python -m benchmarks.run $(if $(NOTE),--note '$(NOTE)')
 STAR_TINY := tests/parity/test_star_tiny.py::test_
 NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py \
@@ -37,7 +38,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed tests-installed test-next unit stateful lint lint-docker layers types docs names \
-	check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama fuzz soak faults wheel release clean
+	check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,7 @@ test: env demo-model ## everything that CI checks
 test-installed: env demo-model $(CHECKS) tests-installed ## lint, types, docs, and all tests with the vLLM of the lock file
 
 tests-installed: env demo-model ## all tests with the vLLM of the lock file
+	@$(MAKE) --no-print-directory browser || echo 'make browser has failed: the test in a browser may be skipped'
 	rm -rf $(RESULTS)/installed
 	$(BIN)/$(PYTEST)/installed/tests.xml tests
 
@@ -182,6 +184,21 @@ $(FUZZ_ENV): .ci/requirements-cpu.lock Makefile | $(ENV)
 	$$(command -v uv || echo $(BIN)/uv) pip install --quiet --python $(BIN)/python --target $(@D) \
 		--constraint .ci/requirements-cpu.lock schemathesis==4.32.5
 	@touch $@
+
+# npm's package has Chromium compressed by Brotli, which Node unpacks.
+CHROMIUM := 153.0.0
+CHROMIUM_SHA256 := 20e5656fcdcf4118ede85edfb9d6bb9cc1bbb7ffb8b75622fffbcf36a835c3c0
+$(BROWSER_ENV): Makefile
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent --fetch-retries 1 --fetch-timeout 60000 @sparticuz/chromium@$(CHROMIUM) >/dev/null && \
+	echo '$(CHROMIUM_SHA256)  sparticuz-chromium-$(CHROMIUM).tgz' | sha256sum --check --quiet && \
+	tar -xzf sparticuz-chromium-$(CHROMIUM).tgz package/bin/chromium.br package/LICENSE && \
+	node -e 'const fs = require("fs"); fs.writeFileSync("chromium", require("zlib").brotliDecompressSync(fs.readFileSync("package/bin/chromium.br")), {mode: 0o755})' && \
+	rm sparticuz-chromium-$(CHROMIUM).tgz package/bin/chromium.br
+	@touch $@
+
+browser: $(BROWSER_ENV) ## a headless Chromium for the test of the page of requests, from npm (70 MB); needs npm
 
 fuzz: env $(FUZZ_ENV) ## random requests over HTTP and gRPC for MINUTES=10, those of schemathesis too
 	PYTHONPATH=$(dir $(FUZZ_ENV)):$$PYTHONPATH $(BIN)/pytest -q -s tests/e2e/test_fuzz.py --fuzz-minutes $(or $(MINUTES),10)

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
 from engine_ext.cache_salt import CACHE_SALT, CACHE_SALT_SETTINGS
-from engine_ext.clients import api_keys
+from engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from engine_ext.metrics import front_metrics
 from engine_ext.refusals import (
     other_launcher,
@@ -47,18 +47,25 @@ logger = init_logger("vllm.starling")
 
 ENTRY = "starling"
 STAR, SCHEDULING, REPLICAS, CPU_ATTENTION = "star", scheduling_options.SECTION, replica_options.SECTION, "cpu_attention"
-SECTIONS = (STAR, SCHEDULING, REPLICAS, CPU_ATTENTION, CACHE_SALT)
+LIVE_PAGE, LIVE_PAGE_SETTINGS = "live_page", ("off", "on")
+LIVE_PATH, LIVE_DATA = "/starling/live", "/starling/live.json"
+SECTIONS = (STAR, SCHEDULING, REPLICAS, CPU_ATTENTION, CACHE_SALT, LIVE_PAGE)
 PEERS = f"{ENTRY}.{REPLICAS}.peers"
 SERVES_PEERS = "starling_serves_peers"
 """The name, in the arguments of a server, that says that it serves gRPC to peers too."""
 
 EXAMPLES = {STAR: '{"mode": "auto", ...}', SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
-CHOICES = {CPU_ATTENTION: CPU_ATTENTION_SETTINGS, CACHE_SALT: CACHE_SALT_SETTINGS}  # the first is the default
+CHOICES = {  # the first is the default
+    CPU_ATTENTION: CPU_ATTENTION_SETTINGS,
+    CACHE_SALT: CACHE_SALT_SETTINGS,
+    LIVE_PAGE: LIVE_PAGE_SETTINGS,
+}
 MIDDLEWARE = (  # the last one is the outermost
     "engine_ext.serving.http.plan_header.PlanHeader",
     "engine_ext.serving.http.progress.HttpProgress",
     "engine_ext.serving.http.client.NoteClient",
 )
+PAGE_MIDDLEWARE = "engine_ext.serving.http.live_page.LivePage"
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
@@ -81,6 +88,7 @@ class StarlingConfig:
     Attributes:
         cpu_attention: which attention op runs on CPU: "auto" for the faster one, or "vllm" for vLLM's always.
         cache_salt: which requests share cached pages: one of CACHE_SALT_SETTINGS.
+        live_page: "on" where the HTTP server has a page that shows the requests.
     """
 
     star: StarOptions
@@ -88,6 +96,7 @@ class StarlingConfig:
     replicas: ReplicaOptions
     cpu_attention: str
     cache_salt: str
+    live_page: str
 
 
 def parse_config(additional_config: Any) -> StarlingConfig | None:
@@ -117,6 +126,7 @@ def parse_config(additional_config: Any) -> StarlingConfig | None:
         replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),
         cpu_attention=chosen[CPU_ATTENTION],
         cache_salt=chosen[CACHE_SALT],
+        live_page=chosen[LIVE_PAGE],
     )
 
 
@@ -131,6 +141,8 @@ def before_engine_config(engine_args: Any) -> None:
         return
     if config.cache_salt != "request" and not is_async_engine(engine_args):
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, "only a server has clients", "request")
+    if config.live_page != "off" and not is_async_engine(engine_args):
+        raise OptionError(f"{ENTRY}.{LIVE_PAGE}", config.live_page, "only a server has a page", "off")
     if config.replicas.peers and not is_async_engine(engine_args):
         raise OptionError(PEERS, config.replicas.peers, "only a server has peers", f"no {PEERS}")
     for name, value, default in (
@@ -267,4 +279,26 @@ def prepare_server(args: Any) -> None:
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")
-    args.middleware = [*args.middleware, *(name for name in MIDDLEWARE if name not in args.middleware)]
+    wanted: tuple[str, ...] = MIDDLEWARE
+    if config.live_page == "on":
+        wanted = (*MIDDLEWARE, PAGE_MIDDLEWARE)
+        prepare_live_page(args, config)
+    args.middleware = [*args.middleware, *(name for name in wanted if name not in args.middleware)]
+
+
+def prepare_live_page(args: Any, config: StarlingConfig) -> None:
+    """Check who could see the live page, and leave its requests, one a second, out of the access log.
+
+    Raises:
+        OptionError: clients that must not learn of one another would see one another's requests.
+    """
+    if config.cache_salt != "request" and not os.environ.get(ADMIN_KEY_ENV):
+        reason = f"with {CACHE_SALT}={config.cache_salt} clients must not learn of one another, and the page shows all"
+        raise OptionError(f"{ENTRY}.{LIVE_PAGE}", "on", reason, f"off, or set {ADMIN_KEY_ENV}: the page then needs it")
+    quiet = [path for path in (args.disable_access_log_for_endpoints or "").split(",") if path]
+    if LIVE_DATA not in quiet:
+        args.disable_access_log_for_endpoints = ",".join([*quiet, LIVE_DATA])
+    who = "who has the admin key" if os.environ.get(ADMIN_KEY_ENV) else "who has the API key"
+    if not (os.environ.get(ADMIN_KEY_ENV) or api_keys(args)):
+        who = "everyone who reaches the HTTP port"
+    logger.info("The page %s shows the requests to %s", LIVE_PATH, who)

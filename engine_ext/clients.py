@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from vllm import envs
+
+ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
+"""The environment variable with the key of who controls the server."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,24 @@ def bearer_key(authorization: str) -> str:
     """The key of an `authorization: Bearer KEY`; empty where there is none."""
     scheme, _, key = authorization.partition(" ")
     return key if scheme.lower() == "bearer" else ""
+
+
+def digest(key: str) -> bytes:
+    """The SHA-256 digest of a key."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def has_valid_key(authorization: str, digests: Sequence[bytes]) -> bool:
+    """Whether an `authorization: Bearer KEY` has one of the keys.
+
+    The comparison takes constant time. Digests have one length, so the time does not depend on the keys' lengths.
+
+    Args:
+        digests: of the valid keys.
+    """
+    given = digest(bearer_key(authorization))
+    matches = [secrets.compare_digest(given, key) for key in digests]
+    return any(matches)
 
 
 def api_keys(args: Namespace) -> list[str]:

@@ -23,7 +23,7 @@ from scheduler.star.known_segments import KnownSegments, with_known_segments
 from scheduler.star.kv_demand import with_enough_replicas
 from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
 from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ReplicaSet, StarPlan, make_plan
+from scheduler.star.plan import ReplicaSet, StarPlan, describe, make_plan
 from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata, default_num_shards
 from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
 
@@ -394,18 +394,6 @@ def _refuse_token_positions(params: Any) -> None:
             reason = "with its segments at the borders of star blocks or pages the engine's prompt has more tokens"
             error = OptionError(name, value, reason, f"none, or no {SEGMENT_TOKEN}")
             raise VLLMValidationError(str(error), parameter=name)
-
-
-def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -> dict[str, Any]:
-    """The plan, or that the prompt runs dense, as a response shows it to the client.
-
-    Args:
-        model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
-    """
-    dense = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
-    shown = dense if plan is None else {"attention": "star"} | plan.summary()
-    count_keys = getattr(model, "prompt_keys", None)
-    return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown
 
 
 def rejection(error: OptionError) -> VLLMValidationError:

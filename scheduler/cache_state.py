@@ -150,11 +150,12 @@ def prefill_progress(scheduler: Any, request_ids: Sequence[str]) -> dict[str, di
     """
     found = ((name, scheduler.requests.get(name)) for name in request_ids)
     known = ((name, request) for name, request in found if request is not None and not request.is_finished())
-    states = ((name, _progress(request)) for name, request in known)
+    states = ((name, progress_of(request)) for name, request in known)
     return {name: progress for name, progress in states if progress is not None}
 
 
-def _progress(request: Any) -> dict[str, int] | None:
+def progress_of(request: Any) -> dict[str, int] | None:
+    """The progress of one request; None: it only computes the anchor once more. See ``prefill_progress``."""
     metadata = metadata_of(request)
     plan, part = metadata.plan, metadata.part
     if part is not None and plan is None:

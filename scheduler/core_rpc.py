@@ -14,6 +14,7 @@ from vllm_compat.worker import attention_backends
 CACHE_STATE = "starling_cache_state"
 PREFILL_PROGRESS = "starling_prefill_progress"
 ATTENTION_BACKENDS = "starling_attention_backends"
+LIVE_REQUESTS = "starling_live_requests"
 
 
 def _cache_state(core: Any, per_request: bool) -> dict[str, Any]:
@@ -29,8 +30,13 @@ def _attention_backends(core: Any) -> list[str]:
     return sorted({name for names in of_workers for name in names})
 
 
+def _live_requests(core: Any) -> dict[str, Any]:
+    return core.scheduler.look_at_requests()
+
+
 def add_core_rpc() -> None:
     """Offer these calls in this process's engine core."""
     add_core_utility(CACHE_STATE, _cache_state)
     add_core_utility(PREFILL_PROGRESS, _prefill_progress)
     add_core_utility(ATTENTION_BACKENDS, _attention_backends)
+    add_core_utility(LIVE_REQUESTS, _live_requests)

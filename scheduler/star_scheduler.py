@@ -17,6 +17,7 @@ from scheduler.block_reuse import BlockReuse, reuse_refusal
 from scheduler.cache_keys import independent_block_hasher, page_key
 from scheduler.cache_state import cache_state, compressed_groups, states_used
 from scheduler.core_rpc import add_core_rpc
+from scheduler.live_requests import LiveRequests
 from scheduler.metrics import cache_metrics, scheduler_metrics
 from scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_scheduling
 from scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
@@ -74,6 +75,7 @@ class StarMixin(SchedulerHooks):
         self.quarantine = Quarantine(self.view)
         self.is_stalled = False  # nothing was scheduled in the last step, and nothing runs
         self.padded: dict[str, BlockPositionsPlan] = {}  # by request
+        self.live: LiveRequests | None = None  # while somebody looks at the live page
         self.compressed = compressed_groups(self)
         if self.compressed:
             self._report_cache_sizes()
@@ -183,9 +185,19 @@ class StarMixin(SchedulerHooks):
                     kv_transfer_params={LOST: reason},
                 )
             )
+        if self.live is not None:
+            self._note_outputs(self.live, result)
         if self.compressed:
             cache_metrics().states.set(sum(states_used(self, group) for group in self.compressed))
         return result
+
+    # What fronts call.
+
+    def look_at_requests(self) -> dict[str, Any]:
+        """The requests as the live page shows them; from now on, and for a while, what it shows later is noted."""
+        if self.live is None:
+            self.live = LiveRequests(self)
+        return self.live.look()
 
     # Hooks of SchedulerHooks.
 
@@ -257,6 +269,8 @@ class StarMixin(SchedulerHooks):
     def before_pages_freed(self, request_id: str) -> None:
         if self.reuse is not None:
             self.reuse.forget_pages(request_id)
+        if self.live is not None and self.requests[request_id].is_finished():
+            self.live.note_end(self.requests[request_id])
 
     # Their parts.
 
@@ -268,6 +282,12 @@ class StarMixin(SchedulerHooks):
                 if plan is not None and output.prefill_stats is not None:
                     count_client_tokens(plan, output.prefill_stats)
         self.padded = {name: plan for name, plan in self.padded.items() if name in self.requests}
+
+    def _note_outputs(self, live: LiveRequests, outputs: dict[int, Any]) -> None:
+        if live.is_watched:
+            live.note_outputs(outputs)
+        else:
+            self.live = None
 
     def _end_lost_requests(self, lost: dict[str, str]) -> list[tuple[Any, str]]:
         """End the requests of a step that could not attend to all their keys, before its tokens are read.

@@ -171,6 +171,18 @@ class StarPlan:
         }
 
 
+def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -> dict[str, Any]:
+    """The plan, or that the prompt runs dense, as a response and the live page show it.
+
+    Args:
+        model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
+    """
+    dense = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
+    shown = dense if plan is None else {"attention": "star"} | plan.summary()
+    count_keys = getattr(model, "prompt_keys", None)
+    return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown
+
+
 @dataclass(frozen=True)
 class ReplicaSet:
     """The replicas that one prompt may be split over.

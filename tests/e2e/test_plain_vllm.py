@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import Server, free_ports
+from tests.e2e.wait import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -35,7 +36,7 @@ def server(model, tmp_path_factory):
     """`vllm serve`, with Starling activated by --additional-config alone."""
     [port], log = free_ports(0), tmp_path_factory.mktemp("server") / "log"
     command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *ENGINE]
-    command += ["--additional-config", '{"starling": {}}', "--max-num-batched-tokens", "512"]
+    command += ["--additional-config", '{"starling": {"live_page": "on"}}', "--max-num-batched-tokens", "512"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=ENV, process_group=0)
     server = Server(process, f"http://127.0.0.1:{port}", "", str(model), log)
@@ -55,6 +56,16 @@ def test_a_response_has_the_plan(server):
     response = complete(server)
     plan = json.loads(response.headers["x-starling-plan"])
     assert (plan["attention"], plan["star_blocks"], plan["context_end"]) == ("star", 5, 560)
+
+
+def test_the_live_page_is_an_option_of_plain_vllm_too(server):
+    def ended() -> list[dict]:
+        return httpx.get(f"{server.http}/starling/live.json", timeout=30).json()["ended"]
+
+    ended()
+    complete(server)
+    assert wait_until(ended), "a snapshot is shared for half a second"
+    assert (ended()[0]["attention"], ended()[0]["star_blocks_done"], ended()[0]["generated"]) == ("star", 5, 8)
 
 
 @pytest.mark.parametrize("stream", [False, True])

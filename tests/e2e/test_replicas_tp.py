@@ -3,7 +3,10 @@
 A rank fetches its half of each page from the same rank of the other replica. Each API server splits prompts by itself.
 """
 
-from contextlib import closing
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 
 import psutil
 import pytest
@@ -27,6 +30,7 @@ from tests.e2e.test_replicas import (
     random_prompt,
     send,
 )
+from tests.e2e.wait import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -41,6 +45,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas_tp")
     settings = [*ENGINE_OPTIONS, "--data-parallel-size", str(REPLICAS), "--tensor-parallel-size", "2"]
     settings += ["--num-gpu-blocks-override", "400", "--api-server-count", str(API_SERVERS)]
+    settings += ["--live-page", "on"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # four workers, possibly on two cores
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -77,6 +82,39 @@ def serving_process(server, client_port: int) -> int:
         if any(end.raddr and end.raddr.port == client_port for end in process.net_connections("tcp"))
     )
     return pid
+
+
+def look(connection) -> dict:
+    connection.request("GET", "/starling/live.json")
+    return json.loads(connection.getresponse().read())
+
+
+def test_each_api_server_shows_the_requests_of_all(server):
+    """A prompt that is split over both replicas, and its end. The kernel chooses the API server of a connection."""
+    with ExitStack() as stack:
+        viewers: dict[int, HTTPConnection] = {}
+        for _ in range(40):  # quickly: the server closes a connection that is idle for 5 s
+            if len(viewers) == API_SERVERS:
+                break
+            connection = stack.enter_context(closing(connect(server)))
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+            viewers.setdefault(serving_process(server, connection.sock.getsockname()[1]), connection)
+        assert len(viewers) == API_SERVERS
+        client = stack.enter_context(closing(connect(server)))
+        send(client, server, random_prompt(200, 8000), options(2, 512), max_tokens=100, request_id="watched")
+        watched: dict[int, list[dict]] = {process: [] for process in viewers}
+        answered = ThreadPoolExecutor(1).submit(client.getresponse)
+        while not answered.done():
+            for process, connection in viewers.items():
+                watched[process] += look(connection)["requests"]
+        parse_completion(answered.result())
+        for process, connection in viewers.items():
+            assert {row["id"] for row in watched[process]} == {"cmpl-watched-0"}
+            assert any(row["on"] == [0, 1] and 0 < row["star_blocks_done"] < 16 for row in watched[process])
+            assert wait_until(lambda connection=connection: len(look(connection)["ended"]) == 1)
+            (row,) = look(connection)["ended"]
+            assert (row["id"], row["generated"], row["replicas"]) == ("cmpl-watched-0", 100, 2)
 
 
 def test_each_api_server_splits_prompts(server):

@@ -42,6 +42,10 @@ def test_the_sockets_are_those_of_the_documentation(server):
     assert open_sockets(server.process.pid) == documented_sockets("One engine")
 
 
+def test_there_is_no_live_page_by_default(http):
+    assert [http.get(f"/starling/{name}").status_code for name in ("live", "live.json")] == [404, 404]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("path", PATHS)
 def test_http_responses_have_the_plan(http, path, stream):

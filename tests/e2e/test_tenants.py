@@ -1,6 +1,6 @@
 """One `starling serve` with an API key for each of two tenants, whose prompts share no cached pages.
 
-The operator's counters say what was cached: to clients the server does not tell it.
+The operator's counters and live page say what was cached: to clients the server does not tell it.
 """
 
 import hashlib
@@ -14,11 +14,13 @@ from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
+from tests.browser import Page, browser, find_chromium
 from tests.e2e.serving import MODEL, PAGE_SIZE, PATHS, body, metrics, options
+from tests.e2e.wait import wait_until
 
 pytestmark = pytest.mark.e2e
 
-A, B = "key-of-tenant-a", "key-of-tenant-b"
+A, B, OPERATOR = "key-of-tenant-a", "key-of-tenant-b", "key-of-the-operator"
 BLOCK = 128
 STAR = {"star": "on", "star_block_size": BLOCK, "star_anchor_size": 0, "star_query_tokens": 40}
 LENGTH = 701
@@ -80,6 +82,7 @@ def tenants(tmp_path_factory):
     model = make_tiny_llama(folder / MODEL)
     arguments = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
     arguments += ["--max-num-batched-tokens", "512", "--enable-scale-out", "--api-key", A, B, "--cache-salt", "api-key"]
+    arguments += ["--live-page", "on", "--grpc-admin-key", OPERATOR]
     with serving(model, *arguments, log=folder / "log", seconds=300) as server:
         tenants = Tenants(server)
         yield tenants
@@ -180,3 +183,79 @@ def test_no_grpc_event_says_how_many_tokens_were_cached(tenants):
     assert tenants.cached_by(lambda: events.extend(tenants.generate(A, prompt, progress=True))) == WHOLE
     assert events[-1].final.usage.prompt_tokens == LENGTH
     assert not any(event.final.usage.cached_tokens or event.progress.cached_tokens for event in events)
+
+
+def look(tenants, key: str | None = OPERATOR) -> httpx.Response:
+    return tenants.http.get("/starling/live.json", headers={"Authorization": f"Bearer {key}"} if key else {})
+
+
+def test_the_live_page_shows_the_operator_what_was_cached_and_no_text_of_a_prompt(tenants):
+    assert [look(tenants, key).status_code for key in (None, A, B, OPERATOR)] == [401, 401, 401, 200]
+    prompt = new_prompt()
+    for name in ("first", "again"):
+        tenants.complete(A, prompt, xargs=STAR, request_id=name)
+
+    def ended() -> dict[str, dict]:
+        return {row["id"]: row for row in look(tenants).json()["ended"]}
+
+    assert wait_until(lambda: "cmpl-again-0" in ended()), "a snapshot is shared for half a second"
+    response = look(tenants)
+    first, again = (ended()[f"cmpl-{name}-0"] for name in ("first", "again"))
+    assert (first["cached"], again["cached"]) == (0, WHOLE)
+    assert (again["star_blocks_done"], again["star_blocks"], again["prompt"]) == (6, 6, LENGTH)
+    assert again["keys_attended"] < again["dense_keys"] == LENGTH * (LENGTH + 1) // 2
+    assert wait_until(lambda: look(tenants).json()["totals"]["cached_tokens"] >= WHOLE), "they are read every 2 s"
+    assert prompt[:8] not in response.text
+
+
+HOSTILE = "<img src=x onerror='attacked=1'><script>attacked=1</script>"
+
+
+def log_in(page: Page, key: str) -> None:
+    page.wait_for("!document.getElementById('login').hidden")
+    page.evaluate(f"document.getElementById('key').value = {key!r}")
+    page.evaluate("document.querySelector('#login button').click()")
+
+
+def test_the_live_page_in_a_browser(tenants, tmp_path):
+    """A client has chosen an id that would be markup."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("there is no Chromium; `make browser` installs one")
+    address = str(tenants.http.base_url)
+    prompt = new_prompt()
+    asked = body("/v1/completions", prompt=prompt, xargs=STAR, stream=True, max_tokens=7000, ignore_eos=True)
+    headers = {"Authorization": f"Bearer {A}", "X-Request-Id": HOSTILE}
+    with browser(program, tmp_path) as page:
+        page.open(f"{address}/starling/live")
+        log_in(page, A)
+        page.wait_for("!document.getElementById('refused').hidden")
+        log_in(page, OPERATOR)
+        page.wait_for("!document.getElementById('content').hidden")
+        with tenants.http.stream("POST", "/v1/completions", headers=headers, json=asked) as response:
+            lines = response.iter_lines()  # without a name, its end would close the response
+            next(lines)
+            row = page.wait_for("document.querySelector('#requests tbody tr')?.innerText")
+            assert all(text in row for text in (f"cmpl-{HOSTILE}-0", "decode", "6 of 6", f"{LENGTH} of {LENGTH}")), row
+            before = generated(page)
+            assert page.wait_for(f"({GENERATED}) > {before}")
+            page.resize(360, 800)
+            page.wait_for("innerWidth == 360")
+            assert page.evaluate(WIDTHS % "scroll") == page.evaluate(WIDTHS % "client"), "nothing is cut off"
+        ended = page.wait_for("document.querySelector('#ended tbody tr .abort')?.closest('tr').innerText")
+        assert HOSTILE in ended
+        assert page.evaluate("typeof attacked") == "undefined"
+        assert page.evaluate("document.querySelectorAll('img, main script').length") == 0
+        assert prompt[:8] not in page.evaluate("document.documentElement.outerHTML")
+        assert page.evaluate("location.href") == f"{address}/starling/live", "no key is in the address"
+        assert not page.problems
+        loaded = {loaded.removeprefix(address) for loaded in page.addresses} - {"data:,"}
+        assert loaded == {"/starling/live", "/starling/live.json"}
+
+
+WIDTHS = "document.documentElement.%sWidth"
+GENERATED = "parseInt(document.querySelector('#requests [data-label=Generated] .main').innerText.replace(',', ''))"
+
+
+def generated(page: Page) -> int:
+    return page.evaluate(GENERATED)

@@ -353,9 +353,8 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
     Raises:
         OptionError: the server would refuse the prompt.
     """
-    from engine_ext.requests import describe
     from scheduler.star.options import StarOptions
-    from scheduler.star.plan import ONE_REPLICA, make_plan
+    from scheduler.star.plan import ONE_REPLICA, describe, make_plan
 
     page_size = cache["page_tokens"]
     default = None if replicas is None else make_plan(num_tokens, star, None, page_size, replicas)

@@ -21,7 +21,7 @@ from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
-from engine_ext.clients import api_keys
+from engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from engine_ext.front.peers import Peers, own_identity
 from engine_ext.front.state import front_state
 from engine_ext.serving.cli.cores import CORES_ENV, core_binding
@@ -57,6 +57,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         args, grpc_port = parse(argv)
         admin = admin_options(args, grpc_port, os.environ)  # before vLLM logs its arguments, which have the key
+        if admin.key is not None:
+            os.environ[ADMIN_KEY_ENV] = admin.key  # the live page needs it too
         refuse_open_plaintext(args, grpc_port, admin)
         configure_logging_from_args(args)
         validate_serve_args(args)

@@ -17,6 +17,8 @@ from engine_ext.activation import (
     CACHE_SALT,
     CPU_ATTENTION,
     ENTRY,
+    LIVE_PAGE,
+    LIVE_PAGE_SETTINGS,
     REPLICAS,
     SCHEDULING,
     SERVES_PEERS,
@@ -24,6 +26,7 @@ from engine_ext.activation import (
     parse_config,
 )
 from engine_ext.cache_salt import CACHE_SALT_SETTINGS
+from engine_ext.clients import ADMIN_KEY_ENV
 from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
 from replicas.options import KEY_ENV, ReplicaOptions
 from scheduler.options import SchedulingOptions
@@ -46,7 +49,12 @@ CACHE_SALT_HELP = (
     "required, as request, but requests without a cache_salt are refused; api-key, those with the same API key and the "
     "same cache_salt or none (needs --api-key). (default: request)"
 )
-ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
+
+
+LIVE_PAGE_HELP = (
+    "on: the HTTP server has a page, /starling/live, that shows the requests while they run. It needs the server's API "
+    f"key or, where the server has one, the admin key ({ADMIN_KEY_ENV}, --grpc-admin-key). (default: off)"
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,7 @@ FLAGS = (
     *model_flags(REPLICAS, ReplicaOptions, lambda field: f"star_replica_{field}"),
     Flag(CPU_ATTENTION, CPU_ATTENTION, None, {"choices": CPU_ATTENTION_SETTINGS, "help": CPU_ATTENTION_HELP}),
     Flag(CACHE_SALT, CACHE_SALT, None, {"choices": CACHE_SALT_SETTINGS, "help": CACHE_SALT_HELP}),
+    Flag(LIVE_PAGE, LIVE_PAGE, None, {"choices": LIVE_PAGE_SETTINGS, "help": LIVE_PAGE_HELP}),
     *model_flags(SCHEDULING, SchedulingOptions, scheduling_name),
 )
 

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
+from engine_ext.clients import digest, has_valid_key
 from engine_ext.front.state import front_state
 from engine_ext.refusals import star_refusals
 from engine_ext.serving.errors import DrainingError
@@ -25,8 +26,7 @@ from engine_ext.serving.grpc.auth import (
     Continuation,
     Metadata,
     add_port,
-    digest,
-    has_valid_key,
+    authorization,
     host_of,
     refusal_handler,
 )
@@ -70,7 +70,9 @@ def refusal(metadata: Metadata, key: str | None, own_port: bool) -> Refusal | No
     """
     if key is None:
         return None if own_port else (grpc.StatusCode.PERMISSION_DENIED, NO_ACCESS)
-    return None if has_valid_key(metadata, [digest(key)]) else (grpc.StatusCode.UNAUTHENTICATED, WRONG_KEY)
+    return (
+        None if has_valid_key(authorization(metadata), [digest(key)]) else (grpc.StatusCode.UNAUTHENTICATED, WRONG_KEY)
+    )
 
 
 def matching_request_ids(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import ssl
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
+from engine_ext.clients import digest, has_valid_key
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 ADMIN_PREFIX = "/starling.v1.AdminService/"
@@ -33,25 +33,9 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandl
 Metadata = Iterable[tuple[str, str | bytes]] | None
 
 
-def digest(text: str) -> bytes:
-    """The SHA-256 digest of a key."""
-    return hashlib.sha256(text.encode()).digest()
-
-
-def has_valid_key(metadata: Metadata, digests: Sequence[bytes]) -> bool:
-    """Whether a call's metadata `authorization: Bearer KEY` has one of the keys.
-
-    The comparison takes constant time. Digests have one length, so the time does not depend on the keys' lengths.
-
-    Args:
-        metadata: of the call.
-        digests: of the valid keys.
-    """
-    value = next((value for key, value in metadata or () if key == "authorization"), "")
-    scheme, _, token = str(value).partition(" ")
-    token_digest = digest(token)
-    matches = [secrets.compare_digest(token_digest, key) for key in digests]
-    return scheme.lower() == "bearer" and any(matches)
+def authorization(metadata: Metadata) -> str:
+    """The value of a call's metadata `authorization`; empty where there is none."""
+    return str(next((value for key, value in metadata or () if key == "authorization"), ""))
 
 
 def host_of(context: grpc.aio.ServicerContext) -> str:
@@ -82,7 +66,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             return handler
         metadata, text = handler_call_details.invocation_metadata, None
         if handler_call_details.method.startswith(REPLICA_PREFIX):
-            if not has_valid_key(metadata, self.replica_digests):
+            if not has_valid_key(authorization(metadata), self.replica_digests):
                 text = WRONG_REPLICA_KEY
         elif not self.is_authorized(metadata):
             text = "this server needs the metadata `authorization: Bearer <API key>`"
@@ -98,7 +82,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
     def is_authorized(self, metadata: Metadata) -> bool:
         """Whether a call has a valid key, or the server has no keys."""
-        return not self.digests or has_valid_key(metadata, self.digests)
+        return not self.digests or has_valid_key(authorization(metadata), self.digests)
 
     def client_of(self, context: grpc.aio.ServicerContext) -> str:
         """A name for the client of an allowed call: its address, and its key where the server checks keys."""

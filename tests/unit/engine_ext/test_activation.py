@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.activation import (
     MIDDLEWARE,
+    PAGE_MIDDLEWARE,
     SCHEDULERS,
     SERVES_PEERS,
     is_one_host,
@@ -80,6 +82,8 @@ def test_engines_without_the_entry_are_vllms(model):
         ({"entry": {"replicas": 30}}, r"starling\.replicas=30.*must be an object"),
         ({"entry": {"replicas": {"timeout": 0}}}, r"starling\.replicas\.timeout=0.*a number above 0"),
         ({"entry": {"cpu_attention": "ours"}}, r"starling\.cpu_attention='ours'.*auto or vllm"),
+        ({"entry": {"live_page": True}}, r"starling\.live_page=True.*off or on"),
+        ({"entry": {"live_page": "on"}}, r"starling\.live_page='on'.*only a server has a page"),
         (
             {
                 "star": {"mode": "auto"},
@@ -173,6 +177,30 @@ def test_the_server_gets_the_middleware_once():
     plain = SimpleNamespace(additional_config={}, middleware=[])
     prepare_server(plain)
     assert plain.middleware == []
+
+
+def live_page_args(**more):
+    args = {"additional_config": {"starling": {"live_page": "on"} | more}, "middleware": [], "api_key": None}
+    return SimpleNamespace(**args, disable_access_log_for_endpoints="/health")
+
+
+def test_the_live_page_is_a_middleware_where_it_is_on(monkeypatch):
+    monkeypatch.delenv("STARLING_ADMIN_KEY", raising=False)
+    args = live_page_args()
+    for _ in range(2):
+        prepare_server(args)
+    assert args.middleware == [*MIDDLEWARE, PAGE_MIDDLEWARE]
+    assert inspect.isclass(resolve_obj_by_qualname(PAGE_MIDDLEWARE))
+    assert args.disable_access_log_for_endpoints == "/health,/starling/live.json"
+
+
+def test_clients_that_must_not_learn_of_one_another_do_not_see_the_live_page(monkeypatch):
+    monkeypatch.delenv("STARLING_ADMIN_KEY", raising=False)
+    args = live_page_args(cache_salt="required")
+    with pytest.raises(OptionError, match=r"live_page='on' is refused: with cache_salt=required .*STARLING_ADMIN_KEY"):
+        prepare_server(args)
+    monkeypatch.setenv("STARLING_ADMIN_KEY", "key")
+    prepare_server(args)
 
 
 def test_no_entry_is_no_activation():

@@ -15,7 +15,7 @@ from vllm_compat.front import SHUTTING_DOWN
 
 @pytest.fixture
 def added(monkeypatch):
-    for name in (core_rpc.CACHE_STATE, core_rpc.PREFILL_PROGRESS, core_rpc.ATTENTION_BACKENDS):
+    for name in (core_rpc.CACHE_STATE, core_rpc.PREFILL_PROGRESS, core_rpc.ATTENTION_BACKENDS, core_rpc.LIVE_REQUESTS):
         monkeypatch.setattr(EngineCore, name, None, raising=False)
     for _ in range(2):
         core_rpc.add_core_rpc()

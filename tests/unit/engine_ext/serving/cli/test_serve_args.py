@@ -368,6 +368,12 @@ def test_cpu_attention_flag(parse_fast):
         parse_fast("--additional-config", '{"starling": {"cpu_attention": "fast"}}')
 
 
+def test_live_page_flag(parse_fast):
+    args, _ = parse_fast("--live-page", "on")
+    assert args.additional_config["starling"] == {"live_page": "on"}
+    assert "live_page" not in args, "vLLM should not see our flags"
+
+
 def test_scheduler_flags(parse_fast):
     args, _ = parse_fast("--scheduler-fairness", "off", "--scheduler-shared-step-tokens", "512")
     assert args.additional_config["starling"] == {"scheduler": {"fairness": "off", "shared_step_tokens": 512}}

@@ -4,10 +4,9 @@ import pytest
 from vllm.logprobs import Logprob
 from vllm.v1.engine import FINISH_REASON_STRINGS
 
-from engine_ext.requests import describe
 from engine_ext.serving.grpc import outputs
 from scheduler.star.options import StarOptions
-from scheduler.star.plan import make_plan
+from scheduler.star.plan import describe, make_plan
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import output

@@ -1,0 +1,109 @@
+"""ASGI middleware: a page that shows the requests while they run, and the JSON that it polls (docs/live.md).
+
+The page itself has no data, so it needs no key: a browser can't send one with a link. Its script asks for the key, and
+sends it with each request for the JSON. The responses lack vLLM's CORS headers: only pages of this server read them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from vllm.exceptions import RetryableRequestError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from engine_ext.activation import LIVE_DATA, LIVE_PATH
+from engine_ext.clients import ADMIN_KEY_ENV, api_keys, digest, has_valid_key
+from engine_ext.front.live import LiveView
+
+MAX_RESPONSES = 32
+"""Responses with data that are under way; further ones get 503. A viewer has one a second, which takes milliseconds."""
+
+SEND_SECONDS = 10.0
+"""How long a viewer may take to receive a response."""
+
+HEADERS = {
+    "cache-control": "no-store",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+PAGE = Path(__file__).with_suffix(".html").read_bytes()
+
+
+def content_policy(page: bytes) -> str:
+    """The Content-Security-Policy of a page: its own script and style, by their digests, and requests to its server."""
+
+    def source(tag: bytes) -> str:
+        content = re.search(b"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
+        assert content is not None
+        return f"'sha256-{base64.b64encode(hashlib.sha256(content[1]).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {source(b'script')}; style-src {source(b'style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE_HEADERS = HEADERS | {"content-security-policy": content_policy(PAGE), "content-type": "text/html; charset=utf-8"}
+
+
+class LivePage:
+    """The middleware around ``app``."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.view: LiveView | None = None
+        self.num_responses = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None
+        if path not in (LIVE_PATH, LIVE_DATA):
+            await self.app(scope, receive, send)
+        elif scope["method"] not in ("GET", "HEAD"):
+            await refused(405, "only GET", {"allow": "GET, HEAD"})(scope, receive, send)
+        elif path == LIVE_PATH:
+            await Response(PAGE, headers=PAGE_HEADERS)(scope, receive, send)
+        elif self.num_responses >= MAX_RESPONSES:
+            await refused(503, f"{MAX_RESPONSES} viewers wait already", {"retry-after": "2"})(scope, receive, send)
+        else:
+            self.num_responses += 1
+            try:
+                response = await self._data(scope)
+                async with asyncio.timeout(SEND_SECONDS):
+                    await response(scope, receive, send)
+            except TimeoutError:  # a viewer that does not read; its connection is closed
+                pass
+            finally:
+                self.num_responses -= 1
+
+    async def _data(self, scope: Any) -> Response:
+        state = scope["app"].state
+        keys = valid_keys(state.args)
+        authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if keys and not has_valid_key(authorization.decode("latin-1"), [digest(key) for key in keys]):
+            return refused(401, "Unauthorized", {"www-authenticate": "Bearer"})
+        if self.view is None:
+            self.view = LiveView(state.engine_client)
+        try:
+            return Response(await self.view.body(), headers=HEADERS | {"content-type": "application/json"})
+        except (EngineDeadError, RetryableRequestError) as error:
+            return refused(503, str(error), {"retry-after": "2"})
+
+
+def valid_keys(args: Namespace) -> list[str]:
+    """The keys of who may see all requests: the admin's where the server has an admin key, else those of clients."""
+    admin_key = os.environ.get(ADMIN_KEY_ENV)
+    return [admin_key] if admin_key else api_keys(args)
+
+
+def refused(status: int, reason: str, headers: dict[str, str]) -> Response:
+    return JSONResponse({"error": reason}, status, HEADERS | headers)

@@ -1,9 +1,9 @@
 """What Star Attention costs in answers: `python -m benchmarks.accuracy models/NAME --length 2048`.
 
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
-overlap at the same number of keys, and A = B with positions of a block's own. Goes on where an earlier run of the same
-model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the
-rows of `starling doctor` in engine_ext/evaluation/measured.json.
+overlap at the same number of keys, half an anchor and half an overlap, and A = B with positions of a block's own. Goes
+on where an earlier run of the same model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which
+docs/star-accuracy.md shows, and the rows of `starling doctor` in engine_ext/evaluation/measured.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.report import OUT, mean_ratio, write_json
 from benchmarks.report import RESULTS as REPORTS
 from engine_ext.evaluation.measured import FILE, MeasuredLoss
-from engine_ext.evaluation.plans import DENSE
+from engine_ext.evaluation.plans import DENSE, parse_plan
 from engine_ext.evaluation.statistics import ALL, kl_divergence
 from engine_ext.evaluation.store import RESULTS, Answer, read_answers
 from scheduler.star.options import FIELD_OF
@@ -44,6 +44,13 @@ def plans(length: int, parts: list[int]) -> list[str]:
         named += [f"B={block},A={block},O=0,Q={QUERY_TOKENS}"]
         named += [f"B={block},A={anchor},O={block - anchor},Q={QUERY_TOKENS}"]
     return named
+
+
+def half_anchor(name: str) -> str:
+    """The paper's plan of that name, but with half the anchor, and an overlap in place of the other half."""
+    block = int(parse_plan(name).options[SIZES[0]])
+    half = block // 2 // PAGE_SIZE * PAGE_SIZE
+    return f"B={block},A={half},O={block - half},Q={QUERY_TOKENS}"
 
 
 def own_positions(name: str) -> str:
@@ -123,7 +130,11 @@ def markdown(result: dict[str, Any]) -> str:
     (tokens,) = result["setup"]["lengths"]
     for pair in result["over_paper"]:
         block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
-        what = "positions of a block's own" if "P=block" in pair["other"] else "an overlap"
+        what = "an overlap"
+        if "P=block" in pair["other"]:
+            what = "positions of a block's own"
+        elif pair["other"] == half_anchor(pair["paper"]):
+            what = "half an anchor and half an overlap"
         mean, low, high = pair["kl_ratio"]
         lines.append(
             f"\nKL with {what} over KL with A = B, at n/{tokens // block}: {mean:.2f} [{low:.2f}, {high:.2f}]."
@@ -145,7 +156,10 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
     parser.add_argument("--parts", type=int, nargs="+", default=[4, 8, 16], help="n/B (%(default)s)")
     parser.add_argument(
-        "--own", type=int, nargs="+", default=[8], help="n/B with positions of a block's own (%(default)s)"
+        "--own", type=int, nargs="*", default=[8], help="n/B with positions of a block's own (%(default)s)"
+    )
+    parser.add_argument(
+        "--half", type=int, nargs="*", default=[8], help="n/B with half an anchor, half an overlap (%(default)s)"
     )
     parser.add_argument("--prompts-per-cell", type=int, default=13, help="prompts of each task (%(default)s)")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
@@ -154,9 +168,14 @@ def main() -> int:
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
     command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     names = plans(args.length, args.parts)
-    own = [(name, own_positions(name)) for name in plans(args.length, args.own)[::2] if name in names]
-    pairs = [*zip(names[::2], names[1::2], strict=True), *own]
-    names += [name for _, name in own]
+    more = [
+        (paper, change(paper))
+        for parts, change in ((args.half, half_anchor), (args.own, own_positions))
+        for paper in plans(args.length, parts)[::2]
+        if paper in names
+    ]
+    pairs = [*zip(names[::2], names[1::2], strict=True), *more]
+    names += [name for _, name in more]
     for plan in names:
         command += ["--plan", plan]
     command += ["--logprobs", str(LOGPROBS), "--out", str(FOLDER / name), *ENGINE, *args.serve]

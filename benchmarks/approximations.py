@@ -162,13 +162,31 @@ def answer_logprobs(model: Any, attention: MaskedAttention, document: Document, 
     cache = DynamicCache(config=model.config)
     model(torch.tensor([document.ids]), past_key_values=cache, logits_to_keep=1)
     attention.mask = None
-    logprobs = []
-    for question, answer in document.questions:
-        logits = model(torch.tensor([question + answer]), past_key_values=cache, logits_to_keep=len(answer) + 1).logits
-        rows = logits[0, :-1].float().log_softmax(-1)
-        logprobs.append(float(rows[torch.arange(len(answer)), torch.tensor(answer)].mean()))
-        cache.crop(len(document.ids))
+    logprobs = [score_answer(model, cache, *question)[0] for question in document.questions]
     return logprobs, round(sum(attention.keys) / len(attention.keys))
+
+
+@torch.inference_mode()
+def score_answer(model: Any, cache: DynamicCache, question: list[int], answer: list[int]) -> tuple[float, bool]:
+    """The mean log-probability of an answer's tokens, and whether greedy decoding gives them.
+
+    The question stands behind the tokens of the cache, which is afterwards as before.
+    """
+    tokens = cache.get_seq_length()
+    logits = model(torch.tensor([question + answer]), past_key_values=cache, logits_to_keep=len(answer) + 1).logits
+    cache.crop(tokens - cache.get_seq_length())
+    rows, expected = logits[0, :-1].float().log_softmax(-1), torch.tensor(answer)
+    return float(rows[torch.arange(len(answer)), expected].mean()), bool((rows.argmax(-1) == expected).all())
+
+
+def load(path: Path) -> tuple[Any, Any, MaskedAttention]:
+    """Model, tokenizer, and the model's attention."""
+    attention = MaskedAttention()
+    AttentionInterface.register("by_mask", attention)
+    AttentionMaskInterface.register("by_mask", sdpa_mask)
+    options = {"dtype": torch.bfloat16, "attn_implementation": "by_mask"}
+    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    return model, AutoTokenizer.from_pretrained(path), attention
 
 
 def interval(differences: np.ndarray) -> list[float]:
@@ -233,12 +251,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=24, help="number of documents (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the documents")
     args = parser.parse_args()
-    attention = MaskedAttention()
-    AttentionInterface.register("by_mask", attention)
-    AttentionMaskInterface.register("by_mask", sdpa_mask)
-    options = {"dtype": torch.bfloat16, "attn_implementation": "by_mask"}
-    model = AutoModelForCausalLM.from_pretrained(args.model, **options).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer, attention = load(args.model)
     masks = approximations(model.config.num_hidden_layers)
     rng = Random(args.seed)
     logprobs: dict[str, list[list[float]]] = {name: [] for name in masks}

@@ -1,8 +1,9 @@
 """Star plans by lm-evaluation-harness, beside `starling eval`: `python -m benchmarks.lm_eval models/NAME`.
 
-Starts one server, and runs `lm_eval` on it once with dense attention and once with each of two plans of equal keys. The
-plan goes with each request, as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, whose table
-docs/eval.md shows with the scores of `benchmarks.accuracy` on the same plans. docs/eval.md says how to install lm_eval.
+Starts one server, and runs `lm_eval` on it once with dense attention and once with each of three plans of equal keys:
+the paper's, a small anchor with an overlap, and half an anchor with half an overlap. The plan goes with each request,
+as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, whose table docs/eval.md shows with the
+scores that `benchmarks.accuracy` has for these plans. docs/eval.md says how to install lm_eval.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.accuracy import ENGINE, plans
+from benchmarks.accuracy import ENGINE, half_anchor, plans
 from benchmarks.engine import ROOT
 from benchmarks.report import RESULTS, write_json
 from engine_ext.evaluation.plans import DENSE, Plan, parse_plan
@@ -119,7 +120,8 @@ def markdown(result: dict[str, Any]) -> str:
     for task, nearest in TASKS.items():
         of_task = [cell for cell in result["cells"] if cell["task"] == task]
         rows = [("lm_eval", cell) for cell in of_task]
-        rows += [("starling eval", others[nearest, cell["plan"]]) for cell in of_task]
+        measured = [(nearest, cell["plan"]) for cell in of_task]
+        rows += [("starling eval", others[key]) for key in measured if key in others]
         for tool, cell in rows:
             mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
             columns = (
@@ -143,7 +145,8 @@ def measure(program: Path, model: str, length: int, limit: int, options: list[st
     """
     folder = FOLDER / f"{Path(model).name}_{length}"
     shutil.rmtree(folder, ignore_errors=True)
-    named = {plan.name: plan for plan in (DENSE, *map(parse_plan, plans(length, [PART])))}
+    paper, overlap = plans(length, [PART])
+    named = {plan.name: plan for plan in (DENSE, *map(parse_plan, (paper, overlap, half_anchor(paper))))}
     with served(model, [*ENGINE, *options], folder / "server.log") as base_url:
         for name, plan in named.items():
             before = star_requests(base_url)

@@ -30,16 +30,20 @@ from benchmarks.approximations import (
     STAR,
     TOKENS,
     Document,
+    MaskedAttention,
     interval,
     load,
     make_document,
     plot,
-    score_answer,
+    score_answers,
     shown,
 )
 from benchmarks.report import write_json
 
 NAME = "anchors"
+ASKED = slice(0, None, 3)
+"""The questions of a document for which it is prefilled anew: two of each kind."""
+
 CONSTANT = " the"
 OVERLAP = "a page and overlap"
 PAPER = {
@@ -165,7 +169,7 @@ Scores = dict[str, list[tuple[float, bool]]]
 """Variant -> for each question, the answer's log-probability and whether it is right."""
 
 
-def measure_anchors(model: Any, tokenizer: Any, document: Document, rng: Random) -> Scores:
+def measure_anchors(model: Any, tokenizer: Any, attention: MaskedAttention, document: Document, rng: Random) -> Scores:
     """Dense attention and all variants of the anchor on one document."""
     (constant,) = tokenizer(CONSTANT, add_special_tokens=False)["input_ids"]
     known: dict[Front, Layers] = {}
@@ -173,30 +177,35 @@ def measure_anchors(model: Any, tokenizer: Any, document: Document, rng: Random)
     variants = anchor_variants(document.ids, constant, len(tokenizer), rng)
     for name, front_of in {DENSE: everything, **variants}.items():
         cache = prefill(model, document.ids, front_of, known)
-        scores[name] = [score_answer(model, cache, *question) for question in document.questions]
+        scores[name] = score_answers(model, attention, cache, document.questions)
     return scores
 
 
-def measure_questions(model: Any, document: Document) -> Scores:
-    """The variants that see the question on one document."""
+def measure_questions(model: Any, attention: MaskedAttention, document: Document) -> Scores:
+    """The variants that see the question on one document, for ASKED of its questions."""
     scores: Scores = {}
-    for question, answer in document.questions:
+    for question, answer in document.questions[ASKED]:
         known: dict[Front, Layers] = {}
         for name, front_of in question_variants(document.ids, question).items():
             cache = prefill(model, document.ids, front_of, known)
-            scores.setdefault(name, []).append(score_answer(model, cache, question, answer))
+            scores.setdefault(name, []).extend(score_answers(model, attention, cache, [(question, answer)]))
     return scores
 
 
-def rows_of(documents: Sequence[Scores]) -> dict[str, dict[str, Any]]:
-    """Variant -> [mean, lower, upper] of the answers' log-probability, and how many passcodes are found."""
+def rows_of(documents: Sequence[Scores], codes: int = CODES) -> dict[str, dict[str, Any]]:
+    """Variant -> [mean, lower, upper] of the answers' log-probability, and how many passcodes are found.
+
+    Args:
+        documents: scores of each.
+        codes: how many of the questions ask for passcodes; they come first.
+    """
     values = {name: np.array([scores[name] for scores in documents], dtype=float) for name in documents[0]}
     logprobs = {name: found[:, :, 0] for name, found in values.items()}
     return {
         name: {
-            "passcodes_found": float(values[name][:, :CODES, 1].mean()),
-            "passcodes_over_dense": interval((found - logprobs[DENSE])[:, :CODES].mean(1)),
-            "two_facts_over_dense": interval((found - logprobs[DENSE])[:, CODES:].mean(1)),
+            "passcodes_found": float(values[name][:, :codes, 1].mean()),
+            "passcodes_over_dense": interval((found - logprobs[DENSE])[:, :codes].mean(1)),
+            "two_facts_over_dense": interval((found - logprobs[DENSE])[:, codes:].mean(1)),
             "over_dense": interval((found - logprobs[DENSE]).mean(1)),
             "over_star": interval((found - logprobs[STAR]).mean(1)),
             "over_overlap": interval((found - logprobs[OVERLAP]).mean(1)),
@@ -251,7 +260,8 @@ def result_of(model: str, anchors: Sequence[Scores], questions: Sequence[Scores]
         "documents": len(anchors),
         "rows": rows_of(anchors),
         "question_documents": len(beside),
-        "question_rows": rows_of(beside),
+        "questions": len(beside[0][DENSE]),
+        "question_rows": rows_of(beside, len(range(CODES)[ASKED])),
     }
 
 
@@ -264,15 +274,15 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the documents")
     args = parser.parse_args()
-    model, tokenizer, _ = load(args.model)
+    model, tokenizer, attention = load(args.model)
     rng = Random(args.seed)
     documents = [make_document(rng, tokenizer) for _ in range(args.documents)]
     anchors = [
-        measure_anchors(model, tokenizer, document, Random(number))
+        measure_anchors(model, tokenizer, attention, document, Random(number))
         for number, document in enumerate(track(documents, description="anchors"))
     ]
     questions = [
-        measure_questions(model, document)
+        measure_questions(model, attention, document)
         for document in track(documents[: args.question_documents], description="questions")
     ]
     result = result_of(args.model.name, anchors, questions)

@@ -11,7 +11,7 @@ A = B, or to a few less. Writes results/approximations_NAME.json and .png. Takes
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -161,22 +161,34 @@ def answer_logprobs(model: Any, attention: MaskedAttention, document: Document, 
     attention.mask, attention.keys = mask, []
     cache = DynamicCache(config=model.config)
     model(torch.tensor([document.ids]), past_key_values=cache, logits_to_keep=1)
-    attention.mask = None
-    logprobs = [score_answer(model, cache, *question)[0] for question in document.questions]
-    return logprobs, round(sum(attention.keys) / len(attention.keys))
+    keys = round(sum(attention.keys) / len(attention.keys))
+    return [logprob for logprob, _ in score_answers(model, attention, cache, document.questions)], keys
 
 
 @torch.inference_mode()
-def score_answer(model: Any, cache: DynamicCache, question: list[int], answer: list[int]) -> tuple[float, bool]:
-    """The mean log-probability of an answer's tokens, and whether greedy decoding gives them.
+def score_answers(
+    model: Any, attention: MaskedAttention, cache: DynamicCache, questions: Sequence[tuple[list[int], list[int]]]
+) -> list[tuple[float, bool]]:
+    """For each answer, the mean log-probability of its tokens, and whether greedy decoding gives them.
 
-    The question stands behind the tokens of the cache, which is afterwards as before.
+    Each question stands behind the tokens of the cache and sees them all, and no other question. So one call of the
+    model has all questions. The cache is used up.
     """
-    tokens = cache.get_seq_length()
-    logits = model(torch.tensor([question + answer]), past_key_values=cache, logits_to_keep=len(answer) + 1).logits
-    cache.crop(tokens - cache.get_seq_length())
-    rows, expected = logits[0, :-1].float().log_softmax(-1), torch.tensor(answer)
-    return float(rows[torch.arange(len(answer)), expected].mean()), bool((rows.argmax(-1) == expected).all())
+    before = cache.get_seq_length()
+    lengths = torch.tensor([len(question) + len(answer) for question, answer in questions])
+    number = torch.arange(len(questions)).repeat_interleave(lengths)
+    positions = torch.cat([torch.arange(before, before + length) for length in lengths.tolist()])
+    own = (number[:, None] == number) & (positions[:, None] >= positions)
+    attention.mask = same_in_all_layers(torch.cat([torch.ones(len(own), before, dtype=torch.bool), own], 1))
+    ids = torch.tensor([[token for question in questions for part in question for token in part]])
+    logits = model(ids, position_ids=positions[None], past_key_values=cache).logits[0]
+    attention.mask = None
+    scores = []
+    for (_, answer), end in zip(questions, lengths.cumsum(0).tolist(), strict=True):
+        expected, rows = torch.tensor(answer), logits[end - len(answer) - 1 : end - 1].float().log_softmax(-1)
+        logprob = rows[torch.arange(len(answer)), expected].mean()
+        scores.append((float(logprob), bool((rows.argmax(-1) == expected).all())))
+    return scores
 
 
 def load(path: Path) -> tuple[Any, Any, MaskedAttention]:

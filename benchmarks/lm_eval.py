@@ -2,8 +2,9 @@
 
 Starts one server, and runs `lm_eval` on it once with dense attention and once with each of three plans of equal keys:
 the paper's, a small anchor with an overlap, and half an anchor with half an overlap. The plan goes with each request,
-as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, whose table docs/eval.md shows with the
-scores that `benchmarks.accuracy` has for these plans. docs/eval.md says how to install lm_eval.
+as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, with the tasks in its name unless all were
+run. docs/eval.md shows its table, with the scores that `benchmarks.accuracy` has for these plans, and says how to
+install lm_eval.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,13 @@ TEMPLATE_TOKENS = 512
 
 
 def harness_command(
-    program: Path, base_url: str, model: str, plan: Plan, length: int, limit: int, out: Path
+    program: Path, base_url: str, model: str, plan: Plan, tasks: Sequence[str], length: int, limit: int, out: Path
 ) -> list[str]:
     """One run of lm_eval: all tasks with one plan.
 
     Args:
         model: a folder with a model, by the name that the server has for it.
+        tasks: of lm_eval.
         length: tokens of a prompt and its answer, as lm_eval counts them.
         limit: prompts of each task.
         out: the folder for the answers.
@@ -55,7 +58,7 @@ def harness_command(
         "timeout": 600,
     }
     command = [str(program), "run", "--model", "local-completions", "--model_args", json.dumps(arguments)]
-    command += ["--tasks", ",".join(TASKS), "--metadata", json.dumps({"max_seq_lengths": [length]})]
+    command += ["--tasks", ",".join(tasks), "--metadata", json.dumps({"max_seq_lengths": [length]})]
     command += ["--gen_kwargs", json.dumps({"vllm_xargs": plan.options}), "--limit", str(limit)]
     return [*command, "--output_path", str(out), "--apply_chat_template", "--log_samples"]
 
@@ -136,7 +139,9 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(program: Path, model: str, length: int, limit: int, options: list[str]) -> dict[str, Any]:
+def measure(
+    program: Path, model: str, tasks: Sequence[str], length: int, limit: int, options: list[str]
+) -> dict[str, Any]:
     """Run all plans on one server.
 
     Raises:
@@ -151,19 +156,26 @@ def measure(program: Path, model: str, length: int, limit: int, options: list[st
         for name, plan in named.items():
             before = star_requests(base_url)
             subprocess.run(
-                harness_command(program, base_url, model, plan, length, limit, folder / name), check=True, cwd=ROOT
+                harness_command(program, base_url, model, plan, tasks, length, limit, folder / name),
+                check=True,
+                cwd=ROOT,
             )
-            ran, expected = star_requests(base_url) - before, 0 if plan.is_dense else limit * len(TASKS)
+            ran, expected = star_requests(base_url) - before, 0 if plan.is_dense else limit * len(tasks)
             if ran != expected:
                 raise ValueError(f"{name}: star ran on {ran:.0f} prompts, and {expected} were expected")
-    found = {name: {task: read_samples(folder / name, task, length) for task in TASKS} for name in named}
+    return result_of(model, tasks, length, named, folder)
+
+
+def result_of(model: str, tasks: Sequence[str], length: int, named: dict[str, Plan], folder: Path) -> dict[str, Any]:
+    """The stored result, from a folder that has lm_eval's output of each plan by name (raises ValueError)."""
+    found = {name: {task: read_samples(folder / name, task, length) for task in tasks} for name in named}
     dense = found.pop(DENSE.name)
     return {
         "model": Path(model).name,
         "tokens": length,
         "lm_eval": harness_version(folder / DENSE.name),
         "plans": {name: plan.options for name, plan in named.items()},
-        "cells": [make_cell(task, name, dense[task], found[name][task]) for task in TASKS for name in found],
+        "cells": [make_cell(task, name, dense[task], found[name][task]) for task in tasks for name in found],
     }
 
 
@@ -171,14 +183,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder with a model, relative to the repository")
     parser.add_argument("--lm-eval", type=Path, default=PROGRAM, help="the program (%(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="(all)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
     parser.add_argument("--prompts", type=int, default=20, help="of each task (%(default)s)")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
     if not args.lm_eval.exists():
         parser.error(f"{args.lm_eval} does not exist: docs/eval.md says how to install lm_eval")
-    result = measure(args.lm_eval, args.model, args.length, args.prompts, args.serve)
-    path = write_json(f"lm_eval_{result['model']}_{result['tokens']}", result)
+    result = measure(args.lm_eval, args.model, args.tasks, args.length, args.prompts, args.serve)
+    part = "" if set(args.tasks) == set(TASKS) else "_" + "_".join(args.tasks)
+    path = write_json(f"lm_eval_{result['model']}_{result['tokens']}{part}", result)
     print(markdown(json.loads(path.read_text())))
     print(f"written to {path}")
     return 0

@@ -252,7 +252,9 @@ def result_of(model: str, anchors: Sequence[Scores], questions: Sequence[Scores]
         questions: of the first documents, the variants that see the question.
     """
     kept = (DENSE, STAR, OVERLAP)
-    beside = [{name: scores[name] for name in kept} | more for scores, more in zip(anchors, questions, strict=False)]
+    beside = [
+        {name: scores[name][ASKED] for name in kept} | more for scores, more in zip(anchors, questions, strict=False)
+    ]
     return {
         "model": model,
         "tokens": TOKENS,

@@ -47,7 +47,7 @@ def plans(length: int, parts: list[int]) -> list[str]:
 
 
 def half_anchor(name: str) -> str:
-    """The paper's plan of that name, but with half the anchor, and an overlap in place of the other half."""
+    """The plan of that name, but with an anchor of half a block and an overlap of the other half."""
     block = int(parse_plan(name).options[SIZES[0]])
     half = block // 2 // PAGE_SIZE * PAGE_SIZE
     return f"B={block},A={half},O={block - half},Q={QUERY_TOKENS}"
@@ -80,7 +80,7 @@ def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]
 
 
 def kl_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """For each pair of plans, the divergence from dense of the second over that of the first, the paper's.
+    """For each pair of plans, the divergence from dense of the second over that of the first.
 
     The mean over prompts, of which each task has as many, and a 95 % bootstrap interval over prompts, fixed seed.
     """
@@ -103,8 +103,19 @@ def mean_kl(dense: Answer, other: Answer) -> float:
     return float(np.mean([kl_divergence(ours.top, theirs.top) for ours, theirs in scores]))
 
 
+def described(name: str) -> str:
+    """A plan in words."""
+    options = parse_plan(name).options
+    block, anchor = options["star_block_size"], options["star_anchor_size"]
+    if "star_positions" in options:
+        return "positions of a block's own"
+    if anchor == block:
+        return "A = B"
+    return "half an anchor and half an overlap" if name == half_anchor(name) else "an overlap"
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of docs/star-accuracy.md: all tasks by plan, and other plans over the paper's of equal B."""
+    """The tables of docs/star-accuracy.md: all tasks by plan, and plans over others of equal B."""
 
     def shown(interval: dict[str, float], scale: float, digits: int) -> str:
         mean, low, high = (scale * interval[name] for name in ("mean", "low", "high"))
@@ -130,14 +141,10 @@ def markdown(result: dict[str, Any]) -> str:
     (tokens,) = result["setup"]["lengths"]
     for pair in result["over_paper"]:
         block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
-        what = "an overlap"
-        if "P=block" in pair["other"]:
-            what = "positions of a block's own"
-        elif pair["other"] == half_anchor(pair["paper"]):
-            what = "half an anchor and half an overlap"
         mean, low, high = pair["kl_ratio"]
         lines.append(
-            f"\nKL with {what} over KL with A = B, at n/{tokens // block}: {mean:.2f} [{low:.2f}, {high:.2f}]."
+            f"\nKL with {described(pair['other'])} over KL with {described(pair['paper'])}, at n/{tokens // block}: "
+            f"{mean:.2f} [{low:.2f}, {high:.2f}]."
         )
     return "\n".join(lines)
 
@@ -175,6 +182,7 @@ def main() -> int:
         if paper in names
     ]
     pairs = [*zip(names[::2], names[1::2], strict=True), *more]
+    pairs += [(names[names.index(paper) + 1], other) for paper, other in more if other == half_anchor(paper)]
     names += [name for _, name in more]
     for plan in names:
         command += ["--plan", plan]

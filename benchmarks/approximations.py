@@ -251,7 +251,7 @@ def markdown(result: dict[str, Any]) -> str:
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     names = [name for name in rows if name != DENSE]
     means, low, high = np.array([rows[name]["over_dense"] for name in names]).T
-    with saved_figure(path, figsize=(7, 3)) as (_, axis):
+    with saved_figure(path, figsize=(9, 3.5)) as (_, axis):
         axis.barh(names, means, xerr=[means - low, high - means])
         axis.axvline(0, color="black", linewidth=0.5)
         axis.set_xlabel("log-probability of a token of the answer, over dense")

@@ -3,7 +3,8 @@
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
 overlap at the same number of keys, half an anchor and half an overlap, and A = B with positions of a block's own. Goes
 on where an earlier run of the same model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which
-docs/star-accuracy.md shows, and the rows of `starling doctor` in engine_ext/evaluation/measured.json.
+docs/star-accuracy.md shows, and the rows of `starling doctor` in engine_ext/evaluation/measured.json, of results with
+at least 100 prompts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
 TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"
 PAGE_SIZE, QUERY_TOKENS, LOGPROBS = 32, 128, 4
 SIZES = ("star_block_size", "star_anchor_size", "star_overlap_size")
+LEAST_PROMPTS = 100  # over all tasks, of the plans that `starling doctor` shows
 CELL_FIELDS = ("prompts", "attended_keys", "dense_score", "score", "difference", "logprob_difference", "kl")
 ENGINE = ("--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "2048", "--enforce-eager")
 
@@ -65,12 +67,14 @@ def evaluation(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one model and length for measured.json: the mean over tasks of each star plan."""
+    """The rows of one model and length for measured.json: the mean over tasks of each star plan, of enough prompts."""
     rows = []
     (tokens,) = evaluation["setup"]["lengths"]
     for cell in evaluation["cells"]:
         options = evaluation["setup"]["plans"][cell["plan"]]
         if cell["task"] != ALL or cell["plan"] == DENSE.name or "star_positions" in options:
+            continue
+        if cell["prompts"] < LEAST_PROMPTS:
             continue
         sizes = {FIELD_OF[name]: options[name] for name in SIZES}
         kept = {name: cell[name] for name in CELL_FIELDS}

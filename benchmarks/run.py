@@ -47,6 +47,7 @@ FULL: dict[str, str] = {
     "segment_padding": "",
     "accuracy": "models/smollm2-135m-instruct",
     "approximations": "models/smollm2-135m-instruct",
+    "anchors": "models/smollm2-135m-instruct --documents 6 --question-documents 6",
     "retrieval": "",
     "lm_eval": "models/qwen2.5-coder-0.5b-instruct",
     "kernels.cpu_attention": "",

@@ -23,9 +23,14 @@ from scheduler.star.options import StarOptions, is_star_key, merge, parse_option
 from scheduler.star.parsing import OptionError
 
 MAX_RENDERED = 2**16
-"""Messages that are rendered for the borders of one chat: at most about 0.3 s of a core."""
+"""Parts of messages that are rendered for the borders of one chat, all beginnings together: about 0.6 s of a core."""
+
+CHARACTERS_OF_A_PART = 1024
+"""So many characters of a chat count as a part: templates copy texts, and write definitions of tools as JSON."""
 
 ONE_MESSAGE = "the chat has one message, which is the question"
+TOO_MANY_PARTS = f"the chat has more than {MAX_RENDERED // 2} parts"
+NO_TEXT_ALONE = "the chat has images or other media, whose places in the prompt are not those of its text"
 NO_TEXT = "the model's template makes tokens, not text, so that its messages have no borders in it"
 NO_OFFSETS = "the tokenizer does not say at which characters tokens start (a fast tokenizer does)"
 NOT_SEPARATE = "the chat template does not render the first message as the beginning of the whole prompt"
@@ -35,8 +40,12 @@ chat_options: ContextVar[Mapping[str, Any] | None] = ContextVar("starling_chat_o
 
 
 def note_chat_options(http_request: Any) -> None:
-    """Note the options of a request of the OpenAI server before its chat is rendered."""
-    chat_options.set(getattr(http_request, "vllm_xargs", None))
+    """Note the options of a request of the OpenAI server before its chat is rendered.
+
+    A request that generates nothing (/tokenize), and beam search, have no star plan.
+    """
+    has_plan = hasattr(http_request, "vllm_xargs") and not getattr(http_request, "use_beam_search", False)
+    chat_options.set(http_request.vllm_xargs if has_plan else {"star": "off"})
 
 
 def auto_options(renderer: Any) -> StarOptions | None:
@@ -87,17 +96,22 @@ async def message_segments(
         return KnownSegments("messages", refusal=reason)
 
     text, offsets = engine_input.get("prompt"), engine_input.get("prompt_token_offsets")
+    if engine_input.get("type") == "multimodal":
+        return refused(NO_TEXT_ALONE)
     if len(messages) < 2:
         return refused(ONE_MESSAGE)
     if not text:
         return refused(NO_TEXT)
     if not offsets:
         return refused(NO_OFFSETS)
+    numbers = numbers_to_render(len(messages), num_parts(messages) + len(text) // CHARACTERS_OF_A_PART)
+    if not numbers:
+        return refused(TOO_MANY_PARTS)
     closed = {"add_generation_prompt": False, "continue_final_message": False}
     params = replace(params, chat_template_kwargs={**params.chat_template_kwargs, **closed})
     characters = [start for start, _ in offsets]
     starts: list[int] = []
-    for number in numbers_to_render(len(messages)):
+    for number in numbers:
         beginning = await rendered_text(renderer, messages[:number], params)
         token = token_at(characters, len(beginning)) if beginning and text.startswith(beginning) else None
         if token is not None:
@@ -116,7 +130,7 @@ async def refusal_of_template(renderer: Any, params: Any) -> str | None:
     Raises:
         VLLMValidationError, ValueError: the model has no template, or its template refuses this chat.
     """
-    roles = ("system", "user", "assistant", "user")
+    roles = ("user", "assistant", "user")  # some templates have no system message
     messages = [{"role": role, "content": f"This is message {number}."} for number, role in enumerate(roles)]
     params = replace(params, chat_template_kwargs={"tokenize": False, **params.chat_template_kwargs})
     offsets = replace(renderer.default_chat_tok_params, add_special_tokens=False, return_token_offsets=True)
@@ -124,14 +138,26 @@ async def refusal_of_template(renderer: Any, params: Any) -> str | None:
     return (await message_segments(renderer, messages, params, engine_input)).refusal
 
 
-def numbers_to_render(num_messages: int) -> list[int]:
+def num_parts(messages: Sequence[Any]) -> int:
+    """What the renderer looks at one by one: messages, the parts of their contents, and calls of tools."""
+    contents = sum(len(content) for message in messages if isinstance(content := message.get("content"), (list, tuple)))
+    calls = sum(len(message.get("tool_calls") or ()) for message in messages)
+    return len(messages) + contents + calls
+
+
+def numbers_to_render(num_messages: int, parts: int) -> list[int]:
     """How many messages are before each segment: 1, 2, ..., and all but the last.
 
-    With more than 256 messages several consecutive ones are a segment. Their number is a power of two, so that the
-    borders stay as a chat grows.
+    Where that would be too much work, several consecutive messages are a segment. Their number is a power of two, so
+    that the borders stay as a chat grows. None at all where even two beginnings are too much.
+
+    Args:
+        parts: of the whole chat, at least its messages; each beginning takes at most so many.
     """
+    if 2 * parts > MAX_RENDERED:
+        return []
     step = 1
-    while num_messages // step * num_messages > MAX_RENDERED and step < num_messages:
+    while (num_messages // step + 1) * parts > MAX_RENDERED and step < num_messages:
         step *= 2
     return sorted({*range(1, num_messages, step), num_messages - 1})
 
@@ -140,7 +166,7 @@ async def rendered_text(renderer: Any, messages: Sequence[Any], params: Any) -> 
     """The text of these messages alone; None: the template refuses them, or makes no text."""
     try:
         _, prompt = await renderer.render_messages_async(list(messages), params)
-    except (VLLMValidationError, ValueError):
+    except (VLLMValidationError, ValueError, TimeoutError):  # vLLM gives a template 30 s
         return None
     text = prompt.get("prompt")
     return text if isinstance(text, str) else None

@@ -230,7 +230,10 @@ SHARD_RULES: Rules = (
         "servers that are peers (--star-replica-peers) don't know how much of its KV memory another one has promised",
     ),
     (lambda c: c.device_config.device_type != "cpu", "attention that returns its log-sum-exp is available on CPU only"),
-    (lambda c: c.cache_config.cache_dtype.startswith("fp8"), "Starling's CPU attention takes no fp8 KV cache"),
+    (
+        lambda c: c.cache_config.cache_dtype.startswith("fp8"),
+        "replicas exchange queries in the dtype of the KV cache, which for fp8 would round them",
+    ),
     *CPU_ATTENTION_RULES,
     (
         lambda c: num_api_servers(c) > 1,

@@ -19,13 +19,13 @@ from engine_ext.metrics import front_metrics
 from engine_ext.refusals import refuse_block_positions, refuse_overlap, replica_set, star_refusals, takes_overlap
 from scheduler.star.block_layout import POSITIONS, TooMuchPadding, plan_blocks
 from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.known_segments import KnownSegments, with_known_segments
+from scheduler.star.known_segments import TOO_LONG, KnownSegments, with_known_segments
 from scheduler.star.kv_demand import with_enough_replicas
 from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, StarPlan, describe, make_plan
 from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata, default_num_shards
-from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
+from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets, segment_option
 
 logger = init_logger("vllm.starling")
 
@@ -207,6 +207,8 @@ class RequestPlanner:
             planned = self._plan_blocks(defaults, request, given, num_tokens, token_ids, page_size)
             if planned is not None:
                 return replace(planned, segments_refusal=refusal)
+            if refusal is None and segment_option(merge(defaults, request))[0] == SEGMENTS:
+                refusal = TOO_LONG if token_ids is not None else None
             request = own
             defaults = defaults.model_copy(update={"segment_token": None, "segments": None, "padding_token": None})
         if token_ids is not None:
@@ -265,6 +267,17 @@ class RequestPlanner:
         is_divided = planned.plan is not None and planned.plan.shards
         if default_num_shards(self.vllm_config) == 1 or is_divided or self.page_size is None:
             return
+        self._check_room(planned)
+
+    def check_memory_of_one(self, planned: PlannedPrompt) -> None:
+        """Refuse a prompt that one replica can not hold, although its plan divides it (raises VLLMValidationError)."""
+        try:
+            self._check_room(planned)
+        except OptionError as error:
+            raise rejection(error) from None
+
+    def _check_room(self, planned: PlannedPrompt) -> None:
+        assert self.page_size is not None
         room = self.num_pages * self.page_size
         num_tokens = planned.num_tokens if planned.plan is None else planned.plan.num_prompt_tokens
         if num_tokens >= room:

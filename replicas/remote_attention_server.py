@@ -203,7 +203,7 @@ class RemoteAttentionServer:
             raise QueryError(f"shard {span.shard} is not open here")
         page_ids = self.shards[span.shard]
         if not len(span.first_pages) == len(span.num_keys) == len(span.turns) > 0:
-            raise QueryError(f"{span} does not have three numbers for each range")
+            raise QueryError(f"a span of shard {span.shard} does not have three numbers for each range")
         for first, keys, turn in zip(span.first_pages, span.num_keys, span.turns, strict=True):
             if first < 0 or keys < 1 or turn < 0 or first + -(-keys // page_size) > len(page_ids):
                 raise QueryError(

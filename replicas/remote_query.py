@@ -78,7 +78,9 @@ class Query(msgspec.Struct, frozen=True):
             raise QueryError(f"the body has {len(body)} bytes, and a query token takes {token_bytes}")
         for span in self.spans:
             if span.first_query < 0 or span.num_queries < 1 or span.first_query + span.num_queries > count:
-                raise QueryError(f"the body has {count} query tokens, and not those of {span}")
+                raise QueryError(
+                    f"the body has {count} query tokens, and not {span.num_queries} from {span.first_query} on"
+                )
         return torch.frombuffer(body, dtype=cache.dtype).view(count, self.heads, size)
 
 

@@ -54,5 +54,7 @@ def count_client_tokens(plan: BlockPositionsPlan, stats: Any) -> None:
     computed = min(stats.num_prompt_tokens - stats.num_cached_tokens, plan.num_client_tokens)
     cached = plan.num_client_tokens - computed
     stats.num_prompt_tokens = plan.num_client_tokens
-    stats.num_cached_tokens = stats.num_local_cached_tokens = cached
+    stats.num_cached_tokens = cached
+    stats.num_external_cached_tokens = min(stats.num_external_cached_tokens, cached)  # fetched from other replicas
+    stats.num_local_cached_tokens = cached - stats.num_external_cached_tokens
     stats.num_computed_tokens = computed

@@ -22,6 +22,8 @@ from starling.v1 import replica_pb2 as pb
 STATE_SECONDS = 5.0
 """How long a prompt waits for the state of a peer. A peer answers between two steps of its engine."""
 
+REFUSED = grpc.StatusCode.INVALID_ARGUMENT
+
 RELEASE_SECONDS = 5.0
 """How long a release waits for the peer's answer."""
 
@@ -120,7 +122,10 @@ class PeerReplica:
                 response = await self._call.read()
         except TimeoutError:
             raise self._lose(f"it has not answered for {seconds:g} s") from None
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        except grpc.aio.AioRpcError as error:
+            # What a peer refuses of one prompt says nothing of others.
+            raise self._lose(reason_of(error), leave_out=error.code() is not REFUSED) from None
+        except asyncio.InvalidStateError as error:
             raise self._lose(reason_of(error)) from None
         if response is grpc.aio.EOF:
             raise self._lose("it has ended the call")
@@ -137,9 +142,10 @@ class PeerReplica:
         if not self._is_released:
             self._lose(reason)
 
-    def _lose(self, reason: str) -> PeerLost:
+    def _lose(self, reason: str, leave_out: bool = True) -> PeerLost:
         self.lost = PeerLost(self.peer.address, reason)
-        self.peer.leave_out()
+        if leave_out:
+            self.peer.leave_out()
         return self.lost
 
 

@@ -68,10 +68,25 @@ def generate_split(
     """The outputs of a request: vLLM's own generator, unless its prompt is split over several replicas."""
     planned = planned_split(prompt, params, keywords)
     if planned is None:
-        return generate(prompt, params, request_id, **keywords)
+        return on_one_replica(engine, generate, prompt, params, request_id, keywords)
     if front_state(engine).peers is not None and keywords.get("lora_request") is not None:
         return generate(prompt, params, request_id, **keywords)  # peers have adapters of their own
     return SplitPrefill(engine, prompt, request_id, keywords, planned).outputs(generate, params)
+
+
+def on_one_replica(
+    engine: Any, generate: Generate, prompt: Any, params: Any, request_id: str, keywords: dict[str, Any]
+) -> AsyncGenerator[Any, None]:
+    """The outputs of a request that is not split.
+
+    Raises:
+        VLLMValidationError: its plan has the KV on several replicas, and one has no room for it. vLLM would never
+            schedule the prompt, nor those behind it.
+    """
+    planned = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
+    if planned is not None and planned.plan is not None and planned.plan.shards:
+        front_state(engine).planner.check_memory_of_one(planned)
+    return generate(prompt, params, request_id, **keywords)
 
 
 def planned_split(prompt: Any, params: Any, keywords: Mapping[str, Any]) -> PlannedPrompt | None:

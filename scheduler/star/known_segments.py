@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from scheduler.star.options import StarOptions, merge, parse_options
+from scheduler.star.options import StarOptions, flat_name, merge, parse_options
 from scheduler.star.parsing import OptionError
 from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS
 
 NO_CHAT = "the prompt is not a chat that this server has rendered, so that it has no messages"
+MOVED = (
+    f"with {flat_name('positions')}=prompt segments would be padded to star blocks, which the request does not ask for"
+)
+TOO_LONG = "with each segment on a KV page of its own the prompt would be too long"
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ def with_known_segments(
         num_tokens: of the prompt.
 
     Returns:
-        The server's options, the request's, and why a prompt has no segments that only the server's default asks for;
-        None: it has them, or nothing asks.
+        The server's options, the request's, and why a prompt has no segments although the server's default asks for
+        them, or the prompt is texts; None: it has them, or nothing asks.
 
     Raises:
         OptionError: the request asks for segments that are not known, or says where the segments of texts start.
@@ -51,14 +55,20 @@ def with_known_segments(
     given = set() if request is None else request.model_fields_set
     if known is not None and known.source == "texts":
         refuse_beside_texts(options, given)
+        if options.positions != "block":
+            return defaults, request, MOVED
         own = parse_options({}, flat=True) if request is None else request
         return defaults, own.model_copy(update={"segments": known.starts}), None
     if options.segments != "auto":
         return defaults, request, None
     reason = NO_CHAT if known is None else known.refusal
     starts = None if known is None or reason is not None else known.starts
-    if request is None or "segments" not in given:
-        return defaults.model_copy(update={"segments": starts}), request, reason
+    if "segments" not in given:
+        if options.positions != "block":
+            starts, reason = None, reason or MOVED
+        unused = {"padding_token": None} if starts is None else {}
+        return defaults.model_copy(update={"segments": starts} | unused), request, reason
+    assert request is not None
     if reason is not None:
         raise OptionError(SEGMENTS, "auto", reason, f"token offsets of the prompt, or a {SEGMENT_TOKEN}")
     return defaults, request.model_copy(update={"segments": starts}), None

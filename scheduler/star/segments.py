@@ -104,6 +104,10 @@ def check_segment_options(options: StarOptions, vocabulary_size: int) -> None:
     """Refuse a server's defaults that no prompt could use (raises OptionError)."""
     if isinstance(options.segments, tuple):
         raise OptionError(SEGMENTS, options.segments, "offsets are those of one prompt", "auto")
+    if options.segments == "auto" and options.positions != "block":
+        positions = flat_name("positions")
+        reason = f"with {positions}=prompt each message of each chat would be padded to a star block"
+        raise OptionError(SEGMENTS, "auto", reason, f"with {positions}=block, or {SEGMENTS}=auto in a request")
     check_token(SEGMENT_TOKEN, options.segment_token, vocabulary_size)
     check_padding(options, vocabulary_size)
     check_block_size(options)
@@ -156,7 +160,7 @@ def segment_starts(options: StarOptions, given: set[str], token_ids: list[int], 
             raise OptionError(name, value, reason, f"offsets from 0 to {len(token_ids) - 1}")
         starts = list(value[: bisect_left(value, context_end)])
         # Without a length of its own the query is the last segment, and the context may be the head alone.
-        if not starts and given & {"query_tokens", "context_tokens"}:
+        if not starts and "segments" in given and given & {"query_tokens", "context_tokens"}:
             raise OptionError(name, value, f"no segment starts in {context}", "offsets of the context")
         return starts
     starts = [] if value is None else positions_of(value, token_ids, context_end)

@@ -23,6 +23,8 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
+from attention_backends.kernels import turned as kernels_turned  # noqa: E402
+from attention_backends.kernels.contract import Operands  # noqa: E402
 from attention_backends.star import turned  # noqa: E402
 from attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
@@ -136,12 +138,22 @@ def triton_own_positions(examples: int) -> Tally:
 
     from attention_backends.kernels.triton.attention import paged_attention
 
-    turned.paged_attention = paged_attention
+    calls: list[int] = []
+
+    def counted(operands: Operands) -> Any:
+        calls.append(len(operands.query))
+        return paged_attention(operands)
+
+    # For CPU tensors, turned queries and those of the step's own rows would have the op of the CPU.
+    turned.paged_attention = kernels_turned.paged_attention = counted
+    kernels_turned.cpu.has_op_for = lambda operands: False
     strategy = cases(
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True
     )
     use_block_positions(True)
-    return hold(TritonAttentionBackend, Tally(), strategy, examples)
+    tally = hold(TritonAttentionBackend, Tally(), strategy, examples)
+    assert len(calls) >= tally.counts["turned"] > 0
+    return tally
 
 
 JOBS: dict[str, Callable[[], Tally]] = {

@@ -156,6 +156,14 @@ void turned_attention(const at::Tensor& query, const at::Tensor& keys, const at:
                       const at::Tensor& tokens, const at::Tensor& turns, const at::Tensor& cos, const at::Tensor& sin,
                       bool is_neox_style, at::Tensor& out, std::optional<at::Tensor> lse, double scale, double softcap,
                       double value_scale, bool transposed_keys) {
+  TORCH_CHECK_VALUE(turns.sizes() == tokens.sizes() && tokens.is_contiguous() && turns.is_contiguous(),
+                    "tokens and turns: one number for each query token of the rows");
+  TORCH_CHECK_VALUE(cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.is_contiguous() && sin.is_contiguous() &&
+                        2 * cos.size(1) <= query.size(2),
+                    "cos and sin: (positions, pairs), contiguous, and at most as many pairs as a head has");
+  TORCH_CHECK_VALUE(!lse || (lse->is_contiguous() && lse->numel() == query.size(0) * query.size(1)),
+                    "lse: (tokens, heads), contiguous");
+  TORCH_CHECK_VALUE(out.stride(2) == 1, "out: the innermost dimension is contiguous");
   Call call = make_call(query, keys, values, block_table, query_start_loc, seq_lens, out, scale, softcap, value_scale,
                         transposed_keys);
   call.row_tokens = tokens.size(0);

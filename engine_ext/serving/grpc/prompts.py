@@ -23,7 +23,8 @@ from vllm_compat.server import default_chat_template_kwargs
 
 GenerateRequest = pb.GenerateStreamRequest | pb.GenerateRequest
 PromptRequest = GenerateRequest | pb.TokenizeRequest
-PIECE_IDS = 2**16
+PIECE_IDS, PIECE_TEXTS = 2**16, 256
+MAX_TEXTS = 2**13
 
 
 def chat_params(args: Namespace) -> ChatParams:
@@ -67,8 +68,9 @@ class PromptLimit:
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Check a prompt of texts (raises VLLMValidationError: no prompt can be made of them)."""
-        if len(texts) > self.tokens:
-            reason = f"The prompt has {len(texts)} texts; the model's context has {self.tokens} tokens."
+        most = min(self.tokens, MAX_TEXTS)
+        if len(texts) > most:
+            reason = f"The prompt has {len(texts)} texts; it may have {most} at most."
             raise VLLMValidationError(reason, parameter="texts")
         if len(texts) < 2:
             reason = f"The prompt has {len(texts)} texts; it needs two or more: a head, documents, and the question."
@@ -204,15 +206,16 @@ async def render_texts(renderer: Any, texts: Sequence[str], extras: dict[str, An
         VLLMValidationError, ValueError: as ``render`` raises them; or a text has no tokens.
     """
     limit.check_texts(texts)
-    first, others = (
-        renderer.default_cmpl_tok_params,
-        replace(renderer.default_cmpl_tok_params, add_special_tokens=False),
-    )
-    made = await renderer.render_cmpl_async([TextPrompt(prompt=texts[0])], first, prompt_extras=None)
-    made += await renderer.render_cmpl_async(
-        [TextPrompt(prompt=text) for text in texts[1:]], others, prompt_extras=None
-    )
-    tokens = [one["prompt_token_ids"] for one in made]
+    params = renderer.default_cmpl_tok_params
+    tokens: list[list[int]] = []
+    for start in range(0, len(texts), PIECE_TEXTS):  # the event loop runs between pieces
+        piece = [TextPrompt(prompt=text) for text in texts[start : start + PIECE_TEXTS]]
+        if not start:
+            made = await renderer.render_cmpl_async([piece.pop(0)], params, prompt_extras=None)
+            params = replace(params, add_special_tokens=False)
+            tokens += [one["prompt_token_ids"] for one in made]
+        made = await renderer.render_cmpl_async(piece, params, prompt_extras=None)
+        tokens += [one["prompt_token_ids"] for one in made]
     if [] in tokens:
         raise VLLMValidationError(f"texts.texts[{tokens.index([])}] has no tokens.", parameter="texts")
     starts = tuple(accumulate(map(len, tokens[:-1])))

@@ -72,6 +72,8 @@ class LivePage:
             await refused(405, "only GET", {"allow": "GET, HEAD"})(scope, receive, send)
         elif path == LIVE_PATH:
             await Response(PAGE, headers=PAGE_HEADERS)(scope, receive, send)
+        elif not may_look(scope):
+            await refused(401, "Unauthorized", {"www-authenticate": "Bearer"})(scope, receive, send)
         elif self.num_responses >= MAX_RESPONSES:
             await refused(503, f"{MAX_RESPONSES} viewers wait already", {"retry-after": "2"})(scope, receive, send)
         else:
@@ -86,17 +88,19 @@ class LivePage:
                 self.num_responses -= 1
 
     async def _data(self, scope: Any) -> Response:
-        state = scope["app"].state
-        keys = valid_keys(state.args)
-        authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if keys and not has_valid_key(authorization.decode("latin-1"), [digest(key) for key in keys]):
-            return refused(401, "Unauthorized", {"www-authenticate": "Bearer"})
         if self.view is None:
-            self.view = LiveView(state.engine_client)
+            self.view = LiveView(scope["app"].state.engine_client)
         try:
             return Response(await self.view.body(), headers=HEADERS | {"content-type": "application/json"})
         except (EngineDeadError, RetryableRequestError) as error:
             return refused(503, str(error), {"retry-after": "2"})
+
+
+def may_look(scope: Any) -> bool:
+    """Whether a request for the data has a key that is good for it, where the server has one."""
+    keys = valid_keys(scope["app"].state.args)
+    authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    return not keys or has_valid_key(authorization.decode("latin-1"), [digest(key) for key in keys])
 
 
 def valid_keys(args: Namespace) -> list[str]:

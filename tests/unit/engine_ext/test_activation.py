@@ -528,7 +528,7 @@ WITHOUT_SHARDS = {
         "parallel_config__data_parallel_size": 1,
     },
     "available on CPU only": {"device_config__device_type": "cuda"},
-    "takes no fp8": {"cache_config__cache_dtype": "fp8_e4m3"},
+    "for fp8 would round": {"cache_config__cache_dtype": "fp8_e4m3"},
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
     "head sizes": {"model_config__get_head_size": lambda: 80 + 8},
     "(amx)": {"model_config__dtype": torch.bfloat16},

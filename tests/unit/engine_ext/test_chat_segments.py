@@ -18,12 +18,15 @@ from engine_ext.chat_segments import (
     MAX_RENDERED,
     NO_OFFSETS,
     NO_TEXT,
+    NO_TEXT_ALONE,
     NOT_SEPARATE,
     ONE_MESSAGE,
+    TOO_MANY_PARTS,
     add_segments,
     chat_options,
     message_segments,
     note_chat_options,
+    num_parts,
     numbers_to_render,
     token_at,
     wants_segments,
@@ -194,13 +197,49 @@ def test_segments_are_what_the_template_makes_of_each_message(messages, template
 
 @pytest.mark.parametrize("number", [2, 3, 255, 256, 257, 300, 1000, 5000, 70_000, 10**6])
 def test_the_work_is_bounded_and_borders_stay_as_a_chat_grows(number):
-    numbers = numbers_to_render(number)
-    assert sum(numbers) <= MAX_RENDERED + 2 * number
+    numbers = numbers_to_render(number, number)
+    if 2 * number > MAX_RENDERED:
+        assert numbers == []
+        return
+    assert len(numbers) * number <= MAX_RENDERED + 2 * number
     assert numbers == sorted(set(numbers)) and (numbers[0], numbers[-1]) == (1, number - 1)
-    if number <= 256:
+    if number < 256:
         assert numbers == list(range(1, number))
     steps = {later - earlier for earlier, later in pairwise(numbers[:-1])}
     assert all(step & (step - 1) == 0 for step in steps) and len(steps) <= 1
+
+
+def test_a_chat_of_many_parts_has_fewer_beginnings_rendered_and_none_in_the_end():
+    parts = [{"type": "text", "text": ""}] * 10_000
+    calls = [{"type": "function"}] * 500
+    many = [{"role": "user", "content": parts}, *chat(*["user: a"] * 98), {"role": "assistant", "tool_calls": calls}]
+    assert num_parts(many) == 100 + 10_000 + 500
+    assert len(numbers_to_render(100, num_parts(many))) <= MAX_RENDERED / num_parts(many) + 1
+    assert numbers_to_render(100, MAX_RENDERED // 2 + 1) == []
+    renderer = FakeRenderer("{% for message in messages %}<{{ message.role }}>{% endfor %}")
+    many[0]["content"] = parts * 4
+    assert pieces(renderer, many) == TOO_MANY_PARTS
+    assert renderer.rendered == 0
+
+
+def test_a_prompt_with_images_says_so():
+    assert pieces(FakeRenderer(CHATML), chat("system: S", "user: U"), type="multimodal") == NO_TEXT_ALONE
+
+
+def test_requests_that_generate_nothing_and_beam_search_render_no_beginnings():
+    renderer = FakeRenderer(CHATML, star=AUTO)
+    token = chat_options.set(None)
+    try:
+        for request, wanted in (
+            (SimpleNamespace(vllm_xargs=None, use_beam_search=False), True),
+            (SimpleNamespace(vllm_xargs=None), True),
+            (SimpleNamespace(vllm_xargs=None, use_beam_search=True), False),
+            (SimpleNamespace(messages=[]), False),  # of /tokenize
+        ):
+            note_chat_options(request)
+            assert wants_segments(renderer) is wanted
+    finally:
+        chat_options.reset(token)
 
 
 @pytest.mark.parametrize(

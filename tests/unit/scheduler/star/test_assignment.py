@@ -154,10 +154,39 @@ def test_a_given_first_replica_gets_the_first_range_and_no_such_split_is_faster(
     assert makespan(sizes, assignments, anchor_work, replicas) <= alone + 1e-6
 
 
+def work_of(sizes, anchor_work: float, number: int) -> float:
+    """The time that so many idle replicas take."""
+    idle = [ReplicaState()] * number
+    return makespan(sizes, assign_blocks(sizes, anchor_work, idle, number), anchor_work, idle)
+
+
 @given(st.integers(1, 60), st.sampled_from([0.0, 0.001, 0.25, 0.5, 1.0]), st.integers(1, 12))
 def test_the_best_number_of_replicas_is_that_of_the_assignments(blocks, anchor_work, max_replicas):
-    fastest = best_num_replicas_of(np.ones(blocks), anchor_work, max_replicas)
-    assert best_num_replicas(blocks, anchor_work, max_replicas) == fastest
+    numbers = range(1, min(max_replicas, blocks) + 1)
+    work = {number: round(work_of(np.ones(blocks), anchor_work, number), 6) for number in numbers}
+    assert best_num_replicas(blocks, anchor_work, max_replicas) == min(
+        numbers, key=lambda number: (work[number], number)
+    )
+
+
+@given(SIZES, ANCHORS, st.integers(1, 12))
+def test_as_many_replicas_are_used_as_are_worth_it(sizes, anchor_work, max_replicas):
+    numbers = range(1, min(max_replicas, len(sizes)) + 1)
+    work = [work_of(sizes, anchor_work, number) for number in numbers]
+    expected = next(number for number, one in zip(numbers, work, strict=True) if one <= 1.05 * work[-1])
+    assert best_num_replicas_of(sizes, anchor_work, max_replicas) == expected
+
+
+def test_a_document_behind_a_short_head_stays_on_one_replica():
+    assert best_num_replicas_of(np.array([0.0156, 0.969]), 0.0, 2) == 1
+
+
+@given(st.lists(st.integers(1, 96), min_size=1, max_size=20), st.sampled_from([0.0, 0.3, 7.7]))
+def test_one_replica_takes_all_blocks_whatever_its_load(pages, load):
+    """Sums of sizes that are no powers of two round."""
+    sizes = np.array(pages) / 96
+    assert assign_blocks(sizes, 0.0, [ReplicaState(load=load)], 1) == [Assignment(0, 0, len(pages))]
+    assert replicas_needed(sizes, sum(pages) / 96, 1) == 1
 
 
 @pytest.mark.parametrize("blocks", range(1, 33))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from scheduler.star import known_segments
 from scheduler.star.block_layout import TooMuchPadding, plan_blocks
 from scheduler.star.known_segments import NO_CHAT, KnownSegments, with_known_segments
 from scheduler.star.options import StarOptions, merge, parse_options
@@ -186,11 +187,13 @@ def test_a_long_list_is_refused_in_few_words_and_few_steps():
 
 
 def test_offsets_are_no_default_of_a_server():
-    check_segment_options(parse_options({"segments": "auto"}, flat=False), 320)
+    check_segment_options(parse_options({"segments": "auto", "positions": "block"}, flat=False), 320)
     with pytest.raises(OptionError, match=r"star_segments=\(4, 5\) is refused: offsets are those of one prompt"):
         check_segment_options(parse_options({"segments": [4, 5]}, flat=False), 320)
     with pytest.raises(OptionError, match="star_segments='auto' is refused: with star_num_blocks=4 the borders move"):
-        check_segment_options(parse_options({"segments": "auto", "num_blocks": 4}, flat=False), 320)
+        check_segment_options(
+            parse_options({"segments": "auto", "positions": "block", "num_blocks": 4}, flat=False), 320
+        )
 
 
 def test_a_requests_way_to_name_segments_replaces_the_servers():
@@ -207,7 +210,7 @@ def test_a_requests_way_to_name_segments_replaces_the_servers():
 MESSAGES = KnownSegments("messages", (5, 9))
 TEXTS = replace(MESSAGES, source="texts")
 UNKNOWN = KnownSegments("messages", refusal="it rains")
-AUTO = StarOptions(mode="on", segments="auto")
+AUTO = StarOptions(mode="on", segments="auto", positions="block")
 
 
 def known(defaults: StarOptions, request: dict | None, segments: KnownSegments | None):
@@ -238,8 +241,26 @@ def test_a_requests_auto_is_refused_where_messages_are_not_known():
         )
 
 
+def test_a_servers_default_moves_no_segment_to_a_star_block():
+    """Each message or text would get padding up to the next block. A request may ask for that."""
+    prompt = {"star_positions": "prompt"}
+    assert known(AUTO, prompt, MESSAGES) == (None, None, known_segments.MOVED)
+    assert known(AUTO, prompt, TEXTS) == ("auto", None, known_segments.MOVED)
+    assert known(StarOptions(mode="on"), None, TEXTS) == (None, None, known_segments.MOVED)
+    assert known(AUTO, prompt | {"star_segments": "auto"}, MESSAGES) == ("auto", (5, 9), None)
+    with pytest.raises(OptionError, match=r"star_segments='auto' is refused: with star_positions=prompt each message"):
+        check_segment_options(StarOptions(segments="auto"), 320)
+    check_segment_options(AUTO, 320)
+
+
+def test_a_servers_padding_token_goes_with_its_segments():
+    defaults = AUTO.model_copy(update={"padding_token": 7})
+    assert with_known_segments(defaults, None, None, 10)[0].padding_token is None
+    assert with_known_segments(defaults, None, MESSAGES, 10)[0].padding_token == 7
+
+
 def test_texts_are_segments_by_themselves():
-    assert known(StarOptions(mode="on"), None, TEXTS) == (None, (5, 9), None)
+    assert known(StarOptions(mode="on", positions="block"), None, TEXTS) == (None, (5, 9), None)
     assert known(AUTO, {"star_block_size": 64}, TEXTS) == ("auto", (5, 9), None)
     for option in ({"star_segments": [4]}, {"star_segments": "auto"}, {"star_segment_token": 3}):
         with pytest.raises(OptionError, match="is refused: each text of the prompt is a segment"):

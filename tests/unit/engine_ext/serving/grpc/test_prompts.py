@@ -172,6 +172,14 @@ def test_texts_are_tokenised_one_by_one_and_start_where_the_one_before_ends():
     assert made["cache_salt"] == "me"
 
 
+def test_many_texts_leave_room_for_other_tasks(monkeypatch):
+    """They are tokenised in pieces, with special tokens in front of the first alone."""
+    monkeypatch.setattr(prompts, "PIECE_TEXTS", 4)
+    made = render_texts(*(f"{number} " for number in range(9)))
+    assert made["prompt_token_ids"] == [1, *b"012345678"]
+    assert made[KNOWN_SEGMENTS] == KnownSegments("texts", tuple(range(2, 10)))
+
+
 @pytest.mark.parametrize(
     ("texts", "says"),
     [
@@ -179,7 +187,7 @@ def test_texts_are_tokenised_one_by_one_and_start_where_the_one_before_ends():
         (["one"], "has 1 texts; it needs two or more"),
         (["one", "", "two"], r"texts.texts\[1\] is empty"),
         (["one", "two", "  "], r"texts.texts\[2\] has no tokens"),
-        (["x"] * 1001, "has 1001 texts; the model's context has 1000 tokens"),
+        (["x"] * 1001, "has 1001 texts; it may have 1000 at most"),
         (["x" * 4000, "x" * 4001], "has 8001 characters or more"),
     ],
     ids=["none", "one", "empty", "no tokens", "many", "long"],

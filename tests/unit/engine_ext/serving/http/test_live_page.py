@@ -162,9 +162,8 @@ def test_so_many_viewers_wait_at_the_same_time_and_no_more():
     asyncio.run(scenario())
 
 
-def test_a_viewer_that_does_not_read_is_given_up(monkeypatch):
+def test_a_viewer_that_does_not_read_holds_no_answer():
     """Over a real connection, whose buffers are full."""
-    monkeypatch.setattr(live_page, "SEND_SECONDS", 0.2)
 
     async def scenario():
         view = View()

@@ -195,10 +195,15 @@ def test_statistics_add_up_to_the_clients_prompt(data):
     plan = one.plan
     cached = PAGE_SIZE * data.draw(st.integers(0, (plan.num_prompt_tokens - 1) // PAGE_SIZE))
     computed = plan.num_prompt_tokens - cached
-    stats = SimpleNamespace(num_prompt_tokens=plan.num_prompt_tokens, num_cached_tokens=cached)
+    fetched = PAGE_SIZE * data.draw(st.integers(0, cached // PAGE_SIZE))
+    stats = SimpleNamespace(
+        num_prompt_tokens=plan.num_prompt_tokens, num_cached_tokens=cached, num_external_cached_tokens=fetched
+    )
     count_client_tokens(plan, stats)
     assert stats.num_prompt_tokens == len(one.ids) == stats.num_cached_tokens + stats.num_computed_tokens
-    assert stats.num_cached_tokens == stats.num_local_cached_tokens == max(len(one.ids) - computed, 0)
+    assert stats.num_cached_tokens == max(len(one.ids) - computed, 0)
+    assert stats.num_cached_tokens == stats.num_local_cached_tokens + stats.num_external_cached_tokens
+    assert 0 <= stats.num_external_cached_tokens <= fetched and stats.num_local_cached_tokens >= 0
     assert 0 <= stats.num_cached_tokens <= cached, "padding is no cache hit"
     kept = without_padding(plan, logprobs_of(plan.num_prompt_tokens))
     assert kept.selected_token_ranks.tolist() == plan.client_indexes()[1:].tolist()

@@ -292,13 +292,15 @@ def prepare_live_page(args: Any, config: StarlingConfig) -> None:
     Raises:
         OptionError: clients that must not learn of one another would see one another's requests.
     """
-    if config.cache_salt != "request" and not os.environ.get(ADMIN_KEY_ENV):
+    has_admin_key = bool(os.environ.get(ADMIN_KEY_ENV))
+    if config.cache_salt != "request" and not has_admin_key:
         reason = f"with {CACHE_SALT}={config.cache_salt} clients must not learn of one another, and the page shows all"
         raise OptionError(f"{ENTRY}.{LIVE_PAGE}", "on", reason, f"off, or set {ADMIN_KEY_ENV}: the page then needs it")
     quiet = [path for path in (args.disable_access_log_for_endpoints or "").split(",") if path]
     if LIVE_DATA not in quiet:
         args.disable_access_log_for_endpoints = ",".join([*quiet, LIVE_DATA])
-    who = "who has the admin key" if os.environ.get(ADMIN_KEY_ENV) else "who has the API key"
-    if not (os.environ.get(ADMIN_KEY_ENV) or api_keys(args)):
-        who = "everyone who reaches the HTTP port"
+    if has_admin_key:
+        who = "who has the admin key"
+    else:
+        who = "who has the API key" if api_keys(args) else "everyone who reaches the HTTP port"
     logger.info("The page %s shows the requests to %s", LIVE_PATH, who)

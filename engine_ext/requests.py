@@ -25,7 +25,7 @@ from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key
 from scheduler.star.parsing import OptionError
 from scheduler.star.plan import ReplicaSet, StarPlan, describe, make_plan
 from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata, default_num_shards
-from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets, segment_option
+from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
 
 logger = init_logger("vllm.starling")
 
@@ -207,8 +207,8 @@ class RequestPlanner:
             planned = self._plan_blocks(defaults, request, given, num_tokens, token_ids, page_size)
             if planned is not None:
                 return replace(planned, segments_refusal=refusal)
-            if refusal is None and segment_option(merge(defaults, request))[0] == SEGMENTS:
-                refusal = TOO_LONG if token_ids is not None else None
+            if refusal is None and token_ids is not None and merge(defaults, request).segments is not None:
+                refusal = TOO_LONG
             request = own
             defaults = defaults.model_copy(update={"segment_token": None, "segments": None, "padding_token": None})
         if token_ids is not None:

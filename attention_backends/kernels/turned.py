@@ -1,6 +1,6 @@
 """Paged attention of query tokens that several rows have, turned for each row, and merged.
 
-    turned_attention(operands, turned) -> (out, lse)            add_turned_attention(operands, turned, out, lse)
+    turned_attention(operands, turned)            add_turned_attention(operands, turned, out, lse)
 
 The operands are those of contract.py, but ``query_start_loc`` divides P query tokens among the rows: token i of them is
 token ``tokens[i]`` of ``query``, turned back by ``turns[i]`` positions. A token of the query has the attention over the

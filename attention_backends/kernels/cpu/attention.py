@@ -46,12 +46,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         return fallback.paged_attention(operands)
     out = operands.make_out()
     lse = ops.paged_attention(
-        operands.query,
-        operands.keys,
-        operands.values,
-        operands.block_table.contiguous(),
-        operands.query_start_loc.contiguous(),
-        operands.seq_lens.contiguous(),
+        *tensors_of(operands),
         out,
         operands.scale * operands.k_scale,
         operands.causal,
@@ -91,12 +86,7 @@ def turned_attention(
     ops = built_op()
     assert ops is not None
     ops.turned_attention(
-        operands.query,
-        operands.keys,
-        operands.values,
-        operands.block_table.contiguous(),
-        operands.query_start_loc.contiguous(),
-        operands.seq_lens.contiguous(),
+        *tensors_of(operands),
         tokens,
         turns,
         rotation.cos,
@@ -109,6 +99,12 @@ def turned_attention(
         operands.v_scale,
         operands.layout is Layout.CPU,
     )
+
+
+def tensors_of(operands: Operands) -> tuple[torch.Tensor, ...]:
+    """The first arguments of both ops."""
+    tables = (operands.block_table, operands.query_start_loc, operands.seq_lens)
+    return operands.query, operands.keys, operands.values, *(table.contiguous() for table in tables)
 
 
 def refusal(operands: Operands) -> str | None:

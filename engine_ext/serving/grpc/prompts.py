@@ -206,15 +206,13 @@ async def render_texts(renderer: Any, texts: Sequence[str], extras: dict[str, An
         VLLMValidationError, ValueError: as ``render`` raises them; or a text has no tokens.
     """
     limit.check_texts(texts)
-    params = renderer.default_cmpl_tok_params
+    first = renderer.default_cmpl_tok_params
+    others = replace(first, add_special_tokens=False)
+    pieces = [texts[:1], *(texts[start : start + PIECE_TEXTS] for start in range(1, len(texts), PIECE_TEXTS))]
     tokens: list[list[int]] = []
-    for start in range(0, len(texts), PIECE_TEXTS):  # the event loop runs between pieces
-        piece = [TextPrompt(prompt=text) for text in texts[start : start + PIECE_TEXTS]]
-        if not start:
-            made = await renderer.render_cmpl_async([piece.pop(0)], params, prompt_extras=None)
-            params = replace(params, add_special_tokens=False)
-            tokens += [one["prompt_token_ids"] for one in made]
-        made = await renderer.render_cmpl_async(piece, params, prompt_extras=None)
+    for number, piece in enumerate(pieces):  # the event loop runs between them
+        prompts = [TextPrompt(prompt=text) for text in piece]
+        made = await renderer.render_cmpl_async(prompts, others if number else first, prompt_extras=None)
         tokens += [one["prompt_token_ids"] for one in made]
     if [] in tokens:
         raise VLLMValidationError(f"texts.texts[{tokens.index([])}] has no tokens.", parameter="texts")

@@ -1,81 +1,179 @@
-"""Attention of a step over a layer's caches: states, window and the state of token 0, merged by log-sum-exp."""
+"""Attention of a layer for one step: new keys and values, written to the caches, and what every query attends to."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 
-from attention_backends.attamba.chunks import ChunkPlan
+from attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan
 from attention_backends.attamba.pages import KvPages
 from attention_backends.kernels.contract import Operands
+from attention_backends.kernels.cpu.attention import DTYPES, VECTOR_SIZE, built_op
 from attention_backends.kernels.dispatch import paged_attention
+
+if TYPE_CHECKING:
+    from attention_backends.attamba.backend import AttambaMetadata
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Attributes:
+    chunk: P, tokens of a chunk.
+    window: tokens that a query sees one by one, including its own: L + 1.
+    scale: factor of the scores.
+    """
+
+    chunk: int
+    window: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache of K|V, and the metadata of the step for it."""
+
+    pages: KvPages
+    step: AttambaMetadata
 
 
 def attend(
     query: torch.Tensor,
-    states: KvPages,
-    states_table: torch.Tensor,
-    window: KvPages,
-    window_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    piece: torch.Tensor,
+    mixed: tuple[torch.Tensor, ...],
+    own: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    states: Cache,
+    window: Cache,
     plan: ChunkPlan,
-    chunk_size: int,
-    window_size: int,
-    scale: float,
+    sizes: Sizes,
 ) -> torch.Tensor:
     """Attention of every query to the keys it sees: chunk states, the window, and the state of token 0.
 
-    The three sets of keys are disjoint, so the merge is exact.
+    K = turned(own + mixed[0]) and V = own + mixed[1] of the step's tokens are stored before: in the window, and those
+    of the ends of chunks as states. The three sets of keys are disjoint, so the merge is exact. On CPU, a C++ op
+    (kernels/cpu/recent.h) does all of it.
 
     Args:
-        query: (T, heads, head size).
-        states, window: pages of the caches.
-        states_table, window_table: block tables (pieces, columns) int32.
-        query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of the window's block table.
-        piece: (T,) int64, row of the block tables for each query.
+        query: (T, heads x head size), not turned.
+        mixed: two of (T, heads x head size), what the mixers of K and V give.
+        own: (T, heads x head size), the layer's input.
+        angles: cosines and sines (positions, head size / 2) float32, by which the pairs (2 j, 2 j + 1) are turned.
+        states, window: the caches.
         plan: of the layer.
-        chunk_size: P, tokens of a chunk.
-        window_size: tokens that a query sees one by one, including its own: L + 1.
-        scale: factor of the scores.
 
     Returns:
-        (T, heads, head size) in the query's dtype.
+        (T, heads x head size) in the query's dtype.
     """
+    if not has_op_for(query, states.pages):
+        return attend_in_torch(query, mixed, own, angles, states, window, plan, sizes)
+    request, position, piece, _, _ = states.step.tokens.tensors
+    return built_op().attamba_attend(  # type: ignore[union-attr]
+        query,
+        *mixed,
+        own,
+        position,
+        request,
+        piece,
+        *angles,
+        states.pages.key_rows,
+        states.pages.value_rows,
+        states.pages.last_rows,
+        states.step.block_table,
+        states.step.key_table,
+        window.pages.key_rows,
+        window.pages.value_rows,
+        window.step.block_table,
+        window.step.key_table,
+        window.step.query_start_loc,
+        window.step.seq_lens,
+        *plan[4:],
+        sizes.chunk,
+        sizes.window,
+        sizes.scale,
+    )
+
+
+def has_op_for(query: torch.Tensor, pages: KvPages) -> bool:
+    """Whether the C++ op can run the attention."""
+    on_cpu = query.device.type == "cpu" and query.dtype in DTYPES and query.stride(-1) == 1
+    return on_cpu and pages.key_rows.shape[-1] % VECTOR_SIZE == 0 and built_op() is not None
+
+
+def attend_in_torch(
+    query: torch.Tensor,
+    mixed: tuple[torch.Tensor, ...],
+    own: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    states: Cache,
+    window: Cache,
+    plan: ChunkPlan,
+    sizes: Sizes,
+) -> torch.Tensor:
+    """``attend`` on any device, by the attention op of ``paged_attention``."""
     device = query.device
+    request, position, piece, _, _ = (tensor.to(device) for tensor in states.step.tokens.tensors)
+    plan = plan.to(device)
+    head_shape = states.pages.key_rows.shape[-2:]
+    value = (own + mixed[1]).unflatten(-1, head_shape)
+    query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))
 
-    def on_device(array):
-        return torch.from_numpy(array).to(device)
-
+    window.pages.write(*locate(window.step.block_table, request, position), key, value)
+    write_states(states, request, plan, key, value)
     stairs = Operands(
         query,
-        states.keys,
-        states.values,
-        states_table[on_device(plan.stair_piece)],
-        on_device(plan.stair_starts),
-        on_device(plan.stair_states),
-        scale=scale,
-        queries_per_key=chunk_size,
-        layout=states.layout,
+        states.pages.keys,
+        states.pages.values,
+        states.step.key_table[plan.stair_piece],
+        plan.stair_starts,
+        plan.stair_states,
+        scale=sizes.scale,
+        queries_per_key=sizes.chunk,
+        layout=states.pages.layout,
     )
     recent = Operands(
         query,
-        window.keys,
-        window.values,
-        window_table,
-        query_start_loc,
-        seq_lens,
-        scale=scale,
-        window=window_size,
-        layout=window.layout,
+        window.pages.keys,
+        window.pages.values,
+        window.step.key_table,
+        window.step.query_start_loc,
+        window.step.seq_lens,
+        scale=sizes.scale,
+        window=sizes.window,
+        layout=window.pages.layout,
     )
     state_out, state_lse = paged_attention(stairs)
     out, lse = paged_attention(recent)
-    if plan.token_0_seen.any():
-        seen = on_device(plan.token_0_seen)
-        other, other_lse = attend_token_0(query, states.last_rows[states_table[:, 0]][piece], seen, scale)
-        out, lse = merge_pair(out, lse, other, other_lse), torch.logaddexp(lse, other_lse)
-    return merge_pair(out, lse, state_out, state_lse).to(query.dtype)
+    rows = states.pages.last_rows[states.step.key_table[:, 0]][piece]
+    first, first_lse = attend_token_0(query, rows, plan.token_0_seen, sizes.scale)
+    out, lse = merge_pair(out, lse, first, first_lse), torch.logaddexp(lse, first_lse)
+    return merge_pair(out, lse, state_out, state_lse).to(query.dtype).flatten(1)
+
+
+def turn(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], position: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (2 j, 2 j + 1) of (T, heads, head size) by the angles of positions (T,), in float32."""
+    cos, sin = (table[position][:, None] for table in angles)
+    even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(heads.dtype)
+
+
+def locate(table: torch.Tensor, request: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page ids and rows within these pages, two tensors (T,), of rows ``row`` (T,) of the requests (T,)."""
+    return table[request, row // PAGE_ROWS].long(), row % PAGE_ROWS
+
+
+def write_states(states: Cache, request: torch.Tensor, plan: ChunkPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Store the states of the chunks that end in the step.
+
+    Args:
+        request: (T,) of the tokens.
+        key, value: (T, heads, head size) of all tokens of the step.
+    """
+    is_chunk = plan.end_state >= 0
+    ends, first = plan.ends[is_chunk], plan.ends[~is_chunk]
+    where = locate(states.step.block_table, request[ends], plan.end_state[is_chunk])
+    states.pages.write(*where, key[ends], value[ends])
+    states.pages.write_last(states.step.block_table[request[first], 0], key[first], value[first])
 
 
 def merge_pair(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:

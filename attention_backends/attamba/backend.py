@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -18,7 +19,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from attention_backends.attamba.chunks import (
-    PAGE_ROWS,
     ChunkPlan,
     StepTokens,
     dense_tokens,
@@ -27,15 +27,10 @@ from attention_backends.attamba.chunks import (
     plan_step,
     star_tokens,
 )
+from attention_backends.kernels.cpu.attention import built_op
 from attention_backends.star.metadata import virtual_metadata
 from attention_backends.star.rows import VirtualRows
 from attention_backends.star.step import current_step
-
-if TYPE_CHECKING:
-    from attention_backends.attamba.pages import KvPages
-
-Locations = tuple[torch.Tensor, torch.Tensor]
-"""Page ids and rows within these pages, one pair per token."""
 
 
 @dataclass
@@ -55,7 +50,6 @@ class AttambaMetadata:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     _plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
-    _step_locations: Locations | None = None
 
     @classmethod
     def on_one_page(cls, tokens: StepTokens, spec: AttentionSpec, device: torch.device) -> AttambaMetadata:
@@ -77,40 +71,16 @@ class AttambaMetadata:
         """The plan of a layer, made once for all layers with the same offset."""
         key = (chunk_size, offset, window)
         if key not in self._plans:
-            self._plans[key] = plan_step(self.tokens, *key)
+            self._plans[key] = make_plan(self.tokens, *key)
         return self._plans[key]
 
-    def locate(self, spec: AttentionSpec, request: np.ndarray, position: np.ndarray) -> Locations:
-        """Where this group's cache, of spec ``spec``, holds tokens; ``request`` and ``position`` are broadcast."""
-        return self._at(request, position // spec.block_size, position % spec.block_size)
 
-    def locate_step(self, spec: AttentionSpec) -> Locations:
-        """Where this group's cache holds the tokens of the step: two tensors (T,)."""
-        if self._step_locations is None:
-            self._step_locations = self.locate(spec, self.tokens.request, self.tokens.position)
-        return self._step_locations
-
-    def write_states(self, states: KvPages, plan: ChunkPlan, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the states of the chunks that end in the step.
-
-        Args:
-            key, value: (T, heads, head size) of all tokens of the step.
-        """
-        is_chunk = plan.end_state >= 0
-        ends, state = plan.ends[is_chunk], plan.end_state[is_chunk]
-        if len(ends):
-            tokens = torch.from_numpy(ends).to(key.device)
-            locations = self._at(self.tokens.request[ends], state // PAGE_ROWS, state % PAGE_ROWS)
-            states.write(*locations, key[tokens], value[tokens])
-        first = plan.ends[~is_chunk]
-        if len(first):
-            tokens, request = (torch.from_numpy(array).to(key.device) for array in (first, self.tokens.request[first]))
-            states.write_last(self.block_table[request, 0], key[tokens], value[tokens])
-
-    def _at(self, request: np.ndarray, column: np.ndarray, row: np.ndarray) -> Locations:
-        device = self.block_table.device
-        requests, columns, rows = (torch.from_numpy(array).to(device) for array in (request, column, row))
-        return self.block_table[requests, columns].long(), rows
+def make_plan(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> ChunkPlan:
+    """``plan_step``, by the C++ op where it is there for the model's device: a step has up to P plans."""
+    ops = built_op() if current_platform.is_cpu() else None
+    if ops is None:
+        return plan_step(tokens, chunk_size, offset, window)
+    return ChunkPlan(*ops.attamba_plan(*tokens.tensors, chunk_size, offset, window))
 
 
 class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):

@@ -5,7 +5,7 @@ first page of a request's states holds the state of token 0: state number 0 is t
 
     states   K|V of each chunk's last token     16 P tokens per page: FullAttentionSpec with tokens_per_state P
     window   K|V of the last L + 1 tokens       16 tokens per page: SlidingWindowSpec
-    rows     normed inputs of the open chunk    32 tokens per page, fewer if ranks split K|V: SlidingWindowSpec
+    rows     [u B C | dt] of the open chunk     a power of 2 of tokens per page: SlidingWindowSpec
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ CHUNK_SIZES, WINDOW_SIZES = (2, 128), (1, 256)
 """Smallest and largest P and L that are served."""
 
 
-def check_sizes(chunk_size: int, window: int, dim: int, local_dim: int) -> None:
+def check_sizes(chunk_size: int, window: int, width: int, local_dim: int) -> None:
     """Check that the caches support a model's sizes.
 
     Args:
         chunk_size, window: P and L in tokens.
-        dim: of the model.
+        width: values of a token that the scans of its chunk read, over both mixers.
         local_dim: of K, and of V, on one tensor-parallel rank.
 
     Raises:
@@ -43,33 +43,47 @@ def check_sizes(chunk_size: int, window: int, dim: int, local_dim: int) -> None:
     for name, value, (minimum, maximum) in sizes:
         if not minimum <= value <= maximum:
             raise ValueError(f"{name}={value} is refused: no cache supports it. Allowed: {minimum} to {maximum}")
-    if 2 * PAGE_ROWS * local_dim % dim:
+    if width > page_values(local_dim):
         raise ValueError(
-            f"hidden_size={dim} is refused: a page of K and V of {local_dim} values on each rank does not hold a whole "
-            f"number of inputs. Allowed: tensor parallelism that splits K and V at most {2 * PAGE_ROWS} ways"
+            f"ssm_inner and ssm_state_dim are refused: the mixers read {width} values of a token, more than a page of "
+            f"K and V holds on each rank. Allowed: at most {page_values(local_dim)}, which is {PAGE_ROWS + 1} times "
+            "hidden_size divided by tensor_parallel_size, for K and for V"
         )
 
 
-def cache_specs(chunk_size: int, window: int, dim: int, local_dim: int, dtype: torch.dtype) -> dict[str, AttentionSpec]:
+def page_values(local_dim: int) -> int:
+    """Values of a page."""
+    return (PAGE_ROWS + 1) * 2 * local_dim
+
+
+def cache_specs(
+    chunk_size: int, window: int, width: int, local_dim: int, dtype: torch.dtype
+) -> dict[str, AttentionSpec]:
     """Specs of the three caches of a layer, by the names in the module's docstring.
 
     Args:
-        chunk_size, window, dim, local_dim: see ``check_sizes``.
+        chunk_size, window, width, local_dim: see ``check_sizes``.
         dtype: of the caches.
 
     Raises:
         ValueError: a size that the caches do not support.
     """
-    check_sizes(chunk_size, window, dim, local_dim)
-    page_bytes = (PAGE_ROWS + 1) * 2 * local_dim * dtype.itemsize
-    common: dict[str, Any] = {"num_kv_heads": 1, "dtype": dtype, "page_size_padded": page_bytes}
+    check_sizes(chunk_size, window, width, local_dim)
+    values = page_values(local_dim)
+    common: dict[str, Any] = {"num_kv_heads": 1, "dtype": dtype, "page_size_padded": values * dtype.itemsize}
     both: dict[str, Any] = {"head_size": local_dim, "head_size_v": local_dim}
     states = FullAttentionSpec(block_size=PAGE_ROWS * chunk_size, tokens_per_state=chunk_size, **both, **common)
     windows = SlidingWindowSpec(block_size=PAGE_ROWS, sliding_window=window + 1, **both, **common)
-    rows = SlidingWindowSpec(
-        block_size=2 * PAGE_ROWS * local_dim // dim, sliding_window=chunk_size, head_size=dim, head_size_v=0, **common
-    )
+    # A power of 2, because prefix hits end where pages of all three caches do.
+    tokens = 1 << ((values // width).bit_length() - 1)
+    rows = SlidingWindowSpec(block_size=tokens, sliding_window=chunk_size, head_size=width, head_size_v=0, **common)
     return {"states": states, "window": windows, "rows": rows}
+
+
+def layer_specs(config: Any, dtype: torch.dtype, ranks: int = 1) -> dict[str, AttentionSpec]:
+    """``cache_specs`` of a layer of a model on one tensor-parallel rank; see ``model_specs``."""
+    local_dim = config.hidden_size // ranks
+    return cache_specs(config.token_chunk, config.leading_tokens, config.mixer_sizes.row, local_dim, dtype)
 
 
 def model_specs(config: Any, dtype: torch.dtype, ranks: int = 1) -> dict[str, AttentionSpec]:
@@ -83,8 +97,7 @@ def model_specs(config: Any, dtype: torch.dtype, ranks: int = 1) -> dict[str, At
     Raises:
         ValueError: a size that the caches do not support.
     """
-    local_dim = config.hidden_size // ranks
-    specs = cache_specs(config.token_chunk, config.leading_tokens, config.hidden_size, local_dim, dtype)
+    specs = layer_specs(config, dtype, ranks)
     return {f"layers.{layer}.{name}": spec for layer in range(config.num_hidden_layers) for name, spec in specs.items()}
 
 
@@ -105,18 +118,21 @@ class PagedRows(nn.Module, AttentionLayerBase):
         return self.spec
 
     @property
+    def rows(self) -> int:
+        """Rows of a page: the tokens of a page of inputs of scans, and 17 of K|V."""
+        return self.spec.block_size if not self.spec.head_size_v else PAGE_ROWS + 1
+
+    @property
     def pages(self) -> torch.Tensor:
-        """(num_pages, rows, row values): all whole rows that the bytes of a page hold, the 17th row included."""
+        """(num_pages, rows, row values)."""
         cache = self.kv_cache
         width = cache.shape[-1]
-        rows = self.spec.page_size_bytes // (width * cache.element_size())
-        return cache.as_strided((cache.shape[0], rows, width), (cache.stride(0), width, 1))
+        return cache.as_strided((cache.shape[0], self.rows, width), (cache.stride(0), width, 1))
 
     def scratch_page(self, device: torch.device) -> torch.Tensor:
         """(1, rows, row values), a page of zeros like those of ``pages``, for runs without a cache."""
         width = self.spec.num_kv_heads * (self.spec.head_size + self.spec.head_size_v)
-        rows = self.spec.page_size_bytes // (width * self.spec.dtype.itemsize)
-        return torch.zeros(1, rows, width, dtype=self.spec.dtype, device=device)
+        return torch.zeros(1, self.rows, width, dtype=self.spec.dtype, device=device)
 
     def kv_pages(self, heads: int) -> KvPages:
         """Views of a cache of K|V, made once for the tensor that vLLM has bound."""

@@ -7,11 +7,12 @@ A boundary is the last token of its chunk, and the chunk's state has the number 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from attention_backends.star.rows import VirtualRows
@@ -50,6 +51,12 @@ class StepTokens:
     block_start: np.ndarray
     anchor: np.ndarray
 
+    @cached_property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """request, position, piece, block_start and anchor, as tensors of the same memory."""
+        arrays = (self.request, self.position, self.piece, self.block_start, self.anchor)
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+
     def dense(self) -> StepTokens:
         """The same tokens under dense attention: each token sees all tokens before it."""
         return StepTokens(self.request, self.position, self.request, *np.zeros((2, len(self.request)), dtype=np.int64))
@@ -78,7 +85,7 @@ def profiled_tokens(num_tokens: int, chunk_size: int, offset: int, window: int, 
     Args:
         num_tokens: at least 1.
         chunk_size, offset, window: see ``plan_step``.
-        max_rows: of a group of chunks, see ``ChunkPlan.groups``.
+        max_rows: of a group of chunks, see ``mix.GROUP_ROWS``.
     """
     others = min(num_tokens - 1, max(0, -(-(max_rows - num_tokens) // chunk_size)))
     query_lens = np.array([num_tokens - others] + [1] * others)
@@ -96,15 +103,14 @@ def star_tokens(tokens: StepTokens, virtual: VirtualRows) -> StepTokens:
     )
 
 
-@dataclass(frozen=True)
-class ChunkPlan:
-    """The work of one layer in one step. N chunks have tokens in the step; each has at most W tokens so far.
+class ChunkPlan(NamedTuple):
+    """The work of one layer in one step, as tensors on the host. N chunks have tokens in the step.
 
     Attributes:
         chunk_request: (N,) int64, row of the batch.
-        chunk_positions: (N, W) int64, positions of each chunk's tokens; a shorter chunk repeats its last position.
-        chunk_index: (T,) int64, chunk (0 to N - 1) of each token of the step.
-        index_in_chunk: (T,) int64, index of each token within its chunk.
+        chunk_start: (N,) int64, position of each chunk's first token.
+        chunk_rows: (N,) int64, tokens of each chunk so far, those of the step included.
+        chunk_tokens: (N + 1,) int64, first token of the step in each chunk, then T.
         ends: (E,) int64, tokens of the step that end a chunk, including token 0.
         end_state: (E,) int64, number of the state that each end makes; -1 for the state of token 0.
         stair_starts: (S + 1,) int32, first token of each of S staircases, then T. A staircase lies in one piece. Its
@@ -114,26 +120,19 @@ class ChunkPlan:
         token_0_seen: (T,) bool, whether the token sees the state of token 0.
     """
 
-    chunk_request: np.ndarray
-    chunk_positions: np.ndarray
-    chunk_index: np.ndarray
-    index_in_chunk: np.ndarray
-    ends: np.ndarray
-    end_state: np.ndarray
-    stair_starts: np.ndarray
-    stair_piece: np.ndarray
-    stair_states: np.ndarray
-    token_0_seen: np.ndarray
+    chunk_request: torch.Tensor
+    chunk_start: torch.Tensor
+    chunk_rows: torch.Tensor
+    chunk_tokens: torch.Tensor
+    ends: torch.Tensor
+    end_state: torch.Tensor
+    stair_starts: torch.Tensor
+    stair_piece: torch.Tensor
+    stair_states: torch.Tensor
+    token_0_seen: torch.Tensor
 
-    def groups(self, max_rows: int) -> Iterator[tuple[slice, slice]]:
-        """The chunks in groups of at most ``max_rows`` rows (chunks x W), or of one chunk, and the tokens of each."""
-        count, width = self.chunk_positions.shape
-        first = np.arange(0, count, max(1, max_rows // width))
-        tokens = np.searchsorted(self.chunk_index, first)
-        for chunk, token, end, token_end in zip(
-            first, tokens, np.append(first[1:], count), np.append(tokens[1:], len(self.chunk_index)), strict=True
-        ):
-            yield slice(int(chunk), int(end)), slice(int(token), int(token_end))
+    def to(self, device: torch.device) -> ChunkPlan:
+        return ChunkPlan(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def num_states_seen(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> np.ndarray:
@@ -165,7 +164,7 @@ def num_keys_seen(tokens: StepTokens, chunk_size: int, offset: int, window: int)
 
 
 def plan_step(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> ChunkPlan:
-    """Plan one layer for one step.
+    """Plan one layer for one step, in numpy. kernels/cpu/chunks.h has the same in C++.
 
     Args:
         tokens: the tokens of the step, at least one.
@@ -176,25 +175,25 @@ def plan_step(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> 
     request, position = tokens.request, tokens.position
     start = chunk_start(position, chunk_size, offset)
     opens = _run_starts(request, start)
-    last = np.append(opens[1:], len(request)) - 1
-    width = int((position[last] - start[opens]).max()) + 1
+    chunk_tokens = np.append(opens, len(request))
 
     is_boundary = (position + 1 + offset) % chunk_size == 0
     ends = np.flatnonzero(is_boundary | (position == 0))
 
     stairs, stair_states = _staircases(tokens.piece, num_states_seen(tokens, chunk_size, offset, window), chunk_size)
-    return ChunkPlan(
-        chunk_request=request[opens],
-        chunk_positions=np.minimum(start[opens][:, None] + np.arange(width), position[last][:, None]),
-        chunk_index=np.repeat(np.arange(len(opens)), last - opens + 1),
-        index_in_chunk=position - start,
-        ends=ends,
-        end_state=np.where(is_boundary[ends], position[ends] // chunk_size, -1),
-        stair_starts=np.append(stairs, len(request)).astype(np.int32),
-        stair_piece=tokens.piece[stairs],
-        stair_states=stair_states.astype(np.int32),
-        token_0_seen=sees_token_0(tokens, chunk_size, offset, window),
+    arrays = (
+        request[opens],
+        start[opens],
+        position[chunk_tokens[1:] - 1] - start[opens] + 1,
+        chunk_tokens,
+        ends,
+        np.where(is_boundary[ends], position[ends] // chunk_size, -1),
+        np.append(stairs, len(request)).astype(np.int32),
+        tokens.piece[stairs],
+        stair_states.astype(np.int32),
+        sees_token_0(tokens, chunk_size, offset, window),
     )
+    return ChunkPlan(*map(torch.from_numpy, arrays))
 
 
 def _staircases(piece: np.ndarray, num_states: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """The scan of the Mamba-2 mixers over chunks side by side: one masked product per chunk, no loop over tokens.
 
 The masked product is exact (arXiv 2405.21060, section 6: the quadratic form of state space duality), and cheap because
-chunks are short. The M mixers of one input, SSM_k and SSM_v, run together. ``chunk_scan`` here is plain torch and runs
-on CPU; for other devices it calls the Triton version in scan_kernel.py.
+chunks are short. The M mixers of one input, SSM_k and SSM_v, run together. ``chunk_scan`` here is plain torch, for CPUs
+without the op of kernels/cpu/mix.h; for other devices it calls the Triton version in scan_kernel.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from attention_backends.attamba.mixer import MixerSizes
+from attention_backends.attamba.mixer import MixerParameters, MixerSizes
 
 CACHED_ROWS = 256
 """Rows of chunks to scan at once: the intermediate results then fit a processor's second-level cache."""
@@ -21,12 +21,12 @@ def causal_conv(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Args:
         rows: (N, W, M, C), N chunks of W tokens.
-        weight: (M, C, taps); the last tap weighs the token itself.
+        weight: (M, taps, C); the last tap weighs the token itself.
 
     Returns:
         (N, W, M, C).
     """
-    taps = weight.movedim(-1, 0).flip(0).contiguous()  # channels contiguous, as in ``rows``
+    taps = weight.movedim(1, 0).flip(0)
     mixed = rows * taps[0]
     for back in range(1, min(len(taps), rows.shape[1])):
         mixed[:, back:].addcmul_(rows[:, :-back], taps[back])
@@ -35,9 +35,7 @@ def causal_conv(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def chunk_scan(
     projected: torch.Tensor,
-    conv_weight: torch.Tensor,
-    a_log: torch.Tensor,
-    skip: torch.Tensor,
+    parameters: MixerParameters,
     sizes: MixerSizes,
     chunk_index: torch.Tensor,
     index_in_chunk: torch.Tensor,
@@ -49,9 +47,7 @@ def chunk_scan(
     Args:
         projected: (N, W, M, inner + 2 state + heads), [u B C | dt] of each chunk's tokens from its first token on.
             Values after a chunk's last token do not affect the result.
-        conv_weight: (M, inner + 2 state, taps).
-        a_log, skip: (M, heads), A = -exp(a_log) and D.
-        sizes: of each mixer.
+        parameters, sizes: of the mixers.
         chunk_index: (T,) int64, chunk of each token; non-decreasing, with at least one token for each chunk.
         index_in_chunk: (T,) int64, index of each token in its chunk; consecutive within a chunk.
 
@@ -61,10 +57,9 @@ def chunk_scan(
     if projected.device.type != "cpu":
         from attention_backends.attamba import scan_kernel  # imports Triton, which a CPU does not need
 
-        return scan_kernel.chunk_scan(projected, conv_weight, a_log, skip, sizes, chunk_index, index_in_chunk)
+        return scan_kernel.chunk_scan(projected, parameters, sizes, chunk_index, index_in_chunk)
     count, width = projected.shape[:2]
     group = max(1, CACHED_ROWS // width)
-    parameters = (conv_weight, a_log, skip)
     if count <= group:
         return _scan_group(projected, parameters, sizes, chunk_index, index_in_chunk)
     bounds = torch.searchsorted(chunk_index, torch.arange(0, count + group, group)).tolist()
@@ -77,17 +72,13 @@ def chunk_scan(
 
 def _scan_group(
     projected: torch.Tensor,
-    parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    parameters: MixerParameters,
     sizes: MixerSizes,
     chunk_index: torch.Tensor,
     index_in_chunk: torch.Tensor,
 ) -> torch.Tensor:
-    """``chunk_scan`` in torch of so few chunks that they fit the cache. Q tokens of each chunk are computed.
-
-    Args:
-        parameters: conv_weight, a_log and skip.
-    """
-    conv_weight, a_log, skip = (each.float() for each in parameters)
+    """``chunk_scan`` in torch of so few chunks that they fit the cache. Q tokens of each chunk are computed."""
+    conv_weight, a_log, skip, _ = parameters
     count, width = projected.shape[:2]
     mixed, dt = projected.float().split([sizes.inner + 2 * sizes.state, sizes.heads], -1)
     mixed = functional.silu(causal_conv(mixed, conv_weight), inplace=True)

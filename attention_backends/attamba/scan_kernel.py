@@ -12,21 +12,24 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_backends.attamba.mixer import MixerSizes
+from attention_backends.attamba.mixer import MixerParameters, MixerSizes
 
 BLOCK_Q, BLOCK_S, BLOCK_D = 16, 16, 32
 """Queries of a program, and the values of the state and the columns of the head that it reads at a time."""
 
 
 @triton.jit
-def _convolve(rows, weight, column, column_mask, row, width, row_stride, TAPS: tl.constexpr):
-    """SiLU of the causal convolution at (row, column), in float32; 0 past the chunk's width and outside of the mask."""
+def _convolve(rows, weight, columns, column, column_mask, row, width, row_stride, TAPS: tl.constexpr):
+    """SiLU of the causal convolution at (row, column), in float32; 0 past the chunk's width and outside of the mask.
+
+    ``weight`` is (TAPS, columns).
+    """
     mask = column_mask[None, :] & (row < width)[:, None]
     total = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
     for back in range(TAPS):
         in_chunk = mask & (row >= back)[:, None]
         values = tl.load(rows + (row - back)[:, None] * row_stride + column[None, :], mask=in_chunk, other=0.0)
-        tap = tl.load(weight + column * TAPS + (TAPS - 1 - back), mask=column_mask, other=0.0)
+        tap = tl.load(weight + (TAPS - 1 - back) * columns + column, mask=column_mask, other=0.0)
         total += values.to(tl.float32) * tap.to(tl.float32)[None, :]
     return total / (1 + tl.exp(-total))
 
@@ -58,6 +61,7 @@ def scan_kernel(
     The tokens ``starts[n]`` to ``starts[n + 1]`` of the step belong to chunk n. They are consecutive in the chunk.
     """
     HEAD_SIZE: tl.constexpr = INNER // HEADS
+    COLUMNS: tl.constexpr = INNER + 2 * STATE
     chunk, mixer_head, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     mixer, head = mixer_head // HEADS, mixer_head % HEADS
     first, end = tl.load(starts + chunk), tl.load(starts + chunk + 1)
@@ -69,13 +73,13 @@ def scan_kernel(
         return
 
     rows = projected + chunk * chunk_stride + mixer * mixer_stride
-    weight = conv_weight + mixer * (INNER + 2 * STATE) * TAPS
+    weight = conv_weight + mixer * COLUMNS * TAPS
     row = tl.arange(0, BLOCK_W)
     scores = tl.zeros([BLOCK_Q, BLOCK_W], dtype=tl.float32)
     for start in range(0, STATE, BLOCK_S):
         state = start + tl.arange(0, BLOCK_S)
-        b = _convolve(rows, weight, INNER + state, state < STATE, row, width, row_stride, TAPS)
-        c = _convolve(rows, weight, INNER + STATE + state, state < STATE, query, width, row_stride, TAPS)
+        b = _convolve(rows, weight, COLUMNS, INNER + state, state < STATE, row, width, row_stride, TAPS)
+        c = _convolve(rows, weight, COLUMNS, INNER + STATE + state, state < STATE, query, width, row_stride, TAPS)
         # Three tf32 products on tensor cores keep the precision of float32.
         scores = tl.dot(c, tl.trans(b), scores, input_precision="tf32x3")
 
@@ -93,17 +97,15 @@ def scan_kernel(
     for start in range(0, HEAD_SIZE, BLOCK_D):
         lane = start + tl.arange(0, BLOCK_D)
         column = head * HEAD_SIZE + lane
-        u = _convolve(rows, weight, column, lane < HEAD_SIZE, row, width, row_stride, TAPS)
-        query_u = _convolve(rows, weight, column, lane < HEAD_SIZE, query, width, row_stride, TAPS)
+        u = _convolve(rows, weight, COLUMNS, column, lane < HEAD_SIZE, row, width, row_stride, TAPS)
+        query_u = _convolve(rows, weight, COLUMNS, column, lane < HEAD_SIZE, query, width, row_stride, TAPS)
         y = tl.dot(weights, u, factor * query_u, input_precision="tf32x3")
         tl.store(destination + column[None, :], y, mask=in_step[:, None] & (lane < HEAD_SIZE)[None, :])
 
 
 def chunk_scan(
     projected: torch.Tensor,
-    conv_weight: torch.Tensor,
-    a_log: torch.Tensor,
-    skip: torch.Tensor,
+    parameters: MixerParameters,
     sizes: MixerSizes,
     chunk_index: torch.Tensor,
     index_in_chunk: torch.Tensor,
@@ -115,9 +117,7 @@ def chunk_scan(
     blocks = tile(width, sizes.inner // sizes.heads)
     scan_kernel[(count, mixers * sizes.heads, triton.cdiv(width, blocks["BLOCK_Q"]))](
         projected,
-        conv_weight,
-        a_log,
-        skip,
+        *parameters[:3],
         starts,
         index_in_chunk,
         out,

@@ -1,9 +1,10 @@
 """Tokens that fit a KV cache of 1 GiB: `python -m benchmarks.attamba.capacity`.
 
 The benchmark compares Attamba at several P with the transformer of the same shape. For each it prints the tokens that
-vLLM reports at start ("KV cache size"), and the tokens that the bytes allow. The figures come from vLLM's own cache
-planning, without an engine; --check compares two of them with started engines. Writes results/attamba_capacity.json
-and .png.
+vLLM reports at start ("KV cache size"), the tokens that the bytes allow, and the tokens of requests that decode: the
+report has room for a whole step in the windows of each request, which a request has during its prefill only. The
+figures come from vLLM's own cache planning, without an engine; --check compares two of them with started engines.
+Writes results/attamba_capacity.json and .png.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.attamba.shapes import Shape, make_models, parse_shape
 from benchmarks.engine import Engine
 from benchmarks.report import OUT, write_json
 from engine_ext import plugin
+from engine_ext.serving.cli.doctor import num_pages_held
 from vllm_compat.config import kv_cache_capacity
 
 BYTES = 1 << 30
@@ -37,8 +39,8 @@ def allowed_tokens(shape: Shape, length: int, step: int, chunk_size: int | None,
 
     A row is K|V of one token and layer, 2 dim values. A request of the transformer has one row per token. A request of
     Attamba has one row per P tokens and one for token 0. During its prefill it also has rows of L + ``step`` tokens and
-    inputs, half a row each, of P - 1 + ``step`` tokens: vLLM allocates pages for the tokens of a step before it frees
-    the pages that leave the windows.
+    what the scans read of P - 1 + ``step`` tokens: vLLM allocates pages for the tokens of a step before it frees the
+    pages that leave the windows.
 
     Args:
         shape: of both models.
@@ -51,12 +53,15 @@ def allowed_tokens(shape: Shape, length: int, step: int, chunk_size: int | None,
         rows = float(length)
     else:
         window_tokens, open_chunk = min(window + step, length), min(chunk_size - 1 + step, length)
-        rows = length / chunk_size + 1 + window_tokens + open_chunk / 2
+        scanned = 2 * (shape.inner + 2 * shape.state + shape.mixer_heads) / (2 * shape.dim)  # rows of a token
+        rows = length / chunk_size + 1 + window_tokens + open_chunk * scanned
     return int(BYTES / (rows * shape.layers * 2 * shape.dim * DTYPE.itemsize) * length)
 
 
-def reported_tokens(model: Path, length: int, step: int) -> int:
-    """Tokens that vLLM would report for the checkpoint, from its cache planning."""
+def planned_tokens(model: Path, length: int, step: int) -> dict[str, int]:
+    """From vLLM's cache planning: the tokens ``reported`` for the checkpoint at start, and those ``held`` by
+    requests of ``length`` tokens that decode, whose windows have pages for their last tokens only.
+    """
     arguments = {"max_model_len": length, "max_num_batched_tokens": step, "dtype": "bfloat16"}
     config = EngineArgs(str(model), skip_tokenizer_init=True, enforce_eager=True, **arguments).create_engine_config()
     own = config.model_config.hf_config
@@ -67,7 +72,11 @@ def reported_tokens(model: Path, length: int, step: int) -> int:
         page_size = config.cache_config.block_size
         spec = FullAttentionSpec(block_size=page_size, num_kv_heads=heads, head_size=size, dtype=DTYPE)
         specs = {f"layers.{layer}": spec for layer in range(own.num_hidden_layers)}
-    return kv_cache_capacity(config, specs, BYTES)
+    request_bytes = sum(
+        spec.page_size_bytes * num_pages_held(length, spec.block_size, getattr(spec, "sliding_window", None))
+        for spec in specs.values()
+    )
+    return {"reported": kv_cache_capacity(config, specs, BYTES), "held": BYTES * length // request_bytes}
 
 
 def engine_tokens(model: Path, length: int, step: int) -> int:
@@ -123,19 +132,22 @@ def main() -> None:
             for step in args.steps:
                 for name, (model, chunk_size) in models.items():
                     row = {"model": name, "max_model_len": length, "step": step}
-                    row["reported"] = reported_tokens(model, length, step)
+                    row |= planned_tokens(model, length, step)
                     row["allowed"] = allowed_tokens(args.shape, length, step, chunk_size, args.window)
                     rows.append(row)
         for row in [rows[-1], rows[1]] if args.check else []:
             tokens = engine_tokens(models[row["model"]][0], row["max_model_len"], row["step"])
             checks.append(row | {"started": tokens})
-    table = Table("model", "per request", "per step", "tokens in 1 GiB", "of what the bytes allow", "over transformer")
+    columns = ("tokens in 1 GiB", "of what the bytes allow", "over transformer", "in decode", "over transformer")
+    table = Table("model", "per request", "per step", *columns)
     for row in rows:
         same = ("max_model_len", "step")
         base = next(other for other in rows if all(other[key] == row[key] for key in same))
         row["of_allowed"] = row["reported"] / row["allowed"]
         row["over_transformer"] = row["reported"] / base["reported"]
-        figures = (f"{row['reported']:,}", f"{row['of_allowed']:.1%}", f"{row['over_transformer']:.2f}x")
+        row["held_over_transformer"] = row["held"] / base["held"]
+        figures = [f"{row['reported']:,}", f"{row['of_allowed']:.1%}", f"{row['over_transformer']:.1f}x"]
+        figures += [f"{row['held']:,}", f"{row['held_over_transformer']:.1f}x"]
         table.add_row(row["model"], f"{row['max_model_len']:,}", f"{row['step']:,}", *figures)
     Console(width=130).print(table)
     for check in checks:

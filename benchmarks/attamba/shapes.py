@@ -29,6 +29,7 @@ class Shape:
     inner: int = 256
     state: int = 128
     positions: int = 65_536
+    mixer_heads: int = 8
 
     def llama(self) -> dict[str, Any]:
         """Fields of LlamaConfig."""
@@ -43,7 +44,12 @@ class Shape:
 
     def attamba(self, chunk_size: int, window: int) -> dict[str, Any]:
         """Fields of AttambaConfig for P = ``chunk_size`` and L = ``window``."""
-        own = {"head_dim": self.dim // self.heads, "ssm_heads": 8, "ssm_inner": self.inner, "ssm_state_dim": self.state}
+        own = {
+            "head_dim": self.dim // self.heads,
+            "ssm_heads": self.mixer_heads,
+            "ssm_inner": self.inner,
+            "ssm_state_dim": self.state,
+        }
         common = {name: value for name, value in self.llama().items() if name != "num_key_value_heads"}
         return common | own | {"token_chunk": chunk_size, "leading_tokens": window}
 

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from attention_backends.attamba.chunks import PAGE_ROWS
 from attention_backends.attamba.count import prompt_keys
+from attention_backends.attamba.mixer import MixerSizes
 from scheduler.star.plan import StarPlan
 
 
@@ -83,6 +84,11 @@ class AttambaConfig(PretrainedConfig):
     def page_tokens(self) -> int:
         """Tokens of a page of chunk states. The sizes of Star Attention are multiples of it."""
         return PAGE_ROWS * self.token_chunk
+
+    @property
+    def mixer_sizes(self) -> MixerSizes:
+        """Sizes of the mixers of a layer."""
+        return MixerSizes(self.ssm_heads, self.ssm_inner, self.ssm_state_dim, self.conv_size)
 
     def prompt_keys(self, plan: StarPlan | None, num_tokens: int) -> dict[str, Any]:
         """Keys that a prompt attends to, see ``attention_backends.attamba.count.prompt_keys``."""

@@ -10,41 +10,29 @@ from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 MIXERS = ("k_ssm", "v_ssm")
-PAIRED = (".gate_up_proj.", ".mixers.gate.", ".mixers.inputs.", ".conv_weight", ".A_log", ".D", ".norm_weight")
+PAIRED = (".gate_up_proj.", ".mixers.in_proj.", ".conv_weight", ".A_log", ".D", ".norm_weight")
 """Parts of the names of parameters that consist of two shards."""
 
 
-def target_shards(name: str, inner: int) -> list[tuple[str, Any, slice | None]]:
-    """The parameters that a tensor of a checkpoint is loaded into.
-
-    Args:
-        name: of the tensor.
-        inner: ssm_inner of the configuration. The first ``inner`` rows of a mixer's in_proj are the gate.
-
-    Returns:
-        (parameter, its shard or None for the whole parameter, rows of the tensor or None for all rows) each.
-    """
+def target_shard(name: str) -> tuple[str, Any]:
+    """The parameter that a tensor of a checkpoint is loaded into, and its shard, or None for the whole parameter."""
     for index, mixer in enumerate(MIXERS):
         if f".{mixer}." in name:
             name = name.replace(f".{mixer}.", ".attentive_ssm.mixers.").replace(".ssm_norm.weight", ".norm_weight")
-            if name.endswith(".in_proj.weight"):
-                gate, inputs = (name.replace(".in_proj.", f".{part}.") for part in ("gate", "inputs"))
-                return [(gate, index, slice(0, inner)), (inputs, index, slice(inner, None))]
             if name.endswith(".out_proj.weight"):
-                return [(name.replace(".out_proj.", f".out_proj.{index}."), None, None)]
-            return [(name, index, None)]
+                return name.replace(".out_proj.", f".out_proj.{index}."), None
+            return name, index
     for part, shard in ((".w1.", 0), (".w3.", 1)):
         if part in name:
-            return [(name.replace(part, ".gate_up_proj."), shard, None)]
-    return [(name.replace(".w2.", ".down_proj."), None, None)]
+            return name.replace(part, ".gate_up_proj."), shard
+    return name.replace(".w2.", ".down_proj."), None
 
 
-def load_checkpoint(model: nn.Module, inner: int, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load_checkpoint(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Load all tensors of a checkpoint; returns the names of the parameters that were loaded.
 
     Args:
         model: the served model.
-        inner: ssm_inner of the configuration.
         weights: (name, tensor) of the checkpoint.
 
     Raises:
@@ -53,16 +41,16 @@ def load_checkpoint(model: nn.Module, inner: int, weights: Iterable[tuple[str, t
     parameters = dict(model.named_parameters())
     loaded: set[tuple[str, Any]] = set()
     for name, tensor in weights:
-        for target, shard, rows in target_shards(name, inner):
-            if target not in parameters:
-                raise ValueError(f"{name} is refused: an Attamba checkpoint has no tensor of that name")
-            parameter = parameters[target]
-            loader = getattr(parameter, "weight_loader", default_weight_loader)
-            try:
-                loader(parameter, tensor if rows is None else tensor[rows], *(() if shard is None else (shard,)))
-            except (AssertionError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit config.json: {error}") from error
-            loaded.add((target, shard))
+        target, shard = target_shard(name)
+        if target not in parameters:
+            raise ValueError(f"{name} is refused: an Attamba checkpoint has no tensor of that name")
+        parameter = parameters[target]
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        try:
+            loader(parameter, tensor, *(() if shard is None else (shard,)))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit config.json: {error}") from error
+        loaded.add((target, shard))
     expected = {
         (name, shard) for name in parameters for shard in ((0, 1) if any(p in name for p in PAIRED) else (None,))
     }

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from attention_backends.attamba import scan, scan_kernel
-from attention_backends.attamba.mixer import MixerSizes
+from attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from tests.kernels.cases import rms
 
 MIXERS = 2
@@ -23,12 +23,17 @@ def recurrence(rows: torch.Tensor, conv: torch.Tensor, a_log: torch.Tensor, skip
     outputs, memory = [], torch.zeros(sizes.heads, sizes.inner // sizes.heads, sizes.state, dtype=torch.float64)
     for token in range(len(rows)):
         recent = rows[max(0, token + 1 - sizes.taps) : token + 1, : -sizes.heads]
-        mixed = torch.nn.functional.silu((recent * conv[:, -len(recent) :].T).sum(0))
+        mixed = torch.nn.functional.silu((recent * conv[-len(recent) :]).sum(0))
         u, b, c = mixed.split([sizes.inner, sizes.state, sizes.state])
         u, dt = u.unflatten(0, (sizes.heads, -1)), torch.nn.functional.softplus(rows[token, -sizes.heads :])
         memory = torch.exp(-dt * a_log.exp())[:, None, None] * memory + (dt[:, None] * u)[..., None] * b
         outputs.append((memory @ c + skip[:, None] * u).flatten())
     return torch.stack(outputs)
+
+
+def make_parameters(sizes: MixerSizes) -> MixerParameters:
+    shapes = (sizes.taps, sizes.channels), (sizes.heads,), (sizes.heads,), (sizes.inner,)
+    return MixerParameters(*(torch.randn(MIXERS, *shape) for shape in shapes))
 
 
 def interpret() -> None:
@@ -42,34 +47,32 @@ def interpret() -> None:
         (torch.float32, MixerSizes(2, 256, 16, 4), 16, (16, 7), (9, 0)),  # heads of 128: several blocks of columns
     ):
         torch.manual_seed(0)
-        columns = sizes.inner + 2 * sizes.state
-        projected = torch.randn(len(lens), width, MIXERS, columns + sizes.heads).to(dtype)
+        projected = torch.randn(len(lens), width, MIXERS, sizes.width).to(dtype)
         for index, length in enumerate(lens):
             projected[index, length:] = projected[index, length - 1]  # the model pads chunks like this
-        parameters = (
-            torch.randn(MIXERS, columns, sizes.taps).to(dtype),
-            torch.randn(MIXERS, sizes.heads),
-            torch.randn(MIXERS, sizes.heads),
-        )
+        parameters = make_parameters(sizes)
         chunk = torch.cat([torch.full((n - first,), i) for i, (n, first) in enumerate(zip(lens, firsts, strict=True))])
         place = torch.cat([torch.arange(first, n) for n, first in zip(lens, firsts, strict=True)])
         exact = torch.stack(
             [
                 torch.stack(
-                    [recurrence(rows[:, m].double(), *(p[m].double() for p in parameters), sizes) for rows in projected]
+                    [
+                        recurrence(rows[:, m].double(), *(p[m].double() for p in parameters[:3]), sizes)
+                        for rows in projected
+                    ]
                 )
                 for m in range(MIXERS)
             ],
             2,
         )[chunk, place]
-        plain = scan.chunk_scan(projected, *parameters, sizes, chunk, place)
-        got = scan_kernel.chunk_scan(projected, *parameters, sizes, chunk, place)
+        plain = scan.chunk_scan(projected, parameters, sizes, chunk, place)
+        got = scan_kernel.chunk_scan(projected, parameters, sizes, chunk, place)
         assert got.dtype == torch.float32
         assert got.shape == exact.shape
         ulp = torch.finfo(torch.float32).eps * rms(exact)
         errors = rms(got - exact), rms(plain - exact)
         assert errors[0] <= 1.1 * errors[1] + ulp, (dtype, errors, ulp)
-        wrong = scan_kernel.chunk_scan(projected, parameters[0], parameters[1], parameters[2] + 1, sizes, chunk, place)
+        wrong = scan_kernel.chunk_scan(projected, parameters._replace(skip=parameters.skip + 1), sizes, chunk, place)
         assert rms(wrong - exact) > 1e-2
 
 
@@ -80,12 +83,11 @@ def interpret_wide() -> None:
     keep_arguments_in_place()
     torch.manual_seed(0)
     sizes, width = MixerSizes(2, 32, 16, 4), 4
-    columns = sizes.inner + 2 * sizes.state
-    projected = torch.randn(3, width, MIXERS, columns + sizes.heads)
-    parameters = torch.randn(MIXERS, columns, 4), torch.randn(MIXERS, 2), torch.randn(MIXERS, 2)
+    projected = torch.randn(3, width, MIXERS, sizes.width)
+    parameters = make_parameters(sizes)
     indices = torch.arange(3).repeat_interleave(width), torch.arange(width).repeat(3)
-    want = scan.chunk_scan(projected, *parameters, sizes, *indices)
-    got = scan_kernel.chunk_scan(spread(projected), *parameters, sizes, *indices)
+    want = scan.chunk_scan(projected, parameters, sizes, *indices)
+    got = scan_kernel.chunk_scan(spread(projected), parameters, sizes, *indices)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -104,8 +106,8 @@ def compile_kernels() -> None:
             }
             for dtype, aligned in (("bf16", True), ("fp32", False)):
                 types = {
-                    **dict.fromkeys(("projected", "conv_weight"), f"*{dtype}"),
-                    **dict.fromkeys(("a_log", "skip", "out"), "*fp32"),
+                    "projected": f"*{dtype}",
+                    **dict.fromkeys(("conv_weight", "a_log", "skip", "out"), "*fp32"),
                     **dict.fromkeys(("starts", "index_in_chunk"), "*i64"),
                 }
                 warps = scan_kernel.warps(constants["BLOCK_W"])

@@ -1,11 +1,15 @@
 // The items of a call: their attention, by flash attention (arXiv 2205.14135) over pages that are read in place.
 #pragma once
 
+#include <optional>
+
 #include "call.h"
+#include "tiles.h"
 
 namespace starling {
 
 constexpr int64_t TILE_ROWS = 192;   // query rows of an item, whose sums and scores stay in the second-level cache
+constexpr int64_t WINDOW_ROWS = 48;  // the least query rows of an item with a sliding window
 constexpr int64_t TILE_KEYS = 256;   // keys per step
 constexpr int64_t EDGE_KEYS = 64;    // keys per step where not all query rows see all of its keys
 constexpr int64_t FEW_QUERIES = 8;   // up to so many query rows, a step is bound by memory
@@ -86,6 +90,7 @@ void dimension_spans(const T* keys, int64_t stride, int64_t size, int64_t rows, 
 // Keys [first, end) for `rows` query rows. Scores are computed for [base, base + count), which is aligned to vectors.
 struct Step {
   int64_t base, first, end, count, rows;
+  bool tiled;  // by tile registers
 };
 
 template <class T>
@@ -122,6 +127,24 @@ void score_tile(const Call& call, const Cache<T>& cache, const Item& item, const
     return multiply_by(packed, TILE_KEYS, 0, step.count);
   }
   const bool few = step.rows <= FEW_QUERIES;
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (step.tiled) {
+      T* tiles = scratch.tiles.get(TILE_KEYS * std::max(call.key_size, call.value_size));
+      std::vector<const T*>& dimensions = scratch.rows;
+      dimensions.resize(call.key_size);
+      for (int64_t key = step.base, width; key < step.base + step.count; key += width) {
+        const int64_t at = key % call.page;
+        width = std::min(call.page - at, step.base + step.count - key);
+        const T* from = keys + table[key / call.page] * call.keys.page + at;
+        for (int64_t d = 0; d < call.key_size; ++d) dimensions[d] = from + d * call.keys.token;
+        pack_tiles(dimensions.data(), call.key_size, width, tiles + (key - step.base) * call.key_size);
+      }
+      return multiply_tiles(queries, call.key_size, tiles, call.key_size / TILE_DEPTH, step.count / LANES, step.rows,
+                            scores, TILE_KEYS);
+    }
+  }
+#endif
   for (int64_t key = step.base, width; key < step.base + step.count; key += width) {
     const int64_t page = key / call.page, at = key % call.page;
     width = std::min(call.page - at, step.base + step.count - key);
@@ -141,6 +164,23 @@ void value_tile(const Call& call, const Cache<T>& cache, const Item& item, const
                 const Operand<T>* weights, float* sums, const float* decays) {
   const int32_t* table = call.block_table + item.row * call.columns;
   const T* values = cache.values + item.kv_head * call.values.head;
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (step.tiled) {
+      // The weights of keys before `first`, which share a vector with it, are 0, and the values of these keys are not
+      // read.
+      const int64_t before = step.first - step.base, depth = round_up(step.end - step.base, TILE_DEPTH);
+      std::vector<const T*>& rows = scratch.rows;
+      rows.assign(depth, nullptr);
+      for (int64_t key = step.first; key < step.end; ++key)
+        rows[key - step.base] = values + table[key / call.page] * call.values.page + key % call.page * call.values.token;
+      T* tiles = scratch.tiles.get(TILE_KEYS * std::max(call.key_size, call.value_size));
+      pack_tiles(rows.data(), depth, call.value_size, tiles);
+      return add_tiles(weights - before, TILE_KEYS, tiles, depth / TILE_DEPTH, call.value_size / LANES, step.rows, sums,
+                       call.value_size, decays);
+    }
+  }
+#endif
   scratch.spans.clear();
   for (int64_t key = step.first, width; key < step.end; key += width) {
     const int64_t at = key % call.page;
@@ -166,14 +206,20 @@ void turn_back(const Call& call, int64_t token, const Q* from, A* to) {
   for (int64_t d = 2 * turned.pairs; d < call.key_size; ++d) to[d] = static_cast<A>(from[d]);
 }
 
+// Whether products of many rows are computed by tile registers.
+template <class T>
+bool takes_tiles(const Call& call) {
+  return std::is_same_v<T, at::BFloat16> && call.transposed_keys && call.key_size % TILE_DEPTH == 0 && has_tiles();
+}
+
 template <class Q, class T, class Out>
 void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Item& item,
               const Target<Out>& target, Scratch<T>& scratch) {
   const int64_t rows = item.last - item.first, group = call.heads / call.kv_heads;
   const int64_t start = call.starts[item.row], queries = call.starts[item.row + 1] - start, keys = call.lens[item.row];
-  auto* packed = scratch.queries.get(rows * call.key_size + 1);
-  auto* weights = scratch.weights.get(rows * TILE_KEYS + 1);
-  float* scores = scratch.scores.get(rows * TILE_KEYS);
+  auto* packed = scratch.queries.get((rows + SPARE_ROWS) * call.key_size);
+  auto* weights = scratch.weights.get((rows + SPARE_ROWS) * TILE_KEYS);
+  float* scores = scratch.scores.get((rows + SPARE_ROWS) * TILE_KEYS);
   float* sums = scratch.sums.get(rows * call.value_size);
   float *peaks = scratch.peaks.get(rows), *totals = scratch.totals.get(rows), *decays = scratch.decays.get(rows);
   std::fill(sums, sums + rows * call.value_size, 0.0f);
@@ -194,23 +240,36 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
              visible(call, (item.last - 1) / group, queries, keys).end};
   const int64_t part = round_up((range.end - range.first + item.shares - 1) / item.shares, TILE_KEYS);
   range = {range.first + item.share * part, std::min(range.end, range.first + (item.share + 1) * part)};
-  const auto seen_by = [&](int64_t i) { return visible(call, (item.first + i) / group, queries, keys); };
+  std::vector<Keys>& seen_keys = scratch.seen;
+  seen_keys.resize(rows);
+  for (int64_t i = 0; i < rows; ++i) seen_keys[i] = visible(call, (item.first + i) / group, queries, keys);
+  const auto seen_by = [&](int64_t i) { return seen_keys[i]; };
+#if defined(__AMX_BF16__)
+  const bool tiled = takes_tiles<T>(call) && rows >= MIN_ROWS_TILED;
+  std::optional<TileScope> tile_registers;
+  if (tiled) tile_registers.emplace();
+#else
+  constexpr bool tiled = false;
+#endif
   // Every row sees all keys of `common`, as seen_by's bounds never fall from row to row. A step within needs no mask.
   const Keys common{seen_by(rows - 1).first, seen_by(0).end};
   for (int64_t base = range.first / LANES * LANES, end; base < range.end; base = end) {
     const bool inside = base >= common.first && base + TILE_KEYS <= common.end;
-    end = std::min(base + (inside || rows <= FEW_QUERIES ? TILE_KEYS : EDGE_KEYS), range.end);
+    const bool whole = inside || rows <= FEW_QUERIES || range.end - base <= 2 * EDGE_KEYS;
+    end = std::min(base + (whole ? TILE_KEYS : EDGE_KEYS), range.end);
     const int64_t first = std::max(base, range.first), count = round_up(end - base, LANES);
     int64_t top = 0, bottom = rows;  // rows that see any key of the step
     while (top < rows && seen_by(top).end <= first) ++top;
     while (bottom > top && seen_by(bottom - 1).first >= end) --bottom;
-    const Step step{base, first, end, count, bottom - top};
+    const Step step{base, first, end, count, bottom - top, tiled && bottom - top >= MIN_ROWS_TILED};
     score_tile(call, cache, item, step, scratch, packed + top * call.key_size, scores);
     for (int64_t i = top; i < bottom; ++i) {
       Keys seen = seen_by(i);
       seen = {std::max(seen.first, first), std::min(seen.end, end)};
       decays[i] = softmax_step(call, scores + (i - top) * TILE_KEYS, weights + (i - top) * TILE_KEYS, count, seen, base,
                                peaks[i], totals[i]);
+      if (step.tiled)
+        for (int64_t j = count; j % TILE_DEPTH; ++j) weights[(i - top) * TILE_KEYS + j] = 0;
     }
     value_tile(call, cache, item, step, scratch, weights + (first - base), sums + top * call.value_size, decays + top);
   }
@@ -224,13 +283,21 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
   }
 }
 
+// A tile sees the keys of all windows of its rows, most of which are masked for each row where windows are short.
+inline int64_t tile_rows(const Call& call) {
+  if (!call.window) return TILE_ROWS;
+  return std::clamp<int64_t>(round_up(call.window, LANES) * (call.heads / call.kv_heads), WINDOW_ROWS, TILE_ROWS);
+}
+
 inline std::vector<Item> make_items(const Call& call, int64_t threads, int64_t& shares) {
   std::vector<Item> items;
   int64_t longest = 0;
   for (int64_t row = 0; row < call.rows; ++row) {
     const int64_t rows = (call.starts[row + 1] - call.starts[row]) * (call.heads / call.kv_heads);
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    longest = std::max<int64_t>(longest, rows ? call.lens[row] : 0);
+    const int64_t queries = call.starts[row + 1] - call.starts[row], highest = tile_rows(call);
+    const int64_t tiles = (rows + highest - 1) / highest;
+    const int64_t keys = call.window ? std::min<int64_t>(call.lens[row], call.window + queries) : call.lens[row];
+    longest = std::max<int64_t>(longest, rows ? keys : 0);
     for (int64_t head = 0; head < call.kv_heads; ++head)
       for (int64_t i = 0; i < tiles; ++i)
         items.push_back({row, head, rows * i / tiles, rows * (i + 1) / tiles, 0, 1});

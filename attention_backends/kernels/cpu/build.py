@@ -21,8 +21,12 @@ import torch
 
 from attention_backends.kernels.cpu.sealed_file import is_intact, seal
 
-SOURCE = "attention.cpp"
-SOURCES = (SOURCE, "attend.h", "call.h", "gemm.h", "join.h", "vector.h")
+COMPILED = ("attention.cpp", "attamba.cpp")
+SOURCES = (
+    *COMPILED,
+    *(f"{name}.h" for name in ("attend", "call", "chunks", "gemm", "join", "mix", "recent", "run", "vector")),
+)
+OPS = ("paged_attention", "turned_attention", "attamba_plan", "attamba_mix", "attamba_attend")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi")
 
 
@@ -106,7 +110,7 @@ def built_op_path(directory: Path) -> Path:
 
 
 def load_op() -> Any:
-    """Load the ops, ``paged_attention`` and ``turned_attention``, after building them where they are not intact.
+    """Load the ops after building them where they are not intact.
 
     Concurrent processes wait for one build.
 
@@ -131,7 +135,8 @@ def load_op() -> Any:
     try:
         torch.ops.load_library(built)
         ops = torch.ops.starling_kernels
-        ops.paged_attention, ops.turned_attention  # noqa: B018 - raises AttributeError where the library lacks one
+        for name in OPS:
+            getattr(ops, name)
         return ops
     except (OSError, AttributeError) as error:
         reason = f"the CPU attention op can't be loaded: {error}; set XDG_CACHE_HOME to a directory that allows it"
@@ -157,7 +162,7 @@ def _build(built: Path) -> None:
             try:
                 cpp_extension.load(
                     name=name,
-                    sources=[str(Path(__file__).parent / SOURCE)],
+                    sources=[str(Path(__file__).parent / name) for name in COMPILED],
                     extra_cflags=list(FLAGS),
                     extra_ldflags=["-fopenmp"],
                     build_directory=work,

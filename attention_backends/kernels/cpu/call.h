@@ -82,8 +82,10 @@ template <class T>
 struct Scratch {
   Buffer<Operand<T>> queries, weights;
   Buffer<float> scores, sums, peaks, totals, decays;
-  Buffer<T> keys;
+  Buffer<T> keys, tiles;
+  std::vector<const T*> rows;  // of a matrix that is packed as tiles
   std::vector<Span<T>> spans;
+  std::vector<Keys> seen;  // by query row
 };
 
 }  // namespace starling

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -68,8 +69,36 @@ inline Vec floats_at(const T* from) {
 }
 #endif
 
+// Stores sixteen floats as T, rounded to nearest.
+template <class T>
+inline void store_as(T* to, Vec value) {
+  if constexpr (std::is_same_v<T, float>) return store(to, value);
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy((void*)to, &narrow, sizeof(narrow));
+    return;
+  }
+#endif
+  for (int lane = 0; lane < LANES; ++lane) to[lane] = static_cast<T>(value[lane]);
+}
+
+// The first `count` of sixteen elements as floats; the others are 0, and are not read.
+template <class T>
+inline Vec some_floats_at(const T* from, int64_t count) {
+  if (count >= LANES) return floats_at(from);
+  Vec value = {};
+  for (int64_t lane = 0; lane < count; ++lane) value[lane] = static_cast<float>(from[lane]);
+  return value;
+}
+
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+#if defined(__AVX512F__)
+inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+
+inline float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 inline float sum(Vec v) {
   float total = 0;
   for (int lane = 0; lane < LANES; ++lane) total += v[lane];
@@ -81,6 +110,7 @@ inline float largest(Vec v) {
   for (int lane = 1; lane < LANES; ++lane) peak = v[lane] > peak ? v[lane] : peak;
   return peak;
 }
+#endif
 
 // exp to about one ulp: 0 for x below -87, -inf included, and NaN for NaN. The polynomial is that of Cephes' expf.
 inline Vec exp(Vec x) {
@@ -98,6 +128,16 @@ inline Vec exp(Vec x) {
   const IntVec bits = (IntVec)p + (((IntVec)shifted - (IntVec)magic) << 23);
   const Vec value = x < -87.0f ? Vec{} : (Vec)bits;
   return x == x ? value : x;
+}
+
+inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
+// log(1 + exp(x)). With z = exp(-|x|), log(1 + z) = 2 atanh(z / (2 + z)), whose series has an error of 1e-9 for z <= 1.
+inline Vec softplus(Vec x) {
+  const Vec z = exp(x < 0.0f ? x : -x), ratio = z / (2.0f + z), square = ratio * ratio;
+  Vec p = splat(1.0f / 15);
+  for (int term = 13; term > 0; term -= 2) p = p * square + 1.0f / term;
+  return (x > 0.0f ? x : Vec{}) + 2.0f * ratio * p;
 }
 
 // tanh to about one ulp, as Cephes' tanhf: a polynomial near 0, exp elsewhere.

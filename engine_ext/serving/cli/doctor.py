@@ -273,10 +273,9 @@ def attamba_specs(config: Any) -> dict[str, Any]:
     model = config.model_config.hf_config
     if not isinstance(model, AttambaConfig):
         return {}
-    from attention_backends.attamba.cache import cache_specs
+    from attention_backends.attamba.cache import layer_specs
 
-    local = model.hidden_size // config.parallel_config.tensor_parallel_size
-    return cache_specs(model.token_chunk, model.leading_tokens, model.hidden_size, local, config.model_config.dtype)
+    return layer_specs(model, config.model_config.dtype, config.parallel_config.tensor_parallel_size)
 
 
 def num_pages_held(num_tokens: int, page_size: int, window: int | None) -> int:

@@ -21,20 +21,29 @@ from vllm.distributed import (
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.linear import LinearBase
 
-from attention_backends.attamba import reference
-from attention_backends.attamba.attend import attend
+from attention_backends.attamba import attend as attention
+from attention_backends.attamba import mix, reference
+from attention_backends.attamba.attend import Cache, Sizes
 from attention_backends.attamba.backend import AttambaMetadataBuilder
 from attention_backends.attamba.cache import cache_specs
-from attention_backends.attamba.chunks import PAGE_ROWS, chunk_start, dense_tokens, layer_offset, plan_step
+from attention_backends.attamba.chunks import (
+    PAGE_ROWS,
+    ChunkPlan,
+    StepTokens,
+    chunk_start,
+    dense_tokens,
+    layer_offset,
+    plan_step,
+)
 from attention_backends.attamba.count import prompt_keys
-from attention_backends.attamba.mixer import MixerSizes
+from attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from attention_backends.attamba.pages import KvPages
-from attention_backends.attamba.scan import chunk_scan
+from attention_backends.kernels.cpu.attention import built_op
 from attention_backends.star.step import StarStep, open_step
 from engine_ext.models import attamba
 from engine_ext.models.attamba import AttentiveSsm, refuse_features
 from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.models.attamba_weights import MIXERS, load_checkpoint, target_shards
+from engine_ext.models.attamba_weights import MIXERS, load_checkpoint, target_shard
 from scheduler.star.plan import StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
 
@@ -100,19 +109,27 @@ def mask_of(length: int, plan: StarPlan | None, ends: torch.Tensor, window: int)
     return reference.star_mask(length, ends, window, **sizes)
 
 
+def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """(T, heads, size) of x (T, dim): each pair as a complex number, multiplied by that of its angle (T, size / 2)."""
+    pairs = torch.view_as_complex(x.reshape(len(x), HEADS, -1, 2))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
+
+
 def make_builder(spec, chunk_size: int, window: int) -> AttambaMetadataBuilder:
     config = SimpleNamespace(token_chunk=chunk_size, leading_tokens=window, num_hidden_layers=LAYERS)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
     return AttambaMetadataBuilder(spec, ["layer"], vllm_config, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("attend", ["attend", "attend_in_torch"])
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(drawn=requests(), seed=st.integers(0, 99))
-def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
+def test_attention_over_pages_is_that_of_the_mask(attend, drawn, seed):
     """Attention over pages equals attention with the reference's mask, and star steps count the mask's pairs.
 
     Steps cut the requests anywhere, batches mix dense and star requests, and pages before the window are freed.
     """
+    run = getattr(attention, attend)
     chunk_size, window, layer, batch = drawn
     lengths, plans = [length for length, _ in batch], [plan for _, plan in batch]
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -121,7 +138,9 @@ def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
     states, recent = (Pages(specs[name], len(lengths), max(lengths), random) for name in ("states", "window"))
     builders = [make_builder(cache.spec, chunk_size, window) for cache in (states, recent)]
     states_kv, recent_kv = (KvPages(cache.pages, HEADS) for cache in (states, recent))
-    query, key, value = ([torch.randn(n, HEADS, SIZE, generator=generator) for n in lengths] for _ in range(3))
+    query, key, value, own = ([torch.randn(n, DIM, generator=generator) for n in lengths] for _ in range(4))
+    angles = torch.rand(max(lengths), SIZE // 2, generator=generator) * 6
+    turns = angles.cos(), angles.sin()
     done, got, counted = [0] * len(lengths), [[] for _ in lengths], []
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         stop = 90 if chunk_size < 64 else 700
@@ -140,25 +159,22 @@ def test_attention_over_pages_is_that_of_the_mask(drawn, seed):
             ]
         plan = metadata[0].plan(chunk_size, offset, window)
         spans = [slice(done[request], done[request] + count) for request, count in zip(active, lens, strict=True)]
-        q, k, v = (
+        q, k, v, x = (
             torch.cat([of[request][span] for request, span in zip(active, spans, strict=True)])
-            for of in (query, key, value)
+            for of in (query, key, value, own)
         )
-        recent_kv.write(*metadata[1].locate_step(recent.spec), k, v)
-        metadata[0].write_states(states_kv, plan, k, v)
-        out = attend(
-            q, states_kv, metadata[0].key_table, recent_kv, metadata[1].key_table, metadata[1].query_start_loc,
-            metadata[1].seq_lens, torch.from_numpy(metadata[0].tokens.piece), plan, chunk_size, window + 1, 0.5,
-        )  # fmt: skip
+        caches = Cache(states_kv, metadata[0]), Cache(recent_kv, metadata[1])
+        out = run(q, (k, v), x, turns, *caches, plan, Sizes(chunk_size, window + 1, 0.5))
         for request, part in zip(active, out.split(lens.tolist()), strict=True):
             got[request].append(part)
             done[request] += len(part)
             recent.free(request, done[request] - window)
     for request, length in enumerate(lengths):
         mask = mask_of(length, plans[request], chunk_ends(length, chunk_size, offset), window)
-        scores = torch.einsum("qhd,khd->hqk", query[request], key[request]) * 0.5
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        expected = torch.einsum("hqk,khd->qhd", weights, value[request])
+        q, k = (turned(part, angles[:length]) for part in (query[request], key[request] + own[request]))
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * 0.5).masked_fill(~mask, float("-inf")).softmax(-1)
+        v = (value[request] + own[request]).unflatten(-1, (HEADS, SIZE))
+        expected = torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
         assert (torch.cat(got[request]) - expected).abs().max() < 1e-5
 
     expected_counts = np.zeros(3)
@@ -189,23 +205,45 @@ def test_prompt_keys_are_those_of_the_mask(drawn):
     }
 
 
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(drawn=requests(), random=st.randoms(use_true_random=False))
+def test_the_plans_of_both_languages_are_equal(drawn, random):
+    """For dense tokens and for star pieces that begin and end anywhere."""
+    chunk_size, window, layer, batch = drawn
+    columns = []
+    for request, (length, plan) in enumerate(batch):
+        stop = random.randint(1, length)
+        for position in range(random.randrange(stop), stop):
+            block = 0 if plan is None or position >= plan.context_end else position // plan.block_size
+            start = block * (plan.block_size if plan else 0)
+            columns.append((request, position, 7 * request + block, start, plan.anchor_size if block else 0))
+    tokens = StepTokens(*np.array(columns).T)
+    args = chunk_size, layer_offset(layer, LAYERS, chunk_size), window
+    for name, array in zip(ChunkPlan._fields, built_op().attamba_plan(*tokens.tensors, *args), strict=True):
+        want = getattr(plan_step(tokens, *args), name)
+        assert (array.dtype, array.tolist()) == (want.dtype, want.tolist()), name
+
+
+@pytest.mark.parametrize("mixed_by", [mix.mix, mix.mix_in_torch], ids=["mix", "torch"])
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_scan_is_the_recurrence(chunk_size, layer):
-    """From the first token on, and from the middle of a chunk whose first tokens came in an earlier step."""
+@pytest.mark.parametrize(("layer", "sizes"), [(0, (2, 32, 16, 4)), (1, (3, 39, 7, 2)), (2, (20, 40, 24, 3))])
+def test_mixers_are_the_recurrence(mixed_by, chunk_size, layer, sizes, monkeypatch):
+    """Steps that begin at the first token, within a chunk, and of one token; in groups of few chunks."""
+    monkeypatch.setattr(mix, "GROUP_ROWS", 3 * chunk_size)
     torch.manual_seed(0)
-    sizes, offset, num_tokens = MixerSizes(2, 32, 16, 4), layer_offset(layer, 3, chunk_size), 100
-    config = {"ssm_heads": 2, "ssm_inner": 32, "ssm_state_dim": 16, "conv_size": 4, "rms_norm_eps": 1e-5}
+    sizes, offset, num_tokens = MixerSizes(*sizes), layer_offset(layer, 3, chunk_size), 100
+    config = {"ssm_heads": sizes.heads, "ssm_inner": sizes.inner, "ssm_state_dim": sizes.state, "rms_norm_eps": 1e-5}
+    config["conv_size"] = sizes.taps
     weights = {
         f"{name}.{part}": tensor
         for name in MIXERS
         for part, tensor in (
-            ("in_proj.weight", torch.randn(2 * 32 + 2 * 16 + 2, DIM, dtype=torch.float64) * 0.2),
-            ("conv_weight", torch.randn(64, 4, dtype=torch.float64)),
-            ("A_log", torch.randn(2, dtype=torch.float64)),
-            ("D", torch.randn(2, dtype=torch.float64)),
-            ("ssm_norm.weight", torch.ones(32, dtype=torch.float64)),
-            ("out_proj.weight", torch.eye(32, dtype=torch.float64)),
+            ("in_proj.weight", torch.randn(sizes.inner + sizes.width, DIM, dtype=torch.float64) * 0.2),
+            ("conv_weight", torch.randn(sizes.channels, sizes.taps, dtype=torch.float64)),
+            ("A_log", torch.randn(sizes.heads, dtype=torch.float64)),
+            ("D", torch.randn(sizes.heads, dtype=torch.float64)),
+            ("ssm_norm.weight", torch.randn(sizes.inner, dtype=torch.float64)),
+            ("out_proj.weight", torch.eye(sizes.inner, dtype=torch.float64)),
         )
     }
 
@@ -213,17 +251,18 @@ def test_scan_is_the_recurrence(chunk_size, layer):
         return torch.stack([weights[f"{name}.{part}"] for name in MIXERS])
 
     x, ends = torch.randn(num_tokens, DIM, dtype=torch.float64), chunk_ends(num_tokens, chunk_size, offset)
-    expected = torch.stack([reference.mixer(x, weights, name, ends, config) for name in MIXERS], 1)
-    for first in (0, 37, 99):
-        plan = plan_step(dense_tokens(np.array([num_tokens - first]), np.array([num_tokens])), chunk_size, offset, 5)
-        gates, inputs = both("in_proj.weight").split([32, 66], 1)
-        projected = torch.einsum("nwd,mcd->nwmc", x[torch.from_numpy(plan.chunk_positions)], inputs).float()
-        parameters = (both(name).float() for name in ("conv_weight", "A_log", "D"))
-        at = (torch.from_numpy(index) for index in (plan.chunk_index, plan.index_in_chunk))
-        y = chunk_scan(projected, *parameters, sizes, *at)
-        gate = torch.einsum("td,mcd->tmc", x[first:], gates).float()
-        got = reference.rms_norm(y * torch.nn.functional.silu(gate), torch.ones(32), 1e-5)
-        assert (got - expected[first:]).abs().max() < 1e-4
+    expected = torch.stack([reference.mixer(x, weights, name, ends, config) for name in MIXERS])
+    conv, a_log, skip, norm = (both(name).float() for name in ("conv_weight", "A_log", "D", "ssm_norm.weight"))
+    parameters = MixerParameters(conv.transpose(1, 2).contiguous(), a_log, skip, norm)
+    projected = torch.einsum("td,mcd->tmc", x, both("in_proj.weight")).float().flatten(1)
+    pages = torch.full((9, 16, sizes.row), float("nan"))
+    table = torch.randperm(8)[None].int() + 1
+    first = 0
+    for end in (37, 38, 64, 99, 100):
+        plan = plan_step(dense_tokens(np.array([end - first]), np.array([end])), chunk_size, offset, 5)
+        got = mixed_by(projected[first:end], pages, table, plan, parameters, sizes, 1e-5)
+        assert (got - expected[:, first:end]).abs().max() < 1e-4
+        first = end
 
 
 class LiveBytes(TorchDispatchMode):
@@ -281,48 +320,50 @@ def test_the_memory_profile_sees_the_peak_of_a_step(query_lens, seq_lens, one_ra
 
     The mixers are wide, as in a large model, and the bytes of their intermediate results most of the peak.
     """
-    monkeypatch.setattr(attamba, "GROUP_ROWS", ROWS_OF_A_GROUP, raising=False)
+    for module in (attamba, mix):
+        monkeypatch.setattr(module, "GROUP_ROWS", ROWS_OF_A_GROUP)
+    for module in (attention, mix):
+        monkeypatch.setattr(module, "built_op", lambda: None)  # torch takes more memory than the C++ ops
     config = AttambaConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, token_chunk=P, leading_tokens=5, ssm_heads=4,
-        ssm_inner=512, ssm_state_dim=16,
+        ssm_inner=496, ssm_state_dim=16,
     )  # fmt: skip
-    requests, columns = len(query_lens), -(-max(seq_lens) // PAGE_ROWS)
-    layer = AttentiveSsm(config, 0, torch.float32, "layer")
+    layer = AttentiveSsm(config, 0, torch.float32, 700, "layer")
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for module in layer.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
-    common = batch_metadata(query_lens, seq_lens, columns)
     metadata = {}
     for cache in (layer.states, layer.window, layer.rows):
         spec = cache.spec
+        columns = -(-max(seq_lens) // spec.block_size)
         values = spec.page_size_bytes // spec.dtype.itemsize
         width = spec.head_size + spec.head_size_v
-        pages = torch.zeros(requests * columns, values)
+        pages = torch.zeros(len(query_lens) * columns, values)
         cache.kv_cache = pages.as_strided((len(pages), 1, width), (values, width, 1))
         builder = AttambaMetadataBuilder(spec, [cache.prefix], one_rank, torch.device("cpu"))
-        metadata[cache.prefix] = builder.build(0, common)
+        metadata[cache.prefix] = builder.build(0, batch_metadata(query_lens, seq_lens, columns))
 
     def peak(num_tokens: int, of_metadata) -> int:
         x = torch.randn(num_tokens, config.hidden_size)
-        context = SimpleNamespace(attn_metadata=of_metadata)
+        context = SimpleNamespace(attn_metadata=of_metadata, no_compile_layers={"layer": layer})
         with torch.inference_mode(), override_forward_context(context), LiveBytes() as live:
-            out = layer(torch.arange(num_tokens), x)
+            out = layer(x)
         assert out.shape == x.shape
         assert out.isfinite().all()
         return live.peak
 
     step, profile = peak(sum(query_lens), metadata), peak(MOST_TOKENS, None)
     assert step <= profile
-    assert profile <= 1.1 * step or requests > 1
+    assert profile <= 1.1 * step or len(query_lens) > 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_pages_have_equal_bytes(ranks):
-    specs = cache_specs(8, 16, 512, 512 // ranks, torch.bfloat16)
+    specs = cache_specs(8, 16, 1040, 512 // ranks, torch.bfloat16)
     assert len({spec.page_size_bytes for spec in specs.values()}) == 1
-    assert {name: spec.block_size for name, spec in specs.items()} == {"states": 128, "window": 16, "rows": 32 // ranks}
+    assert {name: spec.block_size for name, spec in specs.items()} == {"states": 128, "window": 16, "rows": 16 // ranks}
 
 
 @pytest.mark.parametrize(
@@ -332,7 +373,7 @@ def test_pages_have_equal_bytes(ranks):
         (129, 16, 64, ["token_chunk=129", "2 to 128"]),
         (8, 0, 64, ["leading_tokens=0", "1 to 256"]),
         (8, 257, 64, ["leading_tokens=257", "1 to 256"]),
-        (8, 16, 1, ["hidden_size=64", "32 ways"]),
+        (8, 16, 1, ["ssm_inner", "64 values", "at most 34"]),
     ],
 )
 def test_sizes_that_the_caches_do_not_support(chunk_size, window, local_dim, message):
@@ -352,7 +393,7 @@ def test_config_survives_json_and_refuses_other_values():
 
 def test_config_has_the_page_size_of_the_states_and_the_dependence_of_star_blocks():
     config = AttambaConfig(token_chunk=4)
-    assert config.page_tokens == cache_specs(4, 16, 512, 512, torch.float32)["states"].block_size
+    assert config.page_tokens == cache_specs(4, 16, 1040, 512, torch.float32)["states"].block_size
     assert "straddles" in config.star_blocks_depend
     assert "star_blocks_depend" not in json.loads(config.to_json_string(use_diff=False))
 
@@ -392,13 +433,11 @@ def test_features_that_are_refused(changes, message):
 
 def test_tensors_map_to_their_parameters():
     mixers = "layers.3.attentive_ssm.mixers"
-    gate, inputs = target_shards("layers.3.k_ssm.in_proj.weight", 16)
-    assert gate == (f"{mixers}.gate.weight", 0, slice(0, 16))
-    assert inputs == (f"{mixers}.inputs.weight", 0, slice(16, None))
-    assert target_shards("layers.3.v_ssm.ssm_norm.weight", 16) == [(f"{mixers}.norm_weight", 1, None)]
-    (up,) = target_shards("layers.0.feed_forward.w3.weight", 16)
-    assert up == ("layers.0.feed_forward.gate_up_proj.weight", 1, None)
-    assert target_shards("output.weight", 16) == [("output.weight", None, None)]
+    assert target_shard("layers.3.k_ssm.in_proj.weight") == (f"{mixers}.in_proj.weight", 0)
+    assert target_shard("layers.3.v_ssm.ssm_norm.weight") == (f"{mixers}.norm_weight", 1)
+    assert target_shard("layers.3.v_ssm.out_proj.weight") == (f"{mixers}.out_proj.1.weight", None)
+    assert target_shard("layers.0.feed_forward.w3.weight") == ("layers.0.feed_forward.gate_up_proj.weight", 1)
+    assert target_shard("output.weight") == ("output.weight", None)
 
 
 class TwoTensors(torch.nn.Module):
@@ -419,4 +458,4 @@ class TwoTensors(torch.nn.Module):
 )
 def test_a_checkpoint_that_does_not_fit(tensors, message):
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(TwoTensors(), 16, [(name, torch.zeros(shape)) for name, shape in tensors.items()])
+        load_checkpoint(TwoTensors(), [(name, torch.zeros(shape)) for name, shape in tensors.items()])

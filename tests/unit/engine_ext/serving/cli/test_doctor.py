@@ -89,9 +89,9 @@ def test_what_an_attamba_models_cache_holds(tmp_path):
     assert (whole["prompt"]["kv_pages"], whole["prompt"]["kv_bytes"]) == (8 + 2 + 1, 11 * 17 * row)
     groups = {name: (group["page_tokens"], group["bytes_per_token"]) for name, group in report["groups"].items()}
     page = 17 * row
-    assert groups == {"states": (128, page / 128), "window": (16, page / 16), "rows": (32, page / 32)}
+    assert groups == {"states": (128, page / 128), "window": (16, page / 16), "rows": (16, page / 16)}
     assert report["groups"]["window"]["held_of_a_request"] == "its last 17 tokens"
-    a_request = 4096 // 128 + (-(-(16 + 512) // 16) + 1) + (-(-(7 + 512) // 32) + 1)
+    a_request = 4096 // 128 + (-(-(16 + 512) // 16) + 1) + (-(-(7 + 512) // 16) + 1)
     assert report["tokens_in_1_gib"] == int((1 << 30) // page / a_request * 4096)
     assert report["tokens_in_1_gib_uncompressed"] == (1 << 30) // row
 

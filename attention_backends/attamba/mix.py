@@ -1,0 +1,107 @@
+"""The mixers of a layer for one step: from projected tokens to the inputs of the output projections.
+
+The cache keeps [u B C | dt] of the tokens of open chunks, so no token is projected twice. A chunk is scanned from its
+first token for each step. That is exact, and reads fewer values than a running state of inner x state would have, up to
+the longest chunk that is served. On CPU, a C++ op (kernels/cpu/mix.h) does all of it. Elsewhere it is torch, and Triton
+for the scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+from attention_backends.attamba.chunks import ChunkPlan
+from attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from attention_backends.attamba.scan import chunk_scan
+from attention_backends.kernels.cpu.attention import DTYPES, built_op
+
+GROUP_ROWS = 2048
+"""Rows of chunks that torch processes at once. The limit bounds the memory of a step: a step with a token in each of
+many chunks has many more rows than tokens."""
+
+
+def mix(
+    projected: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: ChunkPlan,
+    parameters: MixerParameters,
+    sizes: MixerSizes,
+    eps: float,
+) -> torch.Tensor:
+    """The outputs of all mixers before their output projections; stores the rows of the step's tokens.
+
+    Args:
+        projected: (T, mixers x [gate | u B C | dt]) of the tokens of the step.
+        pages: (num_pages, rows, mixers x [u B C | dt]), the cache of the rows of open chunks.
+        block_table: (R, columns) int32, of that cache.
+        plan: of the layer.
+        parameters, sizes: of the mixers.
+        eps: of the norm behind the gate.
+
+    Returns:
+        (mixers, T, inner) in the dtype of ``projected``.
+    """
+    ops = built_op() if projected.device.type == "cpu" and projected.dtype in DTYPES else None
+    if ops is None:
+        return mix_in_torch(projected, pages, block_table, plan, parameters, sizes, eps)
+    return ops.attamba_mix(projected, pages, block_table, *plan[:4], *parameters, sizes.state, eps)
+
+
+def mix_in_torch(
+    projected: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: ChunkPlan,
+    parameters: MixerParameters,
+    sizes: MixerSizes,
+    eps: float,
+) -> torch.Tensor:
+    """``mix`` on any device."""
+    gate, rows = projected.unflatten(-1, (sizes.count, -1)).split([sizes.inner, sizes.width], -1)
+    on_device = plan.to(projected.device)
+    chunk_index, index_in_chunk = places(on_device)
+    page_rows = pages.shape[1]
+
+    def locate(chunk: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        position = on_device.chunk_start[chunk] + index
+        return block_table[on_device.chunk_request[chunk], position // page_rows].long(), position % page_rows
+
+    pages[locate(chunk_index, index_in_chunk)] = rows.flatten(1)
+    out = projected.new_empty(sizes.count, len(projected), sizes.inner)
+    for chunks, tokens in groups(plan, GROUP_ROWS):
+        of_group = torch.arange(chunks.start, chunks.stop, device=projected.device)[:, None]
+        width = int(plan.chunk_rows[chunks].max())
+        # A chunk that is shorter than the longest of its group repeats its last row.
+        index = torch.arange(width, device=projected.device).minimum(on_device.chunk_rows[chunks, None] - 1)
+        y = chunk_scan(
+            pages[locate(of_group, index)].unflatten(-1, (sizes.count, -1)),
+            parameters,
+            sizes,
+            chunk_index[tokens] - chunks.start,
+            index_in_chunk[tokens],
+        )
+        y = functional.rms_norm(y * functional.silu(gate[tokens].float()), y.shape[-1:], eps=eps) * parameters.norm
+        out[:, tokens] = y.to(out.dtype).transpose(0, 1)
+    return out
+
+
+def places(plan: ChunkPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunk (0 to N - 1) of each token of the step, and its index within the chunk: two tensors (T,) int64."""
+    counts = plan.chunk_tokens.diff()
+    chunk = torch.repeat_interleave(counts, output_size=len(plan.token_0_seen))
+    first = plan.chunk_tokens[:-1] - (plan.chunk_rows - counts)  # where the chunk's row 0 would be
+    return chunk, torch.arange(len(chunk), device=chunk.device) - first[chunk]
+
+
+def groups(plan: ChunkPlan, max_rows: int) -> Iterator[tuple[slice, slice]]:
+    """The chunks in groups of at most ``max_rows`` rows (chunks x longest), or of one chunk; and the tokens of each."""
+    count = len(plan.chunk_rows)
+    step = max(1, max_rows // int(plan.chunk_rows.max()))
+    bounds = plan.chunk_tokens.tolist()
+    for first in range(0, count, step):
+        end = min(first + step, count)
+        yield slice(first, end), slice(bounds[first], bounds[end])

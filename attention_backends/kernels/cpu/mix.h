@@ -1,0 +1,204 @@
+// The two Mamba-2 mixers of an Attamba layer within each chunk: convolution, scan, gate and norm of the step's tokens.
+// attention_backends/attamba/mix.py has the definition. The scan is the quadratic form of state space duality (arXiv
+// 2405.21060, section 6) over the at most P rows of a chunk: for one more token it reads the chunk's rows once, which
+// is less than a running state of inner x state values.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <vector>
+
+#include "call.h"
+
+namespace starling {
+
+struct MixerSizes {
+  int64_t mixers, inner, state, heads, taps;
+
+  int64_t channels() const { return inner + 2 * state; }  // u, B and C, which the convolution mixes
+  int64_t width() const { return channels() + heads; }    // and dt
+};
+
+template <class T>
+struct Mix {
+  MixerSizes sizes;
+  const T* projected;  // (tokens, mixers, gate | u B C | dt)
+  int64_t tokens, token_stride;
+  T* pages;  // (pages, page rows, mixers x width): u B C dt of the tokens of open chunks
+  int64_t page_rows, page_stride, columns;
+  const int32_t* block_table;
+  const int64_t *chunk_request, *chunk_start, *chunk_rows, *chunk_tokens;
+  const float *conv, *a_log, *skip, *norm;  // (mixers, taps, channels), (mixers, heads) twice, (mixers, inner)
+  float eps;
+  T* out;  // (mixers, tokens, inner)
+
+  T* row(int64_t chunk, int64_t index) const {
+    const int64_t position = chunk_start[chunk] + index;
+    const int64_t page = block_table[chunk_request[chunk] * columns + position / page_rows];
+    return pages + page * page_stride + position % page_rows * sizes.mixers * sizes.width();
+  }
+};
+
+template <class T>
+struct MixScratch {
+  Buffer<float> mixed, dt, scores, weights, y;
+  Buffer<double> decay;
+  std::vector<const T*> rows;
+};
+
+// mixed (rows, stride) = SiLU of the causal convolution by TAPS taps of 16 channels from c on.
+template <int TAPS, class T>
+void convolve_lanes(const std::vector<const T*>& rows, const float* taps, int64_t channels, int64_t c, int64_t from,
+                    float* mixed, int64_t stride) {
+  const int64_t lanes = channels - c, count = static_cast<int64_t>(rows.size());
+  Vec weights[TAPS], recent[TAPS] = {};  // of the row itself, the row before, and so on
+#pragma GCC unroll 16
+  for (int back = 0; back < TAPS; ++back) weights[back] = some_floats_at(taps + (TAPS - 1 - back) * channels + c, lanes);
+  for (int64_t j = std::max<int64_t>(0, from + 1 - TAPS); j < count; ++j) {
+#pragma GCC unroll 16
+    for (int back = TAPS - 1; back > 0; --back) recent[back] = recent[back - 1];
+    recent[0] = some_floats_at(rows[j] + c, lanes);
+    if (j < from) continue;
+    Vec total = recent[0] * weights[0];
+#pragma GCC unroll 16
+    for (int back = 1; back < TAPS; ++back) total += recent[back] * weights[back];
+    store(mixed + j * stride + c, silu(total));
+  }
+}
+
+// Convolves all channels. C is needed of the step's tokens only, from row `before` on.
+template <class T>
+void convolve(const Mix<T>& call, int64_t mixer, const std::vector<const T*>& rows, int64_t before, float* mixed,
+              int64_t stride) {
+  const MixerSizes& sizes = call.sizes;
+  const float* taps = call.conv + mixer * sizes.taps * sizes.channels();
+  for (int64_t c = 0; c < sizes.channels(); c += LANES) {
+    const int64_t from = c < sizes.inner + sizes.state ? 0 : before;
+    const auto with = [&]<int TAPS>() { convolve_lanes<TAPS>(rows, taps, sizes.channels(), c, from, mixed, stride); };
+    switch (sizes.taps) {
+      case 1: with.template operator()<1>(); break;
+      case 2: with.template operator()<2>(); break;
+      case 3: with.template operator()<3>(); break;
+      case 4: with.template operator()<4>(); break;
+      default: TORCH_CHECK_VALUE(false, "a convolution of ", sizes.taps, " taps, not of 1 to 4");
+    }
+  }
+}
+
+// dt (heads, stride) and the sums of dt A up to each row, in double: they get large, and their differences are exponents.
+template <class T>
+void make_decays(const Mix<T>& call, int64_t mixer, const std::vector<const T*>& rows, float* dt, double* decay,
+                 int64_t stride) {
+  const MixerSizes& sizes = call.sizes;
+  for (int64_t h = 0; h < sizes.heads; h += LANES) {
+    const int64_t lanes = std::min<int64_t>(sizes.heads - h, LANES);
+    double totals[LANES] = {}, rates[LANES];
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      rates[lane] = -std::exp(static_cast<double>(call.a_log[mixer * sizes.heads + h + lane]));
+    for (size_t j = 0; j < rows.size(); ++j) {
+      const Vec step = softplus(some_floats_at(rows[j] + sizes.channels() + h, lanes));
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        totals[lane] += step[lane] * rates[lane];
+        dt[(h + lane) * stride + j] = step[lane];
+        decay[(h + lane) * stride + j] = totals[lane];
+      }
+    }
+  }
+}
+
+inline float dot(const float* a, const float* b, int64_t size) {
+  Vec total = {};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) total += floats_at(a + i) * floats_at(b + i);
+  float rest = 0;
+  for (; i < size; ++i) rest += a[i] * b[i];
+  return sum(total) + rest;
+}
+
+// y[0, size) = skip * rows[last] + the sum of weights[j] * rows[j] up to `last`, of rows `stride` apart.
+inline void weighted_sum(const float* rows, int64_t stride, const float* weights, int64_t last, float skip,
+                         int64_t size, float* y) {
+  int64_t d = 0;
+  for (; d + LANES <= size; d += LANES) {
+    Vec total = floats_at(rows + last * stride + d) * skip;
+    for (int64_t j = 0; j <= last; ++j) total += floats_at(rows + j * stride + d) * weights[j];
+    store(y + d, total);
+  }
+  for (; d < size; ++d) {
+    y[d] = skip * rows[last * stride + d];
+    for (int64_t j = 0; j <= last; ++j) y[d] += weights[j] * rows[j * stride + d];
+  }
+}
+
+// out = RMSNorm(y * SiLU(gate)) of one token.
+template <class T>
+void gate_and_norm(const Mix<T>& call, int64_t mixer, int64_t token, float* y) {
+  const int64_t inner = call.sizes.inner;
+  const T* gate = call.projected + token * call.token_stride + mixer * (inner + call.sizes.width());
+  const float* norm = call.norm + mixer * inner;
+  T* out = call.out + (mixer * call.tokens + token) * inner;
+  Vec squares = {};
+  for (int64_t d = 0; d < inner; d += LANES) {
+    const Vec gated = some_floats_at(y + d, inner - d) * silu(some_floats_at(gate + d, inner - d));
+    squares += gated * gated;
+    store(y + d, gated);
+  }
+  const float factor = 1.0f / std::sqrt(sum(squares) / inner + call.eps);
+  int64_t d = 0;
+  for (; d + LANES <= inner; d += LANES) store_as(out + d, floats_at(y + d) * floats_at(norm + d) * factor);
+  for (; d < inner; ++d) out[d] = static_cast<T>(y[d] * norm[d] * factor);
+}
+
+// Computes one mixer for the step's tokens of one chunk, and stores their rows in the cache.
+template <class T>
+void mix_chunk(const Mix<T>& call, int64_t chunk, int64_t mixer, MixScratch<T>& scratch) {
+  const MixerSizes& sizes = call.sizes;
+  const int64_t first = call.chunk_tokens[chunk], count = call.chunk_rows[chunk];
+  const int64_t before = count - (call.chunk_tokens[chunk + 1] - first);
+  std::vector<const T*>& rows = scratch.rows;
+  rows.resize(count);
+  for (int64_t j = 0; j < count; ++j) {
+    T* kept = call.row(chunk, j) + mixer * sizes.width();
+    rows[j] = kept;
+    if (j < before) continue;
+    rows[j] = call.projected + (first + j - before) * call.token_stride + mixer * (sizes.inner + sizes.width()) +
+              sizes.inner;
+    std::memcpy((void*)kept, rows[j], sizes.width() * sizeof(T));
+  }
+  const int64_t stride = round_up(sizes.channels(), LANES), columns = round_up(count, LANES);
+  float* mixed = scratch.mixed.get(count * stride);
+  float* dt = scratch.dt.get(sizes.heads * columns);
+  double* decay = scratch.decay.get(sizes.heads * columns);
+  float *scores = scratch.scores.get(columns), *weights = scratch.weights.get(columns);
+  float* y = scratch.y.get(round_up(sizes.inner, LANES));
+  convolve(call, mixer, rows, before, mixed, stride);
+  make_decays(call, mixer, rows, dt, decay, columns);
+  const int64_t head_size = sizes.inner / sizes.heads;
+  for (int64_t q = before; q < count; ++q) {
+    const float* c = mixed + q * stride + sizes.inner + sizes.state;
+    for (int64_t j = 0; j <= q; ++j) scores[j] = dot(c, mixed + j * stride + sizes.inner, sizes.state);
+    for (int64_t h = 0; h < sizes.heads; ++h) {
+      const double* sums = decay + h * columns;
+      for (int64_t j = 0; j <= q; ++j) weights[j] = static_cast<float>(sums[q] - sums[j]);
+      for (int64_t j = 0; j <= q; j += LANES) {
+        const Vec part = exp(some_floats_at(weights + j, q + 1 - j)) * some_floats_at(dt + h * columns + j, q + 1 - j) *
+                         some_floats_at(scores + j, q + 1 - j);
+        store(weights + j, part);
+      }
+      weighted_sum(mixed + h * head_size, stride, weights, q, call.skip[mixer * sizes.heads + h], head_size,
+                   y + h * head_size);
+    }
+    gate_and_norm(call, mixer, first + q - before, y);
+  }
+}
+
+template <class T>
+void mix(const Mix<T>& call, int64_t chunks) {
+  at::parallel_for(0, chunks * call.sizes.mixers, 4, [&](int64_t begin, int64_t end) {
+    static thread_local MixScratch<T> scratch;
+    for (int64_t i = begin; i < end; ++i) mix_chunk(call, i / call.sizes.mixers, i % call.sizes.mixers, scratch);
+  });
+}
+
+}  // namespace starling

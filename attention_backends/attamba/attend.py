@@ -67,6 +67,7 @@ def attend(
     """
     if not has_op_for(query, states.pages):
         return attend_in_torch(query, mixed, own, angles, states, window, plan, sizes)
+    assert states.step.tokens is not None
     request, position, piece, _, _ = states.step.tokens.tensors
     return built_op().attamba_attend(  # type: ignore[union-attr]
         query,
@@ -112,6 +113,7 @@ def attend_in_torch(
 ) -> torch.Tensor:
     """``attend`` on any device, by the attention op of ``paged_attention``."""
     device = query.device
+    assert states.step.tokens is not None
     request, position, piece, _, _ = (tensor.to(device) for tensor in states.step.tokens.tensors)
     plan = plan.to(device)
     head_shape = states.pages.key_rows.shape[-2:]

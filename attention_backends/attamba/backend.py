@@ -38,13 +38,15 @@ class AttambaMetadata:
     """The batch of one step, for one cache group.
 
     Attributes:
-        tokens: the T tokens of the step. Only the group of states, from which layers are planned, has star pieces.
+        num_tokens: T, tokens of the step.
+        tokens: the tokens, in the group of states, from which layers are planned; None in the others.
         block_table: (R, columns) int32, page ids of this group, to write to.
         key_table: (pieces, columns) int32, page ids that each piece of the batch attends to.
         query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of ``key_table``.
     """
 
-    tokens: StepTokens
+    num_tokens: int
+    tokens: StepTokens | None
     block_table: torch.Tensor
     key_table: torch.Tensor
     query_start_loc: torch.Tensor
@@ -65,10 +67,11 @@ class AttambaMetadata:
         columns = -(-int(seq_lens.max()) // spec.block_size)
         table = torch.zeros(len(query_lens), columns, dtype=torch.int32, device=device)
         query_start_loc, lens = (torch.from_numpy(array).int().to(device) for array in (starts, seq_lens))
-        return cls(tokens, table, table, query_start_loc, lens)
+        return cls(len(tokens.request), tokens, table, table, query_start_loc, lens)
 
     def plan(self, chunk_size: int, offset: int, window: int) -> ChunkPlan:
-        """The plan of a layer, made once for all layers with the same offset."""
+        """The plan of a layer, made once for all layers with the same offset; in the group of states."""
+        assert self.tokens is not None
         key = (chunk_size, offset, window)
         if key not in self._plans:
             self._plans[key] = make_plan(self.tokens, *key)
@@ -112,20 +115,19 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
         common = common_attn_metadata
         if common.seq_lens_cpu_upper_bound is None:
             raise RuntimeError("the model runner gave no host copy of seq_lens, so chunks can't be planned")
-        query_lens = common.query_start_loc_cpu.diff().numpy().astype(np.int64)
-        seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        tokens = dense_tokens(query_lens, seq_lens)
-        keys = common
+        keys, tokens = common, None
+        if self.holds_states:
+            query_lens = common.query_start_loc_cpu.diff().numpy().astype(np.int64)
+            tokens = dense_tokens(query_lens, common.seq_lens_cpu_upper_bound.numpy().astype(np.int64))
         step = current_step() if self.takes_star else None
         virtual = step.rows(common, self.kv_cache_spec.block_size, anchored=self.holds_states) if step else None
         if step is not None and virtual is not None:
             keys = virtual_metadata(common, virtual)
-            if self.holds_states:
+            if tokens is not None:
                 tokens = star_tokens(tokens, virtual)
                 step.count(self.recount_pairs(virtual, tokens))
-        return AttambaMetadata(
-            tokens, common.block_table_tensor, keys.block_table_tensor, keys.query_start_loc, keys.seq_lens
-        )
+        tables = common.block_table_tensor, keys.block_table_tensor
+        return AttambaMetadata(common.num_actual_tokens, tokens, *tables, keys.query_start_loc, keys.seq_lens)
 
     def recount_pairs(self, virtual: VirtualRows, tokens: StepTokens) -> VirtualRows:
         """The rows of the states with query-key pairs as Attamba attends to them, averaged over the model's layers."""

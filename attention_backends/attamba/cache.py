@@ -10,7 +10,8 @@ first page of a request's states holds the state of token 0: state number 0 is t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +22,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 
 from attention_backends.attamba.backend import AttambaBackend
 from attention_backends.attamba.chunks import PAGE_ROWS
-from attention_backends.attamba.pages import KvPages
 from vllm_compat.models import register_layer
 
 CHUNK_SIZES, WINDOW_SIZES = (2, 128), (1, 256)
@@ -101,6 +101,9 @@ def model_specs(config: Any, dtype: torch.dtype, ranks: int = 1) -> dict[str, At
     return {f"layers.{layer}.{name}": spec for layer in range(config.num_hidden_layers) for name, spec in specs.items()}
 
 
+Views = TypeVar("Views")
+
+
 class PagedRows(nn.Module, AttentionLayerBase):
     """One cache of one layer. vLLM allocates the cache by its spec and binds it to ``kv_cache``."""
 
@@ -108,7 +111,7 @@ class PagedRows(nn.Module, AttentionLayerBase):
         super().__init__()
         self.spec, self.prefix = spec, prefix
         self.kv_cache = torch.tensor([])
-        self._kv: tuple[torch.Tensor, KvPages] | None = None
+        self._views: tuple[torch.Tensor, Any] | None = None
         register_layer(get_current_vllm_config(), prefix, self)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -129,13 +132,13 @@ class PagedRows(nn.Module, AttentionLayerBase):
         width = cache.shape[-1]
         return cache.as_strided((cache.shape[0], self.rows, width), (cache.stride(0), width, 1))
 
+    def views(self, make: Callable[[torch.Tensor], Views]) -> Views:
+        """``make(self.pages)``, made once for the tensor that vLLM has bound."""
+        if self._views is None or self._views[0] is not self.kv_cache:
+            self._views = self.kv_cache, make(self.pages)
+        return self._views[1]
+
     def scratch_page(self, device: torch.device) -> torch.Tensor:
         """(1, rows, row values), a page of zeros like those of ``pages``, for runs without a cache."""
         width = self.spec.num_kv_heads * (self.spec.head_size + self.spec.head_size_v)
         return torch.zeros(1, self.rows, width, dtype=self.spec.dtype, device=device)
-
-    def kv_pages(self, heads: int) -> KvPages:
-        """Views of a cache of K|V, made once for the tensor that vLLM has bound."""
-        if self._kv is None or self._kv[0] is not self.kv_cache:
-            self._kv = self.kv_cache, KvPages(self.pages, heads)
-        return self._kv[1]

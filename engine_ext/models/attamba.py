@@ -148,19 +148,22 @@ class AttentiveSsm(nn.Module):
         angles = angle_tables(*self.rope, x.device)
         if metadata is None:  # a run without requests, such as vLLM's memory profiling
             states, window, rows = self.profiling_metadata(x)
-            zeros = torch.zeros(int(rows.tokens.position.max()) + 1, angles[0].shape[1], device=x.device)
+            assert states.tokens is not None
+            zeros = torch.zeros(int(states.tokens.position.max()) + 1, angles[0].shape[1], device=x.device)
             angles = zeros, zeros
             states_page, window_page, inputs = (cache.scratch_page(x.device) for cache in caches)
             states_kv, window_kv = (KvPages(page, self.heads) for page in (states_page, window_page))
         else:
             states, window, rows = (metadata[cache.prefix] for cache in caches)
-            states_kv, window_kv = (cache.kv_pages(self.heads) for cache in (self.states, self.window))
-            inputs = self.rows.pages
-        count = len(rows.tokens.position)
+            states_kv, window_kv = (cache.views(self.kv_pages) for cache in (self.states, self.window))
+            inputs = self.rows.views(lambda pages: pages)
+        count = rows.num_tokens
         plan = states.plan(self.attention.chunk, self.offset, self.attention.window - 1)
+        if count < len(x):
+            query, projected = query[:count], projected[:count]
         out = attend(
-            query[:count],
-            self.mixers(projected[:count], inputs, rows.block_table, plan),
+            query,
+            self.mixers(projected, inputs, rows.block_table, plan),
             x[:count, self.rank * self.local_dim : (self.rank + 1) * self.local_dim],
             angles,
             Cache(states_kv, states),
@@ -169,6 +172,9 @@ class AttentiveSsm(nn.Module):
             self.attention,
         )
         return nn.functional.pad(out, (0, 0, 0, len(x) - count)) if count < len(x) else out
+
+    def kv_pages(self, pages: torch.Tensor) -> KvPages:
+        return KvPages(pages, self.heads)
 
     def profiling_metadata(self, x: torch.Tensor) -> Iterator[AttambaMetadata]:
         """Metadata of the states, the window and the rows for a run of tokens x (T, dim) that belong to no request.

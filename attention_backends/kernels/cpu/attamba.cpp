@@ -11,6 +11,8 @@
 namespace starling {
 namespace {
 
+constexpr int64_t CACHED_FLOATS = 1 << 18;
+
 template <class T>
 at::Tensor tensor_of(const std::vector<T>& values) {
   at::Tensor tensor = at::empty({static_cast<int64_t>(values.size())}, c10::CppTypeToScalarType<T>::value);
@@ -140,7 +142,9 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
   }
   at::Tensor out = at::empty({tokens, heads * size}, query.options());
   const auto floats = at::TensorOptions(at::kFloat);
-  at::Tensor parts = at::empty({2, tokens, heads, size}, floats), lses = at::empty({2, tokens, heads}, floats);
+  // So many heads at a time that both parts of their output stay in the second-level cache.
+  const int64_t group = std::clamp<int64_t>(CACHED_FLOATS / (2 * tokens * size), 1, heads);
+  at::Tensor parts = at::empty({2, tokens, group, size}, floats), lses = at::empty({2, tokens, group}, floats);
   // A staircase is a row of the states' call: its table is that of its piece.
   const int64_t stairs = stair_piece.size(0), columns = read_states.size(1);
   at::Tensor stair_table = at::empty({stairs, columns}, at::kInt);
@@ -167,13 +171,14 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
         const auto row = [&](const at::Tensor& of) { return of.const_data_ptr<T>() + t * of.stride(0); };
         const T *mixed_key = row(key), *mixed_value = row(value), *added = row(own), *asked = row(query);
         turn.set(angles, positions[t]);
-        for (int64_t d = 0; d < heads * size; d += LANES) {
-          const int64_t at = t * heads * size + d;
-          const Vec x = floats_at(added + d);
-          store_as(turned_query + at, turn(floats_at(asked + d), d % size));
-          store_as(new_key + at, turn(floats_at(mixed_key + d) + x, d % size));
-          store_as(new_value + at, floats_at(mixed_value + d) + x);
-        }
+        for (int64_t head = 0; head < heads * size; head += size)
+          for (int64_t d = 0; d < size; d += LANES) {
+            const int64_t from = head + d, to = t * heads * size + from;
+            const Vec x = floats_at(added + from);
+            store_as(turned_query + to, turn(floats_at(asked + from), d));
+            store_as(new_key + to, turn(floats_at(mixed_key + from) + x, d));
+            store_as(new_value + to, floats_at(mixed_value + from) + x);
+          }
         write(to_window_pages, to_window[requests[t] * write_window.size(1) + positions[t] / page], positions[t] % page, t);
       }
     });
@@ -192,26 +197,30 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
       std::memcpy((void*)row, new_key + t * heads * size, heads * size * sizeof(T));
       std::memcpy((void*)(row + heads * size), new_value + t * heads * size, heads * size * sizeof(T));
     }
-    const at::Tensor turned_queries = turned[0], part = parts[0];
-    const auto attend_to = [&](int64_t index, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
-                               const at::Tensor& starts, const at::Tensor& lens, int64_t queries_per_key,
-                               int64_t window_size) {
-      Call call = make_call(turned_queries, keys, values, table, starts, lens, part, scale, 0, 1, true);
-      call.causal = true;
-      call.queries_per_key = queries_per_key;
-      call.window = window_size;
-      check_values(call);
-      run<T, T, float>(call, false, turned_query, Cache<T>{keys.const_data_ptr<T>(), values.const_data_ptr<T>()},
-                       parts.mutable_data_ptr<float>() + index * part.numel(),
-                       lses.mutable_data_ptr<float>() + index * tokens * heads);
-    };
-    attend_to(0, states_keys, states_values, stair_table, stair_starts, stair_states, chunk_size, 0);
-    attend_to(1, window_keys, window_values, read_window, query_start_loc, seq_lens, 1, window);
     const FirstState<T> first{last_rows.const_data_ptr<T>(), last_rows.stride(0), pieces,
                               read_states.const_data_ptr<int32_t>(), columns, token_0_seen.const_data_ptr<bool>()};
-    const float *of_parts = parts.const_data_ptr<float>(), *of_lses = lses.const_data_ptr<float>();
-    merge_parts(turned_query, first, of_parts, of_lses, of_parts + part.numel(), of_lses + tokens * heads, tokens, heads,
-                size, static_cast<float>(scale), out.mutable_data_ptr<T>());
+    for (int64_t head = 0; head < heads; head += group) {
+      const int64_t count = std::min(group, heads - head);
+      const at::Tensor of_heads = turned[0].narrow(1, head, count), part = parts[0].narrow(1, 0, count);
+      float *part_data = parts.mutable_data_ptr<float>(), *lse_data = lses.mutable_data_ptr<float>();
+      const auto attend_to = [&](int64_t index, const at::Tensor& all_keys, const at::Tensor& all_values,
+                                 const at::Tensor& table, const at::Tensor& starts, const at::Tensor& lens,
+                                 int64_t queries_per_key, int64_t window_size) {
+        const at::Tensor keys = all_keys.narrow(2, head, count), values = all_values.narrow(2, head, count);
+        Call call = make_call(of_heads, keys, values, table, starts, lens, part, scale, 0, 1, true);
+        call.causal = true;
+        call.queries_per_key = queries_per_key;
+        call.window = window_size;
+        check_values(call);
+        run<T, T, float>(call, false, of_heads.const_data_ptr<T>(),
+                         Cache<T>{keys.const_data_ptr<T>(), values.const_data_ptr<T>()},
+                         part_data + index * tokens * group * size, lse_data + index * tokens * group);
+      };
+      attend_to(0, states_keys, states_values, stair_table, stair_starts, stair_states, chunk_size, 0);
+      attend_to(1, window_keys, window_values, read_window, query_start_loc, seq_lens, 1, window);
+      merge_parts(Heads{head, count, group, heads, size}, turned_query, first, part_data, lse_data, tokens,
+                  static_cast<float>(scale), out.mutable_data_ptr<T>());
+    }
   });
   return out;
 }

@@ -232,6 +232,8 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
     Operand<T>* to = packed + i * call.key_size;
     if (call.is_turned)
       turn_back(call, token, from, to);
+    else if constexpr (std::is_same_v<Q, Operand<T>>)
+      std::memcpy((void*)to, from, call.key_size * sizeof(Q));
     else
       for (int64_t d = 0; d < call.key_size; ++d) to[d] = static_cast<Operand<T>>(from[d]);
   }

@@ -42,8 +42,7 @@ struct Mix {
 
 template <class T>
 struct MixScratch {
-  Buffer<float> mixed, dt, scores, weights, y;
-  Buffer<double> decay;
+  Buffer<float> mixed, dt, decay, remains, weights, y;
   std::vector<const T*> rows;
 };
 
@@ -86,23 +85,18 @@ void convolve(const Mix<T>& call, int64_t mixer, const std::vector<const T*>& ro
   }
 }
 
-// dt (heads, stride) and the sums of dt A up to each row, in double: they get large, and their differences are exponents.
+// dt and exp(dt A) of each row and head, (rows, stride).
 template <class T>
-void make_decays(const Mix<T>& call, int64_t mixer, const std::vector<const T*>& rows, float* dt, double* decay,
+void make_decays(const Mix<T>& call, int64_t mixer, const std::vector<const T*>& rows, float* dt, float* decay,
                  int64_t stride) {
   const MixerSizes& sizes = call.sizes;
   for (int64_t h = 0; h < sizes.heads; h += LANES) {
-    const int64_t lanes = std::min<int64_t>(sizes.heads - h, LANES);
-    double totals[LANES] = {}, rates[LANES];
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      rates[lane] = -std::exp(static_cast<double>(call.a_log[mixer * sizes.heads + h + lane]));
+    const int64_t lanes = sizes.heads - h;
+    const Vec rate = exp(some_floats_at(call.a_log + mixer * sizes.heads + h, lanes));
     for (size_t j = 0; j < rows.size(); ++j) {
       const Vec step = softplus(some_floats_at(rows[j] + sizes.channels() + h, lanes));
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        totals[lane] += step[lane] * rates[lane];
-        dt[(h + lane) * stride + j] = step[lane];
-        decay[(h + lane) * stride + j] = totals[lane];
-      }
+      store(dt + j * stride + h, step);
+      store(decay + j * stride + h, exp(-step * rate));
     }
   }
 }
@@ -116,18 +110,18 @@ inline float dot(const float* a, const float* b, int64_t size) {
   return sum(total) + rest;
 }
 
-// y[0, size) = skip * rows[last] + the sum of weights[j] * rows[j] up to `last`, of rows `stride` apart.
-inline void weighted_sum(const float* rows, int64_t stride, const float* weights, int64_t last, float skip,
-                         int64_t size, float* y) {
+// y[0, size) = skip * rows[last] + the sum of weights[j * weight_stride] * rows[j] up to `last`, of rows `stride` apart.
+inline void weighted_sum(const float* rows, int64_t stride, const float* weights, int64_t weight_stride, int64_t last,
+                         float skip, int64_t size, float* y) {
   int64_t d = 0;
   for (; d + LANES <= size; d += LANES) {
     Vec total = floats_at(rows + last * stride + d) * skip;
-    for (int64_t j = 0; j <= last; ++j) total += floats_at(rows + j * stride + d) * weights[j];
+    for (int64_t j = 0; j <= last; ++j) total += floats_at(rows + j * stride + d) * weights[j * weight_stride];
     store(y + d, total);
   }
   for (; d < size; ++d) {
     y[d] = skip * rows[last * stride + d];
-    for (int64_t j = 0; j <= last; ++j) y[d] += weights[j] * rows[j * stride + d];
+    for (int64_t j = 0; j <= last; ++j) y[d] += weights[j * weight_stride] * rows[j * stride + d];
   }
 }
 
@@ -166,29 +160,29 @@ void mix_chunk(const Mix<T>& call, int64_t chunk, int64_t mixer, MixScratch<T>& 
               sizes.inner;
     std::memcpy((void*)kept, rows[j], sizes.width() * sizeof(T));
   }
-  const int64_t stride = round_up(sizes.channels(), LANES), columns = round_up(count, LANES);
+  const int64_t stride = round_up(sizes.channels(), LANES), heads = round_up(sizes.heads, LANES);
   float* mixed = scratch.mixed.get(count * stride);
-  float* dt = scratch.dt.get(sizes.heads * columns);
-  double* decay = scratch.decay.get(sizes.heads * columns);
-  float *scores = scratch.scores.get(columns), *weights = scratch.weights.get(columns);
+  float *dt = scratch.dt.get(count * heads), *decay = scratch.decay.get(count * heads);
+  float *remains = scratch.remains.get(count * heads), *weights = scratch.weights.get(count * heads);
   float* y = scratch.y.get(round_up(sizes.inner, LANES));
   convolve(call, mixer, rows, before, mixed, stride);
-  make_decays(call, mixer, rows, dt, decay, columns);
+  make_decays(call, mixer, rows, dt, decay, heads);
   const int64_t head_size = sizes.inner / sizes.heads;
-  for (int64_t q = before; q < count; ++q) {
+  for (int64_t q = 0; q < count; ++q) {
+    // remains: what is left of dt of each row and head at row q. A product of decays rounds less than a long sum.
+    for (int64_t i = 0; i < q * heads; i += LANES)
+      store(remains + i, floats_at(remains + i) * floats_at(decay + q * heads + i % heads));
+    for (int64_t h = 0; h < heads; h += LANES) store(remains + q * heads + h, floats_at(dt + q * heads + h));
+    if (q < before) continue;
     const float* c = mixed + q * stride + sizes.inner + sizes.state;
-    for (int64_t j = 0; j <= q; ++j) scores[j] = dot(c, mixed + j * stride + sizes.inner, sizes.state);
-    for (int64_t h = 0; h < sizes.heads; ++h) {
-      const double* sums = decay + h * columns;
-      for (int64_t j = 0; j <= q; ++j) weights[j] = static_cast<float>(sums[q] - sums[j]);
-      for (int64_t j = 0; j <= q; j += LANES) {
-        const Vec part = exp(some_floats_at(weights + j, q + 1 - j)) * some_floats_at(dt + h * columns + j, q + 1 - j) *
-                         some_floats_at(scores + j, q + 1 - j);
-        store(weights + j, part);
-      }
-      weighted_sum(mixed + h * head_size, stride, weights, q, call.skip[mixer * sizes.heads + h], head_size,
-                   y + h * head_size);
+    for (int64_t j = 0; j <= q; ++j) {
+      const float score = dot(c, mixed + j * stride + sizes.inner, sizes.state);
+      for (int64_t h = 0; h < heads; h += LANES)
+        store(weights + j * heads + h, floats_at(remains + j * heads + h) * score);
     }
+    for (int64_t h = 0; h < sizes.heads; ++h)
+      weighted_sum(mixed + h * head_size, stride, weights + h, heads, q, call.skip[mixer * sizes.heads + h], head_size,
+                   y + h * head_size);
     gate_and_norm(call, mixer, first + q - before, y);
   }
 }

@@ -72,30 +72,37 @@ struct FirstState {
   const T* of(int64_t token) const { return rows + table[piece[token] * columns] * stride; }
 };
 
-// Merges both parts (tokens, heads, size), of which `recent` has a key for every token, and the state of token 0.
+// Heads [first, first + count) of `all`, whose parts have room for `group` heads.
+struct Heads {
+  int64_t first, count, group, all, size;
+};
+
+// Merges both parts (tokens, group, size), those of the states and of the window, in which every token has a key, and
+// the state of token 0 into out (tokens, all heads, size). The log-sum-exps are (tokens, count).
 template <class T>
-void merge_parts(const T* query, const FirstState<T>& first, const float* states, const float* states_lse,
-                 const float* recent, const float* recent_lse, int64_t tokens, int64_t heads, int64_t size, float scale,
-                 T* out) {
-  at::parallel_for(0, tokens * heads, 64, [&](int64_t begin, int64_t end) {
+void merge_parts(const Heads& heads, const T* query, const FirstState<T>& first, const float* parts, const float* lses,
+                 int64_t tokens, float scale, T* out) {
+  const int64_t size = heads.size;
+  const float *of_window = parts + tokens * heads.group * size, *window_lses = lses + tokens * heads.group;
+  at::parallel_for(0, tokens * heads.count, 64, [&](int64_t begin, int64_t end) {
     for (int64_t cell = begin; cell < end; ++cell) {
-      const int64_t token = cell / heads, head = cell % heads, at = cell * size;
+      const int64_t token = cell / heads.count, index = cell % heads.count, head = heads.first + index;
+      const int64_t from = (token * heads.group + index) * size, at = (token * heads.all + head) * size;
       const T* value = nullptr;
       float score = NO_KEY;
       if (first.seen[token]) {
         const T* key = first.of(token) + head * size;
-        value = key + heads * size;
+        value = key + heads.all * size;
         Vec total = {};
         for (int64_t d = 0; d < size; d += LANES) total += floats_at(query + at + d) * floats_at(key + d);
         score = sum(total) * scale;
       }
-      const float peak = std::max(std::max(states_lse[cell], recent_lse[cell]), score);
-      float of_states = std::exp(states_lse[cell] - peak), of_recent = std::exp(recent_lse[cell] - peak);
-      float of_first = std::exp(score - peak);
-      const float total = of_states + of_recent + of_first;
-      of_states /= total, of_recent /= total, of_first /= total;
+      const float peak = std::max(std::max(lses[cell], window_lses[cell]), score);
+      const Vec weights = exp(Vec{lses[cell] - peak, window_lses[cell] - peak, score - peak});
+      const float factor = 1.0f / (weights[0] + weights[1] + weights[2]);
+      const float of_states = weights[0] * factor, of_recent = weights[1] * factor, of_first = weights[2] * factor;
       for (int64_t d = 0; d < size; d += LANES) {
-        Vec merged = floats_at(states + at + d) * of_states + floats_at(recent + at + d) * of_recent;
+        Vec merged = floats_at(parts + from + d) * of_states + floats_at(of_window + from + d) * of_recent;
         if (value) merged += floats_at(value + d) * of_first;
         store_as(out + at + d, merged);
       }

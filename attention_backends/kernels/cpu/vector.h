@@ -130,11 +130,22 @@ inline Vec exp(Vec x) {
   return x == x ? value : x;
 }
 
-inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+// 1 / x to about two ulp for x from 1 up; 0 for infinity, and NaN for NaN.
+inline Vec inverse(Vec x) {
+#if defined(__AVX512F__)
+  const Vec rough = (Vec)_mm512_rcp14_ps((__m512)x);
+  const Vec better = rough * (2.0f - x * rough);
+  return x < 1e37f ? better : rough;
+#else
+  return 1.0f / x;
+#endif
+}
+
+inline Vec silu(Vec x) { return x * inverse(1.0f + exp(-x)); }
 
 // log(1 + exp(x)). With z = exp(-|x|), log(1 + z) = 2 atanh(z / (2 + z)), whose series has an error of 1e-9 for z <= 1.
 inline Vec softplus(Vec x) {
-  const Vec z = exp(x < 0.0f ? x : -x), ratio = z / (2.0f + z), square = ratio * ratio;
+  const Vec z = exp(x < 0.0f ? x : -x), ratio = z * inverse(2.0f + z), square = ratio * ratio;
   Vec p = splat(1.0f / 15);
   for (int term = 13; term > 0; term -= 2) p = p * square + 1.0f / term;
   return (x > 0.0f ? x : Vec{}) + 2.0f * ratio * p;

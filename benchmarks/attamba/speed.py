@@ -28,7 +28,11 @@ from benchmarks.report import OUT, ratio_interval, write_json
 
 MODELS = ("transformer", "attamba")
 STEPS = 24  # decode steps, timed together
-ARGUMENTS: dict[str, Any] = {"max_num_batched_tokens": 2048, "additional_config": {"starling": {}}}
+ARGUMENTS: dict[str, Any] = {
+    "max_num_batched_tokens": 2048,
+    "additional_config": {"starling": {}},
+    "enforce_eager": False,  # vLLM compiles both models, as it does by default
+}
 BATCH = {"requests": 32, "prompt_tokens": 960, "new_tokens": 64}
 Seconds = dict[str, list[float]]
 """Seconds of each round, by model."""

@@ -234,7 +234,7 @@ def measure(model: Llama, tokenizer: PreTrainedTokenizerFast, windows: list[Tens
     for method in METHODS:
         bits[method] = torch.stack([model.bits(tokens, method).sum() for tokens in windows]).double().numpy()
         ratio = mean_ratio(bits[method], bits[METHODS[0]])
-        rows[method.name] = {"bits_per_byte": bits[method].sum() / size, "over_all_keys": ratio}
+        rows[method.name] = {"bits_per_byte": float(bits[method].sum() / size), "over_all_keys": ratio}
         print(f"{len(windows)} x {len(windows[0]) - 1}, {method.name}: {rows[method.name]}", flush=True)
     return rows
 

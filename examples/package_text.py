@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.random_llama import SPECIAL
-from examples.recall import MARK
 from examples.stdlib_text import Text
 
 TRAIN = ("sympy", "transformers", "matplotlib", "numba", "mypy", "fontTools", "hypothesis", "pip", "torch")
@@ -69,18 +68,18 @@ def read_packages(packages: tuple[str, ...], seen: set[int], most: int | None = 
 
 
 def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, with the special tokens SPECIAL (end of a file) and MARK."""
+    """A byte-level BPE tokenizer, with the special token SPECIAL, the end of a file."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[SPECIAL, MARK],
+        special_tokens=[SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL, additional_special_tokens=[MARK])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL)
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:

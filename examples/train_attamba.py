@@ -3,10 +3,10 @@
     python examples/train_attamba.py --chunk 4 --window 32 --out build/attamba/p4-l32
     python examples/train_attamba.py --model transformer --out build/attamba/transformer
     python examples/train_attamba.py --model transformer --kv-cut 4 --out build/attamba/isokv4
-    python examples/train_attamba.py --text packages --recall 0.5 --length 1024 --autocast --out build/attamba/tokens
+    python examples/train_attamba.py --text packages --recall 0.25 --length 1024 --autocast --out build/attamba/tokens
 
-The text is the standard library byte by byte, or installed packages with a tokenizer (examples/package_text.py), into
-which `--recall` plants a recall task (examples/recall.py).
+The text is the standard library byte by byte, or installed packages with a tokenizer (examples/package_text.py).
+`--recall` replaces a share of the sequences by a recall task (examples/recall.py).
 
 `--out` gets a checkpoint that vLLM serves (config.json, model.safetensors, tokenizer), train.log, result.json and
 loss.png. The same command resumes a stopped run from its last saved step and gives the same weights as a run without a
@@ -31,13 +31,12 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.attamba_model import Attamba, AttambaConfig, write_checkpoint
 from examples.package_text import load_package_text
-from examples.recall import MARK, plant, random_distances
+from examples.recall import random_distances, repeated
 from examples.stdlib_text import END, Text, batch, load_text, windows
 from examples.transformer_model import Transformer, TransformerConfig, cut_heads, write_llama
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.033, 1.0  # as in the paper's configurations
 KV_BYTES = 2  # bytes of an element of a bf16 KV cache
-RECALL_PAIRS = 16  # pairs of items in a sequence of 1,024 tokens with the recall task
 TEXTS = {"stdlib": load_text, "packages": load_package_text}
 
 
@@ -148,16 +147,13 @@ def bits_per_byte(model: nn.Module, tokens: Tensor, token_bytes: Tensor, size: i
 
 
 def training_batch(args: argparse.Namespace, text: Text, step: int) -> Tensor:
-    """(batch, length + 1) int64 tokens of a step, with the recall task in a share ``args.recall`` of all sequences."""
+    """(batch, length + 1) int64 tokens of a step, a share ``args.recall`` of all sequences is the recall task."""
     tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=step)
     first = step * args.batch  # the sequences are numbered over all steps, so that the share is exact
     rows = [i for i in range(args.batch) if int((first + i + 1) * args.recall) > int((first + i) * args.recall)]
     if rows:
-        seed = args.seed * 1_000_003 + step
-        part, pairs = tokens[rows], RECALL_PAIRS * args.length // 1024
-        distances = random_distances(len(rows), pairs, seed)
-        plant(part, text.tokenizer.convert_tokens_to_ids(MARK), len(text.token_bytes), distances, seed)
-        tokens[rows] = part
+        seed, size = args.seed * 1_000_003 + step, args.length + 1
+        tokens[rows] = repeated(random_distances(len(rows), size, seed), size, len(text.token_bytes), seed)
     return tokens
 
 

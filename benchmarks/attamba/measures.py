@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.report import mean_ratio
 from examples.attamba_model import load_attamba
-from examples.recall import DISTANCES, MARK, plant
+from examples.recall import DISTANCES, repeated
 from examples.stdlib_text import Text, windows
 
 CONTEXTS, TAIL = (256, 512), 128
 """The last TAIL tokens of each window are also predicted from sequences of these lengths, to see what context gains."""
-PAIRS_PER_DISTANCE = 3
+RECALL_TOKENS = 4096
+"""About so many tokens to recall at each distance."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t for this many seeds."""
 Logits = Callable[[Tensor], Tensor]
@@ -45,18 +46,17 @@ def token_bits(logits: Logits, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def recall_hits(logits: Logits, text: Text, count: int, length: int) -> dict[int, Tensor]:
-    """For each distance, (pairs,) bool: whether the most probable token is the value to recall."""
-    tokens = windows(text.validation, count, length)[:, :-1]
-    wanted = sorted(DISTANCES, reverse=True) * PAIRS_PER_DISTANCE  # long ones first, while there is room for them
-    mark = text.tokenizer.convert_tokens_to_ids(MARK)
-    planted = plant(tokens, mark, len(text.token_bytes), [wanted] * count, seed=0)
-    guesses = torch.cat([logits(part).argmax(-1) for part in tokens.split(8)])
-    hits: dict[int, list[bool]] = {distance: [] for distance in DISTANCES}
-    for pair in planted:
-        right = guesses[pair.row, pair.position - 1] == tokens[pair.row, pair.position]
-        hits[pair.distance].append(bool(right))
-    return {distance: torch.tensor(found) for distance, found in hits.items()}
+def recall_hits(logits: Logits, vocabulary: int) -> dict[int, Tensor]:
+    """For each distance, (tokens,) bool: whether the most probable token is the one of the first copy.
+
+    Only the second copy counts, so that there is one earlier copy to look at.
+    """
+    hits = {}
+    for distance in DISTANCES:
+        tokens = repeated([distance] * max(1, RECALL_TOKENS // distance), 2 * distance, vocabulary, seed=distance)
+        guesses = torch.cat([logits(part[:, :-1]).argmax(-1) for part in tokens.split(16)])
+        hits[distance] = (guesses == tokens[:, 1:])[:, distance:].flatten()
+    return hits
 
 
 def evaluate(path: Path, text: Text, count: int, length: int) -> dict[str, Tensor]:
@@ -64,14 +64,14 @@ def evaluate(path: Path, text: Text, count: int, length: int) -> dict[str, Tenso
 
     Returns:
         `bytes` and `bits` (count, length) of each token; `context C` (count,), bits of the last TAIL tokens of each
-        window in a sequence of C tokens; `recall D` (pairs,), hits at a distance of D tokens.
+        window in a sequence of C tokens; `recall D` (tokens,), hits at a distance of D tokens.
     """
     logits, tokens = load_logits(path), windows(text.validation, count, length)
     found = {"bytes": text.token_bytes[tokens[:, 1:]], "bits": token_bits(logits, tokens)}
     for context in CONTEXTS:
         found[f"context {context}"] = token_bits(logits, tokens[:, -context - 1 :])[:, -TAIL:].sum(1)
     found[f"context {length}"] = found["bits"][:, -TAIL:].sum(1)
-    hits = recall_hits(logits, text, max(1, count // 3), length)
+    hits = recall_hits(logits, len(text.token_bytes))
     return found | {f"recall {distance}": hit for distance, hit in hits.items()}
 
 
@@ -136,7 +136,7 @@ def compare(
 
 
 def accuracies(runs: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, object]]:
-    """Recall by distance: the `mean` over seeds, `by_seed`, `over_seeds` (95 % interval), and `pairs` a seed."""
+    """Recall by distance: the `mean` over seeds, `by_seed`, `over_seeds` (95 % interval), and `tokens` a seed."""
     result: dict[int, dict[str, object]] = {}
     for distance in DISTANCES:
         by_seed = [run[f"recall {distance}"].double().mean().item() for run in runs]
@@ -144,6 +144,6 @@ def accuracies(runs: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, object]
             "mean": statistics.mean(by_seed),
             "by_seed": by_seed,
             "over_seeds": seeds_interval(by_seed),
-            "pairs": len(runs[0][f"recall {distance}"]),
+            "tokens": len(runs[0][f"recall {distance}"]),
         }
     return result

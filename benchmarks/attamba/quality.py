@@ -1,7 +1,7 @@
 """The cost in quality of Attamba's smaller cache: `python -m benchmarks.attamba.quality`, hours on two cores.
 
-The benchmark trains small models with examples/train_attamba.py on the sources of installed packages, into which a
-recall task is planted (examples/recall.py): a transformer, one with a quarter of the KV, Attamba with P = 4, L = 32 and
+The benchmark trains small models with examples/train_attamba.py on the sources of installed packages and a recall
+task (examples/recall.py): a transformer, one with a quarter of the KV, Attamba with P = 4, L = 32 and
 with P = 8, L = 16, and a control, Attamba with a window as long as the sequence, which drops no key. All have equally
 many parameters, and all runs of a seed see the same tokens in the same order. Each model has the learning rate that was
 the best in shorter runs with another seed.
@@ -42,7 +42,7 @@ MODELS = {
     "attamba-p4-l1024": ["--chunk", "4", "--window", "1024"],
 }
 SIZES = ["--dim", "192", "--ffn", "512", "--ssm-inner", "96", "--length", "1024", "--batch", "4", "--windows", "192"]
-COMMON = ["--text", "packages", "--recall", "0.5", "--autocast", "--dtype", "float32", *SIZES]
+COMMON = ["--text", "packages", "--recall", "0.25", "--autocast", "--dtype", "float32", *SIZES]
 STEPS, SWEEP_STEPS = 900, 180
 RATES, SWEEP_SEED = ("1.5e-3", "3e-3", "6e-3"), 100
 """The learning rates to choose from. The one with the fewest validation bits in SWEEP_STEPS is used for all seeds."""

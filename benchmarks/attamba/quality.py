@@ -182,22 +182,8 @@ def run_all(jobs: Sequence[Job], workers: ProcessPoolExecutor, progress: Progres
         print(f"{future.result().path.name}: done. {progress}", flush=True)
 
 
-def measured(found: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
-    """What was measured of one model, by seed: its bits per byte, its gain from context, its recall."""
-    runs, length = list(found.values()), len(next(iter(found.values()))["bits"][0])
-    return {
-        "bits_per_byte": {seed: bits_per_byte(of, (0, length)) for seed, of in found.items()},
-        "by_position": {
-            f"{span[0]} to {span[1] - 1}": statistics.mean(bits_per_byte(of, span) for of in runs)
-            for span in spans(length)[:-1]
-        },
-        "context": context_gains(runs),
-        "recall": accuracies(runs),
-    }
-
-
 def summarise(runs: dict[int, Job], found: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
-    """The row of a model: its size, its cache, and what was measured."""
+    """The row of a model: its size, its cache, its bits per byte, its gain from context, its recall."""
     results = {seed: job.result() or {} for seed, job in runs.items()}
     first = next(iter(results.values()))
     length, dim, layers = (first["settings"][name] for name in ("length", "dim", "layers"))
@@ -211,7 +197,14 @@ def summarise(runs: dict[int, Job], found: dict[int, dict[str, Tensor]]) -> dict
         # At most the bytes of all K|V rows: a window as long as the sequence holds every row once.
         "kv_bytes_of_training_length": min(cache_bytes, 2 * KV_BYTES * dim * layers * length),
         "train_seconds": {seed: round(result["seconds"]) for seed, result in results.items()},
-    } | measured(found)
+        "bits_per_byte": {seed: bits_per_byte(of, (0, length)) for seed, of in found.items()},
+        "by_position": {
+            f"{span[0]} to {span[1] - 1}": statistics.mean(bits_per_byte(of, span) for of in found.values())
+            for span in spans(length)[:-1]
+        },
+        "context": context_gains(list(found.values())),
+        "recall": accuracies(list(found.values())),
+    }
 
 
 def collect(jobs: Iterable[Job]) -> dict[str, Any]:
@@ -248,16 +241,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each with one thread (default: %(default)s)")
     parser.add_argument("--only-present", action="store_true", help="tabulate finished runs, train none")
-    parser.add_argument("--checkpoint", type=Path, help="measure this checkpoint only: results/attamba_context.json")
     args = parser.parse_args()
-    if args.checkpoint:
-        torch.set_num_threads(1)
-        sizes = parse([*COMMON, "--out", ""])
-        row = measured({0: evaluate(args.checkpoint, load_package_text(), sizes.windows, sizes.length)})
-        training = json.loads((args.checkpoint / "result.json").read_text())
-        kept = {name: training[name] for name in ("settings", "parameters", "tokens")}
-        print(write_json("attamba_context", kept | row), json.dumps(row, indent=1))
-        return
     if not args.only_present:
         progress = Progress(args.models, args.seeds, seconds_per_step(args.models))
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as workers:

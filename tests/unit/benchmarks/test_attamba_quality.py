@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from concurrent.futures import Executor, Future
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from benchmarks import report
 from benchmarks.attamba import measures, quality
 from examples.recall import DISTANCES
 from examples.stdlib_text import Text
@@ -147,19 +145,6 @@ def test_a_grid_goes_on_where_it_stopped_and_gives_tables(text, tmp_path, monkey
     assert printed.count("| attamba-p4-l32 |") == 3 and printed.count("| attamba-p4-l32 over transformer |") == 5
     quality.plot(result, quality.BASELINE, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-
-
-def test_a_single_checkpoint_is_measured(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "COMMON", TINY)
-    monkeypatch.setattr(quality, "load_package_text", lambda: text)
-    monkeypatch.setattr(report, "OUT", tmp_path)
-    out = tmp_path / "run"
-    quality.train(quality.parse([*TINY, "--steps", "1", "--out", str(out)]), text)
-    monkeypatch.setattr(sys, "argv", ["quality", "--checkpoint", str(out)])
-    quality.main()
-    stored = json.loads((tmp_path / "attamba_context.json").read_text())
-    assert list(stored["context"]) == ["512 over 256", "700 over 512"]
-    assert stored["settings"]["steps"] == 1 and stored["tokens"] == 700
 
 
 def test_all_models_of_the_grid_have_as_many_parameters(tmp_path):

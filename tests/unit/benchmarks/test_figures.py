@@ -35,7 +35,7 @@ UNRECORDED = {
         "4.9 %": "Attamba's paper",
         "1.6 %": "Attamba's paper",
         "80 %": "a setting of the soak",
-        "0.45 %": "a transformer of an unfinished run, benchmarks.attamba.quality --checkpoint",
+        "0.45 %": "a transformer of an unfinished run, measured as the grid is",
         "0.59 %": "the same",
         "0.10 %": "the same",
         "0.12 %": "the same",

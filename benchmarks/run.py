@@ -57,6 +57,7 @@ FULL: dict[str, str] = {
     "attamba.speed": "",
     "attamba.capacity": "",
     "attamba.quality": "",
+    "attamba.from_transformer": "models/smollm2-135m-instruct",
     "front_overhead": "",
     "replicas.ttft": "",
     "replicas.model": "",

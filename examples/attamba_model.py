@@ -28,6 +28,7 @@ The paper and its code leave some points open. This implementation decides them 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +39,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.random_llama import byte_tokenizer
+
+UNCUT, BLOCK = 512, 256
+"""Attention over longer sequences than the first number of tokens is computed in blocks of the second."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,69 @@ def visible_mask(length: int, chunk_size: int, window: int, offset: int) -> Tens
     return (boundary & (s < t)) | ((t - window <= s) & (s <= t))
 
 
+@functools.cache
+def visible_blocks(length: int, chunk_size: int, window: int, offset: int) -> list[tuple[slice, Tensor, Tensor]]:
+    """The rows of `visible_mask`, in blocks, without the columns that no row of a block sees.
+
+    Returns:
+        For each block its rows, its columns (C,), and its part of the mask (rows, C).
+    """
+    mask, blocks = visible_mask(length, chunk_size, window, offset), []
+    size = length if length <= UNCUT else BLOCK
+    for start in range(0, length, size):
+        rows = mask[start : start + size]
+        columns = rows.any(0).nonzero().flatten()
+        blocks.append((slice(start, start + size), columns, rows[:, columns]))
+    return blocks
+
+
+def attend_visible(q: Tensor, k: Tensor, v: Tensor, blocks: list[tuple[slice, Tensor, Tensor]]) -> Tensor:
+    """Attention under a mask given by `visible_blocks`; q, k, v and the result are (B, heads, T, head_dim)."""
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, rows], k.index_select(2, columns), v.index_select(2, columns), attn_mask=mask
+        )
+        for rows, columns, mask in blocks
+    ]
+    return torch.cat(parts, dim=2)
+
+
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """Interleaved RoPE at positions 0, 1, ... of (B, heads, T, head_dim)."""
+    """Interleaved RoPE at positions 0, 1, ... of (B, heads, T, head_dim), computed in float32 or float64."""
     length, size = x.shape[-2:]
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    turns = torch.complex(angles.cos(), angles.sin()).to(wide.to_complex())
+    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+class CausalConv(torch.autograd.Function):
+    """Depthwise causal convolution of (..., P, channels) with weights (channels, width), without copies of the input.
+
+    Autograd's own derivative of the same sums takes two to four times as long: it pads a copy of the input for each
+    tap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = x * weight[:, -1]
+        for back in range(1, min(weight.shape[1], x.shape[-2])):
+            out[..., back:, :] += x[..., :-back, :] * weight[:, -1 - back]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (x, weight), (of_out,) = ctx.saved_tensors, gradients
+        of_x, of_weight = of_out * weight[:, -1], torch.zeros_like(weight)
+        of_weight[:, -1] = (of_out * x).flatten(0, -2).sum(0)
+        for back in range(1, min(weight.shape[1], x.shape[-2])):
+            later = of_out[..., back:, :]
+            of_x[..., :-back, :] += later * weight[:, -1 - back]
+            of_weight[:, -1 - back] = (later * x[..., :-back, :]).flatten(0, -2).sum(0)
+        return of_x.to(x.dtype), of_weight
 
 
 class Mixer(nn.Module):
@@ -139,19 +199,10 @@ class Mixer(nn.Module):
         with torch.no_grad():
             self.A_log.uniform_(0.01, 2.0).log_()  # the released configurations' range of -A
 
-    def conv(self, x: Tensor) -> Tensor:
-        """Depthwise causal convolution within each row, then SiLU; (..., P, channels) -> the same."""
-        length, width = x.shape[-2], self.conv_weight.shape[1]
-        terms = [
-            F.pad(x, (0, 0, back, 0))[..., :length, :] * self.conv_weight[:, width - 1 - back]
-            for back in range(min(width, length))
-        ]
-        return F.silu(sum(terms[1:], terms[0]))
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, P, dim) -> (B, N, P, dim)."""
         z, mixed, dt = self.in_proj(x).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
-        u, b, c = self.conv(mixed).split([self.inner, self.state, self.state], dim=-1)
+        u, b, c = F.silu(CausalConv.apply(mixed, self.conv_weight)).split([self.inner, self.state, self.state], dim=-1)
         u = u.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (B, N, heads, P, size)
         dt = F.softplus(dt).transpose(-2, -1)  # (B, N, heads, P)
         sums = (-self.A_log.exp()[:, None] * dt).cumsum(-1)
@@ -245,9 +296,8 @@ class AttambaLayer(Layer):
         value = x + join_chunks(self.v_ssm(rows), length, self.offset)
         query = self.attentive_ssm.wq(x)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in (query, key, value))
-        mask = visible_mask(length, config.token_chunk, config.leading_tokens, self.offset)
-        q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        blocks = visible_blocks(length, config.token_chunk, config.leading_tokens, self.offset)
+        out = attend_visible(rotate(q, config.rope_theta), rotate(k, config.rope_theta), v, blocks)
         return self.attentive_ssm.wo(out.transpose(1, 2).flatten(-2))
 
 
@@ -267,13 +317,19 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
 
 
-def write_checkpoint(path: Path, config: AttambaConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write a checkpoint in the served layout: config.json, model.safetensors, the byte tokenizer.
+def write_checkpoint(
+    path: Path,
+    config: AttambaConfig,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> None:
+    """Write a checkpoint in the served layout: config.json, model.safetensors, the tokenizer (None: that of bytes).
 
     Matrices have torch's Linear layout, (out, in).
     """
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     tensors = {name: weight.detach().to(dtype).contiguous() for name, weight in weights.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     fields = {"architectures": ["AttambaForCausalLM"], "model_type": "attamba"} | dataclasses.asdict(config)

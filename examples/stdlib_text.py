@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.random_llama import byte_tokenizer
 
 END = 256
 """The token that ends a file, `<|end|>` of the byte tokenizer."""
@@ -40,6 +43,9 @@ class Text:
     validation: Tensor
     digest: str
     """SHA-256 of both streams, the first 16 digits."""
+    token_bytes: Tensor = field(default_factory=lambda: torch.ones(END + 1, dtype=torch.int64))
+    """(vocabulary,) bytes that each token stands for."""
+    tokenizer: PreTrainedTokenizerFast = field(default_factory=byte_tokenizer)
 
 
 def byte_ids() -> Tensor:

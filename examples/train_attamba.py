@@ -1,8 +1,12 @@
-"""Train a small Attamba, or a transformer with as many parameters, on the standard library's sources; CPU, one core.
+"""Train a small Attamba, or a transformer with as many parameters, on Python sources; CPU, one core.
 
     python examples/train_attamba.py --chunk 4 --window 32 --out build/attamba/p4-l32
     python examples/train_attamba.py --model transformer --out build/attamba/transformer
     python examples/train_attamba.py --model transformer --kv-cut 4 --out build/attamba/isokv4
+    python examples/train_attamba.py --text packages --recall 0.25 --length 1024 --autocast --out build/attamba/tokens
+
+The text is the standard library byte by byte, or installed packages with a tokenizer (examples/package_text.py).
+`--recall` replaces a share of the sequences by a recall task (examples/recall.py).
 
 `--out` gets a checkpoint that vLLM serves (config.json, model.safetensors, tokenizer), train.log, result.json and
 loss.png. The same command resumes a stopped run from its last saved step and gives the same weights as a run without a
@@ -23,13 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from examples.attamba_model import Attamba, AttambaConfig, write_checkpoint
-from examples.stdlib_text import Text, batch, load_text, windows
+from examples.package_text import load_package_text
+from examples.recall import random_distances, repeated
+from examples.stdlib_text import END, Text, batch, load_text, windows
 from examples.transformer_model import Transformer, TransformerConfig, cut_heads, write_llama
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.033, 1.0  # as in the paper's configurations
 KV_BYTES = 2  # bytes of an element of a bf16 KV cache
+TEXTS = {"stdlib": load_text, "packages": load_package_text}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +47,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=4, help="P, tokens of a chunk (default: %(default)s)")
     parser.add_argument("--window", type=int, default=32, help="L, tokens seen one by one (default: %(default)s)")
     parser.add_argument("--kv-cut", type=int, default=1, help="divide a transformer's KV width by this (default: 1)")
+    parser.add_argument("--text", choices=TEXTS, default="stdlib", help="(default: %(default)s)")
+    parser.add_argument(
+        "--recall", type=float, default=0.0, help="share of sequences with the recall task (default: 0)"
+    )
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -58,6 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--report-every", type=int, default=100, help="validate and save after this many steps")
     training.add_argument("--windows", type=int, default=256, help="windows of the last validation; 1/8 of the others'")
     training.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the checkpoint")
+    training.add_argument("--autocast", action="store_true", help="multiply matrices in bfloat16 in training")
     training.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
 
@@ -66,13 +79,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def make_model(args: argparse.Namespace) -> Attamba | Transformer:
+def make_model(args: argparse.Namespace, vocabulary: int = END + 1) -> Attamba | Transformer:
     """The model that the arguments describe, with weights drawn from the seed.
 
     Raises:
         ValueError: sizes that do not fit one another.
     """
     config = AttambaConfig(
+        vocab_size=vocabulary,
         hidden_size=args.dim,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
@@ -90,6 +104,7 @@ def make_model(args: argparse.Namespace) -> Attamba | Transformer:
         return attamba
     heads, kv_heads, head_dim = cut_heads(args.heads, args.dim // args.heads, args.kv_cut)
     sizes = {
+        "vocab_size": vocabulary,
         "hidden_size": args.dim,
         "num_hidden_layers": args.layers,
         "num_attention_heads": heads,
@@ -125,10 +140,21 @@ def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def bits_per_byte(model: nn.Module, tokens: Tensor, size: int = 8) -> float:
-    """Mean bits per token of (N, T + 1) tokens, in batches of ``size``. The end of a file counts as a byte."""
+def bits_per_byte(model: nn.Module, tokens: Tensor, token_bytes: Tensor, size: int = 8) -> float:
+    """Mean bits per byte of (N, T + 1) tokens, in batches of ``size``. The end of a file counts as a byte."""
     losses = [mean_loss(model, part).item() * len(part) for part in tokens.split(size)]
-    return sum(losses) / len(tokens) / math.log(2)
+    return sum(losses) / len(tokens) / math.log(2) / token_bytes[tokens[:, 1:]].double().mean().item()
+
+
+def training_batch(args: argparse.Namespace, text: Text, step: int) -> Tensor:
+    """(batch, length + 1) int64 tokens of a step, a share ``args.recall`` of all sequences is the recall task."""
+    tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=step)
+    first = step * args.batch  # the sequences are numbered over all steps, so that the share is exact
+    rows = [i for i in range(args.batch) if int((first + i + 1) * args.recall) > int((first + i) * args.recall)]
+    if rows:
+        seed, size = args.seed * 1_000_003 + step, args.length + 1
+        tokens[rows] = repeated(random_distances(len(rows), size, seed), size, len(text.token_bytes), seed)
+    return tokens
 
 
 def make_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -146,11 +172,14 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
-def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tensor, lr: float) -> float:
-    """Run one update; returns the loss before the update, in nats."""
+def train_step(
+    model: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tensor, lr: float, autocast: bool = False
+) -> float:
+    """Run one update, with ``autocast`` in mixed bfloat16; returns the loss before the update, in nats."""
     for group in optimiser.param_groups:
         group["lr"] = lr
-    loss = mean_loss(model, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = mean_loss(model, tokens)
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -173,7 +202,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, text: Text) -> None:
         self.args, self.settings = args, settings(args, text)
-        self.model = make_model(args)
+        self.tokenizer = text.tokenizer
+        self.model = make_model(args, len(text.token_bytes))
         self.optimiser = make_optimiser(self.model, args.lr)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -190,7 +220,7 @@ class Run:
             self.log(
                 f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
             )
-            sizes = f"{len(text.train):,} bytes for training, {len(text.validation):,} for validation"
+            sizes = f"{len(text.train):,} tokens for training, {len(text.validation):,} for validation"
             self.log(f"text {text.digest}: {sizes}")
             self.log(json.dumps(self.settings))
 
@@ -230,7 +260,7 @@ class Run:
             "seconds": self.seconds,
             "history": self.history,
         }
-        export(self.model, self.args.out, getattr(torch, self.args.dtype))
+        export(self.model, self.args.out, getattr(torch, self.args.dtype), self.tokenizer)
         plot(self.history, self.args.out / "loss.png")
         (self.args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         self.saved.unlink()
@@ -249,37 +279,41 @@ def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> 
     """
     run = Run(args, text)
     interim_windows = windows(text.validation, max(1, args.windows // 8), args.length)
+    bytes_per_token = text.token_bytes[text.train.int()].double().mean().item()
     losses: list[float] = []
-    with tqdm(total=args.steps, initial=run.step, desc=args.out.name, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=args.steps, initial=run.step, desc=args.out.name, unit="step", dynamic_ncols=True, disable=None
+    ) as bar:
         while run.step < (args.steps if until is None else until):
-            started = time.perf_counter()
-            tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=run.step)
-            losses.append(train_step(run.model, run.optimiser, tokens, learning_rate(run.step, args)))
-            run.seconds += time.perf_counter() - started
+            started = time.process_time()
+            tokens = training_batch(args, text, run.step)
+            lr = learning_rate(run.step, args)
+            losses.append(train_step(run.model, run.optimiser, tokens, lr, args.autocast))
+            run.seconds += time.process_time() - started
             run.step += 1
             bar.update()
             if run.step % args.report_every == 0 or run.step == args.steps:
-                train_bits = sum(losses) / len(losses) / math.log(2)
+                train_bits = sum(losses) / len(losses) / math.log(2) / bytes_per_token
                 losses.clear()
-                validation_bits = bits_per_byte(run.model, interim_windows)
+                validation_bits = bits_per_byte(run.model, interim_windows, text.token_bytes)
                 run.history.append({"step": run.step, "train": train_bits, "validation": validation_bits})
                 bits = f"train {train_bits:.3f}, validation {validation_bits:.3f} bits"
                 run.log(f"step {run.step}: {bits}; {run.seconds:.0f} s")
                 run.save()
     if run.step == args.steps:
-        final = bits_per_byte(run.model, windows(text.validation, args.windows, args.length))
+        final = bits_per_byte(run.model, windows(text.validation, args.windows, args.length), text.token_bytes)
         sizes = f"{args.windows} windows of {args.length}"
         run.log(f"validation {final:.4f} bits per byte, {sizes}; {run.seconds:.0f} s")
         run.finish(final)
     return run.model
 
 
-def export(model: Attamba | Transformer, path: Path, dtype: torch.dtype) -> None:
+def export(model: Attamba | Transformer, path: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the model as a checkpoint that vLLM serves."""
     if isinstance(model, Attamba):
-        write_checkpoint(path, model.config, model.state_dict(), dtype)
+        write_checkpoint(path, model.config, model.state_dict(), dtype, tokenizer)
     else:
-        write_llama(path, model, dtype)
+        write_llama(path, model, dtype, tokenizer)
 
 
 def plot(history: list[dict[str, float]], path: Path) -> None:
@@ -305,7 +339,7 @@ def main() -> None:
     if (args.out / "result.json").exists():
         print(f"{args.out}: already trained")
         return
-    train(args, load_text())
+    train(args, TEXTS[args.text]())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.random_llama import byte_tokenizer
 from examples.attamba_model import FeedForward, LanguageModel, Layer, rotate
 
 
@@ -113,11 +113,11 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-def write_llama(path: Path, model: Transformer, dtype: torch.dtype) -> None:
-    """Write a checkpoint of the architecture LlamaForCausalLM, with the byte tokenizer."""
+def write_llama(path: Path, model: Transformer, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write a checkpoint of the architecture LlamaForCausalLM, with the tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    fields, tokenizer = asdict(model.config), byte_tokenizer()
+    fields = asdict(model.config)
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     fields |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     llama = LlamaForCausalLM(LlamaConfig(**fields))

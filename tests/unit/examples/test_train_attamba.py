@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.attamba.quality import keep_recorded
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import byte_tokenizer
+from examples import attamba_model
 from examples.attamba_model import Attamba, AttambaConfig, load_attamba
 from examples.stdlib_text import END, Text, byte_ids
 from examples.train_attamba import (
@@ -234,7 +234,7 @@ FIELDS = {
 
 def test_the_export_has_the_served_layout(tmp_path):
     model = make_model(parse([*TINY_RUN, "--out", str(tmp_path)]))
-    export(model, tmp_path, torch.bfloat16)
+    export(model, tmp_path, torch.bfloat16, byte_tokenizer())
     tensors = load_file(tmp_path / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected_layout(model.config)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -253,7 +253,7 @@ def test_a_transformer_is_exported_as_a_llama_with_equal_logits(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = make_model(parse([*TINY_RUN, "--out", str(tmp_path), "--model", "transformer", "--kv-cut", "4"]))
-    export(model, tmp_path, torch.float32)
+    export(model, tmp_path, torch.float32, byte_tokenizer())
     llama = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.randint(257, (2, 20))
     with torch.inference_mode():
@@ -299,10 +299,51 @@ def test_a_run_with_other_settings_is_not_resumed(text, tmp_path):
         train(parse([*arguments, "--lr", "1e-4"]), text)
 
 
-def test_bits_per_byte_of_a_uniform_guess(text, tmp_path):
+@pytest.mark.parametrize("size", [1, 3])
+def test_bits_per_byte_of_a_uniform_guess(size, text, tmp_path):
     model = make_model(parse([*TINY_RUN, "--out", str(tmp_path)]))
     torch.nn.init.zeros_(model.output.weight)
-    assert bits_per_byte(model, text.validation[:100].view(4, 25).long()) == pytest.approx(math.log2(257))
+    token_bytes = torch.full((257,), size)
+    bits = bits_per_byte(model, text.validation[:100].view(4, 25).long(), token_bytes)
+    assert bits == pytest.approx(math.log2(257) / size)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40])
+@pytest.mark.parametrize("chunk_size", [2, 4, 8])
+def test_attention_in_blocks_equals_attention_under_the_whole_mask(chunk_size, window, monkeypatch):
+    """Also where the last block is not full."""
+    monkeypatch.setattr(attamba_model, "UNCUT", 16)
+    monkeypatch.setattr(attamba_model, "BLOCK", 12)
+    q, k, v = torch.randn(3, 2, 2, 43, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blocks = attamba_model.visible_blocks.__wrapped__(43, chunk_size, window, 1)
+    mask = attamba_model.visible_mask(43, chunk_size, window, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert len(blocks) == 4
+    assert (attamba_model.attend_visible(q, k, v, blocks) - expected).abs().max() < 1e-12
+    if window < 12:
+        assert all(len(columns) < rows.stop for rows, columns, _ in blocks[1:])  # columns no one sees are left out
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_the_gradient_of_the_convolution(length):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, length, 5), (5, 4))
+    )
+    assert torch.autograd.gradcheck(attamba_model.CausalConv.apply, (x, weight))
+
+
+def test_a_step_in_bfloat16_is_near_one_in_float32(text, tmp_path):
+    losses, weights = [], []
+    for autocast in (False, True):
+        model = make_model(parse([*TINY_RUN, "--out", str(tmp_path)]))
+        losses.append(
+            train_step(model, make_optimiser(model, 1e-2), text.train[:100].view(2, 50).long(), 0.0, autocast)
+        )
+        weights.append(model.layers[0].k_ssm.conv_weight)
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert weights[0].dtype == weights[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("cut", "chunk_size"), [(1, 1), (4, 4), (8, 8), (2, 2)])
@@ -338,24 +379,6 @@ def test_committed_checkpoints_are_trained_and_have_the_served_layout(name, chun
     assert "bits per byte" in (folder / "train.log").read_text()
     # A uniform guess has 8 bits. The text is part of the training text.
     assert source_bits(model, inspect.getsource(textwrap)[:1000]) < 4
-
-
-def test_recorded_runs_are_kept_with_new_runs():
-    def results(bits: dict[str, dict]) -> dict:
-        rows = {
-            name: {"bits_per_byte": of, "train_seconds": of, "mean_bits_per_byte": 0.0} for name, of in bits.items()
-        }
-        history: dict[str, list] = {name: [] for name in bits}
-        return {"settings": {"steps": 1}, "models": rows, "bits_ratio": {}, "history_of_first_seed": history}
-
-    recorded = results({"transformer": {"0": 2.0}, "isokv4": {"0": 3.0}})
-    kept = keep_recorded(results({"transformer": {1: 4.0}, "attamba-p4-l32": {1: 5.0}}), recorded)
-    bits = {name: row["bits_per_byte"] for name, row in kept["models"].items()}
-    assert bits == {"transformer": {"0": 2.0, "1": 4.0}, "isokv4": {"0": 3.0}, "attamba-p4-l32": {"1": 5.0}}
-    assert kept["models"]["transformer"]["mean_bits_per_byte"] == 3.0
-    assert kept["bits_ratio"]["attamba-p4-l32 over transformer"]["ours"] == {"1": 5 / 4}
-    with pytest.raises(ValueError, match="recorded with"):
-        keep_recorded(results({}) | {"settings": {"steps": 2}}, recorded)
 
 
 def test_the_committed_transformer_is_trained():

@@ -173,6 +173,7 @@ def main() -> int:
         "--half", type=int, nargs="*", default=[8], help="n/B with half an anchor, half an overlap (%(default)s)"
     )
     parser.add_argument("--prompts-per-cell", type=int, default=13, help="prompts of each task (%(default)s)")
+    parser.add_argument("--result", metavar="NAME", help="name of the results' file (accuracy_MODEL_LENGTH)")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
     name = f"{args.model.name}_{args.length}"
@@ -198,8 +199,8 @@ def main() -> int:
     lines = (FOLDER / name / RESULTS).read_bytes().splitlines()
     answers = [answer for answer in read_answers(FOLDER / name / RESULTS, lines) if answer.plan in {DENSE.name, *names}]
     result = evaluation(results) | {"over_paper": kl_ratios(answers, pairs)}
-    path = write_json(f"accuracy_{name}", result)
-    shutil.copy(FOLDER / name / "differences.png", OUT / f"accuracy_{name}.png")
+    path = write_json(args.result or f"accuracy_{name}", result)
+    shutil.copy(FOLDER / name / "differences.png", path.with_suffix(".png"))
     print(markdown(result))
     if OUT == REPORTS:
         FILE.write_text(json.dumps(all_measured_rows(), indent=1) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ struct Turn {
 
   // Turns sixteen elements from `d` on of a head. The pairs are (2 j, 2 j + 1).
   Vec operator()(Vec x, int64_t d) const {
-    const Vec partner = __builtin_shuffle(x, IntVec{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    const Vec partner = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     return x * floats_at(&even[d]) + partner * floats_at(&odd[d]);
   }
 };

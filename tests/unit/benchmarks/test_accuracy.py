@@ -22,7 +22,7 @@ def stored(pattern: str) -> list[dict]:
 
 
 def test_the_page_has_the_tables_of_the_results():
-    for result in stored("accuracy_*.json"):
+    for result in [*stored("accuracy_*.json"), *stored("half_*.json")]:
         assert accuracy.markdown(result) in PAGE
 
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Attributes:
-    chunk: P, tokens of a chunk.
-    window: tokens that a query sees one by one, including its own: L + 1.
-    scale: factor of the scores.
+    """The sizes of a layer's attention.
+
+    Attributes:
+        chunk: P, tokens of a chunk.
+        window: tokens that a query sees one by one, including its own: L + 1.
+        scale: factor of the scores.
     """
 
     chunk: int
@@ -60,7 +62,7 @@ def attend(
         own: (T, heads x head size), the layer's input.
         angles: cosines and sines (positions, head size / 2) float32, by which the pairs (2 j, 2 j + 1) are turned.
         states, window: the caches.
-        plan: of the layer.
+        plan, sizes: of the layer.
 
     Returns:
         (T, heads x head size) in the query's dtype.
@@ -115,13 +117,13 @@ def attend_in_torch(
     device = query.device
     assert states.step.tokens is not None
     request, position, piece, _, _ = (tensor.to(device) for tensor in states.step.tokens.tensors)
-    plan = plan.to(device)
+    host, plan = plan, plan.to(device)  # what decides shapes is read on the host, without waiting for the device
     head_shape = states.pages.key_rows.shape[-2:]
     value = (own + mixed[1]).unflatten(-1, head_shape)
     query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))
 
     window.pages.write(*locate(window.step.block_table, request, position), key, value)
-    write_states(states, request, plan, key, value)
+    write_states(states, request, host, key, value)
     stairs = Operands(
         query,
         states.pages.keys,
@@ -146,9 +148,10 @@ def attend_in_torch(
     )
     state_out, state_lse = paged_attention(stairs)
     out, lse = paged_attention(recent)
-    rows = states.pages.last_rows[states.step.key_table[:, 0]][piece]
-    first, first_lse = attend_token_0(query, rows, plan.token_0_seen, sizes.scale)
-    out, lse = merge_pair(out, lse, first, first_lse), torch.logaddexp(lse, first_lse)
+    if host.token_0_seen.any():
+        rows = states.pages.last_rows[states.step.key_table[:, 0]][piece]
+        first, first_lse = attend_token_0(query, rows, plan.token_0_seen, sizes.scale)
+        out, lse = merge_pair(out, lse, first, first_lse), torch.logaddexp(lse, first_lse)
     return merge_pair(out, lse, state_out, state_lse).to(query.dtype).flatten(1)
 
 
@@ -169,11 +172,13 @@ def write_states(states: Cache, request: torch.Tensor, plan: ChunkPlan, key: tor
 
     Args:
         request: (T,) of the tokens.
+        plan: on the host.
         key, value: (T, heads, head size) of all tokens of the step.
     """
     is_chunk = plan.end_state >= 0
-    ends, first = plan.ends[is_chunk], plan.ends[~is_chunk]
-    where = locate(states.step.block_table, request[ends], plan.end_state[is_chunk])
+    selected = (plan.ends[is_chunk], plan.ends[~is_chunk], plan.end_state[is_chunk])
+    ends, first, state = (tensor.to(key.device) for tensor in selected)
+    where = locate(states.step.block_table, request[ends], state)
     states.pages.write(*where, key[ends], value[ends])
     states.pages.write_last(states.step.block_table[request[first], 0], key[first], value[first])
 

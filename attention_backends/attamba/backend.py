@@ -91,8 +91,9 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
 
     Attributes:
         holds_keys: whether queries attend to this group's cache: true for the states and the window.
-        takes_star: whether the group follows the star plans of a step. The inputs of open chunks do not: they hold no
+        takes_star: whether the group follows the star plans of a step. The rows of open chunks do not: they hold no
             keys, and Star Attention does not change the chunks.
+        holds_states: whether it is the group of states, from which layers are planned.
     """
 
     @classmethod

@@ -107,12 +107,22 @@ Views = TypeVar("Views")
 class PagedRows(nn.Module, AttentionLayerBase):
     """One cache of one layer. vLLM allocates the cache by its spec and binds it to ``kv_cache``."""
 
+    _views: Any
+
     def __init__(self, spec: AttentionSpec, prefix: str) -> None:
         super().__init__()
         self.spec, self.prefix = spec, prefix
         self.kv_cache = torch.tensor([])
-        self._views: tuple[torch.Tensor, Any] | None = None
         register_layer(get_current_vllm_config(), prefix, self)
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """(num_pages, 1, row values), of which vLLM binds another when it has profiled the memory."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, tensor: torch.Tensor) -> None:
+        self._kv_cache, self._views = tensor, None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return AttambaBackend
@@ -122,7 +132,7 @@ class PagedRows(nn.Module, AttentionLayerBase):
 
     @property
     def rows(self) -> int:
-        """Rows of a page: the tokens of a page of inputs of scans, and 17 of K|V."""
+        """Rows of a page: the tokens of a page of rows, and 17 of K|V."""
         return self.spec.block_size if not self.spec.head_size_v else PAGE_ROWS + 1
 
     @property
@@ -134,9 +144,9 @@ class PagedRows(nn.Module, AttentionLayerBase):
 
     def views(self, make: Callable[[torch.Tensor], Views]) -> Views:
         """``make(self.pages)``, made once for the tensor that vLLM has bound."""
-        if self._views is None or self._views[0] is not self.kv_cache:
-            self._views = self.kv_cache, make(self.pages)
-        return self._views[1]
+        if self._views is None:
+            self._views = make(self.pages)
+        return self._views
 
     def scratch_page(self, device: torch.device) -> torch.Tensor:
         """(1, rows, row values), a page of zeros like those of ``pages``, for runs without a cache."""

@@ -106,6 +106,8 @@ def star_tokens(tokens: StepTokens, virtual: VirtualRows) -> StepTokens:
 class ChunkPlan(NamedTuple):
     """The work of one layer in one step, as tensors on the host. N chunks have tokens in the step.
 
+    The C++ ops take the fields in this order: the first four those of the mixers, the others those of the attention.
+
     Attributes:
         chunk_request: (N,) int64, row of the batch.
         chunk_start: (N,) int64, position of each chunk's first token.

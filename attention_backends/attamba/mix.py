@@ -1,8 +1,8 @@
 """The mixers of a layer for one step: from projected tokens to the inputs of the output projections.
 
 The cache keeps [u B C | dt] of the tokens of open chunks, so no token is projected twice. A chunk is scanned from its
-first token for each step. That is exact, and reads fewer values than a running state of inner x state would have, up to
-the longest chunk that is served. On CPU, a C++ op (kernels/cpu/mix.h) does all of it. Elsewhere it is torch, and Triton
+first token for each step. That is exact, and reads fewer values than a running state of inner x state would have, but
+for the longest chunks. On CPU, a C++ op (kernels/cpu/mix.h) does all of it. Elsewhere it is torch, and Triton
 for the scan.
 """
 
@@ -17,6 +17,9 @@ from attention_backends.attamba.chunks import ChunkPlan
 from attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from attention_backends.attamba.scan import chunk_scan
 from attention_backends.kernels.cpu.attention import DTYPES, built_op
+
+MAX_TAPS = 4
+"""The longest convolution of the C++ op."""
 
 GROUP_ROWS = 2048
 """Rows of chunks that torch processes at once. The limit bounds the memory of a step: a step with a token in each of
@@ -45,7 +48,8 @@ def mix(
     Returns:
         (mixers, T, inner) in the dtype of ``projected``.
     """
-    ops = built_op() if projected.device.type == "cpu" and projected.dtype in DTYPES else None
+    on_cpu = projected.device.type == "cpu" and projected.dtype in DTYPES
+    ops = built_op() if on_cpu and sizes.taps <= MAX_TAPS else None
     if ops is None:
         return mix_in_torch(projected, pages, block_table, plan, parameters, sizes, eps)
     return ops.attamba_mix(projected, pages, block_table, *plan[:4], *parameters, sizes.state, eps)

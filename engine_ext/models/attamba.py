@@ -59,7 +59,14 @@ class Mixers(nn.Module):
     def forward(
         self, projected: torch.Tensor, pages: torch.Tensor, block_table: torch.Tensor, plan: ChunkPlan
     ) -> tuple[torch.Tensor, ...]:
-        """The output of each mixer, (T, local dim), of what ``in_proj`` gives; see ``mix``."""
+        """The output of each mixer, (T, local dim).
+
+        Args:
+            projected: (T, mixers x [gate | u B C | dt]), what ``in_proj`` gives.
+            pages: (num_pages, rows, mixers x [u B C | dt]), the cache of rows.
+            block_table: (R, columns) int32, of that cache.
+            plan: of the layer.
+        """
         parameters = MixerParameters(self.conv_weight, self.A_log, self.D, self.norm_weight)
         y = mix(projected, pages, block_table, plan, parameters, self.sizes, self.eps)
         return tuple(linear(part)[0] for linear, part in zip(self.out_proj, y, strict=True))
@@ -72,17 +79,17 @@ def mixer_parameter(*shape: int, transposed: bool = False) -> nn.Parameter:
     """
     parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
 
-    def load(parameter: nn.Parameter, tensor: torch.Tensor, mixer: int) -> None:
+    def load(param: nn.Parameter, tensor: torch.Tensor, mixer: int) -> None:  # named so by vLLM, in a reload
         expected = shape[:0:-1] if transposed else shape[1:]
         if tensor.shape != expected:
             raise ValueError(f"the parameter has shape {expected}")
-        parameter.data[mixer].copy_(tensor.T if transposed else tensor)
+        param.data[mixer].copy_(tensor.T if transposed else tensor)
 
     set_weight_attrs(parameter, {"weight_loader": load})
     return parameter
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def angle_tables(
     head_dim: int, positions: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,19 +158,19 @@ class AttentiveSsm(nn.Module):
             assert states.tokens is not None
             zeros = torch.zeros(int(states.tokens.position.max()) + 1, angles[0].shape[1], device=x.device)
             angles = zeros, zeros
-            states_page, window_page, inputs = (cache.scratch_page(x.device) for cache in caches)
+            states_page, window_page, pages = (cache.scratch_page(x.device) for cache in caches)
             states_kv, window_kv = (KvPages(page, self.heads) for page in (states_page, window_page))
         else:
             states, window, rows = (metadata[cache.prefix] for cache in caches)
             states_kv, window_kv = (cache.views(self.kv_pages) for cache in (self.states, self.window))
-            inputs = self.rows.views(lambda pages: pages)
+            pages = self.rows.views(lambda pages: pages)
         count = rows.num_tokens
         plan = states.plan(self.attention.chunk, self.offset, self.attention.window - 1)
         if count < len(x):
             query, projected = query[:count], projected[:count]
         out = attend(
             query,
-            self.mixers(projected, inputs, rows.block_table, plan),
+            self.mixers(projected, pages, rows.block_table, plan),
             x[:count, self.rank * self.local_dim : (self.rank + 1) * self.local_dim],
             angles,
             Cache(states_kv, states),
@@ -174,6 +181,7 @@ class AttentiveSsm(nn.Module):
         return nn.functional.pad(out, (0, 0, 0, len(x) - count)) if count < len(x) else out
 
     def kv_pages(self, pages: torch.Tensor) -> KvPages:
+        """Views of K and V of pages (num_pages, 17, 2 x local dim)."""
         return KvPages(pages, self.heads)
 
     def profiling_metadata(self, x: torch.Tensor) -> Iterator[AttambaMetadata]:
@@ -188,6 +196,11 @@ class AttentiveSsm(nn.Module):
 
 
 def _attend(x: torch.Tensor, query: torch.Tensor, projected: torch.Tensor, layer_name: str) -> torch.Tensor:
+    """``AttentiveSsm.attend`` of the layer of that name.
+
+    It writes to the layer's caches without saying so, as vLLM's attention ops do: nothing else in a compiled graph
+    reads them.
+    """
     layer: Any = get_forward_context().no_compile_layers[layer_name]
     return layer.attend(x, query, projected)
 
@@ -211,8 +224,8 @@ class AttambaLayer(nn.Module):
             config.hidden_size, config.intermediate_size, "silu", prefix=f"{prefix}.feed_forward"
         )
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """(T, dim) for hidden states (T, dim) at positions (T,)."""
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, dim) for hidden states (T, dim)."""
         hidden = hidden + self.attentive_ssm(self.attention_norm(hidden))
         return hidden + self.feed_forward(self.ffn_norm(hidden))
 
@@ -261,7 +274,7 @@ class AttambaForCausalLM(nn.Module):
         """(T, dim) normed hidden states of the T tokens of a step."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in self.layers:
-            hidden = layer(positions, hidden)
+            hidden = layer(hidden)
         return self.norm(hidden)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -76,6 +76,12 @@ class AttambaConfig(PretrainedConfig):
                 raise ValueError(
                     f"{fixed}={given} is refused: num_attention_heads and hidden_size set it. Allowed: {allowed}"
                 )
+        for whole, parts in (("hidden_size", "num_attention_heads"), ("ssm_inner", "ssm_heads")):
+            if getattr(self, whole) % getattr(self, parts):
+                raise ValueError(
+                    f"{whole}={getattr(self, whole)} is refused: {parts}={getattr(self, parts)} does not divide it. "
+                    f"Allowed: multiples of {parts}"
+                )
         if tie_word_embeddings:
             raise ValueError("tie_word_embeddings=true is refused: Attamba has its own output.weight. Allowed: false")
         super().__init__(tie_word_embeddings=False, **rest)

@@ -49,10 +49,11 @@ class KVShiftAttention(LlamaAttention):
         set_weight_attrs(weights, {"weight_loader": self._load_weights})
         return weights
 
-    def _load_weights(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+    def _load_weights(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
+        # vLLM names the first argument when it loads weights again.
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         heads = kv_heads_of_rank(self.total_num_kv_heads, rank, size)
-        parameter.data.copy_(loaded.reshape(self.total_num_kv_heads, 2)[heads])
+        param.data.copy_(loaded.reshape(self.total_num_kv_heads, 2)[heads])
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """(T, hidden size) for the normed inputs (T, hidden size)."""

@@ -11,7 +11,7 @@
 namespace starling {
 namespace {
 
-constexpr int64_t CACHED_FLOATS = 1 << 18;
+constexpr int64_t CACHED_FLOATS = 1 << 18;  // 1 MiB, half of the second-level cache of the processors measured
 
 template <class T>
 at::Tensor tensor_of(const std::vector<T>& values) {
@@ -109,8 +109,10 @@ at::Tensor attamba_mix(const at::Tensor& projected, const at::Tensor& pages, con
   return out;
 }
 
-// What attend.py's Step has, in its order; query, key, value and own (tokens, heads x size) are not turned yet, and own
-// is added to both. Returns (tokens, heads x size).
+// Returns (tokens, heads x size). Takes, in this order: query, key, value and own (tokens, heads x size), not turned, of
+// which own is added to key and value; position, request and piece (tokens); the angles (positions, size / 2); the cache
+// of states with the tables to write to and to read from; the window's, with the lengths of its rows; the fields of
+// ChunkPlan from `ends` on.
 at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                           const at::Tensor& own, const at::Tensor& position, const at::Tensor& request,
                           const at::Tensor& piece, const at::Tensor& cos, const at::Tensor& sin,
@@ -123,6 +125,15 @@ at::Tensor attamba_attend(const at::Tensor& query, const at::Tensor& key, const 
                           const at::Tensor& stair_states, const at::Tensor& token_0_seen, int64_t chunk_size,
                           int64_t window, double scale) {
   const int64_t tokens = query.size(0), heads = states_keys.size(2), size = states_keys.size(3), page = PAGE_ROWS;
+  TORCH_CHECK_VALUE(tokens > 0 && size % LANES == 0 && cos.is_contiguous() && sin.is_contiguous() &&
+                        cos.sizes() == sin.sizes() && 2 * cos.size(1) == size,
+                    "query: ", query.sizes(), " and angles: ", cos.sizes(), ", for heads of ", size);
+  for (const at::Tensor& each : {query, key, value, own})
+    TORCH_CHECK_VALUE(each.size(0) == tokens && each.size(1) == heads * size && each.stride(1) == 1,
+                      "query, key, value and own: ", each.sizes(), ", not (", tokens, ", ", heads * size, ")");
+  for (const at::Tensor& each : {position, request, piece, token_0_seen})
+    TORCH_CHECK_VALUE(each.size(0) == tokens && each.is_contiguous(), "one value for each of ", tokens, " tokens, not ",
+                      each.size(0));
   const at::Tensor write_states = states_table.contiguous(), read_states = states_key_table.contiguous();
   const at::Tensor write_window = window_table.contiguous(), read_window = window_key_table.contiguous();
   const int64_t *positions = position.const_data_ptr<int64_t>(), *requests = request.const_data_ptr<int64_t>();

@@ -127,7 +127,7 @@ void score_tile(const Call& call, const Cache<T>& cache, const Item& item, const
     return multiply_by(packed, TILE_KEYS, 0, step.count);
   }
   const bool few = step.rows <= FEW_QUERIES;
-#if defined(__AMX_BF16__)
+#if defined(STARLING_TILES)
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     if (step.tiled) {
       T* tiles = scratch.tiles.get(TILE_KEYS * std::max(call.key_size, call.value_size));
@@ -164,7 +164,7 @@ void value_tile(const Call& call, const Cache<T>& cache, const Item& item, const
                 const Operand<T>* weights, float* sums, const float* decays) {
   const int32_t* table = call.block_table + item.row * call.columns;
   const T* values = cache.values + item.kv_head * call.values.head;
-#if defined(__AMX_BF16__)
+#if defined(STARLING_TILES)
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     if (step.tiled) {
       // The weights of keys before `first`, which share a vector with it, are 0, and the values of these keys are not
@@ -246,7 +246,7 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
   seen_keys.resize(rows);
   for (int64_t i = 0; i < rows; ++i) seen_keys[i] = visible(call, (item.first + i) / group, queries, keys);
   const auto seen_by = [&](int64_t i) { return seen_keys[i]; };
-#if defined(__AMX_BF16__)
+#if defined(STARLING_TILES)
   const bool tiled = takes_tiles<T>(call) && rows >= MIN_ROWS_TILED;
   std::optional<TileScope> tile_registers;
   if (tiled) tile_registers.emplace();

@@ -24,7 +24,7 @@ from attention_backends.kernels.cpu.sealed_file import is_intact, seal
 COMPILED = ("attention.cpp", "attamba.cpp")
 SOURCES = (
     *COMPILED,
-    *(f"{name}.h" for name in ("attend", "call", "chunks", "gemm", "join", "mix", "recent", "run", "vector")),
+    *(f"{name}.h" for name in ("attend", "call", "chunks", "gemm", "join", "mix", "recent", "run", "tiles", "vector")),
 )
 OPS = ("paged_attention", "turned_attention", "attamba_plan", "attamba_mix", "attamba_attend")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi")

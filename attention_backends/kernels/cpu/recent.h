@@ -12,7 +12,7 @@ constexpr int64_t PAGE_ROWS = 16;  // as in chunks.py
 template <class T>
 struct KvView {
   T *keys, *values;
-  int64_t pages, key_strides[4], value_strides[4];
+  int64_t key_strides[4], value_strides[4];
 
   void write(int64_t page, int64_t row, int64_t head, int64_t size, const T* key, const T* value) const {
     T* to = keys + page * key_strides[0] + row * key_strides[1] + head * key_strides[2];
@@ -24,7 +24,7 @@ struct KvView {
 
 template <class T>
 KvView<T> kv_view(const at::Tensor& keys, const at::Tensor& values) {
-  KvView<T> view{keys.mutable_data_ptr<T>(), values.mutable_data_ptr<T>(), keys.size(0), {}, {}};
+  KvView<T> view{keys.mutable_data_ptr<T>(), values.mutable_data_ptr<T>(), {}, {}};
   for (int i = 0; i < 4; ++i) {
     view.key_strides[i] = keys.stride(i);
     view.value_strides[i] = values.stride(i);

@@ -5,7 +5,8 @@
 
 #include "gemm.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define STARLING_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,7 +17,7 @@ constexpr int64_t TILE_DEPTH = 32;      // rows of B in a tile
 constexpr int64_t MIN_ROWS_TILED = 16;  // with fewer rows of A, a tile is mostly empty
 constexpr int64_t SPARE_ROWS = 32;      // rows behind the last of A and of c that are read, or written, as well
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(STARLING_TILES)
 
 // Whether Linux lets this process use the tile registers.
 inline bool has_tiles() {

@@ -31,6 +31,11 @@ def empty_cache(tmp_path, monkeypatch):
     cpu.built_op.cache_clear()
 
 
+def test_the_name_of_a_built_op_depends_on_all_of_its_sources():
+    folder = Path(build.__file__).parent
+    assert sorted(build.SOURCES) == sorted(path.name for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+
+
 def test_without_a_compiler_the_fallback_runs(empty_cache, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     case = one_row(3, 20)

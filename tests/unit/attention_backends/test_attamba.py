@@ -226,7 +226,9 @@ def test_the_plans_of_both_languages_are_equal(drawn, random):
 
 @pytest.mark.parametrize("mixed_by", [mix.mix, mix.mix_in_torch], ids=["mix", "torch"])
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-@pytest.mark.parametrize(("layer", "sizes"), [(0, (2, 32, 16, 4)), (1, (3, 39, 7, 2)), (2, (20, 40, 24, 3))])
+@pytest.mark.parametrize(
+    ("layer", "sizes"), [(0, (2, 32, 16, 4)), (1, (3, 39, 7, 2)), (2, (20, 40, 24, 3)), (1, (2, 32, 16, 6))]
+)
 def test_mixers_are_the_recurrence(mixed_by, chunk_size, layer, sizes, monkeypatch):
     """Steps that begin at the first token, within a chunk, and of one token; in groups of few chunks."""
     monkeypatch.setattr(mix, "GROUP_ROWS", 3 * chunk_size)
@@ -386,7 +388,12 @@ def test_config_survives_json_and_refuses_other_values():
     config = AttambaConfig(token_chunk=4, hidden_size=64, num_attention_heads=4)
     again = AttambaConfig(**json.loads(config.to_json_string(use_diff=False)))
     assert (again.token_chunk, again.head_dim, again.num_key_value_heads) == (4, 16, 4)
-    for wrong in ({"num_key_value_heads": 1}, {"tie_word_embeddings": True}):
+    for wrong in (
+        {"num_key_value_heads": 1},
+        {"tie_word_embeddings": True},
+        {"ssm_inner": 60},
+        {"hidden_size": 516},
+    ):
         with pytest.raises(ValueError, match="is refused"):
             AttambaConfig(**wrong)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan
-from attention_backends.attamba.pages import KvPages
+from attention_backends.attamba.pages import KvPages, locate
 from attention_backends.kernels.contract import Operands
 from attention_backends.kernels.cpu.attention import DTYPES, VECTOR_SIZE, built_op
 from attention_backends.kernels.dispatch import paged_attention
@@ -122,7 +122,7 @@ def attend_in_torch(
     value = (own + mixed[1]).unflatten(-1, head_shape)
     query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))
 
-    window.pages.write(*locate(window.step.block_table, request, position), key, value)
+    window.pages.write(*locate(window.step.block_table, request, position, PAGE_ROWS), key, value)
     write_states(states, request, host, key, value)
     stairs = Operands(
         query,
@@ -162,11 +162,6 @@ def turn(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], positio
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(heads.dtype)
 
 
-def locate(table: torch.Tensor, request: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page ids and rows within these pages, two tensors (T,), of rows ``row`` (T,) of the requests (T,)."""
-    return table[request, row // PAGE_ROWS].long(), row % PAGE_ROWS
-
-
 def write_states(states: Cache, request: torch.Tensor, plan: ChunkPlan, key: torch.Tensor, value: torch.Tensor) -> None:
     """Store the states of the chunks that end in the step.
 
@@ -178,7 +173,7 @@ def write_states(states: Cache, request: torch.Tensor, plan: ChunkPlan, key: tor
     is_chunk = plan.end_state >= 0
     selected = (plan.ends[is_chunk], plan.ends[~is_chunk], plan.end_state[is_chunk])
     ends, first, state = (tensor.to(key.device) for tensor in selected)
-    where = locate(states.step.block_table, request[ends], state)
+    where = locate(states.step.block_table, request[ends], state, PAGE_ROWS)
     states.pages.write(*where, key[ends], value[ends])
     states.pages.write_last(states.step.block_table[request[first], 0], key[first], value[first])
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from attention_backends.attamba.chunks import ChunkPlan
 from attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from attention_backends.attamba.pages import locate
 from attention_backends.attamba.scan import chunk_scan
 from attention_backends.kernels.cpu.attention import DTYPES, built_op
 
@@ -68,13 +69,12 @@ def mix_in_torch(
     gate, rows = projected.unflatten(-1, (sizes.count, -1)).split([sizes.inner, sizes.width], -1)
     on_device = plan.to(projected.device)
     chunk_index, index_in_chunk = places(on_device)
-    page_rows = pages.shape[1]
 
-    def locate(chunk: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        position = on_device.chunk_start[chunk] + index
-        return block_table[on_device.chunk_request[chunk], position // page_rows].long(), position % page_rows
+    def locate_in_chunk(chunk: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        request, position = on_device.chunk_request[chunk], on_device.chunk_start[chunk] + index
+        return locate(block_table, request, position, pages.shape[1])
 
-    pages[locate(chunk_index, index_in_chunk)] = rows.flatten(1)
+    pages[locate_in_chunk(chunk_index, index_in_chunk)] = rows.flatten(1)
     out = projected.new_empty(sizes.count, len(projected), sizes.inner)
     for chunks, tokens in groups(plan, GROUP_ROWS):
         of_group = torch.arange(chunks.start, chunks.stop, device=projected.device)[:, None]
@@ -82,7 +82,7 @@ def mix_in_torch(
         # A chunk that is shorter than the longest of its group repeats its last row.
         index = torch.arange(width, device=projected.device).minimum(on_device.chunk_rows[chunks, None] - 1)
         y = chunk_scan(
-            pages[locate(of_group, index)].unflatten(-1, (sizes.count, -1)),
+            pages[locate_in_chunk(of_group, index)].unflatten(-1, (sizes.count, -1)),
             parameters,
             sizes,
             chunk_index[tokens] - chunks.start,

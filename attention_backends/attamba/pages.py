@@ -50,3 +50,15 @@ class KvPages:
     def write_last(self, page_ids: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store key and value (T, heads, head size) in the 17th rows of the pages ``page_ids`` (T,)."""
         self.last_rows[page_ids] = torch.cat([key, value], 1).flatten(1)
+
+
+def locate(
+    table: torch.Tensor, request: torch.Tensor, row: torch.Tensor, page_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page ids, and rows within these pages, of the rows ``row`` of requests, which are broadcast.
+
+    Args:
+        table: (R, columns) int32, the block table.
+        page_rows: rows of a page.
+    """
+    return table[request, row // page_rows].long(), row % page_rows

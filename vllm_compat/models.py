@@ -81,8 +81,12 @@ def without_prefill_checkpoints() -> None:
 
 
 @functools.cache
-def register_op(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register_op(name: str, function: Callable[..., None], mutates: tuple[str, ...]) -> Any:
     """Make ``namespace::op`` of a function that torch.compile must not look into; returns its library.
+
+    The function returns nothing, and writes its outputs to the arguments named in ``mutates``, which the caller makes.
+    An op that splits a compiled graph has to: the CUDA graph of the piece after it reads these outputs at the addresses
+    of its capture, and a tensor that the op itself returned would lie elsewhere in each step.
 
     By vLLM's own function, whose ops cost less a call than torch.library.custom_op's. The cache keeps the library
     alive, and with it the op. Goes when vLLM exports that function.
@@ -92,7 +96,7 @@ def register_op(name: str, function: Callable[..., Any], fake: Callable[..., Any
 
     namespace, op = name.split("::")
     library = Library(namespace, "FRAGMENT")
-    direct_register_custom_op(op, function, fake_impl=fake, target_lib=library)
+    direct_register_custom_op(op, function, mutates_args=list(mutates), fake_impl=lambda *_: None, target_lib=library)
     return library
 
 

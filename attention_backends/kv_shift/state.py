@@ -137,8 +137,14 @@ class ShiftState(nn.Module, AttentionLayerBase):
     def forward(
         self, key: torch.Tensor, value: torch.Tensor, key_weights: torch.Tensor, value_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shifted K and V; shapes as in ``shift.shift``."""
-        return torch.ops.starling.kv_shift(key, value, key_weights, value_weights, self.prefix)
+        """Shifted K and V; shapes as in ``shift.shift``.
+
+        The outputs are made here and not by the op, like those of vLLM's attention ops. So they belong to the piece
+        of the graph before the op, and the piece after it, a CUDA graph, reads them at the addresses of its capture.
+        """
+        out_key, out_value = key.new_empty(key.shape), value.new_empty(value.shape)
+        torch.ops.starling.kv_shift(key, value, key_weights, value_weights, out_key, out_value, self.prefix)
+        return out_key, out_value
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return ShiftStateBackend
@@ -179,12 +185,11 @@ def _kv_shift(
     value: torch.Tensor,
     key_weights: torch.Tensor,
     value_weights: torch.Tensor,
+    out_key: torch.Tensor,
+    out_value: torch.Tensor,
     layer_name: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # The outputs are allocated before the break point, because the graph after it reads the same addresses at replay.
-    outputs = _kv_shift_fake(key, value, key_weights, value_weights, layer_name)
-    break_point()(key, value, key_weights, value_weights, *outputs, layer_name)
-    return outputs
+) -> None:
+    break_point()(key, value, key_weights, value_weights, out_key, out_value, layer_name)
 
 
 @functools.cache
@@ -221,14 +226,4 @@ def _shift_into(
             out.copy_(shifted)
 
 
-def _kv_shift_fake(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_weights: torch.Tensor,
-    value_weights: torch.Tensor,
-    layer_name: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-register_op(OP, _kv_shift, _kv_shift_fake)
+register_op(OP, _kv_shift, mutates=("out_key", "out_value"))

@@ -14,7 +14,8 @@ from vllm.forward_context import override_forward_context
 from attention_backends.kv_shift import state
 from attention_backends.kv_shift.reference import shift_reference
 from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
-from attention_backends.kv_shift.state import WINDOW, ShiftStateBuilder, refuse_unsupported, state_spec
+from attention_backends.kv_shift.state import OP, WINDOW, ShiftState, ShiftStateBuilder, refuse_unsupported, state_spec
+from tests.piecewise import graphs, in_pieces
 
 HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 2, 4, 4, 40
 
@@ -214,16 +215,48 @@ def test_the_op_breaks_a_breakable_graph(metadata_at_capture, monkeypatch):
         )
 
     with override_forward_context(context(buffers.capture() if metadata_at_capture else None)), CaptureOnCpu() as graph:
-        outputs = torch.ops.starling.kv_shift(buffers.key, buffers.value, *batch.weights, "layer")
+        outputs = torch.zeros(2, ROWS, HEADS * SIZE)
+        torch.ops.starling.kv_shift(buffers.key, buffers.value, *batch.weights, *outputs, "layer")
     done = [0, 0, 0]
     for chunks in STEPS:
         with override_forward_context(context(buffers.build(batch.inputs(chunks)))):
             graph.replay()
-        for request, got in zip(chunks, batch.split(torch.stack(outputs), chunks), strict=True):
+        for request, got in zip(chunks, batch.split(outputs, chunks), strict=True):
             expected = batch.expected(request)[:, done[request] : batch.done[request]]
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
             done[request] = batch.done[request]
     state.break_point.cache_clear()
+
+
+class Layer(torch.nn.Module):
+    """The shift, with arithmetic before and after it, as projections and the rotary embedding of a model."""
+
+    def __init__(self, weights: torch.Tensor):
+        super().__init__()
+        self.weights, self.shift = weights, SimpleNamespace(prefix="layer")
+
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = ShiftState.forward(self.shift, key / 2, value / 2, *self.weights)
+        return key * 2, value * 2
+
+
+def test_the_piece_after_the_op_reads_its_outputs_in_every_replay(monkeypatch):
+    """With outputs that the op made itself, the CUDA graph after it would go on with those of the capture."""
+    batch, buffers = Batch([30, 30, 30]), GraphBuffers()
+    layer = in_pieces(Layer(batch.weights), [OP], monkeypatch)
+    layers = {"layer": SimpleNamespace(kv_cache=batch.state)}
+    with graphs(ROWS, attn_metadata=None, no_compile_layers=layers):
+        layer(buffers.key, buffers.value)
+    done, kept = [0, 0, 0], []
+    for chunks in STEPS:
+        metadata = {"layer": buffers.build(batch.inputs(chunks))}
+        kept.append(torch.ones(2, ROWS, HEADS * SIZE))  # what the op made would lie at another address
+        with graphs(ROWS, attn_metadata=metadata, no_compile_layers=layers):
+            outputs = torch.stack(layer(buffers.key, buffers.value))
+        for request, got in zip(chunks, batch.split(outputs, chunks), strict=True):
+            expected = batch.expected(request)[:, done[request] : batch.done[request]]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+            done[request] = batch.done[request]
 
 
 def attention_spec(value_bytes: int, **more):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from vllm.forward_context import BatchDescriptor, override_forward_context
 class Piece:
     """A compiled piece of the graph; the CUDA graph that is captured in its first call replays that call."""
 
-    calls: list[Piece] = []
+    calls: ClassVar[list[Piece]] = []
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

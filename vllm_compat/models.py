@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -86,7 +87,8 @@ def register_op(name: str, function: Callable[..., None], mutates: tuple[str, ..
 
     The function returns nothing, and writes its outputs to the arguments named in ``mutates``, which the caller makes.
     An op that splits a compiled graph has to: the CUDA graph of the piece after it reads these outputs at the addresses
-    of its capture, and a tensor that the op itself returned would lie elsewhere in each step.
+    of its capture, and a tensor that the op itself returned would lie elsewhere in each step. Breakable CUDA graphs
+    break at the op.
 
     By vLLM's own function, whose ops cost less a call than torch.library.custom_op's. The cache keeps the library
     alive, and with it the op. Goes when vLLM exports that function.
@@ -94,10 +96,27 @@ def register_op(name: str, function: Callable[..., None], mutates: tuple[str, ..
     from torch.library import Library
     from vllm.utils.torch_utils import direct_register_custom_op
 
+    def run(*args: Any) -> None:
+        break_point(function)(*args)
+
+    run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     namespace, op = name.split("::")
     library = Library(namespace, "FRAGMENT")
-    direct_register_custom_op(op, function, mutates_args=list(mutates), fake_impl=lambda *_: None, target_lib=library)
+    direct_register_custom_op(op, run, mutates_args=list(mutates), fake_impl=lambda *_: None, target_lib=library)
     return library
+
+
+@functools.cache
+def break_point(function: Callable[..., None]) -> Callable[..., None]:
+    """The function of an op as a break point of breakable CUDA graphs, like vLLM's attention ops.
+
+    The V1 runner captures these graphs without metadata, so a captured op would never read its cache. vLLM decides at
+    the call of ``eager_break_during_capture`` whether breakable graphs are on. VllmConfig may turn them on after the
+    import of a model's module, so the call is made in the first forward. Goes when an op can ask for it.
+    """
+    from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+
+    return eager_break_during_capture(function)
 
 
 def on_weights_loaded(callback: Callable[[Any], None]) -> None:

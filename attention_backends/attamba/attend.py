@@ -69,8 +69,7 @@ def attend(
     """
     if not has_op_for(query, states.pages):
         return attend_in_torch(query, mixed, own, angles, states, window, plan, sizes)
-    assert states.step.tokens is not None
-    request, position, piece, _, _ = states.step.tokens.tensors
+    request, position, piece = states.step.token_places
     return built_op().attamba_attend(  # type: ignore[union-attr]
         query,
         *mixed,
@@ -90,7 +89,7 @@ def attend(
         window.step.key_table,
         window.step.query_start_loc,
         window.step.seq_lens,
-        *plan[4:],
+        *plan.of_attention,
         sizes.chunk,
         sizes.window,
         sizes.scale,
@@ -114,10 +113,8 @@ def attend_in_torch(
     sizes: Sizes,
 ) -> torch.Tensor:
     """``attend`` on any device, by the attention op of ``paged_attention``."""
-    device = query.device
-    assert states.step.tokens is not None
-    request, position, piece, _, _ = (tensor.to(device) for tensor in states.step.tokens.tensors)
-    host, plan = plan, plan.to(device)  # what decides shapes is read on the host, without waiting for the device
+    request, position, piece = states.step.token_places
+    host, plan = plan, plan.to(query.device)  # what decides shapes is read on the host, without waiting for the device
     head_shape = states.pages.key_rows.shape[-2:]
     value = (own + mixed[1]).unflatten(-1, head_shape)
     query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))

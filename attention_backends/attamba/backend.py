@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,12 @@ class AttambaMetadata:
 
     Attributes:
         num_tokens: T, tokens of the step.
-        tokens: the tokens, in the group of states, from which layers are planned; None in the others.
+        tokens: the tokens, in the group of states, from which layers are planned; None in the others, and in a step
+            that ``decodes``.
         block_table: (R, columns) int32, page ids of this group, to write to.
         key_table: (pieces, columns) int32, page ids that each piece of the batch attends to.
         query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of ``key_table``.
+        decodes: whether each request has one token, and decode.py computes the layers; in the group of states.
     """
 
     num_tokens: int
@@ -51,6 +54,7 @@ class AttambaMetadata:
     key_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
+    decodes: bool = False
     _plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
 
     @classmethod
@@ -69,8 +73,14 @@ class AttambaMetadata:
         query_start_loc, lens = (torch.from_numpy(array).int().to(device) for array in (starts, seq_lens))
         return cls(len(tokens.request), tokens, table, table, query_start_loc, lens)
 
+    @cached_property
+    def token_places(self) -> tuple[torch.Tensor, ...]:
+        """request, position and piece of ``tokens``, on the device of the tables; copied once for all layers."""
+        assert self.tokens is not None
+        return tuple(tensor.to(self.block_table.device) for tensor in self.tokens.tensors[:3])
+
     def plan(self, chunk_size: int, offset: int, window: int) -> ChunkPlan:
-        """The plan of a layer, made once for all layers with the same offset; in the group of states."""
+        """The plan of a layer, made once for all layers with the same offset; where there are ``tokens``."""
         assert self.tokens is not None
         key = (chunk_size, offset, window)
         if key not in self._plans:
@@ -86,8 +96,19 @@ def make_plan(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> 
     return ChunkPlan(*ops.attamba_plan(*tokens.tensors, chunk_size, offset, window))
 
 
+def step_tokens(common: CommonAttentionMetadata) -> StepTokens:
+    """The tokens of a step under dense attention; raises RuntimeError, see ``AttambaMetadataBuilder.build``."""
+    if common.seq_lens_cpu_upper_bound is None:
+        raise RuntimeError("the model runner gave no host copy of seq_lens, so chunks can't be planned")
+    query_lens = common.query_start_loc_cpu.diff().numpy().astype(np.int64)
+    return dense_tokens(query_lens, common.seq_lens_cpu_upper_bound.numpy().astype(np.int64))
+
+
 class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
     """Builds the metadata on the host, which knows the lengths without waiting for the device.
+
+    On GPUs, a step in which each request has one token needs nothing of the host's. Its metadata are the model runner's
+    own persistent tensors, so a full CUDA graph can record it.
 
     Attributes:
         holds_keys: whether queries attend to this group's cache: true for the states and the window.
@@ -98,12 +119,13 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
         self.holds_states = isinstance(kv_cache_spec, FullAttentionSpec)
         self.holds_keys = self.takes_star = kv_cache_spec.head_size_v > 0
+        self.has_kernels = device.type != "cpu"
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -113,22 +135,19 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
         Raises:
             RuntimeError: the model runner gives no host copy of the sequence lengths.
         """
-        common = common_attn_metadata
-        if common.seq_lens_cpu_upper_bound is None:
-            raise RuntimeError("the model runner gave no host copy of seq_lens, so chunks can't be planned")
-        keys, tokens = common, None
-        if self.holds_states:
-            query_lens = common.query_start_loc_cpu.diff().numpy().astype(np.int64)
-            tokens = dense_tokens(query_lens, common.seq_lens_cpu_upper_bound.numpy().astype(np.int64))
+        common = keys = common_attn_metadata
         step = current_step() if self.takes_star else None
         virtual = step.rows(common, self.kv_cache_spec.block_size, anchored=self.holds_states) if step else None
+        decodes = self.has_kernels and virtual is None and common.max_query_len == 1
+        tokens = step_tokens(common) if self.holds_states and not decodes else None
         if step is not None and virtual is not None:
             keys = virtual_metadata(common, virtual)
             if tokens is not None:
                 tokens = star_tokens(tokens, virtual)
                 step.count(self.recount_pairs(virtual, tokens))
         tables = common.block_table_tensor, keys.block_table_tensor
-        return AttambaMetadata(common.num_actual_tokens, tokens, *tables, keys.query_start_loc, keys.seq_lens)
+        count = len(common.seq_lens) if decodes else common.num_actual_tokens
+        return AttambaMetadata(count, tokens, *tables, keys.query_start_loc, keys.seq_lens, decodes)
 
     def recount_pairs(self, virtual: VirtualRows, tokens: StepTokens) -> VirtualRows:
         """The rows of the states with query-key pairs as Attamba attends to them, averaged over the model's layers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -103,10 +103,9 @@ def star_tokens(tokens: StepTokens, virtual: VirtualRows) -> StepTokens:
     )
 
 
-class ChunkPlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ChunkPlan:
     """The work of one layer in one step, as tensors on the host. N chunks have tokens in the step.
-
-    The C++ ops take the fields in this order: the first four those of the mixers, the others those of the attention.
 
     Attributes:
         chunk_request: (N,) int64, row of the batch.
@@ -133,8 +132,29 @@ class ChunkPlan(NamedTuple):
     stair_states: torch.Tensor
     token_0_seen: torch.Tensor
 
+    @property
+    def of_mixers(self) -> tuple[torch.Tensor, ...]:
+        """What the C++ op of the mixers takes."""
+        return self.chunk_request, self.chunk_start, self.chunk_rows, self.chunk_tokens
+
+    @property
+    def of_attention(self) -> tuple[torch.Tensor, ...]:
+        """What the C++ op of the attention takes."""
+        stairs = self.stair_starts, self.stair_piece, self.stair_states
+        return self.ends, self.end_state, *stairs, self.token_0_seen
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, ChunkPlan]:
+        return {}
+
     def to(self, device: torch.device) -> ChunkPlan:
-        return ChunkPlan(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """The plan on a device, copied once for all layers with this plan."""
+        if device.type == "cpu":
+            return self
+        if device not in self._copies:
+            tensors = (*self.of_mixers, *self.of_attention)
+            self._copies[device] = ChunkPlan(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return self._copies[device]
 
 
 def num_states_seen(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> np.ndarray:

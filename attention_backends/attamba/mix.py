@@ -53,7 +53,7 @@ def mix(
     ops = built_op() if on_cpu and sizes.taps <= MAX_TAPS else None
     if ops is None:
         return mix_in_torch(projected, pages, block_table, plan, parameters, sizes, eps)
-    return ops.attamba_mix(projected, pages, block_table, *plan[:4], *parameters, sizes.state, eps)
+    return ops.attamba_mix(projected, pages, block_table, *plan.of_mixers, *parameters, sizes.state, eps)
 
 
 def mix_in_torch(

@@ -18,26 +18,25 @@ class KvPages:
     Args:
         pages: (num_pages, 17, 2 x heads x head size).
         heads: of K, and of V.
+        layout: of ``keys`` and ``values``; by default that of the pages' device.
 
     Attributes:
-        layout: of ``keys`` and ``values``.
         keys, values: the first 16 rows of each page, for ``paged_attention``.
         key_rows, value_rows: the same memory as (num_pages, 16, heads, head size), to write to.
         last_rows: (num_pages, 2 x heads x head size), the 17th row of each page.
     """
 
-    def __init__(self, pages: torch.Tensor, heads: int) -> None:
+    def __init__(self, pages: torch.Tensor, heads: int, layout: Layout | None = None) -> None:
         width = pages.shape[-1] // 2
         size, start = width // heads, pages.storage_offset()
         self.last_rows = pages[:, PAGE_ROWS]
-        if pages.device.type == "cpu":
-            self.layout = Layout.CPU
+        self.layout = layout or (Layout.CPU if pages.device.type == "cpu" else Layout.PAGES)
+        if self.layout is Layout.CPU:
             shape = (len(pages), heads, PAGE_ROWS, size)
             strides = (pages.stride(0), 2 * PAGE_ROWS * size, size, 1)
             self.keys = pages.as_strided(shape, strides, start)
             self.values = pages.as_strided(shape, strides, start + PAGE_ROWS * size)
         else:
-            self.layout = Layout.PAGES
             rows = pages[:, :PAGE_ROWS].unflatten(-1, (2, heads, size))
             self.keys, self.values = rows.unbind(2)
         self.key_rows, self.value_rows = page_views(self.keys, self.values, self.layout)

@@ -7,13 +7,10 @@ convolutions in the same way.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -181,29 +178,6 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def _kv_shift(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_weights: torch.Tensor,
-    value_weights: torch.Tensor,
-    out_key: torch.Tensor,
-    out_value: torch.Tensor,
-    layer_name: str,
-) -> None:
-    break_point()(key, value, key_weights, value_weights, out_key, out_value, layer_name)
-
-
-@functools.cache
-def break_point() -> Callable[..., None]:
-    """``_shift_into`` as a break point of breakable CUDA graphs, like vLLM's attention ops.
-
-    The V1 runner captures these graphs without metadata, so a captured shift would never read the state. vLLM decides
-    at the call of ``eager_break_during_capture`` whether breakable graphs are on. VllmConfig may turn them on after the
-    import of this module, so the call is made in the first forward.
-    """
-    return eager_break_during_capture(_shift_into)
-
-
-def _shift_into(
     key: torch.Tensor,
     value: torch.Tensor,
     key_weights: torch.Tensor,

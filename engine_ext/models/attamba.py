@@ -24,7 +24,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
 from attention_backends.attamba.attend import Cache, Sizes, attend
 from attention_backends.attamba.backend import AttambaMetadata
@@ -35,7 +34,10 @@ from attention_backends.attamba.mixer import MixerParameters
 from attention_backends.attamba.pages import KvPages
 from engine_ext.models.attamba_config import AttambaConfig
 from engine_ext.models.attamba_weights import load_checkpoint
+from vllm_compat.config import split_graph_at
 from vllm_compat.models import register_layer, register_op
+
+OP = "starling::attamba"
 
 
 class Mixers(nn.Module):
@@ -67,9 +69,30 @@ class Mixers(nn.Module):
             block_table: (R, columns) int32, of that cache.
             plan: of the layer.
         """
-        parameters = MixerParameters(self.conv_weight, self.A_log, self.D, self.norm_weight)
-        y = mix(projected, pages, block_table, plan, parameters, self.sizes, self.eps)
-        return tuple(linear(part)[0] for linear, part in zip(self.out_proj, y, strict=True))
+        return self.project(mix(projected, pages, block_table, plan, self.constants, self.sizes, self.eps))
+
+    def decode(
+        self,
+        projected: torch.Tensor,
+        pages: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        chunk_size: int,
+        offset: int,
+    ) -> tuple[torch.Tensor, ...]:
+        """``forward`` of a step that decodes, on a GPU; see ``decode.mix_decode``."""
+        from attention_backends.attamba.decode import mix_decode  # imports Triton
+
+        layer = seq_lens, chunk_size, offset
+        return self.project(mix_decode(projected, pages, block_table, *layer, self.constants, self.sizes, self.eps))
+
+    def project(self, mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output projections of (mixers, T, inner)."""
+        return tuple(linear(part)[0] for linear, part in zip(self.out_proj, mixed, strict=True))
+
+    @property
+    def constants(self) -> MixerParameters:
+        return MixerParameters(self.conv_weight, self.A_log, self.D, self.norm_weight)
 
 
 def mixer_parameter(*shape: int, transposed: bool = False) -> nn.Parameter:
@@ -133,22 +156,23 @@ class AttentiveSsm(nn.Module):
         self.rope = config.head_dim, positions, config.rope_theta
         self.name = prefix
         register_layer(get_current_vllm_config(), prefix, self)
+        split_graph_at(get_current_vllm_config(), OP)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, dim) for the normed inputs x (T, dim)."""
         query, projected = self.wq(x)[0], self.mixers.in_proj(x)[0]
-        return self.wo(torch.ops.starling.attamba(x, query, projected, self.name))[0]
+        out = torch.empty_like(query)
+        torch.ops.starling.attamba(x, query, projected, out, self.name)
+        return self.wo(out)[0]
 
-    def attend(self, x: torch.Tensor, query: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, query: torch.Tensor, projected: torch.Tensor, out: torch.Tensor) -> None:
         """Mix the tokens' chunks, store what the caches keep, and attend.
 
         Args:
             x: (T, dim), normed inputs. They may have padding after the step's tokens.
             query: (T, local dim), not turned.
             projected: (T, mixers x [gate | u B C | dt]).
-
-        Returns:
-            (T, local dim); 0 for padding.
+            out: (T, local dim) to write to; 0 for padding.
         """
         metadata: Any = get_forward_context().attn_metadata
         caches = (self.states, self.window, self.rows)
@@ -164,21 +188,21 @@ class AttentiveSsm(nn.Module):
             states, window, rows = (metadata[cache.prefix] for cache in caches)
             states_kv, window_kv = (cache.views(self.kv_pages) for cache in (self.states, self.window))
             pages = self.rows.views(lambda pages: pages)
-        count = rows.num_tokens
-        plan = states.plan(self.attention.chunk, self.offset, self.attention.window - 1)
-        if count < len(x):
-            query, projected = query[:count], projected[:count]
-        out = attend(
-            query,
-            self.mixers(projected, pages, rows.block_table, plan),
-            x[:count, self.rank * self.local_dim : (self.rank + 1) * self.local_dim],
-            angles,
-            Cache(states_kv, states),
-            Cache(window_kv, window),
-            plan,
-            self.attention,
-        )
-        return nn.functional.pad(out, (0, 0, 0, len(x) - count)) if count < len(x) else out
+        count, sizes = states.num_tokens, self.attention
+        query, projected = query[:count], projected[:count]
+        own = x[:count, self.rank * self.local_dim : (self.rank + 1) * self.local_dim]
+        kept = Cache(states_kv, states), Cache(window_kv, window)
+        out[count:] = 0
+        if states.decodes:
+            from attention_backends.attamba.decode import attend_decode  # imports Triton
+
+            lens, layer = window.seq_lens, (sizes.chunk, self.offset)
+            mixed = self.mixers.decode(projected, pages, rows.block_table, lens, *layer)
+            attend_decode(query, mixed, own, angles, *kept, self.offset, sizes, out[:count])
+            return
+        plan = states.plan(sizes.chunk, self.offset, sizes.window - 1)
+        mixed = self.mixers(projected, pages, rows.block_table, plan)
+        out[:count] = attend(query, mixed, own, angles, *kept, plan, sizes)
 
     def kv_pages(self, pages: torch.Tensor) -> KvPages:
         """Views of K and V of pages (num_pages, 17, 2 x local dim)."""
@@ -195,21 +219,17 @@ class AttentiveSsm(nn.Module):
         return (AttambaMetadata.on_one_page(tokens, cache.spec, x.device) for cache in caches)
 
 
-def _attend(x: torch.Tensor, query: torch.Tensor, projected: torch.Tensor, layer_name: str) -> torch.Tensor:
+def _attend(x: torch.Tensor, query: torch.Tensor, projected: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     """``AttentiveSsm.attend`` of the layer of that name.
 
     It writes to the layer's caches without saying so, as vLLM's attention ops do: nothing else in a compiled graph
     reads them.
     """
     layer: Any = get_forward_context().no_compile_layers[layer_name]
-    return layer.attend(x, query, projected)
+    layer.attend(x, query, projected, out)
 
 
-def _attend_fake(x: torch.Tensor, query: torch.Tensor, projected: torch.Tensor, layer_name: str) -> torch.Tensor:
-    return query.new_empty(query.shape)
-
-
-register_op("starling::attamba", _attend, _attend_fake)
+register_op(OP, _attend, mutates=("out",))
 
 
 class AttambaLayer(nn.Module):
@@ -230,15 +250,13 @@ class AttambaLayer(nn.Module):
         return hidden + self.feed_forward(self.ffn_norm(hidden))
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0},
-    enable_if=lambda vllm_config: current_platform.is_cpu(),
-)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class AttambaForCausalLM(nn.Module):
     """Attamba. attamba_weights.py maps the names of the checkpoint to the parameters.
 
-    On CPU, vLLM compiles what lies between the attention of two layers. On GPUs the model runs eagerly, because the
-    host plans each step by the lengths of the batch, and vLLM captures what it compiles in CUDA graphs.
+    vLLM compiles what lies between the attention of two layers, and captures it in piecewise CUDA graphs. The host
+    plans the attention of a step by the lengths of the batch, so that runs between them. A step that decodes has no
+    plan on GPUs, and is one full CUDA graph.
 
     Raises:
         ValueError: the caches do not support the configuration, or the model does not support a feature of vLLM.

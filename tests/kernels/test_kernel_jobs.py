@@ -12,7 +12,7 @@ from tests.parity.harness import ROOT, v2_env
 
 
 @pytest.mark.parametrize("job", ["interpret", "wide", "compile"])
-@pytest.mark.parametrize("kernels", ["kv_shift_job", "attamba_scan_job"])
+@pytest.mark.parametrize("kernels", ["kv_shift_job", "attamba_scan_job", "attamba_decode_job"])
 def test_kernels(kernels, job):
     env = os.environ | v2_env() | ({"TRITON_INTERPRET": "0"} if job == "compile" else {})
     done = subprocess.run(

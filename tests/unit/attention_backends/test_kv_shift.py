@@ -11,11 +11,11 @@ from vllm.compilation import breakable_cudagraph
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
-from attention_backends.kv_shift import state
 from attention_backends.kv_shift.reference import shift_reference
 from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
 from attention_backends.kv_shift.state import OP, WINDOW, ShiftState, ShiftStateBuilder, refuse_unsupported, state_spec
 from tests.piecewise import graphs, in_pieces
+from vllm_compat.models import break_point
 
 HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 2, 4, 4, 40
 
@@ -204,7 +204,7 @@ def test_the_op_breaks_a_breakable_graph(metadata_at_capture, monkeypatch):
     """V1 captures breakable graphs without metadata, so a captured shift would never read the state."""
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     monkeypatch.setattr(breakable_cudagraph, "_weak_ref_capture_arg", lambda argument: argument)  # a CUDA op
-    state.break_point.cache_clear()
+    break_point.cache_clear()
     batch, buffers = Batch([30, 30, 30]), GraphBuffers()
 
     def context(metadata: ShiftMetadata | None) -> SimpleNamespace:
@@ -225,7 +225,7 @@ def test_the_op_breaks_a_breakable_graph(metadata_at_capture, monkeypatch):
             expected = batch.expected(request)[:, done[request] : batch.done[request]]
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
             done[request] = batch.done[request]
-    state.break_point.cache_clear()
+    break_point.cache_clear()
 
 
 class Layer(torch.nn.Module):

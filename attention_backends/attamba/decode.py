@@ -1,0 +1,149 @@
+"""A layer's decode step on a GPU: every request has one token, and nothing is read from the host.
+
+The same as mix.py and attend.py compute, in a few launches that a CUDA graph can record.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from attention_backends.attamba.attend import Cache, Sizes
+from attention_backends.attamba.decode_kernels import join_kernel, mix_kernel, store_kernel
+from attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from attention_backends.kernels.contract import Operands
+from attention_backends.kernels.triton.attention import paged_attention
+
+TILE = 4096
+"""Values of a tile of rows of a chunk, and the most rows of one, that the scan reads at a time."""
+MAX_ROWS = 16
+
+
+def mix_decode(
+    projected: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    chunk_size: int,
+    offset: int,
+    parameters: MixerParameters,
+    sizes: MixerSizes,
+    eps: float,
+) -> torch.Tensor:
+    """``mix.mix`` of a step with one token for each of R requests.
+
+    Args:
+        projected, pages, block_table, parameters, sizes, eps: as there.
+        seq_lens: (R,) int32, tokens of each request, including this one; 0 for padding.
+        chunk_size, offset: of the layer.
+    """
+    out = projected.new_empty(sizes.count, len(seq_lens), sizes.inner)
+    mix_kernel[(len(seq_lens), sizes.count)](
+        projected,
+        pages,
+        block_table,
+        seq_lens,
+        *parameters,
+        out,
+        chunk_size,
+        offset,
+        eps,
+        projected.stride(0),
+        *pages.stride()[:2],
+        block_table.stride(0),
+        HEADS=sizes.heads,
+        INNER=sizes.inner,
+        STATE=sizes.state,
+        TAPS=sizes.taps,
+        PAGE_TOKENS=pages.shape[1],
+        **mix_blocks(sizes, chunk_size),
+        num_warps=warps(sizes),
+    )
+    return out
+
+
+def mix_blocks(sizes: MixerSizes, chunk_size: int) -> dict[str, int]:
+    """The block sizes of the scan: powers of 2."""
+    inner, state, width = (triton.next_power_of_2(size) for size in (sizes.inner, sizes.state, sizes.width))
+    rows = min(MAX_ROWS, triton.next_power_of_2(chunk_size), max(1, TILE // max(inner, state)))
+    return {"BLOCK_R": rows, "BLOCK_I": inner, "BLOCK_S": state, "BLOCK_W": width}
+
+
+def warps(sizes: MixerSizes) -> int:
+    """Warps of a program of the scan."""
+    return 4 if sizes.inner <= 512 else 8
+
+
+def attend_decode(
+    query: torch.Tensor,
+    mixed: tuple[torch.Tensor, ...],
+    own: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    states: Cache,
+    window: Cache,
+    offset: int,
+    sizes: Sizes,
+    out: torch.Tensor,
+) -> None:
+    """``attend.attend`` of a step with one token for each of R requests, into ``out`` (R, heads x head size)."""
+    seq_lens, keys, values = window.step.seq_lens, states.pages.key_rows, states.pages.value_rows
+    heads, head_size = keys.shape[-2:]
+    grid, block = (len(seq_lens), heads), triton.next_power_of_2(head_size)
+    turned = query.new_empty(len(seq_lens), heads, head_size)
+    num_states = torch.empty_like(seq_lens)
+    layer = (sizes.chunk, offset, sizes.window - 1)
+    store_kernel[grid](
+        query,
+        *mixed,
+        own,
+        seq_lens,
+        *angles,
+        turned,
+        num_states,
+        keys,
+        values,
+        states.step.block_table,
+        window.pages.key_rows,
+        window.pages.value_rows,
+        window.step.block_table,
+        *layer,
+        query.stride(0),
+        mixed[0].stride(0),
+        own.stride(0),
+        keys.stride(0),
+        window.pages.key_rows.stride(0),
+        *keys.stride()[1:3],
+        states.step.block_table.stride(0),
+        window.step.block_table.stride(0),
+        HEAD_SIZE=head_size,
+        BLOCK_D=max(1, block // 2),
+    )
+    starts, scale = window.step.query_start_loc, sizes.scale
+    of_states = Operands(turned, keys, values, states.step.block_table, starts, num_states, scale=scale)
+    recent = Operands(
+        turned,
+        window.pages.key_rows,
+        window.pages.value_rows,
+        window.step.block_table,
+        starts,
+        seq_lens,
+        scale=scale,
+        window=sizes.window,
+    )
+    join_kernel[grid](
+        turned,
+        *paged_attention(of_states),
+        *paged_attention(recent),
+        seq_lens,
+        keys,
+        values,
+        states.step.block_table,
+        out,
+        *layer,
+        scale,
+        *keys.stride()[:3],
+        states.step.block_table.stride(0),
+        out.stride(0),
+        HEAD_SIZE=head_size,
+        BLOCK_D=block,
+    )

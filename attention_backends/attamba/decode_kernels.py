@@ -1,0 +1,226 @@
+"""The Triton kernels of a decode step, in which every request has one token, for GPUs. decode.py launches them.
+
+They compute chunks, states and places from the length of each request, which lies on the device, and read nothing that
+the host planned. So a CUDA graph can record them. A request of length 0 pads a CUDA graph: nothing is stored for it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attention_backends.attamba.chunks import PAGE_ROWS
+
+ROWS = tl.constexpr(PAGE_ROWS)  # of K|V in a page; the row behind them is that of token 0
+
+
+@triton.jit
+def _convolve(
+    pages, table, start, row, column, column_mask, weight, page_stride, row_stride,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the causal convolution at (row, column) of a chunk, float32; 0 outside of the mask.
+
+    Args:
+        start: position of the chunk's row 0. Rows below 0 count as 0.
+        weight: (TAPS, CHANNELS).
+    """
+    total = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
+    for back in range(TAPS):
+        in_chunk = row >= back
+        position = start + row - back
+        page = tl.load(table + position // PAGE_TOKENS, mask=in_chunk, other=0).to(tl.int64)
+        at = page * page_stride + position % PAGE_TOKENS * row_stride
+        mask = in_chunk[:, None] & column_mask[None, :]
+        values = tl.load(pages + at[:, None] + column[None, :], mask=mask, other=0.0)
+        tap = tl.load(weight + (TAPS - 1 - back) * CHANNELS + column, mask=column_mask, other=0.0)
+        total += values.to(tl.float32) * tap[None, :]
+    return total / (1 + tl.exp(-total))
+
+
+@triton.jit
+def mix_kernel(
+    projected, pages, table, seq_lens, conv, a_log, skip, norm, out,
+    chunk_size, offset, eps, token_stride, page_stride, row_stride, table_stride,
+    HEADS: tl.constexpr, INNER: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests, mixers). Stores the token's row, and scans its chunk from that row back to row 0.
+
+    So the decay between a row and the token is a sum that begins at 0. ``out`` is (mixers, requests, INNER). The blocks
+    are rows of a step of the scan, and powers of 2 for INNER, STATE and the width of a row.
+    """
+    CHANNELS: tl.constexpr = INNER + 2 * STATE
+    WIDTH: tl.constexpr = CHANNELS + HEADS
+    request, mixer = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(seq_lens + request) - 1
+    if position < 0:
+        return
+    table += request * table_stride
+    pages += mixer * WIDTH
+    conv += mixer * TAPS * CHANNELS
+    projected += request * token_stride + mixer * (INNER + WIDTH)
+    column, state, value = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_W)
+    inner, in_state = column < INNER, state < STATE
+    head = mixer * HEADS + tl.minimum(column, INNER - 1) // (INNER // HEADS)
+
+    page = tl.load(table + position // PAGE_TOKENS).to(tl.int64)
+    at = page * page_stride + position % PAGE_TOKENS * row_stride
+    row_values = tl.load(projected + INNER + value, mask=value < WIDTH)
+    tl.store(pages + at + value, row_values, mask=value < WIDTH)
+    tl.debug_barrier()  # the threads of the program read that row
+
+    first = tl.maximum(1, (position + offset) // chunk_size * chunk_size - offset)
+    start = tl.where(position == 0, 0, first)
+    last = position - start
+    own = last + tl.zeros([1], dtype=tl.int32)
+    # fmt: off
+    c = _convolve(
+        pages, table, start, own, INNER + STATE + state, in_state, conv, page_stride, row_stride,
+        CHANNELS, TAPS, PAGE_TOKENS,
+    )
+    y = tl.load(skip + head).to(tl.float32) * tl.sum(_convolve(
+        pages, table, start, own, column, inner, conv, page_stride, row_stride, CHANNELS, TAPS, PAGE_TOKENS,
+    ), 0)
+    rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
+    decay = tl.zeros([BLOCK_I], dtype=tl.float32)  # of the rows after those of the loop's step
+    for back in range(0, last + 1, BLOCK_R):
+        row = last - back - tl.arange(0, BLOCK_R)
+        in_chunk = row >= 0
+        b = _convolve(
+            pages, table, start, row, INNER + state, in_state, conv, page_stride, row_stride,
+            CHANNELS, TAPS, PAGE_TOKENS,
+        )
+        u = _convolve(
+            pages, table, start, row, column, inner, conv, page_stride, row_stride, CHANNELS, TAPS, PAGE_TOKENS,
+        )
+        # fmt: on
+        score = tl.sum(b * c, 1)
+        page_ids = tl.load(table + (start + row) // PAGE_TOKENS, mask=in_chunk, other=0).to(tl.int64)
+        rows = page_ids * page_stride + (start + row) % PAGE_TOKENS * row_stride + CHANNELS - mixer * HEADS
+        dt = tl.load(pages + rows[:, None] + head[None, :], mask=in_chunk[:, None], other=0.0).to(tl.float32)
+        dt = tl.where(in_chunk[:, None], tl.maximum(dt, 0.0) + tl.log(1 + tl.exp(-tl.abs(dt))), 0.0)  # softplus
+        step = dt * rate[None, :]
+        remains = tl.exp(decay[None, :] + tl.cumsum(step, 0) - step)
+        y += tl.sum(remains * score[:, None] * dt * u, 0)
+        decay += tl.sum(step, 0)
+
+    gate = tl.load(projected + column, mask=inner, other=0.0).to(tl.float32)
+    y = tl.where(inner, y * gate / (1 + tl.exp(-gate)), 0.0)
+    y *= tl.rsqrt(tl.sum(y * y, 0) / INNER + eps)
+    y *= tl.load(norm + mixer * INNER + column, mask=inner, other=0.0)
+    out += (mixer * tl.num_programs(0).to(tl.int64) + request) * INNER
+    tl.store(out + column, y.to(out.dtype.element_ty), mask=inner)
+
+
+@triton.jit
+def _load_pairs(at, mask):
+    """The even and the odd values of pairs, in float32."""
+    even, odd = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def _turn(even, odd, cos, sin):
+    """The rotary embedding of the pairs (even, odd)."""
+    return even * cos - odd * sin, odd * cos + even * sin
+
+
+@triton.jit
+def _store_row(keys, values, page, slot, head, lane, mask, even, odd, first, second,
+               page_stride, slot_stride, head_stride):  # fmt: skip
+    """Store one head's key, of its even and odd values, and its value, of two halves of such pairs."""
+    at = page * page_stride + slot * slot_stride + head * head_stride + 2 * lane
+    tl.store(keys + at, even.to(keys.dtype.element_ty), mask=mask)
+    tl.store(keys + at + 1, odd.to(keys.dtype.element_ty), mask=mask)
+    tl.store(values + at, first.to(values.dtype.element_ty), mask=mask)
+    tl.store(values + at + 1, second.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_kernel(
+    query, mixed_key, mixed_value, own, seq_lens, cos, sin, turned, num_states,
+    state_keys, state_values, state_table, window_keys, window_values, window_table,
+    chunk_size, offset, window, query_stride, mixed_stride, own_stride,
+    state_page_stride, window_page_stride, slot_stride, head_stride, state_table_stride, window_table_stride,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests, heads). Stores K and V of the token, and what decode.py's attention reads.
+
+    K is turned and goes to the window, and to the states where the token ends a chunk. ``turned`` (requests, heads,
+    HEAD_SIZE) gets the turned query, ``num_states`` (requests,) the states that the token sees.
+    """
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    position = tl.load(seq_lens + request) - 1
+    before_window = tl.maximum(0, position - window + offset)
+    tl.store(num_states + request, before_window // chunk_size)
+    if position < 0:
+        return
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    lane = tl.arange(0, BLOCK_D)
+    mask = lane < HALF
+    column = head * HEAD_SIZE + 2 * lane
+    angle = position.to(tl.int64) * HALF + lane
+    cosine, sine = tl.load(cos + angle, mask=mask, other=0.0), tl.load(sin + angle, mask=mask, other=0.0)
+
+    even, odd = _turn(*_load_pairs(query + request * query_stride + column, mask), cosine, sine)
+    turned += (request * tl.num_programs(1) + head) * HEAD_SIZE + 2 * lane
+    tl.store(turned, even.to(turned.dtype.element_ty), mask=mask)
+    tl.store(turned + 1, odd.to(turned.dtype.element_ty), mask=mask)
+
+    x_even, x_odd = _load_pairs(own + request * own_stride + column, mask)
+    even, odd = _load_pairs(mixed_key + request * mixed_stride + column, mask)
+    even, odd = _turn(x_even + even, x_odd + odd, cosine, sine)
+    first, second = _load_pairs(mixed_value + request * mixed_stride + column, mask)
+    first, second = x_even + first, x_odd + second
+
+    # fmt: off
+    page = tl.load(window_table + request * window_table_stride + position // ROWS).to(tl.int64)
+    _store_row(window_keys, window_values, page, position % ROWS, head, lane, mask, even, odd, first, second,
+               window_page_stride, slot_stride, head_stride)
+    is_boundary = (position + 1 + offset) % chunk_size == 0
+    if is_boundary | (position == 0):
+        state = position // chunk_size
+        slot = tl.where(is_boundary, state % ROWS, ROWS)
+        page = tl.load(state_table + request * state_table_stride + state // ROWS).to(tl.int64)
+        _store_row(state_keys, state_values, page, slot, head, lane, mask, even, odd, first, second,
+                   state_page_stride, slot_stride, head_stride)
+    # fmt: on
+
+
+@triton.jit
+def join_kernel(
+    turned, states_out, states_lse, window_out, window_lse, seq_lens, state_keys, state_values, state_table, out,
+    chunk_size, offset, window, scale, page_stride, slot_stride, head_stride, state_table_stride, out_stride,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests, heads). Merges attention to states and window with that to the state of token 0.
+
+    The parts are (requests, heads, HEAD_SIZE), their log-sum-exps (requests, heads), ``out`` (requests, heads x
+    HEAD_SIZE).
+    """
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = request * tl.num_programs(1) + head
+    lane = tl.arange(0, BLOCK_D)
+    mask = lane < HEAD_SIZE
+    position = tl.load(seq_lens + request) - 1
+    sees_token_0 = (position > window) & (offset != chunk_size - 1)
+
+    page = tl.load(state_table + request * state_table_stride).to(tl.int64)
+    at = page * page_stride + ROWS * slot_stride + head * head_stride + lane
+    is_read = mask & sees_token_0
+    query = tl.load(turned + row * HEAD_SIZE + lane, mask=is_read, other=0.0).to(tl.float32)
+    key = tl.load(state_keys + at, mask=is_read, other=0.0).to(tl.float32)
+    value = tl.load(state_values + at, mask=is_read, other=0.0).to(tl.float32)
+    token_0_lse = tl.where(sees_token_0, tl.sum(query * key, 0) * scale, float("-inf"))
+
+    lse, other_lse = tl.load(window_lse + row), tl.load(states_lse + row)
+    peak = tl.maximum(tl.maximum(lse, other_lse), token_0_lse)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)  # a request that pads a CUDA graph has no key at all
+    weight, other_weight, token_0_weight = tl.exp(lse - peak), tl.exp(other_lse - peak), tl.exp(token_0_lse - peak)
+    part = tl.load(window_out + row * HEAD_SIZE + lane, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(states_out + row * HEAD_SIZE + lane, mask=mask, other=0.0).to(tl.float32)
+    total = weight + other_weight + token_0_weight
+    merged = (weight * part + other_weight * other + token_0_weight * value) / tl.where(total > 0, total, 1.0)
+    out += request * out_stride + head * HEAD_SIZE + lane
+    tl.store(out, merged.to(out.dtype.element_ty), mask=mask)

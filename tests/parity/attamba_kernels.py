@@ -1,0 +1,45 @@
+"""Lets an engine on CPU compute Attamba as one on a GPU does: with the Triton kernels, in the layout of their pages."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+from attention_backends.attamba import attend, mix, scan_kernel
+from attention_backends.kernels.contract import Layout
+from attention_backends.kernels.triton import attention as triton_attention
+from engine_ext.models import attamba
+from vllm_compat.worker import metadata_builders
+
+RAN: Counter[str] = Counter()
+
+
+def use_kernels(worker: Any) -> None:
+    """To be called before the engine has cached anything, with Triton's interpreter."""
+    for module in (attend, mix):
+        module.built_op = lambda: None
+    mix.chunk_scan = counted(scan_kernel.chunk_scan)
+    attend.paged_attention = counted(triton_attention.paged_attention)
+    attamba.KvPages = functools.partial(attamba.KvPages, layout=Layout.PAGES)
+    attamba.AttentiveSsm.kv_pages = lambda self, pages: attamba.KvPages(pages, self.heads)
+    for layer in worker.get_model().layers:
+        layer.attentive_ssm.states.kv_cache = layer.attentive_ssm.states.kv_cache  # forgets the views
+        layer.attentive_ssm.window.kv_cache = layer.attentive_ssm.window.kv_cache
+        layer.attentive_ssm.mixers.decode = counted(layer.attentive_ssm.mixers.decode)
+    for builder, _ in metadata_builders(worker.model_runner):
+        builder.has_kernels = True
+
+
+def counted(function: Any) -> Any:
+    @functools.wraps(function)
+    def count(*args: Any, **kwargs: Any) -> Any:
+        RAN[function.__name__] += 1
+        return function(*args, **kwargs)
+
+    return count
+
+
+def check_kernels(worker: Any) -> None:
+    """Assert that the kernels of prefill and those of decode ran."""
+    assert RAN.keys() == {"chunk_scan", "paged_attention", "decode"}, RAN

@@ -17,7 +17,7 @@ BENCH = PYTHONPATH=$(CURDIR)/$(dir $(BENCH_ENV)):$$PYTHONPATH $(BIN)/python -m b
 STAR_TINY := tests/parity/test_star_tiny.py::test_
 NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py \
 	$(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
-	tests/gpu_contract tests/unit
+	tests/gpu_contract tests/unit $(addprefix --ignore=tests/unit/,engine_ext/evaluation benchmarks examples ci test_docs.py)
 
 LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-hashes
 
@@ -84,7 +84,7 @@ tests-installed: env demo-model ## all tests with the vLLM of the lock file
 	rm -rf $(RESULTS)/installed
 	$(BIN)/$(PYTEST)/installed/tests.xml tests
 
-# `make test-next NEXT_TESTS=tests` runs all tests.
+# Without the tests of what does not call vLLM. `make test-next NEXT_TESTS=tests` runs all tests.
 test-next: env-next demo-model ## tests with the Python files of the next vLLM
 	rm -rf $(RESULTS)/next
 	$(NEXT)/$(PYTEST)/next/tests.xml $(NEXT_TESTS)

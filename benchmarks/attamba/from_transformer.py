@@ -115,6 +115,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, method: Method, offset: int, theta: 
     return torch.cat(parts, 1)
 
 
+KeysValues = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
 class Llama:
     """A Llama from a checkpoint, for a single sequence; matrices are multiplied in ``dtype``."""
 
@@ -141,28 +144,51 @@ class Llama:
             maps.append(expand(weight.unflatten(0, (self.config["num_key_value_heads"], -1)), heads).flatten(0, 1))
         return maps[0], maps[1]
 
+    def project(self, normed: Tensor, layer: int, name: str) -> Tensor:
+        """(heads, T, size): q_proj, k_proj or v_proj of a layer's normed input without weights (T, hidden)."""
+        heads = self.config["num_attention_heads"]
+        x = normed * self.weights[f"layers.{layer}.input_layernorm.weight"].float()
+        found = self.linear(x, f"layers.{layer}.self_attn.{name}")
+        return expand(found.unflatten(-1, (-1, normed.shape[-1] // heads)).transpose(0, 1), heads)
+
+    def attention(self, normed: Tensor, layer: int, method: Method, keys_values: KeysValues | None = None) -> Tensor:
+        """(T, hidden): what a layer's attention adds to the residual, for its normed input without weights.
+
+        Args:
+            keys_values: K and V of a layer (heads, T, size) from its number and that input; by default the model's.
+        """
+        if keys_values is None:
+            k, v = (self.project(normed, layer, name) for name in ("k_proj", "v_proj"))
+        else:
+            k, v = keys_values(layer, normed)
+        offset = chunk_offset(layer, self.config["num_hidden_layers"], method.chunk) if method.chunk else 0
+        theta = self.config["rope_parameters"]["rope_theta"]
+        out = attend(self.project(normed, layer, "q_proj"), k, v, method, offset, theta)
+        return self.linear(out.transpose(0, 1).flatten(1), f"layers.{layer}.self_attn.o_proj")
+
     @torch.inference_mode()
-    def bits(self, tokens: Tensor, method: Method, see: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def bits(
+        self,
+        tokens: Tensor,
+        method: Method,
+        see: Callable[[int, Tensor, Tensor], None] | None = None,
+        keys_values: KeysValues | None = None,
+    ) -> Tensor:
         """(T,) bits of each of (T + 1,) tokens but the first.
 
         Args:
-            see: called for each layer with its number and its normed input without weights (T, hidden).
+            see: called for each layer with its number, its normed input without weights, and what ``attention`` gives.
+            keys_values: see ``attention``.
         """
-        config, heads = self.config, self.config["num_attention_heads"]
+        config = self.config
         h = self.weights["embed_tokens.weight"][tokens[:-1]].float()
         for layer in range(config["num_hidden_layers"]):
             prefix = f"layers.{layer}"
+            normed = self.norm(h, None)
+            added = self.attention(normed, layer, method, keys_values)
             if see is not None:
-                see(layer, self.norm(h, None))
-            x = self.norm(h, f"{prefix}.input_layernorm")
-            size = config["hidden_size"] // heads
-            q, k, v = (
-                expand(self.linear(x, f"{prefix}.self_attn.{name}").unflatten(-1, (-1, size)).transpose(0, 1), heads)
-                for name in ("q_proj", "k_proj", "v_proj")
-            )
-            offset = chunk_offset(layer, config["num_hidden_layers"], method.chunk) if method.chunk else 0
-            out = attend(q, k, v, method, offset, config["rope_parameters"]["rope_theta"])
-            h = h + self.linear(out.transpose(0, 1).flatten(1), f"{prefix}.self_attn.o_proj")
+                see(layer, normed, added)
+            h = h + added
             x = self.norm(h, f"{prefix}.post_attention_layernorm")
             gate, up = (self.linear(x, f"{prefix}.mlp.{name}") for name in ("gate_proj", "up_proj"))
             h = h + self.linear(F.silu(gate) * up, f"{prefix}.mlp.down_proj")
@@ -170,7 +196,7 @@ class Llama:
         return F.cross_entropy(logits, tokens[1:], reduction="none") / math.log(2)
 
 
-def pass_through(wanted: Tensor, positive: Tensor, scale: float = 1e-3) -> Mixer:
+def pass_through(wanted: Tensor, positive: Tensor, scale: float = 1e-3, heads: int = 1) -> Mixer:
     """A mixer whose output is ``wanted`` x - x of its last token x, so that x + SSM(x) is ``wanted`` x.
 
     SiLU(s x) nears s x / 2 as s goes to 0. B = 0 empties the state, but C is random, so that B has a gradient. The
@@ -181,18 +207,26 @@ def pass_through(wanted: Tensor, positive: Tensor, scale: float = 1e-3) -> Mixer
         wanted: (dim, dim) map.
         positive: (dim,), its product with every x must be positive: the gate.
         scale: s; the relative error is about s / 2.
+        heads: of the mixer, a divisor of dim.
     """
     dim = len(wanted)
-    config = AttambaConfig(hidden_size=dim, num_attention_heads=1, head_dim=dim, ssm_inner=dim, ssm_heads=1)
+    config = AttambaConfig(hidden_size=dim, num_attention_heads=1, head_dim=dim, ssm_inner=dim, ssm_heads=heads)
     mixer, identity = Mixer(config), torch.eye(dim)
     with torch.no_grad():
         mixer.in_proj.weight[:dim] = positive / scale**2  # far above 1, where SiLU(z) is z, and above the norm's eps
         mixer.in_proj.weight[dim : 2 * dim] = identity
         mixer.in_proj.weight[2 * dim : 2 * dim + config.ssm_state_dim] = 0  # B
         mixer.conv_weight.zero_()
-        mixer.conv_weight[:, -1] = scale
+        mixer.conv_weight[:, -1] = 1
+        mixer.conv_weight[:dim, -1] = scale
         mixer.out_proj.weight.copy_(wanted - identity)
     return mixer
+
+
+def positive_direction(x: Tensor) -> Tensor:
+    """(dim,), a direction whose product with each of x (T, dim) is near 1."""
+    ridge = len(x) * 1e-3 * torch.eye(x.shape[1])
+    return torch.linalg.solve(x.T @ x + ridge, x.sum(0))
 
 
 @torch.inference_mode()
@@ -205,11 +239,10 @@ def initialisation(model: Llama, fit: Tensor, check: Tensor) -> dict[str, list[f
     """
     inputs: dict[int, list[Tensor]] = {}
     for tokens in (fit, check):
-        model.bits(tokens, Method(1), lambda layer, x: inputs.setdefault(layer, []).append(x))
+        model.bits(tokens, Method(1), lambda layer, x, _: inputs.setdefault(layer, []).append(x))
     result: dict[str, list[float]] = {"gate_positive": [], "error_k": [], "error_v": []}
     for layer, (first, second) in inputs.items():
-        ridge = len(first) * 1e-3 * torch.eye(first.shape[1])
-        positive = torch.linalg.solve(first.T @ first + ridge, first.sum(0))
+        positive = positive_direction(first)
         good = second @ positive > 0
         result["gate_positive"].append(good.double().mean().item())
         x = second[good]
@@ -220,9 +253,11 @@ def initialisation(model: Llama, fit: Tensor, check: Tensor) -> dict[str, list[f
     return result
 
 
-def token_windows(tokenizer: PreTrainedTokenizerFast, count: int, length: int) -> list[Tensor]:
-    """``count`` windows of ``length`` + 1 tokens, at equal distances over the held-out packages' sources."""
-    text = "\n".join(read_packages(VALIDATION, set()))
+def token_windows(
+    tokenizer: PreTrainedTokenizerFast, count: int, length: int, packages: tuple[str, ...] = VALIDATION
+) -> list[Tensor]:
+    """``count`` windows of ``length`` + 1 tokens, at equal distances over packages' sources; by default held out."""
+    text = "\n".join(read_packages(packages, set()))
     pieces = [text[i * len(text) // count :][: 8 * length] for i in range(count)]
     return [torch.tensor(tokenizer(piece)["input_ids"][: length + 1]) for piece in pieces]
 

@@ -58,6 +58,7 @@ FULL: dict[str, str] = {
     "attamba.capacity": "",
     "attamba.quality": "",
     "attamba.from_transformer": "models/smollm2-135m-instruct",
+    "attamba.distil": "models/smollm2-135m-instruct",
     "front_overhead": "",
     "replicas.ttft": "",
     "replicas.model": "",

@@ -40,7 +40,8 @@ from engine_ext.front.peer_replica import PeerReplica
 from engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
-from engine_ext.requests import PLANNED, PlannedPrompt
+from engine_ext.planning import PlannedPrompt
+from engine_ext.requests import PLANNED
 from replicas.core_rpc import CANCEL_FETCH, OPEN_SHARD
 from replicas.page_transfer import layout_mismatch
 from scheduler.star.assignment import Assignment, ReplicaState, assign_blocks

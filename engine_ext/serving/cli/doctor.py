@@ -108,8 +108,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from engine_ext.activation import parse_config
+    from engine_ext.planning import usable_defaults
     from engine_ext.refusals import replica_set, star_refusals
-    from engine_ext.requests import usable_defaults
     from engine_ext.serving.cli.cores import CORES_ENV, core_binding
     from engine_ext.serving.cli.serve_args import parse
     from engine_ext.serving.grpc.prompts import chat_params

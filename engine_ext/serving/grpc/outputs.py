@@ -70,7 +70,7 @@ def prompt_logprobs(
 
 
 def final(output: CompletionOutput, usage: pb.Usage, plan: dict[str, Any]) -> pb.GenerateStreamResponse:
-    """The last event of a choice. ``plan`` is the prompt's plan as engine_ext.requests.describe returns it."""
+    """The last event of a choice. ``plan`` is the prompt's plan as `PromptPlanner.describe` returns it."""
     reason = FINISH_REASONS.get(output.finish_reason or "", pb.Final.FINISH_REASON_UNSPECIFIED)
     message = pb.Final(finish_reason=reason, usage=usage, plan=plan_message(plan), index=output.index)
     if isinstance(output.stop_reason, str):

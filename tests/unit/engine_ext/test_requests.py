@@ -11,9 +11,9 @@ from vllm.sampling_params import SamplingParams
 from attention_backends.attamba.count import prompt_keys
 from engine_ext.metrics import front_metrics
 from engine_ext.models.attamba_config import AttambaConfig
+from engine_ext.planning import PlannedPrompt
 from engine_ext.requests import (
     PLANNED,
-    PlannedPrompt,
     RequestPlanner,
     ResponsePlans,
     begin_beam_search,

@@ -21,7 +21,8 @@ from engine_ext.front.replica_rpc import ReplicaTimeout
 from engine_ext.front.split_prefill import planned_split
 from engine_ext.front.state import front_state
 from engine_ext.metrics import front_metrics
-from engine_ext.requests import PLANNED, PlannedPrompt
+from engine_ext.planning import PlannedPrompt
+from engine_ext.requests import PLANNED
 from replicas.core_rpc import RELEASE, REPLICA_STATE
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import metadata_of

@@ -12,7 +12,7 @@ from vllm.renderers import TokenizeParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine_ext.front.state import front_state
-from engine_ext.requests import PlannedPrompt
+from engine_ext.planning import PlannedPrompt
 from engine_ext.serving.grpc.server import Front
 from scheduler.star.options import StarOptions
 from scheduler.star.plan import describe

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from attention_backends.attamba.attend import Cache, Sizes
-from attention_backends.attamba.decode_kernels import join_kernel, mix_kernel, store_kernel
+from attention_backends.attamba.decode_kernels import join_kernel, mix_kernel, rows_kernel, store_kernel
 from attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from attention_backends.kernels.contract import Operands
 from attention_backends.kernels.triton.attention import paged_attention
@@ -38,7 +38,20 @@ def mix_decode(
         chunk_size, offset: of the layer.
     """
     out = projected.new_empty(sizes.count, len(seq_lens), sizes.inner)
-    mix_kernel[(len(seq_lens), sizes.count)](
+    grid = (len(seq_lens), sizes.count)
+    strides = projected.stride(0), *pages.stride()[:2], block_table.stride(0)
+    rows_kernel[grid](
+        projected,
+        pages,
+        block_table,
+        seq_lens,
+        *strides,
+        INNER=sizes.inner,
+        WIDTH=sizes.width,
+        PAGE_TOKENS=pages.shape[1],
+        BLOCK_W=triton.next_power_of_2(sizes.width),
+    )
+    mix_kernel[grid](
         projected,
         pages,
         block_table,
@@ -48,9 +61,7 @@ def mix_decode(
         chunk_size,
         offset,
         eps,
-        projected.stride(0),
-        *pages.stride()[:2],
-        block_table.stride(0),
+        *strides,
         HEADS=sizes.heads,
         INNER=sizes.inner,
         STATE=sizes.state,
@@ -64,9 +75,9 @@ def mix_decode(
 
 def mix_blocks(sizes: MixerSizes, chunk_size: int) -> dict[str, int]:
     """The block sizes of the scan: powers of 2."""
-    inner, state, width = (triton.next_power_of_2(size) for size in (sizes.inner, sizes.state, sizes.width))
+    inner, state = triton.next_power_of_2(sizes.inner), triton.next_power_of_2(sizes.state)
     rows = min(MAX_ROWS, triton.next_power_of_2(chunk_size), max(1, TILE // max(inner, state)))
-    return {"BLOCK_R": rows, "BLOCK_I": inner, "BLOCK_S": state, "BLOCK_W": width}
+    return {"BLOCK_R": rows, "BLOCK_I": inner, "BLOCK_S": state}
 
 
 def warps(sizes: MixerSizes) -> int:

@@ -39,16 +39,37 @@ def _convolve(
 
 
 @triton.jit
+def rows_kernel(
+    projected, pages, table, seq_lens, token_stride, page_stride, row_stride, table_stride,
+    INNER: tl.constexpr, WIDTH: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests, mixers). Stores the tokens' rows, of WIDTH values a mixer.
+
+    A launch of its own, before that of the scan: a chunk can begin in a page of another request's that this step fills,
+    as vLLM's prefix cache hits pages that are only scheduled to be filled. Programs of one launch are not ordered.
+    """
+    request, mixer = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(seq_lens + request) - 1
+    if position < 0:
+        return
+    value = tl.arange(0, BLOCK_W)
+    page = tl.load(table + request * table_stride + position // PAGE_TOKENS).to(tl.int64)
+    at = page * page_stride + position % PAGE_TOKENS * row_stride + mixer * WIDTH
+    row = projected + request * token_stride + mixer * (INNER + WIDTH) + INNER
+    tl.store(pages + at + value, tl.load(row + value, mask=value < WIDTH), mask=value < WIDTH)
+
+
+@triton.jit
 def mix_kernel(
     projected, pages, table, seq_lens, conv, a_log, skip, norm, out,
     chunk_size, offset, eps, token_stride, page_stride, row_stride, table_stride,
     HEADS: tl.constexpr, INNER: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Grid (requests, mixers). Stores the token's row, and scans its chunk from that row back to row 0.
+    """Grid (requests, mixers). Scans the chunk of the request's token from the token's row back to row 0.
 
     So the decay between a row and the token is a sum that begins at 0. ``out`` is (mixers, requests, INNER). The blocks
-    are rows of a step of the scan, and powers of 2 for INNER, STATE and the width of a row.
+    are rows of a step of the scan, and powers of 2 for INNER and STATE.
     """
     CHANNELS: tl.constexpr = INNER + 2 * STATE
     WIDTH: tl.constexpr = CHANNELS + HEADS
@@ -60,15 +81,9 @@ def mix_kernel(
     pages += mixer * WIDTH
     conv += mixer * TAPS * CHANNELS
     projected += request * token_stride + mixer * (INNER + WIDTH)
-    column, state, value = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_W)
+    column, state = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_S)
     inner, in_state = column < INNER, state < STATE
     head = mixer * HEADS + tl.minimum(column, INNER - 1) // (INNER // HEADS)
-
-    page = tl.load(table + position // PAGE_TOKENS).to(tl.int64)
-    at = page * page_stride + position % PAGE_TOKENS * row_stride
-    row_values = tl.load(projected + INNER + value, mask=value < WIDTH)
-    tl.store(pages + at + value, row_values, mask=value < WIDTH)
-    tl.debug_barrier()  # the threads of the program read that row
 
     first = tl.maximum(1, (position + offset) // chunk_size * chunk_size - offset)
     start = tl.where(position == 0, 0, first)

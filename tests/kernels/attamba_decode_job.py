@@ -152,6 +152,15 @@ class Step:
 
 
 SMALL = MixerSizes(2, 32, 16, 4)
+
+
+def with_hit_pages(step: Step) -> Step:
+    """The first request of two hits the page that the second one fills in the step, or the other way round."""
+    first = step.lens.index(min(step.lens))
+    step.table[1 - first, 0] = step.table[first, 0]
+    return step
+
+
 STEPS = (
     # Token 0, the ends of chunks and the tokens before and after, and lengths at which the window or a page ends.
     Step(4, 0, 5, SMALL, 2, 16, [1, 2, 4, 5, 6, 8, 9, 20, 64, 65, 66, 129], padding=3),
@@ -159,6 +168,8 @@ STEPS = (
     Step(3, 1, 1, MixerSizes(3, 39, 7, 2), 3, 10, [1, 2, 3, 17, 49]),  # no powers of 2
     Step(64, 21, 16, MixerSizes(4, 96, 40, 4), 1, 32, [1, 43, 44, 107, 108, 600], padding=1),
     Step(128, 0, 130, SMALL, 2, 16, [127, 128, 129, 700]),
+    with_hit_pages(Step(4, 2, 5, SMALL, 2, 16, [8, 9])),
+    with_hit_pages(Step(4, 2, 5, SMALL, 2, 16, [9, 8])),
 )
 
 
@@ -177,7 +188,7 @@ def interpret() -> None:
             of_dtype = step.cast(dtype)
             kernels, plain = clone(of_dtype), clone(of_dtype)
             got, want = kernels.by_kernels(), plain.by_torch()
-            exact = of_dtype.exact_mixers(), of_dtype.exact_attention()
+            exact = plain.exact_mixers(), plain.exact_attention()  # whose caches have the rows of the step
             count = len(step.lens)
             for name in ("rows", "states", "recent"):
                 mine, its = getattr(kernels, name)[1:], getattr(plain, name)[1:]
@@ -235,6 +246,10 @@ def compile_kernels() -> None:
                 constants |= {"PAGE_TOKENS": 16} | decode.mix_blocks(mixer, chunk_size)
                 warps = decode.warps(mixer)
                 check_resources(decode_kernels.mix_kernel, types, constants, capability, aligned, num_warps=warps)
+                width = mixer.width
+                constants = {"INNER": mixer.inner, "WIDTH": width, "PAGE_TOKENS": 16}
+                constants |= {"BLOCK_W": 1 << (width - 1).bit_length()}
+                check_resources(decode_kernels.rows_kernel, types, constants, capability, aligned)
             for head_size in (16, 80, 256):
                 block = 1 << (head_size - 1).bit_length()
                 for kernel, size in ((decode_kernels.store_kernel, block // 2), (decode_kernels.join_kernel, block)):

@@ -144,7 +144,25 @@ void gate_and_norm(const Mix<T>& call, int64_t mixer, int64_t token, float* y) {
   for (; d < inner; ++d) out[d] = static_cast<T>(y[d] * norm[d] * factor);
 }
 
-// Computes one mixer for the step's tokens of one chunk, and stores their rows in the cache.
+// The values of a mixer's row of the j-th token that a chunk has in the step.
+template <class T>
+const T* new_row(const Mix<T>& call, int64_t chunk, int64_t j, int64_t mixer) {
+  return call.projected + (call.chunk_tokens[chunk] + j) * call.token_stride +
+         mixer * (call.sizes.inner + call.sizes.width()) + call.sizes.inner;
+}
+
+// Stores the rows of the step's tokens of one chunk in the cache.
+template <class T>
+void store_rows(const Mix<T>& call, int64_t chunk) {
+  const int64_t width = call.sizes.width(), tokens = call.chunk_tokens[chunk + 1] - call.chunk_tokens[chunk];
+  const int64_t before = call.chunk_rows[chunk] - tokens;
+  for (int64_t j = 0; j < tokens; ++j)
+    for (int64_t mixer = 0; mixer < call.sizes.mixers; ++mixer)
+      std::memcpy((void*)(call.row(chunk, before + j) + mixer * width), new_row(call, chunk, j, mixer),
+                  width * sizeof(T));
+}
+
+// Computes one mixer for the step's tokens of one chunk.
 template <class T>
 void mix_chunk(const Mix<T>& call, int64_t chunk, int64_t mixer, MixScratch<T>& scratch) {
   const MixerSizes& sizes = call.sizes;
@@ -152,14 +170,8 @@ void mix_chunk(const Mix<T>& call, int64_t chunk, int64_t mixer, MixScratch<T>& 
   const int64_t before = count - (call.chunk_tokens[chunk + 1] - first);
   std::vector<const T*>& rows = scratch.rows;
   rows.resize(count);
-  for (int64_t j = 0; j < count; ++j) {
-    T* kept = call.row(chunk, j) + mixer * sizes.width();
-    rows[j] = kept;
-    if (j < before) continue;
-    rows[j] = call.projected + (first + j - before) * call.token_stride + mixer * (sizes.inner + sizes.width()) +
-              sizes.inner;
-    std::memcpy((void*)kept, rows[j], sizes.width() * sizeof(T));
-  }
+  for (int64_t j = 0; j < count; ++j)
+    rows[j] = j < before ? call.row(chunk, j) + mixer * sizes.width() : new_row(call, chunk, j - before, mixer);
   const int64_t stride = round_up(sizes.channels(), LANES), heads = round_up(sizes.heads, LANES);
   float* mixed = scratch.mixed.get(count * stride);
   float *dt = scratch.dt.get(count * heads), *decay = scratch.decay.get(count * heads);
@@ -187,8 +199,13 @@ void mix_chunk(const Mix<T>& call, int64_t chunk, int64_t mixer, MixScratch<T>& 
   }
 }
 
+// All rows are stored first: a chunk can begin in a page of another request's that this step fills, as vLLM's prefix
+// cache hits pages that are only scheduled to be filled.
 template <class T>
 void mix(const Mix<T>& call, int64_t chunks) {
+  at::parallel_for(0, chunks, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) store_rows(call, chunk);
+  });
   at::parallel_for(0, chunks * call.sizes.mixers, 4, [&](int64_t begin, int64_t end) {
     static thread_local MixScratch<T> scratch;
     for (int64_t i = begin; i < end; ++i) mix_chunk(call, i / call.sizes.mixers, i % call.sizes.mixers, scratch);

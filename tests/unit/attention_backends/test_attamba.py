@@ -256,6 +256,33 @@ def test_mixers_are_the_recurrence(mixed_by, chunk_size, layer, sizes, monkeypat
         first = end
 
 
+@pytest.mark.parametrize("mixed_by", [mix.mix, mix.mix_in_torch], ids=["mix", "torch"])
+@pytest.mark.parametrize("hit_first", [False, True])
+def test_a_page_that_another_request_fills_in_the_same_step_can_be_read(mixed_by, hit_first):
+    """vLLM's prefix cache also hits pages that are only scheduled to be written in the step."""
+    sizes, chunk_size, offset, length = MixerSizes(2, 32, 16, 4), 4, 2, 65
+    projected = torch.randn(length, sizes.count * (sizes.inner + sizes.width))
+    shapes = (sizes.taps, sizes.channels), (sizes.heads,), (sizes.heads,), (sizes.inner,)
+    parameters = MixerParameters(*(torch.randn(sizes.count, *shape) for shape in shapes))
+
+    def run(parts: list[tuple[int, int]], table: list[list[int]]) -> torch.Tensor:
+        """The mixers' outputs of the tokens [first, end) of each request."""
+        lens, ends = np.array([end - first for first, end in parts]), np.array([end for _, end in parts])
+        plan = plan_step(dense_tokens(lens, ends), chunk_size, offset, 5)
+        pages, rows = (
+            torch.full((9, 8, sizes.row), float("nan")),
+            torch.cat([projected[slice(*part)] for part in parts]),
+        )
+        return mixed_by(rows, pages, torch.tensor(table).int(), plan, parameters, sizes, 1e-5)
+
+    page_ids = list(range(8))
+    alone = run([(0, length)], [[*page_ids, 8]])
+    fills, hits = (0, length - 1), (length - 1, length)
+    got = run([hits, fills] if hit_first else [fills, hits], [[*page_ids, 8]] * 2)
+    expected = torch.cat([alone[:, slice(*part)] for part in ([hits, fills] if hit_first else [fills, hits])], 1)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_pages_have_equal_bytes(ranks):
     specs = cache_specs(8, 16, 1040, 512 // ranks, torch.bfloat16)

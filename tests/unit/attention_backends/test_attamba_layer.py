@@ -172,7 +172,7 @@ def launched(monkeypatch):
     """Names of the Triton kernels that were launched."""
     found: list[str] = []
     for module, names in (
-        (decode, ("mix_kernel", "store_kernel", "join_kernel")),
+        (decode, ("rows_kernel", "mix_kernel", "store_kernel", "join_kernel")),
         (scan_kernel, ("scan_kernel",)),
         (launch, ("paged_attention_kernel",)),
         (triton_decode, ("merge_kernel",)),
@@ -182,7 +182,14 @@ def launched(monkeypatch):
     return found
 
 
-DECODE = ["mix_kernel", "store_kernel", "paged_attention_kernel", "paged_attention_kernel", "join_kernel"]
+DECODE = [
+    "rows_kernel",
+    "mix_kernel",
+    "store_kernel",
+    "paged_attention_kernel",
+    "paged_attention_kernel",
+    "join_kernel",
+]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from attention_backends.kernels.rotary import Rotation
 from attention_backends.star.backend import register_star_backends, takes_star
 from attention_backends.star.rows import VirtualRows, is_split
-from attention_backends.star.step import StarStep, open_step, set_positions
+from attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
 from attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
 from engine_ext.activation import parse_config
 from engine_ext.metrics import worker_metrics
@@ -205,6 +205,7 @@ def make_star_worker(base: type) -> type:
                     self._made_rotations()
                 # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
                 model.register_forward_pre_hook(set_positions, with_kwargs=True)
+                model.register_forward_hook(restore_positions, always_call=True)
                 return
             config = parse_config(self.vllm_config.additional_config)
             if config is not None and block_positions_in_use() and config.star.mode != "off":

@@ -63,6 +63,7 @@ class StarStep:
         self._remote_attention: dict[int, Any] = {}
         self._turned_attention: dict[int, TurnedAttention] = {}
         self._positions: list[tuple[int, np.ndarray]] = []
+        self._replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.has_unset_positions = False
 
     def rows(self, common: CommonAttentionMetadata, page_size: int, anchored: bool = True) -> VirtualRows | None:
@@ -152,7 +153,15 @@ class StarStep:
         for first, values in self._positions:
             if positions.dim() != 1:
                 raise RuntimeError(f"positions of shape {tuple(positions.shape)} can't be those of a plan")
-            positions[first : first + len(values)] = torch.from_numpy(values).to(positions.device)
+            part = positions[first : first + len(values)]
+            self._replaced.append((part, part.clone()))
+            part.copy_(torch.from_numpy(values))
+
+    def restore_positions(self) -> None:
+        """Undo ``set_positions``: the sampler of model runner V2 counts a request's output tokens by its positions."""
+        for part, original in self._replaced:
+            part.copy_(original)
+        self._replaced.clear()
 
     def count(self, rows: VirtualRows) -> None:
         """Report the step's rows, if no layer before has."""
@@ -201,6 +210,12 @@ def set_positions(model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> 
     """A pre-hook of a model's forward method: gives the tokens of a step's block-positions plans their positions."""
     if _current is not None:
         _current.set_positions(kwargs["positions"])
+
+
+def restore_positions(model: torch.nn.Module, args: Any, output: Any) -> None:
+    """A hook after a model's forward method, see ``StarStep.restore_positions``."""
+    if _current is not None:
+        _current.restore_positions()
 
 
 @contextmanager

@@ -37,6 +37,8 @@ def make_params(prompt: dict, sampling_params: type):
         prompt_logprobs=0 if prompt.get("prompt_logprobs") else None,
         extra_args=prompt.get("extra_args") or None,
         skip_reading_prefix_cache=prompt.get("cold"),
+        **{name: prompt[name] for name in ("min_tokens", "stop_token_ids") if name in prompt},
+        logit_bias={int(token): bias for token, bias in prompt.get("logit_bias", {}).items()} or None,
     )
 
 

@@ -120,15 +120,21 @@ def check(model: Any, prompt: Prompt, output: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_logprobs_are_those_of_positions_of_a_blocks_own(model, runner):
-    """All prompts in one batch, beside a dense and a star request, and the first one also alone."""
+    """All prompts in one batch, beside a dense and a star request, and the first one also alone.
+
+    A request that wants to stop with each token, but has to have some, stops as soon as it has them: the padding of its
+    prompt, which the positions leave out, is no part of its output.
+    """
     dense = {"ids": tokens_of(7, 150), "extra_args": {}, "max_tokens": NEW}
     other = dense | {"extra_args": star(64, 10)}
     requests = [prompt.request(prompt_logprobs=True) for prompt in PROMPTS]
-    batches = [[*requests, dense, other], [dense], requests[:1]]
+    stops = {"min_tokens": 2, "stop_token_ids": [5], "logit_bias": {5: 1000}}
+    batches = [[*requests, dense, other], [dense], requests[:1], [PROMPTS[0].request(max_tokens=9) | stops]]
     result = run_engine(model, batches, **RUNNERS[runner])["batches"]
     for prompt, output in zip([*PROMPTS, PROMPTS[0]], [*result[0][: len(PROMPTS)], *result[2]], strict=True):
         check(model, prompt, output)
     assert result[0][len(PROMPTS)]["token_ids"] == result[1][0]["token_ids"]
+    assert len(result[3][0]["token_ids"]) == stops["min_tokens"] + 1
     first, tokens = PROMPTS[0], result[2][0]["token_ids"]
     dense_gap = (first.expected(model, tokens) - dense_logprobs(model, first.ids + tokens)).abs().max()
     assert dense_gap > 1000 * LIMIT

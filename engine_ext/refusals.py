@@ -266,6 +266,11 @@ BLOCK_POSITIONS_RULES: Rules = (
         "on a GPU the server has to be started with --star-positions block, since its decode steps then run without "
         "full CUDA graphs",
     ),
+    (
+        lambda c: c.device_config.device_type != "cpu" and envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
+        "breakable CUDA graphs are on (VLLM_USE_BREAKABLE_CUDAGRAPH, VLLM_BATCH_INVARIANT): a replay does not give the "
+        "model the positions of a block",
+    ),
     (lambda c: dependence(c.model_config), "the model's star blocks depend on one another"),
     (lambda c: c.model_config.uses_mrope, "M-RoPE: an image's positions depend on the images before it"),
     (
@@ -322,7 +327,12 @@ def star_page_size(vllm_config: Any) -> int:
 
 def takes_overlap(vllm_config: Any) -> bool:
     """Whether a star block of the model can see the end of the block before it."""
-    return getattr(vllm_config.model_config.hf_text_config, "model_type", None) != "attamba"
+    return not is_attamba(vllm_config)
+
+
+def is_attamba(vllm_config: Any) -> bool:
+    """Whether the model is an Attamba, whose layers attend by themselves."""
+    return getattr(vllm_config.model_config.hf_text_config, "model_type", None) == "attamba"
 
 
 def refuse_overlap(vllm_config: Any, overlap_size: int | None) -> None:

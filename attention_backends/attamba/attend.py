@@ -120,7 +120,7 @@ def attend_in_torch(
     query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))
 
     window.pages.write(*locate(window.step.block_table, request, position, PAGE_ROWS), key, value)
-    write_states(states, request, host, key, value)
+    write_states(states, request, plan, key, value)
     stairs = Operands(
         query,
         states.pages.keys,
@@ -164,12 +164,10 @@ def write_states(states: Cache, request: torch.Tensor, plan: ChunkPlan, key: tor
 
     Args:
         request: (T,) of the tokens.
-        plan: on the host.
+        plan: on the device.
         key, value: (T, heads, head size) of all tokens of the step.
     """
-    is_chunk = plan.end_state >= 0
-    selected = (plan.ends[is_chunk], plan.ends[~is_chunk], plan.end_state[is_chunk])
-    ends, first, state = (tensor.to(key.device) for tensor in selected)
+    ends, state, first = plan.states_made
     where = locate(states.step.block_table, request[ends], state, PAGE_ROWS)
     states.pages.write(*where, key[ends], value[ends])
     states.pages.write_last(states.step.block_table[request[first], 0], key[first], value[first])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -77,7 +78,7 @@ class AttambaMetadata:
     def token_places(self) -> tuple[torch.Tensor, ...]:
         """request, position and piece of ``tokens``, on the device of the tables; copied once for all layers."""
         assert self.tokens is not None
-        return tuple(tensor.to(self.block_table.device) for tensor in self.tokens.tensors[:3])
+        return tuple(async_tensor_h2d(tensor, self.block_table.device) for tensor in self.tokens.tensors[:3])
 
     def plan(self, chunk_size: int, offset: int, window: int) -> ChunkPlan:
         """The plan of a layer, made once for all layers with the same offset; where there are ``tokens``."""

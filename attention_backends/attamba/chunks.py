@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 if TYPE_CHECKING:
     from attention_backends.star.rows import VirtualRows
@@ -144,6 +145,12 @@ class ChunkPlan:
         return self.ends, self.end_state, *stairs, self.token_0_seen
 
     @cached_property
+    def states_made(self) -> tuple[torch.Tensor, ...]:
+        """The tokens that end a chunk, their states' numbers, and the tokens that make a state of token 0."""
+        is_chunk = self.end_state >= 0
+        return self.ends[is_chunk], self.end_state[is_chunk], self.ends[~is_chunk]
+
+    @cached_property
     def _copies(self) -> dict[torch.device, ChunkPlan]:
         return {}
 
@@ -152,8 +159,10 @@ class ChunkPlan:
         if device.type == "cpu":
             return self
         if device not in self._copies:
-            tensors = (*self.of_mixers, *self.of_attention)
-            self._copies[device] = ChunkPlan(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+            copy = ChunkPlan(*(async_tensor_h2d(one, device) for one in (*self.of_mixers, *self.of_attention)))
+            # Made on the host, because a selection on the device would wait for it.
+            copy.__dict__["states_made"] = tuple(async_tensor_h2d(one, device) for one in self.states_made)
+            self._copies[device] = copy
         return self._copies[device]
 
 

@@ -231,11 +231,12 @@ def join_kernel(
 
     lse, other_lse = tl.load(window_lse + row), tl.load(states_lse + row)
     peak = tl.maximum(tl.maximum(lse, other_lse), token_0_lse)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)  # a request that pads a CUDA graph has no key at all
     weight, other_weight, token_0_weight = tl.exp(lse - peak), tl.exp(other_lse - peak), tl.exp(token_0_lse - peak)
     part = tl.load(window_out + row * HEAD_SIZE + lane, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(states_out + row * HEAD_SIZE + lane, mask=mask, other=0.0).to(tl.float32)
     total = weight + other_weight + token_0_weight
-    merged = (weight * part + other_weight * other + token_0_weight * value) / tl.where(total > 0, total, 1.0)
+    merged = (weight * part + other_weight * other + token_0_weight * value) / total
+    # The attention wrote nothing for a request that pads a CUDA graph.
+    merged = tl.where(position < 0, 0.0, merged)
     out += request * out_stride + head * HEAD_SIZE + lane
     tl.store(out, merged.to(out.dtype.element_ty), mask=mask)

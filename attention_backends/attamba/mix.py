@@ -22,7 +22,7 @@ from attention_backends.kernels.cpu.attention import DTYPES, built_op
 MAX_TAPS = 4
 """The longest convolution of the C++ op."""
 
-GROUP_ROWS = 2048
+GROUP_ROWS = 16384
 """Rows of chunks that torch processes at once. The limit bounds the memory of a step: a step with a token in each of
 many chunks has many more rows than tokens."""
 

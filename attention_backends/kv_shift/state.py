@@ -81,6 +81,11 @@ class ShiftStateBackend(AttentionBackend):
     def get_builder_cls() -> type[ShiftStateBuilder]:
         return ShiftStateBuilder
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Yes: a row's sum is the same whatever rows lie beside it."""
+        return True
+
 
 def state_spec(attention: AttentionSpec, dtype: torch.dtype) -> SlidingWindowSpec:
     """The cache spec of the state, whose pages have as many bytes as those of the attention layer.

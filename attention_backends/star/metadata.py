@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_backends.star.rows import VirtualRows
@@ -24,11 +25,11 @@ ROW_FIELDS_WITHOUT_A_SPLIT = (
 
 def virtual_block_table(table: torch.Tensor, rows: VirtualRows) -> torch.Tensor:
     """(batch rows, columns) pages -> (virtual rows, columns) pages; columns past a row's end are unspecified."""
-    source = torch.from_numpy(rows.source).to(table.device)
+    source = async_tensor_h2d(rows.source, table.device)
     virtual = table[source]
     if len(rows.gathered):
-        gathered = torch.from_numpy(rows.gathered).to(table.device)
-        columns = torch.from_numpy(rows.page_columns).to(table.device)
+        gathered = async_tensor_h2d(rows.gathered, table.device)
+        columns = async_tensor_h2d(rows.page_columns, table.device)
         virtual[gathered, : columns.shape[1]] = table[source[gathered]].gather(1, columns)
     return virtual
 
@@ -57,14 +58,13 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     if not isinstance(common.causal, bool):
         raise RuntimeError("star rows in a batch with a per-row causal tensor, which has no split")
     device = common.seq_lens.device
-    device_source = torch.from_numpy(rows.source).to(device)
+    device_source = async_tensor_h2d(rows.source, device)
     starts = np.concatenate(([0], np.cumsum(rows.query_lens))).astype(np.int32)
     query_start_loc_cpu = torch.from_numpy(starts)
     # The host's length of a decode row may be an upper bound (async scheduling): keep the device's.
     seq_lens = common.seq_lens[device_source]
-    changed = rows.shortened
-    lens = torch.from_numpy(rows.seq_lens[changed]).to(seq_lens.dtype)
-    seq_lens[torch.from_numpy(changed).to(device)] = lens.to(device)
+    changed = np.flatnonzero(rows.shortened)  # as a mask on the device they would be counted on the host
+    seq_lens[async_tensor_h2d(changed, device)] = async_tensor_h2d(rows.seq_lens[changed], device, seq_lens.dtype)
     upper_bound = torch.from_numpy(rows.seq_lens).to(seq_lens.dtype)
     is_prefilling, req_idx = common.is_prefilling, common.req_idx
     if is_prefilling is not None:
@@ -72,7 +72,7 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
     if req_idx is not None:
         req_idx = _split_field(req_idx, rows.source, padding=-1)
     return common.replace(
-        query_start_loc=query_start_loc_cpu.to(device),
+        query_start_loc=async_tensor_h2d(query_start_loc_cpu, device),
         query_start_loc_cpu=query_start_loc_cpu,
         seq_lens=seq_lens,
         seq_lens_cpu_upper_bound=upper_bound,

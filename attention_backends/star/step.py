@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_backends.kernels.rotary import Rotation
@@ -155,7 +156,7 @@ class StarStep:
                 raise RuntimeError(f"positions of shape {tuple(positions.shape)} can't be those of a plan")
             part = positions[first : first + len(values)]
             self._replaced.append((part, part.clone()))
-            part.copy_(torch.from_numpy(values))
+            async_tensor_h2d(values, out=part)
 
     def restore_positions(self) -> None:
         """Undo ``set_positions``: the sampler of model runner V2 counts a request's output tokens by its positions."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from attention_backends.kernels.contract import Layout, Operands
 from attention_backends.kernels.dispatch import paged_attention
@@ -91,10 +92,10 @@ def _one_call(
     columns = np.arange(-(-int(keys.max()) // page_size))
     # Columns behind a row's keys are not read, but must be in the table.
     pages = np.minimum(turned.first_page[part][:, None] + columns, block_table.shape[1] - 1)
-    source = torch.from_numpy(turned.source[part]).to(device)
+    source = async_tensor_h2d(turned.source[part], device)
 
     def on_device(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(values).to(device=device, dtype=dtype)
+        return async_tensor_h2d(values, device, dtype)
 
     return TurnedRows(
         on_device(tokens, torch.int64),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -328,6 +329,10 @@ def refuse_features(vllm_config: VllmConfig) -> None:
         "dual-batch overlap (enable_dbo or ubatch_size)": (
             parallel.use_ubatching,
             "the plan of a step is for the whole batch",
+        ),
+        f"VLLM_BATCH_INVARIANT={envs.VLLM_BATCH_INVARIANT}": (
+            envs.VLLM_BATCH_INVARIANT,
+            "the number of parts in which the kernels attend to a token's keys depends on the batch",
         ),
         "disable_hybrid_kv_cache_manager": (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,

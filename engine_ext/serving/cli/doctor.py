@@ -16,12 +16,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from engine_ext.serving.cli.doctor_attention import attention_backend, attention_op
 from scheduler.star.independence import FULL_ATTENTION, HYBRID
 from vllm_compat import versions
 from vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start
 from vllm_compat.versions import VLLM_RANGE, vllm_version
 
 UNUSABLE = 2
+NO_COMPILER = (
+    "no C++ compiler: torch.compile can't run on CPU, serve with --enforce-eager; Triton, on GPUs, needs one too"
+)
 PACKAGES = ("vllm-starling", "torch", "triton", "transformers", "xformers", "grpcio")
 
 
@@ -81,7 +85,7 @@ def installation() -> dict[str, Any]:
             return None
 
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    notes = [] if compiler else ["no C++ compiler: torch.compile can't run on CPU, serve with --enforce-eager"]
+    notes = [] if compiler else [NO_COMPILER]
     if version("xformers") is None:
         notes.append("xformers is not installed; it is optional (extra `xformers`)")
     return {
@@ -294,51 +298,6 @@ def _tokens_in(config: Any, specs: dict[str, Any], available: int = 1 << 30) -> 
         return kv_cache_capacity(config, specs, available)
     except ValueError:
         return None
-
-
-def attention_backend(config: Any) -> dict[str, str]:
-    """The attention backend, and why it is used."""
-    from attention_backends.star.backend import WRAPPED
-
-    if config.device_config.device_type == "cpu":
-        return {"name": "CPU_ATTN", "why": "the CPU platform has no other"}
-    chosen = config.attention_config.backend
-    if chosen is not None:
-        return {"name": chosen.name, "why": "--attention-backend names it"}
-    return {"name": "automatic", "why": f"vLLM selects it at its start; Star Attention runs on {', '.join(WRAPPED)}"}
-
-
-SAMPLES = {"decode, 1k keys": (1, 1024), "decode, 32k keys": (1, 32_768), "prefill of 2,048 tokens": (2048, 32_768)}
-
-
-def attention_op(config: Any, setting: str) -> dict[str, str]:
-    """The attention op of some batches, and why it is used.
-
-    Args:
-        setting: the option ``cpu_attention``.
-    """
-    if config.device_config.device_type != "cpu":
-        return {"name": "vLLM's", "why": "on GPUs the backend's own kernels run, also for star rows"}
-    from attention_backends.kernels.cpu.build import compiler
-    from attention_backends.kernels.cpu.selection import Processor, select_op
-    from engine_ext.refusals import unread_isa
-
-    if setting == "vllm":
-        return {"name": "vLLM's", "why": "--cpu-attention vllm selects it"}
-    if compiler() is None:
-        return {"name": "vLLM's", "why": "there is no C++ compiler to build Starling's op"}
-    if unread_isa(config):
-        return {
-            "name": "vLLM's",
-            "why": "on this processor vLLM lays out bfloat16 keys for AMX, which only its op reads",
-        }
-    model, parallel = config.model_config, config.parallel_config
-    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    chosen = {
-        batch: select_op(Processor.detect(), model.dtype, queries=queries, keys=keys, group=group).value
-        for batch, (queries, keys) in SAMPLES.items()
-    }
-    return chosen | {"why": "the faster op by benchmarks/kernels/cpu_kernels.py, for this processor and dtype"}
 
 
 def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any, config: Any) -> dict[str, Any]:

@@ -343,7 +343,7 @@ PARALLEL = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_features_that_are_refused(changes, message):
+def test_features_that_are_refused(changes, message, monkeypatch):
     def config(**given):
         sections = {"cache_config": {"cache_dtype": "auto"}, "parallel_config": PARALLEL}
         sections |= {"scheduler_config": {"disable_hybrid_kv_cache_manager": False}}
@@ -354,6 +354,9 @@ def test_features_that_are_refused(changes, message):
         )
 
     refuse_features(config())
+    with monkeypatch.context() as context, pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT=True is refused"):
+        context.setenv("VLLM_BATCH_INVARIANT", "1")
+        refuse_features(config())
     refuse_features(config(cache_config={"cache_dtype": "float32"}))
     with pytest.raises(ValueError, match="is refused with an Attamba model") as refused:
         refuse_features(config(**changes))

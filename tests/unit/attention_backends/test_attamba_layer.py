@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from attention_backends.attamba import attend as attention
-from attention_backends.attamba import decode, mix, scan_kernel
+from attention_backends.attamba import backend, chunks, decode, mix, scan_kernel
 from attention_backends.attamba.backend import AttambaMetadataBuilder
 from attention_backends.kernels.triton import decode as triton_decode
 from attention_backends.kernels.triton import launch
@@ -31,6 +30,7 @@ from engine_ext.models.attamba import OP, AttentiveSsm
 from engine_ext.models.attamba_config import AttambaConfig
 from tests.piecewise import graphs, in_pieces
 from tests.unit.attention_backends.test_rows import batch_metadata
+from tests.unit.device_copies import AsyncCopies
 
 
 class LiveBytes(TorchDispatchMode):
@@ -157,16 +157,6 @@ class Launches:
         return lambda *args, **kwargs: self.launched.append(self.name)
 
 
-class DeviceOnly(TorchDispatchMode):
-    """Fails where an op takes or makes a tensor that is not on the device, as a copy from the host does."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            assert not torch.is_tensor(leaf) or leaf.device.type == "meta", function
-        return result
-
-
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the Triton kernels that were launched."""
@@ -197,11 +187,8 @@ DECODE = [
     [([1, 1, 1], DECODE), ([1, 7, 1], ["scan_kernel", "paged_attention_kernel", "paged_attention_kernel"])],
     ids=["decode", "mixed"],
 )
-def test_a_step_on_a_gpu_waits_for_nothing(query_lens, kernels, one_rank, launched):
-    """On torch's "meta" device, whose tensors have no values: a step that read one on the host would fail.
-
-    A decode step also reads no tensor of the host, because a CUDA graph would go on with that of its capture.
-    """
+def test_a_step_on_a_gpu_waits_for_nothing(query_lens, kernels, one_rank, launched, monkeypatch):
+    """A decode step reads no tensor of the host, because a CUDA graph would go on with that of its capture."""
     layer = make_layer(token_chunk=4, ssm_inner=32).to("meta")
     build = bind_caches(layer, one_rank, query_lens, [600, 7, 1], "meta")
     decodes = kernels is DECODE
@@ -212,9 +199,13 @@ def test_a_step_on_a_gpu_waits_for_nothing(query_lens, kernels, one_rank, launch
     projected = torch.empty(count, layer.mixers.in_proj.output_size, device="meta")
     angles = attamba.angle_tables(*layer.rope, x.device)
     assert all(table.device.type == "meta" for table in angles)
-    with override_forward_context(SimpleNamespace(attn_metadata=metadata)), DeviceOnly() if decodes else nullcontext():
+    copies = AsyncCopies(monkeypatch, chunks, backend, none=decodes)
+    with override_forward_context(SimpleNamespace(attn_metadata=metadata)), copies:
         layer.attend(x, query, projected, torch.empty_like(query))
-    assert launched == kernels
+        once = copies.copies
+        layer.attend(x, query, projected, torch.empty_like(query))
+    assert launched == 2 * kernels
+    assert copies.copies == once, "the plan is copied once for all layers"
 
 
 def test_a_captured_decode_step_reads_the_tensors_of_the_model_runner(one_rank):

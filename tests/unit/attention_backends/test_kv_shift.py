@@ -13,7 +13,15 @@ from vllm.forward_context import override_forward_context
 
 from attention_backends.kv_shift.reference import shift_reference
 from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
-from attention_backends.kv_shift.state import OP, WINDOW, ShiftState, ShiftStateBuilder, refuse_unsupported, state_spec
+from attention_backends.kv_shift.state import (
+    OP,
+    WINDOW,
+    ShiftState,
+    ShiftStateBackend,
+    ShiftStateBuilder,
+    refuse_unsupported,
+    state_spec,
+)
 from tests.piecewise import graphs, in_pieces
 from vllm_compat.models import break_point
 
@@ -272,6 +280,11 @@ def test_state_pages_have_the_bytes_of_attention_pages(value_bytes, dtype, page_
     spec = state_spec(attention, dtype)
     assert (spec.block_size, spec.sliding_window, spec.dtype) == (page_size, WINDOW, dtype)
     assert spec.page_size_bytes == attention.page_size_bytes
+
+
+def test_vllm_takes_the_state_in_batch_invariant_mode():
+    """Model runner V2 asks the backend of each layer (vllm/v1/worker/gpu/attn_utils.py)."""
+    assert ShiftStateBackend.supports_batch_invariance()
 
 
 def test_a_page_that_does_not_fit_is_refused_by_name():

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from attention_backends.kernels.reference import masked_attention
+from attention_backends.star import metadata
 from attention_backends.star.metadata import virtual_metadata
 from attention_backends.star.rows import split_rows
 from scheduler.star.plan import StarPlan
+from tests.unit.device_copies import AsyncCopies
 from tests.unit.masks import mask_of
 
 PAGE_SIZE, HEADS, KV_HEADS, SIZE = 4, 2, 1, 8
@@ -135,6 +137,18 @@ def test_each_field_has_the_values_of_the_virtual_rows():
     assert virtual.req_idx.tolist() == [40, 41, 41, 41, 42]
     assert virtual.slot_mapping is common.slot_mapping
     assert virtual.compute_num_computed_tokens().tolist() == [8, 0, 8, 8, 0]
+
+
+def test_a_gpu_is_not_waited_for(monkeypatch):
+    plan = StarPlan(8, 8, 0, 30, 40)
+    common = batch_metadata([1, 20, 3], [9, 20, 3], columns=12)
+    for name in ("query_start_loc", "seq_lens", "block_table_tensor"):
+        setattr(common, name, getattr(common, name).to("meta"))
+    rows = split_rows([None, plan, None], [1, 20, 3], [9, 20, 3], PAGE_SIZE)
+    with AsyncCopies(monkeypatch, metadata):
+        virtual = virtual_metadata(common, rows)
+    assert virtual.seq_lens.shape == (5,)
+    assert virtual.block_table_tensor.device.type == "meta"
 
 
 def test_decode_rows_keep_the_device_length():

@@ -231,6 +231,10 @@ REFUSED = {
         "device_config__device_type": "cuda",
         "additional_config": {"starling": {"star": {"positions": "block"}}},
     },
+    "breakable CUDA graphs are on": {
+        "device_config__device_type": "cuda",
+        "additional_config": {"starling": {"star": {"positions": "block"}}},
+    },
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
     "multiples of 16": {"model_config__get_head_size": lambda: 72},
     "several groups of layers": {
@@ -240,7 +244,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_engines_that_can_not_attend_to_such_blocks_refuse_them_alone(reason):
+def test_engines_that_can_not_attend_to_such_blocks_refuse_them_alone(reason, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", str(int(reason.startswith("breakable"))))
     front = planner(**REFUSED[reason])
     with pytest.raises(VLLMValidationError) as refused:
         front.plan(OPTIONS, len(IDS), IDS)

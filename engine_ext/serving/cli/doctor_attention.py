@@ -1,0 +1,59 @@
+"""What `starling doctor` says of the attention: the backend, and the op that runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def attention_backend(config: Any) -> dict[str, str]:
+    """The attention backend, and why it is used."""
+    from attention_backends.star.backend import WRAPPED
+    from engine_ext.refusals import is_attamba
+
+    if is_attamba(config):
+        return {"name": "ATTAMBA", "why": "the layers of an Attamba model attend by themselves"}
+    if config.device_config.device_type == "cpu":
+        return {"name": "CPU_ATTN", "why": "the CPU platform has no other"}
+    chosen = config.attention_config.backend
+    if chosen is not None:
+        return {"name": chosen.name, "why": "--attention-backend names it"}
+    return {"name": "automatic", "why": f"vLLM selects it at its start; Star Attention runs on {', '.join(WRAPPED)}"}
+
+
+SAMPLES = {"decode, 1k keys": (1, 1024), "decode, 32k keys": (1, 32_768), "prefill of 2,048 tokens": (2048, 32_768)}
+
+
+def attention_op(config: Any, setting: str) -> dict[str, str]:
+    """The attention op of some batches, and why it is used.
+
+    Args:
+        setting: the option ``cpu_attention``.
+    """
+    from engine_ext.refusals import block_positions_refusals, is_attamba, unread_isa
+
+    if config.device_config.device_type != "cpu":
+        if is_attamba(config):
+            return {"name": "Starling's", "why": "on GPUs Attamba's layers run Starling's Triton kernels"}
+        why = "on GPUs the backend's own kernels run, also for star rows"
+        if not block_positions_refusals(config):
+            why += "; steps of prompts whose blocks have positions of their own run Starling's Triton kernels"
+        return {"name": "vLLM's", "why": why}
+    from attention_backends.kernels.cpu.build import compiler
+    from attention_backends.kernels.cpu.selection import Processor, select_op
+
+    if setting == "vllm":
+        return {"name": "vLLM's", "why": "--cpu-attention vllm selects it"}
+    if compiler() is None:
+        return {"name": "vLLM's", "why": "there is no C++ compiler to build Starling's op"}
+    if unread_isa(config):
+        return {
+            "name": "vLLM's",
+            "why": "on this processor vLLM lays out bfloat16 keys for AMX, which only its op reads",
+        }
+    model, parallel = config.model_config, config.parallel_config
+    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    chosen = {
+        batch: select_op(Processor.detect(), model.dtype, queries=queries, keys=keys, group=group).value
+        for batch, (queries, keys) in SAMPLES.items()
+    }
+    return chosen | {"why": "the faster op by benchmarks/kernels/cpu_kernels.py, for this processor and dtype"}

@@ -84,7 +84,7 @@ tests-installed: env demo-model ## all tests with the vLLM of the lock file
 	rm -rf $(RESULTS)/installed
 	$(BIN)/$(PYTEST)/installed/tests.xml tests
 
-# Without the tests of what does not call vLLM. `make test-next NEXT_TESTS=tests` runs all tests.
+# NEXT_TESTS leaves out the tests of code that does not call vLLM. `make test-next NEXT_TESTS=tests` runs all tests.
 test-next: env-next demo-model ## tests with the Python files of the next vLLM
 	rm -rf $(RESULTS)/next
 	$(NEXT)/$(PYTEST)/next/tests.xml $(NEXT_TESTS)

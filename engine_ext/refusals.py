@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm import envs
+from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from attention_backends.kernels.contract import AMX, CPU_ISAS
@@ -252,6 +253,11 @@ def _made_for_prompt_positions(config: Any) -> bool:
     return config.device_config.device_type != "cpu" and star.get("positions") != "block"
 
 
+def _has_breakable_graphs(config: Any) -> bool:
+    has_graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    return has_graphs and config.device_config.device_type != "cpu" and envs.VLLM_USE_BREAKABLE_CUDAGRAPH
+
+
 def _on_cpu(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda config: config.device_config.device_type == "cpu" and rule(config)
 
@@ -267,7 +273,7 @@ BLOCK_POSITIONS_RULES: Rules = (
         "full CUDA graphs",
     ),
     (
-        lambda c: c.device_config.device_type != "cpu" and envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
+        _has_breakable_graphs,
         "breakable CUDA graphs are on (VLLM_USE_BREAKABLE_CUDAGRAPH, VLLM_BATCH_INVARIANT): a replay does not give the "
         "model the positions of a block",
     ),

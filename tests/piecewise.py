@@ -63,6 +63,7 @@ def in_pieces(module: nn.Module, ops: list[str], monkeypatch: pytest.MonkeyPatch
     """``module`` compiled and split at ``ops``, whose other pieces are captured in their first run with `graphs`."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    Piece.calls.clear()
     for name, fake in (
         ("weak_ref_tensors", lambda out: out),
         ("current_stream", lambda: None),

@@ -85,10 +85,10 @@ def without_prefill_checkpoints() -> None:
 def register_op(name: str, function: Callable[..., None], mutates: tuple[str, ...]) -> Any:
     """Make ``namespace::op`` of a function that torch.compile must not look into; returns its library.
 
-    The function returns nothing, and writes its outputs to the arguments named in ``mutates``, which the caller makes.
-    An op that splits a compiled graph has to: the CUDA graph of the piece after it reads these outputs at the addresses
-    of its capture, and a tensor that the op itself returned would lie elsewhere in each step. Breakable CUDA graphs
-    break at the op.
+    The function returns nothing, and writes its outputs to the arguments named in ``mutates``. The caller makes them,
+    because the op splits compiled graphs: the CUDA graph of the piece after it reads the outputs at the addresses of
+    its capture, and a tensor that the op itself made would lie elsewhere in each step. Breakable CUDA graphs break at
+    the op.
 
     By vLLM's own function, whose ops cost less a call than torch.library.custom_op's. The cache keeps the library
     alive, and with it the op. Goes when vLLM exports that function.
@@ -110,9 +110,10 @@ def register_op(name: str, function: Callable[..., None], mutates: tuple[str, ..
 def break_point(function: Callable[..., None]) -> Callable[..., None]:
     """The function of an op as a break point of breakable CUDA graphs, like vLLM's attention ops.
 
-    The V1 runner captures these graphs without metadata, so a captured op would never read its cache. vLLM decides at
-    the call of ``eager_break_during_capture`` whether breakable graphs are on. VllmConfig may turn them on after the
-    import of a model's module, so the call is made in the first forward. Goes when an op can ask for it.
+    The V1 runner captures these graphs without metadata, so a captured op would never read its cache. vLLM 0.32 decides
+    at the call of ``eager_break_during_capture`` whether breakable graphs are on. VllmConfig may turn them on after the
+    import of a model's module, so the call is made in the first forward. That goes with vLLM 0.32, which is the last to
+    decide so early, and the rest when an op can ask for it.
     """
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan
+from attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan, StatesMade
 from attention_backends.attamba.pages import KvPages, locate
 from attention_backends.kernels.contract import Operands
 from attention_backends.kernels.cpu.attention import DTYPES, VECTOR_SIZE, built_op
@@ -114,13 +114,16 @@ def attend_in_torch(
 ) -> torch.Tensor:
     """``attend`` on any device, by the attention op of ``paged_attention``."""
     request, position, piece = states.step.token_places
-    host, plan = plan, plan.to(query.device)  # what decides shapes is read on the host, without waiting for the device
+    host, (plan, made) = (
+        plan,
+        plan.to(query.device),
+    )  # what decides shapes is read on the host, without waiting for the device
     head_shape = states.pages.key_rows.shape[-2:]
     value = (own + mixed[1]).unflatten(-1, head_shape)
     query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))
 
     window.pages.write(*locate(window.step.block_table, request, position, PAGE_ROWS), key, value)
-    write_states(states, request, plan, key, value)
+    write_states(states, request, made, key, value)
     stairs = Operands(
         query,
         states.pages.keys,
@@ -159,15 +162,17 @@ def turn(heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], positio
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(heads.dtype)
 
 
-def write_states(states: Cache, request: torch.Tensor, plan: ChunkPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+def write_states(
+    states: Cache, request: torch.Tensor, made: StatesMade, key: torch.Tensor, value: torch.Tensor
+) -> None:
     """Store the states of the chunks that end in the step.
 
     Args:
         request: (T,) of the tokens.
-        plan: on the device.
+        made: which tokens make states.
         key, value: (T, heads, head size) of all tokens of the step.
     """
-    ends, state, first = plan.states_made
+    ends, state, first = made
     where = locate(states.step.block_table, request[ends], state, PAGE_ROWS)
     states.pages.write(*where, key[ends], value[ends])
     states.pages.write_last(states.step.block_table[request[first], 0], key[first], value[first])

@@ -40,13 +40,15 @@ class AttambaMetadata:
     """The batch of one step, for one cache group.
 
     Attributes:
-        num_tokens: T, tokens of the step.
+        num_tokens: T, tokens of the step, with those that pad a full CUDA graph.
         tokens: the tokens, in the group of states, from which layers are planned; None in the others, and in a step
             that ``decodes``.
         block_table: (R, columns) int32, page ids of this group, to write to.
         key_table: (pieces, columns) int32, page ids that each piece of the batch attends to.
         query_start_loc, seq_lens: (pieces + 1,) and (pieces,) int32, of ``key_table``.
-        decodes: whether each request has one token, and decode.py computes the layers; in the group of states.
+        slot_mapping: (T,) int64, negative where a token belongs to no request.
+        decodes: whether each request has one token, so that decode.py can compute the layers. The group of states says
+            whether it does: star rows change that group, and not the rows of open chunks.
     """
 
     num_tokens: int
@@ -55,6 +57,7 @@ class AttambaMetadata:
     key_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor
     decodes: bool = False
     _plans: dict[tuple[int, int, int], ChunkPlan] = field(default_factory=dict)
 
@@ -72,7 +75,8 @@ class AttambaMetadata:
         columns = -(-int(seq_lens.max()) // spec.block_size)
         table = torch.zeros(len(query_lens), columns, dtype=torch.int32, device=device)
         query_start_loc, lens = (torch.from_numpy(array).int().to(device) for array in (starts, seq_lens))
-        return cls(len(tokens.request), tokens, table, table, query_start_loc, lens)
+        slots = torch.zeros(len(tokens.request), dtype=torch.int64, device=device)
+        return cls(len(tokens.request), tokens, table, table, query_start_loc, lens, slots)
 
     @cached_property
     def token_places(self) -> tuple[torch.Tensor, ...]:
@@ -116,6 +120,7 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
         takes_star: whether the group follows the star plans of a step. The rows of open chunks do not: they hold no
             keys, and Star Attention does not change the chunks.
         holds_states: whether it is the group of states, from which layers are planned.
+        has_kernels: whether decode.py can run on the device: on all but CPUs.
     """
 
     @classmethod
@@ -147,8 +152,8 @@ class AttambaMetadataBuilder(AttentionMetadataBuilder[AttambaMetadata]):
                 tokens = star_tokens(tokens, virtual)
                 step.count(self.recount_pairs(virtual, tokens))
         tables = common.block_table_tensor, keys.block_table_tensor
-        count = len(common.seq_lens) if decodes else common.num_actual_tokens
-        return AttambaMetadata(count, tokens, *tables, keys.query_start_loc, keys.seq_lens, decodes)
+        lens = keys.query_start_loc, keys.seq_lens
+        return AttambaMetadata(common.num_actual_tokens, tokens, *tables, *lens, common.slot_mapping, decodes)
 
     def recount_pairs(self, virtual: VirtualRows, tokens: StepTokens) -> VirtualRows:
         """The rows of the states with query-key pairs as Attamba attends to them, averaged over the model's layers."""

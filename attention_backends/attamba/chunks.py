@@ -7,9 +7,9 @@ A boundary is the last token of its chunk, and the chunk's state has the number 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -106,7 +106,9 @@ def star_tokens(tokens: StepTokens, virtual: VirtualRows) -> StepTokens:
 
 @dataclass(frozen=True, eq=False)
 class ChunkPlan:
-    """The work of one layer in one step, as tensors on the host. N chunks have tokens in the step.
+    """The work of one layer in one step, as tensors on the host or, from ``to``, on a device.
+
+    N chunks have tokens in the step.
 
     Attributes:
         chunk_request: (N,) int64, row of the batch.
@@ -120,6 +122,7 @@ class ChunkPlan:
         stair_piece: (S,) int64, piece of each staircase.
         stair_states: (S,) int32, states that the last token of each staircase sees.
         token_0_seen: (T,) bool, whether the token sees the state of token 0.
+        copies: of the plan, by device.
     """
 
     chunk_request: torch.Tensor
@@ -132,6 +135,7 @@ class ChunkPlan:
     stair_piece: torch.Tensor
     stair_states: torch.Tensor
     token_0_seen: torch.Tensor
+    copies: dict[torch.device, OnDevice] = field(default_factory=dict, init=False)
 
     @property
     def of_mixers(self) -> tuple[torch.Tensor, ...]:
@@ -144,26 +148,35 @@ class ChunkPlan:
         stairs = self.stair_starts, self.stair_piece, self.stair_states
         return self.ends, self.end_state, *stairs, self.token_0_seen
 
-    @cached_property
-    def states_made(self) -> tuple[torch.Tensor, ...]:
-        """The tokens that end a chunk, their states' numbers, and the tokens that make a state of token 0."""
-        is_chunk = self.end_state >= 0
-        return self.ends[is_chunk], self.end_state[is_chunk], self.ends[~is_chunk]
+    def to(self, device: torch.device) -> OnDevice:
+        """The host's plan on a device, copied once for all layers with this plan."""
+        if device not in self.copies:
+            is_chunk = self.end_state >= 0  # selected on the host: a selection on a device waits for the device
+            made = self.ends[is_chunk], self.end_state[is_chunk], self.ends[~is_chunk]
+            tensors = (*self.of_mixers, *self.of_attention, *made)
+            *planned, ends, states, first = (async_tensor_h2d(tensor, device) for tensor in tensors)
+            self.copies[device] = OnDevice(ChunkPlan(*planned), StatesMade(ends, states, first))
+        return self.copies[device]
 
-    @cached_property
-    def _copies(self) -> dict[torch.device, ChunkPlan]:
-        return {}
 
-    def to(self, device: torch.device) -> ChunkPlan:
-        """The plan on a device, copied once for all layers with this plan."""
-        if device.type == "cpu":
-            return self
-        if device not in self._copies:
-            copy = ChunkPlan(*(async_tensor_h2d(one, device) for one in (*self.of_mixers, *self.of_attention)))
-            # Made on the host, because a selection on the device would wait for it.
-            copy.__dict__["states_made"] = tuple(async_tensor_h2d(one, device) for one in self.states_made)
-            self._copies[device] = copy
-        return self._copies[device]
+class StatesMade(NamedTuple):
+    """The states that a step makes.
+
+    Attributes:
+        ends, numbers: (E,) int64, the tokens that end a chunk, and the numbers of their states.
+        first: (F,) int64, the tokens 0, whose state has no number.
+    """
+
+    ends: torch.Tensor
+    numbers: torch.Tensor
+    first: torch.Tensor
+
+
+class OnDevice(NamedTuple):
+    """A plan on a device."""
+
+    plan: ChunkPlan
+    states: StatesMade
 
 
 def num_states_seen(tokens: StepTokens, chunk_size: int, offset: int, window: int) -> np.ndarray:

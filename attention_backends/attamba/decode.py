@@ -9,21 +9,20 @@ import torch
 import triton
 
 from attention_backends.attamba.attend import Cache, Sizes
+from attention_backends.attamba.backend import AttambaMetadata
 from attention_backends.attamba.decode_kernels import join_kernel, mix_kernel, rows_kernel, store_kernel
 from attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from attention_backends.kernels.contract import Operands
 from attention_backends.kernels.triton.attention import paged_attention
 
-TILE = 4096
-"""Values of a tile of rows of a chunk, and the most rows of one, that the scan reads at a time."""
-MAX_ROWS = 16
+MAX_ROWS, MAX_VALUES = 16, 4096
+"""The scan reads at most so many rows of a chunk at a time, and at most so many values of u, and of B."""
 
 
 def mix_decode(
     projected: torch.Tensor,
     pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
+    step: AttambaMetadata,
     chunk_size: int,
     offset: int,
     parameters: MixerParameters,
@@ -33,18 +32,20 @@ def mix_decode(
     """``mix.mix`` of a step with one token for each of R requests.
 
     Args:
-        projected, pages, block_table, parameters, sizes, eps: as there.
-        seq_lens: (R,) int32, tokens of each request, including this one; 0 for padding.
+        projected, pages, parameters, sizes, eps: as there.
+        step: of the cache of rows.
         chunk_size, offset: of the layer.
     """
-    out = projected.new_empty(sizes.count, len(seq_lens), sizes.inner)
-    grid = (len(seq_lens), sizes.count)
-    strides = projected.stride(0), *pages.stride()[:2], block_table.stride(0)
+    requests = step.num_tokens
+    out = projected.new_empty(sizes.count, requests, sizes.inner)
+    grid = (requests, sizes.count)
+    strides = projected.stride(0), *pages.stride()[:2], step.block_table.stride(0)
     rows_kernel[grid](
         projected,
         pages,
-        block_table,
-        seq_lens,
+        step.block_table,
+        step.seq_lens,
+        step.slot_mapping,
         *strides,
         INNER=sizes.inner,
         WIDTH=sizes.width,
@@ -54,8 +55,9 @@ def mix_decode(
     mix_kernel[grid](
         projected,
         pages,
-        block_table,
-        seq_lens,
+        step.block_table,
+        step.seq_lens,
+        step.slot_mapping,
         *parameters,
         out,
         chunk_size,
@@ -76,7 +78,7 @@ def mix_decode(
 def mix_blocks(sizes: MixerSizes, chunk_size: int) -> dict[str, int]:
     """The block sizes of the scan: powers of 2."""
     inner, state = triton.next_power_of_2(sizes.inner), triton.next_power_of_2(sizes.state)
-    rows = min(MAX_ROWS, triton.next_power_of_2(chunk_size), max(1, TILE // max(inner, state)))
+    rows = min(MAX_ROWS, triton.next_power_of_2(chunk_size), max(1, MAX_VALUES // max(inner, state)))
     return {"BLOCK_R": rows, "BLOCK_I": inner, "BLOCK_S": state}
 
 
@@ -99,15 +101,16 @@ def attend_decode(
     """``attend.attend`` of a step with one token for each of R requests, into ``out`` (R, heads x head size)."""
     seq_lens, keys, values = window.step.seq_lens, states.pages.key_rows, states.pages.value_rows
     heads, head_size = keys.shape[-2:]
+    slots, leading = window.step.slot_mapping, sizes.window - 1
     grid, block = (len(seq_lens), heads), triton.next_power_of_2(head_size)
     turned = query.new_empty(len(seq_lens), heads, head_size)
     num_states = torch.empty_like(seq_lens)
-    layer = (sizes.chunk, offset, sizes.window - 1)
     store_kernel[grid](
         query,
         *mixed,
         own,
         seq_lens,
+        slots,
         *angles,
         turned,
         num_states,
@@ -117,7 +120,9 @@ def attend_decode(
         window.pages.key_rows,
         window.pages.value_rows,
         window.step.block_table,
-        *layer,
+        sizes.chunk,
+        offset,
+        leading,
         query.stride(0),
         mixed[0].stride(0),
         own.stride(0),
@@ -146,11 +151,14 @@ def attend_decode(
         *paged_attention(of_states),
         *paged_attention(recent),
         seq_lens,
+        slots,
         keys,
         values,
         states.step.block_table,
         out,
-        *layer,
+        sizes.chunk,
+        offset,
+        leading,
         scale,
         *keys.stride()[:3],
         states.step.block_table.stride(0),

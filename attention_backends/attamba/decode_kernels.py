@@ -1,7 +1,8 @@
 """The Triton kernels of a decode step, in which every request has one token, for GPUs. decode.py launches them.
 
 They compute chunks, states and places from the length of each request, which lies on the device, and read nothing that
-the host planned. So a CUDA graph can record them. A request of length 0 pads a CUDA graph: nothing is stored for it.
+the host planned. So a CUDA graph can record them. A request whose slot is negative is no request: it pads a CUDA graph,
+or belongs to a dummy run of vLLM's, which leaves the block tables of real requests in place. Nothing is stored for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ import triton.language as tl
 from attention_backends.attamba.chunks import PAGE_ROWS
 
 ROWS = tl.constexpr(PAGE_ROWS)  # of K|V in a page; the row behind them is that of token 0
+
+
+@triton.jit
+def _last_position(seq_lens, slots, request):
+    """The position of the request's token; -1 where there is no request."""
+    return tl.where(tl.load(slots + request) < 0, -1, tl.load(seq_lens + request) - 1)
 
 
 @triton.jit
@@ -40,7 +47,7 @@ def _convolve(
 
 @triton.jit
 def rows_kernel(
-    projected, pages, table, seq_lens, token_stride, page_stride, row_stride, table_stride,
+    projected, pages, table, seq_lens, slots, token_stride, page_stride, row_stride, table_stride,
     INNER: tl.constexpr, WIDTH: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests, mixers). Stores the tokens' rows, of WIDTH values a mixer.
@@ -49,7 +56,7 @@ def rows_kernel(
     as vLLM's prefix cache hits pages that are only scheduled to be filled. Programs of one launch are not ordered.
     """
     request, mixer = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    position = tl.load(seq_lens + request) - 1
+    position = _last_position(seq_lens, slots, request)
     if position < 0:
         return
     value = tl.arange(0, BLOCK_W)
@@ -61,7 +68,7 @@ def rows_kernel(
 
 @triton.jit
 def mix_kernel(
-    projected, pages, table, seq_lens, conv, a_log, skip, norm, out,
+    projected, pages, table, seq_lens, slots, conv, a_log, skip, norm, out,
     chunk_size, offset, eps, token_stride, page_stride, row_stride, table_stride,
     HEADS: tl.constexpr, INNER: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -74,7 +81,7 @@ def mix_kernel(
     CHANNELS: tl.constexpr = INNER + 2 * STATE
     WIDTH: tl.constexpr = CHANNELS + HEADS
     request, mixer = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    position = tl.load(seq_lens + request) - 1
+    position = _last_position(seq_lens, slots, request)
     if position < 0:
         return
     table += request * table_stride
@@ -142,21 +149,21 @@ def _turn(even, odd, cos, sin):
 
 
 @triton.jit
-def _store_row(keys, values, page, slot, head, lane, mask, even, odd, first, second,
+def _store_row(keys, values, page, slot, head, lane, mask, key_even, key_odd, value_even, value_odd,
                page_stride, slot_stride, head_stride):  # fmt: skip
-    """Store one head's key, of its even and odd values, and its value, of two halves of such pairs."""
+    """Store the pairs of one head's key and value."""
     at = page * page_stride + slot * slot_stride + head * head_stride + 2 * lane
-    tl.store(keys + at, even.to(keys.dtype.element_ty), mask=mask)
-    tl.store(keys + at + 1, odd.to(keys.dtype.element_ty), mask=mask)
-    tl.store(values + at, first.to(values.dtype.element_ty), mask=mask)
-    tl.store(values + at + 1, second.to(values.dtype.element_ty), mask=mask)
+    tl.store(keys + at, key_even.to(keys.dtype.element_ty), mask=mask)
+    tl.store(keys + at + 1, key_odd.to(keys.dtype.element_ty), mask=mask)
+    tl.store(values + at, value_even.to(values.dtype.element_ty), mask=mask)
+    tl.store(values + at + 1, value_odd.to(values.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_kernel(
-    query, mixed_key, mixed_value, own, seq_lens, cos, sin, turned, num_states,
+    query, mixed_key, mixed_value, own, seq_lens, slots, cos, sin, turned, num_states,
     state_keys, state_values, state_table, window_keys, window_values, window_table,
-    chunk_size, offset, window, query_stride, mixed_stride, own_stride,
+    chunk_size, offset, leading, query_stride, mixed_stride, own_stride,
     state_page_stride, window_page_stride, slot_stride, head_stride, state_table_stride, window_table_stride,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -166,8 +173,8 @@ def store_kernel(
     HEAD_SIZE) gets the turned query, ``num_states`` (requests,) the states that the token sees.
     """
     request, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    position = tl.load(seq_lens + request) - 1
-    before_window = tl.maximum(0, position - window + offset)
+    position = _last_position(seq_lens, slots, request)
+    before_window = tl.maximum(0, position - leading + offset)
     tl.store(num_states + request, before_window // chunk_size)
     if position < 0:
         return
@@ -184,29 +191,29 @@ def store_kernel(
     tl.store(turned + 1, odd.to(turned.dtype.element_ty), mask=mask)
 
     x_even, x_odd = _load_pairs(own + request * own_stride + column, mask)
-    even, odd = _load_pairs(mixed_key + request * mixed_stride + column, mask)
-    even, odd = _turn(x_even + even, x_odd + odd, cosine, sine)
-    first, second = _load_pairs(mixed_value + request * mixed_stride + column, mask)
-    first, second = x_even + first, x_odd + second
+    key_even, key_odd = _load_pairs(mixed_key + request * mixed_stride + column, mask)
+    key_even, key_odd = _turn(x_even + key_even, x_odd + key_odd, cosine, sine)
+    value_even, value_odd = _load_pairs(mixed_value + request * mixed_stride + column, mask)
+    value_even, value_odd = x_even + value_even, x_odd + value_odd
 
     # fmt: off
     page = tl.load(window_table + request * window_table_stride + position // ROWS).to(tl.int64)
-    _store_row(window_keys, window_values, page, position % ROWS, head, lane, mask, even, odd, first, second,
-               window_page_stride, slot_stride, head_stride)
+    _store_row(window_keys, window_values, page, position % ROWS, head, lane, mask, key_even, key_odd,
+               value_even, value_odd, window_page_stride, slot_stride, head_stride)
     is_boundary = (position + 1 + offset) % chunk_size == 0
     if is_boundary | (position == 0):
         state = position // chunk_size
         slot = tl.where(is_boundary, state % ROWS, ROWS)
         page = tl.load(state_table + request * state_table_stride + state // ROWS).to(tl.int64)
-        _store_row(state_keys, state_values, page, slot, head, lane, mask, even, odd, first, second,
-                   state_page_stride, slot_stride, head_stride)
+        _store_row(state_keys, state_values, page, slot, head, lane, mask, key_even, key_odd,
+                   value_even, value_odd, state_page_stride, slot_stride, head_stride)
     # fmt: on
 
 
 @triton.jit
 def join_kernel(
-    turned, states_out, states_lse, window_out, window_lse, seq_lens, state_keys, state_values, state_table, out,
-    chunk_size, offset, window, scale, page_stride, slot_stride, head_stride, state_table_stride, out_stride,
+    turned, states_out, states_lse, window_out, window_lse, seq_lens, slots, state_keys, state_values, state_table, out,
+    chunk_size, offset, leading, scale, page_stride, slot_stride, head_stride, state_table_stride, out_stride,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests, heads). Merges attention to states and window with that to the state of token 0.
@@ -218,8 +225,8 @@ def join_kernel(
     row = request * tl.num_programs(1) + head
     lane = tl.arange(0, BLOCK_D)
     mask = lane < HEAD_SIZE
-    position = tl.load(seq_lens + request) - 1
-    sees_token_0 = (position > window) & (offset != chunk_size - 1)
+    position = _last_position(seq_lens, slots, request)
+    sees_token_0 = (position > leading) & (offset != chunk_size - 1)
 
     page = tl.load(state_table + request * state_table_stride).to(tl.int64)
     at = page * page_stride + ROWS * slot_stride + head * head_stride + lane

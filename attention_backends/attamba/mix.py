@@ -24,7 +24,7 @@ MAX_TAPS = 4
 
 GROUP_ROWS = 16384
 """Rows of chunks that torch processes at once. The limit bounds the memory of a step: a step with a token in each of
-many chunks has many more rows than tokens."""
+many chunks has many more rows than tokens. With fewer rows, a GPU would run many small kernels."""
 
 
 def mix(
@@ -67,7 +67,7 @@ def mix_in_torch(
 ) -> torch.Tensor:
     """``mix`` on any device."""
     gate, rows = projected.unflatten(-1, (sizes.count, -1)).split([sizes.inner, sizes.width], -1)
-    on_device = plan.to(projected.device)
+    on_device = plan.to(projected.device).plan
     chunk_index, index_in_chunk = places(on_device)
 
     def locate_in_chunk(chunk: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

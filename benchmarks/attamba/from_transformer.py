@@ -122,7 +122,7 @@ class Llama:
     """A Llama from a checkpoint, for a single sequence; matrices are multiplied in ``dtype``."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.dtype = dtype
+        self.dtype, self.path = dtype, path
         self.config = json.loads((path / "config.json").read_text())
         tensors = load_file(path / "model.safetensors")
         self.weights = {name.removeprefix("model."): weight for name, weight in tensors.items()}

@@ -76,16 +76,15 @@ class Mixers(nn.Module):
         self,
         projected: torch.Tensor,
         pages: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
+        step: AttambaMetadata,
         chunk_size: int,
         offset: int,
     ) -> tuple[torch.Tensor, ...]:
         """``forward`` of a step that decodes, on a GPU; see ``decode.mix_decode``."""
         from attention_backends.attamba.decode import mix_decode  # imports Triton
 
-        layer = seq_lens, chunk_size, offset
-        return self.project(mix_decode(projected, pages, block_table, *layer, self.constants, self.sizes, self.eps))
+        y = mix_decode(projected, pages, step, chunk_size, offset, self.constants, self.sizes, self.eps)
+        return self.project(y)
 
     def project(self, mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The output projections of (mixers, T, inner)."""
@@ -197,8 +196,7 @@ class AttentiveSsm(nn.Module):
         if states.decodes:
             from attention_backends.attamba.decode import attend_decode  # imports Triton
 
-            lens, layer = window.seq_lens, (sizes.chunk, self.offset)
-            mixed = self.mixers.decode(projected, pages, rows.block_table, lens, *layer)
+            mixed = self.mixers.decode(projected, pages, rows, sizes.chunk, self.offset)
             attend_decode(query, mixed, own, angles, *kept, self.offset, sizes, out[:count])
             return
         plan = states.plan(sizes.chunk, self.offset, sizes.window - 1)

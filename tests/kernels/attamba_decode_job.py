@@ -69,7 +69,11 @@ class Step:
         self.angles = angles.cos(), angles.sin()
         self.parameters = make_parameters(self.mixer)
         self.sizes = Sizes(self.chunk_size, self.window + 1, self.head_size**-0.5)
+        # Padding has length 0; the last request of a dummy run has a length and a block table, but no slot.
         self.seq_lens = torch.tensor([*self.lens, *[0] * self.padding], dtype=torch.int32)
+        self.slots = torch.tensor([*range(len(self.lens)), *[-1] * self.padding])
+        if self.padding > 1:
+            self.seq_lens[-1], self.table[-1] = 1, self.table[0]
 
     def cast(self, dtype: torch.dtype) -> Step:
         """The same step in another dtype; the parameters stay in float32."""
@@ -83,13 +87,14 @@ class Step:
     def caches(self, tokens: object = None) -> tuple[Cache, Cache]:
         count = len(self.seq_lens) if tokens is None else len(self.lens)
         starts = torch.arange(count + 1, dtype=torch.int32).clamp(max=len(self.lens))  # as vLLM pads
-        step = AttambaMetadata(count, tokens, self.table[:count], self.table[:count], starts, self.seq_lens[:count])
+        tables, slots = (self.table[:count],) * 2, self.slots[:count]
+        step = AttambaMetadata(count, tokens, *tables, starts, self.seq_lens[:count], slots)
         return tuple(Cache(KvPages(pages, self.heads, Layout.PAGES), step) for pages in (self.states, self.recent))
 
     def by_kernels(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the mixers give, and what attention gives for ``mixed``."""
-        layer = self.table, self.seq_lens, self.chunk_size, self.offset
-        y = decode.mix_decode(self.projected, self.rows, *layer, self.parameters, self.mixer, EPS)
+        step, layer = self.caches()[0].step, (self.chunk_size, self.offset)
+        y = decode.mix_decode(self.projected, self.rows, step, *layer, self.parameters, self.mixer, EPS)
         out = torch.full_like(self.query, torch.nan)
         given = self.query, self.mixed, self.own, self.angles, *self.caches(), self.offset, self.sizes
         decode.attend_decode(*given, out)
@@ -241,6 +246,7 @@ def compile_kernels() -> None:
                 **dict.fromkeys(names, f"*{dtype}"),
                 **dict.fromkeys(numbers, "*fp32"),
                 **dict.fromkeys(("table", "state_table", "window_table", "seq_lens", "num_states"), "*i32"),
+                "slots": "*i64",
                 **dict.fromkeys(("eps", "scale"), "fp32"),
             }
             for mixer, chunk_size in ((MixerSizes(8, 256, 128, 4), 128), (MixerSizes(16, 1024, 128, 4), 8), (SMALL, 2)):

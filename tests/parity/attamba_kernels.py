@@ -22,7 +22,6 @@ def use_kernels(worker: Any) -> None:
     mix.chunk_scan = counted(scan_kernel.chunk_scan)
     attend.paged_attention = counted(triton_attention.paged_attention)
     attamba.KvPages = functools.partial(attamba.KvPages, layout=Layout.PAGES)
-    attamba.AttentiveSsm.kv_pages = lambda self, pages: attamba.KvPages(pages, self.heads)
     for layer in worker.get_model().layers:
         layer.attentive_ssm.states.kv_cache = layer.attentive_ssm.states.kv_cache  # forgets the views
         layer.attentive_ssm.window.kv_cache = layer.attentive_ssm.window.kv_cache

@@ -18,12 +18,12 @@ class AsyncCopies(TorchDispatchMode):
 
     Args:
         modules: that copy by ``async_tensor_h2d``.
-        none: fail for this copy too.
+        allowed: whether this copy may be made.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType, none: bool = False) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType, allowed: bool = True) -> None:
         super().__init__()
-        self.is_copying, self.copies, self.none = False, 0, none
+        self.is_copying, self.copies, self.allowed = False, 0, allowed
         for module in modules:
             monkeypatch.setattr(module, "async_tensor_h2d", self._copy)
 
@@ -38,5 +38,5 @@ class AsyncCopies(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)}
-        assert len(devices) < 2 or (self.is_copying and not self.none), function
+        assert len(devices) < 2 or (self.is_copying and self.allowed), function
         return result

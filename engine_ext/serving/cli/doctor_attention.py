@@ -29,18 +29,19 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     Args:
         setting: the option ``cpu_attention``.
     """
+    from attention_backends.kernels.cpu.build import compiler
+    from attention_backends.kernels.cpu.selection import Processor, select_op
     from engine_ext.refusals import block_positions_refusals, is_attamba, unread_isa
 
-    if config.device_config.device_type != "cpu":
-        if is_attamba(config):
-            return {"name": "Starling's", "why": "on GPUs Attamba's layers run Starling's Triton kernels"}
+    on_cpu = config.device_config.device_type == "cpu"
+    if is_attamba(config):
+        kinds = "C++ ops" if compiler() else "torch code: there is no C++ compiler"
+        return {"name": "Starling's", "why": f"Attamba's layers run Starling's {kinds if on_cpu else 'Triton kernels'}"}
+    if not on_cpu:
         why = "on GPUs the backend's own kernels run, also for star rows"
         if not block_positions_refusals(config):
             why += "; steps of prompts whose blocks have positions of their own run Starling's Triton kernels"
         return {"name": "vLLM's", "why": why}
-    from attention_backends.kernels.cpu.build import compiler
-    from attention_backends.kernels.cpu.selection import Processor, select_op
-
     if setting == "vllm":
         return {"name": "vLLM's", "why": "--cpu-attention vllm selects it"}
     if compiler() is None:

@@ -95,7 +95,7 @@ def bind_caches(layer: AttentiveSsm, config: VllmConfig, query_lens: list[int], 
     def build(**fields):
         common = {name: batch_metadata(query_lens, seq_lens, columns) for name, (_, columns) in builders.items()}
         for one in common.values():
-            for name in ("query_start_loc", "seq_lens", "block_table_tensor"):
+            for name in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping"):
                 setattr(one, name, getattr(one, name).to(device))
             one.__dict__.update(fields)
         return {name: builder.build(0, common[name]) for name, (builder, _) in builders.items()}, common
@@ -199,13 +199,26 @@ def test_a_step_on_a_gpu_waits_for_nothing(query_lens, kernels, one_rank, launch
     projected = torch.empty(count, layer.mixers.in_proj.output_size, device="meta")
     angles = attamba.angle_tables(*layer.rope, x.device)
     assert all(table.device.type == "meta" for table in angles)
-    copies = AsyncCopies(monkeypatch, chunks, backend, none=decodes)
+    copies = AsyncCopies(monkeypatch, chunks, backend, allowed=not decodes)
     with override_forward_context(SimpleNamespace(attn_metadata=metadata)), copies:
         layer.attend(x, query, projected, torch.empty_like(query))
         once = copies.copies
         layer.attend(x, query, projected, torch.empty_like(query))
     assert launched == 2 * kernels
     assert copies.copies == once, "the plan is copied once for all layers"
+
+
+def test_padding_gets_zeros(one_rank):
+    """The rows of a compiled step behind its tokens."""
+    layer = make_layer(token_chunk=4, ssm_inner=32)
+    metadata, _ = bind_caches(layer, one_rank, [3, 1], [3, 9], "cpu")()
+    layer.mixers.project = lambda mixed: (torch.zeros(mixed.shape[1], 32),) * 2
+    x, query = torch.randn(2, 6, 32)
+    out = torch.full_like(query, torch.nan)
+    with override_forward_context(SimpleNamespace(attn_metadata=metadata)):
+        layer.attend(x, query, torch.randn(6, layer.mixers.in_proj.output_size), out)
+    assert out[:4].isfinite().all() and out[:4].any()
+    assert not out[4:].any()
 
 
 def test_a_captured_decode_step_reads_the_tensors_of_the_model_runner(one_rank):
@@ -216,6 +229,7 @@ def test_a_captured_decode_step_reads_the_tensors_of_the_model_runner(one_rank):
         step, its = metadata[cache.prefix], common[cache.prefix]
         assert (step.num_tokens, step.decodes, step.tokens) == (3, True, None)
         assert step.seq_lens is its.seq_lens
+        assert step.slot_mapping is its.slot_mapping
         assert step.query_start_loc is its.query_start_loc
         assert step.block_table is step.key_table is its.block_table_tensor
         builder = cache.get_attn_backend().get_builder_cls()

@@ -207,12 +207,19 @@ class CaptureOnCpu(breakable_cudagraph.BreakableCUDAGraphCapture):
         self._capturing = False
 
 
+@pytest.fixture
+def made_again():
+    """vLLM is asked anew whether breakable graphs are on, in the test and after it."""
+    break_point.cache_clear()
+    yield
+    break_point.cache_clear()
+
+
 @pytest.mark.parametrize("metadata_at_capture", [False, True], ids=["V1", "V2"])
-def test_the_op_breaks_a_breakable_graph(metadata_at_capture, monkeypatch):
+def test_the_op_breaks_a_breakable_graph(metadata_at_capture, monkeypatch, made_again):
     """V1 captures breakable graphs without metadata, so a captured shift would never read the state."""
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     monkeypatch.setattr(breakable_cudagraph, "_weak_ref_capture_arg", lambda argument: argument)  # a CUDA op
-    break_point.cache_clear()
     batch, buffers = Batch([30, 30, 30]), GraphBuffers()
 
     def context(metadata: ShiftMetadata | None) -> SimpleNamespace:
@@ -233,7 +240,6 @@ def test_the_op_breaks_a_breakable_graph(metadata_at_capture, monkeypatch):
             expected = batch.expected(request)[:, done[request] : batch.done[request]]
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
             done[request] = batch.done[request]
-    break_point.cache_clear()
 
 
 class Layer(torch.nn.Module):
@@ -282,9 +288,14 @@ def test_state_pages_have_the_bytes_of_attention_pages(value_bytes, dtype, page_
     assert spec.page_size_bytes == attention.page_size_bytes
 
 
-def test_vllm_takes_the_state_in_batch_invariant_mode():
-    """Model runner V2 asks the backend of each layer (vllm/v1/worker/gpu/attn_utils.py)."""
+def test_a_row_is_the_same_whatever_lies_beside_it():
+    """To the bit, as the backend says to vLLM's batch-invariant mode."""
     assert ShiftStateBackend.supports_batch_invariance()
+    together, alone = Batch([9, 5, 12], torch.bfloat16), Batch([9, 5, 12], torch.bfloat16)
+    in_batch = together.step({0: 4, 1: 5, 2: 7}), together.step({2: 5, 0: 5})
+    assert torch.equal(in_batch[0][0], alone.step({0: 4})[0])
+    assert torch.equal(in_batch[0][2], alone.step({2: 7})[0])
+    assert torch.equal(in_batch[1][1], alone.step({0: 5})[0])
 
 
 def test_a_page_that_does_not_fit_is_refused_by_name():

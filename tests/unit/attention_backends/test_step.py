@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,13 +14,15 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from attention_backends.star import backend as star_backend
+from attention_backends.star import step as step_module
 from attention_backends.star.backend import CLASS_NAMES, WRAPPED, make_star_backend, takes_star, virtual_bounds
 from attention_backends.star.rows import split_rows
-from attention_backends.star.step import StarStep, current_step, open_step
+from attention_backends.star.step import StarStep, current_step, open_step, restore_positions, set_positions
 from engine_ext.worker import StarRequests
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
 from tests.unit.attention_backends.test_rows import batch_metadata
+from tests.unit.device_copies import AsyncCopies
 
 PLAN = StarPlan(8, 8, 0, 30, 40)
 SPEC = FullAttentionSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -250,3 +254,39 @@ def test_a_request_with_keys_on_other_replicas_is_a_star_request_until_it_finish
     assert requests.update(step_output(cached=[("a", 45), ("b", 45)])) == {"a": PLAN}
     assert requests.update(step_output(cached=[("b", 46)], finished=["a"])) == {}
     assert set(requests.metadata) == {"b"}
+
+
+class Model(torch.nn.Module):
+    """Notes the positions that it is called with, and fails if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.register_forward_pre_hook(set_positions, with_kwargs=True)
+        self.register_forward_hook(restore_positions, always_call=True)
+
+    def forward(self, positions: torch.Tensor, fails: bool = False) -> None:
+        self.seen = positions.tolist()
+        if fails:
+            raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_positions_are_those_of_the_prompt_again_after_the_model_ran(fails):
+    """Model runner V2 counts output tokens by them. They are set again in each run of a step."""
+    step, model, positions = make_step({}, {}), Model(), torch.arange(7, 13)
+    step._positions, step.engaged = [(2, np.array([3, 4, 5]))], True
+    with open_step(step):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no memory") if fails else nullcontext():
+                model(positions=positions, fails=fails)
+            assert model.seen == [7, 8, 3, 4, 5, 12]
+            assert positions.tolist() == [7, 8, 9, 10, 11, 12]
+
+
+def test_setting_positions_waits_for_no_gpu(monkeypatch):
+    step = make_step({}, {})
+    step._positions = [(2, np.array([3, 4, 5]))]
+    with AsyncCopies(monkeypatch, step_module):
+        step.set_positions(torch.arange(7, 13, device="meta"))
+        step.restore_positions()

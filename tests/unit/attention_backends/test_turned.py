@@ -24,6 +24,7 @@ from scheduler.star.block_layout import lay_out
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
+from tests.unit.device_copies import AsyncCopies
 from tests.unit.masks import mask_of
 
 PAGE_SIZE, COLUMNS, HEADS, KV_HEADS, SIZE, SCALE = 4, 40, 4, 2, 32, 0.2
@@ -178,6 +179,17 @@ def test_decode_steps_of_several_requests():
     others = [Row(None, 90, 91), Row(StarPlan(8, 8, 0, 30, 40), 44, 45)]
     for batch in (Batch(rows, ROTARY[0]), Batch([*others, *rows], ROTARY[0]), Batch([*rows[:1], *others], ROTARY[2])):
         batch.check()
+
+
+def test_a_gpu_is_not_waited_for(monkeypatch):
+    monkeypatch.setitem(turned.MAX_TOKENS, "meta", 5)
+    batch = Batch(MIXED, ROTARY[0])
+    virtual = batch.split()
+    first, table = np.cumsum(virtual.query_lens) - virtual.query_lens, batch.common.block_table_tensor.to("meta")
+    with AsyncCopies(monkeypatch, turned):
+        calls = list(make_turned_rows(virtual.turned, first, virtual.query_lens, table, PAGE_SIZE))
+    assert len(calls) > 1
+    assert all(call.block_table.device.type == "meta" for call in calls)
 
 
 def test_the_turn_is_what_makes_it_right():

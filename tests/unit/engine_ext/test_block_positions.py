@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -254,13 +255,16 @@ def test_engines_that_can_not_attend_to_such_blocks_refuse_them_alone(reason, mo
     assert front.plan(ON | {"star_positions": "prompt"}, len(IDS), IDS).plan is not None
 
 
-def test_every_rule_is_tested():
+def test_every_rule_is_tested(monkeypatch):
     """But the one about processors, as in the test of shards, which share it."""
     assert len(REFUSED) == len(BLOCK_POSITIONS_RULES) - 1
     planner().plan(OPTIONS, len(IDS), IDS)
     on_gpu = {"mode": "on", "positions": "block", "segment_token": MARK}
     planner(on_gpu, device_config__device_type="cuda").plan(OPTIONS, len(IDS), IDS)
     planner(cache_config__cache_dtype="fp8_e4m3").plan(OPTIONS, len(IDS), IDS)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    eager = {"compilation_config__cudagraph_mode": CUDAGraphMode.NONE}
+    planner(on_gpu, device_config__device_type="cuda", **eager).plan(OPTIONS, len(IDS), IDS)
 
 
 @pytest.mark.parametrize(("given", "number"), [("block", 2), ("prompt", 1), (2, 2)])

@@ -82,6 +82,8 @@ def test_what_an_attamba_models_cache_holds(tmp_path):
     model = make_random_attamba(tmp_path / "attamba", max_position_embeddings=4096, **sizes)
     options = ("--dtype", "float32", "--max-num-batched-tokens", "512", "--prompt-tokens", "1000")
     whole = examine(str(model), *options)
+    assert whole["attention_backend"]["name"] == "ATTAMBA"
+    assert "C++ ops" in whole["attention_op"]["why"]
     report = whole["kv_cache"]
     row = 2 * 64 * 4 * 2  # K|V, values, float32, layers
     assert (report["bytes_per_token"], report["bytes_per_token_uncompressed"]) == (17 * row / 128, row)

@@ -88,6 +88,13 @@ DROPPED = START["bits"]["2048"]
 SOAK = STORED["soak"]["runs"]
 
 
+def distilled(length: int) -> list[float]:
+    """The length, and the ratios of `benchmarks.attamba.distil` with their intervals, in percent above 1."""
+    row = STORED["attamba_distil"]["by_chunk"]["P = 8, L = 32"][f"{length} tokens"]
+    ratios = [*(row["over_all_keys"][name] for name in ("last tokens", "trained")), row["trained_over_last_tokens"]]
+    return [length, *(100 * value - 100 for ratio in ratios for value in ratio)]
+
+
 def attamba(workload: str) -> float:
     return ATTAMBA[workload][0]
 
@@ -237,6 +244,14 @@ FIGURES = [
     ),
     (BENCHMARKS, "| all keys | {:.3f} |", dropped("all keys")[:1]),
     *((BENCHMARKS, f"| {name} | {DROPPED_ROW}", dropped(name)) for name in DROPPED if name != "all keys"),
+    *(
+        (
+            BENCHMARKS,
+            "| {:,.0f} | {:.1f} % ({:.1f} to {:.1f}) | {:.1f} % ({:.1f} to {:.1f}) | {:.1f} % ({:.1f} to {:.1f}) |",
+            distilled(length),
+        )
+        for length in (1024, 2048)
+    ),
     (
         BENCHMARKS,
         "| capacity, rate (requests/s) | {:.1f}, {:.1f} | {:.1f}, {:.1f} |",

@@ -309,12 +309,17 @@ class Attamba(LanguageModel):
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw every matrix from a normal distribution with standard deviation (input width)^-0.5, as the released code."""
+    """Draw embeddings from N(0, 1), and matrices from a normal distribution with variance 1 / (3 input width).
+
+    So a layer at first adds less to the residual stream than the embedding of a token, and small models learn in some
+    hundred steps to look for tokens in their context. The released code draws all matrices with variance 1 / (input
+    width), so that a layer adds several times as much as the embedding has.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            nn.init.normal_(module.weight)
 
 
 def write_checkpoint(

@@ -1,21 +1,30 @@
-"""Training text from the Python sources of installed packages, with a tokenizer trained on it.
+"""Training text in which the context pays: Python sources of installed packages, whose names only the context tells.
 
-The packages are pinned by `.ci/requirements-cpu.lock`. Validation has packages of its own, so that their names are new
-and a model gains by looking for them in its context. The files of a package follow one another by name, and a file most
-of whose lines occurred before is left out. The text and so all figures change with the versions of the packages;
-`Text.digest` identifies the text.
+Comments and the contents of strings are left out, and each window that a model sees has names of its own: `rename`
+replaces each identifier of a window by one of NAMES names, drawn at random for this window and the same throughout it.
+So a model can learn Python's syntax from other texts, but which names a text uses, and what follows them, from its
+context only. Keywords, builtins and `self` keep their names.
+
+The packages are pinned by `.ci/requirements-cpu.lock`, and validation has packages of its own. The files of a package
+follow one another by path, and a file most of whose lines occurred before is left out. The text and so all figures
+change with the versions of the packages; `Text.digest` identifies the text.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
 import functools
 import hashlib
+import keyword
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -25,9 +34,14 @@ from examples.stdlib_text import Text
 TRAIN = ("sympy", "transformers", "matplotlib", "numba", "mypy", "fontTools", "hypothesis", "pip", "torch")
 VALIDATION = ("networkx", "numpy", "huggingface_hub", "aiohttp", "rich", "pydantic")
 EXCLUDED = {"_vendor", "test", "tests", "testing", "unicodedata"}
-VOCABULARY = 2048
-TRAIN_BYTES, LONGEST = 40_000_000, 100_000
-"""Bytes of training text, of equal shares a package; longer files, which are tables, are left out."""
+VOCABULARY, NAMES = 1024, 512
+"""Tokens in all, of which the last NAMES are names."""
+PACKAGE_BYTES, LONGEST = 2_500_000, 100_000
+"""Bytes of the sources of a package; longer files, which are tables, are left out."""
+NAME = re.compile(r"\b[^\W\d]\w*(?!['\w])")  # not the f of f''
+KEPT = {*keyword.kwlist, *dir(builtins), "self"}
+MARK = "\ue000"
+"""Stands for a name while a text is encoded."""
 
 
 def distinct_files(package: str, seen: set[int]) -> Iterator[bytes]:
@@ -67,45 +81,109 @@ def read_packages(packages: tuple[str, ...], seen: set[int], most: int | None = 
     return texts
 
 
-def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, with the special token SPECIAL, the end of a file."""
+def without_strings(source: str) -> str | None:
+    """The source without comments, docstrings and the contents of strings; None if it is not Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+            node.value = ""
+    return ast.unparse(tree)
+
+
+def names_in(text: str) -> list[str]:
+    """The identifiers of a text, each occurrence."""
+    return [name for name in NAME.findall(text) if name not in KEPT]
+
+
+def marked(text: str) -> str:
+    """The text with MARK for each identifier."""
+    return NAME.sub(lambda match: match[0] if match[0] in KEPT else MARK, text)
+
+
+def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY, names: int = NAMES) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of what lies between names, with SPECIAL, the end of a file, as token 0.
+
+    The most frequent names of the texts that are not a piece of other text are its last ``names`` tokens.
+
+    Raises:
+        ValueError: the texts have too few names.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary - names,
         special_tokens=[SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in marked(text).split(MARK)), trainer)
+    counts, pieces = Counter(name for text in texts for name in names_in(text)), tokenizer.get_vocab()
+    common = [name for name, _ in counts.most_common() if name not in pieces][:names]
+    if len(common) < names:
+        raise ValueError(
+            f"the texts have {len(common)} names that are no other tokens, and the tokenizer needs {names}"
+        )
+    tokenizer.add_tokens([AddedToken(name, normalized=False, single_word=True) for name in common])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL)
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """One stream of int16 tokens: each text, and the token that ends it."""
-    ids = [
-        torch.tensor([*one.ids, tokenizer.eos_token_id], dtype=torch.int16)
-        for first in range(0, len(texts), 64)
-        for one in tokenizer.backend_tokenizer.encode_batch(texts[first : first + 64])
-    ]
-    return torch.cat(ids)
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, names: dict[str, int]) -> Tensor:
+    """One stream of int32 tokens: each text, and the token that ends it.
+
+    Args:
+        names: the number of each known identifier, which grows. Its token is the size of the vocabulary plus this
+            number, for `rename` to replace.
+    """
+    parts = [marked(text).split(MARK) for text in texts]
+    encodings = iter(tokenizer.backend_tokenizer.encode_batch([part for text in parts for part in text]))
+    ids: list[int] = []
+    for text, between in zip(texts, parts, strict=True):
+        ids += next(encodings).ids
+        for name, _ in zip(names_in(text), between[1:], strict=True):
+            ids.append(len(tokenizer) + names.setdefault(name, len(names)))
+            ids += next(encodings).ids
+        ids.append(tokenizer.eos_token_id)
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def rename(tokens: Tensor, text: Text, seed: int) -> Tensor:
+    """Replace the identifiers in each row of ``tokens`` (rows, T) by names, the same throughout a row.
+
+    The names of a row are drawn without repetition; if a row has more than ``text.names`` identifiers, some share one.
+    """
+    vocabulary, generator = len(text.token_bytes), torch.Generator().manual_seed(seed)
+    renamed = tokens.clone()
+    for row in renamed if text.names else ():
+        is_name = row >= vocabulary
+        _, number = row[is_name].unique(return_inverse=True)
+        names = vocabulary - text.names + torch.randperm(text.names, generator=generator)
+        row[is_name] = names[number % text.names]
+    return renamed
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """(vocabulary,) int64: bytes of text that each token stands for; the end of a file counts as one."""
-    special = set(tokenizer.all_special_tokens)
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return torch.tensor([1 if piece in special else len(piece) for piece in pieces])
+    return torch.tensor([1 if piece == SPECIAL else len(piece) for piece in pieces])
 
 
 @functools.cache
 def load_package_text() -> Text:
-    """Read the text, train the tokenizer on a twelfth of its files, and encode; about a minute."""
+    """Read the text, train the tokenizer on a part of it, and encode; about a minute."""
     seen: set[int] = set()
-    train = read_packages(TRAIN, seen, TRAIN_BYTES // len(TRAIN))
-    validation = read_packages(VALIDATION, seen)
+    train, validation = (
+        [text for source in read_packages(packages, seen, PACKAGE_BYTES) if (text := without_strings(source))]
+        for packages in (TRAIN, VALIDATION)
+    )
     tokenizer = train_tokenizer(train[::12])
-    streams = encode(train, tokenizer), encode(validation, tokenizer)
+    names: dict[str, int] = {}
+    streams = encode(train, tokenizer, names), encode(validation, tokenizer, names)
     digest = hashlib.sha256(b"".join(stream.numpy().tobytes() for stream in streams)).hexdigest()[:16]
-    return Text(*streams, digest, token_bytes(tokenizer), tokenizer)
+    return Text(*streams, digest, token_bytes(tokenizer), tokenizer, NAMES)

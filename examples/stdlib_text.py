@@ -37,7 +37,7 @@ GENERATED = ("_sysconfig", "config-")
 
 @dataclass(frozen=True)
 class Text:
-    """The training and the validation split, each one stream of tokens (int16)."""
+    """The training and the validation split, each one stream of tokens."""
 
     train: Tensor
     validation: Tensor
@@ -46,6 +46,9 @@ class Text:
     token_bytes: Tensor = field(default_factory=lambda: torch.ones(END + 1, dtype=torch.int64))
     """(vocabulary,) bytes that each token stands for."""
     tokenizer: PreTrainedTokenizerFast = field(default_factory=byte_tokenizer)
+    names: int = 0
+    """How many of the last tokens of the vocabulary are names. If there are any, tokens of the streams from the size of
+    the vocabulary on are identifiers, for `examples.package_text.rename` to replace by names."""
 
 
 def byte_ids() -> Tensor:

@@ -3,10 +3,10 @@
     python examples/train_attamba.py --chunk 4 --window 32 --out build/attamba/p4-l32
     python examples/train_attamba.py --model transformer --out build/attamba/transformer
     python examples/train_attamba.py --model transformer --kv-cut 4 --out build/attamba/isokv4
-    python examples/train_attamba.py --text packages --recall 0.25 --length 1024 --autocast --out build/attamba/tokens
+    python examples/train_attamba.py --text packages --length 1024 --autocast --out build/attamba/tokens
 
-The text is the standard library byte by byte, or installed packages with a tokenizer (examples/package_text.py).
-`--recall` replaces a share of the sequences by a recall task (examples/recall.py).
+The text is the standard library byte by byte, or that of installed packages with a tokenizer and with names that only
+the context tells (examples/package_text.py).
 
 `--out` gets a checkpoint that vLLM serves (config.json, model.safetensors, tokenizer), train.log, result.json and
 loss.png. The same command resumes a stopped run from its last saved step and gives the same weights as a run without a
@@ -30,8 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from examples.attamba_model import Attamba, AttambaConfig, write_checkpoint
-from examples.package_text import load_package_text
-from examples.recall import random_distances, repeated
+from examples.package_text import load_package_text, rename
 from examples.stdlib_text import END, Text, batch, load_text, windows
 from examples.transformer_model import Transformer, TransformerConfig, cut_heads, write_llama
 
@@ -48,9 +47,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=32, help="L, tokens seen one by one (default: %(default)s)")
     parser.add_argument("--kv-cut", type=int, default=1, help="divide a transformer's KV width by this (default: 1)")
     parser.add_argument("--text", choices=TEXTS, default="stdlib", help="(default: %(default)s)")
-    parser.add_argument(
-        "--recall", type=float, default=0.0, help="share of sequences with the recall task (default: 0)"
-    )
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -147,14 +143,14 @@ def bits_per_byte(model: nn.Module, tokens: Tensor, token_bytes: Tensor, size: i
 
 
 def training_batch(args: argparse.Namespace, text: Text, step: int) -> Tensor:
-    """(batch, length + 1) int64 tokens of a step, a share ``args.recall`` of all sequences is the recall task."""
+    """(batch, length + 1) int64 tokens of a step."""
     tokens = batch(text.train, args.batch, args.length, seed=args.seed, step=step)
-    first = step * args.batch  # the sequences are numbered over all steps, so that the share is exact
-    rows = [i for i in range(args.batch) if int((first + i + 1) * args.recall) > int((first + i) * args.recall)]
-    if rows:
-        seed, size = args.seed * 1_000_003 + step, args.length + 1
-        tokens[rows] = repeated(random_distances(len(rows), size, seed), size, len(text.token_bytes), seed)
-    return tokens
+    return rename(tokens, text, args.seed * 1_000_003 + step)
+
+
+def validation_windows(text: Text, count: int, length: int) -> Tensor:
+    """(count, length + 1) int64 tokens, the same at each call."""
+    return rename(windows(text.validation, count, length), text, seed=0)
 
 
 def make_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -278,8 +274,9 @@ def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> 
         SystemExit: the saved step has other settings.
     """
     run = Run(args, text)
-    interim_windows = windows(text.validation, max(1, args.windows // 8), args.length)
-    bytes_per_token = text.token_bytes[text.train.int()].double().mean().item()
+    interim_windows = validation_windows(text, max(1, args.windows // 8), args.length)
+    sample = rename(windows(text.train, 64, args.length), text, seed=0)
+    bytes_per_token = text.token_bytes[sample].double().mean().item()
     losses: list[float] = []
     with tqdm(
         total=args.steps, initial=run.step, desc=args.out.name, unit="step", dynamic_ncols=True, disable=None
@@ -301,7 +298,7 @@ def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> 
                 run.log(f"step {run.step}: {bits}; {run.seconds:.0f} s")
                 run.save()
     if run.step == args.steps:
-        final = bits_per_byte(run.model, windows(text.validation, args.windows, args.length), text.token_bytes)
+        final = bits_per_byte(run.model, validation_windows(text, args.windows, args.length), text.token_bytes)
         sizes = f"{args.windows} windows of {args.length}"
         run.log(f"validation {final:.4f} bits per byte, {sizes}; {run.seconds:.0f} s")
         run.finish(final)

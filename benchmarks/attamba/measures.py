@@ -16,13 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.report import mean_ratio
 from examples.attamba_model import load_attamba
-from examples.recall import DISTANCES, repeated
-from examples.stdlib_text import Text, windows
+from examples.stdlib_text import Text
+from examples.train_attamba import validation_windows
 
 CONTEXTS, TAIL = (256, 512), 128
 """The last TAIL tokens of each window are also predicted from sequences of these lengths, to see what context gains."""
-RECALL_TOKENS = 4096
-"""About so many tokens to recall at each distance."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t for this many seeds."""
 Logits = Callable[[Tensor], Tensor]
@@ -45,34 +43,19 @@ def token_bits(logits: Logits, tokens: Tensor) -> Tensor:
     return torch.cat(losses) / math.log(2)
 
 
-@torch.inference_mode()
-def recall_hits(logits: Logits, vocabulary: int) -> dict[int, Tensor]:
-    """For each distance, (tokens,) bool: whether the most probable token is the one of the first copy.
-
-    Only the second copy counts, so that there is one earlier copy to look at.
-    """
-    hits = {}
-    for distance in DISTANCES:
-        tokens = repeated([distance] * max(1, RECALL_TOKENS // distance), 2 * distance, vocabulary, seed=distance)
-        guesses = torch.cat([logits(part[:, :-1]).argmax(-1) for part in tokens.split(16)])
-        hits[distance] = (guesses == tokens[:, 1:])[:, distance:].flatten()
-    return hits
-
-
 def evaluate(path: Path, text: Text, count: int, length: int) -> dict[str, Tensor]:
     """All measures of a checkpoint on ``count`` validation windows of ``length`` tokens.
 
     Returns:
         `bytes` and `bits` (count, length) of each token; `context C` (count,), bits of the last TAIL tokens of each
-        window in a sequence of C tokens; `recall D` (tokens,), hits at a distance of D tokens.
+        window in a sequence of C tokens.
     """
-    logits, tokens = load_logits(path), windows(text.validation, count, length)
+    logits, tokens = load_logits(path), validation_windows(text, count, length)
     found = {"bytes": text.token_bytes[tokens[:, 1:]], "bits": token_bits(logits, tokens)}
     for context in CONTEXTS:
         found[f"context {context}"] = token_bits(logits, tokens[:, -context - 1 :])[:, -TAIL:].sum(1)
     found[f"context {length}"] = found["bits"][:, -TAIL:].sum(1)
-    hits = recall_hits(logits, len(text.token_bytes))
-    return found | {f"recall {distance}": hit for distance, hit in hits.items()}
+    return found
 
 
 def spans(length: int) -> list[tuple[int, int]]:
@@ -125,25 +108,12 @@ def compare(
     """
     seeds = sorted(runs.keys() & others.keys())
     bits, baseline = (torch.stack([span_bits(of[seed], span) for seed in seeds]).numpy() for of in (runs, others))
-    by_seed = (bits.sum(1) / baseline.sum(1)).tolist()
+    ratios = (bits.sum(1) / baseline.sum(1)).tolist()
     mean, lower, upper = mean_ratio(bits.mean(0), baseline.mean(0))
-    return {
-        "by_seed": dict(zip(seeds, by_seed, strict=True)),
-        "mean": mean,
-        "over_windows": [lower, upper],
-        "over_seeds": seeds_interval(by_seed),
-    }
+    return by_seed(dict(zip(seeds, ratios, strict=True))) | {"mean": mean, "over_windows": [lower, upper]}
 
 
-def accuracies(runs: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, object]]:
-    """Recall by distance: the `mean` over seeds, `by_seed`, `over_seeds` (95 % interval), and `tokens` a seed."""
-    result: dict[int, dict[str, object]] = {}
-    for distance in DISTANCES:
-        by_seed = [run[f"recall {distance}"].double().mean().item() for run in runs]
-        result[distance] = {
-            "mean": statistics.mean(by_seed),
-            "by_seed": by_seed,
-            "over_seeds": seeds_interval(by_seed),
-            "tokens": len(runs[0][f"recall {distance}"]),
-        }
-    return result
+def by_seed(values: dict[int, float]) -> dict[str, object]:
+    """One value a seed, their `mean`, and its 95 % interval `over_seeds`."""
+    listed = list(values.values())
+    return {"by_seed": values, "mean": statistics.mean(listed), "over_seeds": seeds_interval(listed)}

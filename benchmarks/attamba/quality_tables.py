@@ -23,88 +23,87 @@ def interval(bounds: Sequence[float] | None, show: Callable[[float], str]) -> st
     return f"{show(bounds[0])} to {show(bounds[1])}" if bounds else "one seed"
 
 
-def tables(result: dict[str, Any]) -> str:
-    """The tables of docs/benchmarks.md: models, comparisons, gain from context, recall."""
+def model_cells(name: str, row: dict[str, Any], by_seed: dict[str, Any]) -> list[str]:
+    """The first cells of a model's row: its name, learning rate, cache, and how many seeds are in."""
+    cache = [f"{row['kv_bytes_per_token']:,.0f}", f"{row['kv_bytes_per_sequence']:,}"]
+    return [name, row["learning_rate"], *cache, str(len(by_seed))]
+
+
+MODEL_HEAD = ("model", "learning rate", "KV bytes a token", "and a sequence", "seeds")
+
+
+def recall_tables(result: dict[str, Any]) -> list[str]:
+    """Accuracy by distance with the range of the seeds, and differences of models with intervals over seeds."""
+    rows, distances = result["models"], list(next(iter(result["models"].values()))["accuracy"])
+    accuracies = [
+        [
+            *model_cells(name, row, row["train_seconds"]),
+            *(f"{of['mean']:.2f} ({min(seeds):.2f} to {max(seeds):.2f})" for of, seeds in with_seeds(row["accuracy"])),
+        ]
+        for name, row in rows.items()
+    ]
+    differences = [
+        [pair, *(f"{of['mean']:+.2f} ({interval(of['over_seeds'], '{:+.2f}'.format)})" for of in by_distance.values())]
+        for pair, by_distance in result["differences"].items()
+    ]
+    return [table([*MODEL_HEAD, *distances], accuracies), table(["difference", *distances], differences)]
+
+
+def with_seeds(by_distance: dict[str, Any]) -> Iterable[tuple[dict[str, Any], list[float]]]:
+    return ((of, list(of["by_seed"].values())) for of in by_distance.values())
+
+
+def text_tables(result: dict[str, Any]) -> list[str]:
+    """Bits per byte by position, ratios of models with intervals, and the gain from context."""
     rows = result["models"]
     first = next(iter(rows.values()))
-    models = table(
+    bits = [
         [
-            "model",
-            "learning rate",
-            "KV bytes a token",
-            "and a sequence",
-            "bits per byte, by seed",
-            *first["by_position"],
-        ],
-        [
-            [
-                name,
-                f"{row['learning_rate']:g}",
-                f"{row['kv_bytes_per_token']:,.0f}",
-                f"{row['kv_bytes_per_sequence']:,}",
-                ", ".join(f"{bits:.4f}" for bits in row["bits_per_byte"].values()),
-                *(f"{bits:.3f}" for bits in row["by_position"].values()),
-            ]
-            for name, row in rows.items()
-        ],
-    )
-    ratios = table(
-        ["bits, % over", "positions", "mean", "95 % over windows", "95 % over seeds"],
-        [
-            [
-                pair,
-                span,
-                percent(of["mean"]),
-                interval(of["over_windows"], percent),
-                interval(of["over_seeds"], percent),
-            ]
-            for pair, by_span in result["bits_ratio"].items()
-            for span, of in by_span.items()
-        ],
-    )
-    context = table(
-        ["model", *(f"context {pair}, %" for pair in first["context"])],
-        [
-            [name, *(f"{percent(mean)} ({interval(of, percent)})" for mean, *of in row["context"].values())]
-            for name, row in rows.items()
-        ],
-    )
-    recall = table(
-        ["model", *(f"recall at {distance}" for distance in first["recall"])],
-        [
-            [
-                name,
-                *(
-                    f"{of['mean']:.2f} ({interval(of['over_seeds'], lambda bound: f'{min(1, max(0, bound)):.2f}')})"
-                    for of in row["recall"].values()
-                ),
-            ]
-            for name, row in rows.items()
-        ],
-    )
-    return "\n".join([models, ratios, context, recall])
+            *model_cells(name, row, row["train_seconds"]),
+            *(f"{of['mean']:.3f}" for of in row["bits_per_byte"].values()),
+        ]
+        for name, row in rows.items()
+    ]
+    ratios = [
+        [pair, span, percent(of["mean"]), interval(of["over_windows"], percent), interval(of["over_seeds"], percent)]
+        for pair, by_span in result["bits_ratio"].items()
+        for span, of in by_span.items()
+    ]
+    context = [
+        [name, *(f"{percent(mean)} ({interval(bounds, percent)})" for mean, *bounds in row["context"].values())]
+        for name, row in rows.items()
+    ]
+    return [
+        table([*MODEL_HEAD, *first["bits_per_byte"]], bits),
+        table(["bits, % over", "positions", "mean", "95 % over windows", "95 % over seeds"], ratios),
+        table(["model", *(f"context {pair}, %" for pair in first["context"])], context),
+    ]
 
 
-def plot(result: dict[str, Any], baseline: str, path: Path) -> None:
-    """Plot bits per byte over the size of the cache, bits relative to the transformer's over positions, and recall."""
-    with saved_figure(path, 1, 3, figsize=(13, 3.8)) as (_, (left, middle, right)):
-        for index, (name, row) in enumerate(result["models"].items()):
-            style = {"color": f"C{index}", "marker": "o" if name.startswith("attamba") else "s", "label": name}
-            bits = list(row["bits_per_byte"].values())
-            left.plot([row["kv_bytes_of_training_length"]] * len(bits), bits, linestyle="", **style)
-            by_span = result["bits_ratio"].get(f"{name} over {baseline}", {})
-            if by_span:
-                means = [of["mean"] for of in by_span.values()]
-                errors = [[abs(of["mean"] - of["over_windows"][side]) for of in by_span.values()] for side in (0, 1)]
-                middle.errorbar(list(by_span), means, errors, capsize=2, **style)
-            right.plot(list(map(str, row["recall"])), [of["mean"] for of in row["recall"].values()], **style)
-        left.set_xscale("log", base=2)
-        left.set_xlabel("KV cache of a sequence of the training length, bytes (bf16)")
-        left.set_ylabel("validation bits per byte, one mark per seed")
-        left.legend(fontsize=8)
-        middle.axhline(1, color="grey", linewidth=0.8)
-        middle.tick_params(axis="x", labelsize=7)
-        middle.set_xlabel("positions in the sequence")
-        middle.set_ylabel(f"bits over those of the {baseline}")
-        right.set_xlabel("distance of the recall, tokens")
-        right.set_ylabel("accuracy, mean over seeds")
+def tables(result: dict[str, Any]) -> str:
+    """The tables of docs/benchmarks.md."""
+    parts = recall_tables(result["recall"]) if "recall" in result else []
+    return "\n".join([*parts, *(text_tables(result["text"]) if "text" in result else [])])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Plot accuracy over the distance of the recall, and bits per byte over positions; lines are means over seeds."""
+    panels = [
+        ("recall", "accuracy", "distance of the recall, tokens", "accuracy, mean and range of the seeds"),
+        ("text", "bits_per_byte", "positions in the sequence", "validation bits per byte"),
+    ]
+    panels = [panel for panel in panels if panel[0] in result]
+    with saved_figure(path, 1, len(panels), figsize=(6.5 * len(panels), 4), squeeze=False) as (_, axes):
+        for axis, (task, measure, x, y) in zip(axes[0], panels, strict=True):
+            for index, (name, row) in enumerate(result[task]["models"].items()):
+                means = [of["mean"] for of in row[measure].values()]
+                ranges = [
+                    [abs(end(seeds) - of["mean"]) for of, seeds in with_seeds(row[measure])] for end in (min, max)
+                ]
+                marker = "o" if name.startswith("attamba") else "s"
+                axis.errorbar(
+                    list(row[measure]), means, ranges, capsize=2, color=f"C{index}", marker=marker, label=name
+                )
+            axis.set_xlabel(x)
+            axis.set_ylabel(y)
+            axis.legend(fontsize=8)

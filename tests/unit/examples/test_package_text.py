@@ -1,4 +1,4 @@
-"""The text from installed packages: which files it has, and what its tokens stand for."""
+"""The text from installed packages: which files it has, its names, and what its tokens stand for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from examples import package_text
-from examples.package_text import encode, read_packages, token_bytes, train_tokenizer
+from examples.package_text import (
+    encode,
+    marked,
+    names_in,
+    read_packages,
+    rename,
+    token_bytes,
+    train_tokenizer,
+    without_strings,
+)
+from examples.stdlib_text import Text
 
 
 @pytest.fixture
@@ -16,13 +26,13 @@ def packages(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
 
     def lines(name: str, count: int = 30) -> str:
-        return "".join(f"def function_{name}_{i}(argument): return argument\n" for i in range(count))
+        return "\n".join(f"function_{name}_{i} = lambda argument: argument" for i in range(count))
 
     files = {
         "one/b.py": lines("b"),
         "one/a.py": lines("a"),
-        "one/part/copy.py": lines("a", 20) + lines("new", 10),  # mostly lines that occurred before
-        "one/part/other.py": lines("a", 10) + lines("other", 20),
+        "one/part/copy.py": lines("a", 20) + "\n" + lines("new", 10),  # mostly lines that occurred before
+        "one/part/other.py": lines("a", 10) + "\n" + lines("other", 20),
         "one/tests/test.py": lines("test"),
         "one/_vendor/c.py": lines("vendored"),
         "one/short.py": "x = 1\n",
@@ -50,17 +60,63 @@ def test_a_package_that_is_not_installed_is_named(packages):
         read_packages(("one", "absent"), set())
 
 
-def test_the_bytes_of_the_tokens_are_those_of_the_text(packages):
-    texts = [*packages.values(), "é漢👩 \x00 \r\n\t" * 9]
-    tokenizer = train_tokenizer(texts, vocabulary=300)
-    assert len(tokenizer) == 300
-    stream = encode(texts, tokenizer)
-    sizes = token_bytes(tokenizer)
-    assert sizes[stream.int()].sum() == sum(len(text.encode()) for text in texts) + len(texts)
-    assert (stream == tokenizer.eos_token_id).sum() == len(texts)
-    assert tokenizer.decode(encode(texts[-1:], tokenizer)[:-1]) == texts[-1]
-    assert tokenizer.eos_token_id == 0  # the recall task leaves it out
-    assert torch.equal(stream, encode(texts, train_tokenizer(texts, vocabulary=300)))
+SOURCE = """
+'''Title.'''
+# A comment.
+class Thing(Base):
+    '''Only a docstring.'''
+
+def go(self, n: int = 0x1F) -> str:
+    '''What it does.'''
+    return f"n is {n}" + 'text' + str(b'bytes', 1e5)
+"""
+WITHOUT = """class Thing(Base):
+    pass
+
+def go(self, n: int=31) -> str:
+    return f'{n}' + '' + str('', 100000.0)"""
+
+
+def test_comments_and_the_contents_of_strings_are_left_out():
+    assert without_strings(SOURCE) == WITHOUT
+    assert without_strings("print 'text'") is None
+
+
+def test_keywords_and_builtins_are_no_names():
+    assert names_in(WITHOUT) == ["Thing", "Base", "go", "n", "n"]
+    assert marked("f(f'{a}', 1e5, __name__)") == "\ue000(f'{\ue000}', 1e5, __name__)"
+
+
+def test_the_tokens_of_renamed_windows_are_a_text_with_other_names():
+    texts = [WITHOUT, "first = second(third)\nfirst(é漢, ' \t\x00')"] * 3
+    tokenizer, names = train_tokenizer(texts, vocabulary=276, names=6), {}
+    assert len(tokenizer) == 276 and tokenizer.eos_token_id == 0
+    stream = encode(texts, tokenizer, names)
+    assert torch.equal(stream, encode(texts, train_tokenizer(texts, vocabulary=276, names=6), {}))
+    assert (stream == 0).sum() == len(texts) and (stream >= 276).sum() == sum(len(names_in(text)) for text in texts)
+    text = Text(stream, stream, "", token_bytes(tokenizer), tokenizer, names=6)
+    end = (stream == 0).nonzero()[0].item()
+    rows = stream[:end].long().expand(3, -1)
+    renamed = rename(rows, text, seed=1)
+    assert renamed.max() < 276 and torch.equal(renamed[rows < 276], rows[rows < 276])
+    assert torch.equal(renamed, rename(rows, text, seed=1)) and not torch.equal(renamed[0], renamed[1])
+    for row in renamed:
+        decoded = tokenizer.decode(row)
+        assert text.token_bytes[row].sum() == len(decoded.encode())
+        assert marked(decoded) == marked(WITHOUT)
+        one_to_one = set(zip(names_in(WITHOUT), names_in(decoded), strict=True))
+        assert len(one_to_one) == len(dict(one_to_one)) == len({new for _, new in one_to_one}) == 4
+    assert len({tuple(names_in(tokenizer.decode(row))) for row in renamed}) > 1
+
+
+def test_text_without_names_stays(packages):
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(rename(tokens, Text(tokens, tokens, ""), seed=1), tokens)
+
+
+def test_too_few_names_are_refused():
+    with pytest.raises(ValueError, match="2 names that are no other tokens, and the tokenizer needs 512"):
+        train_tokenizer(["one = two"])
 
 
 def test_training_and_validation_have_no_package_in_common():

@@ -46,7 +46,8 @@ def recall_tables(result: dict[str, Any]) -> list[str]:
         [pair, *(f"{of['mean']:+.2f} ({interval(of['over_seeds'], '{:+.2f}'.format)})" for of in by_distance.values())]
         for pair, by_distance in result["differences"].items()
     ]
-    return [table([*MODEL_HEAD, *distances], accuracies), table(["difference", *distances], differences)]
+    columns = [f"D = {distance}" for distance in distances]
+    return [table([*MODEL_HEAD, *columns], accuracies), table(["difference", *columns], differences)]
 
 
 def with_seeds(by_distance: dict[str, Any]) -> Iterable[tuple[dict[str, Any], list[float]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from examples.attamba_model import Attamba, AttambaConfig, write_checkpoint
 
@@ -37,6 +38,12 @@ def make_random_attamba(path: Path, *, seed: int = 0, dtype: torch.dtype = torch
     torch.manual_seed(seed)
     model = Attamba(AttambaConfig(**{"vocab_size": 320} | config))
     with torch.no_grad():
+        # The variances of the released code, where layers add much to the residual: a wrong part shows in the logits.
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(3**0.5)
+            elif isinstance(module, nn.Embedding):
+                module.weight.mul_(module.embedding_dim**-0.5)
         for name, weight in model.named_parameters():
             if "wq" in name or "out_proj" in name:
                 # Scores that spread over several units, and SSM outputs larger than x: a wrong mask, chunk or scan

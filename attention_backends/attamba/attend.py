@@ -114,10 +114,8 @@ def attend_in_torch(
 ) -> torch.Tensor:
     """``attend`` on any device, by the attention op of ``paged_attention``."""
     request, position, piece = states.step.token_places
-    host, (plan, made) = (
-        plan,
-        plan.to(query.device),
-    )  # what decides shapes is read on the host, without waiting for the device
+    host = plan  # what decides shapes is read on the host, without waiting for the device
+    plan, made = plan.to(query.device)
     head_shape = states.pages.key_rows.shape[-2:]
     value = (own + mixed[1]).unflatten(-1, head_shape)
     query, key = (turn(part.unflatten(-1, head_shape), angles, position) for part in (query, own + mixed[0]))

@@ -81,7 +81,6 @@ class Trainer:
 
     def __init__(self, model: Llama, student: Student, steps: int) -> None:
         self.model, self.student, self.steps, self.step = model, student, steps, 0
-        self.method = Method(student.chunk, WINDOW)
         self.optimisers = [torch.optim.Adam(groups(layer), betas=(0.9, 0.98)) for layer in student.layers]
         self.errors: list[list[float]] = []
         """By step, the square error of each layer over the square of what its attention adds."""
@@ -99,8 +98,7 @@ class Trainer:
     def train_layer(self, layer: int, x: Tensor, added: Tensor) -> None:
         with torch.inference_mode(False), torch.enable_grad():
             x, added = x.clone(), added.clone()
-            found = self.model.attention(x, layer, self.method, self.student.keys_values)
-            loss = (found - added).square().sum() / added.square().sum()
+            loss = layer_error(self.model, self.student, layer, x, added)
             loss.backward()
             self.optimisers[layer].step()
             self.optimisers[layer].zero_grad()
@@ -156,14 +154,18 @@ def new_student(model: Llama, chunk: int, fit: Tensor) -> Student:
     return Student(model, chunk, fit)
 
 
+def layer_error(model: Llama, student: Student, layer: int, x: Tensor, added: Tensor) -> Tensor:
+    """The square error of what the student's layer adds for its input x, over the square of ``added``."""
+    found = model.attention(x, layer, Method(student.chunk, WINDOW), student.keys_values)
+    return (found - added).square().sum() / added.square().sum()
+
+
 def layer_errors(model: Llama, student: Student, windows: list[Tensor]) -> Tensor:
     """(layers,) the mean error over windows, as in training."""
     errors: list[list[float]] = []
-    method = Method(student.chunk, WINDOW)
 
     def compare(layer: int, x: Tensor, added: Tensor) -> None:
-        found = model.attention(x, layer, method, student.keys_values)
-        errors[-1].append(((found - added).square().sum() / added.square().sum()).item())
+        errors[-1].append(layer_error(model, student, layer, x, added).item())
 
     for tokens in windows:
         errors.append([])

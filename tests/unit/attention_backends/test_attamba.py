@@ -269,10 +269,8 @@ def test_a_page_that_another_request_fills_in_the_same_step_can_be_read(mixed_by
         """The mixers' outputs of the tokens [first, end) of each request."""
         lens, ends = np.array([end - first for first, end in parts]), np.array([end for _, end in parts])
         plan = plan_step(dense_tokens(lens, ends), chunk_size, offset, 5)
-        pages, rows = (
-            torch.full((9, 8, sizes.row), float("nan")),
-            torch.cat([projected[slice(*part)] for part in parts]),
-        )
+        pages = torch.full((9, 8, sizes.row), float("nan"))
+        rows = torch.cat([projected[slice(*part)] for part in parts])
         return mixed_by(rows, pages, torch.tensor(table).int(), plan, parameters, sizes, 1e-5)
 
     page_ids = list(range(8))

@@ -23,9 +23,14 @@ ROW_FIELDS_WITHOUT_A_SPLIT = (
 )
 
 
-def virtual_block_table(table: torch.Tensor, rows: VirtualRows) -> torch.Tensor:
-    """(batch rows, columns) pages -> (virtual rows, columns) pages; columns past a row's end are unspecified."""
-    source = async_tensor_h2d(rows.source, table.device)
+def virtual_block_table(table: torch.Tensor, rows: VirtualRows, source: torch.Tensor | None = None) -> torch.Tensor:
+    """(batch rows, columns) pages -> (virtual rows, columns) pages; columns past a row's end are unspecified.
+
+    Args:
+        source: ``rows.source`` on the device of the table, where the caller has it; else it is copied.
+    """
+    if source is None:
+        source = async_tensor_h2d(rows.source, table.device)
     virtual = table[source]
     if len(rows.gathered):
         gathered = async_tensor_h2d(rows.gathered, table.device)
@@ -79,7 +84,7 @@ def virtual_metadata(common: CommonAttentionMetadata, rows: VirtualRows) -> Comm
         num_reqs=len(rows.source),
         max_query_len=int(rows.query_lens.max()),
         max_seq_len=int(rows.seq_lens.max()),
-        block_table_tensor=virtual_block_table(common.block_table_tensor, rows),
+        block_table_tensor=virtual_block_table(common.block_table_tensor, rows, device_source),
         is_prefilling=is_prefilling,
         req_idx=req_idx,
         _num_computed_tokens_cache=None,

@@ -12,6 +12,7 @@ start), and of the trained mixers in all layers together. The same command goes 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 from pathlib import Path
@@ -128,12 +129,12 @@ def groups(mixers: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def train(model: Llama, tokenizer: object, chunk: int, steps: int) -> Trainer:
-    """The trained mixers, resumed where an earlier call of the same settings was stopped."""
+def train(model: Llama, student: Student, windows: list[Tensor]) -> Trainer:
+    """Train the student, one step a window, resumed where an earlier call of the same settings was stopped."""
+    chunk, steps = student.chunk, len(windows)
     path = RUNS / f"{model.path.name}-p{chunk}-n{steps}.pt"
-    windows = token_windows(tokenizer, steps, LENGTH, TRAIN)
     order = torch.randperm(steps, generator=torch.Generator().manual_seed(0)).tolist()
-    trainer = Trainer(model, new_student(model, chunk, windows[0]), steps)
+    trainer = Trainer(model, student, steps)
     if path.exists():
         trainer.load(torch.load(path, weights_only=True))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,11 +148,6 @@ def train(model: Llama, tokenizer: object, chunk: int, steps: int) -> Trainer:
                 recent = torch.tensor(trainer.errors[-20:]).mean().item()
                 bar.write(f"P = {chunk}, step {trainer.step}: error {recent:.4f}")
     return trainer
-
-
-def new_student(model: Llama, chunk: int, fit: Tensor) -> Student:
-    torch.manual_seed(0)
-    return Student(model, chunk, fit)
 
 
 def layer_error(model: Llama, student: Student, layer: int, x: Tensor, added: Tensor) -> Tensor:
@@ -206,19 +202,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = Llama(args.model), AutoTokenizer.from_pretrained(args.model)
-    result = {}
+    result, windows = {}, token_windows(tokenizer, args.steps, LENGTH, TRAIN)
+    further = token_windows(tokenizer, args.steps + 4, LENGTH, TRAIN)
     for chunk in args.chunks:
-        trainer = train(model, tokenizer, chunk, args.steps)
-        further = token_windows(tokenizer, args.steps + 4, LENGTH, TRAIN)
-        start = new_student(model, chunk, token_windows(tokenizer, args.steps, LENGTH, TRAIN)[0])
+        torch.manual_seed(0)
+        start = Student(model, chunk, windows[0])
+        trainer = train(model, copy.deepcopy(start), windows)
         stay = keep_better(model, start, trainer.student, further[1 :: len(further) // 4])
         errors = torch.tensor(trainer.errors)
         row: dict[str, object] = {"layers_trained": sum(stay), "tokens": args.steps * LENGTH}
         row["error_of_attention"] = {"first step": errors[0].mean().item(), "last 20": errors[-20:].mean().item()}
         for length in LENGTHS:
-            windows = token_windows(tokenizer, args.windows, length)
-            num_bytes = sum(len(tokenizer.decode(tokens[1:]).encode()) for tokens in windows)
-            row[f"{length} tokens"] = measure(model, trainer.student, windows, num_bytes)
+            held_out = token_windows(tokenizer, args.windows, length)
+            num_bytes = sum(len(tokenizer.decode(tokens[1:]).encode()) for tokens in held_out)
+            row[f"{length} tokens"] = measure(model, trainer.student, held_out, num_bytes)
         result[f"P = {chunk}, L = {WINDOW}"] = row
     print(json.dumps(result, indent=1))
     print(write_json("attamba_distil", {"model": args.model.name, "windows": args.windows, "by_chunk": result}))

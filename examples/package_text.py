@@ -1,8 +1,8 @@
 """Training text in which the context pays: Python sources of installed packages, whose names only the context tells.
 
 Comments and the contents of strings are left out, and each window that a model sees has names of its own: `rename`
-replaces each identifier of a window by one of NAMES names, drawn at random for this window and the same throughout it.
-So a model can learn Python's syntax from other texts, but which names a text uses, and what follows them, from its
+replaces each identifier of a window by NAME_TOKENS syllables, drawn at random for this window and the same throughout
+it. So a model can learn Python's syntax from other texts, but how a name goes on after its first syllable from its
 context only. Keywords, builtins and `self` keep their names.
 
 The packages are pinned by `.ci/requirements-cpu.lock`, and validation has packages of its own. The files of a package
@@ -19,7 +19,6 @@ import hashlib
 import keyword
 import re
 import sysconfig
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +33,10 @@ from examples.stdlib_text import Text
 TRAIN = ("sympy", "transformers", "matplotlib", "numba", "mypy", "fontTools", "hypothesis", "pip", "torch")
 VALIDATION = ("networkx", "numpy", "huggingface_hub", "aiohttp", "rich", "pydantic")
 EXCLUDED = {"_vendor", "test", "tests", "testing", "unicodedata"}
-VOCABULARY, NAMES = 1024, 512
-"""Tokens in all, of which the last NAMES are names."""
+VOCABULARY, SYLLABLES, NAME_TOKENS = 576, 64, 3
+"""Tokens in all, of which the last SYLLABLES are syllables; and the syllables of a name, each a token."""
+CANDIDATES = [consonant + vowel for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiouy"]
+"""Syllables, of which a tokenizer takes the first that are not pieces of other text."""
 PACKAGE_BYTES, LONGEST = 2_500_000, 100_000
 """Bytes of the sources of a package; longer files, which are tables, are left out."""
 NAME = re.compile(r"\b[^\W\d]\w*(?!['\w])")  # not the f of f''
@@ -106,31 +107,32 @@ def marked(text: str) -> str:
     return NAME.sub(lambda match: match[0] if match[0] in KEPT else MARK, text)
 
 
-def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY, names: int = NAMES) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: list[str], vocabulary: int = VOCABULARY, syllables: int = SYLLABLES
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of what lies between names, with SPECIAL, the end of a file, as token 0.
 
-    The most frequent names of the texts that are not a piece of other text are its last ``names`` tokens.
+    Its last ``syllables`` tokens are those of names.
 
     Raises:
-        ValueError: the texts have too few names.
+        ValueError: there are too few syllables that are no pieces of other text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - names,
+        vocab_size=vocabulary - syllables,
         special_tokens=[SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator((part for text in texts for part in marked(text).split(MARK)), trainer)
-    counts, pieces = Counter(name for text in texts for name in names_in(text)), tokenizer.get_vocab()
-    common = [name for name, _ in counts.most_common() if name not in pieces][:names]
-    if len(common) < names:
-        raise ValueError(
-            f"the texts have {len(common)} names that are no other tokens, and the tokenizer needs {names}"
-        )
-    tokenizer.add_tokens([AddedToken(name, normalized=False, single_word=True) for name in common])
+    pieces = tokenizer.get_vocab()
+    free = [syllable for syllable in CANDIDATES if syllable not in pieces][:syllables]
+    if len(free) < syllables:
+        raise ValueError(f"{len(free)} syllables are no other tokens, and the tokenizer needs {syllables}")
+    # As single words only, so that they are not found within the text between names.
+    tokenizer.add_tokens([AddedToken(syllable, normalized=False, single_word=True) for syllable in free])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL)
 
 
@@ -139,7 +141,7 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, names: dict[str
 
     Args:
         names: the number of each known identifier, which grows. Its token is the size of the vocabulary plus this
-            number, for `rename` to replace.
+            number, for `rename` to spell.
     """
     parts = [marked(text).split(MARK) for text in texts]
     encodings = iter(tokenizer.backend_tokenizer.encode_batch([part for text in parts for part in text]))
@@ -154,18 +156,25 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, names: dict[str
 
 
 def rename(tokens: Tensor, text: Text, seed: int) -> Tensor:
-    """Replace the identifiers in each row of ``tokens`` (rows, T) by names, the same throughout a row.
+    """Spell the identifiers in each row of ``tokens`` (rows, T) in syllables, each in the same ones throughout a row.
 
-    The names of a row are drawn without repetition; if a row has more than ``text.names`` identifiers, some share one.
+    The syllables of a name are drawn independently. Rows keep their length: what the names push out is cut off.
     """
     vocabulary, generator = len(text.token_bytes), torch.Generator().manual_seed(seed)
-    renamed = tokens.clone()
-    for row in renamed if text.names else ():
+    if not text.syllables:
+        return tokens
+    rows = []
+    for row in tokens:
         is_name = row >= vocabulary
-        _, number = row[is_name].unique(return_inverse=True)
-        names = vocabulary - text.names + torch.randperm(text.names, generator=generator)
-        row[is_name] = names[number % text.names]
-    return renamed
+        distinct, number = row[is_name].unique(return_inverse=True)
+        names = torch.randint(text.syllables, (len(distinct), NAME_TOKENS), generator=generator)
+        repeats = torch.where(is_name, NAME_TOKENS, 1)
+        spelled = row.repeat_interleave(repeats)
+        spelled[is_name.repeat_interleave(repeats)] = (vocabulary - text.syllables + names[number].flatten()).to(
+            row.dtype
+        )
+        rows.append(spelled[: len(row)])
+    return torch.stack(rows)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Tensor:
@@ -186,4 +195,4 @@ def load_package_text() -> Text:
     names: dict[str, int] = {}
     streams = encode(train, tokenizer, names), encode(validation, tokenizer, names)
     digest = hashlib.sha256(b"".join(stream.numpy().tobytes() for stream in streams)).hexdigest()[:16]
-    return Text(*streams, digest, token_bytes(tokenizer), tokenizer, NAMES)
+    return Text(*streams, digest, token_bytes(tokenizer), tokenizer, SYLLABLES)

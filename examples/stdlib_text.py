@@ -46,9 +46,9 @@ class Text:
     token_bytes: Tensor = field(default_factory=lambda: torch.ones(END + 1, dtype=torch.int64))
     """(vocabulary,) bytes that each token stands for."""
     tokenizer: PreTrainedTokenizerFast = field(default_factory=byte_tokenizer)
-    names: int = 0
-    """How many of the last tokens of the vocabulary are names. If there are any, tokens of the streams from the size of
-    the vocabulary on are identifiers, for `examples.package_text.rename` to replace by names."""
+    syllables: int = 0
+    """How many of the last tokens of the vocabulary are syllables of names. If there are any, tokens of the streams
+    from the size of the vocabulary on are identifiers, for `examples.package_text.rename` to spell."""
 
 
 def byte_ids() -> Tensor:

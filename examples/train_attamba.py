@@ -192,11 +192,14 @@ def settings(args: argparse.Namespace, text: Text) -> dict[str, Any]:
 class Run:
     """The state of a training run. A new Run with the same `--out` resumes from the last `save`.
 
+    Args:
+        start: weights to start from; None to draw them.
+
     Raises:
         SystemExit: the saved state has other settings.
     """
 
-    def __init__(self, args: argparse.Namespace, text: Text) -> None:
+    def __init__(self, args: argparse.Namespace, text: Text, start: dict[str, Tensor] | None = None) -> None:
         self.args, self.settings = args, settings(args, text)
         self.tokenizer = text.tokenizer
         self.model = make_model(args, len(text.token_bytes))
@@ -209,6 +212,8 @@ class Run:
             self.load()
             self.log(f"resumed at step {self.step}")
         else:
+            if start is not None:
+                self.model.load_state_dict(start)
             (args.out / "train.log").unlink(missing_ok=True)
             per_token, fixed = kv_bytes(self.model)
             self.log(f"{args.model}: {count_parameters(self.model):,} parameters")
@@ -262,18 +267,21 @@ class Run:
         self.saved.unlink()
 
 
-def train(args: argparse.Namespace, text: Text, *, until: int | None = None) -> nn.Module:
+def train(
+    args: argparse.Namespace, text: Text, *, start: dict[str, Tensor] | None = None, until: int | None = None
+) -> nn.Module:
     """Train from the last saved step, or from the start, and return the model.
 
     Args:
         args: of `parse`.
         text: to train and validate on.
+        start: weights of the first step; None to draw them from the seed.
         until: stop at this step, as if the process had been stopped there; None for the whole run.
 
     Raises:
         SystemExit: the saved step has other settings.
     """
-    run = Run(args, text)
+    run = Run(args, text, start)
     interim_windows = validation_windows(text, max(1, args.windows // 8), args.length)
     sample = rename(windows(text.train, 64, args.length), text, seed=0)
     bytes_per_token = text.token_bytes[sample].double().mean().item()

@@ -73,6 +73,37 @@ def accuracy(logits: Callable[[Tensor], Tensor], distance: int) -> float:
     return hits[targets != UNSCORED].double().mean().item()
 
 
+def train(
+    model: nn.Module, rate: float, seed: int, stages: Sequence[tuple[int, int]], tokens_of: Tensor | None = None
+) -> list[float]:
+    """Train a model; returns the loss by step, in nats a scored token.
+
+    Args:
+        stages: as STAGES.
+        tokens_of: (KEYS + FILLERS,) the model's tokens that stand for the keys and fillers, where it has others too.
+            The probabilities are of these tokens only.
+    """
+    optimiser, generator = make_optimiser(model, rate), torch.Generator().manual_seed(seed)
+    lengths = [length for steps, length in stages for _ in range(steps)]
+    losses = []
+    for step, length in enumerate(lengths):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(rate, step, len(lengths))
+        tokens, targets = training_rows(length, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if tokens_of is None:
+                logits = model(tokens[:, :-1])
+            else:
+                logits = model(tokens_of[tokens[:, :-1]])[..., tokens_of]
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
 def run(model_arguments: list[str], rate: str, seed: int, stages: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Train a model and evaluate it.
 
@@ -85,20 +116,8 @@ def run(model_arguments: list[str], rate: str, seed: int, stages: Sequence[tuple
     """
     args = parse([*SIZES, *model_arguments, "--seed", str(seed), "--lr", rate, "--out", "unused"])
     model = make_model(args, KEYS + FILLERS)
-    optimiser, generator = make_optimiser(model, args.lr), torch.Generator().manual_seed(seed)
-    lengths = [length for steps, length in stages for _ in range(steps)]
-    started, losses = time.process_time(), []
-    for step, length in enumerate(lengths):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(args.lr, step, len(lengths))
-        tokens, targets = training_rows(length, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=UNSCORED)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimiser.step()
-        losses.append(loss.item())
+    started = time.process_time()
+    losses = train(model, args.lr, seed, stages)
     per_token, per_sequence = kv_bytes(model)
     return {
         "parameters": count_parameters(model),

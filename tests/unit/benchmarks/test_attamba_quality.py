@@ -24,7 +24,7 @@ def make_text() -> Text:
     """Bytes, and identifiers from VOCABULARY on."""
     stream = torch.randint(400, (6000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     stream[(stream >= 256) & (stream < VOCABULARY)] = 7
-    return Text(stream[:3000], stream[3000:], "made up", torch.full((VOCABULARY,), 2), names=44)
+    return Text(stream[:3000], stream[3000:], "made up", torch.full((VOCABULARY,), 2), syllables=44)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,8 @@ def test_a_grid_goes_on_where_it_stopped_and_gives_tables(text, tmp_path, monkey
     monkeypatch.setattr(quality, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(quality, "TEXT", TINY_TEXT)
     monkeypatch.setattr(quality, "TEXT_STEPS", 3)
+    monkeypatch.setattr(recall, "STAGES", ((2, 64),))
+    monkeypatch.setattr(recall, "STEP_TOKENS", 128)
     monkeypatch.setattr(quality, "TEXT_SWEEP_STEPS", 1)
     monkeypatch.setattr(quality, "RATES", dict.fromkeys(("recall", "text"), ("1e-3", "2e-3")))
     monkeypatch.setattr(quality, "load_package_text", lambda: text)

@@ -89,16 +89,17 @@ def test_keywords_and_builtins_are_no_names():
 
 def test_the_tokens_of_renamed_windows_are_a_text_with_other_names():
     texts = [WITHOUT, "first = second(third)\nfirst(é漢, ' \t\x00')"] * 3
-    tokenizer, names = train_tokenizer(texts, vocabulary=276, names=6), {}
-    assert len(tokenizer) == 276 and tokenizer.eos_token_id == 0
+    tokenizer, names = train_tokenizer(texts, vocabulary=300, syllables=30), {}
+    assert len(tokenizer) == 300 and tokenizer.eos_token_id == 0
     stream = encode(texts, tokenizer, names)
-    assert torch.equal(stream, encode(texts, train_tokenizer(texts, vocabulary=276, names=6), {}))
-    assert (stream == 0).sum() == len(texts) and (stream >= 276).sum() == sum(len(names_in(text)) for text in texts)
-    text = Text(stream, stream, "", token_bytes(tokenizer), tokenizer, names=6)
+    assert torch.equal(stream, encode(texts, train_tokenizer(texts, vocabulary=300, syllables=30), {}))
+    assert (stream == 0).sum() == len(texts) and (stream >= 300).sum() == sum(len(names_in(text)) for text in texts)
+    text = Text(stream, stream, "", token_bytes(tokenizer), tokenizer, syllables=30)
     end = (stream == 0).nonzero()[0].item()
-    rows = stream[:end].long().expand(3, -1)
+    longer = torch.cat([stream[:end].long(), torch.zeros(2 * len(names_in(WITHOUT)), dtype=torch.int64)])
+    rows = longer.expand(3, -1)
     renamed = rename(rows, text, seed=1)
-    assert renamed.max() < 276 and torch.equal(renamed[rows < 276], rows[rows < 276])
+    assert renamed.shape == rows.shape and renamed.dtype == rows.dtype and renamed.max() < 300
     assert torch.equal(renamed, rename(rows, text, seed=1)) and not torch.equal(renamed[0], renamed[1])
     for row in renamed:
         decoded = tokenizer.decode(row)
@@ -106,7 +107,19 @@ def test_the_tokens_of_renamed_windows_are_a_text_with_other_names():
         assert marked(decoded) == marked(WITHOUT)
         one_to_one = set(zip(names_in(WITHOUT), names_in(decoded), strict=True))
         assert len(one_to_one) == len(dict(one_to_one)) == len({new for _, new in one_to_one}) == 4
+        assert all(len(new) == 2 * package_text.NAME_TOKENS for _, new in one_to_one)
     assert len({tuple(names_in(tokenizer.decode(row))) for row in renamed}) > 1
+    assert torch.equal(rename(rows[:, :9], text, seed=1), renamed[:, :9])  # what the names push out is cut off
+
+
+def test_syllables_are_no_pieces_of_other_text():
+    """The text between names has no token of a name, although words like `def` have their letters."""
+    texts = ["def go(one):\n    assert one is not None\n    yield from (one, two)"] * 9
+    tokenizer = train_tokenizer(texts, vocabulary=340, syllables=64)
+    syllables = {tokenizer.convert_ids_to_tokens(token) for token in range(276, 340)}
+    assert len(syllables) == 64 and "de" not in syllables
+    stream = encode(texts, tokenizer, {})
+    assert ((stream < 276) | (stream >= 340)).all()
 
 
 def test_text_without_names_stays(packages):
@@ -114,9 +127,9 @@ def test_text_without_names_stays(packages):
     assert torch.equal(rename(tokens, Text(tokens, tokens, ""), seed=1), tokens)
 
 
-def test_too_few_names_are_refused():
-    with pytest.raises(ValueError, match="2 names that are no other tokens, and the tokenizer needs 512"):
-        train_tokenizer(["one = two"])
+def test_too_few_syllables_are_refused():
+    with pytest.raises(ValueError, match="120 syllables are no other tokens, and the tokenizer needs 121"):
+        train_tokenizer(["one = two"], vocabulary=400, syllables=121)
 
 
 def test_training_and_validation_have_no_package_in_common():

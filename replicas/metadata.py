@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
+from replicas.page_transfer import TransferError
+
 
 @dataclass
 class WorkerAddress(KVConnectorHandshakeMetadata):
@@ -28,6 +30,12 @@ class PageRead:
     addresses: list[dict[str, Any]]
     remote_page_ids: list[int]
     local_page_ids: list[int]
+
+    def address_of(self, rank: int) -> dict[str, Any]:
+        """The address of the source's rank that a rank here reads from; raises TransferError if it has none."""
+        if rank >= len(self.addresses):
+            raise TransferError(f"the source has {len(self.addresses)} tensor-parallel ranks, and this is rank {rank}")
+        return self.addresses[rank]
 
 
 @dataclass

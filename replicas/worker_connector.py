@@ -93,7 +93,8 @@ class WorkerConnector:
             self._transfers[load.request_id] = load, transfer
             try:
                 for read in load.reads:
-                    self.reader.begin(transfer, read.addresses[self.rank], read.remote_page_ids, read.local_page_ids)
+                    address = read.address_of(self.rank)
+                    self.reader.begin(transfer, address, read.remote_page_ids, read.local_page_ids)
             except TransferError as error:
                 self._fail(load, transfer, error)
 

@@ -315,6 +315,14 @@ def test_a_worker_reports_failed_pages_and_closes_the_connection(worker, at_once
     assert (worker.get_finished(set()), worker.get_block_ids_with_load_errors()) == ((None, None), set())
 
 
+def test_a_worker_whose_rank_the_source_does_not_have_reports_failed_pages(worker):
+    """As with a peer that names fewer ranks than its state did: the load fails, and the worker goes on."""
+    worker.connector_worker.rank = 1
+    worker.start_load_kv(SimpleNamespace())
+    assert worker.get_finished(set()) == (None, {"whole"})
+    assert worker.get_block_ids_with_load_errors() == {7, 8}
+
+
 def test_a_worker_ends_a_load_that_is_cancelled(worker):
     worker.start_load_kv(SimpleNamespace())
     worker.bind_connector_metadata(PageLoads([], ["whole", "unknown"]))

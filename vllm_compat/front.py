@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -218,6 +219,8 @@ async def run_internal_request(engine: Any, request: Any, internal_ids: set[str]
 
     hide_requests(engine.output_processor, internal_ids)
     engine.input_processor.assign_request_id(request)
+    if request.request_id == request.external_req_id:  # VLLM_DISABLE_REQUEST_ID_RANDOMIZATION: all parts would have it
+        request.request_id = f"{request.external_req_id}-{uuid.uuid4().hex[:8]}"
     engine._run_output_handler()
     queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id)
     internal_ids.add(request.request_id)

@@ -56,6 +56,7 @@ class PeerReplica:
 
     def __init__(self, peer: Peer, prompt: SplitPrompt, timeout: float) -> None:
         self.peer, self.prompt, self.timeout = peer, prompt, timeout
+        self.identity = peer.identity
         self.lost: PeerLost | None = None
         self._call: Any = None
         self._is_released = False
@@ -74,6 +75,8 @@ class PeerReplica:
         self._call = self.peer.prefill_part()
         response = await self._exchange(message, STATE_SECONDS)
         state = response.state
+        if len(state.cached) > self.prompt.plan.num_star_blocks or not set(state.cached) <= {0, 1}:
+            raise self._lose("its state is not that of this prompt")
         return {"cached": state.cached, "has_anchor": state.has_anchor, "queued_tokens": state.queued_tokens}
 
     async def prefill(self, first_block: int, stop_block: int) -> HeldPart | None:
@@ -91,7 +94,16 @@ class PeerReplica:
         count = (stop - start) // self.prompt.page_size
         if source is None or len(source.page_ids) != count or (count and source.start != start):
             raise self._lose("it holds other pages than it was asked for")
+        if count and not self._has_sent(source):
+            raise self._lose("another server answers at its address")
         return HeldPart(self.peer.address, source) if count else None
+
+    def _has_sent(self, source: PageSource) -> bool:
+        """Whether the server whose model and layout were compared holds the pages, and not one that is there since."""
+        if self.identity is None:
+            return False
+        ranks = int(self.identity.properties.get("tensor_parallel", 1))
+        return source.addresses[0]["name"] == self.identity.name and len(source.addresses) == ranks
 
     async def release(self) -> None:
         """Let the peer free the pages; or, where it still prefills, end the part."""

@@ -83,6 +83,8 @@ async def own_identity(engine: Any, rpc: ReplicaRPC) -> Identity:
         "weights": hashlib.sha256(found["weights"].encode()).hexdigest()[:16],
         "timeout": f"{rpc.timeout:g}",  # it says how long the other server holds pages that this one may still read
     }
+    if '"longrope"' in described:  # its factors depend on the longest prompt that a server takes
+        properties["max_model_len"] = str(model.max_model_len)
     return Identity(found["name"], properties)
 
 

@@ -24,7 +24,6 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
 from engine_ext.front.engine_replica import (
@@ -39,6 +38,7 @@ from engine_ext.front.held_pages import HeldPages
 from engine_ext.front.peer_replica import PeerReplica
 from engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
 from engine_ext.front.state import front_state
+from engine_ext.front.whole_request import Task, aborted_output, with_task
 from engine_ext.metrics import front_metrics
 from engine_ext.planning import PlannedPrompt
 from engine_ext.requests import PLANNED
@@ -47,7 +47,7 @@ from replicas.page_transfer import layout_mismatch
 from scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from scheduler.star.kv_demand import KVDemand
 from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import KEY, LOST, PageFetch, RemoteShards, RequestMetadata, Shard
+from scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
 from vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
 from vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores, request_state
 
@@ -60,7 +60,6 @@ RELEASE_SECONDS = 2.0
 """How long a request's end waits for its pages to be released."""
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
-Task = PageFetch | RemoteShards
 
 
 def generate_split(
@@ -173,6 +172,7 @@ class SplitPrefill:
                 self.held.release()
             elif isinstance(task, RemoteShards):
                 front_metrics().shard_requests.inc()
+                self._start(self._release_when_ended())
             else:
                 self._start(self._release_when_fetched())
             keywords = self.keywords | {"data_parallel_rank": rank}
@@ -182,7 +182,7 @@ class SplitPrefill:
                     lost = (output.kv_transfer_params or {}).get(LOST)
                     if lost is not None:
                         raise ShardLost(f"the replica that holds a part of the prompt's KV is unavailable: {lost}")
-                    has_ended = output.finished
+                    has_ended, self.has_output = output.finished, True
                     yield output
         except RequestWithdrawn:  # aborted while it was handed over
             yield aborted_output(self.request_id, self.token_ids, params.n)
@@ -384,26 +384,16 @@ class SplitPrefill:
         self.held.home = None
         self.held.release()
 
+    async def _release_when_ended(self) -> None:
+        """Release the shards once the engine has ended the request, although its client may have stopped reading."""
+        seen = False
+        while (names := engine_request_ids(self.engine, self.request_id)) or not (seen or self.has_output):
+            seen = seen or bool(names)
+            await asyncio.sleep(FETCH_CHECK_SECONDS)
+        await asyncio.sleep(FETCH_CHECK_SECONDS)  # the front aborts a request that ends at a stop string a little later
+        self.held.release()
+
     async def _cancel_fetch(self, engine_request_ids: list[str]) -> None:
         """Let the engine fetch nothing more. One that hangs does so when it is back: the pages may be gone by then."""
         with contextlib.suppress(ReplicaUnavailable):
             await self.state.replica_rpc.call(self.engine, 0, CANCEL_FETCH, engine_request_ids, always=True)
-
-
-def aborted_output(request_id: str, token_ids: Sequence[int], num_choices: int) -> RequestOutput:
-    """The last output of a request that is aborted before the engine gets it."""
-    choices = [
-        CompletionOutput(index, "", [], cumulative_logprob=None, logprobs=None, finish_reason="abort")
-        for index in range(num_choices)
-    ]
-    return RequestOutput(request_id, None, list(token_ids), None, choices, finished=True, num_cached_tokens=0)
-
-
-def with_task(params: SamplingParams, task: Task | None) -> SamplingParams:
-    """The whole request's parameters, with what it does with the other replicas' pages."""
-    if task is None:
-        return params
-    metadata = RequestMetadata(fetch=task) if isinstance(task, PageFetch) else RequestMetadata(remote=task)
-    own = params.clone()
-    own.extra_args = (params.extra_args or {}) | {KEY: metadata}
-    return own

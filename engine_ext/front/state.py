@@ -30,6 +30,7 @@ class FrontState:
     Attributes:
         planner: plans the engine's requests.
         split_requests: the requests whose prompts are split over replicas now.
+        leases: the prompts of other servers of which this one computes parts.
         internal_ids: the engine's ids of the requests that Starling made for parts of prompts.
         releases: calls under way that release what ended requests held on replicas.
         peers: the servers that this one splits prompts with; None: it has none.
@@ -42,6 +43,7 @@ class FrontState:
         self.replica_rpc = ReplicaRPC((config.replicas if config else ReplicaOptions()).timeout)
         self.reservations = KVReservations()
         self.split_requests = SplitRequests()
+        self.leases = SplitRequests()
         self.internal_ids: set[str] = set()
         self.releases: set[asyncio.Future] = set()
         self.peers: Peers | None = None
@@ -106,9 +108,10 @@ def state_of(input_processor: Any) -> FrontState:
 
 def abort_split(engine: Any, request_ids: list[str]) -> None:
     """End the requests of these ids whose prompts are split and which the engine does not have yet."""
-    split_requests = front_state(engine).split_requests
+    state = front_state(engine)
     for request_id in request_ids:
-        split_requests.abort(request_id)
+        state.split_requests.abort(request_id)
+        state.leases.abort(request_id)
 
 
 def front_state(engine: Any) -> FrontState:

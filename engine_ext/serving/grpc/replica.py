@@ -122,12 +122,14 @@ class Lease:
         self.replica = EngineReplica(engine, 0, prompt, self.held, self.under_way)
         self.admission: Admission | None = None
         self.prefilling: asyncio.Task | None = None
+        self.request_id, self.is_aborted = prompt.request_id, False
         self.capacity = 0  # pages of the engine's memory
         self.is_held = False  # the caller knows where the pages are
 
     async def serve(self, context: Any) -> None:
         """Answer the caller's messages until it sends a release, or the call breaks."""
         is_released = False
+        self.front.leases.add(self)
         try:
             state = await self.replica.state()
             self.capacity = state["pages"]
@@ -137,6 +139,7 @@ class Lease:
                 request = await self._prefill(context, request)
             is_released = request is not grpc.aio.EOF
         finally:
+            self.front.leases.remove(self)
             releasing = asyncio.ensure_future(self._end(broken=not is_released))
             self.front.releases.add(releasing)
             releasing.add_done_callback(self.front.releases.discard)
@@ -163,7 +166,7 @@ class Lease:
                 await self.replica.check()
                 await context.write(pb.PrefillPartResponse(alive=pb.Alive()))
             if not closing.done():
-                response = response_of(self.prefilling)
+                response = self._response()
                 self.is_held = True
                 await context.write(response)
                 front_metrics().peer_parts.inc()
@@ -172,6 +175,20 @@ class Lease:
             return message
         finally:
             closing.cancel()
+
+    def abort(self) -> None:
+        """Note that the part was aborted here, by its request's id; the engine ends it."""
+        self.is_aborted = True
+
+    def _response(self) -> pb.PrefillPartResponse:
+        """The response to the part, which has ended (raises what the part raised)."""
+        assert self.prefilling is not None
+        try:
+            return response_of(self.prefilling.result())
+        except PartAborted:
+            if self.is_aborted:
+                return pb.PrefillPartResponse(aborted=pb.PartAborted())
+            raise ReplicaUnavailable("the engine has ended the part: it shuts down, or is paused") from None
 
     def _reserve(self, num_tokens: int) -> None:
         """Reserve the memory of a part, or refuse the part: its caller holds memory that others here may wait for."""
@@ -213,12 +230,8 @@ def prompt_state(state: dict[str, Any]) -> pb.PromptState:
     return pb.PromptState(cached=state["cached"], has_anchor=state["has_anchor"], queued_tokens=state["queued_tokens"])
 
 
-def response_of(prefilling: asyncio.Task[HeldPart | None]) -> pb.PrefillPartResponse:
-    """The response to a part that has ended (raises what the part raised)."""
-    try:
-        part = prefilling.result()
-    except PartAborted:
-        return pb.PrefillPartResponse(aborted=pb.PartAborted())
+def response_of(part: HeldPart | None) -> pb.PrefillPartResponse:
+    """Where the pages of a part are, as a message."""
     if part is None:  # the caller knows that the part has no whole page
         return pb.PrefillPartResponse(held=pb.HeldPart())
     addresses = msgspec.msgpack.encode(part.source.addresses)

@@ -24,6 +24,7 @@ from engine_ext.activation import (
     PAGE_MIDDLEWARE,
     SCHEDULERS,
     SERVES_PEERS,
+    before_engine_config,
     is_one_host,
     parse_config,
     prepare_server,
@@ -58,6 +59,16 @@ def test_engines_without_the_entry_are_vllms(model):
     config = engine_config(model, additional_config={"other": 1})
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
     assert config.scheduler_config.scheduler_cls is None
+
+
+def test_a_front_that_would_not_call_starling_is_refused(model, monkeypatch):
+    """`vllm serve` with its Rust front would activate Starling in the engine, and plan no prompt."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    arguments = {"model": str(model), "additional_config": {"starling": {}}}
+    with pytest.raises(OptionError, match="VLLM_USE_RUST_FRONTEND='1' is refused: the Rust front reads no star"):
+        before_engine_config(AsyncEngineArgs(**arguments))
+    before_engine_config(EngineArgs(**arguments))  # no front
+    before_engine_config(AsyncEngineArgs(**arguments | {"additional_config": {}}))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import grpc
 import msgspec
@@ -17,6 +18,8 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.kv_cache_utils import init_none_hash
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.request import RequestStatus
 
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
@@ -35,7 +38,16 @@ from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import metadata_of
 from starling.v1 import replica_pb2 as pb
 from tests.parity.harness import TINY
-from tests.unit.engine_ext.front.simulation import PAGE_SIZE, STAR, TOKENS, Cluster, Server, serving, whole_requests
+from tests.unit.engine_ext.front.simulation import (
+    PAGE_SIZE,
+    STAR,
+    TOKENS,
+    Cluster,
+    Server,
+    sent,
+    serving,
+    whole_requests,
+)
 from tests.unit.scheduler.simulation import HASH, random_ids
 
 KEY = "the key of the peers"
@@ -544,8 +556,8 @@ def test_pages_that_are_lost_before_the_request_begins_are_not_fetched(run_pods,
 def test_a_peer_that_holds_other_pages_than_it_should_is_left_out(run_pods, monkeypatch, change):
     response_of = replica_service.response_of
 
-    def other_response(prefilling):
-        response = response_of(prefilling)
+    def other_response(part):
+        response = response_of(part)
         for name, value in change.items():
             response.held.ClearField(name)
             response.held.MergeFrom(pb.HeldPart(**{name: value}))
@@ -557,6 +569,64 @@ def test_a_peer_that_holds_other_pages_than_it_should_is_left_out(run_pods, monk
         assert a.replica.fetched == []
 
     monkeypatch.setattr(replica_service, "response_of", other_response)
+    run_pods(scenario)
+
+
+def test_a_server_that_took_a_peers_place_after_the_comparison_gives_no_pages(run_pods):
+    """As behind an address that leads to one server after the other: what was compared is not what answers."""
+
+    async def scenario(a, b):
+        b.replica.set_layout({"dtype": "float32"})
+        b.replica.scheduler.connector.addresses[0]["name"] = "the server after b"
+        outputs = await a.server.generate(TOKENS, AUTO)
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == [] and a.state.peers.usable == []
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("addresses", [1, 3])
+def test_a_peer_that_names_other_ranks_than_it_has_gives_no_pages(run_pods, addresses):
+    async def scenario(a, b):
+        (peer,) = a.state.peers.usable
+        peer.identity.properties["tensor_parallel"] = "2"
+        addresses_of_b = b.replica.scheduler.connector.addresses
+        addresses_of_b += [addresses_of_b[0]] * (addresses - 1)
+        outputs = await a.server.generate(TOKENS, AUTO)
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == []
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("cached", [bytes(100), b"\x02"])
+def test_a_peer_whose_state_is_not_that_of_the_prompt_is_left_out(run_pods, monkeypatch, cached):
+    prompt_state = replica_service.prompt_state
+    monkeypatch.setattr(replica_service, "prompt_state", lambda state: prompt_state(state | {"cached": cached}))
+
+    async def scenario(a, b):
+        outputs = await a.server.generate(TOKENS, AUTO)
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == [] and a.state.peers.usable == []
+
+    run_pods(scenario)
+
+
+def test_a_peer_whose_engine_ends_all_requests_leaves_the_prompt_to_this_server(run_pods):
+    """As vLLM's engine core does once it gets a signal: no client has aborted the request."""
+
+    async def scenario(a, b):
+        running = asyncio.create_task(a.server.generate(random_ids(3, 2000), AUTO))
+        await until(lambda: b.replica.scheduler.requests)
+        names = list(b.replica.scheduler.requests)
+        b.replica.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
+        for name in names:
+            ended = EngineCoreOutput(request_id=name, new_token_ids=[], finish_reason=FinishReason.ABORT)
+            b.replica.outputs.put_nowait(sent(EngineCoreOutputs(outputs=[ended]), EngineCoreOutputs))
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == []
+
     run_pods(scenario)
 
 
@@ -678,6 +748,19 @@ def test_all_addresses_behind_a_name_are_peers_and_those_that_leave_are_forgotte
         await found.refresh()
         assert list(found.peers) == [f"[::1]:{port}"]
         assert found.usable == []
+
+    run_pods(scenario)
+
+
+def test_servers_of_a_longrope_model_need_the_same_longest_prompt(run_pods, monkeypatch):
+    """vLLM chooses a LongRoPE model's factors by the longest prompt that the server takes."""
+
+    async def scenario(a, b):
+        rpc, model = a.state.replica_rpc, a.server.engine.vllm_config.model_config
+        assert "max_model_len" not in (await own_identity(a.server.engine, rpc)).properties
+        long = model.hf_text_config.to_dict() | {"rope_scaling": {"rope_type": "longrope"}}
+        monkeypatch.setattr(model, "hf_text_config", SimpleNamespace(to_dict=lambda: long))
+        assert (await own_identity(a.server.engine, rpc)).properties["max_model_len"] == "8192"
 
     run_pods(scenario)
 

@@ -349,6 +349,17 @@ def test_a_dead_engine_is_not_called_to_release(simulate):
     simulate(scenario)
 
 
+def test_parts_have_ids_of_their_own_where_vllm_leaves_ids_as_they_are(simulate, monkeypatch):
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+
+    async def scenario(server):
+        outputs = await server.generate(TOKENS, STAR)
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert len(server.work()[1]) == 2, "the other replica has computed the anchor and its part"
+
+    simulate(scenario)
+
+
 def test_a_full_server_refuses_before_anything_is_computed(simulate, server_config, monkeypatch):
     monkeypatch.setattr(server_config.scheduler_config, "max_num_queued_reqs", 0)
 

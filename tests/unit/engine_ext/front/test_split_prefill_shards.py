@@ -44,6 +44,22 @@ def test_shards_are_held_to_the_end_and_released_after_the_request_has_left(simu
     simulate(scenario)
 
 
+def test_shards_are_released_once_the_engine_has_ended_although_the_client_reads_no_more(simulate):
+    """As with a gRPC client that answers pings and reads nothing: its stream may stay open for ever."""
+
+    async def scenario(server):
+        stream = server.stream(TOKENS, SHARDS, max_tokens=8)
+        await anext(stream)
+        assert server.names_held()
+        await until(lambda: not any(replica.scheduler.requests for replica in server.replicas))
+        await until(lambda: not server.names_held())
+        await server.generate(random_ids(9, 549), SHARDS, "next")
+        outputs = [output async for output in stream]
+        assert outputs[-1].finished
+
+    simulate(scenario)
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_output_leaves_no_page(simulate):
     async def scenario(server):
         stream = server.stream(TOKENS, SHARDS, max_tokens=100)

@@ -1,0 +1,31 @@
+"""The request of a whole prompt whose parts were prefilled before: its parameters, and its end before it began."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import SamplingParams
+
+from scheduler.star.request_metadata import KEY, PageFetch, RemoteShards, RequestMetadata
+
+Task = PageFetch | RemoteShards
+
+
+def aborted_output(request_id: str, token_ids: Sequence[int], num_choices: int) -> RequestOutput:
+    """The last output of a request that is aborted before the engine gets it."""
+    choices = [
+        CompletionOutput(index, "", [], cumulative_logprob=None, logprobs=None, finish_reason="abort")
+        for index in range(num_choices)
+    ]
+    return RequestOutput(request_id, None, list(token_ids), None, choices, finished=True, num_cached_tokens=0)
+
+
+def with_task(params: SamplingParams, task: Task | None) -> SamplingParams:
+    """The whole request's parameters, with what it does with the other replicas' pages."""
+    if task is None:
+        return params
+    metadata = RequestMetadata(fetch=task) if isinstance(task, PageFetch) else RequestMetadata(remote=task)
+    own = params.clone()
+    own.extra_args = (params.extra_args or {}) | {KEY: metadata}
+    return own

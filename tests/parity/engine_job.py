@@ -1,6 +1,6 @@
-"""Runs batches of token-id prompts through one vLLM engine, and prints the results. fork_server.py calls it.
+"""Runs batches of token-id prompts through one vLLM engine, and prints the results. It runs in a fork of fork_server.py.
 
-A job is {"engine": LLM arguments, "batches": [[prompt, ...], ...]}. A prompt is
+A job, the argument, is {"engine": LLM arguments, "batches": [[prompt, ...], ...]}. A prompt is
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", "lora": path of an adapter, ...}. Batches run one after
 the other, the prompts of a batch together. A batch may also be one of the following, which have no result and need an
 engine of one rank, which runs in the job's process:
@@ -16,9 +16,14 @@ metrics of the cache, whose labels follow their names.
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
+import sys
 
+import torch
 from prometheus_client import REGISTRY
+
+from tests.parity.scores import score_in_torch
 
 RESULT = "starling-result: "
 
@@ -56,15 +61,21 @@ def make_result(output) -> dict:
     }
 
 
-def import_vllm() -> tuple[type, type, type]:
+def leave_out_compilation() -> None:
+    """In an eager engine vLLM still compiles one function, the ranks of logprobs: for seconds, in each process."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # in the processes of ranks
+    torch.compiler.set_stance("force_eager")
+
+
+def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    return LLM, SamplingParams, LoRARequest
-
-
-def run(job: dict) -> None:
-    LLM, SamplingParams, LoRARequest = import_vllm()
+    job = json.loads(sys.argv[1])
+    if job["engine"]["enforce_eager"]:
+        leave_out_compilation()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        score_in_torch()
     llm = LLM(disable_log_stats=False, skip_tokenizer_init=True, **job["engine"])
     batches = []
     for batch in job["batches"]:

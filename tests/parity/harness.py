@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,10 +15,10 @@ import torch
 from filelock import FileLock
 
 from attention_backends.star.reference import star_mask
+from tests.forks import COUNTERS, ROOT, run_in_fork
 from tests.parity.engine_job import RESULT
 
-ROOT = Path(__file__).resolve().parents[2]
-COUNTERS = ("PROMETHEUS_MULTIPROC_DIR", "STARLING_METRICS_DIR")  # set in this process if it has made a scheduler
+OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request")
 V2_SHIM = ROOT / "tests" / "v2_shim"
 TINY = {
     "hidden_size": 128,
@@ -52,34 +50,14 @@ def run_engine(
     """
     arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, "block_size": 32}
     arguments["additional_config"] = {"starling": {"star": star or {}}}
-    job = {"engine": arguments | engine, "batches": batches}
+    job = json.dumps({"engine": arguments | engine, "batches": batches})
     ranks = engine.get("tensor_parallel_size", 1)
-    server = fork_server(frozenset((env or {}).items()))
-    with tempfile.NamedTemporaryFile("r", errors="replace") as log, cores(ranks) as bound:
+    with cores(ranks) as bound:
         of_job = {"VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
-        request = {"job": job, "env": of_job, "log": log.name, "seconds": 600}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        code, output = server.stdout.readline().strip(), log.read()
-    assert code == "0", f"exit code {code or 'of the fork server'}: {output[-8000:]}"
-    (line,) = (line for line in output.splitlines() if line.startswith(RESULT))
+        done = run_in_fork("tests.parity.engine_job:main", job, imports=OF_ENGINES, before=env, env=of_job)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-4000:]}{done.stderr[-8000:]}"
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
     return json.loads(line.removeprefix(RESULT))
-
-
-@functools.cache
-def fork_server(env: frozenset[tuple[str, str]]) -> subprocess.Popen[str]:
-    """Start a fork_server.py with this additional environment. It ends with this process."""
-    inherited = {name: value for name, value in os.environ.items() if name not in COUNTERS}
-    # One thread: a process with more of them can not fork safely, and the other core has other work.
-    settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    settings |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.parity.fork_server"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=inherited | settings | dict(env),
-    )
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""Runs jobs one after the other, each in a fork of a process that has imported what the jobs need.
+
+    python -m tests.fork_server NAME...
+
+Each NAME is imported first: a module, or module:attribute. Importing vLLM takes most of the time of a short job. A line
+of standard input is a request in JSON: {"function": module:function, whose result is the exit code, "argv": its
+arguments, "env": further environment of the fork, "stdout", "stderr": paths for its output, "seconds": its time limit}.
+The reply is a line of standard output, the exit code of the fork. The server ends at the end of its standard input.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pkgutil
+import signal
+import sys
+
+
+def become(request: dict) -> None:
+    """In the fork: take the job's environment, arguments, output and time limit."""
+    os.environ.update(request["env"])
+    sys.argv[1:] = request["argv"]
+    signal.alarm(request["seconds"])
+    files = [os.open(request[name], os.O_WRONLY | os.O_CREAT) for name in ("stdout", "stderr")]
+    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), *zip(files, (1, 2), strict=True)):
+        os.dup2(source, target)
+
+
+def main() -> int | None:
+    for name in sys.argv[1:]:
+        pkgutil.resolve_name(name)
+    gc.collect()
+    gc.freeze()  # no collection in a fork goes through all that was imported
+    for line in sys.stdin:
+        request = json.loads(line)
+        fork = os.fork()
+        if not fork:
+            become(request)
+            return pkgutil.resolve_name(request["function"])()
+        _, status = os.waitpid(fork, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

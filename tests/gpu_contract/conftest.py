@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.parity.harness import ROOT, v2_env
+from tests.forks import run_in_fork
+from tests.parity.harness import v2_env
 
 PROPERTY = "gpu_contract"
 FACTS = ("one_token_rows", "windowed", "padded", "split_pages")
@@ -20,14 +18,9 @@ def check_job(record_property):
     """A function that runs a job of job.py and checks its tally."""
 
     def check(name: str, cases: int, facts: tuple[str, ...] = FACTS) -> None:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.gpu_contract.job", name],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=300,
-            env=os.environ | v2_env() | {"VLLM_LOGGING_LEVEL": "ERROR"},
-        )
+        quiet = v2_env() | {"VLLM_LOGGING_LEVEL": "ERROR"}
+        job = "tests.gpu_contract.job"
+        done = run_in_fork(f"{job}:main", name, imports=(job,), before=quiet, seconds=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         line = done.stdout.splitlines()[-1]
         record_property(PROPERTY, line)

@@ -1,8 +1,6 @@
 """Run in a process of its own: holds one backend, wrapped, against the explicit mask, and prints a JSON line.
 
-    python -m tests.gpu_contract.job NAME
-
-NAME is a key of ``JOBS``. The Triton kernels run under the interpreter, so the process needs the environment of
+The argument is a key of ``JOBS``. The Triton kernels run under the interpreter, so the process needs the environment of
 tests/parity/harness.py's ``v2_env``.
 """
 
@@ -177,7 +175,8 @@ JOBS: dict[str, Callable[[], Tally]] = {
     "triton_own": lambda: triton_own_positions(24),
 }
 
-if __name__ == "__main__":
+
+def main() -> None:
     torch.set_num_threads(1)
     name = sys.argv[1]
     tally = JOBS[name]()

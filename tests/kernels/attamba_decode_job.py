@@ -265,5 +265,5 @@ def compile_kernels() -> None:
                     check_resources(kernel, types, constants, capability, aligned)
 
 
-if __name__ == "__main__":
+def main() -> None:
     {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels}[sys.argv[1]]()

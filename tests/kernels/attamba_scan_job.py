@@ -115,5 +115,5 @@ def compile_kernels() -> None:
                 assert "mma" in made.asm["ptx"]
 
 
-if __name__ == "__main__":
+def main() -> None:
     {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels}[sys.argv[1]]()

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.parity.harness import ROOT, v2_env
+from tests.forks import run_in_fork
+from tests.parity.harness import v2_env
+
+JOBS = ("kv_shift_job", "attamba_scan_job", "attamba_decode_job")
+MODULES = tuple(f"tests.kernels.{job}" for job in JOBS)
 
 
 @pytest.mark.parametrize("job", ["interpret", "wide", "compile"])
-@pytest.mark.parametrize("kernels", ["kv_shift_job", "attamba_scan_job", "attamba_decode_job"])
+@pytest.mark.parametrize("kernels", JOBS)
 def test_kernels(kernels, job):
-    env = os.environ | v2_env() | ({"TRITON_INTERPRET": "0"} if job == "compile" else {})
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{kernels}", job],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env=env,
-    )
+    env = v2_env() | ({"TRITON_INTERPRET": "0"} if job == "compile" else {})
+    done = run_in_fork(f"tests.kernels.{kernels}:main", job, imports=MODULES, before=env, seconds=300)
     assert done.returncode == 0, done.stderr[-4000:]

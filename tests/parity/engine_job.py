@@ -1,4 +1,4 @@
-"""Runs batches of token-id prompts through one vLLM engine, and prints the results. It runs in a fork of fork_server.py.
+"""Runs batches of token-id prompts through one vLLM engine, and prints the results. Runs in a fork (tests/forks.py).
 
 A job, the argument, is {"engine": LLM arguments, "batches": [[prompt, ...], ...]}. A prompt is
 {"ids", "extra_args", "max_tokens", "prompt_logprobs", "n", "lora": path of an adapter, ...}. Batches run one after

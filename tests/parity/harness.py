@@ -15,10 +15,10 @@ import torch
 from filelock import FileLock
 
 from attention_backends.star.reference import star_mask
-from tests.forks import COUNTERS, ROOT, run_in_fork
+from tests.forks import ROOT, run_in_fork
 from tests.parity.engine_job import RESULT
 
-OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request")
+OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request", "vllm.v1.worker.cpu_worker")
 V2_SHIM = ROOT / "tests" / "v2_shim"
 TINY = {
     "hidden_size": 128,

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from engine_ext.selftest.machine import has_gpu
-from tests.parity.harness import COUNTERS, cores
+from tests.forks import COUNTERS
+from tests.parity.harness import cores
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from benchmarks.random_llama import make_random_llama
-from tests.parity.harness import COUNTERS, ROOT, TINY, cores
+from tests.forks import COUNTERS, ROOT
+from tests.parity.harness import TINY, cores
 from tests.stateful import Length
 
 pytestmark = pytest.mark.engine

@@ -16,6 +16,7 @@ from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.serving.cli import doctor
 from scheduler.star.plan import StarPlan
+from tests.forks import run_in_fork
 from tests.parity.harness import TINY
 from tests.parity.hybrid_models import make_random_hybrid
 from tests.unit.engine_ext.test_chat_segments import COUNTED
@@ -33,13 +34,19 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def examine(*arguments: str) -> dict:
+def examine(*arguments: str, **env: str) -> dict:
     """The report. Standard output is one JSON object, although vLLM and its libraries print there."""
-    return json.loads(run(*arguments).stdout)
+    imports = ("vllm.engine.arg_utils", "vllm.renderers", "engine_ext.serving.cli.serve_args")
+    command = ("engine_ext.serving.cli.main:main", "doctor", *arguments, "--json")
+    done = run_in_fork(*command, imports=imports, env=env, seconds=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
 
 
 def test_a_prompts_plan_memory_and_work(model):
-    report = examine(model, "--prompt-tokens", "3000", "--dtype", "float32", "--star-block-size", "512")
+    """In a process that has imported nothing, as a user runs it."""
+    done = run(model, "--prompt-tokens", "3000", "--dtype", "float32", "--star-block-size", "512")
+    report = json.loads(done.stdout)
     plan = StarPlan(512, 128, 384, 3000 - 512, 3000)
     bytes_per_token = 2 * 2 * 2 * 32 * 4  # K and V, layers, KV heads, head size, float32
     assert report["kv_cache"] == {
@@ -115,10 +122,10 @@ def test_a_prompt_of_one_star_block_is_dense_with_star_on_too(model, capfd):
     assert prompt["attention_work_dense_over_star"] == 1.0
 
 
-def test_replicas(model, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+def test_replicas(model):
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     options = ("--dtype", "float32", "--data-parallel-size", "2", "--prompt-tokens", "3000", "--star-block-size", "512")
-    report = examine(model, *options)
+    report = examine(model, *options, **cores)
     assert report["replicas"] == {
         "number": 2,
         "spread": "yes",
@@ -127,7 +134,7 @@ def test_replicas(model, monkeypatch):
         "cores": "0|1",
     }
     assert report["prompt"]["plan_with_star_on"]["replicas"] == 2
-    report = examine(model, *options, "--no-enable-prefix-caching")
+    report = examine(model, *options, "--no-enable-prefix-caching", **cores)
     assert report["replicas"]["spread"].startswith("no: replicas exchange pages of their prefix caches")
     assert report["prompt"]["plan_with_star_on"]["replicas"] == 1
 

@@ -115,7 +115,7 @@ if __name__ == "__main__":
 def test_the_coordinator_of_replicas_ends_once_its_parent_is_killed(tmp_path, method):
     script = tmp_path / "parent.py"
     script.write_text(COORDINATED.format(path=sys.path))
-    environment = own_environment() | {"VLLM_WORKER_MULTIPROCESSING_METHOD": method}
+    environment = own_environment() | {"VLLM_WORKER_MULTIPROC_METHOD": method}
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
     coordinator = psutil.Process(int(parent.stdout.readline()))
     try:

@@ -161,8 +161,8 @@ def test_runners(models, runner):
 
 def test_the_kernels_of_gpus(models):
     """Prefill in chunks, mixed steps and decode, by interpreted Triton kernels and on the model runner of GPUs."""
-    model, short = models(4, 5), {"max_tokens": 9}
-    batch = [*prompts((45, 9, 1), **short), *prompts((100,), seed=4, extra_args=star(64, 15), **short)]
+    model, short = models(4, 5), {"max_tokens": 5}  # each ends a chunk while it decodes
+    batch = [*prompts((21, 9, 1), **short), *prompts((100,), seed=4, extra_args=star(64, 15), **short)]
     calls = [{"call": f"tests.parity.attamba_kernels:{name}"} for name in ("use_kernels", "check_kernels")]
     result = run_engine(model, [calls[0], batch, calls[1]], max_num_batched_tokens=64, env=v2_env())
     for prompt, output in zip(batch, result["batches"][0], strict=True):

@@ -7,7 +7,8 @@ import pydoc
 import pytest
 import torch
 
-from tests.parity.harness import ROOT, mask_of, max_gap, reference_logprobs, run_engine, star, star_sizes
+from tests.forks import ROOT
+from tests.parity.harness import mask_of, max_gap, reference_logprobs, run_engine, star, star_sizes
 
 pytestmark = pytest.mark.engine
 
@@ -15,10 +16,10 @@ MODEL = ROOT / "models" / "smollm2-135m-instruct"
 PAGE_SIZE, LIMIT = 128, 1e-4
 # (tokens, options). The steps of 384 tokens cut star blocks.
 CASES = [
-    (1501, star(384, 100)),
-    (1300, star(256, 33, anchor_size=128)),
-    (1217, star(256, 1, anchor_size=128, overlap_size=128)),
-    (901, {}),
+    (1117, star(384, 100)),
+    (916, star(256, 33, anchor_size=128)),
+    (833, star(256, 1, anchor_size=128, overlap_size=128)),
+    (517, {}),
 ]
 
 

@@ -1,5 +1,8 @@
 """One `starling serve` process for each test file that uses it, with clients of HTTP and gRPC."""
 
+import os
+from pathlib import Path
+
 import grpc
 import httpx
 import pytest
@@ -8,6 +11,21 @@ from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2_grpc
 from tests.e2e.serving import MODEL, PAGE_SIZE
+
+FORKING = Path(__file__).resolve().parents[1] / "fork_shim"
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """The servers of a file with this fixture start in half the time: they fork their engines and workers.
+
+    All others spawn them, as vLLM does on CPU: one engine, replicas, ranks, hosts and peers. The tests of sockets need
+    that, since a fork inherits the sockets of its parent.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FORKING), os.environ.get("PYTHONPATH")])))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as inference
 from vllm_compat.front import call_engine_core
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 PAGE_SIZE = 32
 LENGTH = 7000  # prompt tokens: 55 steps of up to 128

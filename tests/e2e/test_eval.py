@@ -21,7 +21,7 @@ from engine_ext.evaluation.tuning.report import TuneReport
 from examples.server import ENVIRONMENT, serving
 from tests.e2e.serving import MODEL, PAGE_SIZE, PROMPT
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 STARLING = str(Path(sys.executable).with_name("starling"))
 ENGINE = ("--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZE), "--served-model-name", MODEL)

@@ -28,7 +28,7 @@ from tests.e2e.fuzz import messages, mutated
 from tests.e2e.serving import MODEL, PAGE_SIZE, body, running
 from tests.e2e.wait import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 ADMIN = (("authorization", "Bearer key-of-the-admin"),)
 INFERENCE = "/starling.v1.InferenceService"

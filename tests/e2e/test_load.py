@@ -32,7 +32,7 @@ from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.e2e.fuzz import messages, mutated
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 KEY, ADMIN_KEY, SECRET = "key-of-the-api-8d1f", "key-of-the-admin-51c0", "words-of-a-prompt-97a2"
 CREDENTIALS = (("authorization", f"Bearer {KEY}"),)

@@ -23,7 +23,7 @@ from tests.e2e.serving import (
 )
 from tests.e2e.wait import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 
 def unary(star: pb.StarOptions | None = None, **fields) -> pb.GenerateRequest:

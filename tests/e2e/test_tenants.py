@@ -18,7 +18,7 @@ from tests.browser import Page, browser, find_chromium
 from tests.e2e.serving import MODEL, PAGE_SIZE, PATHS, body, metrics, options
 from tests.e2e.wait import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 A, B, OPERATOR = "key-of-tenant-a", "key-of-tenant-b", "key-of-the-operator"
 BLOCK = 128

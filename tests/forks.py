@@ -16,6 +16,8 @@ COUNTERS = ("PROMETHEUS_MULTIPROC_DIR", "STARLING_METRICS_DIR")  # set in this p
 # One thread: a process with more of them can not fork safely, and the other core has other work.
 SETTINGS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 SETTINGS |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+INHERITED = {name: value for name, value in os.environ.items() if name not in COUNTERS} | SETTINGS
+"""As it was when this module was imported: what a test sets while a server starts is not for all later jobs."""
 
 
 def run_in_fork(
@@ -49,12 +51,11 @@ def run_in_fork(
 @functools.cache
 def fork_server(imports: tuple[str, ...], env: frozenset[tuple[str, str]]) -> subprocess.Popen[str]:
     """Start a fork_server.py with these imports and additional environment. It ends with this process."""
-    inherited = {name: value for name, value in os.environ.items() if name not in COUNTERS}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.fork_server", *imports],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=inherited | SETTINGS | dict(env),
+        env=INHERITED | dict(env),
     )

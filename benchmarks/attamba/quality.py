@@ -51,7 +51,7 @@ PAIRS = (
 )
 TEXT = ["--text", "packages", "--autocast", "--dtype", "float32", *recall.SIZES, "--length", "1024", "--batch", "4"]
 TEXT_STEPS, TEXT_SWEEP_STEPS = 600, 150
-START_RATE = 8e-3
+START_RATE, START_DISTANCE = 8e-3, 64
 """Of the recall task before the text. The sweep of the recall experiment found it the best, or close to the best."""
 RATES = {"recall": ("4e-3", "8e-3", "1.6e-2"), "text": ("3e-3", "6e-3")}
 """The learning rates to choose from. The one with the least loss in a shorter run is used for all seeds."""
@@ -106,7 +106,7 @@ def run_job(job: Job) -> Job:
         return job
     args, text = job.text_arguments(), load_package_text()
     if job.result() is None:
-        train(args, text, start=recall_start(job, args, text))
+        train(args, text, start=recall_start(job, args, text)["weights"])
     if job.seed != SWEEP_SEED:
         unfinished = job.path / "evaluation.part"
         torch.save(evaluate(job.path, text, args.windows, args.length), unfinished)
@@ -114,21 +114,30 @@ def run_job(job: Job) -> Job:
     return job
 
 
-def recall_start(job: Job, args: argparse.Namespace, text: Text) -> dict[str, Tensor]:
-    """The weights that training on text starts from: the model has learned to recall the syllables of names.
+def start_path(model: str, digest: str, seed: int) -> Path:
+    return RUNS / f"start-{model}-{digest}-s{seed}.pt"
+
+
+def recall_start(job: Job, args: argparse.Namespace, text: Text) -> dict[str, Any]:
+    """What training on text starts from: a model that has learned to recall the syllables of names.
 
     Without it, models of this size do not learn from a few million tokens to look for a name in the context.
+
+    Returns:
+        `weights`, and the `accuracy` of the recall at START_DISTANCE.
     """
-    path = RUNS / f"start-{job.model}-s{job.seed}.pt"
+    path = start_path(job.model, text.digest, job.seed)
     if not path.exists():
         vocabulary = len(text.token_bytes)
         model = make_model(args, vocabulary)
         keys = torch.arange(vocabulary - recall.KEYS, vocabulary)  # all syllables
         fillers = torch.arange(vocabulary - recall.KEYS - recall.FILLERS, vocabulary - recall.KEYS)
-        recall.train(model, START_RATE, job.seed, recall.STAGES, torch.cat([keys, fillers]))
+        tokens_of = torch.cat([keys, fillers])
+        recall.train(model, START_RATE, job.seed, recall.STAGES, tokens_of)
+        accuracy = recall.accuracy(lambda tokens: model.eval()(tokens_of[tokens])[..., tokens_of], START_DISTANCE)
         unfinished = path.with_suffix(f".{job.rate}")  # runs with other learning rates may make it at the same time
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), unfinished)
+        torch.save({"weights": model.state_dict(), "accuracy": accuracy}, unfinished)
         unfinished.replace(path)
     return torch.load(path)
 
@@ -204,10 +213,13 @@ def collect_recall(jobs: Iterable[Job]) -> dict[str, Any]:
 def summarise(runs: dict[int, Job], found: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
     """The row of a model on text: its size, its cache, its bits per byte, and its gain from context."""
     results = {seed: job.result() or {} for seed, job in runs.items()}
-    length = next(iter(results.values()))["settings"]["length"]
+    settings = next(iter(results.values()))["settings"]
+    length = settings["length"]
+    starts = {seed: torch.load(start_path(job.model, settings["text"], seed)) for seed, job in runs.items()}
     return sizes(next(iter(runs.values()))) | {
         "tokens": next(iter(results.values()))["tokens"],
         "train_seconds": {seed: round(result["seconds"]) for seed, result in results.items()},
+        "recall_of_start": by_seed({seed: start["accuracy"] for seed, start in starts.items()}),
         "bits_per_byte": {
             f"{span[0]} to {span[1] - 1}": by_seed({seed: bits_per_byte(of, span) for seed, of in found.items()})
             for span in spans(length)
@@ -233,7 +245,7 @@ def collect_text(jobs: Iterable[Job]) -> dict[str, Any]:
     digest = {(job.result() or {})["settings"]["text"] for of in runs.values() for job in of.values()}
     return {
         "arguments": TEXT,
-        "start": {"task": "recall", "stages": recall.STAGES, "learning_rate": START_RATE},
+        "start": {"task": "recall", "stages": recall.STAGES, "learning_rate": START_RATE, "distance": START_DISTANCE},
         "text": ", ".join(sorted(digest)),
         "sweep": sweep_losses("text", runs),
         "models": {model: summarise(of, found[model]) for model, of in runs.items()},

@@ -118,15 +118,13 @@ class Peer:
         """Begin a call of ReplicaService.PrefillPart."""
         return self.stub.PrefillPart(metadata=self.metadata)
 
-    async def describe(self) -> str | None:
-        """Ask for the peer's identity; returns why it can't be had, None where it is there."""
+    async def describe(self) -> Identity | str:
+        """Ask for the peer's identity; returns it, or why it can't be had."""
         try:
             answer = await self.stub.Describe(pb.DescribeRequest(), timeout=DESCRIBE_SECONDS, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
-            self.identity = None
             return reason_of(error)
-        self.identity = Identity(answer.name, dict(answer.properties))
-        return None
+        return Identity(answer.name, dict(answer.properties))
 
 
 class Peers:
@@ -183,21 +181,22 @@ class Peers:
             if address not in self.peers:
                 self.peers[address] = Peer(address, self._channel(address, entry), self.key, self.timeout)
         peers = list(self.peers.values())
-        problems = await asyncio.gather(*(peer.describe() for peer in peers))
+        answers = await asyncio.gather(*(peer.describe() for peer in peers))
         known = {self.own.name}
-        for peer, problem in zip(peers, problems, strict=True):
-            self._note(peer, problem or self._problem_of(peer, known))
+        for peer, answer in zip(peers, answers, strict=True):
+            # Both at once: a prompt that is split meanwhile must not see an identity that is not compared yet.
+            peer.identity = answer if isinstance(answer, Identity) else None
+            self._note(peer, self._problem_of(answer, known) if isinstance(answer, Identity) else answer)
         front_metrics().usable_peers.set(len(self.usable))
 
-    def _problem_of(self, peer: Peer, known: set[str]) -> str | None:
+    def _problem_of(self, identity: Identity, known: set[str]) -> str | None:
         """Why a peer that has answered can't be used; ``known`` has the names of the servers before it."""
-        assert peer.identity is not None
-        if peer.identity.name == self.own.name:
+        if identity.name == self.own.name:
             return "it is this server"
-        if peer.identity.name in known:
+        if identity.name in known:
             return "another address leads to the same server"
-        known.add(peer.identity.name)
-        mismatch = self.own.mismatch(peer.identity)
+        known.add(identity.name)
+        mismatch = self.own.mismatch(identity)
         return None if mismatch is None else f"its KV pages can't be used here: {mismatch}"
 
     def _note(self, peer: Peer, problem: str | None) -> None:

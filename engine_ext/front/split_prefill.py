@@ -133,6 +133,7 @@ class SplitPrefill:
             for rank in range(num_engine_cores(engine))
         }
         self.held.peers = self.peers = self._peer_replicas(shared)
+        self.has_output = False
         self.lenders: list[PeerReplica] = []  # the peers with a part, whose pages the request reads
         # A front with peers has one engine, of rank 0; peers have the numbers behind it.
         self.replicas: dict[int, Replica] = {**self.engines, **dict(enumerate(self.peers, len(self.engines)))}
@@ -391,7 +392,8 @@ class SplitPrefill:
             seen = seen or bool(names)
             await asyncio.sleep(FETCH_CHECK_SECONDS)
         await asyncio.sleep(FETCH_CHECK_SECONDS)  # the front aborts a request that ends at a stop string a little later
-        self.held.release()
+        if not self.aborted.is_set():  # an abort's own order of release includes choices that the front does not know
+            self.held.release()
 
     async def _cancel_fetch(self, engine_request_ids: list[str]) -> None:
         """Let the engine fetch nothing more. One that hangs does so when it is back: the pages may be gone by then."""

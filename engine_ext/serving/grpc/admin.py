@@ -208,15 +208,17 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             reason = "request_ids needs at least one id, and no id may be empty"
             raise VLLMValidationError(reason, parameter="request_ids")
         response = pb.AbortResponse()
-        split_requests = front_state(self.engine).split_requests
+        state = front_state(self.engine)
         for request_id in dict.fromkeys(request_ids):
             of_fronts, of_engine = unfinished_ids(self.engine)
             # The engine does not know a split prompt that waits for memory, or whose parts have just ended.
-            known = dict.fromkeys([*of_fronts, *split_requests])
+            known = dict.fromkeys([*of_fronts, *state.split_requests])
             front_ids, engine_ids = matching_request_ids(request_id, known, of_engine)
             if front_ids:
                 await self.engine.abort(front_ids)
             elif engine_ids:
+                for part in filter(None, (request_state(self.engine, name) for name in engine_ids)):
+                    state.leases.abort(part.external_req_id)
                 await self.engine.abort(engine_ids, internal=True)
             (response.found if front_ids or engine_ids else response.unknown).append(request_id)
         logger.info("admin: aborted %d of %d requests", len(response.found), len(request_ids))

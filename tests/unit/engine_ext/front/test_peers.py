@@ -585,6 +585,32 @@ def test_a_server_that_took_a_peers_place_after_the_comparison_gives_no_pages(ru
     run_pods(scenario)
 
 
+def test_an_identity_is_not_used_before_it_is_compared(run_pods, monkeypatch):
+    """One peer's answer to Describe may come seconds before that of another."""
+
+    async def scenario(a, b, c):
+        first, second = a.state.peers.usable
+        before, answer = first.identity, asyncio.Event()
+
+        async def another() -> Identity:
+            return Identity("the server after it", before.properties | {"weights": "others"})
+
+        async def slow() -> Identity:
+            await answer.wait()
+            return second.identity
+
+        monkeypatch.setattr(first, "describe", another)
+        monkeypatch.setattr(second, "describe", slow)
+        refreshing = asyncio.create_task(a.state.peers.refresh())
+        await asyncio.sleep(0.05)
+        assert first.identity is before and first in a.state.peers.usable
+        answer.set()
+        await refreshing
+        assert first.identity.name == "the server after it" and a.state.peers.usable == [second]
+
+    run_pods(scenario, 3)
+
+
 @pytest.mark.parametrize("addresses", [1, 3])
 def test_a_peer_that_names_other_ranks_than_it_has_gives_no_pages(run_pods, addresses):
     async def scenario(a, b):

@@ -29,6 +29,7 @@ from engine_ext.front.peers import Identity, Peers, own_identity
 from engine_ext.front.replica_rpc import ReplicaTimeout
 from engine_ext.front.state import front_state
 from engine_ext.serving.grpc import replica as replica_service
+from engine_ext.serving.grpc.admin import AdminServicer
 from engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from engine_ext.serving.grpc.replica import ReplicaServicer
 from engine_ext.serving.grpc.server import Front
@@ -290,6 +291,20 @@ def test_a_request_that_an_operator_aborts_on_either_server_ends(run_pods):
             await pod.server.engine.abort("me")
             (output,) = await running
             assert [choice.finish_reason for choice in output.outputs] == ["abort"]
+
+    run_pods(scenario)
+
+
+def test_an_operator_aborts_another_servers_part_by_the_engines_id(run_pods):
+    async def scenario(a, b):
+        running = asyncio.create_task(a.server.generate(random_ids(3, 4000), AUTO))
+        await until(lambda: a.state.internal_ids and b.state.internal_ids)
+        (part,) = b.state.internal_ids
+        response = await AdminServicer(b.server.engine, b.front, max_message_bytes=1)._abort([part])
+        assert response.found == [part]
+        (output,) = await running
+        assert output.outputs[0].finish_reason == "abort"
+        assert len(a.state.peers.usable) == 1
 
     run_pods(scenario)
 

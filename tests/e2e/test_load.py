@@ -119,10 +119,9 @@ class Calls:
         return state
 
     async def idle(self) -> None:
-        """Wait until no request runs, waits or holds a page."""
-        async with asyncio.timeout(20):
-            while (state := await self.cache()).requests_running or state.requests_waiting or state.pages_used:
-                await asyncio.sleep(0.02)
+        """Wait until no request runs, waits or holds a page; `run` limits the time of a whole scenario."""
+        while (state := await self.cache()).requests_running or state.requests_waiting or state.pages_used:
+            await asyncio.sleep(0.02)
         assert state.pages_cached + state.pages_free == state.pages_total
 
 

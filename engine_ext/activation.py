@@ -133,6 +133,12 @@ def parse_config(additional_config: Any) -> StarlingConfig | None:
 RUST_FRONT = "VLLM_USE_RUST_FRONTEND"
 
 
+def refuse_rust_front(environ: Mapping[str, str]) -> None:
+    """Refuse the front that would not call Starling (raises OptionError)."""
+    if (value := environ.get(RUST_FRONT, "0")) not in ("", "0"):
+        raise OptionError(RUST_FRONT, value, "the Rust front reads no star options", "0, or unset")
+
+
 def before_engine_config(engine_args: Any) -> None:
     """Refuse options that exclude one another, before vLLM makes its configuration.
 
@@ -143,8 +149,8 @@ def before_engine_config(engine_args: Any) -> None:
     config = parse_config(engine_args.additional_config)
     if config is None:
         return
-    if is_async_engine(engine_args) and (value := os.environ.get(RUST_FRONT, "0")) not in ("", "0"):
-        raise OptionError(RUST_FRONT, value, "the Rust front reads no star options", "0, or unset")
+    if is_async_engine(engine_args):
+        refuse_rust_front(os.environ)
     if config.cache_salt != "request" and not is_async_engine(engine_args):
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, "only a server has clients", "request")
     if config.live_page != "off" and not is_async_engine(engine_args):

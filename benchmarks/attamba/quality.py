@@ -133,8 +133,13 @@ def recall_start(job: Job, args: argparse.Namespace, text: Text) -> dict[str, An
         keys = torch.arange(vocabulary - recall.KEYS, vocabulary)  # all syllables
         fillers = torch.arange(vocabulary - recall.KEYS - recall.FILLERS, vocabulary - recall.KEYS)
         tokens_of = torch.cat([keys, fillers])
-        recall.train(model, START_RATE, job.seed, recall.STAGES, tokens_of)
-        accuracy = recall.accuracy(lambda tokens: model.eval()(tokens_of[tokens])[..., tokens_of], START_DISTANCE)
+
+        def predict(tokens: Tensor) -> Tensor:
+            return model(tokens_of[tokens])[..., tokens_of]
+
+        recall.train(model, START_RATE, job.seed, recall.STAGES, predict)
+        model.eval()
+        accuracy = recall.accuracy(predict, START_DISTANCE)
         unfinished = path.with_suffix(f".{job.rate}")  # runs with other learning rates may make it at the same time
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"weights": model.state_dict(), "accuracy": accuracy}, unfinished)

@@ -74,14 +74,18 @@ def accuracy(logits: Callable[[Tensor], Tensor], distance: int) -> float:
 
 
 def train(
-    model: nn.Module, rate: float, seed: int, stages: Sequence[tuple[int, int]], tokens_of: Tensor | None = None
+    model: nn.Module,
+    rate: float,
+    seed: int,
+    stages: Sequence[tuple[int, int]],
+    predict: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float]:
     """Train a model; returns the loss by step, in nats a scored token.
 
     Args:
         stages: as STAGES.
-        tokens_of: (KEYS + FILLERS,) the model's tokens that stand for the keys and fillers, where it has others too.
-            The probabilities are of these tokens only.
+        predict: the model's logits of the keys and fillers, for tokens of the task, where the model has other tokens
+            too; None: the model itself.
     """
     optimiser, generator = make_optimiser(model, rate), torch.Generator().manual_seed(seed)
     lengths = [length for steps, length in stages for _ in range(steps)]
@@ -91,10 +95,7 @@ def train(
             group["lr"] = learning_rate(rate, step, len(lengths))
         tokens, targets = training_rows(length, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            if tokens_of is None:
-                logits = model(tokens[:, :-1])
-            else:
-                logits = model(tokens_of[tokens[:, :-1]])[..., tokens_of]
+            logits = (predict or model)(tokens[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED)
         optimiser.zero_grad()
         loss.backward()

@@ -4,30 +4,18 @@ vLLM has both ways, and spawns on CPU. Each engine core and each worker then imp
 start of a tiny model. The fixture `forked` of tests/e2e uses this folder.
 """
 
-import importlib.abc
-import importlib.machinery
 import multiprocessing
 import sys
+from pathlib import Path
 
-MODULE = "vllm.utils.system_utils"
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from amend_imports import amend
 
-
-class _Fork(importlib.abc.MetaPathFinder):
-    """Amends the module once it has been imported, before any other takes the function from it."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            module.get_mp_context = lambda: multiprocessing.get_context("fork")
-
-        spec.loader.exec_module = exec_module
-        return spec
+sys.path.pop()
 
 
-sys.meta_path.insert(0, _Fork())
+def _fork(system_utils):
+    system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+amend("vllm.utils.system_utils", _fork)

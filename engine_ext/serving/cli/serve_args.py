@@ -24,6 +24,7 @@ from engine_ext.activation import (
     SERVES_PEERS,
     STAR,
     parse_config,
+    refuse_rust_front,
 )
 from engine_ext.cache_salt import CACHE_SALT_SETTINGS
 from engine_ext.clients import ADMIN_KEY_ENV
@@ -272,8 +273,7 @@ def refuse_bypasses(environ: Mapping[str, str]) -> None:
     plugins = environ.get("VLLM_PLUGINS")
     if plugins is not None and ENTRY not in plugins.split(","):
         raise ValueError(f"VLLM_PLUGINS={plugins!r} keeps Starling out of vLLM's processes: add `{ENTRY}` or unset it")
-    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise ValueError("VLLM_USE_RUST_FRONTEND is set: the Rust front reads no star options; unset it")
+    refuse_rust_front(environ)
 
 
 def refuse_peers_without(args: argparse.Namespace, grpc_port: int | None, environ: Mapping[str, str]) -> None:

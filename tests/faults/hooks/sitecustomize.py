@@ -4,41 +4,30 @@ FAULTS_GATE names a folder. While it has the file `gate-shut`, a transfer of pag
 `gate-reached` and waits. FAULTS_CLOCK names a file with the seconds by which time.time() is ahead.
 """
 
-import importlib.abc
-import importlib.machinery
 import os
 import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from amend_imports import amend
+
+sys.path.pop()
+
 GATE, CLOCK = os.environ.get("FAULTS_GATE"), os.environ.get("FAULTS_CLOCK")
 
 
-class _AddGate(importlib.abc.MetaPathFinder):
-    """Amends replicas.page_transfer once it has been imported, so that nothing is imported before its time."""
+def _add_gate(page_transfer):
+    begin = page_transfer.PageReader.begin
 
-    def find_spec(self, name, path=None, target=None):
-        if name != "replicas.page_transfer":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        run = spec.loader.exec_module
+    def wait_at_gate(self, *args):
+        gate = Path(GATE)
+        while (gate / "gate-shut").exists():
+            (gate / "gate-reached").touch()
+            time.sleep(0.01)
+        begin(self, *args)
 
-        def exec_module(module):
-            run(module)
-            begin = module.PageReader.begin
-
-            def wait_at_gate(self, *args):
-                gate = Path(GATE)
-                while (gate / "gate-shut").exists():
-                    (gate / "gate-reached").touch()
-                    time.sleep(0.01)
-                begin(self, *args)
-
-            module.PageReader.begin = wait_at_gate
-
-        spec.loader.exec_module = exec_module
-        return spec
+    page_transfer.PageReader.begin = wait_at_gate
 
 
 def _ahead():
@@ -49,7 +38,7 @@ def _ahead():
 
 
 if GATE:
-    sys.meta_path.insert(0, _AddGate())
+    amend("replicas.page_transfer", _add_gate)
 if CLOCK:
     _now = time.time
     time.time = lambda: _now() + _ahead()

@@ -1,0 +1,85 @@
+"""Servers that are peers of one another, for one test each.
+
+The fingerprints of the simulation check every KV page that is read: a wrong page, or one that is no longer held, fails
+the step that reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.core.kv_cache_utils import init_none_hash
+
+from benchmarks.random_llama import make_random_llama
+from engine_ext import plugin
+from engine_ext.front import engine_replica
+from engine_ext.front.peers import own_identity
+from engine_ext.front.state import front_state
+from engine_ext.serving.grpc import replica as replica_service
+from engine_ext.serving.grpc.replica import ReplicaServicer
+from engine_ext.serving.grpc.server import Front
+from tests.parity.harness import TINY
+from tests.unit.engine_ext.front.peers.pods import KEY, TIMEOUT, Pod, until
+from tests.unit.engine_ext.front.simulation import PAGE_SIZE, Cluster, serving
+from tests.unit.scheduler.simulation import HASH
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    plugin.register()
+    init_none_hash(HASH)
+    model = make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY | {"max_position_embeddings": 8192})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_HOST_IP", "127.0.0.1")
+        return AsyncEngineArgs(
+            model=str(model),
+            dtype="float32",
+            block_size=PAGE_SIZE,
+            max_num_batched_tokens=100,
+            max_num_seqs=4,
+            enforce_eager=True,
+            additional_config={"starling": {"replicas": {"peers": "localhost:1", "timeout": TIMEOUT}}},
+        ).create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch):
+    monkeypatch.setattr(engine_replica, "HEALTH_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(replica_service, "HEALTH_CHECK_SECONDS", 0.1)
+
+
+@pytest.fixture
+def run_pods(config):
+    """Run a scenario on servers that are peers of one another; at its end every page has to be free."""
+
+    def run(scenario: Callable[..., Awaitable[object]], number: int = 2) -> None:
+        async def bounded() -> None:
+            cluster, pods = Cluster(number, 100), []
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(number):
+                    server = await stack.enter_async_context(serving(config, cluster=cluster))
+                    identity = await own_identity(server.engine, front_state(server.engine).replica_rpc)
+                    front = Front(
+                        server.engine, ["api key"], replica=ReplicaServicer(server.engine, identity), replica_key=KEY
+                    )
+                    port = await front.start("127.0.0.1:0", None)
+                    stack.push_async_callback(front.stop, 0)
+                    pods.append(Pod(server, front, f"127.0.0.1:{port}"))
+                for pod in pods:
+                    await pod.find(",".join(other.address for other in pods))
+                await scenario(*pods)
+                for pod in pods:
+                    await until(lambda pod=pod: not pod.state.releases and not pod.state.split_requests)
+                    await until(lambda pod=pod: not pod.replica.scheduler.has_requests())
+                    pod.server.check_all_is_free()
+                    assert not pod.state.internal_ids
+                    assert not pod.server.engine.output_processor.request_states
+                    assert pod.server.engine.get_num_unfinished_requests() == 0
+
+        asyncio.run(asyncio.wait_for(bounded(), 60))
+
+    return run

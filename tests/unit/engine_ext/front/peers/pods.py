@@ -1,0 +1,48 @@
+"""Servers that are peers: real gRPC between real fronts, over simulated engines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from engine_ext.front.peers import Peers, own_identity
+from engine_ext.front.state import front_state
+from engine_ext.serving.grpc.server import Front
+from replicas.options import ReplicaOptions
+from tests.unit.engine_ext.front.simulation import STAR, Server
+
+KEY = "the key of the peers"
+TIMEOUT = 30
+ADDRESS = {"name": "x", "metadata": b"", "bases": [], "device": 0, "layout": {"dtype": "float32"}}
+AUTO = {name: value for name, value in STAR.items() if name != "star_replicas"}
+
+
+class Pod:
+    """One server with its gRPC front, as `starling serve` makes them."""
+
+    def __init__(self, server: Server, front: Front, address: str) -> None:
+        self.server, self.front, self.address = server, front, address
+        self.state = front_state(server.engine)
+
+    @property
+    def replica(self):
+        return self.server.replicas[0]
+
+    async def find(self, entries: str, key: str = KEY, credentials=None) -> Peers:
+        """Look for peers once, and use them."""
+        options = ReplicaOptions(peers=entries, timeout=TIMEOUT)
+        found = Peers(options, await own_identity(self.server.engine, self.state.replica_rpc), key, credentials)
+        await found.refresh()
+        self.state.set_peers(found)
+        return found
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def held_by(pod: Pod) -> None:
+    """Wait until a pod holds pages for another one."""
+    await until(lambda: pod.replica.held)

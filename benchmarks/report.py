@@ -96,9 +96,18 @@ def mean_ratio(values: np.ndarray, baseline: np.ndarray) -> list[float]:
 
 def read_json(name: str) -> dict[str, Any]:
     """A stored result without its origin; empty if there is none."""
+    return {field: value for field, value in _stored(name).items() if field not in ORIGIN}
+
+
+def stored_origin(name: str) -> dict[str, Any]:
+    """The origin of a stored result; empty if there is none."""
+    return {field: value for field, value in _stored(name).items() if field in ORIGIN}
+
+
+def _stored(name: str) -> dict[str, Any]:
     path = OUT / f"{name}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return {field: value for field, value in result.items() if field not in ORIGIN}
+    return result
 
 
 def write_json(name: str, result: dict[str, Any]) -> Path:
@@ -112,7 +121,9 @@ def write_json(name: str, result: dict[str, Any]) -> Path:
 def write_row(
     name: str, field: str, row: dict[str, Any], key: Sequence[str], **others: Any
 ) -> tuple[list[dict[str, Any]], Path]:
-    """Write one row of a stored result. It replaces the row with the same key.
+    """Write one row of a stored result, with its origin. It replaces the row with the same key.
+
+    The origin of the result is that of its last row. A row that was there before keeps its own.
 
     Args:
         name: of the result.
@@ -124,7 +135,8 @@ def write_row(
         All rows, and the path of the JSON file.
     """
     before, key_of = read_json(name), itemgetter(*key)
-    rows = sorted([row, *(other for other in before.get(field, []) if key_of(other) != key_of(row))], key=key_of)
+    kept = [stored_origin(name) | other for other in before.get(field, []) if key_of(other) != key_of(row)]
+    rows = sorted([origin() | row, *kept], key=key_of)
     return rows, write_json(name, before | others | {field: rows})
 
 

@@ -250,6 +250,7 @@ def fake_config(**changes):
         data_parallel_hybrid_lb=False,
         pipeline_parallel_size=1,
         enable_elastic_ep=False,
+        enable_fault_tolerance=False,
         data_parallel_backend="mp",
         distributed_executor_backend="mp",
     )
@@ -356,6 +357,7 @@ ON_ONE_REPLICA = {
     "external load balancer": {"parallel_config__data_parallel_external_lb": True},
     "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
     "elastic expert": {"parallel_config__enable_elastic_ep": True},
+    "--enable-fault-tolerance": {"parallel_config__enable_fault_tolerance": True},
     "sleep mode": {"model_config__enable_sleep_mode": True},
     "expandable_segments:True": {},
     "VLLM_DP_SIZE": {},

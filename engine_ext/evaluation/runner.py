@@ -92,8 +92,8 @@ async def evaluate(
                     answer = await ask(server, prompt, plan, key, num_logprobs, dense)
                     kept.add(answer)
                     on_answer(answer)
-                # Prompts with equal tokens share an answer, under the name of each of them.
-                answers.append(kept.answers[key].model_copy(update={"prompt": prompt.name}))
+                # Prompts with equal tokens share an answer, and plans with equal options. Each has it under its own name.
+                answers.append(kept.answers[key].model_copy(update={"prompt": prompt.name, "plan": plan.name}))
         return answers
 
     try:

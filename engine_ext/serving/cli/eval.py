@@ -107,7 +107,8 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
 def write(report: Report, folder: Path, console: Console) -> None:
     """Write JSON, figure and HTML, and print the table."""
     (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    figure, written = figure_png(report.cells), [JSON_FILE, HTML_FILE]
+    (folder / FIGURE_FILE).unlink(missing_ok=True)  # of an earlier run
+    (figure, no_figure), written = figure_or_reason(report), [JSON_FILE, HTML_FILE]
     if figure is not None:
         (folder / FIGURE_FILE).write_bytes(figure)
         written.append(FIGURE_FILE)
@@ -116,5 +117,14 @@ def write(report: Report, folder: Path, console: Console) -> None:
     for text in summary(report.cells):
         console.print(escape(text))
     if figure is None:
-        console.print("no figure: it needs matplotlib (pip install 'vllm-starling[bench]'), and a difference of scores")
+        console.print(escape(f"no figure: {no_figure}"))
     console.print(f"written to {escape(str(folder))}: {', '.join(written)}")
+
+
+def figure_or_reason(report: Report) -> tuple[bytes | None, str]:
+    """The figure as PNG, or why there is none. The report does without, whatever fails in matplotlib."""
+    try:
+        figure = figure_png(report.cells)
+    except Exception as error:
+        return None, f"matplotlib failed: {type(error).__name__}: {error}"
+    return figure, "it needs matplotlib (pip install 'vllm-starling[bench]'), and a difference of scores"

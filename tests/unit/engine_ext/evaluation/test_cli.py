@@ -119,7 +119,7 @@ def test_a_run_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure, "find_spec", lambda name: None)
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
-    assert "no figure: it needs matplotlib" in capsys.readouterr().out
+    assert "no figure: it needs matplotlib (pip install 'vllm-starling[bench]')" in capsys.readouterr().out
     assert not (tmp_path / "differences.png").exists()
     assert "img" not in Page((tmp_path / "report.html").read_text()).tags
 
@@ -130,6 +130,29 @@ def test_the_figure_is_in_a_file_and_in_the_report(tmp_path):
         assert evaluate(fake, tmp_path) == 0
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert Page((tmp_path / "report.html").read_text()).tags.count("img") == 1
+
+
+def test_one_prompt_of_each_task_has_a_figure(tmp_path, capsys):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path, "--tasks", "ruler", "--prompts-per-cell", "1", "--plan", "n/8") == 0
+    assert (tmp_path / "differences.png").exists() == (util.find_spec("matplotlib") is not None)
+    assert "matplotlib failed" not in capsys.readouterr().out
+
+
+def test_a_figure_that_fails_costs_nothing_but_the_figure(tmp_path, monkeypatch, capsys):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+        (tmp_path / "report.html").unlink()
+        capsys.readouterr()
+
+        def fail(cells):
+            raise ValueError("the image is too large")
+
+        monkeypatch.setattr(cli, "figure_png", fail)
+        assert evaluate(fake, tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "no figure: matplotlib failed: ValueError: the image is too large" in output and "n/8 scores" in output
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "differences.png").exists()
 
 
 def test_own_prompts_with_and_without_answers(tmp_path, capsys):

@@ -61,6 +61,9 @@ def test_dense_comes_first_and_each_plan_once():
     assert with_dense([star]) == with_dense([star, DENSE]) == [DENSE, star]
     with pytest.raises(ValueError, match="plan='n/8' is refused: it is given twice"):
         with_dense([star, star])
+    for one, other in (("n/8", "N=8"), ("O=0,N=8", "n/8,O=0")):
+        with pytest.raises(ValueError, match=f"plan='{other}' is refused: it is the same plan as {one}"):
+            with_dense([parse_plan(one), parse_plan(other)])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,12 @@ def test_the_interval_of_equal_differences_is_a_point():
     assert bootstrap([[0.5] * 7, [-0.25] * 3]) == Interval(mean=0.125, low=0.125, high=0.125)
 
 
+@pytest.mark.parametrize("groups", [[[0.1]], [[0.7, 0.7, 0.7]], [[-1 / 3], [0.2], [0.1]], [[0.1] * 3, [0.2], [0.6] * 7]])
+def test_rounding_does_not_put_the_mean_outside(groups):
+    interval = bootstrap(groups)
+    assert interval.low <= interval.mean <= interval.high
+
+
 def test_the_interval_of_two_prompts_holds_all_their_means():
     """Of two values, a draw has the mean -1, -0.5 or 0, with the probabilities 1/4, 1/2, 1/4: all are above 2.5 %."""
     assert bootstrap([[-1.0, 0.0]]) == Interval(mean=-0.5, low=-1.0, high=0.0)
@@ -69,7 +75,7 @@ def test_groups_have_equal_weight_and_are_drawn_for_themselves():
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30))
 def test_an_interval_lies_within_the_values_and_around_the_mean_of_draws(values):
     interval = bootstrap([values])
-    assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+    assert min(values) - 1e-9 <= interval.low <= interval.mean <= interval.high <= max(values) + 1e-9
     assert bootstrap([values]) == interval
 
 

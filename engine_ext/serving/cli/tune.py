@@ -108,7 +108,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     """
     loss = options.chosen_measure
     async with connect(args) as client:
-        facts = await checked_facts(client, options, options.plans or ["n/B"])
+        facts = await checked_facts(client, options, options.plans or ["n/8"])
         with Store(args.out, folder_setup(facts.model)) as store:
             if store.answers:
                 console.print(f"found {len(store.answers)} answers in {escape(str(args.out))}")

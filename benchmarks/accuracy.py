@@ -101,6 +101,17 @@ def kl_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dict[
     ]
 
 
+def answers_of(setup: dict[str, Any], answers: list[Answer]) -> list[Answer]:
+    """The answers that a run compared, of all that its folder has: earlier runs may have had more prompts and plans."""
+    prompts = {
+        f"{task}/{length}/{index}"
+        for task in setup["tasks"]
+        for length in setup["lengths"]
+        for index in range(setup["prompts_per_cell"])
+    }
+    return [answer for answer in answers if answer.prompt in prompts and answer.plan in setup["plans"]]
+
+
 def mean_kl(dense: Answer, other: Answer) -> float:
     """The divergence of one prompt, the mean over the tokens of its answer."""
     scores = zip(dense.scores, other.scores, strict=True)
@@ -197,7 +208,7 @@ def main() -> int:
         return code
     results = json.loads((FOLDER / name / "results.json").read_text())
     lines = (FOLDER / name / RESULTS).read_bytes().splitlines()
-    answers = [answer for answer in read_answers(FOLDER / name / RESULTS, lines) if answer.plan in {DENSE.name, *names}]
+    answers = answers_of(results["setup"], read_answers(FOLDER / name / RESULTS, lines))
     result = evaluation(results) | {"over_paper": kl_ratios(answers, pairs)}
     path = write_json(args.result or f"accuracy_{name}", result)
     shutil.copy(FOLDER / name / "differences.png", path.with_suffix(".png"))

@@ -93,9 +93,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("requests/s", "mode", *FIGURES.values(), title="medians over runs; times in ms")
+    table = Table("requests/s", "mode", *FIGURES.values(), "failed", title="medians over runs; times in ms")
     for row in rows:
-        table.add_row(f"{row['rate']:g}", row["mode"], *(f"{median(row[figure]):.4g}" for figure in FIGURES))
+        figures = (f"{median(row[figure]):.4g}" for figure in FIGURES)
+        table.add_row(f"{row['rate']:g}", row["mode"], *figures, str(row["failed"]))
     Console(width=110).print(table)
 
 

@@ -78,7 +78,7 @@ def star_requests(base_url: str) -> float:
 def read_samples(out: Path, task: str, length: int) -> dict[str, tuple[float, str]]:
     """Score and text of each answer of a run, by the hash of the prompt."""
     (path,) = out.rglob(f"samples_{task}_*.jsonl")
-    samples = map(json.loads, path.read_text().splitlines())
+    samples = map(json.loads, path.read_text(encoding="utf-8").strip("\n").split("\n"))
     return {sample["prompt_hash"]: (sample[str(length)], sample["resps"][0][0]) for sample in samples}
 
 

@@ -12,13 +12,24 @@ from typing import Any
 
 import httpx
 
+from engine_ext.evaluation.connection import make_http, retry_after
 from engine_ext.evaluation.plans import Plan
 
 ATTEMPTS = 4
-CONNECT_SECONDS = 30.0
 FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
+REPEATED = (408, 425, 429)  # besides 5xx: the same request may succeed later
 TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
 PLAN_HEADER = "x-starling-plan"
+STAR_NUMBERS = (
+    "block_size",
+    "anchor_size",
+    "overlap_size",
+    "context_end",
+    "prompt_tokens",
+    "keys_attended",
+    "dense_keys",
+)
+"""Fields of a star plan in PLAN_HEADER that are used here."""
 
 
 class ServerError(Exception):
@@ -70,16 +81,17 @@ class Client:
         model: its name on the server; None: the server has only one.
         api_key: sent as a bearer token.
         timeout: seconds that an answer may take.
+
+    Raises:
+        ValueError: a key that can't be sent; a URL, a proxy or a file with certificates that can't be used.
     """
 
     def __init__(
         self, base_url: str, model: str | None = None, api_key: str | None = None, timeout: float = 600
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.AsyncClient(
-            base_url=self.base_url, headers=headers, timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS)
-        )
+        self._http = make_http(self.base_url, api_key, timeout)
+        self._timeout = timeout
         self._model = model
         self._facts: ServerFacts | None = None
 
@@ -101,7 +113,9 @@ class Client:
             response = await self._send("GET", "/v1/models")
             with understood(response):
                 names = [model["id"] for model in response.json()["data"]]
-            if self._model is None and len(names) != 1:
+            if not names:
+                raise ServerError(f"{self.base_url}/v1/models names no model")
+            if self._model is None and len(names) > 1:
                 raise ServerError(f"the server has several models: choose one with --model: {', '.join(names)}")
             name = self._model or names[0]
             if name not in names:
@@ -115,7 +129,7 @@ class Client:
     async def _version(self) -> str | None:
         try:
             return str((await self._send("GET", "/version")).json()["version"])
-        except (ServerError, ValueError, KeyError):
+        except (ServerError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     async def tokenize(self, text: str) -> list[int]:
@@ -132,7 +146,15 @@ class Client:
         Raises:
             ServerError: also where the model has no chat template.
         """
-        return await self._tokens({"messages": list(messages), "add_generation_prompt": True})
+        try:
+            return await self._tokens({"messages": list(messages), "add_generation_prompt": True})
+        except ServerError as error:
+            if "chat template" not in str(error):
+                raise
+            raise ServerError(
+                f"{error}\nWithout a chat template: --prompt-format text for tasks, and for your own prompts `prompt` "
+                "in place of `messages`"
+            ) from None
 
     async def _tokens(self, body: dict[str, Any]) -> list[int]:
         return list((await self._tokenize({"model": (await self.facts()).model} | body))["tokens"])
@@ -194,44 +216,71 @@ class Client:
 
     async def _complete(self, token_ids: Sequence[int], plan: Plan, fields: dict[str, Any]) -> httpx.Response:
         facts = await self.facts()
-        if not plan.is_dense and not facts.starling:
-            raise ServerError(
-                f"plan={plan.name!r} is refused: Starling is not activated on {self.base_url} (its responses have no "
-                f"{PLAN_HEADER}). Allowed: dense, or a server of `starling serve`."
-            )
+        if not plan.is_dense:
+            await self.refuse_without_starling(plan.name)
         body = {"model": facts.model, "prompt": list(token_ids), "temperature": 0} | fields
         if facts.starling:
             body["vllm_xargs"] = plan.options
         response = await self._send("POST", "/v1/completions", body)
         if facts.starling:
-            check_engaged(response.headers.get(PLAN_HEADER), plan, len(token_ids))
+            with understood(response):
+                check_engaged(response.headers.get(PLAN_HEADER), plan, len(token_ids))
         return response
 
+    async def refuse_without_starling(self, plan: str) -> None:
+        """Refuse (ServerError) a star plan, by its name, where Starling is not activated."""
+        if not (await self.facts()).starling:
+            raise ServerError(
+                f"plan={plan!r} is refused: Starling is not activated on {self.base_url} (its responses have no "
+                f"{PLAN_HEADER}). Allowed: dense, or a server of `starling serve`."
+            )
+
     async def _send(self, method: str, path: str, body: Any = None, missing: str | None = None) -> httpx.Response:
-        """One request, repeated where the connection or the server fails.
+        """One request, repeated where the connection fails, or the server says that it can't answer now.
 
         Args:
             missing: what to say where the server has no such path.
 
         Raises:
-            ServerError: the request is refused, or the last attempt failed.
+            ServerError: the request is refused, took too long, or the last attempt failed.
         """
+        url = f"{self.base_url}{path}"
+        pause = 0.0
         for attempt in range(ATTEMPTS):
             if attempt:
-                await asyncio.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+                await asyncio.sleep(max(pause, FIRST_PAUSE * 2 ** (attempt - 1)))
             try:
                 response = await self._http.request(method, path, json=body)
+            except httpx.ReadTimeout:
+                raise ServerError(
+                    f"{url} did not answer within {self._timeout:g} s: give more with --timeout, or less --concurrency"
+                ) from None
             except httpx.TransportError as error:
-                failure = f"{type(error).__name__}: {error}"
+                failure, pause = f"{type(error).__name__}: {error}".rstrip(": "), 0.0
                 continue
-            if response.status_code < 400:
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise ServerError(f"{url} can't be used: {type(error).__name__}: {error}") from None
+            if response.is_success:
                 return response
-            failure = f"HTTP {response.status_code}: {error_message(response)}"
+            if response.is_redirect:
+                raise ServerError(
+                    f"{url} redirects to {response.headers.get('location')}: give that server as --base-url"
+                )
+            failure, pause = f"HTTP {response.status_code}: {error_message(response)}", retry_after(response)
             if response.status_code == 404 and missing is not None:
                 raise ServerError(f"{self.base_url} has no {path}, which measures the lengths of prompts: {missing}")
-            if response.status_code < 500:
-                raise ServerError(f"{self.base_url}{path} refused the request: {failure}")
-        raise ServerError(f"{self.base_url}{path} failed {ATTEMPTS} times, the last time with {failure}")
+            if response.is_client_error and response.status_code not in REPEATED:
+                raise ServerError(f"{url} refused the request: {failure}")
+        raise ServerError(f"{url} failed {ATTEMPTS} times, the last time with {failure}")
+
+
+@contextmanager
+def naming(prompt: str) -> Iterator[None]:
+    """Put the name of a prompt before the message of a ServerError."""
+    try:
+        yield
+    except ServerError as error:
+        raise ServerError(f"the prompt {prompt}: {error}") from None
 
 
 def as_completion(response: httpx.Response) -> Completion:
@@ -247,9 +296,10 @@ def understood(response: httpx.Response) -> Iterator[None]:
     """Raise ServerError where a response does not have the form that the block expects."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        plan = f" ({PLAN_HEADER}: {header[:200]})" if (header := response.headers.get(PLAN_HEADER)) else ""
         raise ServerError(
-            f"{response.url} does not answer as vLLM's OpenAI server does (docs/eval.md): {response.text[:200]}"
+            f"{response.url} does not answer as vLLM's OpenAI server does (docs/eval.md): {response.text[:200]}{plan}"
         ) from None
 
 
@@ -258,21 +308,25 @@ def check_engaged(header: str | None, plan: Plan, num_tokens: int) -> None:
 
     Raises:
         ServerError: with the reason.
+        ValueError, LookupError, TypeError, RecursionError: the header is not one of Starling's.
     """
-    attention = json.loads(header)["attention"] if header else "nothing"
+    found = json.loads(header) if header else {"attention": "nothing"}
+    attention = found["attention"]
     if attention != ("dense" if plan.is_dense else "star"):
         raise ServerError(
             f"plan={plan.name!r} did not engage on a prompt of {num_tokens} tokens: the server reports {attention} in "
             f"{PLAN_HEADER}. A prompt whose context fits in one star block is dense: use smaller star blocks or longer "
             "prompts."
         )
+    if attention == "star":
+        _ = [int(found[name]) for name in STAR_NUMBERS]
 
 
 def error_message(response: httpx.Response) -> str:
     """What a server says about an error."""
     try:
         answer = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return response.text[:500]
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     return str(error.get("message", error) if isinstance(error, dict) else error)

@@ -19,7 +19,7 @@ FILE = Path(__file__).with_name("measured.json")
 
 
 class MeasuredLoss(BaseModel):
-    """One plan on the prompts of one model and length, the mean over tasks.
+    """One plan on the prompts of one model and length: means over tasks, and of ``kl`` over all positions.
 
     Attributes:
         model: its name.
@@ -30,7 +30,7 @@ class MeasuredLoss(BaseModel):
         dense_score, score: from 0 to 1.
         difference: of the scores, star's less dense's.
         logprob_difference: of the tokens of the right answer, in nats for each token.
-        kl: Kullback-Leibler divergence from dense, in nats for each token.
+        kl: Kullback-Leibler divergence from dense, in nats, the mean over the tokens of all answers.
     """
 
     model_config = ConfigDict(frozen=True)

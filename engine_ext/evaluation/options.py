@@ -45,6 +45,9 @@ class PromptOptions(BaseModel):
         """
         if bool(self.tasks) == (self.prompts is not None):
             raise ValueError("either --tasks or --prompts is needed, and not both")
+        if len(set(self.lengths)) < len(self.lengths):
+            given = ",".join(map(str, self.lengths))
+            raise ValueError(f"lengths={given!r} is refused: a length is given twice. Allowed: each length once")
         _ = self.chosen_tasks, self.prompts and read_own_prompts(self.prompts)
 
     def prompts_setup(self) -> dict[str, Any]:
@@ -113,17 +116,20 @@ class EvalOptions(PromptOptions):
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `...` for the values of options whose names say that they are secret, such as --hf-token."""
+    """The arguments with `...` for the values of options whose names say that they are secret, such as --hf-token.
+
+    vLLM's --api-key takes several values, so all are hidden up to the next option.
+    """
     shown, hide = [], False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         words = name.replace("_", "-").split("-")  # --max-num-batched-tokens is no secret
-        secret = name.startswith("--") and not SECRET_WORDS.isdisjoint(words)
-        if hide and not argument.startswith("--"):
-            shown.append("...")
-        else:
+        if name.startswith("--"):
+            secret = not SECRET_WORDS.isdisjoint(words)
             shown.append(f"{name}=..." if secret and equals else argument)
-        hide = secret and not equals
+            hide = secret and not equals
+        else:
+            shown.append("..." if hide else argument)
     return shown
 
 

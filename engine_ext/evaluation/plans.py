@@ -84,11 +84,18 @@ def with_dense(plans: Iterable[Plan]) -> list[Plan]:
     """Dense, and then the other plans, each once.
 
     Raises:
-        ValueError: two plans have the same name.
+        ValueError: two plans have the same name, or the same options.
     """
-    others = [plan for plan in plans if plan != DENSE]
-    names = [plan.name for plan in others]
-    for name in names:
-        if names.count(name) > 1 or name == DENSE.name:
-            raise ValueError(f"plan={name!r} is refused: it is given twice. Allowed: each plan once.")
-    return [DENSE, *others]
+    found = [DENSE]
+    for plan in plans:
+        if plan == DENSE:
+            continue
+        for other in found:
+            if plan.name == other.name:
+                raise ValueError(f"plan={plan.name!r} is refused: it is given twice. Allowed: each plan once.")
+            if plan.options == other.options:
+                raise ValueError(
+                    f"plan={plan.name!r} is refused: it is the same plan as {other.name}. Allowed: each plan once."
+                )
+        found.append(plan)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -74,6 +74,14 @@ class OwnPrompt(BaseModel):
             raise ValueError("a line has either prompt or messages")
         if self.answer == [] or any(not text.strip() for text in self.references):
             raise ValueError("answer is empty: leave it out where there is none")
+        for message in self.messages or ():
+            content = message.get("content") if isinstance(message, dict) else None
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, dict) and part.get("type") != "text":
+                    raise ValueError(
+                        f"a part of the type {part.get('type')!r} is refused: prompts are sent as tokens of "
+                        "text. Allowed: 'text'"
+                    )
         return self
 
     @property
@@ -81,6 +89,14 @@ class OwnPrompt(BaseModel):
         if self.answer is None:
             return ()
         return (self.answer,) if isinstance(self.answer, str) else tuple(self.answer)
+
+
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, each text once: an equal prompt says nothing new."""
+    found: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.token_ids, prompt)
+    return list(found.values())
 
 
 async def fit(
@@ -176,11 +192,15 @@ async def example_tokens(example: Example, prompt_format: Format, tokenizer: Tok
 def read_own_prompts(path: Path) -> list[tuple[int, OwnPrompt]]:
     """(line number, prompt) of each line of a JSONL file that is not empty.
 
+    A line ends at a line feed alone: JSON may hold the other characters that Unicode ends lines with.
+
     Raises:
         ValueError: the file can't be read, has no prompt, or a line is not a prompt; with the line's number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file, and it is read several times. Allowed: a file")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts={str(path)!r} can't be read: {error}") from None
     prompts = []
@@ -191,9 +211,13 @@ def read_own_prompts(path: Path) -> list[tuple[int, OwnPrompt]]:
             except ValidationError as error:
                 first = error.errors()[0]
                 place = ".".join(map(str, first["loc"]))
-                raise ValueError(f"{path}, line {number}: {place + ': ' if place else ''}{first['msg']}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: it is not JSON: {error}") from None
+                unknown = first["type"] == "extra_forbidden"
+                allowed = f". Allowed: {', '.join(OwnPrompt.model_fields)}" if unknown else ""
+                raise ValueError(
+                    f"{path}, line {number}: {place + ': ' if place else ''}{first['msg']}{allowed}"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: it is not JSON that can be read: {error}") from None
     if not prompts:
         raise ValueError(f"prompts={str(path)!r} is refused: the file has no prompt")
     return prompts

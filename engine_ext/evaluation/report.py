@@ -17,6 +17,7 @@ from engine_ext.evaluation.statistics import ALL, Cell, Interval, Pair
 VERSION = 1
 NUM_EXAMPLES = 10
 TOO_HARD = 0.1  # a score of dense below which the summary warns
+LEAST_PROMPTS = 10  # for a verdict: the interval of fewer ones leaves out what they happen not to have
 
 
 class DifferentAnswer(BaseModel):
@@ -95,12 +96,16 @@ def sentence(cell: Cell) -> str:
     """What a cell says."""
     over = f"over {cell.prompts} prompts"
     if cell.difference is None:
-        return f"Dense scores {percent(cell.dense_score)} {over}. No star plan was measured."
+        found = f"Dense scores {percent(cell.dense_score)} {over}"
+        unscored = f"Dense answers {cell.prompts} prompts without expected answers"
+        return f"{found if cell.against_reference else unscored}. No star plan was measured."
     work = "" if cell.attended_keys is None else f", with {percent(cell.attended_keys)} of dense's attention work"
     if not cell.against_reference:
         return f"{cell.plan} gives dense's exact answer to {percent(cell.score)} of {cell.prompts} prompts{work}."
     low, high = cell.difference.low, cell.difference.high
     verdict = "below dense" if high < 0 else "above dense" if low > 0 else "no measured difference to dense"
+    if cell.prompts < LEAST_PROMPTS:
+        verdict = "too few prompts for a verdict"
     too_hard = " Dense scores so little that there is little to lose." if cell.dense_score < TOO_HARD else ""
     return (
         f"{cell.plan} scores {percent(cell.score)} {over}, dense {percent(cell.dense_score)}: "

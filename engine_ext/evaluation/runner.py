@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from engine_ext.evaluation.client import Completion, ServerError, ServerFacts
+from engine_ext.evaluation.client import Completion, ServerError, ServerFacts, naming
 from engine_ext.evaluation.plans import DENSE, Plan, with_dense
 from engine_ext.evaluation.prompts import Prompt
 from engine_ext.evaluation.store import Answer, TokenScore, answer_key
@@ -89,11 +89,12 @@ async def evaluate(
                 key = key_of(prompt, plan, model, num_logprobs)
                 if key not in kept.answers:
                     dense = answers[0] if answers else None
-                    answer = await ask(server, prompt, plan, key, num_logprobs, dense)
+                    with naming(prompt.name):
+                        answer = await ask(server, prompt, plan, key, num_logprobs, dense)
                     kept.add(answer)
                     on_answer(answer)
-                # Prompts with equal tokens share an answer, under the name of each of them.
-                answers.append(kept.answers[key].model_copy(update={"prompt": prompt.name}))
+                # Prompts with equal tokens share an answer, and so do plans with equal options.
+                answers.append(kept.answers[key].model_copy(update={"prompt": prompt.name, "plan": plan.name}))
         return answers
 
     try:

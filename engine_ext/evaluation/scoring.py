@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from engine_ext.evaluation.tasks.base import Match
@@ -21,5 +22,5 @@ def score(output: str, references: Sequence[str], match: Match) -> float:
 
 
 def normalise(text: str) -> str:
-    """The text in lower case, with one space for each run of white space."""
-    return " ".join(text.lower().split())
+    """The text in lower case, composed (NFC), with one space for each run of white space."""
+    return " ".join(unicodedata.normalize("NFC", text.lower()).split())

@@ -15,12 +15,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from engine_ext.evaluation.client import ServerError
+
 START_SECONDS, STOP_SECONDS = 1800, 60
 CHOSEN_HERE = ("--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")
 
 
 class StartError(Exception):
-    """The server ended while it started, or took too long."""
+    """The server did not start, or ended before the measurement did."""
 
 
 @contextlib.contextmanager
@@ -33,7 +35,7 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
 
     Raises:
         ValueError: an option that is chosen here.
-        StartError: the server did not start.
+        StartError: the server did not start, or ended within the block, which a ServerError showed.
     """
     for option in options:
         if option.split("=")[0].replace("_", "-") in CHOSEN_HERE:
@@ -51,6 +53,10 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
         base_url = f"http://127.0.0.1:{port}"
         wait_until_ready(process, base_url, log)
         yield base_url
+    except ServerError as error:
+        if process.poll() is None:
+            raise
+        raise StartError(f"{error}\n{last_words(process, log)}") from None
     finally:
         stop(process)
 
@@ -68,24 +74,32 @@ def free_port() -> int:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path) -> None:
-    """Return once the server answers (raises StartError)."""
+    """Return once the server answers (raises StartError). It is asked directly, whatever proxies are set."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise StartError(f"`starling serve` ended with exit code {process.returncode} (log: {log}):\n{tail}")
+            raise StartError(last_words(process, log))
         with contextlib.suppress(urllib.error.URLError, OSError):
-            urllib.request.urlopen(f"{base_url}/health", timeout=5).close()
+            opener.open(f"{base_url}/health", timeout=5).close()
             return
         time.sleep(0.5)
     raise StartError(f"`starling serve` did not answer within {START_SECONDS} s (log: {log})")
 
 
+def last_words(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The exit code of a server that ended, and the end of its log."""
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    return f"`starling serve` ended with exit code {process.returncode} (log: {log}):\n{tail}"
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server in order, or by force after STOP_SECONDS."""
+    """End the server in order, or by force after STOP_SECONDS or where the wait is interrupted."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

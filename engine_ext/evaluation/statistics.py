@@ -32,7 +32,8 @@ class Cell(BaseModel):
     """One plan on the prompts of one task and length, or on all of them.
 
     Attributes:
-        task: ``all`` for the mean over the tasks and lengths.
+        task: ``all`` for the mean over the tasks and lengths, each with equal weight. Its ``attended_keys`` is the
+            mean over prompts, and its ``top1_agreement`` and ``kl`` are means over positions, whatever task has them.
         length: None over all lengths, and for the user's own prompts.
         prompts: how many.
         against_reference: whether outputs are scored against references; else against dense's outputs.
@@ -42,7 +43,8 @@ class Cell(BaseModel):
         attended_keys: query-key pairs of the prefill, as a share of dense's; None without Starling.
         logprob_difference: of the answer's tokens, in nats for each token, to dense; None without --logprobs.
         top1_agreement: the share of positions where the most probable token is dense's.
-        kl: Kullback-Leibler divergence from dense, in nats, the mean over positions; a lower bound (``kl_divergence``).
+        kl: Kullback-Leibler divergence from dense, in nats, the mean over all positions of all prompts; a lower bound
+            (``kl_divergence``).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -105,8 +107,8 @@ def make_pairs(prompts: Iterable[Prompt], answers: Iterable[Answer]) -> list[Pai
 def compare(pairs: Sequence[Pair]) -> list[Cell]:
     """A cell for each task, length and plan, and one over all tasks and lengths for each plan.
 
-    The cells over all tasks weigh each task and length equally. With more than one plan, there are no cells for dense:
-    its score is in the others.
+    The cells over all tasks weigh each task and length equally, except where ``Cell`` says otherwise. With more than
+    one plan, there are no cells for dense: its score is in the others.
     """
     groups: dict[tuple[str, int | None, str], list[Pair]] = {}
     for pair in pairs:
@@ -127,7 +129,7 @@ def compare(pairs: Sequence[Pair]) -> list[Cell]:
 
 
 def make_cell(task: str, length: int | None, plan: str, groups: Sequence[Sequence[Pair]]) -> Cell:
-    """The cell of a plan over groups of prompts, of which each has the same weight."""
+    """The cell of a plan over groups of prompts, of which each has the same weight in scores and log-probabilities."""
     scored = [[pair for pair in group if pair.answer.scores and pair.dense.scores] for group in groups]
     has_scores = all(scored)
     pairs = [pair for group in groups for pair in group]
@@ -200,6 +202,8 @@ def mean_of_means(groups: Sequence[Sequence[float]]) -> float:
 def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
     """The mean over groups of each group's mean, with its 95 % percentile interval; the random numbers are fixed.
 
+    The mean lies within the interval: without the last line, rounding can put it outside by 1e-17.
+
     Args:
         groups: paired differences, none empty. Prompts are drawn anew within each group.
     """
@@ -211,4 +215,5 @@ def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
             drawn[start : start + DRAWS_AT_ONCE] += group[chosen].mean(axis=1) / len(groups)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Interval(mean=mean_of_means(groups), low=float(low), high=float(high))
+    mean = mean_of_means(groups)
+    return Interval(mean=mean, low=min(float(low), mean), high=max(float(high), mean))

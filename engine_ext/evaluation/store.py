@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,18 +57,37 @@ def answer_key(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class Store:
-    """A folder with the answers of one setup, as a context manager. One process at a time uses it.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes out of it until the block ends.
 
     Raises:
-        ValueError: the folder has another setup, a damaged line, or is in use.
+        ValueError: the folder can't be made or written, or is in use.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / RESULTS).open("ab")
+    except OSError as error:
+        raise ValueError(f"out={str(folder)!r} is refused: {error}. Allowed: a folder that can be written") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out={str(folder)!r} is refused: another process uses it") from None
+        yield
+
+
+class Store:
+    """A folder with the answers of one setup, as a context manager. ``locked`` keeps other processes out of it.
+
+    Raises:
+        ValueError: the folder has another setup, or a damaged line.
     """
 
     def __init__(self, folder: Path, setup: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / RESULTS).open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             check_setup(folder, setup)
             self._file.seek(0)
             lines = self._file.read().splitlines(keepends=True)
@@ -75,9 +95,6 @@ class Store:
                 self._file.truncate(sum(map(len, lines[:-1])))
                 lines.pop()
             self.answers = {answer.key: answer for answer in read_answers(folder / RESULTS, lines)}
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(f"out={str(folder)!r} is refused: another process uses it") from None
         except BaseException:
             self._file.close()
             raise

@@ -6,19 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+from engine_ext.evaluation.plans import DENSE, parse_plan
 from engine_ext.evaluation.prompts import Prompt
+from engine_ext.evaluation.runner import Answers, key_of
 from engine_ext.evaluation.tuning.bounds import lower_bound
 from engine_ext.evaluation.tuning.measures import Measure
 
 FIRST_ROUND = 8  # prompts
-
-
-def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, each text once: an equal prompt says nothing new."""
-    found: dict[tuple[int, ...], Prompt] = {}
-    for prompt in prompts:
-        found.setdefault(prompt.token_ids, prompt)
-    return list(found.values())
 
 
 def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
@@ -38,6 +32,16 @@ def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
             number += 1
     search, held_out = ([prompt for _, prompt in sorted(half, key=lambda item: item[0])] for half in dealt)
     return search, held_out
+
+
+def measured_plans(held_out: Sequence[Prompt], store: Answers, model: str, num_logprobs: int) -> list[str]:
+    """The star plans, by name, under which a held-out prompt has been measured before."""
+    plans = {answer.plan: None for answer in store.answers.values() if answer.plan != DENSE.name}
+    return [
+        plan.name
+        for plan in map(parse_plan, plans)
+        if any(key_of(prompt, plan, model, num_logprobs) in store.answers for prompt in held_out)
+    ]
 
 
 def token_hash(prompt: Prompt) -> str:

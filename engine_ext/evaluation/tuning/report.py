@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from engine_ext.evaluation.plans import parse_plan
 from engine_ext.evaluation.prompts import Prompt
 from engine_ext.evaluation.report import fill_page, html_table, percent
 from engine_ext.evaluation.tuning.bounds import CONFIDENCE, LOSSLESS_DRAWS, lower_bound, prompts_needed, upper_bound
@@ -110,6 +111,7 @@ class TuneReport(BaseModel):
         server: base URL, model, max_model_len, version of vLLM.
         page_size: tokens.
         prompts: how many were searched and held out, how many were equal to others and left out, and their lengths.
+        looked_at: other plans under which held-out prompts had been measured in this folder before.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -128,6 +130,7 @@ class TuneReport(BaseModel):
     candidates: list[CandidateResult]
     chosen: Chosen | None
     closest: Closest | None
+    looked_at: list[str] = []
 
     @property
     def succeeded(self) -> bool:
@@ -212,6 +215,14 @@ def make_closest(tuning: Tuning, measure: Measure, budget: float) -> Closest | N
     return Closest(plan=name, loss=make_loss(losses, measure), prompts_needed=needed and 2 * needed)
 
 
+def other_plans(measured: Sequence[str], tuning: Tuning) -> list[str]:
+    """The plans of earlier searches that this one does not confirm; none where it looks at no held-out prompt."""
+    if tuning.chosen is None:
+        return []
+    chosen = tuning.chosen.candidate.plan
+    return [name for name in measured if parse_plan(name).options != chosen.options]
+
+
 def points(share: float) -> str:
     return f"{100 * share:.1f}"
 
@@ -252,6 +263,15 @@ def terminal_table(report: TuneReport) -> Table:
 def summary(report: TuneReport) -> list[str]:
     """The result in sentences."""
     budget, found, closest = f"the budget of {100 * report.budget:g}", report.chosen, report.closest
+    again = (
+        [
+            "Warning: held-out prompts have been measured in this folder before, under "
+            f"{', '.join(report.looked_at)}. If those answers led to this search, the confidence is less than 95 %: "
+            "use prompts that no search has seen."
+        ]
+        if report.looked_at
+        else []
+    )
     if found is not None and found.within_budget:
         rare = percent(min(LOSSLESS_DRAWS / (found.confirmed.prompts + 1), 1.0))
         caution = (
@@ -265,6 +285,7 @@ def summary(report: TuneReport) -> list[str]:
             f"It attends to {percent(found.attended_keys)} of the keys that dense attends to. Prompts shorter than "
             f"{report.prompts['shortest']} tokens stay dense: none was measured.",
             *caution,
+            *again,
         ]
     assert closest is not None
     where = "not confirmed by the held-out prompts" if found is not None else "the closest"
@@ -277,6 +298,7 @@ def summary(report: TuneReport) -> list[str]:
         f"No candidate is shown to be within {budget} with a confidence of 95 %.",
         f"{closest.plan} is {where}: it loses {loss_text(closest.loss)} points of {report.measure} on "
         f"{closest.loss.prompts} prompts. {needed}",
+        *again,
     ]
 
 

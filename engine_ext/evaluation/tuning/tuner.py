@@ -138,6 +138,8 @@ class Tuner:
             on_answer=self.on_answer,
         )
         pairs = [pair for pair in make_pairs(prompts, answers) if pair.answer.plan == candidate.plan.name]
+        if [pair.prompt for pair in pairs] != list(prompts):
+            raise ValueError(f"plan={candidate.plan.name!r} has {len(pairs)} answers to {len(prompts)} prompts")
         for pair in pairs:
             check_numbers(pair.answer, candidate)
             if self.num_logprobs and not pair.answer.scores:

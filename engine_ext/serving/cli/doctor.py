@@ -34,29 +34,34 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="starling doctor",
         description="Shows what is installed and what works here; with a model, what Star Attention does and costs.",
-        epilog="All options of `starling serve` are accepted, and have the same effect as for the server.",
+        epilog="All options of `starling serve` are accepted behind the model, with the same effect as for the server.",
     )
-    parser.add_argument("model", nargs="?", help="a model as `starling serve` takes it")
+    parser.add_argument("model", nargs="?", help="a model as `starling serve` takes it; before the server's options")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="show plan, memory and work of such a prompt")
     args, serve_options = parser.parse_known_args(argv)
     if args.prompt_tokens is not None and (args.prompt_tokens < 1 or args.model is None):
         parser.error("--prompt-tokens takes a number from 1, and a model")
-    if args.model is not None and vllm_version() is None:
-        print(f"starling doctor: error: {versions.problem()}", file=sys.stderr)
+    problem = versions.problem()
+    if args.model is not None and problem is not None:
+        print(f"starling doctor: error: {problem}", file=sys.stderr)
         return UNUSABLE
     with reserved_output() as output:
-        report: dict[str, Any] = {"installation": installation()}
+        installed: dict[str, Any] = {"installation": installation()}
+        if not args.json:
+            print_report(installed, output)
+        examined: dict[str, Any] = {}
         if args.model is not None:
             try:
-                report |= examine(args.model, serve_options, args.prompt_tokens)
-            except (ValueError, OSError) as error:
+                examined = examine(args.model, serve_options, args.prompt_tokens)
+            # vLLM raises RuntimeError where it finds no device, and ImportError where it misses a package.
+            except (ValueError, OSError, ImportError, RuntimeError) as error:
                 print(f"starling doctor: error: {error}", file=sys.stderr)
                 return UNUSABLE
         if args.json:
-            print(json.dumps(report, indent=2), file=output)
+            print(json.dumps(installed | examined, indent=2), file=output)
         else:
-            print_report(report, output)
+            print_report(examined, output)
     return 0
 
 
@@ -348,13 +353,14 @@ def measured_loss(plan: Any) -> list[str]:
 def print_report(report: dict[str, Any], output: TextIO) -> None:
     """Print a report as tables."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(file=output)
     for section, content in report.items():
         table = Table(show_header=False, title=section.replace("_", " "), title_justify="left", min_width=60)
         for key, value in (content if isinstance(content, dict) else {"": content}).items():
-            table.add_row(key.replace("_", " "), format_value(value))
+            table.add_row(escape(key.replace("_", " ")), escape(format_value(value)))
         console.print(table)
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from engine_ext.evaluation.figure import figure_png
 from engine_ext.evaluation.options import EvalOptions, folder_setup, parse_options
 from engine_ext.evaluation.plans import ALLOWED as ALLOWED_PLANS
+from engine_ext.evaluation.prompts import distinct
 from engine_ext.evaluation.report import Report, html_report, summary, terminal_table, worst
 from engine_ext.evaluation.runner import evaluate, key_of
 from engine_ext.evaluation.statistics import compare, make_pairs
@@ -22,9 +23,11 @@ from engine_ext.serving.cli.measuring import (
     Measurement,
     add_prompt_options,
     add_server_options,
+    checked_facts,
     connect,
     make_prompts,
     progress_bars,
+    repeated,
     run_measurement,
 )
 
@@ -36,8 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="starling eval",
         description="Measures what Star Attention costs in answers: dense and star plans, prompt by prompt.",
-        epilog="With MODEL, all other options are those of `starling serve`. Exit code: 0 measured, 1 a request or the "
-        "server failed, 2 unusable arguments, 130 interrupted. See docs/eval.md.",
+        epilog="With MODEL, all other options are those of `starling serve`, and MODEL comes before them. Exit code: 0 "
+        "measured, 1 a request or the server failed, 2 unusable arguments, 130 interrupted. See docs/eval.md.",
         allow_abbrev=False,
     )
     add_server_options(parser)
@@ -71,10 +74,13 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
         ValueError: the folder has results of another model, or a prompt can't be made or sent.
     """
     async with connect(args) as client:
-        facts = await client.facts()
+        facts = await checked_facts(client, options, [plan.name for plan in options.all_plans if not plan.is_dense])
         with Store(args.out, folder_setup(facts.model)) as store:
             with progress_bars(console) as progress:
-                prompts = await make_prompts(options, client, progress)
+                made = await make_prompts(options, client, progress, options.logprobs)
+                prompts = distinct(made)
+                if len(prompts) < len(made):
+                    console.print(f"{len(made) - len(prompts)} prompts are equal to others, and are left out")
                 plans = options.all_plans
                 keys = {key_of(prompt, plan, facts.model, options.logprobs) for prompt in prompts for plan in plans}
                 found = len(keys & store.answers.keys())
@@ -95,7 +101,7 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
             report = Report(
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 setup=options.setup(facts.model),
-                command=options.command([*target, "--model", facts.model]),
+                command=options.command([*target, *repeated(args, facts.model)]),
                 server={"base_url": client.base_url, **vars(facts)},
                 cells=compare(pairs),
                 different=worst(pairs),
@@ -107,7 +113,8 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
 def write(report: Report, folder: Path, console: Console) -> None:
     """Write JSON, figure and HTML, and print the table."""
     (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    figure, written = figure_png(report.cells), [JSON_FILE, HTML_FILE]
+    (folder / FIGURE_FILE).unlink(missing_ok=True)  # of an earlier run
+    (figure, no_figure), written = figure_or_reason(report), [JSON_FILE, HTML_FILE]
     if figure is not None:
         (folder / FIGURE_FILE).write_bytes(figure)
         written.append(FIGURE_FILE)
@@ -116,5 +123,14 @@ def write(report: Report, folder: Path, console: Console) -> None:
     for text in summary(report.cells):
         console.print(escape(text))
     if figure is None:
-        console.print("no figure: it needs matplotlib (pip install 'vllm-starling[bench]'), and a difference of scores")
+        console.print(escape(f"no figure: {no_figure}"))
     console.print(f"written to {escape(str(folder))}: {', '.join(written)}")
+
+
+def figure_or_reason(report: Report) -> tuple[bytes | None, str]:
+    """The figure as PNG, or why there is none. The report does without, whatever fails in matplotlib."""
+    try:
+        figure = figure_png(report.cells)
+    except Exception as error:
+        return None, f"matplotlib failed: {type(error).__name__}: {error}"
+    return figure, "it needs matplotlib (pip install 'vllm-starling[bench]'), and a difference of scores"

@@ -6,28 +6,42 @@ import argparse
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from engine_ext.evaluation.client import Client, ServerError
+from engine_ext.evaluation.client import Client, ServerError, ServerFacts, naming
+from engine_ext.evaluation.connection import refuse_key
 from engine_ext.evaluation.options import PromptOptions, folder_setup
 from engine_ext.evaluation.prompts import Prompt, own_prompt, read_own_prompts, task_prompts
 from engine_ext.evaluation.server import StartError, served
-from engine_ext.evaluation.store import check_setup, stored_setup
+from engine_ext.evaluation.store import check_setup, locked, stored_setup
 from engine_ext.evaluation.tasks import GROUPS, TASKS
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 SPEED_SECONDS = 3600  # a long prompt takes minutes, and the time left is estimated from those of the last hour
 KEY_ENV, SERVE_KEY_ENV = "OPENAI_API_KEY", "VLLM_API_KEY"
 LOG_FILE = "server.log"
+WIDE = 250  # columns of a log, so that no row of a table is broken
+LINE_SECONDS = 60.0  # between two lines of progress in a log
 
 Measurement = Callable[[Sequence[str], Console], Awaitable[int]]
 """(the arguments that name the server, console) -> exit code. The server runs, at ``args.base_url``."""
@@ -107,14 +121,15 @@ def run_measurement(
     Returns:
         The exit code of the measurement; 1 where a request or the server failed, 2 for unusable arguments, or 130.
     """
-    console = Console(highlight=False)
+    console = make_console()
     resume = f"The answers so far are in {args.out}: the same command goes on from there."
     try:
         check_arguments(args, serve_options)
         measure = prepare(args)
-        check_folder(args.out)
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals_as_interrupt())
+            stack.enter_context(locked(args.out))
+            check_folder(args.out)
             if args.serve is not None:
                 log = args.out / LOG_FILE
                 with console.status(f"starting starling serve {escape(args.serve)} (log: {escape(str(log))})"):
@@ -128,7 +143,7 @@ def run_measurement(
     except ValueError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return UNUSABLE
-    except (ServerError, StartError) as error:
+    except (ServerError, StartError, OSError) as error:
         print(f"{command}: error: {error}\n{resume}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -138,11 +153,20 @@ def run_measurement(
 
 @contextlib.contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the measurement as Ctrl-C does, so that its server is stopped."""
-    before = {
-        number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-        for number in (signal.SIGTERM, signal.SIGHUP)
-    }
+    """SIGTERM and SIGHUP end the measurement as Ctrl-C does, so that its server is stopped.
+
+    Under nohup, SIGHUP is ignored, and stays so. A background job of a script ignores SIGINT, but not SIGTERM.
+    """
+
+    def interrupt(*_: object) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -156,13 +180,40 @@ def check_arguments(args: argparse.Namespace, serve_options: Sequence[str]) -> N
         raise ValueError(f"unknown options: {' '.join(serve_options)}. Options of `starling serve` go with MODEL")
     if (args.serve is None) == (args.base_url is None):
         raise ValueError("either MODEL, which is served for the measurement, or --base-url is needed, and not both")
-    if args.base_url is not None and (not args.base_url.startswith(("http://", "https://")) or "@" in args.base_url):
-        raise ValueError(f"base_url={args.base_url!r} is refused. Allowed: http://HOST or https://HOST, and --api-key")
+    if args.base_url is not None:
+        check_base_url(args.base_url)
     if args.serve is not None and args.api_key:
         raise ValueError(f"--api-key goes with --base-url. The server of MODEL takes that of {SERVE_KEY_ENV}")
     for name in ("concurrency", "timeout"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name}={getattr(args, name)} is refused: it must be more than 0")
+    _ = chosen_key(args)
+
+
+def check_base_url(url: str) -> None:
+    """Refuse (ValueError) what is no URL of a server. A password in it is not shown."""
+    reason = "" if url.startswith(("http://", "https://")) else "it is no URL of HTTP"
+    found = sorted(set(url) & set("@?#"))
+    if found:
+        reason = f"it has {' and '.join(found)}"
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        reason = reason or str(error)
+    if reason:
+        shown = re.sub("//.*@", "//...@", url)
+        raise ValueError(
+            f"base_url={shown!r} is refused: {reason}. Allowed: http://HOST or https://HOST, with a port and a path, "
+            "and --api-key"
+        )
+
+
+def chosen_key(args: argparse.Namespace) -> str | None:
+    """The key of the server (raises ValueError for one that can't be sent)."""
+    variable = KEY_ENV if args.serve is None else SERVE_KEY_ENV
+    key = args.api_key or os.environ.get(variable)
+    refuse_key(key or "", "--api-key" if args.api_key else variable)
+    return key
 
 
 def check_folder(folder: Path) -> None:
@@ -174,19 +225,69 @@ def check_folder(folder: Path) -> None:
 
 def connect(args: argparse.Namespace) -> Client:
     """A client of the server, as an asynchronous context manager."""
-    key = args.api_key or os.environ.get(KEY_ENV if args.serve is None else SERVE_KEY_ENV)
-    return Client(args.base_url, args.model, key, args.timeout)
+    return Client(args.base_url, args.model, chosen_key(args), args.timeout)
+
+
+def repeated(args: argparse.Namespace, model: str) -> list[str]:
+    """The arguments of a report's command that say how the server was asked."""
+    return ["--model", model, "--concurrency", str(args.concurrency), "--timeout", f"{args.timeout:g}"]
+
+
+async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequence[str]) -> ServerFacts:
+    """What the server says about itself.
+
+    Args:
+        star_plans: names of the plans that need Starling.
+
+    Raises:
+        ServerError: a request failed, or Starling is needed and not activated.
+        ValueError: a length is above the server's.
+    """
+    facts = await client.facts()
+    for plan in star_plans[:1]:
+        await client.refuse_without_starling(plan)
+    longest = max(options.lengths)
+    if options.prompts is None and longest > facts.max_model_len:
+        raise ValueError(f"lengths={longest} is refused: the server's max_model_len is {facts.max_model_len}")
+    return facts
+
+
+def make_console() -> Console:
+    """Standard output. A file or a pipe is wide: rich would take 80 columns, in which tables can't be read."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    return console
+
+
+class ProgressLines(Progress):
+    """A line of progress now and then in place of bars, for a log."""
+
+    printed = 0.0
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        if time.monotonic() - self.printed >= LINE_SECONDS:
+            self.printed = time.monotonic()
+            task = self.tasks[task_id]
+            total = "" if task.total is None else f" of {task.total:g}"
+            self.console.print(f"{task.description}: {task.completed:g}{total}")
 
 
 def progress_bars(console: Console) -> Progress:
-    """Bars with counts and the time left."""
+    """Bars with counts and the time left, or lines where standard output is no terminal."""
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TimeRemainingColumn(), TextColumn("left")]
+    if not console.is_terminal:
+        return ProgressLines(console=console, disable=True)
     return Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
 
 
-async def make_prompts(options: PromptOptions, client: Client, progress: Progress) -> list[Prompt]:
-    """The user's prompts, or those of all tasks and lengths.
+async def make_prompts(options: PromptOptions, client: Client, progress: Progress, num_logprobs: int) -> list[Prompt]:
+    """The user's prompts, or those of all tasks and lengths; equal ones too.
+
+    Args:
+        num_logprobs: tokens of the answer that are sent behind the prompt.
 
     Raises:
         ServerError: a request failed.
@@ -197,7 +298,8 @@ async def make_prompts(options: PromptOptions, client: Client, progress: Progres
         lines = read_own_prompts(options.prompts)
         bar = progress.add_task("prompts", total=len(lines))
         for line, own in lines:
-            prompts.append(await own_prompt(own, line, options.max_tokens, client))
+            with naming(f"line {line}"):
+                prompts.append(await own_prompt(own, line, options.max_tokens, client))
             progress.advance(bar)
     else:
         cells = [(task, length) for length in options.lengths for task in options.chosen_tasks]
@@ -206,14 +308,14 @@ async def make_prompts(options: PromptOptions, client: Client, progress: Progres
         for task, length in cells:
             prompts += await task_prompts(task, length, options.prompts_per_cell, tokenizer=client, **settings)
             progress.advance(bar)
-    refuse_long(prompts, (await client.facts()).max_model_len)
+    refuse_long(prompts, (await client.facts()).max_model_len, num_logprobs)
     return prompts
 
 
-def refuse_long(prompts: Sequence[Prompt], max_model_len: int) -> None:
-    """Refuse (ValueError) prompts that the server can't take."""
+def refuse_long(prompts: Sequence[Prompt], max_model_len: int, num_logprobs: int) -> None:
+    """Refuse (ValueError) prompts that the server can't take with their answers, or with the expected ones."""
     for prompt in prompts:
-        needed = len(prompt.token_ids) + prompt.max_tokens
+        needed = len(prompt.token_ids) + max(prompt.max_tokens, len(prompt.answer_ids[:num_logprobs]))
         if needed > max_model_len:
             raise ValueError(
                 f"the prompt {prompt.name} needs {needed} tokens with its answer, and the server's max_model_len is "

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine_ext.evaluation.options import folder_setup, parse_options, without_secrets
+from engine_ext.evaluation.prompts import distinct
 from engine_ext.evaluation.store import Store
 from engine_ext.evaluation.tuning.candidates import chosen_candidates, default_candidates
-from engine_ext.evaluation.tuning.halving import distinct, halves
+from engine_ext.evaluation.tuning.halving import halves, measured_plans
 from engine_ext.evaluation.tuning.measures import MEASURES
 from engine_ext.evaluation.tuning.options import DEFAULT_LOGPROBS, TuneOptions
 from engine_ext.evaluation.tuning.report import (
@@ -25,6 +26,7 @@ from engine_ext.evaluation.tuning.report import (
     html_report,
     make_chosen,
     make_closest,
+    other_plans,
     summary,
     terminal_table,
 )
@@ -33,9 +35,11 @@ from engine_ext.serving.cli.measuring import (
     Measurement,
     add_prompt_options,
     add_server_options,
+    checked_facts,
     connect,
     make_prompts,
     progress_bars,
+    repeated,
     run_measurement,
 )
 from scheduler.star.options import FIELDS, flat_name
@@ -51,9 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="starling tune",
         description="Finds the cheapest star plan whose loss to dense, on your model and prompts, stays within a "
         "budget with 95 % confidence, and prints how to serve with it.",
-        epilog="With MODEL, all other options are those of `starling serve`. Exit code: 0 found, 1 a request or the "
-        "server failed, 2 unusable arguments, 3 no plan is shown to be within the budget, 130 interrupted. See "
-        "docs/tune.md.",
+        epilog="With MODEL, all other options are those of `starling serve`, and MODEL comes before them. Exit code: 0 "
+        "found, 1 a request or the server failed, 2 unusable arguments, 3 no plan is shown to be within the budget, "
+        "130 interrupted. See docs/tune.md.",
         allow_abbrev=False,
     )
     add_server_options(parser)
@@ -104,12 +108,12 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     """
     loss = options.chosen_measure
     async with connect(args) as client:
-        facts = await client.facts()
+        facts = await checked_facts(client, options, options.plans or ["n/8"])
         with Store(args.out, folder_setup(facts.model)) as store:
             if store.answers:
                 console.print(f"found {len(store.answers)} answers in {escape(str(args.out))}")
             with progress_bars(console) as progress:
-                made = await make_prompts(options, client, progress)
+                made = await make_prompts(options, client, progress, options.num_logprobs)
                 prompts = distinct(made)
                 options.refuse_few(len(prompts))
                 page_size = await find_page_size(client, prompts)
@@ -118,6 +122,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
                 else:
                     candidates = default_candidates(prompts, page_size, options.query_tokens)
                 search, held_out = halves(prompts)
+                earlier = measured_plans(held_out, store, facts.model, options.num_logprobs)
                 bar = progress.add_task("answers, at most", total=None)
 
                 def on_round(number: int, left: Sequence[Trial]) -> None:
@@ -144,7 +149,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
                 measure=options.measure,
                 budget=options.mean_loss,
                 options=options.model_dump(mode="json"),
-                command=options.command([*target, "--model", facts.model]),
+                command=options.command([*target, *repeated(args, facts.model)]),
                 server={"base_url": client.base_url, **vars(facts)},
                 page_size=page_size,
                 prompts={
@@ -157,6 +162,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
                 candidates=candidate_results(tuning, loss),
                 chosen=make_chosen(tuning, loss, options.mean_loss, prompts),
                 closest=make_closest(tuning, loss, options.mean_loss),
+                looked_at=other_plans(earlier, tuning),
             )
             served = target if args.serve is not None else [facts.model]
             write(report, args.out, without_secrets(served), console)

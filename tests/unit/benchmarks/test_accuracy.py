@@ -63,6 +63,24 @@ def test_a_ratio_of_divergences_is_paired():
     assert row["kl_ratio"] == pytest.approx([1.0, 1.0, 1.0])
 
 
+def test_answers_of_a_folder_with_more_prompts_and_plans_are_left_out():
+    setup = {"tasks": ["vt", "fwe"], "lengths": [2048], "prompts_per_cell": 2, "plans": {"dense": {}, "paper": {}}}
+
+    def answer(prompt: str, plan: str) -> Answer:
+        fields = {"text": "", "finish_reason": "stop", "token_ids": [1], "server_plan": None}
+        return Answer(key=f"{prompt} {plan}", prompt=prompt, plan=plan, scores=[at(0.5)], **fields)
+
+    def at(share: float) -> TokenScore:
+        return TokenScore(logprob=0.0, top={1: float(np.log(share)), 2: float(np.log(1 - share))})
+
+    names = ["vt/2048/0", "fwe/2048/1", "vt/2048/2", "cwe/2048/0"]
+    answers = [answer(name, plan) for name in names for plan in ("dense", "paper", "other")][:-1]
+    kept = accuracy.answers_of(setup, answers)
+    assert [(found.prompt, found.plan) for found in kept] == [
+        (name, plan) for name in names[:2] for plan in ("dense", "paper")
+    ]
+
+
 def test_other_approximations_have_no_more_keys_than_star():
     masks = approximations.approximations(24)
     star = approximations.star_sizes(approximations.BLOCK, approximations.BLOCK, 0).sum()

@@ -6,7 +6,7 @@ import json
 
 from vllm.benchmarks.sweep.param_sweep import ParameterSweep
 
-from benchmarks.goodput import FIGURES, MODES, read, runs_of
+from benchmarks.goodput import FIGURES, MODES, read, runs_of, show
 from benchmarks.random_llama import byte_tokenizer
 
 
@@ -22,7 +22,7 @@ def test_the_sweep_runs_each_rate_in_each_mode_with_other_prompts(tmp_path):
     assert command[command.index("--extra-body") + 1] == json.dumps(MODES["star"] | letters)
 
 
-def test_results_are_read_by_rate_and_mode(tmp_path):
+def test_results_are_read_by_rate_and_mode(tmp_path, capsys):
     for index, run in enumerate(reversed(runs_of([0.5, 1.0], 8))):
         folder = tmp_path / str(index)
         folder.mkdir()
@@ -32,3 +32,6 @@ def test_results_are_read_by_rate_and_mode(tmp_path):
     assert [(row["rate"], row["mode"]) for row in rows] == [(rate, mode) for rate in (0.5, 1.0) for mode in MODES]
     assert [row["request_goodput"] for row in rows] == [[3, 3], [2, 2], [1, 1], [0, 0]]
     assert [row["failed"] for row in rows] == [6, 4, 2, 0]
+    show(rows)
+    last = [line.split("│")[-2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert last == ["6", "4", "2", "0"]

@@ -51,6 +51,13 @@ def run(tmp_path, monkeypatch):
     return measure
 
 
+def test_samples_may_have_characters_that_end_lines_elsewhere(tmp_path):
+    sample = {"prompt_hash": "a", "2048": 1.0, "resps": [["one\u2028two\u0085"]]}
+    text = json.dumps(sample, ensure_ascii=False) + "\n"
+    (tmp_path / "samples_vt_1.jsonl").write_text(text, encoding="utf-8")
+    assert lm_eval.read_samples(tmp_path, "vt", LENGTH) == {"a": (1.0, "one\u2028two\u0085")}
+
+
 def test_the_page_has_the_table_of_the_results():
     stored = sorted(RESULTS.glob("lm_eval_*.json"))
     assert stored

@@ -26,8 +26,10 @@ class FakeServer:
         engages: whether star plans engage.
         tokenizes, templated: whether the server has /tokenize, and a chat template.
         models: names.
-        fail: called before each completion; what it returns is sent as (status, message).
-        replies: path -> what the server answers there, in place of the right answer.
+        fail: called before each completion; what it returns is sent: (status, message), or (status, message, headers).
+        replies: path -> what the server answers there, in place of the right answer; bytes as they are.
+        plan_header: sent in place of the plan.
+        headers: sent with each response.
         raw_logprobs: whether log-probabilities are those before restrictions.
         page_size: tokens of a page, of which star blocks are whole numbers.
         defaults: the server's own star options.
@@ -40,8 +42,10 @@ class FakeServer:
     tokenizes: bool = True
     templated: bool = True
     models: tuple[str, ...] = ("fake",)
-    fail: Callable[[dict], tuple[int, str] | None] = lambda body: None
+    fail: Callable[[dict], tuple | None] = lambda body: None
     replies: dict = field(default_factory=dict)
+    plan_header: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     raw_logprobs: bool = True
     page_size: int = 1
     defaults: dict = field(default_factory=dict)
@@ -65,14 +69,15 @@ class FakeServer:
         if path == "/v1/completions":
             failure = self.fail(body)
             if failure is not None:
-                return failure[0], {"error": {"message": failure[1]}}, {}
+                return failure[0], {"error": {"message": failure[1]}}, dict(*failure[2:])
             return self.complete(body)
         return 404, {"detail": "Not Found"}, {}
 
     def complete(self, body: dict) -> tuple[int, dict, dict[str, str]]:
         self.completions.append(body)
         tokens, xargs = body["prompt"], {"star": "off"} | body.get("vllm_xargs", {})
-        headers = {"x-starling-plan": json.dumps(self.plan(len(tokens), xargs))} if self.starling else {}
+        plan = self.plan_header or json.dumps(self.plan(len(tokens), xargs))
+        headers = {"x-starling-plan": plan} if self.starling else {}
         choice: dict = {"finish_reason": "stop"}
         if "allowed_token_ids" in body:
             [forced] = body["allowed_token_ids"]
@@ -105,9 +110,9 @@ def served(**settings) -> Iterator[FakeServer]:
             fake.keys.append(self.headers.get("authorization"))
             length = int(self.headers.get("content-length", 0))
             status, answer, headers = fake.reply(self.path, json.loads(self.rfile.read(length) or "{}"))
-            data = json.dumps(answer).encode()
+            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
-            for name, value in (headers | {"content-length": str(len(data))}).items():
+            for name, value in (headers | fake.headers | {"content-length": str(len(data))}).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,9 +21,11 @@ import pytest
 from engine_ext.evaluation import client as client_module
 from engine_ext.evaluation import figure, server
 from engine_ext.evaluation.report import Report
+from engine_ext.evaluation.store import locked
 from engine_ext.serving.cli import eval as cli
+from engine_ext.serving.cli import measuring
 from engine_ext.serving.cli.main import main
-from tests.unit.engine_ext.evaluation.fake_server import served
+from tests.unit.engine_ext.evaluation.fake_server import MAX_MODEL_LEN, served
 
 TASKS = ("--tasks", "vt,niah_single_1", "--lengths", "2000,3000", "--prompts-per-cell", "3", "--plan", "n/8")
 
@@ -119,7 +123,7 @@ def test_a_run_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure, "find_spec", lambda name: None)
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
-    assert "no figure: it needs matplotlib" in capsys.readouterr().out
+    assert "no figure: it needs matplotlib (pip install 'vllm-starling[bench]')" in capsys.readouterr().out
     assert not (tmp_path / "differences.png").exists()
     assert "img" not in Page((tmp_path / "report.html").read_text()).tags
 
@@ -130,6 +134,29 @@ def test_the_figure_is_in_a_file_and_in_the_report(tmp_path):
         assert evaluate(fake, tmp_path) == 0
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert Page((tmp_path / "report.html").read_text()).tags.count("img") == 1
+
+
+def test_one_prompt_of_each_task_has_a_figure(tmp_path, capsys):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path, "--tasks", "ruler", "--prompts-per-cell", "1", "--plan", "n/8") == 0
+    assert (tmp_path / "differences.png").exists() == (util.find_spec("matplotlib") is not None)
+    assert "matplotlib failed" not in capsys.readouterr().out
+
+
+def test_a_figure_that_fails_costs_nothing_but_the_figure(tmp_path, monkeypatch, capsys):
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+        (tmp_path / "report.html").unlink()
+        capsys.readouterr()
+
+        def fail(cells):
+            raise ValueError("the image is too large")
+
+        monkeypatch.setattr(cli, "figure_png", fail)
+        assert evaluate(fake, tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "no figure: matplotlib failed: ValueError: the image is too large" in output and "n/8 scores" in output
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "differences.png").exists()
 
 
 def test_own_prompts_with_and_without_answers(tmp_path, capsys):
@@ -168,7 +195,13 @@ def test_own_prompts_with_and_without_answers(tmp_path, capsys):
         (("--base-url", "http://x", "--dtype=float32"), "unknown options: --dtype=float32"),
         (("--base-url", "http://x", "--task=vt"), "unknown options: --task=vt"),
         (("--base-url", "localhost:8000"), "base_url='localhost:8000' is refused"),
-        (("--base-url", "http://me:secret@x"), "is refused"),
+        (("--base-url", "http://me:secret@x"), "base_url='http://...@x' is refused: it has @"),
+        (("--base-url", "http://x/v1?key=1", "--tasks", "vt"), "is refused: it has ?"),
+        (("--base-url", "http://x#v1", "--tasks", "vt"), "is refused: it has #"),
+        (("--base-url", "http://x:80a", "--tasks", "vt"), "base_url='http://x:80a' is refused: Port could not be cast"),
+        (("--base-url", "http://x:99999", "--tasks", "vt"), "is refused: Port out of range"),
+        (("--base-url", "http://x", "--tasks", "vt", "--api-key", "sk \n"), "the key of --api-key is refused"),
+        (("--base-url", "http://x", "--tasks", "vt", "--lengths", "512,512"), "a length is given twice"),
         (("--base-url", "http://x", "--concurrency", "0"), "concurrency=0 is refused"),
         (("--base-url", "http://x", "--timeout", "-1"), "timeout=-1.0 is refused"),
         (("--base-url", "http://x", "--tasks", "vt,qa_1"), "tasks='qa_1' is refused"),
@@ -199,9 +232,14 @@ def test_help_names_every_option_of_the_evaluation(capsys):
         ({"engages": False}, TASKS, 1, "plan='n/8' did not engage"),
         ({"starling": False}, TASKS, 1, "Starling is not activated"),
         ({"tokenizes": False}, TASKS, 1, "has no /tokenize"),
-        ({"templated": False}, TASKS, 1, "there is no chat template"),
+        ({"templated": False}, TASKS, 1, "there is no chat template\nWithout a chat template: --prompt-format text"),
         ({}, ("--tasks", "cwe", "--lengths", "1000"), 2, "lengths=1000 is too short for the task cwe"),
-        ({}, ("--tasks", "vt", "--lengths", "120000", "--prompts-per-cell", "1"), 2, "max_model_len is 100000"),
+        (
+            {},
+            ("--tasks", "vt", "--lengths", "300,120000"),
+            2,
+            "lengths=120000 is refused: the server's max_model_len is",
+        ),
     ],
 )
 def test_what_a_server_can_not_do(tmp_path, capsys, settings, options, code, reason):
@@ -226,9 +264,20 @@ def test_a_failure_says_how_to_go_on_and_keeps_what_was_answered(tmp_path, capsy
     assert "found 9 of 24 answers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number):
-    """The server holds the sixth completion until the signal was sent."""
+@pytest.mark.parametrize("settings", [{"starling": False}, {}])
+def test_what_a_server_can_not_do_is_refused_before_prompts_are_made(tmp_path, settings):
+    options = ("--tasks", "vt", "--plan", "n/8") if settings else ("--tasks", "vt", "--lengths", "120000")
+    with served(templated=False, **settings) as fake:
+        assert evaluate(fake, tmp_path, *options) == (1 if settings else 2)
+        assert len(fake.keys) == len(["models", "tokenize", "completion", "version"])
+
+
+@pytest.mark.parametrize("ignored", [None, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, ignored):
+    """The server holds the sixth completion until the signal was sent. A background job of a script ignores SIGINT."""
+    if number == ignored:
+        pytest.skip("it has no effect")
     asked, reached, go_on = [], threading.Event(), threading.Event()
 
     def fail(body: dict) -> None:
@@ -239,7 +288,8 @@ def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number):
 
     with served(answer=knows, fail=fail) as fake:
         command = [sys.executable, "-m", "engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
-        process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        with ignoring(ignored):
+            process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
         assert reached.wait(60)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
@@ -251,12 +301,118 @@ def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24
 
 
+@contextlib.contextmanager
+def ignoring(number: int | None):
+    """Ignore a signal in the processes that the block starts."""
+    before = signal.signal(number, signal.SIG_IGN) if number else None
+    try:
+        yield
+    finally:
+        if number:
+            signal.signal(number, before)
+
+
+def test_a_run_under_nohup_goes_on_when_the_user_logs_out(tmp_path):
+    asked, reached, go_on = [], threading.Event(), threading.Event()
+
+    def fail(body: dict) -> None:
+        asked.append(body)
+        if len(asked) == 6:
+            reached.set()
+            go_on.wait(60)
+
+    with served(answer=knows, fail=fail) as fake, ignoring(signal.SIGHUP):
+        command = [sys.executable, "-m", "engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
+        process = subprocess.Popen([*command, "--out", str(tmp_path)])
+        assert reached.wait(60)
+        process.send_signal(signal.SIGHUP)
+        go_on.set()
+        assert process.wait(60) == 0
+
+
+def test_equal_prompts_count_once(tmp_path, capsys):
+    file = tmp_path / "own.jsonl"
+    lines = [{"prompt": letter * 300, "answer": "x"} for letter in "abba"]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with served() as fake:
+        options = ("--prompts", str(file), "--plan", "n/8", "--concurrency", "4")
+        assert evaluate(fake, tmp_path / "out", *options) == 0
+        assert len(fake.completions) == 1 + 2 * 2
+    report = Report.model_validate_json((tmp_path / "out" / "results.json").read_text())
+    assert [cell.prompts for cell in report.cells] == [2]
+    assert "2 prompts are equal to others, and are left out" in capsys.readouterr().out
+    assert "--concurrency 4 --timeout 600 " in report.command
+
+
+def test_an_expected_answer_that_is_too_long_for_the_server_is_refused(tmp_path, capsys):
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"prompt": "a" * (MAX_MODEL_LEN - 10), "answer": "x" * 20}))
+    with served() as fake:
+        options = ("--prompts", str(file), "--max-tokens", "5")
+        assert evaluate(fake, tmp_path / "out", *options, "--logprobs", "11") == 2
+        assert f"the prompt line 1 needs {MAX_MODEL_LEN + 1} tokens with its answer" in capsys.readouterr().err
+        assert evaluate(fake, tmp_path / "out", *options, "--logprobs", "10") == 0
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/below"])
+def test_a_folder_that_can_not_be_made_is_refused(tmp_path, capsys, name):
+    (tmp_path / "a file").write_text("")
+    assert cli.run(["--base-url", "http://127.0.0.1:1", *TASKS, "--out", str(tmp_path / name)]) == 2
+    assert f"out='{tmp_path / name}' is refused: " in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_ends_the_run_with_a_message(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with served(answer=knows) as fake:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        try:
+            assert evaluate(fake, tmp_path) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        error = capsys.readouterr().err
+        assert "File too large" in error and "the same command goes on from there" in error
+        assert evaluate(fake, tmp_path) == 0
+
+
+def test_a_folder_in_use_is_refused_before_a_server_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    (tmp_path / "server.log").write_text("of the process that uses it")
+    with locked(tmp_path):
+        assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
+    assert "another process uses it" in capsys.readouterr().err
+    assert (tmp_path / "server.log").read_text() == "of the process that uses it"
+
+
+def test_a_log_has_whole_rows_and_lines_of_progress_in_place_of_bars(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS")
+    with served(answer=knows) as fake:
+        assert evaluate(fake, tmp_path) == 0
+        output = capsys.readouterr().out
+        assert [line for line in output.splitlines() if "difference [95 %]" in line and "attention work" in line]
+        assert "answers: 1 of 24" not in output and "left" not in output
+        monkeypatch.setattr(measuring, "LINE_SECONDS", 0.0)
+        assert evaluate(fake, tmp_path / "again") == 0
+    output = capsys.readouterr().out
+    assert all(f"answers: {number} of 24" in output for number in range(1, 25)) and "prompts: 4 of 4" in output
+
+
 def test_the_key_of_the_environment_is_sent_and_written_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
         assert set(fake.keys) == {"Bearer very-secret"}
     assert not any(b"very-secret" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variable", "target"), [("OPENAI_API_KEY", ("--base-url", "http://x")), ("VLLM_API_KEY", ("some/model",))]
+)
+def test_a_key_that_can_not_be_sent_is_refused_before_a_server_starts(tmp_path, monkeypatch, capsys, variable, target):
+    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    monkeypatch.setenv(variable, "very-secret\n")
+    assert cli.run([*target, *TASKS, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"the key of {variable} is refused: not all of it is printable ASCII" in error and "secret" not in error
 
 
 def test_a_server_that_ends_at_its_start_is_reported_with_its_log(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from engine_ext.evaluation.options import EvalOptions, parse_options, without_secrets
 from engine_ext.evaluation.plans import DENSE, LETTERS, Plan, parse_plan, with_dense
 from engine_ext.evaluation.prompts import read_own_prompts
-from engine_ext.evaluation.store import Answer, Store
+from engine_ext.evaluation.store import Answer, Store, locked
 from engine_ext.evaluation.tasks import GROUPS, TASKS
 from engine_ext.serving.cli.eval import make_parser
 
@@ -61,6 +62,9 @@ def test_dense_comes_first_and_each_plan_once():
     assert with_dense([star]) == with_dense([star, DENSE]) == [DENSE, star]
     with pytest.raises(ValueError, match="plan='n/8' is refused: it is given twice"):
         with_dense([star, star])
+    for one, other in (("n/8", "N=8"), ("O=0,N=8", "n/8,O=0")):
+        with pytest.raises(ValueError, match=f"plan='{other}' is refused: it is the same plan as {one}"):
+            with_dense([parse_plan(one), parse_plan(other)])
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,7 @@ def test_dense_comes_first_and_each_plan_once():
         ({"tasks": ("vt",), "prompts": Path("x")}, "and not both"),
         ({"tasks": ("vt",), "lengths": ("many",)}, "lengths='many' is refused: Input should be a valid integer"),
         ({"tasks": ("vt",), "lengths": ("16",)}, "greater than or equal to 256"),
+        ({"tasks": ("vt",), "lengths": ("512", "1024", "512")}, "lengths='512,1024,512' is refused: a length is given"),
         ({"tasks": ("vt",), "prompts_per_cell": 0}, "prompts_per_cell=0 is refused"),
         ({"tasks": ("vt",), "logprobs": -1}, "logprobs=-1 is refused"),
         ({"tasks": ("vt",), "plans": ("n/x",)}, "plan='n/x' is refused"),
@@ -92,6 +97,8 @@ def test_the_command_of_a_report_repeats_the_options_without_secrets():
     assert "--plan B=64,A=64 --tasks vt,niah --lengths 512,1024" in command
     assert without_secrets(["--trust-remote-code", "--hf-token", "--other", "x"])[-2:] == ["--other", "x"]
     assert without_secrets(["--hf_token", "x"]) == ["--hf_token", "..."]
+    several = ["model", "--api_key", "one", "two", "--dtype", "float32"]
+    assert without_secrets(several) == ["model", "--api_key", "...", "...", "--dtype", "float32"]
     shown = ["--max-num-batched-tokens", "2048", "--max_num_batched_tokens=2048"]
     assert without_secrets(shown) == shown
 
@@ -109,6 +116,14 @@ def test_the_command_of_a_report_repeats_the_options_without_secrets():
         ('{"prompt": "a", "answer": []}', "answer is empty"),
         ('{"prompt": "a", "anwser": "b"}', "anwser: "),
         ('{"prompt": "a", "match": "some"}', "match: "),
+        ('{"prompt": "a", "id": 7}', "id: Extra inputs are not permitted. Allowed: prompt, messages, answer, match"),
+        ('{"messages": [], "tools": []}', "messages: "),
+        (f'{{"prompt": {"9" * 5000}}}', "it is not JSON that can be read: Exceeds the limit"),
+        ("[" * 100_000, "it is not JSON that can be read: maximum recursion depth"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+            "a part of the type 'image_url' is refused",
+        ),
     ],
 )
 def test_refused_lines_name_the_line(tmp_path, line, reason):
@@ -132,6 +147,28 @@ def test_lines_of_prompts(tmp_path):
         read_own_prompts(file)
 
 
+def test_lines_end_at_line_feeds_alone_and_a_mark_at_the_start_is_none(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    texts = ["a\u2028b", "a\u0085b\u2029", "a\x0bb\x0c"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [prompt.prompt for _, prompt in read_own_prompts(file)] == texts
+
+
+def test_parts_of_texts_are_prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    [(_, prompt)] = read_own_prompts(file)
+    assert prompt.messages[0]["content"] == parts
+
+
+def test_a_pipe_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it is not a regular file, and it is read several times"):
+        read_own_prompts(tmp_path / "pipe")
+
+
 ANSWER = Answer(key="k", prompt="p", plan="dense", text="é\n", finish_reason=None, token_ids=None, server_plan=None)
 
 
@@ -150,10 +187,12 @@ def test_a_store_has_what_was_added_and_drops_a_line_that_was_cut(tmp_path):
 
 
 def test_a_store_refuses_another_setup_a_damaged_line_and_a_second_process(tmp_path):
-    with Store(tmp_path, {"a": 1, "b": 2}) as store:
+    with locked(tmp_path), Store(tmp_path, {"a": 1, "b": 2}) as store:
         store.add(ANSWER)
-        with pytest.raises(ValueError, match="another process uses it"):
-            Store(tmp_path, {"a": 1, "b": 2})
+        with pytest.raises(ValueError, match="another process uses it"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
     with pytest.raises(ValueError, match=r"results of another setup \(b was 2 and is 3; c was None and is 4\)"):
         Store(tmp_path, {"a": 1, "b": 3, "c": 4})
     with (tmp_path / "results.jsonl").open("a") as file:

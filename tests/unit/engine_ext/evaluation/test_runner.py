@@ -121,6 +121,15 @@ def test_equal_prompts_share_an_answer_under_both_names():
         assert len(fake.completions) == 1 + 1
 
 
+def test_equal_plans_share_an_answer_under_the_name_that_is_asked_for():
+    store, [twin] = Memory(), [parse_plan("N=8")]
+    with served() as fake:
+        run(fake, [prompt("a" * 100)], store=store)
+        asked = len(fake.completions)
+        assert [answer.plan for answer in run(fake, [prompt("a" * 100)], plans=[twin], store=store)] == ["dense", "N=8"]
+        assert len(fake.completions) == asked + 1
+
+
 def test_a_failing_server_is_asked_again():
     failures = iter([None, (500, "out of memory"), (503, "busy")])
     with served(fail=lambda body: next(failures, None)) as fake:

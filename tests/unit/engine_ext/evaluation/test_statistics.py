@@ -27,6 +27,8 @@ STAR_PLAN = {"attention": "star", "keys_attended": 1, "dense_keys": 4}
         ("it is 12 3.", ["123", "456"], "any", 0.0),
         ("THE\n Red  door", ["the red door"], "all", 1.0),
         ("", ["x"], "all", 0.0),
+        ("CAFÉ", ["cafe\u0301"], "all", 1.0),
+        ("cafe\u0301", ["café"], "any", 1.0),
     ],
 )
 def test_scores(output, references, match, expected):
@@ -45,6 +47,14 @@ def answer(name: str, plan: str, text: str, scores: list[TokenScore] | None = No
 
 def test_the_interval_of_equal_differences_is_a_point():
     assert bootstrap([[0.5] * 7, [-0.25] * 3]) == Interval(mean=0.125, low=0.125, high=0.125)
+
+
+@pytest.mark.parametrize(
+    "groups", [[[0.1]], [[0.7, 0.7, 0.7]], [[-1 / 3], [0.2], [0.1]], [[0.1] * 3, [0.2], [0.6] * 7]]
+)
+def test_rounding_does_not_put_the_mean_outside(groups):
+    interval = bootstrap(groups)
+    assert interval.low <= interval.mean <= interval.high
 
 
 def test_the_interval_of_two_prompts_holds_all_their_means():
@@ -69,7 +79,7 @@ def test_groups_have_equal_weight_and_are_drawn_for_themselves():
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30))
 def test_an_interval_lies_within_the_values_and_around_the_mean_of_draws(values):
     interval = bootstrap([values])
-    assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+    assert min(values) - 1e-9 <= interval.low <= interval.mean <= interval.high <= max(values) + 1e-9
     assert bootstrap([values]) == interval
 
 
@@ -98,6 +108,8 @@ def test_dense_alone_has_cells_without_differences():
     [cell] = compare(make_pairs([prompt("a")], [answer("a", "dense", "yes")]))
     assert (cell.plan, cell.score, cell.difference) == ("dense", 1.0, None)
     assert summary([cell]) == ["Dense scores 100.0 % over 1 prompts. No star plan was measured."]
+    [cell] = compare(make_pairs([prompt("a", references=())], [answer("a", "dense", "yes")]))
+    assert summary([cell]) == ["Dense answers 1 prompts without expected answers. No star plan was measured."]
 
 
 def test_prompts_without_references_are_compared_with_dense_and_not_averaged_with_others():
@@ -141,6 +153,18 @@ def test_distributions_without_a_common_token():
     assert kl_divergence({1: -0.1}, {2: -0.1}) == 0.0
 
 
+def test_the_row_of_all_tasks_pools_positions_and_averages_log_probabilities_over_tasks():
+    same = TokenScore(logprob=math.log(0.5), top={1: math.log(0.5), 2: math.log(0.25)})
+    moved = TokenScore(logprob=math.log(0.25), top={1: math.log(0.25), 2: math.log(0.5)})
+    prompts = [prompt("a", "vt"), prompt("b", "cwe")]
+    dense = [answer("a", "dense", "yes", [same] * 3), answer("b", "dense", "yes", [same])]
+    star = [answer("a", "n/4", "yes", [same] * 3), answer("b", "n/4", "yes", [moved])]
+    one, two, total = compare(make_pairs(prompts, dense + star))
+    assert total.logprob_difference.mean == pytest.approx(-math.log(2) / 2)
+    assert (one.top1_agreement, two.top1_agreement, total.top1_agreement) == (1.0, 0.0, 0.75)
+    assert total.kl == pytest.approx((3 * one.kl + two.kl) / 4)
+
+
 def test_the_worst_answers_come_first_and_equal_ones_not_at_all():
     prompts = [prompt(name) for name in "abc"]
     star = {"a": "yes", "b": "yes, I think", "c": "no"}
@@ -158,9 +182,12 @@ def test_the_worst_answers_come_first_and_equal_ones_not_at_all():
 )
 def test_what_the_summary_says_of_an_interval(low, high, verdict):
     [cell] = compare(make_pairs([prompt("a")], [answer("a", plan, "yes") for plan in ("dense", "n/4")]))[:1]
-    changed = cell.model_copy(update={"difference": Interval(mean=(low + high) / 2, low=low, high=high)})
+    interval = Interval(mean=(low + high) / 2, low=low, high=high)
+    changed = cell.model_copy(update={"difference": interval, "prompts": 10})
     [text] = summary([changed])
-    assert verdict in text and text.startswith("n/4 scores 100.0 % over 1 prompts, dense 100.0 %")
+    assert verdict in text and text.startswith("n/4 scores 100.0 % over 10 prompts, dense 100.0 %")
     assert text.endswith("with 25.0 % of dense's attention work.")
     [warned] = summary([changed.model_copy(update={"dense_score": 0.09})])
     assert warned.endswith("attention work. Dense scores so little that there is little to lose.")
+    [few] = summary([changed.model_copy(update={"prompts": 9})])
+    assert "points, too few prompts for a verdict, with" in few and verdict not in few

@@ -92,6 +92,11 @@ def test_a_second_run_asks_nothing_again_and_another_budget_uses_the_answers(tmp
         assert read(out).candidates == first.candidates and read(out).chosen == first.chosen
         assert tune(fake, out, own, *LOGPROB, "--budget", "60") == 0
         assert read(out).chosen.attended_keys < first.chosen.attended_keys
+        assert (first.looked_at, read(out).looked_at) == ([], ["n/4"])
+        warning = "Warning: held-out prompts have been measured in this folder before, under n/4. If those"
+        assert warning in capsys.readouterr().out
+        assert tune(fake, out, own, *LOGPROB, "--plan", "N=4") == 0
+        assert first.chosen.plan not in read(out).looked_at and len(read(out).looked_at) == 1
     with served(models=("other",)) as fake:
         assert tune(fake, out, own, *LOGPROB) == 2
     assert "model was 'fake' and is 'other'" in capsys.readouterr().err
@@ -213,7 +218,7 @@ def test_what_a_refusal_names_is_accepted(own, number):
 @pytest.mark.parametrize(
     ("settings", "plan", "code", "reason"),
     [
-        ({"starling": False}, "n/4", 1, "Starling is not activated"),
+        ({"starling": False, "tokenizes": True}, "n/4", 1, "plan='n/4' is refused: Starling is not activated"),
         ({"defaults": {"overlap_size": 8}}, "n/4", 1, "the server's own star options or its replicas change it"),
         ({}, "n/4,A=600", 2, "plan='n/4,A=600' is refused: the prompt line 1, of 2000 tokens, can't have it"),
         ({}, "B=1600", 2, "would be dense with it"),

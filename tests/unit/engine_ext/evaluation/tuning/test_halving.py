@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_ext.evaluation.prompts import Prompt
-from engine_ext.evaluation.tuning.halving import distinct, halves, rounds, why_dropped
+from engine_ext.evaluation.prompts import Prompt, distinct
+from engine_ext.evaluation.tuning.halving import halves, rounds, why_dropped
 from engine_ext.evaluation.tuning.measures import MEASURES
 
 SCORE, LOGPROB = MEASURES["score"], MEASURES["logprob"]

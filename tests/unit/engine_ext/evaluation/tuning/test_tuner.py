@@ -111,6 +111,15 @@ def test_a_second_search_asks_nothing_again_and_a_smaller_budget_only_what_is_ne
         assert len(set(bodies)) == len(bodies) - 2
 
 
+def test_answers_under_another_spelling_of_a_plan_count_for_the_search():
+    store = Memory()
+    with served(answer=answers({"n/16": 0.9})) as fake:
+        first = search(fake, 60, 0.1, ("N=16", "O=0,N=4"), store=store)
+        again = search(fake, 60, 0.1, ("n/16", "n/4,O=0"), store=store)
+    assert [len(trial.losses) for trial in again.trials] == [len(trial.losses) for trial in first.trials]
+    assert (again.chosen.candidate.plan.name, again.held_out) == ("n/4,O=0", [0.0] * 30)
+
+
 def test_log_probabilities_as_losses():
     """By n/8, each token is 0.02 nats less probable; by n/4, by 0.001; n/16 loses more."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -153,6 +154,32 @@ def test_options_that_a_server_would_refuse(model):
     done = run(model, "--star-block-size", "100")
     assert (done.returncode, done.stdout) == (2, "")
     assert "star_block_size=100 is refused" in done.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to infer device type"), ImportError("no libcuda.so.1")])
+def test_what_vllm_can_not_do_here_is_said_behind_the_installation(capfd, monkeypatch, error):
+    def examine(*arguments):
+        raise error
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert doctor.run(["model"]) == 2
+    printed = capfd.readouterr()
+    assert "vllm supported" in printed.out
+    assert printed.err.endswith(f"starling doctor: error: {error}\n")
+    assert doctor.run(["model", "--json"]) == 2
+    assert capfd.readouterr().out == ""
+
+
+def test_tables_show_brackets_as_they_are():
+    output = io.StringIO()
+    doctor.print_report({"installation": {"a[b]": "[/x] vllm-starling[bench]"}}, output)
+    assert "a[b]" in output.getvalue() and "[/x] vllm-starling[bench]" in output.getvalue()
+
+
+def test_the_help_says_that_the_model_comes_first(capsys):
+    with pytest.raises(SystemExit):
+        doctor.run(["--help"])
+    assert "before the server's options" in " ".join(capsys.readouterr().out.split())
 
 
 def test_tables(model, capfd):

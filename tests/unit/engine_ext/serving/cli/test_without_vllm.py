@@ -31,6 +31,14 @@ def test_doctor_with_a_model_is_one_line_and_exit_code_2(capsys):
     assert printed.err.startswith("starling doctor: error: vLLM is not installed")
 
 
+def test_doctor_with_a_model_and_another_vllm_says_which_one_is_needed(capsys, monkeypatch):
+    for module in (versions, doctor):
+        monkeypatch.setattr(module, "vllm_version", lambda: "0.99.0")
+    assert doctor.run(["model"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("starling doctor: error: vLLM 0.99.0 is outside the supported range")
+
+
 @pytest.mark.parametrize(("command", "code"), [("serve", 2), ("selftest", 1)])
 def test_commands_that_need_vllm_are_refused(capsys, command, code):
     assert main.main([command]) == code

@@ -16,7 +16,7 @@ from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs root and network namespaces")]
 
-HERE, ON_PEERS = 'starling:spread_blocks_total{replica="0"}', 'starling:spread_blocks_total{replica="peers"}'
+HERE, ON_PEERS = 'starling:split_blocks_total{replica="0"}', 'starling:split_blocks_total{replica="peers"}'
 PARTS, USABLE = "starling:peer_parts_total", "starling:usable_peers"
 TIMEOUT_SECONDS = 5
 

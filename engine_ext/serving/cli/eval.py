@@ -116,5 +116,5 @@ def write(report: Report, folder: Path, console: Console) -> None:
     for text in summary(report.cells):
         console.print(escape(text))
     if figure is None:
-        console.print("no figure: it needs matplotlib (pip install 'vllm-starling[bench]'), and a difference of scores")
+        console.print("no figure: it needs matplotlib (vllm-starling's extra `bench`), and a difference of scores")
     console.print(f"written to {escape(str(folder))}: {', '.join(written)}")

@@ -184,7 +184,7 @@ SPLIT_RULES: Rules = (
     (lambda c: c.parallel_config.enable_elastic_ep, "elastic expert parallelism changes the replicas while it runs"),
     (
         lambda c: c.parallel_config.enable_fault_tolerance,
-        "--enable-fault-tolerance ends an engine's requests and goes on with it: what other replicas hold is not known",
+        "--enable-fault-tolerance ends an engine's requests and goes on with it: what others hold is not known",
     ),
     (lambda c: c.model_config.enable_sleep_mode, "sleep mode frees the KV memory that NIXL has registered"),
     (

@@ -39,10 +39,7 @@ def printed(monkeypatch):
 def test_the_first_command_sends_a_prompt_that_is_prefilled_with_star_attention(printed):
     make, send = next(iter(printed.values())).split(" | ")
     assert shlex.split(send)[:3] == ["curl", "-i", "http://127.0.0.1:8000/v1/completions"]
-    request = subprocess.run(
-        [sys.executable, *shlex.split(make)[1:]], capture_output=True, text=True, check=True
-    ).stdout
-    request = json.loads(request)
+    request = json.loads(subprocess.check_output([sys.executable, *shlex.split(make)[1:]]))
     num_words = len(request["prompt"].split())  # the prompt has at least as many tokens
     options = parse_options(request["vllm_xargs"], flat=True)
     assert make_plan(num_words, options, None, PAGE_SIZE, ONE_REPLICA) is not None

@@ -30,6 +30,9 @@ MAX_SERVERS = 64
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
 CONNECTORS = (CONNECTOR, "OffloadingConnector")
 
+SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp")
+"""The methods of speculative decoding whose drafts come from tokens, or from layers with full attention."""
+
 
 def _full_attention_layers(model: Any) -> bool:
     """Whether the text model has a full-attention layer, as far as its configuration says."""
@@ -44,6 +47,11 @@ def _full_attention_layers(model: Any) -> bool:
 def _connector(config: Any) -> str | None:
     transfer = config.kv_transfer_config
     return None if transfer is None or transfer.kv_connector in CONNECTORS else transfer.kv_connector
+
+
+def _other_speculation(config: Any) -> str | None:
+    speculative = config.speculative_config
+    return None if speculative is None or speculative.method in SPECULATION else speculative.method
 
 
 def _decode_graphs(config: Any) -> bool:
@@ -93,7 +101,15 @@ RULES: Rules = (
     ),
     (lambda c: c.model_config.rswa_window is not None, "R-SWA models keep a prefix length per batch row"),
     (lambda c: c.model_config.is_diffusion, "diffusion models decode whole canvases, not token by token"),
-    (lambda c: c.speculative_config, "speculative decoding: drafters build attention metadata of their own"),
+    (_other_speculation, f"speculative decoding by another method than {', '.join(SPECULATION)}"),
+    (
+        lambda c: c.speculative_config and c.speculative_config.enable_adaptive_verification,
+        "adaptive verification takes drafts out of a step, so that batch rows are not those of the scheduler",
+    ),
+    (
+        lambda c: c.speculative_config and c.model_config.is_hybrid,
+        "speculative decoding: a hybrid model keeps a recurrent state for each draft token",
+    ),
     (
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
         "decode context parallelism shards the pages",
@@ -186,6 +202,7 @@ SPLIT_RULES: Rules = (
         lambda c: c.parallel_config.enable_fault_tolerance,
         "--enable-fault-tolerance ends an engine's requests and goes on with it: what others hold is not known",
     ),
+    (lambda c: c.speculative_config, "speculative decoding: the KV of a part's last token depends on the next part"),
     (lambda c: c.model_config.enable_sleep_mode, "sleep mode frees the KV memory that NIXL has registered"),
     (
         _moves_kv_memory,
@@ -282,6 +299,7 @@ BLOCK_POSITIONS_RULES: Rules = (
         "model the positions of a block",
     ),
     (lambda c: dependence(c.model_config), "the model's star blocks depend on one another"),
+    (lambda c: c.speculative_config, "speculative decoding: drafters take the positions of the prompt"),
     (lambda c: c.model_config.uses_mrope, "M-RoPE: an image's positions depend on the images before it"),
     (
         lambda c: any(not rotary for rotary in getattr(c.model_config.hf_text_config, "no_rope_layers", None) or ()),

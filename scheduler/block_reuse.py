@@ -27,6 +27,8 @@ def reuse_refusal(vllm_config: Any) -> str | None:
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and transfer.kv_connector != CONNECTOR:
         return "the KV connector expects a request's pages to be computed in order"
+    if vllm_config.speculative_config is not None:
+        return "with speculative decoding a page's key may cover tokens behind the page"
     if vllm_config.aux_output_config.enabled:
         return "routed experts are returned for tokens in the order in which they are computed"
     return dependence(vllm_config.model_config)

@@ -238,19 +238,23 @@ class StarMixin(SchedulerHooks):
         return plan.context_end // self.block_size * self.block_size
 
     def bound_chunk(self, request: Any, start: int, num_tokens: int) -> int:
-        """Bound a chunk by its prompt's part of this step, and end it at star blocks that are in the cache."""
+        """Bound a chunk by its prompt's part of this step, and end it at star blocks that are in the cache.
+
+        Nor may it replay a decode graph. Of two tokens or more, it gets one less.
+        """
         if self.limiter is not None:
             num_tokens = self.limiter.bound(request, start, num_tokens)
         if self.reuse is not None:
             num_tokens = self.reuse.clip(request, start, num_tokens, MIN_CHUNK if self.decode_graphs else 1)
-        return num_tokens
+        return num_tokens - 1 if num_tokens > 1 and self._replays_a_graph(request, start, num_tokens) else num_tokens
 
     def refuse_chunk(self, request: Any, start: int, num_tokens: int) -> bool:
-        """Where full decode graphs are in use, a star chunk of one token waits a step.
+        """A star chunk of one token waits a step where it would replay a decode graph."""
+        return self._replays_a_graph(request, start, num_tokens)
 
-        A batch of one-token rows replays such a graph, whose block tables can't be rewritten into virtual rows.
-        """
-        if num_tokens != 1 or not self.decode_graphs:
+    def _replays_a_graph(self, request: Any, start: int, num_tokens: int) -> bool:
+        """Whether a batch of such chunks replays a full decode graph, whose block tables are not those of star rows."""
+        if not self.decode_graphs or num_tokens != self.view.tokens_of_a_decode_graph:
             return False
         plan = metadata_of(request).plan
         return plan is not None and plan.head_end <= start < plan.context_end

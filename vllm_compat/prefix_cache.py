@@ -68,7 +68,7 @@ def use_request_hasher(make: Callable[[int, HashFunction], Hasher] | None) -> No
     Called while the scheduler is made, each time. Goes when a scheduler can bring a hasher.
 
     Where keys also cover tokens behind their page (speculative decoding since vLLM 0.33), the hasher stays vLLM's:
-    Starling has no use for its own there, since star is refused.
+    Starling has no use for its own there, since star blocks are not reused behind a gap.
 
     Args:
         make: None for vLLM's own.

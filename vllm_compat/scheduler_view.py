@@ -229,6 +229,15 @@ class SchedulerView:
         return 1 + self.scheduler.num_spec_tokens
 
     @property
+    def tokens_of_a_decode_graph(self) -> int:
+        """Tokens of a chunk of a prompt that vLLM takes for a decode: a batch of them may replay a full decode graph.
+
+        Model runner V1 goes by the number alone (GPUModelRunner._is_uniform_decode). V2 takes a chunk of one token for
+        a decode, and no other (GPUModelRunner.gather_batch_req_state).
+        """
+        return 1 if self.scheduler.use_v2_model_runner else self.tokens_of_a_decode
+
+    @property
     def max_loras(self) -> int | None:
         """LoRA adapters that a step has slots for; None where LoRA is off."""
         config = self.scheduler.lora_config

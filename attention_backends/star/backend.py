@@ -120,8 +120,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             Those of prompts whose blocks have positions of their own are rewritten.
             """
             support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-            decode_only = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-            most = AttentionCGSupport.NEVER if block_positions_in_use() else decode_only
+            most = AttentionCGSupport.NEVER if block_positions_in_use() else AttentionCGSupport.UNIFORM_BATCH
             return min(support, most, key=lambda level: level.value)
 
         def build(

@@ -17,10 +17,10 @@ FORKING = Path(__file__).resolve().parents[1] / "fork_shim"
 
 @pytest.fixture(scope="module")
 def forked():
-    """The servers of a file with this fixture start in half the time: they fork their engines and workers.
+    """The servers of a file with this fixture fork their engines and workers, which saves imports of vLLM.
 
-    All others spawn them, as vLLM does on CPU: one engine, replicas, ranks, hosts and peers. The tests of sockets need
-    that, since a fork inherits the sockets of its parent.
+    Two of one engine, and six of two replicas. The files without it spawn them, as vLLM does on CPU: servers of one
+    engine, of plain vLLM, over two hosts, and those whose tests look at the start or at faults.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s

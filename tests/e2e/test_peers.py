@@ -14,7 +14,11 @@ from tests.e2e.sockets import documented_sockets, of_process
 from tests.e2e.test_two_hosts import COMPUTED, MOVED, TOKEN_BYTES, assert_same, complete
 from tests.e2e.wait import wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs root and network namespaces")]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.usefixtures("forked"),
+    pytest.mark.skipif(not available(), reason="needs root and network namespaces"),
+]
 
 HERE, ON_PEERS = 'starling:split_blocks_total{replica="0"}', 'starling:split_blocks_total{replica="peers"}'
 PARTS, USABLE = "starling:peer_parts_total", "starling:usable_peers"

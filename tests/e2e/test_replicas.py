@@ -30,7 +30,7 @@ from tests.dashboard import OF_COMPRESSED_CACHES, QUERIES, metrics_of, samples_o
 from tests.e2e.sockets import documented_sockets, open_sockets
 from tests.e2e.wait import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 PAGE_SIZE, TOKENS = 32, 6
 ENGINE_OPTIONS = ["--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]

@@ -32,7 +32,7 @@ from tests.e2e.test_replicas import (
 )
 from tests.e2e.wait import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 REPLICAS = 2
 API_SERVERS = 2

@@ -43,7 +43,7 @@ from tests.e2e.test_replicas import (
 from tests.e2e.wait import wait_until
 from tests.parity.harness import mask_of, reference_logprobs
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 LAYERS, HEADS, HIDDEN = 2, 2, 64
 NUM_PAGES = 99

@@ -1,11 +1,17 @@
 """Test only: in every process that has this folder on PYTHONPATH, vLLM forks its processes instead of spawning them.
 
 vLLM has both ways, and spawns on CPU. Each engine core and each worker then imports vLLM again, which takes most of the
-start of a tiny model. The fixture `forked` of tests/e2e uses this folder.
+start of a tiny model. The fixture `forked` of tests/e2e uses this folder. What a fork would take over from its parent,
+and a spawned process has not, is put right: sockets and signals, the pipe that tells of an end, and where metrics are
+counted.
 """
 
 import multiprocessing
+import os
+import signal
+import socket
 import sys
+from multiprocessing import popen_fork
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -16,6 +22,44 @@ sys.path.pop()
 
 def _fork(system_utils):
     system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+    popen_fork.Popen = _Popen
+    os.register_at_fork(after_in_child=_leave_parent)
+
+
+class _Popen(popen_fork.Popen):
+    """Its sentinel is of the process alone: a pipe to it would also wait for the end of the processes it forks."""
+
+    def _launch(self, process):
+        super()._launch(process)
+        self.sentinel = os.pidfd_open(self.pid)
+
+
+def _leave_parent():
+    """Signals no longer reach the parent's event loop, and /dev/null is in the place of its sockets.
+
+    Except pairs: these have no name, and multiprocessing uses them as pipes.
+    """
+    signal.set_wakeup_fd(-1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            with socket.socket(fileno=os.dup(fd)) as copy:
+                if copy.getsockname():
+                    os.dup2(null, fd)
+        except OSError:
+            continue  # no socket
+    os.close(null)
+
+
+def _count_in_files(values):
+    """prometheus_client decides it at import, which a spawned process does where vLLM has set its variable."""
+
+    def decide():
+        if not values.ValueClass._multiprocess:
+            values.ValueClass = values.get_value_class()
+
+    os.register_at_fork(after_in_child=decide)
 
 
 amend("vllm.utils.system_utils", _fork)
+amend("prometheus_client.values", _count_in_files)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -234,35 +235,38 @@ def interpret_wide() -> None:
 
 
 def compile_kernels() -> None:
-    """The paper's sizes, the largest chunks and heads, and the smallest."""
+    """The paper's sizes, the largest chunks and heads, and the smallest: each on each card, in one of two dtypes."""
     from tests.kernels.machine_code import CAPABILITIES, check_resources
 
     names = ["projected", "pages", "out", "mixed_key", "mixed_value", "own", "query", "turned", "states_out"]
     names += ["window_out", "state_keys", "state_values", "window_keys", "window_values"]
     numbers = ["conv", "a_log", "skip", "norm", "cos", "sin", "states_lse", "window_lse"]
-    for capability in CAPABILITIES:
-        for dtype, aligned in (("bf16", True), ("fp32", False)):
-            types = {
-                **dict.fromkeys(names, f"*{dtype}"),
-                **dict.fromkeys(numbers, "*fp32"),
-                **dict.fromkeys(("table", "state_table", "window_table", "seq_lens", "num_states"), "*i32"),
-                "slots": "*i64",
-                **dict.fromkeys(("eps", "scale"), "fp32"),
-            }
-            for mixer, chunk_size in ((MixerSizes(8, 256, 128, 4), 128), (MixerSizes(16, 1024, 128, 4), 8), (SMALL, 2)):
-                constants = {"HEADS": mixer.heads, "INNER": mixer.inner, "STATE": mixer.state, "TAPS": mixer.taps}
-                constants |= {"PAGE_TOKENS": 16} | decode.mix_blocks(mixer, chunk_size)
-                warps = decode.warps(mixer)
-                check_resources(decode_kernels.mix_kernel, types, constants, capability, aligned, num_warps=warps)
-                width = mixer.width
-                constants = {"INNER": mixer.inner, "WIDTH": width, "PAGE_TOKENS": 16}
-                constants |= {"BLOCK_W": 1 << (width - 1).bit_length()}
-                check_resources(decode_kernels.rows_kernel, types, constants, capability, aligned)
-            for head_size in (16, 80, 256):
-                block = 1 << (head_size - 1).bit_length()
-                for kernel, size in ((decode_kernels.store_kernel, block // 2), (decode_kernels.join_kernel, block)):
-                    constants = {"HEAD_SIZE": head_size, "BLOCK_D": size}
-                    check_resources(kernel, types, constants, capability, aligned)
+    common = {
+        **dict.fromkeys(numbers, "*fp32"),
+        **dict.fromkeys(("table", "state_table", "window_table", "seq_lens", "num_states"), "*i32"),
+        "slots": "*i64",
+        **dict.fromkeys(("eps", "scale"), "fp32"),
+    }
+    of_dtype = [
+        (common | dict.fromkeys(names, f"*{dtype}"), aligned) for dtype, aligned in (("bf16", True), ("fp32", False))
+    ]
+    sizes = ((MixerSizes(8, 256, 128, 4), 128, 80), (MixerSizes(16, 1024, 128, 4), 8, 256), (SMALL, 2, 16))
+    for (card, capability), (size, (mixer, chunk_size, head_size)) in product(
+        enumerate(CAPABILITIES), enumerate(sizes)
+    ):
+        types, aligned = of_dtype[(card + size) % 2]
+        constants = {"HEADS": mixer.heads, "INNER": mixer.inner, "STATE": mixer.state, "TAPS": mixer.taps}
+        constants |= {"PAGE_TOKENS": 16} | decode.mix_blocks(mixer, chunk_size)
+        warps = decode.warps(mixer)
+        check_resources(decode_kernels.mix_kernel, types, constants, capability, aligned, num_warps=warps)
+        width = mixer.width
+        constants = {"INNER": mixer.inner, "WIDTH": width, "PAGE_TOKENS": 16}
+        constants |= {"BLOCK_W": 1 << (width - 1).bit_length()}
+        check_resources(decode_kernels.rows_kernel, types, constants, capability, aligned)
+        block = 1 << (head_size - 1).bit_length()
+        for kernel, width in ((decode_kernels.store_kernel, block // 2), (decode_kernels.join_kernel, block)):
+            constants = {"HEAD_SIZE": head_size, "BLOCK_D": width}
+            check_resources(kernel, types, constants, capability, aligned)
 
 
 def main() -> None:

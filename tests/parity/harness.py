@@ -19,7 +19,7 @@ from tests.forks import ROOT, run_in_fork
 from tests.parity.engine_job import RESULT
 
 OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request", "vllm.v1.worker.cpu_worker")
-V2_SHIM = ROOT / "tests" / "v2_shim"
+V2_SHIM, FORK_SHIM = ROOT / "tests" / "v2_shim", ROOT / "tests" / "fork_shim"
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -40,7 +40,7 @@ def run_engine(
 ) -> dict:
     """Run the batches on one engine; engine_job.py describes ``batches`` and the result.
 
-    An engine of one rank runs in the process of the job, other engines in processes of their own.
+    An engine of one rank runs in the process of the job, other engines in forks of it.
 
     Args:
         model: path of the checkpoint.
@@ -54,7 +54,8 @@ def run_engine(
     ranks = engine.get("tensor_parallel_size", 1)
     with cores(ranks) as bound:
         of_job = {"VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
-        done = run_in_fork("tests.parity.engine_job:main", job, imports=OF_ENGINES, before=env, env=of_job)
+        before = env or {"PYTHONPATH": path_with(FORK_SHIM)}
+        done = run_in_fork("tests.parity.engine_job:main", job, imports=OF_ENGINES, before=before, env=of_job)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-4000:]}{done.stderr[-8000:]}"
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
     return json.loads(line.removeprefix(RESULT))
@@ -75,10 +76,14 @@ def cores(ranks: int) -> Iterator[str]:
         yield "|".join(map(str, locked))
 
 
+def path_with(folder: Path) -> str:
+    """This process's PYTHONPATH, with a folder before it."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def v2_env() -> dict[str, str]:
     """The environment for the V2 model runner on CPU, with its Triton kernels under the interpreter."""
-    path = os.pathsep.join(filter(None, [str(V2_SHIM), os.environ.get("PYTHONPATH")]))
-    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path_with(V2_SHIM), "TRITON_INTERPRET": "1"}
 
 
 @functools.cache

@@ -147,10 +147,11 @@ def test_preempted_requests_and_a_state_that_is_lost(models, family, num_blocks)
 
 
 def test_tokens_proposed_and_rejected(models):
-    """Speculative decoding: a step does not read the state of tokens that were rejected before it."""
+    """Speculative decoding: a step does not read the state of tokens that were rejected before it, star or dense."""
     model = models["llama"]
     repeated = random_ids(1, 20)
     prompts = [uncached_prompt(ids, max_tokens=32) for ids in (repeated * 5 + repeated[:7], random_ids(2, 33))]
+    prompts.append(uncached_prompt(random_ids(3, 200), star(64, 7), max_tokens=32))
     proposals = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     result = run_engine(model.path, [prompts], max_num_batched_tokens=96, speculative_config=proposals)
     gaps = [model.gap(prompt, output) for prompt, output in zip(prompts, result["batches"][0], strict=True)]

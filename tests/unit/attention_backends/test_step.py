@@ -161,7 +161,7 @@ def test_gpu_builders_have_room_for_virtual_rows_and_keep_decode_graphs():
     assert make_builder(device="meta").max_num_seqs == 3 * 10 + 400 // 4
     assert make_builder().max_num_seqs == 10
     support = make_star_backend(FakeBackend).get_builder_cls().get_cudagraph_support(None, SPEC)
-    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert support is AttentionCGSupport.UNIFORM_BATCH
 
 
 @st.composite

@@ -31,7 +31,16 @@ from engine_ext.activation import (
     star_class,
 )
 from engine_ext.models.configs import KVShiftLlamaConfig
-from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
+from engine_ext.refusals import (
+    CONNECTORS,
+    RULES,
+    SHARD_RULES,
+    SPLIT_RULES,
+    block_positions_refusals,
+    replica_set,
+    star_refusals,
+)
+from scheduler.block_reuse import reuse_refusal
 from scheduler.star.parsing import OptionError
 from scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from scheduler.star_scheduler import StarMixin
@@ -98,13 +107,9 @@ def test_a_front_that_would_not_call_starling_is_refused(model, monkeypatch):
         (
             {
                 "star": {"mode": "auto"},
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                },
+                "kv_sharing_fast_prefill": True,
             },
-            "star='auto' is refused: speculative decoding",
+            "star='auto' is refused: KV-sharing fast prefill",
         ),
     ],
 )
@@ -131,9 +136,17 @@ def test_sizes_of_attamba_are_checked_against_its_pages_of_chunk_states(tmp_path
 
 
 def test_star_off_by_default_starts_and_refuses_per_request(model):
+    config = engine_config(model, additional_config={"starling": {}}, kv_sharing_fast_prefill=True)
+    assert any("fast prefill" in reason for reason in star_refusals(config))
+
+
+def test_speculative_decoding_keeps_star_and_nothing_that_is_not_tried_with_it(model):
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    config = engine_config(model, additional_config={"starling": {}}, speculative_config=speculative)
-    assert any("speculative decoding" in reason for reason in star_refusals(config))
+    star = {"starling": {"star": {"mode": "auto"}}}
+    config = engine_config(model, additional_config=star, speculative_config=speculative)
+    assert star_refusals(config) == []
+    assert any("speculative decoding" in reason for reason in block_positions_refusals(config))
+    assert "speculative decoding" in reuse_refusal(config)
 
 
 NEMOTRON_H = {
@@ -222,6 +235,10 @@ def test_no_entry_is_no_activation():
         parse_config({"starling": {"star": {"mode": "sometimes"}}})
 
 
+def drafting(method, **changes):
+    return SimpleNamespace(**{"method": method, "enable_adaptive_verification": False} | changes)
+
+
 def fake_config(**changes):
     """A configuration that no rule refuses, with changes by owner__attribute."""
     model = SimpleNamespace(
@@ -287,7 +304,9 @@ REFUSED = {
     "prefix-LM": {"model_config__is_mm_prefix_lm": True},
     "R-SWA": {"model_config__rswa_window": 64},
     "diffusion": {"model_config__is_diffusion": True},
-    "speculative": {"speculative_config": object()},
+    "(medusa)": {"speculative_config": drafting("medusa")},
+    "adaptive verification": {"speculative_config": drafting("eagle", enable_adaptive_verification=True)},
+    "recurrent state for each draft": {"speculative_config": drafting("ngram"), "model_config__is_hybrid": True},
     "decode context": {"parallel_config__decode_context_parallel_size": 2},
     "prefill context": {"parallel_config__prefill_context_parallel_size": 2},
     "dual-batch": {"parallel_config__use_ubatching": True},
@@ -313,6 +332,7 @@ def test_every_rule_is_tested_and_supported_engines_are_not_refused():
     assert star_refusals(fake_config(kv_transfer_config=allowed)) == []
     assert star_refusals(fake_config(attention_config__backend=SimpleNamespace(name="FLASHINFER"))) == []
     assert star_refusals(fake_config(starling_reports=[{"star": None}])) == []
+    assert star_refusals(fake_config(speculative_config=drafting("eagle3"))) == []
 
 
 FLEX, FLASH = SimpleNamespace(name="FLEX_ATTENTION"), SimpleNamespace(name="FLASH_ATTN")
@@ -358,6 +378,7 @@ ON_ONE_REPLICA = {
     "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
     "elastic expert": {"parallel_config__enable_elastic_ep": True},
     "--enable-fault-tolerance": {"parallel_config__enable_fault_tolerance": True},
+    "speculative": {"speculative_config": drafting("eagle")},
     "sleep mode": {"model_config__enable_sleep_mode": True},
     "expandable_segments:True": {},
     "VLLM_DP_SIZE": {},
@@ -386,7 +407,10 @@ def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypa
 def test_every_rule_about_replicas_is_tested_and_prompts_of_plain_models_are_split():
     assert len(ON_ONE_REPLICA) == len(SPLIT_RULES)
     assert (replica_set(fake_config(**FULL)).size, replica_set(fake_config(**FULL)).split_refusal) == (2, None)
-    assert "speculative" in replica_set(fake_config(**FULL, speculative_config=object())).split_refusal
+    assert (
+        "decode context"
+        in replica_set(fake_config(**FULL, parallel_config__decode_context_parallel_size=2)).split_refusal
+    )
 
 
 @pytest.mark.parametrize(

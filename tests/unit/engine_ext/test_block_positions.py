@@ -19,7 +19,7 @@ from scheduler.star.known_segments import NO_CHAT, KnownSegments
 from scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.client.requests import generate_request
 from starling.v1 import inference_pb2 as pb
-from tests.unit.engine_ext.test_activation import CPU, fake_config
+from tests.unit.engine_ext.test_activation import CPU, drafting, fake_config
 from tests.unit.engine_ext.test_requests import TRANSFER
 
 PAGE_SIZE, MARK = 16, 7
@@ -225,6 +225,7 @@ REFUSED = {
     "the kernels run on CPUs and on CUDA devices (xpu)": {"device_config__device_type": "xpu"},
     "started with --star-positions block": {"device_config__device_type": "cuda"},
     "depend on one another (a chunk": text_model(star_blocks_depend="a chunk crosses the border"),
+    "speculative decoding": {"speculative_config": drafting("ngram")},
     "M-RoPE": {"model_config__uses_mrope": True},
     "no rotary embedding, so that": text_model(no_rope_layers=[1, 0, 1]),
     "on a GPU the KV cache is fp8": {

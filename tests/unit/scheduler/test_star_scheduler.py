@@ -96,6 +96,27 @@ def test_with_decode_graphs_no_star_chunk_has_one_token(config, graphs):
         assert scheduler._reserve_prefill_lookahead(request, start, tokens) == allowed
 
 
+@pytest.mark.parametrize(("v2", "refused"), [(False, 4), (True, 1)])
+def test_no_star_chunk_is_taken_for_a_decode_with_drafts(config, v2, refused):
+    """With three drafts, V1 takes a chunk of four tokens for a decode. It may be a prompt's last one: it can't wait."""
+    scheduler = make_scheduler(config, StarScheduler, v2=v2)
+    scheduler.decode_graphs, scheduler.num_spec_tokens = True, 3
+    star, dense = make_request("star", PLAN), make_request("dense", None)
+    for tokens in range(1, 8):
+        allowed = tokens - 1 if tokens == refused else tokens
+        assert scheduler._reserve_prefill_lookahead(star, 100, tokens) == allowed
+        assert scheduler._reserve_prefill_lookahead(star, 300, tokens) == tokens
+        assert scheduler._reserve_prefill_lookahead(dense, 100, tokens) == tokens
+
+
+def test_room_for_drafts_behind_a_prompts_last_token_is_not_cut(config):
+    """vLLM's sampler counts on all of these tokens, which the limiter would divide among long prompts."""
+    scheduler = make_scheduler(config, StarScheduler)
+    scheduler.bound_chunk = scheduler.refuse_chunk = None
+    request = make_request("star", PLAN)
+    assert scheduler._reserve_prefill_lookahead(request, request.num_tokens - 1, 4) == 4
+
+
 def test_server_defaults_that_do_not_fit_the_page_are_refused(config):
     """The page size of a hybrid model is known only to the scheduler, so that the engine does not start."""
     given = copy.copy(config)

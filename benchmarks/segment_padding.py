@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attention_backends.star.reference import star_mask
 from benchmarks.report import saved_figure, write_json
-from examples.make_demo_model import OUTPUT as DEMO_MODEL
+from examples.make_demo_model import RELEASE
 from scheduler.star.segments import fill_gaps, find_gaps, positions_of
 
 BLOCK, FILES = 256, 6
@@ -111,8 +111,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="number of prompts (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
-    logprobs, padded = measure(model, AutoTokenizer.from_pretrained(DEMO_MODEL), args.prompts, args.seed)
+    model = AutoModelForCausalLM.from_pretrained(RELEASE.output, dtype=torch.float32).eval()
+    logprobs, padded = measure(model, AutoTokenizer.from_pretrained(RELEASE.output), args.prompts, args.seed)
     rows = compare_to_star(logprobs)
     table = Table(title=f"log-probability of the answer; padding is {np.mean(padded):.0%} of the aligned prompts")
     for column in ("prompt", "mean", "over star", "+-"):

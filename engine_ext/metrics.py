@@ -19,10 +19,10 @@ class FrontMetrics:
             self.requests.labels(attention)
         self.rejections = Counter("starling:plan_rejections", "Requests whose star options were refused.", ["option"])
         self.split_blocks = Counter(
-            "starling:spread_blocks", "Star blocks of prompts that were split over several replicas.", ["replica"]
+            "starling:split_blocks", "Star blocks of prompts that were split over several replicas.", ["replica"]
         )
         self.split_seconds = Counter(
-            "starling:spread_seconds", "Seconds from the start of such prompts until all of their parts were prefilled."
+            "starling:split_seconds", "Seconds from the start of such prompts until all of their parts were prefilled."
         )
         self.shard_requests = Counter(
             "starling:shard_requests", "Requests whose KV stayed on the replicas that computed it."

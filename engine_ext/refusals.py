@@ -14,7 +14,7 @@ from attention_backends.kernels.contract import AMX, CPU_ISAS
 from attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from attention_backends.star.backend import WRAPPED
 from engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
-from replicas.messages import nixl_is_installed
+from replicas.messages import nixl_problem
 from replicas.options import replica_options
 from scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
 from scheduler.star.options import flat_name
@@ -210,7 +210,7 @@ SPLIT_RULES: Rules = (
     ),
     (lambda c: c.aux_output_config.enabled, "outputs beside tokens exist on the replica that computed them only"),
     (_reported(SPLIT), "replicas exchange the pages of one group of layers, and the engine has other ones"),
-    (lambda c: not nixl_is_installed(), "the NIXL library, which moves KV pages, is not installed: pip install nixl"),
+    (lambda c: nixl_problem(), "the NIXL library, which moves KV pages, can't be imported: pip install nixl==1.5.1"),
 )
 
 

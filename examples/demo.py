@@ -5,6 +5,7 @@ Serves the demo model (`make demo-model`), streams the four answers, and compare
     python examples/demo.py
 """
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -105,6 +106,7 @@ def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> tup
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     end_on_signals()
     text = document()
     messages = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]

@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 LOG = ROOT / "build" / "serve-server.log"
 
+LONG_PROMPT = f"""import json; print(json.dumps({{"model": "{MODEL.name}", "max_tokens": 8,
+    "prompt": "The quick brown fox jumps over the lazy dog. " * 100 + "In one word, the animal is a",
+    "vllm_xargs": {{"star": "on", "star_block_size": 128, "star_query_tokens": 32}}}}))"""
+"""Python code, that of README.md, which prints a request."""
+
 
 def commands(server: Server) -> dict[str, str]:
     """Command lines to try, by description. They work unchanged from the current directory."""
@@ -36,7 +41,11 @@ def commands(server: Server) -> dict[str, str]:
     python, examples = os.path.relpath(sys.executable), os.path.relpath(ROOT / "examples")
     star = "--star-block-size 128"
     return {
-        "OpenAI API; the x-starling-plan header describes the prefill of the prompt": (
+        "a long prompt; the x-starling-plan header of the response says that it was prefilled with Star Attention": (
+            f"{python} -c '{LONG_PROMPT}' | "
+            f"curl -i {server.http}/v1/completions -H 'content-type: application/json' -d @-"
+        ),
+        "a chat; this prompt and the next two are shorter than a star block, so their plan is dense": (
             f"curl -i {server.http}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(chat)}'"
         ),
         "OpenAI API, from Python": (

@@ -303,7 +303,7 @@ def print_counts(client: httpx.Client, replicas: tuple[str, str]) -> None:
     """Print what a server's /metrics say of its prompts; ``replicas`` are its names of the two hosts."""
     metrics = counts(client)
     moved = metrics["starling:bytes_moved_total"] / 1e6
-    here, there = (int(metrics[f'starling:spread_blocks_total{{replica="{name}"}}']) for name in replicas)
+    here, there = (int(metrics[f'starling:split_blocks_total{{replica="{name}"}}']) for name in replicas)
     print(f"Star blocks on each host: {here} and {there}; {moved:.0f} MB of KV pages sent over the link", flush=True)
 
 

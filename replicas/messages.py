@@ -13,7 +13,8 @@ then.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +33,17 @@ HEADER = struct.Struct("<I")
 """Before each message's header: the header's bytes."""
 
 
-def nixl_is_installed() -> bool:
-    return importlib.util.find_spec("nixl") is not None
+@functools.cache
+def nixl_problem() -> str | None:
+    """Why NIXL can't be imported; None where it can.
+
+    NIXL that is installed refuses its import where its build for the machine's CUDA is not. An import loads no UCX.
+    """
+    try:
+        importlib.import_module("nixl._api")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 class MessageError(Exception):

@@ -27,7 +27,7 @@ class ReplicaOptions(BaseModel):
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=30.0,
         description="seconds after which a replica that sends neither a response nor data is left out: another replica "
-        "then computes the whole prompt; with star_shards the request fails",
+        "then computes the whole prompt; with --star-shards on the request fails",
     )
     peers: str = Field(
         default="",

@@ -35,7 +35,8 @@ class SchedulingOptions(BaseModel):
     )
     shared_step_keys: Count | None = Field(
         default=None,
-        description="query-key pairs of those tokens, per head and layer; default 49,152 for each shared_step_tokens",
+        description="query-key pairs of those tokens, per head and layer; default 49,152 for each of "
+        "--scheduler-shared-step-tokens",
     )
     star_block_reuse: Switch = Field(
         default="on",

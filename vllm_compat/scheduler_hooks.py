@@ -77,7 +77,7 @@ class SchedulerHooks:
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Called for every request that vLLM is about to schedule."""
         if num_computed_tokens + num_new_tokens > request.num_tokens:  # with drafts, or with room for them: not cut
-            return super()._reserve_prefill_lookahead(  # type: ignore[misc, no-any-return]
+            return super()._reserve_prefill_lookahead(  # type: ignore[misc]
                 request, num_computed_tokens, num_new_tokens
             )
         num_new_tokens = self.bound_chunk(request, num_computed_tokens, num_new_tokens)

@@ -9,6 +9,7 @@ docs/replicas.md, "On paper".
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def error(predicted: float, measured: Sequence[float]) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console = Console(width=120)
     result = read_json("star_replicas")
     table = Table(title="Two replicas: predicted from one, and measured")

@@ -34,7 +34,7 @@ NAME = "star_replicas"
 BLOCKS = (8, 16, 32)
 LENGTHS = (16_384, 32_768, 65_536)
 KV_BYTES = 2 * RANDOM_LLAMA["num_hidden_layers"] * RANDOM_LLAMA["hidden_size"] * 4  # of a token, in float32
-COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starling:spread_seconds_total")
+COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starling:split_seconds_total")
 
 
 def first_token(server: Server, ids: list[int], blocks: int, replicas: int) -> float:

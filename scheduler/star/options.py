@@ -33,14 +33,16 @@ class StarOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    mode: Mode = Field("off", description="off, on, or auto: on for prompts of at least min_tokens")
-    min_tokens: Tokens = Field(32768, description="with auto, shorter prompts stay dense")
+    mode: Mode = Field("off", description="off, on, or auto: on for prompts of at least --star-min-tokens")
+    min_tokens: Tokens = Field(32768, description="with --star auto, shorter prompts stay dense")
     block_size: Tokens | None = Field(
         None,
         description="star block B, a multiple of the KV page; default an eighth of the prompt's length rounded up to a "
-        "power of two, and 1024 or more; 0: use num_blocks",
+        "power of two, and 1024 or more; 0: --star-num-blocks says it",
     )
-    num_blocks: Tokens = Field(0, description="with block_size 0: cut the prompt into so many equal blocks")
+    num_blocks: Tokens = Field(
+        0, description="cut the prompt into so many equal blocks; not with --star-block-size above 0"
+    )
     anchor_size: Tokens | None = Field(
         None,
         description="anchor A, the first tokens of the prompt, which every block sees; a multiple of the page, A <= B; "
@@ -58,12 +60,14 @@ class StarOptions(BaseModel):
     )
     context_tokens: Tokens | None = Field(
         None,
-        description="length of the context, the leading prompt tokens that are cut into blocks; not with query_tokens",
+        description="length of the context, the leading prompt tokens that are cut into blocks; not with "
+        "--star-query-tokens",
     )
     replicas: ReplicaCount = Field(
         "auto",
-        description="data-parallel replicas that one prompt's blocks may be split over, or auto: as many as make it "
-        "faster, one where blocks depend on one another",
+        description="data-parallel replicas that one prompt's blocks may be split over, or auto: as many as shorten "
+        "the prefill, one where blocks depend on one another. More than one needs --star-overlap-size 0, the "
+        "default there",
     )
     segment_token: Tokens | None = Field(
         None,
@@ -86,8 +90,8 @@ class StarOptions(BaseModel):
     )
     shards: Switch = Field(
         "off",
-        description="on: the KV of a prompt that is split over several replicas stays on the replicas that computed "
-        "it, and its query and output attend on each of them; off: one replica fetches all of the KV",
+        description="on (CPUs only): the KV of a prompt that is split over several replicas stays on the replicas that "
+        "computed it, and its query and output attend on each of them; off: one replica fetches all of the KV",
     )
 
 

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not available(), reason="needs root and network namespaces"),
 ]
 
-HERE, ON_PEERS = 'starling:spread_blocks_total{replica="0"}', 'starling:spread_blocks_total{replica="peers"}'
+HERE, ON_PEERS = 'starling:split_blocks_total{replica="0"}', 'starling:split_blocks_total{replica="peers"}'
 PARTS, USABLE = "starling:peer_parts_total", "starling:usable_peers"
 TIMEOUT_SECONDS = 5
 

@@ -398,14 +398,14 @@ def test_a_replica_that_hangs_during_its_part_delays_the_output_and_nothing_else
     """The replica's worker is stopped, so that its part does not end. Later the replica gets parts again."""
     prompt, star = random_prompt(79, 2088), options(3)
     alone = complete_on_one(server, prompt, star)
-    before = metrics(server, "starling:spread_blocks_total")
+    before = metrics(server, "starling:split_blocks_total")
     worker = descendant(descendant(server.process.pid, "EngineCore_DP1").pid, "Worker")
     worker.suspend()
     try:
         started = time.monotonic()
         assert_same(complete(server, prompt, star), alone)
         assert TIMEOUT_SECONDS <= time.monotonic() - started < TIMEOUT_SECONDS + 20
-        assert metrics(server, "starling:spread_blocks_total") == before
+        assert metrics(server, "starling:split_blocks_total") == before
         started = time.monotonic()
         complete(server, random_prompt(78, 2088), star)
         assert time.monotonic() - started < TIMEOUT_SECONDS, "a replica with an open call gets no other call"

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs
 
 TOLERANCE = 1e-5
 COMPUTED = 'starling:computed_tokens_total{replica="0"}'
-ON_THE_OTHER = 'starling:spread_blocks_total{replica="1"}'
+ON_THE_OTHER = 'starling:split_blocks_total{replica="1"}'
 MOVED = "starling:bytes_moved_total"
 FAILED = "starling:moves_failed_total"
 TOKEN_BYTES = 2 * 2 * 64 * 4  # layers, K and V, hidden size, float32
@@ -80,7 +80,7 @@ def test_both_hosts_prefill_and_the_output_is_that_of_one_host(served):
     def increase(name: str) -> float:
         return after[name] - before.get(name, 0.0)
 
-    assert [increase(f'starling:spread_blocks_total{{replica="{rank}"}}') for rank in (0, 1)] == [5, 3]
+    assert [increase(f'starling:split_blocks_total{{replica="{rank}"}}') for rank in (0, 1)] == [5, 3]
     assert increase(COMPUTED) == 5 * 256 + 40 + 5
     assert increase(MOVED) == 3 * 256 * TOKEN_BYTES
     one = complete(client, model, prompt, 1, cache_salt="another")

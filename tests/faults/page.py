@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ HEAD = """# Faults
 
 What clients see if a process, a link, a disk or a clock fails, and what is left behind. `make faults` runs each row
 against real servers on CPU, and writes this page (`tests/faults/`; needs root). CI runs three of the rows.
+
+{summary}
+
+## How it is measured
 
 Four clients send one request each: HTTP and gRPC, streamed and not. The moments are made to occur. `idle`: the requests
 are sent right after the fault begins. `prefill`: the prompts are being computed. `transfer`: a replica begins to read
@@ -38,8 +42,6 @@ in /tmp or /dev/shm may be left; empty files, such as sockets that nothing liste
 /tmp and a /dev/shm of its own (a mount namespace), so that all of its files are found.
 
 {notes}
-
-{summary}
 """
 
 
@@ -55,10 +57,8 @@ def page(results: Mapping[str, Any]) -> str:
     """
     every = list(cells())
     ran = [cell for cell in every if cell.name in results]
-    different = sum(bool(results[cell.name]["faults"]) for cell in ran)
-    summary = f"Of {len(every)} cells {len(ran)} were run. In {len(ran) - different} of them all was as expected."
     notes = "\n".join(f"- **{name}**: {note}" for name, note in NOTES.items())
-    parts = [HEAD.format(notes=notes, summary=summary)]
+    parts = [HEAD.format(notes=notes, summary=summary(len(every), ran, results))]
     for server, group in groupby(every, key=lambda cell: cell.server):
         parts.append(f"\n## {server.capitalize()}\n\n{SERVER_NOTES[server]}\n\n")
         of_server = list(group)
@@ -71,20 +71,38 @@ def page(results: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def summary(number: int, ran: Iterable[Cell], results: Mapping[str, Any]) -> str:
+    """How many cells there are, were run, and were as expected; and a table of those that were not."""
+    faults = {cell: results[cell.name]["faults"] for cell in ran}
+    different = [
+        (cell.server, cell.fault, cell.target, cell.moment, differences(found))
+        for cell, found in faults.items()
+        if found
+    ]
+    text = f"Of {number} cells {len(faults)} were run. In {len(faults) - len(different)} of them all was as expected."
+    if not different:
+        return text
+    rows = table(different, ("server", "fault", "of", "moment", "what differs"))
+    return f"{text}\nThe others; the tables below have the whole of each row:\n\n{rows}".rstrip()
+
+
 HEADINGS = ("fault", "of", "moment", "expected", "requests", "seconds", "/health", "gRPC health", "result")
 
 
-def table(rows: Iterable[Iterable[str]]) -> str:
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
+def table(rows: Iterable[Iterable[str]], headings: Sequence[str] = HEADINGS) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def row(cell: Cell, result: Mapping[str, Any]) -> list[str]:
     health = (" → ".join(result[name]) for name in ("http_health", "grpc_health"))
-    differs = "; ".join(cut(fault) for fault in result["faults"])
-    verdict = f"**differs**: {differs}" if differs else "as expected"
+    verdict = f"**differs**: {differences(result['faults'])}" if result["faults"] else "as expected"
     shown = [ends(result["ends"]), str(result["seconds"]), *health]
     return [cell.fault, cell.target, cell.moment, expectation(cell.expected), *shown, verdict]
+
+
+def differences(faults: Iterable[str]) -> str:
+    return "; ".join(cut(fault) for fault in faults)
 
 
 def expectation(expected: Expected) -> str:

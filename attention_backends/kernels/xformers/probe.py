@@ -35,7 +35,7 @@ class Facts:
 def unavailable_reason(facts: Facts) -> str | None:
     """The reason why xformers is not usable, for a log; None where it is usable."""
     if facts.xformers is None:
-        return "xformers is not installed: it comes with the extra, vllm-starling[xformers]"
+        return "xformers is not installed: vllm-starling's extra `xformers` installs it"
     if Version(facts.xformers) != XFORMERS:
         return f"xformers {facts.xformers} is installed, {XFORMERS} is the release whose paged attention is known"
     if facts.triton is None:

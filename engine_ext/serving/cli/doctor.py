@@ -92,7 +92,7 @@ def installation() -> dict[str, Any]:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     notes = [] if compiler else [NO_COMPILER]
     if version("xformers") is None:
-        notes.append("xformers is not installed; it is optional (extra `xformers`)")
+        notes.append("xformers is not installed; only `starling selftest` uses it (extra `xformers`)")
     return {
         "python": sys.version.split()[0],
         "vllm": vllm_version(),
@@ -150,7 +150,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         peers = starling.replicas.peers
         report["replicas"] = {
             "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
-            "spread": f"no: {refusal}" if refusal else "yes",
+            "split": f"no: {refusal}" if refusal else "yes",
             "shards": "no: prompts stay on one replica" if refusal else shards_report(replicas, star),
             "timeout": starling.replicas.timeout,
             "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
@@ -330,8 +330,10 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
     ]
     num_pages = sum(num_pages_held(num_tokens, *size) for size in sizes)
     ratio = round(plan["dense_keys"] / plan["keys_attended"], 2) if with_star else 1.0
+    limit = config.model_config.max_model_len
     return {
         "tokens": num_tokens,
+        "accepted": "yes" if num_tokens < limit else f"no: max_model_len is {limit:,}, for prompt and output together",
         "kv_pages": num_pages,
         "kv_bytes": num_pages * cache["page_bytes"],
         "by_default": "dense" if default is None else "star",

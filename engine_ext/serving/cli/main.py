@@ -85,7 +85,7 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, 2 where this installation or the arguments are unusable."""
-    commands = "\n".join(f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="starling",
         description="vLLM with Star Attention and a gRPC front.",

@@ -92,7 +92,12 @@ def add_prompt_options(parser: argparse.ArgumentParser, fields: dict[str, FieldI
         help="of answers to your own prompts: 128",
     )
     formats = ("chat", "text")
-    add("--prompt-format", choices=formats, default=fields["prompt_format"].default, help="of tasks: chat template?")
+    add(
+        "--prompt-format",
+        choices=formats,
+        default=fields["prompt_format"].default,
+        help="how tasks are sent: chat (default), with the chat template, or text",
+    )
     add(
         "--prompt-seed",
         type=int,

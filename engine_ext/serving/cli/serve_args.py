@@ -144,7 +144,7 @@ def make_parser() -> FlexibleArgumentParser:
         "Starling", "Star Attention (arXiv 2411.17116): defaults for every request; replicas; and the gRPC server."
     )
     scheduler = parser.add_argument_group(
-        "Starling's scheduler", "Long prompts leave room for other requests in every step (docs/scheduler.md)."
+        "Starling's scheduler", "Long prompts leave room for other requests in every step."
     )
     for flag in FLAGS:
         group = scheduler if flag.section == SCHEDULING else starling
@@ -158,15 +158,19 @@ def make_parser() -> FlexibleArgumentParser:
     )
     starling.add_argument(
         "--grpc-admin-port",
+        default=argparse.SUPPRESS,
         type=int,
-        help="Serve starling.v1.AdminService (cache state, abort, reset, drain) on this port too. 0: any free port.",
+        help="Serve starling.v1.AdminService (cache state, abort, reset, drain) on this port too. 0: any free port. "
+        "Default: no such port.",
     )
     starling.add_argument(
         "--grpc-admin-host",
+        default=argparse.SUPPRESS,
         help=f"The host of --grpc-admin-port; a host other than loopback requires an admin key (default: {LOOPBACK})",
     )
     starling.add_argument(
         "--grpc-admin-key",
+        default=argparse.SUPPRESS,
         help="Allow calls of AdminService that have this key (`authorization: Bearer KEY`), on --grpc-port too. Other "
         f"users can see the command line; they can't see {ADMIN_KEY_ENV} of the environment, which does the same.",
     )

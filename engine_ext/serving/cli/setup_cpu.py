@@ -38,7 +38,7 @@ LEFT_OUT = (
     # nixl requires its builds for CUDA 12 and for CUDA 13, and uses the first one if there is no GPU.
     "nixl-cu13; sys_platform == 'never'",
 )
-"""uv's overrides. pyproject.toml has the same ones for the lock file of CI."""
+"""uv's overrides. .ci/overrides.txt has the same ones for the lock file of CI."""
 TORCH_PACKAGES = ("torch", "torchvision")
 TORCH_HELP = (
     "cpu (default): the CPU build of torch, from PyTorch's index or from a local folder. pypi: PyPI's build for CUDA, "

@@ -32,7 +32,7 @@ def test_the_time_on_two_replicas_is_predicted_from_one():
     counted = {
         "starling:bytes_moved_total": moved,
         "starling:move_seconds_total": moved / rate,
-        "starling:spread_seconds_total": 9 * block,
+        "starling:split_seconds_total": 9 * block,
     }
     row = summary(tokens, "TCP", blocks, [one], [two], [query], [counted])
     assert row["predicted_seconds"] == pytest.approx(two)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_every_benchmark_is_run():
     found = {name.removesuffix(".__main__") for name in names} - {"llama_cpp.job"}
     assert found - NOT_RUN.keys() == run.FULL.keys()
     assert run.QUICK.keys() <= run.FULL.keys()
+
+
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(f"{name}: {error}")
+"""
+
+
+def test_every_benchmark_can_be_imported():
+    """In one process of its own: some of them set what holds for the whole process, such as torch's threads."""
+    specs = {name: find_spec(f"benchmarks.{name}") for name in run.FULL}
+    modules = [spec.name + (".__main__" if spec.submodule_search_locations else "") for spec in specs.values()]
+    done = subprocess.run([*python(IMPORT_ALL), *modules], cwd=run.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*run.QUICK.items(), *run.FULL.items()])

@@ -31,5 +31,9 @@ def test_the_page_says_what_differed():
     assert f"{head} answer, all four | 2.5 | 200 | SERVING | as expected |" in text
     assert "answer: HTTP, HTTP stream, gRPC stream; silence: gRPC" in text
     assert "**differs**: gRPC: silence; left: 3 \\| pages |" in text
-    assert " cells 2 were run. In 1 of them all was as expected." in text
+    assert " cells 2 were run. In 1 of them all was as expected.\nThe others;" in text
+    first_of = (
+        f"| {second.server} | {second.fault} | {second.target} | {second.moment} | gRPC: silence; left: 3 \\| pages |\n"
+    )
+    assert text.index(first_of) < text.index("## How it is measured") < text.index("**differs**")
     assert "Cells without a result: " in text

@@ -389,13 +389,14 @@ ON_ONE_REPLICA = {
     "one group of layers, and the engine has other ones (3 groups)": {
         "starling_reports": [{"star": None, "split": "3 groups"}]
     },
-    "pip install nixl": {},
+    "pip install nixl==1.5.1 (detected CUDA 13 but nixl-cu13 is not installed)": {},
 }
 
 
 @pytest.mark.parametrize("reason", ON_ONE_REPLICA)
 def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
-    monkeypatch.setattr("engine_ext.refusals.nixl_is_installed", lambda: "nixl" not in reason)
+    nixl_problem = "detected CUDA 13 but nixl-cu13 is not installed"
+    monkeypatch.setattr("engine_ext.refusals.nixl_problem", lambda: nixl_problem if nixl_problem in reason else None)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", reason)
     monkeypatch.setenv("VLLM_DP_SIZE", "2" if reason == "VLLM_DP_SIZE" else "1")
     config = fake_config(**FULL | ON_ONE_REPLICA[reason])

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from replicas import network
-from replicas.messages import nixl_is_installed
+from replicas.messages import nixl_problem
 from replicas.network import (
     ADDRESS_ENV,
     DEVICES_ENV,
@@ -89,9 +89,18 @@ print("listens on", *{socket.laddr.ip for socket in sockets if socket.status == 
 """
 
 
-@pytest.mark.skipif(not nixl_is_installed(), reason="needs NIXL")
+@pytest.mark.skipif(nixl_problem() is not None, reason="needs NIXL")
 def test_nixls_agents_listen_on_loopback_alone():
     """In a process of their own: UCX reads the variable when the first agent is made."""
     environ = {name: value for name, value in os.environ.items() if name != DEVICES_ENV}
     done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, check=True, env=environ)
     assert done.stdout.splitlines()[-1] == "listens on 127.0.0.1"
+
+
+def test_nixl_without_its_build_for_the_machines_cuda_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "nixl").mkdir()
+    (tmp_path / "nixl/__init__.py").write_text("raise ImportError('detected CUDA 13 but nixl-cu13 is not installed')")
+    for name in [name for name in sys.modules if name.split(".")[0] == "nixl"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert nixl_problem.__wrapped__() == "detected CUDA 13 but nixl-cu13 is not installed"

@@ -16,6 +16,7 @@ from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
 from engine_ext.serving.cli import doctor
+from scheduler.star.options import StarOptions
 from scheduler.star.plan import StarPlan
 from tests.forks import run_in_fork
 from tests.parity.harness import TINY
@@ -61,12 +62,21 @@ def test_a_prompts_plan_memory_and_work(model):
     assert report["star_block_reuse"] == "yes, of prompts without an overlap: star_overlap_size=0, or segments"
     prompt = report["prompt"]
     assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
+    assert prompt["accepted"] == "yes"
     assert prompt["by_default"] == "dense"
     assert prompt["plan_with_star_on"] == {"attention": "star"} | plan.summary()
     assert prompt["attention_work_dense_over_star"] == round(plan.dense_keys() / plan.keys_attended(), 2)
     measured = [tuple(line.split(",")[:2]) for line in prompt["loss_measured_with_such_a_plan"][:-1]]
     assert len(measured) == len(set(measured)) >= 2
     assert {model for model, _ in measured} == {"qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"), [(4095, "yes"), (4096, "no: max_model_len is 4,096, for prompt and output together")]
+)
+def test_whether_the_server_accepts_a_prompt_of_that_length(model, tokens, says):
+    config = EngineArgs(model=model, dtype="float32").create_engine_config()
+    assert doctor.prompt_cost(tokens, StarOptions(), doctor.kv_cache(config), None, config)["accepted"] == says
 
 
 @pytest.mark.parametrize(
@@ -108,9 +118,8 @@ def test_what_an_attamba_models_cache_holds(tmp_path):
 
 
 def test_what_is_refused_and_why(model):
-    speculative = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
-    report = examine(model, "--prompt-tokens", "3000", "--speculative-config", speculative)
-    assert any("speculative decoding" in reason for reason in report["star_refused"])
+    report = examine(model, "--prompt-tokens", "3000", "--kv-sharing-fast-prefill")
+    assert any("fast prefill" in reason for reason in report["star_refused"])
     assert report["star_block_reuse"] == "no: Star Attention is refused"
     assert report["prompt"]["plan_with_star_on"] is None
 
@@ -129,14 +138,14 @@ def test_replicas(model):
     report = examine(model, *options, **cores)
     assert report["replicas"] == {
         "number": 2,
-        "spread": "yes",
+        "split": "yes",
         "shards": "yes, with star_shards=on (default off)",
         "timeout": 30.0,
         "cores": "0|1",
     }
     assert report["prompt"]["plan_with_star_on"]["replicas"] == 2
     report = examine(model, *options, "--no-enable-prefix-caching", **cores)
-    assert report["replicas"]["spread"].startswith("no: replicas exchange pages of their prefix caches")
+    assert report["replicas"]["split"].startswith("no: replicas exchange pages of their prefix caches")
     assert report["prompt"]["plan_with_star_on"]["replicas"] == 1
 
 

@@ -1,5 +1,6 @@
 """The command line of `starling serve`, and of `starling`."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -169,6 +170,19 @@ def test_help_shows_starlings_meaning_of_grpc_port(parser):
     assert "Rust" not in action.help
 
 
+def test_help_shows_one_default_and_names_options_by_their_flags(parser):
+    serve = parser._subparsers._group_actions[0].choices["serve"]
+    groups = {group.title: group for group in serve._action_groups}
+    actions = [action for name in ("Starling", "Starling's scheduler") for action in groups[name]._group_actions]
+    formatter = serve._get_formatter()
+    names = {name for flag in FLAGS if flag.field for name in (flag.dest, flag.field) if "_" in name}
+    for action in actions:
+        shown = formatter._expand_help(action)
+        assert shown.lower().count("default: ") <= 1, action.dest
+        assert "(default: None)" not in shown, action.dest
+        assert names.isdisjoint(re.findall(r"\w+", shown)), action.dest
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_help_shows_description_and_default(parser, field):
     serve = parser._subparsers._group_actions[0].choices["serve"]
@@ -278,7 +292,8 @@ def test_help_loads_no_vllm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
-    assert "serve" in done.stdout and "doctor" in done.stdout
+    assert "\n  serve      start the OpenAI server" in done.stdout
+    assert "\n  setup-cpu  install vLLM" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
 
 

@@ -1,0 +1,51 @@
+"""The programs in examples/ and benchmarks/: their --help, and the commands that serve_demo prints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from scheduler.star.options import parse_options
+from scheduler.star.plan import ONE_REPLICA, make_plan
+
+ROOT = Path(__file__).parents[3]
+NOT_FOR_USERS = {"benchmarks/engine.py", "benchmarks/llama_cpp/job.py", "examples/docker/constraints.py"}
+PAGE_SIZE = 16
+
+
+def test_every_program_has_a_help():
+    """make_demo_model and make_eval_model have that of gguf_model."""
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("[be][ex][na][cm]*/**/*.py")}
+    programs = {name: text for name, text in texts.items() if '__name__ == "__main__"' in text}
+    silent = {name for name, text in programs.items() if "ArgumentParser(" not in text and "gguf_model" not in text}
+    assert len(programs) > 20 and silent == NOT_FOR_USERS
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """The commands of serve_demo, by description."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    serve_demo = importlib.import_module("serve_demo")
+    return serve_demo.commands(SimpleNamespace(http="http://127.0.0.1:8000", grpc="127.0.0.1:50051"))
+
+
+def test_the_first_command_sends_a_prompt_that_is_prefilled_with_star_attention(printed):
+    make, send = next(iter(printed.values())).split(" | ")
+    assert shlex.split(send)[:3] == ["curl", "-i", "http://127.0.0.1:8000/v1/completions"]
+    request = json.loads(subprocess.check_output([sys.executable, *shlex.split(make)[1:]]))
+    num_words = len(request["prompt"].split())  # the prompt has at least as many tokens
+    options = parse_options(request["vllm_xargs"], flat=True)
+    assert make_plan(num_words, options, None, PAGE_SIZE, ONE_REPLICA) is not None
+
+
+def test_the_long_prompt_is_that_of_the_readme(printed):
+    make = next(iter(printed.values())).split(" | ")[0]
+    code = shlex.split(make)[-1]
+    assert f"$ python3 -c '{code}' > prompt.json" in (ROOT / "README.md").read_text()

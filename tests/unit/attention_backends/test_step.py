@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
@@ -162,6 +163,11 @@ def test_gpu_builders_have_room_for_virtual_rows_and_keep_decode_graphs():
     assert make_builder().max_num_seqs == 10
     support = make_star_backend(FakeBackend).get_builder_cls().get_cudagraph_support(None, SPEC)
     assert support is AttentionCGSupport.UNIFORM_BATCH
+    for tokens_of_a_decode in (1, 4):  # without drafts, and with three
+        graphs = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+        graphs.cudagraph_capture_sizes, graphs.max_cudagraph_capture_size = [4, 8], 8
+        left = graphs.resolve_cudagraph_mode_and_sizes(support, "FAKE", tokens_of_a_decode)
+        assert left.decode_mode() is CUDAGraphMode.FULL
 
 
 @st.composite

@@ -30,7 +30,7 @@ MAX_SERVERS = 64
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
 CONNECTORS = (CONNECTOR, "OffloadingConnector")
 
-SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp")
+SPECULATION = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 """The methods of speculative decoding whose drafts come from tokens, or from layers with full attention."""
 
 

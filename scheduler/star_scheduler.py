@@ -257,7 +257,7 @@ class StarMixin(SchedulerHooks):
         if not self.decode_graphs or num_tokens != self.view.tokens_of_a_decode_graph:
             return False
         plan = metadata_of(request).plan
-        return plan is not None and plan.head_end <= start < plan.context_end
+        return plan is not None and start < plan.context_end and start + num_tokens > plan.head_end
 
     def after_schedule(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:

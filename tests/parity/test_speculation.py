@@ -65,6 +65,11 @@ def prompts() -> list[dict]:
     ]
 
 
+def keep_clear_of_graphs(scheduler) -> None:
+    """Cut chunks as where decodes run in full CUDA graphs."""
+    scheduler.decode_graphs = True
+
+
 def gap(model, prompt: dict, output: dict, masked: bool = True) -> float:
     """The largest distance of the output's log-probabilities from those of the prompt's mask, or of the causal one."""
     length = len(prompt["ids"])
@@ -80,7 +85,7 @@ def gap(model, prompt: dict, output: dict, masked: bool = True) -> float:
 def test_generated_tokens_are_those_of_the_mask(model, methods, prompts, method, runner):
     """Chunked and batched, then from the cache, and then the same tokens with dense attention."""
     dense = [prompt | {"extra_args": {}} for prompt in prompts[:2]]
-    env = {"v1": None, "v2": v2_env()}[runner]
+    env = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": v2_env()}[runner]
     batches = [prompts, prompts, dense]
     result = run_engine(model, batches, env=env, max_num_batched_tokens=300, speculative_config=methods[method])
     assert result["metrics"]["vllm:spec_decode_num_drafts"] > 0
@@ -101,3 +106,12 @@ def test_drafts_of_the_model_itself_are_accepted_and_preempted_requests_give_the
     assert result["metrics"]["vllm:num_preemptions"] > 0
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 150 // 2
     assert all(gap(model, prompt, output) <= LIMIT for prompt, output in zip(longer, result["batches"][0], strict=True))
+
+
+def test_chunks_as_long_as_a_decode_with_drafts_are_cut(model, methods, prompts):
+    """A step has four tokens, as a decode with three drafts. Where graphs are, a chunk in star blocks gets three."""
+    prompt = prompts[1] | {"ids": prompts[1]["ids"][:300], "extra_args": star(64, 7, anchor_size=32)}
+    graphs = {"scheduler": f"{__name__}:keep_clear_of_graphs"}
+    result = run_engine(model, [graphs, {"chunk": 1 + DRAFTS}, [prompt]], speculative_config=methods["draft_model"])
+    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert gap(model, prompt, result["batches"][0][0]) <= LIMIT

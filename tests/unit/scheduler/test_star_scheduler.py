@@ -105,6 +105,9 @@ def test_no_star_chunk_is_taken_for_a_decode_with_drafts(config, v2, refused):
     for tokens in range(1, 8):
         allowed = tokens - 1 if tokens == refused else tokens
         assert scheduler._reserve_prefill_lookahead(star, 100, tokens) == allowed
+        across = PLAN.head_end - tokens + 1  # the last token is the first of block 1
+        assert scheduler._reserve_prefill_lookahead(star, across, tokens) == allowed
+        assert scheduler._reserve_prefill_lookahead(star, across - 1, tokens) == tokens
         assert scheduler._reserve_prefill_lookahead(star, 300, tokens) == tokens
         assert scheduler._reserve_prefill_lookahead(dense, 100, tokens) == tokens
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import stat
 import sys
 from multiprocessing import popen_fork
 from pathlib import Path
@@ -42,13 +43,18 @@ def _leave_parent():
     signal.set_wakeup_fd(-1)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in map(int, os.listdir("/proc/self/fd")):
-        try:
+        if _is_socket(fd):
             with socket.socket(fileno=os.dup(fd)) as copy:
                 if copy.getsockname():
                     os.dup2(null, fd)
-        except OSError:
-            continue  # no socket
     os.close(null)
+
+
+def _is_socket(fd):
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:  # that of the folder, which is closed
+        return False
 
 
 def _count_in_files(values):

@@ -24,7 +24,7 @@ from engine_ext.serving.grpc.outputs import final
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
 from starling.v1 import inference_pb2 as pb
-from tests.unit.engine_ext.test_activation import CPU, fake_config
+from tests.unit.engine_ext.test_activation import CPU, drafting, fake_config
 
 STAR = {"star": "on", "star_block_size": 64}
 
@@ -172,7 +172,7 @@ def test_a_planned_prompt_keeps_its_plan_and_gets_its_pages():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"speculative_config": object()}, "star='on' is refused: speculative decoding"),
+        ({"speculative_config": drafting("medusa")}, "star='on' is refused: speculative decoding"),
         ({"page_size": None}, "no one KV page size"),
     ],
 )

@@ -19,7 +19,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from attention_backends.star.backend import WRAPPED
 from engine_ext.worker import make_star_worker, unsplit_layers
 from tests.unit.attention_backends.test_step import SPEC
-from tests.unit.engine_ext.test_activation import fake_config
+from tests.unit.engine_ext.test_activation import drafting, fake_config
 
 
 class FakeWorker:
@@ -70,7 +70,7 @@ def unregistered():
         AttentionBackendEnum[name].clear_override()
 
 
-REFUSED = {"speculative_config": object()}
+REFUSED = {"speculative_config": drafting("medusa")}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_backends_are_wrapped_where_star_can_run_and_on_cpu_for_its_op(device, r
     assert all(AttentionBackendEnum[name].is_overridden() == wrapped for name in WRAPPED)
 
 
-def test_an_engine_with_speculative_decoding_keeps_the_full_graphs_of_its_backend():
+def test_an_engine_that_refuses_star_keeps_the_full_graphs_of_its_backend():
     plain = AttentionBackendEnum.TRITON_ATTN.get_class().get_builder_cls()
     make_worker(**REFUSED)
     assert AttentionBackendEnum.TRITON_ATTN.get_class().get_builder_cls() is plain

@@ -123,7 +123,7 @@ def test_a_run_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure, "find_spec", lambda name: None)
     with served(answer=knows) as fake:
         assert evaluate(fake, tmp_path) == 0
-    assert "no figure: it needs matplotlib (pip install 'vllm-starling[bench]')" in capsys.readouterr().out
+    assert "no figure: it needs matplotlib (vllm-starling's extra `bench`)" in capsys.readouterr().out
     assert not (tmp_path / "differences.png").exists()
     assert "img" not in Page((tmp_path / "report.html").read_text()).tags
 

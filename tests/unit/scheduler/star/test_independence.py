@@ -38,8 +38,9 @@ def test_starlings_own_models_have_a_reason_for_dependent_blocks(config):
     assert "into" in config.star_blocks_depend
 
 
-def engine(caching: bool = True, connector: object = None, aux: bool = False) -> SimpleNamespace:
+def engine(caching: bool = True, connector: object = None, aux: bool = False, drafts: object = None) -> SimpleNamespace:
     return SimpleNamespace(
+        speculative_config=drafts,
         cache_config=SimpleNamespace(enable_prefix_caching=caching),
         kv_transfer_config=connector,
         aux_output_config=SimpleNamespace(enabled=aux),
@@ -55,6 +56,7 @@ def engine(caching: bool = True, connector: object = None, aux: bool = False) ->
         (engine(connector=SimpleNamespace(kv_connector="OffloadingConnector")), "KV connector"),
         (engine(connector=SimpleNamespace(kv_connector=CONNECTOR)), None),
         (engine(aux=True), "routed experts"),
+        (engine(drafts=object()), "speculative decoding"),
     ],
 )
 def test_reuse_refusal_names_the_setting_that_prevents_reuse(config, word):

@@ -171,7 +171,8 @@ def test_a_request_that_an_operator_aborts_on_either_server_ends(run_pods):
 def test_an_operator_aborts_another_servers_part_by_the_engines_id(run_pods):
     async def scenario(a, b):
         running = asyncio.create_task(a.server.generate(random_ids(3, 4000), AUTO))
-        await until(lambda: a.state.internal_ids and b.state.internal_ids)
+        # The id is known some moments before the engine has the request.
+        await until(lambda: a.state.internal_ids and b.server.engine.output_processor.request_states)
         (part,) = b.state.internal_ids
         response = await AdminServicer(b.server.engine, b.front, max_message_bytes=1)._abort([part])
         assert response.found == [part]

@@ -96,18 +96,15 @@ def mean_ratio(values: np.ndarray, baseline: np.ndarray) -> list[float]:
 
 def read_json(name: str) -> dict[str, Any]:
     """A stored result without its origin; empty if there is none."""
-    return {field: value for field, value in _stored(name).items() if field not in ORIGIN}
+    return _stored(name)[0]
 
 
-def stored_origin(name: str) -> dict[str, Any]:
-    """The origin of a stored result; empty if there is none."""
-    return {field: value for field, value in _stored(name).items() if field in ORIGIN}
-
-
-def _stored(name: str) -> dict[str, Any]:
+def _stored(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stored result without its origin, and its origin; both empty if there is none."""
     path = OUT / f"{name}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return result
+    before = {field: result.pop(field) for field in ORIGIN if field in result}
+    return result, before
 
 
 def write_json(name: str, result: dict[str, Any]) -> Path:
@@ -134,8 +131,8 @@ def write_row(
     Returns:
         All rows, and the path of the JSON file.
     """
-    before, key_of = read_json(name), itemgetter(*key)
-    kept = [stored_origin(name) | other for other in before.get(field, []) if key_of(other) != key_of(row)]
+    (before, its_origin), key_of = _stored(name), itemgetter(*key)
+    kept = [its_origin | other for other in before.get(field, []) if key_of(other) != key_of(row)]
     rows = sorted([origin() | row, *kept], key=key_of)
     return rows, write_json(name, before | others | {field: rows})
 

@@ -76,15 +76,15 @@ class SchedulerHooks:
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Called for every request that vLLM is about to schedule."""
-        if num_computed_tokens + num_new_tokens > request.num_tokens:  # with drafts, or with room for them: not cut
-            return super()._reserve_prefill_lookahead(  # type: ignore[misc]
-                request, num_computed_tokens, num_new_tokens
-            )
-        num_new_tokens = self.bound_chunk(request, num_computed_tokens, num_new_tokens)
+        # Tokens with drafts, or with room for them, are not cut.
+        is_chunk = num_computed_tokens + num_new_tokens <= request.num_tokens
+        if is_chunk:
+            num_new_tokens = self.bound_chunk(request, num_computed_tokens, num_new_tokens)
         num_new_tokens = super()._reserve_prefill_lookahead(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens
         )
-        return 0 if self.refuse_chunk(request, num_computed_tokens, num_new_tokens) else num_new_tokens
+        refused = is_chunk and self.refuse_chunk(request, num_computed_tokens, num_new_tokens)
+        return 0 if refused else num_new_tokens
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         self.after_schedule(scheduler_output)

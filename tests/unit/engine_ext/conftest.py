@@ -20,21 +20,26 @@ REPLICAS = 3
 
 
 @pytest.fixture(scope="session")
-def server_config(tmp_path_factory):
-    """A server's configuration with REPLICAS replicas, made by vLLM with Starling's hooks."""
+def make_server_config(tmp_path_factory):
+    """A function that makes a server's configuration, by vLLM with Starling's hooks; it takes more engine arguments."""
     plugin.register()
     init_none_hash(HASH)
     model = make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY | {"max_position_embeddings": 8192})
-    return AsyncEngineArgs(
+    return lambda **arguments: AsyncEngineArgs(
         model=str(model),
         dtype="float32",
         block_size=PAGE_SIZE,
         max_num_batched_tokens=100,
         max_num_seqs=4,
         enforce_eager=True,
-        data_parallel_size=REPLICAS,
-        additional_config={"starling": {}},
+        **arguments,
     ).create_engine_config()
+
+
+@pytest.fixture(scope="session")
+def server_config(make_server_config):
+    """A server's configuration with REPLICAS replicas."""
+    return make_server_config(data_parallel_size=REPLICAS, additional_config={"starling": {}})
 
 
 @pytest.fixture

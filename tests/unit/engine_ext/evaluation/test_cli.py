@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib import util
 from pathlib import Path
@@ -272,12 +273,8 @@ def test_what_a_server_can_not_do_is_refused_before_prompts_are_made(tmp_path, s
         assert len(fake.keys) == len(["models", "tokenize", "completion", "version"])
 
 
-@pytest.mark.parametrize("ignored", [None, signal.SIGINT])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, ignored):
-    """The server holds the sixth completion until the signal was sent. A background job of a script ignores SIGINT."""
-    if number == ignored:
-        pytest.skip("it has no effect")
+def holding_the_sixth() -> tuple[Callable[[dict], None], threading.Event, threading.Event]:
+    """What a server does with each completion: the sixth sets the first event, and waits for the second."""
     asked, reached, go_on = [], threading.Event(), threading.Event()
 
     def fail(body: dict) -> None:
@@ -285,6 +282,17 @@ def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, 
         if len(asked) == 6:
             reached.set()
             go_on.wait(60)
+
+    return fail, reached, go_on
+
+
+@pytest.mark.parametrize("ignored", [None, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, ignored):
+    """The server holds the sixth completion until the signal was sent. A background job of a script ignores SIGINT."""
+    if number == ignored:
+        pytest.skip("it has no effect")
+    fail, reached, go_on = holding_the_sixth()
 
     with served(answer=knows, fail=fail) as fake:
         command = [sys.executable, "-m", "engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
@@ -313,13 +321,7 @@ def ignoring(number: int | None):
 
 
 def test_a_run_under_nohup_goes_on_when_the_user_logs_out(tmp_path):
-    asked, reached, go_on = [], threading.Event(), threading.Event()
-
-    def fail(body: dict) -> None:
-        asked.append(body)
-        if len(asked) == 6:
-            reached.set()
-            go_on.wait(60)
+    fail, reached, go_on = holding_the_sixth()
 
     with served(answer=knows, fail=fail) as fake, ignoring(signal.SIGHUP):
         command = [sys.executable, "-m", "engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]

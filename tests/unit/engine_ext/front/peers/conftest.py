@@ -11,39 +11,23 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from benchmarks.random_llama import make_random_llama
-from engine_ext import plugin
 from engine_ext.front import engine_replica
 from engine_ext.front.peers import own_identity
 from engine_ext.front.state import front_state
 from engine_ext.serving.grpc import replica as replica_service
 from engine_ext.serving.grpc.replica import ReplicaServicer
 from engine_ext.serving.grpc.server import Front
-from tests.parity.harness import TINY
 from tests.unit.engine_ext.front.peers.pods import KEY, TIMEOUT, Pod, until
-from tests.unit.engine_ext.front.simulation import PAGE_SIZE, Cluster, serving
-from tests.unit.scheduler.simulation import HASH
+from tests.unit.engine_ext.front.simulation import Cluster, serving
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    plugin.register()
-    init_none_hash(HASH)
-    model = make_random_llama(tmp_path_factory.mktemp("models") / "tiny", **TINY | {"max_position_embeddings": 8192})
+def config(make_server_config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_HOST_IP", "127.0.0.1")
-        return AsyncEngineArgs(
-            model=str(model),
-            dtype="float32",
-            block_size=PAGE_SIZE,
-            max_num_batched_tokens=100,
-            max_num_seqs=4,
-            enforce_eager=True,
-            additional_config={"starling": {"replicas": {"peers": "localhost:1", "timeout": TIMEOUT}}},
-        ).create_engine_config()
+        replicas = {"peers": "localhost:1", "timeout": TIMEOUT}
+        return make_server_config(additional_config={"starling": {"replicas": replicas}})
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import asyncio
 import random
 import time
 from contextlib import suppress
-from itertools import pairwise
 
 import grpc
 import httpx
@@ -37,7 +36,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 KEY, ADMIN_KEY, SECRET = "key-of-the-api-8d1f", "key-of-the-admin-51c0", "words-of-a-prompt-97a2"
 CREDENTIALS = (("authorization", f"Bearer {KEY}"),)
 ADMIN = (("authorization", f"Bearer {ADMIN_KEY}"),)
-STREAMS, AT_ONCE, WARM, HALF = 1000, 64, 200, 600
+STREAMS, AT_ONCE, WARM, ROUNDS = 400, 64, 200, 8
 QUEUE = 300
 TOKENS = 16
 SERVICE = "/starling.v1.InferenceService"
@@ -143,30 +142,36 @@ def test_a_thousand_streams_give_the_right_tokens_and_leak_no_memory(server):
     async def scenario(calls):
         expected = {kind: (await calls.read(request(prompt(kind))))[0] for kind in range(10)}
         assert len({tuple(tokens) for tokens in expected.values()}) == 10
-        concurrent, memory, ended = asyncio.Semaphore(AT_ONCE), {}, 0
+        concurrent = asyncio.Semaphore(AT_ONCE)
 
         async def stream(index: int) -> bool:
-            nonlocal ended
             async with concurrent:
                 tokens, _ = await calls.read(request(prompt(index % 10)))
-            ended += 1
-            if ended in (WARM, HALF, STREAMS):
-                memory[ended] = resident(server)
             return tokens == expected[index % 10]
 
-        right = await asyncio.gather(*map(stream, range(STREAMS)))
-        await calls.idle()
-        return sum(right), memory
+        async def all_right(streams: int) -> bool:
+            right = await asyncio.gather(*map(stream, range(streams)))
+            await calls.idle()
+            return all(right)
 
-    right, memory = run(server, scenario)
-    assert right == STREAMS
-    growth = {
-        pid: [(memory[after][pid] - memory[before][pid]) / 2**20 for before, after in pairwise((WARM, HALF, STREAMS))]
-        for pid in memory[STREAMS]
-    }
+        assert await all_right(WARM)
+        memory, growth = resident(server), []
+        while len(growth) < ROUNDS and not bounded(growth):
+            assert await all_right(STREAMS)
+            before, memory = memory, resident(server)
+            growth.append({pid: (memory[pid] - before[pid]) / 2**20 for pid in memory})
+        return growth
+
+    def bounded(growth) -> bool:
+        """Whether each process had a round in which it grew by less than 8 MiB: a leak grows in all of them.
+
+        The first step with so many requests of these lengths may be in any round.
+        """
+        return len(growth) > 1 and all(min(each[pid] for each in growth) < 8 for pid in growth[0])
+
+    growth = run(server, scenario)
     print("memory growth, MiB:", growth)
-    # A leak grows in both halves. The first step with so many requests of these lengths may be in either half.
-    assert max(min(halves) for halves in growth.values()) < 8, growth
+    assert bounded(growth), growth
 
 
 def test_many_cancelled_requests_leave_no_page_and_no_request(server):

@@ -100,6 +100,12 @@ class FakeServer:
         return {"attention": "star"} | plan.summary()
 
 
+class Listening(ThreadingHTTPServer):
+    # Python's default of 5 makes the kernel drop connections of a burst. The clients' kernel tries again after 1, 3,
+    # 7, ... seconds.
+    request_queue_size = 1024
+
+
 @contextmanager
 def served(**settings) -> Iterator[FakeServer]:
     """A running server; ``settings`` are fields of FakeServer."""
@@ -122,7 +128,7 @@ def served(**settings) -> Iterator[FakeServer]:
         def log_message(self, *args: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = Listening(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever)
     thread.start()
     fake.url = f"http://127.0.0.1:{http.server_port}"

@@ -23,11 +23,13 @@ class PageRead:
 
     Attributes:
         addresses: of the source's tensor-parallel ranks.
+        hold: the number under which the source holds the pages.
         remote_page_ids: the pages at the source.
         local_page_ids: as many pages of this replica.
     """
 
     addresses: list[dict[str, Any]]
+    hold: int
     remote_page_ids: list[int]
     local_page_ids: list[int]
 
@@ -51,7 +53,14 @@ class PageLoad:
 
 @dataclass
 class PageLoads(KVConnectorMetadata):
-    """The loads that begin with a step, and the ids of requests whose loads end with it, as failed ones."""
+    """What changes with a step.
+
+    Attributes:
+        loads: those that begin.
+        cancelled: ids of requests whose loads end, as failed ones.
+        released: numbers of this replica's holds, whose pages the step may write to.
+    """
 
     loads: list[PageLoad] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)

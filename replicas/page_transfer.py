@@ -5,20 +5,22 @@ NIXL uses shared memory on one host, and TCP or RDMA between hosts, as UCX finds
 A page here is one of the scheduler's. An attention kernel may divide it into several pages of its own, which are
 adjacent in memory. NIXL reports when a transfer is done, but not how far it is, and a prompt's pages may be 100 GB on a
 slow link. Therefore pages are read in waves of a few seconds each: on a slow link the waves end, on a cut one they time
-out.
+out. Behind the last wave comes a read of whether the source still holds the pages (replicas/holds.py).
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
+
+from replicas.holds import Holds
 
 logger = init_logger("vllm.starling")
 
@@ -42,19 +44,23 @@ class SourceRead:
     """The read of one source's pages: some have arrived, one wave is under way, and the rest follow.
 
     Attributes:
+        hold: the source's number of the hold.
         wave: pages of a wave.
         num_begun: pages that have arrived or are under way.
         num_arrived: pages of the waves that have ended.
-        handle: NIXL's handle of the wave under way.
-        started: when that wave began.
+        answer: of the source, whether it still holds the pages; None until all pages have arrived.
+        handle: NIXL's handle of the wave or the answer under way.
+        started: when that began.
     """
 
     address: dict[str, Any]
+    hold: int
     remote_page_ids: Sequence[int]
     local_page_ids: Sequence[int]
     wave: int
     num_begun: int = 0
     num_arrived: int = 0
+    answer: int | None = None
     handle: Any = None
     started: float = 0.0
 
@@ -66,11 +72,12 @@ class SourceRead:
 
 @dataclass(frozen=True)
 class StuckRead:
-    """A read whose handle NIXL does not release. It may still write to ``page_ids`` of this worker."""
+    """A read whose handle NIXL does not release. It may still write to ``page_ids`` of this worker, or its answer."""
 
     source: str
     handle: Any
     page_ids: list[int]
+    answer: int | None
 
 
 class Transfer:
@@ -123,6 +130,7 @@ class PageReader:
             for base, stride in zip(self.bases, self.strides, strict=True)
         ]
         self.registered = self.agent.register_memory(regions, self.memory)
+        self.holds = Holds(self.agent)
         self.peers: dict[str, str] = {}
         self.stuck: list[StuckRead] = []
         self._stuck_pages: list[int] = []
@@ -135,6 +143,7 @@ class PageReader:
             "metadata": self.agent.get_agent_metadata(),
             "bases": self.bases.tolist(),
             "device": self.device,
+            "holds": self.holds.address,
             "layout": self.layout,
         }
 
@@ -142,10 +151,14 @@ class PageReader:
         self,
         transfer: Transfer,
         address: dict[str, Any],
+        hold: int,
         remote_page_ids: Sequence[int],
         local_page_ids: Sequence[int],
     ) -> None:
         """Begin to copy another worker's pages over pages of this one, as a read of ``transfer``.
+
+        Args:
+            hold: the number under which the other worker's replica holds them.
 
         Raises:
             TransferError: the other worker has another layout, or can't be reached.
@@ -154,16 +167,18 @@ class PageReader:
         if reason is not None:
             raise TransferError(reason)
         first_wave = max(FIRST_WAVE_BYTES // self.page_bytes, 1)
-        read = SourceRead(address, remote_page_ids, local_page_ids, first_wave)
+        read = SourceRead(address, hold, remote_page_ids, local_page_ids, first_wave)
         transfer.reads.append(read)
         transfer.num_bytes += len(local_page_ids) * self.page_bytes
-        self._begin_wave(read)
+        self._begin_read(read, self._wave)
 
     def is_done(self, transfer: Transfer) -> bool:
-        """Whether all pages have arrived. To be called again and again: begins the next wave of each read.
+        """Whether all pages have arrived, and were held until then.
+
+        To be called again and again: begins what comes next in each read.
 
         Raises:
-            TransferError: a read has failed, or a wave has timed out.
+            TransferError: a read has failed, or a wave has timed out, or the source has released the pages.
         """
         for read in list(transfer.reads):
             try:
@@ -174,33 +189,34 @@ class PageReader:
                 raise TransferError(f"reading from {read.name} failed")
             seconds = time.monotonic() - read.started
             if seconds > self.timeout:  # over TCP, NIXL may never report a link that is cut
-                # A wave that has ended late does not count: if this process has hung, the front has timed out too, and
-                # the source may have released the pages meanwhile.
+                # A wave that has ended late does not count: if this process has hung, the front has timed out too.
                 raise TransferError(f"no page has arrived from {read.name} for {self.timeout:g} s")
             if state == "DONE":
                 read.num_arrived = read.num_begun
+                was_held = read.answer is None or self.holds.was_held(read.answer, read.hold)
                 self._release_handle(read)
-                if read.num_begun == len(read.local_page_ids):
+                if not was_held:
+                    raise TransferError(f"{read.name} had released the pages before they arrived")
+                if read.answer is not None:
                     transfer.reads.remove(read)
+                elif read.num_begun == len(read.local_page_ids):
+                    self._begin_read(read, self._answer)
                 else:
                     read.wave = next_wave(read.wave, seconds)
-                    self._begin_wave(read)
+                    self._begin_read(read, self._wave)
         return not transfer.reads
 
-    def _begin_wave(self, read: SourceRead) -> None:
-        """Begin to read the next pages.
+    def _begin_read(self, read: SourceRead, descriptors: Callable[[SourceRead], tuple[Any, Any]]) -> None:
+        """Begin to read what ``descriptors`` returns: NIXL's lists, local and remote.
 
         Raises:
-            TransferError: they can't be read.
+            TransferError: it can't be read.
         """
-        begin, read.num_begun = read.num_begun, min(read.num_begun + read.wave, len(read.local_page_ids))
         read.started = time.monotonic()
         try:
             if read.name not in self.peers:
                 self.peers[read.name] = self.agent.add_remote_agent(read.address["metadata"])
-            wave = slice(begin, read.num_begun)
-            local, remote = self._descriptors(read.address, read.remote_page_ids[wave], read.local_page_ids[wave])
-            read.handle = self.agent.initialize_xfer("READ", local, remote, read.name)
+            read.handle = self.agent.initialize_xfer("READ", *descriptors(read), read.name)
             state = self.agent.transfer(read.handle)
         except Exception as error:  # NIXL's own exceptions have no common class
             raise TransferError(f"NIXL can't read from {read.name}: {error!r}") from error
@@ -223,12 +239,15 @@ class PageReader:
         transfer.reads.clear()
 
     def _release_handle(self, read: SourceRead) -> bool:
-        """Release the handle of the wave under way; returns whether NIXL has done so. It is tried again otherwise."""
+        """Release the handle of what is under way; returns whether NIXL has done so. It is tried again otherwise."""
         handle, read.handle = read.handle, None
-        if handle is None or self._try_release(read.name, handle):
+        if handle is None:
+            return True
+        if self._try_release(read.name, handle):
+            self.holds.free_answer(read.answer)
             return True
         page_ids = list(read.local_page_ids[read.num_arrived : read.num_begun])
-        self.stuck.append(StuckRead(read.name, handle, page_ids))
+        self.stuck.append(StuckRead(read.name, handle, page_ids, read.answer))
         self._stuck_pages += page_ids
         return False
 
@@ -246,6 +265,7 @@ class PageReader:
             if self._try_release(read.source, read.handle):
                 self.stuck.remove(read)
                 self._freed_pages += read.page_ids
+                self.holds.free_answer(read.answer)
 
     def take_stuck_pages(self) -> tuple[list[int], list[int]]:
         """(pages that are stuck, pages that no longer are) since the last call; a page once for each read."""
@@ -255,6 +275,18 @@ class PageReader:
 
     def close(self) -> None:
         self.agent.deregister_memory(self.registered)
+        self.holds.close()
+
+    def _answer(self, read: SourceRead) -> tuple[Any, Any]:
+        """NIXL's lists for the answer whether the source still holds the pages."""
+        read.answer = self.holds.new_answer()
+        return self.holds.descriptors(read.answer, read.address["holds"], read.hold)
+
+    def _wave(self, read: SourceRead) -> tuple[Any, Any]:
+        """NIXL's lists for the next wave."""
+        wave = slice(read.num_begun, read.num_begun + read.wave)
+        read.num_begun = min(wave.stop, len(read.local_page_ids))
+        return self._descriptors(read.address, read.remote_page_ids[wave], read.local_page_ids[wave])
 
     def _descriptors(
         self, address: dict[str, Any], remote_page_ids: Sequence[int], local_page_ids: Sequence[int]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from replicas.metadata import PageLoad, PageLoads, PageRead
-from scheduler.star.request_metadata import metadata_of
+from scheduler.star.request_metadata import PageSource, metadata_of
 from vllm_compat.kv_pages import Page, PagePool
 
 logger = init_logger("vllm.starling")
@@ -34,6 +35,9 @@ class SchedulerConnector:
         self.addresses: list[dict[str, Any]] = []
         self.opened_shards: set[str] = set()
         self.held: dict[str, list[Page]] = {}
+        self.num_holds = 0
+        self.holds: dict[str, int] = {}  # name -> the number of the hold (replicas/holds.py)
+        self._released: list[int] = []  # numbers that the workers don't know yet
         self.num_users: Counter[str] = Counter()  # name -> requests here that begin with the pages
         self.release_later: set[str] = set()  # names whose last user releases the pages
         self._begun: set[str] = set()  # ids of requests that had pages to fetch, and have got their own pages
@@ -93,13 +97,13 @@ class SchedulerConnector:
             if remote_page_ids:
                 begin += num_cached
                 local = local_page_ids[begin : begin + len(remote_page_ids)]
-                reads.append(PageRead(source.addresses, remote_page_ids, local))
+                reads.append(PageRead(source.addresses, source.hold, remote_page_ids, local))
         self._loads.append(PageLoad(request.request_id, reads))
 
     def take_loads(self) -> PageLoads:
-        """The loads made and cancelled since the last call."""
-        loads = PageLoads(self._loads, self._new_cancelled)
-        self._loads, self._new_cancelled = [], []
+        """The loads made and cancelled, and the holds released, since the last call."""
+        loads = PageLoads(self._loads, self._new_cancelled, self._released)
+        self._loads, self._new_cancelled, self._released = [], [], []
         return loads
 
     def cancel_fetch(self, request_ids: Iterable[str]) -> None:
@@ -132,7 +136,10 @@ class SchedulerConnector:
         pages = self.pool.pages(held)
         self.pool.hold(pages)
         self.held[part.name] = pages
-        return {"name": part.name, "start": part.start, "pages": held, "addresses": self.addresses}
+        self.num_holds += 1
+        self.holds[part.name] = self.num_holds
+        source = PageSource(part.start, held, self.addresses, self.num_holds)
+        return {"name": part.name, "source": asdict(source)}
 
     def held_pages(self, name: str) -> list[Page]:
         """The pages held under a name.
@@ -176,4 +183,6 @@ class SchedulerConnector:
             if self.num_users[name]:
                 self.release_later.add(name)
                 continue
-            self.pool.release(reversed(self.held.pop(name, [])))
+            if name in self.held:
+                self._released.append(self.holds.pop(name))
+                self.pool.release(reversed(self.held.pop(name)))

@@ -83,8 +83,9 @@ class WorkerConnector:
     # Pages of other replicas.
 
     def start_loads(self, loads: PageLoads) -> None:
-        """Begin to read the pages of these loads, and end the cancelled ones."""
+        """Begin to read the pages of these loads, and end the cancelled ones. Readers of released pages learn of it."""
         assert self.reader is not None
+        self.reader.holds.note_released(loads.released)
         for request_id in loads.cancelled:
             if request_id in self._transfers:
                 self._fail(*self._transfers[request_id], TransferError("the replica that holds them was lost"))
@@ -94,7 +95,7 @@ class WorkerConnector:
             try:
                 for read in load.reads:
                     address = read.address_of(self.rank)
-                    self.reader.begin(transfer, address, read.remote_page_ids, read.local_page_ids)
+                    self.reader.begin(transfer, address, read.hold, read.remote_page_ids, read.local_page_ids)
             except TransferError as error:
                 self._fail(load, transfer, error)
 

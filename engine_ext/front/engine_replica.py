@@ -215,4 +215,4 @@ class EngineReplica:
         held = output.kv_transfer_params
         if held is None:
             raise PartAborted
-        return HeldPart(held["name"], PageSource(held["start"], held["pages"], held["addresses"]))
+        return HeldPart(held["name"], PageSource(**held["source"]))

@@ -35,6 +35,7 @@ class Address(TypedDict):
     metadata: bytes
     bases: list[int]
     device: int
+    holds: int
     layout: dict[str, int | str]
 
 
@@ -169,4 +170,4 @@ def page_source(held: pb.HeldPart) -> PageSource | None:
         return None
     if held.page_ids and not addresses:
         return None
-    return PageSource(held.start, list(held.page_ids), [dict(address) for address in addresses])
+    return PageSource(held.start, list(held.page_ids), [dict(address) for address in addresses], held.hold)

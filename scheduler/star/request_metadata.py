@@ -56,11 +56,13 @@ class PageSource:
         start: position of the first page's first token.
         page_ids: in the order of their tokens.
         addresses: where the memory of each tensor-parallel rank is (replicas/page_transfer.py).
+        hold: the number under which the replica holds them (replicas/holds.py).
     """
 
     start: int
     page_ids: list[int]
     addresses: list[dict[str, Any]]
+    hold: int
 
 
 @dataclass(frozen=True)

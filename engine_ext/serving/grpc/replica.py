@@ -234,7 +234,8 @@ def response_of(part: HeldPart | None) -> pb.PrefillPartResponse:
     """Where the pages of a part are, as a message."""
     if part is None:  # the caller knows that the part has no whole page
         return pb.PrefillPartResponse(held=pb.HeldPart())
-    addresses = msgspec.msgpack.encode(part.source.addresses)
+    source = part.source
+    addresses = msgspec.msgpack.encode(source.addresses)
     return pb.PrefillPartResponse(
-        held=pb.HeldPart(start=part.source.start, page_ids=part.source.page_ids, addresses=addresses)
+        held=pb.HeldPart(start=source.start, page_ids=source.page_ids, addresses=addresses, hold=source.hold)
     )

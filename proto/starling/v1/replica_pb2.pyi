@@ -106,11 +106,13 @@ class PartAborted(_message.Message):
     def __init__(self) -> None: ...
 
 class HeldPart(_message.Message):
-    __slots__ = ("start", "page_ids", "addresses")
+    __slots__ = ("start", "page_ids", "addresses", "hold")
     START_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
     start: int
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     addresses: bytes
-    def __init__(self, start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., addresses: _Optional[bytes] = ...) -> None: ...
+    hold: int
+    def __init__(self, start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., addresses: _Optional[bytes] = ..., hold: _Optional[int] = ...) -> None: ...

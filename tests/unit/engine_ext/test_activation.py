@@ -8,14 +8,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import FalconH1Config, GraniteMoeHybridConfig, JambaConfig, Qwen3NextConfig, Zamba2Config
-from vllm.config import CUDAGraphMode, ParallelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
-from attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from engine_ext import plugin
@@ -30,12 +26,7 @@ from engine_ext.activation import (
     prepare_server,
     star_class,
 )
-from engine_ext.models.configs import KVShiftLlamaConfig
 from engine_ext.refusals import (
-    CONNECTORS,
-    RULES,
-    SHARD_RULES,
-    SPLIT_RULES,
     block_positions_refusals,
     replica_set,
     star_refusals,
@@ -45,6 +36,7 @@ from scheduler.star.parsing import OptionError
 from scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY
+from tests.unit.engine_ext.configs import fake_config
 
 
 @pytest.fixture(scope="module")
@@ -178,21 +170,6 @@ def test_beside_replayssm_a_server_starts_with_star_off_and_refuses_it(tmp_path)
         config("auto")
 
 
-def test_what_sets_a_field_by_row_that_has_no_split_is_refused():
-    refused_with = {
-        "logits_indices_padded": "fast prefill",
-        "encoder_seq_lens": "encoder-decoder",
-        "encoder_seq_lens_cpu": "encoder-decoder",
-        "dcp_local_seq_lens": "decode context",
-        "dcp_local_seq_lens_cpu_upper_bound": "decode context",
-        "mm_req_doc_ranges": "prefix-LM",
-        "rswa_prefix_lens": "R-SWA",
-        "replayssm_decode_base_cpu": "--use-replayssm",
-    }
-    assert refused_with.keys() == set(ROW_FIELDS_WITHOUT_A_SPLIT)
-    assert set(refused_with.values()) <= REFUSED.keys()
-
-
 def test_the_server_gets_the_middleware_once():
     args = SimpleNamespace(additional_config={"starling": {}}, middleware=["theirs"])
     prepare_server(args)
@@ -233,201 +210,6 @@ def test_no_entry_is_no_activation():
     assert parse_config({"starling": {}}).star.mode == "off"
     with pytest.raises(OptionError):
         parse_config({"starling": {"star": {"mode": "sometimes"}}})
-
-
-def drafting(method, **changes):
-    return SimpleNamespace(**{"method": method, "enable_adaptive_verification": False} | changes)
-
-
-def fake_config(**changes):
-    """A configuration that no rule refuses, with changes by owner__attribute."""
-    model = SimpleNamespace(
-        runner_type="generate",
-        is_encoder_decoder=False,
-        use_mla=False,
-        is_attention_free=False,
-        hf_text_config=SimpleNamespace(layer_types=["sliding_attention", "full_attention"]),
-        get_sliding_window=lambda: 128,
-        uses_alibi=False,
-        is_mm_prefix_lm=False,
-        rswa_window=None,
-        is_diffusion=False,
-        is_hybrid=False,
-        max_model_len=8192,
-        enable_sleep_mode=False,
-        enable_cumem_allocator=False,
-        get_vocab_size=lambda: 320,
-    )
-    parallel = SimpleNamespace(
-        decode_context_parallel_size=1,
-        prefill_context_parallel_size=1,
-        use_ubatching=False,
-        data_parallel_size=1,
-        data_parallel_external_lb=False,
-        data_parallel_hybrid_lb=False,
-        pipeline_parallel_size=1,
-        enable_elastic_ep=False,
-        enable_fault_tolerance=False,
-        data_parallel_backend="mp",
-        distributed_executor_backend="mp",
-    )
-    config = SimpleNamespace(
-        model_config=model,
-        parallel_config=parallel,
-        speculative_config=None,
-        cache_config=SimpleNamespace(
-            kv_sharing_fast_prefill=False,
-            use_replayssm=False,
-            enable_prefix_caching=True,
-            num_gpu_blocks=None,
-            effective_attention_block_size=None,
-        ),
-        kv_transfer_config=None,
-        aux_output_config=SimpleNamespace(enabled=False),
-        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
-        scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
-        device_config=SimpleNamespace(device_type="cuda"),
-    )
-    for name, value in changes.items():
-        owner, _, attribute = name.partition("__") if "__" in name else ("", "", name)
-        setattr(getattr(config, owner) if owner else config, attribute, value)
-    return config
-
-
-REFUSED = {
-    "does not generate": {"model_config__runner_type": "pooling"},
-    "encoder-decoder": {"model_config__is_encoder_decoder": True},
-    "MLA": {"model_config__use_mla": True},
-    "no full-attention layer": {"model_config__hf_text_config": SimpleNamespace(layer_types=["sliding_attention"])},
-    "ALiBi": {"model_config__uses_alibi": True},
-    "prefix-LM": {"model_config__is_mm_prefix_lm": True},
-    "R-SWA": {"model_config__rswa_window": 64},
-    "diffusion": {"model_config__is_diffusion": True},
-    "(medusa)": {"speculative_config": drafting("medusa")},
-    "adaptive verification": {"speculative_config": drafting("eagle", enable_adaptive_verification=True)},
-    "recurrent state for each draft": {"speculative_config": drafting("ngram"), "model_config__is_hybrid": True},
-    "decode context": {"parallel_config__decode_context_parallel_size": 2},
-    "prefill context": {"parallel_config__prefill_context_parallel_size": 2},
-    "dual-batch": {"parallel_config__use_ubatching": True},
-    "fast prefill": {"cache_config__kv_sharing_fast_prefill": True},
-    "long_prefill_token_threshold=1": {"scheduler_config__long_prefill_token_threshold": 1},
-    "LMCacheConnectorV1": {"kv_transfer_config": SimpleNamespace(kv_connector="LMCacheConnectorV1")},
-    "FLEX_ATTENTION": {"attention_config__backend": SimpleNamespace(name="FLEX_ATTENTION")},
-    "--use-replayssm": {"cache_config__use_replayssm": True},
-    "(two kinds of pages)": {"starling_reports": [{"star": None}, {"star": "two kinds of pages"}]},
-}
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_each_refusal_names_its_reason(reason):
-    (refusal,) = star_refusals(fake_config(**REFUSED[reason]))
-    assert reason in refusal
-
-
-def test_every_rule_is_tested_and_supported_engines_are_not_refused():
-    assert len(REFUSED) == len(RULES)
-    assert star_refusals(fake_config()) == []
-    allowed = SimpleNamespace(kv_connector=CONNECTORS[0])
-    assert star_refusals(fake_config(kv_transfer_config=allowed)) == []
-    assert star_refusals(fake_config(attention_config__backend=SimpleNamespace(name="FLASHINFER"))) == []
-    assert star_refusals(fake_config(starling_reports=[{"star": None}])) == []
-    assert star_refusals(fake_config(speculative_config=drafting("eagle3"))) == []
-
-
-FLEX, FLASH = SimpleNamespace(name="FLEX_ATTENTION"), SimpleNamespace(name="FLASH_ATTN")
-
-
-@pytest.mark.parametrize(
-    ("backend", "per_kind", "refused"),
-    [
-        (FLASH, {"full_attention": FLEX}, True),
-        (FLEX, {"full_attention": FLASH}, False),
-        (FLASH, {"sliding_window": FLEX}, False),
-        (FLEX, {"sliding_window": FLASH}, True),
-    ],
-)
-def test_the_backend_of_full_attention_layers_counts(backend, per_kind, refused):
-    given = {"attention_config__backend": backend, "attention_config__backend_per_kind": per_kind}
-    assert any("FLEX_ATTENTION" in reason for reason in star_refusals(fake_config(**given))) == refused
-
-
-@pytest.mark.parametrize(
-    ("arguments", "refused"), [({"enable_dbo": True}, True), ({"ubatch_size": 2}, True), ({}, False)]
-)
-def test_microbatches_are_refused_however_they_are_turned_on(arguments, refused):
-    given = fake_config(parallel_config=ParallelConfig(**arguments))
-    assert any("--ubatch-size" in reason for reason in star_refusals(given)) == refused
-
-
-FULL = {
-    "additional_config": {},
-    "parallel_config__data_parallel_size": 2,
-    "model_config__hf_text_config": SimpleNamespace(model_type="llama", layer_types=None),
-    "model_config__get_sliding_window": lambda: None,
-}
-
-ON_ONE_REPLICA = {
-    "depend on one another": {"model_config__hf_text_config": KVShiftLlamaConfig()},
-    "prefix caches": {"cache_config__enable_prefix_caching": False},
-    "OffloadingConnector": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
-    "a server with peers (--star-replica-peers) has one engine (--data-parallel-size 2)": {
-        "additional_config": {"starling": {"replicas": {"peers": "a:1"}}}
-    },
-    "external load balancer": {"parallel_config__data_parallel_external_lb": True},
-    "pipeline parallelism": {"parallel_config__pipeline_parallel_size": 2},
-    "elastic expert": {"parallel_config__enable_elastic_ep": True},
-    "--enable-fault-tolerance": {"parallel_config__enable_fault_tolerance": True},
-    "speculative": {"speculative_config": drafting("eagle")},
-    "sleep mode": {"model_config__enable_sleep_mode": True},
-    "expandable_segments:True": {},
-    "VLLM_DP_SIZE": {},
-    "not start itself may be on hosts whose network devices are not known (ray)": {
-        "parallel_config__data_parallel_backend": "ray"
-    },
-    "outputs beside tokens": {"aux_output_config__enabled": True},
-    "one group of layers, and the engine has other ones (3 groups)": {
-        "starling_reports": [{"star": None, "split": "3 groups"}]
-    },
-    "pip install nixl==1.5.1 (detected CUDA 13 but nixl-cu13 is not installed)": {},
-}
-
-
-@pytest.mark.parametrize("reason", ON_ONE_REPLICA)
-def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
-    nixl_problem = "detected CUDA 13 but nixl-cu13 is not installed"
-    monkeypatch.setattr("engine_ext.refusals.nixl_problem", lambda: nixl_problem if nixl_problem in reason else None)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", reason)
-    monkeypatch.setenv("VLLM_DP_SIZE", "2" if reason == "VLLM_DP_SIZE" else "1")
-    config = fake_config(**FULL | ON_ONE_REPLICA[reason])
-    assert reason in replica_set(config).split_refusal
-    assert star_refusals(config) == []
-
-
-def test_every_rule_about_replicas_is_tested_and_prompts_of_plain_models_are_split():
-    assert len(ON_ONE_REPLICA) == len(SPLIT_RULES)
-    assert (replica_set(fake_config(**FULL)).size, replica_set(fake_config(**FULL)).split_refusal) == (2, None)
-    assert (
-        "decode context"
-        in replica_set(fake_config(**FULL, parallel_config__decode_context_parallel_size=2)).split_refusal
-    )
-
-
-@pytest.mark.parametrize(
-    ("layer_types", "window", "hybrid", "named"),
-    [
-        (["sliding_attention", "full_attention"], 128, False, "sliding_attention"),
-        (["linear_attention", "full_attention"], None, True, "linear_attention"),
-        (None, None, True, "hybrid"),
-    ],
-)
-def test_models_whose_blocks_depend_on_one_another_stay_on_one_replica(layer_types, window, hybrid, named):
-    model = {
-        "model_config__hf_text_config": SimpleNamespace(model_type="some", layer_types=layer_types),
-        "model_config__get_sliding_window": lambda: window,
-        "model_config__is_hybrid": hybrid,
-    }
-    assert named in replica_set(fake_config(**FULL | model)).split_refusal
 
 
 def test_a_diffusion_model_keeps_the_scheduler_that_vllm_has_for_it(model):
@@ -543,62 +325,6 @@ def test_processes_that_another_program_starts_may_be_on_other_hosts(executor, o
     assert not is_one_host(parallel)
 
 
-def test_expandable_segments_are_those_of_cuda(monkeypatch):
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    assert "expandable_segments" in replica_set(fake_config(**FULL)).split_refusal
-    assert replica_set(fake_config(**CPU)).split_refusal is None
-
-
-CPU = FULL | {
-    "device_config__device_type": "cpu",
-    "cache_config__cache_dtype": "auto",
-    "cache_config__block_size": 128,
-    "scheduler_config__async_scheduling": False,
-    "parallel_config___api_process_count": 1,
-    "model_config__dtype": torch.float32,
-    "model_config__get_head_size": lambda: 64,
-    "additional_config": {"starling": {}},
-}
-
-WITHOUT_SHARDS = {
-    "peers (--star-replica-peers) don't know": {
-        "additional_config": {"starling": {"replicas": {"peers": "a:1"}}},
-        "parallel_config__data_parallel_size": 1,
-    },
-    "available on CPU only": {"device_config__device_type": "cuda"},
-    "for fp8 would round": {"cache_config__cache_dtype": "fp8_e4m3"},
-    "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
-    "head sizes": {"model_config__get_head_size": lambda: 80 + 8},
-    "(amx)": {"model_config__dtype": torch.bfloat16},
-    "--api-server-count": {"parallel_config___api_process_count": 2},
-    "async scheduling": {"scheduler_config__async_scheduling": True},
-}
-
-
-@pytest.mark.parametrize("reason", WITHOUT_SHARDS)
-def test_the_reason_that_keeps_kv_from_staying_on_its_replica_is_named(reason, monkeypatch):
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
-    found = replica_set(fake_config(**CPU | WITHOUT_SHARDS[reason]))
-    assert found.split_refusal is None
-    assert reason in found.shards_refusal
-
-
-@pytest.mark.parametrize("star", [{"positions": "block"}, {"shards": "on"}], ids=str)
-def test_keys_are_laid_out_for_vectors_where_a_server_needs_that(star, monkeypatch):
-    """Then Starling's attention reads them on processors with AMX too."""
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
-    changes = {"model_config__dtype": torch.bfloat16, "additional_config": {"starling": {"star": star}}}
-    assert replica_set(fake_config(**CPU | changes)).shards_refusal is None
-
-
-def test_every_rule_about_shards_is_tested_and_a_plain_cpu_has_shards():
-    assert len(WITHOUT_SHARDS) == len(SHARD_RULES)
-    assert replica_set(fake_config(**CPU)).shards_refusal is None
-    uncached = replica_set(fake_config(**CPU | {"cache_config__enable_prefix_caching": False}))
-    assert uncached.split_refusal is not None
-    assert uncached.shards_refusal is None
-
-
 def test_over_how_many_replicas_kv_is_divided_by_default(model):
     def num_shards(number: int, **star) -> int:
         given = {"starling": {"star": {"mode": "auto", "min_tokens": 256} | star}}
@@ -615,27 +341,3 @@ def test_over_how_many_replicas_kv_is_divided_by_default(model):
     ):
         with pytest.raises(ValueError, match=rf"star_shards='on' is refused: .*{refused}"):
             num_shards(number, shards="on", **star)
-
-
-def test_a_model_without_layer_types_is_classified_by_its_window():
-    bare = {"model_config__hf_text_config": SimpleNamespace(layer_types=None)}
-    assert star_refusals(fake_config(**bare))
-    assert star_refusals(fake_config(**bare, model_config__get_sliding_window=lambda: None)) == []
-    assert star_refusals(fake_config(model_config__is_attention_free=True))
-
-
-@pytest.mark.parametrize(
-    ("config", "has_full_attention"),
-    [
-        (FalconH1Config(num_hidden_layers=2), True),  # a Mamba-2 mixer and full attention in each layer
-        (Zamba2Config(), True),
-        (JambaConfig(), True),
-        (Qwen3NextConfig(), True),
-        (GraniteMoeHybridConfig(layer_types=["linear_attention"] * 32), False),
-    ],
-    ids=lambda value: getattr(value, "model_type", None),
-)
-def test_hybrid_models_with_full_attention_take_star(config, has_full_attention):
-    model = {"model_config__hf_text_config": config, "model_config__is_hybrid": True}
-    refusals = star_refusals(fake_config(**model, model_config__get_sliding_window=lambda: None))
-    assert refusals == ([] if has_full_attention else ["the model has no full-attention layer"])

@@ -19,7 +19,7 @@ from scheduler.star.known_segments import NO_CHAT, KnownSegments
 from scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.client.requests import generate_request
 from starling.v1 import inference_pb2 as pb
-from tests.unit.engine_ext.test_activation import CPU, drafting, fake_config
+from tests.unit.engine_ext.configs import CPU, drafting, fake_config
 from tests.unit.engine_ext.test_requests import TRANSFER
 
 PAGE_SIZE, MARK = 16, 7

@@ -24,7 +24,7 @@ from engine_ext.serving.grpc.outputs import final
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
 from starling.v1 import inference_pb2 as pb
-from tests.unit.engine_ext.test_activation import CPU, drafting, fake_config
+from tests.unit.engine_ext.configs import CPU, drafting, fake_config
 
 STAR = {"star": "on", "star_block_size": 64}
 
@@ -162,7 +162,7 @@ def test_the_metadata_of_a_part_is_sent_as_the_front_made_it():
 
 
 def test_a_planned_prompt_keeps_its_plan_and_gets_its_pages():
-    fetch = PageFetch((PageSource(128, [1], [{}]),))
+    fetch = PageFetch((PageSource(128, [1], [{}], 7),))
     plan = StarPlan(128, 64, 0, 200, 300, 2)
     request = processed(STAR | {"theirs": 7, KEY: RequestMetadata(fetch=fetch)})
     planner(ON).resolve(request, {PLANNED: PlannedPrompt(plan, 300)})

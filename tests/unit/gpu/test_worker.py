@@ -19,7 +19,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from attention_backends.star.backend import WRAPPED
 from engine_ext.worker import make_star_worker, unsplit_layers
 from tests.unit.attention_backends.test_step import SPEC
-from tests.unit.engine_ext.test_activation import drafting, fake_config
+from tests.unit.engine_ext.configs import drafting, fake_config
 
 
 class FakeWorker:

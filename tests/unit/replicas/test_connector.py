@@ -56,7 +56,7 @@ def part(name: str, start: int, stop: int):
 
 
 def whole(name: str, start: int, page_ids: list[int]):
-    sources = PageSource(start, page_ids[:2], [ADDRESS]), PageSource(start + 64, page_ids[2:], [ADDRESS])
+    sources = PageSource(start, page_ids[:2], [ADDRESS], 5), PageSource(start + 64, page_ids[2:], [ADDRESS], 6)
     metadata = RequestMetadata(fetch=PageFetch(sources))
     return make_request(name, PLAN, 300, metadata=metadata)
 
@@ -116,7 +116,8 @@ def test_a_finished_part_reports_its_pages_and_an_aborted_part_holds_none(schedu
     scheduler.connector.request_finished_all_groups = listen
     run_to_end(scheduler)
     held = [page.block_id for page in scheduler.connector.held_pages("mine")]
-    assert reported["mine"] == {"name": "mine", "start": 128, "pages": held, "addresses": [ADDRESS]}
+    source = {"start": 128, "page_ids": held, "addresses": [ADDRESS], "hold": 1}
+    assert reported["mine"] == {"name": "mine", "source": source}
     scheduler.connector.release(["mine"])
     scheduler.add_request(part("aborted", 0, 256))
     scheduler.schedule()
@@ -134,8 +135,8 @@ def test_pages_of_others_follow_our_own_and_become_ordinary_cached_pages(schedul
     (load,) = step.kv_connector_metadata.loads
     ours = scheduler.kv_cache_manager.get_block_ids("whole")[0]
     assert load.reads == [
-        PageRead([ADDRESS], [21, 22], ours[4:6]),
-        PageRead([ADDRESS], [30, 31, 32], ours[6:9]),
+        PageRead([ADDRESS], 5, [21, 22], ours[4:6]),
+        PageRead([ADDRESS], 6, [30, 31, 32], ours[6:9]),
     ]
     # The pages have not arrived yet: no other request may find them.
     assert replica_state(scheduler, hasher(), tokens(), PLAN, None).result()["cached"] == bytes([1, 1, 0, 0, 0])
@@ -249,8 +250,10 @@ class FakeReader:
         self.fails: TransferError | None = None
         self.finished = False
         self.cancelled = 0
+        self.released: list[int] = []
+        self.holds = SimpleNamespace(note_released=self.released.extend)
 
-    def begin(self, transfer, address, remote_page_ids, local_page_ids) -> None:
+    def begin(self, transfer, address, hold, remote_page_ids, local_page_ids) -> None:
         if self.fails:
             raise self.fails
 
@@ -271,7 +274,7 @@ def worker(scheduler, monkeypatch):
     monkeypatch.setattr("replicas.worker_connector.get_tensor_model_parallel_rank", lambda: 0)
     made = StarConnector(scheduler.vllm_config, KVConnectorRole.WORKER, scheduler.kv_cache_config)
     made.connector_worker.reader = FakeReader()
-    made.bind_connector_metadata(PageLoads([PageLoad("whole", [PageRead([ADDRESS], [1, 2], [7, 8])])]))
+    made.bind_connector_metadata(PageLoads([PageLoad("whole", [PageRead([ADDRESS], 5, [1, 2], [7, 8])])]))
     return made
 
 
@@ -321,6 +324,20 @@ def test_a_worker_whose_rank_the_source_does_not_have_reports_failed_pages(worke
     worker.start_load_kv(SimpleNamespace())
     assert worker.get_finished(set()) == (None, {"whole"})
     assert worker.get_block_ids_with_load_errors() == {7, 8}
+
+
+def test_readers_learn_of_released_pages_with_the_step_that_may_write_to_them(scheduler, worker):
+    for name in ("first", "second"):
+        scheduler.add_request(part(name, 128, 256))
+        run_to_end(scheduler)
+    scheduler.connector.release(["second", "second", "unknown"])
+    scheduler.add_request(make_request("other", None))
+    step = scheduler.schedule()
+    assert step.total_num_scheduled_tokens
+    worker.bind_connector_metadata(step.kv_connector_metadata)
+    worker.start_load_kv(SimpleNamespace())
+    assert worker.connector_worker.reader.released == [2]
+    assert scheduler.schedule().kv_connector_metadata.released == []
 
 
 def test_a_worker_ends_a_load_that_is_cancelled(worker):

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from replicas import page_transfer
+from replicas.holds import WORDS
 from replicas.page_transfer import (
     PageReader,
     SourceRead,
@@ -55,7 +56,7 @@ def test_pages_arrive_whole_in_every_layer_and_others_stay(pair):
     ours, theirs, reader, other = pair
     before = {name: cache.clone() for name, cache in ours.items()}
     transfer = Transfer()
-    reader.begin(transfer, other.address(), [3, 4, 1], [2, 3, 7])
+    reader.begin(transfer, other.address(), 1, [3, 4, 1], [2, 3, 7])
     wait(reader, transfer)
     for name, cache in ours.items():
         pages, source = cache.view(PAGES, 2, -1), theirs[name].view(PAGES, 2, -1)
@@ -63,6 +64,54 @@ def test_pages_arrive_whole_in_every_layer_and_others_stay(pair):
         untouched = [0, 1, 4, 5, 6]
         assert torch.equal(pages[untouched], before[name].view(PAGES, 2, -1)[untouched])
     assert transfer.num_bytes == 3 * 2 * 2 * 2 * 16 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("released", "hold", "held"),
+    [
+        ([], 1, True),
+        ([1, 3], 2, True),
+        ([2], 2, False),
+        ([2], 2 + WORDS, True),
+        ([2 + WORDS], 2, False),
+        ([2 + WORDS, 2], 2 + WORDS, False),
+    ],
+    ids=["none", "others", "this one", "an earlier one of its word", "a later one of its word", "this one first"],
+)
+def test_pages_count_if_they_were_held_until_they_had_arrived(pair, released, hold, held):
+    """A reader that has stood still may begin after the source has released the pages."""
+    _, _, reader, other = pair
+    other.holds.note_released(released)
+    transfer = Transfer()
+    reader.begin(transfer, other.address(), hold, [3, 4], [2, 3])
+    if held:
+        wait(reader, transfer)
+        other.holds.note_released([hold])
+        assert reader.is_done(transfer)
+    else:
+        with pytest.raises(TransferError, match="theirs had released the pages before they arrived"):
+            wait(reader, transfer)
+        reader.cancel(transfer)
+    assert len(reader.holds._unused) == WORDS
+
+
+def test_an_answer_that_may_still_arrive_is_used_by_no_other_read(pair, monkeypatch):
+    _, _, reader, other = pair
+    transfer = Transfer()
+    reader.begin(transfer, other.address(), 1, [3], [2])
+    (read,) = transfer.reads
+    deadline = time.monotonic() + 20
+    while read.answer is None:
+        assert time.monotonic() < deadline
+        reader.is_done(transfer)
+    monkeypatch.setattr(reader.agent, "release_xfer_handle", lambda handle: 1 / 0)
+    reader.cancel(transfer)
+    reader.retry_releases()
+    assert read.answer not in reader.holds._unused
+    assert reader.take_stuck_pages() == ([], [])
+    monkeypatch.undo()
+    reader.retry_releases()
+    assert sorted(reader.holds._unused) == list(range(WORDS))
 
 
 def test_idle_readers_take_no_core(pair):
@@ -78,14 +127,14 @@ def test_another_layout_is_refused_with_both_sides_values(pair):
     address = other.address()
     address["layout"] = address["layout"] | {"dtype": "bfloat16", "page_tokens": 64}
     with pytest.raises(TransferError, match="dtype 'float32' here, 'bfloat16' there; page_tokens 32 here, 64 there"):
-        reader.begin(Transfer(), address, [0], [0])
+        reader.begin(Transfer(), address, 1, [0], [0])
     assert all(torch.equal(ours[name], before[name]) for name in ours)
 
 
 def test_a_peer_that_is_not_there_is_an_error(pair):
     _, _, reader, other = pair
     with pytest.raises(TransferError, match="can't read from nobody"):
-        reader.begin(Transfer(), other.address() | {"name": "nobody", "metadata": b"no metadata"}, [0], [0])
+        reader.begin(Transfer(), other.address() | {"name": "nobody", "metadata": b"no metadata"}, 1, [0], [0])
 
 
 class Clock:
@@ -108,7 +157,7 @@ def clock(monkeypatch):
 def test_a_source_that_times_out_is_disconnected_and_can_be_read_again(pair, clock, monkeypatch):
     ours, theirs, reader, other = pair
     transfer = Transfer()
-    reader.begin(transfer, other.address(), [0], [0])
+    reader.begin(transfer, other.address(), 1, [0], [0])
     monkeypatch.setattr(reader.agent, "check_xfer_state", lambda handle: "PROC")
     clock.now += 29
     assert not reader.is_done(transfer)
@@ -119,7 +168,7 @@ def test_a_source_that_times_out_is_disconnected_and_can_be_read_again(pair, clo
     assert not transfer.reads
     monkeypatch.undo()
     again = Transfer()
-    reader.begin(again, other.address(), [5], [6])
+    reader.begin(again, other.address(), 1, [5], [6])
     wait(reader, again)
     assert torch.equal(ours["layer.1"].view(PAGES, -1)[6], theirs["layer.1"].view(PAGES, -1)[5])
 
@@ -131,7 +180,7 @@ def test_a_slow_transfer_that_makes_progress_does_not_time_out(pair, clock, monk
     finished, slow = reader.agent.check_xfer_state, True
     monkeypatch.setattr(reader.agent, "check_xfer_state", lambda handle: "PROC" if slow else finished(handle))
     transfer = Transfer()
-    reader.begin(transfer, other.address(), range(PAGES), range(PAGES))
+    reader.begin(transfer, other.address(), 1, range(PAGES), range(PAGES))
     for page in range(PAGES):
         (read,), slow = transfer.reads, True
         clock.now += 25
@@ -154,14 +203,14 @@ def test_of_two_sources_the_one_that_times_out_is_found(clock):
         initialize_xfer=lambda kind, local, remote, name: name,
         transfer=lambda handle: "PROC",
     )
-    reader.stuck = []
+    reader.stuck, reader.holds = [], SimpleNamespace(free_answer=lambda answer: None)
     reader.peers, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
     reader._descriptors = lambda *_: (None, None)
     transfer = Transfer()
     for name in reader.peers:
-        read = SourceRead({"name": name}, range(1000), range(1000), 1)
+        read = SourceRead({"name": name}, 1, range(2**50), range(2**50), 1)
         transfer.reads.append(read)
-        reader._begin_wave(read)
+        reader._begin_read(read, reader._wave)
     with pytest.raises(TransferError, match="from silent"):
         for _ in range(40):
             clock.now += 1
@@ -221,7 +270,7 @@ def test_pages_move_in_the_layouts_in_which_vllm_has_them_in_one_piece(layout, k
     memory.view(torch.float32).normal_()
     readers = PageReader("ours", ours, PAGES, LAYOUT, 30.0), PageReader("theirs", theirs, PAGES, LAYOUT, 30.0)
     transfer = Transfer()
-    readers[0].begin(transfer, readers[1].address(), [3, 4, 1], [2, 3, 7])
+    readers[0].begin(transfer, readers[1].address(), 1, [3, 4, 1], [2, 3, 7])
     wait(readers[0], transfer)
     for name, cache in ours.items():
         pages, source = cache.unflatten(0, (PAGES, -1)), theirs[name].unflatten(0, (PAGES, -1))

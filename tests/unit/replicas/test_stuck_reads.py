@@ -64,7 +64,7 @@ class Replica:
         self.scheduler.add_request(part("mine", 0, 128))
         run_to_end(self.scheduler)
         self.scheduler.connector.release(["mine"])
-        sources = (PageSource(128, SOURCE_PAGES, [self.source.address()]),)
+        sources = (PageSource(128, SOURCE_PAGES, [self.source.address()], 1),)
         whole = make_request("whole", PLAN, 300, metadata=RequestMetadata(fetch=PageFetch(sources)))
         self.scheduler.add_request(whole)
         step = self.scheduler.schedule()
@@ -172,6 +172,17 @@ def test_a_page_is_free_once_the_transfers_of_all_ranks_have_ended(replica):
     assert free_pages(replica.scheduler) == 39 - 1
     quarantine.free([5])
     assert free_pages(replica.scheduler) == 39
+
+
+def test_a_request_computes_pages_that_their_source_released_before_they_had_arrived(replica, monkeypatch):
+    """This process may have stood still between the front's request and the read."""
+    monkeypatch.undo()
+    replica.source.holds.note_released([1])
+    replica.begin_fetch()
+    while not (finished := replica.worker.take_finished()):
+        pass
+    assert finished == {"whole"}
+    assert replica.worker.take_failed_page_ids() == replica.stuck
 
 
 def test_a_wave_that_ended_after_the_timeout_does_not_count(replica, monkeypatch):

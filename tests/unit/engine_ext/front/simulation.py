@@ -117,7 +117,7 @@ class Replica(Engine):
 
     def set_layout(self, layout: dict[str, Any]) -> None:
         name = f"replica {self.place}"
-        address = {"name": name, "metadata": b"", "bases": [], "device": self.place, "layout": layout}
+        address = {"name": name, "metadata": b"", "bases": [], "device": self.place, "holds": 0, "layout": layout}
         self.scheduler.connector.set_xfer_handshake_metadata({0: WorkerAddress(address)})
 
     def send(self, message: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from engine_ext.front.state import FrontState, front_state, state_of
 from replicas.options import ReplicaOptions
-from tests.unit.engine_ext.test_activation import fake_config
+from tests.unit.engine_ext.configs import fake_config
 
 
 class Processor:

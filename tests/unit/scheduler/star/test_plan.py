@@ -255,7 +255,7 @@ def test_metadata_is_decoded_once():
     metadata = RequestMetadata(
         StarPlan(64, 32, 0, 500, 1000),
         PromptPart("a", 64, 32),
-        PageFetch((PageSource(64, [3, 4], [{"name": "rank"}]),)),
+        PageFetch((PageSource(64, [3, 4], [{"name": "rank"}], 7),)),
         RemoteShards("a", (Shard("b", 64, 128, [{"name": "rank"}]),)),
     )
     wire = msgspec.msgpack.decode(msgspec.msgpack.encode(metadata.to_wire()))

@@ -234,8 +234,8 @@ class SchedulerMachine(CountingMachine):
         self.totals["cached tokens"] += case.cached or 0
         if case.held is not None:
             self.held.add(case.held["name"])
-            positions = range(case.held["start"], case.num_prompt_tokens)
-            held = self.runner.memory[case.held["pages"]].ravel()
+            positions = range(case.held["source"]["start"], case.num_prompt_tokens)
+            held = self.runner.memory[case.held["source"]["page_ids"]].ravel()
             assert (held == case.states[positions.start : positions.stop]).all(), f"{case.name} holds other pages"
         elif case.cached is not None and metadata_of(case.request).fetch is None:
             # Pages that are adopted just before a preemption count as hits, and never reach the runner.

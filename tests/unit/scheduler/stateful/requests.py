@@ -148,6 +148,8 @@ def fetching(plan: StarPlan) -> RequestMetadata:
     """Fetch all blocks but the first from two replicas, whose pages are numbered as the prompt's pages."""
     first, stop = plan.block_size // PAGE_SIZE, plan.context_end // PAGE_SIZE
     middle = (first + stop) // 2
-    sources = [PageSource(a * PAGE_SIZE, list(range(a, b)), []) for a, b in ((first, middle), (middle, stop)) if a < b]
+    sources = [
+        PageSource(a * PAGE_SIZE, list(range(a, b)), [], 1) for a, b in ((first, middle), (middle, stop)) if a < b
+    ]
     metadata = RequestMetadata(plan=replace(plan, replicas=2))
     return replace(metadata, fetch=PageFetch(tuple(sources))) if sources else metadata

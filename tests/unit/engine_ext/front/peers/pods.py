@@ -13,7 +13,7 @@ from tests.unit.engine_ext.front.simulation import STAR, Server
 
 KEY = "the key of the peers"
 TIMEOUT = 30
-ADDRESS = {"name": "x", "metadata": b"", "bases": [], "device": 0, "layout": {"dtype": "float32"}}
+ADDRESS = {"name": "x", "metadata": b"", "bases": [], "device": 0, "holds": 0, "layout": {"dtype": "float32"}}
 AUTO = {name: value for name, value in STAR.items() if name != "star_replicas"}
 
 

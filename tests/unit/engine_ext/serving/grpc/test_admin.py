@@ -28,7 +28,7 @@ from scheduler.star.options import StarOptions
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc
 from starling.v1 import inference_pb2 as inference
-from tests.unit.engine_ext.test_activation import fake_config
+from tests.unit.engine_ext.configs import fake_config
 
 BEARER = (("authorization", "Bearer right"),)
 

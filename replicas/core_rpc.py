@@ -14,10 +14,12 @@ from replicas.weights import worker_digest
 from scheduler.star.block_positions import plan_from_wire
 from scheduler.star.request_metadata import metadata_of
 from vllm_compat.engine_core import add_core_utility
+from vllm_compat.scheduler_view import SchedulerView
 
 REPLICA_STATE = "starling_replica_state"
 OPEN_SHARD = "starling_open_shard"
 RELEASE = "starling_release"
+IS_PAUSED = "starling_is_paused"
 IDENTITY = "starling_identity"
 CANCEL_FETCH = "starling_cancel_fetch"
 
@@ -39,6 +41,10 @@ def _release(core: Any, names: list[str]) -> None:
     if opened:  # an open shard would answer a late query from pages that belong to other requests by then
         core.model_executor.collective_rpc("close_shards", args=(opened,))
     connector.release(names)
+
+
+def _is_paused(core: Any) -> bool:
+    return SchedulerView(core.scheduler).pauses_new_requests
 
 
 def _identity(core: Any) -> dict[str, Any]:
@@ -63,5 +69,6 @@ def add_replica_rpc() -> None:
     add_core_utility(REPLICA_STATE, _replica_state)
     add_core_utility(OPEN_SHARD, _open_shard)
     add_core_utility(RELEASE, _release)
+    add_core_utility(IS_PAUSED, _is_paused)
     add_core_utility(IDENTITY, _identity)
     add_core_utility(CANCEL_FETCH, _cancel_fetch)

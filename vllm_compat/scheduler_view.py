@@ -201,7 +201,7 @@ class SchedulerView:
     @property
     def admits_requests(self) -> bool:
         """Whether waiting requests may be scheduled, as far as a pause and the number of active ones go."""
-        return self.scheduler.pause_state == PauseState.UNPAUSED and self.num_free_seats > 0
+        return not self.pauses_new_requests and self.num_free_seats > 0
 
     @property
     def num_free_seats(self) -> int:
@@ -217,6 +217,11 @@ class SchedulerView:
         Only with --prefill-schedule-interval does vLLM read this.
         """
         self.scheduler.prefill_capacity_bound = True
+
+    @property
+    def pauses_new_requests(self) -> bool:
+        """Whether waiting requests stay waiting, as in each kind of pause."""
+        return self.scheduler.pause_state != PauseState.UNPAUSED
 
     @property
     def is_paused(self) -> bool:

@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from engine_ext.front.held_pages import HeldPages
 from engine_ext.front.state import front_state
 from engine_ext.requests import PLANNED
-from replicas.core_rpc import RELEASE, REPLICA_STATE
+from replicas.core_rpc import IS_PAUSED, RELEASE, REPLICA_STATE
 from scheduler.star.block_positions import BlockPositionsPlan
 from scheduler.star.plan import StarPlan
 from scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
@@ -168,6 +168,10 @@ class EngineReplica:
     async def check(self) -> None:
         """Find out whether the replica answers (raises ReplicaUnavailable)."""
         await self.call(RELEASE, [])
+
+    async def is_paused(self) -> bool:
+        """Whether an operator has paused the engine (raises ReplicaUnavailable if it does not answer)."""
+        return bool(await self.call(IS_PAUSED))
 
     async def state(self) -> dict[str, Any]:
         plan, salt = self.prompt.plan.to_wire(), self.prompt.inputs.get("cache_salt")

@@ -131,6 +131,7 @@ class Lease:
         is_released = False
         self.front.leases.add(self)
         try:
+            await self._check()
             state = await self.replica.state()
             self.capacity = state["pages"]
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
@@ -163,7 +164,7 @@ class Lease:
         try:
             ends = {self.prefilling, closing}
             while not (await asyncio.wait(ends, timeout=HEALTH_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED))[0]:
-                await self.replica.check()
+                await self._check()
                 await context.write(pb.PrefillPartResponse(alive=pb.Alive()))
             if not closing.done():
                 response = self._response()
@@ -175,6 +176,11 @@ class Lease:
             return message
         finally:
             closing.cancel()
+
+    async def _check(self) -> None:
+        """Find out whether the engine answers and makes steps (raises ReplicaUnavailable)."""
+        if await self.replica.is_paused():  # for as long as its operator wants: the caller can compute the part itself
+            raise ReplicaUnavailable("the engine is paused")
 
     def abort(self) -> None:
         """Note that the part was aborted here, by its request's id; the engine ends it."""

@@ -43,7 +43,7 @@ def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
 
 
 def test_an_engine_core_offers_the_calls(monkeypatch):
-    for name in (core_rpc.REPLICA_STATE, core_rpc.OPEN_SHARD, core_rpc.RELEASE):
+    for name in (core_rpc.REPLICA_STATE, core_rpc.OPEN_SHARD, core_rpc.RELEASE, core_rpc.IS_PAUSED):
         monkeypatch.setattr(EngineCore, name, None, raising=False)
     for _ in range(2):
         core_rpc.add_replica_rpc()

@@ -7,6 +7,7 @@ import asyncio
 import grpc
 import msgspec
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
@@ -47,6 +48,28 @@ def test_a_peer_whose_engine_hangs_leaves_the_prompt_to_this_server(run_pods):
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
         b.replica.running.set()
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("moment", ["before the prompt", "during its part"])
+def test_a_peer_that_is_paused_is_not_waited_for(run_pods, moment):
+    """Its operator may be loading weights: `/pause` lasts until `/resume`."""
+
+    async def scenario(a, b):
+        if moment == "during its part":
+            running = asyncio.create_task(a.server.generate(random_ids(3, 2000), AUTO))
+            await until(lambda: b.replica.work)
+            b.replica.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        else:
+            b.replica.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+            running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == [] and a.state.peers.usable == []
+        await until(lambda: not b.replica.scheduler.requests)
+        b.replica.scheduler.set_pause_state(PauseState.UNPAUSED)
+        await a.state.peers.refresh()
 
     run_pods(scenario)
 

@@ -153,7 +153,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 @contextlib.contextmanager
 def serving_on_both(
-    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 300
+    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 600
 ) -> Iterator[httpx.Client]:
     """Serve a model over both hosts; yields an HTTP client, which need not run in a namespace.
 
@@ -169,14 +169,16 @@ def serving_on_both(
         yield client
 
 
-def client_of(socket: Path, timeout: float = 120) -> httpx.Client:
+def client_of(socket: Path, timeout: float = 300) -> httpx.Client:
     """An HTTP client of the server that listens on a Unix socket."""
-    return httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://server", timeout=timeout)
+    # The server closes a connection that is idle for some seconds; a request sent at that moment would get a reset.
+    transport = httpx.HTTPTransport(uds=str(socket), limits=httpx.Limits(max_keepalive_connections=0))
+    return httpx.Client(transport=transport, base_url="http://server", timeout=timeout)
 
 
 @contextlib.contextmanager
 def started_on_both(
-    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 300, front: Sequence[str] = ()
+    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 600, front: Sequence[str] = ()
 ) -> Iterator[tuple[Path, list[subprocess.Popen]]]:
     """Serve a model over both hosts; yields the Unix socket of the HTTP server, and the processes of the two hosts.
 
@@ -201,7 +203,7 @@ def started_on_both(
 
 @contextlib.contextmanager
 def serving_as_peers(
-    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 300
+    hosts: tuple[Host, Host], model: Path, *options: str, folder: Path, seconds: float = 600
 ) -> Iterator[tuple[tuple[httpx.Client, httpx.Client], list[subprocess.Popen]]]:
     """Serve a model on each host, by servers that are peers; yields an HTTP client of each, and their processes.
 

@@ -52,7 +52,7 @@ class Page:
         """Call a method of the protocol; returns its result."""
         number = next(self.numbers)
         self.connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while (message := json.loads(self.connection.recv(timeout=60))).get("id") != number:
+        while (message := json.loads(self.connection.recv(timeout=300))).get("id") != number:
             self._note(message.get("method"), message.get("params", {}))
         assert "error" not in message, message
         return message["result"]
@@ -77,7 +77,7 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 30) -> Any:
+    def wait_for(self, expression: str, seconds: float = 300) -> Any:
         """The expression's value, once it is true."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
@@ -101,7 +101,7 @@ def browser(program: str, folder: Path) -> Iterator[Page]:
     """Run a browser with a new profile in ``folder``.
 
     Raises:
-        RuntimeError: it does not start within 60 s.
+        RuntimeError: it does not start within 300 s.
     """
     profile = folder / "profile"
     with (folder / "browser.log").open("wb") as log:
@@ -109,7 +109,7 @@ def browser(program: str, folder: Path) -> Iterator[Page]:
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"], stdout=log, stderr=log
         )
     try:
-        with urlopen(f"http://127.0.0.1:{_port(process, profile)}/json/list", timeout=60) as response:
+        with urlopen(f"http://127.0.0.1:{_port(process, profile)}/json/list", timeout=300) as response:
             (target,) = [target for target in json.load(response) if target["type"] == "page"]
         with connect(target["webSocketDebuggerUrl"], max_size=None, proxy=None) as connection:
             yield Page(connection)
@@ -121,7 +121,7 @@ def browser(program: str, folder: Path) -> Iterator[Page]:
 def _port(process: subprocess.Popen, profile: Path) -> int:
     """The port that the browser has chosen for the protocol."""
     file = profile / "DevToolsActivePort"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (file.exists() and (lines := file.read_text().splitlines())):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the browser does not start: {file.parent.parent / 'browser.log'}")

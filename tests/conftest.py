@@ -1,4 +1,4 @@
-"""Settings of hypothesis, one thread of torch for each test process, and the order of tests in `pytest -n`.
+"""Settings of hypothesis and of torch, and the order of tests in `pytest -n`.
 
 Hypothesis draws the same examples in every run, without a time limit. `pytest --hypothesis-profile random` draws
 others.
@@ -7,14 +7,15 @@ others.
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests import stateful
 
 SERVERS = "tests/e2e/"
 
-settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
-settings.register_profile("random", deadline=None)
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, database=None, **UNTIMED)
+settings.register_profile("random", **UNTIMED)
 settings.load_profile("fixed")
 
 
@@ -49,3 +50,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Let torch draw the same numbers for a test, whatever ran before it in this process."""
+    import torch
+
+    torch.manual_seed(0)

@@ -26,7 +26,7 @@ def run_in_fork(
     imports: tuple[str, ...],
     before: Mapping[str, str] | None = None,
     env: Mapping[str, str] | None = None,
-    seconds: int = 600,
+    seconds: int = 1800,
 ) -> subprocess.CompletedProcess[str]:
     """Run module:function, whose result is the exit code, as the program of a process.
 

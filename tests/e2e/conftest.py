@@ -10,7 +10,7 @@ import pytest
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2_grpc
-from tests.e2e.serving import MODEL, PAGE_SIZE
+from tests.e2e.serving import MODEL, NO_REUSE, PAGE_SIZE
 
 FORKING = Path(__file__).resolve().parents[1] / "fork_shim"
 
@@ -36,8 +36,8 @@ def server(tmp_path_factory):
     model = make_tiny_llama(folder / MODEL, num_hidden_layers=6)
     options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
     # In the test of SIGTERM, running streams end within this grace period on a slow machine too.
-    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "120", "--enable-prompt-tokens-details"]
-    with serving(model, *options, log=folder / "log", seconds=300) as server:
+    options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "600", "--enable-prompt-tokens-details"]
+    with serving(model, *options, log=folder / "log") as server:
         yield server
 
 
@@ -54,7 +54,7 @@ def generate(channel):
 
 @pytest.fixture(scope="module")
 def http(server):
-    with httpx.Client(base_url=server.http, timeout=120) as client:
+    with httpx.Client(base_url=server.http, timeout=300, limits=NO_REUSE) as client:
         yield client
 
 

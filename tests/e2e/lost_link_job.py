@@ -43,7 +43,7 @@ async def serve(address: str, seconds: int) -> None:
     from vllm.entrypoints.launchers import launcher
 
     if seconds:
-        own = {"grpc.keepalive_time_ms": seconds * 500, "grpc.keepalive_timeout_ms": seconds * 500}
+        own = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": (seconds - 1) * 1000}
         limits.SERVER_OPTIONS = tuple((name, own.get(name, value)) for name, value in limits.SERVER_OPTIONS)
         keepalive.IDLE_SECONDS, keepalive.INTERVAL_SECONDS, keepalive.PROBES = 1, 1, seconds - 1
     on_server_socket(keepalive.end_lost_connections)

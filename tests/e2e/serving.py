@@ -2,6 +2,8 @@
 
 import re
 
+import httpx
+
 from starling.v1 import inference_pb2 as pb
 
 PAGE_SIZE = 32
@@ -18,6 +20,8 @@ NUMBERS = {
 }
 DENSE_KEYS = 701 * 702 // 2
 LONG = pb.SamplingParams(temperature=0, max_tokens=7000, ignore_eos=True)
+NO_REUSE = httpx.Limits(max_keepalive_connections=0)
+"""The server closes a connection that is idle for some seconds; a request sent at that moment would get a reset."""
 
 
 def body(path: str, *, stream: bool = False, xargs: dict | None = None, **fields) -> dict:

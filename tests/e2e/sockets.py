@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from tests.e2e.wait import wait_until
 
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
 LISTENS, UNCONNECTED = 0x0A, 0x07  # states of a TCP and of a UDP socket in /proc
@@ -33,6 +35,21 @@ def open_sockets(pid: int) -> set[Socket]:
     """The sockets of a process and of its descendants, each looked up in the network namespace of its process."""
     root = psutil.Process(pid)
     return {socket for process in [root, *root.children(recursive=True)] for socket in of_process(process)}
+
+
+def assert_sockets(found: Callable[[], set[Socket]], listed: set[Socket]) -> None:
+    """Compare the sockets with those that are listed, once a server has opened and closed all of its start.
+
+    One of several API servers may answer before another one has started.
+    """
+
+    def are_equal() -> bool:
+        try:
+            return found() == listed
+        except (OSError, psutil.NoSuchProcess):  # a descriptor was closed, or a process ended, between two looks
+            return False
+
+    assert wait_until(are_equal), found()
 
 
 def of_process(process: psutil.Process) -> Iterator[Socket]:

@@ -34,7 +34,7 @@ NUM_ANSWERS = 2 * 2 * 2 * (1 + len(PLANS))
 def evaluate(*arguments: str, command: str = "eval") -> subprocess.CompletedProcess:
     words = [STARLING, command, *arguments]
     environment = ENVIRONMENT | os.environ | {"COLUMNS": "300"}
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(words, capture_output=True, text=True, timeout=900, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,11 @@ def test_log_probabilities_are_those_of_the_prompt_with_the_answer(server, tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     dense, star = lines(results)
     sent = {"prompt": PROMPT, "model": MODEL}
-    tokens = httpx.post(f"{server.http}/tokenize", json=sent).json()["tokens"] + dense["token_ids"][:4]
+    tokens = httpx.post(f"{server.http}/tokenize", json=sent, timeout=300).json()["tokens"] + dense["token_ids"][:4]
     exact = {"star": "on", "star_block_size": 128, "star_anchor_size": 64, "star_context_tokens": len(PROMPT) - 40}
     for answer, xargs in ((dense, {"star": "off"}), (star, exact)):
         body = {"model": MODEL, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "vllm_xargs": xargs}
-        response = httpx.post(f"{server.http}/v1/completions", json=body, timeout=120).json()
+        response = httpx.post(f"{server.http}/v1/completions", json=body, timeout=300).json()
         rows = zip(response["choices"][0]["prompt_logprobs"][-4:], tokens[-4:], strict=True)
         expected = [row[str(token)]["logprob"] for row, token in rows]
         assert [score["logprob"] for score in answer["scores"]] == pytest.approx(expected, abs=1e-4)

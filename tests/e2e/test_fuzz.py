@@ -25,7 +25,7 @@ from starling.v1 import inference_pb2 as pb
 from tests.e2e import fuzz_http
 from tests.e2e.cut import CuttingProxy
 from tests.e2e.fuzz import messages, mutated
-from tests.e2e.serving import MODEL, PAGE_SIZE, body, running
+from tests.e2e.serving import MODEL, NO_REUSE, PAGE_SIZE, body, running
 from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
@@ -49,15 +49,13 @@ def server(tmp_path_factory):
     # A request without a limit of its own, or with a huge one, generates few tokens.
     options += ["--override-generation-config", '{"max_new_tokens": 3}', "--grpc-admin-key", "key-of-the-admin"]
     options += ["--enable-scale-out"]  # for /inference/v1/generate
-    with serving(model, *options, log=folder / "log", seconds=300) as server:
+    with serving(model, *options, log=folder / "log") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def http(server):
-    # The server closes a connection that is idle for some seconds; a request sent at that moment would get a reset.
-    limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=server.http, timeout=120, limits=limits) as client:
+    with httpx.Client(base_url=server.http, timeout=300, limits=NO_REUSE) as client:
         yield client
 
 
@@ -198,7 +196,7 @@ def test_uploads_in_any_order_are_answered_or_refused(channel, fuzz):
 
     def check(drawn: tuple[list[bytes], int | None]) -> None:
         parts, limit = drawn
-        count(status(upload(iter(parts), timeout=60), limit))
+        count(status(upload(iter(parts), timeout=300), limit))
 
     fuzz(UPLOADS, 100, check)
 
@@ -235,12 +233,12 @@ def test_administration_takes_any_message(channel, fuzz):
     def check(drawn: tuple[str, bytes, Any]) -> None:
         name, data, metadata = drawn
         try:
-            channel.unary_unary(f"{ADMINISTRATION}/{name}")(data, metadata=metadata, timeout=60)
+            channel.unary_unary(f"{ADMINISTRATION}/{name}")(data, metadata=metadata, timeout=300)
             count(grpc.StatusCode.OK)
         except grpc.RpcError as error:
             count(error.code())
         with pytest.raises(grpc.RpcError) as refused:
-            channel.unary_unary(f"{ADMINISTRATION}/Drain")(data, timeout=60)
+            channel.unary_unary(f"{ADMINISTRATION}/Drain")(data, timeout=300)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
     fuzz(st.sampled_from(sorted(ADMIN_METHODS)).flatmap(one), 60, check)
@@ -271,7 +269,10 @@ def test_nothing_is_left_behind(server, http, channel, expected):
     admin = admin_pb2_grpc.AdminServiceStub(channel)
 
     def cache() -> admin_pb2.EngineCache:
-        (state,) = admin.GetCacheState(admin_pb2.GetCacheStateRequest(per_request=True), metadata=ADMIN).engines
+        message = admin_pb2.GetCacheStateRequest(per_request=True)
+        while (answer := admin.GetCacheState(message, metadata=ADMIN)).unanswered:
+            pass  # the server waits for an engine for 5 s
+        (state,) = answer.engines
         return state
 
     assert wait_until(lambda: not (cache().pages_used or cache().requests_running or cache().requests_waiting))

@@ -4,14 +4,13 @@ import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals
 from examples.two_hosts import GRPC_PORT, available, counts, ip, serving_as_peers, two_hosts
-from tests.e2e.sockets import documented_sockets, of_process
-from tests.e2e.test_two_hosts import COMPUTED, MOVED, TOKEN_BYTES, assert_same, complete
+from tests.e2e.sockets import assert_sockets, documented_sockets
+from tests.e2e.test_two_hosts import COMPUTED, MOVED, TOKEN_BYTES, assert_same, complete, sockets_of_host
 from tests.e2e.wait import wait_until
 
 pytestmark = [
@@ -22,7 +21,7 @@ pytestmark = [
 
 HERE, ON_PEERS = 'starling:split_blocks_total{replica="0"}', 'starling:split_blocks_total{replica="peers"}'
 PARTS, USABLE = "starling:peer_parts_total", "starling:usable_peers"
-TIMEOUT_SECONDS = 5
+TIMEOUT_SECONDS = 15
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +41,20 @@ def served(tmp_path_factory):
             yield hosts, clients, processes, str(model)
 
 
+@pytest.fixture(autouse=True)
+def both_are_usable(served):
+    """A server that took longer than 2 s to say what it is, on a busy machine, is left out until it is asked again."""
+    assert wait_until(lambda: all(counts(client).get(USABLE) for client in served[1]))
+
+
 def random_prompt(seed: int, length: int = 2088) -> list[int]:
     return random.Random(seed).choices(range(3, 250), k=length)
 
 
 def test_the_sockets_are_those_of_the_documentation(served):
     for host in served[0]:
-        processes = [psutil.Process(int(pid)) for pid in ip("netns", "pids", host.name).split()]
-        found = {socket for process in processes for socket in of_process(process)}
-        assert found == documented_sockets("Servers that are peers", VLLM_HOST_IP=host.address)
+        listed = documented_sockets("Servers that are peers", VLLM_HOST_IP=host.address)
+        assert_sockets(lambda host=host: sockets_of_host(host), listed)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -119,20 +123,28 @@ def test_a_call_without_the_key_of_the_peers_is_refused(served):
         "from starling.v1 import replica_pb2 as pb, replica_pb2_grpc\n"
         f"channel = grpc.insecure_channel('{hosts[0].address}:{GRPC_PORT}')\n"
         "try:\n"
-        "    replica_pb2_grpc.ReplicaServiceStub(channel).Describe(pb.DescribeRequest(), timeout=20)\n"
+        "    replica_pb2_grpc.ReplicaServiceStub(channel).Describe(pb.DescribeRequest(), timeout=300)\n"
         "except grpc.RpcError as error:\n"
         "    print(error.code().name)\n"
     )
     assert ip("netns", "exec", hosts[1].name, sys.executable, "-c", call).strip() == "UNAUTHENTICATED"
 
 
-def pages_held(client, model: str) -> float:
-    """Fraction of a server's pages. vLLM updates the metric in a step, so the server gets a short prompt."""
-    client.post("/v1/completions", json={"model": model, "prompt": [5, 6, 7], "max_tokens": 1}).raise_for_status()
-    (line,) = (
-        line for line in client.get("/metrics").text.splitlines() if line.startswith("vllm:kv_cache_usage_perc{")
-    )
+def of_engine(client, name: str) -> float:
+    """A metric of a server's engine, which vLLM updates in each step."""
+    (line,) = (line for line in client.get("/metrics").text.splitlines() if line.startswith(f"vllm:{name}{{"))
     return float(line.rsplit(" ", 1)[1])
+
+
+def pages_held(client, model: str) -> float:
+    """Fraction of a server's pages, after a step for a short prompt."""
+    client.post("/v1/completions", json={"model": model, "prompt": [5, 6, 7], "max_tokens": 1}).raise_for_status()
+    return of_engine(client, "kv_cache_usage_perc")
+
+
+def parts_on(client) -> float:
+    """Number of prompts and parts that a server's engine has."""
+    return of_engine(client, "num_requests_running") + of_engine(client, "num_requests_waiting")
 
 
 def test_a_server_that_is_killed_leaves_its_peer_with_the_prompt_and_without_its_pages(served):
@@ -141,15 +153,15 @@ def test_a_server_that_is_killed_leaves_its_peer_with_the_prompt_and_without_its
     client, other = clients
     prompts = [random_prompt(seed, 8000) for seed in (20, 21)]
     alone = complete(client, model, prompts[0], 1, cache_salt="another")
-    started, started_there = counts(client), counts(other)
+    started = counts(other)[COMPUTED]
     with ThreadPoolExecutor(2) as pool:
-        lost = pool.submit(complete, other, model, prompts[1], 2)
-        assert wait_until(lambda: counts(client)[COMPUTED] > started[COMPUTED])
         output = pool.submit(complete, client, model, prompts[0], 2)
-        assert wait_until(lambda: counts(other)[ON_PEERS] > started_there.get(ON_PEERS, 0), 60)
+        assert wait_until(lambda: counts(other)[COMPUTED] > started)
+        lost = pool.submit(complete, other, model, prompts[1], 2)
+        assert wait_until(lambda: parts_on(client) > 1 or output.done())
         processes[1].kill()
-        assert_same(output.result(timeout=90), alone)
-        assert isinstance(lost.exception(timeout=60), Exception)
-    assert wait_until(lambda: counts(client)[USABLE] == 0, 30)
-    assert wait_until(lambda: pages_held(client, model) == 0, 60)
+        assert_same(output.result(timeout=300), alone)
+        assert isinstance(lost.exception(timeout=300), Exception)
+    assert wait_until(lambda: counts(client)[USABLE] == 0)
+    assert wait_until(lambda: pages_held(client, model) == 0)
     assert_same(complete(client, model, prompts[0], 2), alone)

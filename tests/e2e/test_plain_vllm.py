@@ -41,7 +41,7 @@ def server(model, tmp_path_factory):
         process = subprocess.Popen(command, stdout=output, stderr=output, env=ENV, process_group=0)
     server = Server(process, f"http://127.0.0.1:{port}", "", str(model), log)
     try:
-        server.wait(300, lambda message: None)
+        server.wait(600, lambda message: None)
         yield server
     finally:
         server.stop()
@@ -49,7 +49,7 @@ def server(model, tmp_path_factory):
 
 def complete(server, **fields) -> httpx.Response:
     body = {"model": server.model, "prompt": "ab" * 300, "max_tokens": 8, "temperature": 0, "vllm_xargs": STAR}
-    return httpx.post(f"{server.http}/v1/completions", json=body | fields, timeout=120)
+    return httpx.post(f"{server.http}/v1/completions", json=body | fields, timeout=300)
 
 
 def test_a_response_has_the_plan(server):
@@ -60,7 +60,7 @@ def test_a_response_has_the_plan(server):
 
 def test_the_live_page_is_an_option_of_plain_vllm_too(server):
     def ended() -> list[dict]:
-        return httpx.get(f"{server.http}/starling/live.json", timeout=30).json()["ended"]
+        return httpx.get(f"{server.http}/starling/live.json", timeout=300).json()["ended"]
 
     ended()
     complete(server)
@@ -91,7 +91,7 @@ def test_a_response_has_a_plan_for_each_prompt(server):
 
 def test_pythons_http_client_reads_the_response_to_many_prompts(server):
     url = httpx.URL(server.http)
-    connection = http.client.HTTPConnection(url.host, url.port, timeout=120)
+    connection = http.client.HTTPConnection(url.host, url.port, timeout=300)
     body = {"model": server.model, "prompt": ["ab"] * 100, "max_tokens": 1}
     connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
     response = connection.getresponse()
@@ -102,13 +102,13 @@ def test_pythons_http_client_reads_the_response_to_many_prompts(server):
 
 def vllm_bench(*arguments: str) -> str:
     """Run `vllm bench ...` in the environment of the tests; returns its output."""
-    done = subprocess.run([VLLM, "bench", *arguments], capture_output=True, text=True, timeout=300, env=ENV)
+    done = subprocess.run([VLLM, "bench", *arguments], capture_output=True, text=True, timeout=900, env=ENV)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def counters(server) -> dict[str, float]:
-    text = httpx.get(f"{server.http}/metrics").text
+    text = httpx.get(f"{server.http}/metrics", timeout=300).text
     return {name: float(value) for name, value in re.findall(r"^(starling:\S+) (\S+)$", text, re.MULTILINE)}
 
 

@@ -152,10 +152,10 @@ def test_vllms_benchmark_over_grpc_gives_the_fields_of_http(server, tmp_path):
     for backend, address in (("vllm", server.http), ("starling-grpc", f"http://{server.grpc}")):
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", backend]
         command += ["--base-url", address, "--model", server.model, "--served-model-name", MODEL]
-        command += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "16"]
+        command += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "64"]
         command += ["--num-prompts", "6", "--max-concurrency", "2", "--temperature", "0", "--disable-tqdm"]
         command += ["--save-result", "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", backend]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         results[backend] = json.loads((tmp_path / backend).read_text())
     ours, vllms = results["starling-grpc"], results["vllm"]
@@ -163,8 +163,8 @@ def test_vllms_benchmark_over_grpc_gives_the_fields_of_http(server, tmp_path):
     for field in ("completed", "failed", "total_output_tokens", "output_lens", "total_input_tokens"):
         assert ours[field] == vllms[field], field
     assert ours["completed"] == 6
-    # 16 tokens are at most 15 gaps. vLLM sends two tokens as one message to a reader that is behind.
-    assert len(ours["itls"]) == 6 and all(1 <= len(gaps) <= 15 for gaps in ours["itls"])
+    # 64 tokens are at most 63 gaps. A reader that is behind gets several tokens as one message.
+    assert len(ours["itls"]) == 6 and all(len(gaps) <= 63 for gaps in ours["itls"]) and any(ours["itls"])
     assert all(ttft > 0 for ttft in ours["ttfts"])
 
 

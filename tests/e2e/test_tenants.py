@@ -15,7 +15,7 @@ from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 from tests.browser import Page, browser, find_chromium
-from tests.e2e.serving import MODEL, PAGE_SIZE, PATHS, body, metrics, options
+from tests.e2e.serving import MODEL, NO_REUSE, PAGE_SIZE, PATHS, body, metrics, options
 from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
@@ -44,7 +44,7 @@ class Tenants:
     """Requests of two tenants to one server, and what the operator counts."""
 
     def __init__(self, server) -> None:
-        self.http = httpx.Client(base_url=server.http, timeout=120)
+        self.http = httpx.Client(base_url=server.http, timeout=300, limits=NO_REUSE)
         self.channel = grpc.insecure_channel(server.grpc)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
@@ -79,11 +79,12 @@ class Tenants:
 def tenants(tmp_path_factory):
     end_on_signals()
     folder = tmp_path_factory.mktemp("tenants")
-    model = make_tiny_llama(folder / MODEL)
+    # Slow enough that a long output still runs when a test on a busy machine looks at it.
+    model = make_tiny_llama(folder / MODEL, num_hidden_layers=6)
     arguments = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
     arguments += ["--max-num-batched-tokens", "512", "--enable-scale-out", "--api-key", A, B, "--cache-salt", "api-key"]
     arguments += ["--live-page", "on", "--grpc-admin-key", OPERATOR]
-    with serving(model, *arguments, log=folder / "log", seconds=300) as server:
+    with serving(model, *arguments, log=folder / "log") as server:
         tenants = Tenants(server)
         yield tenants
         tenants.http.close()
@@ -235,7 +236,7 @@ def test_the_live_page_in_a_browser(tenants, tmp_path):
         with tenants.http.stream("POST", "/v1/completions", headers=headers, json=asked) as response:
             lines = response.iter_lines()  # without a name, its end would close the response
             next(lines)
-            row = page.wait_for("document.querySelector('#requests tbody tr')?.innerText")
+            row = page.wait_for(DECODING)  # a snapshot may be from before the first token
             assert all(text in row for text in (f"cmpl-{HOSTILE}-0", "decode", "6 of 6", f"{LENGTH} of {LENGTH}")), row
             before = generated(page)
             assert page.wait_for(f"({GENERATED}) > {before}")
@@ -253,6 +254,9 @@ def test_the_live_page_in_a_browser(tenants, tmp_path):
         assert loaded == {"/starling/live", "/starling/live.json"}
 
 
+DECODING = (
+    "[...document.querySelectorAll('#requests tbody tr')].map(row => row.innerText).find(row => row.includes('decode'))"
+)
 WIDTHS = "document.documentElement.%sWidth"
 GENERATED = "parseInt(document.querySelector('#requests [data-label=Generated] .main').innerText.replace(',', ''))"
 

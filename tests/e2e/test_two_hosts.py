@@ -11,7 +11,7 @@ import pytest
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals
 from examples.two_hosts import available, counts, ip, serving_on_both, two_hosts
-from tests.e2e.sockets import documented_sockets, of_process
+from tests.e2e.sockets import Socket, assert_sockets, documented_sockets, of_process
 from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs root and network namespaces")]
@@ -30,7 +30,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     # Steps so small that the network is cut during a prefill.
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "32"]
-    options += ["--star-replica-timeout", "10"]
+    options += ["--star-replica-timeout", "30"]
     model = make_tiny_llama(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
@@ -59,15 +59,18 @@ def assert_same(one: dict, other: dict) -> None:
     assert max(gaps) <= TOLERANCE
 
 
+def sockets_of_host(host) -> set[Socket]:
+    pids = map(int, ip("netns", "pids", host.name).split())
+    return {socket for pid in pids for socket in of_process(psutil.Process(pid))}
+
+
 def test_the_sockets_are_those_of_the_documentation(served):
     """The first host has all of them, the second one those of its engine and worker."""
-    found = [
-        {socket for pid in ip("netns", "pids", host.name).split() for socket in of_process(psutil.Process(int(pid)))}
-        for host in served[0]
-    ]
-    listed = [documented_sockets("Replicas on several hosts", VLLM_HOST_IP=host.address) for host in served[0]]
-    assert found[0] == listed[0]
-    assert found[1] == {socket for socket in listed[1] if socket.process in ("VLLM::EngineCore", "VLLM::Worker")}
+    here, there = served[0]
+    listed = [documented_sockets("Replicas on several hosts", VLLM_HOST_IP=host.address) for host in (here, there)]
+    assert_sockets(lambda: sockets_of_host(here), listed[0])
+    listed[1] = {socket for socket in listed[1] if socket.process in ("VLLM::EngineCore", "VLLM::Worker")}
+    assert_sockets(lambda: sockets_of_host(there), listed[1])
 
 
 def test_both_hosts_prefill_and_the_output_is_that_of_one_host(served):
@@ -114,12 +117,12 @@ def test_a_network_cut_during_a_transfer_delays_the_output_and_releases_all_page
     prompt = random.Random(4).choices(range(3, 250), k=8000)
     alone = complete(client, model, prompt, 1, cache_salt="another")
     before, received = counts(client), hosts[0].received()
-    hosts[1].throttle("3mbit")  # 15 blocks of 256 tokens, 3.9 MB, take 10 s
+    hosts[1].throttle("1mbit")  # 15 blocks of 256 tokens, 3.9 MB, take 30 s
     with ThreadPoolExecutor(1) as pool:
         output = pool.submit(complete, client, model, prompt, 2)
-        assert wait_until(lambda: hosts[0].received() - received > 1_000_000, 60)
+        assert wait_until(lambda: hosts[0].received() - received > 1_000_000)
         hosts[1].cut()
-        assert_same(output.result(timeout=90), alone)
+        assert_same(output.result(timeout=300), alone)
     after = counts(client)
     assert after[FAILED] - before.get(FAILED, 0) == 1 and after[MOVED] == before[MOVED]
     assert after[COMPUTED] - before[COMPUTED] == 8000 + 5
@@ -127,7 +130,7 @@ def test_a_network_cut_during_a_transfer_delays_the_output_and_releases_all_page
     hosts[1].throttle(None)
     hosts[1].mend()
     prompts = (random.Random(seed).choices(range(3, 250), k=2088) for seed in itertools.count(5))
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     for prompt in prompts:  # new ones, as a prompt that one host has cached is not split again
         output = complete(client, model, prompt, 2)
         if counts(client)[ON_THE_OTHER] > after[ON_THE_OTHER]:
@@ -148,7 +151,7 @@ def test_a_network_cut_during_a_prefill_delays_the_output(served):
         output = pool.submit(complete, client, model, prompts[0], 2)
         assert wait_until(lambda: counts(client)[COMPUTED] != started)
         hosts[1].cut()
-        assert_same(output.result(timeout=90), alone[0])
+        assert_same(output.result(timeout=300), alone[0])
     before = counts(client)[ON_THE_OTHER]
     assert_same(complete(client, model, prompts[1], 2), alone[1])
     assert counts(client)[ON_THE_OTHER] == before

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    """Whether the condition becomes true within ``seconds``."""
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> bool:
+    """Whether the condition becomes true within ``seconds``; so many by default that a slow machine is no failure."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

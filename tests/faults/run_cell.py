@@ -22,7 +22,7 @@ from tests.faults.place import Place
 from tests.faults.served import HealthLog, Served
 from tests.faults.table import DECODE, IDLE, PREFILL, TRANSFER, Cell
 
-ATTEMPTS, MOMENT_SECONDS = 3, 60
+ATTEMPTS, MOMENT_SECONDS = 10, 60
 EXIT_SECONDS, GONE_SECONDS, RELEASE_SECONDS = 30, 20, 40
 STAR = {"star": "on", "star_block_size": 256, "star_query_tokens": 40, "star_replicas": 2}
 SIZES = {IDLE: (1000, 8), PREFILL: (3000, 8), TRANSFER: (1500, 8), DECODE: (1000, 800)}

@@ -29,6 +29,9 @@ ENGINE_OPTIONS += ["--max-num-batched-tokens", "32", "--max-num-seqs", "16"]
 FRONT_OPTIONS = ["--grpc-admin-key", KEY]
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
+SILENCE_SECONDS = 2.0
+"""A health check that takes longer has no answer."""
+
 TITLES = {
     "engine": "VLLM::EngineCore",
     "coordinator": "VLLM::DPCoordinator",
@@ -116,20 +119,25 @@ def served(place: Place, model: Path, *options: str, log: Path, **environment: s
     prefix = place.prefix(
         ENVIRONMENT | {"PYTHONPATH": path, "FAULTS_GATE": "/tmp", "FAULTS_CLOCK": CLOCK} | environment
     )
-    with serving(model, *ENGINE_OPTIONS, *FRONT_OPTIONS, *options, log=log, seconds=300, prefix=prefix) as server:
+    with serving(model, *ENGINE_OPTIONS, *FRONT_OPTIONS, *options, log=log, prefix=prefix) as server:
         yield Served(server, place)
 
 
 class HealthLog:
-    """What the server says of itself, again and again, in a thread: each value once, in the order of their first."""
+    """What the server says of itself, again and again, in a thread: each value once, in the order of their first.
+
+    It may say NOT_SERVING shorter than the thread looks away, so that a second thread watches what it says over gRPC.
+    """
 
     def __init__(self, served: Served) -> None:
         self.served = served
         self.http: list[str] = []
         self.grpc: list[str] = []
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self._run, self._watch)]
+        self.channel = grpc.insecure_channel(served.server.grpc, NO_SHARING)
+        for thread in self.threads:
+            thread.start()
 
     def _run(self) -> None:
         while not self.stopped.wait(0.1):
@@ -137,9 +145,16 @@ class HealthLog:
                 if value not in log:
                     log.append(value)
 
+    def _watch(self) -> None:
+        with contextlib.suppress(grpc.RpcError, ValueError):  # the latter where the channel is closed already
+            for reply in health_pb2_grpc.HealthStub(self.channel).Watch(health_pb2.HealthCheckRequest()):
+                value = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+                if value not in self.grpc:
+                    self.grpc.append(value)
+
     def http_now(self) -> str:
         try:
-            with self.served.http(timeout=2) as http:
+            with self.served.http(timeout=SILENCE_SECONDS) as http:
                 return str(http.get("/health").status_code)
         except httpx.TimeoutException:
             return "silence"
@@ -149,11 +164,14 @@ class HealthLog:
     def grpc_now(self) -> str:
         with grpc.insecure_channel(self.served.server.grpc, NO_SHARING) as channel:
             try:
-                reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+                check = health_pb2_grpc.HealthStub(channel).Check
+                reply = check(health_pb2.HealthCheckRequest(), timeout=SILENCE_SECONDS)
             except grpc.RpcError as error:
                 return "silence" if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED else "closed"
         return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 
     def stop(self) -> None:
         self.stopped.set()
-        self.thread.join()
+        self.channel.close()
+        for thread in self.threads:
+            thread.join()

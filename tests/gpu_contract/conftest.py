@@ -20,7 +20,7 @@ def check_job(record_property):
     def check(name: str, cases: int, facts: tuple[str, ...] = FACTS) -> None:
         quiet = v2_env() | {"VLLM_LOGGING_LEVEL": "ERROR"}
         job = "tests.gpu_contract.job"
-        done = run_in_fork(f"{job}:main", name, imports=(job,), before=quiet, seconds=300)
+        done = run_in_fork(f"{job}:main", name, imports=(job,), before=quiet, seconds=900)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         line = done.stdout.splitlines()[-1]
         record_property(PROPERTY, line)

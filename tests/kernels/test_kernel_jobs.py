@@ -15,5 +15,5 @@ MODULES = tuple(f"tests.kernels.{job}" for job in JOBS)
 @pytest.mark.parametrize("kernels", JOBS)
 def test_kernels(kernels, job):
     env = v2_env() | ({"TRITON_INTERPRET": "0"} if job == "compile" else {})
-    done = run_in_fork(f"tests.kernels.{kernels}:main", job, imports=MODULES, before=env, seconds=300)
+    done = run_in_fork(f"tests.kernels.{kernels}:main", job, imports=MODULES, before=env, seconds=900)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -55,7 +55,7 @@ def test_the_cpu_part_passes(tmp_path):
             [sys.executable, "-m", "engine_ext.serving.cli.main", "selftest", "--quick", "--json", str(path)],
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
             env=environment | {"VLLM_CPU_OMP_THREADS_BIND": bound, "OMP_NUM_THREADS": "1"},
         )
     assert done.returncode == 2, done.stdout + done.stderr

@@ -28,7 +28,7 @@ def test_answers_are_those_of_the_reference_and_no_request_or_page_is_lost(tmp_p
             capture_output=True,
             text=True,
             cwd=ROOT,
-            timeout=600 + 60 * (length.minutes or 0),
+            timeout=1800 + 60 * (length.minutes or 0),
             env=inherited | env | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": bound},
         )
     print(done.stdout[-2000:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import mmap
 import os
 from contextlib import ExitStack, closing
@@ -130,7 +131,7 @@ async def through_relay(cut: Cut, send: int, sends: bool) -> tuple[Peer, int, in
                     got += len(data)
             except ConnectionResetError:
                 pass
-            await asyncio.wait_for(asyncio.shield(peer.ended), 20)
+            await asyncio.wait_for(asyncio.shield(peer.ended), 300)
         return peer, got, relay.cuts
 
 
@@ -171,13 +172,14 @@ def test_a_relay_without_a_cut_ends_with_its_client():
             writer.write(b"y")
             await reader.readexactly(100)
             writer.close()
-            return await asyncio.wait_for(peer.ended, 20), relay.cuts
+            return await asyncio.wait_for(peer.ended, 300), relay.cuts
 
     assert asyncio.run(scenario())[1] == 0
 
 
 def test_samples_of_a_process_show_its_descriptors_and_its_shared_memory(tmp_path):
     process = psutil.Process()
+    gc.collect()  # or what earlier tests have left open is closed between the two samples
     before = sample_process(process)
     path = f"/dev/shm/soak-test-{os.getpid()}"
     with ExitStack() as stack:

@@ -48,7 +48,7 @@ def run_env(checkout: Path, action: str, **variables: str) -> subprocess.Complet
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHON"))}
     environ = own | {"PATH": f"{checkout}/bin:/usr/bin:/bin"} | variables
     command = ["bash", ROOT / ".ci/env.sh", action]
-    return subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("version", [(3, 10, 1), (3, 12, 0), (3, 13, 2)])

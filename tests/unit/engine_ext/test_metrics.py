@@ -27,7 +27,7 @@ cache_metrics().bytes_per_token.labels("0", "full_attention").set(34)
 
 def run(code: str, **environment: str) -> None:
     """Run a child process that the API server has started."""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=os.environ | environment)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=os.environ | environment)
 
 
 def shown() -> str:
@@ -78,7 +78,7 @@ def test_a_process_runs_without_its_metrics_where_the_temp_directory_is_full(tmp
     monkeypatch.delenv(MULTIPROCESS_ENV, raising=False)
     environment = os.environ | {DIRECTORY_ENV: str(tmp_path)}
     command = ["unshare", "--mount", sys.executable, "-c", FULL_TEMP_DIRECTORY]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.returncode, done.stderr)
     assert done.stdout == "['filler']\n"
     (line,) = [line for line in done.stderr.splitlines() if "/metrics" in line]

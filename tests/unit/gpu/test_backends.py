@@ -15,7 +15,7 @@ from tests.unit.gpu.selection_job import BACKENDS, CAPABILITIES
 
 def run_job(name: str, *arguments: str):
     command = [sys.executable, "-m", f"tests.unit.gpu.{name}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""NIXL agents of these tests use the loopback device alone."""
+"""NIXL agents of these tests use the loopback device alone. No limit of time passes on a slow machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from replicas import remote_attention_client
 from replicas.network import DEVICES_ENV
 
 
@@ -14,3 +15,8 @@ def loopback_alone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DEVICES_ENV, "lo")
         yield
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch) -> None:
+    monkeypatch.setattr(remote_attention_client, "RESPONSE_SECONDS", 300.0)

@@ -160,7 +160,7 @@ WRONG_QUERIES = {
 
 def responses(messenger: Messenger, count: int) -> list[dict]:
     """The headers of the next ``count`` messages."""
-    found, deadline = [], time.monotonic() + 20
+    found, deadline = [], time.monotonic() + 300
     while len(found) < count:
         found += [message.header for message in messenger.receive()]
         assert time.monotonic() < deadline
@@ -195,7 +195,7 @@ def test_a_client_goes_on_after_responses_that_do_not_fit(holder, client, strang
     for header in others:
         stranger.send("malformed-client", header)
     receive, arrived = client.messenger.receive, []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while len(arrived) < len(others) + 1:
         arrived += receive()
         stranger.receive()  # drives its transport
@@ -223,10 +223,10 @@ def test_a_holder_whose_thread_ends_hands_out_no_shard_and_tells_its_clients(mon
         raise RuntimeError("the transport is gone")
 
     monkeypatch.setattr(server.messenger, "receive", fail)
-    assert receives.wait(20), "else the thread may still receive the query below"
+    assert receives.wait(300), "else the thread may still receive the query below"
     sent = step.begin("layer", torch.randn_like(out), 0.3, 0.0)
     sends.set()
-    server.thread.join(20)
+    server.thread.join(300)
     step.finish(sent, out, torch.zeros(8, HEADS))
     assert "the transport is gone" in client.take_lost().reasons["me"]
     assert not server.shards

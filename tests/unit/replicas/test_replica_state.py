@@ -24,7 +24,7 @@ from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, make_request
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
 from vllm_compat.prefix_cache import plain_request_hasher
 
-SECONDS = 60
+SECONDS = 300
 """Within which a thread goes on, on any machine."""
 
 

@@ -85,7 +85,7 @@ def test_an_engine_core_ends_once_its_parent_is_killed_and_other_processes_go_on
     try:
         parent.kill()
         parent.wait()
-        _, alive = psutil.wait_procs([child for name, child in children.items() if name != "another"], timeout=60)
+        _, alive = psutil.wait_procs([child for name, child in children.items() if name != "another"], timeout=300)
         assert not alive
         assert children["another"].is_running()
     finally:
@@ -121,7 +121,7 @@ def test_the_coordinator_of_replicas_ends_once_its_parent_is_killed(tmp_path, me
     try:
         parent.kill()
         parent.wait()
-        _, alive = psutil.wait_procs([coordinator], timeout=60)
+        _, alive = psutil.wait_procs([coordinator], timeout=300)
         assert not alive
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):

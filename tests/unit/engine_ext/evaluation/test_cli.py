@@ -281,7 +281,7 @@ def holding_the_sixth() -> tuple[Callable[[dict], None], threading.Event, thread
         asked.append(body)
         if len(asked) == 6:
             reached.set()
-            go_on.wait(60)
+            go_on.wait(600)
 
     return fail, reached, go_on
 
@@ -298,9 +298,9 @@ def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, 
         command = [sys.executable, "-m", "engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
         with ignoring(ignored):
             process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        assert reached.wait(60)
+        assert reached.wait(300)
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
         go_on.set()
         assert process.returncode == 130
         assert "starling eval: interrupted" in error and "Traceback" not in error
@@ -326,10 +326,10 @@ def test_a_run_under_nohup_goes_on_when_the_user_logs_out(tmp_path):
     with served(answer=knows, fail=fail) as fake, ignoring(signal.SIGHUP):
         command = [sys.executable, "-m", "engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
         process = subprocess.Popen([*command, "--out", str(tmp_path)])
-        assert reached.wait(60)
+        assert reached.wait(300)
         process.send_signal(signal.SIGHUP)
         go_on.set()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
 
 
 def test_equal_prompts_count_once(tmp_path, capsys):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import socket
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
 
+import httpx
 import pytest
 
 from engine_ext.evaluation import client as client_module
@@ -91,11 +93,13 @@ def test_a_loopback_server_is_asked_directly_and_others_by_the_proxy(monkeypatch
 
 def test_a_server_that_starts_is_asked_directly(monkeypatch, tmp_path):
     monkeypatch.setattr(server, "START_SECONDS", 0.2)
-    with answering(200) as (proxy, asked), child() as process:
+    with answering(200) as (proxy, asked), child() as process, socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
         monkeypatch.setenv("http_proxy", proxy)
         with pytest.raises(StartError, match="did not answer"):
-            server.wait_until_ready(process, f"http://127.0.0.1:{server.free_port()}", tmp_path / "log")
+            server.wait_until_ready(process, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "log")
         assert asked == []
+    monkeypatch.setattr(server, "START_SECONDS", 300)
     with answering(503) as (proxy, _), answering(200) as (ready, asked), child() as process:
         monkeypatch.setenv("http_proxy", proxy)
         server.wait_until_ready(process, ready, tmp_path / "log")
@@ -165,10 +169,12 @@ def test_an_answer_that_takes_too_long_is_not_asked_for_again():
     def hang(body: dict) -> None:
         asked.append(body)
         if len(asked) > 1:
-            go_on.wait(60)
+            go_on.wait(600)
 
     async def evaluated(url: str):
-        async with Client(url, timeout=0.3) as client:
+        async with Client(url, timeout=300) as client:
+            await client.facts()
+            client._http.timeout, client._timeout = httpx.Timeout(300, read=0.3), 0.3
             await client.complete([97] * 100, STAR, 1)
 
     with served(fail=hang) as fake:
@@ -183,13 +189,13 @@ def test_more_than_a_hundred_prompts_run_at_the_same_time():
 
     def fail(body: dict) -> None:
         if len(body["prompt"]) > 50:
-            reached.wait(60)
+            reached.wait(300)
 
     prompts = [prompt(chr(1000 + number) * 100) for number in range(120)]
     with served(fail=fail) as fake:
         thread = threading.Thread(target=run, args=(fake, prompts, ()), kwargs={"concurrency": 120})
         thread.start()
-        reached.wait(60)
+        reached.wait(300)
         thread.join()
     assert len(fake.completions) == 121
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 STEPS_AT_ONE_TIME = 100_000
-SECONDS_FOR_A_THREAD = 30
+SECONDS_FOR_A_THREAD = 300
 
 
 class JumpingSelector(selectors.DefaultSelector):

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from engine_ext.front import engine_replica
+from engine_ext.front import engine_replica, peer_replica, peers
 from engine_ext.front.peers import own_identity
 from engine_ext.front.state import front_state
 from engine_ext.serving.grpc import replica as replica_service
@@ -31,9 +31,13 @@ def config(make_server_config):
 
 
 @pytest.fixture(autouse=True)
-def short_times(monkeypatch):
+def times(monkeypatch):
+    """Checks of health come soon, and no limit of time passes on a slow machine."""
     monkeypatch.setattr(engine_replica, "HEALTH_CHECK_SECONDS", 0.1)
     monkeypatch.setattr(replica_service, "HEALTH_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(peer_replica, "STATE_SECONDS", 300)
+    for name in ("DESCRIBE_SECONDS", "RESOLVE_SECONDS"):
+        monkeypatch.setattr(peers, name, 300)
 
 
 @pytest.fixture
@@ -64,6 +68,6 @@ def run_pods(config):
                     assert not pod.server.engine.output_processor.request_states
                     assert pod.server.engine.get_num_unfinished_requests() == 0
 
-        asyncio.run(asyncio.wait_for(bounded(), 60))
+        asyncio.run(asyncio.wait_for(bounded(), 600))
 
     return run

@@ -47,6 +47,7 @@ def test_a_peer_whose_engine_hangs_leaves_the_prompt_to_this_server(run_pods):
         b.replica.running.clear()
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        b.state.replica_rpc.timeout = TIMEOUT
         b.replica.running.set()
 
     run_pods(scenario)
@@ -180,6 +181,7 @@ def test_an_engine_that_hangs_while_a_peer_is_lost_fetches_nothing_when_it_is_ba
         await b.front.server.stop(None)
         await until(lambda: session.has_failed)
         await until(lambda: a.server.calls(CANCEL_FETCH))
+        a.state.replica_rpc.timeout = TIMEOUT
         a.replica.running.set()
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
@@ -196,6 +198,7 @@ def test_a_prompt_waits_for_this_servers_engine_which_hangs_while_parts_run(run_
         a.replica.running.clear()
         await until(lambda: a.state.replica_rpc.is_unresponsive(0))
         await until(lambda: not b.replica.scheduler.requests)
+        a.state.replica_rpc.timeout = TIMEOUT
         a.replica.running.set()
         outputs = await running
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
@@ -204,9 +207,13 @@ def test_a_prompt_waits_for_this_servers_engine_which_hangs_while_parts_run(run_
 
 
 def test_a_peer_that_does_not_answer_does_not_spoil_the_parts_of_others(run_pods, monkeypatch):
-    monkeypatch.setattr(peer_replica, "STATE_SECONDS", 1)
+    exchange = peer_replica.PeerReplica._exchange
 
     async def scenario(a, b, c):
+        async def shorter_with_b(self, request, seconds):
+            return await exchange(self, request, 0.2 if self.peer.address == b.address else seconds)
+
+        monkeypatch.setattr(peer_replica.PeerReplica, "_exchange", shorter_with_b)
         b.replica.running.clear()
         await a.server.generate(TOKENS, AUTO)
         assert len(c.replica.work) == 2
@@ -252,7 +259,7 @@ def test_pages_that_are_lost_before_the_request_begins_are_not_fetched(run_pods,
 
     async def scenario(a, b):
         running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
-        await until(lambda: a.replica.work and b.replica.work)
+        await until(lambda: a.replica.work)
         a.replica.running.clear()  # its own part ends later
         await held_by(b)
         (session,) = a.state.split_requests._requests[0].peers

@@ -110,7 +110,7 @@ def test_a_look_up_that_hangs_does_not_keep_a_server_from_starting(run_pods, mon
             await asyncio.Event().wait()
 
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
-        found = await asyncio.wait_for(a.find(b.address), 10)
+        found = await asyncio.wait_for(a.find(b.address), 200)
         assert found.usable == []
 
     run_pods(scenario)

@@ -33,14 +33,14 @@ def model(tmp_path_factory):
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "engine_ext.serving.cli.main", "doctor", *arguments, "--json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def examine(*arguments: str, **env: str) -> dict:
     """The report. Standard output is one JSON object, although vLLM and its libraries print there."""
     imports = ("vllm.engine.arg_utils", "vllm.renderers", "engine_ext.serving.cli.serve_args")
     command = ("engine_ext.serving.cli.main:main", "doctor", *arguments, "--json")
-    done = run_in_fork(*command, imports=imports, env=env, seconds=120)
+    done = run_in_fork(*command, imports=imports, env=env, seconds=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

@@ -61,8 +61,8 @@ class Connection:
         self.writer.close()
 
     async def until(self, condition) -> None:
-        """Wait until the condition holds, at most 10 s."""
-        async with asyncio.timeout(10), self.changed:
+        """Wait until the condition holds."""
+        async with asyncio.timeout(300), self.changed:
             await self.changed.wait_for(condition)
 
     def call(self, path: str, **metadata: str) -> int:

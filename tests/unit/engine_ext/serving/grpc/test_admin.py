@@ -178,7 +178,7 @@ def call(engine, method: str, request, *, metadata=(), **server):
     async def scenario():
         async with admin_of(engine, **server) as admin:
             try:
-                return await getattr(admin, method)(request, metadata=metadata, timeout=10)
+                return await getattr(admin, method)(request, metadata=metadata, timeout=300)
             except grpc.aio.AioRpcError as error:
                 return error
 
@@ -274,8 +274,8 @@ def test_a_replica_that_hangs_is_named_and_the_others_state_does_not_wait_for_it
 
     async def scenario():
         async with admin_of(engine) as stub:
-            answers = [await stub.GetCacheState(pb.GetCacheStateRequest(), timeout=10) for _ in range(3)]
-            return answers, await stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
+            answers = [await stub.GetCacheState(pb.GetCacheStateRequest(), timeout=300) for _ in range(3)]
+            return answers, await stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=300)
 
     answers, info = asyncio.run(scenario())
     for answer in answers:
@@ -316,7 +316,7 @@ def test_drain_is_idempotent_and_waits():
             assert (await admin.GetServerInfo(pb.GetServerInfoRequest())).draining
             with pytest.raises(DrainingError, match="draining"):
                 engine.check_admission(1)
-            waiting = asyncio.ensure_future(admin.Drain(pb.DrainRequest(wait_seconds=30)))
+            waiting = asyncio.ensure_future(admin.Drain(pb.DrainRequest(wait_seconds=300)))
             engine.output_processor.request_states.clear()
             return [*answers, await waiting]
 

@@ -104,5 +104,5 @@ def test_vllms_own_parser_knows_the_backend():
     """With the user's command line: vLLM loads the plugin, and early enough."""
     code = "import sys; sys.argv = ['vllm', *sys.argv[1:]]; from vllm.entrypoints.cli.main import main; main()"
     command = [sys.executable, "-c", code, "bench", "serve", "--help=backend"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert BACKEND in shown.stdout, shown.stderr[-2000:]

@@ -1,6 +1,7 @@
 """The Python client, blocking and asyncio, against the gRPC server on a fake engine."""
 
 import asyncio
+import json
 import pickle
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from starling.client import AsyncClient, Client, StarlingError, clients, request
 from starling.client.early_status import EarlyStatus
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
+from tests.unit.engine_ext.serving.grpc.test_inference import DEADLINES
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 PIECED = "grün😀" * 30
@@ -91,7 +93,17 @@ class FullAtFirst(FakeEngine):
 
 @pytest.fixture
 def soon(monkeypatch):
-    """The server's pushback is 50 ms; without it the client's first wait would be about half a second."""
+    """The server's pushback is 50 ms; without it the client would wait for 10 minutes before it calls again."""
+    channel_options = clients.channel_options
+
+    def with_long_waits(*args):
+        made = dict(channel_options(*args))
+        if config := json.loads(made.get("grpc.service_config", "{}")):
+            config["methodConfig"][0]["retryPolicy"] |= {"initialBackoff": "600s", "maxBackoff": "600s"}
+            made["grpc.service_config"] = json.dumps(config)
+        return list(made.items())
+
+    monkeypatch.setattr(clients, "channel_options", with_long_waits)
     monkeypatch.setattr(messages, "PUSHBACK", ("grpc-retry-pushback-ms", "50"))
 
 
@@ -108,7 +120,7 @@ import starling.client
 tops = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 print(*sorted(name for name in tops if not name.lstrip("_").startswith("cython")))
 """
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=300)
     assert set(result.stdout.split()) - {"typing_extensions"} == {"google", "grpc", "starling"}
 
 
@@ -289,11 +301,11 @@ def test_a_list_of_texts_is_a_prompt_of_texts():
 def test_calls_are_retried_after_the_servers_pushback(kind, soon, method, fields, times):
     engine = FullAtFirst(times, "a")
     # Longer than gRPC's default retry buffer of 256 KiB: it would not retry the call, and uploads would abort.
-    call = Call(kind, engine, method)("x" * 2**20, **fields)
-    assert call.error is None
+    call = Call(kind, engine, method)("x" * 2**20, timeout=300, **fields)
+    assert call.error is None, "it waits as long as the server says"
     assert len(engine.admitted) == times + 1 + bool(fields), "an upload is checked before and after it is received"
     assert len(engine.calls) == 1
-    assert 0.05 * times * 0.8 < call.seconds < 0.4 * (2**times - 1), "the client's own waits double from half a second"
+    assert 0.05 * times * 0.8 < call.seconds
 
 
 @pytest.mark.parametrize("retries", [0, 1])
@@ -317,17 +329,24 @@ def test_nothing_is_repeated_after_an_event(kind):
     assert len(engine.admitted) == 1
 
 
-def test_the_deadline_holds_for_the_waits_too(kind):
-    engine = FakeEngine(refuses=QueueOverflowError())  # the server's pushback is a second
-    call = Call(kind, engine)("abc", timeout=0.3)
+def test_the_deadline_holds_for_the_waits_too(kind, monkeypatch):
+    monkeypatch.setattr(messages, "PUSHBACK", ("grpc-retry-pushback-ms", "1000000"))
+    for seconds in DEADLINES:
+        engine = FakeEngine(refuses=QueueOverflowError())
+        call = Call(kind, engine)("abc", timeout=seconds)
+        if engine.admitted:
+            break
     assert call.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert (len(engine.admitted), call.seconds < 0.9) == (1, True)
+    assert len(engine.admitted) == 1
 
 
 @pytest.mark.parametrize("method", ["stream", "generate"])
 def test_the_deadline_ends_the_request(kind, method):
-    engine = FakeEngine("a", None)
-    call = Call(kind, engine, method)("abc", timeout=0.3)
+    for seconds in DEADLINES:
+        engine = FakeEngine("a", None)
+        call = Call(kind, engine, method)("abc", timeout=seconds)
+        if engine.calls:
+            break
     assert call.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert len(engine.ended) == 1
 
@@ -353,7 +372,7 @@ def test_leaving_the_loop_ends_the_request(kind, way, upload):
 
     async def scenario():
         engine = FakeEngine("a", None)
-        async with front_of(engine) as front, asyncio.timeout(10):
+        async with front_of(engine) as front, asyncio.timeout(300):
             client = Client(front.address) if kind == "blocking" else AsyncClient(front.address)
             await (asyncio.to_thread(first, client) if kind == "blocking" else first_of(client))
             while not engine.ended:
@@ -383,7 +402,7 @@ def test_tls(kind, certificates, mutual, way):
     front = {"credentials": server_credentials(args)}
     own = {"certificate": (cert, key)} if mutual else {}
     options = {"trusted": {"tls": cert, **own}, "not trusted": {"tls": True, **own}, "plain text": {}}[way]
-    error = Call(kind, FakeEngine("a"), front=front, retries=0, **options)("abc", timeout=5).error
+    error = Call(kind, FakeEngine("a"), front=front, retries=0, **options)("abc", timeout=300).error
     assert error is None if way == "trusted" else error.code is grpc.StatusCode.UNAVAILABLE
 
 

@@ -26,6 +26,8 @@ from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 PROMPT = pb.GenerateStreamRequest(text="abc")
+DEADLINES = (0.3, 3, 30, 300)
+"""Seconds. The first deadline before which a call reaches the engine counts: a busy machine may need another one."""
 
 
 async def status_of(client, service: str = SERVICE) -> int:
@@ -52,7 +54,7 @@ async def stream_of(*parts):
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(300):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -123,16 +125,18 @@ def test_grpcs_own_retry_policy_obeys_the_servers_pushback():
     policy["retryableStatusCodes"] = ["RESOURCE_EXHAUSTED", "UNAVAILABLE"]
     methods = [{"name": [{"service": SERVICE}], "retryPolicy": policy}]
 
+    class FullAtFirst(FakeEngine):
+        def check_admission(self, n: int) -> None:
+            self.refuses = None if self.admitted else QueueOverflowError()
+            super().check_admission(n)
+
     async def scenario():
-        engine = FakeEngine("a", refuses=QueueOverflowError())
+        engine = FullAtFirst("a")
         async with front_of(engine) as client:
             options = [("grpc.service_config", json.dumps({"methodConfig": methods}))]
             async with grpc.aio.insecure_channel(client.address, options) as channel:
-                call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(PROMPT)
-                await until(lambda: engine.admitted)
-                engine.refuses = None
                 started = time.monotonic()
-                events = await events_of(call)
+                events = await events_of(inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(PROMPT))
                 return events, time.monotonic() - started, len(engine.admitted)
 
     events, waited, attempts = asyncio.run(scenario())
@@ -178,13 +182,18 @@ def test_ending_the_call_ends_the_request(way):
     async def scenario():
         engine = FakeEngine("a", None)
         async with front_of(engine) as client:
-            named = pb.GenerateStreamRequest(text="abc", request_id="mine")
-            call = client.generate(named, timeout=1 if way == "deadline" else None)
-            await call.read()
-            assert engine.ended == []
-            if way == "cancel":
-                call.cancel()
-            await until(lambda: engine.ended == ["grpc-mine"])
+            for seconds in DEADLINES if way == "deadline" else [None]:
+                named = pb.GenerateStreamRequest(text="abc", request_id=f"mine-{seconds}")
+                call = client.generate(named, timeout=seconds)
+                if way == "cancel":
+                    await call.read()
+                    assert engine.ended == []
+                    call.cancel()
+                else:
+                    await error_of(call)
+                if engine.calls:
+                    break
+            await until(lambda: engine.ended == [f"grpc-{named.request_id}"])
             engine.release.set()
             await events_of(client.generate(named))  # its id is free again
 
@@ -197,7 +206,7 @@ def test_shutdown_drains():
         async with front_of(engine) as client:
             call = client.generate(PROMPT)
             await call.read()
-            stopping = asyncio.create_task(client.front.stop(10))
+            stopping = asyncio.create_task(client.front.stop(300))
             await until(lambda: client.front.draining)
             health = await status_of(client)
             code, text = await error_of(client.generate(PROMPT))
@@ -265,7 +274,7 @@ def test_tls(certificates, require, present, fine, refresh):
 
     async def scenario():
         async with front_of(FakeEngine("a"), credentials=server_credentials(args), channel_credentials=trust) as client:
-            call = client.generate(PROMPT, timeout=10)
+            call = client.generate(PROMPT, timeout=300)
             return len(await events_of(call)) if fine else (await error_of(call))[0]
 
     assert asyncio.run(scenario()) == (2 if fine else grpc.StatusCode.UNAVAILABLE)
@@ -330,7 +339,7 @@ def test_bytes_that_are_no_message(method, data):
                 (True, True): channel.stream_stream,
             }
             call = kinds[method.client_streaming, method.server_streaming](path)
-            call = call(stream_of(data) if method.client_streaming else data, timeout=10)
+            call = call(stream_of(data) if method.client_streaming else data, timeout=300)
             return await call.code()
 
     assert asyncio.run(scenario()) is grpc.StatusCode.INVALID_ARGUMENT
@@ -342,7 +351,7 @@ def test_a_dead_engine_is_reported_while_nobody_calls():
         async with front_of(engine) as client:
             before = await status_of(client), await status_of(client, "")
             engine.errored = True
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(300):
                 while (after := (await status_of(client), await status_of(client, ""))) == before:
                     await asyncio.sleep(0.05)
             await client.front.stop(0)

@@ -60,7 +60,7 @@ def run(script) -> None:
         await script()
         assert asyncio.all_tasks() == before
 
-    asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_progress_comes_first_and_ends_with_the_first_event():

@@ -28,7 +28,7 @@ class SlowTokenizer(FakeTokenizer):
 
     def __call__(self, text, **kwargs):
         self.texts.append(text)
-        assert self.go.wait(10)
+        assert self.go.wait(300)
         return super().__call__(text)
 
 
@@ -41,7 +41,7 @@ def engine():
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(300):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -51,7 +51,7 @@ def test_a_prompt_is_served_while_a_text_is_tokenised(engine):
         async with front_of(engine) as client:
             tokenising = asyncio.ensure_future(client.stub.Tokenize(TEXT))
             await until(lambda: engine.tokenizer.texts)
-            reply = await client.stub.Generate(pb.GenerateRequest(text="abc"), timeout=10)
+            reply = await client.stub.Generate(pb.GenerateRequest(text="abc"), timeout=300)
             engine.tokenizer.go.set()
             return reply.choices[0].text, (await tokenising).count
 
@@ -66,7 +66,7 @@ def test_a_client_with_many_texts_leaves_room_for_others(engine):
             tokenizing.quota = Quota(3 * size, 2 * size, tokenizing.quota.make_error)
 
             def tokenize(key):
-                return client.stub.Tokenize(TEXT, metadata=[("authorization", f"Bearer {key}")], timeout=10)
+                return client.stub.Tokenize(TEXT, metadata=[("authorization", f"Bearer {key}")], timeout=300)
 
             calls = [asyncio.ensure_future(tokenize("one").code()) for _ in range(2)]
             await until(lambda: tokenizing.quota.used.total() == 2 * size)
@@ -91,7 +91,7 @@ def test_a_text_longer_than_any_prompt_is_refused_before_the_tokenizer(engine, r
     async def scenario():
         engine.tokenizer.max_chars_per_token = 1000
         async with front_of(engine) as client:
-            return await client.stub.Tokenize(request_, timeout=10).code()
+            return await client.stub.Tokenize(request_, timeout=300).code()
 
     assert asyncio.run(scenario()) == grpc.StatusCode.INVALID_ARGUMENT
     assert engine.tokenizer.texts == []
@@ -100,7 +100,7 @@ def test_a_text_longer_than_any_prompt_is_refused_before_the_tokenizer(engine, r
 def test_a_prompt_longer_than_the_context_is_tokenised():
     async def scenario():
         async with front_of(FakeEngine(max_model_len=5)) as client:
-            return await client.stub.Tokenize(TEXT, timeout=10)
+            return await client.stub.Tokenize(TEXT, timeout=300)
 
     assert asyncio.run(scenario()).count == 10
 

@@ -181,7 +181,7 @@ def test_a_viewer_that_does_not_read_holds_no_answer():
             await asyncio.sleep(0.01)
         with socket.create_connection(server.servers[0].sockets[0].getsockname()) as connection:
             connection.sendall(f"GET {DATA_PATH} HTTP/1.1\r\nhost: server\r\n\r\n".encode())
-            await asyncio.wait_for(ended.wait(), 30)
+            await asyncio.wait_for(ended.wait(), 300)
         server.should_exit = True
         await serving
 

@@ -333,9 +333,10 @@ def test_requests_of_a_server_that_does_not_respond_are_lost_once_a_step(servers
     with servers[1].lock, monkeypatch.context() as patch:  # it can read no page
         for _ in range(2):
             sent, arrived = step.begin("layer", torch.randn_like(out), 0.3, 0.0), []
-            while not arrived:  # the response of the other server, however long it takes
-                arrived = client.messenger.receive()
-            patch.setattr(client.messenger, "receive", lambda arrived=arrived: [arrived.pop()] if arrived else [])
+            while not any(message.header.get("id") in sent for message in arrived):  # the other server's response
+                arrived += client.messenger.receive()
+            batches = iter([arrived])
+            patch.setattr(client.messenger, "receive", lambda batches=batches: next(batches, []))
             patch.setattr(remote_attention_client, "RESPONSE_SECONDS", 0.2)
             step.finish(sent, out, torch.zeros(8, HEADS))
             patch.undo()

@@ -151,7 +151,7 @@ def run_measurement(
     except (ServerError, StartError, OSError) as error:
         print(f"{command}: error: {error}\n{resume}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"{command}: interrupted\n{resume}", file=sys.stderr)
         return INTERRUPTED
 
@@ -164,9 +164,18 @@ def signals_as_interrupt() -> Iterator[None]:
     """
 
     def interrupt(*_: object) -> None:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.raise_signal(signal.SIGINT)
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise KeyboardInterrupt from None
+        loop.call_soon_threadsafe(cancel_tasks)  # an exception here would be one of the task that runs just now
+
+    def cancel_tasks() -> None:
+        for task in asyncio.all_tasks():
+            task.cancel()
 
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from engine_ext.evaluation import client as client_module
-from engine_ext.evaluation import figure, server
+from engine_ext.evaluation import figure, runner, server
 from engine_ext.evaluation.report import Report
 from engine_ext.evaluation.store import locked
 from engine_ext.serving.cli import eval as cli
@@ -307,6 +309,20 @@ def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, 
         assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
         assert evaluate(fake, tmp_path) == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24
+
+
+@pytest.mark.parametrize("ignored", [None, signal.SIGINT])
+def test_a_signal_within_a_task_is_no_exception_of_it(tmp_path, monkeypatch, capsys, caplog, ignored):
+    async def ask(*_) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(runner, "ask", ask)
+    with served(answer=knows) as fake, ignoring(ignored):
+        assert evaluate(fake, tmp_path) == 130
+    gc.collect()  # asyncio logs the exception of a task that nobody has asked for when the task is gone
+    assert "starling eval: interrupted" in capsys.readouterr().err
+    assert caplog.records == []
 
 
 @contextlib.contextmanager

@@ -172,12 +172,22 @@ def test_a_request_that_an_operator_aborts_on_either_server_ends(run_pods):
 
 def test_an_operator_aborts_another_servers_part_by_the_engines_id(run_pods):
     async def scenario(a, b):
+        run_step = b.replica.run_step
+
+        def stop_behind_the_first_step_of_the_part():
+            outputs = run_step()
+            if len(b.replica.work) == 2:  # the anchor's request, and the part's
+                b.replica.running.clear()
+            return outputs
+
+        b.replica.run_step = stop_behind_the_first_step_of_the_part
         running = asyncio.create_task(a.server.generate(random_ids(3, 4000), AUTO))
-        # The id is known some moments before the engine has the request.
-        await until(lambda: a.state.internal_ids and b.server.engine.output_processor.request_states)
+        await until(lambda: not b.replica.running.is_set())
+        b.replica.run_step = run_step
         (part,) = b.state.internal_ids
         response = await AdminServicer(b.server.engine, b.front, max_message_bytes=1)._abort([part])
         assert response.found == [part]
+        b.replica.running.set()
         (output,) = await running
         assert output.outputs[0].finish_reason == "abort"
         assert len(a.state.peers.usable) == 1

@@ -190,11 +190,12 @@ class Lease:
         """The response to the part, which has ended (raises what the part raised)."""
         assert self.prefilling is not None
         try:
-            return response_of(self.prefilling.result())
+            response = response_of(self.prefilling.result())
         except PartAborted:
-            if self.is_aborted:
-                return pb.PrefillPartResponse(aborted=pb.PartAborted())
-            raise ReplicaUnavailable("the engine has ended the part: it shuts down, or is paused") from None
+            if not self.is_aborted:
+                raise ReplicaUnavailable("the engine has ended the part: it shuts down, or is paused") from None
+        # An abort that comes as the anchor or the part is complete has not ended it.
+        return pb.PrefillPartResponse(aborted=pb.PartAborted()) if self.is_aborted else response
 
     def _reserve(self, num_tokens: int) -> None:
         """Reserve the memory of a part, or refuse the part: its caller holds memory that others here may wait for."""

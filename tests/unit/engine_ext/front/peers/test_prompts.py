@@ -170,25 +170,25 @@ def test_a_request_that_an_operator_aborts_on_either_server_ends(run_pods):
     run_pods(scenario)
 
 
-def test_an_operator_aborts_another_servers_part_by_the_engines_id(run_pods):
+@pytest.mark.parametrize("num_requests", [1, 2], ids=["its anchor is complete", "it has begun"])
+def test_an_operator_aborts_another_servers_part_by_the_engines_id(run_pods, num_requests):
     async def scenario(a, b):
-        run_step = b.replica.run_step
+        run_step, aborts = b.replica.run_step, []
 
-        def stop_behind_the_first_step_of_the_part():
+        async def abort() -> None:
+            (part,) = b.state.internal_ids
+            response = await AdminServicer(b.server.engine, b.front, max_message_bytes=1)._abort([part])
+            assert response.found == [part]
+
+        def abort_behind_a_first_step():
             outputs = run_step()
-            if len(b.replica.work) == 2:  # the anchor's request, and the part's
-                b.replica.running.clear()
+            if len(b.replica.work) == num_requests and not aborts:  # the anchor's, which has one step, and the part's
+                aborts.append(asyncio.ensure_future(abort()))  # before the step's outputs reach the front
             return outputs
 
-        b.replica.run_step = stop_behind_the_first_step_of_the_part
-        running = asyncio.create_task(a.server.generate(random_ids(3, 4000), AUTO))
-        await until(lambda: not b.replica.running.is_set())
-        b.replica.run_step = run_step
-        (part,) = b.state.internal_ids
-        response = await AdminServicer(b.server.engine, b.front, max_message_bytes=1)._abort([part])
-        assert response.found == [part]
-        b.replica.running.set()
-        (output,) = await running
+        b.replica.run_step = abort_behind_a_first_step
+        (output,) = await a.server.generate(random_ids(3, 4000), AUTO)
+        await aborts[0]
         assert output.outputs[0].finish_reason == "abort"
         assert len(a.state.peers.usable) == 1
 

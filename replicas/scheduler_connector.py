@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from vllm.logger import init_logger
@@ -139,7 +138,7 @@ class SchedulerConnector:
         self.num_holds += 1
         self.holds[part.name] = self.num_holds
         source = PageSource(part.start, held, self.addresses, self.num_holds)
-        return {"name": part.name, "source": asdict(source)}
+        return {"name": part.name, "source": vars(source)}
 
     def held_pages(self, name: str) -> list[Page]:
         """The pages held under a name.

@@ -131,8 +131,7 @@ class Lease:
         is_released = False
         self.front.leases.add(self)
         try:
-            await self._check()
-            state = await self.replica.state()
+            _, state = await asyncio.gather(self._check(), self.replica.state())  # between the same two steps
             self.capacity = state["pages"]
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
             request = await context.read()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import stateful
+from tests.signals import handlers
 
 SERVERS = "tests/e2e/"
 
@@ -50,6 +51,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_signals():
+    """Fail where the tests of a file leave a handler of signals, which the files after it would run with."""
+    before = handlers()
+    yield
+    assert handlers() == before
 
 
 @pytest.fixture(autouse=True)

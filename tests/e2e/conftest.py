@@ -11,8 +11,17 @@ from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2_grpc
 from tests.e2e.serving import MODEL, NO_REUSE, PAGE_SIZE
+from tests.signals import kept_signals
 
 FORKING = Path(__file__).resolve().parents[1] / "fork_shim"
+
+
+@pytest.fixture(autouse=True, scope="package")
+def signals_end_servers():
+    """A signal to the test run also stops the servers of its tests."""
+    with kept_signals():
+        end_on_signals()
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +39,6 @@ def forked():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    end_on_signals()  # a signal to the test run also stops its server
     folder = tmp_path_factory.mktemp("serving")
     # Slow enough that a long output still runs when a test on a busy machine looks at it.
     model = make_tiny_llama(folder / MODEL, num_hidden_layers=6)

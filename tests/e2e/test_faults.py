@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals
 from examples.two_hosts import available
 from tests.faults import run_cell, served
 from tests.faults.place import place
@@ -17,7 +16,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not available(), reason="needs
 
 @pytest.fixture(scope="module")
 def server():
-    end_on_signals()
     model = make_tiny_llama(FOLDER / "tiny")
     with place() as here, served.served(here, model, log=FOLDER / "e2e.log") as server:
         yield server

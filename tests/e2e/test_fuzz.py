@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals, serving
+from examples.server import serving
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.e2e import fuzz_http
@@ -42,7 +42,6 @@ counts: Counter[str] = Counter()
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("fuzz")
     model = make_tiny_llama(folder / MODEL)
     options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]

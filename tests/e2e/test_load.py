@@ -25,7 +25,7 @@ from benchmarks.soak.mix import KINDS
 from benchmarks.soak.series import Sampler
 from benchmarks.soak.target import Clients, Target
 from engine_ext.serving.errors import GRPC_CODES
-from examples.server import end_on_signals, serving
+from examples.server import serving
 from starling.client import AsyncClient, StarlingError
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
@@ -44,7 +44,6 @@ SERVICE = "/starling.v1.InferenceService"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("load")
     model = make_tiny_llama(folder / "tiny")
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "1024"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.server import end_on_signals
 from examples.two_hosts import available, two_hosts
 from tests.e2e.wait import wait_until
 
@@ -25,7 +24,6 @@ CALLS = (
 
 
 def test_a_request_ends_after_the_link_to_its_client_is_cut(tmp_path: Path):
-    end_on_signals()
     log = tmp_path / "server.log"
 
     def says(*lines: str) -> bool:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals
 from examples.two_hosts import GRPC_PORT, available, counts, ip, serving_as_peers, two_hosts
 from tests.e2e.sockets import assert_sockets, documented_sockets
 from tests.e2e.test_two_hosts import COMPUTED, MOVED, TOKEN_BYTES, assert_same, complete, sockets_of_host
@@ -26,7 +25,6 @@ TIMEOUT_SECONDS = 15
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("peers")
     # Steps so small that a server is killed during a prefill.
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "32"]

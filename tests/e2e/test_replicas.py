@@ -22,7 +22,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals, serving
+from examples.server import serving
 from scheduler.star.assignment import ReplicaState, assign_blocks
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -51,7 +51,6 @@ TIMEOUT_SECONDS = 30
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("replicas")
     options = [*ENGINE_OPTIONS, "--data-parallel-size", str(REPLICAS), "--num-gpu-blocks-override", "800"]
     options += ["--max-logprobs", "5", "--star-replica-timeout", str(TIMEOUT_SECONDS)]

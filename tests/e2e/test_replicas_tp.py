@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals, serving
+from examples.server import serving
 from scheduler.star.assignment import ReplicaState
 from tests.e2e.sockets import assert_sockets, documented_sockets, open_sockets
 from tests.e2e.test_replicas import (
@@ -41,7 +41,6 @@ TOKEN_BYTES = 2 * 2 * 64 * 4  # layers, K and V, hidden size, float32: both rank
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("replicas_tp")
     settings = [*ENGINE_OPTIONS, "--data-parallel-size", str(REPLICAS), "--tensor-parallel-size", "2"]
     settings += ["--num-gpu-blocks-override", "400", "--api-server-count", str(API_SERVERS)]

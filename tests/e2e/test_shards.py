@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals, serving
+from examples.server import serving
 from tests.e2e.test_replicas import (
     CONCURRENT_TOLERANCE,
     ENGINE_OPTIONS,
@@ -54,7 +54,6 @@ BYTES = LAYERS * (2 * HIDDEN + HEADS) * 4
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("shards")
     arguments = [*ENGINE_OPTIONS, "--data-parallel-size", str(REPLICAS), "--star-shards", "on"]
     arguments += ["--num-gpu-blocks-override", str(NUM_PAGES + 1), "--max-logprobs", "5"]

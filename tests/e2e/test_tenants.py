@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals, serving
+from examples.server import serving
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 from tests.browser import Page, browser, find_chromium
@@ -77,7 +77,6 @@ class Tenants:
 
 @pytest.fixture(scope="module")
 def tenants(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("tenants")
     # Slow enough that a long output still runs when a test on a busy machine looks at it.
     model = make_tiny_llama(folder / MODEL, num_hidden_layers=6)

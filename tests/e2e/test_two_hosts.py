@@ -9,7 +9,6 @@ import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from examples.server import end_on_signals
 from examples.two_hosts import available, counts, ip, serving_on_both, two_hosts
 from tests.e2e.sockets import Socket, assert_sockets, documented_sockets, of_process
 from tests.e2e.wait import wait_until
@@ -26,7 +25,6 @@ TOKEN_BYTES = 2 * 2 * 64 * 4  # layers, K and V, hidden size, float32
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    end_on_signals()
     folder = tmp_path_factory.mktemp("hosts")
     # Steps so small that the network is cut during a prefill.
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "32"]

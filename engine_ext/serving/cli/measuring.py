@@ -160,13 +160,11 @@ def run_measurement(
 def signals_as_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP end the measurement as Ctrl-C does, so that its server is stopped.
 
-    Under nohup, SIGHUP is ignored, and stays so. A background job of a script ignores SIGINT, but not SIGTERM.
+    Under nohup, SIGHUP is ignored, and stays so. What SIGINT does here makes no difference: a background job of a
+    script ignores it.
     """
 
     def interrupt(*_: object) -> None:
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.raise_signal(signal.SIGINT)
-            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:

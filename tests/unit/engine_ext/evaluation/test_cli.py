@@ -28,6 +28,7 @@ from engine_ext.evaluation.store import locked
 from engine_ext.serving.cli import eval as cli
 from engine_ext.serving.cli import measuring
 from engine_ext.serving.cli.main import main
+from tests.signals import kept_signals
 from tests.unit.engine_ext.evaluation.fake_server import MAX_MODEL_LEN, served
 
 TASKS = ("--tasks", "vt,niah_single_1", "--lengths", "2000,3000", "--prompts-per-cell", "3", "--plan", "n/8")
@@ -311,14 +312,21 @@ def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, 
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24
 
 
-@pytest.mark.parametrize("ignored", [None, signal.SIGINT])
-def test_a_signal_within_a_task_is_no_exception_of_it(tmp_path, monkeypatch, capsys, caplog, ignored):
+def raise_interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN, raise_interrupt])
+def test_a_signal_within_a_task_is_no_exception_of_it(tmp_path, monkeypatch, capsys, caplog, handler):
+    """Whatever SIGINT does in this process."""
+
     async def ask(*_) -> None:
         signal.raise_signal(signal.SIGTERM)
         await asyncio.sleep(600)
 
     monkeypatch.setattr(runner, "ask", ask)
-    with served(answer=knows) as fake, ignoring(ignored):
+    with served(answer=knows) as fake, kept_signals():
+        signal.signal(signal.SIGINT, handler)
         assert evaluate(fake, tmp_path) == 130
     gc.collect()  # asyncio logs the exception of a task that nobody has asked for when the task is gone
     assert "starling eval: interrupted" in capsys.readouterr().err
@@ -328,12 +336,10 @@ def test_a_signal_within_a_task_is_no_exception_of_it(tmp_path, monkeypatch, cap
 @contextlib.contextmanager
 def ignoring(number: int | None):
     """Ignore a signal in the processes that the block starts."""
-    before = signal.signal(number, signal.SIG_IGN) if number else None
-    try:
+    with kept_signals():
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
         yield
-    finally:
-        if number:
-            signal.signal(number, before)
 
 
 def test_a_run_under_nohup_goes_on_when_the_user_logs_out(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
@@ -16,6 +16,13 @@ from vllm_compat.kv_pages import Page, PagePool
 logger = init_logger("vllm.starling")
 
 COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class Hold(NamedTuple):
+    """Pages held for other replicas; ``number`` counts the holds of this replica from 1 (replicas/holds.py)."""
+
+    number: int
+    pages: list[Page]
 
 
 class SchedulerConnector:
@@ -33,9 +40,8 @@ class SchedulerConnector:
         self.page_size = page_size
         self.addresses: list[dict[str, Any]] = []
         self.opened_shards: set[str] = set()
-        self.held: dict[str, list[Page]] = {}
-        self.num_holds = 0
-        self.holds: dict[str, int] = {}  # name -> the number of the hold (replicas/holds.py)
+        self.holds: dict[str, Hold] = {}
+        self._num_holds = 0  # of all time
         self._released: list[int] = []  # numbers that the workers don't know yet
         self.num_users: Counter[str] = Counter()  # name -> requests here that begin with the pages
         self.release_later: set[str] = set()  # names whose last user releases the pages
@@ -134,10 +140,9 @@ class SchedulerConnector:
         held = page_ids[part.start // self.page_size : request.num_prompt_tokens // self.page_size]
         pages = self.pool.pages(held)
         self.pool.hold(pages)
-        self.held[part.name] = pages
-        self.num_holds += 1
-        self.holds[part.name] = self.num_holds
-        source = PageSource(part.start, held, self.addresses, self.num_holds)
+        self._num_holds += 1
+        self.holds[part.name] = Hold(self._num_holds, pages)
+        source = PageSource(part.start, held, self.addresses, self._num_holds)
         return {"name": part.name, "source": vars(source)}
 
     def held_pages(self, name: str) -> list[Page]:
@@ -146,7 +151,7 @@ class SchedulerConnector:
         Raises:
             KeyError: no pages are held under it.
         """
-        return self.held[name]
+        return self.holds[name].pages
 
     def begin_remote_attention(self, local_name: str) -> None:
         """A request has arrived that begins with the pages held under a name."""
@@ -166,10 +171,10 @@ class SchedulerConnector:
         Raises:
             ValueError: no pages are held under the name.
         """
-        if name not in self.held:
+        if name not in self.holds:
             raise ValueError(f"no pages are held as {name}")
         self.opened_shards.add(name)
-        return [page.block_id for page in self.held[name]]
+        return [page.block_id for page in self.holds[name].pages]
 
     def release(self, names: Iterable[str]) -> None:
         """Release the pages held under these names; unknown names hold none. Workers must not read them any more.
@@ -182,6 +187,7 @@ class SchedulerConnector:
             if self.num_users[name]:
                 self.release_later.add(name)
                 continue
-            if name in self.held:
-                self._released.append(self.holds.pop(name))
-                self.pool.release(reversed(self.held.pop(name)))
+            if name in self.holds:
+                hold = self.holds.pop(name)
+                self._released.append(hold.number)
+                self.pool.release(reversed(hold.pages))

@@ -98,7 +98,7 @@ def test_a_part_that_still_runs_when_its_pages_are_released_never_holds_them(sch
     assert "mine" in scheduler.requests
     core_rpc._release(core, ["mine"])
     run_to_end(scheduler)
-    assert list(scheduler.connector.connector_scheduler.held) == ["other"]
+    assert list(scheduler.connector.connector_scheduler.holds) == ["other"]
     core_rpc._release(core, ["other"])
     assert free_pages(scheduler) == 39
 
@@ -122,7 +122,7 @@ def test_a_finished_part_reports_its_pages_and_an_aborted_part_holds_none(schedu
     scheduler.add_request(part("aborted", 0, 256))
     scheduler.schedule()
     scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
-    assert reported["aborted"] is None and not scheduler.connector.connector_scheduler.held
+    assert reported["aborted"] is None and not scheduler.connector.connector_scheduler.holds
     assert free_pages(scheduler) == 39
 
 

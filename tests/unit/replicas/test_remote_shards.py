@@ -159,7 +159,7 @@ def test_the_start_of_a_prompt_is_held_while_a_request_begins_with_it(scheduler)
     run_to_end(scheduler)
     assert free_pages(scheduler) == 39
     side = scheduler.connector.connector_scheduler
-    assert not side.held and not side.num_users and not side.release_later
+    assert not side.holds and not side.num_users and not side.release_later
 
 
 def test_a_shard_is_open_until_its_pages_are_released(scheduler):

@@ -109,7 +109,8 @@ class Replica(Engine):
 
     @property
     def held(self) -> dict[str, list[Any]]:
-        return self.scheduler.connector.connector_scheduler.held
+        holds = self.scheduler.connector.connector_scheduler.holds
+        return {name: hold.pages for name, hold in holds.items()}
 
     @property
     def num_free_pages(self) -> int:

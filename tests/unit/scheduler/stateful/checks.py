@@ -109,7 +109,7 @@ def check_empty(scheduler: Any) -> None:
     if scheduler.connector is not None:
         side = scheduler.connector.connector_scheduler
         left |= {
-            "held": side.held,
+            "holds": side.holds,
             "users": +side.num_users,
             "later": side.release_later,
             "begun": side._begun,

@@ -353,9 +353,9 @@ class SchedulerMachine(CountingMachine):
     def all_pages_are_explained(self):
         held = [page.block_id for page in self.taken]
         if self.setup.connector:
-            parts = self.scheduler.connector.connector_scheduler.held
-            assert parts.keys() == self.held, "pages are held for completed parts of prompts, until they are released"
-            held += [page.block_id for pages in parts.values() for page in pages]
+            holds = self.scheduler.connector.connector_scheduler.holds
+            assert holds.keys() == self.held, "pages are held for completed parts of prompts, until they are released"
+            held += [page.block_id for hold in holds.values() for page in hold.pages]
         check_pages(self.scheduler, held)
 
     @invariant()

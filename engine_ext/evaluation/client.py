@@ -1,4 +1,4 @@
-"""The requests to a server with OpenAI's completions API and vLLM's /tokenize."""
+"""The requests to a server with OpenAI's completions API, and vLLM's /tokenize unless the tokenizer is given."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import httpx
 
 from engine_ext.evaluation.connection import make_http, retry_after
 from engine_ext.evaluation.plans import Plan
+from engine_ext.evaluation.prompts import NO_TEMPLATE, Tokenizer
 
 ATTEMPTS = 4
 FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
 REPEATED = (408, 425, 429)  # besides 5xx: the same request may succeed later
+NO_TOKENIZE = "give the folder of the model's tokenizer with --tokenizer"
 TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
 PLAN_HEADER = "x-starling-plan"
 STAR_NUMBERS = (
@@ -42,13 +44,13 @@ class ServerFacts:
 
     Attributes:
         model: the name of the model that is asked.
-        max_model_len: tokens of a prompt and its output.
+        max_model_len: tokens of a prompt and its output; None where the server does not say.
         starling: whether Starling is activated, so that requests can have star plans.
         version: of vLLM; None where the server does not say.
     """
 
     model: str
-    max_model_len: int
+    max_model_len: int | None
     starling: bool
     version: str | None
 
@@ -81,18 +83,25 @@ class Client:
         model: its name on the server; None: the server has only one.
         api_key: sent as a bearer token.
         timeout: seconds that an answer may take.
+        tokenizer: the model's; None: the server's /tokenize.
 
     Raises:
         ValueError: a key that can't be sent; a URL, a proxy or a file with certificates that can't be used.
     """
 
     def __init__(
-        self, base_url: str, model: str | None = None, api_key: str | None = None, timeout: float = 600
+        self,
+        base_url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 600,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._http = make_http(self.base_url, api_key, timeout)
         self._timeout = timeout
         self._model = model
+        self._own_tokenizer = tokenizer
         self._facts: ServerFacts | None = None
 
     async def __aenter__(self) -> Client:
@@ -112,7 +121,8 @@ class Client:
         if self._facts is None:
             response = await self._send("GET", "/v1/models")
             with understood(response):
-                names = [model["id"] for model in response.json()["data"]]
+                models = {model["id"]: model for model in response.json()["data"]}
+            names = list(models)
             if not names:
                 raise ServerError(f"{self.base_url}/v1/models names no model")
             if self._model is None and len(names) > 1:
@@ -120,11 +130,20 @@ class Client:
             name = self._model or names[0]
             if name not in names:
                 raise ServerError(f"model={name!r} is refused: the server has no such model. Allowed: {names}.")
-            tokenized = await self._tokenize({"model": name, "prompt": "Hello"})
-            probe = {"model": name, "prompt": tokenized["tokens"], "max_tokens": 1}
+            if self._own_tokenizer is None:
+                tokenized = await self._tokenize({"model": name, "prompt": "Hello"})
+                tokens, max_model_len = tokenized["tokens"], tokenized["max_model_len"]
+            else:
+                tokens, max_model_len = await self._own_tokenizer.tokenize("Hello"), models[name].get("max_model_len")
+            probe = {"model": name, "prompt": tokens, "max_tokens": 1}
             starling = PLAN_HEADER in (await self._send("POST", "/v1/completions", probe)).headers
-            self._facts = ServerFacts(name, tokenized["max_model_len"], starling, await self._version())
+            self._facts = ServerFacts(name, max_model_len, starling, await self._version())
         return self._facts
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What makes the tokens of prompts."""
+        return self if self._own_tokenizer is None else self._own_tokenizer
 
     async def _version(self) -> str | None:
         try:
@@ -151,17 +170,14 @@ class Client:
         except ServerError as error:
             if "chat template" not in str(error):
                 raise
-            raise ServerError(
-                f"{error}\nWithout a chat template: --prompt-format text for tasks, and for your own prompts `prompt` "
-                "in place of `messages`"
-            ) from None
+            raise ServerError(f"{error}\n{NO_TEMPLATE}") from None
 
     async def _tokens(self, body: dict[str, Any]) -> list[int]:
         return list((await self._tokenize({"model": (await self.facts()).model} | body))["tokens"])
 
     async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
-        response = await self._send("POST", "/tokenize", body, missing="see the note on servers in docs/eval.md")
-        with understood(response):
+        response = await self._send("POST", "/tokenize", body, missing=NO_TOKENIZE)
+        with understood(response, NO_TOKENIZE):
             return {name: response.json()[name] for name in ("tokens", "max_model_len")}
 
     async def complete(self, token_ids: Sequence[int], plan: Plan, max_tokens: int) -> Completion:
@@ -225,6 +241,8 @@ class Client:
         if facts.starling:
             with understood(response):
                 check_engaged(response.headers.get(PLAN_HEADER), plan, len(token_ids))
+        else:
+            check_whole(response, len(token_ids))
         return response
 
     async def refuse_without_starling(self, plan: str) -> None:
@@ -276,11 +294,13 @@ class Client:
 
 @contextmanager
 def naming(prompt: str) -> Iterator[None]:
-    """Put the name of a prompt before the message of a ServerError."""
+    """Put the name of a prompt before the message of a ServerError or ValueError."""
     try:
         yield
     except ServerError as error:
         raise ServerError(f"the prompt {prompt}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"the prompt {prompt}: {error}") from None
 
 
 def as_completion(response: httpx.Response) -> Completion:
@@ -292,14 +312,18 @@ def as_completion(response: httpx.Response) -> Completion:
 
 
 @contextmanager
-def understood(response: httpx.Response) -> Iterator[None]:
-    """Raise ServerError where a response does not have the form that the block expects."""
+def understood(response: httpx.Response, instead: str = "docs/eval.md") -> Iterator[None]:
+    """Raise ServerError where a response does not have the form that the block expects.
+
+    Args:
+        instead: what the user can do.
+    """
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         plan = f" ({PLAN_HEADER}: {header[:200]})" if (header := response.headers.get(PLAN_HEADER)) else ""
         raise ServerError(
-            f"{response.url} does not answer as vLLM's OpenAI server does (docs/eval.md): {response.text[:200]}{plan}"
+            f"{response.url} does not answer as vLLM's OpenAI server does ({instead}): {response.text[:200]}{plan}"
         ) from None
 
 
@@ -320,6 +344,20 @@ def check_engaged(header: str | None, plan: Plan, num_tokens: int) -> None:
         )
     if attention == "star":
         _ = [int(found[name]) for name in STAR_NUMBERS]
+
+
+def check_whole(response: httpx.Response, num_tokens: int) -> None:
+    """Refuse (ServerError) an answer whose server counted another number of prompt tokens than it was sent.
+
+    Some servers cut a prompt that is too long for them, or put a token before it.
+    """
+    with understood(response):
+        usage = response.json().get("usage") or {}
+        counted = usage.get("prompt_tokens", num_tokens)
+    if counted != num_tokens:
+        raise ServerError(
+            f"{response.url} counted {counted} tokens of a prompt of {num_tokens}: it cuts prompts, or adds tokens"
+        )
 
 
 def error_message(response: httpx.Response) -> str:

@@ -19,10 +19,13 @@ MAX_MEASUREMENTS = 12
 END_CHARACTERS = 600
 OWN = "prompts"
 OWN_WITHOUT_ANSWER = "prompts without answers"
+NO_TEMPLATE = (
+    "Without a chat template: --prompt-format text for tasks, and for your own prompts `prompt` in place of `messages`"
+)
 
 
 class Tokenizer(Protocol):
-    """The calls of ``client.Client`` that count and make tokens."""
+    """What counts and makes tokens: the server (``client.Client``), or a ``tokenizer.LocalTokenizer``."""
 
     async def tokenize(self, text: str) -> list[int]: ...
 

@@ -27,7 +27,7 @@ class StartError(Exception):
 
 @contextlib.contextmanager
 def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
-    """The base URL of `starling serve MODEL` on a free loopback port, until the block ends.
+    """The base URL of `starling serve MODEL` on a free loopback port, until the block or this process ends.
 
     Args:
         options: further options of `starling serve`.
@@ -43,7 +43,7 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
                 f"{option} is refused: it is chosen here for the server of MODEL. Allowed: --base-url, with a server"
             )
     port = free_port()
-    command = [sys.executable, "-m", "engine_ext.serving.cli.main", "serve", model, *options]
+    command = [sys.executable, "-m", "engine_ext.serving.cli.tied", str(os.getpid()), "serve", model, *options]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
@@ -20,6 +21,7 @@ from engine_ext.evaluation.report import Report
 from engine_ext.evaluation.tuning.report import TuneReport
 from examples.server import ENVIRONMENT, serving
 from tests.e2e.serving import MODEL, PAGE_SIZE, PROMPT
+from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
@@ -94,7 +96,7 @@ def server(model, tmp_path_factory):
         yield server
 
 
-def test_a_second_run_resumes_on_another_server(measured, server, tmp_path):
+def test_a_second_run_resumes_on_another_server(measured, model, server):
     folder, _ = measured
     before = Report.model_validate_json((folder / "results.json").read_text())
     stored = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
@@ -106,6 +108,24 @@ def test_a_second_run_resumes_on_another_server(measured, server, tmp_path):
     assert [(cell.task, cell.same_as_dense) for cell in again.cells] == [
         (cell.task, cell.same_as_dense) for cell in before.cells
     ]
+    tokenizer = ("--tokenizer", str(model))  # in place of the server's /tokenize: the same prompts
+    done = evaluate("--base-url", server.http, *MEASURED, *PLAN_OPTIONS, *tokenizer, "--out", str(folder))
+    assert done.returncode == 0 and f"found {NUM_ANSWERS} of {NUM_ANSWERS} answers" in done.stdout, done.stderr
+
+
+def test_a_measurement_that_is_killed_leaves_no_server(model, tmp_path):
+    command = [STARLING, "eval", str(model), *ENGINE, *MEASURED, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, env=ENVIRONMENT | os.environ, stdout=subprocess.DEVNULL)
+    try:
+        results = tmp_path / "results.jsonl"
+        assert wait_until(lambda: process.poll() is not None or (results.exists() and results.stat().st_size))
+        assert process.poll() is None
+        left = psutil.Process(process.pid).children(recursive=True)
+        assert len(left) > 1, "the server and its engine"
+    finally:
+        process.kill()
+        process.wait()
+    assert wait_until(lambda: not any(each.is_running() for each in left)), left
 
 
 def test_what_is_refused(measured, server, tmp_path):

@@ -216,7 +216,7 @@ def test_a_deadline_frees_the_request(server):
 
 
 def test_a_slow_reader_gets_all_tokens_in_fewer_events(server):
-    tokens = 2000
+    tokens = 600
 
     async def scenario(calls):
         expected, _ = await calls.read(request("slow", tokens=tokens))

@@ -35,6 +35,7 @@ from engine_ext.evaluation.prompts import Prompt, own_prompt, read_own_prompts, 
 from engine_ext.evaluation.server import StartError, served
 from engine_ext.evaluation.store import check_setup, locked, stored_setup
 from engine_ext.evaluation.tasks import GROUPS, TASKS
+from engine_ext.evaluation.tokenizer import LocalTokenizer
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 SPEED_SECONDS = 3600  # a long prompt takes minutes, and the time left is estimated from those of the last hour
@@ -59,6 +60,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000")
     add("--model", metavar="NAME", help="the model's name on the server; needed where it has several")
     add("--api-key", metavar="KEY", help=f"of the server; default: the environment variable {KEY_ENV}")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="the model's tokenizer, for a server without vLLM's /tokenize")
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
@@ -196,6 +198,8 @@ def check_arguments(args: argparse.Namespace, serve_options: Sequence[str]) -> N
         check_base_url(args.base_url)
     if args.serve is not None and args.api_key:
         raise ValueError(f"--api-key goes with --base-url. The server of MODEL takes that of {SERVE_KEY_ENV}")
+    if args.serve is not None and args.tokenizer is not None:
+        raise ValueError("--tokenizer goes with --base-url. The server of MODEL has a tokenizer")
     for name in ("concurrency", "timeout"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name}={getattr(args, name)} is refused: it must be more than 0")
@@ -236,13 +240,15 @@ def check_folder(folder: Path) -> None:
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """A client of the server, as an asynchronous context manager."""
-    return Client(args.base_url, args.model, chosen_key(args), args.timeout)
+    """A client of the server, as an asynchronous context manager (raises ValueError for a folder without tokenizer)."""
+    tokenizer = None if args.tokenizer is None else LocalTokenizer(args.tokenizer)
+    return Client(args.base_url, args.model, chosen_key(args), args.timeout, tokenizer)
 
 
 def repeated(args: argparse.Namespace, model: str) -> list[str]:
     """The arguments of a report's command that say how the server was asked."""
-    return ["--model", model, "--concurrency", str(args.concurrency), "--timeout", f"{args.timeout:g}"]
+    arguments = ["--model", model, "--concurrency", str(args.concurrency), "--timeout", f"{args.timeout:g}"]
+    return arguments if args.tokenizer is None else [*arguments, "--tokenizer", str(args.tokenizer)]
 
 
 async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequence[str]) -> ServerFacts:
@@ -259,7 +265,7 @@ async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequ
     for plan in star_plans[:1]:
         await client.refuse_without_starling(plan)
     longest = max(options.lengths)
-    if options.prompts is None and longest > facts.max_model_len:
+    if options.prompts is None and facts.max_model_len is not None and longest > facts.max_model_len:
         raise ValueError(f"lengths={longest} is refused: the server's max_model_len is {facts.max_model_len}")
     return facts
 
@@ -311,16 +317,19 @@ async def make_prompts(options: PromptOptions, client: Client, progress: Progres
         bar = progress.add_task("prompts", total=len(lines))
         for line, own in lines:
             with naming(f"line {line}"):
-                prompts.append(await own_prompt(own, line, options.max_tokens, client))
+                prompts.append(await own_prompt(own, line, options.max_tokens, client.tokenizer))
             progress.advance(bar)
     else:
         cells = [(task, length) for length in options.lengths for task in options.chosen_tasks]
         bar = progress.add_task("prompts", total=len(cells))
         settings: dict[str, Any] = {"seed": options.prompt_seed, "prompt_format": options.prompt_format}
+        settings["tokenizer"] = client.tokenizer
         for task, length in cells:
-            prompts += await task_prompts(task, length, options.prompts_per_cell, tokenizer=client, **settings)
+            prompts += await task_prompts(task, length, options.prompts_per_cell, **settings)
             progress.advance(bar)
-    refuse_long(prompts, (await client.facts()).max_model_len, num_logprobs)
+    max_model_len = (await client.facts()).max_model_len
+    if max_model_len is not None:
+        refuse_long(prompts, max_model_len, num_logprobs)
     return prompts
 
 

@@ -34,6 +34,7 @@ class FakeServer:
         page_size: tokens of a page, of which star blocks are whole numbers.
         defaults: the server's own star options.
         loss: (prompt, vllm_xargs) -> how much less probable star finds each forced token, in nats.
+        counts: tokens of a prompt -> those that the server counts.
     """
 
     answer: Callable[[str, dict], str] = lambda prompt, xargs: " nothing"
@@ -50,9 +51,11 @@ class FakeServer:
     page_size: int = 1
     defaults: dict = field(default_factory=dict)
     loss: Callable[[str, dict], float] = lambda prompt, xargs: 0.5
+    counts: Callable[[int], int] = lambda num_tokens: num_tokens
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
     completions: list[dict] = field(default_factory=list)
+    num_tokenized: int = 0
 
     def reply(self, path: str, body: dict) -> tuple[int, dict, dict[str, str]]:
         if path in self.replies:
@@ -64,6 +67,7 @@ class FakeServer:
         if path == "/tokenize" and self.tokenizes:
             if "messages" in body and not self.templated:
                 return 400, {"error": {"message": "there is no chat template"}}, {}
+            self.num_tokenized += 1
             text = body.get("prompt") or "".join(f"<{m['role']}>{m['content']}" for m in body["messages"]) + "<answer>"
             return 200, {"tokens": [ord(character) for character in text], "max_model_len": MAX_MODEL_LEN}, {}
         if path == "/v1/completions":
@@ -89,7 +93,7 @@ class FakeServer:
         else:
             text = self.answer("".join(map(chr, tokens)), xargs)[: body["max_tokens"]]
             choice |= {"text": text, "token_ids": [*map(ord, text), END]}
-        return 200, {"choices": [choice]}, headers
+        return 200, {"choices": [choice], "usage": {"prompt_tokens": self.counts(len(tokens))}}, headers
 
     def plan(self, num_tokens: int, xargs: dict) -> dict:
         """The plan that Starling would make."""

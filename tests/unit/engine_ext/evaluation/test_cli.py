@@ -212,6 +212,7 @@ def test_own_prompts_with_and_without_answers(tmp_path, capsys):
         (("--base-url", "http://x", "--tasks", "vt", "--plan", "n/0x"), "plan='n/0x' is refused"),
         (("model", "--port", "1", "--tasks", "vt"), "--port is refused"),
         (("model", "--api-key", "k", "--tasks", "vt"), "--api-key goes with --base-url"),
+        (("model", "--tokenizer", "t", "--tasks", "vt"), "--tokenizer goes with --base-url"),
     ],
 )
 def test_unusable_arguments(tmp_path, capsys, options, reason):
@@ -235,7 +236,8 @@ def test_help_names_every_option_of_the_evaluation(capsys):
     [
         ({"engages": False}, TASKS, 1, "plan='n/8' did not engage"),
         ({"starling": False}, TASKS, 1, "Starling is not activated"),
-        ({"tokenizes": False}, TASKS, 1, "has no /tokenize"),
+        ({"tokenizes": False}, TASKS, 1, "has no /tokenize, which measures the lengths of prompts: give the folder"),
+        ({}, (*TASKS, "--tokenizer", "no/such"), 2, "tokenizer='no/such' is refused: it is no folder"),
         ({"templated": False}, TASKS, 1, "there is no chat template\nWithout a chat template: --prompt-format text"),
         ({}, ("--tasks", "cwe", "--lengths", "1000"), 2, "lengths=1000 is too short for the task cwe"),
         (
@@ -462,7 +464,8 @@ def test_the_child_is_stopped_when_the_block_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "wait_until_ready", wait)
     with server.served("some/model", ["--dtype", "float32"], log) as url:
         pid, *command = log.read_text().split()
-    assert command[:6] == ["-m", "engine_ext.serving.cli.main", "serve", "some/model", "--dtype", "float32"]
-    assert command[6:] == ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+    assert command[:3] == ["-m", "engine_ext.serving.cli.tied", str(os.getpid())]
+    assert command[3:7] == ["serve", "some/model", "--dtype", "float32"]
+    assert command[7:] == ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)

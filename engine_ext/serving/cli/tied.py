@@ -1,0 +1,33 @@
+"""`python -m engine_ext.serving.cli.tied PID ...` is `starling ...`, ended in order when its parent, PID, is gone.
+
+For a server that a measurement starts: a measurement that is killed can't stop its server itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+from engine_ext.serving.cli.main import main
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with(parent: int) -> None:
+    """Let SIGTERM end this process once its parent is gone; only Linux can do that.
+
+    Args:
+        parent: the process id of the parent. Linux means its thread that started this process.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
+    raise SystemExit(main(sys.argv[2:]))

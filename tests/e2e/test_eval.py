@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -116,16 +117,20 @@ def test_a_second_run_resumes_on_another_server(measured, model, server):
 def test_a_measurement_that_is_killed_leaves_no_server(model, tmp_path):
     command = [STARLING, "eval", str(model), *ENGINE, *MEASURED, "--out", str(tmp_path)]
     process = subprocess.Popen(command, env=ENVIRONMENT | os.environ, stdout=subprocess.DEVNULL)
+    results, left = tmp_path / "results.jsonl", []
     try:
-        results = tmp_path / "results.jsonl"
         assert wait_until(lambda: process.poll() is not None or (results.exists() and results.stat().st_size))
         assert process.poll() is None
         left = psutil.Process(process.pid).children(recursive=True)
         assert len(left) > 1, "the server and its engine"
-    finally:
         process.kill()
+        _, alive = psutil.wait_procs(left, timeout=300)
+        assert not alive
+    finally:
+        for each in (process, *left):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
-    assert wait_until(lambda: not any(each.is_running() for each in left)), left
 
 
 def test_what_is_refused(measured, server, tmp_path):

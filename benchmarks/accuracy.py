@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +84,28 @@ def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def kl_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """For each pair of plans, the divergence from dense of the second over that of the first.
+def loss_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """For each pair of plans, what the second loses over what the first loses: KL, and log-probability of the answer.
 
     The mean over prompts, of which each task has as many, and a 95 % bootstrap interval over prompts, fixed seed.
     """
     by_prompt: dict[str, dict[str, Answer]] = {}
     for answer in answers:
         by_prompt.setdefault(answer.prompt, {})[answer.plan] = answer
-    divergences = {
-        name: np.array([mean_kl(found[DENSE.name], found[name]) for found in by_prompt.values()])
-        for name in {name for pair in pairs for name in pair}
-    }
+
+    def ratio(loss: Callable[[Answer, Answer], float], paper: str, other: str) -> list[float]:
+        losses = (
+            np.array([loss(found[DENSE.name], found[name]) for found in by_prompt.values()]) for name in (other, paper)
+        )
+        return mean_ratio(*losses)
+
     return [
-        {"paper": paper, "other": other, "kl_ratio": mean_ratio(divergences[other], divergences[paper])}
+        {
+            "paper": paper,
+            "other": other,
+            "kl_ratio": ratio(mean_kl, paper, other),
+            "logprob_ratio": ratio(logprob_loss, paper, other),
+        }
         for paper, other in pairs
     ]
 
@@ -116,6 +125,13 @@ def mean_kl(dense: Answer, other: Answer) -> float:
     """The divergence of one prompt, the mean over the tokens of its answer."""
     scores = zip(dense.scores, other.scores, strict=True)
     return float(np.mean([kl_divergence(ours.top, theirs.top) for ours, theirs in scores]))
+
+
+def logprob_loss(dense: Answer, other: Answer) -> float:
+    """By how much the right answer's tokens are less probable than under dense, in nats, the mean over them."""
+    return float(
+        np.mean([ours.logprob - theirs.logprob for ours, theirs in zip(dense.scores, other.scores, strict=True)])
+    )
 
 
 def described(name: str) -> str:
@@ -156,10 +172,12 @@ def markdown(result: dict[str, Any]) -> str:
     (tokens,) = result["setup"]["lengths"]
     for pair in result["over_paper"]:
         block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
-        mean, low, high = pair["kl_ratio"]
+        ratios = (
+            "{:.2f} [{:.2f}, {:.2f}]".format(*pair[name]) for name in ("kl_ratio", "logprob_ratio") if name in pair
+        )
         lines.append(
             f"\nKL with {described(pair['other'])} over KL with {described(pair['paper'])}, at n/{tokens // block}: "
-            f"{mean:.2f} [{low:.2f}, {high:.2f}]."
+            f"{'; log-probability lost: '.join(ratios)}."
         )
     return "\n".join(lines)
 
@@ -209,7 +227,7 @@ def main() -> int:
     results = json.loads((FOLDER / name / "results.json").read_text())
     lines = (FOLDER / name / RESULTS).read_bytes().splitlines()
     answers = answers_of(results["setup"], read_answers(FOLDER / name / RESULTS, lines))
-    result = evaluation(results) | {"over_paper": kl_ratios(answers, pairs)}
+    result = evaluation(results) | {"over_paper": loss_ratios(answers, pairs)}
     path = write_json(args.result or f"accuracy_{name}", result)
     shutil.copy(FOLDER / name / "differences.png", path.with_suffix(".png"))
     print(markdown(result))

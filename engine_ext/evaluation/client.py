@@ -19,7 +19,8 @@ from engine_ext.evaluation.prompts import NO_TEMPLATE, Tokenizer
 ATTEMPTS = 4
 FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
 REPEATED = (408, 425, 429)  # besides 5xx: the same request may succeed later
-NO_TOKENIZE = "give the folder of the model's tokenizer with --tokenizer"
+NO_TOKENIZE = "if it has no /tokenize of vLLM's, give the folder of the model's tokenizer with --tokenizer"
+NO_CHAT = "chat template"  # in vLLM's words where a model has none
 TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
 PLAN_HEADER = "x-starling-plan"
 STAR_NUMBERS = (
@@ -168,7 +169,7 @@ class Client:
         try:
             return await self._tokens({"messages": list(messages), "add_generation_prompt": True})
         except ServerError as error:
-            if "chat template" not in str(error):
+            if NO_CHAT not in str(error):
                 raise
             raise ServerError(f"{error}\n{NO_TEMPLATE}") from None
 
@@ -176,7 +177,7 @@ class Client:
         return list((await self._tokenize({"model": (await self.facts()).model} | body))["tokens"])
 
     async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
-        response = await self._send("POST", "/tokenize", body, missing=NO_TOKENIZE)
+        response = await self._send("POST", "/tokenize", body, instead=NO_TOKENIZE)
         with understood(response, NO_TOKENIZE):
             return {name: response.json()[name] for name in ("tokens", "max_model_len")}
 
@@ -250,14 +251,14 @@ class Client:
         if not (await self.facts()).starling:
             raise ServerError(
                 f"plan={plan!r} is refused: Starling is not activated on {self.base_url} (its responses have no "
-                f"{PLAN_HEADER}). Allowed: dense, or a server of `starling serve`."
+                f"{PLAN_HEADER}), or a gateway leaves that header out. Allowed: dense, or a server of `starling serve`."
             )
 
-    async def _send(self, method: str, path: str, body: Any = None, missing: str | None = None) -> httpx.Response:
+    async def _send(self, method: str, path: str, body: Any = None, instead: str = "") -> httpx.Response:
         """One request, repeated where the connection fails, or the server says that it can't answer now.
 
         Args:
-            missing: what to say where the server has no such path.
+            instead: what the user can do where the server does not have the path, or refuses the request.
 
         Raises:
             ServerError: the request is refused, took too long, or the last attempt failed.
@@ -285,8 +286,9 @@ class Client:
                     f"{url} redirects to {response.headers.get('location')}: give that server as --base-url"
                 )
             failure, pause = f"HTTP {response.status_code}: {error_message(response)}", retry_after(response)
-            if response.status_code == 404 and missing is not None:
-                raise ServerError(f"{self.base_url} has no {path}, which measures the lengths of prompts: {missing}")
+            if response.status_code == 404 and instead:
+                raise ServerError(f"{self.base_url} has no {path}, which measures the lengths of prompts: {instead}")
+            failure += f" ({instead})" if instead and NO_CHAT not in failure else ""
             if response.is_client_error and response.status_code not in REPEATED:
                 raise ServerError(f"{url} refused the request: {failure}")
         raise ServerError(f"{url} failed {ATTEMPTS} times, the last time with {failure}")
@@ -352,8 +354,7 @@ def check_whole(response: httpx.Response, num_tokens: int) -> None:
     Some servers cut a prompt that is too long for them, or put a token before it.
     """
     with understood(response):
-        usage = response.json().get("usage") or {}
-        counted = usage.get("prompt_tokens", num_tokens)
+        counted = (response.json().get("usage") or {}).get("prompt_tokens") or num_tokens
     if counted != num_tokens:
         raise ServerError(
             f"{response.url} counted {counted} tokens of a prompt of {num_tokens}: it cuts prompts, or adds tokens"

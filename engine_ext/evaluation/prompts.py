@@ -24,6 +24,10 @@ NO_TEMPLATE = (
 )
 
 
+class TooLong(ValueError):
+    """The shortest prompt of a task has more tokens than there is room for."""
+
+
 class Tokenizer(Protocol):
     """What counts and makes tokens: the server (``client.Client``), or a ``tokenizer.LocalTokenizer``."""
 
@@ -117,11 +121,11 @@ async def fit(
         (size, its tokens).
 
     Raises:
-        ValueError: the smallest size has too many tokens.
+        TooLong: the smallest size has too many tokens.
     """
     low, low_tokens = least, await measure(make(least))
     if low_tokens > budget:
-        raise ValueError(f"its shortest prompt has {low_tokens} tokens, and {budget} are left for it")
+        raise TooLong(f"its shortest prompt has {low_tokens} tokens, and {budget} are left for it")
     high: int | None = None
     size = max(guess, least + 1)
     for _ in range(MAX_MEASUREMENTS):
@@ -150,7 +154,7 @@ async def task_prompts(
     They depend on the task, the length, the index, the seed and the tokenizer, and on nothing else.
 
     Raises:
-        ValueError: the task has no prompt so short.
+        ValueError: the task has no prompt so short, or the tokenizer can't make it.
     """
     budget, prompts, guess = length - task.max_tokens, [], task.least + 8
     for index in range(count):
@@ -164,7 +168,7 @@ async def task_prompts(
 
         try:
             size, _ = await fit(make, measure, budget, task.least, guess)
-        except ValueError as error:
+        except TooLong as error:
             raise ValueError(f"lengths={length} is too short for the task {task.name}: {error}") from None
         guess = size if index == 0 else guess
         example = make(size)

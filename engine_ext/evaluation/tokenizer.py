@@ -2,61 +2,98 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine_ext.evaluation.prompts import NO_TEMPLATE
 
+ALLOWED = "Allowed: a folder with the model's tokenizer_config.json and tokenizer.json, without code of its own"
+
 
 class LocalTokenizer:
-    """A model's tokenizer, with the calls of ``prompts.Tokenizer``.
+    """A model's tokenizer, with the calls of ``prompts.Tokenizer``. They run in a thread, so that signals are seen.
 
     Args:
-        folder: with a tokenizer of Transformers (tokenizer.json, tokenizer_config.json), such as the model's.
+        folder: with a tokenizer of Transformers, such as the model's.
 
     Raises:
-        ValueError: Transformers finds no tokenizer there.
+        ValueError: Transformers is not installed, or finds no tokenizer there.
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        allowed = "Allowed: a folder with the model's tokenizer_config.json and tokenizer.json"
         if not folder.is_dir():  # Transformers would look for a model of this name on a hub
-            raise ValueError(f"tokenizer={str(folder)!r} is refused: it is no folder. {allowed}")
+            raise ValueError(f"tokenizer={str(folder)!r} is refused: it is no folder. {ALLOWED}")
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
-            raise ValueError(f"tokenizer={str(folder)!r} is refused: {error}\n{allowed}") from None
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ValueError(f"--tokenizer needs Transformers (pip install transformers): {error}") from None
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever Transformers makes of a user's files
+            raise ValueError(f"tokenizer={str(folder)!r} is refused: {error}\n{ALLOWED}") from None
+        tokenizer.model_max_length = sys.maxsize  # no warning about lengths: the server refuses long prompts
+        self._tokenizer = tokenizer
 
     async def tokenize(self, text: str) -> list[int]:
         """The tokens of a text, without special ones."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=False))
 
     async def tokenize_prompt(self, text: str) -> list[int]:
         """The tokens of a prompt, with those that the tokenizer puts before each prompt."""
-        return list(self._tokenizer.encode(text))
+        return list(await asyncio.to_thread(self._tokenizer.encode, text))
 
     async def tokenize_chat(self, messages: Sequence[Any]) -> list[int]:
-        """The tokens of a chat with the model's template, up to where the answer begins.
+        """The tokens of a chat with the folder's template, up to where the answer begins.
 
         Raises:
             ValueError: there is no template, or it does not take these messages.
         """
-        from jinja2 import TemplateError
-
         try:
-            tokens = self._tokenizer.apply_chat_template(
-                list(map(joined, messages)), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
-            raise ValueError(f"the tokenizer's chat template can't make the chat: {error}\n{NO_TEMPLATE}") from None
-        return list(tokens)
+            return await self.tokenize(await asyncio.to_thread(self._chat, [joined(message) for message in messages]))
+        except Exception as error:  # a template is a program
+            hint = "" if self._tokenizer.chat_template else f"\n{NO_TEMPLATE}"
+            raise ValueError(f"the tokenizer's chat template can't make the chat: {error}{hint}") from None
+
+    def _chat(self, messages: list[Any]) -> str:
+        """A chat as text. Some templates take texts, others lists of parts, and leave a text out without a word."""
+        text = messages[-1].get("content")
+        for form in (messages, [in_parts(message) for message in messages]):
+            chat: str = self._tokenizer.apply_chat_template(form, add_generation_prompt=True, tokenize=False)
+            if messages[-1].get("role") != "user" or not text or text.strip() in chat:
+                return chat
+        raise ValueError("it leaves out the text of the last message")
 
 
-def joined(message: Any) -> Any:
-    """A message whose parts of text are one text, with a line for each part, as vLLM gives it to most templates."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    return message | {"content": "\n".join(part["text"] for part in message["content"])}
+def joined(message: Any) -> dict[str, Any]:
+    """A message as vLLM gives it to most templates: one text, a line for each part, and arguments of tools as objects.
+
+    Raises:
+        ValueError: a part is no text.
+    """
+    content, changed = message.get("content"), dict(message)
+    if isinstance(content, list):
+        parts = [part if isinstance(part, str) else part.get("text") for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError("a message has a part that is no text")
+        changed["content"] = "\n".join(parts)
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [with_arguments(call) for call in message["tool_calls"]]
+    return changed
+
+
+def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool whose arguments, a JSON text in OpenAI's API, are an object, as templates expect them."""
+    function = call["function"]
+    if isinstance(function.get("arguments"), str):
+        function = function | {"arguments": json.loads(function["arguments"] or "{}")}
+    return call | {"function": function}
+
+
+def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its text as a list of one part."""
+    text = message.get("content")
+    return message | {"content": [{"type": "text", "text": text}]} if isinstance(text, str) else message

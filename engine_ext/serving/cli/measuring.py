@@ -60,7 +60,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000")
     add("--model", metavar="NAME", help="the model's name on the server; needed where it has several")
     add("--api-key", metavar="KEY", help=f"of the server; default: the environment variable {KEY_ENV}")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="the model's tokenizer, for a server without vLLM's /tokenize")
+    add("--tokenizer", metavar="FOLDER", help="the model's tokenizer, for a server without vLLM's /tokenize")
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, fields: dict[str, FieldInfo]) -> None:
@@ -132,6 +132,8 @@ def run_measurement(
     resume = f"The answers so far are in {args.out}: the same command goes on from there."
     try:
         check_arguments(args, serve_options)
+        if args.serve is not None and args.tokenizer is not None:
+            serve_options = [*serve_options, "--tokenizer", args.tokenizer]  # an option of vLLM's too
         measure = prepare(args)
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals_as_interrupt())
@@ -198,8 +200,6 @@ def check_arguments(args: argparse.Namespace, serve_options: Sequence[str]) -> N
         check_base_url(args.base_url)
     if args.serve is not None and args.api_key:
         raise ValueError(f"--api-key goes with --base-url. The server of MODEL takes that of {SERVE_KEY_ENV}")
-    if args.serve is not None and args.tokenizer is not None:
-        raise ValueError("--tokenizer goes with --base-url. The server of MODEL has a tokenizer")
     for name in ("concurrency", "timeout"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name}={getattr(args, name)} is refused: it must be more than 0")
@@ -241,14 +241,14 @@ def check_folder(folder: Path) -> None:
 
 def connect(args: argparse.Namespace) -> Client:
     """A client of the server, as an asynchronous context manager (raises ValueError for a folder without tokenizer)."""
-    tokenizer = None if args.tokenizer is None else LocalTokenizer(args.tokenizer)
+    tokenizer = LocalTokenizer(Path(args.tokenizer)) if args.tokenizer and args.serve is None else None
     return Client(args.base_url, args.model, chosen_key(args), args.timeout, tokenizer)
 
 
 def repeated(args: argparse.Namespace, model: str) -> list[str]:
     """The arguments of a report's command that say how the server was asked."""
     arguments = ["--model", model, "--concurrency", str(args.concurrency), "--timeout", f"{args.timeout:g}"]
-    return arguments if args.tokenizer is None else [*arguments, "--tokenizer", str(args.tokenizer)]
+    return [*arguments, "--tokenizer", args.tokenizer] if args.tokenizer and args.serve is None else arguments
 
 
 async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequence[str]) -> ServerFacts:

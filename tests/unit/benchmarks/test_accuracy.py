@@ -49,18 +49,22 @@ def test_plans_of_equal_blocks_have_equal_keys():
     ]
 
 
-def test_a_ratio_of_divergences_is_paired():
-    """Each prompt diverges as much with both plans: the interval has no width."""
+def test_ratios_of_losses_are_paired():
+    """Each prompt diverges as much with both plans, and loses twice as much: the intervals have no width."""
 
     def answer(prompt: str, plan: str, other: float) -> Answer:
-        score = TokenScore(logprob=-0.1, top={1: float(np.log(1 - other)), 2: float(np.log(other))})
+        score = TokenScore(
+            logprob={"dense": -0.1, "paper": -0.2, "overlap": -0.3}[plan],
+            top={1: float(np.log(1 - other)), 2: float(np.log(other))},
+        )
         rest = {"text": "", "finish_reason": "stop", "token_ids": [1], "server_plan": {}, "scores": [score]}
         return Answer(key=prompt + plan, prompt=prompt, plan=plan, **rest)
 
     shares = {"dense": 0.5, "paper": 0.9, "overlap": 0.9}
     answers = [answer(prompt, plan, share) for prompt in "ab" for plan, share in shares.items()]
-    [row] = accuracy.kl_ratios(answers, [("paper", "overlap")])
+    [row] = accuracy.loss_ratios(answers, [("paper", "overlap")])
     assert row["kl_ratio"] == pytest.approx([1.0, 1.0, 1.0])
+    assert row["logprob_ratio"] == pytest.approx([2.0, 2.0, 2.0])
 
 
 def test_answers_of_a_folder_with_more_prompts_and_plans_are_left_out():

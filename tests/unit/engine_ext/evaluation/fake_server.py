@@ -25,6 +25,7 @@ class FakeServer:
         starling: whether responses have `x-starling-plan`.
         engages: whether star plans engage.
         tokenizes, templated: whether the server has /tokenize, and a chat template.
+        chat_tokens: (status, message) of /tokenize for chats, where it takes none.
         models: names.
         fail: called before each completion; what it returns is sent: (status, message), or (status, message, headers).
         replies: path -> what the server answers there, in place of the right answer; bytes as they are.
@@ -42,6 +43,7 @@ class FakeServer:
     engages: bool = True
     tokenizes: bool = True
     templated: bool = True
+    chat_tokens: tuple[int, str] | None = None
     models: tuple[str, ...] = ("fake",)
     fail: Callable[[dict], tuple | None] = lambda body: None
     replies: dict = field(default_factory=dict)
@@ -55,7 +57,6 @@ class FakeServer:
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
     completions: list[dict] = field(default_factory=list)
-    num_tokenized: int = 0
 
     def reply(self, path: str, body: dict) -> tuple[int, dict, dict[str, str]]:
         if path in self.replies:
@@ -67,7 +68,8 @@ class FakeServer:
         if path == "/tokenize" and self.tokenizes:
             if "messages" in body and not self.templated:
                 return 400, {"error": {"message": "there is no chat template"}}, {}
-            self.num_tokenized += 1
+            if "messages" in body and self.chat_tokens:
+                return self.chat_tokens[0], {"message": self.chat_tokens[1]}, {}
             text = body.get("prompt") or "".join(f"<{m['role']}>{m['content']}" for m in body["messages"]) + "<answer>"
             return 200, {"tokens": [ord(character) for character in text], "max_model_len": MAX_MODEL_LEN}, {}
         if path == "/v1/completions":

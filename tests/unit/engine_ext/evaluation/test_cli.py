@@ -212,7 +212,6 @@ def test_own_prompts_with_and_without_answers(tmp_path, capsys):
         (("--base-url", "http://x", "--tasks", "vt", "--plan", "n/0x"), "plan='n/0x' is refused"),
         (("model", "--port", "1", "--tasks", "vt"), "--port is refused"),
         (("model", "--api-key", "k", "--tasks", "vt"), "--api-key goes with --base-url"),
-        (("model", "--tokenizer", "t", "--tasks", "vt"), "--tokenizer goes with --base-url"),
     ],
 )
 def test_unusable_arguments(tmp_path, capsys, options, reason):
@@ -236,7 +235,13 @@ def test_help_names_every_option_of_the_evaluation(capsys):
     [
         ({"engages": False}, TASKS, 1, "plan='n/8' did not engage"),
         ({"starling": False}, TASKS, 1, "Starling is not activated"),
-        ({"tokenizes": False}, TASKS, 1, "has no /tokenize, which measures the lengths of prompts: give the folder"),
+        ({"tokenizes": False}, TASKS, 1, "has no /tokenize, which measures the lengths of prompts: if it has"),
+        (
+            {"chat_tokens": (422, "prompt: Field required")},
+            TASKS,
+            1,
+            "Field required (if it has no /tokenize of vLLM's",
+        ),
         ({}, (*TASKS, "--tokenizer", "no/such"), 2, "tokenizer='no/such' is refused: it is no folder"),
         ({"templated": False}, TASKS, 1, "there is no chat template\nWithout a chat template: --prompt-format text"),
         ({}, ("--tasks", "cwe", "--lengths", "1000"), 2, "lengths=1000 is too short for the task cwe"),

@@ -2,9 +2,9 @@
 
 Starts one server, and runs `lm_eval` on it once with dense attention and once with each of three plans of equal keys:
 the paper's, a small anchor with an overlap, and half an anchor with half an overlap. The plan goes with each request,
-as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, with the tasks in its name unless all were
-run. docs/eval.md shows its table, with the scores that `benchmarks.accuracy` has for these plans, and says how to
-install lm_eval.
+as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, with the tasks in its name unless they are
+the default. docs/eval.md shows its table, with the scores that `benchmarks.accuracy` has for these plans, and says how
+to install lm_eval.
 """
 
 from __future__ import annotations
@@ -30,8 +30,17 @@ from engine_ext.evaluation.statistics import bootstrap
 
 PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"
 FOLDER = ROOT / "benchmarks" / "out" / "lm_eval"
-TASKS = {"niah_multikey_2": "niah_multikey_2", "ruler_vt": "vt"}
-"""Tasks of lm_eval, and those of `starling eval` with the same definition."""
+TASKS = {
+    "niah_single_1": "niah_single_1",
+    "niah_multikey_2": "niah_multikey_2",
+    "niah_multikey_3": "niah_multikey_3",
+    "ruler_vt": "vt",
+    "ruler_fwe": "fwe",
+    "ruler_cwe": "cwe",
+}
+"""Tasks of lm_eval that load nothing from a hub, and those of `starling eval` with the same definition."""
+
+DEFAULT_TASKS = ("niah_multikey_2", "ruler_vt")
 
 PART = 8  # n/B
 TEMPLATE_TOKENS = 512
@@ -183,7 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder with a model, relative to the repository")
     parser.add_argument("--lm-eval", type=Path, default=PROGRAM, help="the program (%(default)s)")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="(all)")
+    parser.add_argument("--tasks", nargs="+", default=DEFAULT_TASKS, choices=TASKS, help="(%(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
     parser.add_argument("--prompts", type=int, default=20, help="of each task (%(default)s)")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
@@ -191,7 +200,7 @@ def main() -> int:
     if not args.lm_eval.exists():
         parser.error(f"{args.lm_eval} does not exist: docs/eval.md says how to install lm_eval")
     result = measure(args.lm_eval, args.model, args.tasks, args.length, args.prompts, args.serve)
-    part = "" if set(args.tasks) == set(TASKS) else "_" + "_".join(args.tasks)
+    part = "" if set(args.tasks) == set(DEFAULT_TASKS) else "_" + "_".join(args.tasks)
     path = write_json(f"lm_eval_{result['model']}_{result['tokens']}{part}", result)
     print(markdown(json.loads(path.read_text())))
     print(f"written to {path}")

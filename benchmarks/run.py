@@ -71,7 +71,10 @@ FULL: dict[str, str] = {
 NEEDS = {
     "kernels.gpu_kernels": (lambda: Path("/dev/nvidia0").exists(), "no GPU"),
     "llama_cpp": (lambda: (ROOT / "build/llama/venv/bin/python").exists(), "no llama.cpp: `make bench-llama`"),
-    "lm_eval": (lambda: (ROOT / "build/lm-eval/bin/lm_eval").exists(), "no lm_eval: see docs/eval.md"),
+    "lm_eval": (
+        lambda: (ROOT / "build/lm-eval/bin/lm_eval").exists() and (ROOT / FULL["lm_eval"]).exists(),
+        "no lm_eval (see docs/eval.md), or no model (`make eval-model`)",
+    ),
 }
 """Benchmark -> whether this machine has what it needs, and what to say if not."""
 

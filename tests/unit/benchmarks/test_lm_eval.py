@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch):
     def measure(*counts: int):
         read = iter(counts)
         monkeypatch.setattr(lm_eval, "star_requests", lambda base_url: next(read))
-        return lm_eval.measure(program, "models/small", list(lm_eval.TASKS), LENGTH, PROMPTS, [])
+        return lm_eval.measure(program, "models/small", list(lm_eval.DEFAULT_TASKS), LENGTH, PROMPTS, [])
 
     return measure
 
@@ -99,7 +99,7 @@ def test_other_prompts_are_refused():
 
 def test_the_plan_goes_with_each_request_and_prompts_are_not_cut(tmp_path):
     plan = parse_plan("B=256,Q=128")
-    program, tasks = tmp_path / "lm_eval", list(lm_eval.TASKS)
+    program, tasks = tmp_path / "lm_eval", list(lm_eval.DEFAULT_TASKS)
     command = lm_eval.harness_command(program, "http://server", "model", plan, tasks, LENGTH, PROMPTS, tmp_path)
     options = dict(zip(command[2::2], command[3::2], strict=False))
     assert json.loads(options["--gen_kwargs"])["vllm_xargs"] == plan.options

@@ -49,9 +49,10 @@ class MeasuredLoss(BaseModel):
     kl: float
 
     def __str__(self) -> str:
-        loss, points, ratio = self.logprob_difference, self.difference, self.tokens / self.block_size
+        loss, points = self.logprob_difference, self.difference
         return (
-            f"{self.model}, {self.prompts} prompts of {self.tokens:,} tokens, n/B = {ratio:.0f}: "
+            f"{self.model}, {self.prompts} prompts of {self.tokens:,} tokens, B = {self.block_size:,}, "
+            f"A = {self.anchor_size:,}, O = {self.overlap_size:,}: "
             f"log-probability {loss.mean:+.2f} [{loss.low:+.2f}, {loss.high:+.2f}] a token, score "
             f"{100 * points.mean:+.1f} [{100 * points.low:+.1f}, {100 * points.high:+.1f}] points of "
             f"{100 * self.dense_score:.0f}"
@@ -64,13 +65,14 @@ def read_measured() -> list[MeasuredLoss]:
 
 
 def closest(plan: StarPlan, measured: Sequence[MeasuredLoss]) -> list[MeasuredLoss]:
-    """For each model and length the measured plan that is most like a plan: with or without overlap, and by n/B."""
-    ratio = math.log(plan.num_prompt_tokens / plan.block_size)
-    best: dict[tuple[str, int], tuple[float, MeasuredLoss]] = {}
+    """For each model and length the measured plan that is most like a plan: with or without overlap, by n/B, by A/B."""
+    ratio, share = math.log(plan.num_prompt_tokens / plan.block_size), plan.anchor_size / plan.block_size
+    best: dict[tuple[str, int], tuple[tuple[float, float], MeasuredLoss]] = {}
     for row in measured:
         if bool(row.overlap_size) != bool(plan.overlap_size):
             continue
-        distance = abs(math.log(row.tokens / row.block_size) - ratio)
+        difference = abs(math.log(row.tokens / row.block_size) - ratio)
+        distance = difference, abs(row.anchor_size / row.block_size - share)
         key = row.model, row.tokens
         if key not in best or distance < best[key][0]:
             best[key] = distance, row

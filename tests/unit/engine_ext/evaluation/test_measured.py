@@ -24,12 +24,14 @@ def test_the_most_similar_plan_of_each_model_is_found():
     assert closest(StarPlan(4096, 4096, 0, 60_000, 65_536), ROWS) == [row("a", 128, 0), row("b", 128, 0)]
     assert closest(StarPlan(32_768, 128, 32_640, 60_000, 65_536), ROWS) == [row("a", 512, 480), row("b", 512, 480)]
     assert closest(plan, [row("a", 256, 0)]) == []
+    half = row("a", 256, 128)
+    assert closest(StarPlan(8192, 4096, 4096, 60_000, 65_536), [row("a", 256, 224), half]) == [half]
 
 
 def test_a_loss_in_words():
     assert str(row("tiny", 256, 224)) == (
-        "tiny, 104 prompts of 2,048 tokens, n/B = 8: log-probability -0.20 [-0.30, -0.10] a token, score -20.0 "
-        "[-30.0, -10.0] points of 70"
+        "tiny, 104 prompts of 2,048 tokens, B = 256, A = 32, O = 224: log-probability -0.20 [-0.30, -0.10] a token, "
+        "score -20.0 [-30.0, -10.0] points of 70"
     )
 
 

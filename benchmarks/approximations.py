@@ -254,6 +254,8 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     with saved_figure(path, figsize=(9, 3.5)) as (_, axis):
         axis.barh(names, means, xerr=[means - low, high - means])
         axis.axvline(0, color="black", linewidth=0.5)
+        axis.invert_yaxis()
+        axis.locator_params(axis="x", nbins=6)
         axis.set_xlabel("log-probability of a token of the answer, over dense")
 
 

@@ -122,7 +122,11 @@ def points(interval: Interval) -> str:
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
-COLUMNS = ("task", "length", "plan", "prompts", "dense", "score", "difference [95 %]", "same answer", "attention work")
+COLUMNS = (
+    *("task", "length", "plan", "sizes", "prompts"),
+    *("dense", "score", "difference [95 %]", "same answer", "attention work"),
+)
+LEFT_COLUMNS = ("task", "plan", "sizes")
 LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
 
 
@@ -136,6 +140,7 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
             cell.task,
             f"{cell.length:,}" if cell.length else "",
             cell.plan,
+            str(cell.sizes) if cell.sizes else "",
             str(cell.prompts),
             percent(cell.dense_score) if cell.against_reference else "",
             percent(cell.score) if cell.against_reference else "",
@@ -159,7 +164,7 @@ def terminal_table(cells: Sequence[Cell]) -> Table:
     columns, rows = table_rows(cells)
     table = Table(title="Scores, and differences to dense in points")
     for name in columns:
-        table.add_column(escape_markup(name), justify="left" if name in ("task", "plan") else "right")
+        table.add_column(escape_markup(name), justify="left" if name in LEFT_COLUMNS else "right")
     for row, cell in zip(rows, cells, strict=True):
         table.add_row(*map(escape_markup, row), style="bold" if cell.task == ALL else None)
     return table

@@ -28,6 +28,20 @@ class Interval(BaseModel):
     high: float
 
 
+class StarSizes(BaseModel):
+    """Sizes of star plans in tokens: (smallest, largest) over prompts, which have different ones with n/8."""
+
+    model_config = ConfigDict(frozen=True)
+
+    block_size: tuple[int, int]
+    anchor_size: tuple[int, int]
+    overlap_size: tuple[int, int]
+
+    def __str__(self) -> str:
+        ranges = zip("BAO", (self.block_size, self.anchor_size, self.overlap_size), strict=True)
+        return ", ".join(f"{letter} {low}" + (f"-{high}" if high > low else "") for letter, (low, high) in ranges)
+
+
 class Cell(BaseModel):
     """One plan on the prompts of one task and length, or on all of them.
 
@@ -36,6 +50,7 @@ class Cell(BaseModel):
             mean over prompts, and its ``top1_agreement`` and ``kl`` are means over positions, whatever task has them.
         length: None over all lengths, and for the user's own prompts.
         prompts: how many.
+        sizes: those that the server reports; None for dense, and where the server does not say.
         against_reference: whether outputs are scored against references; else against dense's outputs.
         dense_score, score: means, from 0 to 1.
         difference: of score and dense_score, paired; None for dense.
@@ -52,6 +67,7 @@ class Cell(BaseModel):
     task: str
     length: int | None
     plan: str
+    sizes: StarSizes | None = None
     prompts: int
     against_reference: bool
     dense_score: float
@@ -140,6 +156,7 @@ def make_cell(task: str, length: int | None, plan: str, groups: Sequence[Sequenc
         task=task,
         length=length,
         plan=plan,
+        sizes=star_sizes([pair.answer for pair in pairs]),
         prompts=len(pairs),
         against_reference=bool(pairs[0].prompt.references),
         dense_score=mean_of_means([[pair.dense_score for pair in group] for group in groups]),
@@ -185,6 +202,15 @@ def kl_divergence(dense: dict[int, float], other: dict[int, float]) -> float:
     rest = tuple(max(1 - sum(share), 0.0) for share in zip(*terms, strict=True)) if terms else (1.0, 1.0)
     terms.append((rest[0], max(rest[1], 1e-12)))
     return max(sum(p * math.log(p / q) for p, q in terms if p > 0), 0.0)
+
+
+def star_sizes(answers: Sequence[Answer]) -> StarSizes | None:
+    """The sizes under which the prompts ran; None where the server does not say it of each."""
+    plans, names = [answer.server_plan or {} for answer in answers], tuple(StarSizes.model_fields)
+    if not all(name in plan for plan in plans for name in names):
+        return None
+    found = {name: [int(plan[name]) for plan in plans] for name in names}
+    return StarSizes(**{name: (min(sizes), max(sizes)) for name, sizes in found.items()})
 
 
 def key_share(answer: Answer) -> float | None:

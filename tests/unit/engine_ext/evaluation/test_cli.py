@@ -64,6 +64,14 @@ def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
         assert all(cells["niah_single_1", n].score == 1 and cells["vt", n].score == 0 for n in (2000, 3000))
         assert cells["vt", 2000].difference.high == cells["vt", 2000].difference.low == -1
         assert (cells["all", None].prompts, cells["all", None].difference.mean) == (12, -0.5)
+        stored = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+        plans = [line["server_plan"] for line in stored if line["plan"] == "n/8"]
+        ranges = []
+        for letter, name in (("B", "block_size"), ("A", "anchor_size"), ("O", "overlap_size")):
+            sizes = [plan[name] for plan in plans]
+            assert min(sizes) < max(sizes), "of prompts of two lengths"
+            ranges.append(f"{letter} {min(sizes)}-{max(sizes)}")
+        assert ", ".join(ranges) in output and ", ".join(ranges) in (tmp_path / "report.html").read_text()
         assert "n/8 scores 50.0 % over 12 prompts, dense 100.0 %: -50.0 [-50.0, -50.0] points, below dense" in output
         assert "written to" in output and "found" not in output
         assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24

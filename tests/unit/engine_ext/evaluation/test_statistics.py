@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine_ext.evaluation.prompts import Prompt
 from engine_ext.evaluation.report import overall, summary, table_rows, worst
 from engine_ext.evaluation.scoring import score
-from engine_ext.evaluation.statistics import Interval, bootstrap, compare, kl_divergence, make_pairs
+from engine_ext.evaluation.statistics import Cell, Interval, bootstrap, compare, kl_divergence, make_pairs
 from engine_ext.evaluation.store import Answer, TokenScore
 
 STAR_PLAN = {"attention": "star", "keys_attended": 1, "dense_keys": 4}
@@ -93,6 +93,39 @@ def test_a_cell_pairs_each_prompt_with_itself():
     assert cell.same_as_dense == 0.25
     assert cell.attended_keys == 0.25
     assert (cell.kl, cell.top1_agreement, cell.logprob_difference) == (None, None, None)
+
+
+def test_a_cell_has_the_sizes_that_the_server_reports_and_their_range():
+    names = ("block_size", "anchor_size", "overlap_size")
+    sizes = {"a": (256, 32, 224), "b": (512, 32, 480), "c": (128, 128, 0)}
+    prompts = [prompt("a", "vt"), prompt("b", "vt"), prompt("c", "cwe")]
+    answers = [answer(name, "dense", "yes") for name in "abc"]
+    answers += [
+        answer(name, "n/8", "yes").model_copy(
+            update={"server_plan": STAR_PLAN | dict(zip(names, of_prompt, strict=True))}
+        )
+        for name, of_prompt in sizes.items()
+    ]
+    cells = compare(make_pairs(prompts, answers))
+    shown = ["B 256-512, A 32, O 224-480", "B 128, A 128, O 0", "B 128-512, A 32-128, O 0-480"]
+    assert [str(cell.sizes) for cell in cells] == shown
+    columns, rows = table_rows(cells)
+    assert [row[columns.index("sizes")] for row in rows] == shown
+    assert cells[0].sizes.block_size == (256, 512)
+
+
+def test_dense_and_a_plan_whose_server_does_not_say_its_overlap_have_no_sizes():
+    said = STAR_PLAN | {"block_size": 256, "anchor_size": 32}
+    star = [answer("a", "n/8", "yes"), answer("a", "n/4", "yes").model_copy(update={"server_plan": said})]
+    cells = compare(make_pairs([prompt("a")], [answer("a", "dense", "yes"), *star]))
+    [dense] = compare(make_pairs([prompt("a")], [answer("a", "dense", "yes")]))
+    columns, rows = table_rows([dense, *cells])
+    assert [row[columns.index("sizes")] for row in rows] == [""] * 3
+
+
+def test_results_without_sizes_are_read():
+    [cell] = compare(make_pairs([prompt("a")], [answer("a", "dense", "yes")]))
+    assert Cell.model_validate(cell.model_dump(exclude={"sizes"})) == cell
 
 
 def test_the_mean_over_tasks_weighs_each_equally():

@@ -52,6 +52,7 @@ class Prompt:
         match: how they are counted.
         answer_ids: the tokens of a right answer; empty where there are no references.
         max_tokens: of the answer.
+        depth: where the fact begins that the answer needs (``Example.depth``); None for the user's own prompts.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Prompt:
     match: Match
     answer_ids: tuple[int, ...]
     max_tokens: int
+    depth: float | None = None
 
 
 class OwnPrompt(BaseModel):
@@ -183,6 +185,7 @@ async def task_prompts(
                 match="all",
                 answer_ids=tuple(await tokenizer.tokenize(example.answer)),
                 max_tokens=task.max_tokens,
+                depth=example.depth,
             )
         )
     return prompts

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from engine_ext.evaluation.depth import DepthCell
 from engine_ext.evaluation.statistics import ALL, Cell, Interval, Pair
 
 VERSION = 1
@@ -59,6 +60,7 @@ class Report(BaseModel):
     command: str
     server: dict[str, Any]
     cells: list[Cell]
+    depths: list[DepthCell] = []
     different: list[DifferentAnswer]
 
 
@@ -122,11 +124,17 @@ def points(interval: Interval) -> str:
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
+def nats(change: Interval | None) -> str:
+    """A difference of log-probabilities with its interval; empty where there is none."""
+    return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" if change else ""
+
+
 COLUMNS = (
     *("task", "length", "plan", "sizes", "prompts"),
     *("dense", "score", "difference [95 %]", "same answer", "attention work"),
 )
-LEFT_COLUMNS = ("task", "plan", "sizes")
+LEFT_COLUMNS = ("task", "depth", "plan", "sizes")
+DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
 LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
 
 
@@ -149,24 +157,50 @@ def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
             "" if cell.attended_keys is None else percent(cell.attended_keys),
         ]
         if with_logprobs:
-            change = cell.logprob_difference
-            row.append(f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" if change else "")
+            row.append(nats(cell.logprob_difference))
             row.append("" if cell.top1_agreement is None else percent(cell.top1_agreement))
             row.append("" if cell.kl is None else f"{cell.kl:.4f}")
         rows.append(row)
     return columns, rows
 
 
-def terminal_table(cells: Sequence[Cell]) -> Table:
-    """The table for rich."""
+def depth_rows(depths: Sequence[DepthCell]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of the table by depth as texts."""
+    with_logprobs = any(cell.logprob_difference for cell in depths)
+    columns = [*DEPTH_COLUMNS, *(LOGPROB_COLUMNS[:1] if with_logprobs else ())]
+    rows = []
+    for cell in depths:
+        length = f"{cell.length:,}" if cell.length else ""
+        scores = [percent(cell.dense_score), percent(cell.score), points(cell.difference)]
+        change = [nats(cell.logprob_difference)] if with_logprobs else []
+        rows.append([cell.depth, length, cell.plan, str(cell.prompts), *scores, *change])
+    return columns, rows
+
+
+def terminal_tables(report: Report) -> list[Table]:
+    """The tables for rich; that by depth only where prompts have one."""
+    columns, rows = table_rows(report.cells)
+    bold = [cell.task == ALL for cell in report.cells]
+    tables = [terminal_table("Scores, and differences to dense in points", columns, rows, bold)]
+    if report.depths:
+        columns, rows = depth_rows(report.depths)
+        tables.append(terminal_table("By the depth of the fact in the prompt", columns, rows, [False] * len(rows)))
+    return tables
+
+
+def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool]) -> Table:
+    """A table of texts for rich.
+
+    Args:
+        bold: of each row.
+    """
     from rich.markup import escape as escape_markup
 
-    columns, rows = table_rows(cells)
-    table = Table(title="Scores, and differences to dense in points")
+    table = Table(title=title)
     for name in columns:
         table.add_column(escape_markup(name), justify="left" if name in LEFT_COLUMNS else "right")
-    for row, cell in zip(rows, cells, strict=True):
-        table.add_row(*map(escape_markup, row), style="bold" if cell.task == ALL else None)
+    for row, is_bold in zip(rows, bold, strict=True):
+        table.add_row(*map(escape_markup, row), style="bold" if is_bold else None)
     return table
 
 
@@ -180,6 +214,12 @@ def html_report(report: Report, figure: bytes | None) -> str:
     if figure is not None:
         data = base64.b64encode(figure).decode()
         image = f'<img alt="Differences to dense with 95 % intervals" src="data:image/png;base64,{data}">'
+    depths = (
+        "<h2>By depth</h2><p>Where in the text the fact begins that the answer needs: 0 % is the beginning. All tasks "
+        f"with one such fact, each prompt with equal weight.</p>{html_table(*depth_rows(report.depths))}"
+        if report.depths
+        else ""
+    )
     return fill_page(
         "report.html",
         model=escape(str(report.server["model"])),
@@ -187,6 +227,7 @@ def html_report(report: Report, figure: bytes | None) -> str:
         summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(report.cells)),
         table=html_table(*table_rows(report.cells)),
         figure=image,
+        depths=depths,
         examples="\n".join(map(html_example, report.different)) or "<p>No answer differs from dense's.</p>",
         command=escape(report.command),
         setup=escape(report.model_dump_json(indent=2, include={"setup", "server"})),

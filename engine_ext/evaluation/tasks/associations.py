@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
-from engine_ext.evaluation.tasks.base import Example, Task, hide
+from engine_ext.evaluation.tasks.base import Example, Task, depth_of, hide
 from engine_ext.evaluation.tasks.words import prose
 
 NAMES = ("Arvid", "Bettina", "Cosmo", "Delia", "Emre", "Fenja", "Goran", "Hanna", "Ilse", "Jonas", "Karim", "Livia")
@@ -80,14 +80,17 @@ def association(rng: Random, size: int) -> Example:
     """Who has been to Paris? In ``size`` sentences of prose, someone lives beside the Eiffel Tower."""
     needle, answer, question = rng.choice(ASSOCIATIONS)
     name = rng.choice(NAMES)
+    fact = f"By the way, {name} {needle}."
+    text = (
+        "The following text mentions a person by name.\n\n"
+        f"{hide(rng, prose(rng, size), [fact])}\n\n"
+        f"{question.format(answer=answer)} Answer with the name."
+    )
     return Example(
-        text=(
-            "The following text mentions a person by name.\n\n"
-            f"{hide(rng, prose(rng, size), [f'By the way, {name} {needle}.'])}\n\n"
-            f"{question.format(answer=answer)} Answer with the name."
-        ),
+        text=text,
         answer_prefix="The name is",
         references=(name,),
+        depth=depth_of(text, fact),
     )
 
 

@@ -20,12 +20,15 @@ class Example:
         answer_prefix: the words with which the answer begins; they are given to the model.
         references: the strings that a right answer contains.
         separator: what stands between them in a right answer.
+        depth: where in ``text`` the fact begins that the answer needs (``depth_of``); None where there are several
+            facts, or the whole text is needed.
     """
 
     text: str
     answer_prefix: str
     references: tuple[str, ...]
     separator: str = ", "
+    depth: float | None = None
 
     @property
     def answer(self) -> str:
@@ -53,6 +56,11 @@ class Task:
     max_tokens: int
     measures: str
     source: str
+
+
+def depth_of(text: str, fact: str) -> float:
+    """Where a fact begins that stands in a text once, in characters: 0 at the beginning, towards 1 at the end."""
+    return text.index(fact) / len(text)
 
 
 def hide(rng: Random, sentences: Sequence[str], needles: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from engine_ext.evaluation.tasks.base import Example, Task
+from engine_ext.evaluation.tasks.base import Example, Task, depth_of
 from engine_ext.evaluation.tasks.words import distinct, number, pseudo_words
 
 FUNCTIONS_OF_A_FILE = 4
@@ -40,14 +40,14 @@ def function_value(rng: Random, size: int) -> Example:
     files = [f"# file: limits/part_{i}.py\n\n" + "\n\n".join(group) for i, group in enumerate(groups)]
     asked, branch = rng.randrange(size), rng.randrange(2)
     call = f'limit_{names[asked]}("{modes[asked][branch]}")'
+    text = (
+        "The following files are part of a Python project.\n\n" + "\n\n".join(files) + f"\n\nWhat does `{call}` return?"
+    )
     return Example(
-        text=(
-            "The following files are part of a Python project.\n\n"
-            + "\n\n".join(files)
-            + f"\n\nWhat does `{call}` return?"
-        ),
+        text=text,
         answer_prefix=f"`{call}` returns",
         references=(values[2 * asked + branch],),
+        depth=depth_of(text, functions[asked]),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from engine_ext.evaluation.tasks.base import Example, Task, hide
+from engine_ext.evaluation.tasks.base import Example, Task, depth_of, hide
 from engine_ext.evaluation.tasks.words import distinct, noise, number, prose, pseudo_words, random_uuid
 
 NEEDLE = "Remember: the passcode of {key} is {value}."
@@ -54,14 +54,17 @@ class Needles:
         names = join([key for key, _ in asked])
         many = self.num_queries * self.num_values > 1
         codes = "passcodes" if many else "passcode"
+        text = (
+            "Passcodes are hidden in the following text. Remember them: a question about them follows the text.\n\n"
+            f"{context}\n\n"
+            f"According to the text, what {'are all' if many else 'is the'} {codes} of {names}?"
+        )
+        key, (value, *_) = asked[0]
         return Example(
-            text=(
-                "Passcodes are hidden in the following text. Remember them: a question about them follows the text.\n\n"
-                f"{context}\n\n"
-                f"According to the text, what {'are all' if many else 'is the'} {codes} of {names}?"
-            ),
+            text=text,
             answer_prefix=f"According to the text, the {codes} of {names} {'are' if many else 'is'}",
             references=tuple(value for _, of_key in asked for value in of_key),
+            depth=None if many else depth_of(text, NEEDLE.format(key=key, value=value)),
         )
 
 

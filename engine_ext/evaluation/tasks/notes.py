@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from engine_ext.evaluation.tasks.base import Example, Task
+from engine_ext.evaluation.tasks.base import Example, Task, depth_of
 from engine_ext.evaluation.tasks.words import prose
 
 TOPICS = ("bees", "bridges", "clocks", "glaciers", "lighthouses", "mushrooms", "tides", "violins")
@@ -28,15 +28,17 @@ def nth_note(rng: Random, size: int) -> Example:
         notes[position] = prose(rng, NUM_SENTENCES)
     listed = "\n".join(f"Note about {name}: {' '.join(note)}" for name, note in zip(topics, notes, strict=True))
     ordinal = ORDINALS[wanted]
+    text = (
+        "The following notes have different topics. There can be several notes about one topic.\n\n"
+        f"{listed}\n\n"
+        f"Repeat the {ordinal} note about {topic}, word for word, and nothing else."
+    )
     return Example(
-        text=(
-            "The following notes have different topics. There can be several notes about one topic.\n\n"
-            f"{listed}\n\n"
-            f"Repeat the {ordinal} note about {topic}, word for word, and nothing else."
-        ),
+        text=text,
         answer_prefix=f"Note about {topic}:",
         references=tuple(notes[position]),
         separator=" ",
+        depth=depth_of(text, " ".join(notes[position])),
     )
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from engine_ext.evaluation.depth import compare_depths
 from engine_ext.evaluation.figure import figure_png
 from engine_ext.evaluation.options import EvalOptions, folder_setup, parse_options
 from engine_ext.evaluation.plans import ALLOWED as ALLOWED_PLANS
 from engine_ext.evaluation.prompts import distinct
-from engine_ext.evaluation.report import Report, html_report, summary, terminal_table, worst
+from engine_ext.evaluation.report import Report, html_report, summary, terminal_tables, worst
 from engine_ext.evaluation.runner import evaluate, key_of
 from engine_ext.evaluation.statistics import compare, make_pairs
 from engine_ext.evaluation.store import Store
@@ -104,6 +105,7 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
                 command=options.command([*target, *repeated(args, facts.model)]),
                 server={"base_url": client.base_url, **vars(facts)},
                 cells=compare(pairs),
+                depths=compare_depths(pairs),
                 different=worst(pairs),
             )
             write(report, args.out, console)
@@ -119,7 +121,8 @@ def write(report: Report, folder: Path, console: Console) -> None:
         (folder / FIGURE_FILE).write_bytes(figure)
         written.append(FIGURE_FILE)
     (folder / HTML_FILE).write_text(html_report(report, figure), encoding="utf-8")
-    console.print(terminal_table(report.cells))
+    for table in terminal_tables(report):
+        console.print(table)
     for text in summary(report.cells):
         console.print(escape(text))
     if figure is None:

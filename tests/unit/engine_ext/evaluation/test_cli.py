@@ -72,6 +72,7 @@ def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
             assert min(sizes) < max(sizes), "of prompts of two lengths"
             ranges.append(f"{letter} {min(sizes)}-{max(sizes)}")
         assert ", ".join(ranges) in output and ", ".join(ranges) in (tmp_path / "report.html").read_text()
+        assert sum(cell.prompts for cell in report.depths) == 6 and "By the depth" in output, "of niah_single_1"
         assert "n/8 scores 50.0 % over 12 prompts, dense 100.0 %: -50.0 [-50.0, -50.0] points, below dense" in output
         assert "written to" in output and "found" not in output
         assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24

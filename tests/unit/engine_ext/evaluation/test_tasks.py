@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import re
 from collections import Counter
 from random import Random
@@ -19,6 +21,26 @@ from engine_ext.evaluation.tasks.words import prose, pseudo_words
 
 SEEDS = st.integers(0, 2**32)
 EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+
+
+# Of the texts of five seeds and three sizes, as they were before examples had a depth.
+DIGESTS = {
+    "niah_single_1": "eb9fff989a53c5e7",
+    "niah_single_2": "cb5ceeabb9eaa09c",
+    "niah_single_3": "41a361eba3f7a0c7",
+    "niah_multikey_1": "145af93934118e6f",
+    "niah_multikey_2": "8e0c05fab69cd481",
+    "niah_multikey_3": "f5feaba5ff7448ad",
+    "niah_multivalue": "8d9e9c4799831bb6",
+    "niah_multiquery": "988bcdc83a4d6ea6",
+    "vt": "b967ac220a4f5dac",
+    "moves": "120c5e9c24690b98",
+    "cwe": "f290fc941666818c",
+    "fwe": "98a280f9244fa027",
+    "nth_note": "74b0fa9522637fe4",
+    "association": "aa47b7efb7c4f589",
+    "code": "0c1971137c6f2f6a",
+}
 
 
 class Words:
@@ -51,6 +73,17 @@ def test_a_seed_decides_the_example(task, seed):
     assert task.make(Random(seed), size) != task.make(Random(seed + 1), size)
 
 
+@EACH_TASK
+def test_texts_stay_those_of_stored_answers(task):
+    """Another text has another key: the answers that users have in their folders would be asked for again."""
+    digest = hashlib.sha256()
+    for seed in range(5):
+        for size in (task.least, task.least + 3, task.least + 20):
+            made = task.make(Random(f"{seed}"), size)
+            digest.update(json.dumps([made.text, made.answer_prefix, made.references, made.separator]).encode())
+    assert digest.hexdigest()[:16] == DIGESTS[task.name]
+
+
 @pytest.mark.parametrize("task", [task for name, task in TASKS.items() if name not in ("vt", "fwe", "cwe", "nth_note")])
 @given(seed=SEEDS)
 def test_the_question_alone_does_not_answer(task, seed):
@@ -69,6 +102,35 @@ def test_prompts_fit_their_length_and_come_near_it(task, prompt_format):
             assert NEAR * (length - task.max_tokens) - 100 <= len(prompt.token_ids) <= length - task.max_tokens
             assert (prompt.task, prompt.length) == (task.name, length)
             assert prompt.references and prompt.answer_ids
+
+
+FACTS = {
+    "niah": r"Remember: the passcode of \S+ is {}\.",
+    "association": r"By the way, {} [^.]*\.",
+    "code": r"def limit_(?:(?!def limit_).)*return {}\n",
+    "nth": r"{}",
+}
+
+
+@EACH_TASK
+@given(seed=SEEDS, extra=st.integers(0, 40))
+def test_the_depth_is_where_the_only_fact_begins(task, seed, extra):
+    example = task.make(Random(seed), task.least + extra)
+    if task.name in ("niah_multivalue", "niah_multiquery", "vt", "moves", "cwe", "fwe"):
+        assert example.depth is None
+        return
+    fact = FACTS[task.name.partition("_")[0]].format(re.escape(" ".join(example.references)))
+    [found] = re.finditer(fact, example.text, re.DOTALL)
+    assert round(example.depth * len(example.text)) == found.start()
+    assert 0 < example.depth < 1
+
+
+def test_prompts_have_the_depth_of_their_example():
+    settings = {"seed": 0, "prompt_format": "text", "tokenizer": Words()}
+    for name in ("niah_single_2", "vt"):
+        prompts = asyncio.run(task_prompts(TASKS[name], 2000, 8, **settings))
+        depths = {prompt.depth for prompt in prompts}
+        assert depths == {None} if name == "vt" else len(depths) == 8 and min(depths) < 0.4 and max(depths) > 0.6
 
 
 def test_more_prompts_leave_the_first_ones_as_they_are():

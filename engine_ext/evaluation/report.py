@@ -213,7 +213,7 @@ def html_report(report: Report, figure: bytes | None) -> str:
     image = ""
     if figure is not None:
         data = base64.b64encode(figure).decode()
-        image = f'<img alt="Differences to dense with 95 % intervals" src="data:image/png;base64,{data}">'
+        image = f'<img alt="Differences to dense" src="data:image/png;base64,{data}">'
     depths = (
         "<h2>By depth</h2><p>Where in the text the fact begins that the answer needs: 0 % is the beginning. All tasks "
         f"with one such fact, each prompt with equal weight.</p>{html_table(*depth_rows(report.depths))}"

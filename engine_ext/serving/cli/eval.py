@@ -136,4 +136,4 @@ def figure_or_reason(report: Report) -> tuple[bytes | None, str]:
         figure = figure_png(report.cells)
     except Exception as error:
         return None, f"matplotlib failed: {type(error).__name__}: {error}"
-    return figure, "it needs matplotlib (vllm-starling's extra `bench`), and a difference of scores"
+    return figure, "it needs matplotlib (vllm-starling's extra `bench`), and a star plan"

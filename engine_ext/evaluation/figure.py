@@ -87,7 +87,7 @@ def draw(panel: Panel, axes: Any) -> None:
         axes.errorbar(means, heights, xerr=bars if has_bars else None, fmt="o", capsize=3, label=plan)
     axes.axvline(panel.equal, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{task} {length:,}" if length else task for task, length in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(panel.label)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best")

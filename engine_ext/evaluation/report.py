@@ -103,7 +103,9 @@ def sentence(cell: Cell) -> str:
         return f"{found if cell.against_reference else unscored}. No star plan was measured."
     work = "" if cell.attended_keys is None else f", with {percent(cell.attended_keys)} of dense's attention work"
     if not cell.against_reference:
-        return f"{cell.plan} gives dense's exact answer to {percent(cell.score)} of {cell.prompts} prompts{work}."
+        apart = "" if cell.kl is None else f" Its distributions are {cell.kl:.4f} nats a token from dense's (KL)."
+        equal = f"{percent(cell.score)} of {cell.prompts} prompts"
+        return f"{cell.plan} gives dense's exact answer to {equal}{work}.{apart}"
     low, high = cell.difference.low, cell.difference.high
     verdict = "below dense" if high < 0 else "above dense" if low > 0 else "no measured difference to dense"
     if cell.prompts < LEAST_PROMPTS:

@@ -154,7 +154,9 @@ def test_prompts_without_references_are_compared_with_dense_and_not_averaged_wit
         ("other", False, 1.0),
     ]
     assert len(overall(cells)) == 2
-    assert "gives dense's exact answer to 100.0 % of 1 prompts" in summary(cells)[1]
+    assert "gives dense's exact answer to 100.0 % of 1 prompts" in summary(cells)[1] and "KL" not in summary(cells)[1]
+    scored = cells[1].model_copy(update={"kl": 0.25})
+    assert summary([scored])[0].endswith(" Its distributions are 0.2500 nats a token from dense's (KL).")
     columns, rows = table_rows(cells)
     assert dict(zip(columns, rows[1], strict=True))["difference [95 %]"] == ""
 

@@ -173,7 +173,7 @@ $(LLAMA_ENV): | $(ENV)
 bench: env demo-model $(BENCH_ENV) ## the benchmarks with small settings, about 20 minutes; writes benchmarks/out
 	$(BENCH) --quick $(NAMES)
 
-bench-all: env demo-model $(BENCH_ENV) ## all benchmarks with the settings of docs/benchmarks.md, some hours; writes benchmarks/out
+bench-all: env demo-model $(BENCH_ENV) ## all benchmarks with larger settings, some hours; writes benchmarks/out
 	$(BENCH) $(NAMES)
 
 bench-llama: env demo-model $(BENCH_ENV) $(LLAMA_ENV) ## build llama.cpp, and compare vLLM and Starling with it

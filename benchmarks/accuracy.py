@@ -34,6 +34,7 @@ TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"
 PAGE_SIZE, QUERY_TOKENS, LOGPROBS = 32, 128, 4
 SIZES = ("star_block_size", "star_anchor_size", "star_overlap_size")
 LEAST_PROMPTS = 100  # over all tasks, of the plans that `starling doctor` shows
+RATIOS = ("kl_ratio", "logprob_ratio")
 CELL_FIELDS = ("prompts", "attended_keys", "dense_score", "score", "difference", "logprob_difference", "kl")
 ENGINE = ("--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "2048", "--enforce-eager")
 
@@ -172,12 +173,10 @@ def markdown(result: dict[str, Any]) -> str:
     (tokens,) = result["setup"]["lengths"]
     for pair in result["over_paper"]:
         block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
-        ratios = (
-            "{:.2f} [{:.2f}, {:.2f}]".format(*pair[name]) for name in ("kl_ratio", "logprob_ratio") if name in pair
-        )
+        kl, *logprob = ("{:.2f} [{:.2f}, {:.2f}]".format(*pair[name]) for name in RATIOS if name in pair)
         lines.append(
             f"\nKL with {described(pair['other'])} over KL with {described(pair['paper'])}, at n/{tokens // block}: "
-            f"{'; log-probability lost: '.join(ratios)}."
+            f"{'; of the log-probability lost, '.join([kl, *(f'{left} is left' for left in logprob)])}."
         )
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from engine_ext.evaluation.prompts import NO_TEMPLATE, Tokenizer
 ATTEMPTS = 4
 FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
 REPEATED = (408, 425, 429)  # besides 5xx: the same request may succeed later
-NO_TOKENIZE = "if it has no /tokenize of vLLM's, give the folder of the model's tokenizer with --tokenizer"
+NO_TOKENIZE = "give the folder of the model's tokenizer with --tokenizer"
 NO_CHAT = "chat template"  # in vLLM's words where a model has none
 TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
 PLAN_HEADER = "x-starling-plan"
@@ -288,7 +288,8 @@ class Client:
             failure, pause = f"HTTP {response.status_code}: {error_message(response)}", retry_after(response)
             if response.status_code == 404 and instead:
                 raise ServerError(f"{self.base_url} has no {path}, which measures the lengths of prompts: {instead}")
-            failure += f" ({instead})" if instead and NO_CHAT not in failure else ""
+            if instead and NO_CHAT not in failure:
+                failure += f"\nIf this is not vLLM's {path}, {instead}"
             if response.is_client_error and response.status_code not in REPEATED:
                 raise ServerError(f"{url} refused the request: {failure}")
         raise ServerError(f"{url} failed {ATTEMPTS} times, the last time with {failure}")

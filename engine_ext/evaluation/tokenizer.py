@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -60,12 +61,12 @@ class LocalTokenizer:
 
     def _chat(self, messages: list[Any]) -> str:
         """A chat as text. Some templates take texts, others lists of parts, and leave a text out without a word."""
-        text = messages[-1].get("content")
+        of_user = [message["content"] for message in messages if message.get("role") == "user" and message["content"]]
         for form in (messages, [in_parts(message) for message in messages]):
             chat: str = self._tokenizer.apply_chat_template(form, add_generation_prompt=True, tokenize=False)
-            if messages[-1].get("role") != "user" or not text or text.strip() in chat:
+            if not of_user or of_user[-1].strip() in chat:
                 return chat
-        raise ValueError("it leaves out the text of the last message")
+        raise ValueError("it leaves out the user's last text")
 
 
 def joined(message: Any) -> dict[str, Any]:
@@ -74,23 +75,28 @@ def joined(message: Any) -> dict[str, Any]:
     Raises:
         ValueError: a part is no text.
     """
-    content, changed = message.get("content"), dict(message)
+    content, changed = message.get("content"), dict(message)  # None beside calls of tools
     if isinstance(content, list):
         parts = [part if isinstance(part, str) else part.get("text") for part in content]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError("a message has a part that is no text")
-        changed["content"] = "\n".join(parts)
+        content = "\n".join(parts)
+    changed["content"] = content or ""
     if message.get("tool_calls"):
         changed["tool_calls"] = [with_arguments(call) for call in message["tool_calls"]]
     return changed
 
 
 def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of a tool whose arguments, a JSON text in OpenAI's API, are an object, as templates expect them."""
-    function = call["function"]
-    if isinstance(function.get("arguments"), str):
-        function = function | {"arguments": json.loads(function["arguments"] or "{}")}
-    return call | {"function": function}
+    """A call of a tool whose arguments, a JSON text in OpenAI's API, are an object, as templates expect them.
+
+    As in vLLM, arguments that are no object are an empty one.
+    """
+    arguments = call["function"].get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
+    return call | {"function": call["function"] | {"arguments": arguments if isinstance(arguments, dict) else {}}}
 
 
 def in_parts(message: dict[str, Any]) -> dict[str, Any]:

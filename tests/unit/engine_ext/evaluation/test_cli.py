@@ -244,12 +244,12 @@ def test_help_names_every_option_of_the_evaluation(capsys):
     [
         ({"engages": False}, TASKS, 1, "plan='n/8' did not engage"),
         ({"starling": False}, TASKS, 1, "Starling is not activated"),
-        ({"tokenizes": False}, TASKS, 1, "has no /tokenize, which measures the lengths of prompts: if it has"),
+        ({"tokenizes": False}, TASKS, 1, "has no /tokenize, which measures the lengths of prompts: give the"),
         (
             {"chat_tokens": (422, "prompt: Field required")},
             TASKS,
             1,
-            "Field required (if it has no /tokenize of vLLM's",
+            "Field required\nIf this is not vLLM's /tokenize, give",
         ),
         ({}, (*TASKS, "--tokenizer", "no/such"), 2, "tokenizer='no/such' is refused: it is no folder"),
         ({"templated": False}, TASKS, 1, "there is no chat template\nWithout a chat template: --prompt-format text"),

@@ -77,14 +77,18 @@ def test_a_token_before_each_prompt(tmp_path):
 def test_a_template_that_takes_parts(tmp_path):
     make_tokenizer(tmp_path, OF_PARTS)
     assert chat(tmp_path, {"role": "system", "content": "be brief"}, USER) == "<system>be brief<user>a question<answer>"
+    assert chat(tmp_path, USER, {"role": "tool", "content": "5"}) == "<user>a question<tool>5<answer>"
 
 
 def test_chats_of_the_users_own(tmp_path, folder):
     parts = [{"type": "text", "text": "one"}, "two"]
     assert chat(folder, {"role": "user", "content": parts}) == "<user>one\ntwo<answer>"
-    make_tokenizer(tmp_path, "{% for m in messages %}{{ m.tool_calls[0].function.arguments.a }}{% endfor %}")
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 5}'}}
-    assert chat(tmp_path, {"role": "assistant", "content": None, "tool_calls": [call]}) == "5"
+    make_tokenizer(
+        tmp_path, "{% for m in messages %}<{{ m.content }}>{{ m.tool_calls[0].function.arguments }}{% endfor %}"
+    )
+    for arguments, text in (('{"a": 5}', "{'a': 5}"), ({"a": 5}, "{'a': 5}"), ("", "{}"), ("{", "{}"), ("5", "{}")):
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        assert chat(tmp_path, {"role": "assistant", "content": None, "tool_calls": [call]}) == f"<>{text}"
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": parts[:1]}]}))
     with served(tokenizes=False) as fake:
@@ -97,7 +101,7 @@ def test_chats_of_the_users_own(tmp_path, folder):
     [
         (None, "--prompt-format text for tasks"),
         ("{{ raise_exception('no chats') }}", "no chats"),
-        ("no text", "it leaves out the text of the last message"),
+        ("no text", "it leaves out the user's last text"),
     ],
 )
 def test_a_chat_that_the_template_does_not_take_is_named(tmp_path, capsys, template, reason):

@@ -137,7 +137,8 @@ FIGURES = [
     (
         BENCHMARKS,
         "takes {:.0f} s in llama.cpp with bfloat16, {:.0f} s with its quantised file, {:.0f} s in vLLM, and {:.1f} s "
-        "with Starling and star blocks of an eighth. Each later token takes {:.0f} ms, {:.0f} ms, {:.0f} ms and {:.0f} ms.",
+        "with Starling and star blocks of an eighth. Each later token takes {:.0f} ms, {:.0f} ms, {:.0f} ms and {:.0f} "
+        "ms.",
         [
             *(median(LLAMA_CPP[way]["first_token_seconds"]) for way in WAYS),
             *(1000 / median(LLAMA_CPP[way]["decode_tokens_per_second"]) for way in WAYS),

@@ -133,7 +133,14 @@ EDIT_TIMES = [EDIT[name] for name in ("star, segments aligned", "dense, prefix c
 OWN = STORED["block_positions"]["seconds"]
 OWN_TIMES = {name: [median(runs) for runs in times.values()] for name, times in OWN.items()}
 OWN_DECODE = 1 / STORED["block_positions"]["over_ours"]["decode"]["dense"]["median"]
+GOODPUT = {(row["rate"], row["mode"]): median(row["request_goodput"]) for row in STORED["goodput"]["rows"]}
 FIGURES = [
+    (
+        BENCHMARKS,
+        "of 0.4 requests sent a second, {:.2f} are answered in time with star and {:.2f} dense; of 0.6, {:.2f} and "
+        "{:.2f}.",
+        [GOODPUT[rate, mode] for rate in (0.4, 0.6) for mode in ("star", "dense")],
+    ),
     (
         BENCHMARKS,
         "takes {:.0f} s in llama.cpp with bfloat16, {:.0f} s with its quantised file, {:.0f} s in vLLM, and {:.1f} s "

@@ -14,7 +14,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"
 PAGE_SIZE, QUERY_TOKENS, LOGPROBS = 32, 128, 4
 SIZES = ("star_block_size", "star_anchor_size", "star_overlap_size")
 LEAST_PROMPTS = 100  # over all tasks, of the plans that `starling doctor` shows
-RATIOS = ("kl_ratio", "logprob_ratio")
 CELL_FIELDS = ("prompts", "attended_keys", "dense_score", "score", "difference", "logprob_difference", "kl")
 ENGINE = ("--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "2048", "--enforce-eager")
 
@@ -94,18 +92,19 @@ def loss_ratios(answers: list[Answer], pairs: list[tuple[str, str]]) -> list[dic
     for answer in answers:
         by_prompt.setdefault(answer.prompt, {})[answer.plan] = answer
 
-    def ratio(loss: Callable[[Answer, Answer], float], paper: str, other: str) -> list[float]:
-        losses = (
-            np.array([loss(found[DENSE.name], found[name]) for found in by_prompt.values()]) for name in (other, paper)
-        )
-        return mean_ratio(*losses)
-
+    divergences, losses = (
+        {
+            name: np.array([loss(found[DENSE.name], found[name]) for found in by_prompt.values()])
+            for name in {name for pair in pairs for name in pair}
+        }
+        for loss in (mean_kl, logprob_loss)
+    )
     return [
         {
             "paper": paper,
             "other": other,
-            "kl_ratio": ratio(mean_kl, paper, other),
-            "logprob_ratio": ratio(logprob_loss, paper, other),
+            "kl_ratio": mean_ratio(divergences[other], divergences[paper]),
+            "logprob_ratio": mean_ratio(losses[other], losses[paper]),
         }
         for paper, other in pairs
     ]
@@ -173,10 +172,13 @@ def markdown(result: dict[str, Any]) -> str:
     (tokens,) = result["setup"]["lengths"]
     for pair in result["over_paper"]:
         block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
-        kl, *logprob = ("{:.2f} [{:.2f}, {:.2f}]".format(*pair[name]) for name in RATIOS if name in pair)
+        ratio = "{:.2f} [{:.2f}, {:.2f}]"
+        left = ""
+        if "logprob_ratio" in pair:  # older results have none
+            left = f"; of the log-probability lost, {ratio.format(*pair['logprob_ratio'])} is left"
         lines.append(
             f"\nKL with {described(pair['other'])} over KL with {described(pair['paper'])}, at n/{tokens // block}: "
-            f"{'; of the log-probability lost, '.join([kl, *(f'{left} is left' for left in logprob)])}."
+            f"{ratio.format(*pair['kl_ratio'])}{left}."
         )
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ class SchedulerConnector:
         self.addresses: list[dict[str, Any]] = []
         self.opened_shards: set[str] = set()
         self.holds: dict[str, Hold] = {}
-        self._num_holds = 0  # of all time
+        self._num_holds = 0  # since the start, the released ones too
         self._released: list[int] = []  # numbers that the workers don't know yet
         self.num_users: Counter[str] = Counter()  # name -> requests here that begin with the pages
         self.release_later: set[str] = set()  # names whose last user releases the pages

@@ -134,6 +134,7 @@ def run_measurement(
         check_arguments(args, serve_options)
         if args.serve is not None and args.tokenizer is not None:
             serve_options = [*serve_options, "--tokenizer", args.tokenizer]  # an option of vLLM's too
+            args.tokenizer = None  # prompts are made with the server's
         measure = prepare(args)
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals_as_interrupt())
@@ -241,14 +242,14 @@ def check_folder(folder: Path) -> None:
 
 def connect(args: argparse.Namespace) -> Client:
     """A client of the server, as an asynchronous context manager (raises ValueError for a folder without tokenizer)."""
-    tokenizer = LocalTokenizer(Path(args.tokenizer)) if args.tokenizer and args.serve is None else None
+    tokenizer = None if args.tokenizer is None else LocalTokenizer(Path(args.tokenizer))
     return Client(args.base_url, args.model, chosen_key(args), args.timeout, tokenizer)
 
 
 def repeated(args: argparse.Namespace, model: str) -> list[str]:
     """The arguments of a report's command that say how the server was asked."""
     arguments = ["--model", model, "--concurrency", str(args.concurrency), "--timeout", f"{args.timeout:g}"]
-    return [*arguments, "--tokenizer", args.tokenizer] if args.tokenizer and args.serve is None else arguments
+    return arguments if args.tokenizer is None else [*arguments, "--tokenizer", args.tokenizer]
 
 
 async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequence[str]) -> ServerFacts:

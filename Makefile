@@ -18,7 +18,7 @@ STAR_TINY := tests/parity/test_star_tiny.py::test_
 NEXT_TESTS := tests/e2e/test_plain_vllm.py tests/e2e/test_serving.py tests/e2e/test_shards.py \
 	$(STAR_TINY)prompt_logprobs_are_those_of_the_mask $(STAR_TINY)a_request_preempted_in_its_prefill_gives_the_same \
 	'tests/parity/test_speculation.py::test_generated_tokens_are_those_of_the_mask[eagle-v1]' \
-	tests/gpu_contract tests/unit $(addprefix --ignore=tests/unit/,engine_ext/evaluation benchmarks examples ci test_docs.py)
+	tests/gpu_contract tests/unit $(addprefix --ignore=tests/unit/,evaluation benchmarks examples ci test_docs.py)
 
 LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-hashes
 
@@ -118,13 +118,13 @@ layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo
 
 names: env env-next ## write vllm_compat/names-*.json, the vLLM names that Starling depends on
-	$(BIN)/python -m vllm_compat.names --write
-	$(NEXT)/python -m vllm_compat.names --write
+	$(BIN)/python -m starling.vllm_compat.names --write
+	$(NEXT)/python -m starling.vllm_compat.names --write
 
 check-vllm: ## compare those names with another vLLM: VERSION=0.33.0, by default the newest release; needs pip alone
 	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && python=$${PYTHON:-python3} && \
 	"$$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
-	"$$python" -m vllm_compat.names "$$wheel"/vllm-*.whl
+	PYTHONPATH=proto "$$python" -m starling.vllm_compat.names "$$wheel"/vllm-*.whl
 
 types: env ## mypy
 	$(BIN)/mypy
@@ -135,7 +135,7 @@ proto: env ## generate the stubs beside proto/starling/v1/*.proto
 proto-check: env ## lint the .proto files, compare them with the released ones, check that the stubs are up to date
 	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against released.binpb
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && $(call PROTOC,"$$made") && \
-	diff -r -x '*.proto' -x '__*' -x py.typed -x client -x reply.py "$$made/starling" proto/starling || \
+	diff -r -x "*.proto" -x "__*" "$$made/starling/v1" proto/starling/v1 || \
 	{ echo 'proto-check: the stubs are out of date: run `make proto`'; exit 1; }
 
 proto-release: env ## at a release: store the .proto files, with which later ones must stay compatible

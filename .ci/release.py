@@ -27,15 +27,12 @@ DIST = ROOT / "dist"
 BUILD_OPTIONS = ("--build-constraints", ROOT / ".ci/requirements-build.lock", "--require-build-hashes")
 RESULTS = ROOT / "build" / "release"
 PYTHONS = ("3.11", "3.12", "3.13")
-PACKAGES = {  # folder of the repository -> package in the wheel; [tool.hatch.build.targets.wheel] has the same folders
-    "vllm_compat": "vllm_compat",
-    "scheduler": "scheduler",
-    "attention_backends": "attention_backends",
-    "replicas": "replicas",
-    "engine_ext": "engine_ext",
+SOURCES = ROOT / "proto" / "starling"
+PACKAGES = {  # folder of the repository -> package in the wheel; proto/starling has a link to each other folder
+    **{link.name: f"starling/{link.name}" for link in sorted(SOURCES.iterdir()) if link.is_symlink()},
     "proto/starling": "starling",
 }
-REQUIRED = ("vllm_compat/names-0.33.json", *(f"{package}/py.typed" for package in PACKAGES.values()))
+REQUIRED = ("starling/vllm_compat/names-0.33.json", "starling/py.typed")
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
 NO_GPU = 2
 """The exit code of `starling selftest` for a machine without a GPU whose CPU part passed."""
@@ -126,8 +123,9 @@ def build(uv: str) -> Path:
     say("checking them")
     call(uv, "tool", "run", "twine", "check", "--strict", wheel, sdist)
     tracked = call("git", "ls-files", *PACKAGES, capture=True).splitlines()
+    links = {f"{SOURCES.relative_to(ROOT)}/{name}" for name in PACKAGES}
     with zipfile.ZipFile(wheel) as archive:
-        problems = wheel_problems(archive.namelist(), tracked)
+        problems = wheel_problems(archive.namelist(), set(tracked) - links)
     if problems:
         raise ReleaseError("; ".join(problems))
     return wheel

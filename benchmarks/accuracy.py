@@ -3,7 +3,7 @@
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
 overlap at the same number of keys, half an anchor and half an overlap, and A = B with positions of a block's own. Goes
 on where an earlier run of the same model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which
-docs/star-accuracy.md shows, and the rows of `starling doctor` in engine_ext/evaluation/measured.json, of results with
+docs/star-accuracy.md shows, and the rows of `starling doctor` in evaluation/measured.json, of results with
 at least 100 prompts.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 
 from benchmarks.report import OUT, mean_ratio, write_json
 from benchmarks.report import RESULTS as REPORTS
-from engine_ext.evaluation.measured import FILE, MeasuredLoss
-from engine_ext.evaluation.plans import DENSE, parse_plan
-from engine_ext.evaluation.statistics import ALL, kl_divergence
-from engine_ext.evaluation.store import RESULTS, Answer, read_answers
-from scheduler.star.options import FIELD_OF
-from scheduler.star.sizes import default_anchor_size
+from starling.evaluation.measured import FILE, MeasuredLoss
+from starling.evaluation.plans import DENSE, parse_plan
+from starling.evaluation.statistics import ALL, kl_divergence
+from starling.evaluation.store import RESULTS, Answer, read_answers
+from starling.scheduler.star.options import FIELD_OF
+from starling.scheduler.star.sizes import default_anchor_size
 
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
 TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"

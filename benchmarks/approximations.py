@@ -26,11 +26,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from attention_backends.star.reference import star_mask
 from benchmarks.report import mean_ratio, saved_figure, write_json
-from engine_ext.evaluation.tasks.base import hide
-from engine_ext.evaluation.tasks.needles import NEEDLE
-from engine_ext.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
+from starling.attention_backends.star.reference import star_mask
+from starling.evaluation.tasks.base import hide
+from starling.evaluation.tasks.needles import NEEDLE
+from starling.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
 
 TOKENS, BLOCK, PAGE = 2048, 256, 32
 CODES, MOVED = 6, 6

@@ -120,7 +120,7 @@ def time_attention(worker: Any) -> None:
 
 def set_cpu_attention(worker: Any, setting: str) -> None:
     """In a worker: use this attention op from now on."""
-    from attention_backends.star import cpu_impl
+    from starling.attention_backends.star import cpu_impl
 
     cpu_impl.use_cpu_attention(setting)
 

@@ -32,11 +32,11 @@ from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
 from benchmarks.report import ratio_interval, saved_figure, write_json
 from benchmarks.streaming_clients import PROMPT, time_streams
-from engine_ext import plugin
-from engine_ext.serving.cli.serve import start_front
-from engine_ext.serving.cli.serve_args import parse, refuse_open_plaintext
-from engine_ext.serving.grpc.options import NO_ADMIN
 from examples.server import free_ports
+from starling.engine_ext import plugin
+from starling.engine_ext.serving.cli.serve import start_front
+from starling.engine_ext.serving.cli.serve_args import parse, refuse_open_plaintext
+from starling.engine_ext.serving.grpc.options import NO_ADMIN
 
 IN_PROCESS, GRPC, HTTP = WAYS = ("in process", "gRPC", "HTTP")
 MODEL = "tiny"

@@ -24,9 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.accuracy import ENGINE, half_anchor, plans
 from benchmarks.engine import ROOT
 from benchmarks.report import RESULTS, write_json
-from engine_ext.evaluation.plans import DENSE, Plan, parse_plan
-from engine_ext.evaluation.server import served
-from engine_ext.evaluation.statistics import bootstrap
+from starling.evaluation.plans import DENSE, Plan, parse_plan
+from starling.evaluation.server import served
+from starling.evaluation.statistics import bootstrap
 
 PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"
 FOLDER = ROOT / "benchmarks" / "out" / "lm_eval"

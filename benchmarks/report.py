@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_compat.versions import vllm_version
+from starling.vllm_compat.versions import vllm_version
 
 RESULTS = Path(__file__).resolve().parent / "results"
 """The committed results, whose figures README.md and docs/ state."""

@@ -22,10 +22,10 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attention_backends.star.reference import star_mask
 from benchmarks.report import saved_figure, write_json
 from examples.make_demo_model import RELEASE
-from scheduler.star.segments import fill_gaps, find_gaps, positions_of
+from starling.attention_backends.star.reference import star_mask
+from starling.scheduler.star.segments import fill_gaps, find_gaps, positions_of
 
 BLOCK, FILES = 256, 6
 MARK = "<file_sep>"

@@ -19,8 +19,8 @@ from rich.table import Table
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import median_ratio, saved_figure, write_json
-from scheduler.star.options import StarOptions, parse_options
-from scheduler.star.plan import make_plan
+from starling.scheduler.star.options import StarOptions, parse_options
+from starling.scheduler.star.plan import make_plan
 
 QUERY_TOKENS = 32
 PAGE_SIZE = 128  # vLLM's default on CPU

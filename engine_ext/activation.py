@@ -14,11 +14,11 @@ from typing import Any
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
-from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
-from engine_ext.cache_salt import CACHE_SALT, CACHE_SALT_SETTINGS
-from engine_ext.clients import ADMIN_KEY_ENV, api_keys
-from engine_ext.metrics import front_metrics
-from engine_ext.refusals import (
+from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
+from starling.engine_ext.cache_salt import CACHE_SALT, CACHE_SALT_SETTINGS
+from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
+from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.refusals import (
     other_launcher,
     refuse_block_positions,
     refuse_overlap,
@@ -26,22 +26,22 @@ from engine_ext.refusals import (
     star_page_size,
     star_refusals,
 )
-from replicas import network
-from replicas import options as replica_options
-from replicas.options import ReplicaOptions, parse_replicas
-from scheduler import options as scheduling_options
-from scheduler.options import SchedulingOptions, parse_scheduling
-from scheduler.star.block_layout import check_block_positions
-from scheduler.star.options import StarOptions, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ReplicaSet, check_shards, max_replicas
-from scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
-from scheduler.star.segments import check_segment_options
-from scheduler.star.sizes import check_sizes
-from vllm_compat.config import is_async_engine, share_memory_nodes
-from vllm_compat.engine_core import divide_kv_memory_check, end_coordinator_with_parent
-from vllm_compat.engine_report import receive_reports
-from vllm_compat.metrics import collect_from_children
+from starling.replicas import network
+from starling.replicas import options as replica_options
+from starling.replicas.options import ReplicaOptions, parse_replicas
+from starling.scheduler import options as scheduling_options
+from starling.scheduler.options import SchedulingOptions, parse_scheduling
+from starling.scheduler.star.block_layout import check_block_positions
+from starling.scheduler.star.options import StarOptions, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import ReplicaSet, check_shards, max_replicas
+from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
+from starling.scheduler.star.segments import check_segment_options
+from starling.scheduler.star.sizes import check_sizes
+from starling.vllm_compat.config import is_async_engine, share_memory_nodes
+from starling.vllm_compat.engine_core import divide_kv_memory_check, end_coordinator_with_parent
+from starling.vllm_compat.engine_report import receive_reports
+from starling.vllm_compat.metrics import collect_from_children
 
 logger = init_logger("vllm.starling")
 
@@ -61,23 +61,22 @@ CHOICES = {  # the first is the default
     LIVE_PAGE: LIVE_PAGE_SETTINGS,
 }
 MIDDLEWARE = (  # the last one is the outermost
-    "engine_ext.serving.http.plan_header.PlanHeader",
-    "engine_ext.serving.http.progress.HttpProgress",
-    "engine_ext.serving.http.client.NoteClient",
+    "starling.engine_ext.serving.http.plan_header.PlanHeader",
+    "starling.engine_ext.serving.http.progress.HttpProgress",
+    "starling.engine_ext.serving.http.client.NoteClient",
 )
-PAGE_MIDDLEWARE = "engine_ext.serving.http.live_page.LivePage"
+PAGE_MIDDLEWARE = "starling.engine_ext.serving.http.live_page.LivePage"
 
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "engine_ext.worker.StarCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "engine_ext.worker.StarGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "starling.engine_ext.worker.StarCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "starling.engine_ext.worker.StarGPUWorker",
 }
+CORE = "starling.engine_ext.engine_core"
 SCHEDULERS = {
-    "vllm.v1.core.sched.scheduler.Scheduler": "engine_ext.engine_core.StarScheduler",
-    "vllm.v1.core.sched.async_scheduler.AsyncScheduler": "engine_ext.engine_core.AsyncStarScheduler",
-    "vllm.v1.core.sched.diffusion_scheduler.DiffusionScheduler": "engine_ext.engine_core.DiffusionStarScheduler",
-    "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler": (
-        "engine_ext.engine_core.AsyncDiffusionStarScheduler"
-    ),
+    "vllm.v1.core.sched.scheduler.Scheduler": f"{CORE}.StarScheduler",
+    "vllm.v1.core.sched.async_scheduler.AsyncScheduler": f"{CORE}.AsyncStarScheduler",
+    "vllm.v1.core.sched.diffusion_scheduler.DiffusionScheduler": f"{CORE}.DiffusionStarScheduler",
+    "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler": f"{CORE}.AsyncDiffusionStarScheduler",
 }
 
 
@@ -199,7 +198,7 @@ def after_engine_config(vllm_config: Any) -> None:
             check_network(one_host)
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR,
-            kv_connector_module_path="replicas.connector",
+            kv_connector_module_path="starling.replicas.connector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
             kv_connector_extra_config={SHARDS: max_shards(config.star, replicas), ONE_HOST: one_host},

@@ -13,8 +13,8 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from engine_ext.clients import Client, current_client
-from scheduler.star.parsing import OptionError
+from starling.engine_ext.clients import Client, current_client
+from starling.scheduler.star.parsing import OptionError
 
 CACHE_SALT_SETTINGS = ("request", "required", "api-key")
 """Values of the option: the request's own salt or none, as in vLLM; a salt in each request; one from the API key."""

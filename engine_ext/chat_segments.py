@@ -16,11 +16,11 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from engine_ext.activation import parse_config
-from engine_ext.requests import KNOWN_SEGMENTS
-from scheduler.star.known_segments import KnownSegments
-from scheduler.star.options import StarOptions, is_star_key, merge, parse_options
-from scheduler.star.parsing import OptionError
+from starling.engine_ext.activation import parse_config
+from starling.engine_ext.requests import KNOWN_SEGMENTS
+from starling.scheduler.star.known_segments import KnownSegments
+from starling.scheduler.star.options import StarOptions, is_star_key, merge, parse_options
+from starling.scheduler.star.parsing import OptionError
 
 MAX_RENDERED = 2**16
 """Parts of messages that are rendered for the borders of one chat, all beginnings together: about 0.6 s of a core."""

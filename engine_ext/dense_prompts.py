@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from scheduler.star.options import parse_options
-from scheduler.star.parsing import OptionError
-from vllm_compat.front import IS_BEAM
+from starling.scheduler.star.options import parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.vllm_compat.front import IS_BEAM
 
 SESSION = "the prompt of a streaming-input session comes in pieces, so there is no whole prompt to plan"
 BEAM = "beam search makes a new prompt of each beam and token, whose star blocks would be computed again and again"

@@ -6,17 +6,17 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from engine_ext.activation import parse_config
-from engine_ext.engine_report import SPLIT, STAR, engine_report
-from engine_ext.refusals import star_refusals
-from scheduler.star.request_metadata import CONNECTOR
-from scheduler.star_scheduler import (
+from starling.engine_ext.activation import parse_config
+from starling.engine_ext.engine_report import SPLIT, STAR, engine_report
+from starling.engine_ext.refusals import star_refusals
+from starling.scheduler.star.request_metadata import CONNECTOR
+from starling.scheduler.star_scheduler import (
     AsyncDiffusionStarScheduler,
     AsyncStarScheduler,
     DiffusionStarScheduler,
     StarScheduler,
 )
-from vllm_compat.engine_report import send_report
+from starling.vllm_compat.engine_report import send_report
 
 __all__ = ["AsyncDiffusionStarScheduler", "AsyncStarScheduler", "DiffusionStarScheduler", "StarScheduler"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_compat.scheduler_view import SchedulerView
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 STAR, SPLIT, BLOCK_POSITIONS = "star", "split", "block_positions"
 """The fields of a report: why no prompt can run star, be split over replicas, or have blocks with positions of their

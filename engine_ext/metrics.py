@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge
 
-from vllm_compat.metrics import report_to_front
+from starling.vllm_compat.metrics import report_to_front
 
 
 class FrontMetrics:

@@ -10,18 +10,24 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from engine_ext.activation import ENTRY, parse_config
-from engine_ext.dense_prompts import refuse_star
-from engine_ext.metrics import front_metrics
-from engine_ext.refusals import refuse_block_positions, refuse_overlap, replica_set, star_refusals, takes_overlap
-from scheduler.star.block_layout import POSITIONS, TooMuchPadding, plan_blocks
-from scheduler.star.known_segments import TOO_LONG, KnownSegments, with_known_segments
-from scheduler.star.kv_demand import with_enough_replicas
-from scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ReplicaSet, StarPlan, describe, make_plan
-from scheduler.star.request_metadata import default_num_shards
-from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
+from starling.engine_ext.activation import ENTRY, parse_config
+from starling.engine_ext.dense_prompts import refuse_star
+from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.refusals import (
+    refuse_block_positions,
+    refuse_overlap,
+    replica_set,
+    star_refusals,
+    takes_overlap,
+)
+from starling.scheduler.star.block_layout import POSITIONS, TooMuchPadding, plan_blocks
+from starling.scheduler.star.known_segments import TOO_LONG, KnownSegments, with_known_segments
+from starling.scheduler.star.kv_demand import with_enough_replicas
+from starling.scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import ReplicaSet, StarPlan, describe, make_plan
+from starling.scheduler.star.request_metadata import default_num_shards
+from starling.scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
 
 logger = init_logger("vllm.starling")
 

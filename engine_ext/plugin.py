@@ -12,13 +12,13 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from engine_ext.models.registry import register_model_families
-from vllm_compat.bench import add_bench_backend, is_bench
-from vllm_compat.chat import on_chat_request, on_rendered_chat
-from vllm_compat.config import is_async_engine, on_engine_config, on_server_args
-from vllm_compat.engine_core import divide_kv_memory_check
-from vllm_compat.front import on_abort, on_beam_search, on_encode, on_generate, on_processed_request
-from vllm_compat.versions import problem
+from starling.engine_ext.models.registry import register_model_families
+from starling.vllm_compat.bench import add_bench_backend, is_bench
+from starling.vllm_compat.chat import on_chat_request, on_rendered_chat
+from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
+from starling.vllm_compat.engine_core import divide_kv_memory_check
+from starling.vllm_compat.front import on_abort, on_beam_search, on_encode, on_generate, on_processed_request
+from starling.vllm_compat.versions import problem
 
 logger = logging.getLogger("vllm.starling")
 
@@ -38,17 +38,17 @@ def register() -> None:
 def _hook_in() -> None:
     # Imports are made at the first call: each loads a part of vLLM that not every process needs.
     def before(engine_args: object) -> None:
-        from engine_ext.activation import before_engine_config
+        from starling.engine_ext.activation import before_engine_config
 
         before_engine_config(engine_args)
 
     def after(engine_args: object, vllm_config: object) -> None:
-        from engine_ext.activation import after_engine_config
-        from engine_ext.chat_segments import add_segments, note_chat_options, wants_segments
-        from engine_ext.clients import sees_cached, without_cached
-        from engine_ext.front.split_prefill import generate_split
-        from engine_ext.front.state import abort_split, state_of
-        from engine_ext.requests import begin_beam_search
+        from starling.engine_ext.activation import after_engine_config
+        from starling.engine_ext.chat_segments import add_segments, note_chat_options, wants_segments
+        from starling.engine_ext.clients import sees_cached, without_cached
+        from starling.engine_ext.front.split_prefill import generate_split
+        from starling.engine_ext.front.state import abort_split, state_of
+        from starling.engine_ext.requests import begin_beam_search
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
             if request.sampling_params is not None:  # else a pooling request
@@ -74,18 +74,18 @@ def _hook_in() -> None:
     def server_args(args: object) -> None:
         if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server
             return
-        from engine_ext.activation import prepare_server
+        from starling.engine_ext.activation import prepare_server
 
         prepare_server(args)
 
     async def bench_request(*args: Any, **kwargs: Any) -> Any:
-        from engine_ext.serving.grpc.bench import request_starling
+        from starling.engine_ext.serving.grpc.bench import request_starling
 
         return await request_starling(*args, **kwargs)
 
     on_engine_config(before, after)
     if "vllm.v1.engine.core" in sys.modules:  # an engine core that was not forked from a front, or a front
-        from scheduler.star.request_metadata import default_num_shards
+        from starling.scheduler.star.request_metadata import default_num_shards
 
         divide_kv_memory_check(default_num_shards)
     on_server_args(server_args)

@@ -10,19 +10,19 @@ from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
-from attention_backends.kernels.contract import AMX, CPU_ISAS
-from attention_backends.kernels.cpu.attention import VECTOR_SIZE
-from attention_backends.star.backend import WRAPPED
-from engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
-from replicas.messages import nixl_problem
-from replicas.options import replica_options
-from scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
-from scheduler.star.options import flat_name
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ReplicaSet
-from scheduler.star.request_metadata import CONNECTOR
-from vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
-from vllm_compat.engine_report import engine_reports
+from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
+from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
+from starling.attention_backends.star.backend import WRAPPED
+from starling.engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
+from starling.replicas.messages import nixl_problem
+from starling.replicas.options import replica_options
+from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
+from starling.scheduler.star.options import flat_name
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import ReplicaSet
+from starling.scheduler.star.request_metadata import CONNECTOR
+from starling.vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
+from starling.vllm_compat.engine_report import engine_reports
 
 MAX_SERVERS = 64
 """Over how many servers a prompt may be split, this one included."""

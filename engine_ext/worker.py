@@ -10,23 +10,23 @@ from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
-from attention_backends.kernels.rotary import Rotation
-from attention_backends.star.backend import register_star_backends, takes_star
-from attention_backends.star.rows import VirtualRows, is_split
-from attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
-from attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
-from engine_ext.activation import parse_config
-from engine_ext.metrics import worker_metrics
-from engine_ext.refusals import has_peers, reads_all_caches, star_refusals
-from engine_ext.rotations import block_positions_problem, make_rotations
-from replicas.metrics import replica_metrics
-from replicas.weights import note_weights
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import RequestMetadata, metadata_of
-from vllm_compat.models import without_prefill_checkpoints
-from vllm_compat.patching import extends
-from vllm_compat.worker import (
+from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.backend import register_star_backends, takes_star
+from starling.attention_backends.star.rows import VirtualRows, is_split
+from starling.attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
+from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
+from starling.engine_ext.activation import parse_config
+from starling.engine_ext.metrics import worker_metrics
+from starling.engine_ext.refusals import has_peers, reads_all_caches, star_refusals
+from starling.engine_ext.rotations import block_positions_problem, make_rotations
+from starling.replicas.metrics import replica_metrics
+from starling.replicas.weights import note_weights
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
+from starling.vllm_compat.models import without_prefill_checkpoints
+from starling.vllm_compat.patching import extends
+from starling.vllm_compat.worker import (
     batch_request_ids,
     keep_request_ids,
     kv_connector,
@@ -96,7 +96,7 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
     if is_cpu or not refusals:
         register_star_backends()
     if is_cpu:
-        from attention_backends.star import cpu_impl
+        from starling.attention_backends.star import cpu_impl
 
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
         cpu_impl.read_all_caches(reads_all_caches(vllm_config))
@@ -258,7 +258,7 @@ def make_star_worker(base: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """``engine_ext.worker.StarCPUWorker`` and ``StarGPUWorker``, made when vLLM resolves their names."""
+    """``starling.engine_ext.worker.StarCPUWorker`` and ``StarGPUWorker``, made when vLLM resolves their names."""
     if name not in BASES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return make_star_worker(resolve_obj_by_qualname(BASES[name]))

@@ -13,15 +13,15 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
-from attention_backends.star.remote_queries import RemoteQuery
-from replicas.core_rpc import add_replica_rpc
-from replicas.metadata import PageLoads, WorkerAddress
-from replicas.remote_attention_client import StepRemoteAttention
-from replicas.remote_attention_server import Rotations
-from replicas.scheduler_connector import SchedulerConnector
-from replicas.worker_connector import WorkerConnector
-from scheduler.worker_report import WorkerReport
-from vllm_compat.kv_pages import Page
+from starling.attention_backends.star.remote_queries import RemoteQuery
+from starling.replicas.core_rpc import add_replica_rpc
+from starling.replicas.metadata import PageLoads, WorkerAddress
+from starling.replicas.remote_attention_client import StepRemoteAttention
+from starling.replicas.remote_attention_server import Rotations
+from starling.replicas.scheduler_connector import SchedulerConnector
+from starling.replicas.worker_connector import WorkerConnector
+from starling.scheduler.worker_report import WorkerReport
+from starling.vllm_compat.kv_pages import Page
 
 
 class StarConnector(KVConnectorBase_V1, SupportsHMA):

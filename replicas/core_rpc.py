@@ -1,4 +1,4 @@
-"""What a front calls by name in the engine core of a replica, with vllm_compat.front.call_engine_core.
+"""What a front calls by name in the engine core of a replica, with starling.vllm_compat.front.call_engine_core.
 
 Arguments and results are plain numbers, names, bytes, lists and dicts. A call runs between two of the engine's steps.
 vLLM sends a result that is a Future once it is there, and the engine makes steps until then.
@@ -9,12 +9,12 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from replicas.replica_state import replica_state
-from replicas.weights import worker_digest
-from scheduler.star.block_positions import plan_from_wire
-from scheduler.star.request_metadata import metadata_of
-from vllm_compat.engine_core import add_core_utility
-from vllm_compat.scheduler_view import SchedulerView
+from starling.replicas.replica_state import replica_state
+from starling.replicas.weights import worker_digest
+from starling.scheduler.star.block_positions import plan_from_wire
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 REPLICA_STATE = "starling_replica_state"
 OPEN_SHARD = "starling_open_shard"

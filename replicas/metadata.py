@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-from replicas.page_transfer import TransferError
+from starling.replicas.page_transfer import TransferError
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from scheduler.star.parsing import parse_fields
+from starling.scheduler.star.parsing import parse_fields
 
 SECTION = "replicas"
 KEY_ENV = "STARLING_REPLICA_KEY"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from replicas.holds import Holds
+from starling.replicas.holds import Holds
 
 logger = init_logger("vllm.starling")
 

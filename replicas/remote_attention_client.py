@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 import torch
 from vllm.logger import init_logger
 
-from attention_backends.kernels.merge import merge
-from attention_backends.star.remote_queries import RemoteQuery, RemoteSpan
-from replicas.messages import Message, MessageError, MessageLimits, Messenger
-from replicas.remote_attention_server import to_bytes
-from replicas.remote_query import error_of
-from scheduler.worker_report import WorkerReport
+from starling.attention_backends.kernels.merge import merge
+from starling.attention_backends.star.remote_queries import RemoteQuery, RemoteSpan
+from starling.replicas.messages import Message, MessageError, MessageLimits, Messenger
+from starling.replicas.remote_attention_server import to_bytes
+from starling.replicas.remote_query import error_of
+from starling.scheduler.worker_report import WorkerReport
 
 logger = init_logger("vllm.starling")
 

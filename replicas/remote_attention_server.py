@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from attention_backends.kernels.contract import Layout
-from attention_backends.kernels.rotary import NO_ROTATION, Rotation
-from attention_backends.star.rows import TurnedKeys
-from attention_backends.star.turned import add_rows, make_turned_rows
-from replicas.messages import Message, MessageError, MessageLimits, Messenger
-from replicas.remote_query import Query, QueryError, Span, parse_query
+from starling.attention_backends.kernels.contract import Layout
+from starling.attention_backends.kernels.rotary import NO_ROTATION, Rotation
+from starling.attention_backends.star.rows import TurnedKeys
+from starling.attention_backends.star.turned import add_rows, make_turned_rows
+from starling.replicas.messages import Message, MessageError, MessageLimits, Messenger
+from starling.replicas.remote_query import Query, QueryError, Span, parse_query
 
 logger = init_logger("vllm.starling")
 

@@ -9,10 +9,10 @@ import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import KEY, RequestMetadata
-from vllm_compat.kv_pages import PagePool
-from vllm_compat.scheduler_view import SchedulerView
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.vllm_compat.kv_pages import PagePool
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 # Hashing the pages of a prompt of a million tokens takes 0.2 s. One thread: more would only wait for one another.
 _hashing = ThreadPoolExecutor(1, "starling-page-hashes")

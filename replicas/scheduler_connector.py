@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from replicas.metadata import PageLoad, PageLoads, PageRead
-from scheduler.star.request_metadata import PageSource, metadata_of
-from vllm_compat.kv_pages import Page, PagePool
+from starling.replicas.metadata import PageLoad, PageLoads, PageRead
+from starling.scheduler.star.request_metadata import PageSource, metadata_of
+from starling.vllm_compat.kv_pages import Page, PagePool
 
 logger = init_logger("vllm.starling")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_compat.models import on_weights_loaded
+from starling.vllm_compat.models import on_weights_loaded
 
 SAMPLES = 256
 """Bytes of each tensor that are read, at equal distances."""

@@ -9,21 +9,21 @@ from typing import Any
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from attention_backends.kernels.contract import CPU_ISAS
-from attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
-from attention_backends.star.remote_queries import RemoteQuery
-from replicas.messages import MessageLimits
-from replicas.metadata import PageLoad, PageLoads, WorkerAddress
-from replicas.metrics import replica_metrics
-from replicas.network import DEVICES_ENV, use_devices
-from replicas.options import replica_options
-from replicas.page_transfer import PageReader, Transfer, TransferError
-from replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
-from replicas.remote_attention_server import RemoteAttentionServer, Rotations
-from replicas.remote_query import message_limits
-from scheduler.star.request_metadata import ONE_HOST
-from scheduler.worker_report import WorkerReport
-from vllm_compat.config import attention_layer, page_layout
+from starling.attention_backends.kernels.contract import CPU_ISAS
+from starling.attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
+from starling.attention_backends.star.remote_queries import RemoteQuery
+from starling.replicas.messages import MessageLimits
+from starling.replicas.metadata import PageLoad, PageLoads, WorkerAddress
+from starling.replicas.metrics import replica_metrics
+from starling.replicas.network import DEVICES_ENV, use_devices
+from starling.replicas.options import replica_options
+from starling.replicas.page_transfer import PageReader, Transfer, TransferError
+from starling.replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
+from starling.replicas.remote_attention_server import RemoteAttentionServer, Rotations
+from starling.replicas.remote_query import message_limits
+from starling.scheduler.star.request_metadata import ONE_HOST
+from starling.scheduler.worker_report import WorkerReport
+from starling.vllm_compat.config import attention_layer, page_layout
 
 logger = init_logger("vllm.starling")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from vllm_compat.scheduler_view import SchedulerView
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 

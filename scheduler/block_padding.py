@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.request_metadata import metadata_of
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.request_metadata import metadata_of
 
 
 def block_positions_plan(request: Any) -> BlockPositionsPlan | None:

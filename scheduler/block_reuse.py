@@ -13,11 +13,11 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from scheduler.cache_keys import chain_restarts, independent_plan
-from scheduler.star.independence import dependence
-from scheduler.star.request_metadata import CONNECTOR, metadata_of
-from vllm_compat.kv_pages import CacheGroup
-from vllm_compat.scheduler_view import SchedulerView
+from starling.scheduler.cache_keys import chain_restarts, independent_plan
+from starling.scheduler.star.independence import dependence
+from starling.scheduler.star.request_metadata import CONNECTOR, metadata_of
+from starling.vllm_compat.kv_pages import CacheGroup
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 
 def reuse_refusal(vllm_config: Any) -> str | None:

@@ -21,9 +21,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import metadata_of
-from vllm_compat.prefix_cache import (
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.prefix_cache import (
     Hasher,
     HashFunction,
     extra_page_keys,

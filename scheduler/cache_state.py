@@ -13,9 +13,9 @@ from typing import Any
 from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_cache_spec_kind
 from vllm.v1.request import RequestStatus
 
-from scheduler.star.request_metadata import metadata_of
-from vllm_compat.kv_pages import CacheGroup
-from vllm_compat.scheduler_view import SchedulerView
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.kv_pages import CacheGroup
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 
 def cache_state(scheduler: Any, per_request: bool) -> dict[str, Any]:

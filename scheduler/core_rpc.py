@@ -1,4 +1,4 @@
-"""What a front can call in an engine core by name, with vllm_compat.front.call_engine_core.
+"""What a front can call in an engine core by name, with starling.vllm_compat.front.call_engine_core.
 
 Arguments and results are plain numbers and names. A call runs between two of the engine's steps.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from scheduler.cache_state import cache_state, prefill_progress
-from vllm_compat.engine_core import add_core_utility
-from vllm_compat.worker import attention_backends
+from starling.scheduler.cache_state import cache_state, prefill_progress
+from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.worker import attention_backends
 
 CACHE_STATE = "starling_cache_state"
 PREFILL_PROGRESS = "starling_prefill_progress"

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from scheduler.cache_state import progress_of
-from scheduler.star.plan import describe
-from scheduler.star.request_metadata import metadata_of
-from vllm_compat.scheduler_view import SchedulerView
+from starling.scheduler.cache_state import progress_of
+from starling.scheduler.star.plan import describe
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 LISTED = 100
 """Requests of a snapshot; the counts are those of all."""

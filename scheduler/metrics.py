@@ -6,7 +6,7 @@ import functools
 
 from prometheus_client import Counter, Gauge
 
-from vllm_compat.metrics import report_to_front
+from starling.vllm_compat.metrics import report_to_front
 
 
 class CacheMetrics:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from scheduler.star.parsing import Switch, parse_fields
+from starling.scheduler.star.parsing import Switch, parse_fields
 
 Count = Annotated[int, Field(ge=1)]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from scheduler.admission import WAITING, Admission
-from scheduler.options import MIN_CHUNK
-from scheduler.star.request_metadata import metadata_of
-from scheduler.step_budget import Limits, LongPrompt, divide_step
-from vllm_compat.scheduler_view import SchedulerView
+from starling.scheduler.admission import WAITING, Admission
+from starling.scheduler.options import MIN_CHUNK
+from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.step_budget import Limits, LongPrompt, divide_step
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 
 def limiter_refusal(scheduler: Any) -> str | None:

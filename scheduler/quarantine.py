@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_compat.scheduler_view import SchedulerView
+from starling.vllm_compat.scheduler_view import SchedulerView
 
 logger = init_logger("vllm.starling")
 

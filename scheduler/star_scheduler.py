@@ -12,28 +12,28 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from scheduler.block_padding import block_positions_plan, count_client_tokens, with_padding, without_padding
-from scheduler.block_reuse import BlockReuse, reuse_refusal
-from scheduler.cache_keys import independent_block_hasher, page_key
-from scheduler.cache_state import cache_state, compressed_groups, states_used
-from scheduler.core_rpc import add_core_rpc
-from scheduler.live_requests import LiveRequests
-from scheduler.metrics import cache_metrics, scheduler_metrics
-from scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_scheduling
-from scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
-from scheduler.quarantine import Quarantine
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.options import parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
-from scheduler.star.sizes import check_sizes
-from scheduler.step_budget import make_limits
-from scheduler.worker_report import worker_report
-from vllm_compat.engine_core import amend_requests, end_with_parent
-from vllm_compat.kv_pages import Page
-from vllm_compat.patching import extends
-from vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
-from vllm_compat.scheduler_hooks import SchedulerHooks
+from starling.scheduler.block_padding import block_positions_plan, count_client_tokens, with_padding, without_padding
+from starling.scheduler.block_reuse import BlockReuse, reuse_refusal
+from starling.scheduler.cache_keys import independent_block_hasher, page_key
+from starling.scheduler.cache_state import cache_state, compressed_groups, states_used
+from starling.scheduler.core_rpc import add_core_rpc
+from starling.scheduler.live_requests import LiveRequests
+from starling.scheduler.metrics import cache_metrics, scheduler_metrics
+from starling.scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_scheduling
+from starling.scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
+from starling.scheduler.quarantine import Quarantine
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.options import parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
+from starling.scheduler.star.sizes import check_sizes
+from starling.scheduler.step_budget import make_limits
+from starling.scheduler.worker_report import worker_report
+from starling.vllm_compat.engine_core import amend_requests, end_with_parent
+from starling.vllm_compat.kv_pages import Page
+from starling.vllm_compat.patching import extends
+from starling.vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
+from starling.vllm_compat.scheduler_hooks import SchedulerHooks
 
 logger = init_logger("vllm.starling")
 

@@ -19,8 +19,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from scheduler.options import MIN_CHUNK, SchedulingOptions
-from scheduler.star.plan import StarPlan, count_pairs
+from starling.scheduler.options import MIN_CHUNK, SchedulingOptions
+from starling.scheduler.star.plan import StarPlan, count_pairs
 
 KEYS_PER_TOKEN = 49152
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from vllm.exceptions import VLLMClientError
 
-from vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.patching import Wrapper, touches, wrap
 
 
 class RequestWithdrawn(VLLMClientError):

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_compat.patching import Wrapper, wrap
+from starling.vllm_compat.patching import Wrapper, wrap
 
 
 def on_chat_request(callback: Callable[[Any], None]) -> None:

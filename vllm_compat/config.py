@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from vllm_compat.patching import Wrapper, first_found, touches, wrap
+from starling.vllm_compat.patching import Wrapper, first_found, touches, wrap
 
 CPU_PAGE_SIZE = 128
 """vLLM's default on CPU (vllm/platforms/cpu.py)."""

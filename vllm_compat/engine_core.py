@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vllm_compat.metrics import DIRECTORY_ENV
-from vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.metrics import DIRECTORY_ENV
+from starling.vllm_compat.patching import Wrapper, touches, wrap
 
 logger = logging.getLogger("vllm.starling")
 

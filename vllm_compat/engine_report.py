@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.patching import Wrapper, touches, wrap
 
 Report = dict[str, Any]
 

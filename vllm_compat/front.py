@@ -8,8 +8,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from vllm_compat.admission import has_arrived, hide_requests
-from vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.admission import has_arrived, hide_requests
+from starling.vllm_compat.patching import Wrapper, touches, wrap
 
 IS_BEAM = "starling_is_beam"
 """The key of an engine input that is a beam of a beam search."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import get_group_id, make_block_hash_with_group_id
 
-from vllm_compat.patching import touches
+from starling.vllm_compat.patching import touches
 
 Page = Any
 """A vLLM KVCacheBlock."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vllm_compat.patching import touches, wrap
+from starling.vllm_compat.patching import touches, wrap
 
 
 def register_models(configs: dict[str, Any], models: dict[str, str]) -> None:

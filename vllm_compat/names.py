@@ -2,10 +2,11 @@
 
 There is a table for each supported release of vLLM: names-0.32.json, names-0.33.json.
 
-    python -m vllm_compat.names             compares the table of the installed vLLM's release with that vLLM
-    python -m vllm_compat.names PATH        compares the table of the nearest release with another vLLM: a folder or
-                                            a wheel
-    python -m vllm_compat.names --write     makes the installed vLLM's table anew, from Starling's sources and that vLLM
+    python -m starling.vllm_compat.names           compares the table of the installed vLLM's release with that vLLM
+    python -m starling.vllm_compat.names PATH      compares the table of the nearest release with another vLLM: a folder
+                                                   or a wheel
+    python -m starling.vllm_compat.names --write   makes the installed vLLM's table anew, from Starling's sources and
+                                                   that vLLM
 
 Both sides are read as source text; neither is imported. The kinds of use in the table:
 
@@ -32,10 +33,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vllm_compat.source_tree import FUNCTIONS, SourceTree, TreeError, decorators, dotted, imported, statements
-from vllm_compat.versions import release_of
+from starling.vllm_compat.source_tree import FUNCTIONS, SourceTree, TreeError, decorators, dotted, imported, statements
+from starling.vllm_compat.versions import release_of
 
-PACKAGES = ("vllm_compat", "scheduler", "attention_backends", "replicas", "engine_ext")
+ROOMS = ("vllm_compat", "scheduler", "attention_backends", "replicas", "evaluation", "selftest", "engine_ext")
 COMPAT = "vllm_compat/"
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = Path(__file__).parent
@@ -134,7 +135,7 @@ class Reader(ast.NodeVisitor):
 
     def __init__(self, project: Project, file: str) -> None:
         self.project, self.file = project, file
-        self.module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        self.module = module_name(file)
         self.package = self.module if file.endswith("__init__.py") else self.module.rpartition(".")[0]
         self.scope: ChainMap[str, str | None] = ChainMap()  # local name -> full name; None hides an outer one
 
@@ -174,7 +175,7 @@ class Reader(ast.NodeVisitor):
         extended = [
             argument
             for call in node.decorator_list
-            if isinstance(call, ast.Call) and self.full_name(call.func) == "vllm_compat.patching.extends"
+            if isinstance(call, ast.Call) and self.full_name(call.func) == "starling.vllm_compat.patching.extends"
             for argument in call.args
         ]
         for argument in extended:
@@ -219,7 +220,7 @@ class Reader(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         function = self.full_name(node.func)
         first, second = (*node.args, None, None)[:2]
-        if function in ("vllm_compat.patching.touches", "vllm_compat.patching.first_found"):
+        if function in ("starling.vllm_compat.patching.touches", "starling.vllm_compat.patching.first_found"):
             mark = function.rpartition(".")[2]
             moved = mark == "first_found"
             for argument in node.args:
@@ -230,7 +231,7 @@ class Reader(ast.NodeVisitor):
                     self.report(self.project.unclear, argument, f"{mark}() of something else than a vLLM name")
             return
         owner = self.full_name(first) if first else None
-        if function == "vllm_compat.patching.wrap":
+        if function == "starling.vllm_compat.patching.wrap":
             self.report(self.project.private, node, "wraps a function of vLLM")
             if is_vllm(owner) and string(second):
                 self.use(f"{owner}.{string(second)}", "wrap", node)
@@ -259,7 +260,7 @@ class Reader(ast.NodeVisitor):
             self.report(self.project.internal, node, f"reads or writes {text}.{attribute}")
         owner = (value and self.full_name(value)) or ""
         is_own = is_self(value) or owner in self.project.modules or owner.startswith(f"{self.module}.")
-        is_other_library = bool(owner) and owner.partition(".")[0] not in ("vllm", *PACKAGES)
+        is_other_library = bool(owner) and owner.partition(".")[0] not in ("vllm", "starling")
         if is_private(attribute) and not is_own and not is_other_library:
             self.report(self.project.private, node, f"reads or writes the private name {text}.{attribute}")
 
@@ -276,10 +277,15 @@ def is_self(node: ast.AST | None) -> bool:
     )
 
 
+def module_name(file: str) -> str:
+    """`scheduler/star/plan.py` -> `starling.scheduler.star.plan`."""
+    return f"starling.{file.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}"
+
+
 def read_project(root: Path) -> Project:
-    """Read the .py files of Starling's packages under ``root``."""
-    files = sorted(path.relative_to(root).as_posix() for package in PACKAGES for path in (root / package).rglob("*.py"))
-    names = [file.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for file in files]
+    """Read the .py files of Starling's packages, which are folders of ``root``."""
+    files = sorted(path.relative_to(root).as_posix() for room in ROOMS for path in (root / room).rglob("*.py"))
+    names = [module_name(file) for file in files]
     project = Project(modules=set(names))
     for file in files:
         Reader(project, file).visit(ast.parse((root / file).read_text(encoding="utf-8"), file))
@@ -390,7 +396,8 @@ def as_json(table: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a name is missing or has changed, 2 where there is no such vLLM."""
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_compat.names", description="Compare the vLLM names that Starling depends on with a vLLM."
+        prog="python -m starling.vllm_compat.names",
+        description="Compare the vLLM names that Starling depends on with a vLLM.",
     )
     parser.add_argument("path", nargs="?", type=Path, help="vLLM package folder, a folder that contains it, or a wheel")
     parser.add_argument("--write", action="store_true", help="make the installed vLLM's table anew")

@@ -12,7 +12,7 @@ from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine import core
 
-from vllm_compat.patching import Wrapper, wrap
+from starling.vllm_compat.patching import Wrapper, wrap
 
 Hasher = Callable[[Any], list[Any]]
 HashFunction = Callable[[Any], bytes]

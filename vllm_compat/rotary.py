@@ -16,7 +16,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     YaRNScalingRotaryEmbedding,
 )
 
-from vllm_compat.patching import touches
+from starling.vllm_compat.patching import touches
 
 FIXED_FREQUENCIES = (
     RotaryEmbedding,

@@ -10,9 +10,9 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_compat.kv_pages import Page
-from vllm_compat.patching import extends
-from vllm_compat.scheduler_view import SchedulerView, forget_uncomputed_pages
+from starling.vllm_compat.kv_pages import Page
+from starling.vllm_compat.patching import extends
+from starling.vllm_compat.scheduler_view import SchedulerView, forget_uncomputed_pages
 
 
 @extends(Scheduler)

@@ -16,8 +16,8 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import is_full_attention_spec
 
-from vllm_compat.kv_pages import CacheGroup, Page, PagePool
-from vllm_compat.patching import touches
+from starling.vllm_compat.kv_pages import CacheGroup, Page, PagePool
+from starling.vllm_compat.patching import touches
 
 
 @touches(

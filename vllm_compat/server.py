@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from vllm_compat.patching import Wrapper, first_found, wrap
+from starling.vllm_compat.patching import Wrapper, first_found, wrap
 
 default_chat_template_kwargs = first_found(
     "vllm.entrypoints.common.cli_args:resolve_default_chat_template_kwargs",

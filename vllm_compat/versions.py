@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-from pathlib import Path
 
 VLLM_MIN, VLLM_BELOW = (0, 32), (0, 34)
 VLLM_RANGE = ">=0.32,<0.34"
-COMMON_NAMES = ("attention_backends", "scheduler", "replicas")
-"""Starling's packages whose names another distribution may have too."""
 
 
 def problem() -> str | None:
     """Why Starling can't extend the installed vLLM; None where it can."""
-    return version_problem(vllm_version()) or shadowing_package()
+    return version_problem(vllm_version())
 
 
 def vllm_version() -> str | None:
@@ -39,18 +35,4 @@ def version_problem(version: str | None) -> str | None:
         return f"vLLM is not installed: {advice}"
     if not VLLM_MIN <= release_of(version) < VLLM_BELOW:
         return f"vLLM {version} is outside the supported range {VLLM_RANGE}: {advice}"
-    return None
-
-
-def shadowing_package() -> str | None:
-    """Which of Starling's packages another distribution hides; None where all resolve beside this one.
-
-    `scheduler` is also the name of a PyPI distribution, and import order decides which one Python finds.
-    """
-    home = Path(__file__).resolve().parent.parent
-    for name in COMMON_NAMES:
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec and spec.origin else None
-        if origin is None or origin.parent.parent != home:
-            return f"the package {name!r} resolves to {origin}, not to Starling's own under {home}"
     return None

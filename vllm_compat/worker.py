@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_compat.patching import touches
+from starling.vllm_compat.patching import touches
 
 
 @touches(

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan, StatesMade
-from attention_backends.attamba.pages import KvPages, locate
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.cpu.attention import DTYPES, VECTOR_SIZE, built_op
-from attention_backends.kernels.dispatch import paged_attention
+from starling.attention_backends.attamba.chunks import PAGE_ROWS, ChunkPlan, StatesMade
+from starling.attention_backends.attamba.pages import KvPages, locate
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.cpu.attention import DTYPES, VECTOR_SIZE, built_op
+from starling.attention_backends.kernels.dispatch import paged_attention
 
 if TYPE_CHECKING:
-    from attention_backends.attamba.backend import AttambaMetadata
+    from starling.attention_backends.attamba.backend import AttambaMetadata
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from attention_backends.attamba.chunks import (
+from starling.attention_backends.attamba.chunks import (
     ChunkPlan,
     StepTokens,
     dense_tokens,
@@ -29,10 +29,10 @@ from attention_backends.attamba.chunks import (
     plan_step,
     star_tokens,
 )
-from attention_backends.kernels.cpu.attention import built_op
-from attention_backends.star.metadata import virtual_metadata
-from attention_backends.star.rows import VirtualRows
-from attention_backends.star.step import current_step
+from starling.attention_backends.kernels.cpu.attention import built_op
+from starling.attention_backends.star.metadata import virtual_metadata
+from starling.attention_backends.star.rows import VirtualRows
+from starling.attention_backends.star.step import current_step
 
 
 @dataclass

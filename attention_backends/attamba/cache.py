@@ -20,9 +20,9 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from attention_backends.attamba.backend import AttambaBackend
-from attention_backends.attamba.chunks import PAGE_ROWS
-from vllm_compat.models import register_layer
+from starling.attention_backends.attamba.backend import AttambaBackend
+from starling.attention_backends.attamba.chunks import PAGE_ROWS
+from starling.vllm_compat.models import register_layer
 
 CHUNK_SIZES, WINDOW_SIZES = (2, 128), (1, 256)
 """Smallest and largest P and L that are served."""

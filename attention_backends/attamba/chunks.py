@@ -16,7 +16,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 if TYPE_CHECKING:
-    from attention_backends.star.rows import VirtualRows
+    from starling.attention_backends.star.rows import VirtualRows
 
 PAGE_ROWS = 16  # chunk states of a page
 

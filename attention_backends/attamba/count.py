@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from attention_backends.attamba.chunks import layer_offset
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.attamba.chunks import layer_offset
+from starling.scheduler.star.plan import StarPlan
 
 
 def prompt_keys(plan: StarPlan | None, num_tokens: int, chunk_size: int, window: int, layers: int) -> dict[str, Any]:

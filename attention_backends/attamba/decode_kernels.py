@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attention_backends.attamba.chunks import PAGE_ROWS
+from starling.attention_backends.attamba.chunks import PAGE_ROWS
 
 ROWS = tl.constexpr(PAGE_ROWS)  # of K|V in a page; the row behind them is that of token 0
 

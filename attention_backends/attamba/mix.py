@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from attention_backends.attamba.chunks import ChunkPlan
-from attention_backends.attamba.mixer import MixerParameters, MixerSizes
-from attention_backends.attamba.pages import locate
-from attention_backends.attamba.scan import chunk_scan
-from attention_backends.kernels.cpu.attention import DTYPES, built_op
+from starling.attention_backends.attamba.chunks import ChunkPlan
+from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from starling.attention_backends.attamba.pages import locate
+from starling.attention_backends.attamba.scan import chunk_scan
+from starling.attention_backends.kernels.cpu.attention import DTYPES, built_op
 
 MAX_TAPS = 4
 """The longest convolution of the C++ op."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from attention_backends.attamba.chunks import PAGE_ROWS
-from attention_backends.kernels.contract import Layout, page_views
+from starling.attention_backends.attamba.chunks import PAGE_ROWS
+from starling.attention_backends.kernels.contract import Layout, page_views
 
 
 class KvPages:

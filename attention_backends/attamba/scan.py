@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
 
 CACHED_ROWS = 256
 """Rows of chunks to scan at once: the intermediate results then fit a processor's second-level cache."""
@@ -55,7 +55,7 @@ def chunk_scan(
         (T, M, inner).
     """
     if projected.device.type != "cpu":
-        from attention_backends.attamba import scan_kernel  # imports Triton, which a CPU does not need
+        from starling.attention_backends.attamba import scan_kernel  # imports Triton, which a CPU does not need
 
         return scan_kernel.chunk_scan(projected, parameters, sizes, chunk_index, index_in_chunk)
     count, width = projected.shape[:2]

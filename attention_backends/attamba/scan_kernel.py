@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
 
 BLOCK_Q, BLOCK_S, BLOCK_D = 16, 16, 32
 """Queries of a program, and the values of the state and the columns of the head that it reads at a time."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.cpu import attention as cpu
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,6 +16,8 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if operands.query.device.type == "cpu":
         return cpu.paged_attention(operands)
-    from attention_backends.kernels.triton import attention as triton  # imports Triton, which a CPU does not need
+    from starling.attention_backends.kernels.triton import (
+        attention as triton,  # imports Triton, which a CPU does not need
+    )
 
     return triton.paged_attention(operands)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.contract import Operands
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.cpu import attention as cpu
-from attention_backends.kernels.dispatch import paged_attention
-from attention_backends.kernels.merge import merge_parts, merge_rows
-from attention_backends.kernels.rotary import Rotation, turn_back
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.dispatch import paged_attention
+from starling.attention_backends.kernels.merge import merge_parts, merge_rows
+from starling.attention_backends.kernels.rotary import Rotation, turn_back
 
 
 @dataclass(frozen=True, eq=False)

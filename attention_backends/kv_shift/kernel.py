@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from vllm.triton_utils import tl, triton
 
-from attention_backends.kv_shift.shift import ShiftMetadata
+from starling.attention_backends.kv_shift.shift import ShiftMetadata
 
 
 @triton.jit

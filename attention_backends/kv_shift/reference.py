@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attention_backends.kernels.reference import masked_attention
+from starling.attention_backends.kernels.reference import masked_attention
 
 Tensors = Mapping[str, torch.Tensor]
 

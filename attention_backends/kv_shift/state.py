@@ -23,10 +23,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
-from attention_backends.kv_shift.kernel import shift_kernel
-from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
-from vllm_compat.config import split_graph_at
-from vllm_compat.models import attention_spec, register_layer, register_op
+from starling.attention_backends.kv_shift.kernel import shift_kernel
+from starling.attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
+from starling.vllm_compat.config import split_graph_at
+from starling.vllm_compat.models import attention_spec, register_layer, register_op
 
 WINDOW = 2
 OP = "starling::kv_shift"

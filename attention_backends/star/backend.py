@@ -22,12 +22,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from attention_backends.kernels.contract import AMX, CPU_ISAS
-from attention_backends.star.metadata import virtual_block_table, virtual_metadata
-from attention_backends.star.step import current_step
-from attention_backends.star.turned_impl import block_positions_in_use, make_turned_impl
-from vllm_compat.config import set_cpu_attention_isa
-from vllm_compat.patching import extends
+from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
+from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
+from starling.attention_backends.star.step import current_step
+from starling.attention_backends.star.turned_impl import block_positions_in_use, make_turned_impl
+from starling.vllm_compat.config import set_cpu_attention_isa
+from starling.vllm_compat.patching import extends
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
@@ -107,7 +107,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
         def _lay_out_for_vectors(self, layer_names: list[str]) -> None:
             """Let vLLM lay out keys for vectors, where it would for AMX tiles and Starling's op has to read them."""
-            from attention_backends.star.cpu_impl import all_caches_are_read
+            from starling.attention_backends.star.cpu_impl import all_caches_are_read
 
             builder: Any = self
             if all_caches_are_read() and builder.isa == AMX:
@@ -156,7 +156,7 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if base.get_name() != "CPU_ATTN":
                 impl = base.get_impl_cls()
                 return make_turned_impl(impl) if block_positions_in_use() else impl
-            from attention_backends.star.cpu_impl import CpuImpl
+            from starling.attention_backends.star.cpu_impl import CpuImpl
 
             return CpuImpl
 
@@ -175,7 +175,7 @@ CLASS_NAMES = {_class_name(AttentionBackendEnum[name].value.rpartition(".")[2]):
 
 
 def __getattr__(name: str) -> type[AttentionBackend]:
-    """``attention_backends.star.backend.CPU_ATTN`` is the star form of vLLM's backend of that name.
+    """``starling.attention_backends.star.backend.CPU_ATTN`` is the star form of vLLM's backend of that name.
 
     The same class also has its own name, ``StarCPUAttentionBackend``: CUDA's platform finds a backend by the qualified
     name of its class, other platforms by the registered name.

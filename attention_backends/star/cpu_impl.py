@@ -9,11 +9,11 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
-from attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
-from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
-from attention_backends.star.step import current_step
-from vllm_compat.config import kv_scales
+from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
+from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
+from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
+from starling.attention_backends.star.step import current_step
+from starling.vllm_compat.config import kv_scales
 
 _cpu_attention = "auto"
 _reads_all_caches = False

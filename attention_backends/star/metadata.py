@@ -7,7 +7,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from attention_backends.star.rows import VirtualRows
+from starling.attention_backends.star.rows import VirtualRows
 
 # Fields with one entry a batch row, or keyed by batch row, for which no row split is defined. The features that set
 # them are refused at startup (engine_ext/refusals.py); a field that is set all the same must not be ignored.

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from attention_backends.star.rows import VirtualRows
-from scheduler.star.request_metadata import Shard
+from starling.attention_backends.star.rows import VirtualRows
+from starling.scheduler.star.request_metadata import Shard
 
 
 @dataclass(frozen=True, eq=False)

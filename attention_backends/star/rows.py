@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.star.block_positions import BlockKeys, BlockPositionsPlan
-from scheduler.star.plan import KeyRanges, StarPlan, count_pairs
+from starling.scheduler.star.block_positions import BlockKeys, BlockPositionsPlan
+from starling.scheduler.star.plan import KeyRanges, StarPlan, count_pairs
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,13 +16,13 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from attention_backends.kernels.rotary import Rotation
-from attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
-from attention_backends.star.rows import VirtualRows, split_rows
-from attention_backends.star.turned import OwnRows, TurnedAttention, make_turned_rows
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import RemoteShards
+from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
+from starling.attention_backends.star.rows import VirtualRows, split_rows
+from starling.attention_backends.star.turned import OwnRows, TurnedAttention, make_turned_rows
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import RemoteShards
 
 RowIds = Callable[[], Sequence[str]]
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from attention_backends.kernels.contract import Layout, Operands
-from attention_backends.kernels.dispatch import paged_attention
-from attention_backends.kernels.rotary import Rotation
-from attention_backends.kernels.turned import TurnedQueries, add_turned_attention, turned_attention
-from attention_backends.star.rows import TurnedKeys
+from starling.attention_backends.kernels.contract import Layout, Operands
+from starling.attention_backends.kernels.dispatch import paged_attention
+from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.kernels.turned import TurnedQueries, add_turned_attention, turned_attention
+from starling.attention_backends.star.rows import TurnedKeys
 
 MAX_TOKENS = {"cpu": 512, "cuda": 8192}
 """Turned query tokens that one call has on a device, or those of a single row and block where these are more.

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
-from attention_backends.kernels.contract import Layout
-from attention_backends.star.step import current_step
-from vllm_compat.patching import extends, touches
+from starling.attention_backends.kernels.contract import Layout
+from starling.attention_backends.star.step import current_step
+from starling.vllm_compat.patching import extends, touches
 
 _in_use = False
 

@@ -14,9 +14,9 @@ from benchmarks.agents.playback import Playback
 from benchmarks.agents.trace import Shape, make_trace
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
-from scheduler.star.options import parse_options
-from scheduler.star.plan import StarPlan, make_plan
-from scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.scheduler.star.options import parse_options
+from starling.scheduler.star.plan import StarPlan, make_plan
+from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 
 PAGE, STEP = 64, 8192
 TOKEN = 7  # every answer is this token, over and over
@@ -67,8 +67,8 @@ def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tu
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from engine_ext import plugin
-    from scheduler.star_scheduler import StarScheduler
+    from starling.engine_ext import plugin
+    from starling.scheduler.star_scheduler import StarScheduler
 
     plugin.register()
     hash_function = get_hash_fn_by_name("sha256")

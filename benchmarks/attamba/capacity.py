@@ -21,13 +21,13 @@ from rich.table import Table
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from attention_backends.attamba.cache import model_specs
 from benchmarks.attamba.shapes import Shape, make_models, parse_shape
 from benchmarks.engine import Engine
 from benchmarks.report import OUT, write_json
-from engine_ext import plugin
-from engine_ext.serving.cli.doctor import num_pages_held
-from vllm_compat.config import kv_cache_capacity
+from starling.attention_backends.attamba.cache import model_specs
+from starling.engine_ext import plugin
+from starling.engine_ext.serving.cli.doctor import num_pages_held
+from starling.vllm_compat.config import kv_cache_capacity
 
 BYTES = 1 << 30
 DTYPE = torch.bfloat16

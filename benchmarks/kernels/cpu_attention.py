@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
 from benchmarks.engine import Engine
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import OUT, ratio_interval, write_json
 from benchmarks.star_ttft import ENGINE, RANDOM_LLAMA
+from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STAR = {"star": "on", "star_block_size": 2048}

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.bias import causal_lower_right
 
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.triton import decode as triton_decode
-from attention_backends.kernels.triton import prefill as triton_prefill
 from benchmarks.report import write_json
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.triton import decode as triton_decode
+from starling.attention_backends.kernels.triton import prefill as triton_prefill
 
 HEADS, KV_HEADS, SIZE, PAGE_SIZE = 32, 8, 128, 16
 CHUNK = 4096

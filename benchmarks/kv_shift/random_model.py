@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.random_llama import byte_tokenizer
-from engine_ext.models import baichuan_m1, configs, kv_shift_llama
+from starling.engine_ext.models import baichuan_m1, configs, kv_shift_llama
 
 TINY_LLAMA = {
     "model_type": "kv_shift_llama",

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import read_json
-from scheduler.star.assignment import ReplicaState, assign_blocks, completion_time
+from starling.scheduler.star.assignment import ReplicaState, assign_blocks, completion_time
 
 REPLICAS = (1, 2, 4, 8, 16, 31)
 

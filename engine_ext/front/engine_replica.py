@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import msgspec
 from vllm.sampling_params import SamplingParams
 
-from engine_ext.front.held_pages import HeldPages
-from engine_ext.front.state import front_state
-from engine_ext.requests import PLANNED
-from replicas.core_rpc import IS_PAUSED, RELEASE, REPLICA_STATE
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
+from starling.engine_ext.front.held_pages import HeldPages
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.requests import PLANNED
+from starling.replicas.core_rpc import IS_PAUSED, RELEASE, REPLICA_STATE
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.v1 import replica_pb2 as pb
-from vllm_compat.front import run_internal_request
+from starling.vllm_compat.front import run_internal_request
 
 HEALTH_CHECK_SECONDS = 5.0
 """How often a replica with a part under way, or to come, is called, to see whether it answers."""

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from vllm.logger import init_logger
 
-from engine_ext.front.kv_reservations import KVReservations, Reservation
-from engine_ext.front.replica_rpc import ReplicaRPC, ReplicaTimeout
-from replicas.core_rpc import RELEASE
+from starling.engine_ext.front.kv_reservations import KVReservations, Reservation
+from starling.engine_ext.front.replica_rpc import ReplicaRPC, ReplicaTimeout
+from starling.replicas.core_rpc import RELEASE
 
 logger = init_logger("vllm.starling")
 

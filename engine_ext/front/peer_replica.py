@@ -13,10 +13,10 @@ from typing import Any, TypedDict
 import grpc
 import msgspec
 
-from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, HeldPart, PartAborted, SplitPrompt
-from engine_ext.front.peers import Peer, reason_of
-from engine_ext.front.replica_rpc import ReplicaUnavailable
-from scheduler.star.request_metadata import PageSource
+from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, HeldPart, PartAborted, SplitPrompt
+from starling.engine_ext.front.peers import Peer, reason_of
+from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
+from starling.scheduler.star.request_metadata import PageSource
 from starling.v1 import replica_pb2 as pb
 
 STATE_SECONDS = 5.0

@@ -15,9 +15,9 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.clients import sees_cached
-from scheduler.core_rpc import PREFILL_PROGRESS
-from vllm_compat.front import call_engine_core, engine_request_ids, num_engine_cores, request_state
+from starling.engine_ext.clients import sees_cached
+from starling.scheduler.core_rpc import PREFILL_PROGRESS
+from starling.vllm_compat.front import call_engine_core, engine_request_ids, num_engine_cores, request_state
 
 logger = init_logger("vllm.starling")
 

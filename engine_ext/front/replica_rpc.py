@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from vllm_compat.front import call_engine_core, num_engine_cores
+from starling.vllm_compat.front import call_engine_core, num_engine_cores
 
 
 class ReplicaUnavailable(Exception):

@@ -26,7 +26,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from engine_ext.front.engine_replica import (
+from starling.engine_ext.front.engine_replica import (
     EngineReplica,
     HeldPart,
     PartAborted,
@@ -34,22 +34,22 @@ from engine_ext.front.engine_replica import (
     SplitPrompt,
     while_answering,
 )
-from engine_ext.front.held_pages import HeldPages
-from engine_ext.front.peer_replica import PeerReplica
-from engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
-from engine_ext.front.state import front_state
-from engine_ext.front.whole_request import Task, aborted_output, with_task
-from engine_ext.metrics import front_metrics
-from engine_ext.planning import PlannedPrompt
-from engine_ext.requests import PLANNED
-from replicas.core_rpc import CANCEL_FETCH, OPEN_SHARD
-from replicas.page_transfer import layout_mismatch
-from scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
-from scheduler.star.kv_demand import KVDemand
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
-from vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
-from vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores, request_state
+from starling.engine_ext.front.held_pages import HeldPages
+from starling.engine_ext.front.peer_replica import PeerReplica
+from starling.engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
+from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.planning import PlannedPrompt
+from starling.engine_ext.requests import PLANNED
+from starling.replicas.core_rpc import CANCEL_FETCH, OPEN_SHARD
+from starling.replicas.page_transfer import layout_mismatch
+from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
+from starling.scheduler.star.kv_demand import KVDemand
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
+from starling.vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
+from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores, request_state
 
 logger = init_logger("vllm.starling")
 

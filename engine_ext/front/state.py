@@ -12,14 +12,14 @@ from weakref import WeakKeyDictionary
 from vllm.exceptions import RetryableRequestError
 from vllm.logger import init_logger
 
-from engine_ext.front.kv_reservations import KVReservations
-from engine_ext.front.peers import Peers
-from engine_ext.front.progress import ProgressPoller
-from engine_ext.front.replica_rpc import ReplicaRPC
-from engine_ext.front.split_requests import SplitRequests
-from engine_ext.requests import RequestPlanner
-from replicas.options import ReplicaOptions
-from vllm_compat.front import before_shutdown, refuse_admission
+from starling.engine_ext.front.kv_reservations import KVReservations
+from starling.engine_ext.front.peers import Peers
+from starling.engine_ext.front.progress import ProgressPoller
+from starling.engine_ext.front.replica_rpc import ReplicaRPC
+from starling.engine_ext.front.split_requests import SplitRequests
+from starling.engine_ext.requests import RequestPlanner
+from starling.replicas.options import ReplicaOptions
+from starling.vllm_compat.front import before_shutdown, refuse_admission
 
 logger = init_logger("vllm.starling")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from scheduler.star.request_metadata import KEY, PageFetch, RemoteShards, RequestMetadata
+from starling.scheduler.star.request_metadata import KEY, PageFetch, RemoteShards, RequestMetadata
 
 Task = PageFetch | RemoteShards
 

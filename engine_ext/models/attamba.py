@@ -26,17 +26,17 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
-from attention_backends.attamba.attend import Cache, Sizes, attend
-from attention_backends.attamba.backend import AttambaMetadata
-from attention_backends.attamba.cache import PagedRows, layer_specs
-from attention_backends.attamba.chunks import ChunkPlan, layer_offset, profiled_tokens
-from attention_backends.attamba.mix import GROUP_ROWS, mix
-from attention_backends.attamba.mixer import MixerParameters
-from attention_backends.attamba.pages import KvPages
-from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.models.attamba_weights import load_checkpoint
-from vllm_compat.config import split_graph_at
-from vllm_compat.models import register_layer, register_op
+from starling.attention_backends.attamba.attend import Cache, Sizes, attend
+from starling.attention_backends.attamba.backend import AttambaMetadata
+from starling.attention_backends.attamba.cache import PagedRows, layer_specs
+from starling.attention_backends.attamba.chunks import ChunkPlan, layer_offset, profiled_tokens
+from starling.attention_backends.attamba.mix import GROUP_ROWS, mix
+from starling.attention_backends.attamba.mixer import MixerParameters
+from starling.attention_backends.attamba.pages import KvPages
+from starling.engine_ext.models.attamba_config import AttambaConfig
+from starling.engine_ext.models.attamba_weights import load_checkpoint
+from starling.vllm_compat.config import split_graph_at
+from starling.vllm_compat.models import register_layer, register_op
 
 OP = "starling::attamba"
 
@@ -81,7 +81,7 @@ class Mixers(nn.Module):
         offset: int,
     ) -> tuple[torch.Tensor, ...]:
         """``forward`` of a step that decodes, on a GPU; see ``decode.mix_decode``."""
-        from attention_backends.attamba.decode import mix_decode  # imports Triton
+        from starling.attention_backends.attamba.decode import mix_decode  # imports Triton
 
         y = mix_decode(projected, pages, step, chunk_size, offset, self.constants, self.sizes, self.eps)
         return self.project(y)
@@ -194,7 +194,7 @@ class AttentiveSsm(nn.Module):
         kept = Cache(states_kv, states), Cache(window_kv, window)
         out[count:] = 0
         if states.decodes:
-            from attention_backends.attamba.decode import attend_decode  # imports Triton
+            from starling.attention_backends.attamba.decode import attend_decode  # imports Triton
 
             mixed = self.mixers.decode(projected, pages, rows, sizes.chunk, self.offset)
             attend_decode(query, mixed, own, angles, *kept, self.offset, sizes, out[:count])

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from attention_backends.attamba.chunks import PAGE_ROWS
-from attention_backends.attamba.count import prompt_keys
-from attention_backends.attamba.mixer import MixerSizes
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.attamba.chunks import PAGE_ROWS
+from starling.attention_backends.attamba.count import prompt_keys
+from starling.attention_backends.attamba.mixer import MixerSizes
+from starling.scheduler.star.plan import StarPlan
 
 
 class AttambaConfig(PretrainedConfig):
@@ -97,5 +97,5 @@ class AttambaConfig(PretrainedConfig):
         return MixerSizes(self.ssm_heads, self.ssm_inner, self.ssm_state_dim, self.conv_size)
 
     def prompt_keys(self, plan: StarPlan | None, num_tokens: int) -> dict[str, Any]:
-        """Keys that a prompt attends to, see ``attention_backends.attamba.count.prompt_keys``."""
+        """Keys that a prompt attends to, see ``starling.attention_backends.attamba.count.prompt_keys``."""
         return prompt_keys(plan, num_tokens, self.token_chunk, self.leading_tokens, self.num_hidden_layers)

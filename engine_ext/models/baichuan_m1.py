@@ -14,9 +14,15 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
-from engine_ext.models.checkpoint import Shapes, checked_weights, mlp_and_norm_shapes, outer_shapes, shift_shapes
-from engine_ext.models.configs import BaichuanM1Config
-from engine_ext.models.shifted_attention import KVShiftAttention
+from starling.engine_ext.models.checkpoint import (
+    Shapes,
+    checked_weights,
+    mlp_and_norm_shapes,
+    outer_shapes,
+    shift_shapes,
+)
+from starling.engine_ext.models.configs import BaichuanM1Config
+from starling.engine_ext.models.shifted_attention import KVShiftAttention
 
 HEAD_EPS = 1e-7
 """Added to the norm of a row, as in the model's published code."""

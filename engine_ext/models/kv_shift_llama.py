@@ -12,8 +12,14 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from engine_ext.models.checkpoint import Shapes, checked_weights, mlp_and_norm_shapes, outer_shapes, shift_shapes
-from engine_ext.models.shifted_attention import KVShiftAttention
+from starling.engine_ext.models.checkpoint import (
+    Shapes,
+    checked_weights,
+    mlp_and_norm_shapes,
+    outer_shapes,
+    shift_shapes,
+)
+from starling.engine_ext.models.shifted_attention import KVShiftAttention
 
 
 def expected_tensors(config: Any) -> Shapes:

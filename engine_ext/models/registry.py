@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from vllm_compat.models import register_models
+from starling.vllm_compat.models import register_models
 
 MODELS = {
-    "KVShiftLlamaForCausalLM": "engine_ext.models.kv_shift_llama:KVShiftLlamaForCausalLM",
-    "AttambaForCausalLM": "engine_ext.models.attamba:AttambaForCausalLM",
-    "BaichuanM1ForCausalLM": "engine_ext.models.baichuan_m1:BaichuanM1ForCausalLM",
+    "KVShiftLlamaForCausalLM": "starling.engine_ext.models.kv_shift_llama:KVShiftLlamaForCausalLM",
+    "AttambaForCausalLM": "starling.engine_ext.models.attamba:AttambaForCausalLM",
+    "BaichuanM1ForCausalLM": "starling.engine_ext.models.baichuan_m1:BaichuanM1ForCausalLM",
 }
 
 
 def register_model_families() -> None:
     """Register the model families with Transformers and vLLM in this process. A second call has no effect."""
-    from engine_ext.models.attamba_config import AttambaConfig
-    from engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
+    from starling.engine_ext.models.attamba_config import AttambaConfig
+    from starling.engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
 
     configs = (KVShiftLlamaConfig, BaichuanM1Config, AttambaConfig)
     register_models({config.model_type: config for config in configs}, MODELS)

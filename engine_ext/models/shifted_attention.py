@@ -10,7 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.utils import set_weight_attrs
 
-from attention_backends.kv_shift.state import ShiftState
+from starling.attention_backends.kv_shift.state import ShiftState
 
 
 def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
@@ -35,7 +35,7 @@ class KVShiftAttention(LlamaAttention):
     Both are (KV heads of this rank, 2) in float32, columns [previous, current].
 
     Raises:
-        ValueError: a feature that ``attention_backends.kv_shift.state.refuse_unsupported`` names is on.
+        ValueError: a feature that ``starling.attention_backends.kv_shift.state.refuse_unsupported`` names is on.
     """
 
     def __init__(self, config: Any, *, prefix: str = "", **kwargs: Any):

@@ -11,13 +11,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from scheduler.star.assignment import best_num_replicas_of
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.options import StarOptions, flat_name, merge
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ONE_REPLICA, ReplicaSet, check_shards, find_context_end, max_replicas
-from scheduler.star.segments import TokenLimits, check_block_size, check_padding, segment_option, segment_starts
-from scheduler.star.sizes import find_anchor_and_overlap, find_block_size, find_segment_block_size
+from starling.scheduler.star.assignment import best_num_replicas_of
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.options import StarOptions, flat_name, merge
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import ONE_REPLICA, ReplicaSet, check_shards, find_context_end, max_replicas
+from starling.scheduler.star.segments import (
+    TokenLimits,
+    check_block_size,
+    check_padding,
+    segment_option,
+    segment_starts,
+)
+from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size, find_segment_block_size
 
 POSITIONS = flat_name("positions")
 

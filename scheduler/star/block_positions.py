@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.star.plan import KeyRanges, StarPlan, count_pairs
+from starling.scheduler.star.plan import KeyRanges, StarPlan, count_pairs
 
 FIELDS = 7
 """Fields that a StarPlan has on the wire."""

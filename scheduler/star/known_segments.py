@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from scheduler.star.options import StarOptions, flat_name, merge, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS
+from starling.scheduler.star.options import StarOptions, flat_name, merge, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS
 
 NO_CHAT = "the prompt is not a chat that this server has rendered, so that it has no messages"
 MOVED = (

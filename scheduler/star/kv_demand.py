@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scheduler.star.assignment import Assignment, replicas_needed
-from scheduler.star.options import flat_name
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import StarPlan
+from starling.scheduler.star.assignment import Assignment, replicas_needed
+from starling.scheduler.star.options import flat_name
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import StarPlan
 
 
 @dataclass(frozen=True)

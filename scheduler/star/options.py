@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from scheduler.star.parsing import OptionError, Switch, parse_fields
+from starling.scheduler.star.parsing import OptionError, Switch, parse_fields
 
 Mode = Literal["off", "on", "auto"]
 Tokens = Annotated[int, Field(ge=0)]

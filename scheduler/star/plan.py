@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.star.assignment import best_num_replicas
-from scheduler.star.options import StarOptions, flat_name, merge
-from scheduler.star.parsing import OptionError
-from scheduler.star.sizes import find_anchor_and_overlap, find_block_size, has_default_overlap
+from starling.scheduler.star.assignment import best_num_replicas
+from starling.scheduler.star.options import StarOptions, flat_name, merge
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size, has_default_overlap
 
 DEFAULT_QUERY_TOKENS = 512
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scheduler.star.block_positions import plan_from_wire
-from scheduler.star.plan import StarPlan
+from starling.scheduler.star.block_positions import plan_from_wire
+from starling.scheduler.star.plan import StarPlan
 
 KEY = "starling"
 """The key in ``extra_args``."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.star.options import StarOptions, flat_name, merge, parse_options
-from scheduler.star.parsing import OptionError, shown
-from scheduler.star.plan import find_context_end
-from scheduler.star.sizes import find_block_size
+from starling.scheduler.star.options import StarOptions, flat_name, merge, parse_options
+from starling.scheduler.star.parsing import OptionError, shown
+from starling.scheduler.star.plan import find_context_end
+from starling.scheduler.star.sizes import find_block_size
 
 SEGMENT_TOKEN = flat_name("segment_token")
 SEGMENTS = flat_name("segments")

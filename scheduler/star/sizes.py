@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from scheduler.star.options import StarOptions, flat_name
-from scheduler.star.parsing import OptionError
+from starling.scheduler.star.options import StarOptions, flat_name
+from starling.scheduler.star.parsing import OptionError
 
 BLOCKS_OF_PROMPT = 8
 MIN_BLOCK_SIZE = 1024

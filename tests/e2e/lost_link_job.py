@@ -11,11 +11,11 @@ from functools import partial
 
 import uvicorn
 
-from engine_ext.serving.grpc import limits
-from engine_ext.serving.grpc.server import Front
-from engine_ext.serving.http import keepalive
+from starling.engine_ext.serving.grpc import limits
+from starling.engine_ext.serving.grpc.server import Front
+from starling.engine_ext.serving.http import keepalive
+from starling.vllm_compat.server import on_server_socket
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
-from vllm_compat.server import on_server_socket
 
 GRPC_PORT, HTTP_PORT = 50051, 8000
 say = partial(print, flush=True)

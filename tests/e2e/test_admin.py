@@ -14,18 +14,18 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from benchmarks.random_llama import make_tiny_llama
-from engine_ext import plugin
-from engine_ext.front.progress import ProgressPoller
-from engine_ext.front.state import front_state
-from engine_ext.requests import RequestPlanner
-from engine_ext.serving.errors import DrainingError
-from engine_ext.serving.grpc import admin
 from examples.server import ENVIRONMENT
-from scheduler.star.plan import StarPlan
+from starling.engine_ext import plugin
+from starling.engine_ext.front.progress import ProgressPoller
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.requests import RequestPlanner
+from starling.engine_ext.serving.errors import DrainingError
+from starling.engine_ext.serving.grpc import admin
+from starling.scheduler.star.plan import StarPlan
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as inference
-from vllm_compat.front import call_engine_core
+from starling.vllm_compat.front import call_engine_core
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
@@ -44,8 +44,8 @@ class Server:
         from vllm.entrypoints.launchers.api_server.entry import build_app
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from engine_ext.serving.cli.serve_args import AdminOptions, parse
-        from engine_ext.serving.grpc.server import Front
+        from starling.engine_ext.serving.cli.serve_args import AdminOptions, parse
+        from starling.engine_ext.serving.grpc.server import Front
 
         plugin.register()
         options = ["--dtype", "float32", "--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "128"]

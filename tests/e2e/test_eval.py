@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
-from engine_ext.evaluation.report import Report
-from engine_ext.evaluation.tuning.report import TuneReport
 from examples.server import ENVIRONMENT, serving
+from starling.evaluation.report import Report
+from starling.evaluation.tuning.report import TuneReport
 from tests.e2e.serving import MODEL, PAGE_SIZE, PROMPT
 from tests.e2e.wait import wait_until
 

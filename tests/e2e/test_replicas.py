@@ -23,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import serving
-from scheduler.star.assignment import ReplicaState, assign_blocks
+from starling.scheduler.star.assignment import ReplicaState, assign_blocks
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 from tests.dashboard import OF_COMPRESSED_CACHES, QUERIES, metrics_of, samples_of

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import serving
-from scheduler.star.assignment import ReplicaState
+from starling.scheduler.star.assignment import ReplicaState
 from tests.e2e.sockets import assert_sockets, documented_sockets, open_sockets
 from tests.e2e.test_replicas import (
     ENGINE_OPTIONS,

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 
-from attention_backends.kernels.reference import masked_attention
-from attention_backends.kernels.rotary import Rotation
-from attention_backends.star.reference import star_mask
-from attention_backends.star.rows import split_rows
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.kernels.reference import masked_attention
+from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.reference import star_mask
+from starling.attention_backends.star.rows import split_rows
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.plan import StarPlan
 
 HEAD_SIZE = 32
 SCALE = 1 / math.sqrt(HEAD_SIZE)

@@ -22,9 +22,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.utils import AttentionGroup
 
-from attention_backends.star.backend import make_star_backend
-from attention_backends.star.rows import VirtualRows
-from attention_backends.star.step import StarStep, open_step
+from starling.attention_backends.star.backend import make_star_backend
+from starling.attention_backends.star.rows import VirtualRows
+from starling.attention_backends.star.step import StarStep, open_step
 from tests.gpu_contract.cases import HEAD_SIZE, ROTATION, SCALE, Case, Numbers
 from tests.gpu_contract.cuda_platform import CUDA
 

@@ -21,10 +21,10 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
-from attention_backends.kernels import turned as kernels_turned  # noqa: E402
-from attention_backends.kernels.contract import Operands  # noqa: E402
-from attention_backends.star import turned  # noqa: E402
-from attention_backends.star.turned_impl import use_block_positions  # noqa: E402
+from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
+from starling.attention_backends.kernels.contract import Operands  # noqa: E402
+from starling.attention_backends.star import turned  # noqa: E402
+from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import cases, expected, gathers_pages, numbers  # noqa: E402
 from tests.gpu_contract.engine import run_case  # noqa: E402
@@ -134,7 +134,7 @@ def triton_own_positions(examples: int) -> Tally:
     """As ``own_positions`` on vLLM's Triton backend, with Starling's Triton kernels, interpreted."""
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    from attention_backends.kernels.triton.attention import paged_attention
+    from starling.attention_backends.kernels.triton.attention import paged_attention
 
     calls: list[int] = []
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from attention_backends.star.metadata import virtual_metadata
-from attention_backends.star.rows import split_rows
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.star.metadata import virtual_metadata
+from starling.attention_backends.star.rows import split_rows
+from starling.scheduler.star.plan import StarPlan
 from tests.unit.attention_backends.test_rows import PAGE_SIZE, batch_metadata
 
 PLAN = StarPlan(8, 8, 0, 30, 40)

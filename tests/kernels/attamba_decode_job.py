@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.nn.functional import rms_norm, silu
 
-from attention_backends.attamba import attend, decode, decode_kernels, mix
-from attention_backends.attamba.attend import Cache, Sizes
-from attention_backends.attamba.backend import AttambaMetadata
-from attention_backends.attamba.chunks import PAGE_ROWS, StepTokens, chunk_start, dense_tokens, plan_step
-from attention_backends.attamba.mixer import MixerSizes
-from attention_backends.attamba.pages import KvPages
-from attention_backends.kernels import reference
-from attention_backends.kernels.contract import Layout
+from starling.attention_backends.attamba import attend, decode, decode_kernels, mix
+from starling.attention_backends.attamba.attend import Cache, Sizes
+from starling.attention_backends.attamba.backend import AttambaMetadata
+from starling.attention_backends.attamba.chunks import PAGE_ROWS, StepTokens, chunk_start, dense_tokens, plan_step
+from starling.attention_backends.attamba.mixer import MixerSizes
+from starling.attention_backends.attamba.pages import KvPages
+from starling.attention_backends.kernels import reference
+from starling.attention_backends.kernels.contract import Layout
 from tests.kernels.attamba_scan_job import make_parameters, recurrence
 from tests.kernels.cases import rms
 

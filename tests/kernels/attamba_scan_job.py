@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from attention_backends.attamba import scan, scan_kernel
-from attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from starling.attention_backends.attamba import scan, scan_kernel
+from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
 from tests.kernels.cases import rms
 
 MIXERS = 2

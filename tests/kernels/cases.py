@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from attention_backends.kernels.contract import Layout, Operands
+from starling.attention_backends.kernels.contract import Layout, Operands
 
 NAN = float("nan")
 

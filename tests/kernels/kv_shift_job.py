@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from attention_backends.kv_shift import kernel
-from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, shift
+from starling.attention_backends.kv_shift import kernel
+from starling.attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, shift
 
 HEADS, PAGE_SIZE, NUM_PAGES = 3, 4, 9
 

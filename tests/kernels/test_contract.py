@@ -6,8 +6,8 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from attention_backends.kernels.contract import CPU_ISAS, Layout, Sizes, as_fp8, page_views, visible_keys
-from attention_backends.kernels.reference import visible_mask
+from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Sizes, as_fp8, page_views, visible_keys
+from starling.attention_backends.kernels.reference import visible_mask
 from tests.kernels.cases import Case
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-from attention_backends.kernels.merge import merge, merge_rows
-from attention_backends.kernels.reference import masked_attention
+from starling.attention_backends.kernels.merge import merge, merge_rows
+from starling.attention_backends.kernels.reference import masked_attention
 
 INF, NAN = float("inf"), float("nan")
 

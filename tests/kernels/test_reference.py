@@ -7,8 +7,8 @@ import math
 import torch
 from hypothesis import given, settings
 
-from attention_backends.kernels.contract import Layout
-from attention_backends.kernels.reference import paged_attention
+from starling.attention_backends.kernels.contract import Layout
+from starling.attention_backends.kernels.reference import paged_attention
 from tests.kernels.cases import Case, cases
 
 

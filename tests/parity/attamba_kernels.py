@@ -6,11 +6,11 @@ import functools
 from collections import Counter
 from typing import Any
 
-from attention_backends.attamba import attend, mix, scan_kernel
-from attention_backends.kernels.contract import Layout
-from attention_backends.kernels.triton import attention as triton_attention
-from engine_ext.models import attamba
-from vllm_compat.worker import metadata_builders
+from starling.attention_backends.attamba import attend, mix, scan_kernel
+from starling.attention_backends.kernels.contract import Layout
+from starling.attention_backends.kernels.triton import attention as triton_attention
+from starling.engine_ext.models import attamba
+from starling.vllm_compat.worker import metadata_builders
 
 RAN: Counter[str] = Counter()
 

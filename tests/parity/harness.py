@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from attention_backends.star.reference import star_mask
+from starling.attention_backends.star.reference import star_mask
 from tests.forks import ROOT, run_in_fork
 from tests.parity.engine_job import RESULT
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from attention_backends.kv_shift.reference import logits
 from benchmarks.kv_shift.random_model import make_random_kv_shift
+from starling.attention_backends.kv_shift.reference import logits
 from tests.parity.harness import mask_of, max_gap, star_sizes
 
 NEW = 5
@@ -86,7 +86,7 @@ class Model:
 
 def zero_state(worker: Any) -> None:
     """In a worker: from now on the first token of every chunk has no predecessor."""
-    from attention_backends.kv_shift import shift, state
+    from starling.attention_backends.kv_shift import shift, state
 
     find = state.find_predecessors
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attention_backends.attamba import reference
 from benchmarks.attamba.random_model import make_random_attamba
 from examples.attamba_model import load_attamba
+from starling.attention_backends.attamba import reference
 from tests.parity.harness import max_gap, run_engine, star, star_sizes, v2_env
 
 pytestmark = pytest.mark.engine

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from engine_ext.selftest.machine import has_gpu
+from starling.selftest.machine import has_gpu
 from tests.forks import COUNTERS
 from tests.parity.harness import cores
 
@@ -52,7 +52,7 @@ def test_the_cpu_part_passes(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in COUNTERS}
     with cores(1) as bound:
         done = subprocess.run(
-            [sys.executable, "-m", "engine_ext.serving.cli.main", "selftest", "--quick", "--json", str(path)],
+            [sys.executable, "-m", "starling.engine_ext.serving.cli.main", "selftest", "--quick", "--json", str(path)],
             capture_output=True,
             text=True,
             timeout=1800,

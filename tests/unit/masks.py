@@ -2,8 +2,8 @@
 
 import torch
 
-from attention_backends.star.reference import star_mask
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.star.reference import star_mask
+from starling.scheduler.star.plan import StarPlan
 
 
 def mask_of(plan: StarPlan, num_tokens: int) -> torch.Tensor:

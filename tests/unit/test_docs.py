@@ -13,7 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from engine_ext.serving.cli.main import COMMANDS
+from starling.engine_ext.serving.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("*.md", ".github/*.md", "docs/**/*.md", "examples/*.md", "examples/*/*.md")

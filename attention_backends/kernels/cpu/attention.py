@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from attention_backends.kernels.contract import Layout, Operands
-from attention_backends.kernels.cpu import fallback
-from attention_backends.kernels.cpu.build import BuildError, load_op
-from attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.kernels.contract import Layout, Operands
+from starling.attention_backends.kernels.cpu import fallback
+from starling.attention_backends.kernels.cpu.build import BuildError, load_op
+from starling.attention_backends.kernels.rotary import Rotation
 
 logger = logging.getLogger(__name__)
 

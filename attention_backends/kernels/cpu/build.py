@@ -1,6 +1,6 @@
 """Builds the CPU op on first use, once per user, source, torch version, compiler, C library and processor.
 
-`python -m attention_backends.kernels.cpu.build` builds it ahead of the first request.
+`python -m starling.attention_backends.kernels.cpu.build` builds it ahead of the first request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from attention_backends.kernels.cpu.sealed_file import is_intact, seal
+from starling.attention_backends.kernels.cpu.sealed_file import is_intact, seal
 
 COMPILED = ("attention.cpp", "attamba.cpp")
 SOURCES = (

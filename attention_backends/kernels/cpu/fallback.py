@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from attention_backends.kernels.contract import Operands, visible_keys
-from attention_backends.kernels.merge import merge
+from starling.attention_backends.kernels.contract import Operands, visible_keys
+from starling.attention_backends.kernels.merge import merge
 
 GROUP_KEYS = 1024
 TILE_QUERIES = 256

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.triton import decode as triton_decode
-from attention_backends.kernels.triton import prefill as triton_prefill
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.triton import decode as triton_decode
+from starling.attention_backends.kernels.triton import prefill as triton_prefill
 
 MAX_QUERIES_PER_DECODE_ROW = 8
 

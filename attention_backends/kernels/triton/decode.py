@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.triton.launch import launch
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.triton.launch import launch
 
 LANES = 16
 PROGRAMS_PER_MULTIPROCESSOR = 2

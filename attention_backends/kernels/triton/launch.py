@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from attention_backends.kernels.contract import Operands, Sizes
-from attention_backends.kernels.triton.attend import LOG2E, paged_attention_kernel
+from starling.attention_backends.kernels.contract import Operands, Sizes
+from starling.attention_backends.kernels.triton.attend import LOG2E, paged_attention_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 E4M3_CAPABILITY = (8, 9)

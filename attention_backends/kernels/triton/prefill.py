@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.triton.launch import launch
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.triton.launch import launch
 
 LANES = 128
 

@@ -20,8 +20,8 @@ import torch
 from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias, flash, triton_splitk
 
-from attention_backends.kernels.contract import Operands
-from attention_backends.kernels.merge import merge
+from starling.attention_backends.kernels.contract import Operands
+from starling.attention_backends.kernels.merge import merge
 
 HEAD_SIZES = (16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)

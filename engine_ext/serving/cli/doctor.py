@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from engine_ext.serving.cli.doctor_attention import attention_backend, attention_op
-from scheduler.star.independence import FULL_ATTENTION, HYBRID
-from vllm_compat import versions
-from vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start
-from vllm_compat.versions import VLLM_RANGE, vllm_version
+from starling.engine_ext.serving.cli.doctor_attention import attention_backend, attention_op
+from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
+from starling.vllm_compat import versions
+from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start
+from starling.vllm_compat.versions import VLLM_RANGE, vllm_version
 
 UNUSABLE = 2
 NO_COMPILER = (
@@ -116,13 +116,13 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from engine_ext.activation import parse_config
-    from engine_ext.planning import usable_defaults
-    from engine_ext.refusals import replica_set, star_refusals
-    from engine_ext.serving.cli.cores import CORES_ENV, core_binding
-    from engine_ext.serving.cli.serve_args import parse
-    from engine_ext.serving.grpc.prompts import chat_params
-    from scheduler.star.plan import default_has_overlap
+    from starling.engine_ext.activation import parse_config
+    from starling.engine_ext.planning import usable_defaults
+    from starling.engine_ext.refusals import replica_set, star_refusals
+    from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
+    from starling.engine_ext.serving.cli.serve_args import parse
+    from starling.engine_ext.serving.grpc.prompts import chat_params
+    from starling.scheduler.star.plan import default_has_overlap
 
     args, _ = parse([model, *serve_options])
     args.model = model
@@ -165,7 +165,7 @@ OWN_BLOCKS = "one for each segment, so that the plan depends on the prompt; show
 
 def own_positions(config: Any, star: Any) -> str:
     """Whether blocks can have positions of their own, and whether they do by default."""
-    from engine_ext.refusals import block_positions_refusals
+    from starling.engine_ext.refusals import block_positions_refusals
 
     refusals = block_positions_refusals(config)
     return (
@@ -182,7 +182,7 @@ def messages_as_segments(config: Any, params: Any) -> str:
     from vllm.exceptions import VLLMValidationError
     from vllm.renderers import renderer_from_config
 
-    from engine_ext.chat_segments import refusal_of_template
+    from starling.engine_ext.chat_segments import refusal_of_template
 
     try:
         refusal = asyncio.run(refusal_of_template(renderer_from_config(config), params))
@@ -205,7 +205,7 @@ def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: 
     Args:
         has_overlap: whether blocks depend on one another under the server's defaults.
     """
-    from scheduler.block_reuse import reuse_refusal
+    from starling.scheduler.block_reuse import reuse_refusal
 
     if refusals or scheduling.star_block_reuse == "off":
         return "no: Star Attention is refused" if refusals else "no: --scheduler-star-block-reuse off"
@@ -247,7 +247,7 @@ def kv_cache(config: Any) -> dict[str, Any]:
         return {"page_tokens": page_size, "page_bytes": page_bytes, "bytes_per_token": bytes_per_token}
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    from attention_backends.attamba.cache import model_specs
+    from starling.attention_backends.attamba.cache import model_specs
 
     model, dtype = config.model_config.hf_config, config.model_config.dtype
     ranks, layers = config.parallel_config.tensor_parallel_size, model.num_hidden_layers
@@ -277,12 +277,12 @@ def kv_cache(config: Any) -> dict[str, Any]:
 
 def attamba_specs(config: Any) -> dict[str, Any]:
     """The specs of a layer's caches on one rank, by name, for an Attamba model; empty for other models."""
-    from engine_ext.models.attamba_config import AttambaConfig
+    from starling.engine_ext.models.attamba_config import AttambaConfig
 
     model = config.model_config.hf_config
     if not isinstance(model, AttambaConfig):
         return {}
-    from attention_backends.attamba.cache import layer_specs
+    from starling.attention_backends.attamba.cache import layer_specs
 
     return layer_specs(model, config.model_config.dtype, config.parallel_config.tensor_parallel_size)
 
@@ -316,8 +316,8 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
     Raises:
         OptionError: the server would refuse the prompt.
     """
-    from scheduler.star.options import StarOptions
-    from scheduler.star.plan import ONE_REPLICA, describe, make_plan
+    from starling.scheduler.star.options import StarOptions
+    from starling.scheduler.star.plan import ONE_REPLICA, describe, make_plan
 
     page_size = cache["page_tokens"]
     default = None if replicas is None else make_plan(num_tokens, star, None, page_size, replicas)
@@ -346,7 +346,7 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
 
 def measured_loss(plan: Any) -> list[str]:
     """What the most similar plans of docs/star-accuracy.md cost, on other models and shorter prompts."""
-    from engine_ext.evaluation.measured import closest, read_measured
+    from starling.evaluation.measured import closest, read_measured
 
     found = [str(row) for row in closest(plan, read_measured())]
     return [*found, "measured on small models: `starling eval` measures yours (docs/star-accuracy.md)"]

@@ -7,8 +7,8 @@ from typing import Any
 
 def attention_backend(config: Any) -> dict[str, str]:
     """The attention backend, and why it is used."""
-    from attention_backends.star.backend import WRAPPED
-    from engine_ext.refusals import is_attamba
+    from starling.attention_backends.star.backend import WRAPPED
+    from starling.engine_ext.refusals import is_attamba
 
     if is_attamba(config):
         return {"name": "ATTAMBA", "why": "the layers of an Attamba model attend by themselves"}
@@ -29,9 +29,9 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     Args:
         setting: the option ``cpu_attention``.
     """
-    from attention_backends.kernels.cpu.build import compiler
-    from attention_backends.kernels.cpu.selection import Processor, select_op
-    from engine_ext.refusals import block_positions_refusals, is_attamba, unread_isa
+    from starling.attention_backends.kernels.cpu.build import compiler
+    from starling.attention_backends.kernels.cpu.selection import Processor, select_op
+    from starling.engine_ext.refusals import block_positions_refusals, is_attamba, unread_isa
 
     on_cpu = config.device_config.device_type == "cpu"
     if is_attamba(config):

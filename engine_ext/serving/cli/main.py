@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 
-from vllm_compat import versions
+from starling.vllm_compat import versions
 
 UNUSABLE = 2
 FAILED = 1  # of selftest, whose 2 is a machine without a GPU
@@ -25,14 +25,14 @@ def serve(argv: Sequence[str]) -> int:
     """start the OpenAI server, and the gRPC server where --grpc-port is given"""
     if not usable("serve"):
         return UNUSABLE
-    from engine_ext.serving.cli.serve import run
+    from starling.engine_ext.serving.cli.serve import run
 
     return run(argv)
 
 
 def doctor(argv: Sequence[str]) -> int:
     """show what works on this machine, which backend is active, and what a prompt would cost"""
-    from engine_ext.serving.cli.doctor import run
+    from starling.engine_ext.serving.cli.doctor import run
 
     return run(argv)
 
@@ -41,28 +41,28 @@ def selftest(argv: Sequence[str]) -> int:
     """check whether Starling computes the right thing on this machine"""
     if not usable("selftest"):
         return FAILED
-    from engine_ext.serving.cli.selftest import run
+    from starling.selftest.command import run
 
     return run(argv)
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """measure what Star Attention costs in answers, on your model and prompts"""
-    from engine_ext.serving.cli.eval import run
+    from starling.evaluation.commands.eval import run
 
     return run(argv)
 
 
 def tune(argv: Sequence[str]) -> int:
     """find the cheapest star plan whose loss on your prompts stays within a budget"""
-    from engine_ext.serving.cli.tune import run
+    from starling.evaluation.commands.tune import run
 
     return run(argv)
 
 
 def setup_cpu(argv: Sequence[str]) -> int:
     """install vLLM for CPUs into this environment"""
-    from engine_ext.serving.cli.setup_cpu import run
+    from starling.engine_ext.serving.cli.setup_cpu import run
 
     return run(argv)
 

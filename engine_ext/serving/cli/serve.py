@@ -21,21 +21,21 @@ from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
-from engine_ext.clients import ADMIN_KEY_ENV, api_keys
-from engine_ext.front.peers import Peers, own_identity
-from engine_ext.front.state import front_state
-from engine_ext.serving.cli.cores import CORES_ENV, core_binding
-from engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from engine_ext.serving.grpc.auth import peer_credentials, server_credentials
-from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, authority
-from engine_ext.serving.grpc.prompts import chat_params
-from engine_ext.serving.grpc.replica import ReplicaServicer
-from engine_ext.serving.grpc.server import GRACE_SECONDS, Front
-from engine_ext.serving.http.keepalive import end_lost_connections
-from replicas.options import KEY_ENV, replica_options
-from scheduler.star.parsing import OptionError
-from vllm_compat.front import before_shutdown, on_serving_models
-from vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
+from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
+from starling.engine_ext.front.peers import Peers, own_identity
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
+from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
+from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
+from starling.engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, authority
+from starling.engine_ext.serving.grpc.prompts import chat_params
+from starling.engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
+from starling.engine_ext.serving.http.keepalive import end_lost_connections
+from starling.replicas.options import KEY_ENV, replica_options
+from starling.scheduler.star.parsing import OptionError
+from starling.vllm_compat.front import before_shutdown, on_serving_models
+from starling.vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
 

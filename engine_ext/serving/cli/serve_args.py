@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
-from engine_ext.activation import (
+from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
+from starling.engine_ext.activation import (
     CACHE_SALT,
     CPU_ATTENTION,
     ENTRY,
@@ -26,16 +26,16 @@ from engine_ext.activation import (
     parse_config,
     refuse_rust_front,
 )
-from engine_ext.cache_salt import CACHE_SALT_SETTINGS
-from engine_ext.clients import ADMIN_KEY_ENV
-from engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
-from replicas.options import KEY_ENV, ReplicaOptions
-from scheduler.options import SchedulingOptions
-from scheduler.options import flat_name as scheduling_name
-from scheduler.star.options import StarOptions, flat_name, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.segments import SEGMENTS
-from vllm_compat.config import set_option_help
+from starling.engine_ext.cache_salt import CACHE_SALT_SETTINGS
+from starling.engine_ext.clients import ADMIN_KEY_ENV
+from starling.engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
+from starling.replicas.options import KEY_ENV, ReplicaOptions
+from starling.scheduler.options import SchedulingOptions
+from starling.scheduler.options import flat_name as scheduling_name
+from starling.scheduler.star.options import StarOptions, flat_name, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.segments import SEGMENTS
+from starling.vllm_compat.config import set_option_help
 
 GRPC_PORT_HELP = (
     "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "

@@ -1,4 +1,4 @@
-"""`python -m engine_ext.serving.cli.tied PID ...` is `starling ...`, ended in order when its parent, PID, is gone.
+"""`python -m starling.engine_ext.serving.cli.tied PID ...` is `starling ...`, ended when its parent, PID, is gone.
 
 For a server that a measurement starts: a measurement that is killed can't stop its server itself.
 """
@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from engine_ext.serving.cli.main import main
+from starling.engine_ext.serving.cli.main import main
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

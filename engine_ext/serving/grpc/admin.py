@@ -16,12 +16,12 @@ from grpc_reflection.v1alpha import reflection
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from engine_ext.clients import digest, has_valid_key
-from engine_ext.front.state import front_state
-from engine_ext.refusals import star_refusals
-from engine_ext.serving.errors import DrainingError
-from engine_ext.serving.grpc.arrivals import ArrivalInterceptor
-from engine_ext.serving.grpc.auth import (
+from starling.engine_ext.clients import digest, has_valid_key
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.refusals import star_refusals
+from starling.engine_ext.serving.errors import DrainingError
+from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
+from starling.engine_ext.serving.grpc.auth import (
     ADMIN_PREFIX,
     Continuation,
     Metadata,
@@ -30,14 +30,14 @@ from engine_ext.serving.grpc.auth import (
     host_of,
     refusal_handler,
 )
-from engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
-from engine_ext.serving.grpc.messages import MODES, POSITION_NUMBERS, abort
-from scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
-from scheduler.star.options import StarOptions
+from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
+from starling.engine_ext.serving.grpc.messages import MODES, POSITION_NUMBERS, abort
+from starling.scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
+from starling.scheduler.star.options import StarOptions
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2
-from vllm_compat.front import num_engine_cores, refuse_admission, request_state, unfinished_ids
-from vllm_compat.versions import vllm_version
+from starling.vllm_compat.front import num_engine_cores, refuse_admission, request_state, unfinished_ids
+from starling.vllm_compat.versions import vllm_version
 
 logger = init_logger("vllm.starling")
 

@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 import grpc
 from google.protobuf.message import DecodeError
 
-from engine_ext.serving.errors import SlowMessageError
-from engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
+from starling.engine_ext.serving.errors import SlowMessageError
+from starling.engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
 
 AT_ONCE, OF_CLIENT, SECONDS = 32, 16, 60.0
 HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS = 64, 8, 10.0  # of health calls that run: they need no key

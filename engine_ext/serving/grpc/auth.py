@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from engine_ext.clients import digest, has_valid_key
+from starling.engine_ext.clients import digest, has_valid_key
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 ADMIN_PREFIX = "/starling.v1.AdminService/"

@@ -13,7 +13,7 @@ import grpc
 from google.protobuf import json_format
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, RequestFuncOutput
 
-from scheduler.star.options import FIELD_OF
+from starling.scheduler.star.options import FIELD_OF
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 

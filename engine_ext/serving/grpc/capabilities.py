@@ -7,10 +7,10 @@ from typing import Any
 
 from vllm import envs
 
-from engine_ext.front.state import front_state
-from engine_ext.serving.grpc.admin import star_message
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.serving.grpc.admin import star_message
 from starling.v1 import inference_pb2 as pb
-from vllm_compat.versions import vllm_version
+from starling.vllm_compat.versions import vllm_version
 
 UNBOUNDED = 0  # gRPC limits only the messages that it receives
 

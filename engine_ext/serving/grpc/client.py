@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 
-from engine_ext.clients import Client, bearer_key, current_client
-from engine_ext.serving.grpc.auth import Continuation
+from starling.engine_ext.clients import Client, bearer_key, current_client
+from starling.engine_ext.serving.grpc.auth import Continuation
 
 
 class NoteClient(grpc.aio.ServerInterceptor):

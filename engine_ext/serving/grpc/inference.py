@@ -16,20 +16,20 @@ from vllm.renderers import ChatParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.chat_segments import chat_options
-from engine_ext.front.state import front_state
-from engine_ext.requests import KNOWN_SEGMENTS, PLANNED, tokens_alone
-from engine_ext.serving.errors import DuplicateRequestError, root_cause
-from engine_ext.serving.grpc.arrivals import ClientOf
-from engine_ext.serving.grpc.capabilities import capabilities
-from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
-from engine_ext.serving.grpc.messages import abort, given, star_args
-from engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
-from engine_ext.serving.grpc.progress import with_progress
-from engine_ext.serving.grpc.prompts import GenerateRequest, prompt_field, prompt_limit, render
-from engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
-from engine_ext.serving.grpc.tokenizing import Tokenizing
-from engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
+from starling.engine_ext.chat_segments import chat_options
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.requests import KNOWN_SEGMENTS, PLANNED, tokens_alone
+from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
+from starling.engine_ext.serving.grpc.arrivals import ClientOf
+from starling.engine_ext.serving.grpc.capabilities import capabilities
+from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from starling.engine_ext.serving.grpc.messages import abort, given, star_args
+from starling.engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
+from starling.engine_ext.serving.grpc.progress import with_progress
+from starling.engine_ext.serving.grpc.prompts import GenerateRequest, prompt_field, prompt_limit, render
+from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
+from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
+from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc

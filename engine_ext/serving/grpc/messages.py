@@ -11,10 +11,10 @@ from grpc_status import rpc_status
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from engine_ext.serving.errors import grpc_code
-from scheduler.star.options import FIELD_OF, flat_name
-from scheduler.star.parsing import shown
-from scheduler.star.segments import SEGMENTS
+from starling.engine_ext.serving.errors import grpc_code
+from starling.scheduler.star.options import FIELD_OF, flat_name
+from starling.scheduler.star.parsing import shown
+from starling.scheduler.star.segments import SEGMENTS
 from starling.v1 import inference_pb2 as pb
 
 logger = init_logger("vllm.starling")

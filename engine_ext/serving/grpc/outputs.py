@@ -8,7 +8,7 @@ from typing import Any
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 
-from engine_ext.serving.grpc.messages import POSITION_NUMBERS
+from starling.engine_ext.serving.grpc.messages import POSITION_NUMBERS
 from starling.v1 import inference_pb2 as pb
 
 ATTENTION = {"dense": pb.Plan.ATTENTION_DENSE, "star": pb.Plan.ATTENTION_STAR}

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from engine_ext.front.progress import Progress
+from starling.engine_ext.front.progress import Progress
 from starling.v1 import inference_pb2 as pb
 
 Events = AsyncGenerator[pb.GenerateStreamResponse]

@@ -16,10 +16,10 @@ from vllm.renderers import ChatParams, TokenizeParams
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.mistral import is_mistral_tokenizer
 
-from engine_ext.requests import KNOWN_SEGMENTS
-from scheduler.star.known_segments import KnownSegments
+from starling.engine_ext.requests import KNOWN_SEGMENTS
+from starling.scheduler.star.known_segments import KnownSegments
 from starling.v1 import inference_pb2 as pb
-from vllm_compat.server import default_chat_template_kwargs
+from starling.vllm_compat.server import default_chat_template_kwargs
 
 GenerateRequest = pb.GenerateStreamRequest | pb.GenerateRequest
 PromptRequest = GenerateRequest | pb.TokenizeRequest

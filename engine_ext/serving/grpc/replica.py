@@ -17,23 +17,29 @@ import msgspec
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
-from engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, HeldPart, PartAborted, SplitPrompt
-from engine_ext.front.held_pages import HeldPages
-from engine_ext.front.peers import NOTICE_SECONDS, Identity
-from engine_ext.front.replica_rpc import ReplicaUnavailable
-from engine_ext.front.state import front_state
-from engine_ext.metrics import front_metrics
-from engine_ext.refusals import refuse_block_positions
-from engine_ext.requests import RequestPlanner
-from engine_ext.serving.grpc.arrivals import arriving
-from engine_ext.serving.grpc.messages import abort
-from scheduler.star.block_layout import lay_out
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import StarPlan
+from starling.engine_ext.front.engine_replica import (
+    HEALTH_CHECK_SECONDS,
+    EngineReplica,
+    HeldPart,
+    PartAborted,
+    SplitPrompt,
+)
+from starling.engine_ext.front.held_pages import HeldPages
+from starling.engine_ext.front.peers import NOTICE_SECONDS, Identity
+from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.refusals import refuse_block_positions
+from starling.engine_ext.requests import RequestPlanner
+from starling.engine_ext.serving.grpc.arrivals import arriving
+from starling.engine_ext.serving.grpc.messages import abort
+from starling.scheduler.star.block_layout import lay_out
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc
-from vllm_compat.admission import Admission, admit, withdraw
+from starling.vllm_compat.admission import Admission, admit, withdraw
 
 logger = init_logger("vllm.starling")
 

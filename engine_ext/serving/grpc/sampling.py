@@ -8,8 +8,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from engine_ext.serving.grpc.messages import given
-from scheduler.star.options import is_star_key
+from starling.engine_ext.serving.grpc.messages import given
+from starling.scheduler.star.options import is_star_key
 from starling.v1 import inference_pb2 as pb
 
 MAX_BIAS = 100.0

@@ -11,16 +11,16 @@ from grpc_reflection.v1alpha import reflection
 from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
-from engine_ext.front.peers import Peers
-from engine_ext.serving.grpc import admin as admin_service
-from engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
-from engine_ext.serving.grpc.arrivals import ArrivalInterceptor
-from engine_ext.serving.grpc.auth import AuthInterceptor, add_port
-from engine_ext.serving.grpc.client import NoteClient
-from engine_ext.serving.grpc.inference import SERVICE, Inference
-from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
-from engine_ext.serving.grpc.options import NO_ADMIN, AdminOptions, authority
-from engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.front.peers import Peers
+from starling.engine_ext.serving.grpc import admin as admin_service
+from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
+from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
+from starling.engine_ext.serving.grpc.auth import AuthInterceptor, add_port
+from starling.engine_ext.serving.grpc.client import NoteClient
+from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
+from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
+from starling.engine_ext.serving.grpc.options import NO_ADMIN, AdminOptions, authority
+from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc, replica_pb2_grpc
 
 logger = init_logger("vllm.starling")

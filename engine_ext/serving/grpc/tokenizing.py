@@ -11,10 +11,10 @@ from typing import Any
 from vllm.inputs import TextPrompt
 from vllm.renderers import ChatParams, TokenizeParams
 
-from engine_ext.serving.errors import TokenizeMemoryError
-from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
-from engine_ext.serving.grpc.prompts import PromptLimit, chat_tok_params, prompt_of, render_chat
-from engine_ext.serving.grpc.quota import Quota
+from starling.engine_ext.serving.errors import TokenizeMemoryError
+from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from starling.engine_ext.serving.grpc.prompts import PromptLimit, chat_tok_params, prompt_of, render_chat
+from starling.engine_ext.serving.grpc.quota import Quota
 from starling.v1 import inference_pb2 as pb
 
 

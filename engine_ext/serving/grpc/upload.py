@@ -8,11 +8,11 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from engine_ext.serving.errors import UploadMemoryError
-from engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
-from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
-from engine_ext.serving.grpc.prompts import PromptLimit
-from engine_ext.serving.grpc.quota import Quota, Room
+from starling.engine_ext.serving.errors import UploadMemoryError
+from starling.engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
+from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from starling.engine_ext.serving.grpc.prompts import PromptLimit
+from starling.engine_ext.serving.grpc.quota import Quota, Room
 from starling.v1 import inference_pb2 as pb
 
 MIN_UPLOAD_BYTES = 512 * 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine_ext.clients import Client, bearer_key, current_client
+from starling.engine_ext.clients import Client, bearer_key, current_client
 
 
 class NoteClient:

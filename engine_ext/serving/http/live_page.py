@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response
 from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.activation import LIVE_DATA, LIVE_PATH
-from engine_ext.clients import ADMIN_KEY_ENV, api_keys, digest, has_valid_key
-from engine_ext.front.live import LiveView
+from starling.engine_ext.activation import LIVE_DATA, LIVE_PATH
+from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys, digest, has_valid_key
+from starling.engine_ext.front.live import LiveView
 
 MAX_RESPONSES = 32
 """Responses with data that are under way; further ones get 503. A viewer has one a second, which takes milliseconds."""

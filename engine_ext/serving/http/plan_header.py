@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from engine_ext.requests import ResponsePlans, response_plans
+from starling.engine_ext.requests import ResponsePlans, response_plans
 
 HEADER = b"x-starling-plan"
 MAX_BYTES = 2048

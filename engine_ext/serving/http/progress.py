@@ -14,9 +14,9 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from engine_ext.front.progress import Progress
-from engine_ext.front.state import front_state
-from engine_ext.requests import response_requests
+from starling.engine_ext.front.progress import Progress
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.requests import response_requests
 
 HEADER = b"x-starling-progress"
 PATHS = ("/v1/completions", "/v1/chat/completions")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from attention_backends.kernels.cpu import attention, build, fallback
+from starling.attention_backends.kernels.cpu import attention, build, fallback
 from tests.kernels.cases import one_row
 
 NOBODY = 54321  # a user without an entry in the password file

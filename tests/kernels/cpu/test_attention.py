@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attention_backends.kernels import reference
-from attention_backends.kernels.contract import Layout
-from attention_backends.kernels.cpu import attention as cpu
-from attention_backends.kernels.cpu import fallback
+from starling.attention_backends.kernels import reference
+from starling.attention_backends.kernels.contract import Layout
+from starling.attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.cpu import fallback
 from tests.kernels.cases import Case, cases, one_row, rms
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_backends.kernels.cpu import attention as cpu
-from attention_backends.kernels.cpu import build, fallback
-from attention_backends.kernels.cpu.sealed_file import seal
+from starling.attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.cpu import build, fallback
+from starling.attention_backends.kernels.cpu.sealed_file import seal
 from tests.kernels.cases import one_row
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from attention_backends.kernels import reference
-from attention_backends.kernels.contract import DIMENSIONS, Operands, visible_keys
+from starling.attention_backends.kernels import reference
+from starling.attention_backends.kernels.contract import DIMENSIONS, Operands, visible_keys
 from tests.kernels.cases import NAN, Case, rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,8 +131,8 @@ def compare(case: Case, operands: Operands, kernel: Any) -> Errors:
 
 def measure(case: Case, splits: int | None, strides: str) -> Errors:
     """Errors of the prefill kernel, or with ``splits`` of the decode kernel."""
-    from attention_backends.kernels.triton import decode as triton_decode
-    from attention_backends.kernels.triton import prefill as triton_prefill
+    from starling.attention_backends.kernels.triton import decode as triton_decode
+    from starling.attention_backends.kernels.triton import prefill as triton_prefill
 
     kernel = triton_prefill.paged_attention
     if splits is not None:

@@ -16,12 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attention_backends.kernels.contract import Sizes
-from attention_backends.kernels.triton import decode as triton_decode
-from attention_backends.kernels.triton import prefill as triton_prefill
-from attention_backends.kernels.triton.attend import paged_attention_kernel
-from attention_backends.kernels.triton.decode import merge_kernel
-from attention_backends.kernels.triton.launch import E4M3_CAPABILITY, head_block, make_tile
+from starling.attention_backends.kernels.contract import Sizes
+from starling.attention_backends.kernels.triton import decode as triton_decode
+from starling.attention_backends.kernels.triton import prefill as triton_prefill
+from starling.attention_backends.kernels.triton.attend import paged_attention_kernel
+from starling.attention_backends.kernels.triton.decode import merge_kernel
+from starling.attention_backends.kernels.triton.launch import E4M3_CAPABILITY, head_block, make_tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = 99 * 1024

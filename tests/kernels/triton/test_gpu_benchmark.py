@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_backends.kernels.reference import visible_mask
 from benchmarks.kernels import gpu_kernels
+from starling.attention_backends.kernels.reference import visible_mask
 
 
 def test_without_a_gpu_it_exits_with_a_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

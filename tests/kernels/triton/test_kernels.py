@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention_backends.kernels.contract import Layout
+from starling.attention_backends.kernels.contract import Layout
 from tests.kernels.cases import Case
 from tests.kernels.triton.jobs import measure, start_worker
 

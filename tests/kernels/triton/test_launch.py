@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_backends.kernels.contract import Operands, Sizes
-from attention_backends.kernels.triton import prefill as triton_prefill
-from attention_backends.kernels.triton.attention import is_decode
-from attention_backends.kernels.triton.decode import MAX_SPLITS, MIN_KEYS_PER_SPLIT, num_splits
-from attention_backends.kernels.triton.launch import check_dtypes, make_tile
+from starling.attention_backends.kernels.contract import Operands, Sizes
+from starling.attention_backends.kernels.triton import prefill as triton_prefill
+from starling.attention_backends.kernels.triton.attention import is_decode
+from starling.attention_backends.kernels.triton.decode import MAX_SPLITS, MIN_KEYS_PER_SPLIT, num_splits
+from starling.attention_backends.kernels.triton.launch import check_dtypes, make_tile
 
 
 def sizes(head_size: int, group: int) -> Sizes:

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from attention_backends.kernels import reference
+from starling.attention_backends.kernels import reference
 from tests.kernels.cases import Case
 from tests.kernels.triton.jobs import DEVICE, Errors, compare, make_operands, start_worker
 
@@ -25,7 +25,7 @@ def measure_xformers(case: Case, strides: str) -> Errors:
     On a CPU, the operator is marked as supporting it, and the reference computes the causal part: FlashAttention needs
     a GPU.
     """
-    from attention_backends.kernels.xformers import attention as xformers_backend
+    from starling.attention_backends.kernels.xformers import attention as xformers_backend
 
     if DEVICE == "cpu":
         xformers_backend.paged_op(case.page_size).SUPPORTED_DEVICES = {"cpu"}

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_backends.attamba import attend as attention
-from attention_backends.attamba import mix, reference
-from attention_backends.attamba.attend import Cache, Sizes
-from attention_backends.attamba.backend import AttambaMetadataBuilder
-from attention_backends.attamba.cache import cache_specs
-from attention_backends.attamba.chunks import (
+from starling.attention_backends.attamba import attend as attention
+from starling.attention_backends.attamba import mix, reference
+from starling.attention_backends.attamba.attend import Cache, Sizes
+from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
+from starling.attention_backends.attamba.cache import cache_specs
+from starling.attention_backends.attamba.chunks import (
     PAGE_ROWS,
     ChunkPlan,
     StepTokens,
@@ -24,15 +24,15 @@ from attention_backends.attamba.chunks import (
     layer_offset,
     plan_step,
 )
-from attention_backends.attamba.count import prompt_keys
-from attention_backends.attamba.mixer import MixerParameters, MixerSizes
-from attention_backends.attamba.pages import KvPages
-from attention_backends.kernels.cpu.attention import built_op
-from attention_backends.star.step import StarStep, open_step
-from engine_ext.models.attamba import refuse_features
-from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.models.attamba_weights import MIXERS, load_checkpoint, target_shard
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.attamba.count import prompt_keys
+from starling.attention_backends.attamba.mixer import MixerParameters, MixerSizes
+from starling.attention_backends.attamba.pages import KvPages
+from starling.attention_backends.kernels.cpu.attention import built_op
+from starling.attention_backends.star.step import StarStep, open_step
+from starling.engine_ext.models.attamba import refuse_features
+from starling.engine_ext.models.attamba_config import AttambaConfig
+from starling.engine_ext.models.attamba_weights import MIXERS, load_checkpoint, target_shard
+from starling.scheduler.star.plan import StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
 
 HEADS, SIZE = 2, 16

@@ -20,14 +20,14 @@ from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from attention_backends.attamba import attend as attention
-from attention_backends.attamba import backend, chunks, decode, mix, scan_kernel
-from attention_backends.attamba.backend import AttambaMetadataBuilder
-from attention_backends.kernels.triton import decode as triton_decode
-from attention_backends.kernels.triton import launch
-from engine_ext.models import attamba
-from engine_ext.models.attamba import OP, AttentiveSsm
-from engine_ext.models.attamba_config import AttambaConfig
+from starling.attention_backends.attamba import attend as attention
+from starling.attention_backends.attamba import backend, chunks, decode, mix, scan_kernel
+from starling.attention_backends.attamba.backend import AttambaMetadataBuilder
+from starling.attention_backends.kernels.triton import decode as triton_decode
+from starling.attention_backends.kernels.triton import launch
+from starling.engine_ext.models import attamba
+from starling.engine_ext.models.attamba import OP, AttentiveSsm
+from starling.engine_ext.models.attamba_config import AttambaConfig
 from tests.piecewise import graphs, in_pieces
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies

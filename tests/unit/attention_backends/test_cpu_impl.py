@@ -8,12 +8,12 @@ from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 
-from attention_backends.kernels.cpu.selection import Op
-from attention_backends.kernels.merge import merge
-from attention_backends.kernels.rotary import NO_ROTATION
-from attention_backends.star import cpu_impl
-from replicas.remote_attention_server import attend_spans
-from replicas.remote_query import Span
+from starling.attention_backends.kernels.cpu.selection import Op
+from starling.attention_backends.kernels.merge import merge
+from starling.attention_backends.kernels.rotary import NO_ROTATION
+from starling.attention_backends.star import cpu_impl
+from starling.replicas.remote_attention_server import attend_spans
+from starling.replicas.remote_query import Span
 
 HEADS, KV_HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 4, 2, 64, 32, 40
 

@@ -11,9 +11,9 @@ from vllm.compilation import breakable_cudagraph
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import override_forward_context
 
-from attention_backends.kv_shift.reference import shift_reference
-from attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
-from attention_backends.kv_shift.state import (
+from starling.attention_backends.kv_shift.reference import shift_reference
+from starling.attention_backends.kv_shift.shift import NO_ROW, NO_SLOT, ShiftMetadata, find_predecessors, shift
+from starling.attention_backends.kv_shift.state import (
     OP,
     WINDOW,
     ShiftState,
@@ -22,8 +22,8 @@ from attention_backends.kv_shift.state import (
     refuse_unsupported,
     state_spec,
 )
+from starling.vllm_compat.models import break_point
 from tests.piecewise import graphs, in_pieces
-from vllm_compat.models import break_point
 
 HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 2, 4, 4, 40
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from attention_backends.kernels.reference import masked_attention
-from attention_backends.star import metadata
-from attention_backends.star.metadata import virtual_metadata
-from attention_backends.star.rows import split_rows
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.kernels.reference import masked_attention
+from starling.attention_backends.star import metadata
+from starling.attention_backends.star.metadata import virtual_metadata
+from starling.attention_backends.star.rows import split_rows
+from starling.scheduler.star.plan import StarPlan
 from tests.unit.device_copies import AsyncCopies
 from tests.unit.masks import mask_of
 

@@ -14,14 +14,14 @@ from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from attention_backends.star import backend as star_backend
-from attention_backends.star import step as step_module
-from attention_backends.star.backend import CLASS_NAMES, WRAPPED, make_star_backend, takes_star, virtual_bounds
-from attention_backends.star.rows import split_rows
-from attention_backends.star.step import StarStep, current_step, open_step, restore_positions, set_positions
-from engine_ext.worker import StarRequests
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
+from starling.attention_backends.star import backend as star_backend
+from starling.attention_backends.star import step as step_module
+from starling.attention_backends.star.backend import CLASS_NAMES, WRAPPED, make_star_backend, takes_star, virtual_bounds
+from starling.attention_backends.star.rows import split_rows
+from starling.attention_backends.star.step import StarStep, current_step, open_step, restore_positions, set_positions
+from starling.engine_ext.worker import StarRequests
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from attention_backends.kernels.contract import Layout, Operands
-from attention_backends.kernels.dispatch import paged_attention
-from attention_backends.kernels.rotary import Rotation, turn_back
-from attention_backends.star import turned
-from attention_backends.star.metadata import virtual_metadata
-from attention_backends.star.rows import VirtualRows, split_rows
-from attention_backends.star.step import StarStep
-from attention_backends.star.turned import make_turned_rows
-from scheduler.star.block_layout import lay_out
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.plan import StarPlan
+from starling.attention_backends.kernels.contract import Layout, Operands
+from starling.attention_backends.kernels.dispatch import paged_attention
+from starling.attention_backends.kernels.rotary import Rotation, turn_back
+from starling.attention_backends.star import turned
+from starling.attention_backends.star.metadata import virtual_metadata
+from starling.attention_backends.star.rows import VirtualRows, split_rows
+from starling.attention_backends.star.step import StarStep
+from starling.attention_backends.star.turned import make_turned_rows
+from starling.scheduler.star.block_layout import lay_out
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.plan import StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies
 from tests.unit.masks import mask_of

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import accuracy, approximations
 from benchmarks.report import RESULTS
-from engine_ext.evaluation.measured import read_measured
-from engine_ext.evaluation.store import Answer, TokenScore
+from starling.evaluation.measured import read_measured
+from starling.evaluation.store import Answer, TokenScore
 
 PAGE = (RESULTS.parents[1] / "docs" / "star-accuracy.md").read_text(encoding="utf-8")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from attention_backends.star.reference import star_mask
 from benchmarks import anchors
 from benchmarks.anchors import BLOCK, DENSE, OVERLAP, PAGE, STAR
 from benchmarks.report import RESULTS
+from starling.attention_backends.star.reference import star_mask
 
 VOCABULARY, TOKENS = 100, 3 * BLOCK
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import lm_eval
 from benchmarks.report import RESULTS
-from engine_ext.evaluation.plans import parse_plan
+from starling.evaluation.plans import parse_plan
 
 PAGE = (RESULTS.parents[1] / "docs" / "eval.md").read_text(encoding="utf-8")
 LENGTH, PROMPTS = 2048, 2

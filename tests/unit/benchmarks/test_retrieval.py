@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from attention_backends.star.reference import star_mask
 from benchmarks import retrieval
 from benchmarks.report import RESULTS
+from starling.attention_backends.star.reference import star_mask
 
 TOKENS = 1024
 PAPER = {"block_size": TOKENS // 8, "anchor_size": TOKENS // 8, "overlap_size": 0, "context_end": 960}

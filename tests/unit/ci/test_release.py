@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[3]
+
+
+def call_git(*arguments: str) -> list[str]:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +26,13 @@ def release():
 
 @pytest.fixture
 def tracked(release) -> list[str]:
-    folders = {package: folder for folder, package in release.PACKAGES.items()}
-    required = [Path(name) for name in release.REQUIRED]
-    return [f"{folders[path.parts[0]]}/{'/'.join(path.parts[1:])}" for path in required] + ["scheduler/options.py"]
+    return ["vllm_compat/names-0.33.json", "proto/starling/py.typed", "scheduler/options.py"]
 
 
 @pytest.fixture
 def names(release) -> list[str]:
     metadata = [f"vllm_starling-0.1.0.dist-info/{name}" for name in release.METADATA]
-    return [*release.REQUIRED, "scheduler/options.py", *metadata]
+    return [*release.REQUIRED, "starling/scheduler/options.py", *metadata]
 
 
 def test_a_wheel_with_what_git_has(release, names, tracked):
@@ -38,7 +41,7 @@ def test_a_wheel_with_what_git_has(release, names, tracked):
 
 @pytest.mark.parametrize(
     "name",
-    ["starling/py.typed", "vllm_compat/names-0.33.json", "vllm_starling-0.1.0.dist-info/licenses/LICENSE"],
+    ["starling/py.typed", "starling/vllm_compat/names-0.33.json", "vllm_starling-0.1.0.dist-info/licenses/LICENSE"],
 )
 def test_a_wheel_without_a_file(release, names, tracked, name):
     names.remove(name)
@@ -46,21 +49,23 @@ def test_a_wheel_without_a_file(release, names, tracked, name):
     assert "lacks" in problem and name.removeprefix("vllm_starling-0.1.0.dist-info/") in problem
 
 
-@pytest.mark.parametrize("name", ["tests/conftest.py", "engine_ext/scratch.py", "vllm_starling-0.1.0.dist-info/x"])
+@pytest.mark.parametrize(
+    "name", ["tests/conftest.py", "starling/engine_ext/scratch.py", "vllm_starling-0.1.0.dist-info/x"]
+)
 def test_a_wheel_with_another_file(release, names, tracked, name):
     (problem,) = release.wheel_problems([*names, name], tracked)
     assert "has" in problem and Path(name).name in problem
 
 
-def test_a_package_without_py_typed_in_git(release, names, tracked):
-    tracked.remove("replicas/py.typed")
-    names.remove("replicas/py.typed")
-    assert release.wheel_problems(names, tracked) == ["the wheel lacks replicas/py.typed"]
+def test_every_folder_of_the_checkout_with_modules_of_starling_is_in_the_package(release):
+    tracked = call_git("ls-files", "--", "*/__init__.py")
+    folders = {path.split("/")[0] for path in tracked} - {"proto", "tests", "benchmarks", "examples"}
+    assert folders == release.PACKAGES.keys() - {"proto/starling"}
 
 
-def test_the_packages_are_those_that_hatch_puts_into_the_wheel(release):
+def test_hatch_puts_one_folder_into_the_wheel():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["packages"] == list(release.PACKAGES)
+    assert wheel == {"packages": ["proto/starling"]}
 
 
 def test_a_python_that_does_not_run_is_not_found(release, tmp_path):

@@ -14,8 +14,8 @@ from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
-from engine_ext import plugin
-from engine_ext.activation import (
+from starling.engine_ext import plugin
+from starling.engine_ext.activation import (
     MIDDLEWARE,
     PAGE_MIDDLEWARE,
     SCHEDULERS,
@@ -26,15 +26,15 @@ from engine_ext.activation import (
     prepare_server,
     star_class,
 )
-from engine_ext.refusals import (
+from starling.engine_ext.refusals import (
     block_positions_refusals,
     replica_set,
     star_refusals,
 )
-from scheduler.block_reuse import reuse_refusal
-from scheduler.star.parsing import OptionError
-from scheduler.star.request_metadata import ONE_HOST, default_num_shards
-from scheduler.star_scheduler import StarMixin
+from starling.scheduler.block_reuse import reuse_refusal
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
+from starling.scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY
 from tests.unit.engine_ext.configs import fake_config
 
@@ -51,7 +51,7 @@ def engine_config(model, **arguments):
 
 def test_activated_engines_get_starlings_scheduler_and_worker(model):
     config = engine_config(model, additional_config={"starling": {"star": {"mode": "on", "block_size": 256}}})
-    assert config.parallel_config.worker_cls == "engine_ext.worker.StarCPUWorker"
+    assert config.parallel_config.worker_cls == "starling.engine_ext.worker.StarCPUWorker"
     assert config.scheduler_config.get_scheduler_cls().__name__ == "StarScheduler"
     assert star_refusals(config) == []
 

@@ -10,14 +10,14 @@ from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from engine_ext.refusals import BLOCK_POSITIONS_RULES
-from engine_ext.requests import KNOWN_SEGMENTS, PLANNED, RequestPlanner
-from engine_ext.serving.grpc.messages import star_args
-from engine_ext.serving.grpc.outputs import plan_message
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.known_segments import NO_CHAT, KnownSegments
-from scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.client.requests import generate_request
+from starling.engine_ext.refusals import BLOCK_POSITIONS_RULES
+from starling.engine_ext.requests import KNOWN_SEGMENTS, PLANNED, RequestPlanner
+from starling.engine_ext.serving.grpc.messages import star_args
+from starling.engine_ext.serving.grpc.outputs import plan_message
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.known_segments import NO_CHAT, KnownSegments
+from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.configs import CPU, drafting, fake_config
 from tests.unit.engine_ext.test_requests import TRANSFER

@@ -9,10 +9,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EncoderDecoderInput, build_enc_dec_input, split_enc_dec_input, tokens_input
 from vllm.sampling_params import SamplingParams
 
-from engine_ext.activation import before_engine_config, prepare_server
-from engine_ext.cache_salt import derived_salt, salt_for
-from engine_ext.clients import Client, current_client
-from scheduler.star.parsing import OptionError
+from starling.engine_ext.activation import before_engine_config, prepare_server
+from starling.engine_ext.cache_salt import derived_salt, salt_for
+from starling.engine_ext.clients import Client, current_client
+from starling.scheduler.star.parsing import OptionError
 from tests.unit.engine_ext.test_requests import planner
 
 ANN, BOB = Client("key of ann", sees_cached=False), Client("key of bob", sees_cached=False)

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 
 from benchmarks.random_llama import CHAT_TEMPLATE
-from engine_ext.chat_segments import (
+from starling.engine_ext.chat_segments import (
     MAX_RENDERED,
     NO_OFFSETS,
     NO_TEXT,
@@ -31,8 +31,8 @@ from engine_ext.chat_segments import (
     token_at,
     wants_segments,
 )
-from engine_ext.requests import KNOWN_SEGMENTS
-from scheduler.star.known_segments import KnownSegments
+from starling.engine_ext.requests import KNOWN_SEGMENTS
+from starling.scheduler.star.known_segments import KnownSegments
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"

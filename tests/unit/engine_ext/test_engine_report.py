@@ -16,9 +16,9 @@ from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from engine_ext import engine_core
-from engine_ext.requests import RequestPlanner
-from scheduler.star.parsing import OptionError
+from starling.engine_ext import engine_core
+from starling.engine_ext.requests import RequestPlanner
+from starling.scheduler.star.parsing import OptionError
 from tests.unit.engine_ext.front.simulation import HASH
 from tests.unit.engine_ext.test_activation import engine_config, model  # noqa: F401
 from tests.unit.engine_ext.test_requests import processed

@@ -12,14 +12,15 @@ import tempfile
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest
 
-from vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, DirectoryCollector, collect_from_children
+from starling.vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, DirectoryCollector, collect_from_children
 
 COUNT_HITS = (
-    "from scheduler.metrics import scheduler_metrics as m; m().count_hit('block', 64); m().count_hit('block', 0)"
+    "from starling.scheduler.metrics import scheduler_metrics as m; "
+    "m().count_hit('block', 64); m().count_hit('block', 0)"
 )
-COUNT_TOKENS = "from engine_ext.metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
+COUNT_TOKENS = "from starling.engine_ext.metrics import worker_metrics; worker_metrics().context_tokens.inc(7)"
 SET_SIZES = """
-from scheduler.metrics import cache_metrics
+from starling.scheduler.metrics import cache_metrics
 cache_metrics().states.set(20)
 cache_metrics().bytes_per_token.labels("0", "full_attention").set(34)
 """

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.kv_shift.random_model import TINY_BAICHUAN, TINY_LLAMA, make_random_kv_shift
-from engine_ext.models import baichuan_m1, kv_shift_llama
-from engine_ext.models.checkpoint import checked_weights
-from engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
-from engine_ext.models.registry import MODELS, register_model_families
-from engine_ext.models.shifted_attention import kv_heads_of_rank
+from starling.engine_ext.models import baichuan_m1, kv_shift_llama
+from starling.engine_ext.models.checkpoint import checked_weights
+from starling.engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
+from starling.engine_ext.models.registry import MODELS, register_model_families
+from starling.engine_ext.models.shifted_attention import kv_heads_of_rank
 
 LLAMA = kv_shift_llama.expected_tensors(KVShiftLlamaConfig(**TINY_LLAMA))
 
@@ -28,13 +28,14 @@ def test_registration_twice_is_no_error_and_loads_no_model():
     """Runs in a separate process, because other tests import the models."""
     code = """
         import sys
-        from engine_ext.plugin import register
+        from starling.engine_ext.plugin import register
         register()
         register.__wrapped__()
         from vllm import ModelRegistry
         known = ModelRegistry.get_supported_archs()
         print([name in known for name in ("KVShiftLlamaForCausalLM", "BaichuanM1ForCausalLM")])
-        print([name for name in sys.modules if name in ("attention_backends.kv_shift.state", "vllm.v1.worker")])
+        heavy = ("starling.attention_backends.kv_shift.state", "vllm.v1.worker")
+        print([name for name in sys.modules if name in heavy])
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-2:] == ["[True, True]", "[]"], done.stderr

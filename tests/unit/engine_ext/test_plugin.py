@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.engine import arg_utils
 
-from engine_ext import plugin
-from vllm_compat import versions
+from starling.engine_ext import plugin
+from starling.vllm_compat import versions
 
 
 def test_beside_another_vllm_nothing_is_hooked_and_options_fail(monkeypatch, caplog):

@@ -9,9 +9,9 @@ import torch
 from transformers import FalconH1Config, GraniteMoeHybridConfig, JambaConfig, Qwen3NextConfig, Zamba2Config
 from vllm.config import ParallelConfig
 
-from attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
-from engine_ext.models.configs import KVShiftLlamaConfig
-from engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
+from starling.attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
+from starling.engine_ext.models.configs import KVShiftLlamaConfig
+from starling.engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
 from tests.unit.engine_ext.configs import CPU, FULL, drafting, fake_config
 
 REFUSED = {
@@ -108,7 +108,9 @@ ON_ONE_REPLICA = {
 @pytest.mark.parametrize("reason", ON_ONE_REPLICA)
 def test_the_reason_that_keeps_a_prompt_on_one_replica_is_named(reason, monkeypatch):
     nixl_problem = "detected CUDA 13 but nixl-cu13 is not installed"
-    monkeypatch.setattr("engine_ext.refusals.nixl_problem", lambda: nixl_problem if nixl_problem in reason else None)
+    monkeypatch.setattr(
+        "starling.engine_ext.refusals.nixl_problem", lambda: nixl_problem if nixl_problem in reason else None
+    )
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", reason)
     monkeypatch.setenv("VLLM_DP_SIZE", "2" if reason == "VLLM_DP_SIZE" else "1")
     config = fake_config(**FULL | ON_ONE_REPLICA[reason])

@@ -8,11 +8,11 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from attention_backends.attamba.count import prompt_keys
-from engine_ext.metrics import front_metrics
-from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.planning import PlannedPrompt
-from engine_ext.requests import (
+from starling.attention_backends.attamba.count import prompt_keys
+from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.models.attamba_config import AttambaConfig
+from starling.engine_ext.planning import PlannedPrompt
+from starling.engine_ext.requests import (
     PLANNED,
     RequestPlanner,
     ResponsePlans,
@@ -20,9 +20,9 @@ from engine_ext.requests import (
     response_plans,
     response_requests,
 )
-from engine_ext.serving.grpc.outputs import final
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
+from starling.engine_ext.serving.grpc.outputs import final
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.configs import CPU, drafting, fake_config
 

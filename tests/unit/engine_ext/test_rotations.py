@@ -9,9 +9,9 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from engine_ext.rotations import make_rotations, turning_problem
-from vllm_compat import rotary
-from vllm_compat.rotary import AttentionBlock, attention_blocks
+from starling.engine_ext.rotations import make_rotations, turning_problem
+from starling.vllm_compat import rotary
+from starling.vllm_compat.rotary import AttentionBlock, attention_blocks
 
 HEADS, KV_HEADS, SIZE, HIDDEN, POSITIONS = 4, 2, 32, 24, 4096
 ROPES = {

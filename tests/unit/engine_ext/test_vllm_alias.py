@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_ext.vllm_alias import INSTALLER, AliasError, install, main, remove
+from starling.engine_ext.vllm_alias import INSTALLER, AliasError, install, main, remove
 
 ALIAS = "vllm-0.32.0+cpu.dist-info"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine_ext.serving.cli.main import COMMANDS
-from engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from vllm_compat.versions import version_problem
+from starling.engine_ext.serving.cli.main import COMMANDS
+from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
+from starling.vllm_compat.versions import version_problem
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKER = ROOT / "examples" / "docker"

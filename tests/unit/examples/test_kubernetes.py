@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
+from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "examples" / "kubernetes"

@@ -8,9 +8,10 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
-import engine_ext.metrics
-import replicas.metrics
-import scheduler.metrics
+import starling.engine_ext.metrics
+import starling.replicas.metrics
+import starling.scheduler.metrics
+from starling.vllm_compat.metrics import DIRECTORY_ENV
 from tests.dashboard import (
     DASHBOARD,
     EXPRESSIONS,
@@ -23,7 +24,6 @@ from tests.dashboard import (
     samples_of,
 )
 from tests.unit.scheduler.simulation import make_config
-from vllm_compat.metrics import DIRECTORY_ENV
 
 SUFFIXES = {Counter: ("_total",), Gauge: ("",), Histogram: ("_bucket", "_sum", "_count")}
 
@@ -57,17 +57,17 @@ def exported(tmp_path_factory):
             for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
                 if hasattr(owner, attribute):
                     patch.setattr(owner, attribute, recorded(kind))
-        for module in (engine_ext.metrics, replicas.metrics, scheduler.metrics):
+        for module in (starling.engine_ext.metrics, starling.replicas.metrics, starling.scheduler.metrics):
             for kind in (Counter, Gauge):
                 if hasattr(module, kind.__name__):
                     patch.setattr(module, kind.__name__, recorded(kind).__func__)
         loggers.PrometheusStatLogger(config)
         for metrics in (
-            engine_ext.metrics.FrontMetrics,
-            engine_ext.metrics.WorkerMetrics,
-            replicas.metrics.ReplicaMetrics,
-            scheduler.metrics.CacheMetrics,
-            scheduler.metrics.SchedulerMetrics,
+            starling.engine_ext.metrics.FrontMetrics,
+            starling.engine_ext.metrics.WorkerMetrics,
+            starling.replicas.metrics.ReplicaMetrics,
+            starling.scheduler.metrics.CacheMetrics,
+            starling.scheduler.metrics.SchedulerMetrics,
         ):
             metrics()
     return labels

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attention_backends.kv_shift.reference import logits
 from benchmarks.kv_shift.induction_oracle import make_induction_oracle
 from examples import train_kv_shift as example
+from starling.attention_backends.kv_shift.reference import logits
 
 
 def reference(path: Path, ids: list[int]) -> torch.Tensor:

@@ -24,7 +24,7 @@ def buffer_sizes(max_num_seqs: int, max_num_batched_tokens: int, page_size: int,
     from vllm.v1.attention.backends.utils import PerLayerParameters
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from attention_backends.star.backend import make_star_backend
+    from starling.attention_backends.star.backend import make_star_backend
 
     flashinfer.get_per_layer_parameters = lambda *_: {"layer": PerLayerParameters(-1, None, 0.1)}
     flashinfer.get_num_attention_heads_from_layers = lambda *_: 8

@@ -20,7 +20,7 @@ def main() -> None:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from attention_backends.star.backend import register_star_backends
+    from starling.attention_backends.star.backend import register_star_backends
 
     register_star_backends()
     config = selector.AttentionSelectorConfig(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from attention_backends.star.backend import virtual_bounds
+from starling.attention_backends.star.backend import virtual_bounds
 from tests.unit.gpu.flashinfer_job import make_scheduler_config
 from tests.unit.gpu.selection_job import BACKENDS, CAPABILITIES
 

@@ -16,8 +16,8 @@ from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 from vllm.v1.worker.worker_base import WorkerBase
 
-from attention_backends.star.backend import WRAPPED
-from engine_ext.worker import make_star_worker, unsplit_layers
+from starling.attention_backends.star.backend import WRAPPED
+from starling.engine_ext.worker import make_star_worker, unsplit_layers
 from tests.unit.attention_backends.test_step import SPEC
 from tests.unit.engine_ext.configs import drafting, fake_config
 
@@ -109,8 +109,10 @@ def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of
 def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, positions, looks, monkeypatch):
     """On a GPU a server says at its start whether blocks may have positions of their own."""
     seen = []
-    monkeypatch.setattr("engine_ext.worker.block_positions_problem", lambda *args: seen.append(args) or "a reason")
-    monkeypatch.setattr("engine_ext.worker.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
+    monkeypatch.setattr(
+        "starling.engine_ext.worker.block_positions_problem", lambda *args: seen.append(args) or "a reason"
+    )
+    monkeypatch.setattr("starling.engine_ext.worker.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
     star = {"positions": positions, "segment_token": 7}
     worker = make_worker(device_config__device_type=device, additional_config={"starling": {"star": star}})
     worker.initialize_from_config(None)
@@ -163,7 +165,7 @@ def test_all_full_attention_layers_must_split_their_rows(builders, problem, monk
     """vLLM leaves some layers of a TURBOQUANT model to FLASH_ATTN."""
     layers = [(builder, ["layer"]) for builder in builders]
     assert (unsplit_layers(layers) is None) == (problem is None)
-    monkeypatch.setattr("engine_ext.worker.metadata_builders", lambda runner: layers)
+    monkeypatch.setattr("starling.engine_ext.worker.metadata_builders", lambda runner: layers)
     for mode in ("on", "auto", "off"):
         worker = make_worker(mode)
         with pytest.raises(RuntimeError, match=problem) if problem and mode == "on" else nullcontext():

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from replicas import remote_attention_client
-from replicas.network import DEVICES_ENV
+from starling.replicas import remote_attention_client
+from starling.replicas.network import DEVICES_ENV
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,10 +10,19 @@ import msgspec
 import pytest
 import torch
 
-from replicas.messages import FRAME, FRAME_BYTES, HEADER, FrameAssembler, FrameError, MessageLimits, Messenger, frames
-from replicas.remote_attention_client import RemoteAttentionClient
-from replicas.remote_attention_server import RemoteAttentionServer
-from replicas.remote_query import message_limits
+from starling.replicas.messages import (
+    FRAME,
+    FRAME_BYTES,
+    HEADER,
+    FrameAssembler,
+    FrameError,
+    MessageLimits,
+    Messenger,
+    frames,
+)
+from starling.replicas.remote_attention_client import RemoteAttentionClient
+from starling.replicas.remote_attention_server import RemoteAttentionServer
+from starling.replicas.remote_query import message_limits
 from tests.unit.attention_backends.test_rows import HEADS
 from tests.unit.replicas.test_remote_attention import CPU_PAGE, CPU_SIZE, LIMITS, cpu_cache, remote_queries
 

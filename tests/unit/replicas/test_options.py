@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from replicas.options import parse_replicas, replica_options, split_address, split_peers
-from scheduler.star.parsing import OptionError
+from starling.replicas.options import parse_replicas, replica_options, split_address, split_peers
+from starling.scheduler.star.parsing import OptionError
 
 
 def config(entry):

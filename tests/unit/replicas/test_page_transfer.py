@@ -10,9 +10,9 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute_layout_strides, create_kv_cache_views
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from replicas import page_transfer
-from replicas.holds import WORDS
-from replicas.page_transfer import (
+from starling.replicas import page_transfer
+from starling.replicas.holds import WORDS
+from starling.replicas.page_transfer import (
     PageReader,
     SourceRead,
     Transfer,

@@ -12,22 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_backends.kernels.merge import merge
-from attention_backends.kernels.reference import masked_attention
-from attention_backends.kernels.rotary import Rotation, turn_back
-from attention_backends.star.metadata import virtual_metadata
-from attention_backends.star.reference import star_mask
-from attention_backends.star.remote_queries import make_remote_queries
-from attention_backends.star.rows import split_rows
-from replicas import remote_attention_client, remote_attention_server
-from replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimits, frames
-from replicas.remote_attention_client import RemoteAttentionClient
-from replicas.remote_attention_server import RemoteAttentionServer
-from scheduler.star.block_layout import lay_out
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import Shard
-from scheduler.worker_report import WorkerReport
+from starling.attention_backends.kernels.merge import merge
+from starling.attention_backends.kernels.reference import masked_attention
+from starling.attention_backends.kernels.rotary import Rotation, turn_back
+from starling.attention_backends.star.metadata import virtual_metadata
+from starling.attention_backends.star.reference import star_mask
+from starling.attention_backends.star.remote_queries import make_remote_queries
+from starling.attention_backends.star.rows import split_rows
+from starling.replicas import remote_attention_client, remote_attention_server
+from starling.replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimits, frames
+from starling.replicas.remote_attention_client import RemoteAttentionClient
+from starling.replicas.remote_attention_server import RemoteAttentionServer
+from starling.scheduler.star.block_layout import lay_out
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import Shard
+from starling.scheduler.worker_report import WorkerReport
 from tests.unit.attention_backends.test_rows import HEADS, KV_HEADS, PAGE_SIZE, SIZE, batch_metadata
 
 REPLICAS = 3

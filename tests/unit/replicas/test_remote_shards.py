@@ -7,9 +7,9 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from replicas.replica_state import replica_state
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import (
+from starling.replicas.replica_state import replica_state
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import (
     LOST,
     SHARDS,
     PromptPart,
@@ -19,7 +19,7 @@ from scheduler.star.request_metadata import (
     default_num_shards,
     metadata_of,
 )
-from scheduler.worker_report import WorkerReport
+from starling.scheduler.worker_report import WorkerReport
 from tests.unit.replicas.test_connector import ADDRESS, connected_scheduler, free_pages, hasher
 from tests.unit.scheduler.simulation import answer, make_request, run_to_end
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401

@@ -15,14 +15,14 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from replicas.core_rpc import REPLICA_STATE, add_replica_rpc
-from replicas.replica_state import replica_state
-from scheduler.cache_keys import independent_block_hasher
-from scheduler.star.plan import StarPlan
+from starling.replicas.core_rpc import REPLICA_STATE, add_replica_rpc
+from starling.replicas.replica_state import replica_state
+from starling.scheduler.cache_keys import independent_block_hasher
+from starling.scheduler.star.plan import StarPlan
+from starling.vllm_compat.prefix_cache import plain_request_hasher
 from tests.unit.replicas.test_connector import PLAN, scheduler, tokens  # noqa: F401
 from tests.unit.scheduler.simulation import HASH, PAGE_SIZE, make_request
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
-from vllm_compat.prefix_cache import plain_request_hasher
 
 SECONDS = 300
 """Within which a thread goes on, on any machine."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from replicas.weights import weights_digest
+from starling.replicas.weights import weights_digest
 
 
 def model(seed: int = 0, bias: bool = True) -> torch.nn.Module:

@@ -28,10 +28,10 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.random_llama import make_random_llama
-from engine_ext import plugin
-from scheduler.star.block_positions import BlockPositionsPlan
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.engine_ext import plugin
+from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 from tests.parity.harness import TINY
 
 PAGE_SIZE = 32

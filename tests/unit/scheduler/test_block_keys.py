@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from scheduler.cache_keys import independent_block_hasher, page_key
-from scheduler.star.plan import StarPlan
+from starling.scheduler.cache_keys import independent_block_hasher, page_key
+from starling.scheduler.star.plan import StarPlan
+from starling.vllm_compat.prefix_cache import add_page_key, plain_request_hasher
 from tests.unit.masks import mask_of
 from tests.unit.scheduler.star.test_block_positions import PAD, PAGE_SIZE, QUERY, Layout
 from tests.unit.scheduler.test_cache_keys import fake_request
-from vllm_compat.prefix_cache import add_page_key, plain_request_hasher
 
 HASH = get_hash_fn_by_name("sha256")
 LAYERS = 3  # behind the second one a query's KV depends on the anchor through blocks

@@ -11,11 +11,11 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
-from scheduler.cache_keys import independent_block_hasher, page_key, star_page_key
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.scheduler.cache_keys import independent_block_hasher, page_key, star_page_key
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY, RequestMetadata
+from starling.vllm_compat.prefix_cache import add_page_key
 from tests.unit.masks import mask_of
-from vllm_compat.prefix_cache import add_page_key
 
 PAGE_SIZE = 4
 

@@ -8,9 +8,9 @@ import pytest
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 
-from scheduler import core_rpc
-from vllm_compat.engine_core import add_core_utility
-from vllm_compat.front import SHUTTING_DOWN
+from starling.scheduler import core_rpc
+from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.front import SHUTTING_DOWN
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
-from scheduler.star_scheduler import StarScheduler
+from starling.scheduler.star_scheduler import StarScheduler
+from starling.vllm_compat.scheduler_view import SchedulerView
 from tests.unit.scheduler.simulation import SHAPE, Engine, random_ids
 from tests.unit.scheduler.steps import LONG, PAGE_SIZE, STEP, add_long, make_engine, make_step_config, throttle
-from vllm_compat.scheduler_view import SchedulerView
 
 ALONE = -(-LONG // STEP)  # steps of a long prompt that has them for itself
 

@@ -11,10 +11,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import PromptPart, RequestMetadata
-from scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
+from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import (
     PAGE_SIZE,
     SHAPE,

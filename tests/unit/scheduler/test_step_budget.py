@@ -13,11 +13,11 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from scheduler.options import SchedulingOptions, parse_scheduling
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import StarPlan
-from scheduler.star_scheduler import StarScheduler
-from scheduler.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
+from starling.scheduler.options import SchedulingOptions, parse_scheduling
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star_scheduler import StarScheduler
+from starling.scheduler.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
 from tests.unit.scheduler.simulation import SHAPE, Engine, make_scheduler, random_ids
 from tests.unit.scheduler.steps import LONG, PAGE_SIZE, STEP, add_long, make_engine, make_step_config, throttle
 

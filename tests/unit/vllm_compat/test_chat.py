@@ -12,7 +12,7 @@ from vllm.renderers.base import BaseRenderer
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from vllm_compat import chat
+from starling.vllm_compat import chat
 
 OWN, DEFAULT = TokenizeParams(max_total_tokens=9), TokenizeParams(max_total_tokens=7)
 

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.utils import record_kv_cache_layout
 
-from vllm_compat.config import (
+from starling.vllm_compat.config import (
     attention_layer,
     cpu_attention_isa,
     is_async_engine,
@@ -130,7 +130,7 @@ def test_the_page_size_of_cpus_is_known_before_the_model_is_loaded(device, user_
 def test_replicas_share_memory_nodes_where_there_are_too_few(
     monkeypatch, replicas, local, world_size, nodes, device, environ, added
 ):
-    monkeypatch.setattr("vllm_compat.config.memory_nodes", lambda: nodes)
+    monkeypatch.setattr("starling.vllm_compat.config.memory_nodes", lambda: nodes)
     parallel = {"data_parallel_size": replicas, "data_parallel_size_local": local, "world_size": world_size}
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel), device_config=SimpleNamespace(device_type=device)

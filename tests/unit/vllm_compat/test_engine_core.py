@@ -16,8 +16,8 @@ import psutil
 import pytest
 from vllm.v1.engine import core
 
-from vllm_compat.engine_core import divide_kv_memory_check
-from vllm_compat.metrics import DIRECTORY_ENV
+from starling.vllm_compat.engine_core import divide_kv_memory_check
+from starling.vllm_compat.metrics import DIRECTORY_ENV
 
 
 def test_an_engine_core_checks_its_memory_against_its_part_of_the_length(monkeypatch):
@@ -59,7 +59,7 @@ import multiprocessing, sys, time
 sys.path[:0] = {path}
 
 def core():
-    from vllm_compat.engine_core import end_with_parent
+    from starling.vllm_compat.engine_core import end_with_parent
     end_with_parent()
     process = multiprocessing.current_process()
     print(f"{{process.pid}} {{process.name}}\\n", end="", flush=True)
@@ -102,7 +102,7 @@ sys.path[:0] = {path}
 if __name__ == "__main__":
     from vllm.config import ParallelConfig
     from vllm.v1.engine.coordinator import DPCoordinator
-    from vllm_compat.engine_core import end_coordinator_with_parent
+    from starling.vllm_compat.engine_core import end_coordinator_with_parent
 
     end_coordinator_with_parent()
     coordinator = DPCoordinator(ParallelConfig(data_parallel_size=2, data_parallel_size_local=2))

@@ -22,8 +22,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import IterationStats
 
+from starling.vllm_compat import front
 from tests.unit.engine_ext.front.virtual_time import now, run, until
-from vllm_compat import front
 
 
 def test_the_names_that_are_hooked_are_there():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_compat.models import register_layer, register_op
+from starling.vllm_compat.models import register_layer, register_op
 
 
 def test_a_layer_is_registered_once():

@@ -9,9 +9,9 @@ import zipfile
 
 import pytest
 
-from vllm_compat import names
-from vllm_compat.source_tree import SourceTree, TreeError
-from vllm_compat.versions import version_problem
+from starling.vllm_compat import names
+from starling.vllm_compat.source_tree import SourceTree, TreeError
+from starling.vllm_compat.versions import version_problem
 
 VLLM = {
     "__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vllm.core import Engine\n",
@@ -63,7 +63,7 @@ def shared(x): ...
 
 PROJECT = {
     "vllm_compat/hooks.py": """
-from vllm_compat.patching import extends, touches, wrap
+from starling.vllm_compat.patching import extends, touches, wrap
 
 def install():
     from vllm import core
@@ -91,7 +91,7 @@ class Mine(Engine):
     def run(self): return platform.is_cpu()
 """,
     "scheduler/others.py": """
-from scheduler.mine import Mine
+from starling.scheduler.mine import Mine
 
 class Derived(Mine):
     def make(self): return self.config
@@ -162,7 +162,7 @@ def test_a_vllm_is_compared_with_the_last_release_before_it(table, version, used
 
 def test_of_names_that_moved_a_table_has_those_that_its_vllm_has(vllm, tmp_path):
     code = """
-from vllm_compat.patching import first_found
+from starling.vllm_compat.patching import first_found
 helper = first_found("vllm.new.place:helper", "vllm.core:helper")
 """
     project = names.read_project(write(tmp_path / "project", {"vllm_compat/moved.py": code}))
@@ -171,7 +171,10 @@ helper = first_found("vllm.new.place:helper", "vllm.core:helper")
 
 
 def test_the_check_imports_no_vllm():
-    code = "import sys; from vllm_compat import names; names.main([]); assert not {'vllm', 'torch'} & set(sys.modules)"
+    code = (
+        "import sys; from starling.vllm_compat import names; names.main([]); "
+        "assert not {'vllm', 'torch'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=names.ROOT, check=True)
 
 
@@ -329,7 +332,7 @@ def test_no_installed_vllm(monkeypatch):
         ("def f(x): return getattr(x, '_hidden')", "reads or writes the private name x._hidden"),
         ("from vllm.core import _secret", "imports the private name vllm.core._secret"),
         ("import vllm._core.x", "imports the private name vllm._core.x"),
-        ("from vllm_compat.patching import wrap\nwrap(Engine, 'run', id)", "wraps a function of vLLM"),
+        ("from starling.vllm_compat.patching import wrap\nwrap(Engine, 'run', id)", "wraps a function of vLLM"),
         ("Engine.limit = 2", "changes the attribute limit of vllm.core.Engine"),
         ("def f():\n    import vllm.core as c\n    c.Engine.limit += 2", "changes the attribute limit of"),
         ("setattr(Engine, 'limit', 2)", "changes an attribute of vllm.core.Engine"),
@@ -348,7 +351,7 @@ def test_a_private_use_is_reported_outside_vllm_compat(vllm, tmp_path, code, vio
         "class A:\n    def _own(self): return self._own",
         "class A:\n    _made = {}\ndef f(): return A._made",
         "class A(Engine):\n    def _own(self): return self._own() + self.limit",
-        "from scheduler import mine\ndef f(): return mine._helper",
+        "from starling.scheduler import mine\ndef f(): return mine._helper",
         "def f(x): return x.__class__",
         "def f(Engine): Engine.limit = 2",
     ],
@@ -371,7 +374,7 @@ def test_internals_of_the_scheduler_are_reported_outside_vllm_compat(tmp_path):
     "call", ["wrap(owner, 'run', id)", "wrap(Engine, name, id)", "extends(owner)(f)", "touches('x.y')(f)"]
 )
 def test_a_mark_that_says_too_little_is_reported(tmp_path, call):
-    imports = "from vllm.core import Engine\nfrom vllm_compat.patching import extends, touches, wrap\n"
+    imports = "from vllm.core import Engine\nfrom starling.vllm_compat.patching import extends, touches, wrap\n"
     code = f"@{call[:-3]}\nclass A: ..." if call.startswith("extends") else call
     root = write(tmp_path, {"vllm_compat/new.py": f"{imports}{code}\n"})
     assert len(names.read_project(root).unclear) == 1

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from vllm_compat.patching import extends, first_found, touches, wrap
+from starling.vllm_compat.patching import extends, first_found, touches, wrap
 
 
 def test_wrapping_twice_wraps_once():

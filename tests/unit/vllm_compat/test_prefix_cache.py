@@ -9,8 +9,8 @@ from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine import core
 
-from vllm_compat import prefix_cache
-from vllm_compat.prefix_cache import leave_out_of_hit_rate, use_request_hasher
+from starling.vllm_compat import prefix_cache
+from starling.vllm_compat.prefix_cache import leave_out_of_hit_rate, use_request_hasher
 
 
 def test_the_names_that_are_hooked_are_there():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 
-from vllm_compat.scheduler_hooks import SchedulerHooks
+from starling.vllm_compat.scheduler_hooks import SchedulerHooks
 
 
 class WithoutCache:

@@ -10,9 +10,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils import cpu_resource_utils
 
 from benchmarks.random_llama import make_random_llama
+from starling.vllm_compat import names
+from starling.vllm_compat.versions import VLLM_MIN, release_of, vllm_version
 from tests.parity.harness import TINY
-from vllm_compat import names
-from vllm_compat.versions import VLLM_MIN, release_of, vllm_version
 
 INSTALLED = release_of(vllm_version() or "")
 TABLES = [json.loads(file.read_text()) for file in sorted(names.TABLES.glob("names-*.json"))]
@@ -40,7 +40,7 @@ def test_every_place_of_a_name_that_moved_is_that_of_a_supported_release():
 def test_the_page_size_of_cpus_is_not_in_the_configuration_before_the_start(tmp_path):
     model = str(make_random_llama(tmp_path / "tiny", **TINY))
     config = EngineArgs(model=model, dtype="float32").create_engine_config()
-    assert config.cache_config.block_size != 128, "vllm_compat.config.page_size_before_start is not needed"
+    assert config.cache_config.block_size != 128, "starling.vllm_compat.config.page_size_before_start is not needed"
 
 
 @pytest.mark.skipif(INSTALLED < (0, 33), reason="before vLLM 0.33 replicas are not bound to memory nodes")

@@ -1,14 +1,12 @@
-"""Which vLLM Starling can extend, and packages that hide Starling's."""
+"""Which vLLM Starling can extend."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 
 import pytest
 
-from vllm_compat import versions
-from vllm_compat.versions import problem, shadowing_package, version_problem, vllm_version
+from starling.vllm_compat.versions import problem, version_problem, vllm_version
 
 
 @pytest.mark.parametrize(
@@ -41,25 +39,5 @@ def test_either_distribution_of_vllm_counts(monkeypatch, installed, version):
     assert vllm_version() == version
 
 
-def test_a_package_of_another_distribution_is_named(monkeypatch, tmp_path):
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "scheduler", raising=False)
-    assert str(tmp_path / "scheduler") in shadowing_package()
-    assert problem() == shadowing_package()
-
-
-def test_a_package_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(versions, "COMMON_NAMES", ("replicas", "starling_missing"))
-    assert "'starling_missing' resolves to None" in shadowing_package()
-
-
-def test_the_installed_vllm_is_supported_and_nothing_hides_starlings_packages():
+def test_the_installed_vllm_is_supported():
     assert problem() is None
-
-
-def test_the_version_is_looked_at_first(monkeypatch):
-    monkeypatch.setattr(versions, "vllm_version", lambda: "0.31.0")
-    monkeypatch.setattr(versions, "COMMON_NAMES", ("starling_missing",))
-    assert "0.31.0 is outside" in problem()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from vllm.v1.worker import gpu_model_runner
 
-from vllm_compat import worker
-from vllm_compat.worker import (
+from starling.vllm_compat import worker
+from starling.vllm_compat.worker import (
     attention_backends,
     batch_request_ids,
     keep_request_ids,

@@ -12,8 +12,8 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import BeamSearchParams
 
-from engine_ext.requests import ResponsePlans, begin_beam_search, response_plans
-from scheduler.star.request_metadata import metadata_of
+from starling.engine_ext.requests import ResponsePlans, begin_beam_search, response_plans
+from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, Server
 from tests.unit.scheduler.simulation import random_ids
 

@@ -10,9 +10,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 from vllm.sampling_params import SamplingParams
 
-from engine_ext.requests import RequestPlanner
-from engine_ext.serving.grpc.inference import Inference
-from scheduler.star.request_metadata import metadata_of
+from starling.engine_ext.requests import RequestPlanner
+from starling.engine_ext.serving.grpc.inference import Inference
+from starling.scheduler.star.request_metadata import metadata_of
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.scheduler.simulation import random_ids

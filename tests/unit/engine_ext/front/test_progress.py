@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.front.progress import ARRIVAL_SECONDS, Progress, ProgressPoller, furthest
-from scheduler.core_rpc import PREFILL_PROGRESS
+from starling.engine_ext.front.progress import ARRIVAL_SECONDS, Progress, ProgressPoller, furthest
+from starling.scheduler.core_rpc import PREFILL_PROGRESS
 from tests.unit.engine_ext.front.virtual_time import now, run
 
 INTERVAL = 0.1

@@ -10,8 +10,8 @@ from vllm.engine.protocol import StreamingInput
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from engine_ext.metrics import front_metrics
-from scheduler.star.request_metadata import KEY
+from starling.engine_ext.metrics import front_metrics
+from starling.scheduler.star.request_metadata import KEY
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.scheduler.simulation import random_ids
 

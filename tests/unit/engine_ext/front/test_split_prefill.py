@@ -16,16 +16,16 @@ from vllm.exceptions import QueueOverflowError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.front import engine_replica, split_prefill
-from engine_ext.front.replica_rpc import ReplicaTimeout
-from engine_ext.front.split_prefill import planned_split
-from engine_ext.front.state import front_state
-from engine_ext.metrics import front_metrics
-from engine_ext.planning import PlannedPrompt
-from engine_ext.requests import PLANNED
-from replicas.core_rpc import RELEASE, REPLICA_STATE
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import metadata_of
+from starling.engine_ext.front import engine_replica, split_prefill
+from starling.engine_ext.front.replica_rpc import ReplicaTimeout
+from starling.engine_ext.front.split_prefill import planned_split
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.planning import PlannedPrompt
+from starling.engine_ext.requests import PLANNED
+from starling.replicas.core_rpc import RELEASE, REPLICA_STATE
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
     PAGE_SIZE,
     SHARDS,

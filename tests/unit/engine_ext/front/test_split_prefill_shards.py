@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from engine_ext.front.replica_rpc import ReplicaTimeout
-from engine_ext.front.split_prefill import ShardLost
-from engine_ext.front.state import front_state
-from engine_ext.metrics import front_metrics
-from replicas.core_rpc import OPEN_SHARD, RELEASE
-from scheduler.star.request_metadata import metadata_of
+from starling.engine_ext.front.replica_rpc import ReplicaTimeout
+from starling.engine_ext.front.split_prefill import ShardLost
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.metrics import front_metrics
+from starling.replicas.core_rpc import OPEN_SHARD, RELEASE
+from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import SHARDS, TOKENS, both_parts_run, whole_requests
 from tests.unit.engine_ext.front.virtual_time import now, until
 from tests.unit.scheduler.simulation import random_ids

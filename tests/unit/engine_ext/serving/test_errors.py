@@ -8,7 +8,7 @@ from vllm import exceptions
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine_ext.serving.errors import (
+from starling.engine_ext.serving.errors import (
     GRPC_CODES,
     DuplicateRequestError,
     TokenizeMemoryError,
@@ -16,7 +16,7 @@ from engine_ext.serving.errors import (
     grpc_code,
     root_cause,
 )
-from engine_ext.serving.grpc.messages import error_status, field_path
+from starling.engine_ext.serving.grpc.messages import error_status, field_path
 from starling.v1 import inference_pb2 as pb
 
 MADE_BY_HAND = {

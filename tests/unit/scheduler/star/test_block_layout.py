@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.star.block_layout import check_block_positions, cut, lay_out, plan_blocks
-from scheduler.star.options import parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ONE_REPLICA, ReplicaSet
-from scheduler.star.segments import TokenLimits, positions_of
+from starling.scheduler.star.block_layout import check_block_positions, cut, lay_out, plan_blocks
+from starling.scheduler.star.options import parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import ONE_REPLICA, ReplicaSet
+from starling.scheduler.star.segments import TokenLimits, positions_of
 
 MARK, PAGE_SIZE, BLOCK = 0, 4, 8
 ON = {"star": "on", "star_positions": "block", "star_segment_token": MARK, "star_query_tokens": 3}

@@ -11,10 +11,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.star.block_layout import lay_out
-from scheduler.star.block_positions import BlockPositionsPlan, plan_from_wire
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.star.block_layout import lay_out
+from starling.scheduler.star.block_positions import BlockPositionsPlan, plan_from_wire
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import RequestMetadata
 
 PAGE_SIZE, PAD, QUERY = 4, 9, -1
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine_ext.models.attamba_config import AttambaConfig
-from engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
-from scheduler.block_reuse import reuse_refusal
-from scheduler.star.independence import dependence
-from scheduler.star.request_metadata import CONNECTOR
+from starling.engine_ext.models.attamba_config import AttambaConfig
+from starling.engine_ext.models.configs import BaichuanM1Config, KVShiftLlamaConfig
+from starling.scheduler.block_reuse import reuse_refusal
+from starling.scheduler.star.independence import dependence
+from starling.scheduler.star.request_metadata import CONNECTOR
 
 
 def model(window: int | None = None, hybrid: bool = False, **text) -> SimpleNamespace:

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from scheduler.star.assignment import Assignment
-from scheduler.star.kv_demand import KVDemand, with_enough_replicas
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import StarPlan
+from starling.scheduler.star.assignment import Assignment
+from starling.scheduler.star.kv_demand import KVDemand, with_enough_replicas
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import StarPlan
 
 PAGE_SIZE = 32
 PLAN = StarPlan(64, 64, 0, 500, 520, 2)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.star.options import StarOptions, flat_name, merge, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ONE_REPLICA, ReplicaSet, StarPlan, make_plan
-from scheduler.star.request_metadata import (
+from starling.scheduler.star.options import StarOptions, flat_name, merge, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import ONE_REPLICA, ReplicaSet, StarPlan, make_plan
+from starling.scheduler.star.request_metadata import (
     KEY,
     PageFetch,
     PageSource,
@@ -23,7 +23,7 @@ from scheduler.star.request_metadata import (
     Shard,
     metadata_of,
 )
-from scheduler.star.sizes import check_sizes, default_anchor_size, default_block_size
+from starling.scheduler.star.sizes import check_sizes, default_anchor_size, default_block_size
 from tests.unit.masks import mask_of
 
 PAGE_SIZE = 16

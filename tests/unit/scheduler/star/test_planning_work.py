@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from attention_backends.attamba.count import prompt_keys
-from scheduler.star.assignment import ReplicaState, assign_blocks
-from scheduler.star.options import StarOptions, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import ReplicaSet, make_plan
-from scheduler.star.segments import TokenLimits, align
+from starling.attention_backends.attamba.count import prompt_keys
+from starling.scheduler.star.assignment import ReplicaState, assign_blocks
+from starling.scheduler.star.options import StarOptions, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import ReplicaSet, make_plan
+from starling.scheduler.star.segments import TokenLimits, align
 from tests.unit.lines_run import lines_run
 
 MANY = {"mode": "on", "block_size": 16, "anchor_size": 16}

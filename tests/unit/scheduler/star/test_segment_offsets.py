@@ -8,13 +8,19 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scheduler.star import known_segments
-from scheduler.star.block_layout import TooMuchPadding, plan_blocks
-from scheduler.star.known_segments import NO_CHAT, KnownSegments, with_known_segments
-from scheduler.star.options import StarOptions, merge, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import make_plan
-from scheduler.star.segments import TokenLimits, align, check_segment_options, positions_of, refuse_many_offsets
+from starling.scheduler.star import known_segments
+from starling.scheduler.star.block_layout import TooMuchPadding, plan_blocks
+from starling.scheduler.star.known_segments import NO_CHAT, KnownSegments, with_known_segments
+from starling.scheduler.star.options import StarOptions, merge, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import make_plan
+from starling.scheduler.star.segments import (
+    TokenLimits,
+    align,
+    check_segment_options,
+    positions_of,
+    refuse_many_offsets,
+)
 from tests.unit.lines_run import lines_run
 
 MARK, PAD, PAGE_SIZE, BLOCK, QUERY = 0, 50, 4, 8, 3

@@ -8,10 +8,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scheduler.star.options import StarOptions, parse_options
-from scheduler.star.parsing import OptionError
-from scheduler.star.plan import make_plan
-from scheduler.star.segments import TokenLimits, align, check_segment_options, fill_gaps, find_gaps, positions_of
+from starling.scheduler.star.options import StarOptions, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import make_plan
+from starling.scheduler.star.segments import (
+    TokenLimits,
+    align,
+    check_segment_options,
+    fill_gaps,
+    find_gaps,
+    positions_of,
+)
 
 MARK, PAD, PAGE_SIZE, BLOCK = 0, 50, 4, 8
 ON = {"star": "on", "star_block_size": BLOCK, "star_segment_token": MARK, "star_query_tokens": 3}

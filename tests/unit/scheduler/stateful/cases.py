@@ -13,8 +13,8 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from scheduler.star.plan import StarPlan
-from scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import RequestMetadata
 from tests.unit.scheduler.simulation import make_request, token_fingerprints
 
 STOP = 255

@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from engine_ext.front import engine_replica, peer_replica, peers
-from engine_ext.front.peers import own_identity
-from engine_ext.front.state import front_state
-from engine_ext.serving.grpc import replica as replica_service
-from engine_ext.serving.grpc.replica import ReplicaServicer
-from engine_ext.serving.grpc.server import Front
+from starling.engine_ext.front import engine_replica, peer_replica, peers
+from starling.engine_ext.front.peers import own_identity
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.serving.grpc import replica as replica_service
+from starling.engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.serving.grpc.server import Front
 from tests.unit.engine_ext.front.peers.pods import KEY, TIMEOUT, Pod, until
 from tests.unit.engine_ext.front.simulation import Cluster, serving
 

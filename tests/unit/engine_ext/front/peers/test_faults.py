@@ -11,13 +11,13 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
-from engine_ext.front import peer_replica, peers
-from engine_ext.front.engine_replica import SplitPrompt
-from engine_ext.front.peers import Identity
-from engine_ext.front.replica_rpc import ReplicaTimeout
-from engine_ext.serving.grpc import replica as replica_service
-from replicas.core_rpc import CANCEL_FETCH, RELEASE
-from scheduler.star.plan import StarPlan
+from starling.engine_ext.front import peer_replica, peers
+from starling.engine_ext.front.engine_replica import SplitPrompt
+from starling.engine_ext.front.peers import Identity
+from starling.engine_ext.front.replica_rpc import ReplicaTimeout
+from starling.engine_ext.serving.grpc import replica as replica_service
+from starling.replicas.core_rpc import CANCEL_FETCH, RELEASE
+from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import ADDRESS, AUTO, TIMEOUT, Pod, held_by, until
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS, sent

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from engine_ext.front import peers
-from engine_ext.front.peers import Identity, own_identity
-from engine_ext.serving.grpc.auth import peer_credentials, server_credentials
-from engine_ext.serving.grpc.replica import ReplicaServicer
-from engine_ext.serving.grpc.server import Front
+from starling.engine_ext.front import peers
+from starling.engine_ext.front.peers import Identity, own_identity
+from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
+from starling.engine_ext.serving.grpc.replica import ReplicaServicer
+from starling.engine_ext.serving.grpc.server import Front
 from tests.unit.engine_ext.front.peers.pods import AUTO, KEY
 from tests.unit.engine_ext.front.simulation import TOKENS
 

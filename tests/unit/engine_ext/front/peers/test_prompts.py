@@ -12,9 +12,9 @@ from argparse import Namespace
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from engine_ext.front import engine_replica
-from engine_ext.serving.grpc.admin import AdminServicer
-from scheduler.star.request_metadata import metadata_of
+from starling.engine_ext.front import engine_replica
+from starling.engine_ext.serving.grpc.admin import AdminServicer
+from starling.scheduler.star.request_metadata import metadata_of
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import AUTO, held_by, until
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS, whole_requests

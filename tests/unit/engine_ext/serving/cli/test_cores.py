@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine_ext.serving.cli import cores
+from starling.engine_ext.serving.cli import cores
 
 
 @pytest.mark.parametrize(

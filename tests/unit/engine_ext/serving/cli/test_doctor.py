@@ -14,15 +14,15 @@ from vllm.renderers import ChatParams
 
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
-from engine_ext import plugin
-from engine_ext.serving.cli import doctor
-from scheduler.star.options import StarOptions
-from scheduler.star.plan import StarPlan
+from starling.engine_ext import plugin
+from starling.engine_ext.serving.cli import doctor
+from starling.scheduler.star.options import StarOptions
+from starling.scheduler.star.plan import StarPlan
+from starling.vllm_compat.versions import vllm_version
 from tests.forks import run_in_fork
 from tests.parity.harness import TINY
 from tests.parity.hybrid_models import make_random_hybrid
 from tests.unit.engine_ext.test_chat_segments import COUNTED
-from vllm_compat.versions import vllm_version
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def model(tmp_path_factory):
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "engine_ext.serving.cli.main", "doctor", *arguments, "--json"]
+    command = [sys.executable, "-m", "starling.engine_ext.serving.cli.main", "doctor", *arguments, "--json"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def examine(*arguments: str, **env: str) -> dict:
     """The report. Standard output is one JSON object, although vLLM and its libraries print there."""
-    imports = ("vllm.engine.arg_utils", "vllm.renderers", "engine_ext.serving.cli.serve_args")
-    command = ("engine_ext.serving.cli.main:main", "doctor", *arguments, "--json")
+    imports = ("vllm.engine.arg_utils", "vllm.renderers", "starling.engine_ext.serving.cli.serve_args")
+    command = ("starling.engine_ext.serving.cli.main:main", "doctor", *arguments, "--json")
     done = run_in_fork(*command, imports=imports, env=env, seconds=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine_ext.serving.cli import main as cli
-from engine_ext.serving.cli.serve import refuse_taken_port
-from engine_ext.serving.cli.serve_args import (
+from starling.engine_ext.serving.cli import main as cli
+from starling.engine_ext.serving.cli.serve import refuse_taken_port
+from starling.engine_ext.serving.cli.serve_args import (
     FLAGS,
     activate,
     admin_options,
@@ -20,12 +20,12 @@ from engine_ext.serving.cli.serve_args import (
     refuse_bypasses,
     refuse_open_plaintext,
 )
-from engine_ext.serving.grpc import auth
-from engine_ext.serving.grpc.options import is_loopback
-from scheduler import options as scheduling_options
-from scheduler.star.options import FIELDS, StarOptions, flat_name
-from scheduler.star.parsing import OptionError
-from vllm_compat import versions
+from starling.engine_ext.serving.grpc import auth
+from starling.engine_ext.serving.grpc.options import is_loopback
+from starling.scheduler import options as scheduling_options
+from starling.scheduler.star.options import FIELDS, StarOptions, flat_name
+from starling.scheduler.star.parsing import OptionError
+from starling.vllm_compat import versions
 
 MODEL = "some/model"
 
@@ -38,7 +38,7 @@ def parser():
 @pytest.fixture
 def parse_fast(monkeypatch, parser):
     """Parse with one parser for the module: building vLLM's takes seconds."""
-    monkeypatch.setattr("engine_ext.serving.cli.serve_args.make_parser", lambda: parser)
+    monkeypatch.setattr("starling.engine_ext.serving.cli.serve_args.make_parser", lambda: parser)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
     return lambda *argv: parse([MODEL, *argv])
@@ -286,7 +286,7 @@ def test_tls_that_grpc_does_not_support(reqs, authority, says):
 
 def test_help_loads_no_vllm():
     code = (
-        "import sys; from engine_ext.serving.cli import main as cli\n"
+        "import sys; from starling.engine_ext.serving.cli import main as cli\n"
         "try: cli.main(['--help'])\n"
         "finally: print('vllm' in sys.modules)"
     )

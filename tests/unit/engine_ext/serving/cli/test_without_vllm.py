@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from engine_ext.serving.cli import doctor, main
-from vllm_compat import versions
+from starling.engine_ext.serving.cli import doctor, main
+from starling.vllm_compat import versions
 
 
 @pytest.fixture(autouse=True)

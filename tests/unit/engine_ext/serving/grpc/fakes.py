@@ -11,11 +11,11 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import TokenizeParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.front.state import front_state
-from engine_ext.planning import PlannedPrompt
-from engine_ext.serving.grpc.server import Front
-from scheduler.star.options import StarOptions
-from scheduler.star.plan import describe
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.planning import PlannedPrompt
+from starling.engine_ext.serving.grpc.server import Front
+from starling.scheduler.star.options import StarOptions
+from starling.scheduler.star.plan import describe
 from starling.v1 import inference_pb2_grpc
 
 PROMPT_TOKENS = 10

@@ -14,17 +14,17 @@ from grpc_status import rpc_status
 from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.serving.cli.serve_args import admin_options
-from engine_ext.serving.errors import DrainingError
-from engine_ext.serving.grpc import admin
-from engine_ext.serving.grpc.admin import (
+from starling.engine_ext.serving.cli.serve_args import admin_options
+from starling.engine_ext.serving.errors import DrainingError
+from starling.engine_ext.serving.grpc import admin
+from starling.engine_ext.serving.grpc.admin import (
     AdminServicer,
     matching_request_ids,
     refusal,
     star_message,
     start_admin_server,
 )
-from scheduler.star.options import StarOptions
+from starling.scheduler.star.options import StarOptions
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc
 from starling.v1 import inference_pb2 as inference
@@ -225,7 +225,7 @@ def test_errors_of_the_engine(error, code):
 
 def test_an_engine_that_dies_during_a_call(monkeypatch):
     """vLLM never answers such a call."""
-    monkeypatch.setattr("vllm_compat.front.DEATH_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr("starling.vllm_compat.front.DEATH_CHECK_SECONDS", 0.01)
     engine = failing = FakeEngine()
 
     async def never(*_, engine):

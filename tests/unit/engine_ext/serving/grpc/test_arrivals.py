@@ -10,12 +10,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engine_ext.serving.grpc.arrivals import HEALTH_OF_HOST, Arrivals
-from engine_ext.serving.grpc.auth import host_of
-from engine_ext.serving.grpc.inference import SERVICE
-from engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS
-from engine_ext.serving.grpc.options import AdminOptions
-from engine_ext.serving.grpc.server import Front
+from starling.engine_ext.serving.grpc.arrivals import HEALTH_OF_HOST, Arrivals
+from starling.engine_ext.serving.grpc.auth import host_of
+from starling.engine_ext.serving.grpc.inference import SERVICE
+from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS
+from starling.engine_ext.serving.grpc.options import AdminOptions
+from starling.engine_ext.serving.grpc.server import Front
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
@@ -84,9 +84,9 @@ def test_a_server_takes_no_more_of_messages_that_wait_than_a_window():
 
 @pytest.mark.parametrize("path", [GENERATE, f"/{SERVICE}/GenerateUploadStream", HEALTH])
 def test_a_message_that_does_not_come_to_its_end_ends_its_call(path, monkeypatch):
-    monkeypatch.setattr("engine_ext.serving.grpc.arrivals.SECONDS", 0.1)
-    monkeypatch.setattr("engine_ext.serving.grpc.arrivals.HEALTH_SECONDS", 0.1)
-    monkeypatch.setattr("engine_ext.serving.grpc.upload.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("starling.engine_ext.serving.grpc.arrivals.SECONDS", 0.1)
+    monkeypatch.setattr("starling.engine_ext.serving.grpc.arrivals.HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr("starling.engine_ext.serving.grpc.upload.IDLE_SECONDS", 0.1)
 
     async def scenario():
         async with connected() as (_, connection):

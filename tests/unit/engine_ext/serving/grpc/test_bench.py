@@ -8,10 +8,10 @@ import pytest
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput
 from vllm.exceptions import QueueOverflowError
 
-from engine_ext.serving.grpc.bench import BACKEND, NO_TOKEN, metadata_of, request_of, request_starling
+from starling.engine_ext.serving.grpc.bench import BACKEND, NO_TOKEN, metadata_of, request_of, request_starling
 from starling.v1 import inference_pb2 as pb
+from starling.vllm_compat.bench import is_bench
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of
-from vllm_compat.bench import is_bench
 
 
 class Session:

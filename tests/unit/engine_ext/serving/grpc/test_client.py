@@ -14,11 +14,11 @@ import pytest
 from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.serving.grpc import messages
-from engine_ext.serving.grpc.auth import server_credentials
-from scheduler.star.options import FIELD_OF
 from starling.client import AsyncClient, Client, StarlingError, clients, requests
 from starling.client.early_status import EarlyStatus
+from starling.engine_ext.serving.grpc import messages
+from starling.engine_ext.serving.grpc.auth import server_credentials
+from starling.scheduler.star.options import FIELD_OF
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 from tests.unit.engine_ext.serving.grpc.test_inference import DEADLINES

@@ -10,12 +10,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.front.state import front_state
-from engine_ext.requests import PLANNED
-from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.requests import PLANNED
+from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.v1 import inference_pb2 as pb
+from starling.vllm_compat.versions import vllm_version
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, output, result
-from vllm_compat.versions import vllm_version
 
 
 def call(engine: FakeEngine, method: str, request):

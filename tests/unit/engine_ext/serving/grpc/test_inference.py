@@ -14,11 +14,11 @@ from grpc_status import rpc_status
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine_ext.serving.grpc.auth import server_credentials
-from engine_ext.serving.grpc.inference import SERVICE
-from engine_ext.serving.grpc.options import AdminOptions
-from engine_ext.serving.grpc.server import Front
 from examples.server import free_ports
+from starling.engine_ext.serving.grpc.auth import server_credentials
+from starling.engine_ext.serving.grpc.inference import SERVICE
+from starling.engine_ext.serving.grpc.options import AdminOptions
+from starling.engine_ext.serving.grpc.server import Front
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of

@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine_ext.serving.grpc import messages
-from scheduler.star.options import StarOptions, parse_options
+from starling.engine_ext.serving.grpc import messages
+from starling.scheduler.star.options import StarOptions, parse_options
 from starling.v1 import inference_pb2 as pb
 
 

@@ -4,10 +4,10 @@ import pytest
 from vllm.logprobs import Logprob
 from vllm.v1.engine import FINISH_REASON_STRINGS
 
-from engine_ext.serving.grpc import outputs
-from scheduler.star.options import StarOptions
-from scheduler.star.plan import describe, make_plan
+from starling.engine_ext.serving.grpc import outputs
 from starling.reply import Reply
+from starling.scheduler.star.options import StarOptions
+from starling.scheduler.star.plan import describe, make_plan
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import output
 

@@ -6,7 +6,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from engine_ext.serving.grpc import sampling
+from starling.engine_ext.serving.grpc import sampling
 from starling.v1 import inference_pb2 as pb
 
 

@@ -9,12 +9,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
-from engine_ext.serving.errors import UploadMemoryError
-from engine_ext.serving.grpc.arrivals import SlowMessageError
-from engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
-from engine_ext.serving.grpc.prompts import PromptLimit
-from engine_ext.serving.grpc.quota import Quota
-from engine_ext.serving.grpc.upload import (
+from starling.engine_ext.serving.errors import UploadMemoryError
+from starling.engine_ext.serving.grpc.arrivals import SlowMessageError
+from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from starling.engine_ext.serving.grpc.prompts import PromptLimit
+from starling.engine_ext.serving.grpc.quota import Quota
+from starling.engine_ext.serving.grpc.upload import (
     CHARACTER_BYTES,
     ID_BYTES,
     PIECE_BYTES,

@@ -6,8 +6,8 @@ import socket
 
 from vllm.entrypoints.launchers import launcher
 
-from engine_ext.serving.http.keepalive import end_lost_connections
-from vllm_compat.server import on_server_socket
+from starling.engine_ext.serving.http.keepalive import end_lost_connections
+from starling.vllm_compat.server import on_server_socket
 
 
 def test_accepted_connections_end_within_a_minute_of_silence(monkeypatch):

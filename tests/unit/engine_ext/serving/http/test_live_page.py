@@ -14,9 +14,9 @@ import pytest
 import uvicorn
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from engine_ext.clients import ADMIN_KEY_ENV
-from engine_ext.serving.http import live_page
-from engine_ext.serving.http.live_page import MAX_RESPONSES, PAGE, LivePage
+from starling.engine_ext.clients import ADMIN_KEY_ENV
+from starling.engine_ext.serving.http import live_page
+from starling.engine_ext.serving.http.live_page import MAX_RESPONSES, PAGE, LivePage
 
 BODY = b'{"requests":[]}'
 PAGE_PATH, DATA_PATH = "/starling/live", "/starling/live.json"

@@ -9,8 +9,8 @@ import json
 import pytest
 import uvicorn
 
-from engine_ext.requests import response_plans
-from engine_ext.serving.http.plan_header import MAX_BYTES, PlanHeader
+from starling.engine_ext.requests import response_plans
+from starling.engine_ext.serving.http.plan_header import MAX_BYTES, PlanHeader
 
 LIMIT_OF_NGINX = 4096  # of all headers of a response together, with nginx's smallest default
 

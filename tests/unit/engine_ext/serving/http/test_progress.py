@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine_ext.front.state import front_state
-from engine_ext.serving.http.client import NoteClient
-from engine_ext.serving.http.progress import HttpProgress
-from scheduler.core_rpc import PREFILL_PROGRESS
+from starling.engine_ext.front.state import front_state
+from starling.engine_ext.serving.http.client import NoteClient
+from starling.engine_ext.serving.http.progress import HttpProgress
+from starling.scheduler.core_rpc import PREFILL_PROGRESS
 from tests.unit.engine_ext.front.simulation import Server
 from tests.unit.scheduler.simulation import random_ids
 

@@ -1,0 +1,1 @@
+"""The commands `starling eval` and `starling tune`."""

@@ -1,0 +1,139 @@
+"""`starling eval`: measures what Star Attention costs in answers, on the user's model and prompts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from starling.evaluation.commands.measuring import (
+    Measurement,
+    add_prompt_options,
+    add_server_options,
+    checked_facts,
+    connect,
+    make_prompts,
+    progress_bars,
+    repeated,
+    run_measurement,
+)
+from starling.evaluation.depth import compare_depths
+from starling.evaluation.figure import figure_png
+from starling.evaluation.options import EvalOptions, folder_setup, parse_options
+from starling.evaluation.plans import ALLOWED as ALLOWED_PLANS
+from starling.evaluation.prompts import distinct
+from starling.evaluation.report import Report, html_report, summary, terminal_tables, worst
+from starling.evaluation.runner import evaluate, key_of
+from starling.evaluation.statistics import compare, make_pairs
+from starling.evaluation.store import Store
+
+JSON_FILE, HTML_FILE, FIGURE_FILE = "results.json", "report.html", "differences.png"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `starling eval`."""
+    parser = argparse.ArgumentParser(
+        prog="starling eval",
+        description="Measures what Star Attention costs in answers: dense and star plans, prompt by prompt.",
+        epilog="With MODEL, all other options are those of `starling serve`, and MODEL comes before them. Exit code: 0 "
+        "measured, 1 a request or the server failed, 2 unusable arguments, 130 interrupted. See docs/eval.md.",
+        allow_abbrev=False,
+    )
+    add_server_options(parser)
+    add = parser.add_argument
+    add("--plan", action="append", dest="plans", default=[], metavar="PLAN", help=f"repeatable: {ALLOWED_PLANS}")
+    add("--logprobs", type=int, metavar="N", default=0, help="also compare distributions at N tokens of the answer")
+    add_prompt_options(parser, EvalOptions.model_fields)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Evaluate; returns the exit code: 0, 1 where a request or the server failed, 2 for unusable arguments, or 130."""
+    args, serve_options = make_parser().parse_known_args(argv)
+    return run_measurement("starling eval", args, serve_options, prepare)
+
+
+def prepare(args: argparse.Namespace) -> Measurement:
+    """What the arguments ask for (raises ValueError for what can't be measured)."""
+    options = parse_options(EvalOptions, {name: getattr(args, name) for name in EvalOptions.model_fields})
+    return partial(measure, args, options)
+
+
+async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequence[str], console: Console) -> int:
+    """Make the prompts, send them, and write the results; returns 0.
+
+    Args:
+        target: the arguments that name the server, for the command in the report.
+
+    Raises:
+        ServerError: a request failed.
+        ValueError: the folder has results of another model, or a prompt can't be made or sent.
+    """
+    async with connect(args) as client:
+        facts = await checked_facts(client, options, [plan.name for plan in options.all_plans if not plan.is_dense])
+        with Store(args.out, folder_setup(facts.model)) as store:
+            with progress_bars(console) as progress:
+                made = await make_prompts(options, client, progress, options.logprobs)
+                prompts = distinct(made)
+                if len(prompts) < len(made):
+                    console.print(f"{len(made) - len(prompts)} prompts are equal to others, and are left out")
+                plans = options.all_plans
+                keys = {key_of(prompt, plan, facts.model, options.logprobs) for prompt in prompts for plan in plans}
+                found = len(keys & store.answers.keys())
+                if store.answers:
+                    console.print(f"found {found} of {len(keys)} answers in {escape(str(args.out))}")
+                # The time left is that of the new answers: those that were found take none.
+                bar = progress.add_task("answers", total=len(keys) - found)
+                answers = await evaluate(
+                    prompts,
+                    plans,
+                    client,
+                    num_logprobs=options.logprobs,
+                    concurrency=args.concurrency,
+                    store=store,
+                    on_answer=lambda answer: progress.advance(bar),
+                )
+            pairs = make_pairs(prompts, answers)
+            report = Report(
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                setup=options.setup(facts.model),
+                command=options.command([*target, *repeated(args, facts.model)]),
+                server={"base_url": client.base_url, **vars(facts)},
+                cells=compare(pairs),
+                depths=compare_depths(pairs),
+                different=worst(pairs),
+            )
+            write(report, args.out, console)
+    return 0
+
+
+def write(report: Report, folder: Path, console: Console) -> None:
+    """Write JSON, figure and HTML, and print the table."""
+    (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / FIGURE_FILE).unlink(missing_ok=True)  # of an earlier run
+    (figure, no_figure), written = figure_or_reason(report), [JSON_FILE, HTML_FILE]
+    if figure is not None:
+        (folder / FIGURE_FILE).write_bytes(figure)
+        written.append(FIGURE_FILE)
+    (folder / HTML_FILE).write_text(html_report(report, figure), encoding="utf-8")
+    for table in terminal_tables(report):
+        console.print(table)
+    for text in summary(report.cells):
+        console.print(escape(text))
+    if figure is None:
+        console.print(escape(f"no figure: {no_figure}"))
+    console.print(f"written to {escape(str(folder))}: {', '.join(written)}")
+
+
+def figure_or_reason(report: Report) -> tuple[bytes | None, str]:
+    """The figure as PNG, or why there is none. The report does without, whatever fails in matplotlib."""
+    try:
+        figure = figure_png(report.cells)
+    except Exception as error:
+        return None, f"matplotlib failed: {type(error).__name__}: {error}"
+    return figure, "it needs matplotlib (vllm-starling's extra `bench`), and a star plan"

@@ -1,0 +1,191 @@
+"""`starling tune`: finds the cheapest star plan whose loss stays within a budget, on the user's model and prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from starling.evaluation.commands.measuring import (
+    Measurement,
+    add_prompt_options,
+    add_server_options,
+    checked_facts,
+    connect,
+    make_prompts,
+    progress_bars,
+    repeated,
+    run_measurement,
+)
+from starling.evaluation.options import folder_setup, parse_options, without_secrets
+from starling.evaluation.prompts import distinct
+from starling.evaluation.store import Store
+from starling.evaluation.tuning.candidates import chosen_candidates, default_candidates
+from starling.evaluation.tuning.halving import halves, measured_plans
+from starling.evaluation.tuning.measures import MEASURES
+from starling.evaluation.tuning.options import DEFAULT_LOGPROBS, TuneOptions
+from starling.evaluation.tuning.report import (
+    TuneReport,
+    candidate_results,
+    how_to_serve,
+    html_report,
+    make_chosen,
+    make_closest,
+    other_plans,
+    summary,
+    terminal_table,
+)
+from starling.evaluation.tuning.tuner import Trial, Tuner, find_page_size
+from starling.scheduler.star.options import FIELDS, flat_name
+
+NOT_FOUND = 3
+CHOSEN_HERE = {f"--{flat_name(field).replace('_', '-')}" for field in FIELDS if field not in ("replicas", "shards")}
+JSON_FILE, HTML_FILE, CONFIG_FILE = "tune.json", "tune.html", "additional-config.json"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `starling tune`."""
+    parser = argparse.ArgumentParser(
+        prog="starling tune",
+        description="Finds the cheapest star plan whose loss to dense, on your model and prompts, stays within a "
+        "budget with 95 % confidence, and prints how to serve with it.",
+        epilog="With MODEL, all other options are those of `starling serve`, and MODEL comes before them. Exit code: 0 "
+        "found, 1 a request or the server failed, 2 unusable arguments, 3 no plan is shown to be within the budget, "
+        "130 interrupted. See docs/tune.md.",
+        allow_abbrev=False,
+    )
+    add_server_options(parser)
+    add = parser.add_argument
+    add("--budget", type=float, required=True, metavar="POINTS", help="of mean loss, such as 2: 0.02 of a score")
+    add("--measure", choices=MEASURES, default="score", help="what a loss is: score; 100 points of logprob are 1 nat")
+    add("--logprobs", type=int, metavar="N", help=f"tokens for logprob and agreement to compare: {DEFAULT_LOGPROBS}")
+    add(
+        "--plan",
+        action="append",
+        dest="plans",
+        default=[],
+        metavar="PLAN",
+        help="a candidate in place of the default ones, such as n/8 or B=4096,A=128,O=1024; repeatable",
+    )
+    add("--query-tokens", type=int, metavar="Q", help="of the default candidates; default: 512, or half the prompt")
+    add_prompt_options(parser, TuneOptions.model_fields)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Search; returns the exit code: 0, 3 where no plan is within the budget, or those of ``run_measurement``."""
+    args, serve_options = make_parser().parse_known_args(argv)
+    return run_measurement("starling tune", args, serve_options, partial(prepare, serve_options))
+
+
+def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
+    """What the arguments ask for (raises ValueError for what can't be found)."""
+    for option in serve_options:
+        if option.partition("=")[0].replace("_", "-") in CHOSEN_HERE:
+            raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
+    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
+    return partial(measure, args, options)
+
+
+async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
+    """Make the prompts, search, and write the results.
+
+    Args:
+        target: the arguments that name the server, for the command in the report.
+
+    Returns:
+        0, or NOT_FOUND.
+
+    Raises:
+        ServerError: a request failed.
+        ValueError: the folder has answers of another model, or a prompt can't be made or sent.
+    """
+    loss = options.chosen_measure
+    async with connect(args) as client:
+        facts = await checked_facts(client, options, options.plans or ["n/8"])
+        with Store(args.out, folder_setup(facts.model)) as store:
+            if store.answers:
+                console.print(f"found {len(store.answers)} answers in {escape(str(args.out))}")
+            with progress_bars(console) as progress:
+                made = await make_prompts(options, client, progress, options.num_logprobs)
+                prompts = distinct(made)
+                options.refuse_few(len(prompts))
+                page_size = await find_page_size(client, prompts)
+                if options.plans:
+                    candidates = chosen_candidates(options.plans, prompts, page_size)
+                else:
+                    candidates = default_candidates(prompts, page_size, options.query_tokens)
+                search, held_out = halves(prompts)
+                earlier = measured_plans(held_out, store, facts.model, options.num_logprobs)
+                bar = progress.add_task("answers, at most", total=None)
+
+                def on_round(number: int, left: Sequence[Trial]) -> None:
+                    """Say what is next. The total falls with each candidate that is dropped."""
+                    done = min((len(trial.losses) for trial in left), default=0)
+                    most = sum(len(search) - len(trial.losses) for trial in left)
+                    finished = progress.tasks[bar].completed
+                    progress.update(bar, total=finished + most + len(search) - done + 2 * len(held_out))
+                    console.print(f"{number} of {len(search)} prompts, candidates left: {len(left)}")
+
+                tuner = Tuner(
+                    client,
+                    loss,
+                    num_logprobs=options.num_logprobs,
+                    concurrency=args.concurrency,
+                    store=store,
+                    on_answer=lambda answer: progress.advance(bar),
+                )
+                tuning = await tuner.search(search, held_out, candidates, options.mean_loss, on_round)
+                progress.update(bar, total=progress.tasks[bar].completed)
+            lengths = [len(prompt.token_ids) for prompt in prompts]
+            report = TuneReport(
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                measure=options.measure,
+                budget=options.mean_loss,
+                options=options.model_dump(mode="json"),
+                command=options.command([*target, *repeated(args, facts.model)]),
+                server={"base_url": client.base_url, **vars(facts)},
+                page_size=page_size,
+                prompts={
+                    "searched": len(search),
+                    "held_out": len(held_out),
+                    "equal_to_others": len(made) - len(prompts),
+                    "shortest": min(lengths),
+                    "longest": max(lengths),
+                },
+                candidates=candidate_results(tuning, loss),
+                chosen=make_chosen(tuning, loss, options.mean_loss, prompts),
+                closest=make_closest(tuning, loss, options.mean_loss),
+                looked_at=other_plans(earlier, tuning),
+            )
+            served = target if args.serve is not None else [facts.model]
+            write(report, args.out, without_secrets(served), console)
+    return 0 if report.succeeded else NOT_FOUND
+
+
+def write(report: TuneReport, folder: Path, served: Sequence[str], console: Console) -> None:
+    """Write JSON, HTML and the server's options, and print the table and the result.
+
+    Args:
+        served: the model to serve, and further options of the server.
+    """
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # of an earlier search with another budget
+    written = [JSON_FILE, HTML_FILE]
+    (folder / JSON_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / HTML_FILE).write_text(html_report(report, served), encoding="utf-8")
+    if report.chosen is not None and report.succeeded:
+        config = json.dumps(report.chosen.additional_config)
+        (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        written.append(CONFIG_FILE)
+    console.print(terminal_table(report))
+    for text in summary(report):
+        console.print(escape(text), soft_wrap=True)
+    if report.succeeded:
+        console.print(escape(how_to_serve(report, served)), soft_wrap=True)
+    console.print(f"written to {escape(str(folder))}: {', '.join(written)}")

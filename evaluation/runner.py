@@ -1,0 +1,153 @@
+"""Sends each prompt under each plan, dense first, and returns the answers. Usable as a library."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from starling.evaluation.client import Completion, ServerError, ServerFacts, naming
+from starling.evaluation.plans import DENSE, Plan, with_dense
+from starling.evaluation.prompts import Prompt
+from starling.evaluation.store import Answer, TokenScore, answer_key
+
+PLAN_NUMBERS = {
+    "block_size": "star_block_size",
+    "anchor_size": "star_anchor_size",
+    "overlap_size": "star_overlap_size",
+    "context_end": "star_context_tokens",
+}
+"""Fields of the server's plan, and the options that ask for exactly these numbers."""
+
+
+class Server(Protocol):
+    """The calls of ``client.Client`` that the runner needs."""
+
+    async def facts(self) -> ServerFacts: ...
+
+    async def complete(self, token_ids: Sequence[int], plan: Plan, max_tokens: int) -> Completion: ...
+
+    async def score_token(self, token_ids: Sequence[int], plan: Plan, token_id: int) -> Completion: ...
+
+
+class Answers(Protocol):
+    """Where answers are kept, such as a ``store.Store``."""
+
+    answers: dict[str, Answer]
+
+    def add(self, answer: Answer) -> None: ...
+
+
+class Memory:
+    """Answers that are kept in memory alone."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+
+    def add(self, answer: Answer) -> None:
+        self.answers[answer.key] = answer
+
+
+def key_of(prompt: Prompt, plan: Plan, model: str, num_logprobs: int) -> str:
+    """The key of an answer: of everything that the request for it has."""
+    scored = [num_logprobs, *prompt.answer_ids[:num_logprobs]]
+    return answer_key(model, plan.options, prompt.token_ids, prompt.max_tokens, scored)
+
+
+async def evaluate(
+    prompts: Sequence[Prompt],
+    plans: Iterable[Plan],
+    server: Server,
+    *,
+    num_logprobs: int = 0,
+    concurrency: int = 1,
+    store: Answers | None = None,
+    on_answer: Callable[[Answer], object] = lambda answer: None,
+) -> list[Answer]:
+    """The answers of all prompts under dense and all other plans.
+
+    Args:
+        plans: dense is measured in any case.
+        num_logprobs: tokens of the answer at which the distributions are compared; 0: none.
+        concurrency: prompts at the same time. The plans of one prompt follow one another.
+        store: has the answers of an earlier run, and gets each new one.
+        on_answer: called after each new answer.
+
+    Returns:
+        For each prompt, the answers in the order of the plans, dense first.
+
+    Raises:
+        ServerError: a request failed, or a star plan did not engage. Requests that run are cancelled.
+    """
+    kept, all_plans, model = store or Memory(), with_dense(plans), (await server.facts()).model
+    places = asyncio.Semaphore(concurrency)
+
+    async def answers_of(prompt: Prompt) -> list[Answer]:
+        answers: list[Answer] = []
+        async with places:
+            for plan in all_plans:
+                key = key_of(prompt, plan, model, num_logprobs)
+                if key not in kept.answers:
+                    dense = answers[0] if answers else None
+                    with naming(prompt.name):
+                        answer = await ask(server, prompt, plan, key, num_logprobs, dense)
+                    kept.add(answer)
+                    on_answer(answer)
+                # Prompts with equal tokens share an answer, and so do plans with equal options.
+                answers.append(kept.answers[key].model_copy(update={"prompt": prompt.name, "plan": plan.name}))
+        return answers
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answers_of(prompt)) for prompt in prompts]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [answer for task in tasks for answer in task.result()]
+
+
+async def ask(server: Server, prompt: Prompt, plan: Plan, key: str, num_logprobs: int, dense: Answer | None) -> Answer:
+    """One answer; with ``num_logprobs``, also the distributions along the reference answer or else dense's answer.
+
+    Args:
+        dense: dense's answer to the prompt; None for dense itself.
+    """
+    output = await server.complete(prompt.token_ids, plan, prompt.max_tokens)
+    scores: list[TokenScore] = []
+    if num_logprobs:
+        followed = prompt.answer_ids or (dense.token_ids if dense else output.token_ids)
+        if followed is None:
+            raise ServerError("--logprobs needs a server that returns token ids (return_token_ids): a vLLM server")
+        exact = same_plan(plan, output.plan)
+        for position, token in enumerate(followed[:num_logprobs]):
+            scored = await server.score_token([*prompt.token_ids, *followed[:position]], exact, token)
+            check_same_plan(plan, output.plan, scored.plan)
+            assert scored.logprob is not None and scored.top_logprobs is not None
+            scores.append(TokenScore(logprob=scored.logprob, top=scored.top_logprobs))
+    return Answer(
+        key=key,
+        prompt=prompt.name,
+        plan=plan.name,
+        text=output.text,
+        finish_reason=output.finish_reason,
+        token_ids=output.token_ids,
+        server_plan=output.plan,
+        scores=scores,
+    )
+
+
+def same_plan(plan: Plan, server_plan: dict[str, Any] | None) -> Plan:
+    """The plan with the server's exact numbers, so that it stays the same for a prompt with more tokens at its end.
+
+    n/8, for example, would cut a longer prompt into larger blocks, and the query would begin later.
+    """
+    if plan.is_dense or server_plan is None:
+        return DENSE
+    numbers = {option: int(server_plan[field]) for field, option in PLAN_NUMBERS.items()}
+    return Plan(plan.name, {"star": "on"} | numbers)
+
+
+def check_same_plan(plan: Plan, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
+    """Refuse (ServerError) log-probabilities that belong to another plan than the answer."""
+    differ = [field for field in PLAN_NUMBERS if (before or {}).get(field) != (after or {}).get(field)]
+    if differ:
+        raise ServerError(f"plan={plan.name!r}: the server changed {', '.join(differ)} for a longer prompt")

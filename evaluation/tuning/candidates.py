@@ -1,0 +1,118 @@
+"""The plans that are tried, and what each of them is for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starling.evaluation.plans import Plan, parse_plan
+from starling.evaluation.prompts import Prompt
+from starling.scheduler.star.options import FIELD_OF, PREFIX, parse_options
+from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import StarPlan, make_plan
+
+NO_DEFAULTS = parse_options({}, flat=True)
+BLOCKS = (3, 4, 8, 16)
+"""Into how many star blocks the default candidates cut a prompt. With A + O = B, two blocks attend to all that dense
+attends to."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that may be the result.
+
+    Attributes:
+        cost: query-key pairs of the prefill as a share of dense's, the mean over all prompts.
+        numbers: a plan for each prompt.
+    """
+
+    plan: Plan
+    cost: float
+    numbers: dict[str, StarPlan]
+
+
+def served_options(plan: Plan, min_tokens: int) -> dict[str, Any]:
+    """The server's star options, under their bare names, with which its requests get this plan.
+
+    Args:
+        min_tokens: shorter prompts stay dense: no shorter one was measured.
+    """
+    given = {FIELD_OF[name]: value for name, value in plan.options.items() if name != PREFIX}
+    return {"mode": "auto", "min_tokens": min_tokens} | given
+
+
+def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Candidate:
+    """The candidate of a plan.
+
+    Raises:
+        ValueError: a prompt can't have this plan or is dense with it, or it would get another one from a server with
+            these options.
+    """
+    request = parse_options(plan.options, flat=True)
+    server = parse_options(served_options(plan, 0), flat=False)
+    numbers: dict[str, StarPlan] = {}
+    for prompt in prompts:
+        length = len(prompt.token_ids)
+
+        def refused(reason: str, prompt: Prompt = prompt, length: int = length) -> ValueError:
+            return ValueError(f"plan={plan.name!r} is refused: the prompt {prompt.name}, of {length} tokens, {reason}")
+
+        try:
+            one = make_plan(length, NO_DEFAULTS, request, page_size)
+            default = make_plan(length, server, None, page_size)
+        except OptionError as error:
+            raise refused(f"can't have it: {error}") from None
+        if one is None:
+            raise refused("would be dense with it: its context fits in one star block")
+        if one != default:
+            raise refused("would get another plan from a server with these options: a default query is at most half")
+        numbers[prompt.name] = one
+    cost = sum(one.keys_attended() / one.dense_keys() for one in numbers.values()) / len(numbers)
+    if cost >= 1:
+        raise ValueError(f"plan={plan.name!r} is refused: it attends to all keys that dense attends to")
+    return Candidate(plan, cost, numbers)
+
+
+def chosen_candidates(texts: Sequence[str], prompts: Sequence[Prompt], page_size: int) -> list[Candidate]:
+    """The candidates of --plan, the cheapest first (raises ValueError for one that can't be used)."""
+    return by_cost([make_candidate(parse_plan(text), prompts, page_size) for text in texts])
+
+
+def default_candidates(prompts: Sequence[Prompt], page_size: int, query_tokens: int | None) -> list[Candidate]:
+    """For each number of star blocks: the default anchor and overlap, halves of B, and the paper's A = B.
+
+    These three attend to equally many keys. The halves are numbers of tokens, so they are those of the shortest prompt.
+    Combinations that its pages do not allow, and those that are equal to another one, are left out.
+
+    Args:
+        query_tokens: Q of all candidates; None: the default.
+
+    Raises:
+        ValueError: the prompts are too short for any.
+    """
+    shortest = min(prompts, key=lambda prompt: len(prompt.token_ids))
+    length = len(shortest.token_ids)
+    query = "" if query_tokens is None else f",Q={query_tokens}"
+    found: dict[tuple[StarPlan, ...], Candidate] = {}
+    for number in BLOCKS:
+        size = -(-length // (number * page_size)) * page_size
+        half = size // page_size // 2 * page_size
+        halves = [f",A={half},O={size - half}"] if half >= page_size else []
+        for text in ("", *halves, ",O=0") if length >= number * page_size else ():
+            try:
+                candidate = make_candidate(parse_plan(f"n/{number}{text}{query}"), prompts, page_size)
+            except ValueError:
+                continue
+            found.setdefault(tuple(candidate.numbers.values()), candidate)
+    if not found:
+        raise ValueError(
+            f"the prompts are too short for star blocks of whole pages: {shortest.name} has {length} tokens, and a "
+            f"page {page_size}. Allowed: longer prompts, a smaller --block-size of the server, or a smaller query"
+        )
+    return by_cost(list(found.values()))
+
+
+def by_cost(candidates: list[Candidate]) -> list[Candidate]:
+    """The cheapest first; of equal ones, the one that was made first."""
+    return sorted(candidates, key=lambda candidate: round(candidate.cost, 12))

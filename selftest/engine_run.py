@@ -1,0 +1,92 @@
+"""Starts an engine in another process, so that a crash of it is a failed check and its memory is given back."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starling.selftest.engine import RESULT
+
+TIMEOUT = 1800
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# In one process, all prompts of a batch are in the engine before its first step, so each run has the same steps.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Set in this process if it has made a scheduler; another engine must not write there.
+COUNTERS = ("PROMETHEUS_MULTIPROC_DIR", "STARLING_METRICS_DIR")
+
+
+class EngineError(RuntimeError):
+    """An engine that ended without results; the message has the last lines that it printed."""
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """An engine and its batches. It runs when the results are read first.
+
+    Attributes:
+        engine: arguments of vllm.LLM.
+        batches: name -> prompts, as engine.py describes them.
+        env: further environment of the process.
+    """
+
+    engine: dict[str, Any]
+    batches: dict[str, list[dict[str, Any]]]
+    env: dict[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _result_or_error(self) -> dict[str, Any] | EngineError:
+        try:
+            return run_engine({"engine": self.engine, "batches": self.batches}, self.env)
+        except EngineError as error:
+            return error
+
+    def result(self) -> dict[str, Any]:
+        """{"environment", "batches"} of engine.py.
+
+        Raises:
+            EngineError: the engine failed, in this call or in an earlier one.
+        """
+        if isinstance(self._result_or_error, EngineError):
+            raise self._result_or_error
+        return self._result_or_error
+
+    def environment(self) -> dict[str, str]:
+        """The environment of engine.py; the reason alone where the engine has none because it failed."""
+        try:
+            return self.result()["environment"]
+        except EngineError as error:
+            return {"failed": str(error).splitlines()[0]}
+
+    def outputs(self, batch: str) -> list[dict[str, Any]]:
+        """The outputs of a batch's prompts (raises EngineError)."""
+        return self.result()["batches"][batch]["outputs"]
+
+
+def run_engine(job: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
+    """Run a job of engine.py in a process.
+
+    Raises:
+        EngineError: the process fails, or takes longer than ``TIMEOUT`` seconds.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in COUNTERS}
+    with tempfile.TemporaryDirectory(prefix="starling-selftest-") as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "starling.selftest.engine", str(path)]
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | inherited | QUIET | ONE_PROCESS | env
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"the engine did not finish in {TIMEOUT} seconds") from error
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if done.returncode or not lines:
+        printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise EngineError(f"the engine's process ended with {done.returncode}:\n{printed}")
+    return json.loads(lines[-1].removeprefix(RESULT))

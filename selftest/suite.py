@@ -1,0 +1,98 @@
+"""The checks of a machine, in the order in which they run."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starling.selftest.engine_checks import (
+    FP8_CAPABILITY,
+    Engines,
+    Setting,
+    engine_checks,
+    judge_tokens,
+    make_engines,
+    settings,
+)
+from starling.selftest.engine_run import EngineRun
+from starling.selftest.kernels import kernel_checks
+from starling.selftest.model import LONG, TINY, VOCABULARY, make_model, vocabulary
+from starling.selftest.result import Check, Result, Skip
+from starling.selftest.rows import row_checks
+from starling.selftest.speed import speed_checks
+
+GPU_MEMORY = {"gpu_memory_utilization": 0.5}  # for the tiny models; other programs may use the card
+
+
+@contextmanager
+def make_suite(
+    model: str | None, *, gpu: bool, quick: bool, backend: str | None = None
+) -> Iterator[tuple[list[Check], dict[str, Engines]]]:
+    """The checks, and the engines of each setting by its name. The random models exist while the context is open.
+
+    Args:
+        model: a checkpoint for the engine checks; None for random tiny weights.
+        gpu: whether to check a GPU, or the CPU part.
+        quick: one setting, and no times.
+        backend: vLLM's attention backend; None for vLLM's choice.
+    """
+    arguments: dict[str, Any] = {"attention_backend": backend} if backend else {}
+    with tempfile.TemporaryDirectory(prefix="starling-selftest-") as folder:
+        if model is None:
+            dtype = torch.bfloat16 if gpu else torch.float32
+            tiny = str(make_model(Path(folder) / "tiny", dtype, TINY))
+            long, size = str(make_model(Path(folder) / "long", dtype, LONG)), VOCABULARY
+            arguments |= GPU_MEMORY if gpu else {}
+        else:
+            tiny, long, size = model, model, vocabulary(model)
+        checks, engines = [*kernel_checks(), *row_checks()], {}
+        for setting in settings(gpu, quick):
+            reason = setting_refusal(setting)
+            if reason is not None:
+                checks.append(Check(setting.name(), functools.partial(Skip, reason)))
+                continue
+            engines[setting.name()] = made = make_engines(tiny, size, setting, gpu, **arguments)
+            checks += engine_checks(setting.name(), made)
+        checks += two_gpu_checks(next(iter(engines.values())))
+        yield [*checks, *([] if quick else speed_checks(long, size, gpu, **arguments))], engines
+
+
+def setting_refusal(setting: Setting) -> str | None:
+    """Why this card can't run a setting; None where it can."""
+    if setting.kv_dtype != "auto" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < FP8_CAPABILITY:
+            return f"compute capability {capability} has no fp8: it needs {FP8_CAPABILITY}"
+    return None
+
+
+def two_gpu_checks(engines: Engines) -> list[Check]:
+    return [
+        Check("two GPUs: TP=2 equals TP=1", functools.partial(check_tensor_parallel, engines)),
+        Check("two GPUs: moved pages are equal", skip_moved_pages),
+    ]
+
+
+def two_gpus_missing() -> Skip | None:
+    count = torch.cuda.device_count()
+    return Skip(f"{count} GPUs, and two are needed") if count < 2 else None
+
+
+def check_tensor_parallel(engines: Engines) -> Result | Skip:
+    """The star prompt on two GPUs and on one."""
+    missing = two_gpus_missing()
+    if missing:
+        return missing
+    batch = {"star": engines.star.batches["star"]}
+    run = EngineRun(engines.star.engine | {"tensor_parallel_size": 2}, batch, engines.star.env)
+    return judge_tokens(run.outputs("star"), engines.star.outputs("star"), engines.noise())
+
+
+def skip_moved_pages() -> Skip:
+    return two_gpus_missing() or Skip("needs two servers: run tests/e2e/test_replicas.py")

@@ -1,0 +1,146 @@
+"""The checks fail for wrong implementations, and what they compare is what they should."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from starling.attention_backends.kernels.cpu import fallback
+from starling.selftest import engine_checks, engine_run, kernels, model, rows, suite
+from starling.selftest import prompts as p
+from starling.selftest.engine_checks import Setting, judge_tokens, settings
+from starling.selftest.engine_run import EngineError, EngineRun
+from starling.selftest.paged import DECODE, MIXED, make_operands
+from starling.selftest.result import Check, Skip, Verdict, judge
+
+
+def wrong_page(operands):
+    """The first page of each row in the place of the second."""
+    table = operands.block_table.clone()
+    table[:, 1] = table[:, 0]
+    return fallback.paged_attention(replace(operands, block_table=table))
+
+
+def wrong_lse(operands):
+    out, lse = fallback.paged_attention(operands)
+    return out, lse + 1e-3
+
+
+def not_causal(operands):
+    return fallback.paged_attention(replace(operands, causal=False))
+
+
+def int32_offsets(operands):
+    """Page ids whose offsets wrap at 2^31 elements, as an int32 would."""
+    pages = (1 << 31) // operands.keys[0].numel()
+    return fallback.paged_attention(replace(operands, block_table=operands.block_table % pages))
+
+
+@pytest.mark.parametrize(
+    ("attention", "passes"),
+    [(fallback.paged_attention, True), (wrong_page, False), (wrong_lse, False), (not_causal, False)],
+)
+def test_a_wrong_kernel_fails(attention, passes):
+    cases = [make_operands(lens, torch.float32) for lens in (MIXED, DECODE)]
+    outcome = judge(Check("kernel", lambda: kernels.judge_cases(attention, cases, "cpu")))
+    assert outcome.verdict is (Verdict.PASS if passes else Verdict.FAIL)
+
+
+@pytest.mark.parametrize(("attention", "passes"), [(fallback.paged_attention, True), (int32_offsets, False)])
+def test_a_kernel_with_32_bit_offsets_fails_on_the_large_cache(attention, passes):
+    large = kernels.in_large_cache(attention)
+    result = kernels.judge_cases(large, [kernels.large_case()], "cpu")
+    assert (result.measured <= result.bound) == passes
+
+
+@pytest.mark.parametrize(
+    "change", [{"anchor_size": 32}, {"overlap_size": 0}, {"block_size": 128}, {"context_end": 500}]
+)
+@pytest.mark.parametrize("own_op", [False, True])
+def test_rows_of_another_plan_fail(own_op, change):
+    right, wrong = rows.check_rows(own_op), rows.check_rows(own_op, replace(rows.PLAN, **change))
+    assert right.measured <= right.bound < wrong.measured
+
+
+def output(tokens: str, margin: float = 1.0, **fields) -> dict:
+    return {"token_ids": list(tokens), "margins": [margin] * len(tokens)} | fields
+
+
+@pytest.mark.parametrize(
+    ("tokens", "margin", "different"), [("abc", 1.0, 0), ("abd", 1.0, 1), ("abd", 0.01, 0), ("xyz", math.nan, 1)]
+)
+def test_tokens_may_differ_only_where_two_are_equally_probable(tokens, margin, different):
+    assert judge_tokens([output(tokens)], [output("abc", margin)], noise=0.1).measured == different
+
+
+def fake_engines(**batches: dict) -> SimpleNamespace:
+    """Engines whose batches have these outputs; ``preemptions`` is a field of the output."""
+    named = {name.replace("_", " "): out for name, out in batches.items()}
+    result = {"batches": {name: {"outputs": [out], "preemptions": out["preemptions"]} for name, out in named.items()}}
+    run = SimpleNamespace(outputs=lambda name: [named[name]], result=lambda: result)
+    return SimpleNamespace(star=run, plain=run, noise=lambda: 0.1)
+
+
+@pytest.mark.parametrize(("calm", "preempted", "fine"), [(0, 2, True), (0, 0, False), (1, 2, False)])
+def test_a_preemption_check_without_a_preemption_fails(calm, preempted, fine):
+    first, second = output("ab", preemptions=calm), output("cd", preemptions=0)
+    engines = fake_engines(calm_1=first, calm_2=second, preempted=output("ab", preemptions=preempted))
+    engines.star.outputs = lambda name: {"calm 1": [first], "calm 2": []}.get(name, [output("ab")])
+    assert (engine_checks.check_preemption(engines).measured == 0) == fine
+
+
+@pytest.mark.parametrize(("warm", "cold", "fine"), [(576, 0, True), (320, 0, False), (0, 0, False), (576, 576, False)])
+def test_a_cache_check_without_cached_tokens_fails(warm, cold, fine):
+    fields = {"preemptions": 0}
+    engines = fake_engines(warm=output("ab", cached=warm, **fields), alone=output("ab", cached=cold, **fields))
+    assert (engine_checks.check_cached(engines, "warm", "alone").measured == 0) == fine
+
+
+def test_the_prompts_of_preemption_exceed_the_cache_and_half_of_them_fit():
+    batches = p.star_batches(model.VOCABULARY, num_decodes=63)
+    pages = {
+        name: sum(-(-(len(one["ids"]) + one["max_tokens"]) // p.PAGE_SIZE) for one in batch)
+        for name, batch in batches.items()
+    }
+    assert pages.pop("preempted") > p.NUM_PAGES
+    assert max(pages.values()) < p.NUM_PAGES, "one page is vLLM's null page"
+    assert all(0 <= token < model.VOCABULARY for batch in batches.values() for one in batch for token in one["ids"])
+
+
+def test_an_engine_that_crashes_fails_its_checks_and_is_started_once(monkeypatch):
+    starts = []
+
+    def crash(job, env):
+        starts.append(job)
+        raise EngineError("the engine's process ended with -11:\nSegmentation fault")
+
+    monkeypatch.setattr(engine_run, "run_engine", crash)
+    run = EngineRun({}, {})
+    for _ in range(2):
+        assert "Segmentation fault" in judge(Check("engine", run.result)).detail
+    assert len(starts) == 1
+    assert run.environment() == {"failed": "the engine's process ended with -11:"}
+
+
+def test_the_message_of_a_crash_is_what_the_process_printed():
+    with pytest.raises(EngineError, match="KeyError: 'engine'"):
+        engine_run.run_engine({"batches": {}}, {})
+
+
+def test_settings():
+    assert settings(gpu=False, quick=False) == settings(gpu=False, quick=True) == [Setting("V1", True)]
+    assert len(settings(gpu=True, quick=True)) == 1
+    every = settings(gpu=True, quick=False)
+    assert len(every) == 8 and len({setting.name() for setting in every}) == 8
+
+
+@pytest.mark.parametrize(("gpus", "reason"), [(0, "two are needed"), (1, "two are needed"), (2, "needs two servers")])
+def test_what_needs_two_gpus_is_skipped_with_the_reason(monkeypatch, gpus, reason):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    skipped = suite.skip_moved_pages()
+    assert isinstance(skipped, Skip) and reason in skipped.reason
+    assert (suite.two_gpus_missing() is None) == (gpus == 2)

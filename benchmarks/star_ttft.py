@@ -19,8 +19,9 @@ from rich.table import Table
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import median_ratio, saved_figure, write_json
+from starling.scheduler.star.counts import dense_keys, keys_attended
+from starling.scheduler.star.make_plan import make_plan
 from starling.scheduler.star.options import StarOptions, parse_options
-from starling.scheduler.star.plan import make_plan
 
 QUERY_TOKENS = 32
 PAGE_SIZE = 128  # vLLM's default on CPU
@@ -65,7 +66,7 @@ def measure(engine: Engine, length: int, options: dict[str, dict], repeats: int,
     rows = []
     for name, run in runs.items():
         plan = make_plan(length, StarOptions(), parse_options(options[name], flat=True), PAGE_SIZE)
-        keys = 1.0 if plan is None else plan.dense_keys() / plan.keys_attended()
+        keys = 1.0 if plan is None else dense_keys(plan.num_prompt_tokens) / keys_attended(plan)
         attention = median_ratio(dense["attention_seconds"], run["attention_seconds"])
         rows.append(
             {

@@ -32,9 +32,9 @@ from starling.replicas.options import ReplicaOptions, parse_replicas
 from starling.scheduler import options as scheduling_options
 from starling.scheduler.options import SchedulingOptions, parse_scheduling
 from starling.scheduler.star.block_layout import check_block_positions
+from starling.scheduler.star.make_plan import ReplicaSet, check_shards, max_replicas
 from starling.scheduler.star.options import StarOptions, parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import ReplicaSet, check_shards, max_replicas
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.segments import check_segment_options
 from starling.scheduler.star.sizes import check_sizes

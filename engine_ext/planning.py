@@ -21,11 +21,13 @@ from starling.engine_ext.refusals import (
     takes_overlap,
 )
 from starling.scheduler.star.block_layout import POSITIONS, TooMuchPadding, plan_blocks
+from starling.scheduler.star.counts import describe
 from starling.scheduler.star.known_segments import TOO_LONG, KnownSegments, with_known_segments
 from starling.scheduler.star.kv_demand import with_enough_replicas
+from starling.scheduler.star.make_plan import ReplicaSet, make_plan
 from starling.scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import ReplicaSet, StarPlan, describe, make_plan
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import default_num_shards
 from starling.scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
 

@@ -17,9 +17,9 @@ from starling.engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
 from starling.replicas.messages import nixl_problem
 from starling.replicas.options import replica_options
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
+from starling.scheduler.star.make_plan import ReplicaSet
 from starling.scheduler.star.options import flat_name
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR
 from starling.vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
 from starling.vllm_compat.engine_report import engine_reports

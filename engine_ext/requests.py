@@ -14,7 +14,6 @@ from starling.engine_ext.cache_salt import salted
 from starling.engine_ext.dense_prompts import SESSION, refuse_star_beams, why_dense
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.planning import PromptPlanner, rejection
-from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.options import is_star_key
 from starling.scheduler.star.parsing import OptionError
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
@@ -122,7 +121,7 @@ class RequestPlanner(PromptPlanner):
             planned = self.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None, reason)
         if self.config is None:
             return
-        if planned.padding_tokens or isinstance(planned.plan, BlockPositionsPlan):
+        if planned.padding_tokens or (planned.plan is not None and planned.plan.documents):
             _refuse_token_positions(params)
         if planned.padding_tokens:
             request.prompt_token_ids = planned.token_ids

@@ -21,7 +21,6 @@ from starling.engine_ext.refusals import has_peers, reads_all_caches, star_refus
 from starling.engine_ext.rotations import block_positions_problem, make_rotations
 from starling.replicas.metrics import replica_metrics
 from starling.replicas.weights import note_weights
-from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
 from starling.vllm_compat.models import without_prefill_checkpoints
@@ -213,7 +212,7 @@ def make_star_worker(base: type) -> type:
 
         def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:
             """Layer name -> how its queries are turned to the positions of a block, where a plan needs it."""
-            needed = any(isinstance(plan, BlockPositionsPlan) for plan in plans)
+            needed = any(plan.documents for plan in plans)
             return self._made_rotations() if needed else self.rotations
 
         def _made_rotations(self) -> dict[str, Rotation]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from starling.replicas.replica_state import replica_state
 from starling.replicas.weights import worker_digest
-from starling.scheduler.star.block_positions import plan_from_wire
+from starling.scheduler.star.plan import plan_from_wire
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.engine_core import add_core_utility
 from starling.vllm_compat.scheduler_view import SchedulerView

@@ -57,7 +57,7 @@ def replica_state(
 def _cached_blocks(pool: PagePool, page_hashes: list[Any], plan: StarPlan, page_size: int) -> dict[str, Any]:
     """Which star blocks of a prompt are cached; runs beside the engine's steps."""
     cached = np.array(pool.are_cached(page_hashes[: plan.context_end // page_size]), dtype=bool)
-    first_pages = [page for border in sorted({0, *plan.borders()}) if (page := border // page_size) < len(cached)]
+    first_pages = [page for border in plan.starts if (page := border // page_size) < len(cached)]
     return {
         "cached": np.logical_and.reduceat(cached, first_pages).tobytes() if first_pages else b"",
         "has_anchor": bool(len(cached)) and bool(cached[: plan.anchor_size // page_size].all()),

@@ -1,4 +1,4 @@
-"""Padding between blocks with positions of their own: the engine core adds it to a prompt, and takes it off again.
+"""Padding between documents: the engine core adds it to a prompt, and takes it off again.
 
 So the front, the client and vLLM's limits and statistics of a front count the prompt as the client sent it.
 """
@@ -10,30 +10,33 @@ from typing import Any
 
 import torch
 
-from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.client_tokens import client_indexes, pad
+from starling.scheduler.star.counts import num_client_tokens
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
 
 
-def block_positions_plan(request: Any) -> BlockPositionsPlan | None:
-    """The plan of a request whose blocks have positions of their own.
+def padded_plan(request: Any) -> StarPlan | None:
+    """The plan of a request whose prompt the engine core pads; None: it does not.
 
     None for a part of a prompt that is split over replicas: a front has padded that, and counts its tokens itself.
     """
     metadata = metadata_of(request)
-    return metadata.plan if isinstance(metadata.plan, BlockPositionsPlan) and metadata.part is None else None
+    plan = metadata.plan
+    return plan if plan is not None and plan.documents and metadata.part is None else None
 
 
 def with_padding(request: Any) -> Any:
     """An engine core's request with the padding of its plan; the request itself where there is none."""
-    plan = block_positions_plan(request)
+    plan = padded_plan(request)
     if plan is None:
         return request
     padded = copy.copy(request)
-    padded.prompt_token_ids = plan.pad(request.prompt_token_ids)
+    padded.prompt_token_ids = pad(plan, request.prompt_token_ids)
     return padded
 
 
-def without_padding(plan: BlockPositionsPlan, logprobs: Any) -> Any:
+def without_padding(plan: StarPlan, logprobs: Any) -> Any:
     """The log-probabilities of the prompt's tokens but the first, without those of padding.
 
     That of a block's first token is its log-probability behind the block before it, and its padding. No KV depends on
@@ -42,18 +45,19 @@ def without_padding(plan: BlockPositionsPlan, logprobs: Any) -> Any:
     Args:
         logprobs: vLLM's tensors, with a row for each token of the padded prompt but the first.
     """
-    rows = torch.from_numpy(plan.client_indexes()[1:] - 1)
+    rows = torch.from_numpy(client_indexes(plan)[1:] - 1)
     return logprobs.filter(rows)
 
 
-def count_client_tokens(plan: BlockPositionsPlan, stats: Any) -> None:
+def count_client_tokens(plan: StarPlan, stats: Any) -> None:
     """Change vLLM's prefill statistics of a request to tokens of the client's prompt.
 
     Padding that was computed counts as computed, so that it is not taken for a cache hit.
     """
-    computed = min(stats.num_prompt_tokens - stats.num_cached_tokens, plan.num_client_tokens)
-    cached = plan.num_client_tokens - computed
-    stats.num_prompt_tokens = plan.num_client_tokens
+    tokens = num_client_tokens(plan)
+    computed = min(stats.num_prompt_tokens - stats.num_cached_tokens, tokens)
+    cached = tokens - computed
+    stats.num_prompt_tokens = tokens
     stats.num_cached_tokens = cached
     stats.num_external_cached_tokens = min(stats.num_external_cached_tokens, cached)  # fetched from other replicas
     stats.num_local_cached_tokens = cached - stats.num_external_cached_tokens

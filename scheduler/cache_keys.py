@@ -18,6 +18,7 @@ the last pages of all blocks, so that its key stands for everything before it.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +53,8 @@ def chain_restarts(plan: StarPlan, page_size: int, start: int) -> Iterator[int]:
         start: a position; only pages behind it.
     """
     first_query_page = plan.context_end // page_size
-    pages = (border // page_size for border in plan.borders(start + 1))
-    yield from itertools.takewhile(lambda page: page < first_query_page, pages)
+    later = (plan.starts[number] // page_size for number in range(bisect_right(plan.starts, start), len(plan.starts)))
+    yield from itertools.takewhile(lambda page: page < first_query_page, later)
     if first_query_page * page_size > start:
         yield first_query_page
 
@@ -65,9 +66,9 @@ def parent_pages(plan: StarPlan, page_size: int, page: int) -> tuple[int, ...] |
     """
     start, first_query_page = page * page_size, plan.context_end // page_size
     if page == first_query_page:
-        ends = {page - 1, *(border // page_size - 1 for border in plan.borders() if border <= start)}
+        ends = {page - 1, *(border // page_size - 1 for border in plan.starts if border <= start)}
         return tuple(sorted(ends - {-1}))
-    if page > first_query_page or start < plan.head_end or plan.block_start(start) != start:
+    if page > first_query_page or start < plan.head_end or plan.starts[plan.block_of(start)] != start:
         return None
     return (plan.anchor_size // page_size - 1,) if plan.anchor_size else ()
 
@@ -112,7 +113,7 @@ def independent_block_hasher(page_size: int, hash_function: HashFunction) -> Has
             if parents is None:
                 parent = key_of(page - 1) if page else None
             else:  # vLLM has the salt in the first page alone, which the chain of a block without an anchor leaves out
-                place = plan.place_in_key(start)
+                place = None if plan.documents else start
                 parent = hash_function(("star", place, request.cache_salt, tuple(map(key_of, parents))))
                 extra = without_salt(extra)  # the first page may be a block, which has its key elsewhere too
             keys.append(hash_page(hash_function, parent, request.all_token_ids[start:end], extra))

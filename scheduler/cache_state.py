@@ -13,6 +13,8 @@ from typing import Any
 from vllm.v1.kv_cache_interface import AttentionSpec, get_kv_cache_spec_kind
 from vllm.v1.request import RequestStatus
 
+from starling.scheduler.star.client_tokens import blocks_done, client_index
+from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.scheduler_view import SchedulerView
@@ -164,14 +166,14 @@ def progress_of(request: Any) -> dict[str, int] | None:
     computed = min(SchedulerView.computed_tokens(request), request.num_prompt_tokens)
     own = max(computed, start)
     cached = max((SchedulerView.cached_tokens(request) or 0) - start, 0)
-    done = plan.client_index(own) - plan.client_index(start) if plan else own - start
+    done = client_index(plan, own) - client_index(plan, start) if plan else own - start
     return {
         "computed": done,
-        "prompt": plan.num_client_tokens if plan else request.num_prompt_tokens,
+        "prompt": num_client_tokens(plan) if plan else request.num_prompt_tokens,
         # As in a response's statistics: padding that was computed is no cache hit.
         "cached": max(done - (own - start - cached), 0),
-        "context": plan.client_index(plan.context_end) if plan else 0,
-        "star_blocks_done": plan.blocks_done(own) - plan.blocks_done(start) if plan else 0,
-        "star_blocks": plan.num_star_blocks if plan else 0,
+        "context": plan.client_starts[-1] if plan else 0,
+        "star_blocks_done": blocks_done(plan, own) - blocks_done(plan, start) if plan else 0,
+        "star_blocks": len(plan.starts) if plan else 0,
         "part": int(part is not None),
     }

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from typing import Any
 
 from starling.scheduler.cache_state import progress_of
-from starling.scheduler.star.plan import describe
+from starling.scheduler.star.counts import describe
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.scheduler_view import SchedulerView
 

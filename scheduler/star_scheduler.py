@@ -12,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler.block_padding import block_positions_plan, count_client_tokens, with_padding, without_padding
+from starling.scheduler.block_padding import count_client_tokens, padded_plan, with_padding, without_padding
 from starling.scheduler.block_reuse import BlockReuse, reuse_refusal
 from starling.scheduler.cache_keys import independent_block_hasher, page_key
 from starling.scheduler.cache_state import cache_state, compressed_groups, states_used
@@ -22,9 +22,9 @@ from starling.scheduler.metrics import cache_metrics, scheduler_metrics
 from starling.scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_scheduling
 from starling.scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
 from starling.scheduler.quarantine import Quarantine
-from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.options import parse_options
 from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
 from starling.scheduler.star.sizes import check_sizes
 from starling.scheduler.step_budget import make_limits
@@ -74,7 +74,7 @@ class StarMixin(SchedulerHooks):
         self.metrics = scheduler_metrics()
         self.quarantine = Quarantine(self.view)
         self.is_stalled = False  # nothing was scheduled in the last step, and nothing runs
-        self.padded: dict[str, BlockPositionsPlan] = {}  # by request
+        self.padded: dict[str, StarPlan] = {}  # by request
         self.live: LiveRequests | None = None  # while somebody looks at the live page
         self.compressed = compressed_groups(self)
         if self.compressed:
@@ -121,7 +121,7 @@ class StarMixin(SchedulerHooks):
         name: str = request.request_id
         if self.requests.get(name) is not request:  # more input of a session
             return
-        padded = block_positions_plan(request)
+        padded = padded_plan(request)
         if padded is not None:
             self.padded[name] = padded
         remote = metadata_of(request).remote

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from starling.scheduler.options import MIN_CHUNK, SchedulingOptions
-from starling.scheduler.star.plan import StarPlan, count_pairs
+from starling.scheduler.star.counts import count_pairs
+from starling.scheduler.star.plan import StarPlan
 
 KEYS_PER_TOKEN = 49152
 

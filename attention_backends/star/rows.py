@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from starling.scheduler.star.block_positions import BlockKeys, BlockPositionsPlan
-from starling.scheduler.star.plan import KeyRanges, StarPlan, count_pairs
+from starling.scheduler.star.counts import count_pairs
+from starling.scheduler.star.plan import DocumentKeys, KeyRanges, StarPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class VirtualRows:
 
 def is_split(plan: StarPlan, start: int) -> bool:
     """Whether the tokens of a plan's prompt from position ``start`` on are split into virtual rows."""
-    return start < plan.context_end or isinstance(plan, BlockPositionsPlan)
+    return start < plan.context_end or plan.document_keys is not None
 
 
 def split_rows(
@@ -135,7 +135,7 @@ def split_rows(
     gathered: list[int] = []
     columns: list[np.ndarray] = []
     remote: list[RemoteKeys] = []
-    turned: list[tuple[int, int, BlockKeys]] = []
+    turned: list[tuple[int, int, DocumentKeys]] = []
     context_tokens = star_pairs = dense_pairs = 0
     for row, (plan, start, end, span) in enumerate(zip(plans, starts, seq_lens, remote_spans, strict=True)):
         pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
@@ -143,13 +143,13 @@ def split_rows(
         for piece_start, piece_end, keys in pieces:
             in_context, block_start = False, 0
             if plan is not None and piece_start < plan.context_end:
-                in_context, block_start = True, plan.block_start(piece_start)
+                in_context, block_start = True, plan.starts[plan.block_of(piece_start)]
                 queries = piece_end - piece_start
                 context_tokens += queries
                 star_pairs += count_pairs(queries, keys)
                 dense_pairs += count_pairs(queries, ((0, piece_end),))
-            elif isinstance(plan, BlockPositionsPlan):
-                blocks = plan.block_keys
+            elif plan is not None and plan.document_keys is not None:
+                blocks = plan.document_keys
                 is_remote = (blocks.starts >= first_remote) & (blocks.starts < stop_remote)
                 turned.append((len(source), row, blocks.where(~is_remote)))
                 if is_remote.any():
@@ -188,7 +188,7 @@ def split_rows(
     )
 
 
-def _turned_keys(rows: list[tuple[int, int, BlockKeys]], page_size: int) -> TurnedKeys | None:
+def _turned_keys(rows: list[tuple[int, int, DocumentKeys]], page_size: int) -> TurnedKeys | None:
     """The keys of (virtual row, batch row, blocks)s; None where there is no such row."""
     if not rows:
         return None

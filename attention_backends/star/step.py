@@ -20,7 +20,6 @@ from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.attention_backends.star.turned import OwnRows, TurnedAttention, make_turned_rows
-from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RemoteShards
 
@@ -190,9 +189,9 @@ class StarStep:
         self._request_ids = ids
         starts = np.cumsum([0, *query_lens]).tolist()
         self._positions = [
-            (first, plan.positions(end - queries, end))
+            (first, positions)
             for plan, first, queries, end in zip(plans, starts, query_lens, seq_lens, strict=False)
-            if isinstance(plan, BlockPositionsPlan)
+            if plan is not None and (positions := plan.positions(end - queries, end)) is not None
         ]
         self.has_unset_positions = bool(self._positions)
         spans = [self.remote[name].span() if name in self.remote else None for name in ids] + [None] * len(padding)

@@ -14,8 +14,9 @@ from benchmarks.agents.playback import Playback
 from benchmarks.agents.trace import Shape, make_trace
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
+from starling.scheduler.star.make_plan import make_plan
 from starling.scheduler.star.options import parse_options
-from starling.scheduler.star.plan import StarPlan, make_plan
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 
 PAGE, STEP = 64, 8192

@@ -15,8 +15,8 @@ from starling.engine_ext.front.held_pages import HeldPages
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
 from starling.replicas.core_rpc import IS_PAUSED, RELEASE, REPLICA_STATE
-from starling.scheduler.star.block_positions import BlockPositionsPlan
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.client_tokens import block_range
+from starling.scheduler.star.plan import StarPlan, plan_to_wire
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.v1 import replica_pb2 as pb
 from starling.vllm_compat.front import run_internal_request
@@ -64,7 +64,6 @@ class SplitPrompt:
         Raises:
             ValueError: a token or the priority is no number that a server takes.
         """
-        blocks = self.plan.blocks if isinstance(self.plan, BlockPositionsPlan) else ()
         return pb.PrefillPartRequest(
             prompt={
                 "request_id": self.request_id,
@@ -74,13 +73,13 @@ class SplitPrompt:
                 "context_end": self.plan.context_end,
                 "cache_salt": self.inputs.get("cache_salt"),
                 "priority": self.keywords.get("priority", 0),
-                "blocks": [{"start": start, "stop": stop} for start, stop in blocks],
+                "blocks": [{"start": start, "stop": stop} for start, stop in self.plan.documents],
             }
         )
 
     def part(self, first_block: int, stop_block: int) -> tuple[int, int]:
         """The positions [start, stop) of some star blocks, as far as they are whole pages."""
-        start, stop = self.plan.block_range(first_block, stop_block)
+        start, stop = block_range(self.plan, first_block, stop_block)
         return start, max(stop // self.page_size * self.page_size, start)
 
 
@@ -174,7 +173,7 @@ class EngineReplica:
         return bool(await self.call(IS_PAUSED))
 
     async def state(self) -> dict[str, Any]:
-        plan, salt = self.prompt.plan.to_wire(), self.prompt.inputs.get("cache_salt")
+        plan, salt = plan_to_wire(self.prompt.plan), self.prompt.inputs.get("cache_salt")
         state: dict[str, Any] = await self.call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt)
         self.has_anchor = state["has_anchor"]
         return state

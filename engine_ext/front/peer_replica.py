@@ -76,7 +76,7 @@ class PeerReplica:
         self._call = self.peer.prefill_part()
         response = await self._exchange(message, STATE_SECONDS)
         state = response.state
-        if len(state.cached) > self.prompt.plan.num_star_blocks or not set(state.cached) <= {0, 1}:
+        if len(state.cached) > len(self.prompt.plan.starts) or not set(state.cached) <= {0, 1}:
             raise self._lose("its state is not that of this prompt")
         return {"cached": state.cached, "has_anchor": state.has_anchor, "queued_tokens": state.queued_tokens}
 

@@ -45,6 +45,7 @@ from starling.engine_ext.requests import PLANNED
 from starling.replicas.core_rpc import CANCEL_FETCH, OPEN_SHARD
 from starling.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
+from starling.scheduler.star.client_tokens import pad, work
 from starling.scheduler.star.kv_demand import KVDemand
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
@@ -126,7 +127,7 @@ class SplitPrefill:
         self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
         self.tasks: list[asyncio.Task] = []  # the request's end cancels them
         self.under_way: set[asyncio.Future] = set()  # parts and the reservation, which end with their tasks
-        padded = self.plan.pad(planned.token_ids)
+        padded = pad(self.plan, planned.token_ids)
         shared = SplitPrompt(request_id, padded, self.plan, self.page_size, prompt, keywords)
         self.engines = {
             rank: EngineReplica(engine, rank, shared, self.held, self.under_way)
@@ -209,7 +210,7 @@ class SplitPrefill:
         ranks = list(states)
         anchor_work = self.plan.anchor_size / self.plan.block_size
         own = 0 if self.peers else None  # the client's connection is to this server
-        by_index = assign_blocks(self.plan.block_sizes, anchor_work, list(states.values()), self.plan.replicas, own)
+        by_index = assign_blocks(work(self.plan), anchor_work, list(states.values()), self.plan.replicas, own)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
         self._choose_lenders(assignments)

@@ -8,9 +8,11 @@ from typing import Any
 
 from starling.evaluation.plans import Plan, parse_plan
 from starling.evaluation.prompts import Prompt
+from starling.scheduler.star.counts import dense_keys, keys_attended
+from starling.scheduler.star.make_plan import make_plan
 from starling.scheduler.star.options import FIELD_OF, PREFIX, parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import StarPlan, make_plan
+from starling.scheduler.star.plan import StarPlan
 
 NO_DEFAULTS = parse_options({}, flat=True)
 BLOCKS = (3, 4, 8, 16)
@@ -68,7 +70,7 @@ def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Can
         if one != default:
             raise refused("would get another plan from a server with these options: a default query is at most half")
         numbers[prompt.name] = one
-    cost = sum(one.keys_attended() / one.dense_keys() for one in numbers.values()) / len(numbers)
+    cost = sum(keys_attended(one) / dense_keys(one.num_prompt_tokens) for one in numbers.values()) / len(numbers)
     if cost >= 1:
         raise ValueError(f"plan={plan.name!r} is refused: it attends to all keys that dense attends to")
     return Candidate(plan, cost, numbers)

@@ -15,6 +15,7 @@ from starling.evaluation.tuning.bounds import upper_bound
 from starling.evaluation.tuning.candidates import Candidate
 from starling.evaluation.tuning.halving import rounds, why_dropped
 from starling.evaluation.tuning.measures import Measure
+from starling.scheduler.star.counts import summary
 
 COMPARED = ("block_size", "anchor_size", "overlap_size", "context_end")
 
@@ -149,7 +150,7 @@ class Tuner:
 
 def check_numbers(answer: Answer, candidate: Candidate) -> None:
     """Refuse (ServerError) an answer under another plan than a server with the candidate's options would make."""
-    expected, found = candidate.numbers[answer.prompt].summary(), answer.server_plan or {}
+    expected, found = summary(candidate.numbers[answer.prompt]), answer.server_plan or {}
     for name in (*COMPARED, "prompt_tokens"):
         if found.get(name) != expected[name]:
             raise ServerError(

@@ -12,10 +12,11 @@ from dataclasses import replace
 from itertools import pairwise
 
 from starling.scheduler.star.assignment import best_num_replicas_of
-from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.client_tokens import work
+from starling.scheduler.star.make_plan import ONE_REPLICA, ReplicaSet, check_shards, find_context_end, max_replicas
 from starling.scheduler.star.options import StarOptions, flat_name, merge
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import ONE_REPLICA, ReplicaSet, check_shards, find_context_end, max_replicas
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.segments import (
     TokenLimits,
     check_block_size,
@@ -39,7 +40,7 @@ def plan_blocks(
     page_size: int,
     limits: TokenLimits,
     replicas: ReplicaSet = ONE_REPLICA,
-) -> BlockPositionsPlan | None:
+) -> StarPlan | None:
     """The plan of a prompt with ``positions`` = ``block``.
 
     Args:
@@ -74,9 +75,9 @@ def plan_blocks(
     # A page each at least: known before each segment is looked at.
     refuse_padding(len(token_ids), len(starts) * page_size, limits, page_size, " or more")
     pieces = cut(starts, context_end, block_size)
-    head = pieces[0][1]
-    if len(pieces) - (not head) < 2:
+    if len(pieces) < 2:
         return None
+    head = pieces[0][1] if not starts or starts[0] else 0
     anchor_size, _ = find_anchor_and_overlap(options, given, block_size, page_size, independent=True)
     anchor_size = min(anchor_size, head // page_size * page_size)
     blocks, padded_end = lay_out(pieces, page_size)
@@ -85,10 +86,10 @@ def plan_blocks(
     padding = options.padding_token
     if padding is None:
         padding = default_padding(options.segment_token if starts else None, head, token_ids)
-    plan = BlockPositionsPlan(block_size, anchor_size, 0, padded_end, padded, blocks=blocks, padding_token=padding)
+    plan = StarPlan(block_size, anchor_size, 0, padded_end, padded, documents=blocks, padding_token=padding)
     if limit == 1:
         return plan
-    number = best_num_replicas_of(plan.block_sizes, anchor_size / block_size, limit)
+    number = best_num_replicas_of(work(plan), anchor_size / block_size, limit)
     return replace(plan, replicas=number, shards=number > 1 and options.shards == "on")
 
 
@@ -130,7 +131,7 @@ def default_padding(mark: int | None, head: int, token_ids: list[int]) -> int:
 
 
 def cut(starts: Sequence[int], context_end: int, block_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each block of a context. The first one is the head: what is before the first segment, or empty.
+    """(start, stop) of each block of a context. The first one is the head, unless a segment starts at 0.
 
     Args:
         starts: where segments start, ascending and below ``context_end``.
@@ -138,7 +139,7 @@ def cut(starts: Sequence[int], context_end: int, block_size: int) -> list[tuple[
     """
     borders = [*starts, context_end]
     head = min(borders[0], block_size)
-    pieces = [(0, head)]
+    pieces = [(0, head)] if head else []
     for start, stop in pairwise(sorted({head, *borders})):
         pieces += [(first, min(first + block_size, stop)) for first in range(start, stop, block_size)]
     return pieces

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from starling.scheduler.star.assignment import Assignment, replicas_needed
+from starling.scheduler.star.client_tokens import block_range, work
 from starling.scheduler.star.options import flat_name
 from starling.scheduler.star.parsing import OptionError
 from starling.scheduler.star.plan import StarPlan
@@ -42,7 +43,7 @@ class KVDemand:
         """
         num_pages: dict[int, int] = {}
         for number, assignment in enumerate(assignments):
-            start, stop = self.plan.block_range(assignment.first, assignment.stop)
+            start, stop = block_range(self.plan, assignment.first, assignment.stop)
             tokens = stop - start
             if number:
                 beside = self.plan.anchor_size // self.page_size
@@ -72,10 +73,10 @@ def with_enough_replicas(plan: StarPlan, page_size: int, num_pages: int, max_rep
         OptionError: ``max_replicas`` are not enough.
     """
     room = KVDemand(plan, page_size, {0: num_pages}).max_blocks(0)
-    needed = replicas_needed(plan.block_sizes, room, max_replicas)
+    needed = replicas_needed(work(plan), room, max_replicas)
     if needed is None:
         reason = (
-            f"{plan.block_sizes.sum():g} star blocks of {plan.block_size} tokens, anchor and query need more KV memory "
+            f"{work(plan).sum():g} star blocks of {plan.block_size} tokens, anchor and query need more KV memory "
             f"than {max_replicas} replicas of {num_pages} pages of {page_size} tokens have"
         )
         raise OptionError(flat_name("shards"), "on", reason, "a shorter prompt, smaller blocks, or more memory")

@@ -1,32 +1,89 @@
-"""The star plan of one prompt: a few numbers, made once. All later stages follow from them."""
+"""The star plan of one prompt: a list of blocks, made once. All later stages read it.
+
+A block has a start and an end in the engine's prompt, the position at which its first token is computed, and ranges
+that its tokens see beside themselves. There are two kinds of plan:
+
+- Blocks of one size. Each token is computed at its place in the prompt. With an overlap, a block sees the end of the
+  block before it.
+- Documents: blocks of any length. The tokens of a block are computed at the positions behind the anchor, A, A + 1, ...,
+  wherever the block stands. So its KV depends on the anchor and on its own tokens alone, and one page serves every
+  prompt that has the block. The query and the output see true distances: rotary embeddings are a group, so the score of
+  a query at position p and a key whose token truly stands at g + j, but was computed at A + j, is that of the query
+  turned back by g - A positions (arXiv 2104.09864, section 3.4.2).
+
+Each document starts on a KV page. Slots between its end and its page's end hold padding: tokens that the engine
+computes, which no token of the prompt sees and no position counts. The engine core adds them (client_tokens.py).
+So a place in the engine's prompt is called an index here. vLLM's scheduler and workers call it a position, and find the
+KV page of a token by it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
-from typing import Any
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from starling.scheduler.star.assignment import best_num_replicas
-from starling.scheduler.star.options import StarOptions, flat_name, merge
-from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size, has_default_overlap
-
-DEFAULT_QUERY_TOKENS = 512
-
 KeyRanges = tuple[tuple[int, int], ...]
-"""Half-open ranges of prompt positions, ascending and disjoint; every start is page-aligned."""
+"""Half-open ranges of indexes, ascending and disjoint; every start is page-aligned."""
+
+
+class Block(NamedTuple):
+    """A star block.
+
+    Attributes:
+        start: index of its first token, on a page border.
+        end: index behind its last token.
+        position: at which its first token is computed; its other tokens follow.
+        sees: what its tokens see of the prompt before ``start``.
+    """
+
+    start: int
+    end: int
+    position: int
+    sees: KeyRanges
+
+
+@dataclass(frozen=True)
+class DocumentKeys:
+    """What the query sees of documents, one entry for each document; all in tokens.
+
+    Attributes:
+        starts: (N,) int64, index of the first token; on a page border.
+        lengths: (N,) int64, tokens.
+        turns: (N,) int64, by how many positions the first token truly stands behind where it was computed.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    turns: np.ndarray
+
+    def where(self, chosen: np.ndarray) -> DocumentKeys:
+        """Some of the documents, given by (N,) bool."""
+        return self if chosen.all() else DocumentKeys(self.starts[chosen], self.lengths[chosen], self.turns[chosen])
 
 
 @dataclass(frozen=True)
 class StarPlan:
-    """How one prompt is prefilled (arXiv 2411.17116, section 2); all sizes in tokens.
+    """How one prompt is prefilled (arXiv 2411.17116, section 2); sizes in tokens, places are indexes.
 
-    Positions below ``context_end`` are the context, cut into star blocks of ``block_size``. All later positions, the
-    query and the generated tokens, attend to everything before them. The blocks are split over up to ``replicas``
-    engine replicas, which does not change what is computed. With ``shards`` the KV of the blocks stays on these
-    replicas, and later positions attend on each of them.
+    Indexes below ``context_end`` are the context, which is cut into blocks. The query and the generated tokens behind
+    it attend to the whole context. The blocks are split over up to ``replicas`` engine replicas, which does not change
+    what is computed. With ``shards`` the KV of the blocks stays on these replicas, and later tokens attend on each of
+    them.
+
+    Attributes:
+        block_size: of blocks of one size; else no block is longer.
+        anchor_size: the first tokens of the prompt that every block sees.
+        overlap_size: tokens of the block before it that a block sees; 0 with documents.
+        num_prompt_tokens: of the engine's prompt.
+        documents: start and end of each block, where blocks are documents; else none. With an anchor the first block is
+            the head, the tokens before the first document.
+        padding_token: fills the slots between documents.
     """
 
     block_size: int
@@ -36,316 +93,127 @@ class StarPlan:
     num_prompt_tokens: int
     replicas: int = 1
     shards: bool = False
+    documents: tuple[tuple[int, int], ...] = ()
+    padding_token: int = 0
 
-    @property
-    def num_star_blocks(self) -> int:
-        return -(-self.context_end // self.block_size)
+    @cached_property
+    def starts(self) -> Sequence[int]:
+        """The start of each block."""
+        if self.documents:
+            return [start for start, _ in self.documents]
+        return range(0, self.context_end, self.block_size)
 
-    @property
-    def block_sizes(self) -> np.ndarray:
-        """(num_star_blocks,) float64: the memory, and about the work, of each block, 1 for ``block_size`` tokens."""
-        return np.ones(self.num_star_blocks)
+    def block(self, number: int) -> Block:
+        """The block of a number, counted from 0."""
+        start = self.starts[number]
+        if self.documents:
+            end, near = self.documents[number][1], start
+        else:
+            end, near = min(start + self.block_size, self.context_end), max(0, start - self.overlap_size)
+        if start < self.head_end or not start:
+            return Block(start, end, start, ())
+        position = self.anchor_size if self.documents else start
+        if near <= self.anchor_size:
+            return Block(start, end, position, ((0, start),))
+        sees = ((0, self.anchor_size), (near, start))
+        return Block(start, end, position, tuple((first, stop) for first, stop in sees if first < stop))
 
-    def block_range(self, first: int, stop: int) -> tuple[int, int]:
-        """The positions [start, end) of star blocks ``first`` to ``stop - 1``."""
-        return first * self.block_size, min(stop * self.block_size, self.context_end)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether phase 1 is plain causal attention: with one block it is, and so is everything after it."""
-        return self.context_end <= self.block_size
-
-    @property
-    def num_client_tokens(self) -> int:
-        """Tokens of the prompt as the front gave it to the engine core."""
-        return self.num_prompt_tokens
-
-    def client_index(self, index: int) -> int:
-        """How many of these tokens are before a position."""
-        return index
-
-    def pad(self, token_ids: list[int]) -> list[int]:
-        """The prompt as the engine core computes it."""
-        return token_ids
+    def block_of(self, index: int) -> int:
+        """The number of the block of an index of the context."""
+        return bisect_right(self.starts, index) - 1
 
     @property
     def head_end(self) -> int:
-        """Where block 0 ends. Before it, KV is that of dense attention."""
-        return self.block_size
+        """Before this index, KV is that of dense attention."""
+        if not self.documents:
+            return self.block_size
+        return self.documents[1][0] if self.anchor_size else 0
 
-    def block_start(self, position: int) -> int:
-        """Where the star block of a context token starts."""
-        return position // self.block_size * self.block_size
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(number of blocks,) int64: the tokens of each block."""
+        if self.documents:
+            return np.asarray([end - start for start, end in self.documents], dtype=np.int64)
+        starts = np.arange(0, self.context_end, self.block_size, dtype=np.int64)
+        return np.minimum(self.block_size, self.context_end - starts)
 
-    def borders(self, first: int = 0) -> Iterable[int]:
-        """Where the star blocks behind block 0 start, those from position ``first`` on."""
-        start = max(-(-first // self.block_size), 1) * self.block_size
-        return range(start, self.context_end, self.block_size)
+    @cached_property
+    def client_starts(self) -> list[int]:
+        """Index of each block's first token in the prompt as the client sent it; last, that of the query's."""
+        return [0, *np.cumsum(self.lengths).tolist()]
+
+    def split(self, start: int, end: int) -> Iterator[tuple[int, int, KeyRanges]]:
+        """Cut the query indexes ``[start, end)`` at block borders: (start, end, keys of the last one).
+
+        Within one piece, the token at an index sees the same ranges cut off behind the index: causal attention
+        aligned bottom-right over the concatenated ranges. What a piece behind documents sees of them is not in its
+        keys, but in ``document_keys``.
+        """
+        while start < end:
+            if start >= self.context_end:
+                yield start, end, (((self.context_end if self.documents else 0), end),)
+                return
+            number = self.block_of(start)
+            block = self.block(number)
+            stop = min(self.starts[number + 1] if number + 1 < len(self.starts) else self.context_end, end)
+            if block.sees and block.sees[-1][1] == block.start:
+                keys = (*block.sees[:-1], (block.sees[-1][0], stop))
+            else:
+                keys = (*block.sees, (block.start, stop))
+            yield start, stop, keys
+            start = stop
+
+    @cached_property
+    def document_keys(self) -> DocumentKeys | None:
+        """The documents as the query and the output see them; None: they see the context as it stands."""
+        if not self.documents:
+            return None
+        turns = np.asarray(self.client_starts[:-1], dtype=np.int64)
+        turns[1:] -= self.anchor_size  # the first block is the head, or there is no anchor
+        return DocumentKeys(np.asarray(self.starts, dtype=np.int64), self.lengths, turns)
+
+    def positions(self, start: int, end: int) -> np.ndarray | None:
+        """(end - start,) int64: the position at which each index of ``[start, end)`` is computed; None: the index."""
+        if not self.documents:
+            return None
+        index = np.arange(start, end, dtype=np.int64)
+        block = np.searchsorted(self.starts, index, side="right") - 1
+        own = index - np.asarray(self.starts)[block] + np.where(block > 0, self.anchor_size, 0)
+        return np.where(index < self.context_end, own, index - self.context_end + self.client_starts[-1])
 
     def page_key(self, start: int, end: int) -> str | None:
-        """What the KV of the page over positions ``[start, end)`` depends on beside its tokens and the pages before it.
+        """What the KV of the page over ``[start, end)`` depends on beside its tokens and the pages before it.
 
         None: on nothing, as under dense attention.
         """
         if start < self.head_end:
             return None
-        key = f"{self.block_size}:{self.anchor_size}:{self.overlap_size}"
-        return key if end <= self.context_end else f"{key}:{self.context_end}"
+        if not self.documents:
+            key = f"{self.block_size}:{self.anchor_size}:{self.overlap_size}"
+            return key if end <= self.context_end else f"{key}:{self.context_end}"
+        if end > self.context_end:
+            return f"block:{self.anchor_size}:{self._documents_digest}"
+        return f"block:{self.anchor_size}:{start - self.starts[self.block_of(start)]}"
 
-    def place_in_key(self, position: int) -> int | None:
-        """Where in the prompt a page is, if its KV depends on it, else None."""
-        return position
-
-    def key_ranges(self, star_block: int, end: int) -> KeyRanges:
-        """The keys of a context token of ``star_block`` whose position is ``end - 1``."""
-        own_start = star_block * self.block_size
-        near_start = max(0, own_start - self.overlap_size)
-        if near_start <= self.anchor_size:
-            return ((0, end),)
-        if not self.anchor_size:
-            return ((near_start, end),)
-        return ((0, self.anchor_size), (near_start, end))
-
-    def split(self, start: int, end: int) -> Iterator[tuple[int, int, KeyRanges]]:
-        """Cut the query positions ``[start, end)`` at block borders: (start, end, keys of the last one).
-
-        Within one piece, the token at position p sees the same ranges cut off after p: causal attention
-        aligned bottom-right over the concatenated ranges.
-        """
-        while start < end:
-            if start >= self.context_end:
-                yield start, end, ((0, end),)
-                return
-            star_block = start // self.block_size
-            stop = min((star_block + 1) * self.block_size, self.context_end, end)
-            yield start, stop, self.key_ranges(star_block, stop)
-            start = stop
-
-    def blocks_done(self, num_computed_tokens: int) -> int:
-        """Star blocks whose context tokens are all computed; the last one may be shorter than B."""
-        if num_computed_tokens >= self.context_end:
-            return self.num_star_blocks
-        return num_computed_tokens // self.block_size
-
-    def keys_attended(self) -> int:
-        """Query-key pairs of the whole prompt, per head and layer."""
-        return self._context_pairs() + self._pairs(self.context_end, self.num_prompt_tokens)
-
-    def dense_keys(self) -> int:
-        """Query-key pairs of the same prompt under dense causal prefill."""
-        return self.num_prompt_tokens * (self.num_prompt_tokens + 1) // 2
-
-    def context_keys_per_token(self) -> float:
-        """Keys that a context token attends to, on average."""
-        return self._context_pairs() / max(self.context_end, 1)
-
-    def _context_pairs(self) -> int:
-        """Query-key pairs of the context. All whole blocks have equally many, except for those that see all before."""
-        size, num_whole = self.block_size, self.context_end // self.block_size
-        first = min((self.anchor_size + self.overlap_size) // size + 1, num_whole)
-        ends = self._pairs(0, first * size) + self._pairs(num_whole * size, self.context_end)
-        return ends + (num_whole - first) * count_pairs(size, self.key_ranges(first, (first + 1) * size))
-
-    def _pairs(self, start: int, stop: int) -> int:
-        return sum(count_pairs(end - begin, keys) for begin, end, keys in self.split(start, stop))
-
-    def to_wire(self) -> list[int]:
-        """The plan as msgpack takes it; ``plan_from_wire`` (block_positions.py) makes the plan of it."""
-        return list(astuple(self))
-
-    def summary(self) -> dict[str, Any]:
-        """The plan as a response shows it to the client."""
-        return {
-            "star_blocks": self.num_star_blocks,
-            "block_size": self.block_size,
-            "anchor_size": self.anchor_size,
-            "overlap_size": self.overlap_size,
-            "context_end": self.context_end,
-            "prompt_tokens": self.num_prompt_tokens,
-            "replicas": self.replicas,
-            "shards": self.shards,
-            "positions": "prompt",
-            "keys_attended": self.keys_attended(),
-            "dense_keys": self.dense_keys(),
-            "keys_per_context_token": round(self.context_keys_per_token(), 1),
-        }
+    @cached_property
+    def _documents_digest(self) -> str:
+        """What the KV of the query depends on, beside the documents' pages: where their tokens end."""
+        return hashlib.sha256(repr(self.documents).encode()).hexdigest()[:32]
 
 
-def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -> dict[str, Any]:
-    """The plan, or that the prompt runs dense, as a response and the live page show it.
-
-    Args:
-        model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
-    """
-    dense = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
-    shown = dense if plan is None else {"attention": "star"} | plan.summary()
-    count_keys = getattr(model, "prompt_keys", None)
-    return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown
+NUMBERS = ("block_size", "anchor_size", "overlap_size", "context_end", "num_prompt_tokens", "replicas", "shards")
 
 
-@dataclass(frozen=True)
-class ReplicaSet:
-    """The replicas that one prompt may be split over.
-
-    Attributes:
-        size: the data-parallel replicas of the server; with peers, how many servers there may be.
-        split_refusal: why blocks can't be split over them; None where they can.
-        shards_refusal: why the KV of such blocks can't be attended to where it is; None where it can.
-        present: with peers, how many servers there are now; None: ``size``.
-    """
-
-    size: int = 1
-    split_refusal: str | None = None
-    shards_refusal: str | None = None
-    present: int | None = None
+def plan_to_wire(plan: StarPlan) -> list[Any]:
+    """The plan as msgpack takes it: numbers, and behind them the documents, if there are any."""
+    numbers = [getattr(plan, name) for name in NUMBERS]
+    return [*numbers, [list(one) for one in plan.documents], plan.padding_token] if plan.documents else numbers
 
 
-ONE_REPLICA = ReplicaSet()
-
-
-def count_pairs(num_queries: int, keys: KeyRanges) -> int:
-    """Query-key pairs of a causal piece of ``num_queries`` tokens whose last one sees all ``keys``."""
-    length = sum(stop - start for start, stop in keys)
-    return num_queries * length - num_queries * (num_queries - 1) // 2
-
-
-def make_plan(
-    num_prompt_tokens: int,
-    defaults: StarOptions,
-    request: StarOptions | None,
-    page_size: int,
-    replicas: ReplicaSet = ONE_REPLICA,
-) -> StarPlan | None:
-    """Resolve options to numbers for one prompt.
-
-    Args:
-        num_prompt_tokens: length of the prompt.
-        defaults: the server's options.
-        request: the request's own, or None where it gave none.
-        page_size: tokens of a KV page of the full-attention layers.
-        replicas: the server's replicas.
-
-    Returns:
-        The plan; None: the prompt runs dense. A prompt whose context fits in one star block does so in any mode.
-
-    Raises:
-        OptionError: an option does not fit the page, the block, the prompt or the replicas.
-    """
-    options = merge(defaults, request)
-    given: set[str] = set() if request is None else request.model_fields_set
-    if options.mode == "off":
-        for field in sorted(given - {"mode"}) if "mode" not in given else ():
-            reason = f"{flat_name('mode')} is off on this server, so it would have no effect"
-            raise OptionError(flat_name(field), getattr(options, field), reason, "with star=on or star=auto")
-        return None
-    block_size = find_block_size(options, num_prompt_tokens, page_size)
-    independent = needs_independent_blocks(options, replicas)
-    anchor_size, overlap_size = find_anchor_and_overlap(options, given, block_size, page_size, independent=independent)
-    limit = max_replicas(options, overlap_size, replicas)
-    if replicas.present is not None:
-        limit = min(limit, replicas.present)
-    if "shards" in given:
-        check_shards(options, overlap_size, replicas)
-    if options.mode == "auto" and num_prompt_tokens < options.min_tokens:
-        return None
-    context_end = find_context_end(options, given, num_prompt_tokens)
-    plan = StarPlan(block_size, anchor_size, overlap_size, context_end, num_prompt_tokens)
-    if plan.is_dense:
-        return None
-    if limit == 1:
-        return plan
-    number = best_num_replicas(plan.num_star_blocks, anchor_size / block_size, limit)
-    return replace(plan, replicas=number, shards=number > 1 and options.shards == "on")
-
-
-def needs_independent_blocks(options: StarOptions, replicas: ReplicaSet) -> bool:
-    """Whether blocks that need the block before them would turn off what the options or the server are for.
-
-    Segments are there to be reused behind an edit, and a server has several replicas to split prompts over them. Over
-    how many of them a prompt is split (``star_replicas``, peers that come and go) does not change what is computed.
-    """
-    has_segments = options.segment_token is not None or options.segments is not None
-    return has_segments or (replicas.size > 1 and replicas.split_refusal is None)
-
-
-def default_has_overlap(defaults: StarOptions, replicas: ReplicaSet) -> bool:
-    """Whether the blocks of a long prompt depend on one another if its request gives no options."""
-    independent = needs_independent_blocks(defaults, replicas)
-    return bool(defaults.overlap_size) or has_default_overlap(defaults, independent=independent)
-
-
-def max_replicas(options: StarOptions, overlap_size: int | None, replicas: ReplicaSet) -> int:
-    """Over how many replicas blocks may be split.
-
-    Raises:
-        OptionError: the options ask for more replicas than can be used.
-    """
-    if options.replicas == "auto":
-        return 1 if replicas.split_refusal or overlap_size else replicas.size
-    if options.replicas == 1:
-        return 1
-
-    def refused(reason: str, allowed: str) -> OptionError:
-        return OptionError(flat_name("replicas"), options.replicas, reason, allowed)
-
-    if options.replicas > replicas.size:
-        reason = f"this server has {replicas.size} (--data-parallel-size, --star-replica-peers)"
-        raise refused(reason, f"auto, or 1 to {replicas.size}" if replicas.size > 1 else "auto or 1")
-    if replicas.split_refusal:
-        raise refused(replicas.split_refusal, "auto or 1")
-    if overlap_size:
-        overlap = f"{flat_name('overlap_size')}={overlap_size}"
-        raise refused(
-            f"with {overlap} each block needs the one before it", f"auto or 1, or {flat_name('overlap_size')}=0"
-        )
-    return options.replicas
-
-
-def check_shards(options: StarOptions, overlap_size: int | None, replicas: ReplicaSet) -> None:
-    """Refuse ``shards`` where no prompt is split over several replicas, or its KV can't stay there.
-
-    Raises:
-        OptionError: with the reason.
-    """
-    if options.shards == "off":
-        return
-    overlap, number = flat_name("overlap_size"), flat_name("replicas")
-    for refused, reason in (
-        (replicas.size == 1, "this server has one replica (--data-parallel-size, --star-replica-peers)"),
-        (replicas.split_refusal, replicas.split_refusal),
-        (replicas.shards_refusal, replicas.shards_refusal),
-        (options.replicas == 1, f"{number}=1 keeps the prompt on one replica"),
-        (overlap_size, f"with {overlap}={overlap_size} each block needs the one before it, on one replica"),
-    ):
-        if refused:
-            raise OptionError(flat_name("shards"), options.shards, str(reason), "off")
-
-
-def find_context_end(options: StarOptions, given: set[str], num_prompt_tokens: int) -> int:
-    """The position at which a prompt's query starts.
-
-    Args:
-        given: the options that the request itself gave.
-
-    Raises:
-        OptionError: the request's context or query is longer than its prompt.
-
-    Where the request says where segments start, and not how long the query is, the query is the last segment.
-    """
-    for field in ("query_tokens", "context_tokens"):
-        value = getattr(options, field)
-        if field in given and value is not None and value > num_prompt_tokens:
-            raise OptionError(
-                flat_name(field),
-                value,
-                f"the prompt has only {num_prompt_tokens} tokens",
-                f"0 to {num_prompt_tokens}",
-            )
-    if isinstance(options.segments, tuple) and not given & {"query_tokens", "context_tokens"}:
-        return min(options.segments[-1], num_prompt_tokens - 1)
-    if options.context_tokens is not None:
-        return min(options.context_tokens, num_prompt_tokens - 1)
-    query_tokens = options.query_tokens
-    if query_tokens is None or "query_tokens" not in given:
-        query_tokens = min(DEFAULT_QUERY_TOKENS if query_tokens is None else query_tokens, num_prompt_tokens // 2)
-    return num_prompt_tokens - max(query_tokens, 1)
+def plan_from_wire(wire: Sequence[Any]) -> StarPlan:
+    """The plan that ``plan_to_wire`` gave."""
+    fields = dict(zip(NUMBERS, wire, strict=False))
+    if len(wire) > len(NUMBERS):
+        documents, fields["padding_token"] = wire[len(NUMBERS) :]
+        fields["documents"] = tuple((start, end) for start, end in documents)
+    return StarPlan(**fields)

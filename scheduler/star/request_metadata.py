@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from starling.scheduler.star.block_positions import plan_from_wire
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, plan_from_wire, plan_to_wire
 
 KEY = "starling"
 """The key in ``extra_args``."""
@@ -135,7 +134,7 @@ class RequestMetadata:
 
     def to_wire(self) -> dict[str, Any]:
         """The metadata as msgpack takes it."""
-        wire: dict[str, Any] = {} if self.plan is None else {"plan": self.plan.to_wire()}
+        wire: dict[str, Any] = {} if self.plan is None else {"plan": plan_to_wire(self.plan)}
         tasks = {"part": self.part, "fetch": self.fetch, "remote": self.remote}
         return wire | {name: asdict(task) for name, task in tasks.items() if task is not None}
 
@@ -144,7 +143,7 @@ class RequestMetadata:
         plan, part, fetch, remote = (wire.get(name) for name in ("plan", "part", "fetch", "remote"))
         made = None if plan is None else plan_from_wire(plan)
         return cls(
-            None if made is None or made.is_dense else made,
+            None if made is None or len(made.starts) < 2 else made,
             None if part is None else PromptPart(**part),
             None if fetch is None else PageFetch(tuple(PageSource(**source) for source in fetch["sources"])),
             None

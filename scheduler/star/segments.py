@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from starling.scheduler.star.make_plan import find_context_end
 from starling.scheduler.star.options import StarOptions, flat_name, merge, parse_options
 from starling.scheduler.star.parsing import OptionError, shown
-from starling.scheduler.star.plan import find_context_end
 from starling.scheduler.star.sizes import find_block_size
 
 SEGMENT_TOKEN = flat_name("segment_token")

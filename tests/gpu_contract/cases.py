@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.reference import star_mask
 from starling.attention_backends.star.rows import split_rows
-from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.plan import StarPlan
 
 HEAD_SIZE = 32
@@ -111,7 +111,7 @@ def expected(case: Case, drawn: Numbers, window: int | None = None) -> torch.Ten
         mask = positions[None] <= positions[:, None]
         if window is not None:
             mask &= positions[None] > positions[:, None] - window
-        elif isinstance(request.plan, BlockPositionsPlan):
+        elif request.plan and request.plan.documents:
             queries = drawn.queries[first : first + request.end - request.start].double()
             outs.append(over_blocks(request.plan, request, queries, key.double(), value.double()))
             first += len(queries)
@@ -142,7 +142,7 @@ def expected(case: Case, drawn: Numbers, window: int | None = None) -> torch.Ten
 
 
 def over_blocks(
-    plan: BlockPositionsPlan, request: Request, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    plan: StarPlan, request: Request, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
     """(tokens, H, D): the attention of a chunk of a prompt whose blocks have positions of their own.
 
@@ -152,7 +152,7 @@ def over_blocks(
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     true_start, keys_of_query = 0, []
-    for number, (start, stop) in enumerate(plan.blocks):
+    for number, (start, stop) in enumerate(plan.documents):
         turn = true_start - (plan.anchor_size if number else 0)
         keys_of_query.append((start, stop, turn if stop else 0))
         true_start += stop - start
@@ -161,8 +161,8 @@ def over_blocks(
         if index >= plan.context_end:
             parts = [*keys_of_query, (plan.context_end, index + 1, 0)]
         else:
-            number = max(block for block, (start, _) in enumerate(plan.blocks) if start <= index)
-            parts = [(plan.blocks[number][0], index + 1, 0)]
+            number = max(block for block, (start, _) in enumerate(plan.documents) if start <= index)
+            parts = [(plan.documents[number][0], index + 1, 0)]
             parts += [(0, plan.anchor_size, 0)] if number else []
         places = torch.cat([torch.arange(start, stop) for start, stop, _ in parts])
         turns = torch.cat([torch.full((stop - start,), turn) for start, stop, turn in parts])
@@ -181,19 +181,20 @@ def block_requests(draw: st.DrawFn, page_size: int, max_tokens: int, max_queries
     """A chunk, or a decode, of a prompt whose blocks have positions of their own."""
     lengths = draw(st.lists(st.integers(1, 3 * page_size), min_size=2, max_size=4))
     head = draw(st.sampled_from([0, *lengths[:1]]))
-    blocks, start = [(0, head)], -(-head // page_size) * page_size
+    blocks, start = [(0, head)] if head else [], -(-head // page_size) * page_size
     for length in lengths[1:] if head else lengths:
         if start + length < max_tokens:
             blocks.append((start, start + length))
             start += -(-length // page_size) * page_size
+    assume(len(blocks) > 1)
     queries = draw(st.integers(1, 9))
-    plan = BlockPositionsPlan(
+    plan = StarPlan(
         3 * page_size,
         draw(st.integers(0, head // page_size)) * page_size,
         0,
         start,
         start + queries,
-        blocks=tuple(blocks),
+        documents=tuple(blocks),
     )
     end = draw(st.one_of(st.integers(start + 1, start + queries + 2), st.integers(1, start + queries)))
     begin = draw(st.one_of(st.just(end - 1), st.integers(0, end - 1)))

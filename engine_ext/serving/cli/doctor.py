@@ -122,7 +122,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompts import chat_params
-    from starling.scheduler.star.plan import default_has_overlap
+    from starling.scheduler.star.make_plan import default_has_overlap
 
     args, _ = parse([model, *serve_options])
     args.model = model
@@ -316,8 +316,9 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
     Raises:
         OptionError: the server would refuse the prompt.
     """
+    from starling.scheduler.star.counts import describe
+    from starling.scheduler.star.make_plan import ONE_REPLICA, make_plan
     from starling.scheduler.star.options import StarOptions
-    from starling.scheduler.star.plan import ONE_REPLICA, describe, make_plan
 
     page_size = cache["page_tokens"]
     default = None if replicas is None else make_plan(num_tokens, star, None, page_size, replicas)

@@ -34,7 +34,6 @@ from starling.engine_ext.requests import RequestPlanner
 from starling.engine_ext.serving.grpc.arrivals import arriving
 from starling.engine_ext.serving.grpc.messages import abort
 from starling.scheduler.star.block_layout import lay_out
-from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.parsing import OptionError
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
@@ -84,15 +83,14 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
         VLLMValidationError: its plan is none that a server makes, or one that this server can't compute.
     """
     page_size = planner.page_size or 1
-    plan = StarPlan(message.block_size, message.anchor_size, 0, message.context_end, len(message.token_ids), replicas=2)
-    blocks = tuple((block.start, block.stop) for block in message.blocks)
-    if blocks:
-        plan = BlockPositionsPlan(**vars(plan), blocks=blocks)
-    if not is_served(plan, blocks, page_size):
+    documents = tuple((block.start, block.stop) for block in message.blocks)
+    sizes = (message.block_size, message.anchor_size, 0, message.context_end, len(message.token_ids))
+    plan = StarPlan(*sizes, replicas=2, documents=documents)
+    if not is_served(plan, page_size):
         reason = f"a peer sent a plan that does not fit its prompt, or KV pages of {page_size} tokens: {plan}"
         raise VLLMValidationError(reason, parameter="prompt")
     try:
-        refuse_block_positions(planner.vllm_config, "block" if blocks else "prompt")
+        refuse_block_positions(planner.vllm_config, "block" if documents else "prompt")
     except OptionError as error:
         raise VLLMValidationError(str(error), parameter="prompt") from None
     inputs = {"cache_salt": message.cache_salt} if message.HasField("cache_salt") else {}
@@ -101,20 +99,19 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     )
 
 
-def is_served(plan: StarPlan, blocks: tuple[tuple[int, int], ...], page_size: int) -> bool:
+def is_served(plan: StarPlan, page_size: int) -> bool:
     """Whether a plan is one that a server makes for its prompt."""
     sizes = (plan.block_size, plan.anchor_size)
     if not 0 < plan.context_end < plan.num_prompt_tokens or not plan.block_size or any(s % page_size for s in sizes):
         return False
-    if not blocks:
+    if not plan.documents:
         return plan.anchor_size <= plan.block_size
-    lengths = [stop - start for start, stop in blocks]
-    ends = [0, *accumulate(lengths)]
+    lengths = [end - start for start, end in plan.documents]
     return (
-        len(blocks) > 1
-        and all(0 < length <= plan.block_size for length in lengths[1:])
-        and plan.anchor_size <= lengths[0] <= plan.block_size
-        and lay_out(list(pairwise(ends)), page_size) == (blocks, plan.context_end)
+        len(lengths) > 1
+        and all(0 < length <= plan.block_size for length in lengths)
+        and plan.anchor_size <= lengths[0]
+        and lay_out(list(pairwise([0, *accumulate(lengths)])), page_size) == (plan.documents, plan.context_end)
     )
 
 
@@ -158,8 +155,8 @@ class Lease:
             What came after the part: a release; or grpc.aio.EOF, which a broken call can look like too.
         """
         first, stop = request.part.first_block, request.part.stop_block
-        if request.WhichOneof("step") != "part" or not first < stop <= self.prompt.plan.num_star_blocks:
-            reason = f"blocks {first} to {stop} are no part of {self.prompt.plan.num_star_blocks} blocks"
+        if request.WhichOneof("step") != "part" or not first < stop <= len(self.prompt.plan.starts):
+            reason = f"blocks {first} to {stop} are no part of {len(self.prompt.plan.starts)} blocks"
             raise VLLMValidationError(reason, parameter="part")
         start, end = self.prompt.part(first, stop)
         self.admission = admit(self.engine, self.prompt.request_id, 1, end - start)

@@ -21,7 +21,7 @@ from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.attention_backends.star.step import StarStep
 from starling.attention_backends.star.turned import make_turned_rows
 from starling.scheduler.star.block_layout import lay_out
-from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.client_tokens import client_index
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies
@@ -55,25 +55,25 @@ class Row:
 
     def positions(self) -> torch.Tensor:
         """At which position each token up to ``end`` is computed."""
-        if isinstance(self.plan, BlockPositionsPlan):
+        if self.plan and self.plan.documents:
             return torch.from_numpy(self.plan.positions(0, self.end))
         return torch.arange(self.end)
 
     def true_positions(self) -> torch.Tensor:
         """Where each token stands in the client's prompt."""
-        if isinstance(self.plan, BlockPositionsPlan):
-            return torch.tensor([self.plan.client_index(index) for index in range(self.end)])
+        if self.plan and self.plan.documents:
+            return torch.tensor([client_index(self.plan, index) for index in range(self.end)])
         return torch.arange(self.end)
 
     def mask(self) -> torch.Tensor:
         """(end, end) bool: which keys each token sees."""
         plan, end = self.plan, self.end
-        if not isinstance(plan, BlockPositionsPlan):
+        if not (plan and plan.documents):
             return mask_of(plan or StarPlan(PAGE_SIZE, 0, 0, 0, end), end)
         index = torch.arange(end)
-        block, real = torch.full((end,), len(plan.blocks)), index >= plan.context_end
-        for number, (start, stop) in reversed(list(enumerate(plan.blocks))):
-            limit = plan.blocks[number + 1][0] if number + 1 < len(plan.blocks) else plan.context_end
+        block, real = torch.full((end,), len(plan.documents)), index >= plan.context_end
+        for number, (start, stop) in reversed(list(enumerate(plan.documents))):
+            limit = plan.documents[number + 1][0] if number + 1 < len(plan.documents) else plan.context_end
             block[(index >= start) & (index < limit)] = number
             real[start:stop] = True
         in_context = (block[:, None] == block) | (index < plan.anchor_size)
@@ -84,7 +84,7 @@ def expected(row: Row, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     """(queries, heads, size): the attention of the row's queries, which behind a plan's context see true distances."""
     is_neox_style, rotary_dim = rotary
     own, true = row.positions(), row.true_positions()
-    is_query = torch.arange(row.end) >= (row.plan.context_end if isinstance(row.plan, BlockPositionsPlan) else row.end)
+    is_query = torch.arange(row.end) >= (row.plan.context_end if (row.plan and row.plan.documents) else row.end)
     key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
     scores = []
     for positions in (own, true):
@@ -142,11 +142,11 @@ class Batch:
         torch.testing.assert_close(self.run().double(), torch.cat(parts), rtol=1e-4, atol=1e-5)
 
 
-def plan_of(lengths: list[int], anchor_size: int = 0, query: int = 9) -> BlockPositionsPlan:
+def plan_of(lengths: list[int], anchor_size: int = 0, query: int = 9) -> StarPlan:
     """A plan with blocks of these lengths, the head first."""
-    ends = np.cumsum([0, *lengths]).tolist()
+    ends = np.cumsum([0, *filter(None, lengths)]).tolist()
     blocks, end = lay_out(list(pairwise(ends)), PAGE_SIZE)
-    return BlockPositionsPlan(64, anchor_size, 0, end, end + query, blocks=blocks)
+    return StarPlan(64, anchor_size, 0, end, end + query, documents=blocks)
 
 
 WITH_HEAD, HEADLESS = plan_of([10, 7, 1, 8, 5], 8), plan_of([0, 3, 12, 1])
@@ -222,8 +222,8 @@ def test_each_query_meets_each_block_once_in_calls_of_few_tokens(max_tokens, mon
             assert pages == list(range(pages[0], pages[0] + len(pages)))
     wanted = []
     for number, row in enumerate(MIXED):
-        if isinstance(row.plan, BlockPositionsPlan):
-            keys = row.plan.block_keys
+        if row.plan and row.plan.documents:
+            keys = row.plan.document_keys
             for index in range(max(row.start, row.plan.context_end), row.end):
                 token = int(starts[number]) + index - row.start
                 for start, length, turn in zip(keys.starts, keys.lengths, keys.turns, strict=True):

@@ -15,7 +15,7 @@ from starling.engine_ext.refusals import BLOCK_POSITIONS_RULES
 from starling.engine_ext.requests import KNOWN_SEGMENTS, PLANNED, RequestPlanner
 from starling.engine_ext.serving.grpc.messages import star_args
 from starling.engine_ext.serving.grpc.outputs import plan_message
-from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.known_segments import NO_CHAT, KnownSegments
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.v1 import inference_pb2 as pb
@@ -55,9 +55,9 @@ def test_a_request_has_its_plan_and_the_clients_tokens():
     extra = request.sampling_params.extra_args
     assert extra["theirs"] == 1 and not any(key.startswith("star_") for key in extra)
     plan = RequestMetadata.from_wire(msgspec.msgpack.decode(msgspec.msgpack.encode(extra[KEY]))).plan
-    assert isinstance(plan, BlockPositionsPlan)
-    assert plan.blocks == ((0, 40), (48, 68), (80, 85)) and plan.context_end == 96
-    assert (plan.anchor_size, plan.num_prompt_tokens, plan.num_client_tokens) == (32, 106, len(IDS))
+    assert plan and plan.documents
+    assert plan.documents == ((0, 40), (48, 68), (80, 85)) and plan.context_end == 96
+    assert (plan.anchor_size, plan.num_prompt_tokens, num_client_tokens(plan)) == (32, 106, len(IDS))
 
 
 def test_what_a_client_is_shown_counts_its_own_tokens():
@@ -85,7 +85,7 @@ def test_a_prompt_is_planned_once():
     assert request.sampling_params.extra_args[KEY] == RequestMetadata(made[PLANNED].plan).to_wire()
     shorter = processed(prompt_token_ids=IDS[30:])
     front.resolve(shorter, made)
-    assert RequestMetadata.from_wire(shorter.sampling_params.extra_args[KEY]).plan.num_client_tokens == len(IDS) - 30
+    assert num_client_tokens(RequestMetadata.from_wire(shorter.sampling_params.extra_args[KEY]).plan) == len(IDS) - 30
 
 
 def test_a_servers_default_leaves_prompts_that_can_not_use_it_at_the_prompts_positions():
@@ -94,14 +94,14 @@ def test_a_servers_default_leaves_prompts_that_can_not_use_it_at_the_prompts_pos
     many, few = [MARK, 1] * 20 + [1] * 30, IDS
     planned = front.plan({}, len(many), many)
     assert (planned.plan, planned.padding_tokens, planned.token_ids) == (None, 0, many)  # shorter than a block of 1,024
-    assert isinstance(front.plan({}, len(few), few).plan, BlockPositionsPlan)
+    assert front.plan({}, len(few), few).plan.documents
     smaller = front.plan({"star_block_size": 16}, len(many), many)
     assert (smaller.plan.context_end, smaller.plan.block_size) == (60, 16)
-    assert not isinstance(smaller.plan, BlockPositionsPlan)
+    assert not (smaller.plan and smaller.plan.documents)
     with pytest.raises(VLLMValidationError, match=r"takes 320 or more\. .*fewer segments"):
         front.plan({"star_positions": "block"}, len(many), many)
     images = front.plan({"star_block_size": 16}, len(IDS), None)
-    assert not isinstance(images.plan, BlockPositionsPlan) and images.plan.num_prompt_tokens == len(IDS)
+    assert not (images.plan and images.plan.documents) and images.plan.num_prompt_tokens == len(IDS)
 
 
 BORDERS = (40, 60, 65)
@@ -114,7 +114,7 @@ def test_offsets_messages_and_texts_have_one_plan():
     """That of marks at the same tokens, but for the token of the padding."""
     front, ids = planner(), [*IDS[:60], MARK, *IDS[61:65], *IDS[65:]]
     plan = front.plan(BY_OFFSETS, len(ids), ids).plan
-    assert (plan.blocks, plan.padding_token) == (((0, 40), (48, 68), (80, 85)), 1)
+    assert (plan.documents, plan.padding_token) == (((0, 40), (48, 68), (80, 85)), 1)
     marked = front.plan(OPTIONS, len(ids), ids).plan
     assert vars(plan) | {"padding_token": MARK} == vars(marked) and marked.padding_token == MARK
     auto = {"star": "on", "star_positions": "block", "star_segments": "auto"}
@@ -127,7 +127,7 @@ def test_offsets_messages_and_texts_have_one_plan():
 def test_a_front_hands_over_the_segments_that_it_knows():
     engine_input = {"type": "token", "prompt_token_ids": IDS, KNOWN_SEGMENTS: MESSAGES}
     made = planner(AUTO).prepare(engine_input, SamplingParams())
-    assert made[PLANNED].plan.blocks == ((0, 40), (48, 68), (80, 85))
+    assert made[PLANNED].plan.documents == ((0, 40), (48, 68), (80, 85))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_front_hands_over_the_segments_that_it_knows():
 def test_a_plan_says_why_a_prompt_has_no_segments_by_default(segments, reason):
     front = planner(AUTO | {"block_size": 32, "query_tokens": 10})
     planned = front.plan({}, len(IDS), IDS, None, segments)
-    assert planned.plan.blocks == ((0, 32), (32, 64), (64, 65)), "as without segments"
+    assert planned.plan.documents == ((0, 32), (32, 64), (64, 65)), "as without segments"
     shown = front.describe(planned)
     assert shown["segments_refusal"] == reason == plan_message(shown).segments_refusal
     with pytest.raises(VLLMValidationError, match=f"star_segments='auto' is refused: {reason}"):
@@ -163,7 +163,7 @@ def test_offsets_of_a_prompt_with_images_are_refused():
         with pytest.raises(VLLMValidationError, match="is refused: the prompt has images or embeddings"):
             planner().plan(given | {"star_segment_token": None}, len(IDS), None)
     images = planner(AUTO | {"block_size": 16}).plan({}, len(IDS), None, None, None)
-    assert not isinstance(images.plan, BlockPositionsPlan)
+    assert not (images.plan and images.plan.documents)
 
 
 def test_more_offsets_than_tokens_are_refused_before_they_are_read():
@@ -183,8 +183,8 @@ def test_a_prompt_is_split_over_replicas_unless_it_or_the_server_says_otherwise(
 def test_the_servers_default_leaves_prompts_with_images_the_positions_of_the_prompt():
     defaults = {"mode": "on", "positions": "block", "segment_token": MARK, "block_size": 16, "query_tokens": 10}
     front = planner(defaults)
-    assert isinstance(front.plan({}, len(IDS), IDS).plan, BlockPositionsPlan)
-    assert not isinstance(front.plan({}, len(IDS), None).plan, BlockPositionsPlan)
+    assert front.plan({}, len(IDS), IDS).plan.documents
+    assert not front.plan({}, len(IDS), None).plan.documents
     with pytest.raises(VLLMValidationError, match="star_positions='block' is refused: the prompt has images or"):
         front.plan({"star_positions": "block"}, len(IDS), None)
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from starling.scheduler.star.counts import summary
+from starling.scheduler.star.make_plan import make_plan
 from starling.scheduler.star.options import StarOptions, parse_options
-from starling.scheduler.star.plan import make_plan
 
 MAX_MODEL_LEN = 100_000
 END = 3  # the token that ends each output
@@ -103,7 +104,7 @@ class FakeServer:
         plan = make_plan(num_tokens, StarOptions(**self.defaults), request, self.page_size) if self.engages else None
         if plan is None:
             return {"attention": "dense", "prompt_tokens": num_tokens}
-        return {"attention": "star"} | plan.summary()
+        return {"attention": "star"} | summary(plan)
 
 
 class Listening(ThreadingHTTPServer):

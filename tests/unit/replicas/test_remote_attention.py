@@ -24,7 +24,7 @@ from starling.replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimit
 from starling.replicas.remote_attention_client import RemoteAttentionClient
 from starling.replicas.remote_attention_server import RemoteAttentionServer
 from starling.scheduler.star.block_layout import lay_out
-from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.client_tokens import block_range
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import Shard
 from starling.scheduler.worker_report import WorkerReport
@@ -42,7 +42,7 @@ def prompts(draw):
     context = draw(st.integers(block + PAGE_SIZE, 5 * block))
     length = context + draw(st.integers(1, 12))
     plan = StarPlan(block, anchor, 0, context, length, REPLICAS)
-    blocks = plan.num_star_blocks
+    blocks = len(plan.starts)
     own = draw(st.integers(1, blocks - 1)) if blocks > 1 else 1
     cuts = sorted({own, blocks, *draw(st.lists(st.integers(own, blocks), max_size=REPLICAS - 1))})
     shards = []
@@ -251,12 +251,12 @@ def test_blocks_with_positions_of_their_own_are_met_by_turned_queries_where_they
     lengths = [40, 20, 33, 31, 5, 64]
     ends = np.cumsum([0, *lengths]).tolist()
     blocks, end = lay_out(list(itertools.pairwise(ends)), CPU_PAGE)
-    plan = BlockPositionsPlan(64, 32, 0, end, end + 8, 3, True, blocks=blocks)
+    plan = StarPlan(64, 32, 0, end, end + 8, 3, True, documents=blocks)
     held = [(2, 4), (4, 6)]
     tables = [[4, 0, 6], [2, 5, 1]]
     shards = []
     for server, (first, stop), table, name in zip(servers, held, tables, "cd", strict=True):
-        start, last = plan.block_range(first, stop)
+        start, last = block_range(plan, first, stop)
         shards.append(Shard(name, start, last - start, [server.open(name, table)]))
     span = (shards[0].start, end)
     rows = split_rows([plan], [8], [end + 8], CPU_PAGE, [span])
@@ -273,7 +273,7 @@ def test_blocks_with_positions_of_their_own_are_met_by_turned_queries_where_they
         begin = blocks[first][0]
         for number in range(first, stop):
             start, last = blocks[number]
-            turn = int(plan.block_keys.turns[number])
+            turn = int(plan.document_keys.turns[number])
             assert turn == ends[number] - 32
             turned = turn_back(query, ANGLES.cos()[[turn] * 8], ANGLES.sin()[[turn] * 8], True)
             every, own = torch.ones(8, last - start, dtype=torch.bool), slice(start - begin, last - begin)

@@ -29,7 +29,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.random_llama import make_random_llama
 from starling.engine_ext import plugin
-from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 from tests.parity.harness import TINY
@@ -121,7 +121,7 @@ def token_fingerprints(ids: list[int], plan: StarPlan | None, origin: object = N
     Args:
         origin: what all states depend on beside the tokens: the adapter, the tenant.
     """
-    if isinstance(plan, BlockPositionsPlan):
+    if plan and plan.documents:
         return own_position_fingerprints(ids, plan, origin)
     found = np.zeros(len(ids), dtype=np.int64)
     state = fingerprint(origin)
@@ -139,17 +139,17 @@ def token_fingerprints(ids: list[int], plan: StarPlan | None, origin: object = N
     return found
 
 
-def own_position_fingerprints(ids: list[int], plan: BlockPositionsPlan, origin: object) -> np.ndarray:
+def own_position_fingerprints(ids: list[int], plan: StarPlan, origin: object) -> np.ndarray:
     """As token_fingerprints, where blocks have positions of their own; ``ids`` have the padding."""
     found = np.zeros(len(ids), dtype=np.int64)
-    starts = {start: number for number, (start, stop) in enumerate(plan.blocks) if start < stop}
+    starts = {start for start, _ in plan.documents if start >= plan.head_end}
     state = fingerprint(origin)
     for index, token in enumerate(ids):
-        if starts.get(index):
+        if index in starts:
             anchor = int(found[plan.anchor_size - 1]) if plan.anchor_size else 0
             state = fingerprint("own", origin, anchor, plan.anchor_size)
         elif index == plan.context_end:
-            state = fingerprint("query", [found[start:stop].tolist() for start, stop in plan.blocks])
+            state = fingerprint("query", [found[start:stop].tolist() for start, stop in plan.documents])
         state = fingerprint(state, token)
         found[index] = state
     return found
@@ -159,13 +159,13 @@ def visible_positions(plan: StarPlan | None, start: int, end: int) -> np.ndarray
     """The positions that the tokens ``[start, end)`` attend to."""
     keys = np.zeros(end, dtype=bool)
     for position in range(start, end):
-        if isinstance(plan, BlockPositionsPlan):
+        if plan and plan.documents:
             if position >= plan.context_end:
                 keys[plan.context_end : position + 1] = True
-                for first, stop in plan.blocks:
+                for first, stop in plan.documents:
                     keys[first:stop] = True
             else:
-                keys[max(first for first, _ in plan.blocks if first <= position) : position + 1] = True
+                keys[max(first for first, _ in plan.documents if first <= position) : position + 1] = True
                 keys[: min(plan.anchor_size, position + 1)] = True
         elif plan is None or position >= plan.context_end:
             keys[: position + 1] = True
@@ -253,8 +253,8 @@ class Engine:
         self.in_flight: list[tuple[Any, dict[str, list[int]]]] = []
 
     def add(self, name: str, plan: StarPlan | None, ids: list[int] | int = 300, **more: Any) -> Request:
-        if isinstance(plan, BlockPositionsPlan) and not isinstance(ids, int):
-            ids = plan.pad(ids)  # as the engine core does
+        if (plan and plan.documents) and not isinstance(ids, int):
+            ids = pad(plan, ids)  # as the engine core does
         request = make_request(name, plan, ids, self.page_size, **more)
         self.plans[name], self.prompts[name] = plan, list(request.prompt_token_ids)
         self.computed[name] = 0

@@ -17,6 +17,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
 from starling.scheduler.cache_keys import independent_block_hasher, page_key
+from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
 from starling.vllm_compat.prefix_cache import add_page_key, plain_request_hasher
 from tests.unit.masks import mask_of
@@ -51,7 +52,7 @@ class Prompt:
 
     def request(self):
         plan = self.layout.plan if self.layout else self.plan
-        ids = self.layout.plan.pad([*self.ids]) if self.layout else [*self.ids]
+        ids = pad(self.layout.plan, [*self.ids]) if self.layout else [*self.ids]
         request = fake_request(ids, plan, SALTS[self.tenant[0]])
         request.lora_request = ADAPTERS[self.tenant[1]]
         return request
@@ -66,7 +67,7 @@ class Prompt:
             return [None] * (len(self.ids) // PAGE_SIZE)
         blocks = [slot.block for slot in self.layout.slots[PAGE_SIZE - 1 :: PAGE_SIZE]]
         anchor, lengths = self.layout.anchor_size, tuple(self.layout.lengths)
-        return [lengths if block == QUERY else ("block", anchor) if block else "head" for block in blocks]
+        return [lengths if block == QUERY else ("block", anchor) if block or not anchor else "head" for block in blocks]
 
     def kv(self) -> list[tuple[int, ...]]:
         """The KV of each whole page: of its tokens in the last layer, which stands for all layers before."""
@@ -130,12 +131,12 @@ def batches(draw):
             ids[place] = 2 * PAD - 1 - ids[place]
             prompts.append(replace(prompt, ids=tuple(ids)))
         if draw(st.booleans()):  # the same tokens, with or without padding, under other plans
-            ids = tuple(draw(st.sampled_from([[*prompt.ids], layout.plan.pad([*prompt.ids])])))
+            ids = tuple(draw(st.sampled_from([[*prompt.ids], pad(layout.plan, [*prompt.ids])])))
             size = PAGE_SIZE * draw(st.integers(1, 3))
             near, overlap = (PAGE_SIZE * draw(st.integers(0, size // PAGE_SIZE)) for _ in range(2))
             plan = StarPlan(size, near, overlap, draw(st.integers(0, len(ids) - 1)), len(ids))
             plan = draw(st.sampled_from([None, plan, replace(plan, overlap_size=0)]))
-            prompts.append(Prompt(ids, None, None if plan is None or plan.is_dense else plan, tenant))
+            prompts.append(Prompt(ids, None, None if plan is None or (len(plan.starts) < 2) else plan, tenant))
     return prompts
 
 

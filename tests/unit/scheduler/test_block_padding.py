@@ -19,7 +19,7 @@ from vllm.v1.request import RequestStatus
 from starling.scheduler.block_padding import count_client_tokens, with_padding, without_padding
 from starling.scheduler.cache_state import prefill_progress
 from starling.scheduler.star.block_layout import lay_out
-from starling.scheduler.star.block_positions import BlockPositionsPlan
+from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
@@ -46,11 +46,11 @@ class Prompt:
         return [*self.head, *(token for one in self.documents for token in one), *self.question]
 
     @property
-    def plan(self) -> BlockPositionsPlan:
+    def plan(self) -> StarPlan:
         ends = np.cumsum([0, len(self.head), *map(len, self.documents)]).tolist()
         blocks, end = lay_out(list(pairwise(ends)), PAGE_SIZE)
         anchor = len(self.head) // PAGE_SIZE * PAGE_SIZE
-        return BlockPositionsPlan(256, anchor, 0, end, end + len(self.question), blocks=blocks, padding_token=PAD)
+        return StarPlan(256, anchor, 0, end, end + len(self.question), documents=blocks, padding_token=PAD)
 
 
 def prompt(*documents: list[int], head: list[int] = HEAD, seed: int = 9) -> Prompt:
@@ -97,7 +97,7 @@ def test_prompts_of_all_kinds_at_once(config):
     """In few pages, so that requests are preempted; dense and star requests with the same tokens are beside them."""
     engine = Engine(make_scheduler(config, StarScheduler, num_pages=32))
     first, second = prompt(A, B, C), prompt(C, D, A, D)
-    padded = first.plan.pad(first.ids)
+    padded = pad(first.plan, first.ids)
     for number in range(3):
         engine.add(f"first{number}", first.plan, first.ids, max_tokens=40)
         engine.add(f"second{number}", second.plan, second.ids, max_tokens=40)
@@ -140,8 +140,8 @@ def test_progress_counts_the_clients_tokens(config):
         states.append(prefill_progress(engine.scheduler, ["cold"])["cold"])
         engine.step()
     slots = [100 * step for step in range(len(states) - 1)] + [padded]
-    assert [state["computed"] for state in states] == [plan.client_index(slot) for slot in slots]
-    assert [state["star_blocks_done"] for state in states] == [plan.blocks_done(slot) for slot in slots]
+    assert [state["computed"] for state in states] == [client_index(plan, slot) for slot in slots]
+    assert [state["star_blocks_done"] for state in states] == [blocks_done(plan, slot) for slot in slots]
     assert all(state["prompt"] == len(one.ids) and state["context"] == len(one.ids) - QUERY for state in states)
     assert states[-1]["star_blocks_done"] == states[-1]["star_blocks"] == 4
     engine.run()
@@ -183,7 +183,7 @@ def test_prompt_logprobs_are_those_of_the_clients_tokens(config):
         }
         for outputs in scheduler.update_from_output(output, made).values():
             found |= {one.request_id: one.new_prompt_logprobs_tensors for one in outputs.outputs}
-    assert found["padded"].logprob_token_ids[:, 0].tolist() == plan.client_indexes()[1:].tolist()
+    assert found["padded"].logprob_token_ids[:, 0].tolist() == client_indexes(plan)[1:].tolist()
     assert len(found["padded"].logprobs) == len(one.ids) - 1
     assert found["dense"].logprob_token_ids[:, 0].tolist() == list(range(1, len(dense)))
 
@@ -206,7 +206,7 @@ def test_statistics_add_up_to_the_clients_prompt(data):
     assert 0 <= stats.num_external_cached_tokens <= fetched and stats.num_local_cached_tokens >= 0
     assert 0 <= stats.num_cached_tokens <= cached, "padding is no cache hit"
     kept = without_padding(plan, logprobs_of(plan.num_prompt_tokens))
-    assert kept.selected_token_ranks.tolist() == plan.client_indexes()[1:].tolist()
+    assert kept.selected_token_ranks.tolist() == client_indexes(plan)[1:].tolist()
 
 
 def test_the_engine_core_pads_a_copy():
@@ -229,7 +229,7 @@ def test_the_engine_core_pads_a_copy():
     sent = request(one.plan)
     padded = with_padding(sent)
     assert sent.prompt_token_ids == one.ids
-    assert padded.prompt_token_ids == one.plan.pad(one.ids) and padded.request_id == "one"
+    assert padded.prompt_token_ids == pad(one.plan, one.ids) and padded.request_id == "one"
     for plan in (None, StarPlan(64, 64, 0, 100, len(one.ids))):
         sent = request(plan)
         assert with_padding(sent) is sent

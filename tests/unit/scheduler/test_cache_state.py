@@ -11,6 +11,7 @@ from vllm.v1.request import RequestStatus
 
 from starling.scheduler import metrics
 from starling.scheduler.cache_state import cache_state, group_state, prefill_progress
+from starling.scheduler.star.client_tokens import blocks_done
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
@@ -237,4 +238,4 @@ def test_progress_does_not_count_tokens_of_steps_in_flight(config):
 
 @pytest.mark.parametrize(("computed", "done"), [(0, 0), (63, 0), (64, 1), (249, 3), (250, 4), (300, 4)])
 def test_blocks_done(computed, done):
-    assert StarPlan(64, 64, 0, 250, 300).blocks_done(computed) == done
+    assert blocks_done(StarPlan(64, 64, 0, 250, 300), computed) == done

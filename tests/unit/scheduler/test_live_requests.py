@@ -8,6 +8,7 @@ from vllm.v1.request import RequestStatus
 
 from starling.scheduler import live_requests
 from starling.scheduler.live_requests import LISTED, MAX_ID, shortened
+from starling.scheduler.star.counts import summary
 from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.unit.scheduler.simulation import make_request, make_scheduler
@@ -45,7 +46,7 @@ def test_a_star_request_from_its_arrival_to_its_end(config):
         ("running", 300, 4, 1),
         ("running", 300, 4, 2),
     ]
-    plan = PLAN.summary()
+    plan = summary(PLAN)
     assert state["attention"] == "star"
     assert all(state[name] == plan[name] for name in ("keys_attended", "dense_keys", "positions", "replicas", "shards"))
     assert shown(state, "prompt", "star_blocks", "max_tokens", "preemptions") == (300, 4, 3, 0)

@@ -17,7 +17,8 @@ from starling.evaluation.tuning.candidates import (
     make_candidate,
     served_options,
 )
-from starling.scheduler.star.plan import make_plan
+from starling.scheduler.star.counts import dense_keys, keys_attended
+from starling.scheduler.star.make_plan import make_plan
 
 
 def prompts_of(*lengths: int) -> list[Prompt]:
@@ -60,7 +61,7 @@ def test_chosen_candidates_come_by_cost():
     found = chosen_candidates(["n/4", "B=256,A=32,O=0", "n/8"], prompts_of(4096, 5000), 32)
     assert [candidate.plan.name for candidate in found] == ["B=256,A=32,O=0", "n/8", "n/4"]
     [four] = [candidate for candidate in found if candidate.plan.name == "n/4"]
-    shares = [plan.keys_attended() / plan.dense_keys() for plan in four.numbers.values()]
+    shares = [keys_attended(plan) / dense_keys(plan.num_prompt_tokens) for plan in four.numbers.values()]
     assert four.cost == pytest.approx(sum(shares) / 2)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from starling.scheduler.star.block_layout import check_block_positions, cut, lay_out, plan_blocks
+from starling.scheduler.star.client_tokens import client_indexes
+from starling.scheduler.star.counts import num_client_tokens
+from starling.scheduler.star.make_plan import ONE_REPLICA, ReplicaSet
 from starling.scheduler.star.options import parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import ONE_REPLICA, ReplicaSet
 from starling.scheduler.star.segments import TokenLimits, positions_of
 
 MARK, PAGE_SIZE, BLOCK = 0, 4, 8
@@ -41,10 +42,10 @@ def plan(
 def client_blocks(ids: list[int], options: dict) -> list[tuple[int, int]]:
     """(start, stop) of the plan's blocks in the client's prompt."""
     made = plan(ids, options)
-    indexes = made.client_indexes().tolist()
+    indexes = client_indexes(made).tolist()
     return [
         (start if start == stop == 0 else indexes.index(start), len([one for one in indexes if one < stop]))
-        for start, stop in made.blocks
+        for start, stop in made.documents
     ]
 
 
@@ -52,15 +53,15 @@ def client_blocks(ids: list[int], options: dict) -> list[tuple[int, int]]:
     ("ids", "pieces"),
     [
         ([1, 2, 0, 3, 0, 4], [(0, 2), (2, 4), (4, 6)]),
-        ([0, 1, 0, 2], [(0, 0), (0, 2), (2, 4)]),  # a mark at 0: there is no head
+        ([0, 1, 0, 2], [(0, 2), (2, 4)]),  # a mark at 0: there is no head
         ([5, 0, 1, 0, 2], [(0, 1), (1, 3), (3, 5)]),  # a tokenizer may put one token before the prompt
-        ([0, 0, 0], [(0, 0), (0, 1), (1, 2), (2, 3)]),
+        ([0, 0, 0], [(0, 1), (1, 2), (2, 3)]),
         ([1, 2, 3], [(0, 3)]),
         ([1] * 9 + [0], [(0, 4), (4, 8), (8, 9), (9, 10)]),  # a head longer than B
-        ([0] + [1] * 9, [(0, 0), (0, 4), (4, 8), (8, 10)]),  # a segment longer than B
+        ([0] + [1] * 9, [(0, 4), (4, 8), (8, 10)]),  # a segment longer than B
         ([1, 0, 2, 2, 2, 0, 3], [(0, 1), (1, 5), (5, 7)]),  # a segment of B tokens
-        ([0], [(0, 0), (0, 1)]),
-        ([], [(0, 0)]),
+        ([0], [(0, 1)]),
+        ([], []),
     ],
 )
 def test_a_context_is_cut_at_marks_and_after_b_tokens(ids, pieces):
@@ -72,13 +73,13 @@ def test_a_context_is_cut_at_marks_and_after_b_tokens(ids, pieces):
 def test_pieces_follow_one_another_and_each_mark_starts_one(ids, context_end, block_size):
     context_end = min(context_end, len(ids))
     pieces = cut(positions_of(MARK, ids, context_end), context_end, block_size)
-    assert pieces[0][0] == 0 and pieces[-1][1] == context_end
-    assert all(before[1] == start for before, (start, _) in pairwise(pieces))
-    assert all(start < stop <= start + block_size for start, stop in pieces[1:])
-    starts = {start for start, _ in pieces[1:]}
+    assert [0, *(stop for _, stop in pieces)] == [*(start for start, _ in pieces), context_end]
+    assert all(start < stop <= start + block_size for start, stop in pieces)
+    starts = {start for start, _ in pieces}
     marks = {index for index in range(context_end) if ids[index] == MARK}
     assert marks <= starts
-    assert all(start - block_size in {0, *starts} for start in starts - marks), "where B tokens are before it"
+    later = starts - marks - {0}
+    assert all(start - block_size in starts for start in later), "where B tokens are before it"
 
 
 @given(st.lists(st.integers(1, 11), min_size=1, max_size=6), st.integers(0, 9))
@@ -94,9 +95,9 @@ def test_blocks_start_at_pages_and_take_as_few_as_they_can(lengths, head):
 
 def test_the_plan_has_the_segments_of_the_prompt():
     made = plan(prompt(5, 1, 8, head=9), ON | {"star_block_size": 12})
-    assert made.blocks == ((0, 9), (12, 17), (20, 21), (24, 32))
+    assert made.documents == ((0, 9), (12, 17), (20, 21), (24, 32))
     assert (made.block_size, made.anchor_size, made.overlap_size) == (12, 8, 0)
-    assert (made.context_end, made.num_prompt_tokens, made.num_client_tokens) == (32, 35, 26)
+    assert (made.context_end, made.num_prompt_tokens, num_client_tokens(made)) == (32, 35, 26)
     assert (made.replicas, made.shards, made.padding_token) == (1, False, MARK)
 
 
@@ -119,15 +120,15 @@ def test_the_anchor_is_the_whole_pages_of_the_head(head, options, anchor_size):
 @pytest.mark.parametrize(
     ("ids", "options", "blocks"),
     [
-        (prompt(5, 5), {}, [(0, 0), (0, 5), (5, 10)]),
-        (prompt(20, 5), {"star_block_size": BLOCK}, [(0, 0), (0, 8), (8, 16), (16, 20), (20, 25)]),
+        (prompt(5, 5), {}, [(0, 5), (5, 10)]),
+        (prompt(20, 5), {"star_block_size": BLOCK}, [(0, 8), (8, 16), (16, 20), (20, 25)]),
         (prompt(5, head=1), {}, [(0, 1), (1, 6)]),
         (prompt(5, 5), {"star_query_tokens": 8}, None),  # the second mark is in the query: one block
-        (prompt(5, 5), {"star_query_tokens": 0}, [(0, 0), (0, 5), (5, 12)]),
-        (prompt(5, 5, query=1), {"star_query_tokens": None, "star_context_tokens": 10}, [(0, 0), (0, 5), (5, 10)]),
-        (prompt(5, 5), {"star_overlap_size": 0, "star_shards": "off"}, [(0, 0), (0, 5), (5, 10)]),
+        (prompt(5, 5), {"star_query_tokens": 0}, [(0, 5), (5, 12)]),
+        (prompt(5, 5, query=1), {"star_query_tokens": None, "star_context_tokens": 10}, [(0, 5), (5, 10)]),
+        (prompt(5, 5), {"star_overlap_size": 0, "star_shards": "off"}, [(0, 5), (5, 10)]),
         (prompt(5), {}, None),  # one block, which is dense
-        (prompt(1, 1), {}, [(0, 0), (0, 1), (1, 2)]),
+        (prompt(1, 1), {}, [(0, 1), (1, 2)]),
     ],
 )
 def test_a_prompt_has_a_plan_where_it_has_two_blocks(ids, options, blocks):
@@ -141,14 +142,14 @@ def test_a_prompt_has_a_plan_where_it_has_two_blocks(ids, options, blocks):
 def test_a_prompt_without_marks_is_cut_after_b_tokens_if_the_mark_is_a_default():
     defaults = {"mode": "on", "positions": "block", "segment_token": 5, "query_tokens": 3}
     assert plan(prompt(8192), None, defaults) is None
-    assert plan(prompt(8193), None, defaults).blocks == ((0, 8192), (8192, 8193))
-    assert plan(prompt(20), None, defaults | {"block_size": BLOCK}).num_star_blocks == 3
+    assert plan(prompt(8193), None, defaults).documents == ((0, 8192), (8192, 8193))
+    assert len(plan(prompt(20), None, defaults | {"block_size": BLOCK}).starts) == 3
     assert plan([88], None, defaults) is None
 
 
 def test_a_prompt_without_a_segment_token_is_cut_after_b_tokens():
     made = plan(prompt(20, 5), {"star": "on", "star_positions": "block", "star_block_size": 8, "star_query_tokens": 3})
-    assert made.blocks == ((0, 8), (8, 16), (16, 24), (24, 25))
+    assert made.documents == ((0, 8), (8, 16), (16, 24), (24, 25))
     assert (made.anchor_size, made.context_end) == (8, 28)
 
 
@@ -166,16 +167,19 @@ def test_padding_is_a_token_that_the_prompt_has(options, token):
     given = {key: value for key, value in (ON | options).items() if value is not None and key != "defaults"}
     made = plan(prompt(20, 5, head=1), given | {"star_block_size": 8}, {"segment_token": options.get("defaults")})
     assert made.padding_token == token
-    assert made.num_prompt_tokens > made.num_client_tokens
+    assert made.num_prompt_tokens > num_client_tokens(made)
 
 
 def test_a_requests_options_replace_the_servers():
     defaults = {"mode": "on", "positions": "block", "segment_token": MARK, "query_tokens": 3, "block_size": BLOCK}
     ids = prompt(20, 5)
-    assert plan(ids, None, defaults).num_star_blocks == 4
-    assert plan(ids, {"star_block_size": 12}, defaults).num_star_blocks == 3
+    assert len(plan(ids, None, defaults).starts) == 4
+    assert len(plan(ids, {"star_block_size": 12}, defaults).starts) == 3
     assert plan(ids, {"star": "off"}, defaults) is None
-    assert plan(ids, {"star_segment_token": 99, "star_query_tokens": 1}, defaults).blocks[-2:] == ((28, 29), (32, 33))
+    assert plan(ids, {"star_segment_token": 99, "star_query_tokens": 1}, defaults).documents[-2:] == (
+        (28, 29),
+        (32, 33),
+    )
     assert plan(ids, {"star_padding_token": 50}, defaults).padding_token == 50
 
 

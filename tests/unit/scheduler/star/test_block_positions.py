@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.scheduler.star.block_layout import lay_out
-from starling.scheduler.star.block_positions import BlockPositionsPlan, plan_from_wire
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
+from starling.scheduler.star.counts import context_pairs, keys_attended, num_client_tokens, summary
+from starling.scheduler.star.plan import StarPlan, plan_from_wire, plan_to_wire
 from starling.scheduler.star.request_metadata import RequestMetadata
 
 PAGE_SIZE, PAD, QUERY = 4, 9, -1
@@ -43,13 +44,17 @@ class Layout:
     query: int
 
     @cached_property
-    def plan(self) -> BlockPositionsPlan:
+    def plan(self) -> StarPlan:
         ends = np.cumsum([0, *self.lengths]).tolist()
         blocks, context_end = lay_out(list(pairwise(ends)), PAGE_SIZE)
         size = max(PAGE_SIZE, *self.lengths)
-        return BlockPositionsPlan(
-            size, self.anchor_size, 0, context_end, context_end + self.query, blocks=blocks, padding_token=PAD
-        )
+        sizes = (size, self.anchor_size, 0, context_end, context_end + self.query)
+        return StarPlan(*sizes, documents=blocks[self.first :], padding_token=PAD)
+
+    @property
+    def first(self) -> int:
+        """The slots' number of the plan's first block: 1 where the head is empty."""
+        return int(not self.lengths[0])
 
     @cached_property
     def slots(self) -> list[Slot]:
@@ -87,13 +92,12 @@ def layouts(draw):
 def test_padding_fills_the_pages_of_blocks_and_leaves_the_client_tokens_in_order(layout):
     plan, slots = layout.plan, layout.slots
     ids = list(range(100, 100 + layout.client_tokens))
-    assert plan.pad(ids) == [PAD if slot.token is None else ids[slot.token] for slot in slots]
-    assert len(slots) == plan.num_prompt_tokens and plan.num_client_tokens == len(ids)
-    assert plan.client_indexes().tolist() == [index for index, slot in enumerate(slots) if slot.token is not None]
+    assert pad(plan, ids) == [PAD if slot.token is None else ids[slot.token] for slot in slots]
+    assert len(slots) == plan.num_prompt_tokens and num_client_tokens(plan) == len(ids)
+    assert client_indexes(plan).tolist() == [index for index, slot in enumerate(slots) if slot.token is not None]
     before = np.cumsum([0, *(slot.token is not None for slot in slots)])
-    assert [plan.client_index(index) for index in range(len(slots) + 1)] == before.tolist()
-    assert plan.num_context_tokens == before[plan.context_end] == plan.client_index(plan.context_end)
-    assert not plan.is_dense
+    assert [client_index(plan, index) for index in range(len(slots) + 1)] == before.tolist()
+    assert plan.client_starts[-1] == before[plan.context_end] == client_index(plan, plan.context_end)
 
 
 @given(layouts(), st.data())
@@ -112,7 +116,7 @@ def test_blocks_count_positions_from_the_anchor_and_the_query_counts_the_client_
 
 @given(layouts(), st.data())
 def test_the_pieces_of_any_chunk_see_what_the_mask_says(layout, data):
-    """Behind the context, the keys of the blocks are in ``block_keys``, and the pieces have the query's own."""
+    """Behind the context, the keys of the blocks are in ``document_keys``, and the pieces have the query's own."""
     plan, slots = layout.plan, layout.slots
     start = data.draw(st.integers(0, len(slots) - 1))
     end = data.draw(st.integers(start + 1, len(slots)))
@@ -135,7 +139,7 @@ def test_the_pieces_of_any_chunk_see_what_the_mask_says(layout, data):
 @given(layouts())
 def test_block_keys_turn_the_query_from_where_blocks_were_computed_to_where_they_stand(layout):
     plan, slots = layout.plan, layout.slots
-    keys, computed = plan.block_keys, plan.positions(0, plan.num_prompt_tokens)
+    keys, computed = plan.document_keys, plan.positions(0, plan.num_prompt_tokens)
     found = []
     for start, length, turn in zip(keys.starts, keys.lengths, keys.turns, strict=True):
         assert start % PAGE_SIZE == 0 and length > 0
@@ -146,22 +150,24 @@ def test_block_keys_turn_the_query_from_where_blocks_were_computed_to_where_they
     assert (keys.turns >= 0).all()
 
 
-@given(layouts(), st.data())
-def test_borders_and_progress_count_blocks_that_have_tokens(layout, data):
+@given(layouts())
+def test_blocks_and_progress_are_those_that_have_tokens(layout):
     plan, slots = layout.plan, layout.slots
     context = slots[: plan.context_end]
     starts = [index for index, slot in enumerate(context) if slot.place == 0]
-    first = data.draw(st.integers(0, len(slots)))
-    later = [start for start in starts if context[start].block]
-    assert list(plan.borders(first)) == [start for start in later if start >= first]
-    assert plan.head_end == later[0]
+    assert list(plan.starts) == starts
+    assert plan.head_end == (next(start for start in starts if context[start].block) if layout.anchor_size else 0)
     for index, slot in enumerate(context):
-        assert plan.block_start(index) == max(start for start in starts if start <= index)
-        assert plan.block_of(index) == slot.block
-    assert plan.num_star_blocks == len(starts)
+        assert plan.block_of(index) == slot.block - layout.first
+    for number, start in enumerate(starts):
+        block = plan.block(number)
+        assert (block.start, block.position) == (start, plan.positions(start, start + 1)[0])
+        assert all(slots[index].token is not None for index in range(block.start, block.end))
+        seen = {index for first, stop in block.sees for index in range(first, stop)}
+        assert seen == {index for index in range(start) if layout.sees(start, index)}
     for computed in range(len(slots) + 1):
         done = {slot.block for slot in context[:computed]} - {slot.block for slot in context[computed:]}
-        assert plan.blocks_done(computed) == len(done)
+        assert blocks_done(plan, computed) == len(done)
 
 
 @given(layouts())
@@ -170,19 +176,19 @@ def test_attended_keys_are_counted_without_padding(layout):
     client = [index for index, slot in enumerate(slots) if slot.token is not None]
     pairs = [(query, key) for query in client for key in client if layout.sees(query, key)]
     in_context = [query for query, _ in pairs if query < plan.context_end]
-    assert plan.keys_attended() == len(pairs)
-    assert plan.dense_keys() == len(client) * (len(client) + 1) // 2
-    assert plan.context_keys_per_token() == len(in_context) / sum(layout.lengths)
-    summary = plan.summary()
-    assert summary["prompt_tokens"] + summary["padding_tokens"] == plan.num_prompt_tokens == len(slots)
-    assert (summary["positions"], summary["context_end"]) == ("block", sum(layout.lengths))
+    assert keys_attended(plan) == len(pairs)
+    assert summary(plan)["dense_keys"] == len(client) * (len(client) + 1) // 2
+    assert context_pairs(plan) / sum(layout.lengths) == len(in_context) / sum(layout.lengths)
+    shown = summary(plan)
+    assert shown["prompt_tokens"] + shown["padding_tokens"] == plan.num_prompt_tokens == len(slots)
+    assert (shown["positions"], shown["context_end"]) == ("block", sum(layout.lengths))
 
 
 @settings(max_examples=30)
 @given(layouts())
 def test_a_plan_comes_back_from_the_wire(layout):
     plan = layout.plan
-    wire = msgspec.msgpack.decode(msgspec.msgpack.encode(plan.to_wire()))
+    wire = msgspec.msgpack.decode(msgspec.msgpack.encode(plan_to_wire(plan)))
     assert plan_from_wire(wire) == plan
     packed = msgspec.msgpack.encode(RequestMetadata(plan).to_wire())
     assert RequestMetadata.from_wire(msgspec.msgpack.decode(packed)) == RequestMetadata(plan)
@@ -190,5 +196,5 @@ def test_a_plan_comes_back_from_the_wire(layout):
 
 def test_a_plan_without_blocks_of_its_own_comes_back_from_the_wire():
     plan = StarPlan(8, 8, 0, 30, 36)
-    assert type(plan_from_wire(plan.to_wire())) is StarPlan
-    assert plan_from_wire(plan.to_wire()) == plan
+    assert type(plan_from_wire(plan_to_wire(plan))) is StarPlan
+    assert plan_from_wire(plan_to_wire(plan)) == plan

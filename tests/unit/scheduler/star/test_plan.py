@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from starling.scheduler.star.counts import dense_keys, keys_attended, summary
+from starling.scheduler.star.make_plan import ONE_REPLICA, ReplicaSet, make_plan
 from starling.scheduler.star.options import StarOptions, flat_name, merge, parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import ONE_REPLICA, ReplicaSet, StarPlan, make_plan
+from starling.scheduler.star.plan import StarPlan, plan_from_wire, plan_to_wire
 from starling.scheduler.star.request_metadata import (
     KEY,
     PageFetch,
@@ -161,7 +163,7 @@ SHIFTED = ReplicaSet(2, "the model has KV shifting")
 def test_a_plan_has_the_number_of_replicas_that_prefill_it(options, replica_set, replicas):
     made = plan(replica_set=replica_set, **options)
     assert made is not None
-    assert made.replicas == made.summary()["replicas"] == replicas
+    assert made.replicas == summary(made)["replicas"] == replicas
 
 
 @pytest.mark.parametrize(
@@ -296,8 +298,8 @@ def test_pieces_cover_the_span_and_see_the_keys_of_the_mask(star, data):
 
 @given(plans())
 def test_keys_attended_are_those_of_the_mask(star):
-    assert star.keys_attended() == int(mask_of(star, star.num_prompt_tokens).sum())
-    assert star.dense_keys() == star.num_prompt_tokens * (star.num_prompt_tokens + 1) // 2
+    assert keys_attended(star) == int(mask_of(star, star.num_prompt_tokens).sum())
+    assert dense_keys(star.num_prompt_tokens) == star.num_prompt_tokens * (star.num_prompt_tokens + 1) // 2
 
 
 @pytest.mark.parametrize(
@@ -319,8 +321,8 @@ def test_keys_attended_are_those_of_the_mask(star):
 )
 def test_a_plan_has_whether_its_kv_stays_on_the_replicas_that_computed_it(server, options, replica_set, shards):
     made = plan(defaults=server, replica_set=replica_set, **options)
-    assert made.shards == made.summary()["shards"] == shards
-    assert StarPlan(*made.to_wire()) == made
+    assert made.shards == summary(made)["shards"] == shards
+    assert plan_from_wire(plan_to_wire(made)) == made
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,18 @@ import pytest
 
 from starling.attention_backends.attamba.count import prompt_keys
 from starling.scheduler.star.assignment import ReplicaState, assign_blocks
+from starling.scheduler.star.client_tokens import work
+from starling.scheduler.star.counts import summary
+from starling.scheduler.star.make_plan import ReplicaSet, make_plan
 from starling.scheduler.star.options import StarOptions, parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import ReplicaSet, make_plan
 from starling.scheduler.star.segments import TokenLimits, align
 from tests.unit.lines_run import lines_run
 
 MANY = {"mode": "on", "block_size": 16, "anchor_size": 16}
 TOKENS = 1_000_000
 PLAN = make_plan(TOKENS, StarOptions(), parse_options(MANY, flat=False), 16)
-BLOCKS = PLAN.num_star_blocks
+BLOCKS = len(PLAN.starts)
 
 
 def test_a_plan_for_many_replicas_is_made_without_a_look_at_each_block():
@@ -26,7 +28,7 @@ def test_a_plan_for_many_replicas_is_made_without_a_look_at_each_block():
 
 
 def test_the_attended_keys_are_counted_without_a_look_at_each_block():
-    assert lines_run(PLAN.summary) < 200
+    assert lines_run(lambda: summary(PLAN)) < 200
 
 
 def test_the_attended_keys_of_attamba_are_counted_without_a_look_at_each_block():
@@ -38,7 +40,7 @@ def test_the_attended_keys_of_attamba_are_counted_without_a_look_at_each_block()
 def test_blocks_are_assigned_without_a_look_at_each_block(cached):
     flags = {"none": b"", "all": bytes([1] * BLOCKS), "every_second": bytes([0, 1] * (BLOCKS // 2))}[cached]
     replicas = [ReplicaState(flags, bool(flags), load=index, max_blocks=BLOCKS) for index in range(8)]
-    assert lines_run(lambda: assign_blocks(PLAN.block_sizes, 1.0, replicas, 8)) < 10_000
+    assert lines_run(lambda: assign_blocks(work(PLAN), 1.0, replicas, 8)) < 10_000
 
 
 def test_segments_are_counted_up_to_the_longest_prompt():

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from starling.scheduler.star import known_segments
 from starling.scheduler.star.block_layout import TooMuchPadding, plan_blocks
+from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.known_segments import NO_CHAT, KnownSegments, with_known_segments
+from starling.scheduler.star.make_plan import make_plan
 from starling.scheduler.star.options import StarOptions, merge, parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import make_plan
 from starling.scheduler.star.segments import (
     TokenLimits,
     align,
@@ -98,8 +99,8 @@ def test_documents_in_another_order_have_the_same_blocks_in_that_order(sizes, ra
             offsets.append(offsets[-1] + len(document))
         ids = [*head, *(token for document in order for token in document), 98, 99]
         made = own_plan(ids, {"star": "on", "star_positions": "block", "star_segments": offsets})
-        padded, starts = made.pad(ids), [start for start, _ in made.blocks[1:]]
-        assert made.num_context_tokens == offsets[-1]
+        padded, starts = pad(made, ids), [start for start, _ in made.documents[1:]]
+        assert made.client_starts[-1] == offsets[-1]
         return [tuple(padded[start:stop]) for start, stop in zip(starts, [*starts[1:], made.context_end], strict=True)]
 
     shuffled = documents[:]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from starling.scheduler.star.make_plan import make_plan
 from starling.scheduler.star.options import StarOptions, parse_options
 from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import make_plan
 from starling.scheduler.star.segments import (
     TokenLimits,
     align,

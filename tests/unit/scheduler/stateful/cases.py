@@ -13,6 +13,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
 from tests.unit.scheduler.simulation import make_request, token_fingerprints
@@ -90,7 +91,7 @@ class Case:
         """The prompt tokens that count as cached: padding that was computed does not."""
         if self.plan is None:
             return self.skipped
-        return max(self.plan.num_client_tokens - (self.num_prompt_tokens - self.skipped), 0)
+        return max(num_client_tokens(self.plan) - (self.num_prompt_tokens - self.skipped), 0)
 
     def token_at(self, position: int) -> int:
         """The token that is sampled for a position behind the prompt."""
@@ -149,7 +150,7 @@ def make_case(
     if grammar:
         sampling["structured_outputs"] = StructuredOutputsParams(json_object=True)
     request = make_request(name, metadata.plan, ids, page_size, len(answers), metadata, sampling=sampling, **more)
-    plan = metadata.plan if metadata.plan is not None and not metadata.plan.is_dense else None
+    plan = metadata.plan if metadata.plan is not None and not (len(metadata.plan.starts) < 2) else None
     adapter = request.lora_request.lora_int_id if request.lora_request else 0
     made = Case(request, answers, plan, states_of((*ids, *answers), plan, (adapter, request.cache_salt)))
     if grammar:

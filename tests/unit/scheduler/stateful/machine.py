@@ -146,7 +146,7 @@ class SchedulerMachine(CountingMachine):
             self._add(ids[: plan.block_size + 1], given, 0, RequestMetadata())
             self._steps(4)
         edited = [*ids[: plan.block_size], *((token + 1) % 250 for token in ids[plan.block_size :])]
-        self._add(edited, given, 0, RequestMetadata(plan) if plan.is_dense else fetching(plan))
+        self._add(edited, given, 0, RequestMetadata(plan) if (len(plan.starts) < 2) else fetching(plan))
 
     @precondition(lambda self: self.cases)
     @rule(data=st.data(), in_step=st.booleans())

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from tests.unit.scheduler.simulation import random_ids
@@ -44,15 +43,15 @@ class Sizes:
         sizes = (size * PAGE_SIZE for size in (self.block, min(self.anchor, self.block), min(self.overlap, self.block)))
         return StarPlan(*sizes, max(num_tokens - self.query, 1), num_tokens)
 
-    def _own_positions(self, gap: int, pages: int, num_tokens: int) -> BlockPositionsPlan:
+    def _own_positions(self, gap: int, pages: int, num_tokens: int) -> StarPlan:
         borders = [*range(0, pages, self.block), pages]
         blocks = tuple(
             (start * PAGE_SIZE, stop * PAGE_SIZE - number % (gap + 1))
             for number, (start, stop) in enumerate(pairwise(borders))
         )
         anchor = min(self.anchor, (blocks[0][1]) // PAGE_SIZE) * PAGE_SIZE
-        return BlockPositionsPlan(
-            self.block * PAGE_SIZE, anchor, 0, pages * PAGE_SIZE, num_tokens, blocks=blocks, padding_token=0
+        return StarPlan(
+            self.block * PAGE_SIZE, anchor, 0, pages * PAGE_SIZE, num_tokens, documents=blocks, padding_token=0
         )
 
     def independent_plan(self, num_tokens: int) -> StarPlan:
@@ -139,7 +138,7 @@ def part(name: str, plan: StarPlan, first: int, num_blocks: int) -> tuple[int, R
     """Where a part of a prompt ends that a replica prefills for another one; None: the prompt has no such part."""
     start = first * plan.block_size
     stop = min(start + num_blocks * plan.block_size, plan.context_end // PAGE_SIZE * PAGE_SIZE)
-    if plan.is_dense or stop <= max(start, plan.anchor_size):
+    if (len(plan.starts) < 2) or stop <= max(start, plan.anchor_size):
         return None
     return stop, RequestMetadata(plan=plan, part=PromptPart(name, start, plan.anchor_size))
 

@@ -16,6 +16,7 @@ from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from starling.engine_ext import plugin
 from starling.engine_ext.serving.cli import doctor
+from starling.scheduler.star.counts import dense_keys, keys_attended, summary
 from starling.scheduler.star.options import StarOptions
 from starling.scheduler.star.plan import StarPlan
 from starling.vllm_compat.versions import vllm_version
@@ -64,8 +65,10 @@ def test_a_prompts_plan_memory_and_work(model):
     assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
     assert prompt["accepted"] == "yes"
     assert prompt["by_default"] == "dense"
-    assert prompt["plan_with_star_on"] == {"attention": "star"} | plan.summary()
-    assert prompt["attention_work_dense_over_star"] == round(plan.dense_keys() / plan.keys_attended(), 2)
+    assert prompt["plan_with_star_on"] == {"attention": "star"} | summary(plan)
+    assert prompt["attention_work_dense_over_star"] == round(
+        dense_keys(plan.num_prompt_tokens) / keys_attended(plan), 2
+    )
     measured = [tuple(line.split(",")[:2]) for line in prompt["loss_measured_with_such_a_plan"][:-1]]
     assert len(measured) == len(set(measured)) >= 2
     assert {model for model, _ in measured} == {"qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"}

@@ -14,8 +14,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.planning import PlannedPrompt
 from starling.engine_ext.serving.grpc.server import Front
+from starling.scheduler.star.counts import describe
 from starling.scheduler.star.options import StarOptions
-from starling.scheduler.star.plan import describe
 from starling.v1 import inference_pb2_grpc
 
 PROMPT_TOKENS = 10

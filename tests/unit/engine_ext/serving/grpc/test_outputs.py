@@ -6,8 +6,9 @@ from vllm.v1.engine import FINISH_REASON_STRINGS
 
 from starling.engine_ext.serving.grpc import outputs
 from starling.reply import Reply
+from starling.scheduler.star.counts import describe
+from starling.scheduler.star.make_plan import make_plan
 from starling.scheduler.star.options import StarOptions
-from starling.scheduler.star.plan import describe, make_plan
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import output
 

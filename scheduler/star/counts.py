@@ -1,0 +1,75 @@
+"""Query-key pairs of a star plan, and the plan as a response shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from starling.scheduler.star.plan import KeyRanges, StarPlan
+
+
+def count_pairs(num_queries: int, keys: KeyRanges) -> int:
+    """Query-key pairs of a causal piece of ``num_queries`` tokens whose last one sees all ``keys``."""
+    length = sum(stop - start for start, stop in keys)
+    return num_queries * length - num_queries * (num_queries - 1) // 2
+
+
+def num_client_tokens(plan: StarPlan) -> int:
+    """Tokens of the prompt as the client sent it."""
+    return plan.client_starts[-1] + plan.num_prompt_tokens - plan.context_end
+
+
+def context_pairs(plan: StarPlan) -> int:
+    """Query-key pairs of the context, per head and layer.
+
+    Blocks behind the first few see equally many tokens before them, so only these few are looked at one by one.
+    """
+    few = min((plan.anchor_size + plan.overlap_size) // plan.block_size + 2, len(plan.starts))
+    seen = np.zeros_like(plan.lengths)
+    for number in range(few):
+        seen[number:] = sum(stop - start for start, stop in plan.block(number).sees)
+    return int((plan.lengths * seen + plan.lengths * (plan.lengths + 1) // 2).sum())
+
+
+def keys_attended(plan: StarPlan) -> int:
+    """Query-key pairs of the whole prompt, per head and layer."""
+    queries = plan.num_prompt_tokens - plan.context_end
+    return context_pairs(plan) + count_pairs(queries, ((0, num_client_tokens(plan)),))
+
+
+def dense_keys(num_tokens: int) -> int:
+    """Query-key pairs of a prompt under dense causal prefill."""
+    return num_tokens * (num_tokens + 1) // 2
+
+
+def summary(plan: StarPlan) -> dict[str, Any]:
+    """The plan as a response shows it to the client, who knows nothing of padding."""
+    context, tokens = plan.client_starts[-1], num_client_tokens(plan)
+    return {
+        "star_blocks": len(plan.starts),
+        "block_size": plan.block_size,
+        "anchor_size": plan.anchor_size,
+        "overlap_size": plan.overlap_size,
+        "context_end": context,
+        "prompt_tokens": tokens,
+        "replicas": plan.replicas,
+        "shards": plan.shards,
+        "positions": "block" if plan.documents else "prompt",
+        "padding_tokens": plan.num_prompt_tokens - tokens,
+        "keys_attended": keys_attended(plan),
+        "dense_keys": dense_keys(tokens),
+        "keys_per_context_token": round(context_pairs(plan) / max(context, 1), 1),
+    }
+
+
+def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -> dict[str, Any]:
+    """The plan, or that the prompt runs dense, as a response and the live page show it.
+
+    Args:
+        model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
+    """
+    dense = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
+    shown = dense if plan is None else {"attention": "star"} | summary(plan)
+    count_keys = getattr(model, "prompt_keys", None)
+    return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown

@@ -21,11 +21,11 @@ import numpy as np
 
 from benchmarks.report import OUT, mean_ratio, write_json
 from benchmarks.report import RESULTS as REPORTS
+from starling.config.star import FIELD_OF
 from starling.evaluation.measured import FILE, MeasuredLoss
 from starling.evaluation.plans import DENSE, parse_plan
 from starling.evaluation.statistics import ALL, kl_divergence
 from starling.evaluation.store import RESULTS, Answer, read_answers
-from starling.scheduler.star.options import FIELD_OF
 from starling.scheduler.star.sizes import default_anchor_size
 
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"

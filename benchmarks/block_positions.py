@@ -31,7 +31,7 @@ from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 MARK, HEAD_TOKENS, NEW_TOKENS = 255, 256, 33
 DOCUMENTS, LIBRARY, RETRIEVED, MEAN_TOKENS = 16, 100, 8, 2000
 BLOCK, DENSE, STAR = "positions of a block's own", "dense", "star"
-OWN = {"star": "on", "star_positions": "block", "star_segment_token": MARK, "star_query_tokens": QUERY_TOKENS}
+OWN = {"star": "on", "star_query_tokens": QUERY_TOKENS}
 SIZES = {"star": "on", "star_block_size": 2048, "star_overlap_size": 0, "star_query_tokens": QUERY_TOKENS}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {BLOCK: OWN, DENSE: {}, STAR: SIZES}
 
@@ -42,6 +42,13 @@ def make_documents(number: int, total: int, tokens: random.Random) -> list[list[
     lengths = [round(total * weight / sum(weights)) for weight in weights]
     lengths[-1] += total - sum(lengths)
     return [[MARK, *(tokens.randrange(MARK) for _ in range(length - 1))] for length in lengths]
+
+
+def options_of(name: str, ids: list[int]) -> dict[str, Any]:
+    """The options of a configuration, with where the documents of a prompt start."""
+    options = CONFIGURATIONS[name]
+    starts = [place for place, token in enumerate(ids[: len(ids) - QUERY_TOKENS]) if token == MARK]
+    return options | {"star_segments": starts} if options is OWN else options
 
 
 def prompt(head: list[int], documents: list[list[int]], question: list[int]) -> list[int]:
@@ -71,8 +78,8 @@ class Measurement:
         for repeat in track(range(-1, self.repeats), description="a document grows by a token"):
             middle.insert(len(middle) // 2, MARK - 1)
             ids = prompt(self.head, self.documents, self.question())
-            for name, options in CONFIGURATIONS.items():
-                took = self.engine.generate(ids, options)["seconds"]
+            for name in CONFIGURATIONS:
+                took = self.engine.generate(ids, options_of(name, ids))["seconds"]
                 if repeat >= 0:
                     seconds[name].append(took)
         return seconds
@@ -81,12 +88,13 @@ class Measurement:
         """Configuration -> seconds to the first token of a prompt with 8 of the 100 documents."""
         library = make_documents(LIBRARY, LIBRARY * MEAN_TOKENS, self.tokens)
         for first in track(range(0, LIBRARY, RETRIEVED), description="computing 100 documents"):
-            self.engine.generate(prompt(self.head, library[first : first + RETRIEVED], self.question()), OWN)
+            ids = prompt(self.head, library[first : first + RETRIEVED], self.question())
+            self.engine.generate(ids, options_of(BLOCK, ids))
         seconds: dict[str, list[float]] = {BLOCK: [], DENSE: []}
         for _ in track(range(self.repeats), description="8 of 100 documents"):
             ids = prompt(self.head, self.tokens.sample(library, RETRIEVED), self.question())
             for name, times in seconds.items():
-                times.append(self.engine.generate(ids, CONFIGURATIONS[name])["seconds"])
+                times.append(self.engine.generate(ids, options_of(name, ids))["seconds"])
         return seconds
 
     def decode(self) -> dict[str, list[float]]:
@@ -94,7 +102,8 @@ class Measurement:
         seconds: dict[str, list[float]] = {name: [] for name in CONFIGURATIONS}
         ids = prompt(self.head, self.documents, self.question())
         for repeat in track(range(-1, self.repeats), description="a token behind 16 documents"):
-            for name, options in CONFIGURATIONS.items():
+            for name in CONFIGURATIONS:
+                options = options_of(name, ids)
                 first = self.engine.generate(ids, options)["seconds"]
                 many = self.engine.generate(ids, options, max_tokens=NEW_TOKENS)["seconds"]
                 if repeat >= 0:

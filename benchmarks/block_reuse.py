@@ -25,10 +25,10 @@ from benchmarks.report import plot_medians, ratios_over, saved_figure, write_jso
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 BLOCKS, MARK = 16, 255
-REUSED, ALIGNED = "star, blocks reused", "star, segments aligned"
+REUSED, DOCUMENTS = "star, blocks reused", "star, documents"
 PREFIX = ("dense, prefix cache", "star, prefix cache")
 REPLACED, LONGER = "a token replaced", "one token more"
-OURS = {REPLACED: REUSED, LONGER: ALIGNED}
+OURS = {REPLACED: REUSED, LONGER: DOCUMENTS}
 
 
 def make_engine(model: Path, reuse: str) -> Engine:
@@ -56,10 +56,9 @@ def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[
     seconds: dict[str, dict[str, list[float]]] = {}
     with make_engine(model, "on") as ours, make_engine(model, "off") as plain:
         prefix = {PREFIX[0]: (plain, {}), PREFIX[1]: (plain, star)}
-        aligned = {ALIGNED: (ours, star | {"star_segment_token": MARK, "star_padding_token": 0})}
         for edit, configurations in {
             REPLACED: {REUSED: (ours, star)} | prefix,
-            LONGER: aligned | {REUSED: (ours, star)} | prefix,
+            LONGER: {DOCUMENTS: (ours, star), REUSED: (ours, star)} | prefix,
         }.items():
             documents = make_documents(length)
             middle = documents[BLOCKS // 2]
@@ -69,7 +68,10 @@ def measure(model: Path, length: int, repeats: int) -> dict[str, dict[str, list[
                 if repeat >= 0:
                     middle[position : position + (edit == REPLACED)] = [MARK + 1]
                 ids = [token for document in documents for token in document] + query
+                starts = [place for place, token in enumerate(ids) if token == MARK]
                 for name, (engine, options) in configurations.items():
+                    if name == DOCUMENTS:
+                        options = options | {"star_segments": starts}
                     took = engine.generate(ids, options)["seconds"]
                     if repeat >= 0:
                         seconds[edit][name].append(took)

@@ -31,7 +31,7 @@ from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 STEP = ENGINE["max_num_batched_tokens"]
 SHORT, EVERY_SECONDS = 128, 0.83  # not a multiple of a step's time
-STAR = {"star": "on", "star_num_blocks": 16, "star_overlap_size": 0, "star_query_tokens": QUERY_TOKENS}
+STAR = {"star": "on", "star_block_size": "n/16", "star_overlap_size": 0, "star_query_tokens": QUERY_TOKENS}
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "star": STAR}
 NAME, OURS = "fairness", "Starling"
 # (long_prefill_token_threshold, whether it adapts to the number of requests)

@@ -29,7 +29,7 @@ from benchmarks.report import saved_figure, write_json
 from benchmarks.star_ttft import RANDOM_LLAMA
 from examples.server import ENVIRONMENT, free_ports
 
-STAR = {"vllm_xargs": {"star": "on", "star_num_blocks": 16}}
+STAR = {"vllm_xargs": {"star": "on", "star_block_size": "n/16"}}
 MODES: dict[str, dict[str, Any]] = {"dense": {}, "star": STAR}
 FIGURES = {
     "request_goodput": "goodput",

@@ -19,9 +19,10 @@ from rich.table import Table
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import median_ratio, saved_figure, write_json
+from starling.config.star import StarOptions, parse_options
 from starling.scheduler.star.counts import dense_keys, keys_attended
-from starling.scheduler.star.make_plan import make_plan
-from starling.scheduler.star.options import StarOptions, parse_options
+from starling.scheduler.star.decide import decide
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
 
 QUERY_TOKENS = 32
 PAGE_SIZE = 128  # vLLM's default on CPU
@@ -45,8 +46,8 @@ def configurations(fixed_block: int | None) -> dict[str, dict[str, Any]]:
     """Name -> options of its requests."""
     star = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_overlap_size": 0}
     options: dict[str, dict[str, Any]] = {"dense": {}}
-    options |= {f"n/B = {blocks}": star | {"star_num_blocks": blocks} for blocks in (4, 8, 16)}
-    options["n/B = 8, overlap"] = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_num_blocks": 8}
+    options |= {f"n/B = {blocks}": star | {"star_block_size": f"n/{blocks}"} for blocks in (4, 8, 16)}
+    options["n/B = 8, overlap"] = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_block_size": "n/8"}
     if fixed_block is not None:
         options[f"B = {fixed_block}"] = star | {"star_block_size": fixed_block}
     return options
@@ -65,7 +66,7 @@ def measure(engine: Engine, length: int, options: dict[str, dict], repeats: int,
     dense = runs["dense"]
     rows = []
     for name, run in runs.items():
-        plan = make_plan(length, StarOptions(), parse_options(options[name], flat=True), PAGE_SIZE)
+        plan = decide(StarOptions(), parse_options(options[name]), PromptFacts(length), EngineFacts(PAGE_SIZE)).plan
         keys = 1.0 if plan is None else dense_keys(plan.num_prompt_tokens) / keys_attended(plan)
         attention = median_ratio(dense["attention_seconds"], run["attention_seconds"])
         rows.append(

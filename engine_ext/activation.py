@@ -7,37 +7,22 @@ user gives `--additional-config '{"starling": {...}}'`. Without the entry nothin
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
-from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
-from starling.engine_ext.cache_salt import CACHE_SALT, CACHE_SALT_SETTINGS
+from starling.config.entry import CACHE_SALT, ENTRY, LIVE_PAGE, REPLICAS, StarlingConfig, config_of, parse_config
+from starling.config.parsing import OptionError
+from starling.config.star import StarOptions
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.refusals import (
-    other_launcher,
-    refuse_block_positions,
-    refuse_overlap,
-    replica_set,
-    star_page_size,
-    star_refusals,
-)
+from starling.engine_ext.refusals import engine_facts, other_launcher, star_page_size
 from starling.replicas import network
-from starling.replicas import options as replica_options
-from starling.replicas.options import ReplicaOptions, parse_replicas
-from starling.scheduler import options as scheduling_options
-from starling.scheduler.options import SchedulingOptions, parse_scheduling
-from starling.scheduler.star.block_layout import check_block_positions
-from starling.scheduler.star.make_plan import ReplicaSet, check_shards, max_replicas
-from starling.scheduler.star.options import StarOptions, parse_options
-from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.facts import ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
-from starling.scheduler.star.segments import check_segment_options
-from starling.scheduler.star.sizes import check_sizes
+from starling.scheduler.star.rules import check_defaults
 from starling.vllm_compat.config import is_async_engine, share_memory_nodes
 from starling.vllm_compat.engine_core import divide_kv_memory_check, end_coordinator_with_parent
 from starling.vllm_compat.engine_report import receive_reports
@@ -45,21 +30,11 @@ from starling.vllm_compat.metrics import collect_from_children
 
 logger = init_logger("vllm.starling")
 
-ENTRY = "starling"
-STAR, SCHEDULING, REPLICAS, CPU_ATTENTION = "star", scheduling_options.SECTION, replica_options.SECTION, "cpu_attention"
-LIVE_PAGE, LIVE_PAGE_SETTINGS = "live_page", ("off", "on")
 LIVE_PATH, LIVE_DATA = "/starling/live", "/starling/live.json"
-SECTIONS = (STAR, SCHEDULING, REPLICAS, CPU_ATTENTION, CACHE_SALT, LIVE_PAGE)
 PEERS = f"{ENTRY}.{REPLICAS}.peers"
 SERVES_PEERS = "starling_serves_peers"
 """The name, in the arguments of a server, that says that it serves gRPC to peers too."""
 
-EXAMPLES = {STAR: '{"mode": "auto", ...}', SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
-CHOICES = {  # the first is the default
-    CPU_ATTENTION: CPU_ATTENTION_SETTINGS,
-    CACHE_SALT: CACHE_SALT_SETTINGS,
-    LIVE_PAGE: LIVE_PAGE_SETTINGS,
-}
 MIDDLEWARE = (  # the last one is the outermost
     "starling.engine_ext.serving.http.plan_header.PlanHeader",
     "starling.engine_ext.serving.http.progress.HttpProgress",
@@ -78,55 +53,6 @@ SCHEDULERS = {
     "vllm.v1.core.sched.diffusion_scheduler.DiffusionScheduler": f"{CORE}.DiffusionStarScheduler",
     "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler": f"{CORE}.AsyncDiffusionStarScheduler",
 }
-
-
-@dataclass(frozen=True)
-class StarlingConfig:
-    """The `starling` entry of additional_config.
-
-    Attributes:
-        cpu_attention: which attention op runs on CPU: "auto" for the faster one, or "vllm" for vLLM's always.
-        cache_salt: which requests share cached pages: one of CACHE_SALT_SETTINGS.
-        live_page: "on" where the HTTP server has a page that shows the requests.
-    """
-
-    star: StarOptions
-    scheduling: SchedulingOptions
-    replicas: ReplicaOptions
-    cpu_attention: str
-    cache_salt: str
-    live_page: str
-
-
-def parse_config(additional_config: Any) -> StarlingConfig | None:
-    """The parsed entry; None where Starling is not activated.
-
-    Raises:
-        OptionError: the entry holds something that is not allowed.
-    """
-    if not isinstance(additional_config, Mapping) or ENTRY not in additional_config:
-        return None
-    entry = additional_config[ENTRY]
-    if not isinstance(entry, Mapping):
-        raise OptionError(ENTRY, entry, "it must be an object", '{"star": {...}}')
-    for key, value in entry.items():
-        if key not in SECTIONS:
-            raise OptionError(f"{ENTRY}.{key}", value, "there is no such section", ", ".join(SECTIONS))
-    for section, example in EXAMPLES.items():
-        if not isinstance(value := entry.get(section, {}), Mapping):
-            raise OptionError(f"{ENTRY}.{section}", value, "it must be an object", example)
-    chosen = {name: entry.get(name, settings[0]) for name, settings in CHOICES.items()}
-    for name, value in chosen.items():
-        if value not in CHOICES[name]:
-            raise OptionError(f"{ENTRY}.{name}", value, "there is no such choice", " or ".join(CHOICES[name]))
-    return StarlingConfig(
-        star=parse_options(entry.get(STAR, {}), flat=False),
-        scheduling=parse_scheduling(entry.get(SCHEDULING, {}), f"{ENTRY}.{SCHEDULING}."),
-        replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),
-        cpu_attention=chosen[CPU_ATTENTION],
-        cache_salt=chosen[CACHE_SALT],
-        live_page=chosen[LIVE_PAGE],
-    )
 
 
 RUST_FRONT = "VLLM_USE_RUST_FRONTEND"
@@ -170,26 +96,17 @@ def after_engine_config(vllm_config: Any) -> None:
     Raises:
         OptionError: the options can't be used with this engine.
     """
-    config = parse_config(vllm_config.additional_config)
+    config = config_of(vllm_config)
     if config is None:
         return
-    refusals = star_refusals(vllm_config)
-    if refusals and config.star.mode != "off":
-        raise OptionError("star", config.star.mode, "; ".join(refusals), "off")
-    refuse_overlap(vllm_config, config.star.overlap_size)
-    if config.star.mode != "off":
-        refuse_block_positions(vllm_config, config.star.positions)
-    check_block_positions(config.star)
-    check_sizes(config.star, star_page_size(vllm_config))
-    check_segment_options(config.star, vllm_config.model_config.get_vocab_size())
+    facts = engine_facts(vllm_config, star_page_size(vllm_config))
+    check_defaults(config.star, facts)
     share_memory_nodes(vllm_config, os.environ)
     peers = config.replicas.peers
     one_host = is_one_host(vllm_config.parallel_config)
     if one_host:
         network.keep_gloo_on_loopback(os.environ)
-    replicas = replica_set(vllm_config)
-    max_replicas(config.star, config.star.overlap_size, replicas)
-    check_shards(config.star, config.star.overlap_size, replicas)
+    replicas = facts.replicas
     if peers and replicas.split_refusal is not None:
         raise OptionError(PEERS, peers, replicas.split_refusal, f"no {PEERS}")
     if replicas.size > 1 and replicas.split_refusal is None:
@@ -212,7 +129,7 @@ def after_engine_config(vllm_config: Any) -> None:
     receive_reports()
     collect_from_children()
     front_metrics()
-    _log_activation(config.star, refusals, vllm_config.model_config)
+    _log_activation(config.star, facts.refusals, vllm_config.model_config)
     if replicas.split_refusal is not None:
         reason = replicas.split_refusal
         logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, reason)
@@ -262,7 +179,7 @@ def max_shards(star: StarOptions, replicas: ReplicaSet) -> int:
     return replicas.size if star.replicas == "auto" else star.replicas
 
 
-def _log_activation(star: StarOptions, refusals: list[str], model: Any) -> None:
+def _log_activation(star: StarOptions, refusals: Sequence[str], model: Any) -> None:
     if refusals:
         logger.warning("Star Attention is not available here: %s", "; ".join(refusals))
         return

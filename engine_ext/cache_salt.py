@@ -13,13 +13,9 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.clients import Client, current_client
-from starling.scheduler.star.parsing import OptionError
-
-CACHE_SALT_SETTINGS = ("request", "required", "api-key")
-"""Values of the option: the request's own salt or none, as in vLLM; a salt in each request; one from the API key."""
-
-CACHE_SALT = "cache_salt"
+from starling.config.entry import CACHE_SALT
+from starling.config.parsing import OptionError
+from starling.engine_ext.call import Call, current_call
 
 
 def derived_salt(api_key: str, salt: str | None) -> str:
@@ -33,11 +29,11 @@ def derived_salt(api_key: str, salt: str | None) -> str:
     ).hexdigest()
 
 
-def salt_for(setting: str, salt: str | None, client: Client | None) -> str | None:
+def salt_for(setting: str, salt: str | None, client: Call | None) -> str | None:
     """The salt with which a request reaches the engine.
 
     Args:
-        setting: one of CACHE_SALT_SETTINGS.
+        setting: a value of the option: config/entry.py.
         salt: the request's own.
 
     Raises:
@@ -82,7 +78,7 @@ def salted(setting: str, engine_input: Any) -> Any:
         if not isinstance(holder, Mapping):  # a text, or a session whose prompt comes in pieces
             reason = f"prompts of type {type(holder).__name__} have none, with --cache-salt {setting}"
             raise OptionError(CACHE_SALT, None, reason, "a prompt that is given as a whole, as a mapping")
-        salt = salt_for(setting, holder.get(CACHE_SALT), current_client.get())
+        salt = salt_for(setting, holder.get(CACHE_SALT), current_call.get())
     except OptionError as error:
         raise VLLMValidationError(str(error), parameter=CACHE_SALT) from None
     holder = {**holder, CACHE_SALT: salt}

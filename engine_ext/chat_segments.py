@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.activation import parse_config
+from starling.config.entry import config_of
+from starling.config.parsing import OptionError
+from starling.config.star import StarOptions, is_star_key, merge, parse_options
+from starling.engine_ext.call import current_call, note_star
 from starling.engine_ext.requests import KNOWN_SEGMENTS
-from starling.scheduler.star.known_segments import KnownSegments
-from starling.scheduler.star.options import StarOptions, is_star_key, merge, parse_options
-from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.decide import too_short
+from starling.scheduler.star.facts import KnownSegments
 
 MAX_RENDERED = 2**16
 """Parts of messages that are rendered for the borders of one chat, all beginnings together: about 0.6 s of a core."""
@@ -35,9 +36,6 @@ NO_TEXT = "the model's template makes tokens, not text, so that its messages hav
 NO_OFFSETS = "the tokenizer does not say at which characters tokens start (a fast tokenizer does)"
 NOT_SEPARATE = "the chat template does not render the first message as the beginning of the whole prompt"
 
-# The star options of the request whose chat is rendered, set by both fronts; None in a program that renders itself.
-chat_options: ContextVar[Mapping[str, Any] | None] = ContextVar("starling_chat_options", default=None)
-
 
 def note_chat_options(http_request: Any) -> None:
     """Note the options of a request of the OpenAI server before its chat is rendered.
@@ -45,17 +43,17 @@ def note_chat_options(http_request: Any) -> None:
     A request that generates nothing (/tokenize), and beam search, have no star plan.
     """
     has_plan = hasattr(http_request, "vllm_xargs") and not getattr(http_request, "use_beam_search", False)
-    chat_options.set(http_request.vllm_xargs if has_plan else {"star": "off"})
+    note_star((http_request.vllm_xargs or {}) if has_plan else {"star": "off"})
 
 
 def auto_options(renderer: Any) -> StarOptions | None:
     """The options of the chat that is being rendered if they ask for its messages as segments, else None."""
-    config = parse_config(renderer.config.additional_config)
+    config, call = config_of(renderer.config), current_call.get()
     if config is None:
         return None
-    given = {key: value for key, value in (chat_options.get() or {}).items() if is_star_key(key)}
+    given = {key: value for key, value in (call.star if call else {}).items() if is_star_key(key)}
     try:
-        options = merge(config.star, parse_options(given, flat=True) if given else None)
+        options = merge(config.star, parse_options(given) if given else None)
     except OptionError:  # the planner refuses it once it has the prompt
         return None
     return options if options.mode != "off" and options.segments == "auto" else None
@@ -74,8 +72,7 @@ async def add_segments(renderer: Any, messages: Sequence[Any], params: Any, engi
     """
     options = auto_options(renderer)
     token_ids = engine_input.get("prompt_token_ids")
-    too_short = options is not None and options.mode == "auto" and len(token_ids or ()) < options.min_tokens
-    if token_ids and not too_short:
+    if token_ids and options is not None and too_short(options, len(token_ids)) is None:
         engine_input[KNOWN_SEGMENTS] = await message_segments(renderer, messages, params, engine_input)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from starling.engine_ext.activation import parse_config
+from starling.config.entry import config_of
 from starling.engine_ext.engine_report import SPLIT, STAR, engine_report
 from starling.engine_ext.refusals import star_refusals
 from starling.scheduler.star.request_metadata import CONNECTOR
@@ -28,7 +28,7 @@ def report_of(core: Any) -> dict[str, str | None] | None:
 
     None for an engine without Starling, beside one with it in the user's process.
     """
-    if parse_config(core.vllm_config.additional_config) is None:
+    if config_of(core.vllm_config) is None:
         return None
     report, config = engine_report(core), core.vllm_config
     if report[STAR] and not star_refusals(config):

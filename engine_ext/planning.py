@@ -1,35 +1,25 @@
-"""The plan of a prompt: from the star options of a server and of a request to how the prompt is prefilled."""
+"""The plan of each prompt of an engine: what is known of the engine and of the prompt, handed to ``decide``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from starling.engine_ext.activation import ENTRY, parse_config
-from starling.engine_ext.dense_prompts import refuse_star
+from starling.config.entry import ENTRY, StarlingConfig, config_of
+from starling.config.parsing import OptionError
+from starling.config.star import FIELD_OF, StarOptions, is_star_key
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.refusals import (
-    refuse_block_positions,
-    refuse_overlap,
-    replica_set,
-    star_refusals,
-    takes_overlap,
-)
-from starling.scheduler.star.block_layout import POSITIONS, TooMuchPadding, plan_blocks
+from starling.engine_ext.misplaced import read_request
+from starling.engine_ext.refusals import engine_facts
 from starling.scheduler.star.counts import describe
-from starling.scheduler.star.known_segments import TOO_LONG, KnownSegments, with_known_segments
-from starling.scheduler.star.kv_demand import with_enough_replicas
-from starling.scheduler.star.make_plan import ReplicaSet, make_plan
-from starling.scheduler.star.options import FIELD_OF, StarOptions, flat_name, is_star_key, merge, parse_options
-from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import default_num_shards
-from starling.scheduler.star.segments import SEGMENT_TOKEN, SEGMENTS, TokenLimits, align, refuse_many_offsets
+from starling.scheduler.star.decide import Decision, decide
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
+from starling.scheduler.star.kv_demand import refuse_above_one_replica
 
 logger = init_logger("vllm.starling")
 
@@ -39,37 +29,15 @@ HOW_TO_ACTIVATE = (
 )
 
 
-@dataclass(frozen=True)
-class PlannedPrompt:
-    """How one prompt is prefilled.
-
-    Attributes:
-        plan: None: dense.
-        num_tokens: of the prompt that the engine gets.
-        token_ids: that prompt; None where the client's prompt has images or embeddings.
-        padding_tokens: how many of the tokens were added, to move segments to star blocks' borders.
-        segments_refusal: why the prompt has no segments although the server's default asks for them; None: it has, or
-            the default does not ask.
-    """
-
-    plan: StarPlan | None
-    num_tokens: int
-    token_ids: list[int] | None = None
-    padding_tokens: int = 0
-    segments_refusal: str | None = None
-
-
-def usable_defaults(vllm_config: Any, star: StarOptions, refusals: list[str], replicas: ReplicaSet) -> StarOptions:
+def usable_defaults(star: StarOptions, engine: EngineFacts) -> StarOptions:
     """The server's star options without those that its engines, as they found when they started, can't follow.
 
     What the configuration alone excludes is refused before the start (activation.py).
     """
     usable: dict[str, str | int] = {}
-    if refusals:
-        usable |= {"mode": "off"}
-    if replicas.split_refusal:
+    if engine.replicas.split_refusal:
         usable |= {"replicas": "auto", "shards": "off"}
-    if not takes_overlap(vllm_config):
+    if engine.overlap_refusal:
         usable |= {"overlap_size": 0}
     return star.model_copy(update=usable)
 
@@ -78,20 +46,21 @@ class PromptPlanner:
     """Plans the prompts of one engine."""
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
-        self.config = parse_config(vllm_config.additional_config)
-        self.refusals = star_refusals(vllm_config) if self.config else [HOW_TO_ACTIVATE]
-        self.replicas = replica_set(vllm_config)
-        self.defaults = (
-            usable_defaults(vllm_config, self.config.star, self.refusals, self.replicas) if self.config else None
-        )
+        self.config = config_of(vllm_config)
         self.vllm_config = vllm_config
         self.tokenizer = tokenizer
         self.num_peers: Callable[[], int] | None = None  # how many servers there are now to split prompts with
+        facts = EngineFacts(None, (HOW_TO_ACTIVATE,)) if self.config is None else engine_facts(vllm_config, None)
+        self.facts = replace(facts, token_of=lru_cache(maxsize=256)(self.token_of))
+        self.defaults = usable_defaults((self.config or StarlingConfig()).star, facts)
 
     @property
-    def replicas_now(self) -> ReplicaSet:
-        """The replicas that a prompt may be split over now."""
-        return self.replicas if self.num_peers is None else replace(self.replicas, present=1 + self.num_peers())
+    def engine(self) -> EngineFacts:
+        """What is known of the engine now."""
+        replicas = self.facts.replicas
+        if self.num_peers is not None:
+            replicas = replace(replicas, present=1 + self.num_peers())
+        return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages, replicas=replicas)
 
     @property
     def page_size(self) -> int | None:
@@ -104,170 +73,45 @@ class PromptPlanner:
         engines = self.vllm_config.parallel_config.data_parallel_size
         return (self.vllm_config.cache_config.num_gpu_blocks or 0) // engines - 1
 
-    @cached_property
-    def token_limits(self) -> TokenLimits:
-        """For segments; a prompt leaves room for one token of output."""
-        model = self.vllm_config.model_config
-        return TokenLimits(model.max_model_len - 1, model.get_vocab_size(), lambda: self.white_space)
+    def token_of(self, text: str) -> int | None:
+        """The token that a text is; None: it is none, or several, or there is no tokenizer."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False) if self.tokenizer is not None else []
+        return int(ids[0]) if len(ids) == 1 else None
 
-    @cached_property
-    def white_space(self) -> int | None:
-        """The token of a space, else of a line break; None where the tokenizer has neither, or there is none."""
-        for text in (" ", "\n") if self.tokenizer is not None else ():
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            if ids and self.tokenizer.decode(ids[-1:]) == text:
-                return int(ids[-1])
-        return None
-
-    def plan(
-        self,
-        extra_args: Mapping[str, Any] | None,
-        num_tokens: int,
-        token_ids: list[int] | None = None,
-        dense_reason: str | None = None,
-        segments: KnownSegments | None = None,
-    ) -> PlannedPrompt:
-        """The plan of a request's prompt.
+    def plan(self, extra_args: Mapping[str, Any] | None, prompt: PromptFacts) -> Decision:
+        """How a request's prompt is prefilled.
 
         Args:
             extra_args: of the request's sampling parameters.
-            num_tokens: of the prompt that the client gave.
-            token_ids: these tokens, where the prompt has neither images nor embeddings.
-            dense_reason: why the prompt can't have a star plan; None: it can.
-            segments: what the front knows of the prompt's segments; None: nothing.
 
         Raises:
             VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
         """
         try:
-            planned = self._plan(extra_args or {}, num_tokens, token_ids, dense_reason, segments)
-            self._check_memory(planned)
+            if self.config is None:
+                for name in filter(is_star_key, extra_args or ()):
+                    value = (extra_args or {})[name]
+                    raise OptionError(name, value, HOW_TO_ACTIVATE, f"no star options without {ENTRY}")
+                return Decision(None, None, prompt.num_tokens, prompt.token_ids)
+            request = read_request(extra_args or {}, prompt.num_tokens)
+            decision = decide(self.defaults, request, prompt, self.engine)
         except OptionError as error:
             raise rejection(error) from None
-        logger.debug("planned a prompt of %d tokens: %s", planned.num_tokens, planned.plan or "dense")
-        return planned
+        logger.debug("a prompt of %d tokens: %s", prompt.num_tokens, decision.plan or decision.why)
+        return decision
 
-    def _plan(
-        self,
-        extra_args: Mapping[str, Any],
-        num_tokens: int,
-        token_ids: list[int] | None,
-        dense_reason: str | None,
-        segments: KnownSegments | None,
-    ) -> PlannedPrompt:
-        given = {key: value for key, value in extra_args.items() if is_star_key(key)}
-        if self.config is None or self.defaults is None:
-            if given:
-                name, value = next(iter(given.items()))
-                raise OptionError(name, value, HOW_TO_ACTIVATE, f"no star options without {ENTRY}")
-            return PlannedPrompt(None, num_tokens, token_ids)
-        refuse_many_offsets(given.get(SEGMENTS), num_tokens)
-        request = parse_options(given, flat=True) if given else None
-        if request is None:
-            mode = self.defaults.mode
-        else:
-            mode = request.mode if "mode" in request.model_fields_set else self.config.star.mode
-        if mode != "off" and self.refusals:
-            raise OptionError("star", mode, "; ".join(self.refusals), "off")
-        if mode != "off" and self.page_size is None:
-            raise OptionError("star", mode, "the full-attention layers have no one KV page size", "off")
-        if dense_reason is not None:
-            refuse_star(given, mode, dense_reason)
-            return PlannedPrompt(None, num_tokens, token_ids)
-        if mode != "off" and request is not None:
-            refuse_overlap(self.vllm_config, request.overlap_size)
-        page_size, client_tokens = self.page_size or 1, num_tokens
-        own, (defaults, request, refusal) = request, with_known_segments(self.defaults, request, segments, num_tokens)
-        if mode != "off" and merge(defaults, request).positions == "block":
-            planned = self._plan_blocks(defaults, request, given, num_tokens, token_ids, page_size)
-            if planned is not None:
-                return replace(planned, segments_refusal=refusal)
-            if refusal is None and token_ids is not None and merge(defaults, request).segments is not None:
-                refusal = TOO_LONG
-            request = own
-            defaults = defaults.model_copy(update={"segment_token": None, "segments": None, "padding_token": None})
-        if token_ids is not None:
-            token_ids, request = align(token_ids, defaults, request, page_size, self.token_limits)
-            num_tokens = len(token_ids)
-        elif named := [name for name in (SEGMENT_TOKEN, SEGMENTS) if given.get(name) is not None]:
-            name = named[0]
-            reason = "the prompt has images or embeddings, which can't be moved"
-            raise OptionError(name, given[name], reason, f"a text-only prompt, or no {name}")
-        plan = self._with_room(make_plan(num_tokens, defaults, request, page_size, self.replicas_now), request)
-        return PlannedPrompt(plan, num_tokens, token_ids, num_tokens - client_tokens, refusal)
-
-    def _with_room(self, plan: StarPlan | None, request: StarOptions | None) -> StarPlan | None:
-        """A plan, with as many replicas as its KV needs where that stays on them (raises OptionError)."""
-        if plan is None or not plan.shards:
-            return plan
-        assert self.defaults is not None
-        wanted = merge(self.defaults, request).replicas
-        limit = self.replicas.size if wanted == "auto" else wanted
-        return with_enough_replicas(plan, self.page_size or 1, self.num_pages, limit)
-
-    def _plan_blocks(
-        self,
-        defaults: StarOptions,
-        request: StarOptions | None,
-        given: Mapping[str, Any],
-        num_tokens: int,
-        token_ids: list[int] | None,
-        page_size: int,
-    ) -> PlannedPrompt | None:
-        """The plan of a prompt whose blocks have positions of their own.
-
-        Returns:
-            None where only the server's default asks for them, and the prompt can't have them.
-
-        Raises:
-            OptionError: the request's options can't be used.
-        """
-        refuse_block_positions(self.vllm_config, "block")
-        by_default = not {POSITIONS, SEGMENT_TOKEN, SEGMENTS} & given.keys()
-        if token_ids is None and by_default:
-            return None
-        if token_ids is None:
-            reason = "the prompt has images or embeddings, whose positions are not those of a block"
-            raise OptionError(POSITIONS, "block", reason, f"a text-only prompt, or {POSITIONS}=prompt")
-        try:
-            plan = plan_blocks(token_ids, defaults, request, page_size, self.token_limits, self.replicas_now)
-        except TooMuchPadding:
-            if by_default:
-                return None
-            raise
-        return PlannedPrompt(self._with_room(plan, request), num_tokens, token_ids)
-
-    def _check_memory(self, planned: PlannedPrompt) -> None:
-        """Refuse a prompt that fits in no replica's memory, where max_model_len exceeds it (raises OptionError)."""
-        is_divided = planned.plan is not None and planned.plan.shards
-        if default_num_shards(self.vllm_config) == 1 or is_divided or self.page_size is None:
-            return
-        self._check_room(planned)
-
-    def check_memory_of_one(self, planned: PlannedPrompt) -> None:
+    def check_memory_of_one(self, decision: Decision) -> None:
         """Refuse a prompt that one replica can not hold, although its plan divides it (raises VLLMValidationError)."""
+        plan = decision.plan
         try:
-            self._check_room(planned)
+            refuse_above_one_replica(decision.num_tokens if plan is None else plan.num_prompt_tokens, self.engine)
         except OptionError as error:
             raise rejection(error) from None
 
-    def _check_room(self, planned: PlannedPrompt) -> None:
-        assert self.page_size is not None
-        room = self.num_pages * self.page_size
-        num_tokens = planned.num_tokens if planned.plan is None else planned.plan.num_prompt_tokens
-        if num_tokens >= room:
-            reason = (
-                f"the prompt of {num_tokens} tokens runs on one replica, whose KV memory holds {room}, output included"
-            )
-            raise OptionError(
-                flat_name("shards"), "off", reason, f"a shorter prompt, or star=on with {flat_name('shards')}=on"
-            )
-
-    def describe(self, planned: PlannedPrompt) -> dict[str, Any]:
-        """The plan as a response shows it to the client."""
-        plan = describe(planned.plan, planned.num_tokens, self.vllm_config.model_config.hf_text_config)
-        refusal = {} if planned.segments_refusal is None else {"segments_refusal": planned.segments_refusal}
-        return {"padding_tokens": planned.padding_tokens} | plan | refusal
+    def describe(self, decision: Decision) -> dict[str, Any]:
+        """The decision as a response shows it to the client."""
+        model = self.vllm_config.model_config.hf_text_config
+        return describe(decision.plan, decision.num_tokens, model, decision.why)
 
 
 def rejection(error: OptionError) -> VLLMValidationError:

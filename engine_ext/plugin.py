@@ -17,7 +17,7 @@ from starling.vllm_compat.bench import add_bench_backend, is_bench
 from starling.vllm_compat.chat import on_chat_request, on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from starling.vllm_compat.engine_core import divide_kv_memory_check
-from starling.vllm_compat.front import on_abort, on_beam_search, on_encode, on_generate, on_processed_request
+from starling.vllm_compat.front import on_abort, on_encode, on_generate, on_openai_request, on_processed_request
 from starling.vllm_compat.versions import problem
 
 logger = logging.getLogger("vllm.starling")
@@ -44,11 +44,11 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from starling.engine_ext.activation import after_engine_config
+        from starling.engine_ext.call import sees_cached, without_cached
         from starling.engine_ext.chat_segments import add_segments, note_chat_options, wants_segments
-        from starling.engine_ext.clients import sees_cached, without_cached
         from starling.engine_ext.front.split_prefill import generate_split
         from starling.engine_ext.front.state import abort_split, state_of
-        from starling.engine_ext.requests import begin_beam_search
+        from starling.engine_ext.requests import begin_beam_search, check_openai_request
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
             if request.sampling_params is not None:  # else a pooling request
@@ -67,7 +67,7 @@ def _hook_in() -> None:
             on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
             on_encode(with_salt)
             on_abort(abort_split)
-            on_beam_search(begin_beam_search)
+            on_openai_request(check_openai_request, begin_beam_search)
             on_chat_request(note_chat_options)
             on_rendered_chat(wants_segments, add_segments)
 

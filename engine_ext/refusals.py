@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,14 +14,12 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from starling.attention_backends.star.backend import WRAPPED
+from starling.config.entry import StarlingConfig, config_of
 from starling.engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
 from starling.replicas.messages import nixl_problem
-from starling.replicas.options import replica_options
+from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
-from starling.scheduler.star.make_plan import ReplicaSet
-from starling.scheduler.star.options import flat_name
-from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.request_metadata import CONNECTOR
+from starling.scheduler.star.request_metadata import CONNECTOR, default_num_shards
 from starling.vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
 from starling.vllm_compat.engine_report import engine_reports
 
@@ -145,9 +144,13 @@ def _other_connector(config: Any) -> str | None:
     return None if transfer is None or transfer.kv_connector == CONNECTOR else transfer.kv_connector
 
 
+def _options(config: Any) -> StarlingConfig:
+    return config_of(config) or StarlingConfig()
+
+
 def has_peers(config: Any) -> bool:
     """Whether prompts are split over servers that find one another (--star-replica-peers)."""
-    return bool(replica_options(config).peers)
+    return bool(_options(config).replicas.peers)
 
 
 def _engines_with_peers(config: Any) -> str | None:
@@ -215,13 +218,17 @@ SPLIT_RULES: Rules = (
 
 
 def _uses_vllm_attention(config: Any) -> bool:
-    return (config.additional_config or {}).get("starling", {}).get("cpu_attention") == "vllm"
+    return _options(config).cpu_attention == "vllm"
 
 
 def reads_all_caches(config: Any) -> bool:
     """Whether Starling's CPU attention has to read the cache of each full-attention layer, by the server's options."""
-    star = (config.additional_config or {}).get("starling", {}).get("star", {})
-    return star.get("positions") == "block" or star.get("shards") == "on"
+    return has_documents(config) or _options(config).star.shards == "on"
+
+
+def has_documents(config: Any) -> bool:
+    """Whether the server's options say where documents start, so that its engine is made for them."""
+    return _options(config).star.segments not in (None, "off")
 
 
 def unread_isa(config: Any) -> str | None:
@@ -242,7 +249,7 @@ CPU_ATTENTION_RULES: Rules = (
     (
         unread_isa,
         "on this processor vLLM stores keys in an order that Starling's CPU attention does not read, unless the server "
-        "is started with --star-positions block or --star-shards on, or with --dtype float32",
+        "is started with --star-segments or --star-shards on, or with --dtype float32",
     ),
 )
 
@@ -268,10 +275,9 @@ SHARD_RULES: Rules = (
 )
 
 
-def _made_for_prompt_positions(config: Any) -> bool:
+def _made_without_documents(config: Any) -> bool:
     """Whether an engine on a GPU was made without blocks with positions of their own."""
-    star = (config.additional_config or {}).get("starling", {}).get("star", {})
-    return config.device_config.device_type != "cpu" and star.get("positions") != "block"
+    return config.device_config.device_type != "cpu" and not has_documents(config)
 
 
 def _has_breakable_graphs(config: Any) -> bool:
@@ -283,15 +289,15 @@ def _on_cpu(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda config: config.device_config.device_type == "cpu" and rule(config)
 
 
-BLOCK_POSITIONS_RULES: Rules = (
+DOCUMENT_RULES: Rules = (
     (
         lambda c: c.device_config.device_type not in ("cpu", "cuda") and c.device_config.device_type,
         "the kernels run on CPUs and on CUDA devices",
     ),
     (
-        _made_for_prompt_positions,
-        "on a GPU the server has to be started with --star-positions block, since its decode steps then run without "
-        "full CUDA graphs",
+        _made_without_documents,
+        "on a GPU the server has to be started with --star-segments, since its decode steps then run without full CUDA "
+        "graphs",
     ),
     (
         _has_breakable_graphs,
@@ -314,16 +320,9 @@ BLOCK_POSITIONS_RULES: Rules = (
 )
 
 
-def block_positions_refusals(vllm_config: Any) -> list[str]:
+def document_refusals(vllm_config: Any) -> list[str]:
     """The reasons why blocks can't have positions of their own on this engine; empty where they can."""
-    return list(_refusals(BLOCK_POSITIONS_RULES, vllm_config))
-
-
-def refuse_block_positions(vllm_config: Any, positions: str) -> None:
-    """Refuse blocks with positions of their own where the engine can't attend to them (raises OptionError)."""
-    reasons = block_positions_refusals(vllm_config) if positions == "block" else []
-    if reasons:
-        raise OptionError(flat_name("positions"), positions, "; ".join(reasons), "prompt")
+    return list(_refusals(DOCUMENT_RULES, vllm_config))
 
 
 def replica_set(vllm_config: Any) -> ReplicaSet:
@@ -363,8 +362,21 @@ def is_attamba(vllm_config: Any) -> bool:
     return getattr(vllm_config.model_config.hf_text_config, "model_type", None) == "attamba"
 
 
-def refuse_overlap(vllm_config: Any, overlap_size: int | None) -> None:
-    """Refuse an overlap of star blocks for models that can't have one (raises OptionError)."""
-    if overlap_size and not takes_overlap(vllm_config):
-        reason = "an Attamba model's window ends at the border of a star block, and an overlap would go beyond it"
-        raise OptionError(flat_name("overlap_size"), overlap_size, reason, "0")
+NO_OVERLAP = "an Attamba model's window ends at the border of a star block, and an overlap would go beyond it"
+
+
+def engine_facts(vllm_config: Any, page_size: int | None) -> EngineFacts:
+    """What is known of an engine, as far as its configuration and the reports of engine cores that have started say.
+
+    Args:
+        page_size: tokens of a KV page of the full-attention layers.
+    """
+    return EngineFacts(
+        page_size,
+        tuple(star_refusals(vllm_config)),
+        functools.cache(lambda: tuple(document_refusals(vllm_config))),
+        None if takes_overlap(vllm_config) else NO_OVERLAP,
+        replica_set(vllm_config),
+        vllm_config.model_config.max_model_len - 1,  # a prompt leaves room for one token of output
+        divides_kv=default_num_shards(vllm_config) > 1,
+    )

@@ -1,49 +1,27 @@
-"""A request's star options, from what the client sent to the plan that the engine reads."""
+"""A request's prompt on its way through a front: its plan is decided, and put into what the engine reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
+from starling.config.parsing import OptionError
+from starling.config.star import flat_name, is_star_key
 from starling.engine_ext.cache_salt import salted
+from starling.engine_ext.call import current_call
 from starling.engine_ext.dense_prompts import SESSION, refuse_star_beams, why_dense
 from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.misplaced import refuse_at_top_level
 from starling.engine_ext.planning import PromptPlanner, rejection
-from starling.scheduler.star.options import is_star_key
-from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
-from starling.scheduler.star.segments import SEGMENT_TOKEN
-
-
-@dataclass
-class ResponsePlans:
-    """The plans of one HTTP request's prompts, as its response shows them.
-
-    Attributes:
-        limit: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.
-    """
-
-    plans: list[dict[str, Any]] = field(default_factory=list)
-    limit: int | None = None
-
-    def add(self, plan: dict[str, Any]) -> None:
-        if self.limit is None or len(self.plans) < self.limit:
-            self.plans.append(plan)
-
-
-# The plans of the HTTP request being handled: filled here, sent by the PlanHeader middleware.
-response_plans: ContextVar[ResponsePlans | None] = ContextVar("starling_response_plans", default=None)
-
-# The ids of the engine requests that the HTTP request being handled made: filled here, read by HttpProgress.
-response_requests: ContextVar[list[str] | None] = ContextVar("starling_response_requests", default=None)
 
 PLANNED = "starling_planned"
-"""The key of an engine input that holds its PlannedPrompt."""
+"""The key of an engine input that holds its Decision."""
 
 KNOWN_SEGMENTS = "starling_segments"
 """The key of an engine input that holds its KnownSegments, where its front knows them."""
@@ -59,7 +37,7 @@ class RequestPlanner(PromptPlanner):
             request_id: the one that the engine is about to get; None where it does not have one yet.
 
         Returns:
-            The engine input with its PlannedPrompt and, with a request id, its salt; without a plan where its tokens
+            The engine input with its Decision and, with a request id, its salt; without a decision where its tokens
             are not known yet.
 
         Raises:
@@ -72,22 +50,20 @@ class RequestPlanner(PromptPlanner):
             engine_input = with_salt
         reason = why_dense(engine_input)
         if reason == SESSION:
-            self.plan(extra_args, 0, dense_reason=reason)
+            self.plan(extra_args, PromptFacts(0, dense_only=reason))
         if not isinstance(engine_input, Mapping) or (self.config is None and not extra_args):
             return engine_input
         token_ids = engine_input.get("prompt_token_ids")
         if token_ids is None:
             return engine_input
+        call = current_call.get()
         if PLANNED not in engine_input:
-            known = engine_input.get(KNOWN_SEGMENTS)
-            planned = self.plan(extra_args, len(token_ids), tokens_alone(engine_input), reason, known)
-            engine_input = {**engine_input, PLANNED: planned}
-            plans = response_plans.get()
-            if plans is not None and self.config is not None:
-                plans.add(self.describe(planned))
-        ids = response_requests.get()
-        if ids is not None and request_id is not None:
-            ids.append(request_id)
+            decision = self.plan(extra_args, prompt_facts(engine_input, reason))
+            engine_input = {**engine_input, PLANNED: decision}
+            if call is not None and self.config is not None:
+                call.add_plan(self.describe(decision))
+        if call is not None and request_id is not None:
+            call.request_ids.append(request_id)
         return engine_input
 
     def with_salt(self, engine_input: Any) -> Any:
@@ -102,7 +78,7 @@ class RequestPlanner(PromptPlanner):
         """Replace a processed request's star options by its metadata, in the request's own sampling parameters.
 
         Args:
-            prompt: what vLLM made the request of; with its PlannedPrompt where a front has planned it.
+            prompt: what vLLM made the request of; with its Decision where a front has planned it.
 
         Raises:
             VLLMValidationError: the request's options can't be used.
@@ -112,26 +88,23 @@ class RequestPlanner(PromptPlanner):
         if metadata.part is not None:  # made by split prefill, with the plan of the whole prompt
             params.extra_args = {KEY: metadata.to_wire()}
             return
-        planned = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
+        decision = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
         num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
         # vLLM renders a prompt of Python's that no renderer has seen here: it may truncate it, or expand images.
-        if planned is None or planned.num_tokens - planned.padding_tokens != num_tokens:
+        if decision is None or decision.num_tokens != num_tokens:
             alone = request.prompt_embeds is None and not request.mm_features
             reason = SESSION if request.resumable else why_dense(prompt)
-            planned = self.plan(params.extra_args, num_tokens, request.prompt_token_ids if alone else None, reason)
+            facts = PromptFacts(num_tokens, request.prompt_token_ids if alone else None, dense_only=reason)
+            decision = self.plan(params.extra_args, facts)
         if self.config is None:
             return
-        if planned.padding_tokens or (planned.plan is not None and planned.plan.documents):
+        if decision.plan is not None and decision.plan.documents:
             _refuse_token_positions(params)
-        if planned.padding_tokens:
-            request.prompt_token_ids = planned.token_ids
-        wire = replace(metadata, plan=planned.plan).to_wire()
-        if params.extra_args or wire:
-            rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
-            rest.pop(KEY, None)
-            params.extra_args = rest | {KEY: wire} if wire else rest
+        metadata = replace(metadata, plan=decision.plan, why=decision.why)
+        rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
+        params.extra_args = rest | {KEY: metadata.to_wire()}
         if not request.resumable:  # a session's last piece, without input, is the one that counts
-            front_metrics().requests.labels("dense" if planned.plan is None else "star").inc()
+            front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
 
 
 def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
@@ -147,11 +120,11 @@ def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
     return metadata
 
 
-def tokens_alone(engine_input: Mapping[str, Any]) -> list[int] | None:
-    """The tokens of a prompt; None where it has images or embeddings too."""
+def prompt_facts(engine_input: Mapping[str, Any], dense_only: str | None = None) -> PromptFacts:
+    """What is known of a rendered prompt."""
     token_ids: list[int] = engine_input["prompt_token_ids"]
     alone = engine_input.get("type", "token") == "token" and not engine_input.get("multi_modal_data")
-    return token_ids if alone else None
+    return PromptFacts(len(token_ids), token_ids if alone else None, engine_input.get(KNOWN_SEGMENTS), dense_only)
 
 
 def _refuse_token_positions(params: Any) -> None:
@@ -162,9 +135,17 @@ def _refuse_token_positions(params: Any) -> None:
         ("routed_experts_prompt_start", start, start > 0),
     ):
         if given:
-            reason = "with its segments at the borders of star blocks or pages the engine's prompt has more tokens"
-            error = OptionError(name, value, reason, f"none, or no {SEGMENT_TOKEN}")
+            reason = "with each document on a KV page the engine's prompt has more tokens"
+            error = OptionError(name, value, reason, f"none, or {flat_name('segments')}=off")
             raise VLLMValidationError(str(error), parameter=name)
+
+
+def check_openai_request(http_request: Any) -> None:
+    """Refuse star options of an OpenAI request that stand where vLLM ignores them (raises VLLMValidationError)."""
+    try:
+        refuse_at_top_level(http_request.model_extra or ())
+    except OptionError as error:
+        raise rejection(error) from None
 
 
 def begin_beam_search(http_request: Any) -> None:
@@ -173,9 +154,9 @@ def begin_beam_search(http_request: Any) -> None:
     Raises:
         VLLMValidationError: the request asks for star.
     """
-    plans = response_plans.get()
-    if plans is not None:
-        plans.limit = (plans.limit or 0) + 1
+    call = current_call.get()
+    if call is not None:
+        call.max_plans = (call.max_plans or 0) + 1
     try:
         refuse_star_beams({key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)})
     except OptionError as error:

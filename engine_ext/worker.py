@@ -15,9 +15,9 @@ from starling.attention_backends.star.backend import register_star_backends, tak
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
 from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
-from starling.engine_ext.activation import parse_config
+from starling.config.entry import config_of
 from starling.engine_ext.metrics import worker_metrics
-from starling.engine_ext.refusals import has_peers, reads_all_caches, star_refusals
+from starling.engine_ext.refusals import has_documents, has_peers, reads_all_caches, star_refusals
 from starling.engine_ext.rotations import block_positions_problem, make_rotations
 from starling.replicas.metrics import replica_metrics
 from starling.replicas.weights import note_weights
@@ -90,8 +90,8 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
     attention op, which dense batches use too.
     """
     is_cpu = vllm_config.device_config.device_type == "cpu"
-    config = parse_config(vllm_config.additional_config)
-    use_block_positions(config is not None and config.star.positions == "block")
+    config = config_of(vllm_config)
+    use_block_positions(has_documents(vllm_config))
     if is_cpu or not refusals:
         register_star_backends()
     if is_cpu:
@@ -176,7 +176,7 @@ def make_star_worker(base: type) -> type:
             builders = metadata_builders(self.model_runner)
             self.star_problem = unsplit_layers(builders)
             if self.star_problem is not None:
-                config = parse_config(self.vllm_config.additional_config)
+                config = config_of(self.vllm_config)
                 if config is None or config.star.mode == "on":
                     raise RuntimeError(self.star_problem)
                 return
@@ -206,9 +206,9 @@ def make_star_worker(base: type) -> type:
                 model.register_forward_pre_hook(set_positions, with_kwargs=True)
                 model.register_forward_hook(restore_positions, always_call=True)
                 return
-            config = parse_config(self.vllm_config.additional_config)
+            config = config_of(self.vllm_config)
             if config is not None and block_positions_in_use() and config.star.mode != "off":
-                raise RuntimeError(f"star_positions=block: {self.block_positions_problem}")
+                raise RuntimeError(f"star_segments={config.star.segments}: {self.block_positions_problem}")
 
         def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:
             """Layer name -> how its queries are turned to the positions of a block, where a plan needs it."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from starling.scheduler.star.options import parse_options
+from starling.config.star import parse_options
 
 LETTERS = {
     "B": "star_block_size",
-    "N": "star_num_blocks",
     "A": "star_anchor_size",
     "O": "star_overlap_size",
     "Q": "star_query_tokens",
-    "P": "star_positions",
+    "S": "star_segments",
 }
-POSITIONS = ("prompt", "block")
 ALLOWED = (
     "dense; default, the server's own star options; n/8, eight star blocks; or sizes in tokens such as "
-    "B=1024,A=1024,O=0,Q=128, and P=block for blocks with positions of their own"
+    "B=1024,A=1024,O=0,Q=128, and S=auto for the messages of a chat as documents"
 )
 
 
@@ -46,8 +44,8 @@ def parse_plan(text: str) -> Plan:
     """The plan of one --plan.
 
     Args:
-        text: ``dense``; ``default``; or parts with a comma between them: ``n/8`` or ``N=8``, ``B=``, ``A=``, ``O=``,
-            ``Q=`` and a whole number; ``P=block``.
+        text: ``dense``; ``default``; or parts with a comma between them: ``n/8`` or ``B=n/8``; ``B=``, ``A=``, ``O=``,
+            ``Q=`` and a number of tokens; ``S=auto``, or ``S=`` and the text of the token that starts a document.
 
     Raises:
         ValueError: the text is no plan, or its options contradict one another.
@@ -60,21 +58,14 @@ def parse_plan(text: str) -> Plan:
         return DENSE
     options: dict[str, str | int] = {"star": "on"}
     for part in text.split(",") if text != "default" else ():
-        letter, equals, value = ("N", "=", part[2:]) if part.startswith("n/") else part.strip().partition("=")
+        letter, equals, value = ("B", "=", part) if part.startswith("n/") else part.strip().partition("=")
         if letter not in LETTERS or not equals:
             raise refused(f"{part!r} is no option of a plan")
         if LETTERS[letter] in options:
             raise refused(f"{letter} is given twice")
-        if letter == "P":
-            if value not in POSITIONS:
-                raise refused(f"{value!r} is not one of {', '.join(POSITIONS)}")
-            options[LETTERS[letter]] = value
-            continue
-        if not (value.isascii() and value.isdigit()):
-            raise refused(f"{value!r} is not a whole number")
-        options[LETTERS[letter]] = int(value)
+        options[LETTERS[letter]] = int(value) if value.isascii() and value.isdigit() else value
     try:
-        parse_options(options, flat=True)
+        parse_options(options)
     except ValueError as error:
         raise ValueError(f"plan={text!r}: {error}") from None
     return Plan(text, options)

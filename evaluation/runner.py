@@ -15,9 +15,9 @@ PLAN_NUMBERS = {
     "block_size": "star_block_size",
     "anchor_size": "star_anchor_size",
     "overlap_size": "star_overlap_size",
-    "context_end": "star_context_tokens",
 }
 """Fields of the server's plan, and the options that ask for exactly these numbers."""
+SEGMENTS = "star_segments"
 
 
 class Server(Protocol):
@@ -117,9 +117,9 @@ async def ask(server: Server, prompt: Prompt, plan: Plan, key: str, num_logprobs
         followed = prompt.answer_ids or (dense.token_ids if dense else output.token_ids)
         if followed is None:
             raise ServerError("--logprobs needs a server that returns token ids (return_token_ids): a vLLM server")
-        exact = same_plan(plan, output.plan)
         for position, token in enumerate(followed[:num_logprobs]):
-            scored = await server.score_token([*prompt.token_ids, *followed[:position]], exact, token)
+            ids = [*prompt.token_ids, *followed[:position]]
+            scored = await server.score_token(ids, same_plan(plan, output.plan, len(ids)), token)
             check_same_plan(plan, output.plan, scored.plan)
             assert scored.logprob is not None and scored.top_logprobs is not None
             scores.append(TokenScore(logprob=scored.logprob, top=scored.top_logprobs))
@@ -135,19 +135,26 @@ async def ask(server: Server, prompt: Prompt, plan: Plan, key: str, num_logprobs
     )
 
 
-def same_plan(plan: Plan, server_plan: dict[str, Any] | None) -> Plan:
+def same_plan(plan: Plan, server_plan: dict[str, Any] | None, num_tokens: int) -> Plan:
     """The plan with the server's exact numbers, so that it stays the same for a prompt with more tokens at its end.
 
     n/8, for example, would cut a longer prompt into larger blocks, and the query would begin later.
+
+    Args:
+        num_tokens: of the longer prompt.
     """
     if plan.is_dense or server_plan is None:
         return DENSE
     numbers = {option: int(server_plan[field]) for field, option in PLAN_NUMBERS.items()}
-    return Plan(plan.name, {"star": "on"} | numbers)
+    documents = {name: value for name, value in plan.options.items() if name == SEGMENTS}
+    query = {"star_query_tokens": num_tokens - int(server_plan["context_end"])}
+    return Plan(plan.name, {"star": "on"} | numbers | query | documents)
 
 
 def check_same_plan(plan: Plan, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
     """Refuse (ServerError) log-probabilities that belong to another plan than the answer."""
-    differ = [field for field in PLAN_NUMBERS if (before or {}).get(field) != (after or {}).get(field)]
+    differ = [
+        field for field in (*PLAN_NUMBERS, "context_end") if (before or {}).get(field) != (after or {}).get(field)
+    ]
     if differ:
         raise ServerError(f"plan={plan.name!r}: the server changed {', '.join(differ)} for a longer prompt")

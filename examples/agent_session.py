@@ -4,7 +4,7 @@ python examples/agent_session.py
 
 Each turn of the session changes its prompt: a file in the middle is edited and grows, a file is added, a tool's output
 is added or cleared, and in one turn a summary replaces the older conversation. The same prompts are sent dense, with
-vLLM's prefix cache; with Star Attention; and with star_positions=block, where each file, tool's output and message is a
+vLLM's prefix cache; with Star Attention; and with star_segments, where each file, tool's output and message is a
 segment that is reused wherever it stands. Each of these, and each run, has a cache salt of its own, so it starts cold.
 The answers in the conversation are written here, not the model's, so that all three get the same prompts.
 
@@ -109,14 +109,13 @@ def main() -> None:
     answers: dict[str, list[Answer]] = {name: [] for name in CONFIGURATIONS}
     try:
         client = Completions(args.url)
-        mark = client.token(args.mark)
         print(f"{'tokens computed, seconds to the first token':48}" + "".join(f"{name:>16}" for name in CONFIGURATIONS))
         for turn, (event, context, end) in enumerate(session.prompts(args.turns), 1):
             query = {"star": "on", "star_query_tokens": len(client.tokenize(end))}
             options = {
                 "dense": {"star": "off"},
                 "star": query | {"star_block_size": args.block, "star_overlap_size": 0},
-                "block": query | {"star_positions": "block", "star_segment_token": mark},
+                "block": query | {"star_segments": args.mark},
             }
             for name, star in options.items():
                 answers[name].append(client.ask(context + end, star, max_tokens=1, cache_salt=f"{run} {name}"))
@@ -126,7 +125,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     prompt_tokens = sum(answer.prompt_tokens for answer in answers["dense"])
     print(f"{'all turns':34}{prompt_tokens:7} tokens {''.join(map(total, answers.values()))}")
-    print(f"anchor with star_positions=block: {answers['block'][0].plan['anchor_size']} tokens")
+    print(f"anchor with star_segments: {answers['block'][0].plan['anchor_size']} tokens")
 
 
 def show(answer: Answer) -> str:

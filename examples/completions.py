@@ -46,13 +46,6 @@ class Completions:
         response.raise_for_status()
         return response.json()["tokens"]
 
-    def token(self, text: str) -> int:
-        """The token id of a text that is one token; otherwise the program ends."""
-        tokens = self.tokenize(text)
-        if len(tokens) > 1:
-            raise SystemExit(f"--mark {text!r} must be one token of this model, but it is {len(tokens)} tokens")
-        return tokens[0]
-
     def ask(self, prompt: str, star: dict[str, Any], max_tokens: int, **fields: Any) -> Answer:
         """Complete a prompt greedily.
 

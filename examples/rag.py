@@ -4,9 +4,9 @@ python examples/rag.py
 
 The documents are the functions of some modules, each with its signature and docstring. The best ones for a question
 stand in its prompt, the best one last. A document that other questions had stands elsewhere now, beside others: vLLM's
-prefix cache does not find it, and with star_positions=block its KV is reused. The example prints for each question the
+prefix cache does not find it, and with star_segments its KV is reused. The example prints for each question the
 tokens computed, the time to the first token, and the answer, with a + if it has the expected word. Dense prompts and
-star_positions=block, and each run, have a cache salt of their own, so they start cold.
+star_segments, and each run, have a cache salt of their own, so they start cold.
 
 The example needs a server of `starling serve` with --enable-prompt-tokens-details, such as `make serve`.
 """
@@ -129,7 +129,6 @@ def main() -> None:
     answers: dict[str, list[tuple[Answer, bool]]] = {name: [] for name in CONFIGURATIONS}
     try:
         client = Completions(args.url)
-        mark = client.token(args.mark)
         for question, expected in QUESTIONS[: args.questions]:
             found = index.search(question, args.documents)
             end = f"\nQuestion: {question}<|im_end|>\n<|im_start|>assistant\n"
@@ -137,7 +136,7 @@ def main() -> None:
             star = {"star": "on", "star_query_tokens": len(client.tokenize(end))}
             options = {
                 "dense": {"star": "off"},
-                "block": star | {"star_positions": "block", "star_segment_token": mark},
+                "block": star | {"star_segments": args.mark},
             }
             print(f"{question} ({expected})")
             for name, chosen in options.items():

@@ -271,7 +271,7 @@ def counts(client: httpx.Client) -> dict[str, float]:
 def ask(client: httpx.Client, name: str, replicas: int | str) -> str:
     """Complete a long prompt that no other call had; returns a line that says how it went."""
     prompt = f"Report {name}. " + "The quick brown fox jumps over the lazy dog. " * 550 + "In one word, the animal is a"
-    star = {"star": "on", "star_num_blocks": 8, "star_query_tokens": 32, "star_replicas": replicas}
+    star = {"star": "on", "star_block_size": "n/8", "star_query_tokens": 32, "star_replicas": replicas}
     body = {"model": str(MODEL), "prompt": prompt, "max_tokens": 4, "temperature": 0, "vllm_xargs": star}
     started = time.monotonic()
     response = client.post("/v1/completions", json=body)

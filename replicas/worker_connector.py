@@ -12,11 +12,11 @@ from vllm.logger import init_logger
 from starling.attention_backends.kernels.contract import CPU_ISAS
 from starling.attention_backends.star.cpu_impl import CpuImpl, unsupported_reason
 from starling.attention_backends.star.remote_queries import RemoteQuery
+from starling.config.entry import StarlingConfig, config_of
 from starling.replicas.messages import MessageLimits
 from starling.replicas.metadata import PageLoad, PageLoads, WorkerAddress
 from starling.replicas.metrics import replica_metrics
 from starling.replicas.network import DEVICES_ENV, use_devices
-from starling.replicas.options import replica_options
 from starling.replicas.page_transfer import PageReader, Transfer, TransferError
 from starling.replicas.remote_attention_client import RemoteAttentionClient, StepRemoteAttention
 from starling.replicas.remote_attention_server import RemoteAttentionServer, Rotations
@@ -40,7 +40,7 @@ class WorkerConnector:
         self.vllm_config, self.page_size, self.num_pages = vllm_config, page_size, num_pages
         self.rank = get_tensor_model_parallel_rank()
         self.name = f"{vllm_config.kv_transfer_config.engine_id}-{self.rank}"
-        self.timeout = replica_options(vllm_config).timeout
+        self.timeout = (config_of(vllm_config) or StarlingConfig()).replicas.timeout
         one_host = vllm_config.kv_transfer_config.kv_connector_extra_config.get(ONE_HOST, False)
         devices = use_devices(one_host, os.environ)
         logger.info("KV pages are exchanged over the network devices %s (%s)", devices, DEVICES_ENV)

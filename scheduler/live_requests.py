@@ -28,7 +28,7 @@ WATCH_SECONDS = 10.0
 MAX_ID = 200
 """Characters of a request's id: clients choose ids, of any length."""
 
-PLAN = ("attention", "block_size", "positions", "replicas", "shards", "keys_attended", "dense_keys")
+PLAN = ("attention", "block_size", "documents", "replicas", "shards", "keys_attended", "dense_keys", "why")
 
 
 def shortened(request_id: str) -> str:
@@ -113,7 +113,7 @@ class LiveRequests:
             progress["cached"] = self.cached.get(name)
         if name not in self.plans:
             model = self.scheduler.vllm_config.model_config.hf_text_config
-            shown = describe(metadata.plan, request.num_prompt_tokens, model)
+            shown = describe(metadata.plan, request.num_prompt_tokens, model, metadata.why)
             self.plans[name] = {key: shown[key] for key in PLAN if key in shown}
         state = {
             "id": shortened(name),

@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from starling.config.scheduling import MIN_CHUNK
 from starling.scheduler.admission import WAITING, Admission
-from starling.scheduler.options import MIN_CHUNK
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.scheduler.step_budget import Limits, LongPrompt, divide_step
 from starling.vllm_compat.scheduler_view import SchedulerView

@@ -12,6 +12,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
+from starling.config.entry import StarlingConfig, config_of
+from starling.config.scheduling import MIN_CHUNK, SchedulingOptions
+from starling.config.star import StarOptions
 from starling.scheduler.block_padding import count_client_tokens, padded_plan, with_padding, without_padding
 from starling.scheduler.block_reuse import BlockReuse, reuse_refusal
 from starling.scheduler.cache_keys import independent_block_hasher, page_key
@@ -19,14 +22,11 @@ from starling.scheduler.cache_state import cache_state, compressed_groups, state
 from starling.scheduler.core_rpc import add_core_rpc
 from starling.scheduler.live_requests import LiveRequests
 from starling.scheduler.metrics import cache_metrics, scheduler_metrics
-from starling.scheduler.options import MIN_CHUNK, SECTION, SchedulingOptions, parse_scheduling
 from starling.scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
 from starling.scheduler.quarantine import Quarantine
-from starling.scheduler.star.options import parse_options
-from starling.scheduler.star.parsing import OptionError
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
-from starling.scheduler.star.sizes import check_sizes
+from starling.scheduler.star.rules import check_sizes
 from starling.scheduler.step_budget import make_limits
 from starling.scheduler.worker_report import worker_report
 from starling.vllm_compat.engine_core import amend_requests, end_with_parent
@@ -64,9 +64,9 @@ class StarMixin(SchedulerHooks):
         end_with_parent()
         super().__init__(vllm_config, *args, **kwargs)
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-        entry = vllm_config.additional_config["starling"]
-        self._check_defaults(entry.get("star", {}))
-        options = parse_scheduling(entry.get(SECTION, {}))
+        config = config_of(vllm_config) or StarlingConfig()
+        self._check_defaults(config.star)
+        options = config.scheduling
         self.limiter = self._make_limiter(options) if options.fairness == "on" else None
         self.reuse = self._make_reuse(vllm_config) if options.star_block_reuse == "on" else None
         use_request_hasher(independent_block_hasher if self.reuse else None)
@@ -95,13 +95,10 @@ class StarMixin(SchedulerHooks):
             return None
         return BlockReuse(self.view, group)
 
-    def _check_defaults(self, star: dict[str, Any]) -> None:
+    def _check_defaults(self, options: StarOptions) -> None:
         """Hold the server's star options against the page that the engine really has (raises OptionError)."""
-        options = parse_options(star, flat=False)
         page_size = self.view.full_attention_page_size
-        if page_size is None and options.mode == "on":
-            raise OptionError("star", options.mode, "the full-attention layers have no one KV page size", "auto, off")
-        if options.mode != "off" and page_size is not None:
+        if options.mode == "on" or (options.mode == "auto" and page_size is not None):
             check_sizes(options, page_size)
 
     def _report_cache_sizes(self) -> None:

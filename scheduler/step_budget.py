@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from starling.scheduler.options import MIN_CHUNK, SchedulingOptions
+from starling.config.scheduling import MIN_CHUNK, SchedulingOptions
 from starling.scheduler.star.counts import count_pairs
 from starling.scheduler.star.plan import StarPlan
 

@@ -100,7 +100,7 @@ def make_engines(model: str, vocabulary: int, setting: Setting, gpu: bool, **arg
     batches = p.star_batches(vocabulary, num_decodes=63 if gpu else 7)
     activated = engine | {"additional_config": {"starling": {}}}
     plain = EngineRun(engine, p.plain_batches(vocabulary), env)
-    star = {"starling": {"star": p.own_positions(vocabulary - 1)}}
+    star = {"starling": p.WITH_DOCUMENTS}
     documents = EngineRun(engine | {"additional_config": star}, p.document_batches(vocabulary), env)
     return Engines(model, plain, EngineRun(activated, batches, env), documents if setting.kv_dtype == "auto" else None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import accumulate
 from typing import Any
 
 PAGE_SIZE, BLOCK, QUERY, LENGTH, NEW = 32, 128, 37, 600, 16
@@ -31,20 +32,19 @@ def plain_batches(vocabulary: int) -> dict[str, list[Prompt]]:
     return {"off": [make_prompt(seed, length, vocabulary, cold=True) for seed, length in enumerate(lengths)]}
 
 
-def own_positions(mark: int) -> dict[str, Any]:
-    """The options of an engine whose documents have positions of their own; ``mark`` is the token that starts one."""
-    return {"positions": "block", "segment_token": mark, "query_tokens": QUERY, "anchor_size": 0}
+WITH_DOCUMENTS = {"star_segments": "auto"}
+"""The options of an engine that is made for documents; each prompt says where its own start."""
 
 
 def document_batches(vocabulary: int) -> dict[str, list[Prompt]]:
-    """Prompts of the same documents in two orders. The last entry of the vocabulary is in none but at their starts."""
-    mark = vocabulary - 1
-    documents = [[mark, *make_prompt(300 + length, length - 1, mark)["ids"]] for length in DOCUMENTS]
-    question = make_prompt(2, QUERY, mark)["ids"]
+    """Prompts of the same documents in two orders."""
+    documents = [make_prompt(300 + length, length, vocabulary)["ids"] for length in DOCUMENTS]
+    question = make_prompt(2, QUERY, vocabulary)["ids"]
 
     def prompt(order: list[list[int]], **fields: Any) -> Prompt:
         ids = [token for document in order for token in document] + question
-        return {"ids": ids, "max_tokens": NEW, "star": {"star": "on"}} | fields
+        starts = [0, *accumulate(map(len, order))]
+        return {"ids": ids, "max_tokens": NEW, "star": {"star": "on", "star_segments": starts}} | fields
 
     return {
         "documents": [prompt(documents, prompt_logprobs=True)],

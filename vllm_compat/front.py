@@ -109,28 +109,41 @@ def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
     wrap(AsyncLLM, "encode", around)
 
 
-def on_beam_search(callback: Callable[[Any], None]) -> None:
-    """Call ``callback(http_request)`` where an OpenAI request becomes beam-search parameters.
+def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[[Any], None]) -> None:
+    """Call ``check(http_request)`` where an OpenAI request becomes sampling parameters, or those of a beam search.
 
-    BeamSearchParams carry no extra_args, so options in `vllm_xargs` would be lost without a word. Goes
-    when they do.
+    Before the latter, call ``begin_beam_search(http_request)`` too: BeamSearchParams carry no extra_args, so options in
+    `vllm_xargs` would be lost without a word. vLLM ignores unknown fields of a request's JSON. Goes when vLLM refuses
+    them, and when BeamSearchParams have extra_args.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
     from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 
     def around(original: Callable[..., Any]) -> Wrapper:
+        def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check(self)
+            return original(self, *args, **kwargs)
+
+        return to_sampling_params
+
+    def around_beams(original: Callable[..., Any]) -> Wrapper:
         def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            callback(self)
+            check(self)
+            begin_beam_search(self)
             return original(self, *args, **kwargs)
 
         return to_beam_search_params
 
-    wrap(ChatCompletionRequest, "to_beam_search_params", around)
-    wrap(CompletionRequest, "to_beam_search_params", around)
-    wrap(TranscriptionRequest, "to_beam_search_params", around)
-    wrap(TranslationRequest, "to_beam_search_params", around)
+    wrap(ChatCompletionRequest, "to_sampling_params", around)
+    wrap(CompletionRequest, "to_sampling_params", around)
+    wrap(ResponsesRequest, "to_sampling_params", around)
+    wrap(ChatCompletionRequest, "to_beam_search_params", around_beams)
+    wrap(CompletionRequest, "to_beam_search_params", around_beams)
+    wrap(TranscriptionRequest, "to_beam_search_params", around_beams)
+    wrap(TranslationRequest, "to_beam_search_params", around_beams)
 
 
 def on_serving_models(callback: Callable[[Any, Any], None]) -> None:

@@ -14,8 +14,9 @@ from benchmarks.agents.playback import Playback
 from benchmarks.agents.trace import Shape, make_trace
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_tiny_llama
-from starling.scheduler.star.make_plan import make_plan
-from starling.scheduler.star.options import parse_options
+from starling.config.star import parse_options
+from starling.scheduler.star.decide import decide
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 
@@ -41,7 +42,7 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     "Starling": Setting(ours=True),
-    "Starling, star": Setting(ours=True, star={"mode": "auto", "block_size": 8192, "overlap_size": 0}),
+    "Starling, star": Setting(ours=True, star={"star": "auto", "star_block_size": 8192, "star_overlap_size": 0}),
     "vLLM": Setting(),
     "vLLM, threshold 2048": Setting(threshold=2048),
     "vLLM, threshold 512": Setting(threshold=512),
@@ -105,7 +106,7 @@ class Simulator(Playback):
     def __init__(self, machine: Machine, max_model_len: int, setting: Setting) -> None:
         super().__init__()
         self.scheduler, self.hasher = make_scheduler(machine, max_model_len, setting)
-        self.machine, self.star = machine, parse_options(setting.star, flat=False)
+        self.machine, self.star = machine, parse_options(setting.star)
         self.now, self.count = 0.0, 0
         self.plans: dict[str, StarPlan | None] = {}
 
@@ -119,7 +120,7 @@ class Simulator(Playback):
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
-        plan = make_plan(len(ids), self.star, None, PAGE)
+        plan = decide(self.star, None, PromptFacts(len(ids), ids), EngineFacts(PAGE)).plan
         params = SamplingParams(
             max_tokens=conversation.turn.answer,
             ignore_eos=True,

@@ -38,7 +38,7 @@ NAMES = {"demo": "llama_cpp", "eval": "llama_cpp_eval"}
 IDLE_SECONDS = 2
 """A pause after each prompt: a worker of vLLM keeps its core busy for a second after its last step."""
 
-STAR = {"star": "on", "star_num_blocks": 8, "star_query_tokens": 32}
+STAR = {"star": "on", "star_block_size": "n/8", "star_query_tokens": 32}
 VLLM, DENSE, SPARSE = "vLLM", "Starling, dense", "Starling, star n/8"
 BF16, QUANTISED = "llama.cpp, bfloat16", "llama.cpp, quantised"
 

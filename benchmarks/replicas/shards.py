@@ -44,7 +44,7 @@ def bytes_between(server: Server) -> float:
 
 def stream(server: Server, ids: list[int], way: str) -> Iterator[float]:
     """Seconds until each event of one streamed completion; an event has one token or more."""
-    star = {"star": "on", "star_num_blocks": BLOCKS, "star_query_tokens": QUERY_TOKENS, "star_replicas": 2}
+    star = {"star": "on", "star_block_size": f"n/{BLOCKS}", "star_query_tokens": QUERY_TOKENS, "star_replicas": 2}
     star["star_shards"] = WAYS[way]
     request = completion_request(server, ids, star, max_tokens=TOKENS, ignore_eos=True, stream=True)
     started = time.perf_counter()

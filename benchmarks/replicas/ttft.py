@@ -39,7 +39,12 @@ COUNTERS = ("starling:bytes_moved_total", "starling:move_seconds_total", "starli
 
 def first_token(server: Server, ids: list[int], blocks: int, replicas: int) -> float:
     """Seconds until the response of a completion of one token."""
-    star = {"star": "on", "star_num_blocks": blocks, "star_query_tokens": QUERY_TOKENS, "star_replicas": replicas}
+    star = {
+        "star": "on",
+        "star_block_size": f"n/{blocks}",
+        "star_query_tokens": QUERY_TOKENS,
+        "star_replicas": replicas,
+    }
     request = completion_request(server, ids, star, max_tokens=1)
     started = time.perf_counter()
     with urllib.request.urlopen(request, timeout=600) as response:

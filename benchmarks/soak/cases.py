@@ -10,7 +10,7 @@ PAGE_SIZE = 32
 SEGMENT_TOKEN, PADDING_TOKEN = 256, 10
 QUERY = {"star": "on", "star_query_tokens": 40}
 BLOCKS = QUERY | {"star_block_size": 128}
-MESSAGES = {"star": "on", "star_positions": "block", "star_segments": "auto"}
+MESSAGES = {"star": "on", "star_segments": "auto"}
 EDITABLE = BLOCKS | {"star_anchor_size": 128}
 
 
@@ -62,15 +62,13 @@ def make_cases(replicas: int, seed: str = "") -> list[Case]:
     Args:
         seed: another seed gives other prompts.
     """
-    segments = BLOCKS | {"star_segment_token": SEGMENT_TOKEN, "star_padding_token": PADDING_TOKEN}
     long: dict[str, dict[str, Any]] = {
         "dense": {},
         "anchor": BLOCKS | {"star_anchor_size": 64},
         "anchor of a block": BLOCKS,
         "no anchor": BLOCKS | {"star_anchor_size": 0},
         "overlap": BLOCKS | {"star_overlap_size": 64},
-        "number of blocks": QUERY | {"star_num_blocks": 6},
-        "context": {"star": "on", "star_block_size": 128, "star_context_tokens": 700},
+        "number of blocks": QUERY | {"star_block_size": "n/6"},
         "auto": BLOCKS | {"star": "auto", "star_min_tokens": 500},
     }
     forms: dict[str, dict[str, Any]] = {
@@ -81,15 +79,10 @@ def make_cases(replicas: int, seed: str = "") -> list[Case]:
     cases = [Case(f"short {i}", random_ids(f"{seed}short {i}", 30 + 9 * i), max_tokens=24) for i in range(4)]
     cases += [Case(name, random_ids(f"{seed}long", 1000), star) for name, star in long.items()]
     cases += [Case(f"edited {i}", edited(i, f"{seed}edited"), EDITABLE) for i in range(4)]
-    cases += [Case(f"segments {i}", segmented(i, f"{seed}segments"), segments) for i in range(3)]
-    own = segments | {"star_positions": "block"}
-    cases += [Case(f"own positions {i}", segmented(i, f"{seed}segments"), own) for i in range(3)]
-    for i in range(3):
-        prompt = segmented(i, f"{seed}offsets")
+    for i in range(6):
+        prompt = segmented(i, f"{seed}segments")
         offsets = [index for index, token in enumerate(prompt) if token == SEGMENT_TOKEN]
-        named = {"star_segments": offsets, "star_padding_token": PADDING_TOKEN}
-        cases.append(Case(f"offsets {i}", prompt, BLOCKS | named | {"star_positions": "prompt"}))
-        cases.append(Case(f"own positions by offset {i}", prompt, BLOCKS | named | {"star_positions": "block"}))
+        cases.append(Case(f"documents {i}", prompt, QUERY | {"star_block_size": 128, "star_segments": offsets}))
     for name, form in forms.items():
         prompt = random_ids(f"{seed}{name}", 300)
         cases += [Case(name, prompt, form=form, max_tokens=40), Case(f"{name}, star", prompt, BLOCKS, 40, form)]

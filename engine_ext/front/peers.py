@@ -14,11 +14,11 @@ from typing import Any
 import grpc
 from vllm.logger import init_logger
 
+from starling.config.replicas import ReplicaOptions, split_address, split_peers
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import MAX_SERVERS
 from starling.replicas.core_rpc import IDENTITY
-from starling.replicas.options import ReplicaOptions, split_address, split_peers
 from starling.replicas.page_transfer import differences
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc

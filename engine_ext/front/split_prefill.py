@@ -40,12 +40,12 @@ from starling.engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavail
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.planning import PlannedPrompt
 from starling.engine_ext.requests import PLANNED
 from starling.replicas.core_rpc import CANCEL_FETCH, OPEN_SHARD
 from starling.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import pad, work
+from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.kv_demand import KVDemand
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
@@ -90,13 +90,13 @@ def on_one_replica(
     return generate(prompt, params, request_id, **keywords)
 
 
-def planned_split(prompt: Any, params: Any, keywords: Mapping[str, Any]) -> PlannedPrompt | None:
+def planned_split(prompt: Any, params: Any, keywords: Mapping[str, Any]) -> Decision | None:
     """The plan of a request whose prompt is split over several replicas; None: vLLM chooses one replica for it."""
     if not isinstance(prompt, Mapping) or prompt.get("type") != "token" or not isinstance(params, SamplingParams):
         return None
     if keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
         return None  # vLLM sets the latter for prompt_logprobs: one engine has to compute the whole prompt
-    planned: PlannedPrompt | None = prompt.get(PLANNED)
+    planned: Decision | None = prompt.get(PLANNED)
     return planned if planned is not None and planned.plan is not None and planned.plan.replicas > 1 else None
 
 
@@ -108,7 +108,7 @@ class SplitPrefill:
     """One request whose prompt is split over the replicas."""
 
     def __init__(
-        self, engine: Any, prompt: Mapping[str, Any], request_id: str, keywords: dict[str, Any], planned: PlannedPrompt
+        self, engine: Any, prompt: Mapping[str, Any], request_id: str, keywords: dict[str, Any], planned: Decision
     ) -> None:
         assert planned.plan is not None
         assert planned.token_ids is not None

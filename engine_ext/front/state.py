@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 from vllm.exceptions import RetryableRequestError
 from vllm.logger import init_logger
 
+from starling.config.replicas import ReplicaOptions
 from starling.engine_ext.front.kv_reservations import KVReservations
 from starling.engine_ext.front.peers import Peers
 from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
 from starling.engine_ext.front.split_requests import SplitRequests
 from starling.engine_ext.requests import RequestPlanner
-from starling.replicas.options import ReplicaOptions
 from starling.vllm_compat.front import before_shutdown, refuse_admission
 
 logger = init_logger("vllm.starling")

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from starling.config.star import FIELDS, flat_name
 from starling.evaluation.commands.measuring import (
     Measurement,
     add_prompt_options,
@@ -42,7 +43,6 @@ from starling.evaluation.tuning.report import (
     terminal_table,
 )
 from starling.evaluation.tuning.tuner import Trial, Tuner, find_page_size
-from starling.scheduler.star.options import FIELDS, flat_name
 
 NOT_FOUND = 3
 CHOSEN_HERE = {f"--{flat_name(field).replace('_', '-')}" for field in FIELDS if field not in ("replicas", "shards")}

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starling.config.parsing import OptionError
+from starling.config.star import PREFIX, flat_name, parse_options
 from starling.evaluation.plans import Plan, parse_plan
 from starling.evaluation.prompts import Prompt
 from starling.scheduler.star.counts import dense_keys, keys_attended
-from starling.scheduler.star.make_plan import make_plan
-from starling.scheduler.star.options import FIELD_OF, PREFIX, parse_options
-from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.decide import decide
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.plan import StarPlan
 
-NO_DEFAULTS = parse_options({}, flat=True)
+NO_DEFAULTS = parse_options({})
 BLOCKS = (3, 4, 8, 16)
 """Into how many star blocks the default candidates cut a prompt. With A + O = B, two blocks attend to all that dense
 attends to."""
@@ -35,13 +36,13 @@ class Candidate:
 
 
 def served_options(plan: Plan, min_tokens: int) -> dict[str, Any]:
-    """The server's star options, under their bare names, with which its requests get this plan.
+    """The server's star options with which its requests get this plan.
 
     Args:
         min_tokens: shorter prompts stay dense: no shorter one was measured.
     """
-    given = {FIELD_OF[name]: value for name, value in plan.options.items() if name != PREFIX}
-    return {"mode": "auto", "min_tokens": min_tokens} | given
+    given = {name: value for name, value in plan.options.items() if name != PREFIX}
+    return {PREFIX: "auto", flat_name("min_tokens"): min_tokens} | given
 
 
 def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Candidate:
@@ -51,18 +52,19 @@ def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Can
         ValueError: a prompt can't have this plan or is dense with it, or it would get another one from a server with
             these options.
     """
-    request = parse_options(plan.options, flat=True)
-    server = parse_options(served_options(plan, 0), flat=False)
+    request, server = parse_options(plan.options), parse_options(served_options(plan, 0))
+    engine = EngineFacts(page_size)
     numbers: dict[str, StarPlan] = {}
     for prompt in prompts:
         length = len(prompt.token_ids)
+        facts = PromptFacts(length, list(prompt.token_ids))
 
         def refused(reason: str, prompt: Prompt = prompt, length: int = length) -> ValueError:
             return ValueError(f"plan={plan.name!r} is refused: the prompt {prompt.name}, of {length} tokens, {reason}")
 
         try:
-            one = make_plan(length, NO_DEFAULTS, request, page_size)
-            default = make_plan(length, server, None, page_size)
+            one = decide(NO_DEFAULTS, request, facts, engine).plan
+            default = decide(server, None, facts, engine).plan
         except OptionError as error:
             raise refused(f"can't have it: {error}") from None
         if one is None:

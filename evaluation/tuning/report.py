@@ -19,7 +19,6 @@ from starling.evaluation.tuning.bounds import CONFIDENCE, LOSSLESS_DRAWS, lower_
 from starling.evaluation.tuning.candidates import served_options
 from starling.evaluation.tuning.measures import MEASURES, Measure, MeasureName
 from starling.evaluation.tuning.tuner import Trial, Tuning
-from starling.scheduler.star.options import flat_name
 
 VERSION = 1
 COLUMNS = ("plan", "attention work", "prompts", "loss [95 %]", "result")
@@ -190,14 +189,14 @@ def make_chosen(tuning: Tuning, measure: Measure, budget: float, prompts: Sequen
         return None
     candidate, confirmed = tuning.chosen.candidate, make_loss(tuning.held_out, measure)
     options = served_options(candidate.plan, min(len(prompt.token_ids) for prompt in prompts))
-    flags = [[f"--{flat_name(field).replace('_', '-')}", str(value)] for field, value in options.items()]
+    flags = [[f"--{name.replace('_', '-')}", str(value)] for name, value in options.items()]
     return Chosen(
         plan=candidate.plan.name,
         attended_keys=candidate.cost,
         confirmed=confirmed,
         within_budget=confirmed.high <= budget,
         flags=[word for flag in flags for word in flag],
-        additional_config={"starling": {"star": options}},
+        additional_config={"starling": options},
     )
 
 

@@ -167,7 +167,7 @@ async def find_page_size(server: Server, prompts: Sequence[Prompt]) -> int:
         ServerError: a request failed; also where Starling is not activated, or the longest prompt is too short.
     """
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids
-    smallest = Plan(f"n/{len(longest)}", {"star": "on", "star_num_blocks": len(longest)})
+    smallest = Plan(f"n/{len(longest)}", {"star": "on", "star_block_size": f"n/{len(longest)}"})
     answer = await server.complete(longest, smallest, 1)
     if answer.plan is None:
         raise ServerError("the server does not say which plan a prompt got: `starling tune` needs Starling")

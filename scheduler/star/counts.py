@@ -55,7 +55,7 @@ def summary(plan: StarPlan) -> dict[str, Any]:
         "prompt_tokens": tokens,
         "replicas": plan.replicas,
         "shards": plan.shards,
-        "positions": "block" if plan.documents else "prompt",
+        "documents": bool(plan.documents),
         "padding_tokens": plan.num_prompt_tokens - tokens,
         "keys_attended": keys_attended(plan),
         "dense_keys": dense_keys(tokens),
@@ -63,13 +63,17 @@ def summary(plan: StarPlan) -> dict[str, Any]:
     }
 
 
-def describe(plan: StarPlan | None, num_prompt_tokens: int, model: Any = None) -> dict[str, Any]:
+def describe(
+    plan: StarPlan | None, num_prompt_tokens: int, model: Any = None, why: str | None = None
+) -> dict[str, Any]:
     """The plan, or that the prompt runs dense, as a response and the live page show it.
 
     Args:
         model: the text model's configuration. Where it has ``prompt_keys``, that counts the attended keys.
+        why: as a Decision has it.
     """
-    dense = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
+    dense: dict[str, Any] = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
     shown = dense if plan is None else {"attention": "star"} | summary(plan)
     count_keys = getattr(model, "prompt_keys", None)
-    return shown | count_keys(plan, num_prompt_tokens) if count_keys else shown
+    shown |= count_keys(plan, num_prompt_tokens) if count_keys else {}
+    return shown if why is None else shown | {"why": why}

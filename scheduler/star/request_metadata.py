@@ -120,12 +120,14 @@ class RequestMetadata:
         part: the part of a prompt that this request prefills for another one; None: it is a whole request.
         fetch: pages that this request fetches; None: none.
         remote: KV of this request that stays on other replicas; None: none.
+        why: as the prompt's Decision has it.
     """
 
     plan: StarPlan | None = None
     part: PromptPart | None = None
     fetch: PageFetch | None = None
     remote: RemoteShards | None = None
+    why: str | None = None
 
     @property
     def is_split(self) -> bool:
@@ -135,6 +137,8 @@ class RequestMetadata:
     def to_wire(self) -> dict[str, Any]:
         """The metadata as msgpack takes it."""
         wire: dict[str, Any] = {} if self.plan is None else {"plan": plan_to_wire(self.plan)}
+        if self.why is not None:
+            wire["why"] = self.why
         tasks = {"part": self.part, "fetch": self.fetch, "remote": self.remote}
         return wire | {name: asdict(task) for name, task in tasks.items() if task is not None}
 
@@ -149,6 +153,7 @@ class RequestMetadata:
             None
             if remote is None
             else RemoteShards(remote["local_name"], tuple(Shard(**shard) for shard in remote["shards"])),
+            wire.get("why"),
         )
 
 

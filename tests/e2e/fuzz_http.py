@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from starling.scheduler.star.options import FIELD_OF
+from starling.config.star import FIELD_OF
 from starling.scheduler.star.request_metadata import KEY
 from tests.e2e.serving import MODEL, PAGE_SIZE
 
@@ -37,13 +37,13 @@ VALID = st.fixed_dictionaries(
     {"star": st.sampled_from(["on", "auto"])},
     optional={
         "star_min_tokens": st.sampled_from([0, 10]),
-        "star_block_size": st.just(2 * PAGE_SIZE),
+        "star_block_size": st.sampled_from([2 * PAGE_SIZE, "n/4"]),
         "star_anchor_size": SIZES,
         "star_overlap_size": SIZES,
         "star_query_tokens": st.integers(0, 60),
         "star_replicas": st.sampled_from(["auto", 1]),
-        "star_segment_token": st.integers(0, 255),
-        "star_segments": st.just("auto") | st.lists(st.integers(0, 250), max_size=6, unique=True).map(sorted),
+        "star_segments": st.sampled_from(["auto", "off", "a"])
+        | st.lists(st.integers(0, 250), max_size=6, unique=True).map(sorted),
         "star_shards": st.just("off"),
     },
 )

@@ -294,7 +294,7 @@ def test_progress_over_grpc(runner, server, fast_polls):
     def request(progress: bool) -> inference.GenerateStreamRequest:
         ids = inference.TokenIds(ids=[(index * index) % 250 for index in range(LENGTH)])
         sampling = inference.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-        star = inference.StarOptions(mode=inference.StarOptions.MODE_ON, block_size=1024, query_tokens=100)
+        star = inference.StarOptions(mode=inference.StarOptions.MODE_ON, block_size="1024", query_tokens=100)
         return inference.GenerateStreamRequest(token_ids=ids, sampling=sampling, star=star, progress=progress)
 
     async def scenario():
@@ -356,7 +356,7 @@ async def from_python(server) -> None:
         pass
 
 
-GRPC_BLOCKS = inference.StarOptions(mode=inference.StarOptions.MODE_ON, block_size=64)
+GRPC_BLOCKS = inference.StarOptions(mode=inference.StarOptions.MODE_ON, block_size="64")
 TEXT, CHAT = "ab" * 200, [{"role": "user", "content": "ab" * 200}]
 
 

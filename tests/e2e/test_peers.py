@@ -1,5 +1,6 @@
 """Two servers on two hosts, which are network namespaces: each prefills parts of the other one's prompts."""
 
+import json
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     # Steps so small that a server is killed during a prefill.
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "32"]
-    options += ["--star-replica-timeout", str(TIMEOUT_SECONDS)]
+    options += ["--additional-config", json.dumps({"starling": {"replicas": {"timeout": TIMEOUT_SECONDS}}})]
     model = make_tiny_llama(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
@@ -75,7 +76,6 @@ def test_both_servers_prefill_documents_with_positions_of_their_own(served):
     """The head and three documents here, four there; all of them are found here in another order."""
     _, clients, _, model = served
     client, other = clients
-    star = {"star_positions": "block", "star_segment_token": 2}
     head, documents, query = (
         random_prompt(60, 250),
         [[2, *random_prompt(seed, 250)] for seed in range(61, 68)],
@@ -85,6 +85,8 @@ def test_both_servers_prefill_documents_with_positions_of_their_own(served):
     def make_prompt(documents: list[list[int]]) -> list[int]:
         return head + [token for document in documents for token in document] + query
 
+    starts = [len(head) + sum(map(len, documents[:number])) for number in range(len(documents))]
+    star = {"star_segments": starts}  # all documents have equal lengths
     before, before_there = counts(client), counts(other)
     prompt = make_prompt(documents)
     both = complete(client, model, prompt, 2, star=star)

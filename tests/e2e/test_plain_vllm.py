@@ -141,7 +141,7 @@ def test_bench_throughput(model, tmp_path):
         *("throughput", "--model", str(model), *ENGINE),
         *("--dataset-name", "random", "--random-input-len", str(TOKENS), "--random-output-len", str(NEW)),
         *("--num-prompts", str(PROMPTS), "--output-json", str(tmp_path / "result.json")),
-        *("--additional-config", json.dumps({"starling": {"star": {"mode": "on", "block_size": 128}}})),
+        *("--additional-config", json.dumps({"starling": {"star": "on", "star_block_size": 128}})),
     )
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["num_requests"] == PROMPTS

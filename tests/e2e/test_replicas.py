@@ -53,7 +53,12 @@ TIMEOUT_SECONDS = 30
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas")
     options = [*ENGINE_OPTIONS, "--data-parallel-size", str(REPLICAS), "--num-gpu-blocks-override", "800"]
-    options += ["--max-logprobs", "5", "--star-replica-timeout", str(TIMEOUT_SECONDS)]
+    options += [
+        "--max-logprobs",
+        "5",
+        "--additional-config",
+        json.dumps({"starling": {"replicas": {"timeout": TIMEOUT_SECONDS}}}),
+    ]
     logging = folder / "logging.json"
     logging.write_text(json.dumps(LOGGING))
     with pytest.MonkeyPatch.context() as patch:
@@ -158,7 +163,7 @@ def complete_on_one(server, prompt, star):
 
 def complete_over_grpc(server, prompt, **star):
     """(tokens, logprobs, plan) of one completion over gRPC."""
-    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=256, query_tokens=40, **star)
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size="256", query_tokens=40, **star)
     sampling = pb.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, n=1, logprobs=0)
     message = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), star=star, sampling=sampling)
     with grpc.insecure_channel(server.grpc) as channel:
@@ -236,27 +241,15 @@ def test_only_an_edited_block_is_computed_again(server):
     assert_same(output, complete_on_one(server, prompt, star))
 
 
-def test_an_edit_that_makes_a_segment_longer_moves_no_other_segment(server):
-    star = options(2) | {"star_segment_token": 256, "star_padding_token": 10}
-    segments, query = [[256, *random_prompt(seed, 180 + seed)] for seed in range(60, 68)], random_prompt(68, 40)
-
-    def make_prompt(segments: list[list[int]]) -> list[int]:
-        return [token for segment in segments for token in segment] + query
-
-    before = computed(server)
-    first = complete(server, make_prompt(segments), star)
-    work = computed_since(server, before)
-    assert sum(tokens > 3 * 256 for tokens in work) == 2, work
-    segments[4] += random_prompt(69, 9)
-    before = computed(server)
-    output = complete(server, make_prompt(segments), star)
-    assert sum(computed_since(server, before)) < 2 * PAGE_SIZE + 40 + TOKENS
-    assert output[2]["prompt_tokens"] == first[2]["prompt_tokens"] == 7 * 256 + len(segments[-1]) + 40
-    padded = [segment + [10] * (256 - len(segment)) for segment in segments[:-1]] + segments[-1:]
-    assert_same(output, complete_on_one(server, make_prompt(padded), options(2)))
+def documents_of(prompt: list[int]) -> dict:
+    """The options of a prompt whose documents start with token 256."""
+    return {
+        "star": "on",
+        "star_query_tokens": 40,
+        "star_segments": [at for at, token in enumerate(prompt) if token == 256],
+    }
 
 
-OWN_POSITIONS = {"star": "on", "star_positions": "block", "star_segment_token": 256, "star_query_tokens": 40}
 DOCUMENT_LENGTHS = (300, 41, 256, 500, 33, 410, 120, 380)
 
 
@@ -276,8 +269,8 @@ def prompt_of_documents(seed: int, order: int = 1) -> tuple[list[int], int]:
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_documents_with_positions_of_their_own_are_computed_on_several_replicas(server, replicas):
     """Each document once, and all of them are found again in another order."""
-    star = OWN_POSITIONS | {"star_replicas": replicas}
     (prompt, context), before = prompt_of_documents(100 * replicas), computed(server)
+    star = documents_of(prompt) | {"star_replicas": replicas}
     output = complete(server, prompt, star)
     work, query = computed_since(server, before), star["star_query_tokens"] + TOKENS - 1
     assert output[2]["replicas"] == replicas and output[2]["prompt_tokens"] == len(prompt)
@@ -286,6 +279,7 @@ def test_documents_with_positions_of_their_own_are_computed_on_several_replicas(
     assert_same(output, complete_on_one(server, prompt, star))
 
     (prompt, _), before = prompt_of_documents(100 * replicas, -1), computed(server)
+    star |= documents_of(prompt)
     output = complete(server, prompt, star)
     assert sum(computed_since(server, before)) <= 2 * PAGE_SIZE + query
     assert_same(output, complete_on_one(server, prompt, star))

@@ -66,7 +66,7 @@ def test_http_responses_of_dense_requests_have_a_dense_plan(http):
     assert json.loads(response.headers["x-starling-plan"]) == {
         "attention": "dense",
         "prompt_tokens": 701,
-        "padding_tokens": 0,
+        "why": "star is off",
     }
 
 
@@ -143,35 +143,23 @@ BAD = {
         ["star_overlap_size", "96", "larger than the star block of 64", "from 0 to 64"],
     ),
     "long query": ({"star": "on", "star_query_tokens": 9000}, ["star_query_tokens", "9000", "prompt has only"]),
-    "long context": ({"star": "on", "star_context_tokens": 9000}, ["star_context_tokens", "9000", "prompt has only"]),
     "negative": ({"star_query_tokens": -1}, ["star_query_tokens", "-1", "0 or more"]),
-    "both ends": (
-        {"star_query_tokens": 8, "star_context_tokens": 8},
-        ["star_context_tokens", "8", "star_query_tokens=8 already sets where the query starts"],
+    "not one token": (
+        {"star": "on", "star_segments": "several words"},
+        ["star_segments", "several words", "not one token", "the text of one token"],
     ),
-    "mark not there": (
-        {"star": "on", "star_block_size": 64, "star_segment_token": 256},
-        ["star_segment_token", "256", "does not occur in the context", "starts the prompt's segments"],
-    ),
+    "nearly an option": ({"star": "on", "block_size": 64}, ["block_size", "did you mean star_block_size"]),
     "offsets that do not ascend": (
         {"star": "on", "star_segments": [4, 9, 7]},
         ["star_segments", "(4, 9, 7)", "7 follows 9", "a list of token offsets"],
     ),
     "an offset behind the prompt": (
-        {"star": "on", "star_positions": "block", "star_segments": [4, 9000]},
+        {"star": "on", "star_segments": [4, 9000]},
         ["star_segments", "(4, 9000)", "9000 is not one of them"],
     ),
     "many offsets": (
         {"star": "on", "star_segments": list(range(100_000))},
         ["star_segments", "[0, 1, 2, 3, 4, 5, ...]", "it has 100000 elements"],
-    ),
-    "padding alone": (
-        {"star": "on", "star_padding_token": 7},
-        ["star_padding_token", "7", "without star_segment_token"],
-    ),
-    "no token": (
-        {"star": "on", "star_block_size": 64, "star_segment_token": 84, "star_padding_token": 9999},
-        ["star_padding_token", "9999", "vocabulary has 320", "0 to 319"],
     ),
     "nested": ({"star": {"block_size": 64}}, ["vllm_xargs"]),  # vLLM refuses it
 }
@@ -189,17 +177,15 @@ def test_a_bad_option_gives_400(http, path, stream, bad):
     assert http.get("/health").status_code == 200
 
 
-BAD_OVER_GRPC = ["off the page", "A above B", "O above B", "long query", "long context", "mark not there", "no token"]
+BAD_OVER_GRPC = ["off the page", "A above B", "O above B", "long query", "not one token"]
 BAD_SEGMENTS = {
     "offsets that do not ascend": ({"segment_offsets": [4, 9, 7]}, "star.segment_offsets", "7 follows 9"),
     "an offset behind the prompt": ({"segment_offsets": [4, 9000]}, "star.segment_offsets", "9000 is not one of them"),
-    "no chat": ({"segments": pb.StarOptions.SEGMENTS_AUTO}, "star.segments", "the prompt is not a chat"),
-    "unknown": ({"segments": 9}, "star.segment_offsets", "star_segments=9 is refused: it must be auto or a list"),
-    "offsets beside a token": ({"segment_offsets": [4], "segment_token": 97}, "star.segment_offsets", "one of"),
+    "no chat": ({"segments": "auto"}, "star.segments", "the prompt is not a chat"),
     "offsets beside auto": (
-        {"segment_offsets": [4], "segments": pb.StarOptions.SEGMENTS_AUTO},
+        {"segment_offsets": [4], "segments": "auto"},
         "star.segment_offsets",
-        "segments already says where segments start",
+        "segments already says where documents start",
     ),
 }
 
@@ -216,7 +202,7 @@ def test_a_bad_option_gives_invalid_argument(generate, bad):
 @pytest.mark.parametrize("bad", BAD_SEGMENTS)
 def test_segments_that_can_not_be_used_give_invalid_argument(generate, bad):
     fields, field, words = BAD_SEGMENTS[bad]
-    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, positions=pb.StarOptions.POSITIONS_BLOCK, **fields)
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, **fields)
     with pytest.raises(grpc.RpcError) as refused:
         read(generate(request(star)))
     assert words in refused.value.details()
@@ -371,48 +357,28 @@ def test_the_retrieval_example_reuses_documents(server):
     assert re.fullmatch(rf"block +{block} of \d+ tokens, .* s, {right} of 3 right", printed.splitlines()[-1])
 
 
-def test_an_aligned_prompt_gives_the_output_of_a_prompt_padded_by_the_client(http, generate):
-    """Compares the prompt's tokens and the logprobs, over both fronts."""
-    (space,) = http.post("/tokenize", json={"prompt": " ", "add_special_tokens": False}).json()["tokens"]
-    mark, given = 256, [[256, *[token] * size] for token, size in ((65, 70), (66, 40), (67, 100))]
-    padded = [token for segment in given for token in segment + [space] * (-len(segment) % 64)]
-    ids, question = [token for segment in given for token in segment], [68] * 9
-    star = {"star": "on", "star_block_size": 64, "star_overlap_size": 0, "star_query_tokens": 9}
-    end = len(padded) - (-len(given[-1]) % 64)
-    common = {"model": MODEL, "max_tokens": 4, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1}
-
-    def complete(prompt, **options):
-        fields = common | {"prompt": prompt, "vllm_xargs": star | options, "cache_salt": str(options)}
-        response = http.post("/v1/completions", json=fields)
-        return response.json()["choices"][0], json.loads(response.headers["x-starling-plan"]), response.json()["usage"]
-
-    expected, plan, usage = complete(padded[:end] + question)
-    aligned, aligned_plan, aligned_usage = complete(ids + question, star_segment_token=mark)
-    assert aligned_usage == usage
-    assert aligned_plan == plan | {"padding_tokens": end - len(ids)}
-    assert aligned["text"] == expected["text"]
-    assert aligned["logprobs"]["token_logprobs"] == pytest.approx(expected["logprobs"]["token_logprobs"], abs=1e-5)
-    assert len(aligned["prompt_logprobs"]) == usage["prompt_tokens"] == end + 9
-
-    options = pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=64, query_tokens=9, segment_token=mark)
-    sampling = pb.SamplingParams(max_tokens=4, temperature=0, prompt_logprobs=1)
-    prompt = pb.TokenIds(ids=ids + question)
-    events = list(generate(request(options, text=None, token_ids=prompt, sampling=sampling, cache_salt="grpc")))
-    logprobs = next(event.prompt_logprobs for event in events if event.HasField("prompt_logprobs"))
-    final = events[-1].final
-    assert (final.plan.padding_tokens, final.usage.prompt_tokens) == (end - len(ids), end + 9)
-    assert len(logprobs.tokens) == end + 9
+@pytest.mark.parametrize("field", ["star", "star_block_size", "extra_args"])
+@pytest.mark.parametrize("path", PATHS)
+def test_an_option_that_vllm_would_ignore_gives_400(http, path, field):
+    """At the top level of the request's JSON."""
+    response = http.post(path, json=body(path) | {field: {} if field == "extra_args" else 64})
+    assert response.status_code == 400, response.text
+    message = response.json()["error"]["message"]
+    assert field in message and "vllm_xargs" in message
 
 
 def test_documents_with_positions_of_their_own_are_reused_in_another_order(http, generate):
     """Over both fronts, usage and log-probabilities count the prompt as it was sent; only the question is computed."""
     head, question = [70] * (PAGE_SIZE + 6), [68] * 9
     documents = [[256, *[token] * size] for token, size in ((65, 70), (66, 40), (67, 100))]
-    star = {"star": "on", "star_positions": "block", "star_segment_token": 256, "star_query_tokens": len(question)}
     prompts = [[*head, *chain.from_iterable(documents[::step]), *question] for step in (1, -1)]
     pages = [-(-len(part) // PAGE_SIZE) for part in (head, *documents)]
 
+    def starts(prompt: list[int]) -> list[int]:
+        return [at for at, token in enumerate(prompt) if token == 256]
+
     def complete(prompt: list[int], salt: str) -> tuple[dict, dict, dict]:
+        star = {"star": "on", "star_segments": starts(prompt), "star_query_tokens": len(question)}
         fields = {"model": MODEL, "max_tokens": 4, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1, "echo": True}
         fields |= {"prompt": prompt, "vllm_xargs": star, "cache_salt": salt}
         response = http.post("/v1/completions", json=fields)
@@ -422,22 +388,19 @@ def test_documents_with_positions_of_their_own_are_reused_in_another_order(http,
     for prompt in prompts:
         choice, plan, usage = complete(prompt, "own positions")
         assert usage["prompt_tokens"] == plan["prompt_tokens"] == len(prompt) == len(choice["prompt_logprobs"])
-        assert (plan["positions"], plan["star_blocks"], plan["anchor_size"]) == ("block", 4, PAGE_SIZE)
+        assert (plan["documents"], plan["star_blocks"], plan["anchor_size"]) == (True, 4, PAGE_SIZE)
         assert plan["padding_tokens"] == sum(pages) * PAGE_SIZE - (len(prompt) - len(question))
 
-    options = pb.StarOptions(
-        mode=pb.StarOptions.MODE_ON,
-        positions=pb.StarOptions.POSITIONS_BLOCK,
-        segment_token=256,
-        query_tokens=len(question),
-    )
     answers, cached = [], []
     for prompt in prompts:
         for salt in ("own positions over grpc", f"cold {len(answers)}"):
+            options = pb.StarOptions(
+                mode=pb.StarOptions.MODE_ON, segment_offsets=starts(prompt), query_tokens=len(question)
+            )
             tokens = pb.TokenIds(ids=prompt)
             _, tokens, final = read(generate(request(options, text=None, token_ids=tokens, cache_salt=salt)))
             assert final.usage.prompt_tokens == len(prompt)
-            assert final.plan.positions == pb.StarOptions.POSITIONS_BLOCK
+            assert final.plan.documents
             answers.append(tokens)
             cached.append(final.usage.cached_tokens)
     assert cached == [0, 0, len(prompts[1]) - len(question), 0]
@@ -449,7 +412,7 @@ def test_messages_of_a_chat_are_reused_in_another_order(http, generate):
     head = {"role": "system", "content": "h" * (2 * PAGE_SIZE)}
     documents = [{"role": "user", "content": letter * size} for letter, size in (("a", 70), ("b", 40), ("c", 100))]
     question = {"role": "user", "content": "What?"}
-    star = {"star": "on", "star_positions": "block", "star_segments": "auto"}
+    star = {"star": "on", "star_segments": "auto"}
     chats = [[head, *documents[::step], question] for step in (1, -1)]
 
     def complete(messages: list[dict], salt: str, **xargs) -> tuple[str, dict, int]:
@@ -479,9 +442,7 @@ def test_messages_of_a_chat_are_reused_in_another_order(http, generate):
     by_offsets = complete(chats[0], "auto", star_segments=offsets)
     assert by_offsets == (answers[0][0], answers[0][1], total - asked)
 
-    chosen = pb.StarOptions(
-        mode=pb.StarOptions.MODE_ON, positions=pb.StarOptions.POSITIONS_BLOCK, segments=pb.StarOptions.SEGMENTS_AUTO
-    )
+    chosen = pb.StarOptions(mode=pb.StarOptions.MODE_ON, segments="auto")
     sampling = pb.SamplingParams(temperature=0, max_tokens=8)
     for messages, expected in zip(chats, answers[::2], strict=True):
         prompt = pb.Chat(messages=[pb.ChatMessage(**one) for one in messages])
@@ -496,7 +457,7 @@ def test_messages_are_segments_on_every_path_of_chats(http, path, stream):
     parts = [("user", "h" * 60), ("assistant", "a" * 50), ("user", "b" * 70), ("user", "What?")]
     messages = [{"role": role, "content": content} for role, content in parts]
     key = "input" if path == "/v1/responses" else "messages"
-    star = {"star": "on", "star_positions": "block", "star_segments": "auto", "star_padding_token": 32}
+    star = {"star": "on", "star_segments": "auto"}
     with http.stream("POST", path, json=body(path, stream=stream, xargs=star, **{key: messages})) as response:
         response.read()
     assert response.status_code == 200, response.text
@@ -516,7 +477,7 @@ def test_texts_over_grpc_are_reused_in_another_order(generate):
     """Each text is a segment, and the last one is the question; without star they are one prompt."""
     head, question = "h" * (2 * PAGE_SIZE), "Which?"
     documents = [letter * size for letter, size in (("a", 70), ("b", 40), ("c", 100))]
-    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, positions=pb.StarOptions.POSITIONS_BLOCK)
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON)
     answers, cached = [], []
     for step in (1, -1):
         texts = [head, *documents[::step], question]

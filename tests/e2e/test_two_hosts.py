@@ -28,7 +28,6 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     # Steps so small that the network is cut during a prefill.
     options = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--max-num-batched-tokens", "32"]
-    options += ["--star-replica-timeout", "30"]
     model = make_tiny_llama(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,23 +54,26 @@ class Cell:
         return f"{self.server} / {self.fault} / {self.target} / {self.moment}"
 
 
+FAST = json.dumps({"starling": {"replicas": {"timeout": 5}}})
+"""A replica that does not answer for 5 s counts as unresponsive."""
+
 SERVERS = {
     "one engine": ["--tensor-parallel-size", "2"],
-    "replicas": ["--data-parallel-size", "2", "--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
-    "shards": ["--data-parallel-size", "2", "--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
+    "replicas": ["--data-parallel-size", "2", "--num-gpu-blocks-override", "800", "--additional-config", FAST],
+    "shards": ["--data-parallel-size", "2", "--num-gpu-blocks-override", "800", "--additional-config", FAST],
 }
 """Options. A prompt is split over both replicas; on `shards`, the KV stays where it was computed."""
 
 HOSTS = {
-    "two hosts": ["--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
-    "two hosts, shards": ["--num-gpu-blocks-override", "800", "--star-replica-timeout", "5"],
+    "two hosts": ["--num-gpu-blocks-override", "800", "--additional-config", FAST],
+    "two hosts, shards": ["--num-gpu-blocks-override", "800", "--additional-config", FAST],
 }
 """The same for servers over two hosts."""
 
 SERVER_NOTES = {
     "one engine": "`--tensor-parallel-size 2`: an API server, an engine core and two workers.",
-    "replicas": "`--data-parallel-size 2 --star-replica-timeout 5`: each prompt is split over both replicas, and one "
-    "of them fetches the pages of the other.",
+    "replicas": "`--data-parallel-size 2`, and a `replicas.timeout` of 5 s: each prompt is split over both replicas, "
+    "and one of them fetches the pages of the other.",
     "shards": "The same with `star_shards` `on`: the KV stays on the replica that computed it.",
     "two hosts": "As `replicas`, with one replica on each of two hosts (network namespaces), whose monotonic clocks "
     "differ by 11 days.",

@@ -1,4 +1,4 @@
-"""Blocks with positions of their own, in plain float32 torch: the reference for ``star_positions`` = ``block``.
+"""Blocks with positions of their own, in plain float32 torch: the reference for documents.
 
 It computes a Llama from its checkpoint with two sets of positions: those behind the anchor for a token of a block, and
 those of the prompt for the query. It turns queries and keys from scratch for each, without paging, padding, or code of

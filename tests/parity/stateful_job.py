@@ -22,7 +22,7 @@ from tests.unit.scheduler.simulation import random_ids
 from tests.unit.scheduler.stateful.checks import check_empty, check_pages, check_queues
 
 PAGE_SIZE, MAX_TOKENS, NUM_PAGES, LIMIT = 32, 512, 18, 1e-4
-SEGMENT, PADDING = 252, 10
+SEGMENT = 252
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -33,7 +33,7 @@ ENGINE = {
     "max_num_seqs": 4,
     "scheduling_policy": "priority",
     "skip_tokenizer_init": True,
-    "additional_config": {"starling": {"star": {}, "scheduler": {"long_prompt_tokens": 100}}},
+    "additional_config": {"starling": {"scheduler": {"long_prompt_tokens": 100}}},
 }
 
 
@@ -114,8 +114,10 @@ class EngineMachine(CountingMachine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        segments = {"star_segment_token": SEGMENT, "star_padding_token": PADDING} if prompt.segments else {}
         ids = prompt.ids(with_segments=options is not None)
+        starts = [place for place, token in enumerate(ids) if token == SEGMENT]
+        if options is not None and options["star_overlap_size"]:
+            starts = []  # documents have no overlap
         params = SamplingParams(
             max_tokens=num_answers,
             n=num_samples,
@@ -125,7 +127,7 @@ class EngineMachine(CountingMachine):
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
             prompt_logprobs=0 if with_prompt else None,
-            extra_args=options and options | segments,
+            extra_args=options and options | ({"star_segments": starts} if starts else {}),
         )
         name = f"r{next(self.numbers)}"
         given = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})

@@ -71,8 +71,8 @@ class Prompt:
         return min(self.options.get("star_anchor_size", head), head // PAGE_SIZE * PAGE_SIZE)
 
     def request(self, **fields: Any) -> dict[str, Any]:
-        options = {"star": "on", "star_positions": "block", "star_segment_token": MARK}
-        options |= {"star_query_tokens": len(self.question)}
+        starts = [*accumulate((len(part) for part in self.documents[:-1]), initial=len(self.head))]
+        options = {"star": "on", "star_segments": starts, "star_query_tokens": len(self.question)}
         return {"ids": self.ids, "extra_args": options | self.options, "max_tokens": NEW} | fields
 
     def expected(self, model: Any, token_ids: list[int]) -> torch.Tensor:
@@ -199,7 +199,7 @@ def test_low_precision_costs_no_more_than_it_costs_dense_attention(model, engine
     """
     dense = [{"ids": prompt.ids, "extra_args": {"star": "off"}, "max_tokens": NEW} for prompt in PROMPTS]
     requests = [prompt.request() for prompt in PROMPTS]
-    default = {"mode": "on", "positions": "block"}
+    default = {"star": "on", "star_segments": "auto"}
     own, plain = run_engine(model, [requests, dense], star=default, max_num_batched_tokens=300, **engine)["batches"]
 
     def errors(outputs: list[dict[str, Any]], expected: Any) -> float:

@@ -116,22 +116,25 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from starling.engine_ext.activation import parse_config
+    from starling.config.entry import config_of
     from starling.engine_ext.planning import usable_defaults
-    from starling.engine_ext.refusals import replica_set, star_refusals
+    from starling.engine_ext.refusals import engine_facts
     from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompts import chat_params
-    from starling.scheduler.star.make_plan import default_has_overlap
+    from starling.scheduler.star.decide import needs_independent_blocks
+    from starling.scheduler.star.sizes import has_default_overlap
 
     args, _ = parse([model, *serve_options])
     args.model = model
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    starling = parse_config(config.additional_config)
+    starling = config_of(config)
     assert starling is not None
-    refusals, replicas = star_refusals(config), replica_set(config)
-    star = usable_defaults(config, starling.star, [], replicas)
     cache = kv_cache(config)
+    engine = engine_facts(config, cache["page_tokens"])
+    refusals, replicas = list(engine.refusals), engine.replicas
+    star = usable_defaults(starling.star, engine)
+    has_overlap = bool(star.overlap_size) or has_default_overlap(star, independent=needs_independent_blocks(engine))
     report: dict[str, Any] = {
         "model": model,
         "attention_backend": attention_backend(config),
@@ -140,8 +143,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "kv_cache": cache,
         "star_defaults": star.model_dump(),
         "star_refused": refusals,
-        "star_positions": own_positions(config, star),
-        "star_block_reuse": block_reuse(config, starling.scheduling, refusals, default_has_overlap(star, replicas)),
+        "documents": f"no: {'; '.join(engine.document_refusals)}" if engine.document_refusals else "yes, star_segments",
+        "star_block_reuse": block_reuse(config, starling.scheduling, refusals, has_overlap),
     }
     if star.segments == "auto":
         report["star_segments"] = messages_as_segments(config, chat_params(args))
@@ -156,21 +159,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
             "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
         }
     if prompt_tokens is not None:
-        report["prompt"] = prompt_cost(prompt_tokens, star, cache, None if refusals else replicas, config)
+        report["prompt"] = prompt_cost(prompt_tokens, star, cache, engine, config)
     return report
-
-
-OWN_BLOCKS = "one for each segment, so that the plan depends on the prompt; shown here are blocks of equal size"
-
-
-def own_positions(config: Any, star: Any) -> str:
-    """Whether blocks can have positions of their own, and whether they do by default."""
-    from starling.engine_ext.refusals import block_positions_refusals
-
-    refusals = block_positions_refusals(config)
-    return (
-        f"{star.positions}; block is refused: {'; '.join(refusals)}" if refusals else f"{star.positions}; block works"
-    )
 
 
 def messages_as_segments(config: Any, params: Any) -> str:
@@ -208,11 +198,11 @@ def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: 
     from starling.scheduler.block_reuse import reuse_refusal
 
     if refusals or scheduling.star_block_reuse == "off":
-        return "no: Star Attention is refused" if refusals else "no: --scheduler-star-block-reuse off"
+        return "no: Star Attention is refused" if refusals else "no: the option scheduler.star_block_reuse is off"
     refusal = reuse_refusal(config)
     if refusal:
         return f"no: {refusal}"
-    return "yes, of prompts without an overlap: star_overlap_size=0, or segments" if has_overlap else "yes"
+    return "yes, of prompts without an overlap: star_overlap_size=0, or documents" if has_overlap else "yes"
 
 
 def page_and_token_size(config: Any) -> tuple[int, int]:
@@ -305,25 +295,25 @@ def _tokens_in(config: Any, specs: dict[str, Any], available: int = 1 << 30) -> 
         return None
 
 
-def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any, config: Any) -> dict[str, Any]:
-    """Plan, KV memory and attention work of one prompt.
+def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, config: Any) -> dict[str, Any]:
+    """Plan, KV memory and attention work of one prompt of text without documents.
 
     Args:
         star: the server's StarOptions.
         cache: from ``kv_cache``.
-        replicas: the server's ReplicaSet; None where star is refused.
+        engine: the server's EngineFacts.
 
     Raises:
         OptionError: the server would refuse the prompt.
     """
+    from starling.config.star import parse_options
     from starling.scheduler.star.counts import describe
-    from starling.scheduler.star.make_plan import ONE_REPLICA, make_plan
-    from starling.scheduler.star.options import StarOptions
+    from starling.scheduler.star.decide import decide
+    from starling.scheduler.star.facts import PromptFacts
 
-    page_size = cache["page_tokens"]
-    default = None if replicas is None else make_plan(num_tokens, star, None, page_size, replicas)
-    star_on = StarOptions(**(star.model_dump(exclude_unset=True) | {"mode": "on"}))
-    with_star = make_plan(num_tokens, star_on, None, page_size, replicas or ONE_REPLICA)
+    prompt, has_star = PromptFacts(num_tokens), not engine.refusals
+    default = decide(star, None, prompt, engine)
+    with_star = decide(star, parse_options({"star": "on"}), prompt, engine).plan if has_star else None
     plan = describe(with_star, num_tokens, config.model_config.hf_text_config)
     specs = attamba_specs(config).values()
     sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs] or [
@@ -337,11 +327,11 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], replicas: Any
         "accepted": "yes" if num_tokens < limit else f"no: max_model_len is {limit:,}, for prompt and output together",
         "kv_pages": num_pages,
         "kv_bytes": num_pages * cache["page_bytes"],
-        "by_default": "dense" if default is None else "star",
-        "plan_with_star_on": None if replicas is None else plan,
-        "blocks": OWN_BLOCKS if star.positions == "block" else "of equal size",
-        "attention_work_dense_over_star": None if replicas is None else ratio,
-        "loss_measured_with_such_a_plan": None if replicas is None or with_star is None else measured_loss(with_star),
+        "by_default": f"dense: {default.why}" if default.plan is None else "star",
+        "options_given_by": dict(default.given_by),
+        "plan_with_star_on": plan if has_star else None,
+        "attention_work_dense_over_star": ratio if has_star else None,
+        "loss_measured_with_such_a_plan": None if with_star is None else measured_loss(with_star),
     }
 
 

@@ -31,7 +31,7 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     """
     from starling.attention_backends.kernels.cpu.build import compiler
     from starling.attention_backends.kernels.cpu.selection import Processor, select_op
-    from starling.engine_ext.refusals import block_positions_refusals, is_attamba, unread_isa
+    from starling.engine_ext.refusals import document_refusals, is_attamba, unread_isa
 
     on_cpu = config.device_config.device_type == "cpu"
     if is_attamba(config):
@@ -39,7 +39,7 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
         return {"name": "Starling's", "why": f"Attamba's layers run Starling's {kinds if on_cpu else 'Triton kernels'}"}
     if not on_cpu:
         why = "on GPUs the backend's own kernels run, also for star rows"
-        if not block_positions_refusals(config):
+        if not document_refusals(config):
             why += "; steps of prompts whose blocks have positions of their own run Starling's Triton kernels"
         return {"name": "vLLM's", "why": why}
     if setting == "vllm":

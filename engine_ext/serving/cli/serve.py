@@ -21,6 +21,9 @@ from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
+from starling.config.entry import StarlingConfig, config_of
+from starling.config.parsing import OptionError
+from starling.config.replicas import KEY_ENV
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.front.peers import Peers, own_identity
 from starling.engine_ext.front.state import front_state
@@ -32,8 +35,6 @@ from starling.engine_ext.serving.grpc.prompts import chat_params
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import end_lost_connections
-from starling.replicas.options import KEY_ENV, replica_options
-from starling.scheduler.star.parsing import OptionError
 from starling.vllm_compat.front import before_shutdown, on_serving_models
 from starling.vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
 
@@ -173,7 +174,7 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     credentials = server_credentials(args)
     on_serving_models(note_serving_models)
     show_cached = args.enable_prompt_tokens_details
-    options = replica_options(engine.vllm_config)
+    options = (config_of(engine.vllm_config) or StarlingConfig()).replicas
     replica, key = None, os.environ.get(KEY_ENV) or None
     if options.peers:
         replica = ReplicaServicer(engine, await own_identity(engine, front_state(engine).replica_rpc))

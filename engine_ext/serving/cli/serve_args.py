@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS
-from starling.engine_ext.activation import (
+from starling.config.entry import (
     CACHE_SALT,
+    CHOICES,
     CPU_ATTENTION,
     ENTRY,
     LIVE_PAGE,
-    LIVE_PAGE_SETTINGS,
     REPLICAS,
     SCHEDULING,
-    SERVES_PEERS,
-    STAR,
     parse_config,
-    refuse_rust_front,
 )
-from starling.engine_ext.cache_salt import CACHE_SALT_SETTINGS
+from starling.config.parsing import OptionError
+from starling.config.replicas import KEY_ENV, ReplicaOptions
+from starling.config.scheduling import SchedulingOptions
+from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
+from starling.engine_ext.activation import SERVES_PEERS, refuse_rust_front
 from starling.engine_ext.clients import ADMIN_KEY_ENV
 from starling.engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
-from starling.replicas.options import KEY_ENV, ReplicaOptions
-from starling.scheduler.options import SchedulingOptions
-from starling.scheduler.options import flat_name as scheduling_name
-from starling.scheduler.star.options import StarOptions, flat_name, parse_options
-from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.segments import SEGMENTS
 from starling.vllm_compat.config import set_option_help
 
 GRPC_PORT_HELP = (
@@ -64,14 +57,12 @@ class Flag:
 
     Attributes:
         dest: the flag's name in the parsed namespace: ``star_block_size``.
-        section: of the entry: ``star``.
-        field: of the section: ``block_size``; None: the section itself is the value.
+        path: of the value in the entry: ``("star_block_size",)``, ``("replicas", "peers")``.
         keywords: of argparse's add_argument.
     """
 
     dest: str
-    section: str
-    field: str | None
+    path: tuple[str, ...]
     keywords: dict[str, Any]
 
     @property
@@ -85,51 +76,49 @@ class Flag:
         Raises:
             OptionError: the entry has another value.
         """
-        owner, name = (entry, self.section) if self.field is None else (entry.get(self.section, {}), self.field)
+        *section, name = self.path
+        owner = entry.get(section[0], {}) if section else entry
         if name in owner and owner[name] != value:
             reason = f"--additional-config says {name}={owner[name]!r}"
             raise OptionError(self.option, value, reason, "one of the two, or the same")
-        return {**entry, self.section: value if self.field is None else {**owner, name: value}}
+        changed = {**owner, name: value}
+        return {**entry, section[0]: changed} if section else changed
 
 
-def parse_number(text: str, number: Callable[[str], Any] = int) -> Any:
-    """The number of a flag's value; other text as it is, which the options' own checks refuse."""
-    try:
-        return number(text)
-    except ValueError:
-        return text
+METAVARS = {
+    "mode": "{off,on,auto}",
+    "block_size": "N|n/8",
+    "segments": "auto|TEXT",
+    "replicas": "auto|N",
+    "shards": "{off,on}",
+}
 
 
-def parse_seconds(text: str) -> Any:
-    """As ``parse_number``, with decimals."""
-    return parse_number(text, float)
+def star_flags() -> Iterator[Flag]:
+    """A flag for each star option; the options' own checks refuse wrong values."""
+    for field, info in StarOptions.model_fields.items():
+        default = "" if info.default is None else f" (default: {info.default})"
+        name = flat_name(field)
+        yield Flag(name, (name,), {"metavar": METAVARS.get(field, "N"), "help": f"{info.description}{default}"})
 
 
-def model_flags(section: str, model: type[BaseModel], dest: Callable[[str], str]) -> Iterator[Flag]:
-    """A flag for each field of a section's model; ``dest`` maps fields to flat names."""
-    for field, info in model.model_fields.items():
-        default = "" if info.default in (None, "") else f" (default: {info.default})"
-        keywords: dict[str, Any] = {"help": f"{info.description}{default}"}
-        if get_origin(info.annotation) is Literal:
-            keywords["choices"] = get_args(info.annotation)
-        elif dest(field) == SEGMENTS:
-            keywords["choices"] = ("auto",)  # offsets are those of one prompt
-        elif info.annotation is float:
-            keywords |= {"type": parse_seconds, "metavar": "SECONDS"}
-        elif info.annotation is str:
-            keywords["metavar"] = "HOST:PORT,..."
-        else:
-            keywords |= {"type": parse_number, "metavar": "N"}
-        yield Flag(dest(field), section, field, keywords)
+def choice(name: str, help_text: str, *section: str) -> Flag:
+    """A flag of one of a few words."""
+    choices = ("on", "off") if section else CHOICES[name]
+    return Flag("_".join((*section, name)), (*section, name), {"choices": choices, "help": help_text})
 
 
 FLAGS = (
-    *model_flags(STAR, StarOptions, flat_name),
-    *model_flags(REPLICAS, ReplicaOptions, lambda field: f"star_replica_{field}"),
-    Flag(CPU_ATTENTION, CPU_ATTENTION, None, {"choices": CPU_ATTENTION_SETTINGS, "help": CPU_ATTENTION_HELP}),
-    Flag(CACHE_SALT, CACHE_SALT, None, {"choices": CACHE_SALT_SETTINGS, "help": CACHE_SALT_HELP}),
-    Flag(LIVE_PAGE, LIVE_PAGE, None, {"choices": LIVE_PAGE_SETTINGS, "help": LIVE_PAGE_HELP}),
-    *model_flags(SCHEDULING, SchedulingOptions, scheduling_name),
+    *star_flags(),
+    Flag(
+        "star_replica_peers",
+        (REPLICAS, "peers"),
+        {"metavar": "HOST:PORT,...", "help": ReplicaOptions.model_fields["peers"].description},
+    ),
+    choice(CPU_ATTENTION, CPU_ATTENTION_HELP),
+    choice(CACHE_SALT, CACHE_SALT_HELP),
+    choice(LIVE_PAGE, LIVE_PAGE_HELP),
+    choice("fairness", f"{SchedulingOptions.model_fields['fairness'].description} (default: on)", SCHEDULING),
 )
 
 
@@ -147,7 +136,7 @@ def make_parser() -> FlexibleArgumentParser:
         "Starling's scheduler", "Long prompts leave room for other requests in every step."
     )
     for flag in FLAGS:
-        group = scheduler if flag.section == SCHEDULING else starling
+        group = scheduler if flag.path[0] == SCHEDULING else starling
         # Not in the namespace where not given: with None the formatter would add a wrong default to the help.
         group.add_argument(flag.option, default=argparse.SUPPRESS, **flag.keywords)
     starling.add_argument(
@@ -262,11 +251,16 @@ def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any
     if not isinstance(additional_config, Mapping):
         raise OptionError("additional_config", additional_config, "it must be an object", '{"starling": {...}}')
     entry = additional_config.get(ENTRY, {})
-    parse_config({ENTRY: entry})
-    given = [flag for flag in FLAGS if flag.dest in values]
-    parse_options({flag.dest: values[flag.dest] for flag in given if flag.section == STAR}, flat=True)
-    for flag in given:
-        entry = flag.merge(entry, values[flag.dest])
+    config = parse_config({ENTRY: entry})
+    assert config is not None
+    star = parse_options({name: value for name, value in values.items() if name in FIELD_OF})
+    for flag in FLAGS:
+        if flag.dest not in values:
+            continue
+        field = FIELD_OF.get(flag.dest)
+        value = values[flag.dest] if field is None else getattr(star, field)
+        if field is None or flag.dest not in entry or getattr(config.star, field) != value:
+            entry = flag.merge(entry, value)
     merged = {**additional_config, ENTRY: entry}
     parse_config(merged)
     return merged

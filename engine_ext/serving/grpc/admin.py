@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
+from starling.config.star import StarOptions
 from starling.engine_ext.clients import digest, has_valid_key
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.refusals import star_refusals
@@ -31,9 +32,8 @@ from starling.engine_ext.serving.grpc.auth import (
     refusal_handler,
 )
 from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, server_options
-from starling.engine_ext.serving.grpc.messages import MODES, POSITION_NUMBERS, abort
+from starling.engine_ext.serving.grpc.messages import MODES, abort
 from starling.scheduler.core_rpc import ATTENTION_BACKENDS, CACHE_STATE
-from starling.scheduler.star.options import StarOptions
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc, inference_pb2
 from starling.vllm_compat.front import num_engine_cores, refuse_admission, request_state, unfinished_ids
@@ -261,14 +261,13 @@ def limits(config: Any, max_message_bytes: int) -> pb.Limits:
 def star_message(star: StarOptions) -> inference_pb2.StarOptions:
     """The server's star options; options that are derived from the prompt or from other options stay unset."""
     mode = next(number for number, name in MODES.items() if name == star.mode)
-    values = {
+    values: dict[str, int | str | bool] = {
         "mode": mode,
         "replicas": 0 if star.replicas == "auto" else star.replicas,
         "shards": star.shards == "on",
-        "positions": POSITION_NUMBERS[star.positions],
     }
-    if star.segments == "auto":
-        values["segments"] = inference_pb2.StarOptions.SEGMENTS_AUTO
+    if star.block_size is not None:
+        values["block_size"] = str(star.block_size)
     return inference_pb2.StarOptions(**star.model_dump(exclude_none=True) | values)
 
 

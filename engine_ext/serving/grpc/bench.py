@@ -13,7 +13,8 @@ import grpc
 from google.protobuf import json_format
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, RequestFuncOutput
 
-from starling.scheduler.star.options import FIELD_OF
+from starling.client.requests import set_star
+from starling.config.star import FIELD_OF
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 
@@ -62,13 +63,12 @@ def request_of(func_input: RequestFuncInput) -> pb.GenerateStreamRequest:
     xargs = extra.pop("vllm_xargs", {})  # where the HTTP backend has star options
     for name, value in (extra | xargs).items():
         if name in FIELD_OF:
-            field = FIELD_OF[name]
-            star[field] = f"MODE_{value}".upper() if field == "mode" else value
+            star[name] = value
         elif name in REQUEST_FIELDS:
             fields[name] = value
         else:
             sampling[name] = value
-    fields |= {"sampling": sampling} | ({"star": star} if star else {})
+    fields |= {"sampling": sampling}
     prompt: Any = func_input.chat_messages or func_input.prompt
     if isinstance(prompt, str):
         fields["text"] = prompt
@@ -79,8 +79,11 @@ def request_of(func_input: RequestFuncInput) -> pb.GenerateStreamRequest:
     else:
         raise ValueError(f"{BACKEND} sends one prompt a request, as text, token ids or messages of text")
     try:
-        return json_format.ParseDict(fields, pb.GenerateStreamRequest())
-    except json_format.ParseError as error:
+        request = json_format.ParseDict(fields, pb.GenerateStreamRequest())
+        if star:
+            set_star(request.star, star)
+        return request
+    except (json_format.ParseError, TypeError, ValueError) as error:
         raise ValueError(f"--extra-body: {error}") from None
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import grpc
 
-from starling.engine_ext.clients import Client, bearer_key, current_client
+from starling.engine_ext.call import Call, current_call
+from starling.engine_ext.clients import bearer_key
 from starling.engine_ext.serving.grpc.auth import Continuation
 
 
 class NoteClient(grpc.aio.ServerInterceptor):
-    """Sets ``current_client`` for the call's coroutine, in which gRPC runs interceptors too.
+    """Sets ``current_call`` for the call's coroutine, in which gRPC runs interceptors too.
 
     Args:
         show_cached: whether responses say how many tokens were cached.
@@ -23,5 +24,5 @@ class NoteClient(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         metadata = handler_call_details.invocation_metadata or ()
         found = (value for key, value in metadata if key == "authorization")
-        current_client.set(Client(bearer_key(str(next(found, ""))), self.show_cached))
+        current_call.set(Call(bearer_key(str(next(found, ""))), self.show_cached))
         return await continuation(handler_call_details)

@@ -16,9 +16,9 @@ from vllm.renderers import ChatParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.chat_segments import chat_options
+from starling.engine_ext.call import note_star
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.requests import KNOWN_SEGMENTS, PLANNED, tokens_alone
+from starling.engine_ext.requests import PLANNED
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
 from starling.engine_ext.serving.grpc.capabilities import capabilities
@@ -163,7 +163,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                         yield final(output, usages[output.index], plan)
 
     async def _prepare(self, request: GenerateRequest) -> tuple[Any, SamplingParams, dict[str, Any]]:
-        """Engine input with its PlannedPrompt, sampling parameters, and the plan as a response shows it.
+        """Engine input with its Decision, sampling parameters, and the plan as a response shows it.
 
         Raises:
             VLLMValidationError, ValueError: bad input.
@@ -171,7 +171,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         """
         self._check_admission(max(request.sampling.n, 1))
         star = star_args(request.star)
-        chat_options.set(star)
+        note_star(star)
         self._refuse_without_effect(request)
         extras = {"cache_salt": request.cache_salt} if request.HasField("cache_salt") else {}
         validate_cache_salt(extras.get("cache_salt"))
@@ -188,9 +188,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             raise VLLMValidationError(reason, parameter=prompt_field(request))
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         planner = front_state(self.engine).planner
-        known = engine_input.get(KNOWN_SEGMENTS)
-        planned = planner.plan(star, num_tokens, tokens_alone(engine_input), None, known)
-        return {**engine_input, PLANNED: planned}, params, planner.describe(planned)
+        engine_input = planner.prepare(engine_input, params)
+        return engine_input, params, planner.describe(engine_input[PLANNED])
 
     def _check_admission(self, choices: int) -> None:
         """Check that the engine can take ``choices`` more requests.

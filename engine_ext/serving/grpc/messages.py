@@ -11,16 +11,14 @@ from grpc_status import rpc_status
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
+from starling.config.parsing import shown
+from starling.config.star import FIELD_OF, flat_name
 from starling.engine_ext.serving.errors import grpc_code
-from starling.scheduler.star.options import FIELD_OF, flat_name
-from starling.scheduler.star.parsing import shown
-from starling.scheduler.star.segments import SEGMENTS
+from starling.scheduler.star.rules import SEGMENTS
 from starling.v1 import inference_pb2 as pb
 
 logger = init_logger("vllm.starling")
 
-POSITIONS = {pb.StarOptions.POSITIONS_PROMPT: "prompt", pb.StarOptions.POSITIONS_BLOCK: "block"}
-POSITION_NUMBERS = {name: number for number, name in POSITIONS.items()}
 MODES = {pb.StarOptions.MODE_OFF: "off", pb.StarOptions.MODE_ON: "on", pb.StarOptions.MODE_AUTO: "auto"}
 RETRY_SECONDS = 1
 # gRPC's own retry policy of a client obeys this metadata; RetryInfo is for the client's program.
@@ -35,11 +33,10 @@ def given(message: Message) -> dict[str, Any]:
 def star_args(message: pb.StarOptions) -> dict[str, Any]:
     """The star options that the client set, under the flat names they have in SamplingParams.extra_args.
 
-    A mode, positions or segments without a name in this version stay a number, which parse_options refuses.
-    ``replicas`` 0 means auto.
+    A mode without a name in this version stays a number, which parse_options refuses. ``replicas`` 0 means auto.
 
     Raises:
-        VLLMValidationError: two fields say where segments start.
+        VLLMValidationError: two fields say where documents start.
     """
     values = given(message)
     mode = values.pop("mode", pb.StarOptions.MODE_UNSPECIFIED)
@@ -47,16 +44,10 @@ def star_args(message: pb.StarOptions) -> dict[str, Any]:
         values["mode"] = MODES.get(mode, mode)
     if values.get("replicas") == 0:
         values["replicas"] = "auto"
-    positions = values.pop("positions", pb.StarOptions.POSITIONS_UNSPECIFIED)
-    if positions != pb.StarOptions.POSITIONS_UNSPECIFIED:
-        values["positions"] = POSITIONS.get(positions, positions)
     offsets = values.pop("segment_offsets", None)
-    segments = values.pop("segments", pb.StarOptions.SEGMENTS_UNSPECIFIED)
-    if segments != pb.StarOptions.SEGMENTS_UNSPECIFIED:
-        values["segments"] = "auto" if segments == pb.StarOptions.SEGMENTS_AUTO else segments
     if offsets is not None:
         if "segments" in values:
-            reason = "segments already says where segments start. Allowed: one of the two"
+            reason = "segments already says where documents start. Allowed: one of the two"
             raise VLLMValidationError(f"segment_offsets={shown(offsets)} is refused: {reason}.", parameter=SEGMENTS)
         values["segments"] = offsets
     if "shards" in values:
@@ -75,7 +66,7 @@ def field_path(parameter: str | None, text: str, otherwise: str) -> str:
         otherwise: the field for errors that name no known parameter: the prompt, mostly.
     """
     name = parameter or text.split(maxsplit=1)[0]
-    if name == SEGMENTS and not text.startswith(f"{SEGMENTS}='auto'"):
+    if name == SEGMENTS and text.startswith((f"{SEGMENTS}=(", f"{SEGMENTS}=[")):
         return "star.segment_offsets"
     if name in FIELD_OF:
         return f"star.{FIELD_OF[name]}"

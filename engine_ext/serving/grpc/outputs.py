@@ -8,7 +8,6 @@ from typing import Any
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
 
-from starling.engine_ext.serving.grpc.messages import POSITION_NUMBERS
 from starling.v1 import inference_pb2 as pb
 
 ATTENTION = {"dense": pb.Plan.ATTENTION_DENSE, "star": pb.Plan.ATTENTION_STAR}
@@ -85,5 +84,4 @@ def plan_message(plan: dict[str, Any]) -> pb.Plan:
     tokens = plan["prompt_tokens"]
     pairs = tokens * (tokens + 1) // 2
     dense = {"keys_attended": pairs, "dense_keys": pairs, "keys_per_context_token": (tokens + 1) / 2}
-    names = {"attention": ATTENTION[plan["attention"]], "positions": POSITION_NUMBERS[plan.get("positions", "prompt")]}
-    return pb.Plan(**dense | plan | names)
+    return pb.Plan(**dense | plan | {"attention": ATTENTION[plan["attention"]]})

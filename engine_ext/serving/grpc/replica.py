@@ -29,12 +29,10 @@ from starling.engine_ext.front.peers import NOTICE_SECONDS, Identity
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.refusals import refuse_block_positions
 from starling.engine_ext.requests import RequestPlanner
 from starling.engine_ext.serving.grpc.arrivals import arriving
 from starling.engine_ext.serving.grpc.messages import abort
-from starling.scheduler.star.block_layout import lay_out
-from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
 from starling.v1 import replica_pb2_grpc
@@ -89,10 +87,9 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     if not is_served(plan, page_size):
         reason = f"a peer sent a plan that does not fit its prompt, or KV pages of {page_size} tokens: {plan}"
         raise VLLMValidationError(reason, parameter="prompt")
-    try:
-        refuse_block_positions(planner.vllm_config, "block" if documents else "prompt")
-    except OptionError as error:
-        raise VLLMValidationError(str(error), parameter="prompt") from None
+    if documents and planner.engine.document_refusals:
+        reason = f"a peer sent a prompt of documents: {'; '.join(planner.engine.document_refusals)}"
+        raise VLLMValidationError(reason, parameter="prompt")
     inputs = {"cache_salt": message.cache_salt} if message.HasField("cache_salt") else {}
     return SplitPrompt(
         message.request_id, list(message.token_ids), plan, page_size, inputs, {"priority": message.priority}

@@ -8,8 +8,9 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+from starling.config.star import is_star_key
+from starling.engine_ext.misplaced import nearly
 from starling.engine_ext.serving.grpc.messages import given
-from starling.scheduler.star.options import is_star_key
 from starling.v1 import inference_pb2 as pb
 
 MAX_BIAS = 100.0
@@ -101,7 +102,7 @@ def parse_extra_args(text: str) -> dict[str, Any]:
     if is_deep(values):
         raise refused(f"it is nested more than {MAX_NESTING} levels deep")
     for key in values:
-        if is_star_key(key):
+        if is_star_key(key) or nearly(key) is not None:
             raise refused(f"{key!r} is an option of Star Attention, which has the request's field `star`")
         if key in TRANSFER_KEYS:
             raise refused(f"{key!r} belongs to disaggregated serving, which is not served over gRPC")

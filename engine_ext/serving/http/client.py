@@ -1,10 +1,11 @@
-"""ASGI middleware: notes who sent a request, for the rules of the prefix cache."""
+"""ASGI middleware: makes the Call of each request, in which the others note what they learn of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from starling.engine_ext.clients import Client, bearer_key, current_client
+from starling.engine_ext.call import Call, current_call
+from starling.engine_ext.clients import bearer_key
 
 
 class NoteClient:
@@ -17,5 +18,5 @@ class NoteClient:
         if scope["type"] in ("http", "websocket"):
             found = (value for name, value in scope["headers"] if name.lower() == b"authorization")
             key = bearer_key(next(found, b"").decode("latin-1"))
-            current_client.set(Client(key, scope["app"].state.args.enable_prompt_tokens_details))
+            current_call.set(Call(key, scope["app"].state.args.enable_prompt_tokens_details))
         await self.app(scope, receive, send)

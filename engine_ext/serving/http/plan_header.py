@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from starling.engine_ext.requests import ResponsePlans, response_plans
+from starling.engine_ext.call import this_call
 
 HEADER = b"x-starling-plan"
 MAX_BYTES = 2048
@@ -41,12 +41,11 @@ class PlanHeader:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        noted = ResponsePlans()
-        response_plans.set(noted)
+        call = this_call()
 
         async def send_with_plans(message: Any) -> None:
-            if message["type"] == "http.response.start" and noted.plans:
-                headers = [*message.get("headers", []), (HEADER, header_value(noted.plans))]
+            if message["type"] == "http.response.start" and call.plans:
+                headers = [*message.get("headers", []), (HEADER, header_value(call.plans))]
                 message = message | {"headers": headers}
             await send(message)
 

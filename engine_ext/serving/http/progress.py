@@ -14,9 +14,9 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
+from starling.engine_ext.call import this_call
 from starling.engine_ext.front.progress import Progress
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.requests import response_requests
 
 HEADER = b"x-starling-progress"
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -45,8 +45,7 @@ class HttpProgress:
         if not wants_progress(scope):
             await self.app(scope, receive, send)
             return
-        request_ids: list[str] = []
-        response_requests.set(request_ids)
+        request_ids = this_call().request_ids
         watchers: list[asyncio.Task] = []
 
         async def send_progress(prompt_index: int, request_id: str) -> None:

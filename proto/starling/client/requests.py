@@ -20,9 +20,6 @@ SAMPLING = list(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 REQUEST = [name for name in pb.GenerateStreamRequest.DESCRIPTOR.fields_by_name if name not in (*PROMPTS, "sampling")]
 CHAT_FIELD = "add_generation_prompt"
 STAR = list(pb.StarOptions.DESCRIPTOR.fields_by_name)
-POSITIONS = {
-    name.removeprefix("POSITIONS_").lower(): number for name, number in pb.StarOptions.Positions.items() if number
-}
 MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarOptions.Mode.items() if number}
 
 
@@ -37,8 +34,7 @@ def generate_request(
 
     Raises:
         TypeError: an unknown name, a value of another type than its field's, or a prompt of an unknown kind.
-        ValueError: a number that its field can't hold, unknown star mode, positions or segments, or shards that are
-            neither off nor on.
+        ValueError: a number that its field can't hold, unknown star mode, or shards that are neither off nor on.
     """
     chat = {name: value for name, value in fields.items() if name == CHAT_FIELD}
     request = make_message(pb.GenerateStreamRequest, *prompt_field(prompt, **chat))
@@ -46,8 +42,12 @@ def generate_request(
     for name, value in fields.items():
         if name in SAMPLING:
             set_field(request.sampling, name, _sampling_value(name, value))
+        elif name == "star" and not isinstance(value, Mapping):
+            set_star(request.star, {"mode": value})
         elif name == "star":
-            _set_star(request.star, value or {})
+            set_star(request.star, value)
+        elif name.startswith("star_"):
+            set_star(request.star, {name: value})
         elif name in own:
             set_field(request, name, value)
         elif name != CHAT_FIELD:
@@ -124,7 +124,8 @@ def _sampling_value(name: str, value: Any) -> Any:
     return value
 
 
-def _set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
+def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
+    """Set star options by their names, with the prefix ``star_`` or without (raises TypeError, ValueError)."""
     for name, value in options.items():
         field = "mode" if name == "star" else name.removeprefix("star_")
         if field == "segments" and isinstance(value, (list, tuple)):
@@ -132,19 +133,14 @@ def _set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
         if field not in STAR:
             raise TypeError(f"star option {name!r} is refused: there is no such option. Allowed: {', '.join(STAR)}.")
         if field == "mode" and value is not None:
+            value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else str(value).lower()
             if value not in MODES:
                 raise ValueError(f"star mode {value!r} is refused. Allowed: {', '.join(MODES)}.")
             value = MODES[value]
         if field == "replicas" and value == "auto":
             value = 0
-        if field == "positions" and isinstance(value, str):
-            if value not in POSITIONS:
-                raise ValueError(f"star_positions={value!r} is refused. Allowed: {', '.join(POSITIONS)}.")
-            value = POSITIONS[value]
-        if field == "segments" and isinstance(value, str):
-            if value != "auto":
-                raise ValueError(f"star_segments={value!r} is refused. Allowed: auto, or a list of token offsets.")
-            value = pb.StarOptions.SEGMENTS_AUTO
+        if field == "block_size" and value is not None:
+            value = str(value)
         if field == "shards" and isinstance(value, str):
             if value not in ("off", "on"):
                 raise ValueError(f"star_shards={value!r} is refused. Allowed: off, on.")

@@ -167,7 +167,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "num_blocks", "anchor_size", "overlap_size", "query_tokens", "context_tokens", "replicas", "shards", "segment_token", "padding_token", "positions", "segment_offsets", "segments")
+    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -178,51 +178,27 @@ class StarOptions(_message.Message):
     MODE_OFF: StarOptions.Mode
     MODE_ON: StarOptions.Mode
     MODE_AUTO: StarOptions.Mode
-    class Segments(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-        __slots__ = ()
-        SEGMENTS_UNSPECIFIED: _ClassVar[StarOptions.Segments]
-        SEGMENTS_AUTO: _ClassVar[StarOptions.Segments]
-    SEGMENTS_UNSPECIFIED: StarOptions.Segments
-    SEGMENTS_AUTO: StarOptions.Segments
-    class Positions(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-        __slots__ = ()
-        POSITIONS_UNSPECIFIED: _ClassVar[StarOptions.Positions]
-        POSITIONS_PROMPT: _ClassVar[StarOptions.Positions]
-        POSITIONS_BLOCK: _ClassVar[StarOptions.Positions]
-    POSITIONS_UNSPECIFIED: StarOptions.Positions
-    POSITIONS_PROMPT: StarOptions.Positions
-    POSITIONS_BLOCK: StarOptions.Positions
     MODE_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
-    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_SIZE_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_SIZE_FIELD_NUMBER: _ClassVar[int]
     QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
-    SEGMENT_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    PADDING_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    POSITIONS_FIELD_NUMBER: _ClassVar[int]
-    SEGMENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
-    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
-    block_size: int
-    num_blocks: int
+    block_size: str
     anchor_size: int
     overlap_size: int
     query_tokens: int
-    context_tokens: int
+    segments: str
+    segment_offsets: _containers.RepeatedScalarFieldContainer[int]
     replicas: int
     shards: bool
-    segment_token: int
-    padding_token: int
-    positions: StarOptions.Positions
-    segment_offsets: _containers.RepeatedScalarFieldContainer[int]
-    segments: StarOptions.Segments
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., segment_token: _Optional[int] = ..., padding_token: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., segments: _Optional[_Union[StarOptions.Segments, str]] = ...) -> None: ...
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")
@@ -371,7 +347,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "positions", "segments_refusal")
+    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "documents", "why")
     class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ATTENTION_UNSPECIFIED: _ClassVar[Plan.Attention]
@@ -393,8 +369,8 @@ class Plan(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     PADDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    POSITIONS_FIELD_NUMBER: _ClassVar[int]
-    SEGMENTS_REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     attention: Plan.Attention
     star_blocks: int
     block_size: int
@@ -408,9 +384,9 @@ class Plan(_message.Message):
     replicas: int
     shards: bool
     padding_tokens: int
-    positions: StarOptions.Positions
-    segments_refusal: str
-    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., positions: _Optional[_Union[StarOptions.Positions, str]] = ..., segments_refusal: _Optional[str] = ...) -> None: ...
+    documents: bool
+    why: str
+    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., documents: _Optional[bool] = ..., why: _Optional[str] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

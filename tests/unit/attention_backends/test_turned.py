@@ -20,8 +20,8 @@ from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.attention_backends.star.step import StarStep
 from starling.attention_backends.star.turned import make_turned_rows
-from starling.scheduler.star.block_layout import lay_out
 from starling.scheduler.star.client_tokens import client_index
+from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.attention_backends.test_rows import batch_metadata
 from tests.unit.device_copies import AsyncCopies

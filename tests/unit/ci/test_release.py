@@ -26,13 +26,13 @@ def release():
 
 @pytest.fixture
 def tracked(release) -> list[str]:
-    return ["vllm_compat/names-0.33.json", "proto/starling/py.typed", "scheduler/options.py"]
+    return ["vllm_compat/names-0.33.json", "proto/starling/py.typed", "config/scheduling.py"]
 
 
 @pytest.fixture
 def names(release) -> list[str]:
     metadata = [f"vllm_starling-0.1.0.dist-info/{name}" for name in release.METADATA]
-    return [*release.REQUIRED, "starling/scheduler/options.py", *metadata]
+    return [*release.REQUIRED, "starling/config/scheduling.py", *metadata]
 
 
 def test_a_wheel_with_what_git_has(release, names, tracked):

@@ -14,6 +14,8 @@ from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
+from starling.config.entry import parse_config
+from starling.config.parsing import OptionError
 from starling.engine_ext import plugin
 from starling.engine_ext.activation import (
     MIDDLEWARE,
@@ -22,17 +24,15 @@ from starling.engine_ext.activation import (
     SERVES_PEERS,
     before_engine_config,
     is_one_host,
-    parse_config,
     prepare_server,
     star_class,
 )
 from starling.engine_ext.refusals import (
-    block_positions_refusals,
+    document_refusals,
     replica_set,
     star_refusals,
 )
 from starling.scheduler.block_reuse import reuse_refusal
-from starling.scheduler.star.parsing import OptionError
 from starling.scheduler.star.request_metadata import ONE_HOST, default_num_shards
 from starling.scheduler.star_scheduler import StarMixin
 from tests.parity.harness import TINY
@@ -50,7 +50,7 @@ def engine_config(model, **arguments):
 
 
 def test_activated_engines_get_starlings_scheduler_and_worker(model):
-    config = engine_config(model, additional_config={"starling": {"star": {"mode": "on", "block_size": 256}}})
+    config = engine_config(model, additional_config={"starling": {"star": "on", "star_block_size": 256}})
     assert config.parallel_config.worker_cls == "starling.engine_ext.worker.StarCPUWorker"
     assert config.scheduler_config.get_scheduler_cls().__name__ == "StarScheduler"
     assert star_refusals(config) == []
@@ -80,16 +80,16 @@ def test_a_front_that_would_not_call_starling_is_refused(model, monkeypatch):
             "scheduler_cls=.*Starling sets this class",
         ),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "worker_cls=.*Starling sets this class"),
-        ({"star": {"mode": "on", "block_size": 100}}, "star_block_size=100.*multiple of the KV page of 128"),
+        ({"entry": {"star": "on", "star_block_size": 100}}, "star_block_size=100.*multiple of the KV page of 128"),
         (
-            {"star": {"mode": "on", "block_size": 256, "anchor_size": 512}},
+            {"entry": {"star": "on", "star_block_size": 256, "star_anchor_size": 512}},
             "star_anchor_size=512.*larger than",
         ),
-        ({"star": {"block": 100}}, "block=100.*no such star option"),
-        ({"star": "on"}, "starling.star='on'.*must be an object"),
+        ({"entry": {"star_block": 100}}, "starling.star_block=100.*no such option, did you mean star_block_size"),
+        ({"entry": {"star": {"mode": "on"}}}, "star=.*must be one of off, on, auto"),
         ({"entry": {"scheduler": "on"}}, r"starling\.scheduler='on'.*must be an object"),
         ({"entry": {"scheduler": {"fairness": "no"}}}, r"starling\.scheduler\.fairness='no'.*on or off"),
-        ({"entry": {"stars": {}}}, "starling.stars=.*no such section"),
+        ({"entry": {"stars": {}}}, "starling.stars=.*no such option, did you mean star"),
         ({"entry": "yes"}, "starling='yes'.*must be an object"),
         ({"entry": {"replicas": 30}}, r"starling\.replicas=30.*must be an object"),
         ({"entry": {"replicas": {"timeout": 0}}}, r"starling\.replicas\.timeout=0.*a number above 0"),
@@ -98,7 +98,7 @@ def test_a_front_that_would_not_call_starling_is_refused(model, monkeypatch):
         ({"entry": {"live_page": "on"}}, r"starling\.live_page='on'.*only a server has a page"),
         (
             {
-                "star": {"mode": "auto"},
+                "entry": {"star": "auto"},
                 "kv_sharing_fast_prefill": True,
             },
             "star='auto' is refused: KV-sharing fast prefill",
@@ -106,7 +106,7 @@ def test_a_front_that_would_not_call_starling_is_refused(model, monkeypatch):
     ],
 )
 def test_options_that_exclude_one_another_are_refused_at_the_start(model, arguments, message):
-    entry = arguments.pop("entry", {"star": arguments.pop("star", {})})
+    entry = arguments.pop("entry", {})
     with pytest.raises(ValueError, match=message):
         engine_config(model, additional_config={"starling": entry}, **arguments)
 
@@ -114,9 +114,9 @@ def test_options_that_exclude_one_another_are_refused_at_the_start(model, argume
 @pytest.mark.parametrize(
     ("star", "message"),
     [
-        ({"block_size": 256}, None),
-        ({"block_size": 64}, "star_block_size=64 is refused.*page of 128.*a multiple of 128"),
-        ({"block_size": 256, "overlap_size": 128}, "star_overlap_size=128 is refused.*Attamba.*Allowed: 0"),
+        ({"star_block_size": 256}, None),
+        ({"star_block_size": 64}, "star_block_size=64 is refused.*page of 128.*a multiple of 128"),
+        ({"star_block_size": 256, "star_overlap_size": 128}, "star_overlap_size=128 is refused.*Attamba.*Allowed: 0"),
     ],
 )
 def test_sizes_of_attamba_are_checked_against_its_pages_of_chunk_states(tmp_path, star, message):
@@ -124,7 +124,7 @@ def test_sizes_of_attamba_are_checked_against_its_pages_of_chunk_states(tmp_path
     model = make_random_attamba(tmp_path / "attamba", hidden_size=64, num_attention_heads=2, token_chunk=8)
     refused = contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
     with refused:
-        engine_config(model, additional_config={"starling": {"star": {"mode": "on"} | star}})
+        engine_config(model, additional_config={"starling": {"star": "on"} | star})
 
 
 def test_star_off_by_default_starts_and_refuses_per_request(model):
@@ -134,10 +134,10 @@ def test_star_off_by_default_starts_and_refuses_per_request(model):
 
 def test_speculative_decoding_keeps_star_and_nothing_that_is_not_tried_with_it(model):
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    star = {"starling": {"star": {"mode": "auto"}}}
+    star = {"starling": {"star": "auto"}}
     config = engine_config(model, additional_config=star, speculative_config=speculative)
     assert star_refusals(config) == []
-    assert any("speculative decoding" in reason for reason in block_positions_refusals(config))
+    assert any("speculative decoding" in reason for reason in document_refusals(config))
     assert "speculative decoding" in reuse_refusal(config)
 
 
@@ -161,7 +161,7 @@ def test_beside_replayssm_a_server_starts_with_star_off_and_refuses_it(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(NEMOTRON_H))
 
     def config(mode):
-        given = {"starling": {"star": {"mode": mode}}}
+        given = {"starling": {"star": mode}}
         return engine_config(tmp_path, skip_tokenizer_init=True, use_replayssm=True, additional_config=given)
 
     (reason,) = star_refusals(config("off"))
@@ -209,7 +209,7 @@ def test_no_entry_is_no_activation():
     assert parse_config({"other": {}}) is None
     assert parse_config({"starling": {}}).star.mode == "off"
     with pytest.raises(OptionError):
-        parse_config({"starling": {"star": {"mode": "sometimes"}}})
+        parse_config({"starling": {"star": "sometimes"}})
 
 
 def test_a_diffusion_model_keeps_the_scheduler_that_vllm_has_for_it(model):
@@ -239,9 +239,9 @@ def test_an_engine_of_several_replicas_gets_the_star_connector_where_prompts_can
     off = {"data_parallel_size": 2, "enable_prefix_caching": False}
     assert engine_config(model, additional_config={"starling": {}}, **off).kv_transfer_config is None
     with pytest.raises(ValueError, match="star_replicas=2 is refused: replicas exchange"):
-        engine_config(model, additional_config={"starling": {"star": {"replicas": 2}}}, **off)
+        engine_config(model, additional_config={"starling": {"star_replicas": 2}}, **off)
     with pytest.raises(ValueError, match="star_replicas=3 is refused: this server has 2"):
-        engine_config(model, additional_config={"starling": {"star": {"replicas": 3}}}, data_parallel_size=2)
+        engine_config(model, additional_config={"starling": {"star_replicas": 3}}, data_parallel_size=2)
 
 
 def test_replicas_on_several_hosts_need_an_address(model, monkeypatch):
@@ -291,11 +291,11 @@ def test_a_server_with_peers_gets_the_star_connector_and_needs_an_address(model,
         ({"enable_prefix_caching": False}, r"starling\.replicas\.peers='a:1' is refused: replicas exchange pages"),
         ({"data_parallel_size": 2}, r"peers='a:1' is refused: a server with peers .* has one engine"),
         (
-            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star": {"shards": "on"}}}},
+            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star_shards": "on"}}},
             "star_shards='on' is refused: servers that are peers",
         ),
         (
-            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star": {"replicas": 65}}}},
+            {"additional_config": {"starling": {"replicas": {"peers": "a:1"}, "star_replicas": 65}}},
             "star_replicas=65 is refused: this server has 64",
         ),
     ],
@@ -327,17 +327,17 @@ def test_processes_that_another_program_starts_may_be_on_other_hosts(executor, o
 
 def test_over_how_many_replicas_kv_is_divided_by_default(model):
     def num_shards(number: int, **star) -> int:
-        given = {"starling": {"star": {"mode": "auto", "min_tokens": 256} | star}}
+        given = {"starling": {"star": "auto", "star_min_tokens": 256} | star}
         # In bfloat16 a processor with AMX has no shards.
         config = engine_config(model, additional_config=given, data_parallel_size=number, dtype="float32")
         return default_num_shards(config)
 
     assert (num_shards(1), num_shards(3)) == (1, 1)
-    assert (num_shards(3, shards="on"), num_shards(3, shards="on", replicas=2)) == (3, 2)
+    assert (num_shards(3, star_shards="on"), num_shards(3, star_shards="on", star_replicas=2)) == (3, 2)
     for refused, number, star in (
         ("this server has one replica", 1, {}),
-        ("star_replicas=1 keeps", 2, {"replicas": 1}),
-        ("star_overlap_size=", 2, {"overlap_size": 128, "block_size": 256}),
+        ("star_replicas=1 keeps", 2, {"star_replicas": 1}),
+        ("star_overlap_size=", 2, {"star_overlap_size": 128, "star_block_size": 256}),
     ):
         with pytest.raises(ValueError, match=rf"star_shards='on' is refused: .*{refused}"):
-            num_shards(number, shards="on", **star)
+            num_shards(number, star_shards="on", **star)

@@ -9,22 +9,22 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EncoderDecoderInput, build_enc_dec_input, split_enc_dec_input, tokens_input
 from vllm.sampling_params import SamplingParams
 
+from starling.config.parsing import OptionError
 from starling.engine_ext.activation import before_engine_config, prepare_server
 from starling.engine_ext.cache_salt import derived_salt, salt_for
-from starling.engine_ext.clients import Client, current_client
-from starling.scheduler.star.parsing import OptionError
+from starling.engine_ext.call import Call, current_call
 from tests.unit.engine_ext.test_requests import planner
 
-ANN, BOB = Client("key of ann", sees_cached=False), Client("key of bob", sees_cached=False)
+ANN, BOB = Call("key of ann", sees_cached=False), Call("key of bob", sees_cached=False)
 TOKENS = {"type": "token", "prompt_token_ids": [1] * 40}
 
 
 @pytest.fixture
 def as_client():
     tokens = []
-    yield lambda client: tokens.append(current_client.set(client))
+    yield lambda client: tokens.append(current_call.set(client))
     for token in reversed(tokens):
-        current_client.reset(token)
+        current_call.reset(token)
 
 
 def prepared(setting: str, **prompt):
@@ -108,7 +108,7 @@ def test_a_raw_encoder_decoder_prompt_gets_its_salt_at_the_encoder(as_client, en
         assert prepared["encoder_prompt"] == encoder | {"cache_salt": derived_salt(ANN.api_key, None)}
 
 
-@pytest.mark.parametrize("client", [None, Client("", sees_cached=False)], ids=["no client", "no key"])
+@pytest.mark.parametrize("client", [None, Call("", sees_cached=False)], ids=["no client", "no key"])
 def test_a_request_without_the_key_that_gives_its_salt_is_refused(as_client, client):
     as_client(client)
     with pytest.raises(VLLMValidationError, match="derives it from the API key"):

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 
 from benchmarks.random_llama import CHAT_TEMPLATE
+from starling.engine_ext.call import current_call
 from starling.engine_ext.chat_segments import (
     MAX_RENDERED,
     NO_OFFSETS,
@@ -23,7 +24,6 @@ from starling.engine_ext.chat_segments import (
     ONE_MESSAGE,
     TOO_MANY_PARTS,
     add_segments,
-    chat_options,
     message_segments,
     note_chat_options,
     num_parts,
@@ -32,7 +32,7 @@ from starling.engine_ext.chat_segments import (
     wants_segments,
 )
 from starling.engine_ext.requests import KNOWN_SEGMENTS
-from starling.scheduler.star.known_segments import KnownSegments
+from starling.scheduler.star.facts import KnownSegments
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
@@ -65,7 +65,7 @@ class FakeRenderer:
         self.template = jinja2.Environment().from_string(template)
         self.width = width
         self.rendered = 0
-        self.config = SimpleNamespace(additional_config={} if star is None else {"starling": {"star": star}})
+        self.config = SimpleNamespace(additional_config={} if star is None else {"starling": star})
 
     def text(self, messages, **kwargs) -> str:
         return self.template.render(messages=messages, refuse=refuse, **kwargs)
@@ -228,7 +228,7 @@ def test_a_prompt_with_images_says_so():
 
 def test_requests_that_generate_nothing_and_beam_search_render_no_beginnings():
     renderer = FakeRenderer(CHATML, star=AUTO)
-    token = chat_options.set(None)
+    token = current_call.set(None)
     try:
         for request, wanted in (
             (SimpleNamespace(vllm_xargs=None, use_beam_search=False), True),
@@ -239,7 +239,7 @@ def test_requests_that_generate_nothing_and_beam_search_render_no_beginnings():
             note_chat_options(request)
             assert wants_segments(renderer) is wanted
     finally:
-        chat_options.reset(token)
+        current_call.reset(token)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_the_token_at_a_character(position, token):
     assert token_at([0, 2, 4, 4], position) == token
 
 
-AUTO = {"mode": "on", "segments": "auto"}
+AUTO = {"star": "on", "star_segments": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -262,23 +262,23 @@ AUTO = {"mode": "on", "segments": "auto"}
         (AUTO, None, True),
         (AUTO, {"theirs": 1}, True),
         (AUTO, {"star": "off"}, False),
-        (AUTO, {"star_segment_token": 5}, False),
+        (AUTO, {"star_segments": "<doc>"}, False),
         (AUTO, {"star_segments": [5]}, False),
         (AUTO, {"star_blocks": 5}, False),  # refused once the prompt is planned
     ],
 )
 def test_borders_are_looked_for_where_options_ask_for_them(star, given, wanted):
-    token = chat_options.set(None)
+    token = current_call.set(None)
     try:
         note_chat_options(SimpleNamespace(vllm_xargs=given))
         assert wants_segments(FakeRenderer(CHATML, star=star)) is wanted
     finally:
-        chat_options.reset(token)
+        current_call.reset(token)
 
 
 @pytest.mark.parametrize(("min_tokens", "known"), [(10, True), (1000, False)])
 def test_a_chat_that_is_too_short_for_star_is_not_looked_at(min_tokens, known):
-    renderer = FakeRenderer(CHATML, star={"mode": "auto", "segments": "auto", "min_tokens": min_tokens})
+    renderer = FakeRenderer(CHATML, star={"star": "auto", "star_segments": "auto", "star_min_tokens": min_tokens})
     messages = chat("system: S", "user: U")
     engine_input = renderer.engine_input(messages)
     asyncio.run(add_segments(renderer, messages, PARAMS, engine_input))

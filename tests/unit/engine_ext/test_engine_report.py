@@ -16,9 +16,10 @@ from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from starling.config.parsing import OptionError
 from starling.engine_ext import engine_core
 from starling.engine_ext.requests import RequestPlanner
-from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.facts import PromptFacts
 from tests.unit.engine_ext.front.simulation import HASH
 from tests.unit.engine_ext.test_activation import engine_config, model  # noqa: F401
 from tests.unit.engine_ext.test_requests import processed
@@ -79,7 +80,7 @@ def warnings(monkeypatch):
 
 
 def plan_of(planner, options, length=3000):
-    return planner.plan(options, length, [1] * length).plan
+    return planner.plan(options, PromptFacts(length, [1] * length)).plan
 
 
 @pytest.mark.parametrize("mode", ["off", "auto"])

@@ -188,7 +188,7 @@ def test_the_reason_that_keeps_kv_from_staying_on_its_replica_is_named(reason, m
     assert reason in found.shards_refusal
 
 
-@pytest.mark.parametrize("star", [{"positions": "block"}, {"shards": "on"}], ids=str)
+@pytest.mark.parametrize("star", [{"star_segments": "auto"}, {"star_shards": "on"}], ids=str)
 def test_keys_are_laid_out_for_vectors_where_a_server_needs_that(star, monkeypatch):
     """Then Starling's attention reads them on processors with AMX too."""
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)

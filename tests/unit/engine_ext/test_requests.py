@@ -9,18 +9,13 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from starling.attention_backends.attamba.count import prompt_keys
+from starling.engine_ext.call import Call, current_call
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.models.attamba_config import AttambaConfig
-from starling.engine_ext.planning import PlannedPrompt
-from starling.engine_ext.requests import (
-    PLANNED,
-    RequestPlanner,
-    ResponsePlans,
-    begin_beam_search,
-    response_plans,
-    response_requests,
-)
+from starling.engine_ext.requests import PLANNED, RequestPlanner, begin_beam_search, check_openai_request
 from starling.engine_ext.serving.grpc.outputs import final
+from starling.scheduler.star.decide import Decision
+from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
 from starling.v1 import inference_pb2 as pb
@@ -29,10 +24,7 @@ from tests.unit.engine_ext.configs import CPU, drafting, fake_config
 STAR = {"star": "on", "star_block_size": 64}
 
 
-TOKENIZER = SimpleNamespace(
-    encode=lambda text, add_special_tokens: [3, ord(text)], decode=lambda ids: "\n" if ids == [10] else ""
-)
-"""A tokenizer that begins a text with a token of its own, and drops a space at the start of a text."""
+TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [7] if text == "<doc>" else [3, 4])
 
 
 def planner(additional_config, page_size: int | None = 16, tokenizer=TOKENIZER, **changes) -> RequestPlanner:
@@ -48,10 +40,14 @@ def wire(*plan) -> dict:
     return {KEY: {"plan": list(plan)}}
 
 
+def plan_of(front: RequestPlanner, extra_args, num_tokens: int, token_ids=None) -> Decision:
+    return front.plan(extra_args, PromptFacts(num_tokens, token_ids))
+
+
 def test_a_model_that_takes_no_overlap_gets_the_papers_anchor():
     def sizes(model_type):
         model = SimpleNamespace(model_type=model_type, layer_types=["full_attention"])
-        planned = planner(ON, model_config__hf_text_config=model).plan(STAR, 300)
+        planned = plan_of(planner(ON, model_config__hf_text_config=model), STAR, 300)
         return planned.plan.anchor_size, planned.plan.overlap_size
 
     assert (sizes("llama"), sizes("attamba")) == ((16, 48), (64, 0))
@@ -79,24 +75,38 @@ def test_star_options_are_replaced_by_the_plan_and_others_are_kept():
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
 
 
-@pytest.mark.parametrize(("extra_args", "left"), [(None, None), ({"theirs": 7}, {"theirs": 7}), ({"star": "off"}, {})])
-def test_dense_requests_have_no_metadata(extra_args, left):
+@pytest.mark.parametrize(("extra_args", "left"), [(None, {}), ({"theirs": 7}, {"theirs": 7}), ({"star": "off"}, {})])
+def test_dense_requests_say_why(extra_args, left):
     request = processed(extra_args)
     planner(ON).resolve(request, None)
-    assert request.sampling_params.extra_args == left
+    assert request.sampling_params.extra_args == left | {KEY: {"why": "star is off"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "why"),
+    [
+        ({"star": "off"}, 300, "star is off"),
+        ({"star": "auto", "star_min_tokens": 32768}, 1001, "1,001 tokens, below star_min_tokens 32,768"),
+        ({"star": "on", "star_block_size": 1024}, 978, "a context of 489 tokens is one star block of 1,024"),
+    ],
+)
+def test_every_dense_plan_says_why(options, length, why):
+    front = planner(ON)
+    shown = front.describe(plan_of(front, options, length))
+    assert shown == {"attention": "dense", "prompt_tokens": length, "why": why}
 
 
 def test_a_context_of_one_star_block_is_counted_and_shown_as_dense():
     """Its attention is dense, and so are its page keys."""
     counts = {name: front_metrics().requests.labels(name)._value for name in ("dense", "star")}
     before = {name: count.get() for name, count in counts.items()}
-    front = planner({"starling": {"star": {"mode": "on", "block_size": 64}}})
+    front = planner({"starling": {"star": "on", "star_block_size": 64}})
     for length in (128, 130):  # 64 and 65 tokens of context
         request = processed(None, length=length)
         front.resolve(request, None)
         is_star = length == 130
-        assert bool(request.sampling_params.extra_args) is is_star
-        planned = front.plan(None, length)
+        assert ("plan" in request.sampling_params.extra_args[KEY]) is is_star
+        planned = plan_of(front, None, length)
         assert front.describe(planned)["attention"] == ("star" if is_star else "dense")
         assert final(
             SimpleNamespace(index=0, finish_reason=None, stop_reason=None), pb.Usage(), front.describe(planned)
@@ -109,9 +119,9 @@ TRANSFER = SimpleNamespace(kv_connector="StarConnector", kv_connector_extra_conf
 
 def plan_on_three_replicas(extra_args, length: int):
     """The plan of a request to three replicas of 99 pages of 16 tokens, with shards by default."""
-    changes = CPU | {"kv_transfer_config": TRANSFER, "additional_config": {"starling": {"star": {"shards": "on"}}}}
+    changes = CPU | {"kv_transfer_config": TRANSFER, "additional_config": {"starling": {"star_shards": "on"}}}
     changes |= {"parallel_config__data_parallel_size": 3, "cache_config__num_gpu_blocks": 300}
-    return planner(changes.pop("additional_config"), **changes).plan(extra_args, length).plan
+    return plan_of(planner(changes.pop("additional_config"), **changes), extra_args, length).plan
 
 
 def test_a_plan_has_as_many_replicas_as_its_kv_needs():
@@ -165,7 +175,7 @@ def test_a_planned_prompt_keeps_its_plan_and_gets_its_pages():
     fetch = PageFetch((PageSource(128, [1], [{}], 7),))
     plan = StarPlan(128, 64, 0, 200, 300, 2)
     request = processed(STAR | {"theirs": 7, KEY: RequestMetadata(fetch=fetch)})
-    planner(ON).resolve(request, {PLANNED: PlannedPrompt(plan, 300)})
+    planner(ON).resolve(request, {PLANNED: Decision(plan, None, 300)})
     assert request.sampling_params.extra_args == {"theirs": 7, KEY: RequestMetadata(plan, fetch=fetch).to_wire()}
 
 
@@ -207,46 +217,45 @@ def test_sizes_of_attamba_are_pages_of_chunk_states_and_have_no_overlap(options,
 
 
 def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_keys():
-    front, request = planner(ON, **ATTAMBA), processed({"star": "on", "star_num_blocks": 3}, length=1000)
+    front, request = planner(ON, **ATTAMBA), processed({"star": "on", "star_block_size": "n/3"}, length=1000)
     front.resolve(request, None)
     assert request.sampling_params.extra_args == wire(384, 384, 0, 500, 1000, 1, False)
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
-        shown = front.describe(PlannedPrompt(plan, 1000))
+        shown = front.describe(Decision(plan, None, 1000))
         assert shown == shown | prompt_keys(plan, 1000, 8, 16, layers=8)
     assert shown["keys_attended"] < shown["dense_keys"]
 
 
 @pytest.fixture
 def noted():
-    """(plans, request ids) that are noted for an HTTP response."""
-    plans, ids = ResponsePlans(), []
-    tokens = response_plans.set(plans), response_requests.set(ids)
-    yield plans, ids
-    response_plans.reset(tokens[0])
-    response_requests.reset(tokens[1])
+    """The call in which plans and request ids are noted."""
+    call = Call()
+    token = current_call.set(call)
+    yield call
+    current_call.reset(token)
 
 
 def test_plans_and_request_ids_are_noted_before_the_response_starts(noted):
-    front, (plans, ids) = planner(ON), noted
+    front = planner(ON)
     given = {"prompt_token_ids": [1] * 300}
     for request_id, extra_args in (("a", STAR), ("b", {})):
         params = SamplingParams(extra_args=extra_args)
         prepared = front.prepare(given, params)  # the Responses API prepares a prompt twice
         assert front.prepare(prepared, params, request_id) is prepared
     assert PLANNED not in given
-    star, dense = plans.plans
+    star, dense = noted.plans
     assert (star["attention"], star["star_blocks"], star["context_end"]) == ("star", 3, 150)
-    assert dense == {"attention": "dense", "prompt_tokens": 300, "padding_tokens": 0}
-    assert ids == ["a", "b"]
+    assert dense == {"attention": "dense", "prompt_tokens": 300, "why": "star is off"}
+    assert noted.request_ids == ["a", "b"]
     with pytest.raises(VLLMValidationError, match="star_block_size=65"):
         front.prepare(given, SamplingParams(extra_args=STAR | {"star_block_size": 65}), "c")
-    assert (len(plans.plans), ids) == (2, ["a", "b"])
+    assert (len(noted.plans), noted.request_ids) == (2, ["a", "b"])
 
 
 @pytest.mark.parametrize("engine_input", ["text", {"prompt": "text"}, [1, 2]])
 def test_prompts_whose_tokens_are_not_known_yet_stay_as_they_are(engine_input, noted):
     assert planner(ON).prepare(engine_input, SamplingParams(extra_args=STAR), "a") is engine_input
-    assert noted == (ResponsePlans(), [])
+    assert noted == Call()
 
 
 def test_without_activation_prompts_stay_as_they_are_and_star_options_are_refused_early(noted):
@@ -254,7 +263,7 @@ def test_without_activation_prompts_stay_as_they_are_and_star_options_are_refuse
     assert front.prepare(given, SamplingParams(), "a") is given
     with pytest.raises(VLLMValidationError, match="not activated"):
         front.prepare(given, SamplingParams(extra_args=STAR), "a")
-    assert noted == (ResponsePlans(), [])
+    assert noted == Call()
 
 
 def test_rejections_are_counted_by_known_options_only():
@@ -262,89 +271,60 @@ def test_rejections_are_counted_by_known_options_only():
     for key, label in (("star_anchor_size", "star_anchor_size"), ("star_made_up", "unknown")):
         before = counter.labels(label)._value.get()
         with pytest.raises(VLLMValidationError):
-            planner(ON).plan({"star": "on", key: -1}, 300)
+            plan_of(planner(ON), {"star": "on", key: -1}, 300)
         assert counter.labels(label)._value.get() == before + 1
 
 
-MARKED = STAR | {"star_segment_token": 7, "star_query_tokens": 10}
-
-
-def marked(extra_args=MARKED, **changes):
-    """A request whose segments of 100, 30 and 60 tokens start with 7, and are followed by a query of 10."""
-    request = processed(extra_args)
-    segments = [[7] + [token] * (size - 1) for token, size in ((1, 100), (2, 30), (3, 60))]
-    request.prompt_token_ids = [*segments[0], *segments[1], *segments[2], *[4] * 10]
-    for name, value in changes.items():
-        setattr(request, name, value)
-    return request
-
-
-def test_segments_start_at_star_blocks_borders_in_the_prompt_that_the_engine_gets():
-    front, request = planner(ON, model_config__max_model_len=300), marked()
-    front.resolve(request, None)
-    ids = request.prompt_token_ids
-    assert (len(ids), [ids.index(token) for token in (1, 2, 3, 4)]) == (262, [1, 129, 193, 252])
-    assert ids[100:129] == [10] * 28 + [7]
-    assert request.sampling_params.extra_args == wire(64, 64, 0, 252, 262, 1, False)
-    shown = front.describe(front.plan(MARKED, 200, marked().prompt_token_ids))
-    assert (shown["prompt_tokens"], shown["context_end"], shown["padding_tokens"]) == (262, 252, 62)
+def test_the_text_of_a_token_starts_documents():
+    front = planner(ON, model_config__uses_mrope=False)
+    ids = [1] * 40 + [7] + [2] * 19 + [7] + [3] * 4
+    options = {"star": "on", "star_segments": "<doc>"}
+    assert plan_of(front, options, len(ids), ids).plan.documents == ((0, 40), (48, 68))
+    with pytest.raises(VLLMValidationError, match="star_segments='two words' is refused: it is not one token"):
+        plan_of(front, options | {"star_segments": "two words"}, len(ids), ids)
+    with pytest.raises(VLLMValidationError, match="star_segments='<doc>' is refused: it is not one token"):
+        plan_of(planner(ON, tokenizer=None, model_config__uses_mrope=False), options, len(ids), ids)
 
 
 @pytest.mark.parametrize(
-    ("changes", "max_model_len", "message"),
+    ("key", "meant"),
     [
-        ({}, 262, r"star_segment_token=7 is refused: .* of 200 tokens has at least 262. Allowed: up to 261 tokens"),
-        ({"mm_features": [1]}, 300, "star_segment_token=7 is refused: the prompt has images or embeddings"),
-        ({"extra_args": MARKED | {"star_segment_token": 9}}, 300, "star_segment_token=9 .* does not occur"),
+        ("strar", "star"),
+        ("mode", "star"),
+        ("block_size", "star_block_size"),
+        ("star-block-size", "star_block_size"),
+        ("Star_Blok_Size", "star_block_size"),
+        ("segments", "star_segments"),
     ],
 )
-def test_segments_that_can_not_be_aligned_are_refused(changes, max_model_len, message):
-    with pytest.raises(VLLMValidationError, match=message):
-        planner(ON, model_config__max_model_len=max_model_len).resolve(marked(**changes), None)
+def test_a_key_that_is_nearly_an_option_is_refused(key, meant):
+    with pytest.raises(VLLMValidationError, match=f"{key}=.* is refused: .*no such option, did you mean {meant}") as at:
+        plan_of(planner(ON), {"star": "on", key: "on"}, 300)
+    assert at.value.parameter == key
+
+
+def test_keys_of_others_are_left_alone():
+    others = {"start": 1, "stats": 2, "kv_transfer_params": {}, "seed_text": "star", "theirs": None, "s": 1}
+    assert plan_of(planner(ON), STAR | others, 300).plan is not None
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("field", "message"),
     [
-        ("prompt_logprob_token_ids", [[1]] * 199, "prompt_logprob_token_ids='199 rows' is refused"),
-        ("routed_experts_prompt_start", 5, "routed_experts_prompt_start=5 is refused"),
+        ("star", r'star=.*ignores it as a field of the request. Allowed: "vllm_xargs": \{"star": \.\.\.\}'),
+        ("star_block_size", r'Allowed: "vllm_xargs": \{"star_block_size"'),
+        ("star_blocksize", r'Allowed: "vllm_xargs": \{"star_block_size"'),
+        ("extra_args", "it is a parameter of Python's SamplingParams. Allowed: vllm_xargs"),
     ],
 )
-def test_segments_are_not_aligned_where_a_parameter_counts_the_clients_tokens(name, value, message):
-    request = marked()
-    setattr(request.sampling_params, name, value)
+def test_options_at_the_top_level_of_a_requests_json_are_refused(field, message):
     with pytest.raises(VLLMValidationError, match=message):
-        planner(ON, model_config__max_model_len=300).resolve(request, None)
+        check_openai_request(SimpleNamespace(model_extra={"theirs": 1, field: 1}))
 
 
-def test_a_raw_prompt_with_images_is_not_one_of_tokens_alone():
-    prompt = {"prompt_token_ids": marked().prompt_token_ids, "multi_modal_data": {"image": object()}}
-    with pytest.raises(VLLMValidationError, match="the prompt has images or embeddings"):
-        planner(ON, model_config__max_model_len=300).prepare(prompt, SamplingParams(extra_args=MARKED))
-
-
-def test_prompts_without_the_servers_segment_token_stay_as_they_are():
-    front = planner({"starling": {"star": {"segment_token": 7}}}, model_config__max_model_len=300)
-    for request in (processed(STAR), marked(STAR, mm_features=[1]), marked({})):
-        before = list(request.prompt_token_ids)
-        front.resolve(request, None)
-        assert request.prompt_token_ids == before
-    request = marked(STAR | {"star_query_tokens": 10})
-    front.resolve(request, None)
-    assert len(request.prompt_token_ids) > 200
-
-
-NO_SPACE = SimpleNamespace(encode=lambda *_, **__: [1, 2], decode=lambda ids: "?")
-
-
-@pytest.mark.parametrize("tokenizer", [None, NO_SPACE])
-def test_without_a_token_of_white_space_the_padding_token_has_to_be_given(tokenizer):
-    front = planner(ON, model_config__max_model_len=300, tokenizer=tokenizer)
-    with pytest.raises(VLLMValidationError, match="star_padding_token=None is refused: star_segment_token=7 needs"):
-        front.resolve(marked(), None)
-    request = marked(MARKED | {"star_padding_token": 5})
-    front.resolve(request, None)
-    assert request.prompt_token_ids[100:128] == [5] * 28
+def test_other_unknown_fields_of_a_requests_json_are_left_to_vllm():
+    for extra in (None, {}, {"theirs": 1, "mode": 2, "segments": 3}):
+        check_openai_request(SimpleNamespace(model_extra=extra))
 
 
 @pytest.mark.parametrize("given", [None, {"theirs": 1}, {"star": "off"}, {"star": "auto", "star_block_size": 64}])
@@ -367,12 +347,12 @@ def test_beam_search_refuses_star(given, message):
 
 def test_beam_search_shows_one_plan_for_each_prompt(noted):
     """vLLM makes a new prompt of each beam and token: hundreds of headers break HTTP clients."""
-    front, (plans, _) = planner(ON), noted
+    front = planner(ON)
     for prompt in (300, 500):
         begin_beam_search(SimpleNamespace(vllm_xargs=None))
         for length in range(prompt, prompt + 10):
             front.prepare({"type": "token", "prompt_token_ids": [1] * length}, SamplingParams())
-    assert [plan["prompt_tokens"] for plan in plans.plans] == [300, 500]
+    assert [plan["prompt_tokens"] for plan in noted.plans] == [300, 500]
 
 
 @pytest.mark.parametrize("length", [200, 400], ids=["truncated", "expanded"])

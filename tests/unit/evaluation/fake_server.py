@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from starling.scheduler.star.counts import summary
-from starling.scheduler.star.make_plan import make_plan
-from starling.scheduler.star.options import StarOptions, parse_options
+from tests.unit.plans import make_plan
 
 MAX_MODEL_LEN = 100_000
 END = 3  # the token that ends each output
@@ -100,8 +99,7 @@ class FakeServer:
 
     def plan(self, num_tokens: int, xargs: dict) -> dict:
         """The plan that Starling would make."""
-        request = parse_options(xargs, flat=True)
-        plan = make_plan(num_tokens, StarOptions(**self.defaults), request, self.page_size) if self.engages else None
+        plan = make_plan(num_tokens, self.defaults, xargs, self.page_size) if self.engages else None
         if plan is None:
             return {"attention": "dense", "prompt_tokens": num_tokens}
         return {"attention": "star"} | summary(plan)

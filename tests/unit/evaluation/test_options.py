@@ -23,8 +23,8 @@ from starling.evaluation.tasks import GROUPS, TASKS
     [
         ("dense", {"star": "off"}),
         ("default", {"star": "on"}),
-        ("n/8", {"star": "on", "star_num_blocks": 8}),
-        ("N=8,Q=64", {"star": "on", "star_num_blocks": 8, "star_query_tokens": 64}),
+        ("n/8", {"star": "on", "star_block_size": "n/8"}),
+        ("B=n/8,Q=64", {"star": "on", "star_block_size": "n/8", "star_query_tokens": 64}),
         (
             "B=1024,A=512,O=0",
             {"star": "on", "star_block_size": 1024, "star_anchor_size": 512, "star_overlap_size": 0},
@@ -47,7 +47,7 @@ def test_plans(text, options):
         ("C=1", "'C=1' is no option of a plan"),
         ("default,B=1", "'default' is no option of a plan"),
         ("n/8,B=1024", "star_block_size=1024 already sets the blocks"),
-        ("B=0", "star_num_blocks is 0 too"),
+        ("B=0", "star_block_size=0 is refused"),
     ],
 )
 def test_refused_plans(text, reason):

@@ -57,7 +57,7 @@ def test_log_probabilities_follow_the_reference_or_else_dense(answer):
         assert "".join(chr(body["allowed_token_ids"][0]) for body in forced) == followed * 2
         assert [len(body["prompt"]) for body in forced] == [100, 101, 100, 101]
         assert forced[0]["vllm_xargs"] == {"star": "off"}
-        exact = {"star_block_size": 13, "star_anchor_size": 1, "star_overlap_size": 12, "star_context_tokens": 50}
+        exact = {"star_block_size": 13, "star_anchor_size": 1, "star_overlap_size": 12}
         assert forced[2]["vllm_xargs"] == forced[3]["vllm_xargs"] == {"star": "on"} | exact
         assert [score.logprob for score in dense.scores] == [-0.7, -0.7]
         assert [score.logprob for score in star.scores] == [-1.2, -1.2]

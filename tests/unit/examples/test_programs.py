@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from starling.scheduler.star.make_plan import ONE_REPLICA, make_plan
-from starling.scheduler.star.options import parse_options
+from starling.config.star import parse_options
+from starling.scheduler.star.facts import ONE_REPLICA
+from tests.unit.plans import make_plan
 
 ROOT = Path(__file__).parents[3]
 NOT_FOR_USERS = {"benchmarks/engine.py", "benchmarks/llama_cpp/job.py", "examples/docker/constraints.py"}

@@ -59,7 +59,7 @@ class FakeWorker:
 
 def make_worker(mode="off", **changes):
     given = {"parallel_config__data_parallel_index": 7, "model_config__get_hidden_size": lambda: 64}
-    given |= {"additional_config": {"starling": {"star": {"mode": mode}}}}
+    given |= {"additional_config": {"starling": {"star": mode}}}
     return make_star_worker(FakeWorker)(fake_config(**given | changes))
 
 
@@ -94,7 +94,7 @@ def test_an_engine_that_refuses_star_keeps_the_full_graphs_of_its_backend():
 
 def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of_decode_batches():
     """Its layers run Starling's kernels in the steps of such prompts, decode steps included."""
-    own = {"starling": {"star": {"positions": "block", "segment_token": 7}}}
+    own = {"starling": {"star_segments": "auto"}}
     make_worker(additional_config=own)
     star = AttentionBackendEnum.TRITON_ATTN.get_class()
     assert star.get_impl_cls().turns_queries
@@ -103,18 +103,16 @@ def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of
     assert not hasattr(star.get_impl_cls(), "turns_queries")
 
 
-@pytest.mark.parametrize(
-    ("device", "positions", "looks"), [("cuda", "prompt", 0), ("cuda", "block", 1), ("cpu", "prompt", 1)]
-)
-def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, positions, looks, monkeypatch):
+@pytest.mark.parametrize(("device", "segments", "looks"), [("cuda", "off", 0), ("cuda", "auto", 1), ("cpu", "off", 1)])
+def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, segments, looks, monkeypatch):
     """On a GPU a server says at its start whether blocks may have positions of their own."""
     seen = []
     monkeypatch.setattr(
         "starling.engine_ext.worker.block_positions_problem", lambda *args: seen.append(args) or "a reason"
     )
     monkeypatch.setattr("starling.engine_ext.worker.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
-    star = {"positions": positions, "segment_token": 7}
-    worker = make_worker(device_config__device_type=device, additional_config={"starling": {"star": star}})
+    config = {"starling": {"star_segments": segments}}
+    worker = make_worker(device_config__device_type=device, additional_config=config)
     worker.initialize_from_config(None)
     assert len(seen) == looks
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from starling.replicas.options import parse_replicas, replica_options, split_address, split_peers
-from starling.scheduler.star.parsing import OptionError
+from starling.config.parsing import OptionError
+from starling.config.replicas import parse_replicas, replica_options, split_address, split_peers
 
 
 def config(entry):

@@ -23,8 +23,8 @@ from starling.replicas import remote_attention_client, remote_attention_server
 from starling.replicas.messages import FRAME_BYTES, FrameAssembler, MessageLimits, frames
 from starling.replicas.remote_attention_client import RemoteAttentionClient
 from starling.replicas.remote_attention_server import RemoteAttentionServer
-from starling.scheduler.star.block_layout import lay_out
 from starling.scheduler.star.client_tokens import block_range
+from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import Shard
 from starling.scheduler.worker_report import WorkerReport

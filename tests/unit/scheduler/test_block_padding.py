@@ -18,8 +18,8 @@ from vllm.v1.request import RequestStatus
 
 from starling.scheduler.block_padding import count_client_tokens, with_padding, without_padding
 from starling.scheduler.cache_state import prefill_progress
-from starling.scheduler.star.block_layout import lay_out
 from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
+from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler

@@ -48,7 +48,7 @@ def test_a_star_request_from_its_arrival_to_its_end(config):
     ]
     plan = summary(PLAN)
     assert state["attention"] == "star"
-    assert all(state[name] == plan[name] for name in ("keys_attended", "dense_keys", "positions", "replicas", "shards"))
+    assert all(state[name] == plan[name] for name in ("keys_attended", "dense_keys", "documents", "replicas", "shards"))
     assert shown(state, "prompt", "star_blocks", "max_tokens", "preemptions") == (300, 4, 3, 0)
 
     live = scheduler.look_at_requests()

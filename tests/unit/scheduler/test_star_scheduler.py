@@ -11,7 +11,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from starling.scheduler.star.parsing import OptionError
+from starling.config.parsing import OptionError
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PromptPart, RequestMetadata
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
@@ -123,7 +123,7 @@ def test_room_for_drafts_behind_a_prompts_last_token_is_not_cut(config):
 def test_server_defaults_that_do_not_fit_the_page_are_refused(config):
     """The page size of a hybrid model is known only to the scheduler, so that the engine does not start."""
     given = copy.copy(config)
-    given.additional_config = {"starling": {"star": {"mode": "on", "block_size": 96}}}
+    given.additional_config = {"starling": {"star": "on", "star_block_size": 96}}
     make_scheduler(given, StarScheduler)
     with pytest.raises(OptionError, match="star_block_size=96"):
         make_scheduler(given, StarScheduler, page_size=64)

@@ -13,8 +13,8 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from starling.scheduler.options import SchedulingOptions, parse_scheduling
-from starling.scheduler.star.parsing import OptionError
+from starling.config.parsing import OptionError
+from starling.config.scheduling import SchedulingOptions, parse_scheduling
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star_scheduler import StarScheduler
 from starling.scheduler.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits

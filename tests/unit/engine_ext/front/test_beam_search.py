@@ -12,7 +12,8 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import BeamSearchParams
 
-from starling.engine_ext.requests import ResponsePlans, begin_beam_search, response_plans
+from starling.engine_ext.call import Call, current_call
+from starling.engine_ext.requests import begin_beam_search
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, Server
 from tests.unit.scheduler.simulation import random_ids
@@ -27,7 +28,7 @@ RENDERER = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eos_token_id=0,
 @pytest.fixture(params=["on", "auto"], autouse=True)
 def default(request, server_config, monkeypatch):
     star = {"mode": request.param, "block_size": 64, "min_tokens": 100}
-    monkeypatch.setattr(server_config, "additional_config", {"starling": {"star": star}})
+    monkeypatch.setattr(server_config, "additional_config", {"starling": star})
 
 
 class Client:
@@ -51,11 +52,11 @@ async def search_online(server: Server) -> None:
 
 def test_beams_over_http_run_dense_and_compute_nothing_again(simulate):
     async def scenario(server):
-        noted = ResponsePlans()
-        token = response_plans.set(noted)
+        noted = Call()
+        token = current_call.set(noted)
         begin_beam_search(SimpleNamespace(vllm_xargs=None))
         await search_online(server)
-        response_plans.reset(token)
+        current_call.reset(token)
         requests = [request for replica in server.replicas for request in replica.requests.values()]
         assert {metadata_of(request).plan for request in requests} == {None}
         assert len(requests) == 1 + WIDTH * (STEPS - 1)

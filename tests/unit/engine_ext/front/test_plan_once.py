@@ -99,7 +99,7 @@ def test_grpc_which_hands_over_a_planned_prompt(simulate, plans):
     async def scenario(server):
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=TOKENS),
-            star=pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=64, query_tokens=20, replicas=2),
+            star=pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size="64", query_tokens=20, replicas=2),
             sampling=pb.SamplingParams(temperature=0, max_tokens=3, ignore_eos=True),
         )
         service = Inference(server.engine, on_dead=None, chat=ChatParams(), client_of=lambda context: "client")

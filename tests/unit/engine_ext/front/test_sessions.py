@@ -22,7 +22,7 @@ MESSAGE = "is refused: the prompt of a streaming-input session comes in pieces.*
 @pytest.fixture
 def with_defaults(server_config, monkeypatch):
     """Gives the server its star options."""
-    return lambda star: monkeypatch.setattr(server_config, "additional_config", {"starling": {"star": star}})
+    return lambda star: monkeypatch.setattr(server_config, "additional_config", {"starling": star})
 
 
 def params_of(star: dict | None) -> SamplingParams:

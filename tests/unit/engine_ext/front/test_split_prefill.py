@@ -21,9 +21,10 @@ from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.front.split_prefill import planned_split
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.planning import PlannedPrompt
 from starling.engine_ext.requests import PLANNED
 from starling.replicas.core_rpc import RELEASE, REPLICA_STATE
+from starling.scheduler.star.client_tokens import pad
+from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
@@ -120,21 +121,22 @@ async def check_spans(server: Server, length: int, query: int, replicas: int, st
     assert spans[-1] == ((length - query) // PAGE_SIZE * PAGE_SIZE, length + 2)
 
 
-def test_parts_and_the_whole_request_are_those_of_the_aligned_prompt(simulate):
-    segments = [[255, *random_ids(size, size - 1)] for size in (60, 70, 100, 50, 64, 30)]
-    prompt = [token for segment in segments for token in segment] + random_ids(1, 20)
-    star = STAR | {"star_segment_token": 255, "star_padding_token": 254}
+def test_parts_and_the_whole_request_have_the_padding_of_documents(simulate):
+    documents = [random_ids(size, size) for size in (60, 70, 100, 50, 64, 30)]
+    starts = [sum(map(len, documents[:number])) for number in range(len(documents))]
+    prompt = [token for document in documents for token in document] + random_ids(1, 20)
+    star = STAR | {"star_segments": starts, "star_block_size": 128}
 
     async def scenario(server):
         await server.generate(prompt, star)
         prompts = [ids for replica in server.replicas for ids in replica.prompts.values()]
         (whole,) = whole_requests(server)
-        aligned = list(whole.prompt_token_ids)
-        assert len(aligned) > len(prompt)
-        assert all(ids == aligned[: len(ids)] for ids in prompts)
-        assert [args[0] for _, args in server.calls(REPLICA_STATE)] == [aligned] * 3
-        assert {position % 64 for position, token in enumerate(aligned) if token == 255} == {0}
-        assert [len(spans) for spans in server.work()] == [2, 2, 0]
+        plan = metadata_of(whole).plan
+        padded = pad(plan, prompt)
+        assert len(padded) > len(prompt) and len(plan.documents) == len(documents)
+        assert all(ids == padded[: len(ids)] for ids in prompts)
+        assert [args[0] for _, args in server.calls(REPLICA_STATE)] == [padded] * 3
+        assert [len(spans) for spans in server.work()] == [2, 1, 0]
 
     simulate(scenario)
 
@@ -432,7 +434,7 @@ def test_no_replica_answers(simulate):
 # Which prompts are split.
 
 PLAN = StarPlan(64, 64, 0, 500, 520, 2)
-PROMPT = {"type": "token", "prompt_token_ids": TOKENS, PLANNED: PlannedPrompt(PLAN, 520, TOKENS)}
+PROMPT = {"type": "token", "prompt_token_ids": TOKENS, PLANNED: Decision(PLAN, None, 520, TOKENS)}
 
 
 def test_a_plan_for_several_replicas_is_split():
@@ -449,8 +451,8 @@ def test_a_plan_for_several_replicas_is_split():
         (PROMPT, SamplingParams(), {"data_parallel_rank": 1}),
         (PROMPT, SimpleNamespace(), {}),
         ({"type": "token", "prompt_token_ids": TOKENS}, SamplingParams(), {}),
-        (PROMPT | {PLANNED: PlannedPrompt(None, 520, TOKENS)}, SamplingParams(), {}),
-        (PROMPT | {PLANNED: PlannedPrompt(StarPlan(64, 64, 0, 500, 520), 520, TOKENS)}, SamplingParams(), {}),
+        (PROMPT | {PLANNED: Decision(None, "dense", 520, TOKENS)}, SamplingParams(), {}),
+        (PROMPT | {PLANNED: Decision(StarPlan(64, 64, 0, 500, 520), None, 520, TOKENS)}, SamplingParams(), {}),
     ],
     ids=[
         "raw text",

@@ -6,8 +6,8 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+from starling.config.replicas import ReplicaOptions
 from starling.engine_ext.front.state import FrontState, front_state, state_of
-from starling.replicas.options import ReplicaOptions
 from tests.unit.engine_ext.configs import fake_config
 
 

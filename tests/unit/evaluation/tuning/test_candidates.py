@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starling.engine_ext.activation import parse_config
+from starling.config.entry import parse_config
 from starling.evaluation.plans import parse_plan
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.tuning.candidates import (
@@ -18,7 +18,7 @@ from starling.evaluation.tuning.candidates import (
     served_options,
 )
 from starling.scheduler.star.counts import dense_keys, keys_attended
-from starling.scheduler.star.make_plan import make_plan
+from tests.unit.plans import make_plan
 
 
 def prompts_of(*lengths: int) -> list[Prompt]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from starling.engine_ext.activation import parse_config
+from starling.config.entry import parse_config
 from starling.engine_ext.serving.cli.main import main
 from starling.engine_ext.serving.cli.serve_args import parse as parse_serve
 from starling.evaluation import client as client_module
@@ -67,13 +67,13 @@ def test_a_plan_is_found_and_written_for_a_server(tmp_path, capsys, own):
     outcomes = {row.plan: row.outcome for row in report.candidates}
     assert [outcomes[plan] for plan in ("n/4", "n/8,O=0", "n/3,O=0")] == ["chosen", "dropped", "not needed"]
     assert [row.attended_keys for row in report.candidates] == sorted(row.attended_keys for row in report.candidates)
-    options = {"mode": "auto", "min_tokens": 2000, "num_blocks": 4}
+    options = {"star": "auto", "star_min_tokens": 2000, "star_block_size": "n/4"}
     config = json.loads((out / "additional-config.json").read_text())
     assert config == report.chosen.additional_config == {"starling": {"star": options}}
     assert parse_config(config).star.num_blocks == 4
     served_by_flags, _ = parse_serve(["fake", *report.chosen.flags])
     assert served_by_flags.additional_config == config
-    flags = "--star auto --star-min-tokens 2000 --star-num-blocks 4"
+    flags = "--star auto --star-min-tokens 2000 --star-block-size n/4"
     assert f"starling serve fake {flags}\n" in output
     assert "within the budget of 5, with a confidence of 95 %" in output
     assert f"attends to {100 * report.chosen.attended_keys:.1f} % of the keys that dense attends to" in output
@@ -155,7 +155,7 @@ def test_the_page_escapes_texts_and_loads_nothing(tmp_path, own):
     page = Page((tmp_path / "out" / "tune.html").read_text())
     assert "b" not in page.tags and "script" not in page.tags and page.loads == []
     text = "".join(page.text)
-    assert "<b>model</b>" in text and "--star-num-blocks" in text and "--measure logprob --logprobs 1" in text
+    assert "<b>model</b>" in text and "--star-block-size" in text and "--measure logprob --logprobs 1" in text
 
 
 def test_tasks_are_tuned_on_too(tmp_path, capsys):

@@ -31,7 +31,7 @@ def answers(losing: dict[str, float]):
     def answer(prompt: str, xargs: dict) -> str:
         if xargs["star"] == "off":
             return "yes"
-        name = f"n/{xargs['star_num_blocks']}" + (",A=1" if "star_anchor_size" in xargs else "")
+        name = xargs["star_block_size"] + (",A=1" if "star_anchor_size" in xargs else "")
         return "no" if int(prompt[:3]) % 100 < 100 * losing.get(name, 0.0) else "yes"
 
     return answer
@@ -73,7 +73,7 @@ def test_a_plan_that_loses_too_much_later_brings_back_the_ones_that_cost_more():
     late = {prompt.name for prompt in halves(prompts)[0][64:]}
 
     def answer(prompt: str, xargs: dict) -> str:
-        return "no" if xargs.get("star_num_blocks") == 8 and prompt[:3] in late else "yes"
+        return "no" if xargs.get("star_block_size") == "n/8" and prompt[:3] in late else "yes"
 
     with served(answer=answer) as fake:
         tuning = search(fake, 200, 0.05, ("n/8", "n/4"))

@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.scheduler.star.block_layout import lay_out
 from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.counts import context_pairs, keys_attended, num_client_tokens, summary
+from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan, plan_from_wire, plan_to_wire
 from starling.scheduler.star.request_metadata import RequestMetadata
 
@@ -181,7 +181,7 @@ def test_attended_keys_are_counted_without_padding(layout):
     assert context_pairs(plan) / sum(layout.lengths) == len(in_context) / sum(layout.lengths)
     shown = summary(plan)
     assert shown["prompt_tokens"] + shown["padding_tokens"] == plan.num_prompt_tokens == len(slots)
-    assert (shown["positions"], shown["context_end"]) == ("block", sum(layout.lengths))
+    assert (shown["documents"], shown["context_end"]) == (True, sum(layout.lengths))
 
 
 @settings(max_examples=30)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from starling.config.parsing import OptionError
+from starling.config.star import StarOptions, flat_name, merge, parse_options
 from starling.scheduler.star.counts import dense_keys, keys_attended, summary
-from starling.scheduler.star.make_plan import ONE_REPLICA, ReplicaSet, make_plan
-from starling.scheduler.star.options import StarOptions, flat_name, merge, parse_options
-from starling.scheduler.star.parsing import OptionError
+from starling.scheduler.star.facts import ONE_REPLICA, EngineFacts, ReplicaSet
 from starling.scheduler.star.plan import StarPlan, plan_from_wire, plan_to_wire
 from starling.scheduler.star.request_metadata import (
     KEY,
@@ -25,8 +25,10 @@ from starling.scheduler.star.request_metadata import (
     Shard,
     metadata_of,
 )
-from starling.scheduler.star.sizes import check_sizes, default_anchor_size, default_block_size
+from starling.scheduler.star.rules import check_defaults, check_sizes
+from starling.scheduler.star.sizes import default_anchor_size, default_block_size
 from tests.unit.masks import mask_of
+from tests.unit.plans import make_plan
 
 PAGE_SIZE = 16
 
@@ -39,7 +41,7 @@ def plan(
 ) -> StarPlan | None:
     """The plan for a request with these options, given by their bare names."""
     server = parse_options({"mode": "on", "block_size": 64} | (defaults or {}), flat=False)
-    request = parse_options({flat_name(key): value for key, value in options.items()}, flat=True) if options else None
+    request = parse_options({flat_name(key): value for key, value in options.items()}) if options else None
     return make_plan(num_prompt_tokens, server, request, PAGE_SIZE, replica_set)
 
 
@@ -53,13 +55,11 @@ def plan(
         # A context that fits in one block has dense attention.
         ({"num_prompt_tokens": 128}, None),
         ({"num_prompt_tokens": 130}, StarPlan(64, 16, 48, 65, 130)),
-        ({"context_tokens": 64}, None),
-        ({"num_blocks": 1}, None),
+        ({"block_size": "n/1"}, None),
         ({"mode": "auto", "min_tokens": 0, "block_size": 512}, None),
         ({"query_tokens": 0}, StarPlan(64, 16, 48, 999, 1000)),  # the last prompt token always attends to everything
         ({"query_tokens": 700}, StarPlan(64, 16, 48, 300, 1000)),
-        ({"context_tokens": 333}, StarPlan(64, 16, 48, 333, 1000)),
-        ({"context_tokens": 1000}, StarPlan(64, 16, 48, 999, 1000)),
+        ({"query_tokens": 1000}, None),  # its context is empty
         ({"anchor_size": 32, "overlap_size": 16}, StarPlan(64, 32, 16, 500, 1000)),
         ({"anchor_size": 0}, StarPlan(64, 0, 0, 500, 1000)),
         # One of A and O alone: the paper's star blocks have no overlap, and A + O = B.
@@ -70,23 +70,23 @@ def plan(
         ({"defaults": {"anchor_size": 32}, "overlap_size": 16}, StarPlan(64, 32, 16, 500, 1000)),
         ({"defaults": {"overlap_size": 0}, "block_size": 128}, StarPlan(128, 128, 0, 500, 1000)),
         # Blocks that have to be independent get the paper's anchor, unless an overlap is asked for.
-        ({"segment_token": 7}, StarPlan(64, 64, 0, 500, 1000)),
-        ({"segment_token": 7, "overlap_size": 32}, StarPlan(64, 32, 32, 500, 1000)),
         ({"replica_set": ReplicaSet(2), "replicas": 1}, StarPlan(64, 64, 0, 500, 1000)),
         ({"replica_set": ReplicaSet(2), "overlap_size": 32}, StarPlan(64, 32, 32, 500, 1000)),
         ({"replica_set": ReplicaSet(2, "they shift")}, StarPlan(64, 16, 48, 500, 1000)),
-        ({"num_blocks": 4}, StarPlan(256, 32, 224, 500, 1000)),  # 250, rounded up to whole pages
-        ({"num_blocks": 3000}, StarPlan(16, 16, 0, 500, 1000)),
-        ({"defaults": {"block_size": 0, "num_blocks": 3}}, StarPlan(336, 48, 288, 500, 1000)),
+        ({"block_size": "n/4"}, StarPlan(256, 32, 224, 500, 1000)),  # 250, rounded up to whole pages
+        ({"block_size": "n/3000"}, StarPlan(16, 16, 0, 500, 1000)),
+        ({"defaults": {"block_size": "n/3"}}, StarPlan(336, 48, 288, 500, 1000)),
+        # Values as people type them.
+        ({"block_size": " N / 4 "}, StarPlan(256, 32, 224, 500, 1000)),
+        ({"block_size": "32", "mode": "ON", "query_tokens": "0.2k"}, StarPlan(32, 16, 16, 800, 1000)),
+        ({"mode": True, "num_prompt_tokens": 9000, "block_size": "2K"}, StarPlan(2048, 128, 1920, 8488, 9000)),
+        ({"mode": "false"}, None),
         (
             {"defaults": {"anchor_size": 64, "overlap_size": 64}, "block_size": 32},
             StarPlan(32, 32, 32, 500, 1000),
         ),
         # A default query has at most half of the prompt.
         ({"defaults": {"query_tokens": 900}}, StarPlan(64, 16, 48, 500, 1000)),
-        ({"defaults": {"query_tokens": 900}, "context_tokens": 200}, StarPlan(64, 16, 48, 200, 1000)),
-        ({"defaults": {"context_tokens": 900}, "query_tokens": 10}, StarPlan(64, 16, 48, 990, 1000)),
-        ({"defaults": {"context_tokens": 5000}}, StarPlan(64, 16, 48, 999, 1000)),
         ({"mode": "off"}, None),
         ({"mode": "auto", "min_tokens": 1001}, None),
         ({"mode": "auto", "min_tokens": 1000}, StarPlan(64, 16, 48, 500, 1000)),
@@ -103,13 +103,16 @@ def test_a_plan_has_the_sizes_of_the_options(kwargs, expected):
 REFUSED = [
     ({"star_blocksize": 64}, "star_blocksize", "no such"),
     ({"star_plan": [64, 64, 0, 9, 10]}, "star_plan", "no such"),
-    ({"star": 1}, "star", "one of off, on, auto"),
     ({"star": "yes"}, "star", "one of off, on, auto"),
-    ({"star_block_size": "64"}, "star_block_size", "whole number"),
     ({"star_block_size": 64.0}, "star_block_size", "whole number"),
     ({"star_block_size": True}, "star_block_size", "whole number"),
     ({"star_block_size": [64]}, "star_block_size", "whole number"),
     ({"star_anchor_size": -16}, "star_anchor_size", "0 or more"),
+    ({"star_block_size": 0}, "star_block_size", "1 or more"),
+    ({"star_block_size": "n/0"}, "star_block_size", "a share such as n/8"),
+    ({"star_block_size": "1.5"}, "star_block_size", "a share such as n/8"),
+    ({"star_anchor_size": "9" * 40}, "star_anchor_size", "whole number"),
+    ({"star_overlap_siz": 16}, "star_overlap_siz", "no such star option, did you mean star_overlap_size"),
     ({"star_block_size": 40}, "star_block_size", "KV page of 16"),
     ({"star_anchor_size": 8}, "star_anchor_size", "KV page of 16"),
     ({"star_overlap_size": 8}, "star_overlap_size", "KV page of 16"),
@@ -117,10 +120,6 @@ REFUSED = [
     ({"star_overlap_size": 80}, "star_overlap_size", "larger than the star block of 64"),
     ({"star_block_size": 32, "star_anchor_size": 64}, "star_anchor_size", "larger than the star block of 32"),
     ({"star_query_tokens": 1001}, "star_query_tokens", "only 1000 tokens"),
-    ({"star_context_tokens": 1001}, "star_context_tokens", "only 1000 tokens"),
-    ({"star_query_tokens": 5, "star_context_tokens": 5}, "star_context_tokens", "sets where the query starts"),
-    ({"star_block_size": 64, "star_num_blocks": 4}, "star_num_blocks", "already sets"),
-    ({"star_block_size": 0}, "star_block_size", "star_num_blocks is 0 too"),
     ({"star_replicas": 0}, "star_replicas", "auto, or a whole number of replicas"),
     ({"star_replicas": "all"}, "star_replicas", "auto, or a whole number of replicas"),
     ({"star_replicas": True}, "star_replicas", "auto, or a whole number of replicas"),
@@ -132,9 +131,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("request_options", "name", "reason"), REFUSED)
 def test_bad_options_are_refused_by_name_value_reason_and_allowed_set(request_options, name, reason):
-    server = parse_options({"mode": "on", "block_size": 64}, flat=False)
     with pytest.raises(OptionError) as refused:
-        make_plan(1000, server, parse_options(request_options, flat=True), PAGE_SIZE)
+        make_plan(1000, {"star": "on", "star_block_size": 64}, request_options, PAGE_SIZE)
     message = str(refused.value)
     assert refused.value.name == name
     assert message.startswith(f"{name}={request_options[name]!r} is refused: ")
@@ -154,7 +152,7 @@ SHIFTED = ReplicaSet(2, "the model has KV shifting")
         ({"replicas": "auto"}, ReplicaSet(3), 3),
         ({"replicas": 1}, ReplicaSet(2), 1),
         ({"replicas": 2}, ReplicaSet(3), 2),
-        ({"context_tokens": 128}, ReplicaSet(2), 1),  # two blocks: the second replica would compute two, too
+        ({"query_tokens": 872}, ReplicaSet(2), 1),  # two blocks: the second replica would compute two, too
         ({}, SHIFTED, 1),
         ({"replicas": 1}, SHIFTED, 1),
         ({"overlap_size": 16}, ReplicaSet(2), 1),
@@ -169,7 +167,7 @@ def test_a_plan_has_the_number_of_replicas_that_prefill_it(options, replica_set,
 @pytest.mark.parametrize(
     ("options", "replica_set", "message"),
     [
-        ({"replicas": 3}, ReplicaSet(2), "star_replicas=3 is refused: this server has 2 .*Allowed: auto, or 1 to 2"),
+        ({"replicas": 3}, ReplicaSet(2), "star_replicas=3 is refused: this server has 2 .*Allowed: auto, or up to 2"),
         ({"replicas": 2}, SHIFTED, "star_replicas=2 is refused: the model has KV shifting. Allowed: auto or 1"),
         (
             {"replicas": 2, "overlap_size": 16},
@@ -198,23 +196,19 @@ def test_options_without_effect_and_bad_sizes_are_refused_for_dense_prompts(opti
     assert refused.value.name == name
 
 
-def test_server_defaults_use_bare_names_in_messages():
-    with pytest.raises(OptionError, match=r"^block_size='x' is refused"):
-        parse_options({"block_size": "x"}, flat=False)
-
-
 @pytest.mark.parametrize(
     "star",
     [{"block_size": 100}, {"block_size": 64, "anchor_size": 128}, {"block_size": 64, "overlap_size": 24}],
 )
 def test_server_defaults_that_do_not_fit_the_page_are_refused(star):
-    with pytest.raises(OptionError, match="refused"):
-        check_sizes(parse_options(star, flat=False), PAGE_SIZE)
+    for mode in ("off", "on"):
+        with pytest.raises(OptionError, match="refused"):
+            check_sizes(parse_options(star | {"mode": mode}, flat=False), PAGE_SIZE)
 
 
 def test_the_built_in_defaults_fit_every_page_size():
     for page_size in (16, 32, 48, 64, 128, 256, 1024, 1600):
-        check_sizes(StarOptions(), page_size)
+        check_sizes(StarOptions(mode="on"), page_size)
         plan = make_plan(40_000, StarOptions(mode="on"), None, page_size)
         assert plan.block_size == -(-8192 // page_size) * page_size
         assert plan.anchor_size == -(-128 // page_size) * page_size
@@ -236,7 +230,7 @@ def test_the_default_anchor_is_a_small_part_of_its_block():
 
 def test_a_request_replaces_only_the_defaults_of_its_own_options():
     server = parse_options({"mode": "auto", "block_size": 64, "query_tokens": 7}, flat=False)
-    merged = merge(server, parse_options({"star_block_size": 128}, flat=True))
+    merged = merge(server, parse_options({"star_block_size": 128}))
     assert (merged.mode, merged.block_size, merged.query_tokens) == ("auto", 128, 7)
 
 
@@ -338,3 +332,39 @@ def test_a_plan_has_whether_its_kv_stays_on_the_replicas_that_computed_it(server
 def test_shards_without_effect_are_refused(options, replica_set, reason):
     with pytest.raises(OptionError, match=rf"star_shards='on' is refused: {reason}.* Allowed: off\."):
         plan(replica_set=replica_set, shards="on", **options)
+
+
+@pytest.mark.parametrize(
+    ("star", "engine", "message"),
+    [
+        ({"mode": "on"}, EngineFacts(16, ("no GPU",)), "star='on' is refused: no GPU. Allowed: off."),
+        ({"mode": "auto"}, EngineFacts(None), "star='auto' is refused: the full-attention layers have no one KV page"),
+        ({"overlap_size": 16}, EngineFacts(16, overlap_refusal="its window"), "star_overlap_size=16 is refused: its w"),
+        ({"segments": [4, 5]}, EngineFacts(16), "star_segments=(4, 5) is refused: offsets are those of one prompt"),
+        (
+            {"segments": "auto", "block_size": "n/4"},
+            EngineFacts(16),
+            "star_segments='auto' is refused: with star_block_size=n/4 the borders would move",
+        ),
+        (
+            {"mode": "on", "segments": "auto"},
+            EngineFacts(16, find_document_refusals=lambda: ("M-RoPE", "fp8")),
+            "star_segments='auto' is refused: M-RoPE; fp8. Allowed: off.",
+        ),
+        (
+            {"segments": "<s>", "overlap_size": 16},
+            EngineFacts(16),
+            "star_overlap_size=16 is refused: with star_segments='<s>' no block sees the one before it. Allowed: 0.",
+        ),
+        ({"replicas": 2}, EngineFacts(16), "star_replicas=2 is refused: this server has 1"),
+        ({"shards": "on"}, EngineFacts(16), "star_shards='on' is refused: this server has one replica"),
+    ],
+)
+def test_defaults_that_no_prompt_could_use_are_refused(star, engine, message):
+    with pytest.raises(OptionError) as refused:
+        check_defaults(parse_options(star, flat=False), engine)
+    assert str(refused.value).startswith(message)
+
+
+def test_a_default_of_documents_is_of_no_harm_where_star_is_off():
+    check_defaults(parse_options({"star_segments": "auto"}), EngineFacts(None, ("no",), lambda: ("M-RoPE",)))

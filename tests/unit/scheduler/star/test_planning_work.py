@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from starling.attention_backends.attamba.count import prompt_keys
+from starling.config.star import StarOptions, parse_options
 from starling.scheduler.star.assignment import ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import work
 from starling.scheduler.star.counts import summary
-from starling.scheduler.star.make_plan import ReplicaSet, make_plan
-from starling.scheduler.star.options import StarOptions, parse_options
-from starling.scheduler.star.parsing import OptionError
-from starling.scheduler.star.segments import TokenLimits, align
+from starling.scheduler.star.facts import ReplicaSet
 from tests.unit.lines_run import lines_run
+from tests.unit.plans import make_plan
 
 MANY = {"mode": "on", "block_size": 16, "anchor_size": 16}
 TOKENS = 1_000_000
@@ -41,15 +40,3 @@ def test_blocks_are_assigned_without_a_look_at_each_block(cached):
     flags = {"none": b"", "all": bytes([1] * BLOCKS), "every_second": bytes([0, 1] * (BLOCKS // 2))}[cached]
     replicas = [ReplicaState(flags, bool(flags), load=index, max_blocks=BLOCKS) for index in range(8)]
     assert lines_run(lambda: assign_blocks(work(PLAN), 1.0, replicas, 8)) < 10_000
-
-
-def test_segments_are_counted_up_to_the_longest_prompt():
-    """Each of these segments would take a star block of its own."""
-    limits = TokenLimits(max_prompt_tokens=TOKENS, vocabulary_size=10, white_space=lambda: 3)
-    options = parse_options({"mode": "on", "block_size": 8192, "segment_token": 5}, flat=False)
-
-    def refused() -> None:
-        with pytest.raises(OptionError, match="star_segment_token=5 is refused"):
-            align([1, 5] * (TOKENS // 2), StarOptions(), options, 16, limits)
-
-    assert lines_run(refused) < 5000

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from starling.config.replicas import ReplicaOptions
 from starling.engine_ext.front.peers import Peers, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
-from starling.replicas.options import ReplicaOptions
 from tests.unit.engine_ext.front.simulation import STAR, Server
 
 KEY = "the key of the peers"

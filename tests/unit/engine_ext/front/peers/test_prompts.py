@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 
 from starling.engine_ext.front import engine_replica
 from starling.engine_ext.serving.grpc.admin import AdminServicer
+from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import AUTO, held_by, until
@@ -63,10 +64,10 @@ def test_what_a_peer_has_cached_is_not_computed_again(run_pods):
 def test_the_plan_names_the_servers_there_are_now(run_pods):
     async def scenario(a, b):
         planner = a.state.planner
-        assert planner.plan(AUTO, 900, random_ids(0, 900)).plan.replicas == 2
+        assert planner.plan(AUTO, PromptFacts(900, random_ids(0, 900))).plan.replicas == 2
         a.state.peers.peers[b.address].problem = "gone"
-        assert planner.plan(AUTO, 900, random_ids(0, 900)).plan.replicas == 1
-        assert planner.plan(AUTO | {"star_replicas": 5}, 900, random_ids(0, 900)).plan.replicas == 1
+        assert planner.plan(AUTO, PromptFacts(900, random_ids(0, 900))).plan.replicas == 1
+        assert planner.plan(AUTO | {"star_replicas": 5}, PromptFacts(900, random_ids(0, 900))).plan.replicas == 1
 
     run_pods(scenario)
 

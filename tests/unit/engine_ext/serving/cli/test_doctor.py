@@ -14,10 +14,10 @@ from vllm.renderers import ChatParams
 
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
+from starling.config.star import StarOptions
 from starling.engine_ext import plugin
 from starling.engine_ext.serving.cli import doctor
 from starling.scheduler.star.counts import dense_keys, keys_attended, summary
-from starling.scheduler.star.options import StarOptions
 from starling.scheduler.star.plan import StarPlan
 from starling.vllm_compat.versions import vllm_version
 from tests.forks import run_in_fork
@@ -60,7 +60,7 @@ def test_a_prompts_plan_memory_and_work(model):
     assert report["attention_backend"]["name"] == "CPU_ATTN"
     assert report["star_defaults"]["block_size"] == 512
     assert report["star_refused"] == []
-    assert report["star_block_reuse"] == "yes, of prompts without an overlap: star_overlap_size=0, or segments"
+    assert report["star_block_reuse"] == "yes, of prompts without an overlap: star_overlap_size=0, or documents"
     prompt = report["prompt"]
     assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
     assert prompt["accepted"] == "yes"

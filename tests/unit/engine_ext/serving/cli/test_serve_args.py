@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from starling.config.parsing import OptionError
+from starling.config.star import FIELDS, StarOptions, flat_name
 from starling.engine_ext.serving.cli import main as cli
 from starling.engine_ext.serving.cli.serve import refuse_taken_port
 from starling.engine_ext.serving.cli.serve_args import (
@@ -22,9 +24,6 @@ from starling.engine_ext.serving.cli.serve_args import (
 )
 from starling.engine_ext.serving.grpc import auth
 from starling.engine_ext.serving.grpc.options import is_loopback
-from starling.scheduler import options as scheduling_options
-from starling.scheduler.star.options import FIELDS, StarOptions, flat_name
-from starling.scheduler.star.parsing import OptionError
 from starling.vllm_compat import versions
 
 MODEL = "some/model"
@@ -51,52 +50,51 @@ def test_always_activated(parse_fast):
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "mode"])
 def test_every_option_has_a_flag(parse_fast, field):
-    alone = {"block_size": "0"} if field == "num_blocks" else {}
-    words = {"shards": "on", "positions": "block", "segments": "auto"}
+    words = {"shards": "on", "segments": "auto"}
     given, expected = (words[field], words[field]) if field in words else ("96", 96)
-    options = {f"--{flat_name(name).replace('_', '-')}": value for name, value in (alone | {field: given}).items()}
-    argv = [item for option in options.items() for item in option]
-    args, _ = parse_fast(*argv)
-    assert args.additional_config["starling"]["star"][field] == expected
+    args, _ = parse_fast(f"--{flat_name(field).replace('_', '-')}", given)
+    assert args.additional_config["starling"] == {flat_name(field): expected}
     assert not any(flat_name(name) in args for name in FIELDS), "vLLM should not see our flags"
 
 
 def test_mode_flag(parse_fast):
-    args, _ = parse_fast("--star", "auto", "--star_block_size", "1024")
-    assert args.additional_config["starling"]["star"] == {"mode": "auto", "block_size": 1024}
+    args, _ = parse_fast("--star", "Auto", "--star_block_size", "n/8", "--star-min-tokens=16K")
+    assert args.additional_config["starling"] == {
+        "star": "auto",
+        "star_block_size": "n/8",
+        "star_min_tokens": 16_384,
+    }
+
+
+def test_a_newcomer_has_at_most_19_flags_to_learn(parser):
+    groups = parser._subparsers._group_actions[0].choices["serve"]._action_groups
+    starling = [group for group in groups if (group.title or "").startswith("Starling")]
+    own = {action.dest for group in starling for action in group._group_actions}
+    assert len(own) + 1 <= 19, "--grpc-port is vLLM's own, and does something else here"
 
 
 def test_flags_join_additional_config(parse_fast):
-    args, _ = parse_fast(
-        "--additional-config", '{"starling":{"star":{"mode":"on"}},"other":1}', "--star-anchor-size=64"
-    )
-    assert args.additional_config == {"starling": {"star": {"mode": "on", "anchor_size": 64}}, "other": 1}
+    args, _ = parse_fast("--additional-config", '{"starling":{"star":"on"},"other":1}', "--star-anchor-size=64")
+    assert args.additional_config == {"starling": {"star": "on", "star_anchor_size": 64}, "other": 1}
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--star-block-size", "12k"], ["star_block_size='12k'", "whole number", "(str)"]),
+        (["--star-block-size", "12q"], ["star_block_size='12q'", "whole number", "(str)"]),
         (["--star-block-size", "1.5"], ["star_block_size='1.5'"]),
-        (["--star-query-tokens", "-1"], ["star_query_tokens=-1", "0 or more"]),
+        (["--star-query-tokens", "-1"], ["star_query_tokens='-1'", "0 or more"]),
+        (["--star-block-size", "0"], ["star_block_size='0'", "1 or more"]),
+        (["--star", "perhaps"], ["star='perhaps'", "off, on, auto"]),
         (
-            ["--star-query-tokens", "5", "--star-context-tokens", "5"],
-            ["star_context_tokens", "star_query_tokens=5"],
+            ["--additional-config", '{"starling":{"star_blok":1}}'],
+            ["starling.star_blok", "no such option", "did you mean star_"],
         ),
-        (["--star-block-size", "0"], ["star_block_size=0", "the block size is undefined"]),
-        (
-            ["--additional-config", '{"starling":{"star":{"blok":1}}}'],
-            ["blok", "no such star option", "block_size"],
-        ),
-        (["--additional-config", '{"starling":{"moon":{}}}'], ["starling.moon", "no such section"]),
+        (["--additional-config", '{"starling":{"moon":{}}}'], ["starling.moon", "no such option"]),
         (["--additional-config", '{"starling":[]}'], ["starling=[]", "object"]),
         (
-            ["--additional-config", '{"starling":{"star":{"block_size":512}}}', "--star-block-size", "1024"],
+            ["--additional-config", '{"starling":{"star_block_size":512}}', "--star-block-size", "1024"],
             ["--star-block-size=1024", "block_size=512"],
-        ),
-        (
-            ["--additional-config", '{"starling":{"star":{"query_tokens":5}}}', "--star-context-tokens", "6"],
-            ["context_tokens=6", "query_tokens=5"],
         ),
     ],
 )
@@ -106,23 +104,15 @@ def test_bad_star_options_are_refused_by_name(parse_fast, argv, says):
     assert all(part in str(refused.value) for part in says), refused.value
 
 
-def test_unknown_mode_shows_the_modes(parse_fast, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse_fast("--star", "perhaps")
-    assert ended.value.code == 2
-    assert "perhaps" in (error := capsys.readouterr().err)
-    assert all(mode in error for mode in ("off", "on", "auto"))
-
-
 def test_a_flag_may_repeat_what_additional_config_says():
-    config = {"starling": {"star": {"block_size": 512}}}
-    assert activate(config, {"star_block_size": 512}) == config
+    config = {"starling": {"star_block_size": 512}}
+    assert activate(config, {"star_block_size": "512"}) == config
 
 
 def test_activate_leaves_its_argument_alone():
-    config = {"starling": {"star": {}}}
+    config = {"starling": {}}
     activate(config, {"star_block_size": 512})
-    assert config == {"starling": {"star": {}}}
+    assert config == {"starling": {}}
 
 
 def test_vllm_does_not_see_the_grpc_port(parse_fast):
@@ -170,17 +160,17 @@ def test_help_shows_starlings_meaning_of_grpc_port(parser):
     assert "Rust" not in action.help
 
 
-def test_help_shows_one_default_and_names_options_by_their_flags(parser):
+def test_help_shows_one_default_and_names_options_as_requests_do(parser):
     serve = parser._subparsers._group_actions[0].choices["serve"]
     groups = {group.title: group for group in serve._action_groups}
     actions = [action for name in ("Starling", "Starling's scheduler") for action in groups[name]._group_actions]
     formatter = serve._get_formatter()
-    names = {name for flag in FLAGS if flag.field for name in (flag.dest, flag.field) if "_" in name}
+    bare = {name for name in FIELDS if "_" in name}
     for action in actions:
         shown = formatter._expand_help(action)
         assert shown.lower().count("default: ") <= 1, action.dest
         assert "(default: None)" not in shown, action.dest
-        assert names.isdisjoint(re.findall(r"\w+", shown)), action.dest
+        assert bare.isdisjoint(re.findall(r"\w+", shown)), action.dest
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -389,42 +379,22 @@ def test_live_page_flag(parse_fast):
     assert "live_page" not in args, "vLLM should not see our flags"
 
 
-def test_scheduler_flags(parse_fast):
-    args, _ = parse_fast("--scheduler-fairness", "off", "--scheduler-shared-step-tokens", "512")
-    assert args.additional_config["starling"] == {"scheduler": {"fairness": "off", "shared_step_tokens": 512}}
-    assert not any(name.startswith("scheduler_shared") for name in vars(args)), "vLLM should not see our flags"
-    same = '{"starling": {"scheduler": {"star_block_reuse": "off"}}}'
-    args, _ = parse_fast("--scheduler-long-prompt-tokens", "9", "--additional-config", same)
-    assert args.additional_config["starling"]["scheduler"] == {"star_block_reuse": "off", "long_prompt_tokens": 9}
-    with pytest.raises(OptionError, match=r"--scheduler-star-block-reuse='on'.*says star_block_reuse='off'"):
-        parse_fast("--scheduler-star-block-reuse", "on", "--additional-config", same)
-    with pytest.raises(OptionError, match=r"starling\.scheduler\.shared_step_keys=0 is refused"):
-        parse_fast("--scheduler-shared-step-keys", "0")
-
-
-@pytest.mark.parametrize("field", scheduling_options.FIELDS)
-def test_every_scheduler_option_has_a_flag(parse_fast, field):
-    text, value = ("off", "off") if field in scheduling_options.SWITCHES else ("96", 96)
-    args, _ = parse_fast("--" + scheduling_options.flat_name(field).replace("_", "-"), text)
-    assert args.additional_config["starling"]["scheduler"] == {field: value}
-
-
-@pytest.mark.parametrize(("text", "value"), [("2.5", 2.5), ("30", 30.0)])
-def test_replica_timeout(parse_fast, text, value):
-    args, _ = parse_fast("--star-replica-timeout", text)
-    assert args.additional_config["starling"] == {"replicas": {"timeout": value}}
-    assert "star_replica_timeout" not in args, "vLLM should not see our flags"
-    same = f'{{"starling": {{"replicas": {{"timeout": {text}}}}}}}'
-    args, _ = parse_fast("--star-replica-timeout", text, "--additional-config", same)
-    assert args.additional_config["starling"] == {"replicas": {"timeout": value}}
-    with pytest.raises(OptionError, match=rf"--star-replica-timeout=7\.0 .*--additional-config says timeout={text}"):
-        parse_fast("--star-replica-timeout", "7", "--additional-config", same)
-
-
-@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
-def test_bad_replica_timeouts(parse_fast, text):
-    with pytest.raises(OptionError, match=r"starling\.replicas\.timeout=.* is refused: it must be a number above 0"):
-        parse_fast("--star-replica-timeout", text)
+def test_what_is_rarely_set_is_in_additional_config_alone(parse_fast):
+    given = '{"starling": {"scheduler": {"star_block_reuse": "off"}, "replicas": {"timeout": "soon"}}}'
+    with pytest.raises(
+        OptionError, match=r"starling\.replicas\.timeout='soon' is refused: it must be a number above 0"
+    ):
+        parse_fast("--additional-config", given)
+    given = given.replace('"soon"', "7.5")
+    args, _ = parse_fast("--scheduler-fairness", "off", "--additional-config", given)
+    assert args.additional_config["starling"] == {
+        "scheduler": {"star_block_reuse": "off", "fairness": "off"},
+        "replicas": {"timeout": 7.5},
+    }
+    assert "scheduler_fairness" not in args, "vLLM should not see our flags"
+    same = '{"starling": {"scheduler": {"fairness": "on"}}}'
+    with pytest.raises(OptionError, match=r"--scheduler-fairness='off'.*says fairness='on'"):
+        parse_fast("--scheduler-fairness", "off", "--additional-config", same)
 
 
 def test_flags_have_different_names():

@@ -11,11 +11,14 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import TokenizeParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from starling.config.entry import StarlingConfig
+from starling.config.star import StarOptions
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.planning import PlannedPrompt
+from starling.engine_ext.requests import PLANNED
 from starling.engine_ext.serving.grpc.server import Front
 from starling.scheduler.star.counts import describe
-from starling.scheduler.star.options import StarOptions
+from starling.scheduler.star.decide import Decision
+from starling.scheduler.star.facts import EngineFacts
 from starling.v1 import inference_pb2_grpc
 
 PROMPT_TOKENS = 10
@@ -32,18 +35,20 @@ class FakePlanner:
     """Plans every prompt dense, and counts the plans."""
 
     page_size = 32
-    refusals: tuple[str, ...] = ()
+    facts = EngineFacts(page_size)
+    config = StarlingConfig()
 
     def __init__(self) -> None:
         self.defaults = StarOptions()
-        self.planned: list[PlannedPrompt] = []
+        self.planned: list[Decision] = []
 
-    def plan(self, extra_args, num_tokens, token_ids=None, dense_reason=None, segments=None) -> PlannedPrompt:
-        self.planned.append(PlannedPrompt(None, num_tokens, token_ids))
-        return self.planned[-1]
+    def prepare(self, engine_input, params, request_id=None):
+        ids = engine_input["prompt_token_ids"]
+        self.planned.append(Decision(None, "star is off", len(ids), ids))
+        return {**engine_input, PLANNED: self.planned[-1]}
 
-    def describe(self, planned) -> dict:
-        return describe(planned.plan, planned.num_tokens)
+    def describe(self, decision) -> dict:
+        return describe(decision.plan, decision.num_tokens)
 
 
 class FakeTokenizer:

@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from starling.config.star import StarOptions
 from starling.engine_ext.serving.cli.serve_args import admin_options
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc import admin
@@ -24,7 +25,6 @@ from starling.engine_ext.serving.grpc.admin import (
     star_message,
     start_admin_server,
 )
-from starling.scheduler.star.options import StarOptions
 from starling.v1 import admin_pb2 as pb
 from starling.v1 import admin_pb2_grpc
 from starling.v1 import inference_pb2 as inference
@@ -83,20 +83,18 @@ def test_matching_request_ids(request_id, of_front, of_engine):
 
 
 def test_star_defaults_as_a_message():
-    message = star_message(StarOptions(mode="auto", num_blocks=4, block_size=0))
+    message = star_message(StarOptions(mode="auto", block_size="n/4"))
     assert message == inference.StarOptions(
         mode=inference.StarOptions.MODE_AUTO,
         min_tokens=32768,
-        block_size=0,
-        num_blocks=4,
+        block_size="n/4",
         replicas=0,
         shards=False,
-        positions=inference.StarOptions.POSITIONS_PROMPT,
     )
     assert star_message(StarOptions(shards="on")).shards
-    assert star_message(StarOptions(positions="block")).positions == inference.StarOptions.POSITIONS_BLOCK
+    assert star_message(StarOptions(block_size=64)).block_size == "64"
     assert star_message(StarOptions(replicas=3)).replicas == 3
-    assert star_message(StarOptions(segments="auto")).segments == inference.StarOptions.SEGMENTS_AUTO
+    assert star_message(StarOptions(segments="auto")).segments == "auto"
 
 
 class InputProcessor:

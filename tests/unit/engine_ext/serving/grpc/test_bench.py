@@ -62,7 +62,7 @@ def test_what_is_sent():
     body = {"temperature": 0.5, "cache_salt": "s", "vllm_xargs": {"star": "auto", "star_block_size": 64}}
     sent = request_of(func_input(ignore_eos=True, logprobs=1, extra_body=body, request_id="r"))
     sampling = pb.SamplingParams(max_tokens=5, repetition_penalty=1, ignore_eos=True, logprobs=1, temperature=0.5)
-    star = pb.StarOptions(mode=pb.StarOptions.MODE_AUTO, block_size=64)
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_AUTO, block_size="64")
     assert sent == pb.GenerateStreamRequest(text="abc", sampling=sampling, star=star, cache_salt="s", request_id="r")
 
 

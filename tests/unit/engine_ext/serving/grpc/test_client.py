@@ -16,9 +16,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.client import AsyncClient, Client, StarlingError, clients, requests
 from starling.client.early_status import EarlyStatus
+from starling.config.star import FIELD_OF
 from starling.engine_ext.serving.grpc import messages
 from starling.engine_ext.serving.grpc.auth import server_credentials
-from starling.scheduler.star.options import FIELD_OF
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 from tests.unit.engine_ext.serving.grpc.test_inference import DEADLINES
@@ -453,7 +453,9 @@ def test_prompts_of_unknown_kinds(prompt):
             {"structured_outputs": {"json_schema": {"type": "object"}}},
             {"sampling": {"structured_outputs": {"json_schema": '{"type": "object"}'}}},
         ),
-        ({"star": {"star": "auto", "star_num_blocks": 4}}, {"star": {"mode": "MODE_AUTO", "num_blocks": 4}}),
+        ({"star": {"star": "auto", "star_block_size": "n/4"}}, {"star": {"mode": "MODE_AUTO", "block_size": "n/4"}}),
+        ({"star": "On", "star_block_size": 4096}, {"star": {"mode": "MODE_ON", "block_size": "4096"}}),
+        ({"star": False}, {"star": {"mode": "MODE_OFF"}}),
         ({"star": {"anchor_size": 0}}, {"star": {"anchor_size": 0}}),
         ({"star": {"shards": "on"}}, {"star": {"shards": True}}),
         ({"star": {"star_shards": "off"}}, {"star": {"shards": False}}),

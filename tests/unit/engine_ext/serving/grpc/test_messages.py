@@ -2,8 +2,8 @@
 
 import pytest
 
+from starling.config.star import StarOptions, parse_options
 from starling.engine_ext.serving.grpc import messages
-from starling.scheduler.star.options import StarOptions, parse_options
 from starling.v1 import inference_pb2 as pb
 
 
@@ -27,7 +27,7 @@ def test_every_mode_has_a_number():
         (pb.StarOptions(mode="MODE_OFF"), {"star": "off"}),
         (pb.StarOptions(mode="MODE_AUTO", min_tokens=0), {"star": "auto", "star_min_tokens": 0}),
         (pb.StarOptions(query_tokens=0), {"star_query_tokens": 0}),
-        (pb.StarOptions(block_size=2**53 + 1), {"star_block_size": 2**53 + 1}),
+        (pb.StarOptions(min_tokens=2**53 + 1), {"star_min_tokens": 2**53 + 1}),
         (pb.StarOptions(mode=9), {"star": 9}),
         (pb.StarOptions(replicas=0), {"star_replicas": "auto"}),
         (pb.StarOptions(replicas=2), {"star_replicas": 2}),

@@ -4,13 +4,13 @@ import pytest
 from vllm.logprobs import Logprob
 from vllm.v1.engine import FINISH_REASON_STRINGS
 
+from starling.config.star import StarOptions
 from starling.engine_ext.serving.grpc import outputs
 from starling.reply import Reply
 from starling.scheduler.star.counts import describe
-from starling.scheduler.star.make_plan import make_plan
-from starling.scheduler.star.options import StarOptions
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import output
+from tests.unit.plans import make_plan
 
 
 @pytest.mark.parametrize("reason", [name for name in FINISH_REASON_STRINGS if name != "error"])

@@ -9,7 +9,7 @@ import json
 import pytest
 import uvicorn
 
-from starling.engine_ext.requests import response_plans
+from starling.engine_ext.call import this_call
 from starling.engine_ext.serving.http.plan_header import MAX_BYTES, PlanHeader
 
 LIMIT_OF_NGINX = 4096  # of all headers of a response together, with nginx's smallest default
@@ -20,7 +20,7 @@ async def response_of(num_prompts: int) -> http.client.HTTPResponse:
 
     async def app(scope, receive, send):
         for tokens in range(num_prompts):
-            response_plans.get().add({"attention": "dense", "prompt_tokens": tokens, "padding_tokens": 0})
+            this_call().add_plan({"attention": "dense", "prompt_tokens": tokens})
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 

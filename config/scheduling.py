@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from starling.scheduler.star.parsing import Switch, parse_fields
-
-Count = Annotated[int, Field(ge=1)]
+from starling.config.parsing import Count, Switch, parse_fields, read_number
 
 SECTION = "scheduler"
 MIN_CHUNK = 2
@@ -29,14 +27,14 @@ class SchedulingOptions(BaseModel):
         default=None,
         description="a prompt with more tokens than this to prefill as it arrives is long; default one whole step",
     )
-    shared_step_tokens: Annotated[int, Field(ge=MIN_CHUNK)] | None = Field(
+    shared_step_tokens: Annotated[int, BeforeValidator(read_number), Field(ge=MIN_CHUNK)] | None = Field(
         default=None,
         description="long prompts' tokens in a step that they share with others; default a quarter of the step",
     )
     shared_step_keys: Count | None = Field(
         default=None,
         description="query-key pairs of those tokens, per head and layer; default 49,152 for each of "
-        "--scheduler-shared-step-tokens",
+        "shared_step_tokens",
     )
     star_block_reuse: Switch = Field(
         default="on",
@@ -46,11 +44,6 @@ class SchedulingOptions(BaseModel):
 
 FIELDS = SchedulingOptions.model_fields
 SWITCHES = ("fairness", "star_block_reuse")
-
-
-def flat_name(field: str) -> str:
-    """``fairness`` -> ``scheduler_fairness``."""
-    return f"{SECTION}_{field}"
 
 
 def parse_scheduling(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> SchedulingOptions:

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import reprlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-Switch = Literal["off", "on"]
 M = TypeVar("M", bound=BaseModel)
+
+NUMBER = re.compile(r"(\d{1,15})(?:\.(\d{1,9}))?([kKmM]?)")
+MULTIPLES = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+
+
+def read_number(value: Any) -> Any:
+    """The number of a text: "256", or "16k" and "16K" with vLLM's multiples, 1,000 and 1,024. Else the value itself."""
+    found = NUMBER.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 32 else None
+    if found is None:
+        return value
+    whole, decimals, unit = found[1], found[2] or "", MULTIPLES[found[3]]
+    scaled = int(whole + decimals) * unit
+    return value if scaled % 10 ** len(decimals) else scaled // 10 ** len(decimals)
+
+
+def read_switch(value: Any) -> Any:
+    """`on` or `off` for a JSON boolean, and words in any case. Else the value itself."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return "on" if value.strip().lower() == "true" else "off"
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+Switch = Annotated[Literal["off", "on"], BeforeValidator(read_switch)]
+Tokens = Annotated[int, BeforeValidator(read_number), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(read_number), Field(ge=1)]
 
 
 class OptionError(ValueError):
@@ -26,6 +54,12 @@ class OptionError(ValueError):
 def shown(value: object) -> str:
     """A value in a message: of a list only the start, since a client may send any number of elements."""
     return reprlib.repr(value) if isinstance(value, (list, tuple)) else repr(value)
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """ ", did you mean ...?" where a name is nearly one of ``names``; else nothing."""
+    close = difflib.get_close_matches(name[:64], list(names), 1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def parse_fields(
@@ -54,7 +88,8 @@ def parse_fields(
     names = names or {field: field for field in model.model_fields}
     for name, value in values.items():
         if name not in names:
-            raise OptionError(prefix + name, value, f"there is no such {kind} option", ", ".join(names))
+            reason = f"there is no such {kind} option{meant(name, names)}"
+            raise OptionError(prefix + name, value, reason.removesuffix("?"), ", ".join(names))
     try:
         return model(**{names[name]: value for name, value in values.items()})
     except ValidationError as error:

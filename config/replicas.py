@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from starling.scheduler.star.parsing import parse_fields
+from starling.config.parsing import parse_fields
 
 SECTION = "replicas"
 KEY_ENV = "STARLING_REPLICA_KEY"
@@ -76,12 +76,3 @@ def parse_replicas(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> Re
         OptionError: an unknown name, a timeout that is not a finite number above 0, or peers without host or port.
     """
     return parse_fields(ReplicaOptions, values, SECTION, expected=EXPECTED.__getitem__, prefix=prefix)
-
-
-def replica_options(vllm_config: Any) -> ReplicaOptions:
-    """The options in an engine's configuration; the defaults where Starling is not activated.
-
-    Raises:
-        OptionError: as ``parse_replicas`` raises it.
-    """
-    return parse_replicas((vllm_config.additional_config or {}).get("starling", {}).get(SECTION, {}))

@@ -1,0 +1,85 @@
+"""The `starling` entry of vLLM's additional_config: all options of a server, parsed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starling.config.parsing import OptionError, meant
+from starling.config.replicas import SECTION as REPLICAS
+from starling.config.replicas import ReplicaOptions, parse_replicas
+from starling.config.scheduling import SECTION as SCHEDULING
+from starling.config.scheduling import SchedulingOptions, parse_scheduling
+from starling.config.star import FIELD_OF, StarOptions, parse_options
+
+ENTRY = "starling"
+CPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "cache_salt", "live_page"
+
+CHOICES = {  # the first is the default
+    # The faster attention op for CPUs, or always vLLM's.
+    CPU_ATTENTION: ("auto", "vllm"),
+    # Which requests share cached pages: those with the same salt or none, as in vLLM; each needs a salt; by API key.
+    CACHE_SALT: ("request", "required", "api-key"),
+    # Whether the HTTP server has a page that shows the requests.
+    LIVE_PAGE: ("off", "on"),
+}
+SECTIONS = {SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
+NAMES = (*FIELD_OF, *SECTIONS, *CHOICES)
+
+
+@dataclass(frozen=True)
+class StarlingConfig:
+    """The parsed entry; ``cpu_attention``, ``cache_salt`` and ``live_page`` are values of CHOICES."""
+
+    star: StarOptions = field(default_factory=lambda: parse_options({}))
+    scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
+    replicas: ReplicaOptions = field(default_factory=ReplicaOptions)
+    cpu_attention: str = CHOICES[CPU_ATTENTION][0]
+    cache_salt: str = CHOICES[CACHE_SALT][0]
+    live_page: str = CHOICES[LIVE_PAGE][0]
+
+
+_parsed: dict[str, StarlingConfig] = {}
+
+
+def config_of(vllm_config: Any) -> StarlingConfig | None:
+    """The options in an engine's configuration; None where Starling is not activated (raises OptionError)."""
+    return parse_config(vllm_config.additional_config)
+
+
+def parse_config(additional_config: Any) -> StarlingConfig | None:
+    """The parsed entry; None where Starling is not activated.
+
+    Raises:
+        OptionError: the entry holds something that is not allowed.
+    """
+    if not isinstance(additional_config, Mapping) or ENTRY not in additional_config:
+        return None
+    entry = additional_config[ENTRY]
+    text = repr(entry)
+    if text not in _parsed:
+        _parsed[text] = _parse(entry)
+    return _parsed[text]
+
+
+def _parse(entry: Any) -> StarlingConfig:
+    if not isinstance(entry, Mapping):
+        raise OptionError(ENTRY, entry, "it must be an object", '{"star": "auto"}')
+    for key, value in entry.items():
+        if key not in NAMES:
+            reason = f"there is no such option{meant(str(key), NAMES)}".removesuffix("?")
+            raise OptionError(f"{ENTRY}.{key}", value, reason, ", ".join(NAMES))
+    for section, example in SECTIONS.items():
+        if not isinstance(value := entry.get(section, {}), Mapping):
+            raise OptionError(f"{ENTRY}.{section}", value, "it must be an object", example)
+    chosen = {name: entry.get(name, values[0]) for name, values in CHOICES.items()}
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise OptionError(f"{ENTRY}.{name}", value, "there is no such choice", " or ".join(CHOICES[name]))
+    return StarlingConfig(
+        star=parse_options({key: value for key, value in entry.items() if key in FIELD_OF}),
+        scheduling=parse_scheduling(entry.get(SCHEDULING, {}), f"{ENTRY}.{SCHEDULING}."),
+        replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),
+        **chosen,
+    )

@@ -1,0 +1,166 @@
+"""The options of Star Attention, as server defaults and per request.
+
+One pydantic model serves every front. Names are flat: ``mode`` is ``star`` and ``block_size`` is ``star_block_size``,
+as a CLI flag, in ``--additional-config '{"starling": {"star": "auto"}}'``, in HTTP's ``vllm_xargs`` and in Python's
+``extra_args``. gRPC's message StarOptions has the fields of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from operator import ge
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from starling.config.parsing import OptionError, Switch, Tokens, parse_fields, read_number, read_switch
+
+Mode = Annotated[Literal["off", "on", "auto"], BeforeValidator(read_switch)]
+
+SHARE = re.compile(r"n/([1-9]\d{0,8})")
+MAX_SEGMENT_TEXT = 256
+"""Characters of the text of a token that starts a document."""
+
+
+def read_block_size(value: Any) -> Any:
+    """Tokens, or "n/8": a share of the prompt."""
+    text = value.strip().replace(" ", "").lower() if isinstance(value, str) else ""
+    return text if SHARE.fullmatch(text) else read_number(value)
+
+
+# A request's JSON has a list, and strict pydantic would take a tuple only; the offsets themselves stay strict.
+Offsets = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, fail_fast=True)]
+SegmentText = Annotated[str, Field(min_length=1, max_length=MAX_SEGMENT_TEXT)]
+BlockSize = Annotated[
+    Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=SHARE.pattern)], BeforeValidator(read_block_size)
+]
+ReplicaCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(read_number)]
+
+PREFIX = "star"
+
+
+class StarOptions(BaseModel):
+    """Star Attention as the user asks for it; sizes are in tokens unless they say otherwise.
+
+    What a value of None stands for depends on the prompt: scheduler/star/sizes.py, scheduler/star/decide.py.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    mode: Mode = Field(default="off", description="off, on, or auto: on for prompts of at least star_min_tokens")
+    min_tokens: Tokens = Field(default=32768, description="with star=auto, shorter prompts stay dense")
+    block_size: BlockSize | None = Field(
+        default=None,
+        description="star block B in tokens, a multiple of the KV page, or a share of the prompt such as n/8; default: "
+        "an eighth of the prompt rounded up to a power of two, 1024 or more; with documents 8192, their longest length",
+    )
+    anchor_size: Tokens | None = Field(
+        default=None,
+        description="anchor A, the first tokens of the prompt, which every block sees; a multiple of the page, A <= B; "
+        "default: B less the overlap, or, with neither given, 128 and at most B/8 in whole pages",
+    )
+    overlap_size: Tokens | None = Field(
+        default=None,
+        description="tokens of the previous block that a block also sees, a multiple of the page, <= B; default: B "
+        "less the anchor; 0 where an anchor is given, and where blocks must not depend on one another: with documents, "
+        "and on a server with several replicas",
+    )
+    query_tokens: Tokens | None = Field(
+        default=None,
+        description="trailing prompt tokens that attend to the whole prompt; default: the last document, else the "
+        "lesser of 512 and half the prompt",
+    )
+    segments: Literal["auto", "off"] | SegmentText | Offsets | None = Field(
+        default=None,
+        description="where documents start, whose cached KV is used wherever they stand in a prompt: auto, at the "
+        "messages of a chat; the text of the token that starts one, such as <file_sep>; or, in a request, a list of "
+        "token offsets",
+    )
+    replicas: ReplicaCount = Field(
+        default="auto",
+        description="replicas that one prompt's blocks may be split over, or auto: as many as shorten the prefill, one "
+        "where blocks depend on one another",
+    )
+    shards: Switch = Field(
+        default="off",
+        description="on (CPUs only): the KV of a prompt that is split over several replicas stays on the replicas that "
+        "computed it, and its query and output attend on each of them; off: one replica fetches all of the KV",
+    )
+
+
+FIELDS = StarOptions.model_fields
+OFFSETS = "a list of token offsets of the prompt, 0 or more and ascending"
+EXPECTED = {
+    "mode": "one of off, on, auto",
+    "block_size": "a whole number of tokens, 1 or more, or a share such as n/8",
+    "segments": f"auto, off, the text of one token, or {OFFSETS}",
+    "replicas": "auto, or a whole number of replicas, 1 or more",
+    "shards": "off or on",
+}
+ALLOWED = EXPECTED | {
+    "mode": "off, on, auto",
+    "block_size": "a multiple of the KV page, or a share of the prompt such as n/8",
+    "anchor_size": "a multiple of the KV page from 0 to the block size",
+    "overlap_size": "a multiple of the KV page from 0 to the block size",
+    "shards": "off, on",
+}
+
+
+def flat_name(field: str) -> str:
+    """The flat name of an option: ``mode`` -> ``star``, ``block_size`` -> ``star_block_size``."""
+    return PREFIX if field == "mode" else f"{PREFIX}_{field}"
+
+
+FIELD_OF = {flat_name(field): field for field in FIELDS}
+
+
+def is_star_key(key: str) -> bool:
+    """Whether a per-request key is Starling's to accept or refuse."""
+    return key == PREFIX or key.startswith(f"{PREFIX}_")
+
+
+def parse_options(values: Mapping[str, Any], *, flat: bool = True, prefix: str = "") -> StarOptions:
+    """Parse options under their flat names, or under those of the model's fields; ``prefix`` is for messages.
+
+    Raises:
+        OptionError: an unknown name, a wrong type or value, or offsets of documents that do not ascend.
+    """
+    options = parse_fields(
+        StarOptions,
+        values,
+        "star",
+        expected=_expected,
+        allowed=lambda field: ALLOWED.get(field, _expected(field)),
+        names=FIELD_OF if flat else None,
+        prefix=prefix,
+    )
+    if isinstance(options.segments, tuple):
+        _check_offsets(prefix + (flat_name if flat else str)("segments"), options.segments)
+    return options
+
+
+def _expected(field: str) -> str:
+    return EXPECTED.get(field, "a whole number of tokens, 0 or more")
+
+
+def _check_offsets(name: str, offsets: tuple[int, ...]) -> None:
+    if not offsets:
+        raise OptionError(name, offsets, "the list is empty", f"{OFFSETS}, or no {name}")
+    if any(map(ge, offsets, offsets[1:])):  # without a line of Python for each of a million offsets
+        before, offset = next(pair for pair in pairwise(offsets) if pair[0] >= pair[1])
+        raise OptionError(name, offsets, f"{offset} follows {before}", OFFSETS)
+
+
+def num_blocks(options: StarOptions) -> int | None:
+    """Into how many equal blocks a prompt is cut where B is a share of it; None: B is no share."""
+    return int(options.block_size.removeprefix("n/")) if isinstance(options.block_size, str) else None
+
+
+def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
+    """A request's options over the server's: what the request gives replaces the default."""
+    if request is None:
+        return defaults
+    given = {name: getattr(request, name) for name in request.model_fields_set}
+    return StarOptions.model_construct(**(defaults.__dict__ | given))

@@ -1,0 +1,211 @@
+"""How one prompt is prefilled: decided once, from the server's options, the request's, the prompt and the engine.
+
+HTTP, gRPC, Python, `starling doctor`, `starling tune` and the split over replicas all enter at ``decide``. What is
+behind it reads the plan, and no options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from starling.config.parsing import OptionError
+from starling.config.star import FIELDS, StarOptions, flat_name, merge
+from starling.scheduler.star.assignment import best_num_replicas, best_num_replicas_of
+from starling.scheduler.star.client_tokens import work
+from starling.scheduler.star.documents import (
+    Documents,
+    TooLong,
+    cut,
+    documents_before,
+    find_documents,
+    lay_out,
+    refuse_too_long,
+)
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
+from starling.scheduler.star.kv_demand import refuse_above_one_replica, with_enough_replicas
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
+from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
+
+DEFAULT_QUERY_TOKENS = 512
+ONLY_WITH_STAR = "with star=on or star=auto"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one prompt is prefilled.
+
+    Attributes:
+        plan: None: dense.
+        why: of a dense prompt, why it has no plan; of a plan, why its blocks are no documents although the server's
+            default asks for them; None: they are, or it does not ask.
+        num_tokens: of the prompt, as the client sent it.
+        token_ids: these tokens; None where the prompt has images or embeddings.
+        given_by: option -> "request", "server" or "default": who gave it.
+    """
+
+    plan: StarPlan | None
+    why: str | None
+    num_tokens: int
+    token_ids: list[int] | None = None
+    given_by: Mapping[str, str] = field(default_factory=dict)
+
+
+def decide(defaults: StarOptions, request: StarOptions | None, prompt: PromptFacts, engine: EngineFacts) -> Decision:
+    """How a prompt is prefilled.
+
+    Args:
+        defaults: the server's options.
+        request: the request's own; None where it gave none.
+
+    Raises:
+        OptionError: the request's options can't be used, or the prompt fits in no replica's memory.
+    """
+    given: frozenset[str] = frozenset() if request is None else frozenset(request.model_fields_set)
+    plan, why = _find_plan(Case(merge(defaults, request), given, prompt, engine))
+    if plan is None or not plan.shards:
+        refuse_above_one_replica(prompt.num_tokens if plan is None else plan.num_prompt_tokens, engine)
+    return Decision(plan, why, prompt.num_tokens, prompt.token_ids, who_gave(defaults, given))
+
+
+def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
+    """The plan, and why it is none, or its blocks are no documents; the steps of the decision, in their order."""
+    why = off(case) or unavailable(case) or dense_only(case)
+    if why is not None:
+        return None, why
+    check((*ENGINE_RULES, *OPTION_RULES), case)
+    sized = with_sizes(case, documents=case.asks_for_documents)
+    why = too_short(case.options, case.prompt.num_tokens)
+    if why is not None:
+        return None, why
+    check(PROMPT_RULES, case)
+    documents = find_documents(case)
+    context_end = find_context_end(case, documents)
+    documents = documents_before(context_end, documents, case)
+    plan = None
+    if documents.starts:
+        sized = with_sizes(case, documents=True)
+        try:
+            plan = plan_of_documents(sized, documents, context_end)
+        except TooLong as error:
+            if case.has("segments"):
+                raise
+            documents = Documents(why=error.reason)
+    if plan is None:
+        sized = with_sizes(case, documents=False)
+        plan = StarPlan(sized.block_size, sized.anchor_size, sized.overlap_size, context_end, case.prompt.num_tokens)
+    if len(plan.starts) < 2:
+        return None, f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
+    return with_replicas(sized, plan), documents.why
+
+
+def off(case: Case) -> str | None:
+    """Why the prompt runs dense where star is off (raises OptionError: the request has options without an effect)."""
+    if case.options.mode != "off":
+        return None
+    for name in sorted(case.given) if "mode" not in case.given else ():
+        reason = "star is off on this server, so it would have no effect"
+        raise OptionError(flat_name(name), getattr(case.options, name), reason, ONLY_WITH_STAR)
+    return "star is off"
+
+
+def unavailable(case: Case) -> str | None:
+    """Why a prompt whose request asks for nothing runs dense on an engine that can't run star."""
+    if case.given:
+        return None
+    reasons = [rule.reason(case) for rule in ENGINE_RULES]
+    return next((f"star can't run here: {reason}" for reason in reasons if reason), None)
+
+
+def dense_only(case: Case) -> str | None:
+    """Why this kind of prompt has no star plan (raises OptionError: the request asks for star)."""
+    reason = case.prompt.dense_only
+    if reason is not None and case.given and case.options.mode == "on":
+        name = "mode" if "mode" in case.given else min(case.given)
+        raise OptionError(flat_name(name), getattr(case.options, name), reason, "star=off or star=auto")
+    return reason
+
+
+def too_short(options: StarOptions, num_tokens: int) -> str | None:
+    """Why a prompt of so many tokens runs dense with star=auto; None: it is long enough, or star is on."""
+    if options.mode != "auto" or num_tokens >= options.min_tokens:
+        return None
+    return f"{num_tokens:,} tokens, below star_min_tokens {options.min_tokens:,}"
+
+
+def with_sizes(case: Case, documents: bool) -> Case:
+    """The case with B, A and O (raises OptionError: a size or a number of replicas does not fit)."""
+    block_size = find_block_size(case.options, case.prompt.num_tokens, case.page, documents)
+    check(SIZE_RULES[:2], replace(case, block_size=block_size))
+    anchor, overlap = find_anchor_and_overlap(
+        case.options, block_size, case.page, documents, independent=needs_independent_blocks(case.engine)
+    )
+    sized = replace(case, block_size=block_size, anchor_size=anchor, overlap_size=overlap)
+    check(SIZE_RULES[2:], sized)
+    return sized
+
+
+def needs_independent_blocks(engine: EngineFacts) -> bool:
+    """Whether blocks that need the block before them would turn off what the server's replicas are for.
+
+    Over how many a prompt is split (``star_replicas``, peers that come and go) does not change what is computed.
+    """
+    return engine.replicas.size > 1 and engine.replicas.split_refusal is None
+
+
+def find_context_end(case: Case, documents: Documents) -> int:
+    """The token at which a prompt's query starts: the last document, unless the request says how long the query is."""
+    tokens, query = case.prompt.num_tokens, case.options.query_tokens
+    if case.has("query_tokens"):
+        return tokens - max(query or 0, 1)
+    if documents.starts:
+        return min(documents.starts[-1], tokens - 1)
+    return tokens - max(min(DEFAULT_QUERY_TOKENS if query is None else query, tokens // 2), 1)
+
+
+def plan_of_documents(case: Case, documents: Documents, context_end: int) -> StarPlan:
+    """The plan of blocks with positions of their own, each on a KV page (raises TooLong)."""
+    tokens, ids = case.prompt.num_tokens, case.prompt.token_ids or []
+    # A page each at least: known before each document is looked at.
+    refuse_too_long(len(documents.starts) * case.page, case, " or more")
+    pieces = cut(documents.starts, context_end, case.block_size)
+    head = pieces[0][1] if documents.starts[0] else 0
+    spans, padded_end = lay_out(pieces, case.page)
+    num_prompt_tokens = padded_end + tokens - context_end
+    refuse_too_long(num_prompt_tokens, case)
+    return StarPlan(
+        case.block_size,
+        min(case.anchor_size, head // case.page * case.page),
+        0,
+        padded_end,
+        num_prompt_tokens,
+        documents=spans,
+        padding_token=documents.padding(head, ids),
+    )
+
+
+def with_replicas(case: Case, plan: StarPlan) -> StarPlan:
+    """The plan with the replicas that its blocks are split over (raises OptionError: they have too little memory)."""
+    replicas, wanted = case.engine.replicas, case.options.replicas
+    limit = replicas.size if wanted == "auto" else wanted
+    usable = 1 if replicas.split_refusal or plan.overlap_size else min(limit, replicas.present or limit)
+    if usable == 1:
+        return plan
+    anchor_work = plan.anchor_size / plan.block_size
+    if plan.documents:
+        number = best_num_replicas_of(work(plan), anchor_work, usable)
+    else:
+        number = best_num_replicas(len(plan.starts), anchor_work, usable)
+    plan = replace(plan, replicas=number, shards=number > 1 and case.options.shards == "on")
+    if not plan.shards or not case.engine.num_pages:
+        return plan
+    return with_enough_replicas(plan, case.page, case.engine.num_pages, limit)
+
+
+def who_gave(defaults: StarOptions, given: frozenset[str]) -> dict[str, str]:
+    """Option -> who gave its value: the request, the server, or nobody (the default)."""
+    server = defaults.model_fields_set
+    return {
+        flat_name(name): "request" if name in given else "server" if name in server else "default" for name in FIELDS
+    }

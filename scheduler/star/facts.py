@@ -1,0 +1,91 @@
+"""What is known of a prompt and of an engine before the prompt's plan is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class KnownSegments:
+    """Where the documents of a prompt start, as its front knows it; the last one is the question.
+
+    Attributes:
+        source: what the documents are: the messages of a chat, or texts that the client has sent.
+        starts: token offsets of the prompt, ascending; the head is before the first one.
+        refusal: why the starts are not known; None: they are.
+    """
+
+    source: Literal["messages", "texts"]
+    starts: tuple[int, ...] = ()
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What is known of a prompt.
+
+    Attributes:
+        num_tokens: as the client sent it.
+        token_ids: None where it has images or embeddings.
+        segments: what its front knows of its documents; None: nothing.
+        dense_only: why it can't have a star plan; None: it can.
+    """
+
+    num_tokens: int
+    token_ids: list[int] | None = None
+    segments: KnownSegments | None = None
+    dense_only: str | None = None
+
+
+@dataclass(frozen=True)
+class ReplicaSet:
+    """The replicas that one prompt may be split over.
+
+    Attributes:
+        size: the data-parallel replicas of the server; with peers, how many servers there may be.
+        split_refusal: why blocks can't be split over them; None where they can.
+        shards_refusal: why the KV of such blocks can't be attended to where it is; None where it can.
+        present: with peers, how many servers there are now; None: ``size``.
+    """
+
+    size: int = 1
+    split_refusal: str | None = None
+    shards_refusal: str | None = None
+    present: int | None = None
+
+
+ONE_REPLICA = ReplicaSet()
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What is known of an engine.
+
+    Attributes:
+        page_size: tokens of a KV page of the full-attention layers; None: they have no one size.
+        refusals: why the engine can't run Star Attention; none: it can.
+        find_document_refusals: returns why it can't attend to documents, whose blocks have positions of their own;
+            none: it can. Called where documents are asked for: some of the reasons take a look at the processor.
+        overlap_refusal: why a block can't see the end of the block before it; None: it can.
+        replicas: over which a prompt may be split.
+        max_prompt_tokens: of the engine's prompt; None: no limit is known.
+        num_pages: KV pages of a replica; 0: not known.
+        divides_kv: whether prompts may be longer than the memory of one replica.
+        token_of: returns the token that a text is; None: it is none, or several.
+    """
+
+    page_size: int | None
+    refusals: tuple[str, ...] = ()
+    find_document_refusals: Callable[[], tuple[str, ...]] = tuple
+    overlap_refusal: str | None = None
+    replicas: ReplicaSet = ONE_REPLICA
+    max_prompt_tokens: int | None = None
+    num_pages: int = 0
+    divides_kv: bool = False
+    token_of: Callable[[str], int | None] = lambda text: None
+
+    @property
+    def document_refusals(self) -> tuple[str, ...]:
+        return self.find_document_refusals()

@@ -1,0 +1,223 @@
+"""Which star options exclude one another, or do not fit an engine or a prompt: a table, which the docs print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starling.config.parsing import OptionError
+from starling.config.star import StarOptions, flat_name, num_blocks
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
+
+OVERLAP, REPLICAS, SEGMENTS, SHARDS = map(flat_name, ("overlap_size", "replicas", "segments", "shards"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """The options of one prompt, or of a server before it has any, and what they are held against.
+
+    Attributes:
+        options: the server's, with the request's over them.
+        given: the options that the request itself gave; where a server's defaults are checked, those of the server.
+        block_size, anchor_size, overlap_size: as they were decided; 0 before.
+    """
+
+    options: StarOptions
+    given: frozenset[str]
+    prompt: PromptFacts
+    engine: EngineFacts
+    block_size: int = 0
+    anchor_size: int = 0
+    overlap_size: int = 0
+
+    @property
+    def asks_for_documents(self) -> bool:
+        """Whether an option says where documents start."""
+        return self.options.segments not in (None, "off")
+
+    @property
+    def page(self) -> int:
+        return self.engine.page_size or 1
+
+    def has(self, field: str) -> bool:
+        """Whether the request gave an option, and not to take the default back."""
+        return field in self.given and getattr(self.options, field) is not None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When an option is refused.
+
+    Attributes:
+        option: a field of StarOptions.
+        when: for the documentation.
+        reason: why a case refuses it; None, or nothing: it does not.
+        allowed: what is allowed instead; may name attributes of the case in braces.
+    """
+
+    option: str
+    when: str
+    reason: Callable[[Case], str | None]
+    allowed: str
+
+
+def off_page(field: str) -> Rule:
+    def reason(case: Case) -> str | None:
+        value = getattr(case.options, field)
+        is_off = isinstance(value, int) and value % case.page
+        return f"it is not a multiple of the KV page of {case.page} tokens" if is_off else None
+
+    return Rule(field, "it is not a multiple of the KV page", reason, "a multiple of {page}")
+
+
+def above_block(field: str) -> Rule:
+    def reason(case: Case) -> str | None:
+        is_above = case.has(field) and getattr(case.options, field) > case.block_size
+        return f"it is larger than the star block of {case.block_size} tokens" if is_above else None
+
+    allowed = "a multiple of {page} from 0 to {block_size}"
+    return Rule(field, "it is larger than the star block", reason, allowed)
+
+
+def _several(case: Case) -> bool:
+    return case.options.replicas not in ("auto", 1)
+
+
+def _too_many_replicas(case: Case) -> str | None:
+    size, wanted = case.engine.replicas.size, case.options.replicas
+    if wanted == "auto" or wanted <= size:
+        return None
+    return f"this server has {size} (--data-parallel-size, --star-replica-peers)"
+
+
+def _dependent(case: Case) -> str | None:
+    if not case.overlap_size:
+        return None
+    return f"with {OVERLAP}={case.overlap_size} each block needs the one before it"
+
+
+def _shards(reason: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    return lambda case: reason(case) if case.options.shards == "on" and "shards" in case.given else None
+
+
+def _documents_by_share(case: Case) -> str | None:
+    if num_blocks(case.options) is None or not case.asks_for_documents:
+        return None
+    name = flat_name("block_size")
+    return f"with {name}={case.options.block_size} the borders would move with the length of the prompt"
+
+
+def _overlap_of_documents(case: Case) -> str | None:
+    if not (case.asks_for_documents and case.has("overlap_size") and case.options.overlap_size):
+        return None
+    return f"with {SEGMENTS}={case.options.segments!r:.80} no block sees the one before it"
+
+
+def _query_too_long(case: Case) -> str | None:
+    tokens, query = case.prompt.num_tokens, case.options.query_tokens
+    return f"the prompt has only {tokens} tokens" if case.has("query_tokens") and (query or 0) > tokens else None
+
+
+ENGINE_RULES = (
+    Rule("mode", "the engine can't run it", lambda c: "; ".join(c.engine.refusals), "off"),
+    Rule(
+        "mode",
+        "layers have KV pages of several sizes",
+        lambda c: "the full-attention layers have no one KV page size" if c.engine.page_size is None else None,
+        "off",
+    ),
+)
+
+OPTION_RULES = (
+    off_page("block_size"),
+    off_page("anchor_size"),
+    off_page("overlap_size"),
+    Rule(
+        "overlap_size",
+        "the model can't have it",
+        lambda c: c.engine.overlap_refusal if c.has("overlap_size") and c.options.overlap_size else None,
+        "0",
+    ),
+    Rule("overlap_size", "with documents", _overlap_of_documents, "0"),
+    Rule("segments", "the block size is a share of the prompt", _documents_by_share, "off, or a star_block_size"),
+    Rule(
+        "segments",
+        "the engine can't attend to blocks with positions of their own",
+        lambda c: "; ".join(c.engine.document_refusals) if c.asks_for_documents else None,
+        "off",
+    ),
+)
+
+SIZE_RULES = (
+    above_block("anchor_size"),
+    above_block("overlap_size"),
+    Rule("replicas", "the server has fewer", _too_many_replicas, "auto, or up to {engine.replicas.size}"),
+    Rule(
+        "replicas",
+        "prompts can't be split here",
+        lambda c: c.engine.replicas.split_refusal if _several(c) else None,
+        "auto or 1",
+    ),
+    Rule(
+        "replicas",
+        "blocks depend on one another",
+        lambda c: _dependent(c) if _several(c) else None,
+        f"auto or 1, or {OVERLAP}=0",
+    ),
+    Rule(
+        "shards",
+        "the server has one replica",
+        _shards(
+            lambda c: (
+                "this server has one replica (--data-parallel-size, --star-replica-peers)"
+                if c.engine.replicas.size == 1
+                else c.engine.replicas.split_refusal or c.engine.replicas.shards_refusal
+            )
+        ),
+        "off",
+    ),
+    Rule(
+        "shards",
+        "the prompt stays on one replica",
+        _shards(lambda c: f"{REPLICAS}=1 keeps the prompt on one replica" if c.options.replicas == 1 else None),
+        "off",
+    ),
+    Rule("shards", "blocks depend on one another", _shards(_dependent), "off"),
+)
+
+PROMPT_RULES = (Rule("query_tokens", "it is longer than the prompt", _query_too_long, "0 to {prompt.num_tokens}"),)
+
+RULES = (*ENGINE_RULES, *OPTION_RULES, *SIZE_RULES, *PROMPT_RULES)
+
+
+def check(rules: Iterable[Rule], case: Case) -> None:
+    """Refuse an option by the first rule that applies (raises OptionError)."""
+    for rule in rules:
+        reason = rule.reason(case)
+        if reason:
+            value: Any = getattr(case.options, rule.option)
+            raise OptionError(flat_name(rule.option), value, reason, rule.allowed.format(**_attributes(case)))
+
+
+def _attributes(case: Case) -> dict[str, Any]:
+    return {"page": case.page, "block_size": case.block_size, "engine": case.engine, "prompt": case.prompt}
+
+
+def check_defaults(options: StarOptions, engine: EngineFacts) -> None:
+    """Refuse server defaults that no prompt could use (raises OptionError)."""
+    if isinstance(options.segments, tuple):
+        raise OptionError(SEGMENTS, options.segments, "offsets are those of one prompt", "auto, or the text of a token")
+    if options.mode == "off":  # a request that turns star on may have no documents
+        engine = replace(engine, find_document_refusals=tuple)
+    case = Case(options, frozenset(options.model_fields_set), PromptFacts(0), engine)
+    check((*ENGINE_RULES, *OPTION_RULES) if options.mode != "off" else OPTION_RULES, case)
+    size = options.block_size
+    sized = replace(case, block_size=size if isinstance(size, int) else 2**62, overlap_size=options.overlap_size or 0)
+    check(SIZE_RULES, sized)
+
+
+def check_sizes(options: StarOptions, page_size: int | None) -> None:
+    """Hold the sizes of a server's defaults against the KV page of its engine (raises OptionError)."""
+    kept = {"mode", "block_size", "anchor_size", "overlap_size"}
+    check_defaults(StarOptions(**options.model_dump(include=kept)), EngineFacts(page_size))

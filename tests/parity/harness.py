@@ -97,7 +97,12 @@ def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
 def reference_logprobs(
     model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32
 ) -> torch.Tensor:
-    """(len(ids) - 1,) log-probability of each of ``ids[1:]``.
+    """(len(ids) - 1,) log-probability of each of ``ids[1:]``; the arguments are those of ``reference_scores``."""
+    return reference_scores(model, ids, mask, dtype).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def reference_scores(model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32) -> Any:
+    """(len(ids) - 1, vocabulary) log-probability of each token in the places of ``ids[1:]``.
 
     Args:
         model: path of the checkpoint.
@@ -111,8 +116,21 @@ def reference_logprobs(
     bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     with torch.no_grad():
         logits = reference(torch.tensor([ids]), attention_mask=bias[None, None], use_cache=False).logits[0]
-    logprobs = logits[:-1].log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return logits[:-1].log_softmax(-1)
+
+
+def check_greedy(tokens: list[int], scores: torch.Tensor, error: float) -> None:
+    """Assert that an engine of low precision took the reference's first candidates, as far as rounding lets it.
+
+    Each of the engine's log-probabilities is within ``error`` of the reference's, so no token that it takes is further
+    than twice that behind the first one. Two outputs of one prompt may differ where two candidates are that near, so in
+    low precision no test compares them. Outputs in float32 have to be equal.
+
+    Args:
+        scores: (tokens, vocabulary) the reference's log-probabilities in the places of the tokens.
+    """
+    behind = scores.max(-1).values - scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert behind.max() <= 2 * error, f"{tokens} are {behind.tolist()} behind the first candidates"
 
 
 def mask_of(sizes: dict[str, int], num_tokens: int) -> torch.Tensor:

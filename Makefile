@@ -24,6 +24,7 @@ LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-
 
 CHECKS := lint layers types proto-check docs
 RESULTS := build/tests
+FAILED := build/failed
 # Each of two workers runs whole files, in the order of their names: all servers in one worker (tests/conftest.py), which
 # take longest and start first; beside them the other tests.
 PYTEST := python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --junitxml=$(RESULTS)
@@ -74,11 +75,22 @@ demo-peers: env demo-model ## two servers on two such hosts, which are peers of 
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
 
-test: env demo-model ## everything that CI checks
-	+$(MAKE) --jobs 2 --output-sync=target env-next $(CHECKS)
-	+$(MAKE) tests-installed test-next
+test: env demo-model ## everything that CI checks; the last line names what failed
+	$(call each,env-next $(CHECKS),tests-installed test-next)
 
-test-installed: env demo-model $(CHECKS) tests-installed ## lint, types, docs, and all tests with the vLLM of the lock file
+test-installed: env demo-model ## lint, types, docs, and all tests with the vLLM of the lock file
+	$(call each,$(CHECKS),tests-installed)
+
+# Run all of these targets, whichever of them fail: two of $(1) at a time, then those of $(2) one after the other.
+define each
+@mkdir -p $(dir $(FAILED)) && rm -f $(FAILED)
++@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(addprefix attempt-,$(1))
++@$(MAKE) --no-print-directory $(addprefix attempt-,$(2))
+@! test -e $(FAILED) || { echo "make $@: failed: $$(sort $(FAILED) | paste -sd ' ')"; exit 1; }
+endef
+
+attempt-%:
+	+@$(MAKE) --no-print-directory $* || echo $* >> $(FAILED)
 
 tests-installed: env demo-model ## all tests with the vLLM of the lock file
 	@$(MAKE) --no-print-directory browser || echo 'make browser has failed: the test in a browser may be skipped'

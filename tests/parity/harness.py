@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from filelock import FileLock
 
@@ -20,6 +21,7 @@ from tests.parity.engine_job import RESULT
 
 OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request", "vllm.v1.worker.cpu_worker")
 V2_SHIM, FORK_SHIM = ROOT / "tests" / "v2_shim", ROOT / "tests" / "fork_shim"
+NEEDS_FP8 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 cache on a CPU needs AVX-512")
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,

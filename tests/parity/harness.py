@@ -21,6 +21,16 @@ from tests.parity.engine_job import RESULT
 
 OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request", "vllm.v1.worker.cpu_worker")
 V2_SHIM, FORK_SHIM = ROOT / "tests" / "v2_shim", ROOT / "tests" / "fork_shim"
+OLDER_PROCESSOR = ROOT / "tests" / "older_processor"
+OLDER_PROCESSORS = [
+    name
+    for name, is_older in (
+        ("avx512", torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
+        ("avx2", torch.cpu._is_avx512_supported()),
+    )
+    if is_older
+]
+"""What `older_env` takes: the processors that have fewer features than this one, and other code for that."""
 NEEDS_FP8 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 cache on a CPU needs AVX-512")
 TINY = {
     "hidden_size": 128,
@@ -86,6 +96,13 @@ def path_with(folder: Path) -> str:
 def v2_env() -> dict[str, str]:
     """The environment for the V2 model runner on CPU, with its Triton kernels under the interpreter."""
     return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path_with(V2_SHIM), "TRITON_INTERPRET": "1"}
+
+
+def older_env(processor: str) -> dict[str, str]:
+    """The environment in which a process, and what it compiles, runs as on one of ``OLDER_PROCESSORS``."""
+    limits = {"ATEN_CPU_CAPABILITY": processor, "ONEDNN_MAX_CPU_ISA": processor.upper().replace("512", "512_CORE")}
+    compiler = {"OLDER_PROCESSOR": processor, "CXX": str(OLDER_PROCESSOR / "c++")}
+    return limits | compiler | {"PYTHONPATH": path_with(OLDER_PROCESSOR)}
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 # `make` lists the targets. CI runs `make test`. PYTHON=... sets the interpreter of .venv, a Python 3.11.
 SHELL := /bin/bash
+comma := ,
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -38,6 +39,10 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
+
+# The servers that a target starts are on this machine: no proxy is asked for them.
+export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
+export NO_PROXY := $(no_proxy)
 
 .PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed tests-installed test-next unit stateful lint lint-docker layers types docs names \
 	check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean

@@ -6,6 +6,8 @@ others.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -13,6 +15,14 @@ from tests import stateful
 from tests.signals import handlers
 
 SERVERS = "tests/e2e/"
+
+# All servers of the tests are on this machine. HTTP clients, and those of gRPC, would ask the user's proxy for them.
+for scheme in ("http", "https", "all", "grpc"):
+    for variable in (f"{scheme}_proxy", f"{scheme}_PROXY".upper()):
+        os.environ.pop(variable, None)
+# A terminal that the user's settings describe is none of the tests', which read what commands print.
+for variable in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(variable, None)
 
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, database=None, **UNTIMED)

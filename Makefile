@@ -26,8 +26,8 @@ LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-
 CHECKS := lint layers types proto-check docs
 RESULTS := build/tests
 FAILED := build/failed
-# Each of two workers runs whole files, in the order of their names: all servers in one worker (tests/conftest.py), which
-# take longest and start first; beside them the other tests.
+# Each of two workers runs whole files, in the order of their names: those with servers in one worker, beside them the
+# other files; the worker that is through with its own takes of the other's (tests/scheduling.py).
 PYTEST := python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --junitxml=$(RESULTS)
 MODEL := models/smollm2-135m-instruct/model.safetensors
 EVAL_MODEL := models/qwen2.5-coder-0.5b-instruct/model.safetensors

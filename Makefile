@@ -40,6 +40,8 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
+# The files of the checkout are in UTF-8, whatever the user's locale says.
+export PYTHONUTF8 := 1
 # The servers that a target starts are on this machine: no proxy is asked for them.
 export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
 export NO_PROXY := $(no_proxy)

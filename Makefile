@@ -1,5 +1,6 @@
 # `make` lists the targets. CI runs `make test`. PYTHON=... sets the interpreter of .venv, a Python 3.11.
 SHELL := /bin/bash
+comma := ,
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -24,8 +25,9 @@ LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-
 
 CHECKS := lint layers types proto-check docs
 RESULTS := build/tests
-# Each of two workers runs whole files, in the order of their names: all servers in one worker (tests/conftest.py), which
-# take longest and start first; beside them the other tests.
+FAILED := build/failed
+# Each of two workers runs whole files, in the order of their names: those with servers in one worker, beside them the
+# other files; the worker that is through with its own takes of the other's (tests/scheduling.py).
 PYTEST := python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --junitxml=$(RESULTS)
 MODEL := models/smollm2-135m-instruct/model.safetensors
 EVAL_MODEL := models/qwen2.5-coder-0.5b-instruct/model.safetensors
@@ -37,6 +39,12 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
+
+# The files of the checkout are in UTF-8, whatever the user's locale says.
+export PYTHONUTF8 := 1
+# The servers that a target starts are on this machine: no proxy is asked for them.
+export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
+export NO_PROXY := $(no_proxy)
 
 .PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed tests-installed test-next unit stateful lint lint-docker layers types docs names \
 	check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
@@ -74,11 +82,22 @@ demo-peers: env demo-model ## two servers on two such hosts, which are peers of 
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
 
-test: env demo-model ## everything that CI checks
-	+$(MAKE) --jobs 2 --output-sync=target env-next $(CHECKS)
-	+$(MAKE) tests-installed test-next
+test: env demo-model ## everything that CI checks; the last line names what failed
+	$(call each,env-next $(CHECKS),tests-installed test-next)
 
-test-installed: env demo-model $(CHECKS) tests-installed ## lint, types, docs, and all tests with the vLLM of the lock file
+test-installed: env demo-model ## lint, types, docs, and all tests with the vLLM of the lock file
+	$(call each,$(CHECKS),tests-installed)
+
+# Run all of these targets, whichever of them fail: two of $(1) at a time, then those of $(2) one after the other.
+define each
+@mkdir -p $(dir $(FAILED)) && rm -f $(FAILED)
++@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(addprefix attempt-,$(1))
++@$(MAKE) --no-print-directory $(addprefix attempt-,$(2))
+@! test -e $(FAILED) || { echo "make $@: failed: $$(sort $(FAILED) | paste -sd ' ')"; exit 1; }
+endef
+
+attempt-%:
+	+@$(MAKE) --no-print-directory $* || echo $* >> $(FAILED)
 
 tests-installed: env demo-model ## all tests with the vLLM of the lock file
 	@$(MAKE) --no-print-directory browser || echo 'make browser has failed: the test in a browser may be skipped'

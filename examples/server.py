@@ -65,13 +65,17 @@ class Server:
 
 
 def end_on_signals() -> None:
-    """Raise KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, so that the program stops its server before it ends."""
+    """Raise KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, so that the program stops its server before it ends.
+
+    Under nohup, SIGHUP is ignored, and stays so.
+    """
 
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def free_ports(*preferred: int) -> list[int]:

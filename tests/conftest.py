@@ -6,13 +6,21 @@ others.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import stateful
 from tests.signals import handlers
 
-SERVERS = "tests/e2e/"
+# All servers of the tests are on this machine. HTTP clients, and those of gRPC, would ask the user's proxy for them.
+for scheme in ("http", "https", "all", "grpc"):
+    for variable in (f"{scheme}_proxy", f"{scheme}_PROXY".upper()):
+        os.environ.pop(variable, None)
+# A terminal that the user's settings describe is none of the tests', which read what commands print.
+for variable in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(variable, None)
 
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, database=None, **UNTIMED)
@@ -29,17 +37,10 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``--dist loadfile``, one worker runs all tests that start servers: never two servers at a time.
+    """Whole files with ``--dist loadfile``: those with servers in one worker, the others beside them."""
+    from tests.scheduling import ServersBesideOthers
 
-    A server's tests wait most of their time for one process, so the other worker has a core for the other tests.
-    """
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return SERVERS if nodeid.startswith(SERVERS) else super()._split_scope(nodeid)
-
-    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+    return ServersBesideOthers(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -47,6 +47,8 @@ def request(star: pb.StarOptions | None = None, **fields) -> pb.GenerateStreamRe
 
 def options(xargs: dict) -> pb.StarOptions:
     fields = {key.removeprefix("star_"): value for key, value in xargs.items() if key != "star"}
+    if "block_size" in fields:
+        fields["block_size"] = str(fields["block_size"])
     return pb.StarOptions(mode=f"MODE_{xargs['star'].upper()}", **fields)
 
 

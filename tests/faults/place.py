@@ -1,26 +1,72 @@
-"""A mount namespace with its own /tmp and /dev/shm: what a server leaves there can be counted, and they can be full."""
+"""A mount namespace with its own /tmp and /dev/shm: what a server leaves there can be counted, and they can be full.
+
+What a server reads is seen in it wherever it lies: the checkout, the environment and the user's home.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import psutil
 
+from starling.attention_backends.kernels.cpu.build import BuildError, cache_directory
+
 MARK = "STARLING_FAULTS"
 """The variable by which the processes of a place are found, also once their parent is gone."""
 
-MOUNT = "mount -t tmpfs -o size={tmp} tmpfs /tmp && mount -t tmpfs -o size={shm} tmpfs /dev/shm && echo && exec cat"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("/dev/shm", "/tmp")
+
+# $1 is a folder, $2 the size of the file system that takes its place, $3 where it is made ready, and each further
+# argument a folder below $1 that is seen in it as well.
+COVER = """set -e
+cover() {
+  folder=$1 size=$2 new=$3
+  shift 3
+  mount -t tmpfs -o size="$size" tmpfs "$new"
+  for shown; do
+    mkdir -p "$new${shown#"$folder"}"
+    mount --bind "$shown" "$new${shown#"$folder"}"
+  done
+  mount --move "$new" "$folder"
+}
+"""
+
+
+def needed() -> set[Path]:
+    """The folders that a server reads, by the names that it has for them and by those without links."""
+    named = {ROOT, Path(sys.prefix), Path(sys.base_prefix), *map(Path, filter(os.path.isabs, sys.path))}
+    with contextlib.suppress(RuntimeError):
+        named.add(Path.home())
+    with contextlib.suppress(BuildError):
+        named.add(cache_directory())
+    return {path for each in named for path in (each, each.resolve()) if path.is_dir()}
+
+
+def shown_below(folder: str, paths: Iterable[Path]) -> list[Path]:
+    """Those of the paths that lie below a folder, without those that lie below another one of them."""
+    below = sorted(path for path in paths if Path(folder) in path.parents)
+    return [path for path in below if not any(other in path.parents for other in below)]
 
 
 class Place:
-    """The namespace, which a process that waits for its standard input keeps alive."""
+    """The namespace, which a process that waits for its standard input keeps alive.
 
-    def __init__(self, keeper: subprocess.Popen) -> None:
+    Attributes:
+        shown: folders of this process that are seen in the namespace's /tmp and /dev/shm.
+    """
+
+    def __init__(self, keeper: subprocess.Popen, shown: Iterable[Path] = ()) -> None:
         self.keeper = keeper
+        self.shown = frozenset(map(str, shown))
         self.mark = f"{MARK}={keeper.pid}"
 
     def path(self, path: str) -> Path:
@@ -34,13 +80,14 @@ class Place:
         return [*enter, *(f"{name}={value}" for name, value in variables.items())]
 
     def files(self) -> list[str]:
-        """What is in /tmp and /dev/shm, except for empty files, such as sockets."""
-        return sorted(
-            f"{folder}/{path.relative_to(self.path(folder))}"
-            for folder in ("/tmp", "/dev/shm")
-            for path in self.path(folder).rglob("*")
-            if path.lstat().st_size and not path.is_dir()
-        )
+        """What is in /tmp and /dev/shm, except for empty files, such as sockets, and what is of this process."""
+        root, found = str(self.path("")), []
+        for start in FOLDERS:
+            for name, folders, files in os.walk(root + start):
+                folder = name.removeprefix(root)
+                folders[:] = [each for each in folders if f"{folder}/{each}" not in self.shown]
+                found += [f"{folder}/{file}" for file in files if os.lstat(f"{name}/{file}").st_size]
+        return sorted(found)
 
     def processes(self) -> list[psutil.Process]:
         """All processes that were started in the namespace and still run, zombies excluded."""
@@ -66,28 +113,35 @@ class Place:
 
 
 @contextlib.contextmanager
-def place(tmp: str = "64m", shm: str = "2g") -> Iterator[Place]:
+def place(tmp: str = "64m", shm: str = "2g", shown: Iterable[Path] = ()) -> Iterator[Place]:
     """A place for the duration of the block; then all of its processes are killed.
 
     Args:
         tmp, shm: sizes of /tmp and /dev/shm, as `mount` takes them.
+        shown: folders that are seen in the place, beside those of ``needed``.
     """
-    keeper = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", MOUNT.format(tmp=tmp, shm=shm)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {MARK: "keeper"},
-    )
-    assert keeper.stdin is not None and keeper.stdout is not None
-    try:
-        if keeper.stdout.readline() != b"\n":
-            raise RuntimeError("a mount namespace can't be made: this needs root")
-        here = Place(keeper)
-        yield here
-        for process in here.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-    finally:
-        keeper.stdin.close()
-        keeper.wait()
-        keeper.stdout.close()
+    sizes = {"/tmp": tmp, "/dev/shm": shm}
+    visible = {folder: shown_below(folder, {*needed(), *shown}) for folder in FOLDERS}
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="place-") as new:
+        calls = [["cover", folder, sizes[folder], new, *map(str, visible[folder])] for folder in FOLDERS]
+        script = "\n".join([COVER, *map(shlex.join, calls), "echo", "exec cat"])
+        keeper = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {MARK: "keeper"},
+        )
+        assert keeper.stdin is not None and keeper.stdout is not None
+        try:
+            if keeper.stdout.readline() != b"\n":
+                raise RuntimeError("a mount namespace can't be made: this needs root")
+            here = Place(keeper, chain(*visible.values()))
+            yield here
+            for process in here.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        finally:
+            keeper.stdin.close()
+            keeper.wait()
+            keeper.stdout.close()

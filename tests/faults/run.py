@@ -27,7 +27,7 @@ from tests.faults.served import Served, served
 from tests.faults.table import HOSTS, IDLE, SERVERS, START, Cell, cells
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "faults"
-"""Has the model and the logs. A folder below /tmp could not be seen by the servers, which have a /tmp of their own."""
+"""Has the model and the logs. It is a part of the checkout, which the servers see wherever it lies (place.py)."""
 RESULTS = Path(__file__).with_name("results.json")
 
 

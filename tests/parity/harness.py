@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from filelock import FileLock
 
@@ -20,6 +21,17 @@ from tests.parity.engine_job import RESULT
 
 OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request", "vllm.v1.worker.cpu_worker")
 V2_SHIM, FORK_SHIM = ROOT / "tests" / "v2_shim", ROOT / "tests" / "fork_shim"
+OLDER_PROCESSOR = ROOT / "tests" / "older_processor"
+OLDER_PROCESSORS = [
+    name
+    for name, is_older in (
+        ("avx512", torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
+        ("avx2", torch.cpu._is_avx512_supported()),
+    )
+    if is_older
+]
+"""What `older_env` takes: the processors that have fewer features than this one, and other code for that."""
+NEEDS_FP8 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 cache on a CPU needs AVX-512")
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -86,6 +98,13 @@ def v2_env() -> dict[str, str]:
     return {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path_with(V2_SHIM), "TRITON_INTERPRET": "1"}
 
 
+def older_env(processor: str) -> dict[str, str]:
+    """The environment in which a process, and what it compiles, runs as on one of ``OLDER_PROCESSORS``."""
+    limits = {"ATEN_CPU_CAPABILITY": processor, "ONEDNN_MAX_CPU_ISA": processor.upper().replace("512", "512_CORE")}
+    compiler = {"OLDER_PROCESSOR": processor, "CXX": str(OLDER_PROCESSOR / "c++")}
+    return limits | compiler | {"PYTHONPATH": path_with(OLDER_PROCESSOR)}
+
+
 @functools.cache
 def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Transformers' own model with eager attention. It shares no code with vLLM and Starling."""
@@ -97,7 +116,12 @@ def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
 def reference_logprobs(
     model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32
 ) -> torch.Tensor:
-    """(len(ids) - 1,) log-probability of each of ``ids[1:]``.
+    """(len(ids) - 1,) log-probability of each of ``ids[1:]``; the arguments are those of ``reference_scores``."""
+    return reference_scores(model, ids, mask, dtype).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def reference_scores(model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32) -> Any:
+    """(len(ids) - 1, vocabulary) log-probability of each token in the places of ``ids[1:]``.
 
     Args:
         model: path of the checkpoint.
@@ -111,8 +135,21 @@ def reference_logprobs(
     bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     with torch.no_grad():
         logits = reference(torch.tensor([ids]), attention_mask=bias[None, None], use_cache=False).logits[0]
-    logprobs = logits[:-1].log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return logits[:-1].log_softmax(-1)
+
+
+def check_greedy(tokens: list[int], scores: torch.Tensor, error: float) -> None:
+    """Assert that an engine of low precision took the reference's first candidates, as far as rounding lets it.
+
+    Each of the engine's log-probabilities is within ``error`` of the reference's, so no token that it takes is further
+    than twice that behind the first one. Two outputs of one prompt may differ where two candidates are that near, so in
+    low precision no test compares them. Outputs in float32 have to be equal.
+
+    Args:
+        scores: (tokens, vocabulary) the reference's log-probabilities in the places of the tokens.
+    """
+    behind = scores.max(-1).values - scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert behind.max() <= 2 * error, f"{tokens} are {behind.tolist()} behind the first candidates"
 
 
 def mask_of(sizes: dict[str, int], num_tokens: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.random_llama import make_random_llama
 from tests.parity.block_positions import block_logprobs, dense_logprobs
-from tests.parity.harness import TINY, max_gap, run_engine, star, v2_env
+from tests.parity.harness import NEEDS_FP8, TINY, max_gap, run_engine, star, v2_env
 
 pytestmark = pytest.mark.engine
 
@@ -184,12 +184,9 @@ def test_preempted_requests_give_the_same(model):
         check(model, prompt, output)
 
 
-WITHOUT_FP8 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM has no fp8 cache here")
-
-
 @pytest.mark.parametrize(
     "engine",
-    [{"dtype": "bfloat16"}, pytest.param({"kv_cache_dtype": "fp8"}, marks=WITHOUT_FP8)],
+    [{"dtype": "bfloat16"}, pytest.param({"kv_cache_dtype": "fp8"}, marks=NEEDS_FP8)],
     ids=["bfloat16", "fp8 cache"],
 )
 def test_low_precision_costs_no_more_than_it_costs_dense_attention(model, engine):

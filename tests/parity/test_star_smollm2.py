@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pydoc
 
 import pytest
@@ -36,18 +37,25 @@ def make_prompts(ids: list[int]) -> list[dict]:
     return [{"ids": ids[:length], "extra_args": options, "prompt_logprobs": True} for length, options in CASES]
 
 
-def expected_logprobs(prompt: dict, dtype: torch.dtype) -> torch.Tensor:
-    options, ids = prompt["extra_args"], prompt["ids"]
-    mask = mask_of(star_sizes(options, len(ids)), len(ids)) if options else None
-    return reference_logprobs(MODEL, ids, mask, dtype)
+def expected_logprobs(prompt: dict) -> torch.Tensor:
+    """By the reference in float32, which takes 13 s for the longest prompt: once for both tests."""
+    return of_reference(tuple(prompt["ids"]), tuple(prompt["extra_args"].items()))
+
+
+@functools.cache
+def of_reference(ids: tuple[int, ...], options: tuple) -> torch.Tensor:
+    mask = mask_of(star_sizes(dict(options), len(ids)), len(ids)) if options else None
+    return reference_logprobs(MODEL, list(ids), mask)
 
 
 def test_float32_parity(ids, record_property):
     """Star and dense requests in one batch, and one request alone."""
     prompts = make_prompts(ids)
     batches = run_engine(MODEL, [prompts, prompts[1:2]], block_size=PAGE_SIZE, max_num_batched_tokens=384)["batches"]
-    references = [expected_logprobs(prompt, torch.float32) for prompt in prompts]
-    dense = reference_logprobs(MODEL, prompts[0]["ids"], None)  # the other prompts are prefixes of this one
+    dense = expected_logprobs(prompts[0] | {"extra_args": {}})  # the other prompts are prefixes of this one
+    references = [
+        expected_logprobs(prompt) if prompt["extra_args"] else dense[: len(prompt["ids"]) - 1] for prompt in prompts
+    ]
     for prompt, output, expected in zip(
         [*prompts, prompts[1]], batches[0] + batches[1], [*references, references[1]], strict=True
     ):
@@ -61,15 +69,17 @@ def test_float32_parity(ids, record_property):
 
 
 def test_bfloat16_error_is_that_of_dense(ids, record_property):
-    """The error against float64 with star is at most 1.2 times that of dense: in the mean and the 99th percentile."""
+    """The error with star is at most 1.2 times that of dense: in the mean and the 99th percentile.
+
+    The reference's own error is 2e-5 in the mean, and that of bfloat16 is 3e-2.
+    """
     star_prompt = make_prompts(ids)[0]
     prompts = [star_prompt, star_prompt | {"extra_args": {}}]
     engine = {"block_size": PAGE_SIZE, "max_num_batched_tokens": 384, "dtype": "bfloat16"}
     (outputs,) = run_engine(MODEL, [prompts], **engine)["batches"]
     errors = []
     for prompt, output in zip(prompts, outputs, strict=True):
-        expected = expected_logprobs(prompt, torch.float64)
-        errors.append((torch.tensor(output["prompt_logprobs"], dtype=torch.float64) - expected).abs())
+        errors.append((torch.tensor(output["prompt_logprobs"]) - expected_logprobs(prompt)).abs())
     for name, figure in (("mean", torch.mean), ("p99", lambda error: error.quantile(0.99))):
         ratio = (figure(errors[0]) / figure(errors[1])).item()
         record_property(name, f"{ratio:.3f}")

@@ -5,13 +5,26 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from benchmarks.random_llama import make_random_llama
-from tests.parity.harness import TINY, mask_of, max_gap, reference_logprobs, run_engine, star, star_sizes, v2_env
+from tests.parity.harness import (
+    OLDER_PROCESSORS,
+    TINY,
+    mask_of,
+    max_gap,
+    older_env,
+    reference_logprobs,
+    run_engine,
+    star,
+    star_sizes,
+    v2_env,
+)
 
 pytestmark = pytest.mark.engine
 
 LIMIT = 1e-4
+OPS = [{"call": f"tests.parity.cpu_ops:{name}"} for name in ("use_starlings", "use_vllms", "check_vllms")]
 # (tokens, options): unaligned lengths and context ends, A < B, overlaps, a short last block.
 CASES = [
     (1003, star(256, 37)),
@@ -76,6 +89,35 @@ def test_prompt_logprobs_are_those_of_the_mask(model, prompts, expected, runner)
     for output, (logprobs, mask_effect) in zip(got, [*expected, *expected[:2]], strict=True):
         assert max_gap(output["prompt_logprobs"], logprobs) <= LIMIT
         assert mask_effect is None or mask_effect > 1000 * LIMIT
+
+
+@pytest.mark.parametrize("processor", ["this one", *OLDER_PROCESSORS])
+def test_each_op_of_a_processor_gives_those_of_the_mask(model, prompts, expected, processor):
+    """Starling's op and then vLLM's, whichever is faster; the code of both depends on the processor."""
+    few, (starling, vllm, check) = [*prompts[1:3], prompts[5]], OPS
+    env = None if processor == "this one" else older_env(processor)
+    result = run_engine(model, [starling, few, vllm, few, check], max_num_batched_tokens=300, env=env)
+    for batch in result["batches"]:
+        for output, (logprobs, _) in zip(batch, [*expected[1:3], expected[5]], strict=True):
+            assert max_gap(output["prompt_logprobs"], logprobs) <= LIMIT
+
+
+@pytest.mark.parametrize("processor", OLDER_PROCESSORS)
+def test_bfloat16_on_an_older_processor_costs_no_more_than_it_costs_dense_attention(
+    model, prompts, expected, processor
+):
+    """By each of the two ops. The tests of this processor are in test_star_smollm2.py and test_block_positions.py."""
+    dense, (starling, vllm, check) = prompts[1] | {"extra_args": {}}, OPS
+    batch = [prompts[1], dense]
+    engine = {"dtype": "bfloat16", "max_num_batched_tokens": 300, "env": older_env(processor)}
+    references = [expected[1][0], reference_logprobs(model, dense["ids"], None)]
+    for outputs in run_engine(model, [starling, batch, vllm, batch, check], **engine)["batches"]:
+        star_error, dense_error = (
+            (torch.tensor(output["prompt_logprobs"]) - logprobs).square().mean().sqrt().item()
+            for output, logprobs in zip(outputs, references, strict=True)
+        )
+        print(f"bfloat16 error on {processor}: star {star_error:.2e}, dense {dense_error:.2e}")
+        assert 0 < star_error <= 2 * dense_error
 
 
 def test_preempted_requests_give_the_same(model, prompts, expected):

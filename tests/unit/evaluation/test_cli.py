@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -28,7 +27,7 @@ from starling.evaluation.commands import eval as cli
 from starling.evaluation.commands import measuring
 from starling.evaluation.report import Report
 from starling.evaluation.store import locked
-from tests.signals import kept_signals
+from tests.signals import ignored_by_children, kept_signals
 from tests.unit.evaluation.fake_server import MAX_MODEL_LEN, served
 
 TASKS = ("--tasks", "vt,niah_single_1", "--lengths", "2000,3000", "--prompts-per-cell", "3", "--plan", "n/8")
@@ -305,17 +304,17 @@ def holding_the_sixth() -> tuple[Callable[[dict], None], threading.Event, thread
     return fail, reached, go_on
 
 
-@pytest.mark.parametrize("ignored", [None, signal.SIGINT])
+@pytest.mark.parametrize("ignored", [(), (signal.SIGINT,)], ids=["none ignored", "SIGINT ignored"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, ignored):
     """The server holds the sixth completion until the signal was sent. A background job of a script ignores SIGINT."""
-    if number == ignored:
+    if number in ignored:
         pytest.skip("it has no effect")
     fail, reached, go_on = holding_the_sixth()
 
     with served(answer=knows, fail=fail) as fake:
         command = [sys.executable, "-m", "starling.engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
-        with ignoring(ignored):
+        with ignored_by_children(ignored):
             process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
         assert reached.wait(300)
         process.send_signal(number)
@@ -349,19 +348,10 @@ def test_a_signal_within_a_task_is_no_exception_of_it(tmp_path, monkeypatch, cap
     assert caplog.records == []
 
 
-@contextlib.contextmanager
-def ignoring(number: int | None):
-    """Ignore a signal in the processes that the block starts."""
-    with kept_signals():
-        if number is not None:
-            signal.signal(number, signal.SIG_IGN)
-        yield
-
-
 def test_a_run_under_nohup_goes_on_when_the_user_logs_out(tmp_path):
     fail, reached, go_on = holding_the_sixth()
 
-    with served(answer=knows, fail=fail) as fake, ignoring(signal.SIGHUP):
+    with served(answer=knows, fail=fail) as fake, ignored_by_children([signal.SIGHUP]):
         command = [sys.executable, "-m", "starling.engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
         process = subprocess.Popen([*command, "--out", str(tmp_path)])
         assert reached.wait(300)

@@ -339,7 +339,7 @@ def test_no_installed_vllm(monkeypatch):
     ],
 )
 def test_a_private_use_is_reported_outside_vllm_compat(vllm, tmp_path, code, violation):
-    code = f"from vllm.core import Engine\nfrom scheduler.mine import Mine\n{code}\n"
+    code = f"from vllm.core import Engine\nfrom starling.scheduler.mine import Mine\n{code}\n"
     root = write(tmp_path / "project", PROJECT | {"replicas/new.py": code, "vllm_compat/new.py": code})
     (found,) = names.private_names(names.read_project(root), SourceTree(vllm))
     assert found.startswith("replicas/new.py:") and violation in found

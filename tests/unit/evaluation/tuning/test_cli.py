@@ -244,7 +244,7 @@ def test_the_command_of_a_report_repeats_the_search(tmp_path, own):
 
 
 def test_help_and_the_page_name_every_option(capsys):
-    page = (Path(__file__).parents[5] / "docs" / "tune.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "tune.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["tune", "--help"])
     printed = capsys.readouterr().out

@@ -13,8 +13,9 @@ from typing import Any, TypedDict
 import grpc
 import msgspec
 
-from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, HeldPart, PartAborted, SplitPrompt
+from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, SplitPrompt
 from starling.engine_ext.front.peers import Peer, reason_of
+from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
 from starling.scheduler.star.request_metadata import PageSource
 from starling.v1 import replica_pb2 as pb
@@ -47,13 +48,16 @@ class PeerLost(ReplicaUnavailable):
 
 
 class PeerReplica:
-    """One call to a peer, for one prompt.
+    """As Replica (engine_ext/front/replica.py): one call to a peer, for one prompt.
 
     Args:
         peer: the other server.
         prompt: the prompt, a part of which the peer may prefill.
         timeout: seconds within which the peer's engine has to answer while it prefills.
     """
+
+    label = "peers"
+    home = None
 
     def __init__(self, peer: Peer, prompt: SplitPrompt, timeout: float) -> None:
         self.peer, self.prompt, self.timeout = peer, prompt, timeout
@@ -64,7 +68,7 @@ class PeerReplica:
         self._ending: asyncio.Future | None = None
 
     @property
-    def has_failed(self) -> bool:
+    def has_lost_pages(self) -> bool:
         return self.lost is not None
 
     async def state(self) -> dict[str, Any]:

@@ -51,6 +51,11 @@ class FrontState:
         self.serving_models: Callable[[], Any] = lambda: None
         self._ends_before_engine = False
 
+    @property
+    def shares_adapters(self) -> bool:
+        """Whether all replicas have the same LoRA adapters: each peer has adapters of its own."""
+        return self.peers is None
+
     def set_peers(self, peers: Peers) -> None:
         """Split prompts with these servers from now on."""
         self.peers = peers

@@ -17,15 +17,9 @@ import msgspec
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
-from starling.engine_ext.front.engine_replica import (
-    HEALTH_CHECK_SECONDS,
-    EngineReplica,
-    HeldPart,
-    PartAborted,
-    SplitPrompt,
-)
-from starling.engine_ext.front.held_pages import HeldPages
+from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, SplitPrompt
 from starling.engine_ext.front.peers import NOTICE_SECONDS, Identity
+from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.metrics import front_metrics
@@ -88,7 +82,7 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     blocks = tuple((block.start, block.stop) for block in message.blocks)
     if blocks:
         plan = BlockPositionsPlan(**vars(plan), blocks=blocks)
-    if not is_served(plan, blocks, page_size):
+    if not is_valid(plan, blocks, page_size):
         reason = f"a peer sent a plan that does not fit its prompt, or KV pages of {page_size} tokens: {plan}"
         raise VLLMValidationError(reason, parameter="prompt")
     try:
@@ -101,7 +95,7 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     )
 
 
-def is_served(plan: StarPlan, blocks: tuple[tuple[int, int], ...], page_size: int) -> bool:
+def is_valid(plan: StarPlan, blocks: tuple[tuple[int, int], ...], page_size: int) -> bool:
     """Whether a plan is one that a server makes for its prompt."""
     sizes = (plan.block_size, plan.anchor_size)
     if not 0 < plan.context_end < plan.num_prompt_tokens or not plan.block_size or any(s % page_size for s in sizes):
@@ -123,9 +117,8 @@ class Lease:
 
     def __init__(self, engine: Any, prompt: SplitPrompt) -> None:
         self.engine, self.prompt, self.front = engine, prompt, front_state(engine)
-        self.held = HeldPages(engine, self.front.replica_rpc, prompt.request_id)
         self.under_way: set[asyncio.Future] = set()
-        self.replica = EngineReplica(engine, 0, prompt, self.held, self.under_way)
+        self.replica = EngineReplica(engine, 0, prompt, self.under_way)
         self.admission: Admission | None = None
         self.prefilling: asyncio.Task | None = None
         self.request_id, self.is_aborted = prompt.request_id, False
@@ -205,8 +198,8 @@ class Lease:
     def _reserve(self, num_tokens: int) -> None:
         """Reserve the memory of a part, or refuse the part: its caller holds memory that others here may wait for."""
         num_pages = min(num_tokens // self.prompt.page_size + 1, self.capacity)
-        self.held.reservation = self.front.reservations.reserve_at_once({0: num_pages}, {0: self.capacity})
-        if self.held.reservation is None:
+        self.replica.reservation = self.front.reservations.reserve_at_once({0: num_pages}, {0: self.capacity})
+        if self.replica.reservation is None:
             raise QueueOverflowError
 
     async def _end(self, broken: bool) -> None:
@@ -222,7 +215,7 @@ class Lease:
             name = self.prompt.request_id
             logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
             await until_noticed(seconds)
-        await self.held.release()
+        await self.replica.release()
         if self.admission is not None:
             withdraw(self.engine, self.admission)
 

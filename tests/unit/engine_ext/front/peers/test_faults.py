@@ -98,9 +98,9 @@ def test_pages_stay_held_when_the_call_breaks_until_the_other_server_must_have_n
         a.replica.loads_arrive = False
         running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
         await until(lambda: a.replica.fetched)
-        (session,) = a.state.split_requests._requests[0].peers
+        session = session_of(a)
         await b.front.server.stop(None)  # all of its calls break
-        await until(lambda: session.has_failed)
+        await until(lambda: session.has_lost_pages)
         outputs = await running  # what was not fetched is computed here
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
         assert a.server.calls(CANCEL_FETCH)
@@ -112,6 +112,11 @@ def test_pages_stay_held_when_the_call_breaks_until_the_other_server_must_have_n
 
     monkeypatch.setattr(replica_service, "until_noticed", until_noticed)
     run_pods(scenario)
+
+
+def session_of(pod: Pod) -> peer_replica.PeerReplica:
+    """The call to a pod's one peer, for its one prompt."""
+    return pod.state.split_requests._requests[0].replicas[1]
 
 
 async def held_for(pod: Pod, prompt: pb.Prompt) -> grpc.aio.Call:
@@ -173,13 +178,13 @@ def test_an_engine_that_hangs_while_a_peer_is_lost_fetches_nothing_when_it_is_ba
         a.replica.loads_arrive = False
         running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
         await until(lambda: a.replica.fetched)
-        (session,) = a.state.split_requests._requests[0].peers
+        session = session_of(a)
         a.replica.running.clear()
         a.state.replica_rpc.timeout = 0.2
         with pytest.raises(ReplicaTimeout):  # from now on it counts as unresponsive
             await a.state.replica_rpc.call(a.server.engine, 0, RELEASE, [])
         await b.front.server.stop(None)
-        await until(lambda: session.has_failed)
+        await until(lambda: session.has_lost_pages)
         await until(lambda: a.server.calls(CANCEL_FETCH))
         a.state.replica_rpc.timeout = TIMEOUT
         a.replica.running.set()
@@ -262,10 +267,10 @@ def test_pages_that_are_lost_before_the_request_begins_are_not_fetched(run_pods,
         await until(lambda: a.replica.work)
         a.replica.running.clear()  # its own part ends later
         await held_by(b)
-        (session,) = a.state.split_requests._requests[0].peers
+        session = session_of(a)
         await until(lambda: session._ending is not None)  # it knows that the part is held
         await b.front.server.stop(None)
-        await until(lambda: session.has_failed)
+        await until(lambda: session.has_lost_pages)
         a.replica.running.set()
         await running
         assert a.replica.fetched == []

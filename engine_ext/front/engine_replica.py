@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import uuid
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
-from starling.replicas.core_rpc import CANCEL_FETCH, IS_PAUSED, OPEN_SHARD, RELEASE, REPLICA_STATE
+from starling.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH, IS_PAUSED, OPEN_SHARD, RELEASE, REPLICA_STATE
 from starling.scheduler.star.block_positions import BlockPositionsPlan
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
@@ -199,6 +200,12 @@ class EngineReplica:
         if held is None:
             raise PartAborted
         return HeldPart(held["name"], PageSource(**held["source"]))
+
+    async def renew(self) -> float:
+        return math.inf  # the pages are held until this front releases them
+
+    async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
+        await self._call(EXTEND_FETCH, engine_request_ids, deadline)
 
     async def cancel_fetch(self, engine_request_ids: list[str]) -> None:
         with contextlib.suppress(ReplicaUnavailable):

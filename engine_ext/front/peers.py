@@ -38,6 +38,8 @@ PING_SECONDS = 10
 NOTICE_SECONDS = 2 * PING_SECONDS
 """Within this time a server notices that the link to a peer is lost, or the peer's host: a ping is not answered."""
 
+GRACE_TIMEOUTS = 2
+
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),
@@ -46,6 +48,24 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
+
+
+def hold_seconds(timeout: float) -> float:
+    """For how long a server holds the pages of a peer's prompt after the peer's call has broken.
+
+    Args:
+        timeout: seconds, of --star-replica-timeout, which is the same on both.
+    """
+    return GRACE_TIMEOUTS * timeout + NOTICE_SECONDS
+
+
+def fetch_seconds(timeout: float) -> float:
+    """For how long a fetch may begin after a peer was asked whether it holds the pages, and has said that it does.
+
+    The call has not broken before the question. So the first pages, which arrive within another ``timeout`` or do not
+    count, are held until then, and for half of NOTICE_SECONDS more: the clocks of two hosts do not run equally fast.
+    """
+    return hold_seconds(timeout) - timeout - NOTICE_SECONDS / 2
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,13 @@ class Replica(Protocol):
             PartAborted: a client has aborted the part.
         """
 
+    async def renew(self) -> float:
+        """Let the replica hold the pages on; returns until when a fetch of them may begin (replicas/clock.py).
+
+        Raises:
+            ReplicaUnavailable: the pages may be gone.
+        """
+
     async def release(self) -> None:
         """Let the replica free what it holds for the prompt, and end the reservation there; raises nothing.
 
@@ -84,6 +91,13 @@ class Home(Replica, Protocol):
 
     async def check(self) -> None:
         """Find out whether the replica answers (raises ReplicaUnavailable)."""
+
+    async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
+        """Let requests begin to fetch their pages until another time.
+
+        Raises:
+            ReplicaUnavailable: the replica does not answer.
+        """
 
     async def cancel_fetch(self, engine_request_ids: list[str]) -> None:
         """Let requests fetch nothing more. A replica that hangs does so when it is back: pages may be gone by then."""

@@ -26,7 +26,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.front.end_of_reads import until_ended, until_fetched
+from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until_fetched
 from starling.engine_ext.front.engine_replica import SplitPrompt, while_answering
 from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
@@ -211,7 +211,7 @@ class SplitPrefill:
             rank = next((rank for rank in homes if not self.homes[rank].has_failed), homes[0])
             logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
-        task = self._task(parts)
+        task = await self._task(parts)
         front_metrics().count_split(self._blocks_by_replica(assignments), time.monotonic() - started)
         return first, task
 
@@ -283,13 +283,15 @@ class SplitPrefill:
     def _demand(self) -> KVDemand:
         return KVDemand(self.plan, self.page_size, self.capacity)
 
-    def _task(self, parts: Sequence[HeldPart | None]) -> Task | None:
+    async def _task(self, parts: Sequence[HeldPart | None]) -> Task | None:
         """What the whole request does with the pages of the finished parts."""
-        if any(lender.has_lost_pages for lender in self.lenders):
-            return None
         if not self.plan.shards:
+            try:
+                deadline = await renew_all(self.lenders)
+            except ReplicaUnavailable:
+                return None
             sources = tuple(part.source for part in parts[1:] if part)
-            return PageFetch(sources) if sources else None
+            return PageFetch(sources, deadline) if sources else None
         held = [part for part in parts if part is not None]
         shards = tuple(
             Shard(part.name, part.source.start, len(part.source.page_ids) * self.page_size, part.query_addresses)

@@ -2,8 +2,9 @@
 
 One call is one part of one prompt. It is also the lease of the pages: they are held until the caller sends a release.
 If the call ends without one (the caller has died, or the network between the two), the caller may still read the pages
-for some time, until it has noticed. Therefore they are held for GRACE_TIMEOUTS times --star-replica-timeout and
-NOTICE_SECONDS then.
+for some time, until it has noticed. Therefore they are held for ``hold_seconds`` then. A caller that stands still does
+not notice: it asks whether the pages are held, and begins to read within ``fetch_seconds`` of its question, or not at
+all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
 from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, SplitPrompt
-from starling.engine_ext.front.peers import NOTICE_SECONDS, Identity
+from starling.engine_ext.front.peers import Identity, hold_seconds
 from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
 from starling.engine_ext.front.state import front_state
@@ -37,7 +38,6 @@ from starling.vllm_compat.admission import Admission, admit, withdraw
 
 logger = init_logger("vllm.starling")
 
-GRACE_TIMEOUTS = 2
 MESSAGE_SECONDS = 60.0
 """How long the caller may take to send a message."""
 
@@ -170,6 +170,8 @@ class Lease:
                 await context.write(response)
                 front_metrics().peer_parts.inc()
             while not is_end(message := await closing):
+                if message.WhichOneof("step") == "renew" and self.is_held:
+                    await context.write(pb.PrefillPartResponse(renewed=pb.Renewed()))
                 closing = asyncio.ensure_future(context.read())
             return message
         finally:
@@ -211,7 +213,7 @@ class Lease:
             if not self.prefilling.cancelled():
                 self.prefilling.exception()  # the caller got it, unless it has left
         if broken and self.is_held:
-            seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout + NOTICE_SECONDS
+            seconds = hold_seconds(self.front.replica_rpc.timeout)
             name = self.prompt.request_id
             logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
             await until_noticed(seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.peers import Peers, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
@@ -46,3 +47,8 @@ async def until(condition: Callable[[], object]) -> None:
 async def held_by(pod: Pod) -> None:
     """Wait until a pod holds pages for another one."""
     await until(lambda: pod.replica.held)
+
+
+def session_of(pod: Pod) -> PeerReplica:
+    """The call to a pod's one peer, for its one prompt."""
+    return pod.state.split_requests._requests[0].replicas[1]

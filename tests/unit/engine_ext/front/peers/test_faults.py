@@ -19,7 +19,7 @@ from starling.engine_ext.serving.grpc import replica as replica_service
 from starling.replicas.core_rpc import CANCEL_FETCH, RELEASE
 from starling.scheduler.star.plan import StarPlan
 from starling.v1 import replica_pb2 as pb
-from tests.unit.engine_ext.front.peers.pods import ADDRESS, AUTO, TIMEOUT, Pod, held_by, until
+from tests.unit.engine_ext.front.peers.pods import ADDRESS, AUTO, TIMEOUT, Pod, held_by, session_of, until
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS, sent
 from tests.unit.scheduler.simulation import random_ids
 
@@ -112,11 +112,6 @@ def test_pages_stay_held_when_the_call_breaks_until_the_other_server_must_have_n
 
     monkeypatch.setattr(replica_service, "until_noticed", until_noticed)
     run_pods(scenario)
-
-
-def session_of(pod: Pod) -> peer_replica.PeerReplica:
-    """The call to a pod's one peer, for its one prompt."""
-    return pod.state.split_requests._requests[0].replicas[1]
 
 
 async def held_for(pod: Pod, prompt: pb.Prompt) -> grpc.aio.Call:

@@ -6,14 +6,17 @@ The output of a response that is not streamed comes at its end alone, so the fro
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.logger import init_logger
+
 from starling.engine_ext.front.replica import Home, Replica
-from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
+from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaUnavailable
 from starling.vllm_compat.front import engine_request_ids, request_state
+
+logger = init_logger("vllm.starling")
 
 CHECK_SECONDS = 0.2
 """How often the front looks at a request."""
@@ -23,10 +26,10 @@ RENEW_SECONDS = 5.0
 
 
 async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Sequence[Replica]) -> None:
-    """Wait until every choice of a request has its first token.
+    """Wait until every choice of a request has its first token, or fetches nothing more.
 
     If a lender loses its pages, the rest is not fetched. Until then the time in which the fetch may begin is extended:
-    the request may wait for its turn.
+    the request may wait for its turn. But other servers' memory does not wait until a paused engine is resumed.
 
     Args:
         reader: the replica that runs the request.
@@ -42,10 +45,16 @@ async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Seq
             await reader.cancel_fetch(names)
         elif loop.time() - renewed >= RENEW_SECONDS:
             renewed = loop.time()
-            with contextlib.suppress(ReplicaUnavailable):
+            try:
                 deadline = await renew_all(lenders)
                 if math.isfinite(deadline):
                     await reader.extend_fetch(names, deadline)
+            except ReplicaPaused as error:
+                logger.warning("%s: %s: it computes what it has not fetched", request_id, error)
+                await reader.cancel_fetch(names)
+                return
+            except ReplicaUnavailable:  # a lender is lost; or the reader hangs, and begins no fetch behind its deadline
+                pass
         states = [request_state(engine, name) for name in names]
         prefilling = not states or any(state is None or state.is_prefilling for state in states)
 

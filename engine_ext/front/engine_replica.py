@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 
 from starling.engine_ext.front.kv_reservations import Reservation
 from starling.engine_ext.front.replica import HeldPart, PartAborted
-from starling.engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
+from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaTimeout, ReplicaUnavailable
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
 from starling.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH, IS_PAUSED, OPEN_SHARD, RELEASE, REPLICA_STATE
@@ -117,12 +117,17 @@ class EngineReplica:
         rank: of the engine.
         prompt: the prompt, a part of which it may prefill.
         under_way: has the parts that run, each of which ends with its task.
+        fails_if_paused: whether a paused engine counts as unavailable, since memory of another server waits for it.
+            Otherwise requests wait until it is resumed, as vLLM's own do.
     """
 
     has_lost_pages = False
 
-    def __init__(self, engine: Any, rank: int, prompt: SplitPrompt, under_way: set[asyncio.Future]) -> None:
+    def __init__(
+        self, engine: Any, rank: int, prompt: SplitPrompt, under_way: set[asyncio.Future], fails_if_paused: bool
+    ) -> None:
         self.engine, self.rank, self.prompt, self.under_way = engine, rank, prompt, under_way
+        self.fails_if_paused = fails_if_paused
         self.label = str(rank)
         self.rpc = front_state(engine).replica_rpc
         self.reservation: Reservation | None = None
@@ -142,12 +147,9 @@ class EngineReplica:
         return await self.rpc.call(self.engine, self.rank, name, *args)
 
     async def check(self) -> None:
-        """Find out whether the replica answers (raises ReplicaUnavailable)."""
-        await self._call(RELEASE, [])
-
-    async def is_paused(self) -> bool:
-        """Whether an operator has paused the engine (raises ReplicaUnavailable if it does not answer)."""
-        return bool(await self._call(IS_PAUSED))
+        """As Home.check."""
+        if await self._call(IS_PAUSED) and self.fails_if_paused:
+            raise ReplicaPaused("the engine is paused")
 
     async def state(self) -> dict[str, Any]:
         plan, salt = self.prompt.plan.to_wire(), self.prompt.inputs.get("cache_salt")
@@ -205,6 +207,7 @@ class EngineReplica:
         return math.inf  # the pages are held until this front releases them
 
     async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
+        await self.check()
         await self._call(EXTEND_FETCH, engine_request_ids, deadline)
 
     async def cancel_fetch(self, engine_request_ids: list[str]) -> None:

@@ -90,13 +90,18 @@ class Home(Replica, Protocol):
     def has_failed(self) -> bool: ...
 
     async def check(self) -> None:
-        """Find out whether the replica answers (raises ReplicaUnavailable)."""
+        """Find out whether the replica goes on with its work.
+
+        Raises:
+            ReplicaPaused: its engine is paused, and memory of another server waits for it.
+            ReplicaUnavailable: it does not answer.
+        """
 
     async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
         """Let requests begin to fetch their pages until another time.
 
         Raises:
-            ReplicaUnavailable: the replica does not answer.
+            ReplicaUnavailable: as ``check`` raises it.
         """
 
     async def cancel_fetch(self, engine_request_ids: list[str]) -> None:

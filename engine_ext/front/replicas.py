@@ -20,6 +20,6 @@ def replicas_for(engine: Any, prompt: SplitPrompt, under_way: set[asyncio.Future
     """
     state = front_state(engine)
     usable = state.peers.usable if state.peers is not None else []
-    engines = [EngineReplica(engine, rank, prompt, under_way) for rank in range(num_engine_cores(engine))]
+    engines = [EngineReplica(engine, rank, prompt, under_way, bool(usable)) for rank in range(num_engine_cores(engine))]
     peers = [PeerReplica(peer, prompt, state.replica_rpc.timeout) for peer in usable]
     return dict(enumerate([*engines, *peers]))

@@ -118,7 +118,7 @@ class Lease:
     def __init__(self, engine: Any, prompt: SplitPrompt) -> None:
         self.engine, self.prompt, self.front = engine, prompt, front_state(engine)
         self.under_way: set[asyncio.Future] = set()
-        self.replica = EngineReplica(engine, 0, prompt, self.under_way)
+        self.replica = EngineReplica(engine, 0, prompt, self.under_way, fails_if_paused=True)
         self.admission: Admission | None = None
         self.prefilling: asyncio.Task | None = None
         self.request_id, self.is_aborted = prompt.request_id, False
@@ -130,7 +130,7 @@ class Lease:
         is_released = False
         self.front.leases.add(self)
         try:
-            _, state = await asyncio.gather(self._check(), self.replica.state())  # between the same two steps
+            _, state = await asyncio.gather(self.replica.check(), self.replica.state())  # between the same two steps
             self.capacity = state["pages"]
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
             request = await context.read()
@@ -162,7 +162,7 @@ class Lease:
         try:
             ends = {self.prefilling, closing}
             while not (await asyncio.wait(ends, timeout=HEALTH_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED))[0]:
-                await self._check()
+                await self.replica.check()
                 await context.write(pb.PrefillPartResponse(alive=pb.Alive()))
             if not closing.done():
                 response = self._response()
@@ -176,11 +176,6 @@ class Lease:
             return message
         finally:
             closing.cancel()
-
-    async def _check(self) -> None:
-        """Find out whether the engine answers and makes steps (raises ReplicaUnavailable)."""
-        if await self.replica.is_paused():  # for as long as its operator wants: the caller can compute the part itself
-            raise ReplicaUnavailable("the engine is paused")
 
     def abort(self) -> None:
         """Note that the part was aborted here, by its request's id; the engine ends it."""

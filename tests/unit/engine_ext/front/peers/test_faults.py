@@ -18,6 +18,7 @@ from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.serving.grpc import replica as replica_service
 from starling.replicas.core_rpc import CANCEL_FETCH, RELEASE
 from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import ADDRESS, AUTO, TIMEOUT, Pod, held_by, session_of, until
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS, sent
@@ -71,6 +72,40 @@ def test_a_peer_that_is_paused_is_not_waited_for(run_pods, moment):
         await until(lambda: not b.replica.scheduler.requests)
         b.replica.scheduler.set_pause_state(PauseState.UNPAUSED)
         await a.state.peers.refresh()
+
+    run_pods(scenario)
+
+
+@pytest.mark.parametrize("moment", ["during its part", "before the fetch"])
+def test_a_peer_does_not_hold_pages_for_a_server_that_is_paused(run_pods, moment):
+    """The prompt is computed where it was asked for, once that server's operator resumes it."""
+
+    async def scenario(a, b):
+        add_request = a.server.client.add_request_async
+
+        async def stop_and_add(request) -> None:
+            if "fetch" in request.sampling_params.extra_args.get(KEY, ()):
+                a.replica.running.clear()
+            await add_request(request)
+
+        a.server.client.add_request_async = stop_and_add
+        running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
+        if moment == "during its part":
+            await until(lambda: a.replica.work)
+            a.replica.running.clear()
+        else:
+            await until(lambda: a.replica.work and not a.replica.running.is_set())
+        await held_by(b)
+        a.replica.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        a.replica.running.set()
+        await until(lambda: not b.replica.held and not b.state.leases)
+        await until(lambda: not a.state.reservations.reserved.total())
+        assert not running.done()
+        a.replica.scheduler.set_pause_state(PauseState.UNPAUSED)
+        a.replica.woken.set()
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == []
 
     run_pods(scenario)
 

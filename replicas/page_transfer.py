@@ -137,7 +137,7 @@ class PageReader:
         ]
         self.registered = self.agent.register_memory(regions, self.memory)
         self.holds = Holds(self.agent)
-        self.peers: dict[str, str] = {}
+        self.connected: dict[str, str] = {}  # agents by name, as NIXL calls them
         self.stuck: list[StuckRead] = []
         self._stuck_pages: list[int] = []
         self._freed_pages: list[int] = []
@@ -225,8 +225,8 @@ class PageReader:
         """
         read.started = clock.now()
         try:
-            if read.name not in self.peers:
-                self.peers[read.name] = self.agent.add_remote_agent(read.address["metadata"])
+            if read.name not in self.connected:
+                self.connected[read.name] = self.agent.add_remote_agent(read.address["metadata"])
             read.handle = self.agent.initialize_xfer("READ", *descriptors(read), read.name)
             if clock.now() > deadline:  # the last look: this process may have stood still since any earlier one
                 raise TransferError(f"{read.name} may have released the pages")
@@ -247,7 +247,7 @@ class PageReader:
             if not self._release_handle(read):
                 continue  # its connection is in use
             try:
-                if self.peers.pop(read.name, None) is not None:
+                if self.connected.pop(read.name, None) is not None:
                     self.agent.remove_remote_agent(read.name)
             except Exception:
                 logger.exception("the connection to %s can't be closed", read.name)

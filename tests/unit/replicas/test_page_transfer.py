@@ -238,10 +238,10 @@ def test_of_two_sources_the_one_that_times_out_is_found(clock):
         transfer=lambda handle: "PROC",
     )
     reader.stuck, reader.holds = [], SimpleNamespace(free_answer=lambda answer: None)
-    reader.peers, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
+    reader.connected, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
     reader._descriptors = lambda *_: (None, None)
     transfer = Transfer()
-    for name in reader.peers:
+    for name in reader.connected:
         read = SourceRead({"name": name}, 1, range(2**50), range(2**50), 1)
         transfer.reads.append(read)
         reader._begin_read(read, reader._wave)

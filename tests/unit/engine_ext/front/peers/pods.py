@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from starling.engine_ext.front.peer_replica import PeerReplica
-from starling.engine_ext.front.peers import Peers, own_identity
+from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
 from starling.replicas.options import ReplicaOptions
@@ -29,10 +29,10 @@ class Pod:
     def replica(self):
         return self.server.replicas[0]
 
-    async def find(self, entries: str, key: str = KEY, credentials=None) -> Peers:
+    async def find(self, entries: str, key: str = KEY, credentials=None) -> PeerDirectory:
         """Look for peers once, and use them."""
         options = ReplicaOptions(peers=entries, timeout=TIMEOUT)
-        found = Peers(options, await own_identity(self.server.engine, self.state.replica_rpc), key, credentials)
+        found = PeerDirectory(options, await own_identity(self.server.engine, self.state.replica_rpc), key, credentials)
         await found.refresh()
         self.state.set_peers(found)
         return found

@@ -43,7 +43,7 @@ async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Seq
         names = engine_request_ids(engine, request_id)
         if any(lender.has_lost_pages for lender in lenders):
             await reader.cancel_fetch(names)
-        elif loop.time() - renewed >= RENEW_SECONDS:
+        elif names and loop.time() - renewed >= RENEW_SECONDS:
             renewed = loop.time()
             try:
                 deadline = await renew_all(lenders)

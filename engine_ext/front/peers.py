@@ -38,8 +38,6 @@ PING_SECONDS = 10
 NOTICE_SECONDS = 2 * PING_SECONDS
 """Within this time a server notices that the link to a peer is lost, or the peer's host: a ping is not answered."""
 
-GRACE_TIMEOUTS = 2
-
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),
@@ -56,7 +54,7 @@ def hold_seconds(timeout: float) -> float:
     Args:
         timeout: seconds, of --star-replica-timeout, which is the same on both.
     """
-    return GRACE_TIMEOUTS * timeout + NOTICE_SECONDS
+    return 2 * timeout + NOTICE_SECONDS
 
 
 def fetch_seconds(timeout: float) -> float:

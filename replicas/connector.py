@@ -92,6 +92,9 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
     def release(self, names: Iterable[str]) -> None:
         self.connector_scheduler.release(names)
 
+    def extend_fetch(self, request_ids: Iterable[str], deadline: float) -> None:
+        self.connector_scheduler.extend_fetch(request_ids, deadline)
+
     def cancel_fetch(self, request_ids: Iterable[str]) -> None:
         self.connector_scheduler.cancel_fetch(request_ids)
 

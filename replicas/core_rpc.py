@@ -21,6 +21,7 @@ OPEN_SHARD = "starling_open_shard"
 RELEASE = "starling_release"
 IS_PAUSED = "starling_is_paused"
 IDENTITY = "starling_identity"
+EXTEND_FETCH = "starling_extend_fetch"
 CANCEL_FETCH = "starling_cancel_fetch"
 
 
@@ -53,9 +54,12 @@ def _identity(core: Any) -> dict[str, Any]:
     return {"name": address["name"], "layout": address["layout"], "weights": "/".join(digests)}
 
 
+def _extend_fetch(core: Any, request_ids: list[str], deadline: float) -> None:
+    core.scheduler.connector.extend_fetch(core.scheduler.requests.keys() & request_ids, deadline)
+
+
 def _cancel_fetch(core: Any, request_ids: list[str]) -> None:
-    known = [request_id for request_id in request_ids if request_id in core.scheduler.requests]
-    core.scheduler.connector.cancel_fetch(known)
+    core.scheduler.connector.cancel_fetch(core.scheduler.requests.keys() & request_ids)
 
 
 def parts_running(scheduler: Any, names: list[str]) -> list[str]:
@@ -71,4 +75,5 @@ def add_replica_rpc() -> None:
     add_core_utility(RELEASE, _release)
     add_core_utility(IS_PAUSED, _is_paused)
     add_core_utility(IDENTITY, _identity)
+    add_core_utility(EXTEND_FETCH, _extend_fetch)
     add_core_utility(CANCEL_FETCH, _cancel_fetch)

@@ -1,9 +1,10 @@
 """Whether pages were still held after they had been read: the numbers of released holds, in memory that others read.
 
 A replica holds pages until their reader has them, or must have noticed that it has lost the replica. But a reader that
-stands still, as a stopped process or a paused virtual machine, notices nothing, and its clocks may stand still too. It
-goes on to read pages that others' requests have by then. Therefore a reader's last read, after the pages have arrived,
-is one word at the replica that says whether they were held until then.
+stands still, as a stopped process or a paused virtual machine, notices nothing, and its clocks may stand still too. A
+fetch has a deadline by which it begins (replicas/clock.py), but one that has begun may go on to read pages that others'
+requests have by then. Therefore a reader's last read, after the pages have arrived, is one word at the replica that
+says whether they were held until then.
 
 A replica counts its holds from 1. Word ``hold % WORDS`` is the highest number of a released hold with that remainder.
 It is written before a step that may write to the pages. Where two holds share a word, the earlier one counts as

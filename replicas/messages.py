@@ -178,11 +178,11 @@ class Messenger:
         self.agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
         self.address = {"name": name, "metadata": self.agent.get_agent_metadata()}
         self.assembler = FrameAssembler(limits)
-        self.peers: dict[str, str] = {}
+        self.connected: dict[str, str] = {}  # agents by name, as NIXL calls them
         self.num_sent = 0
 
     def is_connected(self, name: str) -> bool:
-        return name in self.peers
+        return name in self.connected
 
     def connect(self, address: dict[str, Any]) -> None:
         """Make it possible to send messages to the messenger at ``address``.
@@ -191,7 +191,7 @@ class Messenger:
             MessageError: NIXL can't reach it.
         """
         try:
-            self.peers[address["name"]] = self.agent.add_remote_agent(address["metadata"])
+            self.connected[address["name"]] = self.agent.add_remote_agent(address["metadata"])
         except Exception as error:  # NIXL's own exceptions have no common class
             raise MessageError(f"NIXL can't reach {address['name']}: {error!r}") from error
 
@@ -204,7 +204,7 @@ class Messenger:
         self.num_sent += 1
         try:
             for frame in frames(self.num_sent, header, body):
-                self.agent.send_notif(self.peers[name], frame)
+                self.agent.send_notif(self.connected[name], frame)
         except Exception as error:
             raise MessageError(f"NIXL can't send to {name}: {error!r}") from error
 
@@ -231,7 +231,7 @@ class Messenger:
             MessageError: NIXL can't close it.
         """
         self.assembler.drop(name)
-        if self.peers.pop(name, None) is not None:
+        if self.connected.pop(name, None) is not None:
             try:
                 self.agent.remove_remote_agent(name)
             except Exception as error:

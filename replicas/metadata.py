@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +43,15 @@ class PageRead:
 
 @dataclass
 class PageLoad:
-    """All pages that one request reads from other replicas."""
+    """All pages that one request reads from other replicas.
+
+    Attributes:
+        deadline: the reads may begin until then (replicas/clock.py).
+    """
 
     request_id: str
     reads: list[PageRead]
+    deadline: float = math.inf
 
     def local_page_ids(self) -> set[int]:
         return {page_id for read in self.reads for page_id in read.local_page_ids}

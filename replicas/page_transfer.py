@@ -10,8 +10,8 @@ out. Behind the last wave comes a read of whether the source still holds the pag
 
 from __future__ import annotations
 
+import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from starling.replicas import clock
 from starling.replicas.holds import Holds
 
 logger = init_logger("vllm.starling")
@@ -81,17 +82,22 @@ class StuckRead:
 
 
 class Transfer:
-    """The reads under way for one request, one for each source."""
+    """The reads under way for one request, one for each source.
 
-    def __init__(self) -> None:
+    Args:
+        deadline: they may begin until then (replicas/clock.py).
+    """
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline = deadline
         self.reads: list[SourceRead] = []
         self.num_bytes = 0
-        self.started = time.monotonic()
+        self.started = clock.now()
 
     @property
     def seconds(self) -> float:
         """Seconds since the transfer began."""
-        return time.monotonic() - self.started
+        return clock.now() - self.started
 
 
 class PageReader:
@@ -131,7 +137,7 @@ class PageReader:
         ]
         self.registered = self.agent.register_memory(regions, self.memory)
         self.holds = Holds(self.agent)
-        self.peers: dict[str, str] = {}
+        self.connected: dict[str, str] = {}  # agents by name, as NIXL calls them
         self.stuck: list[StuckRead] = []
         self._stuck_pages: list[int] = []
         self._freed_pages: list[int] = []
@@ -161,7 +167,7 @@ class PageReader:
             hold: the number under which the other worker's replica holds them.
 
         Raises:
-            TransferError: the other worker has another layout, or can't be reached.
+            TransferError: the other worker has another layout, or can't be reached, or may have released the pages.
         """
         reason = layout_mismatch(self.layout, address["layout"])
         if reason is not None:
@@ -170,7 +176,7 @@ class PageReader:
         read = SourceRead(address, hold, remote_page_ids, local_page_ids, first_wave)
         transfer.reads.append(read)
         transfer.num_bytes += len(local_page_ids) * self.page_bytes
-        self._begin_read(read, self._wave)
+        self._begin_read(read, self._wave, transfer.deadline)
 
     def is_done(self, transfer: Transfer) -> bool:
         """Whether all pages have arrived, and were held until then.
@@ -187,7 +193,7 @@ class PageReader:
                 raise TransferError(f"reading from {read.name} failed: {error!r}") from error
             if state == "ERR":
                 raise TransferError(f"reading from {read.name} failed")
-            seconds = time.monotonic() - read.started
+            seconds = clock.now() - read.started
             if seconds > self.timeout:  # over TCP, NIXL may never report a link that is cut
                 # A wave that has ended late does not count: if this process has hung, the front has timed out too.
                 raise TransferError(f"no page has arrived from {read.name} for {self.timeout:g} s")
@@ -206,18 +212,27 @@ class PageReader:
                     self._begin_read(read, self._wave)
         return not transfer.reads
 
-    def _begin_read(self, read: SourceRead, descriptors: Callable[[SourceRead], tuple[Any, Any]]) -> None:
+    def _begin_read(
+        self, read: SourceRead, descriptors: Callable[[SourceRead], tuple[Any, Any]], deadline: float = math.inf
+    ) -> None:
         """Begin to read what ``descriptors`` returns: NIXL's lists, local and remote.
 
+        Args:
+            deadline: it may begin until then.
+
         Raises:
-            TransferError: it can't be read.
+            TransferError: it can't be read, or no longer.
         """
-        read.started = time.monotonic()
+        read.started = clock.now()
         try:
-            if read.name not in self.peers:
-                self.peers[read.name] = self.agent.add_remote_agent(read.address["metadata"])
+            if read.name not in self.connected:
+                self.connected[read.name] = self.agent.add_remote_agent(read.address["metadata"])
             read.handle = self.agent.initialize_xfer("READ", *descriptors(read), read.name)
+            if clock.now() > deadline:  # the last look: this process may have stood still since any earlier one
+                raise TransferError(f"{read.name} may have released the pages")
             state = self.agent.transfer(read.handle)
+        except TransferError:
+            raise
         except Exception as error:  # NIXL's own exceptions have no common class
             raise TransferError(f"NIXL can't read from {read.name}: {error!r}") from error
         if state == "ERR":
@@ -232,7 +247,7 @@ class PageReader:
             if not self._release_handle(read):
                 continue  # its connection is in use
             try:
-                if self.peers.pop(read.name, None) is not None:
+                if self.connected.pop(read.name, None) is not None:
                     self.agent.remove_remote_agent(read.name)
             except Exception:
                 logger.exception("the connection to %s can't be closed", read.name)

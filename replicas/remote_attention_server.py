@@ -100,7 +100,7 @@ class RemoteAttentionServer:
 
     def _tell_clients(self, failure: str) -> None:
         """Let no client wait for the response to a query, if it can still be told."""
-        for name in self.messenger.peers:
+        for name in self.messenger.connected:
             try:
                 self.messenger.send(name, {"failed": failure})
             except MessageError as error:  # the client's timeout handles it

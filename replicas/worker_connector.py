@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -90,7 +91,9 @@ class WorkerConnector:
             if request_id in self._transfers:
                 self._fail(*self._transfers[request_id], TransferError("the replica that holds them was lost"))
         for load in loads.loads:
-            transfer = Transfer()
+            # The ranks of a server on several hosts have clocks of their own. Their engine has looked at its clock.
+            on_one_host = self.vllm_config.parallel_config.nnodes == 1
+            transfer = Transfer(load.deadline if on_one_host else math.inf)
             self._transfers[load.request_id] = load, transfer
             try:
                 for read in load.reads:

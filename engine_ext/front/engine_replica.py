@@ -1,32 +1,36 @@
-"""One replica's work for a prompt that is split over several: what it has cached, and the prefill of its part."""
+"""A replica that is one of this server's engines: what it has cached, the prefill of its part, and what it holds."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
+import uuid
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.front.held_pages import HeldPages
+from starling.engine_ext.front.kv_reservations import Reservation
+from starling.engine_ext.front.replica import HeldPart, PartAborted
+from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaTimeout, ReplicaUnavailable
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
-from starling.replicas.core_rpc import IS_PAUSED, RELEASE, REPLICA_STATE
+from starling.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH, IS_PAUSED, OPEN_SHARD, RELEASE, REPLICA_STATE
 from starling.scheduler.star.client_tokens import block_range
 from starling.scheduler.star.plan import StarPlan, plan_to_wire
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
 from starling.v1 import replica_pb2 as pb
 from starling.vllm_compat.front import run_internal_request
 
+logger = init_logger("vllm.starling")
+
 HEALTH_CHECK_SECONDS = 5.0
 """How often a replica with a part under way, or to come, is called, to see whether it answers."""
-
-
-class PartAborted(Exception):
-    """A client has aborted a part of a prompt, by the request's id."""
 
 
 @dataclass(frozen=True)
@@ -83,40 +87,6 @@ class SplitPrompt:
         return start, max(stop // self.page_size * self.page_size, start)
 
 
-@dataclass(frozen=True)
-class HeldPart:
-    """A part that is prefilled; its replica holds the pages, under a name."""
-
-    name: str
-    source: PageSource
-
-
-class Replica(Protocol):
-    """What a front needs of one replica for one prompt.
-
-    Attributes:
-        has_failed: whether the part that the replica holds is lost, or the replica does not answer.
-    """
-
-    @property
-    def has_failed(self) -> bool: ...
-
-    async def state(self) -> dict[str, Any]:
-        """What replicas/replica_state.py says.
-
-        Raises:
-            ReplicaUnavailable: the replica does not answer.
-        """
-
-    async def prefill(self, first_block: int, stop_block: int) -> HeldPart | None:
-        """Prefill star blocks and hold their pages; None where they have no whole page.
-
-        Raises:
-            ReplicaUnavailable: the replica does not answer.
-            PartAborted: a client has aborted the part.
-        """
-
-
 async def while_answering(checks: Iterable[Any], work: Awaitable[Any], under_way: set[asyncio.Future]) -> Any:
     """The result of ``work``, as long as the replicas that it needs answer.
 
@@ -140,41 +110,49 @@ async def while_answering(checks: Iterable[Any], work: Awaitable[Any], under_way
 
 
 class EngineReplica:
-    """A replica that is one of this server's own engines.
+    """As Replica and Home (engine_ext/front/replica.py).
 
     Args:
         rank: of the engine.
         prompt: the prompt, a part of which it may prefill.
-        held: gets the names of the pages that the replica holds.
         under_way: has the parts that run, each of which ends with its task.
+        fails_if_paused: whether a paused engine counts as unavailable, since memory of another server waits for it.
+            Otherwise requests wait until it is resumed, as vLLM's own do.
     """
 
+    has_lost_pages = False
+
     def __init__(
-        self, engine: Any, rank: int, prompt: SplitPrompt, held: HeldPages, under_way: set[asyncio.Future]
+        self, engine: Any, rank: int, prompt: SplitPrompt, under_way: set[asyncio.Future], fails_if_paused: bool
     ) -> None:
-        self.engine, self.rank, self.prompt, self.held, self.under_way = engine, rank, prompt, held, under_way
-        self.front = front_state(engine)
+        self.engine, self.rank, self.prompt, self.under_way = engine, rank, prompt, under_way
+        self.fails_if_paused = fails_if_paused
+        self.label = str(rank)
+        self.rpc = front_state(engine).replica_rpc
+        self.reservation: Reservation | None = None
         self.has_anchor = False
+        self._names: list[str] = []  # under which the engine holds pages, or will once a part is complete
+
+    @property
+    def home(self) -> EngineReplica:
+        return self
 
     @property
     def has_failed(self) -> bool:
-        return self.front.replica_rpc.is_unresponsive(self.rank)
+        return self.rpc.is_unresponsive(self.rank)
 
-    async def call(self, name: str, *args: Any) -> Any:
-        """Call a utility of the engine core."""
-        return await self.front.replica_rpc.call(self.engine, self.rank, name, *args)
+    async def _call(self, name: str, *args: Any) -> Any:
+        """Call a utility of the engine core (raises ReplicaUnavailable)."""
+        return await self.rpc.call(self.engine, self.rank, name, *args)
 
     async def check(self) -> None:
-        """Find out whether the replica answers (raises ReplicaUnavailable)."""
-        await self.call(RELEASE, [])
-
-    async def is_paused(self) -> bool:
-        """Whether an operator has paused the engine (raises ReplicaUnavailable if it does not answer)."""
-        return bool(await self.call(IS_PAUSED))
+        """As Home.check."""
+        if await self._call(IS_PAUSED) and self.fails_if_paused:
+            raise ReplicaPaused("the engine is paused")
 
     async def state(self) -> dict[str, Any]:
         plan, salt = plan_to_wire(self.prompt.plan), self.prompt.inputs.get("cache_salt")
-        state: dict[str, Any] = await self.call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt)
+        state: dict[str, Any] = await self._call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt)
         self.has_anchor = state["has_anchor"]
         return state
 
@@ -188,9 +166,11 @@ class EngineReplica:
         if first_block and plan.anchor_size and not self.has_anchor:
             anchor = await self._run(0, plan.anchor_size, None)
         part = await self._run(start, stop, plan)
-        if plan.shards and anchor:  # its pages would be held to the request's end, and nothing reads this copy
-            await self.call(RELEASE, [anchor.name])
-        return part
+        if not plan.shards or not first_block:
+            return part
+        if anchor:  # its pages would be held to the request's end, and nothing reads this copy
+            await self._call(RELEASE, [anchor.name])
+        return HeldPart(part.name, part.source, await self._call(OPEN_SHARD, part.name))
 
     async def _run(self, start: int, stop: int, plan: StarPlan | None) -> HeldPart:
         """Prefill the prompt's tokens up to ``stop``; the replica then holds the pages from ``start`` on.
@@ -198,7 +178,9 @@ class EngineReplica:
         Args:
             plan: None to compute the anchor, which is dense.
         """
-        name = self.held.new_name(self.rank)
+        # Another API server may have a request of that id; a name is sent with each query, so it has a bounded length.
+        name = f"{self.prompt.request_id[:64]}#{uuid.uuid4().hex}"
+        self._names.append(name)
         metadata = RequestMetadata(plan, part=PromptPart(name, start, self.prompt.plan.anchor_size))
         params = SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={KEY: metadata}
@@ -213,9 +195,51 @@ class EngineReplica:
             data_parallel_rank=self.rank,
             **keywords,
         )
-        running = run_internal_request(self.engine, request, self.front.internal_ids)
+        running = run_internal_request(self.engine, request, front_state(self.engine).internal_ids)
         output = await while_answering([self.check], running, self.under_way)
         held = output.kv_transfer_params
         if held is None:
             raise PartAborted
         return HeldPart(held["name"], PageSource(**held["source"]))
+
+    async def renew(self) -> float:
+        return math.inf  # the pages are held until this front releases them
+
+    async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
+        await self.check()
+        await self._call(EXTEND_FETCH, engine_request_ids, deadline)
+
+    async def cancel_fetch(self, engine_request_ids: list[str]) -> None:
+        with contextlib.suppress(ReplicaUnavailable):
+            await self.rpc.call(self.engine, self.rank, CANCEL_FETCH, engine_request_ids, always=True)
+
+    async def settle(self) -> None:
+        # Answered between two steps, after the abort that was sent before.
+        await self._release_names([], patient=False)
+
+    async def release(self) -> None:
+        """As Replica.release; the memory stays reserved until the replica has answered, or the engine is dead."""
+        names, self._names = self._names, []
+        if names:
+            await self._release_names(names, patient=True)
+        if self.reservation is not None:
+            self.reservation.release(self.rank)
+
+    async def _release_names(self, names: list[str], patient: bool) -> None:
+        """Let the engine release pages, and wait for its answer.
+
+        Args:
+            patient: wait for a replica that hangs until it is back, or its engine is dead.
+        """
+        if self.engine.errored:  # a dead engine holds nothing
+            return
+        request_id = self.prompt.request_id
+        try:
+            try:
+                await self.rpc.call(self.engine, self.rank, RELEASE, names, always=True)
+            except ReplicaTimeout as error:
+                logger.error("%s: %s: it may hold this request's KV pages until it does", request_id, error)
+                if patient and error.answer is not None:
+                    await error.answer
+        except Exception as error:
+            logger.error("%s: replica %d may hold this request's KV pages: %s", request_id, self.rank, error)

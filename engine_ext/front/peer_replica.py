@@ -13,9 +13,11 @@ from typing import Any, TypedDict
 import grpc
 import msgspec
 
-from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, HeldPart, PartAborted, SplitPrompt
-from starling.engine_ext.front.peers import Peer, reason_of
-from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
+from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, SplitPrompt
+from starling.engine_ext.front.peers import Peer, fetch_seconds, reason_of
+from starling.engine_ext.front.replica import HeldPart, PartAborted
+from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, retrieve_error
+from starling.replicas import clock
 from starling.scheduler.star.request_metadata import PageSource
 from starling.v1 import replica_pb2 as pb
 
@@ -47,13 +49,16 @@ class PeerLost(ReplicaUnavailable):
 
 
 class PeerReplica:
-    """One call to a peer, for one prompt.
+    """As Replica (engine_ext/front/replica.py): one call to a peer, for one prompt.
 
     Args:
         peer: the other server.
         prompt: the prompt, a part of which the peer may prefill.
         timeout: seconds within which the peer's engine has to answer while it prefills.
     """
+
+    label = "peers"
+    home = None
 
     def __init__(self, peer: Peer, prompt: SplitPrompt, timeout: float) -> None:
         self.peer, self.prompt, self.timeout = peer, prompt, timeout
@@ -62,9 +67,11 @@ class PeerReplica:
         self._call: Any = None
         self._is_released = False
         self._ending: asyncio.Future | None = None
+        self._writing: asyncio.Future | None = None  # the last question whether the peer still holds the pages
+        self._answered = asyncio.Event()
 
     @property
-    def has_failed(self) -> bool:
+    def has_lost_pages(self) -> bool:
         return self.lost is not None
 
     async def state(self) -> dict[str, Any]:
@@ -106,6 +113,26 @@ class PeerReplica:
         ranks = int(self.identity.properties.get("tensor_parallel", 1))
         return source.addresses[0]["name"] == self.identity.name and len(source.addresses) == ranks
 
+    async def renew(self) -> float:
+        """As Replica.renew. Time counts from before the question: this process may stand still at any moment."""
+        if self.lost is not None:
+            raise self.lost
+        asked = clock.now()
+        self._answered.clear()
+        self._writing = asyncio.ensure_future(self._call.write(pb.PrefillPartRequest(renew=pb.Renew())))
+        self._writing.add_done_callback(retrieve_error)
+        try:
+            async with asyncio.timeout(self.timeout):
+                await asyncio.shield(self._writing)  # gRPC cancels a call whose message is cancelled
+                await self._answered.wait()
+        except TimeoutError:
+            raise self._lose(f"it has not answered for {self.timeout:g} s") from None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise self._lose(reason_of(error)) from None
+        if self.lost is not None:
+            raise self.lost
+        return asked + fetch_seconds(self.timeout)
+
     async def release(self) -> None:
         """Let the peer free the pages; or, where it still prefills, end the part."""
         if self._call is None or self._is_released:
@@ -113,6 +140,8 @@ class PeerReplica:
         self._is_released = True
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
+                if self._writing is not None:
+                    await asyncio.wait({self._writing})
                 await self._call.write(pb.PrefillPartRequest(release=pb.Release()))
                 await self._call.done_writing()
                 self._ending = self._ending or asyncio.ensure_future(self._read_to_end())
@@ -145,15 +174,16 @@ class PeerReplica:
         return response
 
     async def _read_to_end(self) -> None:
-        """Find out when the peer's part of the call ends: before the release, the pages are lost."""
+        """Take the peer's answers, and find out when its part of the call ends: before the release, pages are lost."""
         reason = "it has ended the call"
         try:
             while await self._call.read() is not grpc.aio.EOF:
-                pass
+                self._answered.set()
         except grpc.aio.AioRpcError as error:
             reason = reason_of(error)
         if not self._is_released:
             self._lose(reason)
+        self._answered.set()
 
     def _lose(self, reason: str, leave_out: bool = True) -> PeerLost:
         self.lost = PeerLost(self.peer.address, reason)

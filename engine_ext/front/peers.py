@@ -48,6 +48,24 @@ CHANNEL_OPTIONS = (
 )
 
 
+def hold_seconds(timeout: float) -> float:
+    """For how long a server holds the pages of a peer's prompt after the peer's call has broken.
+
+    Args:
+        timeout: seconds, of --star-replica-timeout, which is the same on both.
+    """
+    return 2 * timeout + NOTICE_SECONDS
+
+
+def fetch_seconds(timeout: float) -> float:
+    """For how long a fetch may begin after a peer was asked whether it holds the pages, and has said that it does.
+
+    The call has not broken before the question. So the first pages, which arrive within another ``timeout`` or do not
+    count, are held until then, and for half of NOTICE_SECONDS more: the clocks of two hosts do not run equally fast.
+    """
+    return hold_seconds(timeout) - timeout - NOTICE_SECONDS / 2
+
+
 @dataclass(frozen=True)
 class Identity:
     """Which server this is, and what has to be equal for two servers to share a prompt.
@@ -127,7 +145,7 @@ class Peer:
         return Identity(answer.name, dict(answer.properties))
 
 
-class Peers:
+class PeerDirectory:
     """All peers of one server.
 
     Args:
@@ -142,14 +160,14 @@ class Peers:
     ) -> None:
         self.entries = split_peers(options.peers)
         self.own, self.key, self.credentials, self.timeout = own, key, credentials, options.timeout
-        self.peers: dict[str, Peer] = {}
+        self.by_address: dict[str, Peer] = {}
         self._addresses: dict[str, list[str]] = {}  # entry -> what it was resolved to last
         self._refreshing: asyncio.Task | None = None
 
     @property
     def usable(self) -> list[Peer]:
         """The peers that a prompt may be split with now."""
-        return [peer for peer in self.peers.values() if peer.is_usable][: MAX_SERVERS - 1]
+        return [peer for peer in self.by_address.values() if peer.is_usable][: MAX_SERVERS - 1]
 
     async def start(self) -> None:
         """Find the peers once, and again and again from now on."""
@@ -174,13 +192,13 @@ class Peers:
         """Resolve all names, and ask each address what is there."""
         await asyncio.gather(*(self._resolve(entry) for entry in self.entries))
         hosts = {address: entry for entry in self.entries for address in self._addresses.get(entry, ())}
-        for address in self.peers.keys() - hosts.keys():
+        for address in self.by_address.keys() - hosts.keys():
             logger.info("peer %s: no name leads to it any more", address)
-            del self.peers[address]  # its channel closes with the last call that uses it
+            del self.by_address[address]  # its channel closes with the last call that uses it
         for address, entry in hosts.items():
-            if address not in self.peers:
-                self.peers[address] = Peer(address, self._channel(address, entry), self.key, self.timeout)
-        peers = list(self.peers.values())
+            if address not in self.by_address:
+                self.by_address[address] = Peer(address, self._channel(address, entry), self.key, self.timeout)
+        peers = list(self.by_address.values())
         answers = await asyncio.gather(*(peer.describe() for peer in peers))
         known = {self.own.name}
         for peer, answer in zip(peers, answers, strict=True):

@@ -12,6 +12,10 @@ class ReplicaUnavailable(Exception):
     """A replica can't be reached, or does not answer."""
 
 
+class ReplicaPaused(ReplicaUnavailable):
+    """An operator has paused a replica's engine, which may last for ever; memory of another server waits for it."""
+
+
 class ReplicaTimeout(ReplicaUnavailable):
     """A replica has not answered in time.
 

@@ -26,22 +26,15 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.front.engine_replica import (
-    EngineReplica,
-    HeldPart,
-    PartAborted,
-    Replica,
-    SplitPrompt,
-    while_answering,
-)
-from starling.engine_ext.front.held_pages import HeldPages
-from starling.engine_ext.front.peer_replica import PeerReplica
-from starling.engine_ext.front.replica_rpc import ReplicaTimeout, ReplicaUnavailable
+from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until_fetched
+from starling.engine_ext.front.engine_replica import SplitPrompt, while_answering
+from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
+from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
+from starling.engine_ext.front.replicas import replicas_for
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.requests import PLANNED
-from starling.replicas.core_rpc import CANCEL_FETCH, OPEN_SHARD
 from starling.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import pad, work
@@ -50,12 +43,9 @@ from starling.scheduler.star.kv_demand import KVDemand
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
 from starling.vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
-from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores, request_state
+from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids
 
 logger = init_logger("vllm.starling")
-
-FETCH_CHECK_SECONDS = 0.2
-"""How often the front looks whether a request has its first tokens, so that other replicas can free their pages."""
 
 RELEASE_SECONDS = 2.0
 """How long a request's end waits for its pages to be released."""
@@ -70,8 +60,8 @@ def generate_split(
     planned = planned_split(prompt, params, keywords)
     if planned is None:
         return on_one_replica(engine, generate, prompt, params, request_id, keywords)
-    if front_state(engine).peers is not None and keywords.get("lora_request") is not None:
-        return generate(prompt, params, request_id, **keywords)  # peers have adapters of their own
+    if keywords.get("lora_request") is not None and not front_state(engine).shares_adapters:
+        return generate(prompt, params, request_id, **keywords)
     return SplitPrefill(engine, prompt, request_id, keywords, planned).outputs(generate, params)
 
 
@@ -120,8 +110,7 @@ class SplitPrefill:
         self.keywords = keywords
         self.plan: StarPlan = planned.plan
         self.page_size: int = self.state.planner.page_size or 1
-        self.held = HeldPages(engine, self.state.replica_rpc, request_id)
-        self.capacity: dict[int, int] = {}  # replica -> pages of its memory
+        self.capacity: dict[int, int] = {}  # replica -> pages of its memory, where this server reserves it
         self.admission: Admission  # made before the request can be aborted
         self.aborted = asyncio.Event()
         self.aborted_ids: list[str] = []  # the engine's own, of what it had at each abort
@@ -129,15 +118,12 @@ class SplitPrefill:
         self.under_way: set[asyncio.Future] = set()  # parts and the reservation, which end with their tasks
         padded = pad(self.plan, planned.token_ids)
         shared = SplitPrompt(request_id, padded, self.plan, self.page_size, prompt, keywords)
-        self.engines = {
-            rank: EngineReplica(engine, rank, shared, self.held, self.under_way)
-            for rank in range(num_engine_cores(engine))
-        }
-        self.held.peers = self.peers = self._peer_replicas(shared)
+        self.replicas = replicas_for(engine, shared, self.under_way)
+        self.homes = {number: home for number, each in self.replicas.items() if (home := each.home) is not None}
+        self.lenders: list[Replica] = []  # whose pages the request reads
+        self.reader: Home | None = None  # the replica whose request may read pages of others now
         self.has_output = False
-        self.lenders: list[PeerReplica] = []  # the peers with a part, whose pages the request reads
-        # A front with peers has one engine, of rank 0; peers have the numbers behind it.
-        self.replicas: dict[int, Replica] = {**self.engines, **dict(enumerate(self.peers, len(self.engines)))}
+        self._releasing: asyncio.Task | None = None
 
     def abort(self) -> None:
         """End the request, unless the engine has it: then the engine ends it."""
@@ -169,9 +155,9 @@ class SplitPrefill:
                 yield aborted_output(self.request_id, self.token_ids, params.n)
                 return
             rank, task = prepared
-            self.held.home = None if task is None else rank
+            self.reader = None if task is None else self.homes[rank]
             if task is None:  # nothing reads the parts, and another request may wait for their pages
-                self.held.release()
+                self.release()
             elif isinstance(task, RemoteShards):
                 front_metrics().shard_requests.inc()
                 self._start(self._release_when_ended())
@@ -193,13 +179,6 @@ class SplitPrefill:
             self.state.split_requests.remove(self)
             await self._end(None if has_ended else admission.engine_request_id)
 
-    def _peer_replicas(self, prompt: SplitPrompt) -> list[PeerReplica]:
-        """The peers that can be used now, for this prompt."""
-        if self.state.peers is None:
-            return []
-        timeout = self.state.replica_rpc.timeout
-        return [PeerReplica(peer, prompt, timeout) for peer in self.state.peers.usable]
-
     async def _prepare(self, params: SamplingParams) -> tuple[int, Task | None] | None:
         """Prefill the parts; returns the replica of the whole request, and what that does with others' pages.
 
@@ -209,16 +188,19 @@ class SplitPrefill:
         states = await self._replica_states()
         ranks = list(states)
         anchor_work = self.plan.anchor_size / self.plan.block_size
-        own = 0 if self.peers else None  # the client's connection is to this server
+        at_home = [index for index, rank in enumerate(ranks) if rank in self.homes]
+        own = at_home[0] if len(at_home) < len(ranks) else None  # the range of the whole request's replica
         by_index = assign_blocks(work(self.plan), anchor_work, list(states.values()), self.plan.replicas, own)
         assignments = [replace(assignment, replica=ranks[assignment.replica]) for assignment in by_index]
         first = assignments[0].replica
-        self._choose_lenders(assignments)
+        self.lenders = [self.replicas[each.replica] for each in assignments[1:]]
+        for number in self.replicas.keys() - {each.replica for each in assignments}:
+            self._start(self.replicas[number].release())
         if len(assignments) == 1:
             return first, None
         try:
-            # Peers reserve their parts at once, or refuse them: servers must not wait for one another's memory.
-            own_parts = [each for each in assignments if each.replica in self.engines]
+            # Other servers reserve their parts at once, or refuse them: none must wait for another one's memory.
+            own_parts = [each for each in assignments if each.replica in self.capacity]
             await self._reserve(self._demand.pages_of(own_parts, params))
             parts = await self._prefill(assignments)
         except PartAborted:
@@ -226,34 +208,30 @@ class SplitPrefill:
         except ReplicaUnavailable as error:
             if self.plan.shards:  # one replica may not have the memory
                 raise
-            own_ranks = [rank for rank in ranks if rank in self.engines]
-            rank = next((rank for rank in own_ranks if not self.engines[rank].has_failed), own_ranks[0])
+            homes = [ranks[index] for index in at_home]
+            rank = next((rank for rank in homes if not self.homes[rank].has_failed), homes[0])
             logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
-        task = await self._task(assignments, parts)
+        task = await self._task(parts)
         front_metrics().count_split(self._blocks_by_replica(assignments), time.monotonic() - started)
         return first, task
 
     def _blocks_by_replica(self, assignments: Sequence[Assignment]) -> Counter[str]:
-        """Star blocks by the replica's name in metrics; all peers have one."""
+        """Star blocks by the replica's name in metrics."""
         blocks: Counter[str] = Counter()
         for each in assignments:
-            blocks[str(each.replica) if each.replica in self.engines else "peers"] += each.stop - each.first
+            blocks[self.replicas[each.replica].label] += each.stop - each.first
         return blocks
-
-    def _choose_lenders(self, assignments: Sequence[Assignment]) -> None:
-        """Note the peers with a part, and let the others know that they get none."""
-        used = {each.replica for each in assignments}
-        for number, peer in enumerate(self.peers, len(self.engines)):
-            if number in used:
-                self.lenders.append(peer)
-            else:
-                self._start(peer.release())
 
     async def _reserve(self, wanted: Mapping[int, int]) -> None:
         """Reserve pages by rank, as long as these replicas answer."""
-        reserving = self.held.reserve(self.state.reservations, wanted, self.capacity)
-        await while_answering([self.engines[rank].check for rank in wanted], reserving, self.under_way)
+
+        async def reserve() -> None:
+            reservation = await self.state.reservations.reserve(wanted, self.capacity)
+            for rank in wanted:
+                self.homes[rank].reservation = reservation
+
+        await while_answering([self.homes[rank].check for rank in wanted], reserve(), self.under_way)
 
     def _start(self, work: Any) -> asyncio.Task:
         """Begin a task that the request's end cancels, and waits for."""
@@ -286,28 +264,41 @@ class SplitPrefill:
             await self.engine.abort(engine_request_id, internal=True)
         if self.aborted_ids:
             await abort_in_engine_cores(self.engine, self.aborted_ids)
-        await self.held.release()
+        await self.release()
+
+    def release(self) -> asyncio.Task:
+        """Begin to release everything, once; a second call returns the same task.
+
+        To be called when no part runs any more. Nothing may cancel the task.
+        """
+        if self._releasing is None:
+            self._releasing = asyncio.ensure_future(self._release_all())
+        return self._releasing
+
+    async def _release_all(self) -> None:
+        if self.reader is not None:
+            await self.reader.settle()
+        await asyncio.gather(*(replica.release() for replica in self.replicas.values()))
 
     @property
     def _demand(self) -> KVDemand:
         return KVDemand(self.plan, self.page_size, self.capacity)
 
-    async def _task(self, assignments: Sequence[Assignment], parts: Sequence[HeldPart | None]) -> Task | None:
+    async def _task(self, parts: Sequence[HeldPart | None]) -> Task | None:
         """What the whole request does with the pages of the finished parts."""
-        if any(peer.has_failed for peer in self.lenders):
-            return None
         if not self.plan.shards:
+            try:
+                deadline = await renew_all(self.lenders)
+            except ReplicaUnavailable:
+                return None
             sources = tuple(part.source for part in parts[1:] if part)
-            return PageFetch(sources) if sources else None
-        held = [
-            (assignment.replica, part) for assignment, part in zip(assignments, parts, strict=True) if part is not None
-        ]
-        opened = (self.engines[rank].call(OPEN_SHARD, part.name) for rank, part in held[1:])
+            return PageFetch(sources, deadline) if sources else None
+        held = [part for part in parts if part is not None]
         shards = tuple(
-            Shard(part.name, part.source.start, len(part.source.page_ids) * self.page_size, addresses)
-            for (_, part), addresses in zip(held[1:], await asyncio.gather(*opened), strict=True)
+            Shard(part.name, part.source.start, len(part.source.page_ids) * self.page_size, part.query_addresses)
+            for part in held[1:]
         )
-        return RemoteShards(held[0][1].name, shards) if shards else None
+        return RemoteShards(held[0].name, shards) if shards else None
 
     async def _replica_states(self) -> dict[int, ReplicaState]:
         """What each replica that answers has cached of the prompt, and how busy it is, by rank.
@@ -322,15 +313,15 @@ class SplitPrefill:
             if isinstance(answer, BaseException) and not isinstance(answer, ReplicaUnavailable):
                 raise answer
         states = {rank: answer for rank, answer in answers.items() if not isinstance(answer, BaseException)}
-        if not states or (self.peers and 0 not in states):
-            raise ReplicaTimeout(0, self.state.replica_rpc.timeout)
-        engines = {rank: states[rank] for rank in self.engines if rank in states}
-        first = next(iter(engines))
-        for rank, state in engines.items():
-            reason = layout_mismatch(engines[first]["layout"], state["layout"])
+        if not states.keys() & self.homes.keys():
+            raise next(answer for answer in answers.values() if isinstance(answer, BaseException))
+        layouts = {rank: state["layout"] for rank, state in states.items() if "layout" in state}
+        first = next(iter(layouts))
+        for rank, layout in layouts.items():
+            reason = layout_mismatch(layouts[first], layout)
             if reason is not None:
                 raise ValueError(f"replicas {first} and {rank} can't share a prompt: {reason}")
-        self.capacity = {rank: state["pages"] for rank, state in engines.items()}
+        self.capacity = {rank: state["pages"] for rank, state in states.items() if "pages" in state}
         return {
             rank: ReplicaState(
                 state["cached"],
@@ -366,37 +357,19 @@ class SplitPrefill:
         try:
             return await self.replicas[assignment.replica].prefill(assignment.first, assignment.stop)
         except PartAborted as aborted:
-            if self.peers:  # which do not know of an abort on another server
+            if len(self.homes) < len(self.replicas):  # other servers do not know of the abort
                 raise
             return aborted
 
     async def _release_when_fetched(self) -> None:
-        """Release the parts' pages once every choice has its first token; a peer that is lost may release them before.
-
-        The output of a response that is not streamed comes at its end alone, so the front's own state is polled.
-        """
-        prefilling = True
-        while prefilling:
-            await asyncio.sleep(FETCH_CHECK_SECONDS)
-            names = engine_request_ids(self.engine, self.request_id)
-            if any(peer.has_failed for peer in self.lenders):
-                await self._cancel_fetch(names)
-            states = [request_state(self.engine, name) for name in names]
-            prefilling = not states or any(state is None or state.is_prefilling for state in states)
-        self.held.home = None
-        self.held.release()
+        """Release the parts' pages once every choice has its first token; a replica may have lost them before."""
+        assert self.reader is not None
+        await until_fetched(self.engine, self.request_id, self.reader, self.lenders)
+        self.reader = None
+        self.release()
 
     async def _release_when_ended(self) -> None:
         """Release the shards once the engine has ended the request, although its client may have stopped reading."""
-        seen = False
-        while (names := engine_request_ids(self.engine, self.request_id)) or not (seen or self.has_output):
-            seen = seen or bool(names)
-            await asyncio.sleep(FETCH_CHECK_SECONDS)
-        await asyncio.sleep(FETCH_CHECK_SECONDS)  # the front aborts a request that ends at a stop string a little later
+        await until_ended(self.engine, self.request_id, lambda: self.has_output)
         if not self.aborted.is_set():  # an abort's own order of release includes choices that the front does not know
-            self.held.release()
-
-    async def _cancel_fetch(self, engine_request_ids: list[str]) -> None:
-        """Let the engine fetch nothing more. One that hangs does so when it is back: the pages may be gone by then."""
-        with contextlib.suppress(ReplicaUnavailable):
-            await self.state.replica_rpc.call(self.engine, 0, CANCEL_FETCH, engine_request_ids, always=True)
+            self.release()

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from starling.config.replicas import ReplicaOptions
 from starling.engine_ext.front.kv_reservations import KVReservations
-from starling.engine_ext.front.peers import Peers
+from starling.engine_ext.front.peers import PeerDirectory
 from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
 from starling.engine_ext.front.split_requests import SplitRequests
@@ -46,12 +46,17 @@ class FrontState:
         self.leases = SplitRequests()
         self.internal_ids: set[str] = set()
         self.releases: set[asyncio.Future] = set()
-        self.peers: Peers | None = None
+        self.peers: PeerDirectory | None = None
         self.poller = ProgressPoller(self.split_requests)
         self.serving_models: Callable[[], Any] = lambda: None
         self._ends_before_engine = False
 
-    def set_peers(self, peers: Peers) -> None:
+    @property
+    def shares_adapters(self) -> bool:
+        """Whether all replicas have the same LoRA adapters: each peer has adapters of its own."""
+        return self.peers is None
+
+    def set_peers(self, peers: PeerDirectory) -> None:
         """Split prompts with these servers from now on."""
         self.peers = peers
         self.planner.num_peers = lambda: len(peers.usable)

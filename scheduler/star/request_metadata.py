@@ -10,6 +10,7 @@ they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,9 +67,15 @@ class PageSource:
 
 @dataclass(frozen=True)
 class PageFetch:
-    """Pages to fetch before the prefill goes on. Each source begins where the one before it ends."""
+    """Pages to fetch before the prefill goes on.
+
+    Attributes:
+        sources: each begins where the one before it ends.
+        deadline: the fetch may begin until then (replicas/clock.py), since another server may free its pages later.
+    """
 
     sources: tuple[PageSource, ...]
+    deadline: float = math.inf
 
     def span(self, page_size: int) -> tuple[int, int]:
         """First position of the pages, and the one after their last."""
@@ -149,7 +156,9 @@ class RequestMetadata:
         return cls(
             None if made is None or len(made.starts) < 2 else made,
             None if part is None else PromptPart(**part),
-            None if fetch is None else PageFetch(tuple(PageSource(**source) for source in fetch["sources"])),
+            None
+            if fetch is None
+            else PageFetch(tuple(PageSource(**source) for source in fetch["sources"]), fetch["deadline"]),
             None
             if remote is None
             else RemoteShards(remote["local_name"], tuple(Shard(**shard) for shard in remote["shards"])),

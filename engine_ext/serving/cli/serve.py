@@ -25,7 +25,7 @@ from starling.config.entry import StarlingConfig, config_of
 from starling.config.parsing import OptionError
 from starling.config.replicas import KEY_ENV
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
-from starling.engine_ext.front.peers import Peers, own_identity
+from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
@@ -184,7 +184,7 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")
     if replica is not None:
         assert key is not None
-        front.peers = Peers(options, replica.identity, key, peer_credentials(args))
+        front.peers = PeerDirectory(options, replica.identity, key, peer_credentials(args))
         await front.peers.start()
         front_state(engine).set_peers(front.peers)
     if args.host is None:

@@ -2,8 +2,9 @@
 
 One call is one part of one prompt. It is also the lease of the pages: they are held until the caller sends a release.
 If the call ends without one (the caller has died, or the network between the two), the caller may still read the pages
-for some time, until it has noticed. Therefore they are held for GRACE_TIMEOUTS times --star-replica-timeout and
-NOTICE_SECONDS then.
+for some time, until it has noticed. Therefore they are held for ``hold_seconds`` then. A caller that stands still does
+not notice: it asks whether the pages are held, and begins to read within ``fetch_seconds`` of its question, or not at
+all.
 """
 
 from __future__ import annotations
@@ -17,15 +18,9 @@ import msgspec
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.logger import init_logger
 
-from starling.engine_ext.front.engine_replica import (
-    HEALTH_CHECK_SECONDS,
-    EngineReplica,
-    HeldPart,
-    PartAborted,
-    SplitPrompt,
-)
-from starling.engine_ext.front.held_pages import HeldPages
-from starling.engine_ext.front.peers import NOTICE_SECONDS, Identity
+from starling.engine_ext.front.engine_replica import HEALTH_CHECK_SECONDS, EngineReplica, SplitPrompt
+from starling.engine_ext.front.peers import Identity, hold_seconds
+from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.metrics import front_metrics
@@ -40,7 +35,6 @@ from starling.vllm_compat.admission import Admission, admit, withdraw
 
 logger = init_logger("vllm.starling")
 
-GRACE_TIMEOUTS = 2
 MESSAGE_SECONDS = 60.0
 """How long the caller may take to send a message."""
 
@@ -84,7 +78,7 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     documents = tuple((block.start, block.stop) for block in message.blocks)
     sizes = (message.block_size, message.anchor_size, 0, message.context_end, len(message.token_ids))
     plan = StarPlan(*sizes, replicas=2, documents=documents)
-    if not is_served(plan, page_size):
+    if not is_valid(plan, page_size):
         reason = f"a peer sent a plan that does not fit its prompt, or KV pages of {page_size} tokens: {plan}"
         raise VLLMValidationError(reason, parameter="prompt")
     if documents and planner.engine.document_refusals:
@@ -96,7 +90,7 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     )
 
 
-def is_served(plan: StarPlan, page_size: int) -> bool:
+def is_valid(plan: StarPlan, page_size: int) -> bool:
     """Whether a plan is one that a server makes for its prompt."""
     sizes = (plan.block_size, plan.anchor_size)
     if not 0 < plan.context_end < plan.num_prompt_tokens or not plan.block_size or any(s % page_size for s in sizes):
@@ -117,9 +111,8 @@ class Lease:
 
     def __init__(self, engine: Any, prompt: SplitPrompt) -> None:
         self.engine, self.prompt, self.front = engine, prompt, front_state(engine)
-        self.held = HeldPages(engine, self.front.replica_rpc, prompt.request_id)
         self.under_way: set[asyncio.Future] = set()
-        self.replica = EngineReplica(engine, 0, prompt, self.held, self.under_way)
+        self.replica = EngineReplica(engine, 0, prompt, self.under_way, fails_if_paused=True)
         self.admission: Admission | None = None
         self.prefilling: asyncio.Task | None = None
         self.request_id, self.is_aborted = prompt.request_id, False
@@ -131,7 +124,7 @@ class Lease:
         is_released = False
         self.front.leases.add(self)
         try:
-            _, state = await asyncio.gather(self._check(), self.replica.state())  # between the same two steps
+            _, state = await asyncio.gather(self.replica.check(), self.replica.state())  # between the same two steps
             self.capacity = state["pages"]
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
             request = await context.read()
@@ -163,7 +156,7 @@ class Lease:
         try:
             ends = {self.prefilling, closing}
             while not (await asyncio.wait(ends, timeout=HEALTH_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED))[0]:
-                await self._check()
+                await self.replica.check()
                 await context.write(pb.PrefillPartResponse(alive=pb.Alive()))
             if not closing.done():
                 response = self._response()
@@ -171,15 +164,12 @@ class Lease:
                 await context.write(response)
                 front_metrics().peer_parts.inc()
             while not is_end(message := await closing):
+                if message.WhichOneof("step") == "renew" and self.is_held:
+                    await context.write(pb.PrefillPartResponse(renewed=pb.Renewed()))
                 closing = asyncio.ensure_future(context.read())
             return message
         finally:
             closing.cancel()
-
-    async def _check(self) -> None:
-        """Find out whether the engine answers and makes steps (raises ReplicaUnavailable)."""
-        if await self.replica.is_paused():  # for as long as its operator wants: the caller can compute the part itself
-            raise ReplicaUnavailable("the engine is paused")
 
     def abort(self) -> None:
         """Note that the part was aborted here, by its request's id; the engine ends it."""
@@ -199,8 +189,8 @@ class Lease:
     def _reserve(self, num_tokens: int) -> None:
         """Reserve the memory of a part, or refuse the part: its caller holds memory that others here may wait for."""
         num_pages = min(num_tokens // self.prompt.page_size + 1, self.capacity)
-        self.held.reservation = self.front.reservations.reserve_at_once({0: num_pages}, {0: self.capacity})
-        if self.held.reservation is None:
+        self.replica.reservation = self.front.reservations.reserve_at_once({0: num_pages}, {0: self.capacity})
+        if self.replica.reservation is None:
             raise QueueOverflowError
 
     async def _end(self, broken: bool) -> None:
@@ -212,11 +202,11 @@ class Lease:
             if not self.prefilling.cancelled():
                 self.prefilling.exception()  # the caller got it, unless it has left
         if broken and self.is_held:
-            seconds = GRACE_TIMEOUTS * self.front.replica_rpc.timeout + NOTICE_SECONDS
+            seconds = hold_seconds(self.front.replica_rpc.timeout)
             name = self.prompt.request_id
             logger.warning("%s: the peer that has this prompt is lost: its pages stay held for %g s", name, seconds)
             await until_noticed(seconds)
-        await self.held.release()
+        await self.replica.release()
         if self.admission is not None:
             withdraw(self.engine, self.admission)
 

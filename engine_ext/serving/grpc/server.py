@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
-from starling.engine_ext.front.peers import Peers
+from starling.engine_ext.front.peers import PeerDirectory
 from starling.engine_ext.serving.grpc import admin as admin_service
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
@@ -71,7 +71,7 @@ class Front:
             replica_pb2_grpc.add_ReplicaServiceServicer_to_server(replica, self.server)
         names = (SERVICE, admin_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
-        self.peers: Peers | None = None  # that this server looks for while it serves
+        self.peers: PeerDirectory | None = None  # that this server looks for while it serves
         self.engine_died = False
         self.port: int | None = None
         self._watchdog: asyncio.Task | None = None

@@ -26,26 +26,30 @@ class DescribeResponse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., properties: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class PrefillPartRequest(_message.Message):
-    __slots__ = ("prompt", "part", "release")
+    __slots__ = ("prompt", "part", "release", "renew")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
     prompt: Prompt
     part: Part
     release: Release
-    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+    renew: Renew
+    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ...) -> None: ...
 
 class PrefillPartResponse(_message.Message):
-    __slots__ = ("state", "alive", "held", "aborted")
+    __slots__ = ("state", "alive", "held", "aborted", "renewed")
     STATE_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
+    RENEWED_FIELD_NUMBER: _ClassVar[int]
     state: PromptState
     alive: Alive
     held: HeldPart
     aborted: PartAborted
-    def __init__(self, state: _Optional[_Union[PromptState, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., held: _Optional[_Union[HeldPart, _Mapping]] = ..., aborted: _Optional[_Union[PartAborted, _Mapping]] = ...) -> None: ...
+    renewed: Renewed
+    def __init__(self, state: _Optional[_Union[PromptState, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., held: _Optional[_Union[HeldPart, _Mapping]] = ..., aborted: _Optional[_Union[PartAborted, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("request_id", "token_ids", "block_size", "anchor_size", "context_end", "cache_salt", "priority", "blocks")
@@ -87,6 +91,10 @@ class Release(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Renew(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class PromptState(_message.Message):
     __slots__ = ("cached", "has_anchor", "queued_tokens")
     CACHED_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +110,10 @@ class Alive(_message.Message):
     def __init__(self) -> None: ...
 
 class PartAborted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Renewed(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

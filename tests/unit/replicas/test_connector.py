@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +15,20 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from starling.replicas import core_rpc
+from starling.replicas import clock, core_rpc
 from starling.replicas.connector import StarConnector
 from starling.replicas.metadata import PageLoad, PageLoads, PageRead, WorkerAddress
 from starling.replicas.page_transfer import TransferError, layout_mismatch
 from starling.replicas.replica_state import replica_state
 from starling.replicas.worker_connector import WorkerConnector
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
+from starling.scheduler.star.request_metadata import (
+    PageFetch,
+    PageSource,
+    PromptPart,
+    RequestMetadata,
+    metadata_of,
+)
 from starling.scheduler.star_scheduler import StarScheduler
 from tests.unit.scheduler.simulation import PAGE_SIZE, answer, make_request, make_scheduler, run_to_end
 from tests.unit.scheduler.test_star_scheduler import config  # noqa: F401
@@ -185,6 +192,33 @@ def test_a_request_whose_fetch_is_cancelled_computes_the_pages(scheduler, begun)
     scheduler.connector.release(["mine"])
     assert free_pages(scheduler) == 39
     assert not scheduler.connector.connector_scheduler._cancelled
+
+
+@pytest.mark.parametrize(
+    ("now", "extended", "fetches"),
+    [(100, None, True), (101, None, False), (101, 150, True), (151, 150, False)],
+    ids=["in time", "late", "in the extended time", "behind that"],
+)
+def test_a_fetch_begins_until_its_deadline_or_not_at_all(scheduler, monkeypatch, now, extended, fetches):
+    monkeypatch.setattr(clock, "now", lambda: now)
+    scheduler.add_request(part("mine", 0, 128))
+    run_to_end(scheduler)
+    core = object.__new__(EngineCore)
+    core.scheduler = scheduler
+    fetch = replace(metadata_of(whole("whole", 128, [21, 22, 30, 31, 32])).fetch, deadline=100)
+    scheduler.add_request(make_request("whole", PLAN, 300, metadata=RequestMetadata(fetch=fetch)))
+    if extended:
+        core_rpc._extend_fetch(core, ["whole", "unknown"], extended)
+    if fetches:
+        (load,) = scheduler.schedule().kv_connector_metadata.loads
+        assert load.deadline == (extended or 100)
+        scheduler.finish_requests("whole", RequestStatus.FINISHED_ABORTED)
+        no_forward(scheduler, finished_recving={"whole"})
+    else:
+        assert run_to_end(scheduler) == 300 - 128 + 2
+    scheduler.connector.release(["mine"])
+    assert free_pages(scheduler) == 39
+    assert not scheduler.connector.connector_scheduler._deadlines
 
 
 @pytest.mark.parametrize("own", [0, 64])

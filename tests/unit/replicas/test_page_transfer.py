@@ -147,14 +147,14 @@ class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def read(self) -> float:
         return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(page_transfer, "time", made)
+    monkeypatch.setattr(page_transfer.clock, "now", made.read)
     return made
 
 
@@ -175,6 +175,36 @@ def test_a_source_that_times_out_is_disconnected_and_can_be_read_again(pair, clo
     reader.begin(again, other.address(), 1, [5], [6])
     wait(reader, again)
     assert torch.equal(ours["layer.1"].view(PAGES, -1)[6], theirs["layer.1"].view(PAGES, -1)[5])
+
+
+def test_no_read_begins_after_the_deadline(pair, clock, monkeypatch):
+    """This process has stood still for two minutes since its engine has looked at the clock."""
+    ours, _, reader, other = pair
+    before = {name: cache.clone() for name, cache in ours.items()}
+    initialize, posted = reader.agent.initialize_xfer, []
+
+    def stand_still(*args):
+        clock.now += 120
+        return initialize(*args)
+
+    monkeypatch.setattr(reader.agent, "initialize_xfer", stand_still)
+    monkeypatch.setattr(reader.agent, "transfer", posted.append)
+    transfer = Transfer(deadline=clock.now + 40)
+    with pytest.raises(TransferError, match="theirs may have released the pages"):
+        reader.begin(transfer, other.address(), 1, [3, 4], [2, 3])
+    reader.cancel(transfer)
+    assert not posted and not reader.stuck
+    assert all(torch.equal(ours[name], before[name]) for name in ours)
+
+
+def test_a_read_that_has_begun_in_time_goes_on_behind_the_deadline(pair, clock, monkeypatch):
+    ours, theirs, reader, other = pair
+    monkeypatch.setattr(page_transfer, "FIRST_WAVE_BYTES", 1)  # a page at a time
+    transfer = Transfer(deadline=clock.now)
+    reader.begin(transfer, other.address(), 1, range(PAGES), range(PAGES))
+    clock.now += 1
+    wait(reader, transfer)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_slow_transfer_that_makes_progress_does_not_time_out(pair, clock, monkeypatch):
@@ -208,10 +238,10 @@ def test_of_two_sources_the_one_that_times_out_is_found(clock):
         transfer=lambda handle: "PROC",
     )
     reader.stuck, reader.holds = [], SimpleNamespace(free_answer=lambda answer: None)
-    reader.peers, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
+    reader.connected, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
     reader._descriptors = lambda *_: (None, None)
     transfer = Transfer()
-    for name in reader.peers:
+    for name in reader.connected:
         read = SourceRead({"name": name}, 1, range(2**50), range(2**50), 1)
         transfer.reads.append(read)
         reader._begin_read(read, reader._wave)

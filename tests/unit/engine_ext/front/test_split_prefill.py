@@ -16,7 +16,7 @@ from vllm.exceptions import QueueOverflowError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.front import engine_replica, split_prefill
+from starling.engine_ext.front import end_of_reads, engine_replica
 from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.front.split_prefill import planned_split
 from starling.engine_ext.front.state import front_state
@@ -234,7 +234,7 @@ def test_pages_are_released_once_every_choice_has_its_first_token(simulate):
 
 def test_a_request_that_ends_while_its_pages_are_released_leaves_none(simulate, monkeypatch):
     async def scenario(server):
-        look = split_prefill.request_state
+        look = end_of_reads.request_state
 
         def end_at_the_first_token(engine, name):
             """Cancel the task that looks, as the request's end does."""
@@ -243,7 +243,7 @@ def test_a_request_that_ends_while_its_pages_are_released_leaves_none(simulate, 
                 asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)
             return state
 
-        monkeypatch.setattr(split_prefill, "request_state", end_at_the_first_token)
+        monkeypatch.setattr(end_of_reads, "request_state", end_at_the_first_token)
         await server.generate(TOKENS, STAR, max_tokens=20)
 
     simulate(scenario)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from starling.engine_ext.front import engine_replica, peer_replica, peers
+from starling.engine_ext.front import end_of_reads, engine_replica, peer_replica, peers
 from starling.engine_ext.front.peers import own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc import replica as replica_service
@@ -35,6 +35,7 @@ def times(monkeypatch):
     """Checks of health come soon, and no limit of time passes on a slow machine."""
     monkeypatch.setattr(engine_replica, "HEALTH_CHECK_SECONDS", 0.1)
     monkeypatch.setattr(replica_service, "HEALTH_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(end_of_reads, "RENEW_SECONDS", 0.1)
     monkeypatch.setattr(peer_replica, "STATE_SECONDS", 300)
     for name in ("DESCRIBE_SECONDS", "RESOLVE_SECONDS"):
         monkeypatch.setattr(peers, name, 300)

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from starling.config.replicas import ReplicaOptions
-from starling.engine_ext.front.peers import Peers, own_identity
+from starling.engine_ext.front.peer_replica import PeerReplica
+from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
 from tests.unit.engine_ext.front.simulation import STAR, Server
@@ -28,10 +29,10 @@ class Pod:
     def replica(self):
         return self.server.replicas[0]
 
-    async def find(self, entries: str, key: str = KEY, credentials=None) -> Peers:
+    async def find(self, entries: str, key: str = KEY, credentials=None) -> PeerDirectory:
         """Look for peers once, and use them."""
         options = ReplicaOptions(peers=entries, timeout=TIMEOUT)
-        found = Peers(options, await own_identity(self.server.engine, self.state.replica_rpc), key, credentials)
+        found = PeerDirectory(options, await own_identity(self.server.engine, self.state.replica_rpc), key, credentials)
         await found.refresh()
         self.state.set_peers(found)
         return found
@@ -46,3 +47,8 @@ async def until(condition: Callable[[], object]) -> None:
 async def held_by(pod: Pod) -> None:
     """Wait until a pod holds pages for another one."""
     await until(lambda: pod.replica.held)
+
+
+def session_of(pod: Pod) -> PeerReplica:
+    """The call to a pod's one peer, for its one prompt."""
+    return pod.state.split_requests._requests[0].replicas[1]

@@ -18,8 +18,9 @@ from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.serving.grpc import replica as replica_service
 from starling.replicas.core_rpc import CANCEL_FETCH, RELEASE
 from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY
 from starling.v1 import replica_pb2 as pb
-from tests.unit.engine_ext.front.peers.pods import ADDRESS, AUTO, TIMEOUT, Pod, held_by, until
+from tests.unit.engine_ext.front.peers.pods import ADDRESS, AUTO, TIMEOUT, Pod, held_by, session_of, until
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS, sent
 from tests.unit.scheduler.simulation import random_ids
 
@@ -75,6 +76,40 @@ def test_a_peer_that_is_paused_is_not_waited_for(run_pods, moment):
     run_pods(scenario)
 
 
+@pytest.mark.parametrize("moment", ["during its part", "before the fetch"])
+def test_a_peer_does_not_hold_pages_for_a_server_that_is_paused(run_pods, moment):
+    """The prompt is computed where it was asked for, once that server's operator resumes it."""
+
+    async def scenario(a, b):
+        add_request = a.server.client.add_request_async
+
+        async def stop_and_add(request) -> None:
+            if "fetch" in request.sampling_params.extra_args.get(KEY, ()):
+                a.replica.running.clear()
+            await add_request(request)
+
+        a.server.client.add_request_async = stop_and_add
+        running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
+        if moment == "during its part":
+            await until(lambda: a.replica.work)
+            a.replica.running.clear()
+        else:
+            await until(lambda: a.replica.work and not a.replica.running.is_set())
+        await held_by(b)
+        a.replica.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        a.replica.running.set()
+        await until(lambda: not b.replica.held and not b.state.leases)
+        await until(lambda: not a.state.reservations.reserved.total())
+        assert not running.done()
+        a.replica.scheduler.set_pause_state(PauseState.UNPAUSED)
+        a.replica.woken.set()
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert a.replica.fetched == []
+
+    run_pods(scenario)
+
+
 def test_a_peer_that_hangs_before_the_parts_is_not_waited_for(run_pods, monkeypatch):
     monkeypatch.setattr(peer_replica, "STATE_SECONDS", 0.2)
 
@@ -98,9 +133,9 @@ def test_pages_stay_held_when_the_call_breaks_until_the_other_server_must_have_n
         a.replica.loads_arrive = False
         running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
         await until(lambda: a.replica.fetched)
-        (session,) = a.state.split_requests._requests[0].peers
+        session = session_of(a)
         await b.front.server.stop(None)  # all of its calls break
-        await until(lambda: session.has_failed)
+        await until(lambda: session.has_lost_pages)
         outputs = await running  # what was not fetched is computed here
         assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
         assert a.server.calls(CANCEL_FETCH)
@@ -173,13 +208,13 @@ def test_an_engine_that_hangs_while_a_peer_is_lost_fetches_nothing_when_it_is_ba
         a.replica.loads_arrive = False
         running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
         await until(lambda: a.replica.fetched)
-        (session,) = a.state.split_requests._requests[0].peers
+        session = session_of(a)
         a.replica.running.clear()
         a.state.replica_rpc.timeout = 0.2
         with pytest.raises(ReplicaTimeout):  # from now on it counts as unresponsive
             await a.state.replica_rpc.call(a.server.engine, 0, RELEASE, [])
         await b.front.server.stop(None)
-        await until(lambda: session.has_failed)
+        await until(lambda: session.has_lost_pages)
         await until(lambda: a.server.calls(CANCEL_FETCH))
         a.state.replica_rpc.timeout = TIMEOUT
         a.replica.running.set()
@@ -262,10 +297,10 @@ def test_pages_that_are_lost_before_the_request_begins_are_not_fetched(run_pods,
         await until(lambda: a.replica.work)
         a.replica.running.clear()  # its own part ends later
         await held_by(b)
-        (session,) = a.state.split_requests._requests[0].peers
+        session = session_of(a)
         await until(lambda: session._ending is not None)  # it knows that the part is held
         await b.front.server.stop(None)
-        await until(lambda: session.has_failed)
+        await until(lambda: session.has_lost_pages)
         a.replica.running.set()
         await running
         assert a.replica.fetched == []

@@ -23,7 +23,7 @@ def test_a_server_is_not_its_own_peer_and_counts_once(run_pods):
         port = b.address.rpartition(":")[2]
         found = await a.find(f"{a.address},{b.address},localhost:{port}")
         assert len(found.usable) == 1
-        problems = [peer.problem for peer in found.peers.values() if peer.problem]
+        problems = [peer.problem for peer in found.by_address.values() if peer.problem]
         assert "it is this server" in problems
 
     run_pods(scenario)
@@ -41,7 +41,7 @@ def test_only_servers_with_the_same_model_weights_and_versions_are_used(run_pods
         port = await front.start("127.0.0.1:0", None)
         found = await a.find(f"127.0.0.1:{port}")
         assert found.usable == []
-        (peer,) = found.peers.values()
+        (peer,) = found.by_address.values()
         assert peer.problem.startswith("its KV pages can't be used here: weights '")
         await front.stop(0)
 
@@ -52,7 +52,7 @@ def test_only_servers_with_the_same_model_weights_and_versions_are_used(run_pods
 def test_a_server_with_another_key_gets_nothing(run_pods, key):
     async def scenario(a, b):
         found = await a.find(b.address, key=key)
-        (peer,) = found.peers.values()
+        (peer,) = found.by_address.values()
         assert peer.problem.startswith("UNAUTHENTICATED")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await peer.prefill_part().read()
@@ -127,11 +127,11 @@ def test_all_addresses_behind_a_name_are_peers_and_those_that_leave_are_forgotte
 
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
         found = await a.find(f"starling-peers:{port}")
-        assert sorted(found.peers) == [f"127.0.0.1:{port}", f"[::1]:{port}"]
+        assert sorted(found.by_address) == [f"127.0.0.1:{port}", f"[::1]:{port}"]
         assert [peer.address for peer in found.usable] == [b.address]
         behind.remove("127.0.0.1")
         await found.refresh()
-        assert list(found.peers) == [f"[::1]:{port}"]
+        assert list(found.by_address) == [f"[::1]:{port}"]
         assert found.usable == []
 
     run_pods(scenario)

@@ -86,7 +86,7 @@ def test_a_server_without_peers_has_no_such_service(run_pods):
         front = Front(b.server.engine, ["api key"])
         port = await front.start("127.0.0.1:0", None)
         found = await a.find(f"127.0.0.1:{port}", key="api key")
-        (peer,) = found.peers.values()
+        (peer,) = found.by_address.values()
         assert peer.problem.startswith("UNIMPLEMENTED")
         await front.stop(0)
 

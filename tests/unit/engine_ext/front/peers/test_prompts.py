@@ -65,7 +65,7 @@ def test_the_plan_names_the_servers_there_are_now(run_pods):
     async def scenario(a, b):
         planner = a.state.planner
         assert planner.plan(AUTO, PromptFacts(900, random_ids(0, 900))).plan.replicas == 2
-        a.state.peers.peers[b.address].problem = "gone"
+        a.state.peers.by_address[b.address].problem = "gone"
         assert planner.plan(AUTO, PromptFacts(900, random_ids(0, 900))).plan.replicas == 1
         assert planner.plan(AUTO | {"star_replicas": 5}, PromptFacts(900, random_ids(0, 900))).plan.replicas == 1
 

@@ -1,0 +1,111 @@
+"""What a front needs of a replica for one prompt that is split over several: of its own engine or another server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starling.engine_ext.front.kv_reservations import Reservation
+from starling.scheduler.star.request_metadata import PageSource
+
+
+class PartAborted(Exception):
+    """A client has aborted a part of a prompt, by the request's id."""
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """A part that is prefilled; its replica holds the pages.
+
+    Attributes:
+        name: under which the replica holds them.
+        source: where they are.
+        query_addresses: where each tensor-parallel rank takes queries, if the part is a shard.
+    """
+
+    name: str
+    source: PageSource
+    query_addresses: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Replica(Protocol):
+    """One replica, for one prompt.
+
+    Attributes:
+        label: its name in metrics; all other servers have one.
+        home: the replica itself, if it can run the whole request; None: it can prefill a part only.
+        has_lost_pages: whether the pages that it holds, or will hold, may be gone.
+    """
+
+    label: str
+
+    @property
+    def home(self) -> Home | None: ...
+
+    @property
+    def has_lost_pages(self) -> bool: ...
+
+    async def state(self) -> dict[str, Any]:
+        """What replicas/replica_state.py says.
+
+        Without ``pages``: the replica reserves its memory itself. Without ``layout``: it was compared before.
+
+        Raises:
+            ReplicaUnavailable: the replica does not answer.
+        """
+
+    async def prefill(self, first_block: int, stop_block: int) -> HeldPart | None:
+        """Prefill star blocks and hold their pages; None where they have no whole page.
+
+        Raises:
+            ReplicaUnavailable: the replica does not answer.
+            PartAborted: a client has aborted the part.
+        """
+
+    async def renew(self) -> float:
+        """Let the replica hold the pages on; returns until when a fetch of them may begin (replicas/clock.py).
+
+        Raises:
+            ReplicaUnavailable: the pages may be gone.
+        """
+
+    async def release(self) -> None:
+        """Let the replica free what it holds for the prompt, and end the reservation there; raises nothing.
+
+        To be called when no part runs there any more. A second call does nothing.
+        """
+
+
+class Home(Replica, Protocol):
+    """A replica of this server: it can run the whole request, and this server reserves its memory.
+
+    Attributes:
+        reservation: the memory that is reserved there for the prompt; None: none is.
+        has_failed: whether it does not answer.
+    """
+
+    reservation: Reservation | None
+
+    @property
+    def has_failed(self) -> bool: ...
+
+    async def check(self) -> None:
+        """Find out whether the replica goes on with its work.
+
+        Raises:
+            ReplicaPaused: its engine is paused, and memory of another server waits for it.
+            ReplicaUnavailable: it does not answer.
+        """
+
+    async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
+        """Let requests begin to fetch their pages until another time.
+
+        Raises:
+            ReplicaUnavailable: as ``check`` raises it.
+        """
+
+    async def cancel_fetch(self, engine_request_ids: list[str]) -> None:
+        """Let requests fetch nothing more. A replica that hangs does so when it is back: pages may be gone by then."""
+
+    async def settle(self) -> None:
+        """Wait until a request that was ended before reads no more pages; raises nothing."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 M = TypeVar("M", bound=BaseModel)
 
-NUMBER = re.compile(r"(\d{1,15})(?:\.(\d{1,9}))?([kKmM]?)")
+NUMBER = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?([kKmM]?)")
 MULTIPLES = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 
 

@@ -19,7 +19,7 @@ from starling.config.parsing import OptionError, Switch, Tokens, parse_fields, r
 
 Mode = Annotated[Literal["off", "on", "auto"], BeforeValidator(read_switch)]
 
-SHARE = re.compile(r"n/([1-9]\d{0,8})")
+SHARE = re.compile(r"n/([1-9][0-9]{0,8})")
 MAX_SEGMENT_TEXT = 256
 """Characters of the text of a token that starts a document."""
 

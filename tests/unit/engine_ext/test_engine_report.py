@@ -20,6 +20,7 @@ from starling.config.parsing import OptionError
 from starling.engine_ext import engine_core
 from starling.engine_ext.requests import RequestPlanner
 from starling.scheduler.star.facts import PromptFacts
+from starling.scheduler.star.request_metadata import KEY
 from tests.unit.engine_ext.front.simulation import HASH
 from tests.unit.engine_ext.test_activation import engine_config, model  # noqa: F401
 from tests.unit.engine_ext.test_requests import processed
@@ -61,9 +62,7 @@ def start_server(model):  # noqa: F811
 
     def made(star, specs, problems=(None,), **arguments):
         def config():
-            return engine_config(
-                model, block_size=PAGE_SIZE, additional_config={"starling": {"star": star}}, **arguments
-            )
+            return engine_config(model, block_size=PAGE_SIZE, additional_config={"starling": star}, **arguments)
 
         number = arguments.get("data_parallel_size", 1)
         return planner_of(config(), *(start(config(), specs, problems) for _ in range(number)))
@@ -96,11 +95,11 @@ def plan_of(planner, options, length=3000):
 def test_an_engine_that_can_not_run_star_starts_says_so_once_and_refuses_it(
     start_server, mode, specs, problems, reason, warnings
 ):
-    planner = start_server({"mode": mode, "min_tokens": 256}, specs, problems)
+    planner = start_server({"star": mode, "star_min_tokens": 256}, specs, problems)
     assert sum(reason in warning for warning in warnings) == 1
     dense = processed(None, length=3000)
     planner.resolve(dense, None)
-    assert not dense.sampling_params.extra_args
+    assert "plan" not in dense.sampling_params.extra_args[KEY]
     asks = [("on", {"star": "on"}), ("auto", {"star": "auto"})]
     if mode != "off":
         asks.append((mode, {"star_block_size": 256}))
@@ -113,21 +112,21 @@ def test_an_engine_that_can_not_run_star_starts_says_so_once_and_refuses_it(
 
 def test_an_engine_without_one_page_size_does_not_start_with_star_on(start_server):
     with pytest.raises(OptionError, match=r"star='on' is refused: the full-attention layers have no one KV page size"):
-        start_server({"mode": "on"}, WINDOW)
+        start_server({"star": "on"}, WINDOW)
 
 
 def test_an_engine_whose_layers_are_wrapped_runs_star(start_server):
-    planner = start_server({"mode": "on", "block_size": 256}, ONE_GROUP)
-    assert planner.refusals == []
+    planner = start_server({"star": "on", "star_block_size": 256}, ONE_GROUP)
+    assert planner.facts.refusals == ()
     assert plan_of(planner, None).block_size == 256
 
 
-SPLIT = {"mode": "on", "block_size": 256, "replicas": 2, "shards": "on"}
+SPLIT = {"star": "on", "star_block_size": 256, "star_replicas": 2, "star_shards": "on"}
 
 
 @pytest.mark.parametrize(
     ("specs", "star", "replicas", "logged"),
-    [(ONE_GROUP, SPLIT, 2, 0), (TWO_GROUPS, SPLIT, 1, 2), (TWO_GROUPS, SPLIT | {"replicas": "auto"}, 1, 2)],
+    [(ONE_GROUP, SPLIT, 2, 0), (TWO_GROUPS, SPLIT, 1, 2), (TWO_GROUPS, SPLIT | {"star_replicas": "auto"}, 1, 2)],
     ids=["one group", "two groups", "two groups, as many replicas as there are"],
 )
 def test_a_prompt_is_split_only_where_the_kv_caches_of_the_engines_have_one_group(
@@ -151,7 +150,7 @@ def test_an_engine_core_of_vllms_own_reports_nothing(model):  # noqa: F811
     response = msgspec.msgpack.decode(start(config, ONE_GROUP))
     assert response.pop("starling") == {"star": None, "split": None, "block_positions": None}
     planner = planner_of(engine_config(model, additional_config={"starling": {}}), msgspec.msgpack.encode(response))
-    assert planner.refusals == []
+    assert planner.facts.refusals == ()
 
 
 def test_an_engine_without_starling_in_the_same_process_reports_nothing(model, warnings):  # noqa: F811

@@ -192,7 +192,7 @@ def test_the_reason_that_keeps_kv_from_staying_on_its_replica_is_named(reason, m
 def test_keys_are_laid_out_for_vectors_where_a_server_needs_that(star, monkeypatch):
     """Then Starling's attention reads them on processors with AMX too."""
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
-    changes = {"model_config__dtype": torch.bfloat16, "additional_config": {"starling": {"star": star}}}
+    changes = {"model_config__dtype": torch.bfloat16, "additional_config": {"starling": star}}
     assert replica_set(fake_config(**CPU | changes)).shards_refusal is None
 
 

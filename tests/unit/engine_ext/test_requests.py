@@ -275,15 +275,19 @@ def test_rejections_are_counted_by_known_options_only():
         assert counter.labels(label)._value.get() == before + 1
 
 
+DOCUMENTS = {name: value for name, value in CPU.items() if name != "additional_config"}
+DOCUMENTS |= {"model_config__uses_mrope": False}
+
+
 def test_the_text_of_a_token_starts_documents():
-    front = planner(ON, model_config__uses_mrope=False)
+    front = planner(ON, **DOCUMENTS)
     ids = [1] * 40 + [7] + [2] * 19 + [7] + [3] * 4
     options = {"star": "on", "star_segments": "<doc>"}
     assert plan_of(front, options, len(ids), ids).plan.documents == ((0, 40), (48, 68))
     with pytest.raises(VLLMValidationError, match="star_segments='two words' is refused: it is not one token"):
         plan_of(front, options | {"star_segments": "two words"}, len(ids), ids)
     with pytest.raises(VLLMValidationError, match="star_segments='<doc>' is refused: it is not one token"):
-        plan_of(planner(ON, tokenizer=None, model_config__uses_mrope=False), options, len(ids), ids)
+        plan_of(planner(ON, tokenizer=None, **DOCUMENTS), options, len(ids), ids)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,10 @@ def test_own_prompts_with_and_without_answers(tmp_path, capsys):
         (("--base-url", "http://x", "--concurrency", "0"), "concurrency=0 is refused"),
         (("--base-url", "http://x", "--timeout", "-1"), "timeout=-1.0 is refused"),
         (("--base-url", "http://x", "--tasks", "vt,qa_1"), "tasks='qa_1' is refused"),
-        (("--base-url", "http://x", "--tasks", "vt", "--plan", "n/0x"), "plan='n/0x' is refused"),
+        (
+            ("--base-url", "http://x", "--tasks", "vt", "--plan", "n/0x"),
+            "plan='n/0x': star_block_size='n/0x' is refused",
+        ),
         (("model", "--port", "1", "--tasks", "vt"), "--port is refused"),
         (("model", "--api-key", "k", "--tasks", "vt"), "--api-key goes with --base-url"),
     ],

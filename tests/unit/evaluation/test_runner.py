@@ -58,7 +58,8 @@ def test_log_probabilities_follow_the_reference_or_else_dense(answer):
         assert [len(body["prompt"]) for body in forced] == [100, 101, 100, 101]
         assert forced[0]["vllm_xargs"] == {"star": "off"}
         exact = {"star_block_size": 13, "star_anchor_size": 1, "star_overlap_size": 12}
-        assert forced[2]["vllm_xargs"] == forced[3]["vllm_xargs"] == {"star": "on"} | exact
+        expected = [{"star": "on", "star_query_tokens": tokens} | exact for tokens in (50, 51)]
+        assert [body["vllm_xargs"] for body in forced[2:]] == expected
         assert [score.logprob for score in dense.scores] == [-0.7, -0.7]
         assert [score.logprob for score in star.scores] == [-1.2, -1.2]
         assert star.scores[0].top == {ord(followed[0]): -1.2, 1: -0.7, 2: -5.0}
@@ -122,11 +123,14 @@ def test_equal_prompts_share_an_answer_under_both_names():
 
 
 def test_equal_plans_share_an_answer_under_the_name_that_is_asked_for():
-    store, [twin] = Memory(), [parse_plan("N=8")]
+    store, [twin] = Memory(), [parse_plan("B=n/8")]
     with served() as fake:
         run(fake, [prompt("a" * 100)], store=store)
         asked = len(fake.completions)
-        assert [answer.plan for answer in run(fake, [prompt("a" * 100)], plans=[twin], store=store)] == ["dense", "N=8"]
+        assert [answer.plan for answer in run(fake, [prompt("a" * 100)], plans=[twin], store=store)] == [
+            "dense",
+            "B=n/8",
+        ]
         assert len(fake.completions) == asked + 1
 
 

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from starling.config.entry import config_of
 from starling.config.parsing import OptionError
-from starling.config.replicas import parse_replicas, replica_options, split_address, split_peers
+from starling.config.replicas import parse_replicas, split_address, split_peers
 
 
 def config(entry):
@@ -13,15 +14,15 @@ def config(entry):
 
 
 def test_the_timeout_is_30_seconds_by_default():
-    assert replica_options(config({})).timeout == 30
-    assert replica_options(config({"replicas": {"timeout": 2.5}})).timeout == 2.5
+    assert config_of(config({})).replicas.timeout == 30
+    assert config_of(config({"replicas": {"timeout": 2.5}})).replicas.timeout == 2.5
     assert parse_replicas({"timeout": 3}).timeout == 3
 
 
 @pytest.mark.parametrize("value", ["", "soon", 0, -1, float("nan"), float("inf"), True, None])
 def test_a_value_that_is_no_time_is_refused(value):
     with pytest.raises(OptionError, match=f"replicas.timeout={value!r} is refused.*a number above 0"):
-        replica_options(config({"replicas": {"timeout": value}}))
+        config_of(config({"replicas": {"timeout": value}}))
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():

@@ -10,6 +10,7 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
 from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
@@ -111,15 +112,25 @@ def test_the_responses_api_over_another_engine_client_is_vllms(hooked):
 BEAM_REQUESTS = [ChatCompletionRequest, CompletionRequest, TranscriptionRequest, TranslationRequest]
 
 
-@pytest.mark.parametrize("kind", BEAM_REQUESTS)
-def test_a_beam_search_is_seen_as_its_http_request(monkeypatch, kind):
-    seen = []
+OPENAI_REQUESTS = [ChatCompletionRequest, CompletionRequest, ResponsesRequest]
+
+
+@pytest.mark.parametrize("kind", [*BEAM_REQUESTS, ResponsesRequest])
+def test_an_openai_request_is_checked_before_it_becomes_parameters(monkeypatch, kind):
+    checked, beams = [], []
     for each in BEAM_REQUESTS:
         monkeypatch.setattr(each, "to_beam_search_params", lambda self, *args: args)
-    front.on_beam_search(seen.append)
+    for each in OPENAI_REQUESTS:
+        monkeypatch.setattr(each, "to_sampling_params", lambda self, *args: args)
+    front.on_openai_request(checked.append, beams.append)
     request = kind.model_construct()
-    assert request.to_beam_search_params(1, 2) == (1, 2)
-    assert seen == [request]
+    if kind in BEAM_REQUESTS:
+        assert request.to_beam_search_params(1, 2) == (1, 2)
+        assert checked == beams == [request]
+    if kind in OPENAI_REQUESTS:
+        checked.clear(), beams.clear()
+        assert request.to_sampling_params(1, 2) == (1, 2)
+        assert (checked, beams) == ([request], [])
 
 
 def test_the_list_of_models_is_seen_when_it_is_made(monkeypatch):

@@ -27,7 +27,7 @@ RENDERER = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eos_token_id=0,
 
 @pytest.fixture(params=["on", "auto"], autouse=True)
 def default(request, server_config, monkeypatch):
-    star = {"mode": request.param, "block_size": 64, "min_tokens": 100}
+    star = {"star": request.param, "star_block_size": 64, "star_min_tokens": 100}
     monkeypatch.setattr(server_config, "additional_config", {"starling": star})
 
 

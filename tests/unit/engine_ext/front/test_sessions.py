@@ -67,7 +67,8 @@ async def no_pieces() -> AsyncGenerator[StreamingInput, None]:
     yield
 
 
-ON, AUTO = {"mode": "on", "block_size": 64}, {"mode": "auto", "block_size": 64, "min_tokens": 100}
+ON = {"star": "on", "star_block_size": 64}
+AUTO = ON | {"star": "auto", "star_min_tokens": 100}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_what_the_pages_do_not_allow_is_left_out():
 def test_a_server_with_a_candidates_options_makes_its_plans_and_keeps_shorter_prompts_dense(lengths, page_size):
     prompts = prompts_of(*lengths)
     for candidate in default_candidates(prompts, page_size, 64):
-        config = json.loads(json.dumps({"starling": {"star": served_options(candidate.plan, min(lengths))}}))
+        config = json.loads(json.dumps({"starling": served_options(candidate.plan, min(lengths))}))
         star = parse_config(config).star
         for prompt in prompts:
             assert make_plan(len(prompt.token_ids), star, None, page_size) == candidate.numbers[prompt.name]

@@ -69,8 +69,8 @@ def test_a_plan_is_found_and_written_for_a_server(tmp_path, capsys, own):
     assert [row.attended_keys for row in report.candidates] == sorted(row.attended_keys for row in report.candidates)
     options = {"star": "auto", "star_min_tokens": 2000, "star_block_size": "n/4"}
     config = json.loads((out / "additional-config.json").read_text())
-    assert config == report.chosen.additional_config == {"starling": {"star": options}}
-    assert parse_config(config).star.num_blocks == 4
+    assert config == report.chosen.additional_config == {"starling": options}
+    assert parse_config(config).star.block_size == "n/4"
     served_by_flags, _ = parse_serve(["fake", *report.chosen.flags])
     assert served_by_flags.additional_config == config
     flags = "--star auto --star-min-tokens 2000 --star-block-size n/4"
@@ -95,7 +95,7 @@ def test_a_second_run_asks_nothing_again_and_another_budget_uses_the_answers(tmp
         assert (first.looked_at, read(out).looked_at) == ([], ["n/4"])
         warning = "Warning: held-out prompts have been measured in this folder before, under n/4. If those"
         assert warning in capsys.readouterr().out
-        assert tune(fake, out, own, *LOGPROB, "--plan", "N=4") == 0
+        assert tune(fake, out, own, *LOGPROB, "--plan", "B=n/4") == 0
         assert first.chosen.plan not in read(out).looked_at and len(read(out).looked_at) == 1
     with served(models=("other",)) as fake:
         assert tune(fake, out, own, *LOGPROB) == 2
@@ -219,7 +219,7 @@ def test_what_a_refusal_names_is_accepted(own, number):
     ("settings", "plan", "code", "reason"),
     [
         ({"starling": False, "tokenizes": True}, "n/4", 1, "plan='n/4' is refused: Starling is not activated"),
-        ({"defaults": {"overlap_size": 8}}, "n/4", 1, "the server's own star options or its replicas change it"),
+        ({"defaults": {"star_overlap_size": 8}}, "n/4", 1, "the server's own star options or its replicas change it"),
         ({}, "n/4,A=600", 2, "plan='n/4,A=600' is refused: the prompt line 1, of 2000 tokens, can't have it"),
         ({}, "B=1600", 2, "would be dense with it"),
     ],

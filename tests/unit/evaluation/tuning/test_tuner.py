@@ -114,7 +114,7 @@ def test_a_second_search_asks_nothing_again_and_a_smaller_budget_only_what_is_ne
 def test_answers_under_another_spelling_of_a_plan_count_for_the_search():
     store = Memory()
     with served(answer=answers({"n/16": 0.9})) as fake:
-        first = search(fake, 60, 0.1, ("N=16", "O=0,N=4"), store=store)
+        first = search(fake, 60, 0.1, ("B=n/16", "O=0,n/4"), store=store)
         again = search(fake, 60, 0.1, ("n/16", "n/4,O=0"), store=store)
     assert [len(trial.losses) for trial in again.trials] == [len(trial.losses) for trial in first.trials]
     assert (again.chosen.candidate.plan.name, again.held_out) == ("n/4,O=0", [0.0] * 30)
@@ -142,9 +142,9 @@ def test_agreement_counts_other_most_probable_tokens():
 @pytest.mark.parametrize(
     ("defaults", "field"),
     [
-        ({"anchor_size": 2}, "anchor_size 2"),
-        ({"anchor_size": 2, "overlap_size": 3}, "anchor_size 2"),
-        ({"query_tokens": 9}, "context_end"),
+        ({"star_anchor_size": 2}, "anchor_size 2"),
+        ({"star_anchor_size": 2, "star_overlap_size": 3}, "anchor_size 2"),
+        ({"star_query_tokens": 9}, "context_end"),
     ],
 )
 def test_a_server_whose_own_options_change_a_plan_is_refused(defaults, field):
@@ -176,7 +176,7 @@ def test_the_page_of_a_server_is_found(size):
         async with Client(fake.url) as client:
             return await find_page_size(client, prompts_of(2))
 
-    with served(page_size=size, defaults={"block_size": 128}) as fake:
+    with served(page_size=size, defaults={"star_block_size": 128}) as fake:
         assert asyncio.run(found(fake)) == size
     with served(starling=False) as fake, pytest.raises(ServerError, match="Starling is not activated"):
         asyncio.run(found(fake))

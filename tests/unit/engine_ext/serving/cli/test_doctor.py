@@ -18,6 +18,7 @@ from starling.config.star import StarOptions
 from starling.engine_ext import plugin
 from starling.engine_ext.serving.cli import doctor
 from starling.scheduler.star.counts import dense_keys, keys_attended, summary
+from starling.scheduler.star.facts import EngineFacts
 from starling.scheduler.star.plan import StarPlan
 from starling.vllm_compat.versions import vllm_version
 from tests.forks import run_in_fork
@@ -79,7 +80,9 @@ def test_a_prompts_plan_memory_and_work(model):
 )
 def test_whether_the_server_accepts_a_prompt_of_that_length(model, tokens, says):
     config = EngineArgs(model=model, dtype="float32").create_engine_config()
-    assert doctor.prompt_cost(tokens, StarOptions(), doctor.kv_cache(config), None, config)["accepted"] == says
+    assert (
+        doctor.prompt_cost(tokens, StarOptions(), doctor.kv_cache(config), EngineFacts(128), config)["accepted"] == says
+    )
 
 
 @pytest.mark.parametrize(

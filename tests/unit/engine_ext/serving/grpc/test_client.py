@@ -142,7 +142,7 @@ def test_prompts(kind, method, prompt, rendered):
     assert engine.rendered[0][0] == rendered
     params = engine.calls[0].params
     assert (params.max_tokens, params.stop) == (7, ["END"])
-    assert params.extra_args == {"star": "on", "star_block_size": 64}
+    assert params.extra_args == {"star": "on", "star_block_size": "64"}
     if method == "stream":
         assert call.kinds == ["delta", "delta", "final"]
         text = "".join(event.delta.text for event in call.events)

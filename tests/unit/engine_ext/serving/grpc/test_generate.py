@@ -13,6 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from starling.scheduler.star.facts import EngineFacts
 from starling.v1 import inference_pb2 as pb
 from starling.vllm_compat.versions import vllm_version
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, output, result
@@ -201,7 +202,7 @@ def test_capabilities():
 def test_capabilities_say_why_there_is_no_star():
     engine = FakeEngine()
     planner = engine.planner
-    planner.defaults, planner.refusals, planner.page_size = None, ["it is not activated"], None
+    planner.config, planner.facts, planner.page_size = None, EngineFacts(None, ("it is not activated",)), None
     reply = call(engine, "GetCapabilities", pb.GetCapabilitiesRequest())
     assert (reply.star_available, list(reply.star_refusals)) == (False, ["it is not activated"])
     assert not reply.HasField("star_defaults")

@@ -36,7 +36,7 @@ from examples.server import free_ports
 from starling.engine_ext import plugin
 from starling.engine_ext.serving.cli.serve import start_front
 from starling.engine_ext.serving.cli.serve_args import parse, refuse_open_plaintext
-from starling.engine_ext.serving.grpc.options import NO_ADMIN
+from starling.engine_ext.serving.grpc.addresses import NO_ADMIN
 
 IN_PROCESS, GRPC, HTTP = WAYS = ("in process", "gRPC", "HTTP")
 MODEL = "tiny"

@@ -17,7 +17,14 @@ from starling.vllm_compat.bench import add_bench_backend, is_bench
 from starling.vllm_compat.chat import on_chat_request, on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from starling.vllm_compat.engine_core import divide_kv_memory_check
-from starling.vllm_compat.front import on_abort, on_encode, on_generate, on_openai_request, on_processed_request
+from starling.vllm_compat.front import (
+    on_abort,
+    on_encode,
+    on_generate,
+    on_openai_request,
+    on_processed_request,
+    on_request_output,
+)
 from starling.vllm_compat.versions import problem
 
 logger = logging.getLogger("vllm.starling")
@@ -48,7 +55,7 @@ def _hook_in() -> None:
         from starling.engine_ext.chat_segments import add_segments, note_chat_options, wants_segments
         from starling.engine_ext.front.split_prefill import generate_split
         from starling.engine_ext.front.state import abort_split, state_of
-        from starling.engine_ext.requests import begin_beam_search, check_openai_request
+        from starling.engine_ext.requests import begin_beam_search, check_openai_request, plan_of_request
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
             if request.sampling_params is not None:  # else a pooling request
@@ -63,6 +70,7 @@ def _hook_in() -> None:
 
         after_engine_config(vllm_config)
         on_processed_request(resolve)
+        on_request_output(plan_of_request)
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
             on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
             on_encode(with_salt)

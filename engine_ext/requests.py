@@ -17,6 +17,7 @@ from starling.engine_ext.dense_prompts import SESSION, refuse_star_beams, why_de
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.misplaced import refuse_at_top_level
 from starling.engine_ext.planning import PromptPlanner, rejection
+from starling.scheduler.star.counts import star_shape
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
 
@@ -105,6 +106,18 @@ class RequestPlanner(PromptPlanner):
         params.extra_args = rest | {KEY: metadata.to_wire()}
         if not request.resumable:  # a session's last piece, without input, is the one that counts
             front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
+
+
+def plan_of_request(request: Any) -> dict[str, Any] | None:
+    """How the prompt of a processed request is prefilled, as its RequestOutput shows it: None for a pooling request."""
+    params = request.sampling_params
+    wire = (params.extra_args or {}).get(KEY) if params is not None else None
+    if wire is None:
+        return None
+    metadata = RequestMetadata.from_wire(wire)
+    num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    shown = {"attention": "dense", "prompt_tokens": num_tokens} if metadata.plan is None else star_shape(metadata.plan)
+    return shown if metadata.why is None else shown | {"why": metadata.why}
 
 
 def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:

@@ -146,6 +146,35 @@ def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[
     wrap(TranslationRequest, "to_beam_search_params", around_beams)
 
 
+def on_request_output(plan_of: Callable[[Any], Any]) -> None:
+    """Give each RequestOutput the attribute ``star_plan``, which ``plan_of(engine_core_request)`` returned.
+
+    vLLM makes a request's outputs of its RequestState, which keeps nothing of the sampling parameters' extra_args. Goes
+    when a RequestOutput has a place for what a plugin knows of its request.
+    """
+    from vllm.v1.engine.output_processor import RequestState
+
+    def around_state(original: Callable[..., Any]) -> Wrapper:
+        def from_new_request(cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            state = original(cls, tokenizer, request, *args, **kwargs)
+            state.star_plan = plan_of(request)
+            return state
+
+        return from_new_request
+
+    def around_output(original: Callable[..., Any]) -> Wrapper:
+        def make_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, *args, **kwargs)
+            if output is not None:
+                output.star_plan = self.star_plan
+            return output
+
+        return make_request_output
+
+    wrap(RequestState, "from_new_request", around_state)
+    wrap(RequestState, "make_request_output", around_output)
+
+
 def on_serving_models(callback: Callable[[Any, Any], None]) -> None:
     """Call ``callback(engine_client, serving_models)`` when an OpenAI server makes its list of models.
 

@@ -43,20 +43,28 @@ def dense_keys(num_tokens: int) -> int:
     return num_tokens * (num_tokens + 1) // 2
 
 
-def summary(plan: StarPlan) -> dict[str, Any]:
-    """The plan as a response shows it to the client, who knows nothing of padding."""
-    context, tokens = plan.client_starts[-1], num_client_tokens(plan)
+def star_shape(plan: StarPlan) -> dict[str, Any]:
+    """The sizes of a plan as the client is shown them, who knows nothing of padding."""
+    tokens = num_client_tokens(plan)
     return {
+        "attention": "star",
         "star_blocks": len(plan.starts),
         "block_size": plan.block_size,
         "anchor_size": plan.anchor_size,
         "overlap_size": plan.overlap_size,
-        "context_end": context,
+        "context_end": plan.client_starts[-1],
         "prompt_tokens": tokens,
         "replicas": plan.replicas,
         "shards": plan.shards,
         "documents": bool(plan.documents),
         "padding_tokens": plan.num_prompt_tokens - tokens,
+    }
+
+
+def summary(plan: StarPlan) -> dict[str, Any]:
+    """The plan as a response shows it: its sizes, and how many keys it attends to."""
+    context, tokens = plan.client_starts[-1], num_client_tokens(plan)
+    return star_shape(plan) | {
         "keys_attended": keys_attended(plan),
         "dense_keys": dense_keys(tokens),
         "keys_per_context_token": round(context_pairs(plan) / max(context, 1), 1),
@@ -73,7 +81,7 @@ def describe(
         why: as a Decision has it.
     """
     dense: dict[str, Any] = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
-    shown = dense if plan is None else {"attention": "star"} | summary(plan)
+    shown = dense if plan is None else summary(plan)
     count_keys = getattr(model, "prompt_keys", None)
     shown |= count_keys(plan, num_prompt_tokens) if count_keys else {}
     return shown if why is None else shown | {"why": why}

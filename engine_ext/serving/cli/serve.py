@@ -29,8 +29,8 @@ from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
+from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, authority
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
-from starling.engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, authority
 from starling.engine_ext.serving.grpc.prompts import chat_params
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front

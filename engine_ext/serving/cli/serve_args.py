@@ -27,7 +27,7 @@ from starling.config.scheduling import SchedulingOptions
 from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
 from starling.engine_ext.activation import SERVES_PEERS, refuse_rust_front
 from starling.engine_ext.clients import ADMIN_KEY_ENV
-from starling.engine_ext.serving.grpc.options import LOOPBACK, AdminOptions, is_loopback
+from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, is_loopback
 from starling.vllm_compat.config import set_option_help
 
 GRPC_PORT_HELP = (

@@ -13,13 +13,13 @@ from vllm.renderers import ChatParams
 
 from starling.engine_ext.front.peers import PeerDirectory
 from starling.engine_ext.serving.grpc import admin as admin_service
+from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions, authority
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import AuthInterceptor, add_port
 from starling.engine_ext.serving.grpc.client import NoteClient
 from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
-from starling.engine_ext.serving.grpc.options import NO_ADMIN, AdminOptions, authority
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.v1 import admin_pb2_grpc, inference_pb2_grpc, replica_pb2_grpc
 

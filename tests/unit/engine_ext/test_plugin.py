@@ -47,6 +47,7 @@ def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch)
     monkeypatch.setattr(plugin, "on_engine_config", lambda before, after: callbacks.update(after=after))
     monkeypatch.setattr(plugin, "on_server_args", lambda callback: None)
     monkeypatch.setattr(plugin, "on_processed_request", lambda callback: hooks.append("resolve"))
+    monkeypatch.setattr(plugin, "on_request_output", lambda plan_of: hooks.append(plan_of.__name__))
     monkeypatch.setattr(plugin, "on_generate", lambda prepare, around: hooks.append(around.__name__))
     monkeypatch.setattr(plugin, "on_encode", lambda prepare: hooks.append(prepare.__name__))
     monkeypatch.setattr(plugin, "on_openai_request", lambda check, begin: hooks.append(begin.__name__))
@@ -55,7 +56,7 @@ def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch)
     plugin._hook_in()
     callbacks["after"](object.__new__(getattr(arg_utils, kind)), SimpleNamespace(additional_config={}))
     of_servers = ["generate_for_client", "with_salt", "begin_beam_search", "note_chat_options", "add_segments"]
-    assert hooks == ["resolve", *(of_servers if hooked else [])]
+    assert hooks == ["resolve", "plan_of_request", *(of_servers if hooked else [])]
 
 
 def test_pooling_requests_are_not_planned(monkeypatch):
@@ -63,6 +64,7 @@ def test_pooling_requests_are_not_planned(monkeypatch):
     monkeypatch.setattr(plugin, "on_engine_config", lambda before, after: callbacks.update(after=after))
     monkeypatch.setattr(plugin, "on_server_args", lambda callback: None)
     monkeypatch.setattr(plugin, "on_processed_request", lambda callback: callbacks.update(resolve=callback))
+    monkeypatch.setattr(plugin, "on_request_output", lambda plan_of: None)
     plugin._hook_in()
     callbacks["after"](object.__new__(arg_utils.EngineArgs), SimpleNamespace(additional_config={}))
     callbacks["resolve"]("an input processor that is not read", SimpleNamespace(sampling_params=None), None)

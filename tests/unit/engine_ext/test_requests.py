@@ -12,7 +12,13 @@ from starling.attention_backends.attamba.count import prompt_keys
 from starling.engine_ext.call import Call, current_call
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.models.attamba_config import AttambaConfig
-from starling.engine_ext.requests import PLANNED, RequestPlanner, begin_beam_search, check_openai_request
+from starling.engine_ext.requests import (
+    PLANNED,
+    RequestPlanner,
+    begin_beam_search,
+    check_openai_request,
+    plan_of_request,
+)
 from starling.engine_ext.serving.grpc.outputs import final
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.facts import PromptFacts
@@ -373,3 +379,13 @@ def test_a_prompt_that_vllm_changes_after_its_plan_is_planned_again(length):
 def test_the_key_of_metadata_is_refused_before_the_response_starts():
     with pytest.raises(VLLMValidationError, match="starling='mine' is refused: this key is reserved for Starling"):
         planner(ON).prepare({"prompt_token_ids": [1] * 300}, SamplingParams(extra_args={KEY: "mine"}))
+
+
+def test_the_output_of_a_request_says_how_its_prompt_was_prefilled():
+    star, dense = processed(STAR), processed(None)
+    for request in (star, dense):
+        planner(ON).resolve(request, None)
+    assert plan_of_request(dense) == {"attention": "dense", "prompt_tokens": 300, "why": "star is off"}
+    shown = plan_of_request(star)
+    assert (shown["attention"], shown["star_blocks"], shown["context_end"]) == ("star", 3, 150)
+    assert plan_of_request(SimpleNamespace(sampling_params=None)) is None  # a pooling request

@@ -102,7 +102,7 @@ class FakeServer:
         plan = make_plan(num_tokens, self.defaults, xargs, self.page_size) if self.engages else None
         if plan is None:
             return {"attention": "dense", "prompt_tokens": num_tokens}
-        return {"attention": "star"} | summary(plan)
+        return summary(plan)
 
 
 class Listening(ThreadingHTTPServer):

@@ -16,7 +16,7 @@ from vllm.entrypoints.speech_to_text.transcription.protocol import Transcription
 from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 from vllm.exceptions import RetryableRequestError
 from vllm.sampling_params import BeamSearchParams, SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, output_processor
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
@@ -329,3 +329,19 @@ def test_a_callback_runs_before_the_engine_shuts_down():
     front.before_shutdown(engine, lambda: events.append("callback"))
     engine.shutdown(timeout=3)
     assert events == ["callback", 3]
+
+
+def test_each_output_of_a_request_has_its_plan(monkeypatch):
+    class State:
+        @classmethod
+        def from_new_request(cls, tokenizer, request, **more):
+            return cls()
+
+        def make_request_output(self, tokens):
+            return SimpleNamespace(tokens=tokens) if tokens else None
+
+    monkeypatch.setattr(output_processor, "RequestState", State)
+    front.on_request_output(lambda request: f"plan of {request}")
+    state = State.from_new_request("tokenizer", "me", prompt=None)
+    assert vars(state.make_request_output([1])) == {"tokens": [1], "star_plan": "plan of me"}
+    assert state.make_request_output([]) is None

@@ -10,11 +10,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from starling.engine_ext.serving.grpc.addresses import AdminOptions
 from starling.engine_ext.serving.grpc.arrivals import HEALTH_OF_HOST, Arrivals
 from starling.engine_ext.serving.grpc.auth import host_of
 from starling.engine_ext.serving.grpc.inference import SERVICE
 from starling.engine_ext.serving.grpc.limits import MAX_ADMIN_BYTES, MAX_REQUEST_BYTES, MAX_STREAMS
-from starling.engine_ext.serving.grpc.options import AdminOptions
 from starling.engine_ext.serving.grpc.server import Front
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc

@@ -15,9 +15,9 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValida
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from examples.server import free_ports
+from starling.engine_ext.serving.grpc.addresses import AdminOptions
 from starling.engine_ext.serving.grpc.auth import server_credentials
 from starling.engine_ext.serving.grpc.inference import SERVICE
-from starling.engine_ext.serving.grpc.options import AdminOptions
 from starling.engine_ext.serving.grpc.server import Front
 from starling.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from starling.v1 import inference_pb2 as pb

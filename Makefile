@@ -47,7 +47,7 @@ export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
 export NO_PROXY := $(no_proxy)
 
 .PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed tests-installed test-next unit stateful lint lint-docker layers types docs names \
-	check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
+	option-tables check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -235,6 +235,9 @@ docs: env ## build the documentation site into build/docs; a broken link is an e
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@! grep -rEo --include '*.html' '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//[^>]*' build/docs || \
 	{ echo 'docs: the site loads files from other sites'; exit 1; }
+
+option-tables: env ## write the tables of options in docs/*.md, from the models of the options
+	$(BIN)/python .ci/option_tables.py
 
 wheel: env ## build the wheel into dist/
 	uv=$$(command -v uv || echo $(BIN)/uv) && "$$uv" build --quiet --wheel $(LOCKED_BUILD) --out-dir dist

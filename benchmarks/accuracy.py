@@ -1,10 +1,9 @@
 """What Star Attention costs in answers: `python -m benchmarks.accuracy models/NAME --length 2048`.
 
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
-overlap at the same number of keys, half an anchor and half an overlap, and A = B with positions of a block's own. Goes
-on where an earlier run of the same model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which
-docs/star-accuracy.md shows, and the rows of `starling doctor` in evaluation/measured.json, of results with
-at least 100 prompts.
+overlap at the same number of keys, and half an anchor and half an overlap. Goes on where an earlier run of the same
+model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the
+rows of `starling doctor` in evaluation/measured.json, of results with at least 100 prompts.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
 TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"
 PAGE_SIZE, QUERY_TOKENS, LOGPROBS = 32, 128, 4
 SIZES = ("star_block_size", "star_anchor_size", "star_overlap_size")
+OWN_POSITIONS = "P=block"
+"""In the name of a plan of older results: A = B, but with positions of a block's own. No request can ask for it now."""
 LEAST_PROMPTS = 100  # over all tasks, of the plans that `starling doctor` shows
 CELL_FIELDS = ("prompts", "attended_keys", "dense_score", "score", "difference", "logprob_difference", "kl")
 ENGINE = ("--block-size", str(PAGE_SIZE), "--max-num-batched-tokens", "2048", "--enforce-eager")
@@ -55,9 +56,8 @@ def half_anchor(name: str) -> str:
     return f"B={block},A={half},O={block - half},Q={QUERY_TOKENS}"
 
 
-def own_positions(name: str) -> str:
-    """The paper's plan of that name, but with positions of a block's own."""
-    return name.replace("O=0", "P=block")
+def has_own_positions(name: str) -> bool:
+    return OWN_POSITIONS in name.split(",")
 
 
 def evaluation(results: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def measured_rows(model: str, evaluation: dict[str, Any]) -> list[dict[str, Any]
     (tokens,) = evaluation["setup"]["lengths"]
     for cell in evaluation["cells"]:
         options = evaluation["setup"]["plans"][cell["plan"]]
-        if cell["task"] != ALL or cell["plan"] == DENSE.name or "star_positions" in options:
+        if cell["task"] != ALL or cell["plan"] == DENSE.name or has_own_positions(cell["plan"]):
             continue
         if cell["prompts"] < LEAST_PROMPTS:
             continue
@@ -136,10 +136,10 @@ def logprob_loss(dense: Answer, other: Answer) -> float:
 
 def described(name: str) -> str:
     """A plan in words."""
+    if has_own_positions(name):
+        return "positions of a block's own"
     options = parse_plan(name).options
     block, anchor = options["star_block_size"], options["star_anchor_size"]
-    if "star_positions" in options:
-        return "positions of a block's own"
     if anchor == block:
         return "A = B"
     return "half an anchor and half an overlap" if name == half_anchor(name) else "an overlap"
@@ -197,9 +197,6 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
     parser.add_argument("--parts", type=int, nargs="+", default=[4, 8, 16], help="n/B (%(default)s)")
     parser.add_argument(
-        "--own", type=int, nargs="*", default=[8], help="n/B with positions of a block's own (%(default)s)"
-    )
-    parser.add_argument(
         "--half", type=int, nargs="*", default=[8], help="n/B with half an anchor, half an overlap (%(default)s)"
     )
     parser.add_argument("--prompts-per-cell", type=int, default=13, help="prompts of each task (%(default)s)")
@@ -210,15 +207,10 @@ def main() -> int:
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
     command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     names = plans(args.length, args.parts)
-    more = [
-        (paper, change(paper))
-        for parts, change in ((args.half, half_anchor), (args.own, own_positions))
-        for paper in plans(args.length, parts)[::2]
-        if paper in names
-    ]
-    pairs = [*zip(names[::2], names[1::2], strict=True), *more]
-    pairs += [(names[names.index(paper) + 1], other) for paper, other in more if other == half_anchor(paper)]
-    names += [name for _, name in more]
+    halves = [(paper, half_anchor(paper)) for paper in plans(args.length, args.half)[::2] if paper in names]
+    pairs = [*zip(names[::2], names[1::2], strict=True), *halves]
+    pairs += [(names[names.index(paper) + 1], half) for paper, half in halves]
+    names += [half for _, half in halves]
     for plan in names:
         command += ["--plan", plan]
     command += ["--logprobs", str(LOGPROBS), "--out", str(FOLDER / name), *ENGINE, *args.serve]

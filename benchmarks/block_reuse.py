@@ -2,8 +2,8 @@
 
 Compares Star Attention that reuses blocks at any position with vLLM's prefix cache, under dense and under Star
 Attention. Each repetition replaces another token of the middle document, or inserts one more token, and runs all
-configurations one after the other. For the inserted token, Star Attention also runs with aligned segments: each
-document starts with a mark. Writes results/block_reuse.json and .png. Takes about 8 minutes.
+configurations one after the other. For the inserted token, Star Attention also runs with documents, whose blocks are
+reused wherever they stand. Writes results/block_reuse.json and .png. Takes about 8 minutes.
 """
 
 from __future__ import annotations

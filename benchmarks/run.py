@@ -44,7 +44,6 @@ FULL: dict[str, str] = {
     "block_positions": "",
     "fairness": "",
     "agents": "",
-    "segment_padding": "",
     "accuracy": "models/smollm2-135m-instruct",
     "approximations": "models/smollm2-135m-instruct",
     "anchors": "models/smollm2-135m-instruct --documents 6 --question-documents 6",

@@ -27,8 +27,8 @@ def read_number(value: Any) -> Any:
 
 
 def read_switch(value: Any) -> Any:
-    """`on` or `off` for a JSON boolean, and words in any case. Else the value itself."""
-    if isinstance(value, bool):
+    """`on` or `off` for a JSON boolean, of which vLLM makes 1 or 0, and words in any case. Else the value itself."""
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
         return "on" if value else "off"
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return "on" if value.strip().lower() == "true" else "off"

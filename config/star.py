@@ -75,8 +75,8 @@ class StarOptions(BaseModel):
     segments: Literal["auto", "off"] | SegmentText | Offsets | None = Field(
         default=None,
         description="where documents start, whose cached KV is used wherever they stand in a prompt: auto, at the "
-        "messages of a chat; the text of the token that starts one, such as <file_sep>; or, in a request, a list of "
-        "token offsets",
+        "messages of a chat; the text of the token that starts one, such as <file_sep>; in a request, a list of token "
+        "offsets; off, the default: nowhere",
     )
     replicas: ReplicaCount = Field(
         default="auto",

@@ -125,135 +125,141 @@ def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
     return f"{which} run on an attention backend that is not wrapped, with the metadata builders {names}"
 
 
+@extends(WorkerBase)
+class StarWorker:
+    """Mixed into a platform's worker, before it: runs star requests."""
+
+    # vLLM's own.
+    rank: int
+    vllm_config: Any
+    model_runner: Any
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.star_refusals = star_refusals(vllm_config)
+        self.star_problem: str | None = None
+        self.block_positions_problem: str | None = None
+        self.rotations: dict[str, Rotation] | None = None
+        self.is_warming_up = False
+        register_backends(vllm_config, self.star_refusals)
+        if has_peers(vllm_config):
+            note_weights()
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        self.star_requests = StarRequests()
+        self.counts_rows = self.rank == 0
+        replica = str(vllm_config.parallel_config.data_parallel_index)
+        self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
+        replica_metrics()  # on /metrics also where no page is ever moved
+
+    def init_device(self) -> Any:
+        result = super().init_device()  # type: ignore[misc]
+        unlink_shared_memory(self.rank)
+        keep_request_ids(self.model_runner)
+        return result
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
+        if not self.star_refusals:
+            self._check_layers()
+        return result
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's; the V2 model runner's warm-up calls ``execute_model`` with requests of its own."""
+        self.is_warming_up = True
+        try:
+            return super().compile_or_warm_up_model()  # type: ignore[misc]
+        finally:
+            self.is_warming_up = False
+
+    def _check_layers(self) -> None:
+        """Find out whether the loaded model's layers can run star rows; engine_report.py asks for the result.
+
+        Raises:
+            RuntimeError: they can't, and star is on by default.
+        """
+        builders = metadata_builders(self.model_runner)
+        self.star_problem = unsplit_layers(builders)
+        if self.star_problem is not None:
+            config = config_of(self.vllm_config)
+            if config is None or config.star.mode == "on":
+                raise RuntimeError(self.star_problem)
+            return
+        if self.vllm_config.device_config.device_type == "cpu" or block_positions_in_use():
+            full = (layers for builder, layers in builders if getattr(builder, "takes_star", False))
+            self._check_block_positions([name for layers in full for name in layers])
+        star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
+        # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
+        total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
+        if star < total:
+            logger.info_once("Star Attention runs on the %d full-attention layers of %d", star, total)
+
+    def _check_block_positions(self, layer_names: list[str]) -> None:
+        """Find out whether these layers can attend to blocks with positions of their own.
+
+        Raises:
+            RuntimeError: they can't, and prompts have such blocks by default.
+        """
+        model = self.model_runner.get_model()
+        device_type = self.vllm_config.device_config.device_type
+        hidden_size = self.vllm_config.model_config.get_hidden_size()
+        self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
+        if self.block_positions_problem is None:
+            if block_positions_in_use():
+                self._made_rotations()
+            # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
+            model.register_forward_pre_hook(set_positions, with_kwargs=True)
+            model.register_forward_hook(restore_positions, always_call=True)
+            return
+        config = config_of(self.vllm_config)
+        if config is not None and block_positions_in_use() and config.star.mode != "off":
+            raise RuntimeError(f"star_segments={config.star.segments}: {self.block_positions_problem}")
+
+    def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:
+        """Layer name -> how its queries are turned to the positions of a block, where a plan needs it."""
+        needed = any(plan.documents for plan in plans)
+        return self._made_rotations() if needed else self.rotations
+
+    def _made_rotations(self) -> dict[str, Rotation]:
+        """Layer name -> how its queries are turned; made at its first use."""
+        if self.rotations is None:
+            max_model_len = self.vllm_config.model_config.max_model_len
+            self.rotations = make_rotations(self.model_runner.get_model(), max_model_len)
+        return self.rotations
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.counts_rows and not self.is_warming_up:
+            self.computed_tokens.inc(scheduler_output.total_num_scheduled_tokens)
+        plans = self.star_requests.update(scheduler_output)
+        if not plans:
+            return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        held = self.star_requests.metadata
+        remote = {name: shards for name in plans if (shards := held[name].remote) is not None}
+        step = StarStep(
+            plans,
+            scheduler_output.num_scheduled_tokens,
+            functools.partial(batch_request_ids, self.model_runner),
+            count_rows if self.counts_rows else lambda rows: None,
+            remote,
+            kv_connector().remote_attention if remote else None,
+            self._rotations(plans.values()),
+        )
+        with open_step(step):
+            return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
+    def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
+        return kv_connector().open_shard(name, page_ids, self._made_rotations)
+
+    def close_shards(self, names: list[str]) -> None:
+        kv_connector().close_shards(names)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        with without_discarded_generators(self.model_runner):
+            return super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+
+
 @functools.cache
 def make_star_worker(base: type) -> type:
     """A subclass of a platform's worker that runs star requests."""
-
-    @extends(WorkerBase)
-    class StarWorker(base):
-        def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            self.star_refusals = star_refusals(vllm_config)
-            self.star_problem: str | None = None
-            self.block_positions_problem: str | None = None
-            self.rotations: dict[str, Rotation] | None = None
-            self.is_warming_up = False
-            register_backends(vllm_config, self.star_refusals)
-            if has_peers(vllm_config):
-                note_weights()
-            super().__init__(vllm_config, *args, **kwargs)
-            self.star_requests = StarRequests()
-            self.counts_rows = self.rank == 0
-            replica = str(vllm_config.parallel_config.data_parallel_index)
-            self.computed_tokens = worker_metrics().computed_tokens.labels(replica)
-            replica_metrics()  # on /metrics also where no page is ever moved
-
-        def init_device(self) -> Any:
-            result = super().init_device()
-            unlink_shared_memory(self.rank)
-            keep_request_ids(self.model_runner)
-            return result
-
-        def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
-            result = super().initialize_from_config(*args, **kwargs)
-            if not self.star_refusals:
-                self._check_layers()
-            return result
-
-        def compile_or_warm_up_model(self) -> Any:
-            """As vLLM's; the V2 model runner's warm-up calls ``execute_model`` with requests of its own."""
-            self.is_warming_up = True
-            try:
-                return super().compile_or_warm_up_model()
-            finally:
-                self.is_warming_up = False
-
-        def _check_layers(self) -> None:
-            """Find out whether the loaded model's layers can run star rows; engine_report.py asks for the result.
-
-            Raises:
-                RuntimeError: they can't, and star is on by default.
-            """
-            builders = metadata_builders(self.model_runner)
-            self.star_problem = unsplit_layers(builders)
-            if self.star_problem is not None:
-                config = config_of(self.vllm_config)
-                if config is None or config.star.mode == "on":
-                    raise RuntimeError(self.star_problem)
-                return
-            if self.vllm_config.device_config.device_type == "cpu" or block_positions_in_use():
-                full = (layers for builder, layers in builders if getattr(builder, "takes_star", False))
-                self._check_block_positions([name for layers in full for name in layers])
-            star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
-            # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
-            total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
-            if star < total:
-                logger.info_once("Star Attention runs on the %d full-attention layers of %d", star, total)
-
-        def _check_block_positions(self, layer_names: list[str]) -> None:
-            """Find out whether these layers can attend to blocks with positions of their own.
-
-            Raises:
-                RuntimeError: they can't, and prompts have such blocks by default.
-            """
-            model = self.model_runner.get_model()
-            device_type = self.vllm_config.device_config.device_type
-            hidden_size = self.vllm_config.model_config.get_hidden_size()
-            self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
-            if self.block_positions_problem is None:
-                if block_positions_in_use():
-                    self._made_rotations()
-                # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
-                model.register_forward_pre_hook(set_positions, with_kwargs=True)
-                model.register_forward_hook(restore_positions, always_call=True)
-                return
-            config = config_of(self.vllm_config)
-            if config is not None and block_positions_in_use() and config.star.mode != "off":
-                raise RuntimeError(f"star_segments={config.star.segments}: {self.block_positions_problem}")
-
-        def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:
-            """Layer name -> how its queries are turned to the positions of a block, where a plan needs it."""
-            needed = any(plan.documents for plan in plans)
-            return self._made_rotations() if needed else self.rotations
-
-        def _made_rotations(self) -> dict[str, Rotation]:
-            """Layer name -> how its queries are turned; made at its first use."""
-            if self.rotations is None:
-                max_model_len = self.vllm_config.model_config.max_model_len
-                self.rotations = make_rotations(self.model_runner.get_model(), max_model_len)
-            return self.rotations
-
-        def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.counts_rows and not self.is_warming_up:
-                self.computed_tokens.inc(scheduler_output.total_num_scheduled_tokens)
-            plans = self.star_requests.update(scheduler_output)
-            if not plans:
-                return super().execute_model(scheduler_output, *args, **kwargs)
-            held = self.star_requests.metadata
-            remote = {name: shards for name in plans if (shards := held[name].remote) is not None}
-            step = StarStep(
-                plans,
-                scheduler_output.num_scheduled_tokens,
-                functools.partial(batch_request_ids, self.model_runner),
-                count_rows if self.counts_rows else lambda rows: None,
-                remote,
-                kv_connector().remote_attention if remote else None,
-                self._rotations(plans.values()),
-            )
-            with open_step(step):
-                return super().execute_model(scheduler_output, *args, **kwargs)
-
-        def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:
-            return kv_connector().open_shard(name, page_ids, self._made_rotations)
-
-        def close_shards(self, names: list[str]) -> None:
-            kv_connector().close_shards(names)
-
-        def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-            with without_discarded_generators(self.model_runner):
-                return super().sample_tokens(*args, **kwargs)
-
-    StarWorker.__name__ = StarWorker.__qualname__ = f"Star{base.__name__}"
-    return StarWorker
+    return type(f"Star{base.__name__}", (StarWorker, base), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> type:

@@ -16,7 +16,7 @@ LETTERS = {
 }
 ALLOWED = (
     "dense; default, the server's own star options; n/8, eight star blocks; or sizes in tokens such as "
-    "B=1024,A=1024,O=0,Q=128, and S=auto for the messages of a chat as documents"
+    "B=1024,A=1024,O=0,Q=128, and S= with the text of the token that starts a document"
 )
 
 
@@ -45,7 +45,7 @@ def parse_plan(text: str) -> Plan:
 
     Args:
         text: ``dense``; ``default``; or parts with a comma between them: ``n/8`` or ``B=n/8``; ``B=``, ``A=``, ``O=``,
-            ``Q=`` and a number of tokens; ``S=auto``, or ``S=`` and the text of the token that starts a document.
+            ``Q=`` and a number of tokens; ``S=`` and the text of the token that starts a document.
 
     Raises:
         ValueError: the text is no plan, or its options contradict one another.

@@ -5,7 +5,7 @@ python examples/agent_session.py
 Each turn of the session changes its prompt: a file in the middle is edited and grows, a file is added, a tool's output
 is added or cleared, and in one turn a summary replaces the older conversation. The same prompts are sent dense, with
 vLLM's prefix cache; with Star Attention; and with star_segments, where each file, tool's output and message is a
-segment that is reused wherever it stands. Each of these, and each run, has a cache salt of its own, so it starts cold.
+document that is reused wherever it stands. Each of these, and each run, has a cache salt of its own, so it starts cold.
 The answers in the conversation are written here, not the model's, so that all three get the same prompts.
 
 The example needs a server of `starling serve` with --enable-prompt-tokens-details, such as `make serve`.
@@ -99,7 +99,7 @@ class Session:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the server (default: %(default)s)")
-    parser.add_argument("--mark", default="<file_sep>", help="first token of each segment (default: %(default)s)")
+    parser.add_argument("--mark", default="<file_sep>", help="first token of each document (default: %(default)s)")
     parser.add_argument("--block", type=int, default=512, help="tokens of star's blocks (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=30, help="turns of the session (default: %(default)s)")
     parser.add_argument("--files", type=int, default=6, help="files at the start (default: %(default)s)")

@@ -71,7 +71,7 @@ def over_grpc(server: Server, messages: list[dict[str, str]], star: bool, on_tex
         cache_salt=uuid.uuid4().hex,
     )
     if star:
-        request.star.CopyFrom(pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=STAR_BLOCK_SIZE))
+        request.star.CopyFrom(pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=str(STAR_BLOCK_SIZE)))
     with grpc.insecure_channel(server.grpc) as channel:
         for event in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request):
             on_text(event.delta.text)

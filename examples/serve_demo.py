@@ -36,7 +36,7 @@ def commands(server: Server) -> dict[str, str]:
     generate = {
         "text": "The capital of France is",
         "sampling": {"maxTokens": 16, "temperature": 0},
-        "star": {"mode": "MODE_ON", "blockSize": 128},
+        "star": {"mode": "MODE_ON", "blockSize": "128"},
     }
     python, examples = os.path.relpath(sys.executable), os.path.relpath(ROOT / "examples")
     star = "--star-block-size 128"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PAGE_SIZE = 32
-SEGMENT_TOKEN, PADDING_TOKEN = 256, 10
+SEGMENT_TOKEN = 256
 QUERY = {"star": "on", "star_query_tokens": 40}
 BLOCKS = QUERY | {"star_block_size": 128}
 MESSAGES = {"star": "on", "star_segments": "auto"}

@@ -41,6 +41,7 @@ NOTICE_SECONDS = 2 * PING_SECONDS
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),  # http_proxy of the environment is for other hosts than the peers
     ("grpc.keepalive_time_ms", PING_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", PING_SECONDS * 1000),
     ("grpc.http2.max_pings_without_data", 0),

@@ -52,6 +52,9 @@ def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Can
         ValueError: a prompt can't have this plan or is dense with it, or it would get another one from a server with
             these options.
     """
+    if flat_name("segments") in plan.options:
+        reason = "prompts of documents have costs of their own"
+        raise ValueError(f"plan={plan.name!r} is refused: {reason}. Allowed: plans without S=.")
     request, server = parse_options(plan.options), parse_options(served_options(plan, 0))
     engine = EngineFacts(page_size)
     numbers: dict[str, StarPlan] = {}

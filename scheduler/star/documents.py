@@ -62,13 +62,14 @@ def find_documents(case: Case) -> Documents:
         OptionError: the request asks for documents that the prompt can't have.
     """
     known, value = case.prompt.segments, case.options.segments
-    if known is not None and known.source == "texts":
+    if known is not None and known.source == "texts" and value != "off":
         if case.has("segments"):
             raise _refused(case, "each text of the prompt is a document", f"no {SEGMENTS} beside texts")
         refusals = case.engine.document_refusals
         return Documents(why="; ".join(refusals)) if refusals else Documents(known.starts)
     if not case.asks_for_documents:
-        return Documents()
+        reason = case.instead_of_documents
+        return Documents(why=None if reason is None else f"no documents: {reason}")
     if case.prompt.token_ids is None:
         return _without(case, NOT_TEXT, "off, or a text-only prompt")
     if isinstance(value, tuple):

@@ -33,8 +33,25 @@ class Case:
 
     @property
     def asks_for_documents(self) -> bool:
-        """Whether an option says where documents start."""
-        return self.options.segments not in (None, "off")
+        """Whether an option says where documents start, and the request nothing that these can't have."""
+        return self.options.segments not in (None, "off") and self.instead_of_documents is None
+
+    @property
+    def instead_of_documents(self) -> str | None:
+        """What the request asks for, and the documents that only the server's default asks for can't have."""
+        if self.options.segments in (None, "off") or "segments" in self.given:
+            return None
+        if self.has("block_size") and num_blocks(self.options) is not None:
+            return f"{flat_name('block_size')}={self.options.block_size} is a share of the prompt"
+        if self.has("overlap_size") and self.options.overlap_size:
+            return f"{OVERLAP}={self.options.overlap_size} is the end of the block before"
+        return None
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the request says where documents start; texts do so by themselves."""
+        known = self.prompt.segments
+        return (self.asks_for_documents and self.has("segments")) or (known is not None and known.source == "texts")
 
     @property
     def page(self) -> int:
@@ -101,17 +118,16 @@ def _shards(reason: Callable[[Case], str | None]) -> Callable[[Case], str | None
     return lambda case: reason(case) if case.options.shards == "on" and "shards" in case.given else None
 
 
-def _documents_by_share(case: Case) -> str | None:
-    if num_blocks(case.options) is None or not case.asks_for_documents:
+def _share_of_documents(case: Case) -> str | None:
+    if not (case.has_documents and case.has("block_size") and num_blocks(case.options) is not None):
         return None
-    name = flat_name("block_size")
-    return f"with {name}={case.options.block_size} the borders would move with the length of the prompt"
+    return "the borders of documents would move with the length of the prompt"
 
 
 def _overlap_of_documents(case: Case) -> str | None:
-    if not (case.asks_for_documents and case.has("overlap_size") and case.options.overlap_size):
+    if not (case.has_documents and case.has("overlap_size") and case.options.overlap_size):
         return None
-    return f"with {SEGMENTS}={case.options.segments!r:.80} no block sees the one before it"
+    return "no document sees the one before it"
 
 
 def _query_too_long(case: Case) -> str | None:
@@ -140,7 +156,7 @@ OPTION_RULES = (
         "0",
     ),
     Rule("overlap_size", "with documents", _overlap_of_documents, "0"),
-    Rule("segments", "the block size is a share of the prompt", _documents_by_share, "off, or a star_block_size"),
+    Rule("block_size", "a share of the prompt, with documents", _share_of_documents, "a number of tokens"),
     Rule(
         "segments",
         "the engine can't attend to blocks with positions of their own",

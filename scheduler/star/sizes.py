@@ -37,9 +37,9 @@ def has_default_overlap(options: StarOptions, *, independent: bool) -> bool:
 
 
 def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int, documents: bool) -> int:
-    """B of a prompt; of documents, which no one block size fits, the longest that one may be."""
+    """B of a prompt; of documents, which no one block size fits, the longest that one may be: no share of a prompt."""
     share = num_blocks(options)
-    if share is not None:
+    if share is not None and not documents:
         return max(-(-num_prompt_tokens // (share * page_size)), 1) * page_size
     if isinstance(options.block_size, int):
         return options.block_size

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from collections import Counter
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,7 +16,11 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from starling.config.entry import parse_config
+from starling.config.replicas import KEY_ENV
+from starling.config.star import parse_options
 from starling.engine_ext.serving.cli.main import COMMANDS
+from starling.engine_ext.serving.cli.serve_args import parse
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("*.md", ".github/*.md", "docs/**/*.md", "examples/*.md", "examples/*/*.md")
@@ -119,6 +126,47 @@ def test_commands_name_what_exists(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page):
     assert unknown_paths((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def option_tables():
+    """The module .ci/option_tables.py, which is in no package."""
+    spec = spec_from_file_location("option_tables", ROOT / ".ci/option_tables.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_options_are_those_of_the_models():
+    made, found = option_tables(), Counter()
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert made.with_tables(text) == text, f"{page.name} is out of date: run `make option-tables`"
+        found.update(name for _, name, _ in made.MARKED.findall(text))
+    assert found == Counter(made.TABLES.keys())
+
+
+def test_what_a_rule_allows_is_told_in_words():
+    assert not [rule for rule in option_tables().RULES if set("{}") & set(option_tables().allowed_by(rule))]
+
+
+def servers(text: str) -> list[str]:
+    """The arguments of each `starling serve` in a console block."""
+    blocks = [token.content.replace("\\\n", " ") for token in tokens(text) if token.info == "console"]
+    return [found for block in blocks for found in re.findall(r"\$ .*?\bstarling serve ([^#\n]*)", block)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_servers_and_requests_have_options_that_exist(page, monkeypatch):
+    monkeypatch.setenv(KEY_ENV, "key")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for arguments in servers(text):
+        parse(shlex.split(arguments))
+    for entry in re.findall(r"""(\{"starling": \{[^'`]*\}\})['`]""", text):
+        if "..." not in entry:
+            parse_config(json.loads(entry))
+    for options in re.findall(r'"vllm_xargs": (\{[^{}]*\})', text):
+        if "..." not in options:
+            parse_options(json.loads(options))
 
 
 def test_all_pages_are_read():

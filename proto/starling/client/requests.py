@@ -142,6 +142,7 @@ def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
         if field == "block_size" and value is not None:
             value = str(value)
         if field == "shards" and isinstance(value, str):
+            value = {"true": "on", "false": "off"}.get(value.lower(), value.lower())
             if value not in ("off", "on"):
                 raise ValueError(f"star_shards={value!r} is refused. Allowed: off, on.")
             value = value == "on"

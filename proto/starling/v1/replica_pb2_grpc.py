@@ -67,7 +67,7 @@ class ReplicaServiceServicer:
     def PrefillPart(self, request_iterator, context):
         """Prefills a part of a prompt, and holds the pages of the part until the caller sends `release`. The caller sends the
         prompt, gets its state, and sends which part to prefill. If the call ends without `release`, it is broken. The
-        pages are then held for twice the seconds of --star-replica-timeout and 20 seconds more, since the caller may not
+        pages are then held for twice the seconds of replicas.timeout and 20 seconds more, since the caller may not
         know yet, and still read them. A caller asks with `renew` whether they are held, and begins to read them within a
         time after its question in which they stay held, even if the call breaks right after the answer.
         """

@@ -38,9 +38,8 @@ def test_the_rows_of_doctor_are_those_of_the_results():
 def test_plans_of_equal_blocks_have_equal_keys():
     paper, overlap = accuracy.plans(2048, [8])
     assert (paper, overlap) == ("B=256,A=256,O=0,Q=128", "B=256,A=32,O=224,Q=128")
-    assert accuracy.own_positions(paper) == "B=256,A=256,P=block,Q=128"
     assert accuracy.half_anchor(paper) == accuracy.half_anchor(overlap) == "B=256,A=128,O=128,Q=128"
-    named = [paper, overlap, accuracy.half_anchor(paper), accuracy.own_positions(paper)]
+    named = [paper, overlap, accuracy.half_anchor(paper), "B=256,A=256,P=block,Q=128"]
     assert list(map(accuracy.described, named)) == [
         "A = B",
         "an overlap",

@@ -53,7 +53,7 @@ def test_a_step_takes_longer_with_more_tokens_deeper_tokens_and_more_keys():
 
 
 @pytest.mark.parametrize(
-    "setting", [Setting(), Setting(ours=True), Setting(ours=True, star={"mode": "on", "block_size": 128})]
+    "setting", [Setting(), Setting(ours=True), Setting(ours=True, star={"star": "on", "star_block_size": 128})]
 )
 def test_every_request_of_a_trace_is_played(setting):
     trace = make_trace(SMALL, 3)

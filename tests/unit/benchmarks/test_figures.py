@@ -69,7 +69,7 @@ DENSE, STAR, DECODE = (
 )
 OP = STORED["cpu_attention"]["vllm_over_starling"]
 OP_SECONDS = STORED["cpu_attention"]["seconds"]["bfloat16"][DENSE]
-EDIT = {name: median(runs) for name, runs in STORED["block_reuse"]["seconds"]["one token more"].items()}
+EDIT = {name: median(runs) for name, runs in STORED["block_reuse"]["seconds"]["a token replaced"].items()}
 COST = STORED["dense_cost"]
 PREFILL_COST, DECODE_COST = (COST["ratio_to_plain"][name] for name in ("prefill 4,096 tokens", "decode 48 tokens"))
 INSTALLED, ACTIVATED = "installed, not activated", "activated, dense"
@@ -129,7 +129,7 @@ def outcomes(run: dict[str, Any], *kinds: str) -> int:
 
 
 DROPPED_ROW = "{:.3f} | {:.1f} ({:.1f} to {:.1f}) |"
-EDIT_TIMES = [EDIT[name] for name in ("star, segments aligned", "dense, prefix cache", "star, prefix cache")]
+EDIT_TIMES = [EDIT[name] for name in ("star, blocks reused", "dense, prefix cache", "star, prefix cache")]
 OWN = STORED["block_positions"]["seconds"]
 OWN_TIMES = {name: [median(runs) for runs in times.values()] for name, times in OWN.items()}
 OWN_DECODE = 1 / STORED["block_positions"]["over_ours"]["decode"]["dense"]["median"]

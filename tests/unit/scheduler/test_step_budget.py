@@ -95,7 +95,7 @@ def test_limits_follow_the_defaults_and_the_options():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fairness": 1}, r"scheduler\.fairness=1 is refused: it must be on or off.*int"),
+        ({"fairness": 2}, r"scheduler\.fairness=2 is refused: it must be on or off.*int"),
         ({"fair": "on"}, r"scheduler\.fair='on'.*no such scheduler option.*fairness, long_prompt_tokens"),
         ({"long_prompt_tokens": 0}, r"scheduler\.long_prompt_tokens=0.*a whole number from 1"),
         ({"shared_step_tokens": 1}, r"scheduler\.shared_step_tokens=1.*a whole number from 2"),

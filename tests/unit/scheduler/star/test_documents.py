@@ -238,8 +238,24 @@ def test_a_requests_options_replace_the_servers():
     assert by_offset.documents == ((0, 8), (8, 16), (16, 20), (20, 25))
 
 
-def test_an_overlap_by_default_is_none_of_documents():
-    assert plan(prompt(5, 5), ON, {"star": "on", "star_overlap_size": 4}).overlap_size == 0
+def test_an_overlap_or_a_share_by_default_is_none_of_documents():
+    defaults = {"star": "on", "star_overlap_size": 4, "star_block_size": "n/2"}
+    for made in (plan(prompt(5, 5), ON, defaults), plan(prompt(5, 5), None, defaults, known=TEXTS)):
+        assert (made.overlap_size, made.block_size, len(made.documents)) == (0, 8192, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"star_block_size": "n/4"}, "star_block_size=n/4 is a share of the prompt"),
+        ({"star_overlap_size": 4}, "star_overlap_size=4 is the end of the block before"),
+    ],
+)
+def test_documents_by_default_give_way_to_what_a_request_asks_for(options, reason):
+    defaults = {"star": "on", "star_segments": "<doc>", "star_block_size": BLOCK, "star_query_tokens": 3}
+    made = decided(prompt(9, 9), options, defaults)
+    assert not made.plan.documents and made.why == f"no documents: {reason}"
+    assert made.plan == plan(prompt(9, 9), options | {"star_segments": "off"}, defaults)
 
 
 def test_blocks_are_split_over_as_many_replicas_as_make_the_prompt_faster():
@@ -289,13 +305,10 @@ def test_blocks_are_split_over_the_peers_that_are_there():
         ),
         (
             {"star_block_size": "n/2"},
-            "star_segments='<doc>' is refused: with star_block_size=n/2 the borders would move with the length of the "
-            "prompt. Allowed: off, or a star_block_size.",
+            "star_block_size='n/2' is refused: the borders of documents would move with the length of the prompt. "
+            "Allowed: a number of tokens.",
         ),
-        (
-            {"star_overlap_size": 4},
-            "star_overlap_size=4 is refused: with star_segments='<doc>' no block sees the one before it. Allowed: 0.",
-        ),
+        ({"star_overlap_size": 4}, "star_overlap_size=4 is refused: no document sees the one before it. Allowed: 0."),
         (
             {"star_replicas": 2},
             "star_replicas=2 is refused: this server has 1 (--data-parallel-size, --star-replica-peers). Allowed: auto",
@@ -406,6 +419,9 @@ def test_texts_are_documents_by_themselves():
     for segments in ([4], "auto", "<doc>"):
         with pytest.raises(OptionError, match="is refused: each text of the prompt is a document"):
             plan(ids, {"star": "on", "star_segments": segments}, known=TEXTS)
+    assert not plan(prompt(50, 50), {"star": "on", "star_block_size": 8, "star_segments": "off"}, known=TEXTS).documents
+    with pytest.raises(OptionError, match="star_block_size='n/2' is refused: the borders of documents would move"):
+        plan(ids, {"star": "on", "star_block_size": "n/2"}, known=TEXTS)
     cannot = replace(ENGINE, find_document_refusals=lambda: ("M-RoPE",))
     made = decided(prompt(50, 50), {"star": "on", "star_block_size": BLOCK}, engine=cannot, known=TEXTS)
     assert not made.plan.documents and made.why == "M-RoPE"

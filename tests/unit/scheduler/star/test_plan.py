@@ -344,7 +344,7 @@ def test_shards_without_effect_are_refused(options, replica_set, reason):
         (
             {"segments": "auto", "block_size": "n/4"},
             EngineFacts(16),
-            "star_segments='auto' is refused: with star_block_size=n/4 the borders would move",
+            "star_block_size='n/4' is refused: the borders of documents would move",
         ),
         (
             {"mode": "on", "segments": "auto"},
@@ -354,7 +354,7 @@ def test_shards_without_effect_are_refused(options, replica_set, reason):
         (
             {"segments": "<s>", "overlap_size": 16},
             EngineFacts(16),
-            "star_overlap_size=16 is refused: with star_segments='<s>' no block sees the one before it. Allowed: 0.",
+            "star_overlap_size=16 is refused: no document sees the one before it. Allowed: 0.",
         ),
         ({"replicas": 2}, EngineFacts(16), "star_replicas=2 is refused: this server has 1"),
         ({"shards": "on"}, EngineFacts(16), "star_shards='on' is refused: this server has one replica"),

@@ -15,9 +15,14 @@ def count_pairs(num_queries: int, keys: KeyRanges) -> int:
     return num_queries * length - num_queries * (num_queries - 1) // 2
 
 
+def num_context_tokens(plan: StarPlan) -> int:
+    """Tokens of the context as the client sent it."""
+    return plan.client_starts[-1] if plan.documents else plan.context_end
+
+
 def num_client_tokens(plan: StarPlan) -> int:
     """Tokens of the prompt as the client sent it."""
-    return plan.client_starts[-1] + plan.num_prompt_tokens - plan.context_end
+    return num_context_tokens(plan) + plan.num_prompt_tokens - plan.context_end
 
 
 def context_pairs(plan: StarPlan) -> int:
@@ -52,7 +57,7 @@ def star_shape(plan: StarPlan) -> dict[str, Any]:
         "block_size": plan.block_size,
         "anchor_size": plan.anchor_size,
         "overlap_size": plan.overlap_size,
-        "context_end": plan.client_starts[-1],
+        "context_end": num_context_tokens(plan),
         "prompt_tokens": tokens,
         "replicas": plan.replicas,
         "shards": plan.shards,
@@ -63,11 +68,13 @@ def star_shape(plan: StarPlan) -> dict[str, Any]:
 
 def summary(plan: StarPlan) -> dict[str, Any]:
     """The plan as a response shows it: its sizes, and how many keys it attends to."""
-    context, tokens = plan.client_starts[-1], num_client_tokens(plan)
+    context, tokens = num_context_tokens(plan), num_client_tokens(plan)
+    queries = tokens - context
+    in_context = context_pairs(plan)
     return star_shape(plan) | {
-        "keys_attended": keys_attended(plan),
+        "keys_attended": in_context + count_pairs(queries, ((0, tokens),)),
         "dense_keys": dense_keys(tokens),
-        "keys_per_context_token": round(context_pairs(plan) / max(context, 1), 1),
+        "keys_per_context_token": round(in_context / max(context, 1), 1),
     }
 
 

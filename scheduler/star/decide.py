@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from starling.config.parsing import OptionError
-from starling.config.star import FIELDS, StarOptions, flat_name, merge
+from starling.config.star import FIELD_OF, StarOptions, flat_name, merge
 from starling.scheduler.star.assignment import best_num_replicas, best_num_replicas_of
 from starling.scheduler.star.client_tokens import work
 from starling.scheduler.star.documents import (
@@ -75,7 +75,8 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
     if why is not None:
         return None, why
     check((*ENGINE_RULES, *OPTION_RULES), case)
-    sized = with_sizes(case, documents=case.asks_for_documents)
+    of_documents = case.asks_for_documents
+    sized = with_sizes(case, of_documents)
     why = too_short(case.options, case.prompt.num_tokens)
     if why is not None:
         return None, why
@@ -85,7 +86,7 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
     documents = documents_before(context_end, documents, case)
     plan = None
     if documents.starts:
-        sized = with_sizes(case, documents=True)
+        sized = sized if of_documents else with_sizes(case, documents=True)
         try:
             plan = plan_of_documents(sized, documents, context_end)
         except TooLong as error:
@@ -93,7 +94,7 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
                 raise
             documents = Documents(why=error.reason)
     if plan is None:
-        sized = with_sizes(case, documents=False)
+        sized = with_sizes(case, documents=False) if of_documents or documents.why else sized
         plan = StarPlan(sized.block_size, sized.anchor_size, sized.overlap_size, context_end, case.prompt.num_tokens)
     if len(plan.starts) < 2:
         return None, f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
@@ -207,5 +208,6 @@ def who_gave(defaults: StarOptions, given: frozenset[str]) -> dict[str, str]:
     """Option -> who gave its value: the request, the server, or nobody (the default)."""
     server = defaults.model_fields_set
     return {
-        flat_name(name): "request" if name in given else "server" if name in server else "default" for name in FIELDS
+        option: "request" if name in given else "server" if name in server else "default"
+        for option, name in FIELD_OF.items()
     }

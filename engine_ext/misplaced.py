@@ -1,40 +1,16 @@
-"""The star options of a request, and names that stand where nobody reads them: those are refused, not ignored."""
+"""Star options that stand where nobody reads them, or are misspelled: they are refused, not ignored."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from starling.config.parsing import OptionError
-from starling.config.star import FIELD_OF, FIELDS, StarOptions, flat_name, is_star_key, parse_options
-from starling.scheduler.star.documents import refuse_many_offsets
-from starling.scheduler.star.rules import SEGMENTS
+from starling.config.star import FIELD_OF, FIELDS, flat_name, is_star_key
 
 OTHERS = frozenset({"start", "stats"})
 """Words that are nearly ``star`` and mean something else."""
 CUTOFF = 0.8
-
-
-def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions | None:
-    """The star options of a request; None where it gives none.
-
-    Args:
-        extra_args: of its sampling parameters; keys of others stand there too.
-        num_tokens: of its prompt.
-
-    Raises:
-        OptionError: an option has no such name or value, or a key is nearly one.
-    """
-    given = {key: value for key, value in extra_args.items() if is_star_key(key)}
-    if len(given) < len(extra_args):
-        for key in extra_args:
-            if key not in given and (name := nearly(key)) is not None:
-                raise OptionError(key, extra_args[key], f"there is no such option, did you mean {name}", name)
-    if not given:
-        return None
-    refuse_many_offsets(given.get(SEGMENTS), num_tokens)
-    return parse_options(given)
 
 
 def nearly(key: str) -> str | None:

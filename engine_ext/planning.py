@@ -12,14 +12,15 @@ from vllm.logger import init_logger
 
 from starling.config.entry import ENTRY, StarlingConfig, config_of
 from starling.config.parsing import OptionError
-from starling.config.star import FIELD_OF, StarOptions, is_star_key
+from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.misplaced import read_request
+from starling.engine_ext.misplaced import nearly
 from starling.engine_ext.refusals import engine_facts
 from starling.scheduler.star.counts import describe
-from starling.scheduler.star.decide import Decision, decide
+from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
+from starling.scheduler.star.documents import refuse_many_offsets
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.kv_demand import refuse_above_one_replica
+from starling.scheduler.star.rules import SEGMENTS
 
 logger = init_logger("vllm.starling")
 
@@ -40,6 +41,29 @@ def usable_defaults(star: StarOptions, engine: EngineFacts) -> StarOptions:
     if engine.overlap_refusal:
         usable |= {"overlap_size": 0}
     return star.model_copy(update=usable)
+
+
+def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions | None:
+    """The star options of a request; None where it gives none.
+
+    Args:
+        extra_args: of its sampling parameters; keys of others stand there too.
+        num_tokens: of its prompt.
+
+    Raises:
+        OptionError: an option has no such name or value, or a key is nearly one.
+    """
+    given = {key: value for key, value in extra_args.items() if is_star_key(key)}
+    if len(given) < len(extra_args):
+        for key in extra_args:
+            if key not in given and (name := nearly(key)) is not None:
+                raise OptionError(key, extra_args[key], f"there is no such option, did you mean {name}", name)
+    if not given:
+        return None
+    offsets = given.get(SEGMENTS)
+    if isinstance(offsets, (list, tuple)):
+        refuse_many_offsets(offsets, num_tokens)
+    return parse_options(given)
 
 
 class PromptPlanner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +10,19 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
-from starling.config.star import flat_name, is_star_key
+from starling.config.star import flat_name, is_star_key, parse_options
 from starling.engine_ext.cache_salt import salted
 from starling.engine_ext.call import current_call
-from starling.engine_ext.dense_prompts import SESSION, refuse_star_beams, why_dense
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.misplaced import refuse_at_top_level
 from starling.engine_ext.planning import PromptPlanner, rejection
 from starling.scheduler.star.counts import star_shape
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
+from starling.vllm_compat.front import IS_BEAM
+
+SESSION = "the prompt of a streaming-input session comes in pieces, so there is no whole prompt to plan"
+BEAM = "beam search makes a new prompt of each beam and token, whose star blocks would be computed again and again"
 
 PLANNED = "starling_planned"
 """The key of an engine input that holds its Decision."""
@@ -133,6 +136,13 @@ def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
     return metadata
 
 
+def why_dense(prompt: Any) -> str | None:
+    """Why a prompt of AsyncLLM.generate has no star plan; None: it can have one."""
+    if isinstance(prompt, AsyncGenerator):
+        return SESSION
+    return BEAM if isinstance(prompt, Mapping) and IS_BEAM in prompt else None
+
+
 def prompt_facts(engine_input: Mapping[str, Any], dense_only: str | None = None) -> PromptFacts:
     """What is known of a rendered prompt."""
     token_ids: list[int] = engine_input["prompt_token_ids"]
@@ -170,7 +180,11 @@ def begin_beam_search(http_request: Any) -> None:
     call = current_call.get()
     if call is not None:
         call.max_plans = (call.max_plans or 0) + 1
+    given = {key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)}
     try:
-        refuse_star_beams({key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)})
+        options = parse_options(given)
+        if given and (options.mode == "on" or "mode" not in options.model_fields_set):  # sizes alone ask for star too
+            name = "star" if "star" in given else next(iter(given))
+            raise OptionError(name, given[name], BEAM, "star=off or star=auto")
     except OptionError as error:
         raise rejection(error) from None

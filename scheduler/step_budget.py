@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from starling.config.scheduling import MIN_CHUNK, SchedulingOptions
-from starling.scheduler.star.counts import count_pairs
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import StarPlan, count_pairs
 
 KEYS_PER_TOKEN = 49152
 

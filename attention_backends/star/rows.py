@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from starling.scheduler.star.counts import count_pairs
-from starling.scheduler.star.plan import DocumentKeys, KeyRanges, StarPlan
+from starling.scheduler.star.plan import DocumentKeys, KeyRanges, StarPlan, count_pairs
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,13 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from starling.scheduler.star.plan import KeyRanges, StarPlan
-
-
-def count_pairs(num_queries: int, keys: KeyRanges) -> int:
-    """Query-key pairs of a causal piece of ``num_queries`` tokens whose last one sees all ``keys``."""
-    length = sum(stop - start for start, stop in keys)
-    return num_queries * length - num_queries * (num_queries - 1) // 2
+from starling.scheduler.star.plan import StarPlan, count_pairs
 
 
 def num_context_tokens(plan: StarPlan) -> int:

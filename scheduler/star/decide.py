@@ -14,6 +14,7 @@ from starling.config.star import FIELD_OF, StarOptions, flat_name, merge
 from starling.scheduler.star.assignment import best_num_replicas, best_num_replicas_of
 from starling.scheduler.star.client_tokens import work
 from starling.scheduler.star.documents import (
+    NO_DOCUMENTS,
     Documents,
     TooLong,
     cut,
@@ -23,7 +24,7 @@ from starling.scheduler.star.documents import (
     refuse_too_long,
 )
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
-from starling.scheduler.star.kv_demand import refuse_above_one_replica, with_enough_replicas
+from starling.scheduler.star.kv_demand import with_enough_replicas
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
 from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
@@ -81,9 +82,10 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
     if why is not None:
         return None, why
     check(PROMPT_RULES, case)
-    documents = find_documents(case)
+    is_known = case.prompt.segments is not None or case.options.segments not in (None, "off")
+    documents = find_documents(case) if is_known else NO_DOCUMENTS
     context_end = find_context_end(case, documents)
-    documents = documents_before(context_end, documents, case)
+    documents = documents_before(context_end, documents, case) if documents.starts else documents
     plan = None
     if documents.starts:
         sized = sized if of_documents else with_sizes(case, documents=True)
@@ -202,6 +204,22 @@ def with_replicas(case: Case, plan: StarPlan) -> StarPlan:
     if not plan.shards or not case.engine.num_pages:
         return plan
     return with_enough_replicas(plan, case.page, case.engine.num_pages, limit)
+
+
+def refuse_above_one_replica(num_tokens: int, engine: EngineFacts) -> None:
+    """Refuse a prompt that runs on one replica and does not fit there, where max_model_len exceeds its memory.
+
+    Args:
+        num_tokens: of the engine's prompt.
+
+    Raises:
+        OptionError: as above.
+    """
+    room = engine.num_pages * (engine.page_size or 1)
+    if engine.divides_kv and engine.page_size is not None and num_tokens >= room:
+        reason = f"the prompt of {num_tokens} tokens runs on one replica, whose KV memory holds {room}, output included"
+        allowed = f"a shorter prompt, or star=on with {flat_name('shards')}=on"
+        raise OptionError(flat_name("shards"), "off", reason, allowed)
 
 
 def who_gave(defaults: StarOptions, given: frozenset[str]) -> dict[str, str]:

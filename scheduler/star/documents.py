@@ -55,6 +55,9 @@ class Documents:
         return token_ids[0] if head else token_ids[-1]
 
 
+NO_DOCUMENTS = Documents()
+
+
 def find_documents(case: Case) -> Documents:
     """All documents of a prompt, the query included.
 

@@ -10,7 +10,6 @@ from starling.config.parsing import OptionError
 from starling.config.star import flat_name
 from starling.scheduler.star.assignment import Assignment, replicas_needed
 from starling.scheduler.star.client_tokens import block_range, work
-from starling.scheduler.star.facts import EngineFacts
 from starling.scheduler.star.plan import StarPlan
 
 
@@ -82,19 +81,3 @@ def with_enough_replicas(plan: StarPlan, page_size: int, num_pages: int, max_rep
         )
         raise OptionError(flat_name("shards"), "on", reason, "a shorter prompt, smaller blocks, or more memory")
     return replace(plan, replicas=max(plan.replicas, needed))
-
-
-def refuse_above_one_replica(num_tokens: int, engine: EngineFacts) -> None:
-    """Refuse a prompt that runs on one replica and does not fit there, where max_model_len exceeds its memory.
-
-    Args:
-        num_tokens: of the engine's prompt.
-
-    Raises:
-        OptionError: as above.
-    """
-    room = engine.num_pages * (engine.page_size or 1)
-    if engine.divides_kv and engine.page_size is not None and num_tokens >= room:
-        reason = f"the prompt of {num_tokens} tokens runs on one replica, whose KV memory holds {room}, output included"
-        allowed = f"a shorter prompt, or star=on with {flat_name('shards')}=on"
-        raise OptionError(flat_name("shards"), "off", reason, allowed)

@@ -201,6 +201,12 @@ class StarPlan:
         return hashlib.sha256(repr(self.documents).encode()).hexdigest()[:32]
 
 
+def count_pairs(num_queries: int, keys: KeyRanges) -> int:
+    """Query-key pairs of a causal piece of ``num_queries`` tokens whose last one sees all ``keys``."""
+    length = sum(stop - start for start, stop in keys)
+    return num_queries * length - num_queries * (num_queries - 1) // 2
+
+
 NUMBERS = ("block_size", "anchor_size", "overlap_size", "context_end", "num_prompt_tokens", "replicas", "shards")
 
 

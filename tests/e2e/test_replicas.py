@@ -128,7 +128,7 @@ def computed_since(server, before: list[int]) -> list[int]:
 
 def count_plans(server) -> int:
     """Prompts that the server has planned so far."""
-    return server.log.read_text().count("planned a prompt of")
+    return len(re.findall(r"\ba prompt of \d+ tokens: ", server.log.read_text()))
 
 
 def expected(length: int, star: dict, states: list[ReplicaState]) -> list[int]:
@@ -356,7 +356,7 @@ def test_parts_are_not_counted_as_requests_and_choices_use_the_same_fetched_page
 @pytest.mark.parametrize(
     ("star", "words"),
     [
-        (options(4), ["star_replicas=4", "this server has 3", "auto, or 1 to 3"]),
+        (options(4), ["star_replicas=4", "this server has 3", "auto, or up to 3"]),
         (options(2) | {"star_overlap_size": 32}, ["star_replicas=2", "star_overlap_size=32"]),
         ({"starling": "a part of another prompt"}, ["starling='a part of another prompt' is refused", "reserved"]),
     ],

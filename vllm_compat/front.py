@@ -6,6 +6,7 @@ import asyncio
 import functools
 import uuid
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from starling.vllm_compat.admission import has_arrived, hide_requests
@@ -113,14 +114,17 @@ def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[
     """Call ``check(http_request)`` where an OpenAI request becomes sampling parameters, or those of a beam search.
 
     Before the latter, call ``begin_beam_search(http_request)`` too: BeamSearchParams carry no extra_args, so options in
-    `vllm_xargs` would be lost without a word. vLLM ignores unknown fields of a request's JSON. Goes when vLLM refuses
-    them, and when BeamSearchParams have extra_args.
+    `vllm_xargs` would be lost without a word. vLLM ignores unknown fields of a request's JSON, and its model of an
+    Anthropic request drops them: there ``check`` gets all names of the JSON, as its ``model_extra``. Goes when vLLM
+    refuses them, and when BeamSearchParams have extra_args.
     """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
     from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+    from vllm.exceptions import VLLMValidationError
 
     def around(original: Callable[..., Any]) -> Wrapper:
         def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +141,17 @@ def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[
 
         return to_beam_search_params
 
+    def around_messages(original: Callable[..., Any]) -> Wrapper:
+        async def create_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
+            try:
+                check(SimpleNamespace(model_extra={} if raw_request is None else await raw_request.json()))
+            except VLLMValidationError as error:
+                return self.create_error_response(error)
+            return await original(self, request, raw_request)
+
+        return create_messages
+
+    wrap(AnthropicServingMessages, "create_messages", around_messages)
     wrap(ChatCompletionRequest, "to_sampling_params", around)
     wrap(CompletionRequest, "to_sampling_params", around)
     wrap(ResponsesRequest, "to_sampling_params", around)

@@ -18,6 +18,7 @@ NUMBERS = {
 }
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    st.sampled_from(["64", "n/2", "auto", "off"]),  # of star's options
     st.sampled_from(["", "a", "{}", '{"type": "integer"}', "[ab]+", "(", '{"star": 1}', "\x00", "x" * 300]),
 )
 

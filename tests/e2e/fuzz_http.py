@@ -47,7 +47,7 @@ VALID = st.fixed_dictionaries(
         "star_shards": st.just("off"),
     },
 )
-NAMES = st.sampled_from([*sorted(FIELD_OF), "star_unknown", KEY, "theirs"])
+NAMES = st.sampled_from([*sorted(FIELD_OF), "star_unknown", "block_size", "stat_segments", KEY, "theirs"])
 OPTIONS = st.one_of(
     VALID,
     st.dictionaries(NAMES, SCALARS, max_size=4),

@@ -158,7 +158,7 @@ def test_log_probabilities_are_those_of_the_prompt_with_the_answer(server, tmp_p
     dense, star = lines(results)
     sent = {"prompt": PROMPT, "model": MODEL}
     tokens = httpx.post(f"{server.http}/tokenize", json=sent, timeout=300).json()["tokens"] + dense["token_ids"][:4]
-    exact = {"star": "on", "star_block_size": 128, "star_anchor_size": 64, "star_query_tokens": 40}
+    exact = {"star": "on", "star_block_size": 128, "star_anchor_size": 64, "star_query_tokens": 40 + 4}
     for answer, xargs in ((dense, {"star": "off"}), (star, exact)):
         body = {"model": MODEL, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "vllm_xargs": xargs}
         response = httpx.post(f"{server.http}/v1/completions", json=body, timeout=300).json()

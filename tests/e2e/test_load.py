@@ -369,7 +369,7 @@ def test_fuzz_tokenize(send, message):
 
 RICH = request(prompt(1), logprobs=2, stop=["zz"], seed=3)
 RICH.star.mode = pb.StarOptions.MODE_ON
-RICH.star.block_size = 32
+RICH.star.block_size = "32"
 
 
 @settings(max_examples=600, **FUZZ)
@@ -403,7 +403,7 @@ def test_the_log_has_no_prompt_and_no_key(server):
     async def scenario(calls):
         await calls.read(request(SECRET))
         bad = request(SECRET)
-        bad.star.block_size = 7
+        bad.star.block_size = "7"
         for message in (bad, request(SECRET, top_p=7), request(SECRET * 1000)):
             with pytest.raises(grpc.aio.AioRpcError):
                 await calls.read(message)

@@ -128,7 +128,7 @@ def computed_since(server, before: list[int]) -> list[int]:
 
 def count_plans(server) -> int:
     """Prompts that the server has planned so far."""
-    return server.log.read_text().count("planned a prompt of")
+    return len(re.findall(r"\ba prompt of \d+ tokens: ", server.log.read_text()))
 
 
 def expected(length: int, star: dict, states: list[ReplicaState]) -> list[int]:
@@ -250,6 +250,25 @@ def documents_of(prompt: list[int]) -> dict:
     }
 
 
+def test_an_edit_that_makes_a_document_longer_moves_no_other_document(server):
+    documents, query = [[256, *random_prompt(seed, 180 + seed)] for seed in range(60, 68)], random_prompt(68, 40)
+
+    def make_prompt(documents: list[list[int]]) -> list[int]:
+        return [token for document in documents for token in document] + query
+
+    prompt, before = make_prompt(documents), computed(server)
+    first = complete(server, prompt, documents_of(prompt) | {"star_replicas": 2})
+    work = computed_since(server, before)
+    assert sum(tokens > 3 * 256 for tokens in work) == 2, work
+    documents[4] += random_prompt(69, 9)
+    prompt, before = make_prompt(documents), computed(server)
+    star = documents_of(prompt) | {"star_replicas": 2}
+    output = complete(server, prompt, star)
+    assert sum(computed_since(server, before)) < 2 * PAGE_SIZE + 40 + TOKENS
+    assert output[2]["prompt_tokens"] == first[2]["prompt_tokens"] + 9 == len(prompt)
+    assert_same(output, complete_on_one(server, prompt, star))
+
+
 DOCUMENT_LENGTHS = (300, 41, 256, 500, 33, 410, 120, 380)
 
 
@@ -337,7 +356,7 @@ def test_parts_are_not_counted_as_requests_and_choices_use_the_same_fetched_page
 @pytest.mark.parametrize(
     ("star", "words"),
     [
-        (options(4), ["star_replicas=4", "this server has 3", "auto, or 1 to 3"]),
+        (options(4), ["star_replicas=4", "this server has 3", "auto, or up to 3"]),
         (options(2) | {"star_overlap_size": 32}, ["star_replicas=2", "star_overlap_size=32"]),
         ({"starling": "a part of another prompt"}, ["starling='a part of another prompt' is refused", "reserved"]),
     ],

@@ -21,7 +21,6 @@ from examples.server import serving
 from tests.e2e.test_replicas import (
     CONCURRENT_TOLERANCE,
     ENGINE_OPTIONS,
-    OWN_POSITIONS,
     PAGE_SIZE,
     REPLICAS,
     TOKENS,
@@ -32,6 +31,7 @@ from tests.e2e.test_replicas import (
     computed,
     computed_since,
     connect,
+    documents_of,
     metrics,
     options,
     post,
@@ -109,8 +109,8 @@ def assert_equals_reference(server, prompt: list[int], star: dict, output) -> No
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_documents_with_positions_of_their_own_stay_where_they_were_computed(server, replicas):
     """Query and output, turned for each document, attend to it there; each token is sent once to each replica."""
-    star = OWN_POSITIONS | {"star_replicas": replicas}
     (prompt, context), before, counted = prompt_of_documents(300 * replicas), computed(server), moved(server)
+    star = documents_of(prompt) | {"star_replicas": replicas}
     output = complete(server, prompt, star)
     query = star["star_query_tokens"] + TOKENS - 1
     assert sum(computed_since(server, before)) == context + (replicas - 1) * 64 + query

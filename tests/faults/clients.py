@@ -50,6 +50,8 @@ class Request:
 
     def grpc(self) -> dict[str, Any]:
         star = {key.removeprefix("star_"): value for key, value in self.star.items() if key != "star"}
+        if "block_size" in star:
+            star["block_size"] = str(star["block_size"])
         if "shards" in star:
             star["shards"] = star["shards"] == "on"
         mode = pb.StarOptions.MODE_ON if self.star else pb.StarOptions.MODE_OFF

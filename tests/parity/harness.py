@@ -57,11 +57,11 @@ def run_engine(
     Args:
         model: path of the checkpoint.
         env: additional environment of the engine's process.
-        star: Starling's star options of the engine.
+        star: the star options of the engine, by their flat names.
         engine: further arguments of vllm.LLM.
     """
     arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, "block_size": 32}
-    arguments["additional_config"] = {"starling": {"star": star or {}}}
+    arguments["additional_config"] = {"starling": star or {}}
     job = json.dumps({"engine": arguments | engine, "batches": batches})
     ranks = engine.get("tensor_parallel_size", 1)
     with cores(ranks) as bound:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
+from tests.parity.documents import block_logprobs
 from tests.parity.harness import mask_of, max_gap, reference_logprobs, star, star_sizes
 from tests.stateful import CountingMachine, Length, run_machine
 from tests.unit.scheduler.simulation import random_ids
 from tests.unit.scheduler.stateful.checks import check_empty, check_pages, check_queues
 
 PAGE_SIZE, MAX_TOKENS, NUM_PAGES, LIMIT = 32, 512, 18, 1e-4
-SEGMENT = 252
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -48,28 +49,30 @@ class Asked:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The start of a document, with another token at some places, and with segments that begin at others."""
+    """The start of a text, with another token at some places, and with documents that begin at others."""
 
-    document: int
+    text: int
     length: int
     edits: tuple[int, ...]
-    segments: tuple[int, ...]
+    documents: tuple[int, ...]
 
-    def ids(self, with_segments: bool) -> list[int]:
-        ids = random_ids(self.document, self.length)
+    def ids(self) -> list[int]:
+        ids = random_ids(self.text, self.length)
         for place in self.edits:
             ids[place % self.length] = 251
-        for place in sorted(self.segments, reverse=True) if with_segments else ():
-            ids.insert(place % (self.length - 40), SEGMENT)
         return ids
+
+    def starts(self) -> list[int]:
+        """Where documents start, before the query."""
+        return sorted({place % (self.length - 40) for place in self.documents})
 
 
 prompts = st.builds(
     Prompt,
-    document=st.integers(0, 1),
+    text=st.integers(0, 1),
     length=st.sampled_from([60, 130, 200, 250]),
     edits=st.lists(st.integers(0, MAX_TOKENS), max_size=2).map(tuple),
-    segments=st.sampled_from([(), (), (), (10,), (15, 70)]),
+    documents=st.sampled_from([(), (), (), (10,), (15, 70), (40, 125)]),
 )
 plans = st.builds(
     star,
@@ -114,10 +117,9 @@ class EngineMachine(CountingMachine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        ids = prompt.ids(with_segments=options is not None)
-        starts = [place for place, token in enumerate(ids) if token == SEGMENT]
-        if options is not None and options["star_overlap_size"]:
-            starts = []  # documents have no overlap
+        ids = prompt.ids()
+        if options is not None and not options["star_overlap_size"] and prompt.documents:
+            options = options | {"star_segments": prompt.starts()}
         params = SamplingParams(
             max_tokens=num_answers,
             n=num_samples,
@@ -127,13 +129,14 @@ class EngineMachine(CountingMachine):
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
             prompt_logprobs=0 if with_prompt else None,
-            extra_args=options and options | ({"star_segments": starts} if starts else {}),
+            extra_args=options,
         )
         name = f"r{next(self.numbers)}"
         given = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
         self.engine.add_request(name, given, params, priority=priority)
         self.asked[name] = Asked(options or {}, num_samples, num_answers)
         self.totals["requests"] += 1
+        self.totals["prompts of documents"] += "star_segments" in (options or {})
 
     @precondition(lambda self: self.asked)
     @rule(times=st.integers(1, 6))
@@ -162,17 +165,41 @@ class EngineMachine(CountingMachine):
         for answer in output.outputs:
             ids = [*prompt, *answer.token_ids]
             assert len(answer.token_ids) == asked.num_answers, f"{output.request_id}: {answer.finish_reason}"
-            mask = mask_of(star_sizes(asked.options, len(prompt)), len(ids)) if asked.options else None
-            expected = reference_logprobs(self.model, ids, mask)
+            expected, follows = self._expected(ids, len(prompt), asked.options)
             chosen = zip(answer.logprobs, answer.token_ids, strict=True)
             got = [step[token].logprob for step, token in chosen]
             assert max_gap(got, expected[-len(got) :]) <= LIMIT, f"{output.request_id} has another answer"
             if output.prompt_logprobs is not None:
                 pairs = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
-                got = [step[token].logprob for step, token in pairs]
-                assert max_gap(got, expected[: len(got)]) <= LIMIT, f"{output.request_id} has another prompt"
+                got = torch.tensor([step[token].logprob for step, token in pairs])
+                gap = max_gap(got[follows].tolist(), expected[: len(got)][follows])
+                assert gap <= LIMIT, f"{output.request_id} has another prompt"
         self.totals["compared answers"] += len(output.outputs)
         self.totals["cached tokens"] += output.num_cached_tokens or 0
+
+    def _expected(self, ids: list[int], prompt_tokens: int, options: dict[str, Any]) -> tuple[Any, Any]:
+        """The reference's log-probabilities of ``ids[1:]``, and which of ``ids[1:prompt_tokens]`` have one.
+
+        In a prompt of documents, the first token of a block follows no token of the block before it.
+        """
+        follows = torch.ones(prompt_tokens - 1, dtype=torch.bool)
+        starts = options.get("star_segments")
+        if starts is None:
+            mask = mask_of(star_sizes(options, prompt_tokens), len(ids)) if options else None
+            return reference_logprobs(self.model, ids, mask), follows
+        size, context_end = options["star_block_size"], prompt_tokens - options["star_query_tokens"]
+        pieces = [
+            (first, min(first + size, stop))
+            for start, stop in pairwise(sorted({0, *starts, context_end}))
+            for first in range(start, stop, size)
+        ]
+        anchor_size = 0
+        if starts[0]:
+            anchor_size = min(options.get("star_anchor_size", size), pieces[0][1] // PAGE_SIZE * PAGE_SIZE)
+        else:
+            pieces = [(0, 0), *pieces]  # no head
+        follows[[stop - 1 for _, stop in pieces if stop]] = False
+        return block_logprobs(self.model, ids, pieces, anchor_size, context_end), follows
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())

@@ -106,7 +106,7 @@ def test_each_op_of_a_processor_gives_those_of_the_mask(model, prompts, expected
 def test_bfloat16_on_an_older_processor_costs_no_more_than_it_costs_dense_attention(
     model, prompts, expected, processor
 ):
-    """By each of the two ops. The tests of this processor are in test_star_smollm2.py and test_block_positions.py."""
+    """By each of the two ops. The tests of this processor are in test_star_smollm2.py and test_documents.py."""
     dense, (starling, vllm, check) = prompts[1] | {"extra_args": {}}, OPS
     batch = [prompts[1], dense]
     engine = {"dtype": "bfloat16", "max_num_batched_tokens": 300, "env": older_env(processor)}

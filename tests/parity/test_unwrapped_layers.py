@@ -17,7 +17,7 @@ def test_a_server_with_star_auto_starts_dense_where_all_layers_share_a_cache_wit
     found = run_engine(
         model,
         [[prompt], [prompt | {"extra_args": {"star": "off"}}]],
-        star={"mode": "auto", "min_tokens": 64, "block_size": 64},
+        star={"star": "auto", "star_min_tokens": 64, "star_block_size": 64},
         disable_hybrid_kv_cache_manager=True,
     )
     (by_default,), (dense,) = found["batches"]

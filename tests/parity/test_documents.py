@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.random_llama import make_random_llama
-from tests.parity.block_positions import block_logprobs, dense_logprobs
+from tests.parity.documents import block_logprobs, dense_logprobs
 from tests.parity.harness import NEEDS_FP8, TINY, max_gap, run_engine, star, v2_env
 
 pytestmark = pytest.mark.engine

@@ -7,6 +7,7 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -14,7 +15,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
 from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
-from vllm.exceptions import RetryableRequestError
+from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, output_processor
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -345,3 +346,30 @@ def test_each_output_of_a_request_has_its_plan(monkeypatch):
     state = State.from_new_request("tokenizer", "me", prompt=None)
     assert vars(state.make_request_output([1])) == {"tokens": [1], "star_plan": "plan of me"}
     assert state.make_request_output([]) is None
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_anthropic_request_is_checked_by_the_names_of_its_json(monkeypatch, refused):
+    """vLLM's model of it drops unknown fields."""
+
+    async def create_messages(self, request, raw_request):
+        return request
+
+    async def read():
+        return {"model": "m", "star": "on"}
+
+    def check(request):
+        assert request.model_extra == {"model": "m", "star": "on"}
+        if refused:
+            raise VLLMValidationError("star is refused")
+
+    monkeypatch.setattr(AnthropicServingMessages, "create_messages", create_messages)
+    monkeypatch.setattr(AnthropicServingMessages, "create_error_response", lambda self, error: str(error))
+    for each in BEAM_REQUESTS:
+        monkeypatch.setattr(each, "to_beam_search_params", lambda self, *args: args)
+    for each in OPENAI_REQUESTS:
+        monkeypatch.setattr(each, "to_sampling_params", lambda self, *args: args)
+    front.on_openai_request(check, check)
+    serving = object.__new__(AnthropicServingMessages)
+    answer = asyncio.run(serving.create_messages("request", SimpleNamespace(json=read)))
+    assert answer == ("star is refused" if refused else "request")

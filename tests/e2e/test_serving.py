@@ -132,7 +132,7 @@ BAD = {
     "unknown": ({"star_blok": 128}, ["star_blok", "128", "no such star option", "star_block_size"]),
     "text": ({"star_block_size": "big"}, ["star_block_size", "big", "whole number", "multiple of the KV page"]),
     "list": ({"star_block_size": [128]}, ["star_block_size", "128", "whole number"]),
-    "true": ({"star": True}, ["star", "1", "one of off, on, auto"]),
+    "a number": ({"star": 2}, ["star", "2", "one of off, on, auto"]),
     "off the page": ({"star": "on", "star_block_size": 100}, ["star_block_size", "100", "32 tokens", "multiple of 32"]),
     "A above B": (
         {"star": "on", "star_block_size": 64, "star_anchor_size": 128},

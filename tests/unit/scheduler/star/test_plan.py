@@ -80,6 +80,7 @@ def plan(
         ({"block_size": " N / 4 "}, StarPlan(256, 32, 224, 500, 1000)),
         ({"block_size": "32", "mode": "ON", "query_tokens": "0.2k"}, StarPlan(32, 16, 16, 800, 1000)),
         ({"mode": True, "num_prompt_tokens": 9000, "block_size": "2K"}, StarPlan(2048, 128, 1920, 8488, 9000)),
+        ({"mode": 1}, StarPlan(64, 16, 48, 500, 1000)),  # what vLLM makes of `true`
         ({"mode": "false"}, None),
         (
             {"defaults": {"anchor_size": 64, "overlap_size": 64}, "block_size": 32},

@@ -112,12 +112,15 @@ class RequestPlanner(PromptPlanner):
 
 
 def plan_of_request(request: Any) -> dict[str, Any] | None:
-    """How the prompt of a processed request is prefilled, as its RequestOutput shows it: None for a pooling request."""
+    """How the prompt of a processed request is prefilled, as its RequestOutput shows it: None for a pooling request.
+
+    Samples of one prompt (`n` > 1) share their parameters, which an engine in this process has decoded by the second.
+    """
     params = request.sampling_params
-    wire = (params.extra_args or {}).get(KEY) if params is not None else None
-    if wire is None:
+    found = (params.extra_args or {}).get(KEY) if params is not None else None
+    if found is None:
         return None
-    metadata = RequestMetadata.from_wire(wire)
+    metadata = found if isinstance(found, RequestMetadata) else RequestMetadata.from_wire(found)
     num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     shown = {"attention": "dense", "prompt_tokens": num_tokens} if metadata.plan is None else star_shape(metadata.plan)
     return shown if metadata.why is None else shown | {"why": metadata.why}

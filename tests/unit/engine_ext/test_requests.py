@@ -23,7 +23,15 @@ from starling.engine_ext.serving.grpc.outputs import final
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import KEY, SHARDS, PageFetch, PageSource, PromptPart, RequestMetadata
+from starling.scheduler.star.request_metadata import (
+    KEY,
+    SHARDS,
+    PageFetch,
+    PageSource,
+    PromptPart,
+    RequestMetadata,
+    metadata_of,
+)
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.configs import CPU, drafting, fake_config
 
@@ -388,4 +396,6 @@ def test_the_output_of_a_request_says_how_its_prompt_was_prefilled():
     assert plan_of_request(dense) == {"attention": "dense", "prompt_tokens": 300, "why": "star is off"}
     shown = plan_of_request(star)
     assert (shown["attention"], shown["star_blocks"], shown["context_end"]) == ("star", 3, 150)
+    metadata_of(star)  # an engine in this process decodes what samples of one prompt share
+    assert plan_of_request(star) == shown
     assert plan_of_request(SimpleNamespace(sampling_params=None)) is None  # a pooling request

@@ -68,7 +68,7 @@ def _parse(entry: Any) -> StarlingConfig:
         raise OptionError(ENTRY, entry, "it must be an object", '{"star": "auto"}')
     for key, value in entry.items():
         if key not in NAMES:
-            reason = f"there is no such option{meant(str(key), NAMES)}".removesuffix("?")
+            reason = f"there is no such option{meant(str(key), NAMES)}"
             raise OptionError(f"{ENTRY}.{key}", value, reason, ", ".join(NAMES))
     for section, example in SECTIONS.items():
         if not isinstance(value := entry.get(section, {}), Mapping):

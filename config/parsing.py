@@ -57,9 +57,9 @@ def shown(value: object) -> str:
 
 
 def meant(name: str, names: Iterable[str]) -> str:
-    """ ", did you mean ...?" where a name is nearly one of ``names``; else nothing."""
+    """ ", did you mean ..." where a name is nearly one of ``names``; else nothing."""
     close = difflib.get_close_matches(name[:64], list(names), 1)
-    return f", did you mean {close[0]}?" if close else ""
+    return f", did you mean {close[0]}" if close else ""
 
 
 def parse_fields(
@@ -89,7 +89,7 @@ def parse_fields(
     for name, value in values.items():
         if name not in names:
             reason = f"there is no such {kind} option{meant(name, names)}"
-            raise OptionError(prefix + name, value, reason.removesuffix("?"), ", ".join(names))
+            raise OptionError(prefix + name, value, reason, ", ".join(names))
     try:
         return model(**{names[name]: value for name, value in values.items()})
     except ValidationError as error:

@@ -15,6 +15,7 @@ from starling.config.star import FIELD_OF, StarOptions, parse_options
 
 ENTRY = "starling"
 CPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "cache_salt", "live_page"
+STAR_HEADS = "star_heads"
 
 CHOICES = {  # the first is the default
     # The faster attention op for CPUs, or always vLLM's.
@@ -25,14 +26,19 @@ CHOICES = {  # the first is the default
     LIVE_PAGE: ("off", "on"),
 }
 SECTIONS = {SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
-NAMES = (*FIELD_OF, *SECTIONS, *CHOICES)
+NAMES = (*FIELD_OF, STAR_HEADS, *SECTIONS, *CHOICES)
 
 
 @dataclass(frozen=True)
 class StarlingConfig:
-    """The parsed entry; ``cpu_attention``, ``cache_salt`` and ``live_page`` are values of CHOICES."""
+    """The parsed entry; ``cpu_attention``, ``cache_salt`` and ``live_page`` are values of CHOICES.
+
+    Attributes:
+        star_heads: the file with the scores of the model's KV heads; None: those that Starling knows of the model.
+    """
 
     star: StarOptions = field(default_factory=lambda: parse_options({}))
+    star_heads: str | None = None
     scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
     replicas: ReplicaOptions = field(default_factory=ReplicaOptions)
     cpu_attention: str = CHOICES[CPU_ATTENTION][0]
@@ -77,7 +83,11 @@ def _parse(entry: Any) -> StarlingConfig:
     for name, value in chosen.items():
         if value not in CHOICES[name]:
             raise OptionError(f"{ENTRY}.{name}", value, "there is no such choice", " or ".join(CHOICES[name]))
+    heads = entry.get(STAR_HEADS)
+    if heads is not None and (not isinstance(heads, str) or not heads):
+        raise OptionError(f"{ENTRY}.{STAR_HEADS}", heads, "it must be a path", "the path of a file, or nothing")
     return StarlingConfig(
+        star_heads=heads,
         star=parse_options({key: value for key, value in entry.items() if key in FIELD_OF}),
         scheduling=parse_scheduling(entry.get(SCHEDULING, {}), f"{ENTRY}.{SCHEDULING}."),
         replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),

@@ -20,6 +20,7 @@ from starling.config.parsing import OptionError, Switch, Tokens, parse_fields, r
 Mode = Annotated[Literal["off", "on", "auto"], BeforeValidator(read_switch)]
 
 SHARE = re.compile(r"n/([1-9][0-9]{0,8})")
+SHARE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(%?)")
 MAX_SEGMENT_TEXT = 256
 """Characters of the text of a token that starts a document."""
 
@@ -30,12 +31,19 @@ def read_block_size(value: Any) -> Any:
     return text if SHARE.fullmatch(text) else read_number(value)
 
 
+def read_share(value: Any) -> Any:
+    """The number of a text, "0.1" or "10%". Else the value itself."""
+    found = SHARE_TEXT.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 32 else None
+    return value if found is None else float(found[1]) / (100 if found[2] else 1)
+
+
 # A request's JSON has a list, and strict pydantic would take a tuple only; the offsets themselves stay strict.
 Offsets = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, fail_fast=True)]
 SegmentText = Annotated[str, Field(min_length=1, max_length=MAX_SEGMENT_TEXT)]
 BlockSize = Annotated[
     Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=SHARE.pattern)], BeforeValidator(read_block_size)
 ]
+Share = Annotated[float, BeforeValidator(read_share), Field(ge=0, le=1, allow_inf_nan=False)]
 ReplicaCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(read_number)]
 
 PREFIX = "star"
@@ -67,6 +75,11 @@ class StarOptions(BaseModel):
         "less the anchor; 0 where an anchor is given, and where blocks must not depend on one another: with documents, "
         "and on a server with several replicas",
     )
+    dense_heads: Share | None = Field(
+        default=None,
+        description="share of the KV heads, 0 to 1, that see everything before them while the others see star blocks: "
+        "those that the loss sits in, by the server's scores; default: 0",
+    )
     query_tokens: Tokens | None = Field(
         default=None,
         description="trailing prompt tokens that attend to the whole prompt; default: the last document, else the "
@@ -95,6 +108,7 @@ OFFSETS = "a list of token offsets of the prompt, 0 or more and ascending"
 EXPECTED = {
     "mode": "one of off, on, auto",
     "block_size": "a whole number of tokens, 1 or more, or a share such as n/8",
+    "dense_heads": "a share of the KV heads, 0 to 1",
     "segments": f"auto, off, the text of one token, or {OFFSETS}",
     "replicas": "auto, or a whole number of replicas, 1 or more",
     "shards": "off or on",

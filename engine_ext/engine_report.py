@@ -10,9 +10,9 @@ from typing import Any
 
 from starling.vllm_compat.scheduler_view import SchedulerView
 
-STAR, SPLIT, BLOCK_POSITIONS = "star", "split", "block_positions"
-"""The fields of a report: why no prompt can run star, be split over replicas, or have blocks with positions of their
-own; None: it can."""
+STAR, SPLIT, BLOCK_POSITIONS, HEADS = "star", "split", "block_positions", "heads"
+"""The fields of a report: why no prompt can run star, be split over replicas, have blocks with positions of their own,
+or heads that see everything; None: it can."""
 
 
 def star_problem_of(worker: Any) -> str | None:
@@ -23,6 +23,11 @@ def star_problem_of(worker: Any) -> str | None:
 def block_positions_problem_of(worker: Any) -> str | None:
     """Why a worker's layers can't attend to blocks with positions of their own; None for a worker of vLLM's own."""
     return getattr(worker, "block_positions_problem", None)
+
+
+def heads_problem_of(worker: Any) -> str | None:
+    """Why some heads of a worker's layers can't see everything; None for a worker of vLLM's own."""
+    return getattr(worker, "heads_problem", None)
 
 
 def engine_report(core: Any) -> dict[str, str | None]:
@@ -41,6 +46,7 @@ def engine_report(core: Any) -> dict[str, str | None]:
         STAR: "; ".join(problems) or None,
         SPLIT: split_problem(view),
         BLOCK_POSITIONS: "; ".join(block_problems) or None,
+        HEADS: "; ".join(found(heads_problem_of)) or None,
     }
 
 

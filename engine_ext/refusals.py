@@ -15,7 +15,8 @@ from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from starling.attention_backends.star.backend import WRAPPED
 from starling.config.entry import StarlingConfig, config_of
-from starling.engine_ext.engine_report import BLOCK_POSITIONS, SPLIT, STAR
+from starling.engine_ext.engine_report import BLOCK_POSITIONS, HEADS, SPLIT, STAR
+from starling.engine_ext.head_scores import scores_of
 from starling.replicas.messages import nixl_problem
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
@@ -223,7 +224,8 @@ def _uses_vllm_attention(config: Any) -> bool:
 
 def reads_all_caches(config: Any) -> bool:
     """Whether Starling's CPU attention has to read the cache of each full-attention layer, by the server's options."""
-    return has_documents(config) or _options(config).star.shards == "on"
+    star = _options(config).star
+    return has_documents(config) or star.shards == "on" or bool(star.dense_heads)
 
 
 def has_documents(config: Any) -> bool:
@@ -249,7 +251,7 @@ CPU_ATTENTION_RULES: Rules = (
     (
         unread_isa,
         "on this processor vLLM stores keys in an order that Starling's CPU attention does not read, unless the server "
-        "is started with --star-segments or --star-shards on, or with --dtype float32",
+        "is started with --star-segments, --star-dense-heads or --star-shards on, or with --dtype float32",
     ),
 )
 
@@ -320,6 +322,22 @@ DOCUMENT_RULES: Rules = (
 )
 
 
+HEAD_RULES: Rules = (
+    (lambda c: is_attamba(c), "an Attamba model's layers attend by themselves"),
+    (
+        lambda c: c.device_config.device_type != "cpu" and c.device_config.device_type,
+        "heads of one layer that see different keys run on CPUs",
+    ),
+    *CPU_ATTENTION_RULES,
+    (_reported(HEADS), "the engine can't run it, as it found when it started"),
+)
+
+
+def heads_refusals(vllm_config: Any) -> list[str]:
+    """The reasons why some heads can't see everything while the others see star blocks; empty where they can."""
+    return list(_refusals(HEAD_RULES, vllm_config))
+
+
 def document_refusals(vllm_config: Any) -> list[str]:
     """The reasons why blocks can't have positions of their own on this engine; empty where they can."""
     return list(_refusals(DOCUMENT_RULES, vllm_config))
@@ -375,6 +393,8 @@ def engine_facts(vllm_config: Any, page_size: int | None) -> EngineFacts:
         page_size,
         tuple(star_refusals(vllm_config)),
         functools.cache(lambda: tuple(document_refusals(vllm_config))),
+        scores_of(vllm_config),
+        functools.cache(lambda: tuple(heads_refusals(vllm_config))),
         None if takes_overlap(vllm_config) else NO_OVERLAP,
         replica_set(vllm_config),
         vllm_config.model_config.max_model_len - 1,  # a prompt leaves room for one token of output

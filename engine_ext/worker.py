@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
@@ -16,6 +17,8 @@ from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
 from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
 from starling.config.entry import config_of
+from starling.config.head_scores import HeadScores
+from starling.engine_ext.head_scores import ranks_of_layers, scores_of
 from starling.engine_ext.metrics import worker_metrics
 from starling.engine_ext.refusals import has_documents, has_peers, reads_all_caches, star_refusals
 from starling.engine_ext.rotations import block_positions_problem, make_rotations
@@ -25,6 +28,7 @@ from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
 from starling.vllm_compat.models import without_prefill_checkpoints
 from starling.vllm_compat.patching import extends
+from starling.vllm_compat.rotary import attention_blocks
 from starling.vllm_compat.worker import (
     batch_request_ids,
     keep_request_ids,
@@ -139,6 +143,9 @@ class StarWorker:
         self.star_problem: str | None = None
         self.block_positions_problem: str | None = None
         self.rotations: dict[str, Rotation] | None = None
+        self.heads_problem: str | None = None
+        self.head_ranks: dict[str, np.ndarray] = {}
+        self.head_scores: HeadScores | None = None
         self.is_warming_up = False
         register_backends(vllm_config, self.star_refusals)
         if has_peers(vllm_config):
@@ -183,9 +190,11 @@ class StarWorker:
             if config is None or config.star.mode == "on":
                 raise RuntimeError(self.star_problem)
             return
+        full = (layers for builder, layers in builders if getattr(builder, "takes_star", False))
+        names = [name for layers in full for name in layers]
         if self.vllm_config.device_config.device_type == "cpu" or block_positions_in_use():
-            full = (layers for builder, layers in builders if getattr(builder, "takes_star", False))
-            self._check_block_positions([name for layers in full for name in layers])
+            self._check_block_positions(names)
+        self._check_heads(names)
         star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
         # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
         total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
@@ -213,6 +222,35 @@ class StarWorker:
         if config is not None and block_positions_in_use() and config.star.mode != "off":
             raise RuntimeError(f"star_segments={config.star.segments}: {self.block_positions_problem}")
 
+    def _check_heads(self, layer_names: list[str]) -> None:
+        """Find out whether some heads of these layers can see everything while the others see star blocks.
+
+        Raises:
+            RuntimeError: they can't, and prompts have such heads by default.
+        """
+        self.head_scores = scores_of(self.vllm_config)
+        if self.head_scores is None:
+            return
+        ranks, self.heads_problem = ranks_of_layers(self.head_scores, self.model_runner.get_model(), layer_names)
+        self.head_ranks = ranks
+        if self.heads_problem is None and self.vllm_config.device_config.device_type == "cpu":
+            from starling.attention_backends.star.cpu_impl import unsupported_reason
+
+            layers = attention_blocks(self.model_runner.get_model())
+            reasons = ((name, unsupported_reason(layers[name].attention.impl)) for name in ranks)
+            self.heads_problem = next((f"layer {name}: {reason}" for name, reason in reasons if reason), None)
+        if self.heads_problem is None:
+            return
+        config = config_of(self.vllm_config)
+        if config is not None and config.star.dense_heads and config.star.mode != "off":
+            raise RuntimeError(f"star_dense_heads={config.star.dense_heads}: {self.heads_problem}")
+
+    def _check_digests(self, plans: Iterable[StarPlan]) -> None:
+        """Refuse plans whose dense heads are not those of this worker's scores (raises RuntimeError)."""
+        for heads in filter(None, (plan.dense_heads for plan in plans)):
+            if self.head_scores is None or self.head_scores.digest(heads.count) != heads.digest:
+                raise RuntimeError(f"a plan has {heads.count} dense heads, which are not those of this worker's scores")
+
     def _rotations(self, plans: Iterable[StarPlan]) -> dict[str, Rotation] | None:
         """Layer name -> how its queries are turned to the positions of a block, where a plan needs it."""
         needed = any(plan.documents for plan in plans)
@@ -231,6 +269,7 @@ class StarWorker:
         plans = self.star_requests.update(scheduler_output)
         if not plans:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        self._check_digests(plans.values())
         held = self.star_requests.metadata
         remote = {name: shards for name in plans if (shards := held[name].remote) is not None}
         step = StarStep(
@@ -241,6 +280,7 @@ class StarWorker:
             remote,
             kv_connector().remote_attention if remote else None,
             self._rotations(plans.values()),
+            self.head_ranks,
         )
         with open_step(step):
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]

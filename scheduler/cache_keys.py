@@ -3,16 +3,16 @@
 vLLM chains page hashes over tokens and "extra keys" (LoRA, salt, images). Star adds one more:
 
 - a page of block 0 has the KV of dense attention: no key, so star and dense requests share it;
-- a page of a later block, inside the context, also depends on A, B and O;
+- a page of a later block, inside the context, also depends on A, B and O, and on which KV heads are dense;
 - the page that holds ``context_end`` and all pages after it attend globally over star-built KV: they also depend on
   ``context_end``.
 
 A chat's next turn has a later ``context_end`` and the same blocks, so it hits all complete context pages.
 
-Where blocks are independent of one another (no overlap), the chain also starts anew at each block, from the anchor
-and the block's position: a block between two edited blocks keeps its keys. Where blocks have positions of their own, it
-starts from the anchor alone: a block has its keys wherever it stands. The chain of the first query page continues from
-the last pages of all blocks, so that its key stands for everything before it.
+Where blocks are independent of one another (no overlap, no dense heads), the chain also starts anew at each block, from
+the anchor and the block's position: a block between two edited blocks keeps its keys. Where blocks have positions of
+their own, it starts from the anchor alone: a block has its keys wherever it stands. The chain of the first query page
+continues from the last pages of all blocks, so that its key stands for everything before it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def independent_plan(request: Any) -> StarPlan | None:
     The rotary positions of an image (M-RoPE) depend on the images before it, so prompts with images are left out.
     """
     plan = metadata_of(request).plan
-    return None if plan is None or plan.overlap_size or request.mm_features else plan
+    return None if plan is None or not plan.is_independent or request.mm_features else plan
 
 
 def independent_block_hasher(page_size: int, hash_function: HashFunction) -> Hasher:

@@ -9,6 +9,9 @@ bottom-right), else all keys. A window keeps only the last ``window`` of them. W
 (``queries_per_key``), the causal mask is a staircase of n queries per step, and the row's last query sees all keys.
 A query that sees no key has out 0 and lse -inf.
 
+Rows may compute some KV heads only (``row_heads``). ``query_start_loc`` then goes over the T query tokens n times: the
+rows' token i is query token ``i % T``. Each head of each query token is computed by one row.
+
     score[k] = scale * k_scale * (query . key[k]);  if softcap: score = softcap * tanh(score / softcap)
     lse = log(sum over k of exp(score[k]))          natural logarithm, after the cap
     out = v_scale * sum over k of exp(score[k] - lse) * value[k]
@@ -127,7 +130,7 @@ class Operands:
             Their head sizes D and Dv may differ.
         block_table: (R, C) int32. Columns past a row's keys may hold anything, and so may the cache where no query of
             the row sees a key.
-        query_start_loc: (R + 1,) int32, non-decreasing from 0 to T.
+        query_start_loc: (R + 1,) int32, non-decreasing from 0 to T, or with ``row_heads`` to a multiple of T.
         seq_lens: (R,) int32, keys of each row, which may be 0. With ``causal`` they include the row's query tokens.
         scale: factor of the scores.
         causal: whether a query sees the keys up to its own position only.
@@ -137,6 +140,7 @@ class Operands:
         k_scale, v_scale: scales of a quantised cache.
         out: (T, H, Dv) in the query's dtype to write to; None to make a new one.
         layout: of both caches.
+        row_heads: (R, KV heads) bool, contiguous, the heads that each row computes; None: each row computes all.
 
     Raises:
         ValueError: the operands do not fit one another, or a number is out of its range.
@@ -158,6 +162,7 @@ class Operands:
     v_scale: float = 1.0
     out: torch.Tensor | None = None
     layout: Layout = Layout.PAGES
+    row_heads: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_dimensions()
@@ -217,6 +222,12 @@ class Operands:
         if table_rows != sizes.rows or start_rows != sizes.rows:
             raise ValueError(
                 f"{sizes.rows} rows in seq_lens, {table_rows} in block_table, {start_rows} in query_start_loc"
+            )
+        heads = self.row_heads
+        if heads is not None and (heads.shape != (sizes.rows, sizes.kv_heads) or heads.dtype != torch.bool):
+            raise ValueError(
+                f"row_heads {tuple(heads.shape)} {heads.dtype}: a bool for each of {sizes.rows} rows and "
+                f"{sizes.kv_heads} KV heads"
             )
         if keys.dtype != values.dtype or keys.dtype not in (query.dtype, *FP8_DTYPES.values()):
             raise ValueError(

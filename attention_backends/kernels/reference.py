@@ -15,6 +15,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, page_size = operands.make_out(), operands.make_lse(), operands.sizes.page_size
     for row in range(operands.sizes.rows):
         first, last = operands.query_start_loc[row : row + 2].tolist()
+        queries, heads = torch.arange(first, last) % max(operands.sizes.tokens, 1), _heads_of(operands, row)
         length = int(operands.seq_lens[row])
         page_ids = operands.block_table[row, : -(-length // page_size)].long()
         mask = visible_mask(
@@ -25,15 +26,22 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
             window=operands.window,
         )
         row_out, row_lse = masked_attention(
-            operands.query[first:last].double(),
+            operands.query[queries].double(),
             _gather(operands.keys, page_ids)[:length].double() * operands.k_scale,
             _gather(operands.values, page_ids)[:length].double() * operands.v_scale,
             mask.to(operands.query.device),
             operands.scale,
             operands.softcap,
         )
-        out[first:last], lse[first:last] = row_out.to(out.dtype), row_lse.to(lse.dtype)
+        at = queries[:, None], heads[None]
+        out[at], lse[at] = row_out[:, heads].to(out.dtype), row_lse[:, heads].to(lse.dtype)
     return out, lse
+
+
+def _heads_of(operands: Operands, row: int) -> torch.Tensor:
+    """The query heads that a row computes."""
+    heads = torch.arange(operands.sizes.heads)
+    return heads if operands.row_heads is None else heads[operands.row_heads[row].cpu()[heads // operands.sizes.group]]
 
 
 def visible_mask(

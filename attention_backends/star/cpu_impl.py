@@ -107,12 +107,13 @@ class CpuImpl(CPUAttentionBackendImpl):
 
         As in vLLM's method, K and V of the step are in the cache already. Where other replicas hold keys of the rows,
         they attend to these keys at the same time, and the parts are merged. So is the attention to blocks with
-        positions of their own.
+        positions of their own. Where some heads see everything, the step's rows are others for each kind of heads.
         """
         step = current_step()
         remote = None if step is None else step.remote_attention(kv_cache.shape[2])
         turned = None if step is None else step.turned_attention(kv_cache.shape[2])
-        if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
+        heads = None if step is None else step.row_heads(kv_cache.shape[2], layer.layer_name)
+        if remote is None and turned is None and heads is None and not self.uses_op(query, layer, attn_metadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         tokens = attn_metadata.num_actual_tokens
         num_pages, kv_heads, page_size, _ = kv_cache.shape
@@ -122,16 +123,17 @@ class CpuImpl(CPUAttentionBackendImpl):
             key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
             options |= kv_scales(layer)
         caches = key_cache, value_cache
-        if turned is not None and remote is None:
+        if turned is not None and remote is None and heads is None:
             turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
             return output
         sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
+        rows, options["row_heads"] = heads or (attn_metadata, None)
         operands = Operands(
             query[:tokens],
             *caches,
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
+            rows.block_table,
+            rows.query_start_loc,
+            rows.seq_lens,
             out=output[:tokens],
             layout=Layout.CPU,
             **options,
@@ -140,6 +142,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         if remote is not None:
             remote.finish(sent, out, lse)
         if turned is not None:
+            del options["row_heads"]
             turned.add(layer.layer_name, query[:tokens], out, lse, caches, Layout.CPU, **options)
         return output
 

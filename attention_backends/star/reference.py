@@ -27,3 +27,15 @@ def star_mask(
     overlap = (key < block_start) & (key >= block_start - overlap_size)
     is_query = query >= context_end
     return (key <= query) & (is_query | own_block | anchor | overlap)
+
+
+def head_masks(mask: torch.Tensor, num_kv_heads: int, dense: set[int]) -> torch.Tensor:
+    """(num_kv_heads, num_tokens, num_tokens) bool: what the KV heads of a layer see, of which some are dense.
+
+    Args:
+        mask: (num_tokens, num_tokens) bool, what the heads see that are not.
+        dense: the KV heads that see everything before them.
+    """
+    masks = mask.expand(num_kv_heads, *mask.shape).clone()
+    masks[sorted(dense)] = torch.ones_like(mask).tril()
+    return masks

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from starling.scheduler.star.counts import mean_pairs
 from starling.scheduler.star.plan import DocumentKeys, KeyRanges, StarPlan, count_pairs
 
 
@@ -71,7 +72,7 @@ class VirtualRows:
         remote: rows that also see keys in other replicas' memory, which ``seq_lens`` and the pages leave out.
         turned: the keys of blocks with positions of their own, which they leave out too; None: there are none.
         context_tokens: query tokens in star rows.
-        star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers differ).
+        star_pairs: query-key pairs of the star rows, per head and layer (a mean where layers or heads differ).
         dense_pairs: the pairs that the same tokens would have under dense attention.
     """
 
@@ -126,65 +127,85 @@ def split_rows(
         for plan, queries, start, span in zip(plans, query_lens, starts, remote_spans, strict=True)
     ):
         return None
-    source: list[int] = []
-    lens: list[int] = []
-    totals: list[int] = []
-    star: list[bool] = []
-    block_starts: list[int] = []
-    gathered: list[int] = []
-    columns: list[np.ndarray] = []
-    remote: list[RemoteKeys] = []
-    turned: list[tuple[int, int, DocumentKeys]] = []
-    context_tokens = star_pairs = dense_pairs = 0
+    pieces = _Pieces(page_size)
     for row, (plan, start, end, span) in enumerate(zip(plans, starts, seq_lens, remote_spans, strict=True)):
-        pieces = [(start, end, ((0, end),))] if plan is None or start == end else plan.split(start, end)
-        first_remote, stop_remote = span or (0, 0)
-        for piece_start, piece_end, keys in pieces:
-            in_context, block_start = False, 0
-            if plan is not None and piece_start < plan.context_end:
-                in_context, block_start = True, plan.starts[plan.block_of(piece_start)]
-                queries = piece_end - piece_start
-                context_tokens += queries
-                star_pairs += count_pairs(queries, keys)
-                dense_pairs += count_pairs(queries, ((0, piece_end),))
-            elif plan is not None and plan.document_keys is not None:
-                blocks = plan.document_keys
-                is_remote = (blocks.starts >= first_remote) & (blocks.starts < stop_remote)
-                turned.append((len(source), row, blocks.where(~is_remote)))
-                if is_remote.any():
-                    away = blocks.where(is_remote)
-                    remote.append(RemoteKeys(len(source), away.starts, away.lengths, away.turns))
-            if span is not None:
-                keys, remote_keys = divide(keys, span)
-                if remote_keys:
-                    borders = np.asarray(remote_keys, dtype=np.int64)
-                    lengths = borders[:, 1] - borders[:, 0]
-                    remote.append(RemoteKeys(len(source), borders[:, 0], lengths, np.zeros_like(lengths)))
-            if keys[0][0] or len(keys) > 1:
-                gathered.append(len(source))
-                columns.append(_page_columns(keys, page_size))
-            source.append(row)
-            lens.append(piece_end - piece_start)
-            totals.append(sum(stop - first for first, stop in keys))
-            star.append(in_context)
-            block_starts.append(block_start)
-    page_columns = np.zeros((len(columns), max(map(len, columns), default=0)), dtype=np.int64)
-    for index, column in enumerate(columns):
-        page_columns[index, : len(column)] = column
-    return VirtualRows(
-        np.asarray(source, dtype=np.int64),
-        np.asarray(lens, dtype=np.int64),
-        np.asarray(totals, dtype=np.int64),
-        np.asarray(star, dtype=bool),
-        np.asarray(block_starts, dtype=np.int64),
-        np.asarray(gathered, dtype=np.int64),
-        page_columns,
-        tuple(remote),
-        _turned_keys(turned, page_size),
-        context_tokens,
-        star_pairs,
-        dense_pairs,
-    )
+        whole = [(start, end, ((0, end),))]
+        for piece in whole if plan is None or start == end else plan.split(start, end):
+            pieces.add(row, plan, *piece, span)
+    return pieces.rows()
+
+
+class _Pieces:
+    """The virtual rows of a batch, one after the other; the attributes are those of VirtualRows, as lists."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.source: list[int] = []
+        self.query_lens: list[int] = []
+        self.seq_lens: list[int] = []
+        self.star: list[bool] = []
+        self.block_start: list[int] = []
+        self.gathered: list[int] = []
+        self.columns: list[np.ndarray] = []
+        self.remote: list[RemoteKeys] = []
+        self.turned: list[tuple[int, int, DocumentKeys]] = []
+        self.context_tokens = self.star_pairs = self.dense_pairs = 0
+
+    def add(
+        self, row: int, plan: StarPlan | None, start: int, end: int, keys: KeyRanges, span: tuple[int, int] | None
+    ) -> None:
+        """Add the queries ``[start, end)`` of a batch row, of which the last one sees ``keys``."""
+        number, in_context = len(self.source), plan is not None and start < plan.context_end
+        if plan is not None and in_context:
+            self._count(plan, end - start, keys, end)
+        elif plan is not None and plan.document_keys is not None:
+            self._add_documents(row, plan.document_keys, span or (0, 0))
+        if span is not None:
+            keys, remote_keys = divide(keys, span)
+            if remote_keys:
+                borders = np.asarray(remote_keys, dtype=np.int64)
+                lengths = borders[:, 1] - borders[:, 0]
+                self.remote.append(RemoteKeys(number, borders[:, 0], lengths, np.zeros_like(lengths)))
+        if keys[0][0] or len(keys) > 1:
+            self.gathered.append(number)
+            self.columns.append(_page_columns(keys, self.page_size))
+        self.source.append(row)
+        self.query_lens.append(end - start)
+        self.seq_lens.append(sum(stop - first for first, stop in keys))
+        self.star.append(in_context)
+        self.block_start.append(plan.starts[plan.block_of(start)] if plan is not None and in_context else 0)
+
+    def _count(self, plan: StarPlan, queries: int, keys: KeyRanges, end: int) -> None:
+        dense = count_pairs(queries, ((0, end),))
+        self.context_tokens += queries
+        self.star_pairs += mean_pairs(plan, count_pairs(queries, keys), dense)
+        self.dense_pairs += dense
+
+    def _add_documents(self, row: int, blocks: DocumentKeys, span: tuple[int, int]) -> None:
+        number, is_remote = len(self.source), (blocks.starts >= span[0]) & (blocks.starts < span[1])
+        self.turned.append((number, row, blocks.where(~is_remote)))
+        if is_remote.any():
+            away = blocks.where(is_remote)
+            self.remote.append(RemoteKeys(number, away.starts, away.lengths, away.turns))
+
+    def rows(self) -> VirtualRows:
+        page_columns = np.zeros((len(self.columns), max(map(len, self.columns), default=0)), dtype=np.int64)
+        for index, column in enumerate(self.columns):
+            page_columns[index, : len(column)] = column
+        return VirtualRows(
+            np.asarray(self.source, dtype=np.int64),
+            np.asarray(self.query_lens, dtype=np.int64),
+            np.asarray(self.seq_lens, dtype=np.int64),
+            np.asarray(self.star, dtype=bool),
+            np.asarray(self.block_start, dtype=np.int64),
+            np.asarray(self.gathered, dtype=np.int64),
+            page_columns,
+            tuple(self.remote),
+            _turned_keys(self.turned, self.page_size),
+            self.context_tokens,
+            self.star_pairs,
+            self.dense_pairs,
+        )
 
 
 def _turned_keys(rows: list[tuple[int, int, DocumentKeys]], page_size: int) -> TurnedKeys | None:

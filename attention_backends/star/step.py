@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.head_rows import HeadRows, make_head_rows
+from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.attention_backends.star.turned import OwnRows, TurnedAttention, make_turned_rows
@@ -24,6 +26,30 @@ from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RemoteShards
 
 RowIds = Callable[[], Sequence[str]]
+
+
+class Batch(NamedTuple):
+    """The rows of a batch: their plans, and the arguments of ``split_rows`` beside these."""
+
+    plans: list[StarPlan | None]
+    query_lens: list[int]
+    seq_lens: list[int]
+    remote_spans: list[tuple[int, int] | None]
+
+    def split(self, page_size: int, anchored: bool = True, dense_from: int | None = None) -> VirtualRows | None:
+        """The virtual rows for pages of ``page_size`` tokens; None where no row lies in star blocks.
+
+        Args:
+            anchored: False for a cache of which a block sees its own keys alone, not the anchor's.
+            dense_from: the rows of heads that are dense for plans with so many dense heads or more; None: for no plan.
+        """
+
+        def seen(plan: StarPlan | None) -> StarPlan | None:
+            if plan is None or (dense_from and plan.dense_heads and plan.dense_heads.count >= dense_from):
+                return None
+            return plan if anchored else replace(plan, anchor_size=0)
+
+        return split_rows(list(map(seen, self.plans)), self.query_lens, self.seq_lens, page_size, self.remote_spans)
 
 
 class StarStep:
@@ -37,6 +63,8 @@ class StarStep:
         remote: request id -> where the rest of its KV is, for requests that have KV on other replicas.
         open_remote_attention: makes the object by which layers query other replicas, from the step's queries.
         rotations: layer name -> its rotary embedding, for plans whose blocks have positions of their own.
+        head_ranks: layer name -> (KV heads,) int64, the places of this rank's heads in the order of scores, for plans
+            with dense heads.
     """
 
     def __init__(
@@ -48,6 +76,7 @@ class StarStep:
         remote: Mapping[str, RemoteShards] | None = None,
         open_remote_attention: Callable[[Sequence[RemoteQuery]], Any] | None = None,
         rotations: Mapping[str, Rotation] | None = None,
+        head_ranks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.plans = plans
         self.num_scheduled_tokens = num_scheduled_tokens
@@ -56,15 +85,20 @@ class StarStep:
         self.remote = remote or {}
         self.open_remote_attention = open_remote_attention
         self.rotations = rotations or {}
+        self.head_ranks = head_ranks or {}
+        self.dense_counts = sorted({plan.dense_heads.count for plan in plans.values() if plan.dense_heads})
         self.engaged = False
         self.counted = False
         self._request_ids: list[str] = []
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
         self._remote_attention: dict[int, Any] = {}
         self._turned_attention: dict[int, TurnedAttention] = {}
+        self._head_rows: dict[int, HeadRows] = {}
+        self._row_heads: dict[tuple[int, str], torch.Tensor | None] = {}
         self._positions: list[tuple[int, np.ndarray]] = []
         self._replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.has_unset_positions = False
+        self.has_unread_heads = False
 
     def rows(self, common: CommonAttentionMetadata, page_size: int, anchored: bool = True) -> VirtualRows | None:
         """The batch's virtual rows for pages of ``page_size`` tokens; None where no row lies in star blocks.
@@ -79,7 +113,9 @@ class StarStep:
         self.engaged = True
         key = (page_size, anchored)
         if key not in self._rows:
-            self._rows[key] = self._split(common, page_size, anchored)
+            batch = self._match(common)
+            self._keep_positions(batch)
+            self._rows[key] = batch.split(page_size, anchored=anchored)
         return self._rows[key]
 
     def built_rows(self, page_size: int) -> VirtualRows | None:
@@ -110,11 +146,17 @@ class StarStep:
     def keep_block_tables(
         self, rows: VirtualRows, batch: CommonAttentionMetadata, virtual: CommonAttentionMetadata, page_size: int
     ) -> None:
-        """Note the pages of blocks with positions of their own, which the rows' own block tables leave out.
+        """Note what the rows' own block tables leave out: blocks with positions of their own, and dense heads.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
+        if self.dense_counts:
+            plans = self._match(batch)
+            kinds = [plans.split(page_size, dense_from=count) for count in self.dense_counts]
+            metadata = [batch if kind is None else virtual_metadata(batch, kind) for kind in kinds]
+            self._head_rows[page_size] = make_head_rows(self.dense_counts, [*metadata, virtual])
+            self.has_unread_heads = True
         if rows.turned is not None:
             own = OwnRows(
                 num_tokens=int(rows.query_lens.sum()),
@@ -127,6 +169,17 @@ class StarStep:
             starts = np.cumsum(rows.query_lens) - rows.query_lens
             calls = list(make_turned_rows(rows.turned, starts, rows.query_lens, batch.block_table_tensor, page_size))
             self._turned_attention[page_size] = TurnedAttention(own, calls, self.rotations)
+
+    def row_heads(self, page_size: int, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
+        """The rows of a layer with pages of this size, and which heads each computes; None: no head of it is dense."""
+        self.has_unread_heads = False
+        rows, key = self._head_rows.get(page_size), (page_size, layer_name)
+        if rows is None or layer_name not in self.head_ranks:
+            return None
+        if key not in self._row_heads:
+            self._row_heads[key] = rows.row_heads(self.head_ranks[layer_name])
+        heads = self._row_heads[key]
+        return None if heads is None else (rows, heads)
 
     def turned_attention(self, page_size: int) -> TurnedAttention | None:
         """By which layers with pages of this size attend to such blocks; None: no row has keys there.
@@ -169,7 +222,8 @@ class StarStep:
             self.counted = True
             self.on_rows(rows)
 
-    def _split(self, common: CommonAttentionMetadata, page_size: int, anchored: bool) -> VirtualRows | None:
+    def _match(self, common: CommonAttentionMetadata) -> Batch:
+        """The plans of the batch's rows."""
         query_lens = common.query_start_loc_cpu.diff().tolist()
         ids = list(self.row_ids())
         scheduled = [self.num_scheduled_tokens[request_id] for request_id in ids]
@@ -179,23 +233,22 @@ class StarStep:
                 f"batch rows {ids} have {query_lens} tokens, the scheduler gave {scheduled}: "
                 "star plans can't be matched to rows"
             )
-        plans = [self.plans.get(request_id) for request_id in ids] + [None] * len(padding)
-        if not anchored:
-            plans = [None if plan is None else replace(plan, anchor_size=0) for plan in plans]
         if common.seq_lens_cpu_upper_bound is None:
             raise RuntimeError("the model runner gave no host copy of seq_lens: rows can't be split")
         seq_lens = common.seq_lens_cpu_upper_bound.tolist()
         seq_lens[len(ids) :] = [0] * len(padding)
         self._request_ids = ids
-        starts = np.cumsum([0, *query_lens]).tolist()
+        spans = [self.remote[name].span() if name in self.remote else None for name in ids] + [None] * len(padding)
+        return Batch([self.plans.get(name) for name in ids] + [None] * len(padding), query_lens, seq_lens, spans)
+
+    def _keep_positions(self, batch: Batch) -> None:
+        starts = np.cumsum([0, *batch.query_lens]).tolist()
         self._positions = [
             (first, positions)
-            for plan, first, queries, end in zip(plans, starts, query_lens, seq_lens, strict=False)
+            for plan, first, queries, end in zip(batch.plans, starts, batch.query_lens, batch.seq_lens, strict=False)
             if plan is not None and (positions := plan.positions(end - queries, end)) is not None
         ]
         self.has_unset_positions = bool(self._positions)
-        spans = [self.remote[name].span() if name in self.remote else None for name in ids] + [None] * len(padding)
-        return split_rows(plans, query_lens, seq_lens, page_size, spans)
 
 
 _current: StarStep | None = None
@@ -236,3 +289,5 @@ def open_step(step: StarStep | None) -> Iterator[None]:
         raise RuntimeError("a step with star requests ran, but no full-attention layer took their plans")
     if step is not None and step.has_unset_positions:
         raise RuntimeError("a step with positions of star blocks' own ran, but the model did not take them")
+    if step is not None and step.has_unread_heads:
+        raise RuntimeError("a step with dense heads ran, but no layer took them")

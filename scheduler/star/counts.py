@@ -20,7 +20,7 @@ def num_client_tokens(plan: StarPlan) -> int:
 
 
 def context_pairs(plan: StarPlan) -> int:
-    """Query-key pairs of the context, per head and layer.
+    """Query-key pairs of the context, per head and layer; with dense heads a mean of both kinds.
 
     Blocks behind the first few see equally many tokens before them, so only these few are looked at one by one.
     """
@@ -28,7 +28,14 @@ def context_pairs(plan: StarPlan) -> int:
     seen = np.zeros_like(plan.lengths)
     for number in range(few):
         seen[number:] = sum(stop - start for start, stop in plan.block(number).sees)
-    return int((plan.lengths * seen + plan.lengths * (plan.lengths + 1) // 2).sum())
+    pairs = int((plan.lengths * seen + plan.lengths * (plan.lengths + 1) // 2).sum())
+    return mean_pairs(plan, pairs, dense_keys(int(plan.lengths.sum())))
+
+
+def mean_pairs(plan: StarPlan, star: int, dense: int) -> int:
+    """Query-key pairs of a head on average, of which some see star blocks and some everything."""
+    share = 0.0 if plan.dense_heads is None else plan.dense_heads.share
+    return round((1 - share) * star + share * dense) if share else star
 
 
 def keys_attended(plan: StarPlan) -> int:
@@ -55,6 +62,7 @@ def star_shape(plan: StarPlan) -> dict[str, Any]:
         "prompt_tokens": tokens,
         "replicas": plan.replicas,
         "shards": plan.shards,
+        "dense_heads": 0.0 if plan.dense_heads is None else round(plan.dense_heads.share, 4),
         "documents": bool(plan.documents),
         "padding_tokens": plan.num_prompt_tokens - tokens,
     }

@@ -25,7 +25,7 @@ from starling.scheduler.star.documents import (
 )
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.kv_demand import with_enough_replicas
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
 from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
 
@@ -97,7 +97,8 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
             documents = Documents(why=error.reason)
     if plan is None:
         sized = with_sizes(case, documents=False) if of_documents or documents.why else sized
-        plan = StarPlan(sized.block_size, sized.anchor_size, sized.overlap_size, context_end, case.prompt.num_tokens)
+        sizes = sized.block_size, sized.anchor_size, sized.overlap_size
+        plan = StarPlan(*sizes, context_end, case.prompt.num_tokens, dense_heads=find_dense_heads(case))
     if len(plan.starts) < 2:
         return None, f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
     return with_replicas(sized, plan), documents.why
@@ -167,6 +168,13 @@ def find_context_end(case: Case, documents: Documents) -> int:
     return tokens - max(min(DEFAULT_QUERY_TOKENS if query is None else query, tokens // 2), 1)
 
 
+def find_dense_heads(case: Case) -> DenseHeads | None:
+    """The heads that see everything; None: all heads see star blocks."""
+    scores, share = case.engine.heads, case.options.dense_heads
+    count = scores.count(share) if scores is not None and share else 0
+    return DenseHeads(count, scores.num_heads, scores.digest(count)) if scores is not None and count else None
+
+
 def plan_of_documents(case: Case, documents: Documents, context_end: int) -> StarPlan:
     """The plan of blocks with positions of their own, each on a KV page (raises TooLong)."""
     tokens, ids = case.prompt.num_tokens, case.prompt.token_ids or []
@@ -192,7 +200,7 @@ def with_replicas(case: Case, plan: StarPlan) -> StarPlan:
     """The plan with the replicas that its blocks are split over (raises OptionError: they have too little memory)."""
     replicas, wanted = case.engine.replicas, case.options.replicas
     limit = replicas.size if wanted == "auto" else wanted
-    usable = 1 if replicas.split_refusal or plan.overlap_size else min(limit, replicas.present or limit)
+    usable = 1 if replicas.split_refusal or not plan.is_independent else min(limit, replicas.present or limit)
     if usable == 1:
         return plan
     anchor_work = plan.anchor_size / plan.block_size

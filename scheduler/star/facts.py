@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from starling.config.head_scores import HeadScores
+
 
 @dataclass(frozen=True)
 class KnownSegments:
@@ -68,6 +70,9 @@ class EngineFacts:
         refusals: why the engine can't run Star Attention; none: it can.
         find_document_refusals: returns why it can't attend to documents, whose blocks have positions of their own;
             none: it can. Called where documents are asked for: some of the reasons take a look at the processor.
+        heads: the scores of the model's KV heads; None: they are not known.
+        find_heads_refusals: returns why some heads can't see everything while the others see star blocks; none: they
+            can. Called where dense heads are asked for.
         overlap_refusal: why a block can't see the end of the block before it; None: it can.
         replicas: over which a prompt may be split.
         max_prompt_tokens: of the engine's prompt; None: no limit is known.
@@ -79,6 +84,8 @@ class EngineFacts:
     page_size: int | None
     refusals: tuple[str, ...] = ()
     find_document_refusals: Callable[[], tuple[str, ...]] = tuple
+    heads: HeadScores | None = None
+    find_heads_refusals: Callable[[], tuple[str, ...]] = tuple
     overlap_refusal: str | None = None
     replicas: ReplicaSet = ONE_REPLICA
     max_prompt_tokens: int | None = None
@@ -89,3 +96,7 @@ class EngineFacts:
     @property
     def document_refusals(self) -> tuple[str, ...]:
         return self.find_document_refusals()
+
+    @property
+    def heads_refusals(self) -> tuple[str, ...]:
+        return self.find_heads_refusals()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -68,6 +68,25 @@ class DocumentKeys:
 
 
 @dataclass(frozen=True)
+class DenseHeads:
+    """KV heads that see everything before them in every block; the others see star blocks.
+
+    Attributes:
+        count: how many they are: those with the highest scores (config/head_scores.py).
+        total: KV heads of all layers with scores.
+        digest: which they are.
+    """
+
+    count: int
+    total: int
+    digest: str
+
+    @property
+    def share(self) -> float:
+        return self.count / self.total
+
+
+@dataclass(frozen=True)
 class StarPlan:
     """How one prompt is prefilled (arXiv 2411.17116, section 2); sizes in tokens, places are indexes.
 
@@ -84,6 +103,8 @@ class StarPlan:
         documents: start and end of each block, where blocks are documents; else none. With an anchor the first block is
             the head, the tokens before the first document.
         padding_token: fills the slots between documents.
+        dense_heads: heads that see the whole prompt before them; None: none do. With them, the KV of a block depends on
+            everything before it. Blocks, and what they see, are those of the other heads.
     """
 
     block_size: int
@@ -95,6 +116,12 @@ class StarPlan:
     shards: bool = False
     documents: tuple[tuple[int, int], ...] = ()
     padding_token: int = 0
+    dense_heads: DenseHeads | None = None
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether the KV of a block depends on the anchor and on its own tokens alone."""
+        return not self.overlap_size and self.dense_heads is None
 
     @cached_property
     def starts(self) -> Sequence[int]:
@@ -190,6 +217,8 @@ class StarPlan:
             return None
         if not self.documents:
             key = f"{self.block_size}:{self.anchor_size}:{self.overlap_size}"
+            if self.dense_heads is not None:
+                key += f":heads-{self.dense_heads.digest}"
             return key if end <= self.context_end else f"{key}:{self.context_end}"
         if end > self.context_end:
             return f"block:{self.anchor_size}:{self._documents_digest}"
@@ -211,15 +240,19 @@ NUMBERS = ("block_size", "anchor_size", "overlap_size", "context_end", "num_prom
 
 
 def plan_to_wire(plan: StarPlan) -> list[Any]:
-    """The plan as msgpack takes it: numbers, and behind them the documents, if there are any."""
-    numbers = [getattr(plan, name) for name in NUMBERS]
-    return [*numbers, [list(one) for one in plan.documents], plan.padding_token] if plan.documents else numbers
+    """The plan as msgpack takes it: numbers, and behind them the documents or the dense heads, if there are any."""
+    wire: list[Any] = [getattr(plan, name) for name in NUMBERS]
+    if plan.documents:
+        return [*wire, [list(one) for one in plan.documents], plan.padding_token]
+    return wire if plan.dense_heads is None else [*wire, list(astuple(plan.dense_heads))]
 
 
 def plan_from_wire(wire: Sequence[Any]) -> StarPlan:
     """The plan that ``plan_to_wire`` gave."""
     fields = dict(zip(NUMBERS, wire, strict=False))
-    if len(wire) > len(NUMBERS):
-        documents, fields["padding_token"] = wire[len(NUMBERS) :]
-        fields["documents"] = tuple((start, end) for start, end in documents)
+    match wire[len(NUMBERS) :]:
+        case [documents, padding_token]:
+            fields |= {"documents": tuple((start, end) for start, end in documents), "padding_token": padding_token}
+        case [heads]:
+            fields["dense_heads"] = DenseHeads(*heads)
     return StarPlan(**fields)

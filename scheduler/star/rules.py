@@ -10,7 +10,8 @@ from starling.config.parsing import OptionError
 from starling.config.star import StarOptions, flat_name, num_blocks
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 
-OVERLAP, REPLICAS, SEGMENTS, SHARDS = map(flat_name, ("overlap_size", "replicas", "segments", "shards"))
+FLAT = ("dense_heads", "overlap_size", "replicas", "segments", "shards")
+HEADS, OVERLAP, REPLICAS, SEGMENTS, SHARDS = map(flat_name, FLAT)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Case:
             return f"{flat_name('block_size')}={self.options.block_size} is a share of the prompt"
         if self.has("overlap_size") and self.options.overlap_size:
             return f"{OVERLAP}={self.options.overlap_size} is the end of the block before"
+        if self.has("dense_heads") and self.options.dense_heads:
+            return f"{HEADS}={self.options.dense_heads} has heads that see every block before"
         return None
 
     @property
@@ -109,9 +112,10 @@ def _too_many_replicas(case: Case) -> str | None:
 
 
 def _dependent(case: Case) -> str | None:
-    if not case.overlap_size:
-        return None
-    return f"with {OVERLAP}={case.overlap_size} each block needs the one before it"
+    if case.overlap_size:
+        return f"with {OVERLAP}={case.overlap_size} each block needs the one before it"
+    heads = case.options.dense_heads
+    return f"with {HEADS}={heads} each block needs all blocks before it" if heads else None
 
 
 def _shards(reason: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
@@ -128,6 +132,16 @@ def _overlap_of_documents(case: Case) -> str | None:
     if not (case.has_documents and case.has("overlap_size") and case.options.overlap_size):
         return None
     return "no document sees the one before it"
+
+
+def _heads_of_documents(case: Case) -> str | None:
+    if not (case.has_documents and case.has("dense_heads") and case.options.dense_heads):
+        return None
+    return "no head of a document sees the ones before it"
+
+
+def _heads(reason: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    return lambda case: reason(case) if case.options.dense_heads else None
 
 
 def _query_too_long(case: Case) -> str | None:
@@ -156,6 +170,19 @@ OPTION_RULES = (
         "0",
     ),
     Rule("overlap_size", "with documents", _overlap_of_documents, "0"),
+    Rule(
+        "dense_heads",
+        "the engine can't run it",
+        _heads(lambda c: "; ".join(c.engine.heads_refusals)),
+        "0",
+    ),
+    Rule(
+        "dense_heads",
+        "the scores of the model's KV heads are not known",
+        _heads(lambda c: None if c.engine.heads else "the scores of this model's KV heads are not known"),
+        "0, or a server with --star-heads and the file that `starling calibrate` makes",
+    ),
+    Rule("dense_heads", "with documents", _heads_of_documents, "0"),
     Rule("block_size", "a share of the prompt, with documents", _share_of_documents, "a number of tokens"),
     Rule(
         "segments",
@@ -179,7 +206,7 @@ SIZE_RULES = (
         "replicas",
         "blocks depend on one another",
         lambda c: _dependent(c) if _several(c) else None,
-        f"auto or 1, or {OVERLAP}=0",
+        f"auto or 1, or {OVERLAP}=0 and {HEADS}=0",
     ),
     Rule(
         "shards",

@@ -17,7 +17,7 @@ constexpr int64_t FETCH = 4096;      // bytes of a page to prefetch; the process
 constexpr int64_t ITEMS_A_THREAD = 4;
 constexpr int64_t SHORT_SUM = 32;    // terms of a float dot product in one running sum, where query rows are few
 
-// Where an item writes: out (shares, row tokens, heads, Dv) and lse (shares, row tokens, heads), or for one share the
+// Where an item writes: out (shares, cells, heads, Dv) and lse (shares, cells, heads), or for one share the
 // op's own out and lse.
 template <class Out>
 struct Target {
@@ -227,7 +227,7 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
   std::fill(totals, totals + rows, 0.0f);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + (item.first + i) / group, head = item.kv_head * group + (item.first + i) % group;
-    const int64_t source = call.is_turned ? call.turned.tokens[token] : token;
+    const int64_t source = call.is_turned ? call.turned.tokens[token] : token % call.tokens;
     const Q* from = query + source * call.query_strides[0] + head * call.query_strides[1];
     Operand<T>* to = packed + i * call.key_size;
     if (call.is_turned)
@@ -278,7 +278,7 @@ void run_item(const Call& call, const Q* query, const Cache<T>& cache, const Ite
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t token = start + (item.first + i) / group, head = item.kv_head * group + (item.first + i) % group;
     const float factor = totals[i] == 0 ? 0.0f : call.value_scale / totals[i];  // a NaN total gives NaN
-    const int64_t part = item.share * call.row_tokens + token;
+    const int64_t part = item.share * cells_of_share(call) + (call.is_turned ? token : token % call.tokens);
     Out* to = target.out + part * target.strides[0] + head * target.strides[1];
     for (int64_t d = 0; d < call.value_size; ++d) to[d] = static_cast<Out>(sums[i * call.value_size + d] * factor);
     target.lse[part * call.heads + head] = totals[i] == 0 ? NO_KEY : peaks[i] + std::log(totals[i]);
@@ -300,9 +300,11 @@ inline std::vector<Item> make_items(const Call& call, int64_t threads, int64_t& 
     const int64_t tiles = (rows + highest - 1) / highest;
     const int64_t keys = call.window ? std::min<int64_t>(call.lens[row], call.window + queries) : call.lens[row];
     longest = std::max<int64_t>(longest, rows ? keys : 0);
-    for (int64_t head = 0; head < call.kv_heads; ++head)
+    for (int64_t head = 0; head < call.kv_heads; ++head) {
+      if (call.row_heads && !call.row_heads[row * call.kv_heads + head]) continue;
       for (int64_t i = 0; i < tiles; ++i)
         items.push_back({row, head, rows * i / tiles, rows * (i + 1) / tiles, 0, 1});
+    }
   }
   const int64_t wanted = items.empty() ? 1 : (threads * ITEMS_A_THREAD + items.size() - 1) / items.size();
   shares = threads == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, longest / (2 * TILE_KEYS)));

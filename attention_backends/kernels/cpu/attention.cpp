@@ -5,7 +5,8 @@
 // A work item is a tile of the query rows that one KV head serves in one batch row (queries x group), over all keys of
 // the batch row. Where there are too few items for the threads, the keys are divided into `shares`. An item then has
 // one share of the keys, and the shares' results are merged by log-sum-exp. So are those of a query token that is a
-// query token of several rows, turned for each.
+// query token of several rows, turned for each. Where rows compute some heads only, a query token is a token of one row
+// for each head, and nothing is merged.
 #include <torch/library.h>
 
 #include <optional>
@@ -47,13 +48,20 @@ void run_checked(const Call& call, bool adds, const at::Tensor& query, const at:
 // Takes operands that contract.py and attention.py have checked.
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                            const at::Tensor& block_table, const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
-                           at::Tensor& out, double scale, bool causal, int64_t queries_per_key, int64_t window,
-                           double softcap, double value_scale, bool transposed_keys) {
+                           const std::optional<at::Tensor>& row_heads, at::Tensor& out, double scale, bool causal,
+                           int64_t queries_per_key, int64_t window, double softcap, double value_scale,
+                           bool transposed_keys) {
   Call call = make_call(query, keys, values, block_table, query_start_loc, seq_lens, out, scale, softcap, value_scale,
                         transposed_keys);
   call.causal = causal;
   call.queries_per_key = queries_per_key;
   call.window = window;
+  if (row_heads) {
+    call.row_heads = row_heads->const_data_ptr<bool>();
+    call.row_tokens = call.starts[call.rows];
+    TORCH_CHECK_VALUE(call.tokens ? call.row_tokens % call.tokens == 0 : call.row_tokens == 0, "query_start_loc ends at ",
+                      call.row_tokens, ", which is no multiple of the ", call.tokens, " query tokens");
+  }
   at::Tensor lse = at::empty({call.tokens, call.heads}, query.options().dtype(at::kFloat));
   run_checked(call, false, query, keys, values, out, lse);
   return lse;
@@ -89,8 +97,8 @@ void turned_attention(const at::Tensor& query, const at::Tensor& keys, const at:
 TORCH_LIBRARY(starling_kernels, library) {
   library.def(
       "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor query_start_loc, "
-      "Tensor seq_lens, Tensor(a!) out, float scale, bool causal, int queries_per_key, int window, float softcap, "
-      "float value_scale, bool transposed_keys) -> Tensor");
+      "Tensor seq_lens, Tensor? row_heads, Tensor(a!) out, float scale, bool causal, int queries_per_key, int window, "
+      "float softcap, float value_scale, bool transposed_keys) -> Tensor");
   library.impl("paged_attention", c10::DispatchKey::CPU, &paged_attention);
   library.def(
       "turned_attention(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor query_start_loc, "

@@ -47,6 +47,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     out = operands.make_out()
     lse = ops.paged_attention(
         *tensors_of(operands),
+        operands.row_heads,
         out,
         operands.scale * operands.k_scale,
         operands.causal,

@@ -28,8 +28,9 @@ struct Turns {
 struct Call {
   int64_t rows, heads, kv_heads, key_size, value_size, page, pages;
   int64_t tokens;      // of the query
-  int64_t row_tokens;  // of the rows; as many, but with `turned`
+  int64_t row_tokens;  // of the rows; as many, but with `turned` and `row_heads`
   const int32_t *block_table, *starts, *lens;
+  const bool* row_heads;  // (rows, KV heads): the heads that a row computes; null: all of them
   int64_t columns;
   Strides keys, values;
   int64_t query_strides[2], out_strides[2];
@@ -40,6 +41,9 @@ struct Call {
   bool is_turned;
   Turns turned;
 };
+
+// How many results of each head a share of the keys has: one for each query token, or, turned, for each token of the rows.
+inline int64_t cells_of_share(const Call& call) { return call.is_turned ? call.row_tokens : call.tokens; }
 
 struct Item {
   int64_t row, kv_head, first, last;  // [first, last) of the row's queries x group

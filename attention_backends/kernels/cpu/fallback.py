@@ -20,28 +20,38 @@ TILE_QUERIES = 256
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the contract of contract.py; sums in float32, or in float64 where the query is float64."""
     out, lse = operands.make_out(), operands.make_lse()
-    starts, lens = operands.query_start_loc.tolist(), operands.seq_lens.tolist()
+    starts, lens, group = operands.query_start_loc.tolist(), operands.seq_lens.tolist(), operands.sizes.group
     for row, length in enumerate(lens):
         queries = starts[row + 1] - starts[row]
+        heads = slice(None) if operands.row_heads is None else operands.row_heads[row]
         for first in range(0, queries, TILE_QUERIES):
             tile = range(first, min(first + TILE_QUERIES, queries))
-            tokens = slice(starts[row] + tile.start, starts[row] + tile.stop)
-            tile_out, lse[tokens] = _attend_tile(operands, row, tile, tokens, queries, length)
-            out[tokens] = tile_out.to(out.dtype)
+            start = (starts[row] + tile.start) % operands.sizes.tokens
+            tokens = slice(start, start + len(tile))
+            tile_out, tile_lse = _attend_tile(operands, row, heads, tile, tokens, queries, length)
+            out[tokens].unflatten(1, (-1, group))[:, heads] = tile_out.to(out.dtype)
+            lse[tokens].unflatten(1, (-1, group))[:, heads] = tile_lse
     return out, lse
 
 
 def _attend_tile(
-    operands: Operands, row: int, tile: range, tokens: slice, queries: int, length: int
+    operands: Operands,
+    row: int,
+    heads: slice | torch.Tensor,
+    tile: range,
+    tokens: slice,
+    queries: int,
+    length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of some queries of one row to all keys they see.
 
     Args:
+        heads: the KV heads.
         tile: numbers of the queries in their row, and ``tokens``: the same queries in ``operands.query``.
         queries, length: query tokens and keys of the row.
 
     Returns:
-        out (tile, H, Dv) and lse (tile, H), both in the dtype of the sums.
+        out (tile, KV heads, group, Dv) and lse (tile, KV heads, group), both in the dtype of the sums.
     """
     sizes, window, device = operands.sizes, operands.window, operands.query.device
     wide = torch.promote_types(operands.query.dtype, torch.float32)
@@ -49,7 +59,7 @@ def _attend_tile(
     first = visible_keys(tile[0], queries, length, **rule)[0]
     end = visible_keys(tile[-1], queries, length, **rule)[1]
     # Query head h reads KV head h // group: (KV heads, tile, group, D), scaled here once.
-    query = operands.query[tokens].to(wide).unflatten(1, (sizes.kv_heads, -1)).movedim(0, 1)
+    query = operands.query[tokens].to(wide).unflatten(1, (sizes.kv_heads, -1)).movedim(0, 1)[heads]
     query = query * (operands.scale * operands.k_scale)
     out = query.new_zeros(*query.shape[:3], sizes.value_size)
     lse = query.new_full(query.shape[:3], float("-inf"))
@@ -65,13 +75,13 @@ def _attend_tile(
             mask &= keys > position[:, None] - window
         group_out, group_lse = _attend_group(
             query,
-            _gather(operands.keys, page_ids)[:, keys - base].to(wide),
-            _gather(operands.values, page_ids)[:, keys - base].to(wide),
+            _gather(operands.keys, page_ids)[heads][:, keys - base].to(wide),
+            _gather(operands.values, page_ids)[heads][:, keys - base].to(wide),
             mask[:, None, :],
             operands.softcap,
         )
         out, lse = merge(torch.stack((out, group_out)), torch.stack((lse, group_lse)))
-    return (out * operands.v_scale).movedim(0, 1).flatten(1, 2), lse.movedim(0, 1).flatten(1, 2)
+    return (out * operands.v_scale).movedim(0, 1), lse.movedim(0, 1)
 
 
 def _attend_group(

@@ -9,24 +9,25 @@
 
 namespace starling {
 
-// The numbers of the rows' query tokens that are parts of each of the query's tokens: those of token t are order[i] for
+// The numbers of the results that are parts of each of the query's tokens: those of token t are order[i] for
 // i from begin[t] to begin[t + 1].
 struct Parts {
   std::vector<int64_t> begin, order;
 };
 
 inline Parts parts_of_tokens(const Call& call) {
-  Parts parts{std::vector<int64_t>(call.tokens + 1), std::vector<int64_t>(call.row_tokens)};
+  const int64_t cells = cells_of_share(call);
+  Parts parts{std::vector<int64_t>(call.tokens + 1), std::vector<int64_t>(cells)};
   const auto token_of = [&](int64_t i) { return call.is_turned ? call.turned.tokens[i] : i; };
-  for (int64_t i = 0; i < call.row_tokens; ++i) ++parts.begin[token_of(i) + 1];
+  for (int64_t i = 0; i < cells; ++i) ++parts.begin[token_of(i) + 1];
   for (int64_t token = 0; token < call.tokens; ++token) parts.begin[token + 1] += parts.begin[token];
   std::vector<int64_t> next(parts.begin.begin(), parts.begin.end() - 1);
-  for (int64_t i = 0; i < call.row_tokens; ++i) parts.order[next[token_of(i)]++] = i;
+  for (int64_t i = 0; i < cells; ++i) parts.order[next[token_of(i)]++] = i;
   return parts;
 }
 
-// Merges `shares` times the parts (shares, row tokens, heads, Dv) with log-sum-exps (shares, row tokens, heads) into out
-// and lse (tokens, heads). With `adds`, out and lse hold a further part.
+// Merges `shares` times the parts (shares, cells, heads, Dv) with log-sum-exps (shares, cells, heads) into out and lse
+// (tokens, heads). With `adds`, out and lse hold a further part.
 template <class Out>
 void join(const Call& call, int64_t shares, bool adds, const float* parts, const float* lses, Out* out, float* lse) {
   const Parts of_tokens = parts_of_tokens(call);
@@ -39,7 +40,7 @@ void join(const Call& call, int64_t shares, bool adds, const float* parts, const
       const auto each_part = [&](const auto& work) {
         for (int64_t share = 0; share < shares; ++share)
           for (int64_t i = first; i < last; ++i)
-            work((share * call.row_tokens + of_tokens.order[i]) * call.heads + head);
+            work((share * cells_of_share(call) + of_tokens.order[i]) * call.heads + head);
       };
       float peak = adds ? lse[cell] : NO_KEY;
       each_part([&](int64_t part) { peak = std::max(peak, lses[part]); });

@@ -33,7 +33,7 @@ void run(const Call& call, bool adds, const Q* query, const Cache<T>& cache, Out
   };
   if (shares == 1 && !call.is_turned)
     return run_items(Target<Out>{out, {call.out_strides[0], call.out_strides[1]}, lse});
-  const auto cells = shares * call.row_tokens * call.heads;
+  const auto cells = shares * cells_of_share(call) * call.heads;
   at::Tensor parts = at::empty({cells, call.value_size}, at::kFloat), lses = at::empty({cells}, at::kFloat);
   run_items(Target<float>{parts.mutable_data_ptr<float>(), {call.heads * call.value_size, call.value_size},
                           lses.mutable_data_ptr<float>()});
@@ -44,7 +44,7 @@ void run(const Call& call, bool adds, const Q* query, const Cache<T>& cache, Out
 inline void check_values(const Call& call) {
   TORCH_CHECK_VALUE(call.starts[0] == 0 && call.starts[call.rows] == call.row_tokens, "query_start_loc goes from ",
                     call.starts[0], " to ", call.starts[call.rows], ", not from 0 to the ", call.row_tokens,
-                    " query tokens");
+                    " query tokens of the rows");
   for (int64_t row = 0; row < call.rows; ++row) {
     const int64_t keys = call.lens[row], used = (keys + call.page - 1) / call.page;
     TORCH_CHECK_VALUE(call.starts[row] <= call.starts[row + 1], "query_start_loc falls at row ", row);

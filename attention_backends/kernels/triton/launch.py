@@ -95,11 +95,13 @@ def launch(operands: Operands, out: torch.Tensor, lse: torch.Tensor, lanes: int)
         lanes: wanted query lanes of a tile.
 
     Raises:
-        ValueError: ``check_dtypes`` or ``make_tile`` refuses the operands.
+        ValueError: ``check_dtypes`` or ``make_tile`` refuses the operands, or they have ``row_heads``.
     """
     query, keys, values, sizes = operands.query, operands.keys, operands.values, operands.sizes
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     check_dtypes(query.dtype, keys.dtype, capability)
+    if operands.row_heads is not None:
+        raise ValueError("row_heads: each row of the Triton kernels computes all heads")
     tile = make_tile(sizes, query.element_size(), lanes)
     if not sizes.tokens or not sizes.rows:
         return

@@ -162,6 +162,8 @@ def check_supported(operands: Operands) -> None:
         raise ValueError(
             f"head sizes {sizes.key_size} and {sizes.value_size}: xformers takes one for both, of {HEAD_SIZES}"
         )
+    if operands.row_heads is not None:
+        raise ValueError("row_heads: each row of xformers' paged attention computes all heads")
     if operands.queries_per_key != 1:
         raise ValueError(f"queries_per_key={operands.queries_per_key}: xformers' causal masks have one key per query")
     if operands.window is not None or operands.softcap:

@@ -145,7 +145,9 @@ def test_keys_on_other_replicas_are_merged_whatever_the_setting(setting, monkeyp
     others.table = whole.block_table[0, :4].numpy()
     rest = metadata([10], [200 - 4 * PAGE_SIZE])
     rest.block_table = whole.block_table[:, 4:].contiguous()
-    step = SimpleNamespace(remote_attention={PAGE_SIZE: others}.__getitem__, turned_attention={}.get)
+    step = SimpleNamespace(
+        remote_attention={PAGE_SIZE: others}.__getitem__, turned_attention={}.get, row_heads=lambda *_: None
+    )
     monkeypatch.setattr(cpu_impl, "current_step", lambda: step)
     torch.testing.assert_close(run(impl, rest, query, cache), wanted, rtol=1e-4, atol=1e-5)
     assert others.query == ("layer", 0.1, 0)

@@ -1,0 +1,63 @@
+"""Rows of a step in which some KV heads see everything: each head is computed in rows of its own kind.
+
+A plan's dense heads are those with the highest scores, so a plan with more of them has all those of a plan with fewer.
+Where the plans of a step have N numbers of dense heads, there are N + 1 kinds of heads: those that are dense for all of
+these plans come first, those that are dense for none last. For each kind the step's tokens stand in other rows: in the
+batch's own for the plans for which these heads are dense, in virtual ones for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """The rows of all kinds of heads, one kind after the other; R of them, over T query tokens.
+
+    Attributes:
+        counts: (N,) int64, the numbers of dense heads of the step's plans, ascending.
+        kinds: (R,) int64, which kind of heads a row computes.
+        block_table: (R, C) int32.
+        query_start_loc: (R + 1,) int32, to (N + 1) T: each kind goes over all tokens.
+        seq_lens: (R,) int32.
+    """
+
+    counts: np.ndarray
+    kinds: np.ndarray
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+
+    def row_heads(self, ranks: np.ndarray) -> torch.Tensor | None:
+        """(R, KV heads) bool, the heads that each row computes in a layer; None: no head of the layer is dense.
+
+        Args:
+            ranks: (KV heads,) int64, the places of the layer's heads in the order of scores.
+        """
+        kinds = np.searchsorted(self.counts, ranks, side="right")
+        if (kinds == len(self.counts)).all():
+            return None
+        return async_tensor_h2d(self.kinds[:, None] == kinds[None, :], self.seq_lens.device)
+
+
+def make_head_rows(counts: Sequence[int], kinds: Sequence[CommonAttentionMetadata]) -> HeadRows:
+    """Args:
+    counts: the numbers of dense heads, ascending.
+    kinds: the metadata of the step's tokens for each kind of heads.
+    """
+    tokens = int(kinds[0].query_start_loc_cpu[kinds[0].num_reqs])
+    starts = [one.query_start_loc[1 : one.num_reqs + 1] + number * tokens for number, one in enumerate(kinds)]
+    return HeadRows(
+        np.asarray(counts, dtype=np.int64),
+        np.repeat(np.arange(len(kinds)), [one.num_reqs for one in kinds]),
+        torch.cat([one.block_table_tensor[: one.num_reqs] for one in kinds]),
+        torch.cat([kinds[0].query_start_loc[:1], *starts]),
+        torch.cat([one.seq_lens[: one.num_reqs] for one in kinds]),
+    )

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from starling.evaluation.plans import DENSE, parse_plan
 from starling.evaluation.prompts import Prompt
-from starling.evaluation.runner import Answers, key_of
+from starling.evaluation.runner import key_of
+from starling.evaluation.store import Store
 from starling.evaluation.tuning.bounds import lower_bound
 from starling.evaluation.tuning.measures import Measure
 
@@ -34,7 +35,7 @@ def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return search, held_out
 
 
-def measured_plans(held_out: Sequence[Prompt], store: Answers, model: str, num_logprobs: int) -> list[str]:
+def measured_plans(held_out: Sequence[Prompt], store: Store, model: str, num_logprobs: int) -> list[str]:
     """The star plans, by name, under which a held-out prompt has been measured before."""
     plans = {answer.plan: None for answer in store.answers.values() if answer.plan != DENSE.name}
     return [

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from starling.vllm_compat.patching import Wrapper, first_found, touches, wrap
+from starling.vllm_compat.patching import Original, first_found, touches, wrap
 
 CPU_PAGE_SIZE = 128
 """vLLM's default on CPU (vllm/platforms/cpu.py)."""
@@ -22,16 +22,12 @@ def on_engine_config(before: Callable[[Any], None], after: Callable[[Any, Any], 
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            before(self)
-            config = original(self, *args, **kwargs)
-            after(self, config)
-            return config
-
-        return create_engine_config
-
-    wrap(EngineArgs, "create_engine_config", around)
+    @wrap(EngineArgs, "create_engine_config")
+    def create_engine_config(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+        before(self)
+        config = original(self, *args, **kwargs)
+        after(self, config)
+        return config
 
 
 def is_async_engine(engine_args: Any) -> bool:
@@ -49,14 +45,10 @@ def on_server_args(callback: Callable[[Any], None]) -> None:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def from_cli_args(cls: type, args: Any) -> Any:
-            callback(args)
-            return original(cls, args)
-
-        return from_cli_args
-
-    wrap(AsyncEngineArgs, "from_cli_args", around)
+    @wrap(AsyncEngineArgs, "from_cli_args")
+    def from_cli_args(original: Original, cls: type, args: Any) -> Any:
+        callback(args)
+        return original(cls, args)
 
 
 @touches("vllm.config.parallel.ParallelConfig._api_process_count")

@@ -120,8 +120,7 @@ def _report(output_processor: Any) -> None:
 
 @touches(
     "vllm.v1.engine.output_processor.OutputProcessor.request_states",
-    "vllm.v1.engine.output_processor.RequestState.is_prefilling",
-    "vllm.v1.engine.output_processor.RequestState.prompt_len",
+    "vllm.v1.engine.output_processor.RequestState.{is_prefilling, prompt_len}",
 )
 def _count(output_processor: Any) -> None:
     """Wrap what counts requests in a front, once."""

@@ -68,10 +68,7 @@ def cpu_attention_isa(vllm_config: Any) -> str:
     return _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype)
 
 
-@touches(
-    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.isa",
-    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder._set_isa_to_layers",
-)
+@touches("vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.{isa, _set_isa_to_layers}")
 def set_cpu_attention_isa(builder: Any, layer_names: list[str], isa: str) -> None:
     """Let vLLM's CPU backend lay out the pages of a builder's layers for another instruction set, before any is used.
 
@@ -177,8 +174,7 @@ def hybrid_page_size(vllm_config: Any) -> int:
     on_cpu = vllm_config.device_config.device_type == "cpu"
     backend = AttentionBackendEnum.CPU_ATTN if on_cpu else AttentionBackendEnum.FLASH_ATTN
     current_platform._align_hybrid_block_size(config, backend.get_class())
-    page_size: int = config.cache_config.block_size
-    return page_size
+    return config.cache_config.block_size
 
 
 def share_memory_nodes(vllm_config: Any, environ: MutableMapping[str, str]) -> None:

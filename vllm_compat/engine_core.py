@@ -22,10 +22,7 @@ END_SECONDS = 10.0
 """How long a process whose parent was killed may take to end its own children."""
 
 
-@touches(
-    "vllm.config.model.ModelConfig.max_model_len",
-    "vllm.config.model.ModelConfig.original_max_model_len",
-)
+@touches("vllm.config.model.ModelConfig.{max_model_len, original_max_model_len}")
 def divide_kv_memory_check(by: Callable[[Any], int]) -> None:
     """Let an engine core start whose KV memory holds max_model_len / ``by(vllm_config)`` tokens.
 

@@ -224,8 +224,7 @@ async def call_engine_core(engine: Any, rank: int, name: str, *args: Any) -> Any
 
 @touches(
     "vllm.v1.engine.input_processor.InputProcessor.assign_request_id",
-    "vllm.v1.engine.async_llm.AsyncLLM._run_output_handler",
-    "vllm.v1.engine.async_llm.AsyncLLM.abort",
+    "vllm.v1.engine.async_llm.AsyncLLM.{_run_output_handler, abort}",
     "vllm.v1.engine.output_processor.OutputProcessor.add_request",
     "vllm.v1.engine.output_processor.RequestOutputCollector.get",
     "vllm.v1.engine.core_client.EngineCoreClient.add_request_async",

@@ -54,10 +54,7 @@ def attention_spec(attention: Any, vllm_config: Any) -> Any:
     return attention.get_attn_backend().customize_spec(attention.get_kv_cache_spec(vllm_config))
 
 
-@touches(
-    "vllm.v1.kv_cache_interface.MambaSpec.num_prefill_checkpoint_blocks",
-    "vllm.v1.kv_cache_interface.MambaSpec.prefill_checkpoint_alignment",
-)
+@touches("vllm.v1.kv_cache_interface.MambaSpec.{num_prefill_checkpoint_blocks, prefill_checkpoint_alignment}")
 def without_prefill_checkpoints() -> None:
     """Let Mamba-2 layers keep states at the ends of chunks only, not within one. For CPU.
 

@@ -67,6 +67,8 @@ def extends(*bases: type) -> Callable[[type[T]], type[T]]:
 def touches(*names: str) -> Callable[[T], T]:
     """Say which attributes of vLLM's objects a function or a class reads or writes, as "module.Class.attribute".
 
+    Several of one class are in braces: "module.Class.{first, second}".
+
     Changes nothing. names.py reads it, to list these attributes.
     """
     return lambda function: function

@@ -224,11 +224,11 @@ class Reader(ast.NodeVisitor):
             mark = function.rpartition(".")[2]
             moved = mark == "first_found"
             for argument in node.args:
-                name = string(argument).replace(":", ".") if moved else string(argument)
-                if is_vllm(name):
-                    self.use(name, "moved" if moved else "touch", argument, certain=not moved)
-                else:
-                    self.report(self.project.unclear, argument, f"{mark}() of something else than a vLLM name")
+                for name in in_braces(string(argument).replace(":", ".") if moved else string(argument)):
+                    if is_vllm(name):
+                        self.use(name, "moved" if moved else "touch", argument, certain=not moved)
+                    else:
+                        self.report(self.project.unclear, argument, f"{mark}() of something else than a vLLM name")
             return
         owner = self.full_name(first) if first else None
         if function == "starling.vllm_compat.patching.wrap":
@@ -263,6 +263,12 @@ class Reader(ast.NodeVisitor):
         is_other_library = bool(owner) and owner.partition(".")[0] not in ("vllm", "starling")
         if is_private(attribute) and not is_own and not is_other_library:
             self.report(self.project.private, node, f"reads or writes the private name {text}.{attribute}")
+
+
+def in_braces(names: str) -> list[str]:
+    """`vllm.a.B.{c, d}` -> `vllm.a.B.c`, `vllm.a.B.d`."""
+    owner, brace, attributes = names.partition("{")
+    return [owner + attribute.strip() for attribute in attributes.rstrip("}").split(",")] if brace else [names]
 
 
 def string(node: ast.AST | None) -> str:

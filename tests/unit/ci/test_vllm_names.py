@@ -69,8 +69,8 @@ def install():
     from vllm import core
     wrap(core, "helper", lambda original: original)
 
-@touches("vllm.core.Engine.queue")
-def queue(engine): return engine.queue
+@touches("vllm.core.Engine.{queue, depth}")
+def queue(engine): return engine.queue, engine.depth
 
 def mixin():
     from vllm.core import Engine

@@ -23,7 +23,7 @@ def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     that each start of the order has about equally many of each, and both halves do.
     """
     cells: dict[tuple[str, int | None], list[Prompt]] = {}
-    for prompt in sorted(prompts, key=token_hash):
+    for prompt in sorted(prompts, key=lambda prompt: hashlib.sha256(json.dumps(prompt.token_ids).encode()).digest()):
         cells.setdefault((prompt.task, prompt.length), []).append(prompt)
     dealt: list[list[tuple[int, Prompt]]] = [[], []]
     number = 0
@@ -43,10 +43,6 @@ def measured_plans(held_out: Sequence[Prompt], store: Store, model: str, num_log
         for plan in map(parse_plan, plans)
         if any(key_of(prompt, plan, model, num_logprobs) in store.answers for prompt in held_out)
     ]
-
-
-def token_hash(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps(prompt.token_ids).encode()).hexdigest()
 
 
 def rounds(count: int) -> list[int]:

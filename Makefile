@@ -136,14 +136,14 @@ lint-docker: env ## hadolint: the Dockerfiles of examples/docker; the schema: th
 layers: env ## import-linter: imports go downwards only, and never in a cycle
 	$(BIN)/lint-imports --no-logo
 
-names: env env-next ## write vllm_compat/names-*.json, the vLLM names that Starling depends on
-	$(BIN)/python -m starling.vllm_compat.names --write
-	$(NEXT)/python -m starling.vllm_compat.names --write
+names: env env-next ## write .ci/vllm_names/names-*.json, the vLLM names that Starling depends on
+	PYTHONPATH=.ci:proto $(BIN)/python -m vllm_names.names --write
+	PYTHONPATH=.ci:proto $(NEXT)/python -m vllm_names.names --write
 
 check-vllm: ## compare those names with another vLLM: VERSION=0.33.0, by default the newest release; needs pip alone
 	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && python=$${PYTHON:-python3} && \
 	"$$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
-	PYTHONPATH=proto "$$python" -m starling.vllm_compat.names "$$wheel"/vllm-*.whl
+	PYTHONPATH=.ci:proto "$$python" -m vllm_names.names "$$wheel"/vllm-*.whl
 
 types: env ## mypy
 	$(BIN)/mypy

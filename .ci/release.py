@@ -32,7 +32,7 @@ PACKAGES = {  # folder of the repository -> package in the wheel; proto/starling
     **{link.name: f"starling/{link.name}" for link in sorted(SOURCES.iterdir()) if link.is_symlink()},
     "proto/starling": "starling",
 }
-REQUIRED = ("starling/vllm_compat/names-0.33.json", "starling/py.typed")
+REQUIRED = ("starling/engine_ext/serving/http/live_page.html", "starling/py.typed")
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
 NO_GPU = 2
 """The exit code of `starling selftest` for a machine without a GPU whose CPU part passed."""

@@ -46,7 +46,8 @@ class StarlingConfig:
     live_page: str = CHOICES[LIVE_PAGE][0]
 
 
-_parsed: dict[str, StarlingConfig] = {}
+MAX_PARSED = 8
+_parsed: dict[str, StarlingConfig] = {}  # by the text of the entry: the last MAX_PARSED ones
 
 
 def config_of(vllm_config: Any) -> StarlingConfig | None:
@@ -65,7 +66,10 @@ def parse_config(additional_config: Any) -> StarlingConfig | None:
     entry = additional_config[ENTRY]
     text = repr(entry)
     if text not in _parsed:
-        _parsed[text] = _parse(entry)
+        parsed = _parse(entry)
+        if len(_parsed) >= MAX_PARSED:
+            del _parsed[next(iter(_parsed))]
+        _parsed[text] = parsed
     return _parsed[text]
 
 

@@ -69,6 +69,11 @@ def split_address(entry: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def parse_replicas(values: Mapping[str, Any], prefix: str = f"{SECTION}.") -> ReplicaOptions:
     """Parse options under their bare names; ``prefix`` stands before a name in messages.
 

@@ -15,14 +15,9 @@ STAR, SPLIT, BLOCK_POSITIONS, HEADS = "star", "split", "block_positions", "heads
 or heads that see everything; None: it can."""
 
 
-def star_problem_of(worker: Any) -> str | None:
-    """Why a worker's layers can't run star rows; None for a worker of vLLM's own."""
-    return getattr(worker, "star_problem", None)
-
-
-def block_positions_problem_of(worker: Any) -> str | None:
-    """Why a worker's layers can't attend to blocks with positions of their own; None for a worker of vLLM's own."""
-    return getattr(worker, "block_positions_problem", None)
+def problem_of(worker: Any, name: str) -> str | None:
+    """What a worker's layers can't run, and why (engine_ext/worker.py); None for a worker of vLLM's own."""
+    return getattr(worker, name, None)
 
 
 def heads_problem_of(worker: Any) -> str | None:
@@ -34,10 +29,10 @@ def engine_report(core: Any) -> dict[str, str | None]:
     """The report of an engine core whose scheduler is made."""
     view = SchedulerView(core.scheduler)
 
-    def found(problem_of: Any) -> list[str]:
-        return sorted(set(core.model_executor.collective_rpc(problem_of)) - {None})
+    def found(name: str) -> list[str]:
+        return sorted(set(core.model_executor.collective_rpc(problem_of, args=(name,))) - {None})
 
-    problems, block_problems = found(star_problem_of), found(block_positions_problem_of)
+    problems, block_problems = found("star_problem"), found("block_positions_problem")
     if view.only_group is None:
         block_problems.append("the KV cache has several groups of layers")
     if view.full_attention_page_size is None:

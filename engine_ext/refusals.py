@@ -54,10 +54,6 @@ def _other_speculation(config: Any) -> str | None:
     return None if speculative is None or speculative.method in SPECULATION else speculative.method
 
 
-def _decode_graphs(config: Any) -> bool:
-    return config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-
-
 def _backend(config: Any) -> str | None:
     given = config.attention_config
     backend = given.backend_per_kind.get(KVCacheSpecKind.FULL_ATTENTION.value, given.backend)
@@ -78,27 +74,12 @@ def _reported(field: str) -> Callable[[Any], str | None]:
 Rules = tuple[tuple[Callable[[Any], Any], str], ...]
 
 RULES: Rules = (
-    (
-        lambda c: c.model_config.runner_type != "generate",
-        "the model does not generate, so there is no prefill to cut",
-    ),
-    (
-        lambda c: c.model_config.is_encoder_decoder,
-        "encoder-decoder models: the prompt is not one causal sequence",
-    ),
-    (
-        lambda c: c.model_config.use_mla,
-        "MLA models: their latent cache has backends of its own, not wrapped yet",
-    ),
+    (lambda c: c.model_config.runner_type != "generate", "the model does not generate, so there is no prefill to cut"),
+    (lambda c: c.model_config.is_encoder_decoder, "encoder-decoder models: the prompt is not one causal sequence"),
+    (lambda c: c.model_config.use_mla, "MLA models: their latent cache has backends of its own, not wrapped yet"),
     (lambda c: not _full_attention_layers(c.model_config), "the model has no full-attention layer"),
-    (
-        lambda c: c.model_config.uses_alibi,
-        "ALiBi: a key's distance is lost when its page moves in the block table",
-    ),
-    (
-        lambda c: c.model_config.is_mm_prefix_lm,
-        "prefix-LM multi-modal models attend both ways over image tokens",
-    ),
+    (lambda c: c.model_config.uses_alibi, "ALiBi: a key's distance is lost when its page moves in the block table"),
+    (lambda c: c.model_config.is_mm_prefix_lm, "prefix-LM multi-modal models attend both ways over image tokens"),
     (lambda c: c.model_config.rswa_window is not None, "R-SWA models keep a prefix length per batch row"),
     (lambda c: c.model_config.is_diffusion, "diffusion models decode whole canvases, not token by token"),
     (_other_speculation, f"speculative decoding by another method than {', '.join(SPECULATION)}"),
@@ -110,14 +91,8 @@ RULES: Rules = (
         lambda c: c.speculative_config and c.model_config.is_hybrid,
         "speculative decoding: a hybrid model keeps a recurrent state for each draft token",
     ),
-    (
-        lambda c: c.parallel_config.decode_context_parallel_size > 1,
-        "decode context parallelism shards the pages",
-    ),
-    (
-        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
-        "prefill context parallelism splits the prompt",
-    ),
+    (lambda c: c.parallel_config.decode_context_parallel_size > 1, "decode context parallelism shards the pages"),
+    (lambda c: c.parallel_config.prefill_context_parallel_size > 1, "prefill context parallelism splits the prompt"),
     (
         lambda c: c.parallel_config.use_ubatching,
         "dual-batch overlap and --ubatch-size slice batches by row before rows are split",
@@ -128,13 +103,13 @@ RULES: Rules = (
     ),
     (lambda c: c.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill skips tokens by batch row"),
     (
-        lambda c: _decode_graphs(c) and c.scheduler_config.long_prefill_token_threshold == 1,
+        lambda c: (
+            c.compilation_config.cudagraph_mode.has_full_cudagraphs()
+            and c.scheduler_config.long_prefill_token_threshold == 1
+        ),
         "long_prefill_token_threshold=1 with full decode graphs leaves star prompts no chunk to run in",
     ),
-    (
-        _connector,
-        "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix",
-    ),
+    (_connector, "the KV connector is not known to key pages by request.block_hashes, so star and dense would mix"),
     (_backend, f"the attention backend is not one of those wrapped: {', '.join(WRAPPED)}"),
     (_reported(STAR), "the engine can't run it, as it found when it started"),
 )
@@ -160,11 +135,6 @@ def _engines_with_peers(config: Any) -> str | None:
     return f"--data-parallel-size {config.parallel_config.data_parallel_size}"
 
 
-def _external_balancer(config: Any) -> bool:
-    parallel = config.parallel_config
-    return parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
-
-
 def _moves_kv_memory(config: Any) -> bool:
     """As vLLM's own check of KV connectors; it runs before Starling sets its connector."""
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
@@ -181,17 +151,17 @@ def other_launcher(parallel: Any) -> str | None:
 
 
 SPLIT_RULES: Rules = (
-    (
-        lambda c: dependence(c.model_config),
-        "the model's star blocks depend on one another",
-    ),
+    (lambda c: dependence(c.model_config), "the model's star blocks depend on one another"),
     (
         lambda c: not c.cache_config.enable_prefix_caching,
         "replicas exchange pages of their prefix caches, which are off",
     ),
     (_other_connector, "an engine has one KV connector, and --kv-transfer-config gives it another"),
     (_engines_with_peers, "a server with peers (--star-replica-peers) has one engine"),
-    (_external_balancer, "with an external load balancer a front reaches some of the replicas only"),
+    (
+        lambda c: c.parallel_config.data_parallel_external_lb or c.parallel_config.data_parallel_hybrid_lb,
+        "with an external load balancer a front reaches some of the replicas only",
+    ),
     (
         lambda c: envs.VLLM_DP_SIZE > 1,
         "VLLM_DP_SIZE: each process of vLLM's offline data parallelism reaches its own replica only",
@@ -218,10 +188,6 @@ SPLIT_RULES: Rules = (
 )
 
 
-def _uses_vllm_attention(config: Any) -> bool:
-    return _options(config).cpu_attention == "vllm"
-
-
 def reads_all_caches(config: Any) -> bool:
     """Whether Starling's CPU attention has to read the cache of each full-attention layer, by the server's options."""
     star = _options(config).star
@@ -243,7 +209,7 @@ def unread_isa(config: Any) -> str | None:
 
 # Where Starling's CPU attention, which returns its log-sum-exp, does not run.
 CPU_ATTENTION_RULES: Rules = (
-    (_uses_vllm_attention, "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
+    (lambda c: _options(c).cpu_attention == "vllm", "cpu_attention=vllm: vLLM's CPU attention gives no log-sum-exp"),
     (
         lambda c: c.model_config.get_head_size() % VECTOR_SIZE,
         f"Starling's CPU attention takes head sizes that are multiples of {VECTOR_SIZE}",
@@ -277,11 +243,6 @@ SHARD_RULES: Rules = (
 )
 
 
-def _made_without_documents(config: Any) -> bool:
-    """Whether an engine on a GPU was made without blocks with positions of their own."""
-    return config.device_config.device_type != "cpu" and not has_documents(config)
-
-
 def _has_breakable_graphs(config: Any) -> bool:
     has_graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
     return has_graphs and config.device_config.device_type != "cpu" and envs.VLLM_USE_BREAKABLE_CUDAGRAPH
@@ -297,7 +258,7 @@ DOCUMENT_RULES: Rules = (
         "the kernels run on CPUs and on CUDA devices",
     ),
     (
-        _made_without_documents,
+        lambda c: c.device_config.device_type != "cpu" and not has_documents(c),
         "on a GPU the server has to be started with --star-segments, since its decode steps then run without full CUDA "
         "graphs",
     ),
@@ -370,11 +331,6 @@ def star_page_size(vllm_config: Any) -> int:
     return own or page_size_before_start(vllm_config)
 
 
-def takes_overlap(vllm_config: Any) -> bool:
-    """Whether a star block of the model can see the end of the block before it."""
-    return not is_attamba(vllm_config)
-
-
 def is_attamba(vllm_config: Any) -> bool:
     """Whether the model is an Attamba, whose layers attend by themselves."""
     return getattr(vllm_config.model_config.hf_text_config, "model_type", None) == "attamba"
@@ -395,7 +351,7 @@ def engine_facts(vllm_config: Any, page_size: int | None) -> EngineFacts:
         functools.cache(lambda: tuple(document_refusals(vllm_config))),
         scores_of(vllm_config),
         functools.cache(lambda: tuple(heads_refusals(vllm_config))),
-        None if takes_overlap(vllm_config) else NO_OVERLAP,
+        NO_OVERLAP if is_attamba(vllm_config) else None,
         replica_set(vllm_config),
         vllm_config.model_config.max_model_len - 1,  # a prompt leaves room for one token of output
         divides_kv=default_num_shards(vllm_config) > 1,

@@ -6,8 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -108,9 +107,7 @@ class Client:
     async def __aenter__(self) -> Client:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
     async def facts(self) -> ServerFacts:
@@ -222,14 +219,7 @@ class Client:
             raise ServerError(
                 "--logprobs needs log-probabilities before restrictions: vLLM's --logprobs-mode raw_logprobs"
             )
-        return Completion(
-            completion.text,
-            completion.finish_reason,
-            completion.token_ids,
-            completion.plan,
-            logprob,
-            top,
-        )
+        return replace(completion, logprob=logprob, top_logprobs=top)
 
     async def _complete(self, token_ids: Sequence[int], plan: Plan, fields: dict[str, Any]) -> httpx.Response:
         facts = await self.facts()

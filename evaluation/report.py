@@ -6,10 +6,12 @@ import base64
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from itertools import zip_longest
 from string import Template
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from starling.evaluation.depth import DepthCell
@@ -135,7 +137,7 @@ COLUMNS = (
     *("task", "length", "plan", "sizes", "prompts"),
     *("dense", "score", "difference [95 %]", "same answer", "attention work"),
 )
-LEFT_COLUMNS = ("task", "depth", "plan", "sizes")
+LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
 DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
 LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
 
@@ -186,22 +188,24 @@ def terminal_tables(report: Report) -> list[Table]:
     tables = [terminal_table("Scores, and differences to dense in points", columns, rows, bold)]
     if report.depths:
         columns, rows = depth_rows(report.depths)
-        tables.append(terminal_table("By the depth of the fact in the prompt", columns, rows, [False] * len(rows)))
+        tables.append(terminal_table("By the depth of the fact in the prompt", columns, rows))
     return tables
 
 
-def terminal_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool]) -> Table:
+def terminal_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = (), wrap: str = ""
+) -> Table:
     """A table of texts for rich.
 
     Args:
-        bold: of each row.
+        bold: of each row; by default none is.
+        wrap: the only column whose texts may take several lines; by default all may.
     """
-    from rich.markup import escape as escape_markup
-
     table = Table(title=title)
     for name in columns:
-        table.add_column(escape_markup(name), justify="left" if name in LEFT_COLUMNS else "right")
-    for row, is_bold in zip(rows, bold, strict=True):
+        justify: Literal["left", "right"] = "left" if name in LEFT_COLUMNS else "right"
+        table.add_column(escape_markup(name), justify=justify, no_wrap=bool(wrap) and name != wrap)
+    for row, is_bold in zip_longest(rows, bold):
         table.add_row(*map(escape_markup, row), style="bold" if is_bold else None)
     return table
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from starling.evaluation.client import Completion, ServerError, ServerFacts, naming
+from starling.evaluation.client import Client, ServerError, naming
 from starling.evaluation.plans import DENSE, Plan, with_dense
 from starling.evaluation.prompts import Prompt
-from starling.evaluation.store import Answer, TokenScore, answer_key
+from starling.evaluation.store import Answer, Store, TokenScore, answer_key
 
 PLAN_NUMBERS = {
     "block_size": "star_block_size",
@@ -18,24 +18,6 @@ PLAN_NUMBERS = {
 }
 """Fields of the server's plan, and the options that ask for exactly these numbers."""
 SEGMENTS = "star_segments"
-
-
-class Server(Protocol):
-    """The calls of ``client.Client`` that the runner needs."""
-
-    async def facts(self) -> ServerFacts: ...
-
-    async def complete(self, token_ids: Sequence[int], plan: Plan, max_tokens: int) -> Completion: ...
-
-    async def score_token(self, token_ids: Sequence[int], plan: Plan, token_id: int) -> Completion: ...
-
-
-class Answers(Protocol):
-    """Where answers are kept, such as a ``store.Store``."""
-
-    answers: dict[str, Answer]
-
-    def add(self, answer: Answer) -> None: ...
 
 
 class Memory:
@@ -57,11 +39,11 @@ def key_of(prompt: Prompt, plan: Plan, model: str, num_logprobs: int) -> str:
 async def evaluate(
     prompts: Sequence[Prompt],
     plans: Iterable[Plan],
-    server: Server,
+    server: Client,
     *,
     num_logprobs: int = 0,
     concurrency: int = 1,
-    store: Answers | None = None,
+    store: Store | Memory | None = None,
     on_answer: Callable[[Answer], object] = lambda answer: None,
 ) -> list[Answer]:
     """The answers of all prompts under dense and all other plans.
@@ -105,7 +87,7 @@ async def evaluate(
     return [answer for task in tasks for answer in task.result()]
 
 
-async def ask(server: Server, prompt: Prompt, plan: Plan, key: str, num_logprobs: int, dense: Answer | None) -> Answer:
+async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs: int, dense: Answer | None) -> Answer:
     """One answer; with ``num_logprobs``, also the distributions along the reference answer or else dense's answer.
 
     Args:

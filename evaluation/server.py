@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import httpx
 
 from starling.evaluation.client import ServerError
 
@@ -75,13 +75,12 @@ def free_port() -> int:
 
 def wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path) -> None:
     """Return once the server answers (raises StartError). It is asked directly, whatever proxies are set."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise StartError(last_words(process, log))
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            opener.open(f"{base_url}/health", timeout=5).close()
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.get(f"{base_url}/health", timeout=5, trust_env=False).raise_for_status()
             return
         time.sleep(0.5)
     raise StartError(f"`starling serve` did not answer within {START_SECONDS} s (log: {log})")

@@ -8,24 +8,21 @@ part leaves out tokens (scheduler/star_scheduler.py), it has vLLM's null page, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
-from starling.attention_backends.star.remote_queries import RemoteQuery
 from starling.replicas.core_rpc import add_replica_rpc
 from starling.replicas.metadata import PageLoads, WorkerAddress
-from starling.replicas.remote_attention_client import StepRemoteAttention
-from starling.replicas.remote_attention_server import Rotations
 from starling.replicas.scheduler_connector import SchedulerConnector
 from starling.replicas.worker_connector import WorkerConnector
 from starling.scheduler.worker_report import WorkerReport
-from starling.vllm_compat.kv_pages import Page
 
 
 class StarConnector(KVConnectorBase_V1, SupportsHMA):
     """Forwards the calls of vLLM, the scheduler and the worker to the side that its role makes.
+
+    What Starling's scheduler, worker and replicas/core_rpc.py call beside vLLM's methods are methods of that side.
 
     Attributes:
         connector_scheduler: in the role of the scheduler.
@@ -48,6 +45,12 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self.connector_worker = WorkerConnector(vllm_config, page_size, kv_cache_config.num_blocks)
 
+    def __getattr__(self, name: str) -> Any:
+        side = vars(self).get("connector_scheduler") or vars(self).get("connector_worker")
+        if side is None:  # not made yet
+            raise AttributeError(name)
+        return getattr(side, name)
+
     # The scheduler's side: vLLM's methods.
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
@@ -69,34 +72,6 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return False, self.connector_scheduler.request_finished(request, block_ids[0])
-
-    # The scheduler's side: for scheduler/star_scheduler.py and replicas/core_rpc.py.
-
-    @property
-    def addresses(self) -> list[dict[str, Any]]:
-        return self.connector_scheduler.addresses
-
-    @property
-    def opened_shards(self) -> set[str]:
-        return self.connector_scheduler.opened_shards
-
-    def held_pages(self, name: str) -> list[Page]:
-        return self.connector_scheduler.held_pages(name)
-
-    def begin_remote_attention(self, local_name: str) -> None:
-        self.connector_scheduler.begin_remote_attention(local_name)
-
-    def begin_shard(self, name: str) -> list[int]:
-        return self.connector_scheduler.begin_shard(name)
-
-    def release(self, names: Iterable[str]) -> None:
-        self.connector_scheduler.release(names)
-
-    def extend_fetch(self, request_ids: Iterable[str], deadline: float) -> None:
-        self.connector_scheduler.extend_fetch(request_ids, deadline)
-
-    def cancel_fetch(self, request_ids: Iterable[str]) -> None:
-        self.connector_scheduler.cancel_fetch(request_ids)
 
     # A worker's side: vLLM's methods.
 
@@ -134,14 +109,3 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Does nothing, as nothing is saved."""
-
-    # A worker's side: for engine_ext/worker.py.
-
-    def open_shard(self, name: str, page_ids: list[int], rotations: Rotations) -> dict[str, Any]:
-        return self.connector_worker.open_shard(name, page_ids, rotations)
-
-    def close_shards(self, names: list[str]) -> None:
-        self.connector_worker.close_shards(names)
-
-    def remote_attention(self, queries: Sequence[RemoteQuery]) -> StepRemoteAttention:
-        return self.connector_worker.remote_attention(queries)

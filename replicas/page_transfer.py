@@ -67,8 +67,7 @@ class SourceRead:
 
     @property
     def name(self) -> str:
-        name: str = self.address["name"]
-        return name
+        return self.address["name"]
 
 
 @dataclass(frozen=True)

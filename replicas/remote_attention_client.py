@@ -16,7 +16,7 @@ import torch
 from vllm.logger import init_logger
 
 from starling.attention_backends.kernels.merge import merge
-from starling.attention_backends.star.remote_queries import RemoteQuery, RemoteSpan
+from starling.attention_backends.star.remote_queries import RemoteQuery
 from starling.replicas.messages import Message, MessageError, MessageLimits, Messenger
 from starling.replicas.remote_attention_server import to_bytes
 from starling.replicas.remote_query import error_of
@@ -85,7 +85,13 @@ class RemoteAttentionClient:
             "dtype": str(query.dtype).removeprefix("torch."),
             "heads": query.shape[1],
             "size": query.shape[2],
-            "spans": [(span.shard, span.first_query, span.num_queries, *ranges_of(span)) for span in remote.spans],
+            "spans": [
+                (
+                    *(each.shard, each.first_query, each.num_queries),
+                    *(each.first_pages.tolist(), each.num_keys.tolist(), each.turns.tolist()),
+                )
+                for each in remote.spans
+            ],
         }
         body = to_bytes(query)
         self.messenger.send(address["name"], header, body)
@@ -103,11 +109,6 @@ class RemoteAttentionClient:
             self.messenger.disconnect(name)
         except MessageError as error:
             logger.error("remote attention: %s", error)
-
-
-def ranges_of(span: RemoteSpan) -> tuple[list[int], list[int], list[int]]:
-    """The ranges of a span as msgpack takes them."""
-    return span.first_pages.tolist(), span.num_keys.tolist(), span.turns.tolist()
 
 
 class StepRemoteAttention:
@@ -184,8 +185,7 @@ class StepRemoteAttention:
             self._fail(remote, error)
 
     def _name(self, remote: RemoteQuery) -> str:
-        name: str = remote.addresses[self.client.rank]["name"]
-        return name
+        return remote.addresses[self.client.rank]["name"]
 
     def _limit(self, remote: RemoteQuery, out: torch.Tensor) -> float:
         """Seconds that a response may take."""

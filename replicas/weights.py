@@ -12,23 +12,18 @@ from starling.vllm_compat.models import on_weights_loaded
 SAMPLES = 256
 """Bytes of each tensor that are read, at equal distances."""
 
-
-_loaded: dict[str, str] = {}  # this process's model, under DIGEST
-DIGEST = "weights"
+_loaded: list[str] = []  # the digest of this process's model, once it is loaded
 
 
 def note_weights() -> None:
     """Compute the digest of the model that this process is about to load, when its weights are there."""
 
-    def note(model: Any) -> None:
-        _loaded[DIGEST] = weights_digest(model)
-
-    on_weights_loaded(note)
+    on_weights_loaded(lambda model: _loaded.append(weights_digest(model)))
 
 
 def worker_digest(worker: Any) -> str:
     """The digest of a worker's weights: as they were loaded, or, with a loader that does not say so, as they are."""
-    return _loaded[DIGEST] if DIGEST in _loaded else weights_digest(worker.get_model())
+    return _loaded[-1] if _loaded else weights_digest(worker.get_model())
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -182,8 +182,10 @@ class StarMixin(SchedulerHooks):
                     kv_transfer_params={LOST: reason},
                 )
             )
+        if self.live is not None and not self.live.is_watched:
+            self.live = None
         if self.live is not None:
-            self._note_outputs(self.live, result)
+            self.live.note_outputs(result)
         if self.compressed:
             cache_metrics().states.set(sum(states_used(self, group) for group in self.compressed))
         return result
@@ -283,12 +285,6 @@ class StarMixin(SchedulerHooks):
                 if plan is not None and output.prefill_stats is not None:
                     count_client_tokens(plan, output.prefill_stats)
         self.padded = {name: plan for name, plan in self.padded.items() if name in self.requests}
-
-    def _note_outputs(self, live: LiveRequests, outputs: dict[int, Any]) -> None:
-        if live.is_watched:
-            live.note_outputs(outputs)
-        else:
-            self.live = None
 
     def _end_lost_requests(self, lost: dict[str, str]) -> list[tuple[Any, str]]:
         """End the requests of a step that could not attend to all their keys, before its tokens are read.

@@ -70,17 +70,14 @@ def judge(check: Check) -> Outcome:
     try:
         result = check.run()
     except Exception as error:
-        return Outcome(check.name, Verdict.FAIL, None, None, "", _describe(error), time.monotonic() - start)
+        detail = f"{type(error).__name__}: {error}"
+        return Outcome(check.name, Verdict.FAIL, None, None, "", detail, time.monotonic() - start)
     seconds = time.monotonic() - start
     if isinstance(result, Skip):
         return Outcome(check.name, Verdict.SKIP, None, None, "", result.reason, seconds)
     passed = not math.isnan(result.measured) and (result.bound is None or result.measured <= result.bound)
     verdict = Verdict.PASS if passed else Verdict.FAIL
     return Outcome(check.name, verdict, result.measured, result.bound, result.unit, result.detail, seconds)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def exit_code(outcomes: Iterable[Outcome], has_gpu: bool) -> int:

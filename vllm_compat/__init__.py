@@ -5,6 +5,5 @@ vLLM promises nothing of a name that starts with an underscore, and little of wh
 says why it is needed, and when it can go. Functions that change vLLM are idempotent, since vLLM may load plugins more
 than once in a process.
 
-``names.json`` lists every vLLM name that Starling depends on; ``python -m starling.vllm_compat.names`` holds the list
-against a vLLM (see names.py).
+``.ci/vllm_names`` lists every vLLM name that Starling depends on, and compares the list with a vLLM.
 """

@@ -7,7 +7,7 @@ request before it hands it over.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from vllm.exceptions import VLLMClientError
 
-from starling.vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.patching import Original, touches, wrap
 
 
 class RequestWithdrawn(VLLMClientError):
@@ -120,48 +120,34 @@ def _report(output_processor: Any) -> None:
 
 @touches(
     "vllm.v1.engine.output_processor.OutputProcessor.request_states",
-    "vllm.v1.engine.output_processor.RequestState.is_prefilling",
-    "vllm.v1.engine.output_processor.RequestState.prompt_len",
+    "vllm.v1.engine.output_processor.RequestState.{is_prefilling, prompt_len}",
 )
 def _count(output_processor: Any) -> None:
     """Wrap what counts requests in a front, once."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    def unless_hidden(original: Callable[..., Any]) -> Wrapper:
-        def update_stats(self: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
-            if req_state.request_id not in _parts.get(self, ()):
-                original(self, req_state, *args, **kwargs)
+    @wrap(OutputProcessor, "_update_stats_from_output")
+    @wrap(OutputProcessor, "_update_stats_from_finished")
+    def update_stats(original: Original, self: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+        if req_state.request_id not in _parts.get(self, ()):
+            original(self, req_state, *args, **kwargs)
 
-        return update_stats
+    @wrap(OutputProcessor, "get_num_unfinished_requests")
+    def get_num_unfinished_requests(original: Original, self: Any) -> int:
+        admitted = sum(admission.num_requests for admission in _admitted.get(self, ()))
+        return original(self) + admitted - len(_states_of_parts(self))
 
-    def requests(original: Callable[..., Any]) -> Wrapper:
-        def get_num_unfinished_requests(self: Any) -> int:
-            admitted = sum(admission.num_requests for admission in _admitted.get(self, ()))
-            return original(self) + admitted - len(_states_of_parts(self))
+    @wrap(OutputProcessor, "get_num_queued_tokens")
+    def get_num_queued_tokens(original: Original, self: Any) -> int:
+        admitted = sum(admission.num_tokens for admission in _admitted.get(self, ()))
+        in_parts = sum(state.prompt_len for state in _states_of_parts(self) if state.is_prefilling)
+        return original(self) + admitted - in_parts
 
-        return get_num_unfinished_requests
-
-    def tokens(original: Callable[..., Any]) -> Wrapper:
-        def get_num_queued_tokens(self: Any) -> int:
-            admitted = sum(admission.num_tokens for admission in _admitted.get(self, ()))
-            in_parts = sum(state.prompt_len for state in _states_of_parts(self) if state.is_prefilling)
-            return original(self) + admitted - in_parts
-
-        return get_num_queued_tokens
-
-    def unless_admitted(original: Callable[..., Any]) -> Wrapper:
-        def check_admission(self: Any, n: int = 1, request_id: str | None = None) -> None:
-            if not has_arrived(self, request_id):
-                original(self, n, request_id)
-
-        return check_admission
-
-    wrap(OutputProcessor, "_update_stats_from_output", unless_hidden)
-    wrap(OutputProcessor, "_update_stats_from_finished", unless_hidden)
-    wrap(OutputProcessor, "get_num_unfinished_requests", requests)
-    wrap(OutputProcessor, "get_num_queued_tokens", tokens)
-    wrap(AsyncLLM, "check_admission", unless_admitted)
+    @wrap(AsyncLLM, "check_admission")
+    def check_admission(original: Original, self: Any, n: int = 1, request_id: str | None = None) -> None:
+        if not has_arrived(self, request_id):
+            original(self, n, request_id)
 
 
 @touches("vllm.v1.engine.output_processor.OutputProcessor.request_states")

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from starling.vllm_compat.patching import Wrapper, wrap
+from starling.vllm_compat.patching import Original, wrap
 
 
 def on_chat_request(callback: Callable[[Any], None]) -> None:
@@ -16,14 +16,10 @@ def on_chat_request(callback: Callable[[Any], None]) -> None:
     """
     from vllm.renderers.online_renderer import OnlineRenderer
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        async def preprocess_chat(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            callback(request)
-            return await original(self, request, *args, **kwargs)
-
-        return preprocess_chat
-
-    wrap(OnlineRenderer, "preprocess_chat", around)
+    @wrap(OnlineRenderer, "preprocess_chat")
+    async def preprocess_chat(original: Original, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        callback(request)
+        return await original(self, request, *args, **kwargs)
 
 
 def on_rendered_chat(
@@ -37,21 +33,22 @@ def on_rendered_chat(
     """
     from vllm.renderers.base import BaseRenderer
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        async def render_chat_async(
-            self: Any, conversations: Sequence[Any], chat_params: Any, tok_params: Any = None, **kwargs: Any
-        ) -> Any:
-            if not wanted(self):
-                return await original(self, conversations, chat_params, tok_params, **kwargs)
-            own = tok_params or self.default_chat_tok_params
-            with_offsets = replace(own, return_token_offsets=True)
-            rendered, engine_inputs = await original(self, conversations, chat_params, with_offsets, **kwargs)
-            for messages, engine_input in zip(conversations, engine_inputs, strict=True):
-                await add(self, messages, chat_params, engine_input)
-                if not own.return_token_offsets:
-                    engine_input.pop("prompt_token_offsets", None)
-            return rendered, engine_inputs
-
-        return render_chat_async
-
-    wrap(BaseRenderer, "render_chat_async", around)
+    @wrap(BaseRenderer, "render_chat_async")
+    async def render_chat_async(
+        original: Original,
+        self: Any,
+        conversations: Sequence[Any],
+        chat_params: Any,
+        tok_params: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not wanted(self):
+            return await original(self, conversations, chat_params, tok_params, **kwargs)
+        own = tok_params or self.default_chat_tok_params
+        with_offsets = replace(own, return_token_offsets=True)
+        rendered, engine_inputs = await original(self, conversations, chat_params, with_offsets, **kwargs)
+        for messages, engine_input in zip(conversations, engine_inputs, strict=True):
+            await add(self, messages, chat_params, engine_input)
+            if not own.return_token_offsets:
+                engine_input.pop("prompt_token_offsets", None)
+        return rendered, engine_inputs

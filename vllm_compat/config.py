@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from starling.vllm_compat.patching import Wrapper, first_found, touches, wrap
+from starling.vllm_compat.patching import Original, first_found, touches, wrap
 
 CPU_PAGE_SIZE = 128
 """vLLM's default on CPU (vllm/platforms/cpu.py)."""
@@ -22,16 +22,12 @@ def on_engine_config(before: Callable[[Any], None], after: Callable[[Any, Any], 
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            before(self)
-            config = original(self, *args, **kwargs)
-            after(self, config)
-            return config
-
-        return create_engine_config
-
-    wrap(EngineArgs, "create_engine_config", around)
+    @wrap(EngineArgs, "create_engine_config")
+    def create_engine_config(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+        before(self)
+        config = original(self, *args, **kwargs)
+        after(self, config)
+        return config
 
 
 def is_async_engine(engine_args: Any) -> bool:
@@ -49,14 +45,10 @@ def on_server_args(callback: Callable[[Any], None]) -> None:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def from_cli_args(cls: type, args: Any) -> Any:
-            callback(args)
-            return original(cls, args)
-
-        return from_cli_args
-
-    wrap(AsyncEngineArgs, "from_cli_args", around)
+    @wrap(AsyncEngineArgs, "from_cli_args")
+    def from_cli_args(original: Original, cls: type, args: Any) -> Any:
+        callback(args)
+        return original(cls, args)
 
 
 @touches("vllm.config.parallel.ParallelConfig._api_process_count")
@@ -76,10 +68,7 @@ def cpu_attention_isa(vllm_config: Any) -> str:
     return _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype)
 
 
-@touches(
-    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.isa",
-    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder._set_isa_to_layers",
-)
+@touches("vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.{isa, _set_isa_to_layers}")
 def set_cpu_attention_isa(builder: Any, layer_names: list[str], isa: str) -> None:
     """Let vLLM's CPU backend lay out the pages of a builder's layers for another instruction set, before any is used.
 
@@ -185,8 +174,7 @@ def hybrid_page_size(vllm_config: Any) -> int:
     on_cpu = vllm_config.device_config.device_type == "cpu"
     backend = AttentionBackendEnum.CPU_ATTN if on_cpu else AttentionBackendEnum.FLASH_ATTN
     current_platform._align_hybrid_block_size(config, backend.get_class())
-    page_size: int = config.cache_config.block_size
-    return page_size
+    return config.cache_config.block_size
 
 
 def share_memory_nodes(vllm_config: Any, environ: MutableMapping[str, str]) -> None:

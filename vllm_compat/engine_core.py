@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from starling.vllm_compat.metrics import DIRECTORY_ENV
-from starling.vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.patching import Original, touches, wrap
 
 logger = logging.getLogger("vllm.starling")
 
@@ -22,10 +22,7 @@ END_SECONDS = 10.0
 """How long a process whose parent was killed may take to end its own children."""
 
 
-@touches(
-    "vllm.config.model.ModelConfig.max_model_len",
-    "vllm.config.model.ModelConfig.original_max_model_len",
-)
+@touches("vllm.config.model.ModelConfig.{max_model_len, original_max_model_len}")
 def divide_kv_memory_check(by: Callable[[Any], int]) -> None:
     """Let an engine core start whose KV memory holds max_model_len / ``by(vllm_config)`` tokens.
 
@@ -34,20 +31,16 @@ def divide_kv_memory_check(by: Callable[[Any], int]) -> None:
     """
     from vllm.v1.engine import core
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def get_kv_cache_configs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-            model, parts = vllm_config.model_config, by(vllm_config)
-            if parts == 1 or model.original_max_model_len == -1:  # the latter: vLLM finds what fits in one engine
-                return original(vllm_config, *args, **kwargs)
-            length, model.max_model_len = model.max_model_len, -(-model.max_model_len // parts)
-            try:
-                return original(vllm_config, *args, **kwargs)
-            finally:
-                model.max_model_len = length
-
-        return get_kv_cache_configs
-
-    wrap(core, "get_kv_cache_configs", around)
+    @wrap(core, "get_kv_cache_configs")
+    def get_kv_cache_configs(original: Original, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model, parts = vllm_config.model_config, by(vllm_config)
+        if parts == 1 or model.original_max_model_len == -1:  # the latter: vLLM finds what fits in one engine
+            return original(vllm_config, *args, **kwargs)
+        length, model.max_model_len = model.max_model_len, -(-model.max_model_len // parts)
+        try:
+            return original(vllm_config, *args, **kwargs)
+        finally:
+            model.max_model_len = length
 
 
 @touches("vllm.v1.engine.core.EngineCoreProc._handle_client_request")
@@ -80,13 +73,9 @@ def amend_requests(amend: Callable[[Any], Any]) -> None:
     """
     from vllm.v1.engine.core import EngineCore
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def preprocess_add_request(self: Any, request: Any) -> Any:
-            return original(self, amend(request))
-
-        return preprocess_add_request
-
-    wrap(EngineCore, "preprocess_add_request", around)
+    @wrap(EngineCore, "preprocess_add_request")
+    def preprocess_add_request(original: Original, self: Any, request: Any) -> Any:
+        return original(self, amend(request))
 
 
 def end_with_parent() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from starling.vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.patching import Original, touches, wrap
 
 Report = dict[str, Any]
 
@@ -39,24 +39,17 @@ def send_report(make_report: Callable[[Any], Report | None]) -> None:
     """
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
-    def around_start(original: Callable[..., Any]) -> Wrapper:
-        def _initialize_effective_attention_block_size(self: Any) -> None:
-            original(self)
-            report = make_report(self)
-            if report is not None:
-                add_report(self.vllm_config, report)
+    @wrap(EngineCore, "_initialize_effective_attention_block_size")
+    def _initialize_effective_attention_block_size(original: Original, self: Any) -> None:
+        original(self)
+        report = make_report(self)
+        if report is not None:
+            add_report(self.vllm_config, report)
 
-        return _initialize_effective_attention_block_size
-
-    def around_response(original: Callable[..., Any]) -> Wrapper:
-        def _make_ready_response(self: Any) -> Any:
-            response, reports = original(self), engine_reports(self.vllm_config)
-            return _with_report(response, reports[-1]) if reports else response
-
-        return _make_ready_response
-
-    wrap(EngineCore, "_initialize_effective_attention_block_size", around_start)
-    wrap(EngineCoreProc, "_make_ready_response", around_response)
+    @wrap(EngineCoreProc, "_make_ready_response")
+    def _make_ready_response(original: Original, self: Any) -> Any:
+        response, reports = original(self), engine_reports(self.vllm_config)
+        return _with_report(response, reports[-1]) if reports else response
 
 
 @touches("vllm.v1.engine.core_client.MPClient.vllm_config")
@@ -64,16 +57,12 @@ def receive_reports() -> None:
     """Let this process's fronts keep the reports of their engine cores. An engine core of vLLM's own sends none."""
     from vllm.v1.engine.core_client import MPClient
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def _apply_ready_response(self: Any, payload: bytes) -> None:
-            original(self, payload)
-            report = msgspec.msgpack.decode(payload).get(FIELD) if payload else None
-            if report is not None:
-                add_report(self.vllm_config, report)
-
-        return _apply_ready_response
-
-    wrap(MPClient, "_apply_ready_response", around)
+    @wrap(MPClient, "_apply_ready_response")
+    def _apply_ready_response(original: Original, self: Any, payload: bytes) -> None:
+        original(self, payload)
+        report = msgspec.msgpack.decode(payload).get(FIELD) if payload else None
+        if report is not None:
+            add_report(self.vllm_config, report)
 
 
 def _with_report(response: Any, report: Report) -> Any:

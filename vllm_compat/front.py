@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from starling.vllm_compat.admission import has_arrived, hide_requests
-from starling.vllm_compat.patching import Wrapper, touches, wrap
+from starling.vllm_compat.patching import Original, touches, wrap
 
 IS_BEAM = "starling_is_beam"
 """The key of an engine input that is a beam of a beam search."""
@@ -25,15 +25,12 @@ def on_processed_request(callback: Callable[[Any, Any, Any], None]) -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            request = original(self, request_id, prompt, *args, **kwargs)
-            callback(self, request, prompt)
-            return request
+    @wrap(InputProcessor, "process_inputs")
+    def process_inputs(original: Original, self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, request_id, prompt, *args, **kwargs)
+        callback(self, request, prompt)
+        return request
 
-        return process_inputs
-
-    wrap(InputProcessor, "process_inputs", around)
     mark_beams()
 
 
@@ -45,13 +42,9 @@ def mark_beams() -> None:
     """
     from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def get_prompt(self: Any) -> Any:
-            return {**original(self), IS_BEAM: True}
-
-        return get_prompt
-
-    wrap(BeamSearchSequence, "get_prompt", around)
+    @wrap(BeamSearchSequence, "get_prompt")
+    def get_prompt(original: Original, self: Any) -> Any:
+        return {**original(self), IS_BEAM: True}
 
 
 def on_generate(
@@ -71,27 +64,28 @@ def on_generate(
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    def around_engine(original: Callable[..., Any]) -> Wrapper:
-        def generate(self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> Any:
-            prompt = prepare(self.input_processor, prompt, sampling_params, request_id)
-            outputs = functools.partial(original, self)
-            return around_outputs(self, outputs, prompt, sampling_params, request_id, kwargs)
+    @wrap(AsyncLLM, "generate")
+    def generate(
+        original: Original, self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> Any:
+        prompt = prepare(self.input_processor, prompt, sampling_params, request_id)
+        outputs = functools.partial(original, self)
+        return around_outputs(self, outputs, prompt, sampling_params, request_id, kwargs)
 
-        return generate
-
-    def around_responses(original: Callable[..., Any]) -> Wrapper:
-        def _generate_with_builtin_tools(
-            self: Any, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            processor = getattr(self.engine_client, "input_processor", None)
-            if processor is not None:
-                engine_input = prepare(processor, engine_input, sampling_params, None)
-            return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
-
-        return _generate_with_builtin_tools
-
-    wrap(AsyncLLM, "generate", around_engine)
-    wrap(OpenAIServingResponses, "_generate_with_builtin_tools", around_responses)
+    @wrap(OpenAIServingResponses, "_generate_with_builtin_tools")
+    def _generate_with_builtin_tools(
+        original: Original,
+        self: Any,
+        request_id: str,
+        engine_input: Any,
+        sampling_params: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        processor = getattr(self.engine_client, "input_processor", None)
+        if processor is not None:
+            engine_input = prepare(processor, engine_input, sampling_params, None)
+        return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
 
 
 def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
@@ -101,13 +95,9 @@ def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def encode(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            return original(self, prepare(self.input_processor, prompt), *args, **kwargs)
-
-        return encode
-
-    wrap(AsyncLLM, "encode", around)
+    @wrap(AsyncLLM, "encode")
+    def encode(original: Original, self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, prepare(self.input_processor, prompt), *args, **kwargs)
 
 
 def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[[Any], None]) -> None:
@@ -126,39 +116,29 @@ def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[
     from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
     from vllm.exceptions import VLLMValidationError
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check(self)
-            return original(self, *args, **kwargs)
+    @wrap(ChatCompletionRequest, "to_sampling_params")
+    @wrap(CompletionRequest, "to_sampling_params")
+    @wrap(ResponsesRequest, "to_sampling_params")
+    def to_sampling_params(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self)
+        return original(self, *args, **kwargs)
 
-        return to_sampling_params
+    @wrap(ChatCompletionRequest, "to_beam_search_params")
+    @wrap(CompletionRequest, "to_beam_search_params")
+    @wrap(TranscriptionRequest, "to_beam_search_params")
+    @wrap(TranslationRequest, "to_beam_search_params")
+    def to_beam_search_params(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self)
+        begin_beam_search(self)
+        return original(self, *args, **kwargs)
 
-    def around_beams(original: Callable[..., Any]) -> Wrapper:
-        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check(self)
-            begin_beam_search(self)
-            return original(self, *args, **kwargs)
-
-        return to_beam_search_params
-
-    def around_messages(original: Callable[..., Any]) -> Wrapper:
-        async def create_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
-            try:
-                check(SimpleNamespace(model_extra={} if raw_request is None else await raw_request.json()))
-            except VLLMValidationError as error:
-                return self.create_error_response(error)
-            return await original(self, request, raw_request)
-
-        return create_messages
-
-    wrap(AnthropicServingMessages, "create_messages", around_messages)
-    wrap(ChatCompletionRequest, "to_sampling_params", around)
-    wrap(CompletionRequest, "to_sampling_params", around)
-    wrap(ResponsesRequest, "to_sampling_params", around)
-    wrap(ChatCompletionRequest, "to_beam_search_params", around_beams)
-    wrap(CompletionRequest, "to_beam_search_params", around_beams)
-    wrap(TranscriptionRequest, "to_beam_search_params", around_beams)
-    wrap(TranslationRequest, "to_beam_search_params", around_beams)
+    @wrap(AnthropicServingMessages, "create_messages")
+    async def create_messages(original: Original, self: Any, request: Any, raw_request: Any = None) -> Any:
+        try:
+            check(SimpleNamespace(model_extra={} if raw_request is None else await raw_request.json()))
+        except VLLMValidationError as error:
+            return self.create_error_response(error)
+        return await original(self, request, raw_request)
 
 
 def on_request_output(plan_of: Callable[[Any], Any]) -> None:
@@ -169,25 +149,18 @@ def on_request_output(plan_of: Callable[[Any], Any]) -> None:
     """
     from vllm.v1.engine.output_processor import RequestState
 
-    def around_state(original: Callable[..., Any]) -> Wrapper:
-        def from_new_request(cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            state = original(cls, tokenizer, request, *args, **kwargs)
-            state.star_plan = plan_of(request)
-            return state
+    @wrap(RequestState, "from_new_request")
+    def from_new_request(original: Original, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(cls, tokenizer, request, *args, **kwargs)
+        state.star_plan = plan_of(request)
+        return state
 
-        return from_new_request
-
-    def around_output(original: Callable[..., Any]) -> Wrapper:
-        def make_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = original(self, *args, **kwargs)
-            if output is not None:
-                output.star_plan = self.star_plan
-            return output
-
-        return make_request_output
-
-    wrap(RequestState, "from_new_request", around_state)
-    wrap(RequestState, "make_request_output", around_output)
+    @wrap(RequestState, "make_request_output")
+    def make_request_output(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        if output is not None:
+            output.star_plan = self.star_plan
+        return output
 
 
 def on_serving_models(callback: Callable[[Any, Any], None]) -> None:
@@ -198,14 +171,10 @@ def on_serving_models(callback: Callable[[Any, Any], None]) -> None:
     """
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def __init__(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, engine_client, *args, **kwargs)
-            callback(engine_client, self)
-
-        return __init__
-
-    wrap(OpenAIServingModels, "__init__", around)
+    @wrap(OpenAIServingModels, "__init__")
+    def __init__(original: Original, self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, engine_client, *args, **kwargs)
+        callback(engine_client, self)
 
 
 DEATH_CHECK_SECONDS = 1.0
@@ -255,8 +224,7 @@ async def call_engine_core(engine: Any, rank: int, name: str, *args: Any) -> Any
 
 @touches(
     "vllm.v1.engine.input_processor.InputProcessor.assign_request_id",
-    "vllm.v1.engine.async_llm.AsyncLLM._run_output_handler",
-    "vllm.v1.engine.async_llm.AsyncLLM.abort",
+    "vllm.v1.engine.async_llm.AsyncLLM.{_run_output_handler, abort}",
     "vllm.v1.engine.output_processor.OutputProcessor.add_request",
     "vllm.v1.engine.output_processor.RequestOutputCollector.get",
     "vllm.v1.engine.core_client.EngineCoreClient.add_request_async",
@@ -322,15 +290,11 @@ def on_abort(callback: Callable[[Any, list[str]], None]) -> None:
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        async def abort(self: Any, request_id: Any, internal: bool = False) -> None:
-            if not internal:
-                callback(self, [request_id] if isinstance(request_id, str) else list(request_id))
-            await asyncio.shield(asyncio.ensure_future(original(self, request_id, internal)))
-
-        return abort
-
-    wrap(AsyncLLM, "abort", around)
+    @wrap(AsyncLLM, "abort")
+    async def abort(original: Original, self: Any, request_id: Any, internal: bool = False) -> None:
+        if not internal:
+            callback(self, [request_id] if isinstance(request_id, str) else list(request_id))
+        await asyncio.shield(asyncio.ensure_future(original(self, request_id, internal)))
 
 
 @touches("vllm.v1.engine.core_client.EngineCoreClient.abort_requests_async")

@@ -19,20 +19,10 @@ Page = Any
 
 
 @touches(
-    "vllm.v1.core.block_pool.BlockPool.num_gpu_blocks",
-    "vllm.v1.core.block_pool.BlockPool.get_num_free_blocks",
-    "vllm.v1.core.block_pool.BlockPool.null_block",
-    "vllm.v1.core.block_pool.BlockPool.blocks",
-    "vllm.v1.core.block_pool.BlockPool.get_cached_block",
-    "vllm.v1.core.block_pool.BlockPool.cached_block_hash_to_block",
+    "vllm.v1.core.block_pool.BlockPool.{num_gpu_blocks, get_num_free_blocks, null_block, blocks, get_cached_block}",
+    "vllm.v1.core.block_pool.BlockPool.{cached_block_hash_to_block, touch, free_blocks, get_new_blocks}",
     "vllm.v1.core.block_pool.BlockHashToBlockMap._cache",
-    "vllm.v1.core.block_pool.BlockPool.touch",
-    "vllm.v1.core.block_pool.BlockPool.free_blocks",
-    "vllm.v1.core.block_pool.BlockPool.get_new_blocks",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.ref_cnt",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.is_null",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.block_id",
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock.block_hash",
+    "vllm.v1.core.kv_cache_utils.KVCacheBlock.{ref_cnt, is_null, block_id, block_hash}",
 )
 class PagePool:
     """The pages of one engine: a vLLM BlockPool."""
@@ -42,14 +32,12 @@ class PagePool:
 
     @property
     def num_pages(self) -> int:
-        num_pages: int = self.block_pool.num_gpu_blocks - 1
-        return num_pages
+        return self.block_pool.num_gpu_blocks - 1
 
     @property
     def num_free_pages(self) -> int:
         """Pages that no request holds; some of them have content that a prompt can still hit."""
-        free: int = self.block_pool.get_num_free_blocks()
-        return free
+        return self.block_pool.get_num_free_blocks()
 
     @property
     def null_page(self) -> Page:
@@ -99,10 +87,8 @@ class PagePool:
 
 
 @touches(
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.req_to_blocks",
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.num_cached_block",
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.block_size",
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.kv_cache_group_id",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.{req_to_blocks, num_cached_block}",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.{block_size, kv_cache_group_id}",
 )
 @dataclass(frozen=True)
 class CacheGroup:
@@ -120,18 +106,15 @@ class CacheGroup:
     @property
     def page_size(self) -> int:
         """Tokens of a page."""
-        size: int = self.manager.block_size
-        return size
+        return self.manager.block_size
 
     @property
     def index(self) -> int:
-        index: int = self.manager.kv_cache_group_id
-        return index
+        return self.manager.kv_cache_group_id
 
     def pages(self, request_id: str) -> Sequence[Page]:
         """What a request holds, in the order of its tokens; the null page where it holds none."""
-        pages: Sequence[Page] = self.manager.req_to_blocks.get(request_id, ())
-        return pages
+        return self.manager.req_to_blocks.get(request_id, ())
 
     def num_pages(self, request_id: str) -> int:
         """How many pages a request holds, null pages left out."""
@@ -144,5 +127,4 @@ class CacheGroup:
 
     def num_hashed_pages(self, request_id: str) -> int | None:
         """How many of a request's leading pages are in the prefix cache; None: the request has had no page yet."""
-        hashed: int | None = self.manager.num_cached_block.get(request_id)
-        return hashed
+        return self.manager.num_cached_block.get(request_id)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from starling.vllm_compat.patching import touches, wrap
+from starling.vllm_compat.patching import Original, touches, wrap
 
 
 def register_models(configs: dict[str, Any], models: dict[str, str]) -> None:
@@ -54,10 +54,7 @@ def attention_spec(attention: Any, vllm_config: Any) -> Any:
     return attention.get_attn_backend().customize_spec(attention.get_kv_cache_spec(vllm_config))
 
 
-@touches(
-    "vllm.v1.kv_cache_interface.MambaSpec.num_prefill_checkpoint_blocks",
-    "vllm.v1.kv_cache_interface.MambaSpec.prefill_checkpoint_alignment",
-)
+@touches("vllm.v1.kv_cache_interface.MambaSpec.{num_prefill_checkpoint_blocks, prefill_checkpoint_alignment}")
 def without_prefill_checkpoints() -> None:
     """Let Mamba-2 layers keep states at the ends of chunks only, not within one. For CPU.
 
@@ -69,16 +66,12 @@ def without_prefill_checkpoints() -> None:
     from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    def without(get_kv_cache_spec: Callable[..., Any]) -> Callable[..., Any]:
-        def get(self: Any, vllm_config: Any) -> Any:
-            spec = get_kv_cache_spec(self, vllm_config)
-            if not isinstance(spec, MambaSpec):
-                return spec
-            return replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
-
-        return get
-
-    wrap(MambaMixer2, "get_kv_cache_spec", without)
+    @wrap(MambaMixer2, "get_kv_cache_spec")
+    def get_kv_cache_spec(original: Original, self: Any, vllm_config: Any) -> Any:
+        spec = original(self, vllm_config)
+        if not isinstance(spec, MambaSpec):
+            return spec
+        return replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
 
 
 @functools.cache
@@ -128,11 +121,7 @@ def on_weights_loaded(callback: Callable[[Any], None]) -> None:
     """
     from vllm.model_executor.model_loader import base_loader
 
-    def around(original: Callable[..., Any]) -> Callable[..., Any]:
-        def process_weights_after_loading(model: Any, *args: Any, **kwargs: Any) -> Any:
-            callback(model)
-            return original(model, *args, **kwargs)
-
-        return process_weights_after_loading
-
-    wrap(base_loader, "process_weights_after_loading", around)
+    @wrap(base_loader, "process_weights_after_loading")
+    def process_weights_after_loading(original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:
+        callback(model)
+        return original(model, *args, **kwargs)

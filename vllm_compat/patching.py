@@ -9,20 +9,32 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
-Wrapper = Callable[..., Any]
+Original = Callable[..., Any]
 T = TypeVar("T")
 
 
-def wrap(owner: type | ModuleType, name: str, wrapper: Callable[[Callable[..., Any]], Wrapper]) -> None:
-    """Replace a function of a class or a module by ``wrapper(original)``, once; a classmethod stays one."""
-    current = inspect.getattr_static(owner, name)
-    is_classmethod = isinstance(current, classmethod)
-    original = current.__func__ if is_classmethod else current
-    if getattr(original, "__starling__", False):
-        return
-    wrapped = functools.wraps(original)(wrapper(original))
-    wrapped.__starling__ = True  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+def wrap(owner: type | ModuleType, name: str) -> Callable[[T], T]:
+    """Let calls of a function of a class or a module reach the decorated one, once; a classmethod stays one.
+
+    The decorated function gets the original one, and then the arguments of the call.
+    """
+
+    def replace(function: Any) -> Any:
+        current = inspect.getattr_static(owner, name)
+        is_classmethod = isinstance(current, classmethod)
+        original = current.__func__ if is_classmethod else current
+        if getattr(original, "__starling__", False):
+            return function
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        wrapped.__starling__ = True  # type: ignore[attr-defined]
+        setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+        return function
+
+    return replace
 
 
 def first_found(*names: str) -> Any:
@@ -54,6 +66,8 @@ def extends(*bases: type) -> Callable[[type[T]], type[T]]:
 
 def touches(*names: str) -> Callable[[T], T]:
     """Say which attributes of vLLM's objects a function or a class reads or writes, as "module.Class.attribute".
+
+    Several of one class are in braces: "module.Class.{first, second}".
 
     Changes nothing. names.py reads it, to list these attributes.
     """

@@ -12,7 +12,7 @@ from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine import core
 
-from starling.vllm_compat.patching import Wrapper, wrap
+from starling.vllm_compat.patching import Original, wrap
 
 Hasher = Callable[[Any], list[Any]]
 HashFunction = Callable[[Any], bytes]
@@ -26,16 +26,12 @@ def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) ->
     hook for extra keys.
     """
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def generate_block_hash_extra_keys(request: Any, start: int, end: int, mm_index: int) -> Any:
-            keys, next_index = original(request, start, end, mm_index)
-            key = page_key(request, start, end)
-            return (keys if key is None else (*(keys or ()), key)), next_index
-
-        return generate_block_hash_extra_keys
-
-    wrap(kv_cache_utils, "generate_block_hash_extra_keys", around)
-    wrap(block_pool, "generate_block_hash_extra_keys", around)
+    @wrap(kv_cache_utils, "generate_block_hash_extra_keys")
+    @wrap(block_pool, "generate_block_hash_extra_keys")
+    def generate_block_hash_extra_keys(original: Original, request: Any, start: int, end: int, mm_index: int) -> Any:
+        keys, next_index = original(request, start, end, mm_index)
+        key = page_key(request, start, end)
+        return (keys if key is None else (*(keys or ()), key)), next_index
 
 
 def extra_page_keys(request: Any, start: int, end: int) -> Any:
@@ -74,17 +70,16 @@ def use_request_hasher(make: Callable[[int, HashFunction], Hasher] | None) -> No
         make: None for vLLM's own.
     """
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def get_request_block_hasher(page_size: int, hash_function: HashFunction, *num_tokens_behind: int) -> Any:
-            if _make_hasher is None or any(num_tokens_behind):
-                return original(page_size, hash_function, *num_tokens_behind)
-            return _make_hasher(page_size, hash_function)
-
-        return get_request_block_hasher
+    @wrap(core, "get_request_block_hasher")
+    def get_request_block_hasher(
+        original: Original, page_size: int, hash_function: HashFunction, *num_tokens_behind: int
+    ) -> Any:
+        if _make_hasher is None or any(num_tokens_behind):
+            return original(page_size, hash_function, *num_tokens_behind)
+        return _make_hasher(page_size, hash_function)
 
     global _make_hasher
     _make_hasher = make
-    wrap(core, "get_request_block_hasher", around)
 
 
 def leave_out_of_hit_rate(is_left_out: Callable[[Any], bool]) -> None:
@@ -93,11 +88,7 @@ def leave_out_of_hit_rate(is_left_out: Callable[[Any], bool]) -> None:
     Only called in an engine core where Starling is activated. Goes when a request can say so.
     """
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> None:
-            if not is_left_out(request):
-                original(self, request, num_hits)
-
-        return record_prefix_cache_stats
-
-    wrap(KVCacheManager, "record_prefix_cache_stats", around)
+    @wrap(KVCacheManager, "record_prefix_cache_stats")
+    def record_prefix_cache_stats(original: Original, self: Any, request: Any, num_hits: int) -> None:
+        if not is_left_out(request):
+            original(self, request, num_hits)

@@ -21,37 +21,18 @@ from starling.vllm_compat.patching import touches
 
 
 @touches(
-    "vllm.v1.core.sched.scheduler.Scheduler.kv_cache_manager",
-    "vllm.v1.core.sched.scheduler.Scheduler.kv_cache_config",
-    "vllm.v1.core.sched.scheduler.Scheduler.hash_block_size",
-    "vllm.v1.core.sched.scheduler.Scheduler.waiting",
-    "vllm.v1.core.sched.scheduler.Scheduler.running",
-    "vllm.v1.core.sched.scheduler.Scheduler.kv_holding_waiting",
-    "vllm.v1.core.sched.scheduler.Scheduler.policy",
-    "vllm.v1.core.sched.scheduler.Scheduler.pause_state",
-    "vllm.v1.core.sched.scheduler.Scheduler.max_num_active_reqs",
-    "vllm.v1.core.sched.scheduler.Scheduler.num_waiting_for_streaming_input",
-    "vllm.v1.core.sched.scheduler.Scheduler.prefill_capacity_bound",
-    "vllm.v1.core.sched.scheduler.Scheduler.num_spec_tokens",
-    "vllm.v1.core.sched.scheduler.Scheduler.lora_config",
-    "vllm.v1.core.sched.scheduler.Scheduler.need_mamba_block_aligned_split",
-    "vllm.v1.core.sched.scheduler.Scheduler._mamba_block_aligned_split",
-    "vllm.v1.core.sched.scheduler.Scheduler.cache_config",
-    "vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens",
-    "vllm.v1.core.sched.scheduler.Scheduler.use_v2_model_runner",
-    "vllm.v1.core.sched.scheduler.Scheduler._inflight_prefill_reserved_blocks",
+    "vllm.v1.core.sched.scheduler.Scheduler.{kv_cache_manager, kv_cache_config, hash_block_size, waiting, running}",
+    "vllm.v1.core.sched.scheduler.Scheduler.{kv_holding_waiting, policy, pause_state, max_num_active_reqs}",
+    "vllm.v1.core.sched.scheduler.Scheduler.{num_waiting_for_streaming_input, prefill_capacity_bound}",
+    "vllm.v1.core.sched.scheduler.Scheduler.{num_spec_tokens, lora_config, need_mamba_block_aligned_split}",
+    "vllm.v1.core.sched.scheduler.Scheduler.{_mamba_block_aligned_split, cache_config, max_num_scheduled_tokens}",
+    "vllm.v1.core.sched.scheduler.Scheduler.{use_v2_model_runner, _inflight_prefill_reserved_blocks}",
     "vllm.v1.core.sched.scheduler.Scheduler._request_remaining_blocks",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.block_pool",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.coordinator",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.watermark_blocks",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.prefix_cache_stats",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.prefix_cache_lookup_enabled",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.evict_blocks",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.{block_pool, coordinator, watermark_blocks, prefix_cache_stats}",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.{prefix_cache_lookup_enabled, evict_blocks, get_block_ids}",
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.block_pool.BlockPool.emit_cached_block_events",
-    "vllm.v1.request.Request.prefill_stats",
-    "vllm.v1.request.Request._all_token_ids",
+    "vllm.v1.request.Request.{prefill_stats, _all_token_ids}",
 )
 class SchedulerView:
     """One vLLM scheduler."""
@@ -95,15 +76,13 @@ class SchedulerView:
     @property
     def num_blocks(self) -> int:
         """Pages of the pool, the null page included, as the KV cache configuration counts them."""
-        num_blocks: int = self.scheduler.kv_cache_config.num_blocks
-        return num_blocks
+        return self.scheduler.kv_cache_config.num_blocks
 
     # The prefix cache.
 
     def may_hit(self, request: Any) -> bool:
         """Whether a request reads the prefix cache at all."""
-        enabled: bool = self.manager.prefix_cache_lookup_enabled(request)
-        return enabled
+        return self.manager.prefix_cache_lookup_enabled(request)
 
     def evict(self, page_ids: set[int]) -> None:
         """Take pages out of the prefix cache; requests that hold them keep them."""
@@ -208,8 +187,7 @@ class SchedulerView:
         """How many more requests may be active; those that run are, and sessions that wait for input."""
         scheduler = self.scheduler
         active = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
-        free: int = scheduler.max_num_active_reqs - active
-        return free
+        return scheduler.max_num_active_reqs - active
 
     def note_backlog(self) -> None:
         """Say that a step has left prompts waiting, as vLLM notes it of its queue, and then prefills in every step.
@@ -254,8 +232,7 @@ class SchedulerView:
 
         With ``align``, the state that a chunk leaves behind is kept where the chunk ends, for prompts with that prefix.
         """
-        unit: int = self.scheduler.cache_config.block_size if self.scheduler.need_mamba_block_aligned_split else 1
-        return unit
+        return self.scheduler.cache_config.block_size if self.scheduler.need_mamba_block_aligned_split else 1
 
     def shorten_chunk(self, request: Any, start: int, tokens: int, limit: int) -> int:
         """Shorten a chunk that vLLM has made to about ``limit`` tokens, and to at least one unit.
@@ -269,10 +246,7 @@ class SchedulerView:
         to_border = self.chunk_unit - start % self.chunk_unit
         most = self.scheduler.max_num_scheduled_tokens
         shortened = min(tokens, limit if self.chunk_unit > most else max(limit, to_border))
-        aligned: int = self.scheduler._mamba_block_aligned_split(
-            request, shortened, start - request.num_computed_tokens
-        )
-        return aligned
+        return self.scheduler._mamba_block_aligned_split(request, shortened, start - request.num_computed_tokens)
 
     @property
     def nothing_runs(self) -> bool:
@@ -294,8 +268,7 @@ class SchedulerView:
 
     def num_pages_of(self, request: Any) -> int:
         """Pages that a waiting request will take, over all KV cache groups; those of a prefix hit included."""
-        num_pages: int = self.scheduler._request_remaining_blocks(request)
-        return num_pages
+        return self.scheduler._request_remaining_blocks(request)
 
     @contextmanager
     def without_waiting(self, requests: Sequence[Any]) -> Iterator[None]:

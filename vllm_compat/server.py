@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from starling.vllm_compat.patching import Wrapper, first_found, wrap
+from starling.vllm_compat.patching import Original, first_found, wrap
 
 default_chat_template_kwargs = first_found(
     "vllm.entrypoints.common.cli_args:resolve_default_chat_template_kwargs",
@@ -34,12 +34,8 @@ def on_server_socket(callback: Callable[[socket.socket], None]) -> None:
     """
     from vllm.entrypoints.launchers import launcher
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def create_server_socket(*args: Any, **kwargs: Any) -> socket.socket:
-            listener: socket.socket = original(*args, **kwargs)
-            callback(listener)
-            return listener
-
-        return create_server_socket
-
-    wrap(launcher, "create_server_socket", around)
+    @wrap(launcher, "create_server_socket")
+    def create_server_socket(original: Original, *args: Any, **kwargs: Any) -> socket.socket:
+        listener: socket.socket = original(*args, **kwargs)
+        callback(listener)
+        return listener

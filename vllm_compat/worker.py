@@ -40,8 +40,7 @@ def batch_request_ids(runner: Any) -> Sequence[str]:
 
     Goes with ``keep_request_ids``.
     """
-    ids: Sequence[str] = runner.input_batch.req_ids if hasattr(runner, "input_batch") else runner.starling_request_ids
-    return ids
+    return runner.input_batch.req_ids if hasattr(runner, "input_batch") else runner.starling_request_ids
 
 
 @contextlib.contextmanager

@@ -28,13 +28,16 @@ CHUNK_SIZES, WINDOW_SIZES = (2, 128), (1, 256)
 """Smallest and largest P and L that are served."""
 
 
-def check_sizes(chunk_size: int, window: int, width: int, local_dim: int) -> None:
-    """Check that the caches support a model's sizes.
+def cache_specs(
+    chunk_size: int, window: int, width: int, local_dim: int, dtype: torch.dtype
+) -> dict[str, AttentionSpec]:
+    """Specs of the three caches of a layer, by the names in the module's docstring.
 
     Args:
         chunk_size, window: P and L in tokens.
         width: values of a token that the scans of its chunk read, over both mixers.
         local_dim: of K, and of V, on one tensor-parallel rank.
+        dtype: of the caches.
 
     Raises:
         ValueError: a size that the caches do not support.
@@ -43,33 +46,13 @@ def check_sizes(chunk_size: int, window: int, width: int, local_dim: int) -> Non
     for name, value, (minimum, maximum) in sizes:
         if not minimum <= value <= maximum:
             raise ValueError(f"{name}={value} is refused: no cache supports it. Allowed: {minimum} to {maximum}")
-    if width > page_values(local_dim):
+    values = (PAGE_ROWS + 1) * 2 * local_dim  # of a page
+    if width > values:
         raise ValueError(
             f"ssm_inner and ssm_state_dim are refused: the mixers read {width} values of a token, more than a page of "
-            f"K and V holds on each rank. Allowed: at most {page_values(local_dim)}, which is {PAGE_ROWS + 1} times "
+            f"K and V holds on each rank. Allowed: at most {values}, which is {PAGE_ROWS + 1} times "
             "hidden_size divided by tensor_parallel_size, for K and for V"
         )
-
-
-def page_values(local_dim: int) -> int:
-    """Values of a page."""
-    return (PAGE_ROWS + 1) * 2 * local_dim
-
-
-def cache_specs(
-    chunk_size: int, window: int, width: int, local_dim: int, dtype: torch.dtype
-) -> dict[str, AttentionSpec]:
-    """Specs of the three caches of a layer, by the names in the module's docstring.
-
-    Args:
-        chunk_size, window, width, local_dim: see ``check_sizes``.
-        dtype: of the caches.
-
-    Raises:
-        ValueError: a size that the caches do not support.
-    """
-    check_sizes(chunk_size, window, width, local_dim)
-    values = page_values(local_dim)
     common: dict[str, Any] = {"num_kv_heads": 1, "dtype": dtype, "page_size_padded": values * dtype.itemsize}
     both: dict[str, Any] = {"head_size": local_dim, "head_size_v": local_dim}
     states = FullAttentionSpec(block_size=PAGE_ROWS * chunk_size, tokens_per_state=chunk_size, **both, **common)

@@ -101,39 +101,7 @@ def attend_decode(
     """``attend.attend`` of a step with one token for each of R requests, into ``out`` (R, heads x head size)."""
     seq_lens, keys, values = window.step.seq_lens, states.pages.key_rows, states.pages.value_rows
     heads, head_size = keys.shape[-2:]
-    slots, leading = window.step.slot_mapping, sizes.window - 1
-    grid, block = (len(seq_lens), heads), triton.next_power_of_2(head_size)
-    turned = query.new_empty(len(seq_lens), heads, head_size)
-    num_states = torch.empty_like(seq_lens)
-    store_kernel[grid](
-        query,
-        *mixed,
-        own,
-        seq_lens,
-        slots,
-        *angles,
-        turned,
-        num_states,
-        keys,
-        values,
-        states.step.block_table,
-        window.pages.key_rows,
-        window.pages.value_rows,
-        window.step.block_table,
-        sizes.chunk,
-        offset,
-        leading,
-        query.stride(0),
-        mixed[0].stride(0),
-        own.stride(0),
-        keys.stride(0),
-        window.pages.key_rows.stride(0),
-        *keys.stride()[1:3],
-        states.step.block_table.stride(0),
-        window.step.block_table.stride(0),
-        HEAD_SIZE=head_size,
-        BLOCK_D=max(1, block // 2),
-    )
+    turned, num_states = store_decode(query, mixed, own, angles, states, window, offset, sizes)
     starts, scale = window.step.query_start_loc, sizes.scale
     of_states = Operands(turned, keys, values, states.step.block_table, starts, num_states, scale=scale)
     recent = Operands(
@@ -146,23 +114,72 @@ def attend_decode(
         scale=scale,
         window=sizes.window,
     )
-    join_kernel[grid](
+    join_kernel[len(seq_lens), heads](
         turned,
         *paged_attention(of_states),
         *paged_attention(recent),
         seq_lens,
-        slots,
+        window.step.slot_mapping,
         keys,
         values,
         states.step.block_table,
         out,
         sizes.chunk,
         offset,
-        leading,
+        sizes.window - 1,
         scale,
         *keys.stride()[:3],
         states.step.block_table.stride(0),
         out.stride(0),
         HEAD_SIZE=head_size,
-        BLOCK_D=block,
+        BLOCK_D=triton.next_power_of_2(head_size),
     )
+
+
+def store_decode(
+    query: torch.Tensor,
+    mixed: tuple[torch.Tensor, ...],
+    own: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    states: Cache,
+    window: Cache,
+    offset: int,
+    sizes: Sizes,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store the keys and values of the step's tokens; the arguments are those of ``attend_decode``.
+
+    Returns:
+        (R, heads, head size), the turned queries, and (R,) int32, how many chunk states each request's query sees.
+    """
+    seq_lens, keys = window.step.seq_lens, states.pages.key_rows
+    turned, num_states = query.new_empty(len(seq_lens), *keys.shape[-2:]), torch.empty_like(seq_lens)
+    store_kernel[len(seq_lens), keys.shape[-2]](
+        query,
+        *mixed,
+        own,
+        seq_lens,
+        window.step.slot_mapping,
+        *angles,
+        turned,
+        num_states,
+        keys,
+        states.pages.value_rows,
+        states.step.block_table,
+        window.pages.key_rows,
+        window.pages.value_rows,
+        window.step.block_table,
+        sizes.chunk,
+        offset,
+        sizes.window - 1,
+        query.stride(0),
+        mixed[0].stride(0),
+        own.stride(0),
+        keys.stride(0),
+        window.pages.key_rows.stride(0),
+        *keys.stride()[1:3],
+        states.step.block_table.stride(0),
+        window.step.block_table.stride(0),
+        HEAD_SIZE=keys.shape[-1],
+        BLOCK_D=max(1, triton.next_power_of_2(keys.shape[-1]) // 2),
+    )
+    return turned, num_states

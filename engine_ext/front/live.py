@@ -11,8 +11,9 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from prometheus_client.registry import Collector
@@ -220,13 +221,7 @@ def merged(parts: list[Row]) -> Row:
 def read_totals(registry: Collector) -> dict[str, float]:
     """Sums of series since the server's start; those that no process has yet are left out."""
     sums: dict[str, float] = {}
-    for name, value in _samples(registry):
-        if name in TOTALS:
-            sums[TOTALS[name]] = sums.get(TOTALS[name], 0.0) + value
+    for sample in chain.from_iterable(family.samples for family in registry.collect()):
+        if sample.name in TOTALS:
+            sums[TOTALS[sample.name]] = sums.get(TOTALS[sample.name], 0.0) + sample.value
     return sums
-
-
-def _samples(registry: Collector) -> Iterator[tuple[str, float]]:
-    for family in registry.collect():
-        for sample in family.samples:
-            yield sample.name, sample.value

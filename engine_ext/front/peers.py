@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from vllm.logger import init_logger
 
-from starling.config.replicas import ReplicaOptions, split_address, split_peers
+from starling.config.replicas import ReplicaOptions, join_address, split_address, split_peers
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import MAX_SERVERS
@@ -236,7 +236,7 @@ class PeerDirectory:
         except OSError as error:  # a time-out is an OSError
             logger.warning("the addresses of the peers %s can't be looked up: %s", entry, error or "no answer in time")
             return
-        self._addresses[entry] = sorted({join(str(address[0]), port) for *_, address in found})
+        self._addresses[entry] = sorted({join_address(str(address[0]), port) for *_, address in found})
 
     def _channel(self, address: str, entry: str) -> grpc.aio.Channel:
         if self.credentials is None:
@@ -244,11 +244,6 @@ class PeerDirectory:
         # The certificate is for the name, not for the address behind it.
         options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", split_address(entry)[0]))
         return grpc.aio.secure_channel(address, self.credentials, options)
-
-
-def join(host: str, port: int) -> str:
-    """HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def reason_of(error: Exception) -> str:

@@ -27,10 +27,10 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until_fetched
-from starling.engine_ext.front.engine_replica import SplitPrompt, while_answering
+from starling.engine_ext.front.engine_replica import EngineReplica, SplitPrompt, while_answering
+from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
-from starling.engine_ext.front.replicas import replicas_for
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
 from starling.engine_ext.metrics import front_metrics
@@ -43,7 +43,7 @@ from starling.scheduler.star.kv_demand import KVDemand
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, PageFetch, RemoteShards, Shard
 from starling.vllm_compat.admission import Admission, RequestWithdrawn, admit, admitted_outputs, withdraw
-from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids
+from starling.vllm_compat.front import abort_in_engine_cores, engine_request_ids, num_engine_cores
 
 logger = init_logger("vllm.starling")
 
@@ -60,7 +60,7 @@ def generate_split(
     planned = planned_split(prompt, params, keywords)
     if planned is None:
         return on_one_replica(engine, generate, prompt, params, request_id, keywords)
-    if keywords.get("lora_request") is not None and not front_state(engine).shares_adapters:
+    if keywords.get("lora_request") is not None and front_state(engine).peers is not None:  # with adapters of their own
         return generate(prompt, params, request_id, **keywords)
     return SplitPrefill(engine, prompt, request_id, keywords, planned).outputs(generate, params)
 
@@ -88,6 +88,19 @@ def planned_split(prompt: Any, params: Any, keywords: Mapping[str, Any]) -> Deci
         return None  # vLLM sets the latter for prompt_logprobs: one engine has to compute the whole prompt
     planned: Decision | None = prompt.get(PLANNED)
     return planned if planned is not None and planned.plan is not None and planned.plan.replicas > 1 else None
+
+
+def replicas_for(engine: Any, prompt: SplitPrompt, under_way: set[asyncio.Future]) -> dict[int, Replica]:
+    """By number: this server's engines, whose numbers are their ranks, and then the peers that can be used.
+
+    Args:
+        under_way: has the parts that run on engines of this server, each of which ends with its task.
+    """
+    state = front_state(engine)
+    usable = state.peers.usable if state.peers is not None else []
+    engines = [EngineReplica(engine, rank, prompt, under_way, bool(usable)) for rank in range(num_engine_cores(engine))]
+    peers = [PeerReplica(peer, prompt, state.replica_rpc.timeout) for peer in usable]
+    return dict(enumerate([*engines, *peers]))
 
 
 class ShardLost(RuntimeError):

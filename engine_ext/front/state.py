@@ -51,11 +51,6 @@ class FrontState:
         self.serving_models: Callable[[], Any] = lambda: None
         self._ends_before_engine = False
 
-    @property
-    def shares_adapters(self) -> bool:
-        """Whether all replicas have the same LoRA adapters: each peer has adapters of its own."""
-        return self.peers is None
-
     def set_peers(self, peers: PeerDirectory) -> None:
         """Split prompts with these servers from now on."""
         self.peers = peers
@@ -86,7 +81,10 @@ class FrontState:
         before_shutdown(engine, wait)
 
     def set_serving_models(self, models: Any) -> None:
-        """Keep vLLM's list of models, which refers to the engine, and so to this state's key: by a weak reference."""
+        """Keep vLLM's list of models, from which gRPC requests get LoRA adapters.
+
+        By a weak reference: the list refers to the engine, and so to this state's key.
+        """
         self.serving_models = weakref.ref(models)
 
     def lora_adapters(self) -> dict[str, Any]:

@@ -35,56 +35,42 @@ class AttambaConfig(PretrainedConfig):
         "a chunk that straddles a border of star blocks mixes tokens of the first block into the second"
     )
 
-    def __init__(
-        self,
-        vocab_size: int = 32000,
-        hidden_size: int = 512,
-        num_hidden_layers: int = 8,
-        num_attention_heads: int = 8,
-        intermediate_size: int = 1536,
-        token_chunk: int = 8,
-        leading_tokens: int = 16,
-        ssm_heads: int = 8,
-        ssm_inner: int = 256,
-        ssm_state_dim: int = 128,
-        conv_size: int = 4,
-        rope_theta: float = 10_000.0,
-        rms_norm_eps: float = 1e-5,
-        max_position_embeddings: int = 8192,
-        tie_word_embeddings: bool = False,
-        **rest: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = self.num_key_value_heads = num_attention_heads
-        self.head_dim = hidden_size // num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.token_chunk = token_chunk
-        self.leading_tokens = leading_tokens
-        self.ssm_heads = ssm_heads
-        self.ssm_inner = ssm_inner
-        self.ssm_state_dim = ssm_state_dim
-        self.conv_size = conv_size
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        for fixed in ("num_key_value_heads", "head_dim"):
-            allowed = getattr(self, fixed)
-            given = rest.pop(fixed, allowed)
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    intermediate_size: int = 1536
+    token_chunk: int = 8
+    leading_tokens: int = 16
+    ssm_heads: int = 8
+    ssm_inner: int = 256
+    ssm_state_dim: int = 128
+    conv_size: int = 4
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **rest: Any) -> None:
+        set_by_others = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+        }
+        for name, allowed in set_by_others.items():
+            given = rest.pop(name, allowed)
             if given != allowed:
-                raise ValueError(
-                    f"{fixed}={given} is refused: num_attention_heads and hidden_size set it. Allowed: {allowed}"
-                )
+                reason = "num_attention_heads and hidden_size set it"
+                raise ValueError(f"{name}={given} is refused: {reason}. Allowed: {allowed}")
+            setattr(self, name, allowed)
         for whole, parts in (("hidden_size", "num_attention_heads"), ("ssm_inner", "ssm_heads")):
             if getattr(self, whole) % getattr(self, parts):
                 raise ValueError(
                     f"{whole}={getattr(self, whole)} is refused: {parts}={getattr(self, parts)} does not divide it. "
                     f"Allowed: multiples of {parts}"
                 )
-        if tie_word_embeddings:
+        if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=true is refused: Attamba has its own output.weight. Allowed: false")
-        super().__init__(tie_word_embeddings=False, **rest)
+        super().__post_init__(**rest)
 
     @property
     def page_tokens(self) -> int:

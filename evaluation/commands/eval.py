@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -15,22 +14,17 @@ from starling.evaluation.commands.measuring import (
     Measurement,
     add_prompt_options,
     add_server_options,
-    checked_facts,
-    connect,
-    make_prompts,
-    progress_bars,
+    open_session,
     repeated,
     run_measurement,
 )
 from starling.evaluation.depth import compare_depths
 from starling.evaluation.figure import figure_png
-from starling.evaluation.options import EvalOptions, folder_setup, parse_options
+from starling.evaluation.options import EvalOptions, parse_options
 from starling.evaluation.plans import ALLOWED as ALLOWED_PLANS
-from starling.evaluation.prompts import distinct
 from starling.evaluation.report import Report, html_report, summary, terminal_tables, worst
 from starling.evaluation.runner import evaluate, key_of
 from starling.evaluation.statistics import compare, make_pairs
-from starling.evaluation.store import Store
 
 JSON_FILE, HTML_FILE, FIGURE_FILE = "results.json", "report.html", "differences.png"
 
@@ -74,41 +68,36 @@ async def measure(args: argparse.Namespace, options: EvalOptions, target: Sequen
         ServerError: a request failed.
         ValueError: the folder has results of another model, or a prompt can't be made or sent.
     """
-    async with connect(args) as client:
-        facts = await checked_facts(client, options, [plan.name for plan in options.all_plans if not plan.is_dense])
-        with Store(args.out, folder_setup(facts.model)) as store:
-            with progress_bars(console) as progress:
-                made = await make_prompts(options, client, progress, options.logprobs)
-                prompts = distinct(made)
-                if len(prompts) < len(made):
-                    console.print(f"{len(made) - len(prompts)} prompts are equal to others, and are left out")
-                plans = options.all_plans
-                keys = {key_of(prompt, plan, facts.model, options.logprobs) for prompt in prompts for plan in plans}
-                found = len(keys & store.answers.keys())
-                if store.answers:
-                    console.print(f"found {found} of {len(keys)} answers in {escape(str(args.out))}")
-                # The time left is that of the new answers: those that were found take none.
-                bar = progress.add_task("answers", total=len(keys) - found)
-                answers = await evaluate(
-                    prompts,
-                    plans,
-                    client,
-                    num_logprobs=options.logprobs,
-                    concurrency=args.concurrency,
-                    store=store,
-                    on_answer=lambda answer: progress.advance(bar),
-                )
-            pairs = make_pairs(prompts, answers)
-            report = Report(
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                setup=options.setup(facts.model),
-                command=options.command([*target, *repeated(args, facts.model)]),
-                server={"base_url": client.base_url, **vars(facts)},
-                cells=compare(pairs),
-                depths=compare_depths(pairs),
-                different=worst(pairs),
-            )
-            write(report, args.out, console)
+    plans = options.all_plans
+    star_plans = [plan.name for plan in plans if not plan.is_dense]
+    async with open_session(args, options, console, star_plans, options.logprobs) as session:
+        prompts, store, model = session.prompts, session.store, session.facts.model
+        if session.num_equal:
+            console.print(f"{session.num_equal} prompts are equal to others, and are left out")
+        keys = {key_of(prompt, plan, model, options.logprobs) for prompt in prompts for plan in plans}
+        found = len(keys & store.answers.keys())
+        if store.answers:
+            console.print(f"found {found} of {len(keys)} answers in {escape(str(args.out))}")
+        # The time left is that of the new answers: those that were found take none.
+        bar = session.progress.add_task("answers", total=len(keys) - found)
+        answers = await evaluate(
+            prompts,
+            plans,
+            session.client,
+            num_logprobs=options.logprobs,
+            concurrency=args.concurrency,
+            store=store,
+            on_answer=lambda answer: session.progress.advance(bar),
+        )
+    pairs = make_pairs(prompts, answers)
+    report = Report(
+        **session.described(options.command([*target, *repeated(args, model)])),
+        setup=options.setup(model),
+        cells=compare(pairs),
+        depths=compare_depths(pairs),
+        different=worst(pairs),
+    )
+    write(report, args.out, console)
     return 0
 
 

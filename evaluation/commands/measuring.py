@@ -10,7 +10,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,9 +33,9 @@ from rich.progress import (
 from starling.evaluation.client import Client, ServerError, ServerFacts, naming
 from starling.evaluation.connection import refuse_key
 from starling.evaluation.options import PromptOptions, folder_setup
-from starling.evaluation.prompts import Prompt, own_prompt, read_own_prompts, task_prompts
+from starling.evaluation.prompts import Prompt, distinct, own_prompt, read_own_prompts, task_prompts
 from starling.evaluation.server import StartError, served
-from starling.evaluation.store import check_setup, locked, stored_setup
+from starling.evaluation.store import Store, check_setup, locked, stored_setup
 from starling.evaluation.tasks import GROUPS, TASKS
 from starling.evaluation.tokenizer import LocalTokenizer
 
@@ -69,44 +71,15 @@ def add_prompt_options(parser: argparse.ArgumentParser, fields: dict[str, FieldI
     Args:
         fields: of the command's options, for their defaults.
     """
-    add = parser.add_argument
-    add("--tasks", type=comma, default=(), metavar="A,B", help=f"of {', '.join((*GROUPS, *TASKS))}; niah: all niah_...")
-    add(
-        "--lengths",
-        type=comma,
-        metavar="N,M",
-        default=fields["lengths"].default,
-        help="tokens of prompt and answer: 4096",
-    )
-    add(
-        "--prompts-per-cell",
-        type=int,
-        metavar="N",
-        default=fields["prompts_per_cell"].default,
-        help="of each task and length: 20",
-    )
+    add, format_help = parser.add_argument, "how tasks are sent: chat (default), with the chat template, or text"
+    add("--tasks", type=comma, metavar="A,B", help=f"of {', '.join((*GROUPS, *TASKS))}; niah: all niah_...")
+    add("--lengths", type=comma, metavar="N,M", help="tokens of prompt and answer: 4096")
+    add("--prompts-per-cell", type=int, metavar="N", help="of each task and length: 20")
     add("--prompts", type=Path, metavar="FILE", help="your own prompts as JSONL, in place of tasks")
-    add(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        default=fields["max_tokens"].default,
-        help="of answers to your own prompts: 128",
-    )
-    formats = ("chat", "text")
-    add(
-        "--prompt-format",
-        choices=formats,
-        default=fields["prompt_format"].default,
-        help="how tasks are sent: chat (default), with the chat template, or text",
-    )
-    add(
-        "--prompt-seed",
-        type=int,
-        metavar="N",
-        default=fields["prompt_seed"].default,
-        help="of the tasks' prompts: 0",
-    )
+    add("--max-tokens", type=int, metavar="N", help="of answers to your own prompts: 128")
+    add("--prompt-format", choices=("chat", "text"), help=format_help)
+    add("--prompt-seed", type=int, metavar="N", help="of the tasks' prompts: 0")
+    parser.set_defaults(**{name: fields[name].default for name in PromptOptions.model_fields})
     add("--concurrency", type=int, metavar="N", default=1, help="prompts at the same time: 1")
     add("--timeout", type=float, metavar="SECONDS", default=600, help="that an answer may take: 600")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results; a run that was ended goes on")
@@ -250,6 +223,51 @@ def repeated(args: argparse.Namespace, model: str) -> list[str]:
     """The arguments of a report's command that say how the server was asked."""
     arguments = ["--model", model, "--concurrency", str(args.concurrency), "--timeout", f"{args.timeout:g}"]
     return arguments if args.tokenizer is None else [*arguments, "--tokenizer", args.tokenizer]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A server, the folder of the answers, and the prompts, while a command measures.
+
+    Attributes:
+        args: of the command line.
+        prompts: each one once.
+        num_equal: prompts that were left out, since others are equal.
+    """
+
+    args: argparse.Namespace
+    client: Client
+    facts: ServerFacts
+    store: Store
+    progress: Progress
+    prompts: list[Prompt]
+    num_equal: int
+
+    def described(self, command: str) -> dict[str, Any]:
+        """What the reports of both commands say of the measurement; ``command`` repeats it."""
+        server = {"base_url": self.client.base_url, **vars(self.facts)}
+        return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "server": server}
+
+
+@contextlib.asynccontextmanager
+async def open_session(
+    args: argparse.Namespace, options: PromptOptions, console: Console, star_plans: Sequence[str], num_logprobs: int
+) -> AsyncIterator[Session]:
+    """Connect to the server, open the folder, and make the prompts.
+
+    Args:
+        star_plans, num_logprobs: as of ``checked_facts`` and ``make_prompts``.
+
+    Raises:
+        ServerError: a request failed.
+        ValueError: the folder has answers of another model, or a prompt can't be made or sent.
+    """
+    async with connect(args) as client:
+        facts = await checked_facts(client, options, star_plans)
+        with Store(args.out, folder_setup(facts.model)) as store, progress_bars(console) as progress:
+            made = await make_prompts(options, client, progress, num_logprobs)
+            prompts = distinct(made)
+            yield Session(args, client, facts, store, progress, prompts, len(made) - len(prompts))
 
 
 async def checked_facts(client: Client, options: PromptOptions, star_plans: Sequence[str]) -> ServerFacts:

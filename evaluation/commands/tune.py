@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -15,23 +14,22 @@ from rich.markup import escape
 from starling.config.star import FIELDS, flat_name
 from starling.evaluation.commands.measuring import (
     Measurement,
+    Session,
     add_prompt_options,
     add_server_options,
-    checked_facts,
-    connect,
-    make_prompts,
-    progress_bars,
+    open_session,
     repeated,
     run_measurement,
 )
-from starling.evaluation.options import folder_setup, parse_options, without_secrets
-from starling.evaluation.prompts import distinct
-from starling.evaluation.store import Store
-from starling.evaluation.tuning.candidates import chosen_candidates, default_candidates
+from starling.evaluation.options import parse_options, without_secrets
+from starling.evaluation.prompts import Prompt
+from starling.evaluation.report import terminal_table
+from starling.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
 from starling.evaluation.tuning.halving import halves, measured_plans
 from starling.evaluation.tuning.measures import MEASURES
 from starling.evaluation.tuning.options import DEFAULT_LOGPROBS, TuneOptions
 from starling.evaluation.tuning.report import (
+    COLUMNS,
     TuneReport,
     candidate_results,
     how_to_serve,
@@ -40,9 +38,9 @@ from starling.evaluation.tuning.report import (
     make_closest,
     other_plans,
     summary,
-    terminal_table,
+    table_rows,
 )
-from starling.evaluation.tuning.tuner import Trial, Tuner, find_page_size
+from starling.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_page_size
 
 NOT_FOUND = 3
 CHOSEN_HERE = {f"--{flat_name(field).replace('_', '-')}" for field in FIELDS if field not in ("replicas", "shards")}
@@ -106,67 +104,75 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
         ServerError: a request failed.
         ValueError: the folder has answers of another model, or a prompt can't be made or sent.
     """
-    loss = options.chosen_measure
-    async with connect(args) as client:
-        facts = await checked_facts(client, options, options.plans or ["n/8"])
-        with Store(args.out, folder_setup(facts.model)) as store:
-            if store.answers:
-                console.print(f"found {len(store.answers)} answers in {escape(str(args.out))}")
-            with progress_bars(console) as progress:
-                made = await make_prompts(options, client, progress, options.num_logprobs)
-                prompts = distinct(made)
-                options.refuse_few(len(prompts))
-                page_size = await find_page_size(client, prompts)
-                if options.plans:
-                    candidates = chosen_candidates(options.plans, prompts, page_size)
-                else:
-                    candidates = default_candidates(prompts, page_size, options.query_tokens)
-                search, held_out = halves(prompts)
-                earlier = measured_plans(held_out, store, facts.model, options.num_logprobs)
-                bar = progress.add_task("answers, at most", total=None)
-
-                def on_round(number: int, left: Sequence[Trial]) -> None:
-                    """Say what is next. The total falls with each candidate that is dropped."""
-                    done = min((len(trial.losses) for trial in left), default=0)
-                    most = sum(len(search) - len(trial.losses) for trial in left)
-                    finished = progress.tasks[bar].completed
-                    progress.update(bar, total=finished + most + len(search) - done + 2 * len(held_out))
-                    console.print(f"{number} of {len(search)} prompts, candidates left: {len(left)}")
-
-                tuner = Tuner(
-                    client,
-                    loss,
-                    num_logprobs=options.num_logprobs,
-                    concurrency=args.concurrency,
-                    store=store,
-                    on_answer=lambda answer: progress.advance(bar),
-                )
-                tuning = await tuner.search(search, held_out, candidates, options.mean_loss, on_round)
-                progress.update(bar, total=progress.tasks[bar].completed)
-            lengths = [len(prompt.token_ids) for prompt in prompts]
-            report = TuneReport(
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                measure=options.measure,
-                budget=options.mean_loss,
-                options=options.model_dump(mode="json"),
-                command=options.command([*target, *repeated(args, facts.model)]),
-                server={"base_url": client.base_url, **vars(facts)},
-                page_size=page_size,
-                prompts={
-                    "searched": len(search),
-                    "held_out": len(held_out),
-                    "equal_to_others": len(made) - len(prompts),
-                    "shortest": min(lengths),
-                    "longest": max(lengths),
-                },
-                candidates=candidate_results(tuning, loss),
-                chosen=make_chosen(tuning, loss, options.mean_loss, prompts),
-                closest=make_closest(tuning, loss, options.mean_loss),
-                looked_at=other_plans(earlier, tuning),
-            )
-            served = target if args.serve is not None else [facts.model]
-            write(report, args.out, without_secrets(served), console)
+    loss, num_logprobs = options.chosen_measure, options.num_logprobs
+    async with open_session(args, options, console, options.plans or ["n/8"], num_logprobs) as session:
+        prompts, model = session.prompts, session.facts.model
+        if session.store.answers:
+            console.print(f"found {len(session.store.answers)} answers in {escape(str(args.out))}")
+        options.refuse_few(len(prompts))
+        page_size = await find_page_size(session.client, prompts)
+        if options.plans:
+            candidates = chosen_candidates(options.plans, prompts, page_size)
+        else:
+            candidates = default_candidates(prompts, page_size, options.query_tokens)
+        halved = halves(prompts)
+        earlier = measured_plans(halved[1], session.store, model, num_logprobs)
+        tuning = await search_candidates(session, options, *halved, candidates, console)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    report = TuneReport(
+        **session.described(options.command([*target, *repeated(args, model)])),
+        measure=options.measure,
+        budget=options.mean_loss,
+        options=options.model_dump(mode="json"),
+        page_size=page_size,
+        prompts={
+            "searched": len(halved[0]),
+            "held_out": len(halved[1]),
+            "equal_to_others": session.num_equal,
+            "shortest": min(lengths),
+            "longest": max(lengths),
+        },
+        candidates=candidate_results(tuning, loss),
+        chosen=make_chosen(tuning, loss, options.mean_loss, prompts),
+        closest=make_closest(tuning, loss, options.mean_loss),
+        looked_at=other_plans(earlier, tuning),
+    )
+    served = target if args.serve is not None else [model]
+    write(report, args.out, without_secrets(served), console)
     return 0 if report.succeeded else NOT_FOUND
+
+
+async def search_candidates(
+    session: Session,
+    options: TuneOptions,
+    search: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    console: Console,
+) -> Tuning:
+    """Search with a bar of progress (raises ServerError: a request failed)."""
+    progress = session.progress
+    bar = progress.add_task("answers, at most", total=None)
+
+    def on_round(number: int, left: Sequence[Trial]) -> None:
+        """Say what is next. The total falls with each candidate that is dropped."""
+        done = min((len(trial.losses) for trial in left), default=0)
+        most = sum(len(search) - len(trial.losses) for trial in left)
+        finished = progress.tasks[bar].completed
+        progress.update(bar, total=finished + most + len(search) - done + 2 * len(held_out))
+        console.print(f"{number} of {len(search)} prompts, candidates left: {len(left)}")
+
+    tuner = Tuner(
+        session.client,
+        options.chosen_measure,
+        num_logprobs=options.num_logprobs,
+        concurrency=session.args.concurrency,
+        store=session.store,
+        on_answer=lambda answer: progress.advance(bar),
+    )
+    tuning = await tuner.search(search, held_out, candidates, options.mean_loss, on_round)
+    progress.update(bar, total=progress.tasks[bar].completed)
+    return tuning
 
 
 def write(report: TuneReport, folder: Path, served: Sequence[str], console: Console) -> None:
@@ -183,7 +189,8 @@ def write(report: TuneReport, folder: Path, served: Sequence[str], console: Cons
         config = json.dumps(report.chosen.additional_config)
         (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         written.append(CONFIG_FILE)
-    console.print(terminal_table(report))
+    title = f"Losses to dense in points of {report.measure}"
+    console.print(terminal_table(title, COLUMNS, table_rows(report), wrap="result"))
     for text in summary(report):
         console.print(escape(text), soft_wrap=True)
     if report.succeeded:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from starling.evaluation.plans import DENSE, parse_plan
 from starling.evaluation.prompts import Prompt
-from starling.evaluation.runner import Answers, key_of
+from starling.evaluation.runner import key_of
+from starling.evaluation.store import Store
 from starling.evaluation.tuning.bounds import lower_bound
 from starling.evaluation.tuning.measures import Measure
 
@@ -22,7 +23,7 @@ def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     that each start of the order has about equally many of each, and both halves do.
     """
     cells: dict[tuple[str, int | None], list[Prompt]] = {}
-    for prompt in sorted(prompts, key=token_hash):
+    for prompt in sorted(prompts, key=lambda prompt: hashlib.sha256(json.dumps(prompt.token_ids).encode()).digest()):
         cells.setdefault((prompt.task, prompt.length), []).append(prompt)
     dealt: list[list[tuple[int, Prompt]]] = [[], []]
     number = 0
@@ -34,7 +35,7 @@ def halves(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return search, held_out
 
 
-def measured_plans(held_out: Sequence[Prompt], store: Answers, model: str, num_logprobs: int) -> list[str]:
+def measured_plans(held_out: Sequence[Prompt], store: Store, model: str, num_logprobs: int) -> list[str]:
     """The star plans, by name, under which a held-out prompt has been measured before."""
     plans = {answer.plan: None for answer in store.answers.values() if answer.plan != DENSE.name}
     return [
@@ -42,10 +43,6 @@ def measured_plans(held_out: Sequence[Prompt], store: Answers, model: str, num_l
         for plan in map(parse_plan, plans)
         if any(key_of(prompt, plan, model, num_logprobs) in store.answers for prompt in held_out)
     ]
-
-
-def token_hash(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps(prompt.token_ids).encode()).hexdigest()
 
 
 def rounds(count: int) -> list[int]:

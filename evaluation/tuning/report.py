@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
 
 from starling.evaluation.plans import parse_plan
 from starling.evaluation.prompts import Prompt
-from starling.evaluation.report import fill_page, html_table, percent
+from starling.evaluation.report import fill_page, html_table, percent, points
+from starling.evaluation.statistics import Interval
 from starling.evaluation.tuning.bounds import CONFIDENCE, LOSSLESS_DRAWS, lower_bound, prompts_needed, upper_bound
 from starling.evaluation.tuning.candidates import served_options
 from starling.evaluation.tuning.measures import MEASURES, Measure, MeasureName
@@ -24,19 +24,14 @@ VERSION = 1
 COLUMNS = ("plan", "attention work", "prompts", "loss [95 %]", "result")
 
 
-class Loss(BaseModel):
+class Loss(Interval):
     """The mean loss over prompts; 1 is 100 points.
 
     Attributes:
         low, high: one-sided bounds, each with a confidence of 95 %.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     prompts: int
-    mean: float
-    low: float
-    high: float
 
 
 class CandidateResult(BaseModel):
@@ -171,7 +166,7 @@ def candidate_result(trial: Trial, chosen: Trial | None, not_needed: bool, measu
         outcome, reason = "not needed", f"{chosen.candidate.plan.name} costs no more"
     else:
         assert loss is not None
-        outcome, reason = "not shown", f"it may lose {points(loss.high)}"
+        outcome, reason = "not shown", f"it may lose {100 * loss.high:.1f}"
     return CandidateResult(
         plan=plan.name,
         options=plan.options,
@@ -222,41 +217,19 @@ def other_plans(measured: Sequence[str], tuning: Tuning) -> list[str]:
     return [name for name in measured if parse_plan(name).options != chosen.options]
 
 
-def points(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def loss_text(loss: Loss) -> str:
-    """A loss with its bounds, in points."""
-    return f"{100 * loss.mean:+.1f} [{100 * loss.low:+.1f}, {100 * loss.high:+.1f}]"
-
-
 def table_rows(report: TuneReport) -> list[list[str]]:
     """The candidates, and behind them the chosen one on the held-out half, as texts for COLUMNS."""
     rows = []
     for row in report.candidates:
         after = f" after {row.dropped_after} prompts" if row.dropped_after is not None else ""
         result = f"{row.outcome}{after}" + (f": {row.reason}" if row.reason else "")
-        loss = [str(row.loss.prompts), loss_text(row.loss)] if row.loss else ["", ""]
+        loss = [str(row.loss.prompts), points(row.loss)] if row.loss else ["", ""]
         rows.append([row.plan, percent(row.attended_keys), *loss, result])
     if report.chosen is not None:
-        found, loss = report.chosen, [str(report.chosen.confirmed.prompts), loss_text(report.chosen.confirmed)]
+        found, loss = report.chosen, [str(report.chosen.confirmed.prompts), points(report.chosen.confirmed)]
         verdict = "confirmed" if found.within_budget else "not confirmed"
         rows.append([found.plan, percent(found.attended_keys), *loss, f"held-out prompts: {verdict}"])
     return rows
-
-
-def terminal_table(report: TuneReport) -> Table:
-    """The table for rich."""
-    from rich.markup import escape as escape_markup
-
-    table = Table(title=f"Losses to dense in points of {report.measure}")
-    for name in COLUMNS:
-        left = name in ("plan", "result")
-        table.add_column(escape_markup(name), justify="left" if left else "right", no_wrap=name != "result")
-    for row in table_rows(report):
-        table.add_row(*map(escape_markup, row))
-    return table
 
 
 def summary(report: TuneReport) -> list[str]:
@@ -279,7 +252,7 @@ def summary(report: TuneReport) -> list[str]:
             else []
         )
         return [
-            f"{found.plan} loses {loss_text(found.confirmed)} points of {report.measure} on {found.confirmed.prompts} "
+            f"{found.plan} loses {points(found.confirmed)} points of {report.measure} on {found.confirmed.prompts} "
             f"held-out prompts: within {budget}, with a confidence of 95 %.",
             f"It attends to {percent(found.attended_keys)} of the keys that dense attends to. Prompts shorter than "
             f"{report.prompts['shortest']} tokens stay dense: none was measured.",
@@ -295,7 +268,7 @@ def summary(report: TuneReport) -> list[str]:
     )
     return [
         f"No candidate is shown to be within {budget} with a confidence of 95 %.",
-        f"{closest.plan} is {where}: it loses {loss_text(closest.loss)} points of {report.measure} on "
+        f"{closest.plan} is {where}: it loses {points(closest.loss)} points of {report.measure} on "
         f"{closest.loss.prompts} prompts. {needed}",
         *again,
     ]

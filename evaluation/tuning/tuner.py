@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from starling.evaluation.client import ServerError
+from starling.evaluation.client import Client, ServerError
 from starling.evaluation.plans import Plan
 from starling.evaluation.prompts import Prompt
-from starling.evaluation.runner import Answers, Server, evaluate
+from starling.evaluation.runner import Memory, evaluate
 from starling.evaluation.statistics import make_pairs
-from starling.evaluation.store import Answer
+from starling.evaluation.store import Answer, Store
 from starling.evaluation.tuning.bounds import upper_bound
 from starling.evaluation.tuning.candidates import Candidate
 from starling.evaluation.tuning.halving import rounds, why_dropped
@@ -60,12 +60,12 @@ class Tuner:
 
     def __init__(
         self,
-        server: Server,
+        server: Client,
         measure: Measure,
         *,
         num_logprobs: int,
         concurrency: int,
-        store: Answers,
+        store: Store | Memory,
         on_answer: Callable[[Answer], object] = lambda answer: None,
     ) -> None:
         self.server = server
@@ -160,7 +160,7 @@ def check_numbers(answer: Answer, candidate: Candidate) -> None:
             )
 
 
-async def find_page_size(server: Server, prompts: Sequence[Prompt]) -> int:
+async def find_page_size(server: Client, prompts: Sequence[Prompt]) -> int:
     """Tokens of a KV page of the server: star blocks that are as small as possible have one page.
 
     Raises:

@@ -149,12 +149,12 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     if star.segments == "auto":
         report["star_segments"] = messages_as_segments(config, chat_params(args))
     if replicas.size > 1:
-        refusal = replicas.split_refusal
-        peers = starling.replicas.peers
+        refusal, peers = replicas.split_refusal, starling.replicas.peers
+        no_shards = "prompts stay on one replica" if refusal else replicas.shards_refusal
         report["replicas"] = {
             "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
             "split": f"no: {refusal}" if refusal else "yes",
-            "shards": "no: prompts stay on one replica" if refusal else shards_report(replicas, star),
+            "shards": f"no: {no_shards}" if no_shards else f"yes, with star_shards=on (default {star.shards})",
             "timeout": starling.replicas.timeout,
             "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
         }
@@ -181,12 +181,6 @@ def messages_as_segments(config: Any, params: Any) -> str:
     except (ValueError, OSError) as error:
         refusal = str(error)
     return f"auto does not work: {refusal}" if refusal else "auto works: the chat template separates messages"
-
-
-def shards_report(replicas: Any, star: Any) -> str:
-    """Whether KV can stay on the replicas that computed it, and whether it does by default."""
-    refusal = replicas.shards_refusal
-    return f"no: {refusal}" if refusal else f"yes, with star_shards=on (default {star.shards})"
 
 
 def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: bool) -> str:

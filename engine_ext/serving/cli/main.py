@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starling.vllm_compat import versions
 
@@ -13,67 +15,45 @@ UNUSABLE = 2
 FAILED = 1  # of selftest, whose 2 is a machine without a GPU
 
 
-def usable(command: str) -> bool:
-    """Whether Starling can extend the installed vLLM; prints the reason where it can't."""
-    reason = versions.problem()
-    if reason is not None:
-        print(f"starling {command}: error: {reason}", file=sys.stderr)
-    return reason is None
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        module: whose ``run(arguments)`` returns the exit code.
+        summary: for the help.
+        without_vllm: the exit code where Starling can't extend the installed vLLM; None: the command needs no vLLM.
+    """
+
+    module: str
+    summary: str
+    without_vllm: int | None = None
+
+    def __call__(self, name: str, arguments: Sequence[str]) -> int:
+        """Run the command; returns its exit code."""
+        reason = None if self.without_vllm is None else versions.problem()
+        if reason is not None and self.without_vllm is not None:
+            print(f"starling {name}: error: {reason}", file=sys.stderr)
+            return self.without_vllm
+        return importlib.import_module(f"starling.{self.module}").run(arguments)
 
 
-def serve(argv: Sequence[str]) -> int:
-    """start the OpenAI server, and the gRPC server where --grpc-port is given"""
-    if not usable("serve"):
-        return UNUSABLE
-    from starling.engine_ext.serving.cli.serve import run
-
-    return run(argv)
-
-
-def doctor(argv: Sequence[str]) -> int:
-    """show what works on this machine, which backend is active, and what a prompt would cost"""
-    from starling.engine_ext.serving.cli.doctor import run
-
-    return run(argv)
-
-
-def selftest(argv: Sequence[str]) -> int:
-    """check whether Starling computes the right thing on this machine"""
-    if not usable("selftest"):
-        return FAILED
-    from starling.selftest.command import run
-
-    return run(argv)
-
-
-def evaluate(argv: Sequence[str]) -> int:
-    """measure what Star Attention costs in answers, on your model and prompts"""
-    from starling.evaluation.commands.eval import run
-
-    return run(argv)
-
-
-def tune(argv: Sequence[str]) -> int:
-    """find the cheapest star plan whose loss on your prompts stays within a budget"""
-    from starling.evaluation.commands.tune import run
-
-    return run(argv)
-
-
-def setup_cpu(argv: Sequence[str]) -> int:
-    """install vLLM for CPUs into this environment"""
-    from starling.engine_ext.serving.cli.setup_cpu import run
-
-    return run(argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": serve,
-    "doctor": doctor,
-    "selftest": selftest,
-    "eval": evaluate,
-    "tune": tune,
-    "setup-cpu": setup_cpu,
+CLI = "engine_ext.serving.cli"
+COMMANDS = {
+    "serve": Command(
+        f"{CLI}.serve", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
+    ),
+    "doctor": Command(
+        f"{CLI}.doctor", "show what works on this machine, which backend is active, and what a prompt would cost"
+    ),
+    "selftest": Command("selftest.command", "check whether Starling computes the right thing on this machine", FAILED),
+    "eval": Command(
+        "evaluation.commands.eval", "measure what Star Attention costs in answers, on your model and prompts"
+    ),
+    "tune": Command(
+        "evaluation.commands.tune", "find the cheapest star plan whose loss on your prompts stays within a budget"
+    ),
+    "setup-cpu": Command(f"{CLI}.setup_cpu", "install vLLM for CPUs into this environment"),
 }
 
 
@@ -85,7 +65,7 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, 2 where this installation or the arguments are unusable."""
-    commands = "\n".join(f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="starling",
         description="vLLM with Star Attention and a gRPC front.",
@@ -96,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     args = parser.parse_args(argv)
-    return COMMANDS[args.command](args.arguments)
+    return COMMANDS[args.command](args.command, args.arguments)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from vllm.utils.system_utils import decorate_logs
 
 from starling.config.entry import StarlingConfig, config_of
 from starling.config.parsing import OptionError
-from starling.config.replicas import KEY_ENV
+from starling.config.replicas import KEY_ENV, join_address
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
-from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, authority
+from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from starling.engine_ext.serving.grpc.prompts import chat_params
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
@@ -172,16 +172,15 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     """
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
-    on_serving_models(note_serving_models)
+    on_serving_models(lambda engine, models: front_state(engine).set_serving_models(models))
     show_cached = args.enable_prompt_tokens_details
     options = (config_of(engine.vllm_config) or StarlingConfig()).replicas
     replica, key = None, os.environ.get(KEY_ENV) or None
     if options.peers:
         replica = ReplicaServicer(engine, await own_identity(engine, front_state(engine).replica_rpc))
     front = Front(engine, api_keys(args), chat_params(args), admin, show_cached, replica, key)
-    address = authority(host)
-    port = await front.start(f"{address}:{port}", credentials)
-    logger.info("gRPC server on %s:%d (%s)", address, port, "plaintext" if credentials is None else "TLS")
+    address = join_address(host, await front.start(join_address(host, port), credentials))
+    logger.info("gRPC server on %s (%s)", address, "plaintext" if credentials is None else "TLS")
     if replica is not None:
         assert key is not None
         front.peers = PeerDirectory(options, replica.identity, key, peer_credentials(args))
@@ -190,11 +189,6 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     if args.host is None:
         logger.info("gRPC listens on loopback only: give --host to serve other machines")
     return front
-
-
-def note_serving_models(engine: Any, models: Any) -> None:
-    """Keep vLLM's list of the server's models, from which gRPC requests get LoRA adapters."""
-    front_state(engine).set_serving_models(models)
 
 
 def stop_before_engine(engine: Any, front: Front, grace: float) -> None:

@@ -26,11 +26,6 @@ class AdminOptions:
 NO_ADMIN = AdminOptions(None, LOOPBACK, None)
 
 
-def authority(host: str) -> str:
-    """A host as it is written before a port: an IPv6 address in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
 def is_loopback(host: str) -> bool:
     """Whether a host is the local machine."""
     try:

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import grpc
 from google.protobuf.message import DecodeError
 
+from starling.engine_ext.front.replica_rpc import retrieve_error
 from starling.engine_ext.serving.errors import SlowMessageError
 from starling.engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
 
@@ -36,17 +37,11 @@ async def arriving(message: Awaitable[Any], seconds: float) -> Any:
         SlowMessageError: it did not arrive within ``seconds``.
     """
     reading = asyncio.ensure_future(message)
-    reading.add_done_callback(_retrieve)
+    reading.add_done_callback(retrieve_error)
     done, _ = await asyncio.wait({reading}, timeout=seconds)
     if not done:
         raise SlowMessageError(f"a message did not arrive within {seconds:.0f} s")
     return reading.result()
-
-
-def _retrieve(reading: asyncio.Future) -> None:
-    """Retrieve the exception of a read that nobody awaits any more: else asyncio would log it."""
-    if not reading.cancelled():
-        reading.exception()
 
 
 class Arrivals:

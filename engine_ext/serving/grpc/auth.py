@@ -1,4 +1,4 @@
-"""The gRPC server's interceptor for API keys and drain, its TLS credentials and ports."""
+"""The gRPC server's interceptors for API keys, drain and who sent a call; its TLS credentials and ports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import grpc
 
-from starling.engine_ext.clients import digest, has_valid_key
+from starling.engine_ext.call import Call, current_call
+from starling.engine_ext.clients import bearer_key, digest, has_valid_key
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 ADMIN_PREFIX = "/starling.v1.AdminService/"
@@ -40,8 +41,7 @@ def authorization(metadata: Metadata) -> str:
 
 def host_of(context: grpc.aio.ServicerContext) -> str:
     """The address of a call's client, without the port."""
-    host: str = context.peer().rpartition(":")[0]
-    return host
+    return context.peer().rpartition(":")[0]
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
@@ -98,6 +98,26 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             return True
         _, pending = await asyncio.wait(self.calls, timeout=seconds)
         return not pending
+
+
+class NoteClient(grpc.aio.ServerInterceptor):
+    """Notes who sent a call, for the rules of the prefix cache.
+
+    Sets ``current_call`` for the call's coroutine, in which gRPC runs interceptors too.
+
+    Args:
+        show_cached: whether responses say how many tokens were cached.
+    """
+
+    def __init__(self, show_cached: bool) -> None:
+        self.show_cached = show_cached
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler:
+        key = bearer_key(authorization(handler_call_details.invocation_metadata))
+        current_call.set(Call(key, self.show_cached))
+        return await continuation(handler_call_details)
 
 
 def refusal_handler(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
+from vllm import envs
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import GenerationError, VLLMValidationError
@@ -20,8 +22,8 @@ from starling.engine_ext.call import note_star
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
+from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
-from starling.engine_ext.serving.grpc.capabilities import capabilities
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.engine_ext.serving.grpc.messages import abort, given, star_args
 from starling.engine_ext.serving.grpc.outputs import deltas, final, prompt_logprobs
@@ -33,6 +35,7 @@ from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upl
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
+from starling.vllm_compat.versions import vllm_version
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -274,3 +277,33 @@ def lora_adapter(engine: Any, request: GenerateRequest) -> Any:
         reason = f"lora_name={request.lora_name!r} is refused: the server has no such adapter; {has}"
         raise VLLMValidationError(reason, parameter="lora_name")
     return loaded[request.lora_name]
+
+
+def capabilities(engine: Any, max_request_bytes: int, max_upload_bytes: int) -> pb.GetCapabilitiesResponse:
+    """The response, from the engine's configuration; makes no call to the engine.
+
+    Args:
+        engine: the AsyncLLM of the server.
+        max_request_bytes: the server's limit of a message.
+        max_upload_bytes: the memory of prompts that are being uploaded.
+    """
+    model, state = engine.model_config, front_state(engine)
+    planner = state.planner
+    names = model.served_model_name
+    return pb.GetCapabilitiesResponse(
+        models=[names] if isinstance(names, str) else names,
+        max_model_len=model.max_model_len,
+        vocabulary_size=model.get_vocab_size(),
+        kv_page_tokens=planner.page_size,
+        star_available=not planner.facts.refusals,
+        star_refusals=planner.facts.refusals,
+        star_defaults=star_message(planner.defaults) if planner.config else None,
+        max_request_bytes=max_request_bytes,
+        max_response_bytes=0,  # no limit: gRPC limits only the messages that it receives
+        max_n=envs.VLLM_MAX_N_SEQUENCES,
+        max_logprobs=model.max_logprobs,
+        lora_names=sorted(state.lora_adapters()),
+        starling_version=importlib.metadata.version("vllm-starling"),
+        vllm_version=vllm_version(),
+        max_upload_bytes=max_upload_bytes,
+    )

@@ -11,13 +11,13 @@ from grpc_reflection.v1alpha import reflection
 from vllm.logger import init_logger
 from vllm.renderers import ChatParams
 
+from starling.config.replicas import join_address
 from starling.engine_ext.front.peers import PeerDirectory
 from starling.engine_ext.serving.grpc import admin as admin_service
-from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions, authority
+from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
-from starling.engine_ext.serving.grpc.auth import AuthInterceptor, add_port
-from starling.engine_ext.serving.grpc.client import NoteClient
+from starling.engine_ext.serving.grpc.auth import AuthInterceptor, NoteClient, add_port
 from starling.engine_ext.serving.grpc.inference import SERVICE, Inference
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES, server_options
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
@@ -98,11 +98,11 @@ class Front:
         self.port = add_port(self.server, address, credentials)
         await self.server.start()
         if self.admin.port is not None:
-            host = authority(self.admin.host)
+            address = join_address(self.admin.host, self.admin.port)
             self.admin_server, self.admin_port = await start_admin_server(
-                self._admin_servicer(), self.admin.key, f"{host}:{self.admin.port}", credentials
+                self._admin_servicer(), self.admin.key, address, credentials
             )
-            logger.info("AdminService on %s:%d", host, self.admin_port)
+            logger.info("AdminService on %s", join_address(self.admin.host, self.admin_port))
         for name in ("", SERVICE):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._watchdog = asyncio.ensure_future(self._watch_engine())

@@ -26,7 +26,7 @@ def release():
 
 @pytest.fixture
 def tracked(release) -> list[str]:
-    return ["vllm_compat/names-0.33.json", "proto/starling/py.typed", "config/scheduling.py"]
+    return ["engine_ext/serving/http/live_page.html", "proto/starling/py.typed", "config/scheduling.py"]
 
 
 @pytest.fixture
@@ -41,7 +41,11 @@ def test_a_wheel_with_what_git_has(release, names, tracked):
 
 @pytest.mark.parametrize(
     "name",
-    ["starling/py.typed", "starling/vllm_compat/names-0.33.json", "vllm_starling-0.1.0.dist-info/licenses/LICENSE"],
+    [
+        "starling/py.typed",
+        "starling/engine_ext/serving/http/live_page.html",
+        "vllm_starling-0.1.0.dist-info/licenses/LICENSE",
+    ],
 )
 def test_a_wheel_without_a_file(release, names, tracked, name):
     names.remove(name)

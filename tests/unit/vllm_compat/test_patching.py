@@ -19,12 +19,13 @@ def test_wrapping_twice_wraps_once():
         def maker(cls, value):
             return [cls.__name__, value]
 
-    def around(original):
-        return lambda *args: [*original(*args), "wrapped"]
-
     for _ in range(2):
-        wrap(Owner, "method", around)
-        wrap(Owner, "maker", around)
+
+        @wrap(Owner, "method")
+        @wrap(Owner, "maker")
+        def wrapped(original, *args):
+            return [*original(*args), "wrapped"]
+
     assert Owner().method() == ["original", "wrapped"]
     assert Owner.maker(3) == ["Owner", 3, "wrapped"]
     assert Owner.method.__name__ == "method"
@@ -33,7 +34,7 @@ def test_wrapping_twice_wraps_once():
 def test_a_function_of_a_module_is_replaced():
     module = ModuleType("module")
     module.double = lambda x: 2 * x
-    wrap(module, "double", lambda original: lambda x: original(x) + 1)
+    wrap(module, "double")(lambda original, x: original(x) + 1)
     assert module.double(3) == 7
 
 

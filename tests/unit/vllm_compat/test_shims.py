@@ -10,9 +10,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils import cpu_resource_utils
 
 from benchmarks.random_llama import make_random_llama
-from starling.vllm_compat import names
 from starling.vllm_compat.versions import VLLM_MIN, release_of, vllm_version
 from tests.parity.harness import TINY
+from vllm_names import names
 
 INSTALLED = release_of(vllm_version() or "")
 TABLES = [json.loads(file.read_text()) for file in sorted(names.TABLES.glob("names-*.json"))]

@@ -2,11 +2,11 @@
 
 There is a table for each supported release of vLLM: names-0.32.json, names-0.33.json.
 
-    python -m starling.vllm_compat.names           compares the table of the installed vLLM's release with that vLLM
-    python -m starling.vllm_compat.names PATH      compares the table of the nearest release with another vLLM: a folder
-                                                   or a wheel
-    python -m starling.vllm_compat.names --write   makes the installed vLLM's table anew, from Starling's sources and
-                                                   that vLLM
+With PYTHONPATH=.ci:proto, as `make names` and `make check-vllm` set it:
+
+    python -m vllm_names.names          compares the table of the installed vLLM's release with that vLLM
+    python -m vllm_names.names PATH     compares the table of the nearest release with another vLLM: a folder or a wheel
+    python -m vllm_names.names --write  makes the installed vLLM's table anew, from Starling's sources and that vLLM
 
 Both sides are read as source text; neither is imported. The kinds of use in the table:
 
@@ -33,12 +33,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from starling.vllm_compat.source_tree import FUNCTIONS, SourceTree, TreeError, decorators, dotted, imported, statements
 from starling.vllm_compat.versions import release_of
+from vllm_names.source_tree import FUNCTIONS, SourceTree, TreeError, decorators, dotted, imported, statements
 
 ROOMS = ("vllm_compat", "scheduler", "attention_backends", "replicas", "evaluation", "selftest", "engine_ext")
 COMPAT = "vllm_compat/"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).parent
 # What lies behind vLLM's scheduler and its KV cache manager. vllm_compat/scheduler_view.py is the way to it.
 INTERNAL = frozenset(
@@ -224,11 +224,11 @@ class Reader(ast.NodeVisitor):
             mark = function.rpartition(".")[2]
             moved = mark == "first_found"
             for argument in node.args:
-                name = string(argument).replace(":", ".") if moved else string(argument)
-                if is_vllm(name):
-                    self.use(name, "moved" if moved else "touch", argument, certain=not moved)
-                else:
-                    self.report(self.project.unclear, argument, f"{mark}() of something else than a vLLM name")
+                for name in in_braces(string(argument).replace(":", ".") if moved else string(argument)):
+                    if is_vllm(name):
+                        self.use(name, "moved" if moved else "touch", argument, certain=not moved)
+                    else:
+                        self.report(self.project.unclear, argument, f"{mark}() of something else than a vLLM name")
             return
         owner = self.full_name(first) if first else None
         if function == "starling.vllm_compat.patching.wrap":
@@ -263,6 +263,12 @@ class Reader(ast.NodeVisitor):
         is_other_library = bool(owner) and owner.partition(".")[0] not in ("vllm", "starling")
         if is_private(attribute) and not is_own and not is_other_library:
             self.report(self.project.private, node, f"reads or writes the private name {text}.{attribute}")
+
+
+def in_braces(names: str) -> list[str]:
+    """`vllm.a.B.{c, d}` -> `vllm.a.B.c`, `vllm.a.B.d`."""
+    owner, brace, attributes = names.partition("{")
+    return [owner + attribute.strip() for attribute in attributes.rstrip("}").split(",")] if brace else [names]
 
 
 def string(node: ast.AST | None) -> str:
@@ -396,7 +402,7 @@ def as_json(table: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a name is missing or has changed, 2 where there is no such vLLM."""
     parser = argparse.ArgumentParser(
-        prog="python -m starling.vllm_compat.names",
+        prog="python -m vllm_names.names",
         description="Compare the vLLM names that Starling depends on with a vLLM.",
     )
     parser.add_argument("path", nargs="?", type=Path, help="vLLM package folder, a folder that contains it, or a wheel")

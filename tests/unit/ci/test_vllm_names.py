@@ -9,9 +9,9 @@ import zipfile
 
 import pytest
 
-from starling.vllm_compat import names
-from starling.vllm_compat.source_tree import SourceTree, TreeError
 from starling.vllm_compat.versions import version_problem
+from vllm_names import names
+from vllm_names.source_tree import SourceTree, TreeError
 
 VLLM = {
     "__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vllm.core import Engine\n",
@@ -69,8 +69,8 @@ def install():
     from vllm import core
     wrap(core, "helper", lambda original: original)
 
-@touches("vllm.core.Engine.queue")
-def queue(engine): return engine.queue
+@touches("vllm.core.Engine.{queue, depth}")
+def queue(engine): return engine.queue, engine.depth
 
 def mixin():
     from vllm.core import Engine
@@ -171,11 +171,8 @@ helper = first_found("vllm.new.place:helper", "vllm.core:helper")
 
 
 def test_the_check_imports_no_vllm():
-    code = (
-        "import sys; from starling.vllm_compat import names; names.main([]); "
-        "assert not {'vllm', 'torch'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=names.ROOT, check=True)
+    code = "import sys; from vllm_names import names; names.main([]); assert not {'vllm', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=names.ROOT / ".ci", check=True)
 
 
 def test_only_vllm_compat_uses_private_names(installed, starling):

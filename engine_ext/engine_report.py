@@ -20,11 +20,6 @@ def problem_of(worker: Any, name: str) -> str | None:
     return getattr(worker, name, None)
 
 
-def heads_problem_of(worker: Any) -> str | None:
-    """Why some heads of a worker's layers can't see everything; None for a worker of vLLM's own."""
-    return getattr(worker, "heads_problem", None)
-
-
 def engine_report(core: Any) -> dict[str, str | None]:
     """The report of an engine core whose scheduler is made."""
     view = SchedulerView(core.scheduler)
@@ -41,7 +36,7 @@ def engine_report(core: Any) -> dict[str, str | None]:
         STAR: "; ".join(problems) or None,
         SPLIT: split_problem(view),
         BLOCK_POSITIONS: "; ".join(block_problems) or None,
-        HEADS: "; ".join(found(heads_problem_of)) or None,
+        HEADS: "; ".join(found("heads_problem")) or None,
     }
 
 

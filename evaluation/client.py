@@ -26,6 +26,7 @@ STAR_NUMBERS = (
     "block_size",
     "anchor_size",
     "overlap_size",
+    "dense_heads",
     "context_end",
     "prompt_tokens",
     "keys_attended",

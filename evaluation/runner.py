@@ -15,6 +15,7 @@ PLAN_NUMBERS = {
     "block_size": "star_block_size",
     "anchor_size": "star_anchor_size",
     "overlap_size": "star_overlap_size",
+    "dense_heads": "star_dense_heads",
 }
 """Fields of the server's plan, and the options that ask for exactly these numbers."""
 SEGMENTS = "star_segments"

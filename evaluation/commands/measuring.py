@@ -33,7 +33,7 @@ from rich.progress import (
 from starling.evaluation.client import Client, ServerError, ServerFacts, naming
 from starling.evaluation.connection import refuse_key
 from starling.evaluation.options import PromptOptions, folder_setup
-from starling.evaluation.prompts import Prompt, distinct, own_prompt, read_own_prompts, task_prompts
+from starling.evaluation.prompts import Prompt, Tokenizer, distinct, own_prompt, read_own_prompts, task_prompts
 from starling.evaluation.server import StartError, served
 from starling.evaluation.store import Store, check_setup, locked, stored_setup
 from starling.evaluation.tasks import GROUPS, TASKS
@@ -256,7 +256,8 @@ async def open_session(
     """Connect to the server, open the folder, and make the prompts.
 
     Args:
-        star_plans, num_logprobs: as of ``checked_facts`` and ``make_prompts``.
+        star_plans: as of ``checked_facts``.
+        num_logprobs: tokens of the answer that are sent behind a prompt.
 
     Raises:
         ServerError: a request failed.
@@ -265,7 +266,9 @@ async def open_session(
     async with connect(args) as client:
         facts = await checked_facts(client, options, star_plans)
         with Store(args.out, folder_setup(facts.model)) as store, progress_bars(console) as progress:
-            made = await make_prompts(options, client, progress, num_logprobs)
+            made = await make_prompts(options, client.tokenizer, progress)
+            if facts.max_model_len is not None:
+                refuse_long(made, facts.max_model_len, num_logprobs)
             prompts = distinct(made)
             yield Session(args, client, facts, store, progress, prompts, len(made) - len(prompts))
 
@@ -320,15 +323,12 @@ def progress_bars(console: Console) -> Progress:
     return Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
 
 
-async def make_prompts(options: PromptOptions, client: Client, progress: Progress, num_logprobs: int) -> list[Prompt]:
+async def make_prompts(options: PromptOptions, tokenizer: Tokenizer, progress: Progress) -> list[Prompt]:
     """The user's prompts, or those of all tasks and lengths; equal ones too.
 
-    Args:
-        num_logprobs: tokens of the answer that are sent behind the prompt.
-
     Raises:
-        ServerError: a request failed.
-        ValueError: a prompt can't be made, or is too long for the server.
+        ServerError: a request to a server that is the tokenizer failed.
+        ValueError: a prompt can't be made.
     """
     prompts: list[Prompt] = []
     if options.prompts is not None:
@@ -336,19 +336,16 @@ async def make_prompts(options: PromptOptions, client: Client, progress: Progres
         bar = progress.add_task("prompts", total=len(lines))
         for line, own in lines:
             with naming(f"line {line}"):
-                prompts.append(await own_prompt(own, line, options.max_tokens, client.tokenizer))
+                prompts.append(await own_prompt(own, line, options.max_tokens, tokenizer))
             progress.advance(bar)
     else:
         cells = [(task, length) for length in options.lengths for task in options.chosen_tasks]
         bar = progress.add_task("prompts", total=len(cells))
         settings: dict[str, Any] = {"seed": options.prompt_seed, "prompt_format": options.prompt_format}
-        settings["tokenizer"] = client.tokenizer
+        settings["tokenizer"] = tokenizer
         for task, length in cells:
             prompts += await task_prompts(task, length, options.prompts_per_cell, **settings)
             progress.advance(bar)
-    max_model_len = (await client.facts()).max_model_len
-    if max_model_len is not None:
-        refuse_long(prompts, max_model_len, num_logprobs)
     return prompts
 
 

@@ -17,7 +17,7 @@ from starling.evaluation.tuning.halving import rounds, why_dropped
 from starling.evaluation.tuning.measures import Measure
 from starling.scheduler.star.counts import summary
 
-COMPARED = ("block_size", "anchor_size", "overlap_size", "context_end")
+COMPARED = ("block_size", "anchor_size", "overlap_size", "context_end", "dense_heads")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from starling.config.entry import (
     LIVE_PAGE,
     REPLICAS,
     SCHEDULING,
+    STAR_HEADS,
     parse_config,
 )
 from starling.config.parsing import OptionError
@@ -37,6 +38,10 @@ GRPC_PORT_HELP = (
 CPU_ATTENTION_HELP = (
     "On CPU: auto, Starling's attention op where it is faster than vLLM's, or vllm, always vLLM's. A C++ compiler "
     "builds Starling's op at the first start. (default: auto)"
+)
+STAR_HEADS_HELP = (
+    "The scores of the model's KV heads, for --star-dense-heads: a file that `starling calibrate` made of it, or "
+    "one of DuoAttention's. (default: those that come with Starling, where the model is one of theirs)"
 )
 CACHE_SALT_HELP = (
     "Which requests share cached KV pages: request, those with the same cache_salt, or without one, as in vLLM; "
@@ -88,6 +93,7 @@ class Flag:
 METAVARS = {
     "mode": "{off,on,auto}",
     "block_size": "N|n/8",
+    "dense_heads": "SHARE",
     "segments": "auto|TEXT",
     "replicas": "auto|N",
     "shards": "{off,on}",
@@ -110,6 +116,7 @@ def choice(name: str, help_text: str, *section: str) -> Flag:
 
 FLAGS = (
     *star_flags(),
+    Flag(STAR_HEADS, (STAR_HEADS,), {"metavar": "FILE", "help": STAR_HEADS_HELP}),
     Flag(
         "star_replica_peers",
         (REPLICAS, "peers"),

@@ -141,6 +141,8 @@ def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             value = 0
         if field == "block_size" and value is not None:
             value = str(value)
+        if field == "dense_heads" and isinstance(value, str):
+            value = float(value)
         if field == "shards" and isinstance(value, str):
             value = {"true": "on", "false": "off"}.get(value.lower(), value.lower())
             if value not in ("off", "on"):

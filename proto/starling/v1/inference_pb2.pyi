@@ -167,7 +167,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards")
+    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards", "dense_heads")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -188,6 +188,7 @@ class StarOptions(_message.Message):
     SEGMENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
     block_size: str
@@ -198,7 +199,8 @@ class StarOptions(_message.Message):
     segment_offsets: _containers.RepeatedScalarFieldContainer[int]
     replicas: int
     shards: bool
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ...) -> None: ...
+    dense_heads: float
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., dense_heads: _Optional[float] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")
@@ -347,7 +349,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "documents", "why")
+    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "documents", "why", "dense_heads")
     class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ATTENTION_UNSPECIFIED: _ClassVar[Plan.Attention]
@@ -371,6 +373,7 @@ class Plan(_message.Message):
     PADDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
     attention: Plan.Attention
     star_blocks: int
     block_size: int
@@ -386,7 +389,8 @@ class Plan(_message.Message):
     padding_tokens: int
     documents: bool
     why: str
-    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., documents: _Optional[bool] = ..., why: _Optional[str] = ...) -> None: ...
+    dense_heads: float
+    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., documents: _Optional[bool] = ..., why: _Optional[str] = ..., dense_heads: _Optional[float] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

@@ -1,0 +1,1 @@
+"""`starling calibrate`: finds out which KV heads carry star's loss in answers."""

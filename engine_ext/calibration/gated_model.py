@@ -1,0 +1,154 @@
+"""A model of Transformers whose attention can be mixed, head by head, between dense and star.
+
+A gate g for each KV head makes its output g * dense + (1 - g) * star. With all gates at 1 the model is dense, at 0 it
+is prefilled by a star plan. Gates of 0 and 1 are a plan with dense heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
+
+from starling.scheduler.star.plan import StarPlan
+
+NAME = "starling_gated"
+Gate = torch.Tensor | None
+
+
+class CalibrationError(ValueError):
+    """A model whose heads can't be scored."""
+
+
+@dataclass
+class Gates:
+    """What the attention of a forward pass does.
+
+    Attributes:
+        gates: (layers, KV heads), 1 for dense; None: all are dense.
+        plan: whose blocks the others see.
+    """
+
+    gates: Gate = None
+    plan: StarPlan | None = None
+
+
+class GatedModel:
+    """The model in a folder, on a device.
+
+    Args:
+        dtype: of its weights and of the computation.
+
+    Raises:
+        CalibrationError: Transformers can't load it, or its attention is not causal over one cache.
+    """
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
+        AttentionInterface.register(NAME, self._attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        try:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=NAME, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever Transformers makes of a user's files
+            raise CalibrationError(f"{folder} can't be loaded by Transformers: {error}") from None
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds - {"full_attention", "sliding_attention"}:
+            raise CalibrationError(
+                f"{folder} has layers of the kinds {', '.join(sorted(kinds))}, which are not attention"
+            )
+        self.is_full = [kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()]
+        self.is_full = self.is_full or [True] * config.num_hidden_layers
+        self.num_layers, self.num_kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        self.device, self.state = torch.device(device), Gates()
+        self.model.to(self.device).eval().requires_grad_(requires_grad=False)
+        for layer in self.model.get_decoder().layers:
+            layer.forward = _recomputed(layer.forward)
+
+    def log_probs(self, token_ids: Sequence[int], last: int, gates: Gate, plan: StarPlan | None) -> torch.Tensor:
+        """(last, vocabulary) float32 log-probabilities in the places of the last tokens and behind the very last one.
+
+        Args:
+            token_ids: of the prompt, and behind it tokens of the answer.
+            gates, plan: as ``Gates`` has them.
+        """
+        self.state = Gates(gates, plan)
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        logits = self.model(ids, logits_to_keep=last, use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+    def _attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        gates, plan, layer = self.state.gates, self.state.plan, module.layer_idx
+        scale, window = options.get("scaling"), options.get("sliding_window")
+        if options.get("softcap") or options.get("s_aux") is not None:
+            raise CalibrationError("the attention of this model has a cap of its scores, or sinks")
+        attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
+        if window is not None or not self.is_full[layer]:
+            return attend(query, key, value, attn_mask=mask, is_causal=mask is None).transpose(1, 2), None
+        if gates is None or plan is None:
+            return attend(query, key, value, is_causal=True).transpose(1, 2), None
+        gate, group = gates[layer].to(query.device), query.shape[1] // key.shape[1]
+        if not gate.requires_grad and bool(((gate == 0) | (gate == 1)).all()):
+            return _by_kind(attend, query, key, value, gate == 1, plan).transpose(1, 2), None
+        weight = gate.repeat_interleave(group)[None, :, None, None].to(query.dtype)
+        dense = attend(query, key, value, is_causal=True)
+        return (weight * dense + (1 - weight) * _star(attend, query, key, value, plan)).transpose(1, 2), None
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer that keeps its inputs alone for the backward pass, so that memory grows by a layer and not by a model."""
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed
+
+
+Attend = Callable[..., torch.Tensor]
+
+
+def _star(attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StarPlan) -> torch.Tensor:
+    """Attention of a prompt by a plan, block by block; what is behind the prompt sees everything.
+
+    Args:
+        query: (1, heads, tokens, head size); ``key`` and ``value`` have KV heads.
+    """
+    parts = []
+    for start, end, keys in plan.split(0, query.shape[2]):
+        index = torch.cat([torch.arange(first, stop, device=query.device) for first, stop in keys])
+        mask = torch.ones(end - start, len(index), dtype=torch.bool, device=query.device)
+        mask = mask.tril(len(index) - (end - start))
+        parts.append(attend(query[:, :, start:end], key[:, :, index], value[:, :, index], attn_mask=mask))
+    return torch.cat(parts, 2)
+
+
+def _by_kind(
+    attend: Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_dense: torch.Tensor,
+    plan: StarPlan,
+) -> torch.Tensor:
+    """Attention in which each KV head is dense or star; no head is computed twice."""
+    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+    for dense in (True, False):
+        heads = torch.nonzero(is_dense == dense)[:, 0]
+        if len(heads):
+            of_query = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
+            operands = query[:, of_query], key[:, heads], value[:, heads]
+            out[:, of_query] = attend(*operands, is_causal=True) if dense else _star(attend, *operands, plan)
+    return out

@@ -1,0 +1,166 @@
+"""The scores of an engine's model: which file they come from, what is refused, and which heads a rank has."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from starling.config.head_scores import HeadScores, ScoresError
+from starling.config.parsing import OptionError
+from starling.engine_ext import head_scores
+from starling.engine_ext.head_scores import (
+    check_shape,
+    checkpoint_digest,
+    checkpoint_folder,
+    ranks_of_layers,
+    scores_of,
+)
+
+SCORES = [[0.1, 0.9, 0.2, 0.8], [], [0.7, 0.6, 0.5, 0.4]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_before():
+    head_scores._scores_of.cache_clear()
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with weights in two files."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for number in (1, 2):
+        content = np.random.default_rng(number).integers(0, 256, 100_000, dtype=np.uint8)
+        (folder / f"model-{number}.safetensors").write_bytes(content.tobytes())
+    return folder
+
+
+def config_of(model, heads: str | None = None, layers: int = 3, kv_heads: int = 4):
+    model_config = SimpleNamespace(
+        model=str(model),
+        revision=None,
+        get_total_num_hidden_layers=lambda: layers,
+        get_total_num_kv_heads=lambda: kv_heads,
+    )
+    entry = {} if heads is None else {"star_heads": heads}
+    return SimpleNamespace(model_config=model_config, additional_config={"starling": entry})
+
+
+def write(path, **fields) -> str:
+    path.write_text(json.dumps({"scores": SCORES} | fields))
+    return str(path)
+
+
+def test_a_digest_is_that_of_the_weights(model):
+    before = checkpoint_digest(model)
+    (model / "config.json").write_text('{"other": 1}')
+    assert checkpoint_digest(model) == before
+    path = model / "model-2.safetensors"
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(changed)
+    assert checkpoint_digest(model) != before
+    path.unlink()
+    assert checkpoint_digest(model) not in (before, None)
+    (model / "model-1.safetensors").unlink()
+    assert checkpoint_digest(model) is None
+
+
+def test_a_model_is_a_folder_or_in_the_cache_of_the_hub(model, tmp_path):
+    assert checkpoint_folder(str(model), None) == model
+    assert checkpoint_folder("nobody/nothing", None) is None
+    assert checkpoint_folder(str(tmp_path / "no folder"), None) is None
+
+
+def test_scores_that_come_with_starling_are_found_by_the_weights(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(head_scores, "KNOWN", tmp_path)
+    write(tmp_path / "a.json", checkpoint="another")
+    assert scores_of(config_of(model)) is None
+    head_scores._scores_of.cache_clear()
+    write(tmp_path / "b.json", checkpoint=checkpoint_digest(model))
+    assert scores_of(config_of(model)).num_heads == 8
+
+
+def test_a_file_without_a_digest_is_taken_for_any_model_of_its_shape(model, tmp_path):
+    assert scores_of(config_of(model, write(tmp_path / "scores.json"))).num_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes", "message"),
+    [
+        ({"checkpoint": "another", "model": "m"}, {}, "the scores are those of m, with other weights than"),
+        ({}, {"layers": 4}, "it has scores of 3 layers, and the model has 4"),
+        ({}, {"kv_heads": 2}, "layer 0 has 4 scores, and the model has 2 KV heads a layer"),
+    ],
+)
+def test_scores_of_another_model_are_refused(model, tmp_path, fields, sizes, message):
+    config = config_of(model, write(tmp_path / "scores.json", **fields), **sizes)
+    with pytest.raises(OptionError, match=rf"^starling.star_heads=.* is refused: {message}"):
+        scores_of(config)
+
+
+def test_a_file_that_is_not_there_is_refused(model, tmp_path):
+    with pytest.raises(OptionError, match=r"star_heads=.*: the file can't be read: .*No such file"):
+        scores_of(config_of(model, str(tmp_path / "nothing.json")))
+
+
+def test_an_engine_without_starling_has_no_scores(model):
+    config = config_of(model)
+    config.additional_config = {}
+    assert scores_of(config) is None
+
+
+def fake_layers(monkeypatch, heads: int, rank: int, size: int) -> torch.nn.Module:
+    blocks = {
+        f"model.layers.{i}.self_attn.attn": SimpleNamespace(attention=SimpleNamespace(num_kv_heads=heads))
+        for i in (0, 2)
+    }
+    monkeypatch.setattr(head_scores, "attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(head_scores, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(head_scores, "get_tensor_model_parallel_world_size", lambda: size)
+    return torch.nn.Module()
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "expected"),
+    [
+        (0, 1, [[7, 0, 6, 1], [2, 3, 4, 5]]),
+        (1, 2, [[6, 1], [4, 5]]),
+        (3, 4, [[1], [5]]),
+        (5, 8, [[6], [4]]),  # each head is on two ranks
+    ],
+)
+def test_each_rank_has_the_places_of_its_own_heads(monkeypatch, rank, size, expected):
+    model = fake_layers(monkeypatch, max(1, 4 // size), rank, size)
+    names = [f"model.layers.{i}.self_attn.attn" for i in (0, 2)]
+    ranks, problem = ranks_of_layers(HeadScores(scores=SCORES), model, [*names, "model.layers.3.of_a_drafter"])
+    assert problem is None
+    assert [ranks[name].tolist() for name in names] == expected
+
+
+def test_layers_that_do_not_fit_the_scores_are_a_problem(monkeypatch):
+    model = fake_layers(monkeypatch, 2, 0, 1)
+    _, problem = ranks_of_layers(HeadScores(scores=SCORES), model, ["model.layers.0.self_attn.attn"])
+    assert problem == "layer model.layers.0.self_attn.attn has 2 KV heads on each of 1 ranks, and 4 scores"
+    scores = HeadScores(scores=[[], [], []])
+    _, problem = ranks_of_layers(scores, model, ["model.layers.0.self_attn.attn"])
+    assert problem == "layer model.layers.0.self_attn.attn is full attention, and has no scores"
+
+
+def test_the_scores_that_come_with_starling_are_of_their_models_shape():
+    for path in head_scores.KNOWN.glob("*.json"):
+        scores = HeadScores.model_validate_json(path.read_text())
+        assert scores.checkpoint
+        assert scores.curve
+        check_shape(scores, len(scores.scores), max(map(len, scores.scores)))
+        assert min(value for _, value in scores.curve) < scores.curve[0][1]
+
+
+def test_scores_of_uneven_layers_are_refused():
+    with pytest.raises(ScoresError, match="layer 1 has 1 scores, and the model has 2"):
+        check_shape(HeadScores(scores=[[1, 2], [1]]), 2, 2)

@@ -17,6 +17,7 @@ from starling.config.entry import CACHE_SALT, ENTRY, LIVE_PAGE, REPLICAS, Starli
 from starling.config.parsing import OptionError
 from starling.config.star import StarOptions
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
+from starling.engine_ext.head_scores import scores_of
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import engine_facts, other_launcher, star_page_size
 from starling.replicas import network
@@ -100,6 +101,8 @@ def after_engine_config(vllm_config: Any) -> None:
     if config is None:
         return
     facts = engine_facts(vllm_config, star_page_size(vllm_config))
+    if config.star_heads is not None:
+        scores_of(vllm_config)
     check_defaults(config.star, facts)
     share_memory_nodes(vllm_config, os.environ)
     peers = config.replicas.peers

@@ -349,7 +349,7 @@ def engine_facts(vllm_config: Any, page_size: int | None) -> EngineFacts:
         page_size,
         tuple(star_refusals(vllm_config)),
         functools.cache(lambda: tuple(document_refusals(vllm_config))),
-        scores_of(vllm_config),
+        functools.cache(lambda: scores_of(vllm_config)),
         functools.cache(lambda: tuple(heads_refusals(vllm_config))),
         NO_OVERLAP if is_attamba(vllm_config) else None,
         replica_set(vllm_config),

@@ -108,7 +108,10 @@ def run(argv: Sequence[str]) -> int:
         print(f"{COMMAND}: error: {error}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
-        print(f"{COMMAND}: interrupted\nThe scores so far are in {part_of(args.out)}: the same command goes on.")
+        print(
+            f"{COMMAND}: interrupted\nThe scores so far are in {part_of(args.out)}: the same command goes on.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     return 0
 

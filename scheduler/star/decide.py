@@ -170,7 +170,8 @@ def find_context_end(case: Case, documents: Documents) -> int:
 
 def find_dense_heads(case: Case) -> DenseHeads | None:
     """The heads that see everything; None: all heads see star blocks."""
-    scores, share = case.engine.heads, case.options.dense_heads
+    share = case.options.dense_heads
+    scores = case.engine.heads if share else None
     count = scores.count(share) if scores is not None and share else 0
     return DenseHeads(count, scores.num_heads, scores.digest(count)) if scores is not None and count else None
 

@@ -70,7 +70,7 @@ class EngineFacts:
         refusals: why the engine can't run Star Attention; none: it can.
         find_document_refusals: returns why it can't attend to documents, whose blocks have positions of their own;
             none: it can. Called where documents are asked for: some of the reasons take a look at the processor.
-        heads: the scores of the model's KV heads; None: they are not known.
+        find_heads: returns the scores of the model's KV heads; None: they are not known.
         find_heads_refusals: returns why some heads can't see everything while the others see star blocks; none: they
             can. Called where dense heads are asked for.
         overlap_refusal: why a block can't see the end of the block before it; None: it can.
@@ -84,7 +84,7 @@ class EngineFacts:
     page_size: int | None
     refusals: tuple[str, ...] = ()
     find_document_refusals: Callable[[], tuple[str, ...]] = tuple
-    heads: HeadScores | None = None
+    find_heads: Callable[[], HeadScores | None] = lambda: None
     find_heads_refusals: Callable[[], tuple[str, ...]] = tuple
     overlap_refusal: str | None = None
     replicas: ReplicaSet = ONE_REPLICA
@@ -96,6 +96,10 @@ class EngineFacts:
     @property
     def document_refusals(self) -> tuple[str, ...]:
         return self.find_document_refusals()
+
+    @property
+    def heads(self) -> HeadScores | None:
+        return self.find_heads()
 
     @property
     def heads_refusals(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ STAR = {"star": "on", "star_block_size": 64}
 
 
 def plan_of(request: dict, defaults: dict | None = None, heads: HeadScores | None = SCORES, **engine) -> StarPlan:
-    plan = make_plan(1000, STAR | (defaults or {}), request, 16, heads=heads, **engine)
+    plan = make_plan(1000, STAR | (defaults or {}), request, 16, find_heads=lambda: heads, **engine)
     assert plan is not None
     return plan
 
@@ -95,7 +95,8 @@ def test_dense_heads_make_blocks_depend_on_one_another():
 
 def decide_with_documents(request: dict, defaults: dict):
     prompt = PromptFacts(1000, list(range(1000)), KnownSegments("messages", (100, 400, 800)))
-    return decide(parse_options(STAR | defaults), parse_options(request), prompt, EngineFacts(16, heads=SCORES))
+    engine = EngineFacts(16, find_heads=lambda: SCORES)
+    return decide(parse_options(STAR | defaults), parse_options(request), prompt, engine)
 
 
 def test_documents_have_no_dense_heads():

@@ -6,6 +6,7 @@ groups of layers in the KV cache. Fronts refuse requests with the reasons (refus
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from starling.vllm_compat.scheduler_view import SchedulerView
@@ -25,7 +26,7 @@ def engine_report(core: Any) -> dict[str, str | None]:
     view = SchedulerView(core.scheduler)
 
     def found(name: str) -> list[str]:
-        return sorted(set(core.model_executor.collective_rpc(problem_of, args=(name,))) - {None})
+        return sorted(set(core.model_executor.collective_rpc(partial(problem_of, name=name))) - {None})
 
     problems, block_problems = found("star_problem"), found("block_positions_problem")
     if view.only_group is None:

@@ -6,7 +6,7 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,8 @@ from starling.evaluation.tasks import Task, choose_tasks
 
 SETUP_VERSION = 1
 SECRET_WORDS = {"token", "key", "password"}
+OF_TASKS = ("tasks", "lengths", "prompts_per_cell", "prompt_format", "prompt_seed")
+OF_OWN_PROMPTS = ("max_tokens",)
 Length = Annotated[int, Field(ge=256)]
 Options = TypeVar("Options", bound="PromptOptions")
 
@@ -24,6 +26,9 @@ class PromptOptions(BaseModel):
     """The options that decide on which prompts a command measures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subcommand: ClassVar[str]
+    """Of `starling`, which has these options."""
 
     tasks: tuple[str, ...] = Field((), description="tasks by name, or groups")
     lengths: tuple[Length, ...] = Field((4096,), min_length=1, description="tokens of a prompt and its answer")
@@ -63,13 +68,22 @@ class PromptOptions(BaseModel):
             "prompt_seed": self.prompt_seed,
         }
 
-    def prompts_arguments(self) -> list[str]:
-        """The arguments that give the same prompts."""
-        if self.prompts is not None:
-            return ["--prompts", str(self.prompts), "--max-tokens", str(self.max_tokens)]
-        parts = ["--tasks", ",".join(self.tasks), "--lengths", ",".join(map(str, self.lengths))]
-        parts += ["--prompts-per-cell", str(self.prompts_per_cell), "--prompt-format", self.prompt_format]
-        return [*parts, "--prompt-seed", str(self.prompt_seed)]
+    def command(self, target: Sequence[str]) -> str:
+        """The command that measures the same.
+
+        Args:
+            target: the arguments that name the server or the model to serve.
+        """
+        parts = ["starling", self.subcommand, *without_secrets(target)]
+        for field, value in sorted(self, key=lambda item: item[0] != "plans"):
+            option = f"--{field.replace('_', '-')}"
+            if value is None or field in (OF_TASKS if self.prompts else OF_OWN_PROMPTS):
+                continue
+            if field == "plans":
+                parts += [argument for plan in value for argument in ("--plan", plan)]
+            else:
+                parts += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return shlex.join([*parts, "--out", "DIR"])
 
 
 def folder_setup(model: str) -> dict[str, Any]:
@@ -80,6 +94,7 @@ def folder_setup(model: str) -> dict[str, Any]:
 class EvalOptions(PromptOptions):
     """The options of `starling eval` that decide what is measured."""
 
+    subcommand = "eval"
     plans: tuple[str, ...] = Field((), description="plans beside dense")
     logprobs: int = Field(0, ge=0, description="tokens of the answer at which the distributions are compared")
 
@@ -100,19 +115,6 @@ class EvalOptions(PromptOptions):
             "logprobs": self.logprobs,
         }
         return setup | self.prompts_setup()
-
-    def command(self, target: Sequence[str]) -> str:
-        """The command that measures the same.
-
-        Args:
-            target: the arguments that name the server or the model to serve.
-        """
-        parts = ["starling", "eval", *without_secrets(target)]
-        for plan in self.plans:
-            parts += ["--plan", plan]
-        parts += self.prompts_arguments()
-        parts += ["--logprobs", str(self.logprobs), "--out", "DIR"]
-        return shlex.join(parts)
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -15,13 +15,6 @@ from starling.scheduler.step_budget import Limits, LongPrompt, divide_step
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 
-def limiter_refusal(scheduler: Any) -> str | None:
-    """Why a scheduler's chunks can't be bounded; None: they can."""
-    if not scheduler.scheduler_config.enable_chunked_prefill:
-        return "chunked prefill is off, so a prompt is prefilled in one step"
-    return None
-
-
 def adapter_of(request: Any) -> int:
     """The number of a request's LoRA adapter; 0: none."""
     return request.lora_request.lora_int_id if request.lora_request else 0

@@ -22,7 +22,7 @@ from starling.scheduler.cache_state import cache_state, compressed_groups, state
 from starling.scheduler.core_rpc import add_core_rpc
 from starling.scheduler.live_requests import LiveRequests
 from starling.scheduler.metrics import cache_metrics, scheduler_metrics
-from starling.scheduler.prefill_limiter import PrefillLimiter, limiter_refusal
+from starling.scheduler.prefill_limiter import PrefillLimiter
 from starling.scheduler.quarantine import Quarantine
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
@@ -54,6 +54,7 @@ class StarMixin(SchedulerHooks):
     # vLLM's own.
     requests: dict[str, Any]
     max_num_scheduled_tokens: int
+    scheduler_config: Any
     connector: Any  # replicas/scheduler_connector.py, where prompts are split over replicas
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,9 +82,9 @@ class StarMixin(SchedulerHooks):
             self._report_cache_sizes()
 
     def _make_limiter(self, options: SchedulingOptions) -> PrefillLimiter | None:
-        refusal = limiter_refusal(self)
-        if refusal is not None:
-            logger.warning("--scheduler-fairness has no effect here: %s", refusal)
+        if not self.scheduler_config.enable_chunked_prefill:
+            reason = "chunked prefill is off, so a prompt is prefilled in one step"
+            logger.warning("--scheduler-fairness has no effect here: %s", reason)
             return None
         return PrefillLimiter(self, make_limits(options, self.max_num_scheduled_tokens, self.view.chunk_unit))
 

@@ -36,26 +36,11 @@ def _convolve(rows, weight, columns, column, column_mask, row, width, row_stride
 
 @triton.jit
 def scan_kernel(
-    projected,
-    conv_weight,
-    a_log,
-    skip,
-    starts,
-    index_in_chunk,
-    out,
-    width,
-    chunk_stride,
-    row_stride,
-    mixer_stride,
-    HEADS: tl.constexpr,
-    INNER: tl.constexpr,
-    STATE: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    projected, conv_weight, a_log, skip, starts, index_in_chunk, out, width,
+    chunk_stride, row_stride, mixer_stride,
+    HEADS: tl.constexpr, INNER: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Grid (chunks, mixers x heads, blocks of a chunk's tokens).
 
     The tokens ``starts[n]`` to ``starts[n + 1]`` of the step belong to chunk n. They are consecutive in the chunk.

@@ -24,25 +24,11 @@ def _store_mixed(out, previous, current, weights, head, mask):
 
 @triton.jit
 def _rows_kernel(
-    key,
-    value,
-    out_key,
-    out_value,
-    key_weights,
-    value_weights,
-    state,
-    slots,
-    num_slots,
-    key_stride,
-    value_stride,
-    out_stride,
-    page_stride,
-    head_stride,
-    token_stride,
-    page_size,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    key, value, out_key, out_value, key_weights, value_weights, state,
+    slots, num_slots,
+    key_stride, value_stride, out_stride, page_stride, head_stride, token_stride, page_size,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per row and KV head."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     inner = tl.arange(0, BLOCK)
@@ -65,26 +51,11 @@ def _rows_kernel(
 
 @triton.jit
 def _first_rows_kernel(
-    key,
-    value,
-    out_key,
-    out_value,
-    key_weights,
-    value_weights,
-    state,
-    first_rows,
-    first_slots,
-    num_rows,
-    key_stride,
-    value_stride,
-    out_stride,
-    page_stride,
-    head_stride,
-    token_stride,
-    page_size,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    key, value, out_key, out_value, key_weights, value_weights, state,
+    first_rows, first_slots, num_rows,
+    key_stride, value_stride, out_stride, page_stride, head_stride, token_stride, page_size,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per request and KV head. A program whose request has no row does nothing."""
     request, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = tl.load(first_rows + request).to(tl.int64)

@@ -226,15 +226,11 @@ class SplitPrefill:
             logger.error("%s: %s; replica %d computes the whole prompt", self.request_id, error, rank)
             return rank, None
         task = await self._task(parts)
-        front_metrics().count_split(self._blocks_by_replica(assignments), time.monotonic() - started)
-        return first, task
-
-    def _blocks_by_replica(self, assignments: Sequence[Assignment]) -> Counter[str]:
-        """Star blocks by the replica's name in metrics."""
-        blocks: Counter[str] = Counter()
+        blocks: Counter[str] = Counter()  # by the replica's name in metrics
         for each in assignments:
             blocks[self.replicas[each.replica].label] += each.stop - each.first
-        return blocks
+        front_metrics().count_split(blocks, time.monotonic() - started)
+        return first, task
 
     async def _reserve(self, wanted: Mapping[int, int]) -> None:
         """Reserve pages by rank, as long as these replicas answer."""

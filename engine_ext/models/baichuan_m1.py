@@ -10,19 +10,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
-from starling.engine_ext.models.checkpoint import (
-    Shapes,
-    checked_weights,
-    mlp_and_norm_shapes,
-    outer_shapes,
-    shift_shapes,
-)
+from starling.engine_ext.models.checkpoint import Shapes, mlp_and_norm_shapes, outer_shapes, shift_shapes
 from starling.engine_ext.models.configs import BaichuanM1Config
-from starling.engine_ext.models.shifted_attention import KVShiftAttention
+from starling.engine_ext.models.shifted_attention import KVShiftAttention, KVShiftForCausalLM
 
 HEAD_EPS = 1e-7
 """Added to the norm of a row, as in the model's published code."""
@@ -59,31 +52,13 @@ class BaichuanM1Attention(KVShiftAttention):
         super().__init__(own, prefix=prefix, **kwargs)
 
 
-class BaichuanM1DecoderLayer(LlamaDecoderLayer):
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None):
-        super().__init__(vllm_config, prefix, config, attn_layer_type=BaichuanM1Attention)
-
-
-class BaichuanM1ForCausalLM(LlamaForCausalLM):
+class BaichuanM1ForCausalLM(KVShiftForCausalLM):
     # vLLM maps the module names in quantisation configs with it.
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".W_pack": ".qkv_proj"}) | LlamaModel.hf_to_vllm_mapper
     packed_modules_mapping = {  # noqa: RUF012, vLLM's class declares an instance variable and shares the dict as well
         "qkv_proj": ["qkv_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
-    loaded = False
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BaichuanM1DecoderLayer)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the checkpoint or an update of some tensors; returns the names of the parameters that were loaded.
-
-        Raises:
-            ValueError: see ``checked_weights``.
-        """
-        quantized = self.model.quant_config is not None
-        weights = checked_weights(weights, expected_tensors(self.config), quantized=quantized, update=self.loaded)
-        names = super().load_weights(mapped_weights(weights))
-        self.loaded = True
-        return names
+    attention = BaichuanM1Attention
+    expected_tensors = staticmethod(expected_tensors)
+    mapped_weights = staticmethod(mapped_weights)

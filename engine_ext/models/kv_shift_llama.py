@@ -5,21 +5,10 @@ Configuration and tensor names are Llama's. Each layer also has ``self_attn.conv
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
-
-from starling.engine_ext.models.checkpoint import (
-    Shapes,
-    checked_weights,
-    mlp_and_norm_shapes,
-    outer_shapes,
-    shift_shapes,
-)
-from starling.engine_ext.models.shifted_attention import KVShiftAttention
+from starling.engine_ext.models.checkpoint import Shapes, mlp_and_norm_shapes, outer_shapes, shift_shapes
+from starling.engine_ext.models.shifted_attention import KVShiftAttention, KVShiftForCausalLM
 
 
 def expected_tensors(config: Any) -> Shapes:
@@ -40,25 +29,6 @@ def expected_tensors(config: Any) -> Shapes:
     return outer_shapes(config) | inner
 
 
-class KVShiftDecoderLayer(LlamaDecoderLayer):
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None):
-        super().__init__(vllm_config, prefix, config, attn_layer_type=KVShiftAttention)
-
-
-class KVShiftLlamaForCausalLM(LlamaForCausalLM):
-    loaded = False
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=KVShiftDecoderLayer)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the checkpoint or an update of some tensors; returns the names of the parameters that were loaded.
-
-        Raises:
-            ValueError: see ``checked_weights``.
-        """
-        quantized = self.model.quant_config is not None
-        expected = expected_tensors(self.config)
-        names = super().load_weights(checked_weights(weights, expected, quantized=quantized, update=self.loaded))
-        self.loaded = True
-        return names
+class KVShiftLlamaForCausalLM(KVShiftForCausalLM):
+    attention = KVShiftAttention
+    expected_tensors = staticmethod(expected_tensors)

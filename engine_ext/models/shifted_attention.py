@@ -1,16 +1,22 @@
-"""vLLM's Llama attention with K and V shifted before RoPE."""
+"""vLLM's Llama with K and V shifted before RoPE: its attention, and what both model families have in common."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.models.llama import LlamaAttention
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.utils import set_weight_attrs
 
 from starling.attention_backends.kv_shift.state import ShiftState
+from starling.engine_ext.models.checkpoint import Shapes, checked_weights
+
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
@@ -27,6 +33,35 @@ def kv_heads_of_rank(total: int, rank: int, size: int) -> slice:
         return slice(rank * (total // size), (rank + 1) * (total // size))
     head = rank // (size // total)
     return slice(head, head + 1)
+
+
+class KVShiftForCausalLM(LlamaForCausalLM):
+    """A Llama with KV shifting attention. A subclass has its attention, and knows the tensors of its checkpoints."""
+
+    attention: type[LlamaAttention]
+    expected_tensors: Callable[[Any], Shapes]
+    loaded = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        layer_type: Any = functools.partial(LlamaDecoderLayer, attn_layer_type=self.attention)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        """Load the checkpoint or an update of some tensors; returns the names of the parameters that were loaded.
+
+        Raises:
+            ValueError: see ``checked_weights``.
+        """
+        quantized, expected = self.model.quant_config is not None, self.expected_tensors(self.config)
+        checked = checked_weights(weights, expected, quantized=quantized, update=self.loaded)
+        names = super().load_weights(self.mapped_weights(checked))
+        self.loaded = True
+        return names
+
+    @staticmethod
+    def mapped_weights(weights: Weights) -> Weights:
+        """Weights of the checkpoint as vLLM's Llama loads them."""
+        return weights
 
 
 class KVShiftAttention(LlamaAttention):

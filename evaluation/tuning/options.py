@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 
 from pydantic import Field
 
-from starling.evaluation.options import PromptOptions, without_secrets
+from starling.evaluation.options import PromptOptions
 from starling.evaluation.plans import DENSE, parse_plan, with_dense
 from starling.evaluation.prompts import read_own_prompts
 from starling.evaluation.tuning.bounds import LOSSLESS_DRAWS, least_prompts
@@ -22,6 +21,7 @@ LEAST_PROMPTS = 10  # of a half, for losses without a largest one
 class TuneOptions(PromptOptions):
     """The options of `starling tune` that decide what it finds."""
 
+    subcommand = "tune"
     budget: float = Field(gt=0, lt=100, description="points of mean loss that the plan may have")
     measure: MeasureName = Field("score", description="what a loss is")
     logprobs: int | None = Field(None, ge=1, description="tokens of the answer that logprob and agreement compare")
@@ -81,21 +81,8 @@ class TuneOptions(PromptOptions):
             f"{2 * LEAST_PROMPTS}"
         )
 
-    def arguments(self) -> list[str]:
-        """The arguments that search for the same."""
-        parts = [*self.prompts_arguments(), "--budget", f"{self.budget:g}", "--measure", self.measure]
-        if self.num_logprobs:
-            parts += ["--logprobs", str(self.num_logprobs)]
-        if self.query_tokens is not None:
-            parts += ["--query-tokens", str(self.query_tokens)]
-        for plan in self.plans:
-            parts += ["--plan", plan]
-        return parts
-
     def command(self, target: Sequence[str]) -> str:
-        """The command that searches for the same.
-
-        Args:
-            target: the arguments that name the server or the model to serve.
-        """
-        return shlex.join(["starling", "tune", *without_secrets(target), *self.arguments(), "--out", "DIR"])
+        """As of ``PromptOptions``, with a default number of tokens too."""
+        if self.num_logprobs == self.logprobs or not self.num_logprobs:
+            return super().command(target)
+        return self.model_copy(update={"logprobs": self.num_logprobs}).command(target)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol
 
 import grpc
 import torch
@@ -55,7 +56,6 @@ NO_ACCESS = (
 WRONG_KEY = "AdminService needs the metadata `authorization: Bearer KEY` with the key of --grpc-admin-key"
 
 Refusal = tuple[grpc.StatusCode, str]
-Response = TypeVar("Response")
 
 
 def refusal(metadata: Metadata, key: str | None, own_port: bool) -> Refusal | None:
@@ -121,6 +121,19 @@ class Admission(Protocol):
         """Refuse new gRPC calls with UNAVAILABLE, and report NOT_SERVING. Further calls change nothing."""
 
 
+def answering(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A method that gRPC calls with a context too: an error ends the call with its status."""
+
+    @functools.wraps(method)
+    async def answer(self: Any, request: Any, context: Any) -> Any:
+        try:
+            return await method(self, request)
+        except Exception as error:
+            await abort(context, error, getattr(error, "parameter", None) or "")
+
+    return answer
+
+
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """Serves the calls of one port.
 
@@ -137,29 +150,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self.started = time.monotonic()
         self.backends: list[str] | None = None
 
-    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
-        return await self._serve(context, self._server_info)
-
-    async def GetCacheState(self, request: pb.GetCacheStateRequest, context: Any) -> pb.GetCacheStateResponse:
-        return await self._serve(context, self._cache_state, request.per_request)
-
-    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
-        return await self._serve(context, self._abort, request.request_ids)
-
-    async def ResetPrefixCache(self, request: pb.ResetPrefixCacheRequest, context: Any) -> pb.ResetPrefixCacheResponse:
-        return await self._serve(context, self._reset)
-
-    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainResponse:
-        return await self._serve(context, self._drain, request.wait_seconds)
-
-    async def _serve(self, context: Any, method: Callable[..., Awaitable[Response]], *args: Any) -> Response:
-        """The method's response; an error ends the call with its status."""
-        try:
-            return await method(*args)
-        except Exception as error:
-            await abort(context, error, getattr(error, "parameter", None) or "")
-
-    async def _server_info(self) -> pb.GetServerInfoResponse:
+    @answering
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         config = self.engine.vllm_config
         defaults = front_state(self.engine).planner.defaults
         if self.backends is None:
@@ -184,12 +176,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         if of_engines:
             self.backends = sorted({name for names in of_engines.values() for name in names})
 
-    async def _cache_state(self, per_request: bool) -> pb.GetCacheStateResponse:
+    @answering
+    async def GetCacheState(self, request: pb.GetCacheStateRequest) -> pb.GetCacheStateResponse:
         rpc = front_state(self.engine).replica_rpc
-        engines = await rpc.ask_all(self.engine, ANSWER_SECONDS, CACHE_STATE, per_request)
+        engines = await rpc.ask_all(self.engine, ANSWER_SECONDS, CACHE_STATE, request.per_request)
         for engine in engines.values():
-            for request in engine.get("requests", ()):
-                self._add_front_state(request)
+            for held in engine.get("requests", ()):
+                self._add_front_state(held)
         unanswered = [rank for rank in range(num_engine_cores(self.engine)) if rank not in engines]
         return pb.GetCacheStateResponse(
             engines=[pb.EngineCache(**engine) for engine in engines.values()], unanswered=unanswered
@@ -203,7 +196,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             if not state.is_prefilling:
                 request["cached_tokens"] = state.num_cached_tokens
 
-    async def _abort(self, request_ids: Sequence[str]) -> pb.AbortResponse:
+    @answering
+    async def Abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
+        request_ids = request.request_ids
         if not request_ids or "" in request_ids:
             reason = "request_ids needs at least one id, and no id may be empty"
             raise VLLMValidationError(reason, parameter="request_ids")
@@ -224,12 +219,15 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         logger.info("admin: aborted %d of %d requests", len(response.found), len(request_ids))
         return response
 
-    async def _reset(self) -> pb.ResetPrefixCacheResponse:
+    @answering
+    async def ResetPrefixCache(self, request: pb.ResetPrefixCacheRequest) -> pb.ResetPrefixCacheResponse:
         reset = await self.engine.reset_prefix_cache()
         logger.info("admin: prefix cache %s", "reset" if reset else "not reset: requests hold pages")
         return pb.ResetPrefixCacheResponse(reset=reset)
 
-    async def _drain(self, wait_seconds: float) -> pb.DrainResponse:
+    @answering
+    async def Drain(self, request: pb.DrainRequest) -> pb.DrainResponse:
+        wait_seconds = request.wait_seconds
         if not 0 <= wait_seconds <= MAX_WAIT_SECONDS or math.isnan(wait_seconds):
             reason = f"wait_seconds={wait_seconds} is refused: it is not from 0 to {MAX_WAIT_SECONDS:.0f}"
             raise VLLMValidationError(reason, parameter="wait_seconds")

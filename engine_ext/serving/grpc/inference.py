@@ -109,7 +109,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetCapabilitiesResponse:
-        return capabilities(self.engine, MAX_REQUEST_BYTES, self.uploads.total)
+        return capabilities(self.engine, self.uploads.total)
 
     async def _serve(
         self,
@@ -279,12 +279,11 @@ def lora_adapter(engine: Any, request: GenerateRequest) -> Any:
     return loaded[request.lora_name]
 
 
-def capabilities(engine: Any, max_request_bytes: int, max_upload_bytes: int) -> pb.GetCapabilitiesResponse:
+def capabilities(engine: Any, max_upload_bytes: int) -> pb.GetCapabilitiesResponse:
     """The response, from the engine's configuration; makes no call to the engine.
 
     Args:
         engine: the AsyncLLM of the server.
-        max_request_bytes: the server's limit of a message.
         max_upload_bytes: the memory of prompts that are being uploaded.
     """
     model, state = engine.model_config, front_state(engine)
@@ -298,7 +297,7 @@ def capabilities(engine: Any, max_request_bytes: int, max_upload_bytes: int) -> 
         star_available=not planner.facts.refusals,
         star_refusals=planner.facts.refusals,
         star_defaults=star_message(planner.defaults) if planner.config else None,
-        max_request_bytes=max_request_bytes,
+        max_request_bytes=MAX_REQUEST_BYTES,
         max_response_bytes=0,  # no limit: gRPC limits only the messages that it receives
         max_n=envs.VLLM_MAX_N_SEQUENCES,
         max_logprobs=model.max_logprobs,

@@ -8,28 +8,22 @@ MAX_REQUEST_BYTES = SERVER_MESSAGE_BYTES  # over 2 million token ids, or 8 MiB o
 MAX_ADMIN_BYTES = 256 * 2**10  # of a message to AdminService's own port
 
 MAX_STREAMS = 1024  # calls of one connection at once
-MAX_CONNECTIONS = 1024
-HANDSHAKE_MS = 20_000  # from a connection to the end of the TLS handshake
-
-KEEPALIVE_MS = 20_000  # a connection on which nothing arrives for so long gets a ping
-KEEPALIVE_TIMEOUT_MS = 20_000  # the connection is closed if the ping is not answered for so long
-
-NO_COMPRESSION = 1  # bit set of algorithms: only `identity`
 
 SERVER_OPTIONS = (
     # Without this, a second server could listen on the same port without an error and get half of the calls.
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", MAX_STREAMS),
-    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
-    ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+    ("grpc.max_allowed_incoming_connections", 1024),
+    ("grpc.server_handshake_timeout_ms", 20_000),  # to the end of the TLS handshake
     # With it gRPC opens the windows of all calls for messages that nobody reads yet. Without it the window of such a
     # call is 64 KiB, and grows by the message's size once the message is read.
     ("grpc.http2.bdp_probe", 0),
     # gRPC limits a message only after it is decompressed, and 8 MiB of gzip can become 8 GiB.
-    ("grpc.compression_enabled_algorithms_bitset", NO_COMPRESSION),
-    # A client may vanish without closing its connection. Then its requests end within a minute.
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # only `identity`
+    # A client may vanish without closing its connection. Then its requests end within a minute: a connection on which
+    # nothing arrives gets a ping, and is closed if the ping is not answered.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     # A stream has no messages during a long prefill. Don't close the connection of a client that pings meanwhile.
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import os
 import re
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +96,14 @@ class LivePage:
 
 
 def may_look(scope: Any) -> bool:
-    """Whether a request for the data has a key that is good for it, where the server has one."""
-    keys = valid_keys(scope["app"].state.args)
+    """Whether a request for the data has a key of who may see all requests.
+
+    That is the admin's where the server has an admin key, else those of clients.
+    """
+    admin_key = os.environ.get(ADMIN_KEY_ENV)
+    keys = [admin_key] if admin_key else api_keys(scope["app"].state.args)
     authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     return not keys or has_valid_key(authorization.decode("latin-1"), [digest(key) for key in keys])
-
-
-def valid_keys(args: Namespace) -> list[str]:
-    """The keys of who may see all requests: the admin's where the server has an admin key, else those of clients."""
-    admin_key = os.environ.get(ADMIN_KEY_ENV)
-    return [admin_key] if admin_key else api_keys(args)
 
 
 def refused(status: int, reason: str, headers: dict[str, str]) -> Response:

@@ -16,6 +16,7 @@ from starling.engine_ext.front import engine_replica
 from starling.engine_ext.serving.grpc.admin import AdminServicer
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import metadata_of
+from starling.v1 import admin_pb2
 from starling.v1 import replica_pb2 as pb
 from tests.unit.engine_ext.front.peers.pods import AUTO, held_by, until
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS, whole_requests
@@ -178,7 +179,9 @@ def test_an_operator_aborts_another_servers_part_by_the_engines_id(run_pods, num
 
         async def abort() -> None:
             (part,) = b.state.internal_ids
-            response = await AdminServicer(b.server.engine, b.front, max_message_bytes=1)._abort([part])
+            response = await AdminServicer(b.server.engine, b.front, max_message_bytes=1).Abort(
+                admin_pb2.AbortRequest(request_ids=[part]), None
+            )
             assert response.found == [part]
 
         def abort_behind_a_first_step():

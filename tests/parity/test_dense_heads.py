@@ -10,9 +10,19 @@ import json
 import random
 
 import pytest
+import torch
 
-from benchmarks.random_llama import make_random_llama
-from tests.parity.harness import mask_of, max_gap, reference_logprobs, run_engine, star, star_sizes, v2_env
+from benchmarks.random_llama import byte_tokenizer, make_random_llama
+from tests.parity.harness import (
+    load_reference,
+    mask_of,
+    max_gap,
+    reference_logprobs,
+    run_engine,
+    star,
+    star_sizes,
+    v2_env,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -104,3 +114,94 @@ def test_prompt_logprobs_are_those_of_the_masks(model, prompts, expected, heads,
     got = result["batches"][0] + [batch[0] for batch in result["batches"][1:]]
     for output, logprobs in zip(got, [*expected, *expected[:2]], strict=True):
         assert max_gap(output["prompt_logprobs"], logprobs) <= LIMIT
+
+
+def random_ids(seed: int, length: int) -> list[int]:
+    tokens = random.Random(seed)
+    return [tokens.randrange(256) for _ in range(length)]
+
+
+def turn(ids: list[int], options: dict, max_tokens: int = 4) -> dict:
+    return {"ids": ids, "extra_args": options, "max_tokens": max_tokens}
+
+
+QUARTER, HALF = (star(128, 37) | {"star_dense_heads": share} for share in (0.25, 0.5))
+FIRST, SECOND = random_ids(1, 900), random_ids(2, 700)
+NEXT_TURN = FIRST + random_ids(3, 200)
+PAGE = 32
+TURNS = [
+    ("cold", turn(FIRST, QUARTER), 0),
+    ("again: all", turn(FIRST, QUARTER), 899 // PAGE * PAGE),
+    ("a larger share: block 0", turn(FIRST, HALF), 128),
+    ("no dense heads: block 0", turn(FIRST, star(128, 37)), 128),
+    ("dense: block 0", turn(FIRST, {}), 128),
+    ("the next turn: the whole context", turn(NEXT_TURN, QUARTER), (900 - 37) // PAGE * PAGE),
+]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_cache_hits_are_those_of_the_same_heads(model, heads, runner):
+    """Each turn's generated tokens are held against the masks, and its hits against those that are possible."""
+    env = {"v1": None, "v2": v2_env()}[runner]
+    result = run_engine(model, [[step] for _, step, _ in TURNS], star=heads, max_num_batched_tokens=300, env=env)
+    for (description, step, cached), (output,) in zip(TURNS, result["batches"], strict=True):
+        assert output["cached"] == cached, description
+        check_output(model, step, output)
+
+
+def check_output(model, step: dict, output: dict) -> None:
+    """The log-probabilities of generated tokens: the sizes of a plan are those of its prompt."""
+    ids, options = step["ids"] + output["token_ids"], step["extra_args"]
+    mask = mask_of(star_sizes(options, len(step["ids"])), len(ids)) if options else None
+    expected = reference_logprobs(model, ids, mask, dense_heads=DENSE[options.get("star_dense_heads", 0)])
+    assert max_gap(output["logprobs"], expected[-len(output["token_ids"]) :]) <= LIMIT
+
+
+def test_preempted_requests_give_the_same(model, heads):
+    """The KV cache is too small for the admitted requests: they are preempted while they decode, and resume."""
+    batch = [turn(FIRST, QUARTER, 120), turn(SECOND, HALF, 120), turn(random_ids(4, 600), {}, 120)]
+    sizes = {"max_num_batched_tokens": 300, "num_gpu_blocks_override": 74, "max_model_len": 1216}
+    result = run_engine(model, [batch], star=heads, **sizes)
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+    for step, output in zip(batch, result["batches"][0], strict=True):
+        check_output(model, step, output)
+
+
+def test_drafts_of_speculative_decoding_are_verified_by_the_same_heads(model, heads):
+    """Drafts repeat the prompt, and a prompt of one repeated text has many that are right."""
+    steps = [turn(random_ids(5, 60) * 10, QUARTER, 24), turn(SECOND, HALF, 24)]
+    drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    result = run_engine(model, [steps], star=heads, max_num_batched_tokens=300, speculative_config=drafting)
+    assert result["metrics"]["vllm:spec_decode_num_draft_tokens"] > 0
+    for step, output in zip(steps, result["batches"][0], strict=True):
+        check_output(model, step, output)
+
+
+WINDOW = 100
+
+
+def test_layers_with_a_window_keep_it_beside_layers_with_dense_heads(tmp_path):
+    """The scores of a layer with a window are none, whatever its number of heads."""
+    import transformers
+
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 256}
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+    config = transformers.Olmo3Config(**sizes | layers | {"vocab_size": 320, "eos_token_id": 256, "pad_token_id": None})
+    torch.manual_seed(0)
+    transformers.Olmo3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "scores.json").write_text(json.dumps({"scores": [[], [0.1, 0.4, 0.3, 0.2]]}))
+    ids, options = random_ids(6, 500), star(128, 37) | {"star_dense_heads": 0.5}
+    prompt = {"ids": ids, "extra_args": options, "prompt_logprobs": True}
+    scores = {"star_heads": str(tmp_path / "scores.json")}
+    result = run_engine(tmp_path / "model", [[prompt]], star=scores, max_num_batched_tokens=300)
+    places = torch.arange(len(ids))
+    in_window = (places[None] <= places[:, None]) & (places[None] > places[:, None] - WINDOW)
+    bias = torch.zeros(in_window.shape).masked_fill(~in_window, torch.finfo(torch.float32).min)[None, None]
+    layer = load_reference(tmp_path / "model").get_decoder().layers[0].self_attn
+    layer.register_forward_pre_hook(lambda _, args, kw: (args, kw | {"attention_mask": bias}), with_kwargs=True)
+    mask = mask_of(star_sizes(options, len(ids)), len(ids))
+    expected = reference_logprobs(tmp_path / "model", ids, mask, dense_heads=[(1, 1), (1, 2)])
+    assert max_gap(result["batches"][0][0]["prompt_logprobs"], expected) <= LIMIT
+    star_alone = reference_logprobs(tmp_path / "model", ids, mask)
+    assert max_gap(expected.tolist(), star_alone) > 100 * LIMIT

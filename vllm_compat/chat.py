@@ -9,23 +9,6 @@ from typing import Any
 from starling.vllm_compat.patching import Wrapper, wrap
 
 
-def on_chat_request(callback: Callable[[Any], None]) -> None:
-    """Call ``callback(http_request)`` before an OpenAI server renders the messages of a request.
-
-    The renderer gets the messages without the request's own options. Goes when vLLM hands the request on.
-    """
-    from vllm.renderers.online_renderer import OnlineRenderer
-
-    def around(original: Callable[..., Any]) -> Wrapper:
-        async def preprocess_chat(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            callback(request)
-            return await original(self, request, *args, **kwargs)
-
-        return preprocess_chat
-
-    wrap(OnlineRenderer, "preprocess_chat", around)
-
-
 def on_rendered_chat(
     wanted: Callable[[Any], bool], add: Callable[[Any, Sequence[Any], Any, dict[str, Any]], Awaitable[None]]
 ) -> None:

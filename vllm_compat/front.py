@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from starling.vllm_compat.admission import has_arrived, hide_requests
@@ -110,55 +109,56 @@ def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
     wrap(AsyncLLM, "encode", around)
 
 
-def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[[Any], None]) -> None:
-    """Call ``check(http_request)`` where an OpenAI request becomes sampling parameters, or those of a beam search.
+def on_openai_request(check: Callable[[Any], None], check_names: Callable[[Iterable[str]], None]) -> None:
+    """Call ``check(http_request)`` for the requests of an OpenAI server, before their prompts are rendered.
 
-    Before the latter, call ``begin_beam_search(http_request)`` too: BeamSearchParams carry no extra_args, so options in
-    `vllm_xargs` would be lost without a word. vLLM ignores unknown fields of a request's JSON, and its model of an
-    Anthropic request drops them: there ``check`` gets all names of the JSON, as its ``model_extra``. Goes when vLLM
-    refuses them, and when BeamSearchParams have extra_args.
+    Whatever a request is for, vLLM first asks whether the server has its model; only pooling requests are asked about
+    elsewhere. vLLM ignores unknown fields of a request's JSON, and its renderer and its BeamSearchParams get nothing of
+    `vllm_xargs`. Its model of an Anthropic request drops unknown fields: ``check_names`` gets the names of that JSON.
+    Goes when vLLM refuses unknown fields, and hands a request on to its renderer and its beam search.
     """
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
-    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+    from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.exceptions import VLLMValidationError
 
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check(self)
-            return original(self, *args, **kwargs)
+    def around_check(original: Callable[..., Any]) -> Wrapper:
+        async def _check_model(self: Any, request: Any) -> Any:
+            refusal = await original(self, request)
+            if refusal is None:
+                check(request)
+            return refusal
 
-        return to_sampling_params
-
-    def around_beams(original: Callable[..., Any]) -> Wrapper:
-        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check(self)
-            begin_beam_search(self)
-            return original(self, *args, **kwargs)
-
-        return to_beam_search_params
+        return _check_model
 
     def around_messages(original: Callable[..., Any]) -> Wrapper:
         async def create_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
             try:
-                check(SimpleNamespace(model_extra={} if raw_request is None else await raw_request.json()))
+                check_names(() if raw_request is None else await raw_request.json())
             except VLLMValidationError as error:
                 return self.create_error_response(error)
             return await original(self, request, raw_request)
 
         return create_messages
 
+    wrap(BaseServing, "_check_model", around_check)
     wrap(AnthropicServingMessages, "create_messages", around_messages)
-    wrap(ChatCompletionRequest, "to_sampling_params", around)
-    wrap(CompletionRequest, "to_sampling_params", around)
-    wrap(ResponsesRequest, "to_sampling_params", around)
-    wrap(ChatCompletionRequest, "to_beam_search_params", around_beams)
-    wrap(CompletionRequest, "to_beam_search_params", around_beams)
-    wrap(TranscriptionRequest, "to_beam_search_params", around_beams)
-    wrap(TranslationRequest, "to_beam_search_params", around_beams)
+
+
+def on_beam_search(callback: Callable[[], None]) -> None:
+    """Call ``callback()`` before a server searches beams of a prompt: once for each prompt of a request.
+
+    Goes when beams are told from prompts of clients (``mark_beams``).
+    """
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    def around(original: Callable[..., Any]) -> Wrapper:
+        def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+            callback()
+            return original(self, *args, **kwargs)
+
+        return beam_search
+
+    wrap(BeamSearchOnlineMixin, "beam_search", around)
 
 
 def on_request_output(plan_of: Callable[[Any], Any]) -> None:
@@ -188,24 +188,6 @@ def on_request_output(plan_of: Callable[[Any], Any]) -> None:
 
     wrap(RequestState, "from_new_request", around_state)
     wrap(RequestState, "make_request_output", around_output)
-
-
-def on_serving_models(callback: Callable[[Any, Any], None]) -> None:
-    """Call ``callback(engine_client, serving_models)`` when an OpenAI server makes its list of models.
-
-    That list alone knows LoRA adapters by name, those loaded while the server runs included, and vLLM's application
-    keeps it to itself. Goes when the engine client lists adapters by name.
-    """
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-
-    def around(original: Callable[..., Any]) -> Wrapper:
-        def __init__(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, engine_client, *args, **kwargs)
-            callback(engine_client, self)
-
-        return __init__
-
-    wrap(OpenAIServingModels, "__init__", around)
 
 
 DEATH_CHECK_SECONDS = 1.0

@@ -68,8 +68,12 @@ def without_prefill_checkpoints(specs: dict[str, Any]) -> dict[str, Any]:
     """
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    none = {"num_prefill_checkpoint_blocks": 0, "prefill_checkpoint_alignment": None}
-    return {name: replace(spec, **none) if isinstance(spec, MambaSpec) else spec for name, spec in specs.items()}
+    def without(spec: Any) -> Any:
+        if not isinstance(spec, MambaSpec):
+            return spec
+        return replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
+
+    return {name: without(spec) for name, spec in specs.items()}
 
 
 @functools.cache

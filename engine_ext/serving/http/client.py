@@ -24,6 +24,7 @@ class NoteClient:
             key = bearer_key(next(found, b"").decode("latin-1"))
             current_call.set(Call(key, scope["app"].state.args.enable_prompt_tokens_details))
         elif scope["type"] == "lifespan":
-            application = scope["app"].state
-            front_state(application.engine_client).set_serving_models(application.openai_serving_models)
+            state = scope["app"].state
+            if state.engine_client is not None:  # else a server that only renders prompts
+                front_state(state.engine_client).set_serving_models(state.openai_serving_models)
         await self.app(scope, receive, send)

@@ -31,7 +31,8 @@ def application() -> FastAPI:
     return app
 
 
-def test_the_list_of_models_is_noted_when_the_application_starts(application):
+def start_and_stop(application: FastAPI) -> list[str]:
+    """The types of the messages that an application answers with."""
     received = [{"type": "lifespan.shutdown"}, {"type": "lifespan.startup"}]
     sent = []
 
@@ -42,11 +43,23 @@ def test_the_list_of_models_is_noted_when_the_application_starts(application):
         sent.append(message["type"])
 
     asyncio.run(application({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send))
-    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    return sent
+
+
+STARTED = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+def test_the_list_of_models_is_noted_when_the_application_starts(application):
+    assert start_and_stop(application) == STARTED
     state = front_state(application.state.engine_client)
     assert state.lora_adapters() == {"sql": 1}
     application.state.openai_serving_models.lora_requests["chat"] = 2
     assert state.lora_adapters() == {"sql": 1, "chat": 2}, "those loaded later too"
+
+
+def test_a_server_that_only_renders_prompts_starts(application):
+    application.state.engine_client = None  # as vLLM's init_render_app_state leaves it
+    assert start_and_stop(application) == STARTED
 
 
 def test_a_request_has_a_call_with_its_key(application):

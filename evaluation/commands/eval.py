@@ -24,8 +24,8 @@ from starling.evaluation.commands.measuring import (
 )
 from starling.evaluation.depth import compare_depths
 from starling.evaluation.figure import figure_png
-from starling.evaluation.options import EvalOptions, folder_setup, parse_options
 from starling.evaluation.plans import ALLOWED as ALLOWED_PLANS
+from starling.evaluation.prompt_options import EvalOptions, folder_setup, parse_options
 from starling.evaluation.prompts import distinct
 from starling.evaluation.report import Report, html_report, summary, terminal_tables, worst
 from starling.evaluation.runner import evaluate, key_of

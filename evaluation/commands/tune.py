@@ -24,13 +24,12 @@ from starling.evaluation.commands.measuring import (
     repeated,
     run_measurement,
 )
-from starling.evaluation.options import folder_setup, parse_options, without_secrets
+from starling.evaluation.prompt_options import folder_setup, parse_options, without_secrets
 from starling.evaluation.prompts import distinct
 from starling.evaluation.store import Store
 from starling.evaluation.tuning.candidates import chosen_candidates, default_candidates
 from starling.evaluation.tuning.halving import halves, measured_plans
 from starling.evaluation.tuning.measures import MEASURES
-from starling.evaluation.tuning.options import DEFAULT_LOGPROBS, TuneOptions
 from starling.evaluation.tuning.report import (
     TuneReport,
     candidate_results,
@@ -42,6 +41,7 @@ from starling.evaluation.tuning.report import (
     summary,
     terminal_table,
 )
+from starling.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
 from starling.evaluation.tuning.tuner import Trial, Tuner, find_page_size
 
 NOT_FOUND = 3

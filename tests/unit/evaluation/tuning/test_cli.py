@@ -16,8 +16,8 @@ from starling.evaluation import server
 from starling.evaluation.commands import tune as cli
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.tuning.halving import halves
-from starling.evaluation.tuning.options import TuneOptions
 from starling.evaluation.tuning.report import TuneReport
+from starling.evaluation.tuning.search_options import TuneOptions
 from tests.unit.evaluation.eval_runs import Page
 from tests.unit.evaluation.fake_server import served
 

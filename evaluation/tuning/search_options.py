@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from starling.evaluation.options import PromptOptions, without_secrets
 from starling.evaluation.plans import DENSE, parse_plan, with_dense
+from starling.evaluation.prompt_options import PromptOptions, without_secrets
 from starling.evaluation.prompts import read_own_prompts
 from starling.evaluation.tuning.bounds import LOSSLESS_DRAWS, least_prompts
 from starling.evaluation.tuning.measures import MEASURES, Measure, MeasureName

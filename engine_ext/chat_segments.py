@@ -37,13 +37,21 @@ NO_OFFSETS = "the tokenizer does not say at which characters tokens start (a fas
 NOT_SEPARATE = "the chat template does not render the first message as the beginning of the whole prompt"
 
 
+def generates(http_request: Any) -> bool:
+    """Whether a request of an OpenAI server generates, or only reads a prompt (/tokenize).
+
+    vLLM makes a request with `vllm_xargs` of each chat of a batch.
+    """
+    return hasattr(http_request, "vllm_xargs") or hasattr(http_request, "to_chat_completion_request")
+
+
 def note_chat_options(http_request: Any) -> None:
     """Note the options of a request of the OpenAI server before its chat is rendered.
 
-    A request that generates nothing (/tokenize), and beam search, have no star plan.
+    A request that generates nothing, and beam search, have no star plan.
     """
-    has_plan = hasattr(http_request, "vllm_xargs") and not getattr(http_request, "use_beam_search", False)
-    note_star((http_request.vllm_xargs or {}) if has_plan else {"star": "off"})
+    has_plan = generates(http_request) and not getattr(http_request, "use_beam_search", False)
+    note_star((getattr(http_request, "vllm_xargs", None) or {}) if has_plan else {"star": "off"})
 
 
 def auto_options(renderer: Any) -> StarOptions | None:

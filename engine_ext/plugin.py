@@ -14,11 +14,12 @@ from typing import Any
 
 from starling.engine_ext.models.registry import register_model_families
 from starling.vllm_compat.bench import add_bench_backend, is_bench
-from starling.vllm_compat.chat import on_chat_request, on_rendered_chat
+from starling.vllm_compat.chat import on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from starling.vllm_compat.engine_core import divide_kv_memory_check
 from starling.vllm_compat.front import (
     on_abort,
+    on_beam_search,
     on_encode,
     on_generate,
     on_openai_request,
@@ -52,10 +53,10 @@ def _hook_in() -> None:
     def after(engine_args: object, vllm_config: object) -> None:
         from starling.engine_ext.activation import after_engine_config
         from starling.engine_ext.call import sees_cached, without_cached
-        from starling.engine_ext.chat_segments import add_segments, note_chat_options, wants_segments
+        from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
         from starling.engine_ext.front.split_prefill import generate_split
         from starling.engine_ext.front.state import abort_split, state_of
-        from starling.engine_ext.requests import begin_beam_search, check_openai_request, plan_of_request
+        from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request, plan_of_request
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
             if request.sampling_params is not None:  # else a pooling request
@@ -68,6 +69,11 @@ def _hook_in() -> None:
             generated = generate_split(*request)
             return generated if sees_cached() else without_cached(generated)
 
+        def openai_request(http_request: Any) -> None:
+            if generates(http_request):
+                check_openai_request(http_request)
+            note_chat_options(http_request)
+
         after_engine_config(vllm_config)
         on_processed_request(resolve)
         on_request_output(plan_of_request)
@@ -75,8 +81,8 @@ def _hook_in() -> None:
             on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
             on_encode(with_salt)
             on_abort(abort_split)
-            on_openai_request(check_openai_request, begin_beam_search)
-            on_chat_request(note_chat_options)
+            on_openai_request(openai_request, check_names)
+            on_beam_search(begin_beam_search)
             on_rendered_chat(wants_segments, add_segments)
 
     def server_args(args: object) -> None:

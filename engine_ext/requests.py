@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -166,23 +166,25 @@ def _refuse_token_positions(params: Any) -> None:
             raise VLLMValidationError(str(error), parameter=name)
 
 
-def check_openai_request(http_request: Any) -> None:
-    """Refuse star options of an OpenAI request that stand where vLLM ignores them (raises VLLMValidationError)."""
+def check_names(names: Iterable[str]) -> None:
+    """Refuse star options among the fields of a request's JSON that vLLM ignores (raises VLLMValidationError)."""
     try:
-        refuse_at_top_level(http_request.model_extra or ())
+        refuse_at_top_level(names)
     except OptionError as error:
         raise rejection(error) from None
 
 
-def begin_beam_search(http_request: Any) -> None:
-    """Refuse star with beam search, which drops per-request options, and show one plan for each of its prompts.
+def check_openai_request(http_request: Any) -> None:
+    """Refuse star options of an OpenAI request where they would have no effect.
+
+    vLLM ignores them as fields of a request, and in `vllm_xargs` of one with beam search.
 
     Raises:
-        VLLMValidationError: the request asks for star.
+        VLLMValidationError: as above.
     """
-    call = current_call.get()
-    if call is not None:
-        call.max_plans = (call.max_plans or 0) + 1
+    check_names(http_request.model_extra or ())
+    if not getattr(http_request, "use_beam_search", False):
+        return
     given = {key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)}
     try:
         options = parse_options(given)
@@ -191,3 +193,10 @@ def begin_beam_search(http_request: Any) -> None:
             raise OptionError(name, given[name], BEAM, "star=off or star=auto")
     except OptionError as error:
         raise rejection(error) from None
+
+
+def begin_beam_search() -> None:
+    """Show one more plan of the current call: beam search makes a new prompt of each beam and token."""
+    call = current_call.get()
+    if call is not None:
+        call.max_plans = (call.max_plans or 0) + 1

@@ -103,8 +103,6 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
 
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
         cpu_impl.read_all_caches(reads_all_caches(vllm_config))
-        if vllm_config.model_config.is_hybrid:
-            without_prefill_checkpoints()
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
@@ -162,6 +160,11 @@ class StarWorker:
         unlink_shared_memory(self.rank)
         keep_request_ids(self.model_runner)
         return result
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        specs: dict[str, Any] = super().get_kv_cache_spec()  # type: ignore[misc]
+        is_cpu = self.vllm_config.device_config.device_type == "cpu"
+        return without_prefill_checkpoints(specs) if is_cpu else specs
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]

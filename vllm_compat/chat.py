@@ -9,19 +9,6 @@ from typing import Any
 from starling.vllm_compat.patching import Original, wrap
 
 
-def on_chat_request(callback: Callable[[Any], None]) -> None:
-    """Call ``callback(http_request)`` before an OpenAI server renders the messages of a request.
-
-    The renderer gets the messages without the request's own options. Goes when vLLM hands the request on.
-    """
-    from vllm.renderers.online_renderer import OnlineRenderer
-
-    @wrap(OnlineRenderer, "preprocess_chat")
-    async def preprocess_chat(original: Original, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        callback(request)
-        return await original(self, request, *args, **kwargs)
-
-
 def on_rendered_chat(
     wanted: Callable[[Any], bool], add: Callable[[Any, Sequence[Any], Any, dict[str, Any]], Awaitable[None]]
 ) -> None:

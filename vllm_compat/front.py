@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from starling.vllm_compat.admission import has_arrived, hide_requests
@@ -100,45 +99,45 @@ def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
         return original(self, prepare(self.input_processor, prompt), *args, **kwargs)
 
 
-def on_openai_request(check: Callable[[Any], None], begin_beam_search: Callable[[Any], None]) -> None:
-    """Call ``check(http_request)`` where an OpenAI request becomes sampling parameters, or those of a beam search.
+def on_openai_request(check: Callable[[Any], None], check_names: Callable[[Iterable[str]], None]) -> None:
+    """Call ``check(http_request)`` for the requests of an OpenAI server, before their prompts are rendered.
 
-    Before the latter, call ``begin_beam_search(http_request)`` too: BeamSearchParams carry no extra_args, so options in
-    `vllm_xargs` would be lost without a word. vLLM ignores unknown fields of a request's JSON, and its model of an
-    Anthropic request drops them: there ``check`` gets all names of the JSON, as its ``model_extra``. Goes when vLLM
-    refuses them, and when BeamSearchParams have extra_args.
+    Whatever a request is for, vLLM first asks whether the server has its model; only pooling requests are asked about
+    elsewhere. vLLM ignores unknown fields of a request's JSON, and its renderer and its BeamSearchParams get nothing of
+    `vllm_xargs`. Its model of an Anthropic request drops unknown fields: ``check_names`` gets the names of that JSON.
+    Goes when vLLM refuses unknown fields, and hands a request on to its renderer and its beam search.
     """
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
-    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+    from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.exceptions import VLLMValidationError
 
-    @wrap(ChatCompletionRequest, "to_sampling_params")
-    @wrap(CompletionRequest, "to_sampling_params")
-    @wrap(ResponsesRequest, "to_sampling_params")
-    def to_sampling_params(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self)
-        return original(self, *args, **kwargs)
-
-    @wrap(ChatCompletionRequest, "to_beam_search_params")
-    @wrap(CompletionRequest, "to_beam_search_params")
-    @wrap(TranscriptionRequest, "to_beam_search_params")
-    @wrap(TranslationRequest, "to_beam_search_params")
-    def to_beam_search_params(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self)
-        begin_beam_search(self)
-        return original(self, *args, **kwargs)
+    @wrap(BaseServing, "_check_model")
+    async def _check_model(original: Original, self: Any, request: Any) -> Any:
+        refusal = await original(self, request)
+        if refusal is None:
+            check(request)
+        return refusal
 
     @wrap(AnthropicServingMessages, "create_messages")
     async def create_messages(original: Original, self: Any, request: Any, raw_request: Any = None) -> Any:
         try:
-            check(SimpleNamespace(model_extra={} if raw_request is None else await raw_request.json()))
+            check_names(() if raw_request is None else await raw_request.json())
         except VLLMValidationError as error:
             return self.create_error_response(error)
         return await original(self, request, raw_request)
+
+
+def on_beam_search(callback: Callable[[], None]) -> None:
+    """Call ``callback()`` before a server searches beams of a prompt: once for each prompt of a request.
+
+    Goes when beams are told from prompts of clients (``mark_beams``).
+    """
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    @wrap(BeamSearchOnlineMixin, "beam_search")
+    def beam_search(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+        callback()
+        return original(self, *args, **kwargs)
 
 
 def on_request_output(plan_of: Callable[[Any], Any]) -> None:
@@ -161,20 +160,6 @@ def on_request_output(plan_of: Callable[[Any], Any]) -> None:
         if output is not None:
             output.star_plan = self.star_plan
         return output
-
-
-def on_serving_models(callback: Callable[[Any, Any], None]) -> None:
-    """Call ``callback(engine_client, serving_models)`` when an OpenAI server makes its list of models.
-
-    That list alone knows LoRA adapters by name, those loaded while the server runs included, and vLLM's application
-    keeps it to itself. Goes when the engine client lists adapters by name.
-    """
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-
-    @wrap(OpenAIServingModels, "__init__")
-    def __init__(original: Original, self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, engine_client, *args, **kwargs)
-        callback(engine_client, self)
 
 
 DEATH_CHECK_SECONDS = 1.0

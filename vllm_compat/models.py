@@ -55,23 +55,22 @@ def attention_spec(attention: Any, vllm_config: Any) -> Any:
 
 
 @touches("vllm.v1.kv_cache_interface.MambaSpec.{num_prefill_checkpoint_blocks, prefill_checkpoint_alignment}")
-def without_prefill_checkpoints() -> None:
-    """Let Mamba-2 layers keep states at the ends of chunks only, not within one. For CPU.
+def without_prefill_checkpoints(specs: dict[str, Any]) -> dict[str, Any]:
+    """The KV cache specs of a worker's layers, of which those with a state keep it at the ends of chunks only. For CPU.
 
-    With prefix caching, vLLM keeps the state at the last whole page of a prompt without ending a chunk there. Its CPU
-    op returns no such state, and a Triton kernel would store it: a CPU engine ends with the first prompt of more than a
-    page. Without these checkpoints vLLM ends a chunk at that page, as it does for gated delta nets. Goes when a CPU
-    engine of plain vLLM serves a Mamba-2 hybrid with prefix caching.
+    With prefix caching, vLLM keeps the state of a Mamba-2 layer at the last whole page of a prompt without ending a
+    chunk there. Its CPU op returns no such state, and a Triton kernel would store it: a CPU engine ends with the first
+    prompt of more than a page. Without these checkpoints vLLM ends a chunk at that page, as it does for gated delta
+    nets. Goes when a CPU engine of plain vLLM serves a Mamba-2 hybrid with prefix caching.
     """
-    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    @wrap(MambaMixer2, "get_kv_cache_spec")
-    def get_kv_cache_spec(original: Original, self: Any, vllm_config: Any) -> Any:
-        spec = original(self, vllm_config)
+    def without(spec: Any) -> Any:
         if not isinstance(spec, MambaSpec):
             return spec
         return replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
+
+    return {name: without(spec) for name, spec in specs.items()}
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from starling.engine_ext.calibration.gated_model import CalibrationError, GatedM
 from starling.engine_ext.calibration.scoring import Case, ScoredPrompt
 from starling.engine_ext.head_scores import checkpoint_digest, checkpoint_folder
 from starling.evaluation.commands.measuring import comma, make_console, make_prompts, progress_bars
-from starling.evaluation.options import Length, PromptOptions, parse_options
+from starling.evaluation.prompt_options import Length, PromptOptions, parse_options
 from starling.evaluation.tasks import GROUPS, TASKS
 from starling.evaluation.tokenizer import LocalTokenizer
 

@@ -20,8 +20,8 @@ from starling.evaluation.commands.measuring import (
 )
 from starling.evaluation.depth import compare_depths
 from starling.evaluation.figure import figure_png
-from starling.evaluation.options import EvalOptions, parse_options
 from starling.evaluation.plans import ALLOWED as ALLOWED_PLANS
+from starling.evaluation.prompt_options import EvalOptions, parse_options
 from starling.evaluation.report import Report, html_report, summary, terminal_tables, worst
 from starling.evaluation.runner import evaluate, key_of
 from starling.evaluation.statistics import compare, make_pairs

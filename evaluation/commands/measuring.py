@@ -32,7 +32,7 @@ from rich.progress import (
 
 from starling.evaluation.client import Client, ServerError, ServerFacts, naming
 from starling.evaluation.connection import refuse_key
-from starling.evaluation.options import PromptOptions, folder_setup
+from starling.evaluation.prompt_options import PromptOptions, folder_setup
 from starling.evaluation.prompts import Prompt, Tokenizer, distinct, own_prompt, read_own_prompts, task_prompts
 from starling.evaluation.server import StartError, served
 from starling.evaluation.store import Store, check_setup, locked, stored_setup

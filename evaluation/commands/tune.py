@@ -21,13 +21,12 @@ from starling.evaluation.commands.measuring import (
     repeated,
     run_measurement,
 )
-from starling.evaluation.options import parse_options, without_secrets
+from starling.evaluation.prompt_options import parse_options, without_secrets
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.report import terminal_table
 from starling.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
 from starling.evaluation.tuning.halving import halves, measured_plans
 from starling.evaluation.tuning.measures import MEASURES
-from starling.evaluation.tuning.options import DEFAULT_LOGPROBS, TuneOptions
 from starling.evaluation.tuning.report import (
     COLUMNS,
     TuneReport,
@@ -40,6 +39,7 @@ from starling.evaluation.tuning.report import (
     summary,
     table_rows,
 )
+from starling.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
 from starling.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_page_size
 
 NOT_FOUND = 3

@@ -264,3 +264,24 @@ def check_sizes(options: StarOptions, page_size: int | None) -> None:
     """Hold the sizes of a server's defaults against the KV page of its engine (raises OptionError)."""
     kept = {"mode", "block_size", "anchor_size", "overlap_size"}
     check_defaults(StarOptions(**options.model_dump(include=kept)), EngineFacts(page_size))
+
+
+def refused_options(options: StarOptions, engine: EngineFacts) -> list[str]:
+    """The options that no request can give by itself, whatever its prompt: each with the reason and what is allowed.
+
+    Args:
+        options: the server's defaults.
+    """
+    refused = []
+    asked = {"mode": "on", "overlap_size": engine.page_size or 1, "segments": "auto", "replicas": 2, "shards": "on"}
+    for field, value in asked.items():
+        request = options.model_copy(update={"mode": "on", field: value})
+        overlap_size = request.overlap_size or 0
+        case = Case(request, frozenset({field}), PromptFacts(0), engine, 2**62, overlap_size=overlap_size)
+        try:
+            check([rule for rule in RULES if rule.option == field], case)
+        except OptionError as error:
+            refused.append(str(error))
+            if field == "mode":
+                break
+    return refused

@@ -1,6 +1,9 @@
 """Requests to one `starling serve` process over HTTP and gRPC, and what is read from it."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 
@@ -67,3 +70,11 @@ def metrics(http, name: str) -> float:
 def running(http) -> float:
     """Number of requests that run in the engine."""
     return metrics(http, "vllm:num_requests_running")
+
+
+def example(name: str, *arguments: str) -> str:
+    """Run a program of examples/; returns its output."""
+    script = Path(__file__).resolve().parents[2] / "examples" / name
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -14,8 +14,7 @@ import pytest
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import serving
 from starling.scheduler.star.assignment import ReplicaState
-from tests.e2e.sockets import assert_sockets, documented_sockets, open_sockets
-from tests.e2e.test_replicas import (
+from tests.e2e.replicas import (
     ENGINE_OPTIONS,
     assert_same,
     complete,
@@ -30,6 +29,7 @@ from tests.e2e.test_replicas import (
     random_prompt,
     send,
 )
+from tests.e2e.sockets import assert_sockets, documented_sockets, open_sockets
 from tests.e2e.wait import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]

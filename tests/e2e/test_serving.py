@@ -6,16 +6,14 @@ import signal
 import subprocess
 import sys
 from itertools import chain
-from pathlib import Path
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
 from benchmarks.random_llama import SPECIAL
 from starling.v1 import inference_pb2 as pb
+from tests.e2e.refused import BAD, BAD_FIELDS, BAD_OVER_GRPC, BAD_SEGMENTS, refused_fields
 from tests.e2e.serving import (
     DENSE_KEYS,
     LONG,
@@ -26,6 +24,7 @@ from tests.e2e.serving import (
     PROMPT,
     STAR,
     body,
+    example,
     metrics,
     options,
     read,
@@ -128,43 +127,6 @@ def test_usage_counts_cached_tokens(generate):
     assert read(generate(request(cache_salt="another")))[2].usage.cached_tokens == 0
 
 
-BAD = {
-    "unknown": ({"star_blok": 128}, ["star_blok", "128", "no such star option", "star_block_size"]),
-    "text": ({"star_block_size": "big"}, ["star_block_size", "big", "whole number", "multiple of the KV page"]),
-    "list": ({"star_block_size": [128]}, ["star_block_size", "128", "whole number"]),
-    "a number": ({"star": 2}, ["star", "2", "one of off, on, auto"]),
-    "off the page": ({"star": "on", "star_block_size": 100}, ["star_block_size", "100", "32 tokens", "multiple of 32"]),
-    "A above B": (
-        {"star": "on", "star_block_size": 64, "star_anchor_size": 128},
-        ["star_anchor_size", "128", "larger than the star block of 64", "from 0 to 64"],
-    ),
-    "O above B": (
-        {"star": "on", "star_block_size": 64, "star_overlap_size": 96},
-        ["star_overlap_size", "96", "larger than the star block of 64", "from 0 to 64"],
-    ),
-    "long query": ({"star": "on", "star_query_tokens": 9000}, ["star_query_tokens", "9000", "prompt has only"]),
-    "negative": ({"star_query_tokens": -1}, ["star_query_tokens", "-1", "0 or more"]),
-    "not one token": (
-        {"star": "on", "star_segments": "several words"},
-        ["star_segments", "several words", "not one token", "the text of one token"],
-    ),
-    "nearly an option": ({"star": "on", "block_size": 64}, ["block_size", "did you mean star_block_size"]),
-    "offsets that do not ascend": (
-        {"star": "on", "star_segments": [4, 9, 7]},
-        ["star_segments", "(4, 9, 7)", "7 follows 9", "a list of token offsets"],
-    ),
-    "an offset behind the prompt": (
-        {"star": "on", "star_segments": [4, 9000]},
-        ["star_segments", "(4, 9000)", "9000 is not one of them"],
-    ),
-    "many offsets": (
-        {"star": "on", "star_segments": list(range(100_000))},
-        ["star_segments", "[0, 1, 2, 3, 4, 5, ...]", "it has 100000 elements"],
-    ),
-    "nested": ({"star": {"block_size": 64}}, ["vllm_xargs"]),  # vLLM refuses it
-}
-
-
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("path", PATHS)
@@ -175,19 +137,6 @@ def test_a_bad_option_gives_400(http, path, stream, bad):
     message = response.json()["error"]["message"]
     assert all(word in message for word in words), message
     assert http.get("/health").status_code == 200
-
-
-BAD_OVER_GRPC = ["off the page", "A above B", "O above B", "long query", "not one token"]
-BAD_SEGMENTS = {
-    "offsets that do not ascend": ({"segment_offsets": [4, 9, 7]}, "star.segment_offsets", "7 follows 9"),
-    "an offset behind the prompt": ({"segment_offsets": [4, 9000]}, "star.segment_offsets", "9000 is not one of them"),
-    "no chat": ({"segments": "auto"}, "star.segments", "the prompt is not a chat"),
-    "offsets beside auto": (
-        {"segment_offsets": [4], "segments": "auto"},
-        "star.segment_offsets",
-        "segments already says where documents start",
-    ),
-}
 
 
 @pytest.mark.parametrize("bad", BAD_OVER_GRPC)
@@ -209,47 +158,7 @@ def test_segments_that_can_not_be_used_give_invalid_argument(generate, bad):
     assert refused_fields(refused.value) == [field]
 
 
-def refused_fields(error: grpc.RpcError) -> list[str]:
-    """The fields in the BadRequest details of an error, which has status INVALID_ARGUMENT."""
-    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-    details = error_details_pb2.BadRequest()
-    assert rpc_status.from_call(error).details[0].Unpack(details)
-    return [violation.field for violation in details.field_violations]
-
-
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"star": pb.StarOptions(mode=9)}, "star.mode"),
-        ({"text": ""}, "text"),
-        ({"text": "x" * 9000}, "text"),
-        ({"text": "x" * 8192}, "text"),
-        ({"text": None, "token_ids": pb.TokenIds(ids=[9999])}, "token_ids"),
-        ({"text": None, "texts": pb.Texts()}, "texts"),
-        ({"text": None, "texts": pb.Texts(texts=["one"])}, "texts"),
-        ({"text": None, "texts": pb.Texts(texts=["one", ""])}, "texts"),
-        ({"text": None, "texts": pb.Texts(texts=["x"] * 9000)}, "texts"),
-        ({"cache_salt": "a/b"}, "cache_salt"),
-        ({"sampling": pb.SamplingParams(top_p=2)}, "sampling.top_p"),
-        ({"sampling": pb.SamplingParams(max_tokens=0)}, "sampling.max_tokens"),
-        ({"sampling": pb.SamplingParams(stop_token_ids=[9999])}, "sampling.stop_token_ids"),
-        ({"sampling": pb.SamplingParams(n=2, temperature=0)}, "sampling.n"),
-        ({"sampling": pb.SamplingParams(logprobs=21)}, "sampling.logprobs"),
-        ({"sampling": pb.SamplingParams(prompt_logprobs=21)}, "sampling.prompt_logprobs"),
-        ({"sampling": pb.SamplingParams(logit_bias={9999: 1})}, "sampling.logit_bias"),
-        ({"sampling": pb.SamplingParams(extra_args='{"star": "on"}')}, "sampling.extra_args"),
-        ({"sampling": {"structured_outputs": {"regex": "("}}}, "sampling.structured_outputs.regex"),
-        ({"sampling": {"structured_outputs": {"json_schema": "{"}}}, "sampling.structured_outputs.json_schema"),
-        ({"sampling": {"structured_outputs": {"json_schema": ""}}}, "sampling.structured_outputs.json_schema"),
-        (
-            {"sampling": {"structured_outputs": {"json_schema": '{"type": "string", "minLength": -1}'}}},
-            "sampling.structured_outputs.json_schema",
-        ),
-        ({"lora_name": "none"}, "lora_name"),
-        ({"priority": 1}, "priority"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize(("fields", "field"), BAD_FIELDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_other_bad_input_gives_invalid_argument(generate, fields, field):
     with pytest.raises(grpc.RpcError) as refused:
         read(generate(request(**fields)))
@@ -292,14 +201,6 @@ def test_the_request_of_a_killed_client_is_freed(server, http):
         client.wait()
     assert wait_until(lambda: running(http) == 0), "the request of a killed client still runs"
     assert metrics(http, "vllm:generation_tokens_total") - generated < LONG.max_tokens
-
-
-def example(name: str, *arguments: str) -> str:
-    """Run a program of examples/; returns its output."""
-    script = Path(__file__).resolve().parents[2] / "examples" / name
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_grpc_example_prints_the_plan(server, generate):

@@ -18,8 +18,7 @@ import pytest
 
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import serving
-from tests.e2e.test_replicas import (
-    CONCURRENT_TOLERANCE,
+from tests.e2e.replicas import (
     ENGINE_OPTIONS,
     PAGE_SIZE,
     REPLICAS,
@@ -31,14 +30,13 @@ from tests.e2e.test_replicas import (
     computed,
     computed_since,
     connect,
-    documents_of,
     metrics,
     options,
     post,
-    prompt_of_documents,
     random_prompt,
     send,
 )
+from tests.e2e.test_replicas import CONCURRENT_TOLERANCE, documents_of, prompt_of_documents
 from tests.e2e.wait import wait_until
 from tests.parity.harness import mask_of, reference_logprobs
 

@@ -11,6 +11,7 @@ from starling.attention_backends.kernels.contract import Layout
 from starling.attention_backends.kernels.triton import attention as triton_attention
 from starling.engine_ext.models import attamba
 from starling.vllm_compat.worker import metadata_builders
+from tests.parity.counted import counted
 
 RAN: Counter[str] = Counter()
 
@@ -19,24 +20,15 @@ def use_kernels(worker: Any) -> None:
     """To be called before the engine has cached anything, with Triton's interpreter."""
     for module in (attend, mix):
         module.built_op = lambda: None
-    mix.chunk_scan = counted(scan_kernel.chunk_scan)
-    attend.paged_attention = counted(triton_attention.paged_attention)
+    mix.chunk_scan = counted(scan_kernel.chunk_scan, RAN)
+    attend.paged_attention = counted(triton_attention.paged_attention, RAN)
     attamba.KvPages = functools.partial(attamba.KvPages, layout=Layout.PAGES)
     for layer in worker.get_model().layers:
         layer.attentive_ssm.states.kv_cache = layer.attentive_ssm.states.kv_cache  # forgets the views
         layer.attentive_ssm.window.kv_cache = layer.attentive_ssm.window.kv_cache
-        layer.attentive_ssm.mixers.decode = counted(layer.attentive_ssm.mixers.decode)
+        layer.attentive_ssm.mixers.decode = counted(layer.attentive_ssm.mixers.decode, RAN)
     for builder, _ in metadata_builders(worker.model_runner):
         builder.has_kernels = True
-
-
-def counted(function: Any) -> Any:
-    @functools.wraps(function)
-    def count(*args: Any, **kwargs: Any) -> Any:
-        RAN[function.__name__] += 1
-        return function(*args, **kwargs)
-
-    return count
 
 
 def check_kernels(worker: Any) -> None:

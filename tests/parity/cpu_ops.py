@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import Any
 
 from starling.attention_backends.kernels.cpu.selection import Op
 from starling.attention_backends.star import cpu_impl
+from tests.parity.counted import counted
 
 RAN: Counter[str] = Counter()
 
 
 def use_starlings(worker: Any) -> None:
     cpu_impl.select_op = lambda *_, **__: Op.STARLING
-    cpu_impl.paged_attention = counted(cpu_impl.paged_attention)
+    cpu_impl.paged_attention = counted(cpu_impl.paged_attention, RAN)
 
 
 def use_vllms(worker: Any) -> None:
@@ -26,12 +26,3 @@ def use_vllms(worker: Any) -> None:
 def check_vllms(worker: Any) -> None:
     """To be called after batches that vLLM's op ran."""
     assert not RAN
-
-
-def counted(function: Any) -> Any:
-    @functools.wraps(function)
-    def count(*args: Any, **kwargs: Any) -> Any:
-        RAN[function.__name__] += 1
-        return function(*args, **kwargs)
-
-    return count

@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
     """Print the report; returns the exit code: 0, or 2 for arguments that can't be used."""
     parser = argparse.ArgumentParser(
         prog="starling doctor",
-        description="Shows what is installed and what works here; with a model, what Star Attention does and costs.",
+        description="Shows what is installed and works here; with a model, what Star Attention does and costs, and "
+        "which options it refuses.",
         epilog="All options of `starling serve` are accepted behind the model, with the same effect as for the server.",
     )
     parser.add_argument("model", nargs="?", help="a model as `starling serve` takes it; before the server's options")
@@ -123,6 +124,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompts import chat_params
     from starling.scheduler.star.decide import needs_independent_blocks
+    from starling.scheduler.star.rules import refused_options
     from starling.scheduler.star.sizes import has_default_overlap
 
     args, _ = parse([model, *serve_options])
@@ -143,6 +145,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "kv_cache": cache,
         "star_defaults": star.model_dump(),
         "star_refused": refusals,
+        "options_refused": refused_options(star, engine),
         "documents": f"no: {'; '.join(engine.document_refusals)}" if engine.document_refusals else "yes, star_segments",
         "star_block_reuse": block_reuse(config, starling.scheduling, refusals, has_overlap),
     }

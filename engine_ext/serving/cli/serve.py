@@ -35,7 +35,7 @@ from starling.engine_ext.serving.grpc.prompts import chat_params
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import end_lost_connections
-from starling.vllm_compat.front import before_shutdown, on_serving_models
+from starling.vllm_compat.front import before_shutdown
 from starling.vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
@@ -172,7 +172,6 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     """
     host = args.host or LOOPBACK
     credentials = server_credentials(args)
-    on_serving_models(lambda engine, models: front_state(engine).set_serving_models(models))
     show_cached = args.enable_prompt_tokens_details
     options = (config_of(engine.vllm_config) or StarlingConfig()).replicas
     replica, key = None, os.environ.get(KEY_ENV) or None

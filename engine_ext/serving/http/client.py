@@ -1,4 +1,7 @@
-"""ASGI middleware: makes the Call of each request, in which the others note what they learn of it."""
+"""ASGI middleware: makes the Call of each request, in which the others note what they learn of it.
+
+When the application starts, it notes the application's list of models, which alone knows LoRA adapters by name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 from starling.engine_ext.call import Call, current_call
 from starling.engine_ext.clients import bearer_key
+from starling.engine_ext.front.state import front_state
 
 
 class NoteClient:
@@ -19,4 +23,8 @@ class NoteClient:
             found = (value for name, value in scope["headers"] if name.lower() == b"authorization")
             key = bearer_key(next(found, b"").decode("latin-1"))
             current_call.set(Call(key, scope["app"].state.args.enable_prompt_tokens_details))
+        elif scope["type"] == "lifespan":
+            state = scope["app"].state
+            if state.engine_client is not None:  # else a server that only renders prompts
+                front_state(state.engine_client).set_serving_models(state.openai_serving_models)
         await self.app(scope, receive, send)

@@ -347,7 +347,7 @@ def test_other_unknown_fields_of_a_requests_json_are_left_to_vllm():
 
 @pytest.mark.parametrize("given", [None, {"theirs": 1}, {"star": "off"}, {"star": "auto", "star_block_size": 64}])
 def test_beam_search_takes_requests_that_do_not_ask_for_star(given):
-    begin_beam_search(SimpleNamespace(vllm_xargs=given))
+    check_openai_request(SimpleNamespace(model_extra=None, vllm_xargs=given, use_beam_search=True))
 
 
 @pytest.mark.parametrize(
@@ -360,14 +360,14 @@ def test_beam_search_takes_requests_that_do_not_ask_for_star(given):
 )
 def test_beam_search_refuses_star(given, message):
     with pytest.raises(VLLMValidationError, match=message):
-        begin_beam_search(SimpleNamespace(vllm_xargs=given))
+        check_openai_request(SimpleNamespace(model_extra=None, vllm_xargs=given, use_beam_search=True))
 
 
 def test_beam_search_shows_one_plan_for_each_prompt(noted):
     """vLLM makes a new prompt of each beam and token: hundreds of headers break HTTP clients."""
     front = planner(ON)
     for prompt in (300, 500):
-        begin_beam_search(SimpleNamespace(vllm_xargs=None))
+        begin_beam_search()
         for length in range(prompt, prompt + 10):
             front.prepare({"type": "token", "prompt_token_ids": [1] * length}, SamplingParams())
     assert [plan["prompt_tokens"] for plan in noted.plans] == [300, 500]

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import json
-import os
-import re
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
-from html.parser import HTMLParser
 from importlib import util
-from pathlib import Path
 
 import pytest
 
 from starling.engine_ext.serving.cli.main import main
-from starling.evaluation import client as client_module
-from starling.evaluation import figure, runner, server
+from starling.evaluation import figure, server
 from starling.evaluation.commands import eval as cli
 from starling.evaluation.commands import measuring
 from starling.evaluation.report import Report
-from starling.evaluation.store import locked
-from tests.signals import ignored_by_children, kept_signals
+from tests.unit.evaluation.eval_runs import TASKS, Page, evaluate, knows
 from tests.unit.evaluation.fake_server import MAX_MODEL_LEN, served
 
-TASKS = ("--tasks", "vt,niah_single_1", "--lengths", "2000,3000", "--prompts-per-cell", "3", "--plan", "n/8")
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.0)
-    monkeypatch.setenv("COLUMNS", "300")
-    for name in ("OPENAI_API_KEY", "VLLM_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def knows(prompt: str, xargs: dict) -> str:
-    """Dense finds all variables and passcodes; star finds passcodes only, and answers with HTML."""
-    if "VAR" in prompt:
-        found = re.findall(r"VAR (\w+)", prompt)
-        return " ".join(dict.fromkeys(found))[:30] if xargs["star"] == "off" else "<script>alert(1)</script>"
-    return " ".join(re.findall(r"\d{7}", prompt))
-
-
-def evaluate(fake, out: Path, *options: str) -> int:
-    return cli.run(["--base-url", fake.url, *(options or TASKS), "--out", str(out)])
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 def test_a_run_writes_results_that_a_second_run_finds(tmp_path, capsys):
@@ -101,22 +66,6 @@ def test_another_format_is_refused_before_a_server_starts_and_another_model_afte
     (tmp_path / "setup.json").write_text("[1]")
     assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
     assert "setup.json is damaged" in capsys.readouterr().err
-
-
-class Page(HTMLParser):
-    """The tags of a page, and everything that would load something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags, self.loads, self.text = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def test_the_html_report_escapes_texts_and_loads_nothing(tmp_path):
@@ -270,97 +219,12 @@ def test_what_a_server_can_not_do(tmp_path, capsys, settings, options, code, rea
     assert reason in capsys.readouterr().err
 
 
-def test_a_failure_says_how_to_go_on_and_keeps_what_was_answered(tmp_path, capsys):
-    asked = []
-
-    def fail(body: dict) -> tuple[int, str] | None:
-        asked.append(body)
-        return (500, "gone") if len(asked) > 10 else None
-
-    with served(answer=knows, fail=fail) as fake:
-        assert evaluate(fake, tmp_path) == 1
-        assert "failed 4 times" in (error := capsys.readouterr().err)
-        assert "the same command goes on from there" in error
-        fake.fail = lambda body: None
-        assert evaluate(fake, tmp_path) == 0
-    assert "found 9 of 24 answers" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("settings", [{"starling": False}, {}])
 def test_what_a_server_can_not_do_is_refused_before_prompts_are_made(tmp_path, settings):
     options = ("--tasks", "vt", "--plan", "n/8") if settings else ("--tasks", "vt", "--lengths", "120000")
     with served(templated=False, **settings) as fake:
         assert evaluate(fake, tmp_path, *options) == (1 if settings else 2)
         assert len(fake.keys) == len(["models", "tokenize", "completion", "version"])
-
-
-def holding_the_sixth() -> tuple[Callable[[dict], None], threading.Event, threading.Event]:
-    """What a server does with each completion: the sixth sets the first event, and waits for the second."""
-    asked, reached, go_on = [], threading.Event(), threading.Event()
-
-    def fail(body: dict) -> None:
-        asked.append(body)
-        if len(asked) == 6:
-            reached.set()
-            go_on.wait(600)
-
-    return fail, reached, go_on
-
-
-@pytest.mark.parametrize("ignored", [(), (signal.SIGINT,)], ids=["none ignored", "SIGINT ignored"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_whole_lines_and_the_next_run_goes_on(tmp_path, number, ignored):
-    """The server holds the sixth completion until the signal was sent. A background job of a script ignores SIGINT."""
-    if number in ignored:
-        pytest.skip("it has no effect")
-    fail, reached, go_on = holding_the_sixth()
-
-    with served(answer=knows, fail=fail) as fake:
-        command = [sys.executable, "-m", "starling.engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
-        with ignored_by_children(ignored):
-            process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        assert reached.wait(300)
-        process.send_signal(number)
-        _, error = process.communicate(timeout=300)
-        go_on.set()
-        assert process.returncode == 130
-        assert "starling eval: interrupted" in error and "Traceback" not in error
-        assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
-        assert evaluate(fake, tmp_path) == 0
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 24
-
-
-def raise_interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN, raise_interrupt])
-def test_a_signal_within_a_task_is_no_exception_of_it(tmp_path, monkeypatch, capsys, caplog, handler):
-    """Whatever SIGINT does in this process."""
-
-    async def ask(*_) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        await asyncio.sleep(600)
-
-    monkeypatch.setattr(runner, "ask", ask)
-    with served(answer=knows) as fake, kept_signals():
-        signal.signal(signal.SIGINT, handler)
-        assert evaluate(fake, tmp_path) == 130
-    gc.collect()  # asyncio logs the exception of a task that nobody has asked for when the task is gone
-    assert "starling eval: interrupted" in capsys.readouterr().err
-    assert caplog.records == []
-
-
-def test_a_run_under_nohup_goes_on_when_the_user_logs_out(tmp_path):
-    fail, reached, go_on = holding_the_sixth()
-
-    with served(answer=knows, fail=fail) as fake, ignored_by_children([signal.SIGHUP]):
-        command = [sys.executable, "-m", "starling.engine_ext.serving.cli.main", "eval", "--base-url", fake.url, *TASKS]
-        process = subprocess.Popen([*command, "--out", str(tmp_path)])
-        assert reached.wait(300)
-        process.send_signal(signal.SIGHUP)
-        go_on.set()
-        assert process.wait(300) == 0
 
 
 def test_equal_prompts_count_once(tmp_path, capsys):
@@ -394,28 +258,6 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path, capsys, name):
     assert f"out='{tmp_path / name}' is refused: " in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_ends_the_run_with_a_message(tmp_path, capsys):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with served(answer=knows) as fake:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-        try:
-            assert evaluate(fake, tmp_path) == 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        error = capsys.readouterr().err
-        assert "File too large" in error and "the same command goes on from there" in error
-        assert evaluate(fake, tmp_path) == 0
-
-
-def test_a_folder_in_use_is_refused_before_a_server_starts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(server.sys, "executable", "/bin/false")
-    (tmp_path / "server.log").write_text("of the process that uses it")
-    with locked(tmp_path):
-        assert cli.run(["some/model", *TASKS, "--out", str(tmp_path)]) == 2
-    assert "another process uses it" in capsys.readouterr().err
-    assert (tmp_path / "server.log").read_text() == "of the process that uses it"
-
-
 def test_a_log_has_whole_rows_and_lines_of_progress_in_place_of_bars(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS")
     with served(answer=knows) as fake:
@@ -435,44 +277,3 @@ def test_the_key_of_the_environment_is_sent_and_written_nowhere(tmp_path, monkey
         assert evaluate(fake, tmp_path) == 0
         assert set(fake.keys) == {"Bearer very-secret"}
     assert not any(b"very-secret" in path.read_bytes() for path in tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("variable", "target"), [("OPENAI_API_KEY", ("--base-url", "http://x")), ("VLLM_API_KEY", ("some/model",))]
-)
-def test_a_key_that_can_not_be_sent_is_refused_before_a_server_starts(tmp_path, monkeypatch, capsys, variable, target):
-    monkeypatch.setattr(server.sys, "executable", "/bin/false")
-    monkeypatch.setenv(variable, "very-secret\n")
-    assert cli.run([*target, *TASKS, "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert f"the key of {variable} is refused: not all of it is printable ASCII" in error and "secret" not in error
-
-
-def test_a_server_that_ends_at_its_start_is_reported_with_its_log(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(server.sys, "executable", "/bin/false")
-    assert cli.run(["some/model", "--tasks", "vt", "--out", str(tmp_path)]) == 1
-    assert "`starling serve` ended with exit code 1" in capsys.readouterr().err
-    assert (tmp_path / "server.log").exists()
-
-
-def test_the_child_is_stopped_when_the_block_ends(tmp_path, monkeypatch):
-    """A child that ignores SIGTERM is killed."""
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\ntrap '' TERM\necho $$ \"$@\"\nwhile :; do sleep 0.1; done\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(server.sys, "executable", str(script))
-    monkeypatch.setattr(server, "STOP_SECONDS", 0.2)
-    log = tmp_path / "log"
-
-    def wait(process, base_url, path) -> None:
-        while not log.read_text().endswith("\n"):
-            time.sleep(0.01)
-
-    monkeypatch.setattr(server, "wait_until_ready", wait)
-    with server.served("some/model", ["--dtype", "float32"], log) as url:
-        pid, *command = log.read_text().split()
-    assert command[:3] == ["-m", "starling.engine_ext.serving.cli.tied", str(os.getpid())]
-    assert command[3:7] == ["serve", "some/model", "--dtype", "float32"]
-    assert command[7:] == ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid), 0)

@@ -10,7 +10,6 @@ import pytest
 from vllm.renderers import TokenizeParams
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.hf import HfRenderer
-from vllm.renderers.online_renderer import OnlineRenderer
 
 from starling.vllm_compat import chat
 
@@ -22,28 +21,12 @@ def test_the_names_that_are_hooked_are_there():
     rendering = inspect.signature(BaseRenderer.render_chat_async).parameters
     assert list(rendering)[:4] == ["self", "conversations", "chat_params", "tok_params"]
     assert HfRenderer.render_chat_async is BaseRenderer.render_chat_async
-    assert list(inspect.signature(OnlineRenderer.preprocess_chat).parameters)[:3] == ["self", "request", "messages"]
 
 
 def test_the_hooks_are_still_needed():
     """Fails when vLLM hands the request, or the borders of its messages, on: then a hook can go."""
     names = inspect.signature(BaseRenderer.render_chat_async).parameters.keys()
     assert names == {"self", "conversations", "chat_params", "tok_params", "prompt_extras", "skip_mm_cache"}
-
-
-def test_a_request_is_seen_before_its_messages_are_rendered(monkeypatch):
-    events = []
-
-    async def preprocess_chat(self, request, messages, **kwargs):
-        events.append(("rendered", request, messages, kwargs))
-        return "engine inputs"
-
-    monkeypatch.setattr(OnlineRenderer, "preprocess_chat", preprocess_chat)
-    for _ in range(2):
-        chat.on_chat_request(lambda request: events.append(("seen", request)))
-    renderer = object.__new__(OnlineRenderer)
-    assert asyncio.run(renderer.preprocess_chat("request", ["messages"], tool_dicts=None)) == "engine inputs"
-    assert events == [("seen", "request"), ("rendered", "request", ["messages"], {"tool_dicts": None})]
 
 
 @pytest.mark.parametrize("wanted", [True, False])

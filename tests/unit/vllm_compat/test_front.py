@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
-from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+from vllm.entrypoints.scale_out.render.serving import ServingRender
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.entrypoints.speech_to_text.base.serving import SpeechToTextBaseServing
 from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, output_processor
@@ -110,36 +113,58 @@ def test_the_responses_api_over_another_engine_client_is_vllms(hooked):
     assert hooked == []
 
 
-BEAM_REQUESTS = [ChatCompletionRequest, CompletionRequest, TranscriptionRequest, TranslationRequest]
+@pytest.fixture
+def serving(monkeypatch):
+    """A serving class that asks for a request's model as vLLM's own do."""
+
+    async def check_model(self, request):
+        return None if request.model == "served" else "no such model"
+
+    monkeypatch.setattr(BaseServing, "_check_model", check_model)
+    monkeypatch.setattr(AnthropicServingMessages, "create_messages", lambda self, request, raw_request: None)
+    return object.__new__(type("Serving", (BaseServing,), {}))
 
 
-OPENAI_REQUESTS = [ChatCompletionRequest, CompletionRequest, ResponsesRequest]
+@pytest.mark.parametrize(("model", "answer"), [("served", None), ("another", "no such model")])
+def test_an_openai_request_is_checked_once_its_model_is_there(serving, model, answer):
+    checked = []
+    for _ in range(2):
+        front.on_openai_request(checked.append, lambda names: None)
+    request = CompletionRequest.model_construct(model=model)
+    assert asyncio.run(serving._check_model(request)) == answer
+    assert checked == ([request] if answer is None else [])
 
 
-@pytest.mark.parametrize("kind", [*BEAM_REQUESTS, ResponsesRequest])
-def test_an_openai_request_is_checked_before_it_becomes_parameters(monkeypatch, kind):
-    checked, beams = [], []
-    for each in BEAM_REQUESTS:
-        monkeypatch.setattr(each, "to_beam_search_params", lambda self, *args: args)
-    for each in OPENAI_REQUESTS:
-        monkeypatch.setattr(each, "to_sampling_params", lambda self, *args: args)
-    front.on_openai_request(checked.append, beams.append)
-    request = kind.model_construct()
-    if kind in BEAM_REQUESTS:
-        assert request.to_beam_search_params(1, 2) == (1, 2)
-        assert checked == beams == [request]
-    if kind in OPENAI_REQUESTS:
-        checked.clear(), beams.clear()
-        assert request.to_sampling_params(1, 2) == (1, 2)
-        assert (checked, beams) == ([request], [])
+@pytest.mark.parametrize(
+    "function",
+    [
+        OpenAIServingChat.render_chat_request,
+        OpenAIServingChatBatch.render_batch_chat_request,
+        OpenAIServingCompletion.render_completion_request,
+        OpenAIServingResponses._create_responses,
+        ServingRender.render_chat_request,
+        ServingRender.render_completion_request,
+        ServingRender.render_responses_request,
+        ServingTokenization.create_tokenize,
+        SpeechToTextBaseServing._create_speech_to_text,
+    ],
+    ids=lambda function: function.__qualname__,
+)
+def test_whatever_renders_a_prompt_first_asks_for_the_model(function):
+    """A way past the question would be a way past the check of star options."""
+    _, first, _ = inspect.getsource(function).split("await ", 2)
+    assert first.startswith("self._check_model(request)")
+    assert "_check_model" not in vars(function.__globals__[function.__qualname__.split(".")[0]])
 
 
-def test_the_list_of_models_is_seen_when_it_is_made(monkeypatch):
+def test_a_beam_search_is_seen_for_each_prompt(monkeypatch):
     seen = []
-    monkeypatch.setattr(OpenAIServingModels, "__init__", lambda self, *args, **keywords: None)
-    front.on_serving_models(lambda *args: seen.append(args))
-    models = OpenAIServingModels("client", "paths")
-    assert seen == [("client", models)]
+    monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", lambda self, *args, **keywords: (args, keywords))
+    for _ in range(2):
+        front.on_beam_search(lambda: seen.append("prompt"))
+    search = object.__new__(type("Serving", (BeamSearchOnlineMixin,), {}))
+    assert search.beam_search("prompt", request_id="me") == (("prompt",), {"request_id": "me"})
+    assert seen == ["prompt"]
 
 
 # Calls to engine cores.
@@ -349,7 +374,7 @@ def test_each_output_of_a_request_has_its_plan(monkeypatch):
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_an_anthropic_request_is_checked_by_the_names_of_its_json(monkeypatch, refused):
+def test_an_anthropic_request_is_checked_by_the_names_of_its_json(serving, monkeypatch, refused):
     """vLLM's model of it drops unknown fields."""
 
     async def create_messages(self, request, raw_request):
@@ -358,18 +383,14 @@ def test_an_anthropic_request_is_checked_by_the_names_of_its_json(monkeypatch, r
     async def read():
         return {"model": "m", "star": "on"}
 
-    def check(request):
-        assert request.model_extra == {"model": "m", "star": "on"}
+    def check_names(names):
+        assert set(names) == {"model", "star"}
         if refused:
             raise VLLMValidationError("star is refused")
 
     monkeypatch.setattr(AnthropicServingMessages, "create_messages", create_messages)
     monkeypatch.setattr(AnthropicServingMessages, "create_error_response", lambda self, error: str(error))
-    for each in BEAM_REQUESTS:
-        monkeypatch.setattr(each, "to_beam_search_params", lambda self, *args: args)
-    for each in OPENAI_REQUESTS:
-        monkeypatch.setattr(each, "to_sampling_params", lambda self, *args: args)
-    front.on_openai_request(check, check)
-    serving = object.__new__(AnthropicServingMessages)
-    answer = asyncio.run(serving.create_messages("request", SimpleNamespace(json=read)))
+    front.on_openai_request(lambda request: None, check_names)
+    messages = object.__new__(AnthropicServingMessages)
+    answer = asyncio.run(messages.create_messages("request", SimpleNamespace(json=read)))
     assert answer == ("star is refused" if refused else "request")

@@ -13,7 +13,6 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import BeamSearchParams
 
 from starling.engine_ext.call import Call, current_call
-from starling.engine_ext.requests import begin_beam_search
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, Server
 from tests.unit.scheduler.simulation import random_ids
@@ -54,7 +53,6 @@ def test_beams_over_http_run_dense_and_compute_nothing_again(simulate):
     async def scenario(server):
         noted = Call()
         token = current_call.set(noted)
-        begin_beam_search(SimpleNamespace(vllm_xargs=None))
         await search_online(server)
         current_call.reset(token)
         requests = [request for replica in server.replicas for request in replica.requests.values()]

@@ -1,7 +1,8 @@
-"""Prompts split over simulated replicas: what each replica computes, which pages it holds, and how requests end.
+"""Prompts split over simulated replicas: what each replica computes, and which pages it holds.
 
 The simulation's fingerprints check every KV page that is read: a wrong page, or one that is no longer held, fails the
-step that reads it. Prompts whose KV stays on its replicas have a file of their own.
+step that reads it. Prompts whose KV stays on its replicas, and the ends of
+requests, have files of their own.
 """
 
 from __future__ import annotations
@@ -12,19 +13,13 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from vllm.exceptions import QueueOverflowError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.sampling_params import RequestOutputKind
 
 from starling.engine_ext.front import end_of_reads, engine_replica
-from starling.engine_ext.front.replica_rpc import ReplicaTimeout
-from starling.engine_ext.front.split_prefill import planned_split
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.requests import PLANNED
-from starling.replicas.core_rpc import RELEASE, REPLICA_STATE
+from starling.replicas.core_rpc import REPLICA_STATE
 from starling.scheduler.star.client_tokens import pad
-from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
 from tests.unit.engine_ext.front.simulation import (
@@ -33,10 +28,9 @@ from tests.unit.engine_ext.front.simulation import (
     STAR,
     TOKENS,
     Server,
-    both_parts_run,
     whole_requests,
 )
-from tests.unit.engine_ext.front.virtual_time import now, until
+from tests.unit.engine_ext.front.virtual_time import until
 from tests.unit.scheduler.simulation import random_ids
 
 WHOLE = (480, 522)
@@ -300,57 +294,6 @@ def test_replicas_with_different_pages_are_refused_with_both_layouts(simulate):
     simulate(scenario)
 
 
-# How requests end.
-
-
-@pytest.mark.parametrize("star", [STAR, SHARDS], ids=["fetched", "shards"])
-def test_a_cancel_in_the_middle_ends_every_part(simulate, star):
-    async def scenario(server):
-        running = asyncio.create_task(server.generate(TOKENS, star))
-        await both_parts_run(server)
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-        assert not whole_requests(server)
-
-    simulate(scenario)
-
-
-def test_an_abort_by_id_ends_the_request(simulate):
-    async def scenario(server):
-        running = asyncio.create_task(server.generate(TOKENS, STAR))
-        await both_parts_run(server)
-        await server.engine.abort("me")
-        (output,) = await running
-        assert output.outputs[0].finish_reason == "abort"
-        assert not whole_requests(server)
-
-    simulate(scenario)
-
-
-def test_a_part_that_fails_ends_the_others_and_its_error_is_raised(simulate):
-    async def scenario(server):
-        server.client.refused[1] = RuntimeError("no")
-        with pytest.raises(RuntimeError, match="no"):
-            await server.generate(TOKENS, STAR)
-        assert not whole_requests(server)
-        assert server.work()[0] != [(0, 320)], "the part is complete"
-
-    simulate(scenario)
-
-
-def test_a_dead_engine_is_not_called_to_release(simulate):
-    async def scenario(server):
-        running = asyncio.create_task(server.generate(TOKENS, STAR))
-        await both_parts_run(server)
-        server.client.die()
-        with pytest.raises(EngineDeadError):
-            await running
-        assert server.calls(RELEASE) == []
-
-    simulate(scenario)
-
-
 def test_parts_have_ids_of_their_own_where_vllm_leaves_ids_as_they_are(simulate, monkeypatch):
     monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
 
@@ -360,114 +303,6 @@ def test_parts_have_ids_of_their_own_where_vllm_leaves_ids_as_they_are(simulate,
         assert len(server.work()[1]) == 2, "the other replica has computed the anchor and its part"
 
     simulate(scenario)
-
-
-def test_a_full_server_refuses_before_anything_is_computed(simulate, server_config, monkeypatch):
-    monkeypatch.setattr(server_config.scheduler_config, "max_num_queued_reqs", 0)
-
-    async def scenario(server):
-        with pytest.raises(QueueOverflowError):
-            await server.generate(TOKENS, STAR)
-        assert server.client.calls == []
-
-    simulate(scenario)
-
-
-# Replicas that do not answer.
-
-
-def test_the_part_of_a_replica_that_hangs_is_computed_by_another_one(simulate):
-    """The whole prompt goes to a replica that answers, and so do the next ones, until the replica is back."""
-
-    async def scenario(server):
-        hanging = server.replicas[0]
-        timeout = front_state(server.engine).replica_rpc.timeout
-        running = asyncio.create_task(server.generate(TOKENS, STAR))
-        await both_parts_run(server)
-        hanging.running.clear()
-        assert (await running)[-1].finished
-        assert timeout < now() < timeout + 10
-        (whole,) = whole_requests(server, 1)
-        assert metadata_of(whole).fetch is None
-
-        started = now()
-        other = random_ids(1, 520)
-        await server.generate(other, STAR)
-        assert now() - started < timeout / 2, "the replica that still owes an answer is not called again"
-        assert [len(whole_requests(server, rank)) for rank in range(3)] == [0, 2, 0]
-        assert metadata_of(whole_requests(server, 1)[1]).fetch is not None
-
-        hanging.running.set()
-        await asyncio.sleep(1)
-        await server.generate(random_ids(2, 520), STAR)
-        assert len(whole_requests(server, 0)) == 1
-
-    simulate(scenario)
-
-
-def test_a_response_does_not_wait_for_a_replica_that_hangs_at_the_end(simulate):
-    async def scenario(server):
-        running = asyncio.create_task(server.generate(TOKENS, STAR))
-        await until(lambda: whole_requests(server) and whole_requests(server)[0].num_output_tokens)
-        server.replicas[1].running.clear()
-        started = now()
-        assert (await running)[-1].finished
-        assert now() - started < 3
-        assert server.replicas[1].held
-        server.replicas[1].running.set()
-
-    simulate(scenario)
-
-
-def test_no_replica_answers(simulate):
-    async def scenario(server):
-        for replica in server.replicas:
-            replica.running.clear()
-        with pytest.raises(ReplicaTimeout, match="replica 0 has not answered for 30 s"):
-            await server.generate(TOKENS, STAR)
-        for replica in server.replicas:
-            replica.running.set()
-
-    simulate(scenario)
-
-
-# Which prompts are split.
-
-PLAN = StarPlan(64, 64, 0, 500, 520, 2)
-PROMPT = {"type": "token", "prompt_token_ids": TOKENS, PLANNED: Decision(PLAN, None, 520, TOKENS)}
-
-
-def test_a_plan_for_several_replicas_is_split():
-    assert planned_split(PROMPT, SamplingParams(), {}) is PROMPT[PLANNED]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "params", "keywords"),
-    [
-        ("text", SamplingParams(), {}),
-        (PROMPT | {"type": "multimodal"}, SamplingParams(), {}),
-        (PROMPT, SamplingParams(prompt_logprobs=1), {}),
-        (PROMPT, SamplingParams(skip_reading_prefix_cache=True), {}),
-        (PROMPT, SamplingParams(), {"data_parallel_rank": 1}),
-        (PROMPT, SimpleNamespace(), {}),
-        ({"type": "token", "prompt_token_ids": TOKENS}, SamplingParams(), {}),
-        (PROMPT | {PLANNED: Decision(None, "dense", 520, TOKENS)}, SamplingParams(), {}),
-        (PROMPT | {PLANNED: Decision(StarPlan(64, 64, 0, 500, 520), None, 520, TOKENS)}, SamplingParams(), {}),
-    ],
-    ids=[
-        "raw text",
-        "images",
-        "prompt logprobs",
-        "no cache",
-        "a rank of its own",
-        "pooling",
-        "not planned",
-        "dense",
-        "one replica",
-    ],
-)
-def test_all_other_requests_are_vllms(prompt, params, keywords):
-    assert planned_split(prompt, params, keywords) is None
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -12,23 +12,16 @@ import pytest
 from starling.config.entry import parse_config
 from starling.engine_ext.serving.cli.main import main
 from starling.engine_ext.serving.cli.serve_args import parse as parse_serve
-from starling.evaluation import client as client_module
 from starling.evaluation import server
 from starling.evaluation.commands import tune as cli
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.tuning.halving import halves
-from starling.evaluation.tuning.options import TuneOptions
 from starling.evaluation.tuning.report import TuneReport
+from starling.evaluation.tuning.search_options import TuneOptions
+from tests.unit.evaluation.eval_runs import Page
 from tests.unit.evaluation.fake_server import served
-from tests.unit.evaluation.test_cli import Page
 
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.0)
-    monkeypatch.setenv("COLUMNS", "300")
-    for name in ("OPENAI_API_KEY", "VLLM_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 @pytest.fixture

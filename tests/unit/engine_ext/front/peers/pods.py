@@ -10,6 +10,7 @@ from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
+from starling.scheduler.star.request_metadata import KEY as METADATA
 from tests.unit.engine_ext.front.simulation import STAR, Server
 
 KEY = "the key of the peers"
@@ -52,3 +53,15 @@ async def held_by(pod: Pod) -> None:
 def session_of(pod: Pod) -> PeerReplica:
     """The call to a pod's one peer, for its one prompt."""
     return pod.state.split_requests._requests[0].replicas[1]
+
+
+def stop_before_the_whole_request(pod: Pod) -> None:
+    """Stop a pod's engine when the front hands it a request that fetches pages, before it takes the request in."""
+    add_request = pod.server.client.add_request_async
+
+    async def stop_and_add(request) -> None:
+        if "fetch" in request.sampling_params.extra_args.get(METADATA, ()):
+            pod.replica.running.clear()
+        await add_request(request)
+
+    pod.server.client.add_request_async = stop_and_add

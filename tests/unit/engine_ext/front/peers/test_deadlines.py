@@ -12,8 +12,8 @@ from starling.engine_ext.front.peer_replica import PeerLost, PeerReplica
 from starling.engine_ext.serving.grpc import replica as replica_service
 from starling.replicas import clock
 from starling.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH
-from starling.scheduler.star.request_metadata import KEY, metadata_of
-from tests.unit.engine_ext.front.peers.pods import AUTO, TIMEOUT, Pod, session_of, until
+from starling.scheduler.star.request_metadata import metadata_of
+from tests.unit.engine_ext.front.peers.pods import AUTO, TIMEOUT, session_of, stop_before_the_whole_request, until
 from tests.unit.engine_ext.front.simulation import TOKENS, whole_requests
 from tests.unit.scheduler.simulation import random_ids
 
@@ -32,18 +32,6 @@ def lease_clock(monkeypatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(clock, "now", made.now)
     return made
-
-
-def stop_before_the_whole_request(pod: Pod) -> None:
-    """Stop a pod's engine when the front hands it a request that fetches pages, before it takes the request in."""
-    add_request = pod.server.client.add_request_async
-
-    async def stop_and_add(request) -> None:
-        if "fetch" in request.sampling_params.extra_args.get(KEY, ()):
-            pod.replica.running.clear()
-        await add_request(request)
-
-    pod.server.client.add_request_async = stop_and_add
 
 
 def test_a_server_that_stands_still_until_its_peer_has_freed_the_pages_reads_none(run_pods, lease_clock, monkeypatch):

@@ -18,9 +18,17 @@ from starling.engine_ext.front.replica_rpc import ReplicaTimeout
 from starling.engine_ext.serving.grpc import replica as replica_service
 from starling.replicas.core_rpc import CANCEL_FETCH, RELEASE
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import KEY
 from starling.v1 import replica_pb2 as pb
-from tests.unit.engine_ext.front.peers.pods import ADDRESS, AUTO, TIMEOUT, Pod, held_by, session_of, until
+from tests.unit.engine_ext.front.peers.pods import (
+    ADDRESS,
+    AUTO,
+    TIMEOUT,
+    Pod,
+    held_by,
+    session_of,
+    stop_before_the_whole_request,
+    until,
+)
 from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS, sent
 from tests.unit.scheduler.simulation import random_ids
 
@@ -81,14 +89,7 @@ def test_a_peer_does_not_hold_pages_for_a_server_that_is_paused(run_pods, moment
     """The prompt is computed where it was asked for, once that server's operator resumes it."""
 
     async def scenario(a, b):
-        add_request = a.server.client.add_request_async
-
-        async def stop_and_add(request) -> None:
-            if "fetch" in request.sampling_params.extra_args.get(KEY, ()):
-                a.replica.running.clear()
-            await add_request(request)
-
-        a.server.client.add_request_async = stop_and_add
+        stop_before_the_whole_request(a)
         running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
         if moment == "during its part":
             await until(lambda: a.replica.work)

@@ -126,6 +126,8 @@ def test_what_an_attamba_models_cache_holds(tmp_path):
 def test_what_is_refused_and_why(model):
     report = examine(model, "--prompt-tokens", "3000", "--kv-sharing-fast-prefill")
     assert any("fast prefill" in reason for reason in report["star_refused"])
+    (refusal,) = report["options_refused"]
+    assert refusal.startswith("star='on' is refused: ") and "fast prefill" in refusal
     assert report["star_block_reuse"] == "no: Star Attention is refused"
     assert report["prompt"]["plan_with_star_on"] is None
 
@@ -194,7 +196,9 @@ def test_tables_show_brackets_as_they_are():
 def test_the_help_says_that_the_model_comes_first(capsys):
     with pytest.raises(SystemExit):
         doctor.run(["--help"])
-    assert "before the server's options" in " ".join(capsys.readouterr().out.split())
+    words = " ".join(capsys.readouterr().out.split())
+    assert "before the server's options" in words
+    assert "which options it refuses" in words
 
 
 def test_tables(model, capfd):
@@ -202,6 +206,8 @@ def test_tables(model, capfd):
     output = capfd.readouterr().out
     assert "bytes per token" in output
     assert "star blocks: 5" in output
+    words = " ".join(output.replace("│", " ").split())
+    assert "options refused" in words and "star_replicas=2 is refused: this server has 1" in words
 
 
 def test_the_page_of_a_hybrid_model_takes_as_much_memory_as_a_state(tmp_path):

@@ -9,7 +9,9 @@ from grpc_health.v1 import health_pb2_grpc
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import TokenizeParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from starling.config.entry import StarlingConfig
 from starling.config.star import StarOptions
@@ -147,6 +149,14 @@ def result(*outputs: CompletionOutput, cached: int = 4, prompt_logprobs=None) ->
     return RequestOutput(
         "id", None, [1] * PROMPT_TOKENS, prompt_logprobs, list(outputs), False, num_cached_tokens=cached
     )
+
+
+def merged(*outputs: RequestOutput) -> RequestOutput:
+    """What a reader gets that comes after several outputs, from vLLM's own queue."""
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "id")
+    for each in outputs:
+        queue.put(each)
+    return queue.get_nowait()
 
 
 @asynccontextmanager

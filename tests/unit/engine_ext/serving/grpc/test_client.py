@@ -1,110 +1,21 @@
 """The Python client, blocking and asyncio, against the gRPC server on a fake engine."""
 
 import asyncio
-import json
-import pickle
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from types import SimpleNamespace
 
 import grpc
 import pytest
-from vllm.exceptions import QueueOverflowError
-from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.client import AsyncClient, Client, StarlingError, clients, requests
+from starling.client import clients, requests
 from starling.client.early_status import EarlyStatus
-from starling.config.star import FIELD_OF
-from starling.engine_ext.serving.grpc import messages
 from starling.engine_ext.serving.grpc.auth import server_credentials
-from starling.v1 import inference_pb2 as pb
-from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
-from tests.unit.engine_ext.serving.grpc.test_inference import DEADLINES
+from tests.unit.engine_ext.serving.grpc.client_calls import CHAT, Call
+from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 PIECED = "grün😀" * 30
-
-
-@pytest.fixture(params=["blocking", "asyncio"])
-def kind(request):
-    return request.param
-
-
-class Call:
-    """One call of a client: its events, its response or error, and the seconds it took."""
-
-    def __init__(self, kind: str, engine: FakeEngine, method: str = "stream", front=None, **options) -> None:
-        self.kind, self.engine, self.method, self.front, self.options = kind, engine, method, front or {}, options
-        self.events: list[pb.GenerateStreamResponse] = []
-        self.reply = self.error = None
-
-    def __call__(self, *args, **fields) -> "Call":
-        asyncio.run(self._over_front(args, fields))
-        return self
-
-    async def _over_front(self, args, fields) -> None:
-        async with front_of(self.engine, **self.front) as front:
-            started = time.monotonic()
-            try:
-                if self.kind == "blocking":
-                    await asyncio.to_thread(self._block, front.address, args, fields)
-                else:
-                    await self._await(front.address, args, fields)
-            except StarlingError as error:
-                self.error = error
-            self.seconds = time.monotonic() - started
-
-    def _block(self, address, args, fields) -> None:
-        with Client(address, **self.options) as client:
-            answer = getattr(client, self.method)(*args, **fields)
-            if self.method == "stream":
-                for event in answer:
-                    self.events.append(event)
-            self.reply = answer
-
-    async def _await(self, address, args, fields) -> None:
-        async with AsyncClient(address, **self.options) as client:
-            answer = getattr(client, self.method)(*args, **fields)
-            if self.method != "stream":
-                self.reply = await answer
-                return
-            async for event in answer:
-                self.events.append(event)
-
-    @property
-    def kinds(self) -> list[str]:
-        return [event.WhichOneof("event") for event in self.events]
-
-
-class FullAtFirst(FakeEngine):
-    """Refuses the first ``times`` requests."""
-
-    def __init__(self, times: int, *script) -> None:
-        super().__init__(*script)
-        self.times = times
-
-    def check_admission(self, n: int) -> None:
-        super().check_admission(n)
-        if len(self.admitted) <= self.times:
-            raise QueueOverflowError
-
-
-@pytest.fixture
-def soon(monkeypatch):
-    """The server's pushback is 50 ms; without it the client would wait for 10 minutes before it calls again."""
-    channel_options = clients.channel_options
-
-    def with_long_waits(*args):
-        made = dict(channel_options(*args))
-        if config := json.loads(made.get("grpc.service_config", "{}")):
-            config["methodConfig"][0]["retryPolicy"] |= {"initialBackoff": "600s", "maxBackoff": "600s"}
-            made["grpc.service_config"] = json.dumps(config)
-        return list(made.items())
-
-    monkeypatch.setattr(clients, "channel_options", with_long_waits)
-    monkeypatch.setattr(messages, "PUSHBACK", ("grpc-retry-pushback-ms", "50"))
 
 
 def test_it_needs_no_vllm():
@@ -285,105 +196,6 @@ def test_messages_and_texts_have_no_pieces(kind, monkeypatch, prompt, what):
         Call(kind, FakeEngine(), max_message_bytes=10)(prompt)
 
 
-def test_a_list_of_texts_is_a_prompt_of_texts():
-    sent = requests.generate_request(["head", "question"], {})
-    assert sent == pb.GenerateStreamRequest(texts=pb.Texts(texts=["head", "question"]))
-    with pytest.raises(TypeError, match=r"it is several texts\. Allowed: text or messages"):
-        requests.tokenize_request(["head", "question"], None)
-
-
-@pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize(
-    ("method", "fields"),
-    [("stream", {}), ("generate", {}), ("stream", {"upload": True})],
-    ids=["stream", "one", "upload"],
-)
-def test_calls_are_retried_after_the_servers_pushback(kind, soon, method, fields, times):
-    engine = FullAtFirst(times, "a")
-    # Longer than gRPC's default retry buffer of 256 KiB: it would not retry the call, and uploads would abort.
-    call = Call(kind, engine, method)("x" * 2**20, timeout=300, **fields)
-    assert call.error is None, "it waits as long as the server says"
-    assert len(engine.admitted) == times + 1 + bool(fields), "an upload is checked before and after it is received"
-    assert len(engine.calls) == 1
-    assert 0.05 * times * 0.8 < call.seconds
-
-
-@pytest.mark.parametrize("retries", [0, 1])
-def test_retries_end(kind, soon, retries):
-    engine = FakeEngine(refuses=QueueOverflowError())
-    error = Call(kind, engine, retries=retries)("abc").error
-    assert (error.code, error.retry_after) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0)
-    assert len(engine.admitted) == 1 + retries
-
-
-@pytest.mark.parametrize("retries", [-1, 5])
-def test_more_retries_than_grpc_supports_are_refused(retries):
-    with pytest.raises(ValueError, match="0 to 4"):
-        Client("localhost:1", retries=retries)
-
-
-def test_nothing_is_repeated_after_an_event(kind):
-    engine = FakeEngine("a", EngineDeadError())
-    call = Call(kind, engine)("abc")
-    assert (call.kinds, call.error.code) == (["delta"], grpc.StatusCode.UNAVAILABLE)
-    assert len(engine.admitted) == 1
-
-
-def test_the_deadline_holds_for_the_waits_too(kind, monkeypatch):
-    monkeypatch.setattr(messages, "PUSHBACK", ("grpc-retry-pushback-ms", "1000000"))
-    for seconds in DEADLINES:
-        engine = FakeEngine(refuses=QueueOverflowError())
-        call = Call(kind, engine)("abc", timeout=seconds)
-        if engine.admitted:
-            break
-    assert call.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert len(engine.admitted) == 1
-
-
-@pytest.mark.parametrize("method", ["stream", "generate"])
-def test_the_deadline_ends_the_request(kind, method):
-    for seconds in DEADLINES:
-        engine = FakeEngine("a", None)
-        call = Call(kind, engine, method)("abc", timeout=seconds)
-        if engine.calls:
-            break
-    assert call.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert len(engine.ended) == 1
-
-
-@pytest.mark.parametrize("way", ["break", "close"])
-@pytest.mark.parametrize("upload", [False, True], ids=["message", "upload"])
-def test_leaving_the_loop_ends_the_request(kind, way, upload):
-    def first(client):
-        if way == "break":
-            for event in client.stream("abc", upload=upload):
-                return event
-        events = client.stream("abc", upload=upload)
-        next(events)
-        events.close()
-
-    async def first_of(client):
-        if way == "break":
-            async for event in client.stream("abc", upload=upload):
-                return event
-        events = client.stream("abc", upload=upload)
-        await anext(events)
-        await events.aclose()
-
-    async def scenario():
-        engine = FakeEngine("a", None)
-        async with front_of(engine) as front, asyncio.timeout(300):
-            client = Client(front.address) if kind == "blocking" else AsyncClient(front.address)
-            await (asyncio.to_thread(first, client) if kind == "blocking" else first_of(client))
-            while not engine.ended:
-                await asyncio.sleep(0.01)
-            closing = client.close()
-            if closing is not None:
-                await closing
-
-    asyncio.run(scenario())
-
-
 @pytest.mark.parametrize(("key", "fine"), [(None, False), ("wrong", False), ("right", True)])
 def test_api_key(kind, key, fine):
     for method in ("stream", "generate", "capabilities"):
@@ -404,84 +216,3 @@ def test_tls(kind, certificates, mutual, way):
     options = {"trusted": {"tls": cert, **own}, "not trusted": {"tls": True, **own}, "plain text": {}}[way]
     error = Call(kind, FakeEngine("a"), front=front, retries=0, **options)("abc", timeout=300).error
     assert error is None if way == "trusted" else error.code is grpc.StatusCode.UNAVAILABLE
-
-
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"temprature": 1}, "temprature is refused.*Allowed: temperature, .*cache_salt"),
-        ({"progress": True}, "progress is refused"),
-        ({"text": "x"}, "text is refused"),
-        ({"sampling": {}}, "sampling is refused"),
-        ({"star": {"blocks": 3}}, "'blocks' is refused.*Allowed: mode, .*block_size"),
-        ({"star": {"mode": "yes"}}, "'yes' is refused. Allowed: off, on, auto"),
-        ({"star": {"shards": "maybe"}}, "star_shards='maybe' is refused. Allowed: off, on"),
-        ({"temperature": "warm"}, "temperature='warm' is refused"),
-        ({"top_k": -1}, "top_k=-1 is refused"),
-        ({"add_generation_prompt": True}, "it is for a prompt of messages"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_arguments_are_refused(fields, says):
-    """Before the call, and before the first event is requested."""
-    with pytest.raises((TypeError, ValueError), match=says):
-        Client("localhost:1").generate("abc", **fields)
-    if "progress" not in fields:
-        with pytest.raises((TypeError, ValueError), match=says):
-            Client("localhost:1").stream("abc", **fields)
-
-
-@pytest.mark.parametrize(
-    "prompt", [None, 5, b"abc", CHAT[0], ["a", 5], [{"role": "user", "content": 1}], [{"say": "x"}]]
-)
-def test_prompts_of_unknown_kinds(prompt):
-    with pytest.raises((TypeError, ValueError), match="refused"):
-        requests.generate_request(prompt, {})
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"temperature": 0, "seed": None}, {"sampling": {"temperature": 0}}),
-        ({"stop": ["a", "b"], "bad_words": "c"}, {"sampling": {"stop": ["a", "b"], "bad_words": ["c"]}}),
-        ({"extra_args": {"big": 2**53 + 1}}, {"sampling": {"extra_args": '{"big": 9007199254740993}'}}),
-        (
-            {"structured_outputs": {"choices": ["yes", "no"]}},
-            {"sampling": {"structured_outputs": {"choices": {"choices": ["yes", "no"]}}}},
-        ),
-        (
-            {"structured_outputs": {"json_schema": {"type": "object"}}},
-            {"sampling": {"structured_outputs": {"json_schema": '{"type": "object"}'}}},
-        ),
-        ({"star": {"star": "auto", "star_block_size": "n/4"}}, {"star": {"mode": "MODE_AUTO", "block_size": "n/4"}}),
-        ({"star": "On", "star_block_size": 4096}, {"star": {"mode": "MODE_ON", "block_size": "4096"}}),
-        ({"star": False}, {"star": {"mode": "MODE_OFF"}}),
-        ({"star": {"anchor_size": 0}}, {"star": {"anchor_size": 0}}),
-        ({"star": {"shards": "on"}}, {"star": {"shards": True}}),
-        ({"star": {"star_shards": "off"}}, {"star": {"shards": False}}),
-        ({"request_id": "r", "progress": True, "priority": 0}, {"request_id": "r", "progress": True, "priority": 0}),
-    ],
-)
-def test_what_is_sent(fields, expected):
-    assert requests.generate_request("abc", fields) == pb.GenerateStreamRequest(text="abc", **expected)
-
-
-def test_names_are_the_servers():
-    assert {name: "mode" if name == "star" else name.removeprefix("star_") for name in FIELD_OF} == FIELD_OF
-    assert sorted({*requests.STAR} - {"segment_offsets"}) == sorted(FIELD_OF.values())
-    assert list(requests.MODES) == ["off", "on", "auto"]
-
-
-def test_both_streams_have_the_same_events():
-    """The client reads the events of an upload as those of GenerateStream."""
-    fields = [
-        [(field.name, field.number, field.message_type) for field in message.DESCRIPTOR.fields]
-        for message in (pb.GenerateStreamResponse, pb.GenerateUploadStreamResponse)
-    ]
-    assert fields[0] == fields[1]
-
-
-def test_an_error_can_cross_processes():
-    error = StarlingError(grpc.StatusCode.INVALID_ARGUMENT, "no", "sampling.top_p", None)
-    copy = pickle.loads(pickle.dumps(error))
-    assert (str(copy), copy.code, copy.field) == ("INVALID_ARGUMENT: no", error.code, "sampling.top_p")

@@ -16,7 +16,7 @@ from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.scheduler.star.facts import EngineFacts
 from starling.v1 import inference_pb2 as pb
 from starling.vllm_compat.versions import vllm_version
-from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, output, result
+from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, merged, output, result
 
 
 def call(engine: FakeEngine, method: str, request):
@@ -82,15 +82,18 @@ def test_generate_is_the_stream_in_one_reply():
     assert reply.plan.prompt_tokens == PROMPT_TOKENS
 
 
+@pytest.mark.parametrize("num_merged", [1, 2, 3])
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
-def test_logprobs(method):
+def test_logprobs(method, num_merged):
+    """The same, however many outputs vLLM has merged for a slow reader."""
     position = {7: Logprob(-0.25, 1, "a"), 8: Logprob(-2.0, 2, "b")}
     prompt = [None] + [{1: Logprob(-1.0, 1, "p")}] * (PROMPT_TOKENS - 1)
-    engine = FakeEngine(
+    outputs = [
         result(output("a", 0, logprobs=[position]), prompt_logprobs=prompt),
         result(output("a", 1, logprobs=[position]), prompt_logprobs=prompt),
         result(output("", 0, finish_reason="length"), output("", 1, finish_reason="length")),
-    )
+    ]
+    engine = FakeEngine(merged(*outputs[:num_merged]), *outputs[num_merged:])
     kind = {"Generate": pb.GenerateRequest, "GenerateStream": pb.GenerateStreamRequest}[method]
     got = call(engine, method, kind(text="p", sampling=pb.SamplingParams(n=2, logprobs=2, prompt_logprobs=1)))
     if method == "GenerateStream":

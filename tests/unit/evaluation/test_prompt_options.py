@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from starling.evaluation.commands.eval import make_parser
-from starling.evaluation.options import EvalOptions, parse_options, without_secrets
 from starling.evaluation.plans import DENSE, LETTERS, Plan, parse_plan, with_dense
+from starling.evaluation.prompt_options import EvalOptions, parse_options, without_secrets
 from starling.evaluation.prompts import read_own_prompts
 from starling.evaluation.store import Answer, Store, locked
 from starling.evaluation.tasks import GROUPS, TASKS

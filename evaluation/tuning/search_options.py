@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from starling.evaluation.options import PromptOptions
 from starling.evaluation.plans import DENSE, parse_plan, with_dense
+from starling.evaluation.prompt_options import PromptOptions
 from starling.evaluation.prompts import read_own_prompts
 from starling.evaluation.tuning.bounds import LOSSLESS_DRAWS, least_prompts
 from starling.evaluation.tuning.measures import MEASURES, Measure, MeasureName

@@ -1,0 +1,8 @@
+"""Fixtures of the tests of the Python client."""
+
+import pytest
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def kind(request):
+    return request.param

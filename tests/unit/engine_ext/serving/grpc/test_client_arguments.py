@@ -1,0 +1,99 @@
+"""What the Python client makes of its arguments, and what it refuses, without a server."""
+
+import pickle
+
+import grpc
+import pytest
+
+from starling.client import Client, StarlingError, requests
+from starling.config.star import FIELD_OF
+from starling.v1 import inference_pb2 as pb
+from tests.unit.engine_ext.serving.grpc.client_calls import CHAT
+
+
+def test_a_list_of_texts_is_a_prompt_of_texts():
+    sent = requests.generate_request(["head", "question"], {})
+    assert sent == pb.GenerateStreamRequest(texts=pb.Texts(texts=["head", "question"]))
+    with pytest.raises(TypeError, match=r"it is several texts\. Allowed: text or messages"):
+        requests.tokenize_request(["head", "question"], None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"temprature": 1}, "temprature is refused.*Allowed: temperature, .*cache_salt"),
+        ({"progress": True}, "progress is refused"),
+        ({"text": "x"}, "text is refused"),
+        ({"sampling": {}}, "sampling is refused"),
+        ({"star": {"blocks": 3}}, "'blocks' is refused.*Allowed: mode, .*block_size"),
+        ({"star": {"mode": "yes"}}, "'yes' is refused. Allowed: off, on, auto"),
+        ({"star": {"shards": "maybe"}}, "star_shards='maybe' is refused. Allowed: off, on"),
+        ({"temperature": "warm"}, "temperature='warm' is refused"),
+        ({"top_k": -1}, "top_k=-1 is refused"),
+        ({"add_generation_prompt": True}, "it is for a prompt of messages"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_are_refused(fields, says):
+    """Before the call, and before the first event is requested."""
+    with pytest.raises((TypeError, ValueError), match=says):
+        Client("localhost:1").generate("abc", **fields)
+    if "progress" not in fields:
+        with pytest.raises((TypeError, ValueError), match=says):
+            Client("localhost:1").stream("abc", **fields)
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 5, b"abc", CHAT[0], ["a", 5], [{"role": "user", "content": 1}], [{"say": "x"}]]
+)
+def test_prompts_of_unknown_kinds(prompt):
+    with pytest.raises((TypeError, ValueError), match="refused"):
+        requests.generate_request(prompt, {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"temperature": 0, "seed": None}, {"sampling": {"temperature": 0}}),
+        ({"stop": ["a", "b"], "bad_words": "c"}, {"sampling": {"stop": ["a", "b"], "bad_words": ["c"]}}),
+        ({"extra_args": {"big": 2**53 + 1}}, {"sampling": {"extra_args": '{"big": 9007199254740993}'}}),
+        (
+            {"structured_outputs": {"choices": ["yes", "no"]}},
+            {"sampling": {"structured_outputs": {"choices": {"choices": ["yes", "no"]}}}},
+        ),
+        (
+            {"structured_outputs": {"json_schema": {"type": "object"}}},
+            {"sampling": {"structured_outputs": {"json_schema": '{"type": "object"}'}}},
+        ),
+        ({"star": {"star": "auto", "star_block_size": "n/4"}}, {"star": {"mode": "MODE_AUTO", "block_size": "n/4"}}),
+        ({"star": "On", "star_block_size": 4096}, {"star": {"mode": "MODE_ON", "block_size": "4096"}}),
+        ({"star": False}, {"star": {"mode": "MODE_OFF"}}),
+        ({"star": {"anchor_size": 0}}, {"star": {"anchor_size": 0}}),
+        ({"star": {"shards": "on"}}, {"star": {"shards": True}}),
+        ({"star": {"star_shards": "off"}}, {"star": {"shards": False}}),
+        ({"request_id": "r", "progress": True, "priority": 0}, {"request_id": "r", "progress": True, "priority": 0}),
+    ],
+)
+def test_what_is_sent(fields, expected):
+    assert requests.generate_request("abc", fields) == pb.GenerateStreamRequest(text="abc", **expected)
+
+
+def test_names_are_the_servers():
+    assert {name: "mode" if name == "star" else name.removeprefix("star_") for name in FIELD_OF} == FIELD_OF
+    assert sorted({*requests.STAR} - {"segment_offsets"}) == sorted(FIELD_OF.values())
+    assert list(requests.MODES) == ["off", "on", "auto"]
+
+
+def test_both_streams_have_the_same_events():
+    """The client reads the events of an upload as those of GenerateStream."""
+    fields = [
+        [(field.name, field.number, field.message_type) for field in message.DESCRIPTOR.fields]
+        for message in (pb.GenerateStreamResponse, pb.GenerateUploadStreamResponse)
+    ]
+    assert fields[0] == fields[1]
+
+
+def test_an_error_can_cross_processes():
+    error = StarlingError(grpc.StatusCode.INVALID_ARGUMENT, "no", "sampling.top_p", None)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.code, copy.field) == ("INVALID_ARGUMENT: no", error.code, "sampling.top_p")

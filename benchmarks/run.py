@@ -45,6 +45,7 @@ FULL: dict[str, str] = {
     "fairness": "",
     "agents": "",
     "accuracy": "models/smollm2-135m-instruct",
+    "dense_heads": "models/smollm2-135m-instruct",
     "approximations": "models/smollm2-135m-instruct",
     "anchors": "models/smollm2-135m-instruct --documents 6 --question-documents 6",
     "retrieval": "",

@@ -273,7 +273,8 @@ def refused_options(options: StarOptions, engine: EngineFacts) -> list[str]:
         options: the server's defaults.
     """
     refused = []
-    asked = {"mode": "on", "overlap_size": engine.page_size or 1, "segments": "auto", "replicas": 2, "shards": "on"}
+    asked = {"mode": "on", "overlap_size": engine.page_size or 1, "dense_heads": 0.1, "segments": "auto"}
+    asked |= {"replicas": 2, "shards": "on"}
     for field, value in asked.items():
         request = options.model_copy(update={"mode": "on", field: value})
         overlap_size = request.overlap_size or 0

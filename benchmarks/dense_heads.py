@@ -1,0 +1,137 @@
+"""What dense heads leave of star's loss, and at how much work: `python -m benchmarks.dense_heads models/NAME`.
+
+Runs `starling eval` on one model and length: the paper's star blocks (A = B) at n/8 and n/16, and the default anchor
+and overlap with shares of dense KV heads, whose scores the server knows or gets by --star-heads. Every loss is a ratio
+to that of A = B at n/8, over the same prompts. Goes on where an earlier run of the same model and length ended. Writes
+results/dense_heads_NAME_LENGTH.json and .png, which docs/dense-heads.md shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import ENGINE, LOGPROBS, QUERY_TOKENS, TASKS, answers_of, evaluation, loss_ratios, plans
+from benchmarks.report import saved_figure, write_json
+from starling.evaluation.plans import DENSE
+from starling.evaluation.statistics import ALL
+from starling.evaluation.store import RESULTS, read_answers
+
+FOLDER = Path(__file__).resolve().parent / "out" / "dense_heads"
+PARTS = (8, 16)
+SHARES = {8: (0.0, 0.02, 0.05, 0.1, 0.2), 16: (0.0, 0.05, 0.1, 0.2, 0.3)}
+
+
+def named_plans(length: int) -> tuple[list[str], dict[int, list[str]]]:
+    """The plans with A = B, and for each part those with an overlap and shares of dense heads."""
+    found = plans(length, list(PARTS))
+    overlap = dict(zip(PARTS, found[1::2], strict=True))
+    heads = {
+        part: [f"{name},H={share:g}" if share else name for share in SHARES[part]] for part, name in overlap.items()
+    }
+    return found[::2], heads
+
+
+def rows_of(results: dict[str, Any], ratios: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Plan -> its work as a share of dense's, its loss over that of A = B at n/8, and the points that it costs."""
+    cells = {cell["plan"]: cell for cell in results["cells"] if cell["task"] == ALL}
+    return {
+        ratio["other"]: {
+            "attended_keys": cells[ratio["other"]]["attended_keys"],
+            "kl": cells[ratio["other"]]["kl"],
+            "kl_ratio": ratio["kl_ratio"],
+            "logprob_ratio": ratio["logprob_ratio"],
+            "score": cells[ratio["other"]]["score"],
+            "difference": cells[ratio["other"]]["difference"],
+        }
+        for ratio in ratios
+    }
+
+
+def shown(name: str, length: int) -> str:
+    """A plan as people write it: `n/8, A = B`, `n/16, H = 0.1`."""
+    sizes = dict(part.split("=") for part in name.split(","))
+    part = f"n/{length // int(sizes['B'])}"
+    return f"{part}, A = B" if sizes["A"] == sizes["B"] else f"{part}, H = {sizes.get('H', 0)}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of docs/dense-heads.md."""
+    length = result["setup"]["lengths"][0]
+    dense = next(cell["dense_score"] for cell in result["cells"] if cell["task"] == ALL)
+    lines = [
+        f"| plan | attention work | KL over A = B | log-probability over A = B | score (dense {100 * dense:.0f}) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["plans"].items():
+        kl, logprob = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[field]) for field in ("kl_ratio", "logprob_ratio"))
+        difference = "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(
+            **{field: 100 * row["difference"][field] for field in ("mean", "low", "high")}
+        )
+        lines.append(
+            f"| {shown(name, length)} | {100 * row['attended_keys']:.0f} % | {kl} | {logprob} | {difference} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """KL over work: a line for each size of blocks, and the paper's plans as points."""
+    length, (paper, heads) = result["setup"]["lengths"][0], named_plans(result["setup"]["lengths"][0])
+    with saved_figure(path, figsize=(7, 4.5)) as (_, axis):
+        for part, names in heads.items():
+            rows = [result["plans"][name] for name in names]
+            work, kl = [100 * row["attended_keys"] for row in rows], [row["kl_ratio"] for row in rows]
+            error = [[mean - low for mean, low, _ in kl], [high - mean for mean, _, high in kl]]
+            axis.errorbar(
+                work, [mean for mean, _, _ in kl], error, marker="o", capsize=3, label=f"n/{part}, dense heads"
+            )
+            for x, (mean, _, _), share in zip(work, kl, SHARES[part], strict=True):
+                axis.annotate(f"{share:.0%}", (x, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        for name in paper:
+            row = result["plans"][name]
+            axis.plot(100 * row["attended_keys"], row["kl_ratio"][0], "s", label=shown(name, length))
+        axis.set_xlabel("attention work of the prefill, % of dense")
+        axis.set_ylabel("KL to dense, A = B at n/8 is 1")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{result['model']}, {length:,} tokens, {result['prompts']} prompts")
+        axis.legend()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a folder with a model")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
+    parser.add_argument("--prompts-per-cell", type=int, default=3, help="prompts of each task (%(default)s)")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
+    args = parser.parse_args()
+    folder = FOLDER / f"{args.model.name}_{args.length}"
+    paper, heads = named_plans(args.length)
+    names = [*paper, *(name for part in heads.values() for name in part)]
+    command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
+    command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
+    command += [argument for name in names for argument in ("--plan", name)]
+    command += ["--logprobs", str(LOGPROBS), "--out", str(folder), *ENGINE, *args.serve]
+    code = subprocess.run(command).returncode
+    if code:
+        return code
+    results = json.loads((folder / "results.json").read_text())
+    answers = answers_of(results["setup"], read_answers(folder / RESULTS, (folder / RESULTS).read_bytes().splitlines()))
+    result = evaluation(results) | {
+        "model": args.model.name,
+        "query_tokens": QUERY_TOKENS,
+        "prompts": sum(answer.plan == DENSE.name for answer in answers),
+        "plans": rows_of(results, loss_ratios(answers, [(paper[0], name) for name in names])),
+    }
+    path = write_json(f"dense_heads_{args.model.name}_{args.length}", result)
+    plot(result, path.with_suffix(".png"))
+    print(markdown(result))
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """One `starling serve` process for each test file that uses it, with clients of HTTP and gRPC."""
 
+import json
 import os
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def server(tmp_path_factory):
     # Slow enough that a long output still runs when a test on a busy machine looks at it.
     model = make_tiny_llama(folder / MODEL, num_hidden_layers=6)
     options = ["--served-model-name", MODEL, "--dtype", "float32", "--block-size", str(PAGE_SIZE), "--enforce-eager"]
+    scores = folder / "scores.json"
+    scores.write_text(json.dumps({"scores": [[layer, -layer] for layer in range(6)]}))
+    options += ["--star-heads", str(scores)]
     # In the test of SIGTERM, running streams end within this grace period on a slow machine too.
     options += ["--max-num-batched-tokens", "512", "--shutdown-timeout", "600", "--enable-prompt-tokens-details"]
     with serving(model, *options, log=folder / "log") as server:

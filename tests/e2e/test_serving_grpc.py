@@ -55,6 +55,24 @@ def test_generate_and_its_stream_give_the_same_choices(stub):
         assert (used.prompt_tokens, used.completion_tokens) == (701, 48)
 
 
+def test_dense_heads_over_both_fronts(http, stub):
+    """A quarter of 12 heads: those of the last three layers with a positive score. All of them: dense attention."""
+    path, sent = "/v1/completions", {}
+    for share in (0.0, 0.25, 1.0):
+        xargs = STAR | {"star_dense_heads": share}
+        response = http.post(path, json=body(path, xargs=xargs, ignore_eos=True, return_token_ids=True))
+        plan = json.loads(response.headers["x-starling-plan"])
+        whole = stub.Generate(unary(options(xargs), sampling=greedy(max_tokens=16, ignore_eos=True)))
+        sent[share] = whole.choices[0].token_ids
+        assert sent[share] == response.json()["choices"][0]["token_ids"]
+        assert plan["dense_heads"] == whole.plan.dense_heads == share
+        assert plan["keys_attended"] == whole.plan.keys_attended
+        assert (plan["keys_attended"] == plan["dense_keys"]) == (share == 1)
+    dense = stub.Generate(unary(sampling=greedy(max_tokens=16, ignore_eos=True)))
+    assert sent[1.0] == dense.choices[0].token_ids
+    assert sent[0.0] != sent[0.25] != sent[1.0]
+
+
 def test_grpc_gives_the_logprobs_of_http(http, stub):
     fields = {"logprobs": 3, "prompt_logprobs": 2, "max_tokens": 4, "ignore_eos": True}
     (choice,) = http.post("/v1/completions", json=body("/v1/completions", **fields)).json()["choices"]

@@ -337,7 +337,7 @@ def check_engaged(header: str | None, plan: Plan, num_tokens: int) -> None:
             "prompts."
         )
     if attention == "star":
-        _ = [int(found[name]) for name in STAR_NUMBERS]
+        _ = [float(found[name]) for name in STAR_NUMBERS]
 
 
 def check_whole(response: httpx.Response, num_tokens: int) -> None:

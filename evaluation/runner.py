@@ -128,7 +128,7 @@ def same_plan(plan: Plan, server_plan: dict[str, Any] | None, num_tokens: int) -
     """
     if plan.is_dense or server_plan is None:
         return DENSE
-    numbers = {option: int(server_plan[field]) for field, option in PLAN_NUMBERS.items()}
+    numbers = {option: server_plan[field] for field, option in PLAN_NUMBERS.items()}
     documents = {name: value for name, value in plan.options.items() if name == SEGMENTS}
     query = {"star_query_tokens": num_tokens - int(server_plan["context_end"])}
     return Plan(plan.name, {"star": "on"} | numbers | query | documents)

@@ -40,7 +40,7 @@ from starling.evaluation.tuning.report import (
     table_rows,
 )
 from starling.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
-from starling.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_page_size
+from starling.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine
 
 NOT_FOUND = 3
 CHOSEN_HERE = {f"--{flat_name(field).replace('_', '-')}" for field in FIELDS if field not in ("replicas", "shards")}
@@ -110,11 +110,11 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
         if session.store.answers:
             console.print(f"found {len(session.store.answers)} answers in {escape(str(args.out))}")
         options.refuse_few(len(prompts))
-        page_size = await find_page_size(session.client, prompts)
+        page_size, kv_heads = await find_engine(session.client, prompts)
         if options.plans:
-            candidates = chosen_candidates(options.plans, prompts, page_size)
+            candidates = chosen_candidates(options.plans, prompts, page_size, kv_heads)
         else:
-            candidates = default_candidates(prompts, page_size, options.query_tokens)
+            candidates = default_candidates(prompts, page_size, options.query_tokens, kv_heads)
         halved = halves(prompts)
         earlier = measured_plans(halved[1], session.store, model, num_logprobs)
         tuning = await search_candidates(session, options, *halved, candidates, console)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starling.config.head_scores import HeadScores
 from starling.config.parsing import OptionError
 from starling.config.star import PREFIX, flat_name, parse_options
 from starling.evaluation.plans import Plan, parse_plan
@@ -19,6 +20,8 @@ NO_DEFAULTS = parse_options({})
 BLOCKS = (3, 4, 8, 16)
 """Into how many star blocks the default candidates cut a prompt. With A + O = B, two blocks attend to all that dense
 attends to."""
+SHARES = {8: (0.05, 0.1, 0.2), 16: (0.05, 0.1, 0.2)}
+"""For some of these numbers, shares of dense heads that are tried on a server with the scores of its model's heads."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,11 @@ def served_options(plan: Plan, min_tokens: int) -> dict[str, Any]:
     return {PREFIX: "auto", flat_name("min_tokens"): min_tokens} | given
 
 
-def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Candidate:
+def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int, kv_heads: int = 0) -> Candidate:
     """The candidate of a plan.
+
+    Args:
+        kv_heads: of the server's model, where it has their scores; else 0.
 
     Raises:
         ValueError: a prompt can't have this plan or is dense with it, or it would get another one from a server with
@@ -56,7 +62,9 @@ def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Can
         reason = "prompts of documents have costs of their own"
         raise ValueError(f"plan={plan.name!r} is refused: {reason}. Allowed: plans without S=.")
     request, server = parse_options(plan.options), parse_options(served_options(plan, 0))
-    engine = EngineFacts(page_size)
+    # Which heads are dense is the server's to say: the cost depends on their number alone.
+    scores = HeadScores(scores=((0.0,) * kv_heads,)) if kv_heads else None
+    engine = EngineFacts(page_size, find_heads=lambda: scores)
     numbers: dict[str, StarPlan] = {}
     for prompt in prompts:
         length = len(prompt.token_ids)
@@ -81,19 +89,25 @@ def make_candidate(plan: Plan, prompts: Sequence[Prompt], page_size: int) -> Can
     return Candidate(plan, cost, numbers)
 
 
-def chosen_candidates(texts: Sequence[str], prompts: Sequence[Prompt], page_size: int) -> list[Candidate]:
+def chosen_candidates(
+    texts: Sequence[str], prompts: Sequence[Prompt], page_size: int, kv_heads: int = 0
+) -> list[Candidate]:
     """The candidates of --plan, the cheapest first (raises ValueError for one that can't be used)."""
-    return by_cost([make_candidate(parse_plan(text), prompts, page_size) for text in texts])
+    return by_cost([make_candidate(parse_plan(text), prompts, page_size, kv_heads) for text in texts])
 
 
-def default_candidates(prompts: Sequence[Prompt], page_size: int, query_tokens: int | None) -> list[Candidate]:
+def default_candidates(
+    prompts: Sequence[Prompt], page_size: int, query_tokens: int | None, kv_heads: int = 0
+) -> list[Candidate]:
     """For each number of star blocks: the default anchor and overlap, halves of B, and the paper's A = B.
 
-    These three attend to equally many keys. The halves are numbers of tokens, so they are those of the shortest prompt.
-    Combinations that its pages do not allow, and those that are equal to another one, are left out.
+    These three attend to equally many keys. With scores, there are shares of dense heads beside the default anchor. The
+    halves are numbers of tokens, so they are those of the shortest prompt. Combinations that its pages do not allow,
+    and those that are equal to another one, are left out.
 
     Args:
         query_tokens: Q of all candidates; None: the default.
+        kv_heads: as of ``make_candidate``.
 
     Raises:
         ValueError: the prompts are too short for any.
@@ -106,9 +120,10 @@ def default_candidates(prompts: Sequence[Prompt], page_size: int, query_tokens: 
         size = -(-length // (number * page_size)) * page_size
         half = size // page_size // 2 * page_size
         halves = [f",A={half},O={size - half}"] if half >= page_size else []
-        for text in ("", *halves, ",O=0") if length >= number * page_size else ():
+        heads = [f",H={share}" for share in SHARES.get(number, ()) if kv_heads]
+        for text in ("", *heads, *halves, ",O=0") if length >= number * page_size else ():
             try:
-                candidate = make_candidate(parse_plan(f"n/{number}{text}{query}"), prompts, page_size)
+                candidate = make_candidate(parse_plan(f"n/{number}{text}{query}"), prompts, page_size, kv_heads)
             except ValueError:
                 continue
             found.setdefault(tuple(candidate.numbers.values()), candidate)

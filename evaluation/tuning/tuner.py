@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from starling.config.star import flat_name
 from starling.evaluation.client import Client, ServerError
 from starling.evaluation.plans import Plan
 from starling.evaluation.prompts import Prompt
@@ -160,8 +161,10 @@ def check_numbers(answer: Answer, candidate: Candidate) -> None:
             )
 
 
-async def find_page_size(server: Client, prompts: Sequence[Prompt]) -> int:
-    """Tokens of a KV page of the server: star blocks that are as small as possible have one page.
+async def find_engine(server: Client, prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """Tokens of a KV page of the server, and the KV heads of its model where it can make some of them dense, else 0.
+
+    Star blocks that are as small as possible have one page.
 
     Raises:
         ServerError: a request failed; also where Starling is not activated, or the longest prompt is too short.
@@ -171,4 +174,11 @@ async def find_page_size(server: Client, prompts: Sequence[Prompt]) -> int:
     answer = await server.complete(longest, smallest, 1)
     if answer.plan is None:
         raise ServerError("the server does not say which plan a prompt got: `starling tune` needs Starling")
-    return int(answer.plan["block_size"])
+    heads = flat_name("dense_heads")
+    try:
+        with_heads = await server.complete(longest, Plan(f"{smallest.name},H=1", smallest.options | {heads: 1}), 1)
+    except ServerError as error:
+        if heads not in str(error):
+            raise
+        return int(answer.plan["block_size"]), 0
+    return int(answer.plan["block_size"]), int((with_heads.plan or {}).get("kv_heads", 0))

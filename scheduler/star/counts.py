@@ -63,6 +63,7 @@ def star_shape(plan: StarPlan) -> dict[str, Any]:
         "replicas": plan.replicas,
         "shards": plan.shards,
         "dense_heads": 0.0 if plan.dense_heads is None else round(plan.dense_heads.share, 4),
+        "kv_heads": 0 if plan.dense_heads is None else plan.dense_heads.total,
         "documents": bool(plan.documents),
         "padding_tokens": plan.num_prompt_tokens - tokens,
     }

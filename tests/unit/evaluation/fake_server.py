@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from starling.config.head_scores import HeadScores
+from starling.config.parsing import OptionError
 from starling.scheduler.star.counts import summary
 from tests.unit.plans import make_plan
 
@@ -33,6 +35,7 @@ class FakeServer:
         headers: sent with each response.
         raw_logprobs: whether log-probabilities are those before restrictions.
         page_size: tokens of a page, of which star blocks are whole numbers.
+        kv_heads: of the model, whose scores the server has; 0: it has none.
         defaults: the server's own star options.
         loss: (prompt, vllm_xargs) -> how much less probable star finds each forced token, in nats.
         counts: tokens of a prompt -> those that the server counts.
@@ -51,6 +54,7 @@ class FakeServer:
     headers: dict[str, str] = field(default_factory=dict)
     raw_logprobs: bool = True
     page_size: int = 1
+    kv_heads: int = 0
     defaults: dict = field(default_factory=dict)
     loss: Callable[[str, dict], float] = lambda prompt, xargs: 0.5
     counts: Callable[[int], int] = lambda num_tokens: num_tokens
@@ -82,7 +86,10 @@ class FakeServer:
     def complete(self, body: dict) -> tuple[int, dict, dict[str, str]]:
         self.completions.append(body)
         tokens, xargs = body["prompt"], {"star": "off"} | body.get("vllm_xargs", {})
-        plan = self.plan_header or json.dumps(self.plan(len(tokens), xargs))
+        try:
+            plan = self.plan_header or json.dumps(self.plan(len(tokens), xargs))
+        except OptionError as error:
+            return 400, {"error": {"message": str(error)}}, {}
         headers = {"x-starling-plan": plan} if self.starling else {}
         choice: dict = {"finish_reason": "stop"}
         if "allowed_token_ids" in body:
@@ -99,7 +106,10 @@ class FakeServer:
 
     def plan(self, num_tokens: int, xargs: dict) -> dict:
         """The plan that Starling would make."""
-        plan = make_plan(num_tokens, self.defaults, xargs, self.page_size) if self.engages else None
+        plan = None
+        if self.engages:
+            scores = HeadScores(scores=[[0.0] * self.kv_heads]) if self.kv_heads else None
+            plan = make_plan(num_tokens, self.defaults, xargs, self.page_size, find_heads=lambda: scores)
         if plan is None:
             return {"attention": "dense", "prompt_tokens": num_tokens}
         return summary(plan)

@@ -57,12 +57,20 @@ def test_log_probabilities_follow_the_reference_or_else_dense(answer):
         assert "".join(chr(body["allowed_token_ids"][0]) for body in forced) == followed * 2
         assert [len(body["prompt"]) for body in forced] == [100, 101, 100, 101]
         assert forced[0]["vllm_xargs"] == {"star": "off"}
-        exact = {"star_block_size": 13, "star_anchor_size": 1, "star_overlap_size": 12}
+        exact = {"star_block_size": 13, "star_anchor_size": 1, "star_overlap_size": 12, "star_dense_heads": 0.0}
         expected = [{"star": "on", "star_query_tokens": tokens} | exact for tokens in (50, 51)]
         assert [body["vllm_xargs"] for body in forced[2:]] == expected
         assert [score.logprob for score in dense.scores] == [-0.7, -0.7]
         assert [score.logprob for score in star.scores] == [-1.2, -1.2]
         assert star.scores[0].top == {ord(followed[0]): -1.2, 1: -0.7, 2: -5.0}
+
+
+def test_log_probabilities_are_those_of_the_dense_heads_of_the_answer():
+    """A share of 0.08 is 4 of 48 heads, and the requests behind it ask for just that."""
+    with served(answer=lambda prompt, xargs: "xy", kv_heads=48) as fake:
+        run(fake, [prompt("a" * 100)], plans=(parse_plan("n/8,H=0.08"),), num_logprobs=2)
+        forced = [body["vllm_xargs"] for body in fake.completions if "allowed_token_ids" in body]
+        assert [xargs.get("star_dense_heads") for xargs in forced] == [None, None, 0.0833, 0.0833]
 
 
 def test_log_probabilities_after_restrictions_are_refused():

@@ -39,6 +39,19 @@ def test_the_default_candidates_of_one_length():
         assert max(three) - min(three) < 1e-9, "one number of blocks, one cost"
 
 
+def test_a_server_with_scores_is_asked_for_dense_heads_too():
+    found = {
+        candidate.plan.name: candidate for candidate in default_candidates(prompts_of(8192), 32, None, kv_heads=48)
+    }
+    assert {name for name in found if "H=" in name} == {f"n/{n},H={h}" for n in (8, 16) for h in (0.05, 0.1, 0.2)}
+    heads = next(iter(found["n/16,H=0.1"].numbers.values())).dense_heads
+    assert (heads.count, heads.total) == (5, 48)
+    expected = found["n/16"].cost + 5 / 48 * (1 - found["n/16"].cost)
+    assert found["n/16,H=0.1"].cost == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match="the scores of this model's KV heads are not known"):
+        chosen_candidates(["n/8,H=0.1"], prompts_of(8192), 32)
+
+
 def test_what_the_pages_do_not_allow_is_left_out():
     """512 tokens are four pages of 128: a block of n/4 is one page, and two blocks of n/3 see all that dense sees."""
     found = default_candidates(prompts_of(512), 128, 32)

@@ -80,7 +80,7 @@ def test_a_second_run_asks_nothing_again_and_another_budget_uses_the_answers(tmp
         assert tune(fake, out, own, *LOGPROB) == 0
         first, asked = read(out), len(fake.completions)
         assert tune(fake, out, own, *LOGPROB) == 0
-        assert len(fake.completions) == asked + 2, "the probes for Starling and for the page"
+        assert len(fake.completions) == asked + 3, "the probes for Starling, for the page and for dense heads"
         assert "answers in" in capsys.readouterr().out
         assert read(out).candidates == first.candidates and read(out).chosen == first.chosen
         assert tune(fake, out, own, *LOGPROB, "--budget", "60") == 0

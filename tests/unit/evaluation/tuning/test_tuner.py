@@ -9,11 +9,11 @@ import pytest
 from starling.evaluation.client import Client, ServerError
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.runner import Memory
-from starling.evaluation.tuning.candidates import chosen_candidates
+from starling.evaluation.tuning.candidates import chosen_candidates, default_candidates
 from starling.evaluation.tuning.halving import halves
 from starling.evaluation.tuning.measures import MEASURES
 from starling.evaluation.tuning.report import candidate_results
-from starling.evaluation.tuning.tuner import Tuner, find_page_size
+from starling.evaluation.tuning.tuner import Tuner, find_engine
 from tests.unit.evaluation.fake_server import served
 
 PLANS = ("n/16,A=1", "n/16", "n/8", "n/4")  # the cheapest first
@@ -37,10 +37,10 @@ def answers(losing: dict[str, float]):
     return answer
 
 
-def search(fake, count: int, budget: float, plans=PLANS, measure: str = "score", store=None, on_round=None):
+def search(fake, count: int, budget: float, plans=PLANS, measure: str = "score", store=None, on_round=None, kv_heads=0):
     async def searched():
         prompts = prompts_of(count)
-        candidates = chosen_candidates(plans, prompts, 1)
+        candidates = chosen_candidates(plans, prompts, 1, kv_heads)
         async with Client(fake.url) as client:
             tuner = Tuner(
                 client,
@@ -170,15 +170,30 @@ def test_a_plan_of_equal_cost_that_was_not_good_enough_is_not_called_unneeded():
     assert (first.outcome, second.outcome) == ("not shown", "chosen")
 
 
-@pytest.mark.parametrize("size", [1, 16, 32])
-def test_the_page_of_a_server_is_found(size):
+@pytest.mark.parametrize(("size", "kv_heads"), [(1, 0), (16, 90), (32, 48)])
+def test_the_page_of_a_server_and_the_heads_of_its_model_are_found(size, kv_heads):
     async def found(fake):
         async with Client(fake.url) as client:
-            return await find_page_size(client, prompts_of(2))
+            return await find_engine(client, prompts_of(2))
 
-    with served(page_size=size, defaults={"star_block_size": 128}) as fake:
-        assert asyncio.run(found(fake)) == size
+    with served(page_size=size, kv_heads=kv_heads, defaults={"star_block_size": 128}) as fake:
+        assert asyncio.run(found(fake)) == (size, kv_heads)
     with served(starling=False) as fake, pytest.raises(ServerError, match="Starling is not activated"):
         asyncio.run(found(fake))
     with served(page_size=2000) as fake, pytest.raises(ServerError, match="did not engage"):
         asyncio.run(found(fake))
+
+
+def test_dense_heads_are_found_without_being_told():
+    """Star without dense heads loses one prompt in ten, and with a tenth of the heads none."""
+    prompts = prompts_of(60)
+    losers = {prompt.name for prompt in prompts[::10]}
+
+    def answer(prompt: str, xargs: dict) -> str:
+        loses = xargs["star"] == "on" and float(xargs.get("star_dense_heads", 0)) < 0.1
+        return "no" if loses and prompt[:3] in losers else "yes"
+
+    plans = [candidate.plan.name for candidate in default_candidates(prompts, 1, None, 90)]
+    with served(answer=answer, kv_heads=90) as fake:
+        tuning = search(fake, 60, 0.15, plans, kv_heads=90)
+    assert tuning.chosen.candidate.plan.name == "n/16,H=0.1"

@@ -137,7 +137,7 @@ def test_keys_attended_are_a_mean_over_the_heads():
     assert half == pytest.approx((star + everything) / 2, abs=1)
     assert star < half
     assert star_shape(plan_of({"star_dense_heads": 0.4}))["dense_heads"] == 0.3333
-    assert star_shape(plan_of({}))["dense_heads"] == 0.0
+    assert star_shape(plan_of({"star_dense_heads": 0}))["dense_heads"] == 0.0
 
 
 def test_files_of_scores(tmp_path):

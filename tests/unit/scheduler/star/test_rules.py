@@ -11,16 +11,21 @@ from starling.scheduler.star.rules import refused_options
 ONE = EngineFacts(128)
 SEVERAL = EngineFacts(128, replicas=ReplicaSet(2))
 ON_ONE_REPLICA = "(--data-parallel-size, --star-replica-peers)"
+NO_SCORES = (
+    "star_dense_heads=0.1 is refused: the scores of this model's KV heads are not known. Allowed: 0, or a server with "
+    "--star-heads and the file that `starling calibrate` makes."
+)
 
 
 @pytest.mark.parametrize(
     ("engine", "server", "refused"),
     [
-        (SEVERAL, {}, []),
+        (SEVERAL, {}, [NO_SCORES]),
         (
             ONE,
             {},
             [
+                NO_SCORES,
                 f"star_replicas=2 is refused: this server has 1 {ON_ONE_REPLICA}. Allowed: auto, or up to 1.",
                 f"star_shards='on' is refused: this server has one replica {ON_ONE_REPLICA}. Allowed: off.",
             ],
@@ -36,20 +41,22 @@ ON_ONE_REPLICA = "(--data-parallel-size, --star-replica-peers)"
             {},
             [
                 "star_overlap_size=128 is refused: c. Allowed: 0.",
+                NO_SCORES,
                 "star_segments='auto' is refused: d. Allowed: off.",
             ],
         ),
         (
             EngineFacts(128, replicas=ReplicaSet(2, shards_refusal="e")),
             {},
-            ["star_shards='on' is refused: e. Allowed: off."],
+            [NO_SCORES, "star_shards='on' is refused: e. Allowed: off."],
         ),
         (
             SEVERAL,
             {"overlap_size": 256},
             [
+                NO_SCORES,
                 "star_replicas=2 is refused: with star_overlap_size=256 each block needs the one before it. "
-                "Allowed: auto or 1, or star_overlap_size=0.",
+                "Allowed: auto or 1, or star_overlap_size=0 and star_dense_heads=0.",
                 "star_shards='on' is refused: with star_overlap_size=256 each block needs the one before it. "
                 "Allowed: off.",
             ],

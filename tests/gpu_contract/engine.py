@@ -209,7 +209,8 @@ def run_case(
     plans = {name: request.plan for name, request in zip(ids, case.requests, strict=True) if request.plan is not None}
     scheduled = dict(zip(ids, case.query_lens, strict=True))
     rotations = {group.name: ROTATION for group in groups}
-    step = StarStep(plans, scheduled, lambda: ids, counted.append, rotations=rotations)
+    ranks = {groups[0].name: np.array(case.ranks)} if case.ranks else None
+    step = StarStep(plans, scheduled, lambda: ids, counted.append, rotations=rotations, head_ranks=ranks)
     outputs = []
     with open_step(step):
         metadata = build_attn_metadata(

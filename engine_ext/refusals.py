@@ -296,8 +296,8 @@ HEAD_RULES: Rules = (
     ),
     (
         lambda c: c.device_config.device_type != "cpu" and not has_dense_heads(c),
-        "on a GPU the server has to be started with --star-dense-heads, since its layers are then made to attend in one "
-        "call for each run of heads",
+        "on a GPU the server has to be started with --star-dense-heads, since its layers are then made to attend in "
+        "several calls",
     ),
     (
         lambda c: c.device_config.device_type != "cpu" and has_documents(c),

@@ -1,9 +1,9 @@
 """Wraps a vLLM attention backend so that star requests are handed to its kernel in virtual rows.
 
 Only the metadata builder changes; cache layout and name stay those of the base backend. So does the kernel, except on
-CPU, where cpu_impl.py has one that is faster for many batches. A GPU server for dense heads or for blocks with positions
-of their own has an implementation around it (head_calls.py, turned_impl.py). On GPUs vLLM picks FLASH_ATTN, TRITON_ATTN or FLASHINFER
-itself, on CPU always CPU_ATTN: each is overridden in place.
+CPU, where cpu_impl.py has one that is faster for many batches. A GPU server that is started for dense heads, or for
+blocks with positions of their own, has an implementation around vLLM's (head_calls.py, turned_impl.py). On GPUs vLLM
+picks FLASH_ATTN, TRITON_ATTN or FLASHINFER itself, on CPU always CPU_ATTN: each is overridden in place.
 """
 
 from __future__ import annotations

@@ -38,13 +38,12 @@ def dense_heads_in_use() -> bool:
     return _in_use
 
 
-@touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{attn_type, sliding_window}")
+@touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{alibi_slopes, sliding_window}")
 def unsupported_reason(layer: Any) -> str | None:
     """The reason why an attention layer's heads can't be computed in several calls; None where they can."""
-    impl = layer.impl
-    dtype = layer.kv_cache_dtype
+    impl, dtype = layer.impl, layer.kv_cache_dtype
     for refused, reason in (
-        (getattr(impl, "attn_type", AttentionType.DECODER) != AttentionType.DECODER, "its attention is not a decoder's"),
+        (layer.attn_type != AttentionType.DECODER, "its attention is not a decoder's"),
         (impl.alibi_slopes is not None, "it has ALiBi slopes"),
         (impl.sliding_window[0] != -1, "it has a sliding window"),
         (dtype not in CACHE_DTYPES, f"its cache is {dtype}, of which a slice by head is not known"),
@@ -101,8 +100,8 @@ def make_heads_impl(base: type[AttentionImpl], backend: str) -> type[AttentionIm
             self,
             layer: Any,
             query: torch.Tensor,
-            key: torch.Tensor | None,
-            value: torch.Tensor | None,
+            key: torch.Tensor,
+            value: torch.Tensor,
             kv_cache: torch.Tensor,
             attn_metadata: Any,
             output: torch.Tensor,
@@ -115,21 +114,19 @@ def make_heads_impl(base: type[AttentionImpl], backend: str) -> type[AttentionIm
             """
             step = current_step()
             calls = None if step is None or attn_metadata is None else step.head_calls(layer.layer_name)
-            if calls is None:
+            if step is None or calls is None:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             group = self.num_heads // self.num_kv_heads
             shape = (-1, self.num_heads, self.head_size)
-            whole, like = (query.view(shape), output.view(shape)), {"dtype": output.dtype, "device": output.device}
+            whole = query.view(shape), output.view(shape)
             for first, stop, metadata in calls:
                 queries, out = (tensor[:, first * group : stop * group] for tensor in whole)
-                keys, values = (None if new is None else new[:, first:stop] for new in (key, value))
-                written = out if writes_slices or out.is_contiguous() else torch.empty(out.shape, **like)
+                written = out if writes_slices or out.is_contiguous() else out.new_empty(out.shape)
                 impl = impl_of_heads(self, first, stop)
                 cache = kv_cache[:, first:stop]
-                base.forward(impl, layer, queries, keys, values, cache, metadata, written, *args, **kwargs)
+                base.forward(impl, layer, queries, key, value, cache, metadata, written, *args, **kwargs)
                 if written is not out:
-                    tokens = metadata.num_actual_tokens
-                    out[:tokens].copy_(written[:tokens])
+                    out[: step.num_tokens].copy_(written[: step.num_tokens])
             return output
 
     HeadsImpl.__name__ = HeadsImpl.__qualname__ = f"Heads{base.__name__}"

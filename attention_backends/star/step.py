@@ -28,8 +28,8 @@ from starling.scheduler.star.request_metadata import RemoteShards
 
 RowIds = Callable[[], Sequence[str]]
 BuildOfHeads = Callable[[int, int, CommonAttentionMetadata], Any]
-"""Makes a backend's metadata for calls on some heads: by how many kinds of heads stand behind theirs, by how many KV heads
-they are, and by the rows."""
+"""Makes a backend's metadata for calls on some heads: by the number of kinds of heads behind theirs, their own number
+of KV heads, and their rows."""
 
 
 class HeadCall(NamedTuple):
@@ -92,6 +92,7 @@ class StarStep:
     ) -> None:
         self.plans = plans
         self.num_scheduled_tokens = num_scheduled_tokens
+        self.num_tokens = sum(num_scheduled_tokens.values())
         self.row_ids = row_ids
         self.on_rows = on_rows
         self.remote = remote or {}

@@ -254,6 +254,12 @@ def requests(draw: st.DrawFn, page_size: int, max_tokens: int, max_queries: int)
     return chunk(start, end, plan)
 
 
+def _with_dense_heads(request: Request, count: int, total: int) -> Request:
+    if request.plan is None or count == 0:
+        return request
+    return replace(request, plan=replace(request.plan, dense_heads=DenseHeads(count, total, "digest")))
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -272,8 +278,8 @@ def cases(
 ) -> Case:
     """A step of up to ``max_requests`` requests; ``fp8``, ``sinks`` and ``fp8_with_sinks`` say what may be drawn.
 
-    With ``own_positions``, the blocks of at least one of them have positions of their own. With ``dense_heads``, prompts
-    may have dense heads, each its own number of them.
+    With ``own_positions``, the blocks of at least one of them have positions of their own. With ``dense_heads``, there
+    are prompts with dense heads, each with its own number of them.
     """
     manager_page, kernel_page = draw(st.sampled_from(PAGES))
     # vLLM splits pages only where a layer's pages are next to one another.
@@ -284,18 +290,14 @@ def cases(
     if decodes_first:
         batch.sort(key=lambda request: request.end - request.start > 1)
     has_sinks = sinks and draw(st.booleans())
-    kv_heads = draw(st.sampled_from([heads for heads in (1, 4, 8) if heads <= max_heads]))
+    numbers_of_heads = (2, 4, 8) if dense_heads else (1, 4, 8)
+    kv_heads = draw(st.sampled_from([heads for heads in numbers_of_heads if heads <= max_heads]))
     ranks = None
     if dense_heads:
         order = draw(st.permutations(range(2 * kv_heads)))  # those of another layer are among them
         ranks = tuple(order[:kv_heads])
-        counts = st.sampled_from([0, 1, kv_heads, kv_heads + 1, 2 * kv_heads])
-        batch = [
-            replace(request, plan=replace(request.plan, dense_heads=DenseHeads(count, 2 * kv_heads, "digest")))
-            if request.plan is not None and (count := draw(counts))
-            else request
-            for request in batch
-        ]
+        counts = draw(st.permutations(range(2 * kv_heads + 1)))
+        batch = [_with_dense_heads(request, count, 2 * kv_heads) for request, count in zip(batch, counts, strict=False)]
     return Case(
         tuple(batch),
         manager_page,

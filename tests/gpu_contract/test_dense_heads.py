@@ -1,7 +1,7 @@
-"""Heads that see everything beside heads that see star blocks, on vLLM's GPU backends, wrapped: one call for each run.
+"""Heads that see everything beside heads of star blocks, on vLLM's GPU backends, wrapped: one call for each run.
 
-Each call is held against its kernel's contract: FlashAttention 3's scheduler metadata and FlashInfer's plans are those of
-the call's rows and heads, and no plan is overwritten before its call. Each head's result is that of its own mask.
+Each call is held against its kernel's contract: FlashAttention 3's scheduler metadata and FlashInfer's plans are those
+of the call's rows and heads, and no plan is overwritten before its call. Each head's result is that of its own mask.
 """
 
 from __future__ import annotations

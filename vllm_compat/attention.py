@@ -76,9 +76,7 @@ def builder_of_other_rows(backend: str, builder: Any) -> Any:
     return _with_own_pages(builder) if backend == "FLASHINFER" else builder
 
 
-@touches(
-    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{num_heads, num_kv_heads, sinks}",
-)
+@touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{num_heads, num_kv_heads, sinks}")
 def impl_of_heads(impl: T, first: int, stop: int) -> T:
     """An attention implementation as ``impl``, for the KV heads ``[first, stop)`` of its layer and their query heads.
 
@@ -94,7 +92,7 @@ def impl_of_heads(impl: T, first: int, stop: int) -> T:
     return made
 
 
-@touches("vllm.model_executor.layers.attention.attention.Attention.{_k_scale, _v_scale}")
+@touches("vllm.v1.attention.backend.AttentionLayer.{_k_scale, _v_scale}")
 def has_scales_by_head(layer: Any) -> bool:
     """Whether the KV cache of an attention layer has a scale for each head. Goes with a public field."""
     return max(layer._k_scale.numel(), layer._v_scale.numel()) > 1

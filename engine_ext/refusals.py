@@ -191,12 +191,17 @@ SPLIT_RULES: Rules = (
 def reads_all_caches(config: Any) -> bool:
     """Whether Starling's CPU attention has to read the cache of each full-attention layer, by the server's options."""
     star = _options(config).star
-    return has_documents(config) or star.shards == "on" or bool(star.dense_heads)
+    return has_documents(config) or star.shards == "on" or has_dense_heads(config)
 
 
 def has_documents(config: Any) -> bool:
     """Whether the server's options say where documents start, so that its engine is made for them."""
     return _options(config).star.segments not in (None, "off")
+
+
+def has_dense_heads(config: Any) -> bool:
+    """Whether the server's options say that some heads see everything, so that its engine is made for them."""
+    return bool(_options(config).star.dense_heads)
 
 
 def unread_isa(config: Any) -> str | None:
@@ -286,10 +291,19 @@ DOCUMENT_RULES: Rules = (
 HEAD_RULES: Rules = (
     (lambda c: is_attamba(c), "an Attamba model's layers attend by themselves"),
     (
-        lambda c: c.device_config.device_type != "cpu" and c.device_config.device_type,
-        "heads of one layer that see different keys run on CPUs",
+        lambda c: c.device_config.device_type not in ("cpu", "cuda") and c.device_config.device_type,
+        "heads of one layer that see different keys run on CPUs and on CUDA devices",
     ),
-    *CPU_ATTENTION_RULES,
+    (
+        lambda c: c.device_config.device_type != "cpu" and not has_dense_heads(c),
+        "on a GPU the server has to be started with --star-dense-heads, since its layers are then made to attend in "
+        "several calls",
+    ),
+    (
+        lambda c: c.device_config.device_type != "cpu" and has_documents(c),
+        "on a GPU the server is started with --star-segments, and its layers are made for documents",
+    ),
+    *((_on_cpu(rule), reason) for rule, reason in CPU_ATTENTION_RULES),
     (_reported(HEADS), "the engine can't run it, as it found when it started"),
 )
 

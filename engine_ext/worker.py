@@ -13,6 +13,8 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.backend import register_star_backends, takes_star
+from starling.attention_backends.star.head_calls import dense_heads_in_use, use_dense_heads
+from starling.attention_backends.star.head_calls import unsupported_reason as heads_unsupported_on_gpu
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
 from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
@@ -20,7 +22,13 @@ from starling.config.entry import config_of
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.head_scores import ranks_of_layers, scores_of
 from starling.engine_ext.metrics import worker_metrics
-from starling.engine_ext.refusals import has_documents, has_peers, reads_all_caches, star_refusals
+from starling.engine_ext.refusals import (
+    has_dense_heads,
+    has_documents,
+    has_peers,
+    reads_all_caches,
+    star_refusals,
+)
 from starling.engine_ext.rotations import block_positions_problem, make_rotations
 from starling.replicas.metrics import replica_metrics
 from starling.replicas.weights import note_weights
@@ -96,6 +104,7 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
     is_cpu = vllm_config.device_config.device_type == "cpu"
     config = config_of(vllm_config)
     use_block_positions(has_documents(vllm_config))
+    use_dense_heads(not is_cpu and has_dense_heads(vllm_config) and not has_documents(vllm_config))
     if is_cpu or not refusals:
         register_star_backends()
     if is_cpu:
@@ -103,6 +112,15 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
 
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
         cpu_impl.read_all_caches(reads_all_caches(vllm_config))
+
+
+def heads_unsupported(attention: Any, on_cpu: bool) -> str | None:
+    """The reason why some heads of an attention layer can't see other keys than the others; None where they can."""
+    if not on_cpu:
+        return heads_unsupported_on_gpu(attention)
+    from starling.attention_backends.star.cpu_impl import unsupported_reason
+
+    return unsupported_reason(attention.impl)
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
@@ -236,11 +254,10 @@ class StarWorker:
             return
         ranks, self.heads_problem = ranks_of_layers(self.head_scores, self.model_runner.get_model(), layer_names)
         self.head_ranks = ranks
-        if self.heads_problem is None and self.vllm_config.device_config.device_type == "cpu":
-            from starling.attention_backends.star.cpu_impl import unsupported_reason
-
+        on_cpu = self.vllm_config.device_config.device_type == "cpu"
+        if self.heads_problem is None and (on_cpu or dense_heads_in_use()):
             layers = attention_blocks(self.model_runner.get_model())
-            reasons = ((name, unsupported_reason(layers[name].attention.impl)) for name in ranks)
+            reasons = ((name, heads_unsupported(layers[name].attention, on_cpu)) for name in ranks)
             self.heads_problem = next((f"layer {name}: {reason}" for name, reason in reasons if reason), None)
         if self.heads_problem is None:
             return

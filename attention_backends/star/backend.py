@@ -1,8 +1,9 @@
 """Wraps a vLLM attention backend so that star requests are handed to its kernel in virtual rows.
 
 Only the metadata builder changes; cache layout and name stay those of the base backend. So does the kernel, except on
-CPU, where cpu_impl.py has one that is faster for many batches. On GPUs vLLM picks FLASH_ATTN, TRITON_ATTN or FLASHINFER
-itself, on CPU always CPU_ATTN: each is overridden in place.
+CPU, where cpu_impl.py has one that is faster for many batches. A GPU server that is started for dense heads, or for
+blocks with positions of their own, has an implementation around vLLM's (head_calls.py, turned_impl.py). On GPUs vLLM
+picks FLASH_ATTN, TRITON_ATTN or FLASHINFER itself, on CPU always CPU_ATTN: each is overridden in place.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
+from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
 from starling.attention_backends.star.turned_impl import block_positions_in_use, make_turned_impl
@@ -102,6 +104,10 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 sizes_by_pages = base.get_name() == "FLASHINFER"
                 vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)
+            self.head_builders: HeadBuilders | None = None
+            if self.takes_star and device.type != "cpu" and dense_heads_in_use():
+                self.head_builders = HeadBuilders(base.get_name(), base_builder, self)
+                self.supports_update_block_table = False  # there is more metadata than vLLM would update
             if self.takes_star and device.type == "cpu":
                 self._lay_out_for_vectors(layer_names)
 
@@ -134,7 +140,10 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if step is not None and rows is not None:
                 step.count(rows)
                 virtual = virtual_metadata(common_attn_metadata, rows)
-                step.keep_block_tables(rows, common_attn_metadata, virtual, self.kv_cache_spec.block_size)
+                page_size = self.kv_cache_spec.block_size
+                step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
+                build = self.head_builders.build if self.head_builders else None
+                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
                 common_attn_metadata = virtual
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
@@ -155,6 +164,8 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         def get_impl_cls() -> Any:
             if base.get_name() != "CPU_ATTN":
                 impl = base.get_impl_cls()
+                if dense_heads_in_use():
+                    return make_heads_impl(impl, base.get_name())
                 return make_turned_impl(impl) if block_positions_in_use() else impl
             from starling.attention_backends.star.cpu_impl import CpuImpl
 

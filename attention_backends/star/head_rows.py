@@ -10,11 +10,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+def kinds_of_heads(counts: Sequence[int] | np.ndarray, ranks: np.ndarray) -> np.ndarray | None:
+    """(KV heads,) int64, the kind of each head of a layer; None: no head of the layer is dense for any plan.
+
+    Args:
+        counts: (N,), the numbers of dense heads of the step's plans, ascending.
+        ranks: (KV heads,) int64, the places of the layer's heads in the order of scores.
+    """
+    kinds = np.searchsorted(counts, ranks, side="right")
+    return None if (kinds == len(counts)).all() else kinds
+
+
+class HeadRun(NamedTuple):
+    """KV heads of a layer, one behind another, that are of one kind: ``[first, stop)``."""
+
+    first: int
+    stop: int
+    kind: int
+
+
+def head_runs(counts: Sequence[int], ranks: np.ndarray) -> list[HeadRun] | None:
+    """A layer's heads in as few runs of one kind as there are; None: no head of the layer is dense.
+
+    Args:
+        counts, ranks: as those of ``kinds_of_heads``.
+    """
+    kinds = kinds_of_heads(counts, ranks)
+    if kinds is None:
+        return None
+    borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    return [HeadRun(first, stop, int(kinds[first])) for first, stop in pairwise(borders)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +75,8 @@ class HeadRows:
         Args:
             ranks: (KV heads,) int64, the places of the layer's heads in the order of scores.
         """
-        kinds = np.searchsorted(self.counts, ranks, side="right")
-        if (kinds == len(self.counts)).all():
+        kinds = kinds_of_heads(self.counts, ranks)
+        if kinds is None:
             return None
         return async_tensor_h2d(self.kinds[:, None] == kinds[None, :], self.seq_lens.device)
 

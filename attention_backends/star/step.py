@@ -6,6 +6,7 @@ profiling and capture runs happen outside of a step and so never see a plan.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.head_rows import HeadRows, make_head_rows
+from starling.attention_backends.star.head_rows import HeadRows, head_runs, make_head_rows
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from starling.attention_backends.star.rows import VirtualRows, split_rows
@@ -26,6 +27,17 @@ from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RemoteShards
 
 RowIds = Callable[[], Sequence[str]]
+BuildOfHeads = Callable[[int, int, CommonAttentionMetadata], Any]
+"""Makes a backend's metadata for calls on some heads: by the number of kinds of heads behind theirs, their own number
+of KV heads, and their rows."""
+
+
+class HeadCall(NamedTuple):
+    """A call on the KV heads ``[first, stop)`` of a layer, with the backend's metadata for it."""
+
+    first: int
+    stop: int
+    metadata: Any
 
 
 class Batch(NamedTuple):
@@ -80,6 +92,7 @@ class StarStep:
     ) -> None:
         self.plans = plans
         self.num_scheduled_tokens = num_scheduled_tokens
+        self.num_tokens = sum(num_scheduled_tokens.values())
         self.row_ids = row_ids
         self.on_rows = on_rows
         self.remote = remote or {}
@@ -95,6 +108,7 @@ class StarStep:
         self._turned_attention: dict[int, TurnedAttention] = {}
         self._head_rows: dict[int, HeadRows] = {}
         self._row_heads: dict[tuple[int, str], torch.Tensor | None] = {}
+        self._head_calls: dict[str, list[HeadCall]] = {}
         self._positions: list[tuple[int, np.ndarray]] = []
         self._replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.has_unset_positions = False
@@ -146,17 +160,11 @@ class StarStep:
     def keep_block_tables(
         self, rows: VirtualRows, batch: CommonAttentionMetadata, virtual: CommonAttentionMetadata, page_size: int
     ) -> None:
-        """Note what the rows' own block tables leave out: blocks with positions of their own, and dense heads.
+        """Note what the rows' own block tables leave out: blocks with positions of their own.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
-        if self.dense_counts:
-            plans = self._match(batch)
-            kinds = [plans.split(page_size, dense_from=count) for count in self.dense_counts]
-            metadata = [batch if kind is None else virtual_metadata(batch, kind) for kind in kinds]
-            self._head_rows[page_size] = make_head_rows(self.dense_counts, [*metadata, virtual])
-            self.has_unread_heads = True
         if rows.turned is not None:
             own = OwnRows(
                 num_tokens=int(rows.query_lens.sum()),
@@ -169,6 +177,48 @@ class StarStep:
             starts = np.cumsum(rows.query_lens) - rows.query_lens
             calls = list(make_turned_rows(rows.turned, starts, rows.query_lens, batch.block_table_tensor, page_size))
             self._turned_attention[page_size] = TurnedAttention(own, calls, self.rotations)
+
+    def keep_heads(
+        self,
+        batch: CommonAttentionMetadata,
+        virtual: CommonAttentionMetadata,
+        page_size: int,
+        layer_names: Sequence[str],
+        build: BuildOfHeads | None,
+    ) -> None:
+        """Note the rows of each kind of heads, where the step has dense heads.
+
+        Args:
+            batch, virtual: the metadata of the batch's rows, and of those of heads that are dense for no plan.
+            layer_names: the layers that have this metadata.
+            build: makes the metadata of calls on some of their heads; None: one call has the rows of all kinds.
+        """
+        if not self.dense_counts:
+            return
+        plans = self._match(batch)
+        split = [plans.split(page_size, dense_from=count) for count in self.dense_counts]
+        kinds = [*(batch if rows is None else virtual_metadata(batch, rows) for rows in split), virtual]
+        if build is None:
+            self._head_rows[page_size] = make_head_rows(self.dense_counts, kinds)
+            self.has_unread_heads = True
+            return
+
+        @functools.cache
+        def built(kind: int, num_kv_heads: int) -> Any:
+            return build(len(kinds) - 1 - kind, num_kv_heads, kinds[kind])
+
+        for name in filter(self.head_ranks.__contains__, layer_names):
+            runs = head_runs(self.dense_counts, self.head_ranks[name])
+            if runs is not None:
+                self._head_calls[name] = [
+                    HeadCall(run.first, run.stop, built(run.kind, run.stop - run.first)) for run in runs
+                ]
+                self.has_unread_heads = True
+
+    def head_calls(self, layer_name: str) -> list[HeadCall] | None:
+        """The calls by which a layer attends, one for each run of heads; None: no head of it is dense."""
+        self.has_unread_heads = False
+        return self._head_calls.get(layer_name)
 
     def row_heads(self, page_size: int, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
         """The rows of a layer with pages of this size, and which heads each computes; None: no head of it is dense."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from hypothesis import assume
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.reference import star_mask
+from starling.attention_backends.star.reference import head_masks, star_mask
 from starling.attention_backends.star.rows import split_rows
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import DenseHeads, StarPlan
 
 HEAD_SIZE = 32
 SCALE = 1 / math.sqrt(HEAD_SIZE)
@@ -50,6 +51,7 @@ class Case:
         fp8: whether the cache is fp8 with scales.
         padding: rows and tokens that a CUDA graph adds.
         runner: the model runner, V1 or V2, whose metadata the batch has.
+        ranks: the places of the full layer's KV heads in the order of scores; None: no head has one.
         seed: of the numbers.
     """
 
@@ -64,6 +66,7 @@ class Case:
     fp8: bool = False
     padding: int = 0
     runner: str = "V1"
+    ranks: tuple[int, ...] | None = None
     seed: int = 0
 
     @property
@@ -77,6 +80,22 @@ class Case:
     @property
     def num_tokens(self) -> int:
         return sum(self.query_lens)
+
+    def dense_for(self, plan: StarPlan) -> set[int]:
+        """The KV heads of the full layer that see everything in a plan's prompt."""
+        count = plan.dense_heads.count if plan.dense_heads else 0
+        return {head for head, rank in enumerate(self.ranks or ()) if rank < count}
+
+    @property
+    def kinds(self) -> list[tuple[bool, ...]]:
+        """For each KV head of the full layer, for which of the plans it is dense."""
+        dense = [self.dense_for(request.plan) for request in self.requests if request.plan is not None]
+        return [tuple(head in heads for heads in dense) for head in range(self.kv_heads)]
+
+    @property
+    def num_runs(self) -> int:
+        """Into how many runs the full layer's KV heads fall that see the same keys in all prompts."""
+        return len(list(groupby(self.kinds)))
 
 
 @dataclass
@@ -127,13 +146,19 @@ def expected(case: Case, drawn: Numbers, window: int | None = None) -> torch.Ten
             )
         last = first + request.end - request.start
         q_scale, k_scale, v_scale = drawn.scales
-        out, lse = masked_attention(
-            drawn.queries[first:last].double() * q_scale,
-            key.double() * k_scale,
-            value.double() * v_scale,
-            mask[request.start :],
-            SCALE,
-        )
+        dense = case.dense_for(request.plan) if request.plan and window is None else set()
+        query = drawn.queries[first:last].double() * q_scale
+        by_head = [
+            masked_attention(
+                query[:, head * case.group : (head + 1) * case.group],
+                key[:, head : head + 1].double() * k_scale,
+                value[:, head : head + 1].double() * v_scale,
+                of_head[request.start :],
+                SCALE,
+            )
+            for head, of_head in enumerate(head_masks(mask, case.kv_heads, dense))
+        ]
+        out, lse = (torch.cat(parts, 1) for parts in zip(*by_head, strict=True))
         if drawn.sinks is not None:
             out = out * torch.sigmoid(lse - drawn.sinks.double())[..., None]
         outs.append(out)
@@ -229,6 +254,12 @@ def requests(draw: st.DrawFn, page_size: int, max_tokens: int, max_queries: int)
     return chunk(start, end, plan)
 
 
+def _with_dense_heads(request: Request, count: int, total: int) -> Request:
+    if request.plan is None or count == 0:
+        return request
+    return replace(request, plan=replace(request.plan, dense_heads=DenseHeads(count, total, "digest")))
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -243,10 +274,12 @@ def cases(
     max_heads: int = 8,
     max_requests: int = 5,
     own_positions: bool = False,
+    dense_heads: bool = False,
 ) -> Case:
     """A step of up to ``max_requests`` requests; ``fp8``, ``sinks`` and ``fp8_with_sinks`` say what may be drawn.
 
-    With ``own_positions``, the blocks of at least one of them have positions of their own.
+    With ``own_positions``, the blocks of at least one of them have positions of their own. With ``dense_heads``, there
+    are prompts with dense heads, each with its own number of them.
     """
     manager_page, kernel_page = draw(st.sampled_from(PAGES))
     # vLLM splits pages only where a layer's pages are next to one another.
@@ -257,18 +290,27 @@ def cases(
     if decodes_first:
         batch.sort(key=lambda request: request.end - request.start > 1)
     has_sinks = sinks and draw(st.booleans())
+    numbers_of_heads = (2, 4, 8) if dense_heads else (1, 4, 8)
+    kv_heads = draw(st.sampled_from([heads for heads in numbers_of_heads if heads <= max_heads]))
+    ranks = None
+    if dense_heads:
+        order = draw(st.permutations(range(2 * kv_heads)))  # those of another layer are among them
+        ranks = tuple(order[:kv_heads])
+        counts = draw(st.permutations(range(2 * kv_heads + 1)))
+        batch = [_with_dense_heads(request, count, 2 * kv_heads) for request, count in zip(batch, counts, strict=False)]
     return Case(
         tuple(batch),
         manager_page,
         kernel_page,
         draw(st.sampled_from(allowed)),
-        draw(st.sampled_from([heads for heads in (1, 4, 8) if heads <= max_heads])),
+        kv_heads,
         draw(st.sampled_from([1, 2, 4])),
         None if own_positions else draw(st.sampled_from([None, None, 1, 17, 50])),
         has_sinks,
         fp8 and (fp8_with_sinks or not has_sinks) and draw(st.booleans()),
         draw(st.sampled_from([0, 0, 0, 1, 3])),
         draw(st.sampled_from(["V1", "V2"])),
+        ranks,
         draw(st.integers(0, 99)),
     )
 

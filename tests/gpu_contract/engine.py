@@ -209,16 +209,23 @@ def run_case(
     plans = {name: request.plan for name, request in zip(ids, case.requests, strict=True) if request.plan is not None}
     scheduled = dict(zip(ids, case.query_lens, strict=True))
     rotations = {group.name: ROTATION for group in groups}
-    step = StarStep(plans, scheduled, lambda: ids, counted.append, rotations=rotations)
+    ranks = {groups[0].name: np.array(case.ranks)} if case.ranks else None
+    step = StarStep(plans, scheduled, lambda: ids, counted.append, rotations=rotations, head_ranks=ranks)
     outputs = []
-    with open_step(step):
-        metadata = build_attn_metadata(
+
+    def build() -> dict[str, Any]:
+        return build_attn_metadata(
             attn_groups=[[group.group] for group in groups],
             block_tables=[group.block_table() for group in groups],
             slot_mappings=torch.stack([group.slot_mapping() for group in groups]),
             kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
             **batch_fields(case),
         )
+
+    if case.ranks:
+        build()  # a dense step before this one: the builders have what they make once
+    with open_step(step):
+        metadata = build()
         step.set_positions(torch.zeros(case.num_tokens, dtype=torch.int64))
         for group in groups:
             out = torch.full((len(drawn.queries), case.heads, HEAD_SIZE), float("nan"))

@@ -73,6 +73,7 @@ class _Wrapper:
         key_cache, value_cache = _paged(caches, self._layout)
         require((query.dtype, key_cache.dtype, out.dtype) == self._dtypes, f"dtypes were planned as {self._dtypes}")
         require(query.shape == out.shape, f"query {tuple(query.shape)} and out {tuple(out.shape)} differ")
+        require(out.is_contiguous(), "the kernels write tokens whose heads are next to one another")
         require(key_cache.shape[1] == self._page_size, f"pages of {key_cache.shape[1]}, planned {self._page_size}")
         require((query.shape[1], key_cache.shape[2], query.shape[2]) == self._heads, "heads differ from the plan's")
         require(self._starts[-1] <= len(query), f"{int(self._starts[-1])} queries planned, {len(query)} given")
@@ -204,7 +205,7 @@ def _table_attention(
     named: dict[str, Any],
 ) -> torch.Tensor:
     key_cache, value_cache = _paged(kv_cache, layout)
-    for name, tensor in (("query", query), ("block tables", block_tables), ("seq_lens", seq_lens)):
+    for name, tensor in (("query", query), ("out", out), ("block tables", block_tables), ("seq_lens", seq_lens)):
         require(tensor.is_contiguous(), f"{name} are not contiguous")
     live = seq_lens > 0
     live_starts = torch.cat([starts[:1], starts[1:][live]])

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from tests.gpu_contract.cuda_platform import use_cuda_platform
 
@@ -24,6 +25,7 @@ from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
 from starling.attention_backends.kernels.contract import Operands  # noqa: E402
 from starling.attention_backends.star import turned  # noqa: E402
+from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import cases, expected, gathers_pages, numbers  # noqa: E402
@@ -40,14 +42,20 @@ class Tally:
         self.counts = dict.fromkeys(
             (
                 *("cases", "star_steps", "gathered", "one_token_rows", "windowed", "fp8", "sinks", "padded"),
-                *("split_pages", "turned"),
+                *("split_pages", "turned", "all_heads_dense", "calls_on_some_heads", "calls_on_three_kinds"),
             ),
             0,
         )
 
     def add(self, case: Any, base: Any, fp8_query: bool) -> None:
         drawn = numbers(case, case.fp8 and fp8_query)
-        outputs, rows = run_case(case, base, drawn)
+        impl = base.get_impl_cls()
+        with mock.patch.object(impl, "forward", autospec=True, side_effect=impl.forward) as forward:
+            outputs, rows = run_case(case, base, drawn)
+        calls = forward.call_count - len(outputs) + 1  # on the full layer
+        if rows is None or rows.turned is None:
+            wanted = case.num_runs if rows is not None else 1
+            assert calls == wanted, f"{calls} calls for {wanted} runs of heads"
         for out, window in outputs:
             want = expected(case, drawn, window)
             assert not out.isnan().any(), f"{int(out.isnan().any((1, 2)).sum())} tokens have no output"
@@ -66,6 +74,10 @@ class Tally:
             "padded": case.padding > 0,
             "turned": rows is not None and rows.turned is not None,
             "split_pages": case.kernel_page < case.manager_page,
+            "all_heads_dense": rows is not None
+            and any(len(case.dense_for(one.plan)) == case.kv_heads for one in case.requests if one.plan is not None),
+            "calls_on_some_heads": calls > 1,
+            "calls_on_three_kinds": calls > 1 and len(set(case.kinds)) > 2,
         }
         for name, fact in facts.items():
             self.counts[name] += fact
@@ -110,11 +122,11 @@ def flashinfer(capability: tuple[int, int], examples: int, **drawn: Any) -> Tall
     return hold(FlashInferBackend, Tally(), strategy, examples, fp8_query=False)
 
 
-def triton(examples: int) -> Tally:
+def triton(examples: int, **drawn: Any) -> Tally:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
     # The interpreter takes milliseconds for each tile of keys, so the batches are small.
-    strategy = cases(fp8=True, sinks=True, max_tokens=180, max_queries=10, max_heads=4, max_requests=3)
+    strategy = cases(fp8=True, sinks=True, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, **drawn)
     tally = Tally()
     for part in (strategy.filter(gathers_pages), strategy):
         hold(TritonAttentionBackend, tally, part, examples, fp8_query=False)
@@ -128,6 +140,12 @@ def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     """
     use_block_positions(True)
     return run(*args, own_positions=True, **drawn)
+
+
+def dense_heads(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
+    """A job whose prompts may have heads that see everything."""
+    use_dense_heads(True)
+    return run(*args, dense_heads=True, **drawn)
 
 
 def triton_own_positions(examples: int) -> Tally:
@@ -172,6 +190,15 @@ JOBS: dict[str, Callable[[], Tally]] = {
     "flashinfer_sm100_own": lambda: own_positions(
         flashinfer, (10, 0), 60, fp8=False, sinks=False, layouts=("LBHNC", "BLHNC")
     ),
+    "fa2_heads": lambda: dense_heads(flash_attention, (8, 0), 60, fp8=False, sinks=False),
+    "fa3_heads": lambda: dense_heads(flash_attention, (9, 0), 100, fp8=True, sinks=True),
+    "fa4_heads": lambda: dense_heads(flash_attention, (10, 0), 60, fp8=True, sinks=True),
+    "flashinfer_sm80_heads": lambda: dense_heads(flashinfer, (8, 0), 60, sinks=False),
+    "flashinfer_sm90_heads": lambda: dense_heads(flashinfer, (9, 0), 60, sinks=True),
+    "flashinfer_sm100_heads": lambda: dense_heads(
+        *(flashinfer, (10, 0), 60), sinks=True, fp8_with_sinks=False, layouts=("LBHNC", "BLHNC")
+    ),
+    "triton_heads": lambda: dense_heads(triton, 10),
     "triton_own": lambda: triton_own_positions(24),
 }
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from starling.attention_backends.star.head_rows import head_runs
 from starling.attention_backends.star.reference import head_masks
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.scheduler.star.plan import DenseHeads, StarPlan
@@ -87,3 +88,18 @@ def test_dense_heads_that_no_layer_reads_are_an_error():
     step = StarStep({"r0": plan_with(3)}, {"r0": 20}, lambda: ["r0"], lambda rows: None, head_ranks={"layer": RANKS})
     with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step):
         make_builder().build(0, batch_metadata([20], [20], columns=12))
+
+
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=8, unique=True), st.sets(st.integers(1, 12), min_size=1))
+def test_runs_are_as_few_as_heads_of_other_kinds_allow(ranks, counts):
+    """Two heads are of one kind where they are dense for the same plans."""
+    runs = head_runs(sorted(counts), np.array(ranks))
+    dense_for = [frozenset(count for count in counts if rank < count) for rank in ranks]
+    if not any(dense_for):
+        assert runs is None
+        return
+    found = [run.kind for run in runs for _ in range(run.first, run.stop)]
+    assert len(found) == len(ranks) and runs[0].first == 0
+    assert all(before.stop == after.first for before, after in pairwise(runs))
+    assert len(runs) == 1 + sum(before != after for before, after in pairwise(dense_for))
+    assert found == [len(counts) - len(dense) for dense in dense_for]

@@ -15,6 +15,8 @@ def drafting(method, **changes):
 def fake_config(**changes):
     """A configuration that no rule refuses, with changes by owner__attribute."""
     model = SimpleNamespace(
+        model="a model without files",
+        revision=None,
         runner_type="generate",
         is_encoder_decoder=False,
         use_mla=False,

@@ -11,7 +11,16 @@ from vllm.config import ParallelConfig
 
 from starling.attention_backends.star.metadata import ROW_FIELDS_WITHOUT_A_SPLIT
 from starling.engine_ext.models.configs import KVShiftLlamaConfig
-from starling.engine_ext.refusals import CONNECTORS, RULES, SHARD_RULES, SPLIT_RULES, replica_set, star_refusals
+from starling.engine_ext.refusals import (
+    CONNECTORS,
+    HEAD_RULES,
+    RULES,
+    SHARD_RULES,
+    SPLIT_RULES,
+    heads_refusals,
+    replica_set,
+    star_refusals,
+)
 from tests.unit.engine_ext.configs import CPU, FULL, drafting, fake_config
 
 REFUSED = {
@@ -202,6 +211,36 @@ def test_every_rule_about_shards_is_tested_and_a_plain_cpu_has_shards():
     uncached = replica_set(fake_config(**CPU | {"cache_config__enable_prefix_caching": False}))
     assert uncached.split_refusal is not None
     assert uncached.shards_refusal is None
+
+
+HEADS = {"starling": {"star_dense_heads": 0.25}}
+GPU = {"device_config__device_type": "cuda", "additional_config": HEADS}
+WITHOUT_HEADS = {
+    "an Attamba model": {"model_config__hf_text_config": SimpleNamespace(model_type="attamba")},
+    "on CPUs and on CUDA devices (xpu)": GPU | {"device_config__device_type": "xpu"},
+    "has to be started with --star-dense-heads": GPU | {"additional_config": {"starling": {}}},
+    "the server is started with --star-segments": GPU
+    | {"additional_config": {"starling": HEADS["starling"] | {"star_segments": "auto"}}},
+    "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
+    "head sizes": {"model_config__get_head_size": lambda: 80 + 8},
+    "(amx)": {"model_config__dtype": torch.bfloat16},
+    "layer 3: it has a scale": {"starling_reports": [{"heads": "layer 3: it has a scale for each head"}]},
+}
+
+
+@pytest.mark.parametrize("reason", WITHOUT_HEADS)
+def test_the_reason_that_keeps_heads_from_seeing_other_keys_is_named(reason, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    (found,) = heads_refusals(fake_config(**CPU | WITHOUT_HEADS[reason]))
+    assert reason in found
+
+
+def test_every_rule_about_heads_is_tested_and_both_cpus_and_gpus_run_them():
+    """On a GPU the rules about CPUs do not count, and the cache may be fp8."""
+    assert len(WITHOUT_HEADS) == len(HEAD_RULES)
+    assert heads_refusals(fake_config(**CPU)) == []
+    gpu = {"model_config__get_head_size": lambda: 72, "cache_config__cache_dtype": "fp8_e4m3"}
+    assert heads_refusals(fake_config(**CPU | GPU | gpu)) == []
 
 
 def test_a_model_without_layer_types_is_classified_by_its_window():

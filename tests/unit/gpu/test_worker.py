@@ -17,7 +17,10 @@ from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 from vllm.v1.worker.worker_base import WorkerBase
 
 from starling.attention_backends.star.backend import WRAPPED
+from starling.attention_backends.star.head_calls import use_dense_heads
+from starling.attention_backends.star.rows import is_split
 from starling.engine_ext.worker import make_star_worker, unsplit_layers
+from starling.scheduler.star.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_step import SPEC
 from tests.unit.engine_ext.configs import drafting, fake_config
 
@@ -68,6 +71,7 @@ def unregistered():
     yield
     for name in WRAPPED:
         AttentionBackendEnum[name].clear_override()
+    use_dense_heads(False)
 
 
 REFUSED = {"speculative_config": drafting("medusa")}
@@ -101,6 +105,46 @@ def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of
     assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.NEVER
     make_worker()
     assert not hasattr(star.get_impl_cls(), "turns_queries")
+
+
+def test_an_engine_that_is_started_for_dense_heads_keeps_full_graphs_of_decode_batches():
+    """Its decode steps have no step of Starling's, since each head sees everything then."""
+    make_worker(additional_config={"starling": {"star_dense_heads": 0.25}})
+    star = AttentionBackendEnum.TRITON_ATTN.get_class()
+    assert star.get_impl_cls().__name__ == "HeadsTritonAttentionImpl"
+    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.UNIFORM_BATCH
+    plan = StarPlan(64, 16, 0, 300, 320, dense_heads=DenseHeads(1, 4, "digest"))
+    assert is_split(plan, 299) and not is_split(plan, 300) and not is_split(plan, 320)
+    make_worker()
+    assert star.get_impl_cls().__name__ == "TritonAttentionImpl"
+
+
+@pytest.mark.parametrize("started_for", [True, False])
+def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_for_dense_heads(
+    started_for, monkeypatch
+):
+    """Another server does not look at them: no prompt of it has dense heads."""
+    attention = SimpleNamespace(
+        attn_type="decoder",
+        impl=SimpleNamespace(alibi_slopes=None, sliding_window=(-1, -1)),
+        kv_cache_dtype="nvfp4",
+        _k_scale=torch.tensor(1.0),
+        _v_scale=torch.tensor(1.0),
+    )
+    worker_module = "starling.engine_ext.worker"
+    monkeypatch.setattr(f"{worker_module}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
+    monkeypatch.setattr(f"{worker_module}.scores_of", lambda config: object())
+    monkeypatch.setattr(f"{worker_module}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
+    blocks = {"layer": SimpleNamespace(attention=attention)}
+    monkeypatch.setattr(f"{worker_module}.attention_blocks", lambda model: blocks)
+    entry = {"star": "auto"} | ({"star_dense_heads": 0.25} if started_for else {})
+    worker = make_worker(additional_config={"starling": entry})
+    reason = "star_dense_heads=0.25: layer layer: its cache is nvfp4"
+    with pytest.raises(RuntimeError, match=reason) if started_for else nullcontext():
+        worker.initialize_from_config(None)
+    attention.kv_cache_dtype = "auto"
+    worker.initialize_from_config(None)
+    assert worker.heads_problem is None and worker.head_ranks == {"layer": [0]}
 
 
 @pytest.mark.parametrize(("device", "segments", "looks"), [("cuda", "off", 0), ("cuda", "auto", 1), ("cpu", "off", 1)])

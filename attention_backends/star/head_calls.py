@@ -1,0 +1,133 @@
+"""vLLM's GPU attention for layers some of whose heads see everything: one call for each run of heads of one kind.
+
+A call has slices by head of the query, of the cache and of the output, none of which is copied for it, except that
+FlashInfer writes to a tensor of its own: its kernels take the heads of an output to be next to one another.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttentionMetadata
+
+from starling.attention_backends.star.step import current_step
+from starling.vllm_compat.attention import (
+    builder_of_heads,
+    builder_of_other_rows,
+    has_scales_by_head,
+    impl_of_heads,
+)
+from starling.vllm_compat.patching import extends, touches
+
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""Those where a head's part of a cache is a slice of it, as vLLM's options name them."""
+
+_in_use = False
+
+
+def use_dense_heads(in_use: bool) -> None:
+    """Say whether prompts of this process's engine may have dense heads on a GPU, before its layers are made."""
+    global _in_use
+    _in_use = in_use
+
+
+def dense_heads_in_use() -> bool:
+    """What ``use_dense_heads`` was told; False at first."""
+    return _in_use
+
+
+@touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{alibi_slopes, sliding_window}")
+def unsupported_reason(layer: Any) -> str | None:
+    """The reason why an attention layer's heads can't be computed in several calls; None where they can."""
+    impl, dtype = layer.impl, layer.kv_cache_dtype
+    for refused, reason in (
+        (layer.attn_type != AttentionType.DECODER, "its attention is not a decoder's"),
+        (impl.alibi_slopes is not None, "it has ALiBi slopes"),
+        (impl.sliding_window[0] != -1, "it has a sliding window"),
+        (dtype not in CACHE_DTYPES, f"its cache is {dtype}, of which a slice by head is not known"),
+        (has_scales_by_head(layer), "its cache has a scale for each head"),
+    ):
+        if refused:
+            return reason
+    return None
+
+
+class HeadBuilders:
+    """A backend's metadata builders for calls on some heads of its layers, made when they are first needed.
+
+    One of FlashInfer's takes 8 MiB of the GPU's memory, where it has a plan, and those for each further kind of heads
+    share a list of as many pages as the rows of a step may have.
+
+    Args:
+        backend: vLLM's name of the backend.
+        base: vLLM's class of metadata builders.
+        builder: one of it, for all heads of the layers.
+    """
+
+    def __init__(self, backend: str, base: Any, builder: Any) -> None:
+        self.backend, self.base = backend, base
+        self.of_rows = [builder]
+        self.of_heads: dict[tuple[int, int], Any] = {}
+
+    def build(self, place: int, num_kv_heads: int, rows: CommonAttentionMetadata) -> Any:
+        """The backend's metadata for calls on so many KV heads.
+
+        Args:
+            place: of these rows among those of the step; 0: the builder for all heads builds for the same rows.
+            rows: the step's tokens in rows.
+        """
+        while place >= len(self.of_rows):
+            self.of_rows.append(builder_of_other_rows(self.backend, self.of_rows[0]))
+        key = place, num_kv_heads
+        if key not in self.of_heads:
+            self.of_heads[key] = builder_of_heads(self.backend, self.of_rows[place], num_kv_heads)
+        return self.base.build(self.of_heads[key], 0, rows)
+
+
+@functools.cache
+def make_heads_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl]:
+    """A subclass of a GPU backend's implementation for caches of shape (pages, KV heads, page size, 2 * head size)."""
+    writes_slices = backend != "FLASHINFER"
+
+    @extends(AttentionImpl)
+    class HeadsImpl(base):  # type: ignore[misc, valid-type]
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """Write the attention of a step to ``output`` (tokens, heads, head size) and return it.
+
+            As in vLLM's method, K and V of the step are in the cache already.
+            """
+            step = current_step()
+            calls = None if step is None or attn_metadata is None else step.head_calls(layer.layer_name)
+            if step is None or calls is None:
+                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            group = self.num_heads // self.num_kv_heads
+            shape = (-1, self.num_heads, self.head_size)
+            whole = query.view(shape), output.view(shape)
+            for first, stop, metadata in calls:
+                queries, out = (tensor[:, first * group : stop * group] for tensor in whole)
+                written = out if writes_slices or out.is_contiguous() else out.new_empty(out.shape)
+                impl = impl_of_heads(self, first, stop)
+                cache = kv_cache[:, first:stop]
+                base.forward(impl, layer, queries, key, value, cache, metadata, written, *args, **kwargs)
+                if written is not out:
+                    out[: step.num_tokens].copy_(written[: step.num_tokens])
+            return output
+
+    HeadsImpl.__name__ = HeadsImpl.__qualname__ = f"Heads{base.__name__}"
+    return HeadsImpl

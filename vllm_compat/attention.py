@@ -1,0 +1,98 @@
+"""vLLM's metadata builders and attention implementations, for some of a layer's heads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from starling.vllm_compat.patching import touches
+
+T = TypeVar("T")
+
+
+@touches(
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadataBuilder"
+    ".{num_heads_q, num_heads_kv, use_full_cuda_graph}",
+)
+def _flash_attention(builder: Any, num_kv_heads: int) -> Any:
+    """Outside of full CUDA graphs a builder keeps no tensor from one build to the next."""
+    made = copy.copy(builder)
+    made.num_heads_q = builder.num_heads_q // builder.num_heads_kv * num_kv_heads
+    made.num_heads_kv = num_kv_heads
+    made.use_full_cuda_graph = False
+    return made
+
+
+@touches(
+    "vllm.v1.attention.backends.flashinfer.FlashInferMetadataBuilder"
+    ".{num_qo_heads, num_kv_heads, enable_cuda_graph, _prefill_wrapper, _decode_wrapper, _get_workspace_buffer}",
+)
+def _flashinfer(builder: Any, num_kv_heads: int) -> Any:
+    """A wrapper of FlashInfer's holds one plan. The workspace is read and written within a call, so all share one."""
+    made = copy.copy(builder)
+    made.num_qo_heads = builder.num_qo_heads // builder.num_kv_heads * num_kv_heads
+    made.num_kv_heads = num_kv_heads
+    made.enable_cuda_graph = False
+    made._prefill_wrapper = made._decode_wrapper = None
+    made._get_workspace_buffer = builder._get_workspace_buffer
+    return made
+
+
+@touches(
+    "vllm.v1.attention.backends.flashinfer.FlashInferMetadataBuilder"
+    ".{paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len}",
+)
+def _with_own_pages(builder: Any) -> Any:
+    from vllm.v1.utils import CpuGpuBuffer
+
+    made = copy.copy(builder)
+    for name in ("paged_kv_indptr", "paged_kv_last_page_len"):
+        like = getattr(builder, name).gpu
+        buffer = CpuGpuBuffer(*like.shape, dtype=like.dtype, device=builder.device, pin_memory=False)
+        setattr(made, name, buffer)
+    made.paged_kv_indices = builder.paged_kv_indices.new_zeros(builder.paged_kv_indices.shape)
+    return made
+
+
+def builder_of_heads(backend: str, builder: Any, num_kv_heads: int) -> Any:
+    """A metadata builder as the one of a backend, for calls on so many of its layers' KV heads, and their query heads.
+
+    It shares the buffers for pages with the one it is made from. So both may build for the same rows in one step, and
+    not for others. Goes when a builder can be made for other numbers of heads than those of its layers.
+
+    Args:
+        backend: vLLM's name of the backend. The metadata of TRITON_ATTN holds for any heads: the kernel takes their
+            number from its operands, and its buffers have room for all.
+    """
+    made = {"FLASH_ATTN": _flash_attention, "FLASHINFER": _flashinfer}.get(backend)
+    return builder if made is None else made(builder, num_kv_heads)
+
+
+def builder_of_other_rows(backend: str, builder: Any) -> Any:
+    """A metadata builder as the one of a backend, which may build for other rows in the same step.
+
+    Goes with ``builder_of_heads``.
+    """
+    return _with_own_pages(builder) if backend == "FLASHINFER" else builder
+
+
+@touches("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.{num_heads, num_kv_heads, sinks}")
+def impl_of_heads(impl: T, first: int, stop: int) -> T:
+    """An attention implementation as ``impl``, for the KV heads ``[first, stop)`` of its layer and their query heads.
+
+    Goes when an implementation takes the numbers of heads from its operands.
+    """
+    whole: Any = impl
+    made: Any = object.__new__(type(impl))  # copy.copy would look for process groups
+    vars(made).update(vars(impl))
+    group = whole.num_heads // whole.num_kv_heads
+    made.num_heads, made.num_kv_heads = (stop - first) * group, stop - first
+    if whole.sinks is not None:
+        made.sinks = whole.sinks[first * group : stop * group]
+    return made
+
+
+@touches("vllm.v1.attention.backend.AttentionLayer.{_k_scale, _v_scale}")
+def has_scales_by_head(layer: Any) -> bool:
+    """Whether the KV cache of an attention layer has a scale for each head. Goes with a public field."""
+    return max(layer._k_scale.numel(), layer._v_scale.numel()) > 1

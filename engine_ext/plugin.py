@@ -92,11 +92,6 @@ def _hook_in() -> None:
 
         prepare_server(args)
 
-    async def bench_request(*args: Any, **kwargs: Any) -> Any:
-        from starling.engine_ext.serving.grpc.bench import request_starling
-
-        return await request_starling(*args, **kwargs)
-
     on_engine_config(before, after)
     if "vllm.v1.engine.core" in sys.modules:  # an engine core that was not forked from a front, or a front
         from starling.scheduler.star.request_metadata import default_num_shards
@@ -104,7 +99,13 @@ def _hook_in() -> None:
         divide_kv_memory_check(default_num_shards)
     on_server_args(server_args)
     if is_bench(sys.argv):
-        add_bench_backend("starling-grpc", bench_request)
+        add_bench_backend("starling-grpc", _bench_request)
+
+
+async def _bench_request(*args: Any, **kwargs: Any) -> Any:
+    from starling.engine_ext.serving.grpc.bench import request_starling
+
+    return await request_starling(*args, **kwargs)
 
 
 def _refuse_options(reason: str) -> None:

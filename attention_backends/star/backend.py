@@ -84,9 +84,8 @@ def _config_for_virtual_rows(vllm_config: Any, page_size: int, sizes_by_pages: b
     return config
 
 
-@functools.cache
-def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """A subclass of ``base`` whose builder splits star rows; layers without full attention keep their rows."""
+def _make_builder(base: type[AttentionBackend]) -> Any:
+    """A subclass of a backend's builder that splits star rows; layers without full attention keep their rows."""
     base_builder: Any = base.get_builder_cls()
 
     @extends(AttentionMetadataBuilder)
@@ -154,11 +153,20 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 blk_table = virtual_block_table(blk_table, rows)
             return super().update_block_table(metadata, blk_table, slot_mapping)
 
+    StarBuilder.__name__ = StarBuilder.__qualname__ = _class_name(base_builder.__name__)
+    return StarBuilder
+
+
+@functools.cache
+def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    """A subclass of ``base`` whose layers run star rows."""
+    builder = _make_builder(base)
+
     @extends(AttentionBackend)
     class StarBackend(base):  # type: ignore[misc, valid-type]
         @staticmethod
         def get_builder_cls() -> Any:
-            return StarBuilder
+            return builder
 
         @staticmethod
         def get_impl_cls() -> Any:
@@ -171,7 +179,6 @@ def make_star_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
             return CpuImpl
 
-    StarBuilder.__name__ = StarBuilder.__qualname__ = _class_name(base_builder.__name__)
     StarBackend.__name__ = StarBackend.__qualname__ = _class_name(base.__name__)
     return StarBackend
 

@@ -112,7 +112,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         step = current_step()
         remote = None if step is None else step.remote_attention(kv_cache.shape[2])
         turned = None if step is None else step.turned_attention(kv_cache.shape[2])
-        heads = None if step is None else step.row_heads(kv_cache.shape[2], layer.layer_name)
+        heads = None if step is None else step.row_heads(layer.layer_name)
         if remote is None and turned is None and heads is None and not self.uses_op(query, layer, attn_metadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         tokens = attn_metadata.num_actual_tokens

@@ -106,8 +106,8 @@ class StarStep:
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
         self._remote_attention: dict[int, Any] = {}
         self._turned_attention: dict[int, TurnedAttention] = {}
-        self._head_rows: dict[int, HeadRows] = {}
-        self._row_heads: dict[tuple[int, str], torch.Tensor | None] = {}
+        self._head_rows: dict[str, HeadRows] = {}
+        self._row_heads: dict[str, torch.Tensor | None] = {}
         self._head_calls: dict[str, list[HeadCall]] = {}
         self._positions: list[tuple[int, np.ndarray]] = []
         self._replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -199,7 +199,7 @@ class StarStep:
         split = [plans.split(page_size, dense_from=count) for count in self.dense_counts]
         kinds = [*(batch if rows is None else virtual_metadata(batch, rows) for rows in split), virtual]
         if build is None:
-            self._head_rows[page_size] = make_head_rows(self.dense_counts, kinds)
+            self._head_rows |= dict.fromkeys(layer_names, make_head_rows(self.dense_counts, kinds))
             self.has_unread_heads = True
             return
 
@@ -217,18 +217,20 @@ class StarStep:
 
     def head_calls(self, layer_name: str) -> list[HeadCall] | None:
         """The calls by which a layer attends, one for each run of heads; None: no head of it is dense."""
-        self.has_unread_heads = False
-        return self._head_calls.get(layer_name)
+        calls = self._head_calls.get(layer_name)
+        if calls is not None:
+            self.has_unread_heads = False
+        return calls
 
-    def row_heads(self, page_size: int, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
-        """The rows of a layer with pages of this size, and which heads each computes; None: no head of it is dense."""
+    def row_heads(self, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
+        """The rows of a layer, and which heads each computes; None: no head of it is dense."""
         self.has_unread_heads = False
-        rows, key = self._head_rows.get(page_size), (page_size, layer_name)
+        rows = self._head_rows.get(layer_name)
         if rows is None or layer_name not in self.head_ranks:
             return None
-        if key not in self._row_heads:
-            self._row_heads[key] = rows.row_heads(self.head_ranks[layer_name])
-        heads = self._row_heads[key]
+        if layer_name not in self._row_heads:
+            self._row_heads[layer_name] = rows.row_heads(self.head_ranks[layer_name])
+        heads = self._row_heads[layer_name]
         return None if heads is None else (rows, heads)
 
     def turned_attention(self, page_size: int) -> TurnedAttention | None:

@@ -180,28 +180,34 @@ def test_drafts_of_speculative_decoding_are_verified_by_the_same_heads(model, he
 WINDOW = 100
 
 
-def test_layers_with_a_window_keep_it_beside_layers_with_dense_heads(tmp_path):
-    """The scores of a layer with a window are none, whatever its number of heads."""
+@pytest.mark.parametrize("kinds", ["WF", "FFW"])
+def test_layers_with_a_window_keep_it_beside_layers_with_dense_heads(tmp_path, kinds):
+    """A layer with a window has no scores. Two full layers beside one with a window have pages of their own."""
     import transformers
 
     sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 256}
-    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+    names = {"W": "sliding_attention", "F": "full_attention"}
+    layers = {"layer_types": [names[kind] for kind in kinds], "num_hidden_layers": len(kinds), "sliding_window": WINDOW}
     config = transformers.Olmo3Config(**sizes | layers | {"vocab_size": 320, "eos_token_id": 256, "pad_token_id": None})
     torch.manual_seed(0)
     transformers.Olmo3ForCausalLM(config).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "scores.json").write_text(json.dumps({"scores": [[], [0.1, 0.4, 0.3, 0.2]]}))
+    of_layer = [[0.1, 0.4, 0.3, 0.2][layer:] + [0.1, 0.4, 0.3, 0.2][:layer] for layer in range(len(kinds))]
+    scores = [row if kind == "F" else [] for kind, row in zip(kinds, of_layer, strict=True)]
+    (tmp_path / "scores.json").write_text(json.dumps({"scores": scores}))
+    dense = [(layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row) if score >= 0.3]
     ids, options = random_ids(6, 500), star(128, 37) | {"star_dense_heads": 0.5}
     prompt = {"ids": ids, "extra_args": options, "prompt_logprobs": True}
-    scores = {"star_heads": str(tmp_path / "scores.json")}
-    result = run_engine(tmp_path / "model", [[prompt]], star=scores, max_num_batched_tokens=300)
+    heads = {"star_heads": str(tmp_path / "scores.json")}
+    result = run_engine(tmp_path / "model", [[prompt]], star=heads, max_num_batched_tokens=300)
     places = torch.arange(len(ids))
     in_window = (places[None] <= places[:, None]) & (places[None] > places[:, None] - WINDOW)
     bias = torch.zeros(in_window.shape).masked_fill(~in_window, torch.finfo(torch.float32).min)[None, None]
-    layer = load_reference(tmp_path / "model").get_decoder().layers[0].self_attn
+    reference = load_reference(tmp_path / "model", torch.float32)
+    layer = reference.get_decoder().layers[kinds.index("W")].self_attn
     layer.register_forward_pre_hook(lambda _, args, kw: (args, kw | {"attention_mask": bias}), with_kwargs=True)
     mask = mask_of(star_sizes(options, len(ids)), len(ids))
-    expected = reference_logprobs(tmp_path / "model", ids, mask, dense_heads=[(1, 1), (1, 2)])
+    expected = reference_logprobs(tmp_path / "model", ids, mask, dense_heads=dense)
     assert max_gap(result["batches"][0][0]["prompt_logprobs"], expected) <= LIMIT
     star_alone = reference_logprobs(tmp_path / "model", ids, mask)
     assert max_gap(expected.tolist(), star_alone) > 100 * LIMIT

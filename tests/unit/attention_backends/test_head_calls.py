@@ -76,8 +76,10 @@ def test_a_layer_none_of_whose_heads_is_dense_is_one_call(in_use):
 
 
 def test_calls_that_no_layer_makes_are_an_error(in_use):
-    with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step_with(RANKS)):
+    step = step_with(RANKS)
+    with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step):
         heads_builder().build(0, batch_metadata([20], [20], columns=12))
+        assert step.head_calls("a layer with a window") is None
 
 
 def test_a_server_that_is_not_started_for_dense_heads_has_vllms_implementation_and_does_not_run_them():

@@ -56,8 +56,13 @@ class HeadScores(BaseModel):
         return tuple(tuple(place[layer, head] for head in range(len(row))) for layer, row in enumerate(self.scores))
 
     def count(self, share: float) -> int:
-        """How many heads a share of them is."""
-        return round(share * self.num_heads)
+        """How many heads a share of them is: at least one, unless the share is 0."""
+        return max(1, round(share * self.num_heads)) if share else 0
+
+    @cached_property
+    def order_digest(self) -> str:
+        """The order of the heads: two processes with equal digests make the same heads dense, whatever their number."""
+        return hashlib.sha256(repr(self.order).encode()).hexdigest()[:DIGEST_LENGTH]
 
     def digest(self, count: int) -> str:
         """Which heads the ``count`` highest are: equal digests, equal sets."""

@@ -101,8 +101,7 @@ def after_engine_config(vllm_config: Any) -> None:
     if config is None:
         return
     facts = engine_facts(vllm_config, star_page_size(vllm_config))
-    if config.star_heads is not None:
-        scores_of(vllm_config)
+    scores_of(vllm_config)  # looks at the model's files now, and not at the first request
     check_defaults(config.star, facts)
     share_memory_nodes(vllm_config, os.environ)
     peers = config.replicas.peers

@@ -11,9 +11,9 @@ from typing import Any
 
 from starling.vllm_compat.scheduler_view import SchedulerView
 
-STAR, SPLIT, BLOCK_POSITIONS, HEADS = "star", "split", "block_positions", "heads"
+STAR, SPLIT, BLOCK_POSITIONS, HEADS, HEADS_ORDER = "star", "split", "block_positions", "heads", "heads_order"
 """The fields of a report: why no prompt can run star, be split over replicas, have blocks with positions of their own,
-or heads that see everything; None: it can."""
+or heads that see everything; None: it can. The last one is the order of the heads' scores that the workers have."""
 
 
 def problem_of(worker: Any, name: str) -> str | None:
@@ -38,6 +38,7 @@ def engine_report(core: Any) -> dict[str, str | None]:
         SPLIT: split_problem(view),
         BLOCK_POSITIONS: "; ".join(block_problems) or None,
         HEADS: "; ".join(found("heads_problem")) or None,
+        HEADS_ORDER: "; ".join(found("heads_order")) or None,
     }
 
 

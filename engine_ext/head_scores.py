@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from starling.config.entry import ENTRY, STAR_HEADS, config_of
@@ -19,11 +21,14 @@ from starling.config.head_scores import HeadScores, ScoresError, read_scores
 from starling.config.parsing import OptionError
 from starling.vllm_compat.rotary import attention_blocks
 
+logger = init_logger("vllm.starling")
+
 KNOWN = Path(__file__).parent / "scores"
 """The folder of the scores that come with Starling."""
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model*.safetensors", "*.safetensors", "*.bin", "*.gguf", "*.pt")
 
 
 def checkpoint_digest(folder: Path) -> str | None:
@@ -33,6 +38,9 @@ def checkpoint_digest(folder: Path) -> str | None:
     whatever the model's size.
     """
     files = next((found for pattern in WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
+    if (folder / INDEX).is_file():  # beside the files that it names, there may be others with the same weights
+        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(named))]
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -63,6 +71,8 @@ def _scores_of(path: str | None, model: str, revision: str | None) -> HeadScores
         known = (read_scores(str(file)) for file in sorted(KNOWN.glob("*.json")))
         return next((scores for scores in known if own is not None and scores.checkpoint == own), None)
     scores = read_scores(path)
+    if scores.checkpoint is not None and own is None:
+        logger.warning("%s: no weights of %s are found on this machine to compare the scores with", path, model)
     if scores.checkpoint is not None and own is not None and scores.checkpoint != own:
         raise ScoresError(f"the scores are those of {scores.model or 'another model'}, with other weights than {model}")
     return scores
@@ -98,7 +108,7 @@ def check_shape(scores: HeadScores, num_layers: int, num_kv_heads: int) -> None:
 
 
 def ranks_of_layers(
-    scores: HeadScores, model: torch.nn.Module, layer_names: Iterable[str]
+    scores: HeadScores, model: torch.nn.Module, layer_names: Sequence[str], other_names: Sequence[str] = ()
 ) -> tuple[dict[str, np.ndarray], str | None]:
     """Layer name -> (KV heads,) int64, the places of this rank's heads in the order of scores; and why there are none.
 
@@ -106,13 +116,19 @@ def ranks_of_layers(
 
     Args:
         layer_names: the layers of the engine that are full attention.
+        other_names: its other layers that have a KV cache, such as those with a window.
     """
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     blocks, ranks = attention_blocks(model), {}
-    for name in filter(blocks.__contains__, layer_names):
-        of_layer = scores.ranks[extract_layer_index(name)]
+    full = set(layer_names)
+    for name in filter(blocks.__contains__, (*layer_names, *other_names)):
+        index = extract_layer_index(name)
+        of_layer = scores.ranks[index] if index < len(scores.ranks) else ()
+        if bool(of_layer) != (name in full):
+            is_full, has = ("is", "no") if name in full else ("is not", "its own")
+            return {}, f"layer {name} {is_full} full attention, and has {has} scores"
         if not of_layer:
-            return {}, f"layer {name} is full attention, and has no scores"
+            continue
         heads, total = blocks[name].attention.num_kv_heads, len(of_layer)
         if heads != max(1, total // size):
             return {}, f"layer {name} has {heads} KV heads on each of {size} ranks, and {total} scores"

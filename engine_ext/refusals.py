@@ -15,7 +15,7 @@ from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from starling.attention_backends.star.backend import WRAPPED
 from starling.config.entry import StarlingConfig, config_of
-from starling.engine_ext.engine_report import BLOCK_POSITIONS, HEADS, SPLIT, STAR
+from starling.engine_ext.engine_report import BLOCK_POSITIONS, HEADS, HEADS_ORDER, SPLIT, STAR
 from starling.engine_ext.head_scores import scores_of
 from starling.replicas.messages import nixl_problem
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
@@ -288,6 +288,13 @@ DOCUMENT_RULES: Rules = (
 )
 
 
+def _workers_have_other_scores(config: Any) -> bool:
+    """Whether the file of scores has changed between the starts of the workers and of this front."""
+    reported = {report.get(HEADS_ORDER) for report in engine_reports(config)} - {None}
+    scores = scores_of(config) if reported else None
+    return scores is not None and reported != {scores.order_digest}
+
+
 HEAD_RULES: Rules = (
     (lambda c: is_attamba(c), "an Attamba model's layers attend by themselves"),
     (
@@ -305,6 +312,11 @@ HEAD_RULES: Rules = (
     ),
     *((_on_cpu(rule), reason) for rule, reason in CPU_ATTENTION_RULES),
     (_reported(HEADS), "the engine can't run it, as it found when it started"),
+    (
+        _workers_have_other_scores,
+        "the engine has other scores of the heads than this process, as their file changed between their starts: start "
+        "the server anew",
+    ),
 )
 
 

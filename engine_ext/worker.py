@@ -160,6 +160,7 @@ class StarWorker:
         self.block_positions_problem: str | None = None
         self.rotations: dict[str, Rotation] | None = None
         self.heads_problem: str | None = None
+        self.heads_order: str | None = None
         self.head_ranks: dict[str, np.ndarray] = {}
         self.head_scores: HeadScores | None = None
         self.is_warming_up = False
@@ -211,11 +212,13 @@ class StarWorker:
             if config is None or config.star.mode == "on":
                 raise RuntimeError(self.star_problem)
             return
-        full = (layers for builder, layers in builders if getattr(builder, "takes_star", False))
-        names = [name for layers in full for name in layers]
+        names, others = (
+            [name for builder, layers in builders if getattr(builder, "takes_star", False) == full for name in layers]
+            for full in (True, False)
+        )
         if self.vllm_config.device_config.device_type == "cpu" or block_positions_in_use():
             self._check_block_positions(names)
-        self._check_heads(names)
+        self._check_heads(names, others)
         star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
         # The state of KV shifting, and the inputs of Attamba's open chunks, hold no keys.
         total = sum(len(layers) for builder, layers in builders if getattr(builder, "holds_keys", True))
@@ -243,8 +246,11 @@ class StarWorker:
         if config is not None and block_positions_in_use() and config.star.mode != "off":
             raise RuntimeError(f"star_segments={config.star.segments}: {self.block_positions_problem}")
 
-    def _check_heads(self, layer_names: list[str]) -> None:
+    def _check_heads(self, layer_names: list[str], other_names: list[str]) -> None:
         """Find out whether some heads of these layers can see everything while the others see star blocks.
+
+        Args:
+            other_names: the layers that are not full attention.
 
         Raises:
             RuntimeError: they can't, and prompts have such heads by default.
@@ -252,7 +258,10 @@ class StarWorker:
         self.head_scores = scores_of(self.vllm_config)
         if self.head_scores is None:
             return
-        ranks, self.heads_problem = ranks_of_layers(self.head_scores, self.model_runner.get_model(), layer_names)
+        self.heads_order = self.head_scores.order_digest
+        ranks, self.heads_problem = ranks_of_layers(
+            self.head_scores, self.model_runner.get_model(), layer_names, other_names
+        )
         self.head_ranks = ranks
         on_cpu = self.vllm_config.device_config.device_type == "cpu"
         if self.heads_problem is None and (on_cpu or dense_heads_in_use()):
@@ -268,6 +277,8 @@ class StarWorker:
     def _check_digests(self, plans: Iterable[StarPlan]) -> None:
         """Refuse plans whose dense heads are not those of this worker's scores (raises RuntimeError)."""
         for heads in filter(None, (plan.dense_heads for plan in plans)):
+            if self.heads_problem is not None:
+                raise RuntimeError(f"a plan has {heads.count} dense heads: {self.heads_problem}")
             if self.head_scores is None or self.head_scores.digest(heads.count) != heads.digest:
                 raise RuntimeError(f"a plan has {heads.count} dense heads, which are not those of this worker's scores")
 

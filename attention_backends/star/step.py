@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.head_rows import HeadRows, head_runs, make_head_rows
+from starling.attention_backends.star.head_rows import HeadRows, head_runs, kinds_of_heads, make_head_rows
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from starling.attention_backends.star.rows import VirtualRows, split_rows
@@ -200,7 +200,8 @@ class StarStep:
         kinds = [*(batch if rows is None else virtual_metadata(batch, rows) for rows in split), virtual]
         if build is None:
             self._head_rows |= dict.fromkeys(layer_names, make_head_rows(self.dense_counts, kinds))
-            self.has_unread_heads = True
+            ranks = [self.head_ranks[name] for name in layer_names if name in self.head_ranks]
+            self.has_unread_heads |= any(kinds_of_heads(self.dense_counts, one) is not None for one in ranks)
             return
 
         @functools.cache
@@ -224,13 +225,13 @@ class StarStep:
 
     def row_heads(self, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
         """The rows of a layer, and which heads each computes; None: no head of it is dense."""
-        self.has_unread_heads = False
         rows = self._head_rows.get(layer_name)
         if rows is None or layer_name not in self.head_ranks:
             return None
         if layer_name not in self._row_heads:
             self._row_heads[layer_name] = rows.row_heads(self.head_ranks[layer_name])
         heads = self._row_heads[layer_name]
+        self.has_unread_heads &= heads is None
         return None if heads is None else (rows, heads)
 
     def turned_attention(self, page_size: int) -> TurnedAttention | None:

@@ -180,12 +180,15 @@ class Found:
         self.path, self.setup = path, setup
         self.values: dict[str, dict[str, Any]] = {"scores": {}, "curve": {}}
         if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["setup"] != json.loads(json.dumps(setup)):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                known, self.values = content["setup"], {kind: dict(content["values"][kind]) for kind in self.values}
+            except (ValueError, LookupError, TypeError):
+                known = None
+            if known != json.loads(json.dumps(setup)):
                 raise ValueError(
                     f"{path} has scores of another model or other options: remove it, or take another --out"
                 )
-            self.values = content["values"]
 
     def missing(self, prompts: Sequence[ScoredPrompt], kind: str = "scores") -> list[ScoredPrompt]:
         return [prompt for prompt in prompts if prompt.name not in self.values[kind]]

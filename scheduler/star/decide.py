@@ -142,9 +142,8 @@ def with_sizes(case: Case, documents: bool) -> Case:
     """The case with B, A and O (raises OptionError: a size or a number of replicas does not fit)."""
     block_size = find_block_size(case.options, case.prompt.num_tokens, case.page, documents)
     check(SIZE_RULES[:2], replace(case, block_size=block_size))
-    anchor, overlap = find_anchor_and_overlap(
-        case.options, block_size, case.page, documents, independent=needs_independent_blocks(case.engine)
-    )
+    independent = needs_independent_blocks(case.engine) and not case.options.dense_heads
+    anchor, overlap = find_anchor_and_overlap(case.options, block_size, case.page, documents, independent=independent)
     sized = replace(case, block_size=block_size, anchor_size=anchor, overlap_size=overlap)
     check(SIZE_RULES[2:], sized)
     return sized

@@ -136,7 +136,8 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     engine = engine_facts(config, cache["page_tokens"])
     refusals, replicas = list(engine.refusals), engine.replicas
     star = usable_defaults(starling.star, engine)
-    has_overlap = bool(star.overlap_size) or has_default_overlap(star, independent=needs_independent_blocks(engine))
+    independent = needs_independent_blocks(engine) and not star.dense_heads
+    has_overlap = bool(star.overlap_size or star.dense_heads) or has_default_overlap(star, independent=independent)
     report: dict[str, Any] = {
         "model": model,
         "attention_backend": attention_backend(config),

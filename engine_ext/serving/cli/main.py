@@ -54,7 +54,7 @@ COMMANDS = {
         "evaluation.commands.tune", "find the cheapest star plan whose loss on your prompts stays within a budget"
     ),
     "calibrate": Command(
-        "engine_ext.calibration.command", "score the model's KV heads, for star_dense_heads: as good as dense for less"
+        "engine_ext.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
     ),
     "setup-cpu": Command(f"{CLI}.setup_cpu", "install vLLM for CPUs into this environment"),
 }

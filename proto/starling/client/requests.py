@@ -124,6 +124,18 @@ def _sampling_value(name: str, value: Any) -> Any:
     return value
 
 
+def share_of(name: str, value: Any) -> float:
+    """The share that a number or a text is, "0.1" or "10%" (raises ValueError)."""
+    text = value.strip() if isinstance(value, str) else value
+    try:
+        if isinstance(text, bool):
+            raise TypeError
+        share = float(text.removesuffix("%")) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is refused. Allowed: a share of the KV heads, 0 to 1.") from None
+    return share
+
+
 def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
     """Set star options by their names, with the prefix ``star_`` or without (raises TypeError, ValueError)."""
     for name, value in options.items():
@@ -141,8 +153,8 @@ def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             value = 0
         if field == "block_size" and value is not None:
             value = str(value)
-        if field == "dense_heads" and isinstance(value, str):
-            value = float(value)
+        if field == "dense_heads" and value is not None:
+            value = share_of(name, value)
         if field == "shards" and isinstance(value, str):
             value = {"true": "on", "false": "off"}.get(value.lower(), value.lower())
             if value not in ("off", "on"):

@@ -35,6 +35,7 @@ def built(plans: dict[str, StarPlan], query_lens: list[int], seq_lens: list[int]
     step = StarStep(plans, scheduled, lambda: names, lambda rows: None, head_ranks={"layer": RANKS, "star": RANKS + 12})
     with open_step(step):
         make_builder().build(0, batch_metadata(query_lens, seq_lens, columns=12))
+        _ = step.row_heads("layer")
         return step.row_heads(layer)
 
 

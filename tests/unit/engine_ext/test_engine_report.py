@@ -148,7 +148,13 @@ def test_an_engine_core_of_vllms_own_reports_nothing(model):  # noqa: F811
     config = engine_config(model, additional_config={"starling": {}}, block_size=PAGE_SIZE)
     assert engine_core.StarScheduler, "the module's import prepares the engine core"
     response = msgspec.msgpack.decode(start(config, ONE_GROUP))
-    assert response.pop("starling") == {"star": None, "split": None, "block_positions": None, "heads": None}
+    assert response.pop("starling") == {
+        "star": None,
+        "split": None,
+        "block_positions": None,
+        "heads": None,
+        "heads_order": None,
+    }
     planner = planner_of(engine_config(model, additional_config={"starling": {}}), msgspec.msgpack.encode(response))
     assert planner.facts.refusals == ()
 

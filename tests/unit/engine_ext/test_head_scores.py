@@ -150,15 +150,28 @@ def test_layers_that_do_not_fit_the_scores_are_a_problem(monkeypatch):
     scores = HeadScores(scores=[[], [], []])
     _, problem = ranks_of_layers(scores, model, ["model.layers.0.self_attn.attn"])
     assert problem == "layer model.layers.0.self_attn.attn is full attention, and has no scores"
+    names = ["model.layers.0.self_attn.attn"], ["model.layers.2.self_attn.attn"]
+    _, problem = ranks_of_layers(HeadScores(scores=[[1, 2], [], [3, 4]]), model, *names)
+    assert problem == "layer model.layers.2.self_attn.attn is not full attention, and has its own scores"
 
 
-def test_the_scores_that_come_with_starling_are_of_their_models_shape():
-    for path in head_scores.KNOWN.glob("*.json"):
-        scores = HeadScores.model_validate_json(path.read_text())
-        assert scores.checkpoint
-        assert scores.curve
-        check_shape(scores, len(scores.scores), max(map(len, scores.scores)))
-        assert min(value for _, value in scores.curve) < scores.curve[0][1]
+@pytest.mark.parametrize(("name", "layers", "kv_heads"), [("smollm2-135m-instruct", 30, 3)])
+def test_the_scores_that_come_with_starling_are_of_their_models_shape(name, layers, kv_heads):
+    scores = HeadScores.model_validate_json((head_scores.KNOWN / f"{name}.json").read_text())
+    check_shape(scores, layers, kv_heads)
+    assert scores.num_heads == layers * kv_heads
+    assert scores.checkpoint
+    assert min(value for _, value in scores.curve) < scores.curve[0][1]
+
+
+def test_the_files_of_an_index_are_those_of_the_model(model):
+    """A second set of the same weights beside them, as some models have it, changes nothing."""
+    before = checkpoint_digest(model)
+    weights = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    (model / "model-3.safetensors").write_bytes(b"other")
+    (model / "consolidated.safetensors").write_bytes(b"other")
+    assert checkpoint_digest(model) == before
 
 
 def test_scores_of_uneven_layers_are_refused():

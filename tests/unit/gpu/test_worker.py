@@ -133,7 +133,7 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
     )
     worker_module = "starling.engine_ext.worker"
     monkeypatch.setattr(f"{worker_module}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
-    monkeypatch.setattr(f"{worker_module}.scores_of", lambda config: object())
+    monkeypatch.setattr(f"{worker_module}.scores_of", lambda config: SimpleNamespace(order_digest="order"))
     monkeypatch.setattr(f"{worker_module}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
     blocks = {"layer": SimpleNamespace(attention=attention)}
     monkeypatch.setattr(f"{worker_module}.attention_blocks", lambda model: blocks)

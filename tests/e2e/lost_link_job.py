@@ -50,6 +50,7 @@ async def serve(address: str, seconds: int) -> None:
     await Front(Endless(None), []).start(f"{address}:{GRPC_PORT}", None)
     with launcher.create_server_socket((address, HTTP_PORT), reuse_port=False) as listener:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+        listener.listen()  # a client that comes before uvicorn has started waits, and is not refused
         say("ready")
         await server.serve([listener])
 

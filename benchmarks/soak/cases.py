@@ -68,6 +68,7 @@ def make_cases(replicas: int, seed: str = "") -> list[Case]:
         "anchor of a block": BLOCKS,
         "no anchor": BLOCKS | {"star_anchor_size": 0},
         "overlap": BLOCKS | {"star_overlap_size": 64},
+        "dense heads": BLOCKS | {"star_dense_heads": 0.25},
         "number of blocks": QUERY | {"star_block_size": "n/6"},
         "auto": BLOCKS | {"star": "auto", "star_min_tokens": 500},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ OPTIONS = ["--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZ
 # So few pages that the load evicts cached pages and preempts requests, and that each page is soon touched.
 OPTIONS += ["--num-gpu-blocks-override", "768", "--scheduling-policy", "priority"]
 OPTIONS += ["--max-num-queued-reqs", str(QUEUE), "--api-key", API_KEY]
+SCORES = [[0.4, 0.1], [0.2, 0.3]]
+"""Of the tiny model's KV heads, for the cases with dense heads."""
 ENVIRONMENT = {
     # One core for each engine. Clients and replicas share the cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -43,7 +46,10 @@ def soaked_server(folder: Path, log: Path, replicas: int, front: str = STARLING)
         os.environ["VLLM_PLUGINS"] = ""
         start = serving(model, *options, log=log, seconds=300, grpc_port=None, program="vllm")
     else:
-        start = serving(model, *options, "--grpc-admin-key", ADMIN_KEY, log=log, seconds=300)
+        scores = folder / "scores.json"
+        scores.write_text(json.dumps({"scores": SCORES}))
+        own = ["--grpc-admin-key", ADMIN_KEY, "--star-heads", str(scores)]
+        start = serving(model, *options, *own, log=log, seconds=300)
     with start as server:
         http = server.http.removeprefix("http://")
         yield (

@@ -1,4 +1,4 @@
-"""The scores of a model's KV heads: how much of star's loss in answers each one carries.
+"""The scores of a model's KV heads: how much of star's loss in answers each one causes.
 
 `starling calibrate` makes the file. DuoAttention's files (arXiv 2410.10819), a line of numbers for each layer, are read
 too.
@@ -45,7 +45,7 @@ class HeadScores(BaseModel):
 
     @cached_property
     def order(self) -> tuple[tuple[int, int], ...]:
-        """All (layer, KV head)s, the highest score first; ties to the lower layer, then to the lower head."""
+        """All (layer, KV head)s, the highest score first; of equal scores the lower layer, then the lower head."""
         heads = ((layer, head) for layer, scores in enumerate(self.scores) for head in range(len(scores)))
         return tuple(sorted(heads, key=lambda at: (-self.scores[at[0]][at[1]], at)))
 

@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.star.head_rows import HeadRows, head_runs, kinds_of_heads, make_head_rows
+from starling.attention_backends.star.head_rows import HeadRows, head_runs, make_head_rows
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from starling.attention_backends.star.rows import VirtualRows, split_rows
@@ -103,11 +103,11 @@ class StarStep:
         self.engaged = False
         self.counted = False
         self._request_ids: list[str] = []
+        self._batch = Batch([], [], [], [])
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
         self._remote_attention: dict[int, Any] = {}
         self._turned_attention: dict[int, TurnedAttention] = {}
-        self._head_rows: dict[str, HeadRows] = {}
-        self._row_heads: dict[str, torch.Tensor | None] = {}
+        self._row_heads: dict[str, tuple[HeadRows, torch.Tensor]] = {}
         self._head_calls: dict[str, list[HeadCall]] = {}
         self._positions: list[tuple[int, np.ndarray]] = []
         self._replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -127,9 +127,9 @@ class StarStep:
         self.engaged = True
         key = (page_size, anchored)
         if key not in self._rows:
-            batch = self._match(common)
-            self._keep_positions(batch)
-            self._rows[key] = batch.split(page_size, anchored=anchored)
+            self._batch = self._match(common)
+            self._keep_positions(self._batch)
+            self._rows[key] = self._batch.split(page_size, anchored=anchored)
         return self._rows[key]
 
     def built_rows(self, page_size: int) -> VirtualRows | None:
@@ -186,7 +186,7 @@ class StarStep:
         layer_names: Sequence[str],
         build: BuildOfHeads | None,
     ) -> None:
-        """Note the rows of each kind of heads, where the step has dense heads.
+        """Note the rows of each kind of heads, where the step has dense heads; behind ``rows`` for the same batch.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of those of heads that are dense for no plan.
@@ -195,20 +195,23 @@ class StarStep:
         """
         if not self.dense_counts:
             return
-        plans = self._match(batch)
-        split = [plans.split(page_size, dense_from=count) for count in self.dense_counts]
+        split = [self._batch.split(page_size, dense_from=count) for count in self.dense_counts]
         kinds = [*(batch if rows is None else virtual_metadata(batch, rows) for rows in split), virtual]
+        ranked = [name for name in layer_names if name in self.head_ranks]
         if build is None:
-            self._head_rows |= dict.fromkeys(layer_names, make_head_rows(self.dense_counts, kinds))
-            ranks = [self.head_ranks[name] for name in layer_names if name in self.head_ranks]
-            self.has_unread_heads |= any(kinds_of_heads(self.dense_counts, one) is not None for one in ranks)
+            head_rows = make_head_rows(self.dense_counts, kinds)
+            for name in ranked:
+                heads = head_rows.row_heads(self.head_ranks[name])
+                if heads is not None:
+                    self._row_heads[name] = head_rows, heads
+                    self.has_unread_heads = True
             return
 
         @functools.cache
         def built(kind: int, num_kv_heads: int) -> Any:
             return build(len(kinds) - 1 - kind, num_kv_heads, kinds[kind])
 
-        for name in filter(self.head_ranks.__contains__, layer_names):
+        for name in ranked:
             runs = head_runs(self.dense_counts, self.head_ranks[name])
             if runs is not None:
                 self._head_calls[name] = [
@@ -225,14 +228,10 @@ class StarStep:
 
     def row_heads(self, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
         """The rows of a layer, and which heads each computes; None: no head of it is dense."""
-        rows = self._head_rows.get(layer_name)
-        if rows is None or layer_name not in self.head_ranks:
-            return None
-        if layer_name not in self._row_heads:
-            self._row_heads[layer_name] = rows.row_heads(self.head_ranks[layer_name])
-        heads = self._row_heads[layer_name]
-        self.has_unread_heads &= heads is None
-        return None if heads is None else (rows, heads)
+        found = self._row_heads.get(layer_name)
+        if found is not None:
+            self.has_unread_heads = False
+        return found
 
     def turned_attention(self, page_size: int) -> TurnedAttention | None:
         """By which layers with pages of this size attend to such blocks; None: no row has keys there.

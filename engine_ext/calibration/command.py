@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,18 @@ from starling.config.head_scores import HeadScores
 from starling.engine_ext.calibration.gated_model import CalibrationError, GatedModel
 from starling.engine_ext.calibration.scoring import Case, ScoredPrompt
 from starling.engine_ext.head_scores import checkpoint_digest, checkpoint_folder
-from starling.evaluation.commands.measuring import comma, make_console, make_prompts, progress_bars
+from starling.evaluation.commands.measuring import (
+    INTERRUPTED,
+    UNUSABLE,
+    comma,
+    make_console,
+    make_prompts,
+    progress_bars,
+)
 from starling.evaluation.prompt_options import Length, PromptOptions, parse_options
 from starling.evaluation.tasks import GROUPS, TASKS
 from starling.evaluation.tokenizer import LocalTokenizer
 
-UNUSABLE, INTERRUPTED = 2, 130
 COMMAND = "starling calibrate"
 DEFAULT_TASKS = ("vt", "niah_multikey_2", "niah_multivalue", "fwe", "moves", "association", "nth_note", "code")
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
@@ -133,23 +139,21 @@ def calibrate(name: str, options: CalibrationOptions, out: Path, console: Consol
         of_curve = prompts_of(curve_options, folder, progress) if options.curve_prompts else []
         model = GatedModel(folder, options.device, DTYPES[options.chosen_dtype])
         found = Found(part_of(out), setup)
-        bar = progress.add_task("scores", total=len(prompts), completed=len(prompts) - len(found.missing(prompts)))
-        for prompt in found.missing(prompts):
-            case = Case(model, prompt, options.blocks, options.query_tokens)
-            found.add("scores", prompt.name, case.scores(options.steps).tolist())
-            progress.advance(bar)
-        scores = mean([found.values["scores"][prompt.name] for prompt in prompts], model.is_full)
+
+        def computed(kind: str, prompts: Sequence[ScoredPrompt], compute: Callable[[Case], Any]) -> list[Any]:
+            """A value for each prompt; those that an earlier run found are not computed again."""
+            missing = found.missing(kind, prompts)
+            bar = progress.add_task(kind, total=len(prompts), completed=len(prompts) - len(missing))
+            for prompt in missing:
+                found.add(kind, prompt.name, compute(Case(model, prompt, options.blocks, options.query_tokens)))
+                progress.advance(bar)
+            return [found.values[kind][prompt.name] for prompt in prompts]
+
+        scores = mean(computed("scores", prompts, lambda case: case.scores(options.steps).tolist()), model.is_full)
         result = HeadScores(scores=scores, model=name, checkpoint=checkpoint, setup=options.setup())
         counts = sorted({result.count(share) for share in SHARES})
-        bar = progress.add_task(
-            "curve", total=len(of_curve), completed=len(of_curve) - len(found.missing(of_curve, "curve"))
-        )
-        for prompt in found.missing(of_curve, "curve"):
-            case = Case(model, prompt, options.blocks, options.query_tokens)
-            found.add("curve", prompt.name, list(case.divergences(result.order, counts)))
-            progress.advance(bar)
-    measured = torch.tensor([found.values["curve"][prompt.name] for prompt in of_curve], dtype=torch.float64)
-    means = measured.mean(0).tolist() if of_curve else []
+        measured = computed("curve", of_curve, lambda case: list(case.divergences(result.order, counts)))
+    means = torch.tensor(measured, dtype=torch.float64).mean(0).tolist() if measured else []
     curve = tuple((count / result.num_heads, value) for count, value in zip(counts, means, strict=False))
     write(out, result.model_copy(update={"curve": curve}))
     part_of(out).unlink(missing_ok=True)
@@ -190,7 +194,7 @@ class Found:
                     f"{path} has scores of another model or other options: remove it, or take another --out"
                 )
 
-    def missing(self, prompts: Sequence[ScoredPrompt], kind: str = "scores") -> list[ScoredPrompt]:
+    def missing(self, kind: str, prompts: Sequence[ScoredPrompt]) -> list[ScoredPrompt]:
         return [prompt for prompt in prompts if prompt.name not in self.values[kind]]
 
     def add(self, kind: str, name: str, value: Any) -> None:
@@ -226,11 +230,10 @@ def summary(scores: HeadScores, curve: Sequence[tuple[float, float]]) -> Iterato
     highest = ", ".join(f"layer {layer} head {head}" for layer, head in scores.order[:5])
     positive = sum(score for row in scores.scores for score in row if score > 0)
     tenth = sum(scores.scores[layer][head] for layer, head in scores.order[: scores.count(0.1)])
-    yield (
-        f"{scores.num_heads} KV heads; a tenth of them carry {tenth / positive:.0%} of the loss"
-        if positive > 0
-        else (f"{scores.num_heads} KV heads; none carries a loss on these prompts")
-    )
+    if positive > 0:
+        yield f"{scores.num_heads} KV heads; a tenth of them carry {tenth / positive:.0%} of the loss"
+    else:
+        yield f"{scores.num_heads} KV heads; none carries a loss on these prompts"
     yield f"highest: {highest}"
     for share, value in curve:
         yield f"star_dense_heads={share:.3f}: {value:.4f} nats from dense"

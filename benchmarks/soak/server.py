@@ -19,7 +19,7 @@ OPTIONS = ["--dtype", "float32", "--enforce-eager", "--block-size", str(PAGE_SIZ
 OPTIONS += ["--num-gpu-blocks-override", "768", "--scheduling-policy", "priority"]
 OPTIONS += ["--max-num-queued-reqs", str(QUEUE), "--api-key", API_KEY]
 SCORES = [[0.4, 0.1], [0.2, 0.3]]
-"""Of the tiny model's KV heads, for the cases with dense heads."""
+"""Of the tiny model's KV heads, for the requests with dense heads."""
 ENVIRONMENT = {
     # One core for each engine. Clients and replicas share the cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -28,6 +28,13 @@ ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     "TORCHDYNAMO_DISABLE": "1",
 }
+
+
+def scores_options(folder: Path) -> list[str]:
+    """Write the scores of the tiny model's KV heads to a file. Returns the options of a server that reads it."""
+    path = folder / "scores.json"
+    path.write_text(json.dumps({"scores": SCORES}))
+    return ["--star-heads", str(path)]
 
 
 @contextmanager
@@ -46,9 +53,7 @@ def soaked_server(folder: Path, log: Path, replicas: int, front: str = STARLING)
         os.environ["VLLM_PLUGINS"] = ""
         start = serving(model, *options, log=log, seconds=300, grpc_port=None, program="vllm")
     else:
-        scores = folder / "scores.json"
-        scores.write_text(json.dumps({"scores": SCORES}))
-        own = ["--grpc-admin-key", ADMIN_KEY, "--star-heads", str(scores)]
+        own = ["--grpc-admin-key", ADMIN_KEY, *scores_options(folder)]
         start = serving(model, *options, *own, log=log, seconds=300)
     with start as server:
         http = server.http.removeprefix("http://")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from benchmarks.random_llama import make_tiny_llama
 from benchmarks.soak import load, player
 from benchmarks.soak.mix import KINDS
+from benchmarks.soak.server import scores_options
 from benchmarks.soak.series import Sampler
 from benchmarks.soak.target import Clients, Target
 from examples.server import serving
@@ -59,7 +60,7 @@ def server(tmp_path_factory):
     ]
     # The first 200 streams use all of so few pages. oneDNN would keep a primitive for each number of tokens of a step;
     # here it keeps none. So memory that grows after 200 streams is a leak.
-    options += ["--num-gpu-blocks-override", "384"]
+    options += ["--num-gpu-blocks-override", "384", *scores_options(folder)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
         with serving(model, *options, log=folder / "log") as server:

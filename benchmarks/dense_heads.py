@@ -23,7 +23,7 @@ from starling.evaluation.store import RESULTS, read_answers
 
 FOLDER = Path(__file__).resolve().parent / "out" / "dense_heads"
 PARTS = (8, 16)
-SHARES = {8: (0.0, 0.02, 0.05, 0.1, 0.2), 16: (0.0, 0.05, 0.1, 0.2, 0.3)}
+SHARES = {8: (0.0, 0.05, 0.1, 0.2), 16: (0.0, 0.1, 0.2)}
 
 
 def named_plans(length: int) -> tuple[list[str], dict[int, list[str]]]:
@@ -31,7 +31,7 @@ def named_plans(length: int) -> tuple[list[str], dict[int, list[str]]]:
     found = plans(length, list(PARTS))
     overlap = dict(zip(PARTS, found[1::2], strict=True))
     heads = {
-        part: [f"{name},H={share:g}" if share else name for share in SHARES[part]] for part, name in overlap.items()
+        part: [f"{name},H={share:g}" for share in SHARES[part]] for part, name in overlap.items()
     }
     return found[::2], heads
 

@@ -20,8 +20,9 @@ NO_DEFAULTS = parse_options({})
 BLOCKS = (3, 4, 8, 16)
 """Into how many star blocks the default candidates cut a prompt. With A + O = B, two blocks attend to all that dense
 attends to."""
-SHARES = {8: (0.05, 0.1, 0.2), 16: (0.05, 0.1, 0.2)}
-"""For some of these numbers, shares of dense heads that are tried on a server with the scores of its model's heads."""
+SHARES = {8: (0, 0.05, 0.1, 0.2), 16: (0, 0.05, 0.1, 0.2)}
+"""For some of these numbers, the shares of dense heads that are tried on a server with the scores of its model's heads;
+for the others 0."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ def default_candidates(
     for number in BLOCKS:
         size = -(-length // (number * page_size)) * page_size
         half = size // page_size // 2 * page_size
-        halves = [f",A={half},O={size - half}"] if half >= page_size else []
-        heads = [f",H={share}" for share in SHARES.get(number, ()) if kv_heads]
-        for text in ("", *heads, *halves, ",O=0") if length >= number * page_size else ():
+        halves = [f",A={half},O={size - half}{',H=0' if kv_heads else ''}"] if half >= page_size else []
+        heads = [f",H={share:g}" for share in SHARES.get(number, (0,))] if kv_heads else [""]
+        for text in (*heads, *halves, ",O=0") if length >= number * page_size else ():
             try:
                 candidate = make_candidate(parse_plan(f"n/{number}{text}{query}"), prompts, page_size, kv_heads)
             except ValueError:

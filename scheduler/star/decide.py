@@ -30,6 +30,7 @@ from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RUL
 from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
 
 DEFAULT_QUERY_TOKENS = 512
+DEFAULT_DENSE_HEADS = 0.1
 ONLY_WITH_STAR = "with star=on or star=auto"
 
 
@@ -98,7 +99,7 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
     if plan is None:
         sized = with_sizes(case, documents=False) if of_documents or documents.why else sized
         sizes = sized.block_size, sized.anchor_size, sized.overlap_size
-        plan = StarPlan(*sizes, context_end, case.prompt.num_tokens, dense_heads=find_dense_heads(case))
+        plan = StarPlan(*sizes, context_end, case.prompt.num_tokens, dense_heads=find_dense_heads(sized))
     if len(plan.starts) < 2:
         return None, f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
     return with_replicas(sized, plan), documents.why
@@ -168,8 +169,14 @@ def find_context_end(case: Case, documents: Documents) -> int:
 
 
 def find_dense_heads(case: Case) -> DenseHeads | None:
-    """The heads that see everything; None: all heads see star blocks."""
+    """The heads that see everything; None: all heads see star blocks.
+
+    By default there are some where the server can have them and blocks depend on one another anyway, by an overlap.
+    They take most of the loss for little work (docs/dense-heads.md).
+    """
     share = case.options.dense_heads
+    if share is None and case.overlap_size and not case.engine.heads_refusals:
+        share = DEFAULT_DENSE_HEADS
     scores = case.engine.heads if share else None
     count = scores.count(share) if scores is not None and share else 0
     return DenseHeads(count, scores.num_heads, scores.digest(count)) if scores is not None and count else None

@@ -43,10 +43,12 @@ def test_a_server_with_scores_is_asked_for_dense_heads_too():
     found = {
         candidate.plan.name: candidate for candidate in default_candidates(prompts_of(8192), 32, None, kv_heads=48)
     }
-    assert {name for name in found if "H=" in name} == {f"n/{n},H={h}" for n in (8, 16) for h in (0.05, 0.1, 0.2)}
+    shares = {"n/3,H=0", "n/4,H=0"} | {f"n/{n},H={h}" for n in (8, 16) for h in (0, 0.05, 0.1, 0.2)}
+    assert {name for name in found if "A=" not in name and "O=0" not in name} == shares
     heads = next(iter(found["n/16,H=0.1"].numbers.values())).dense_heads
     assert (heads.count, heads.total) == (5, 48)
-    expected = found["n/16"].cost + 5 / 48 * (1 - found["n/16"].cost)
+    without = found["n/16,H=0"].cost
+    expected = without + 5 / 48 * (1 - without)
     assert found["n/16,H=0.1"].cost == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match="the scores of this model's KV heads are not known"):
         chosen_candidates(["n/8,H=0.1"], prompts_of(8192), 32)

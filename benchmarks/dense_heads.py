@@ -30,9 +30,7 @@ def named_plans(length: int) -> tuple[list[str], dict[int, list[str]]]:
     """The plans with A = B, and for each part those with an overlap and shares of dense heads."""
     found = plans(length, list(PARTS))
     overlap = dict(zip(PARTS, found[1::2], strict=True))
-    heads = {
-        part: [f"{name},H={share:g}" for share in SHARES[part]] for part, name in overlap.items()
-    }
+    heads = {part: [f"{name},H={share:g}" for share in SHARES[part]] for part, name in overlap.items()}
     return found[::2], heads
 
 

@@ -78,8 +78,8 @@ class StarOptions(BaseModel):
     dense_heads: Share | None = Field(
         default=None,
         description="share of the KV heads, 0 to 1, that see everything before them while the others see star blocks: "
-        "those that cause most of star's loss, by the server's scores; default: 0.1 where the server knows them and blocks "
-        "have an overlap, else 0",
+        "those that cause most of star's loss, by the server's scores; default: 0.1 where the server knows scores and "
+        "blocks have an overlap, else 0",
     )
     query_tokens: Tokens | None = Field(
         default=None,

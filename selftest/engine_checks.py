@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from starling.attention_backends.star.reference import star_mask
 from starling.selftest import prompts as p
 from starling.selftest.engine_run import EngineRun
-from starling.selftest.model import reference_logprobs, reference_refusal
+from starling.selftest.model import alternating_scores, reference_logprobs, reference_refusal
 from starling.selftest.paged import rms
 from starling.selftest.result import Check, Result, Skip
 
@@ -60,12 +61,14 @@ class Engines:
 
     Attributes:
         model: path or name of the checkpoint.
+        heads: an engine that is made for dense heads.
         documents: an engine whose documents have positions of their own; None for an fp8 KV cache.
     """
 
     model: str
     plain: EngineRun
     star: EngineRun
+    heads: EngineRun
     documents: EngineRun | None = None
 
     @functools.cached_property
@@ -78,10 +81,11 @@ class Engines:
         return NOISE * self.dense_gap if self.dense_gap else NOISE_WITHOUT_REFERENCE
 
 
-def make_engines(model: str, vocabulary: int, setting: Setting, gpu: bool, **arguments: Any) -> Engines:
-    """The engines of a setting; neither is started yet.
+def make_engines(model: str, vocabulary: int, setting: Setting, gpu: bool, folder: Path, **arguments: Any) -> Engines:
+    """The engines of a setting; none is started yet.
 
     Args:
+        folder: gets the file of the scores of KV heads.
         arguments: further arguments of vllm.LLM, which go before the setting's.
     """
     engine = {
@@ -100,9 +104,14 @@ def make_engines(model: str, vocabulary: int, setting: Setting, gpu: bool, **arg
     batches = p.star_batches(vocabulary, num_decodes=63 if gpu else 7)
     activated = engine | {"additional_config": {"starling": {}}}
     plain = EngineRun(engine, p.plain_batches(vocabulary), env)
-    star = {"starling": p.WITH_DOCUMENTS}
-    documents = EngineRun(engine | {"additional_config": star}, p.document_batches(vocabulary), env)
-    return Engines(model, plain, EngineRun(activated, batches, env), documents if setting.kv_dtype == "auto" else None)
+    star = EngineRun(activated, batches, env)
+    scores = folder / "scores.json"
+    scores.write_text(alternating_scores(model).model_dump_json())
+    with_heads = {"starling": {"star_heads": str(scores), "star_dense_heads": p.DENSE_HEADS}}
+    heads = EngineRun(engine | {"additional_config": with_heads}, p.head_batches(vocabulary), env)
+    with_documents = {"starling": p.WITH_DOCUMENTS}
+    documents = EngineRun(engine | {"additional_config": with_documents}, p.document_batches(vocabulary), env)
+    return Engines(model, plain, star, heads, documents if setting.kv_dtype == "auto" else None)
 
 
 def engine_checks(name: str, engines: Engines) -> list[Check]:
@@ -116,6 +125,8 @@ def engine_checks(name: str, engines: Engines) -> list[Check]:
         "preemption": check_preemption,
         "prefix hit": functools.partial(check_cached, warm="warm", cold="alone"),
         "reuse of star blocks": functools.partial(check_cached, warm="edited", cold="edited, cold"),
+        "dense heads against the masks": check_heads,
+        "dense heads beside a prompt without": check_heads_beside,
         "documents with positions of their own": check_documents,
         "documents in another order": check_reordered,
     }
@@ -193,6 +204,32 @@ def check_mask(engines: Engines, bound: float = GAP, anchor_size: int = p.BLOCK)
     effect = gap_to_reference(engines, "star")
     detail = f"star {star:.1e}, dense {dense:.1e} nats RMS; without the mask {effect:.1e}"
     return Result(star / dense, bound, "x dense's gap", detail)
+
+
+def check_heads(engines: Engines) -> Result | Skip:
+    """The RMS gap of a plan with dense heads to the reference with a mask for each head, over dense's gap."""
+    refusal, dense_gap = reference_refusal(engines.model), engines.dense_gap
+    if refusal or not dense_gap:
+        return Skip(str(refusal))
+    (output,), (prompt,) = engines.heads.outputs("heads"), engines.heads.batches["heads"]
+    ids, scores = prompt["ids"] + output["token_ids"], alternating_scores(engines.model)
+    mask = star_mask(len(ids), block_size=p.BLOCK, anchor_size=p.BLOCK, overlap_size=0, context_end=p.CONTEXT)
+    dense = scores.order[: scores.count(p.DENSE_HEADS)]
+    gap, without = (
+        rms(torch.tensor(all_logprobs(output)) - reference_logprobs(engines.model, ids, mask, heads))
+        for heads in (dense, ())
+    )
+    detail = f"{len(dense)} of {scores.num_heads} heads; {gap:.1e}, dense {dense_gap:.1e} nats RMS"
+    return Result(gap / dense_gap, GAP, "x dense's gap", f"{detail}; with the mask of the others {without:.1e}")
+
+
+def check_heads_beside(engines: Engines) -> Result:
+    """A prompt with dense heads beside one without, and with a cached context, and alone. NaN: it was not cached."""
+    outputs = [engines.heads.outputs("beside")[1], *engines.heads.outputs("cached")]
+    cached = outputs[1]["cached"]
+    detail = f"{cached} of {p.LENGTH} prompt tokens cached"
+    result = judge_tokens(outputs, 2 * engines.heads.outputs("alone"), engines.noise(), detail)
+    return result if cached else Result(math.nan, 0, result.unit, f"{detail}: some expected")
 
 
 NO_DOCUMENTS = "blocks with positions of their own are refused with an fp8 KV cache"

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from starling.attention_backends.star.reference import Heads, masks_by_head
+from starling.config.head_scores import HeadScores
+
 TINY = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -61,6 +64,17 @@ def vocabulary(model: str) -> int:
     return AutoConfig.from_pretrained(model).get_text_config().vocab_size
 
 
+def alternating_scores(model: str) -> HeadScores:
+    """Scores with which every second KV head of each full-attention layer comes first."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = tuple(float(head % 2 == 0) for head in range(heads))
+    return HeadScores(scores=tuple(row if kind == "full_attention" else () for kind in kinds))
+
+
 def reference_refusal(model: str) -> str | None:
     """Why there is no float32 reference for a checkpoint; None where there is one."""
     if not Path(model).is_dir():
@@ -81,14 +95,14 @@ def load_reference(model: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def reference_logprobs(model: str, ids: list[int], mask: torch.Tensor) -> torch.Tensor:
+def reference_logprobs(model: str, ids: list[int], mask: torch.Tensor, dense_heads: Heads = ()) -> torch.Tensor:
     """(len(ids) - 1,) log-probability of each of ``ids[1:]`` in float32.
 
     Args:
         mask: (len(ids), len(ids)) bool, which key (column) a query (row) sees.
+        dense_heads: see everything before them, whatever the mask.
     """
-    bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        reference = load_reference(model)
+    bias, reference = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min), load_reference(model)
+    with torch.no_grad(), masks_by_head(reference, mask, dense_heads):
         logits = reference(torch.tensor([ids]), attention_mask=bias[None, None], use_cache=False).logits[0]
     return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -14,6 +14,7 @@ EDITED_BLOCK = 2
 STAR = {"star": "on", "star_block_size": BLOCK, "star_overlap_size": 0, "star_query_tokens": QUERY}
 ONE_BLOCK = STAR | {"star_block_size": 1024}
 CONTEXT = LENGTH - QUERY
+DENSE_HEADS = 0.5
 DOCUMENTS = (130, 45, 64, 201)  # tokens
 """Documents, of which some end on a KV page and some do not."""
 
@@ -51,6 +52,19 @@ def document_batches(vocabulary: int) -> dict[str, list[Prompt]]:
         "computed": [prompt(documents)],
         "reordered": [prompt(documents[::-1])],
         "reordered, cold": [prompt(documents[::-1], cold=True)],
+    }
+
+
+def head_batches(vocabulary: int) -> dict[str, list[Prompt]]:
+    """A prompt of which half of the KV heads see everything: alone, beside one without such heads, and cached."""
+    prompt = make_prompt(1, LENGTH, vocabulary, star=STAR | {"star_dense_heads": DENSE_HEADS})
+    other = make_prompt(4, LENGTH, vocabulary, star=STAR | {"star_dense_heads": 0}, cold=True)
+    return {
+        "heads": [prompt | {"prompt_logprobs": True}],
+        "alone": [prompt | {"cold": True}],
+        "beside": [other, prompt | {"cold": True}],
+        "computed": [prompt],
+        "cached": [prompt],
     }
 
 

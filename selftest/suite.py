@@ -57,7 +57,7 @@ def make_suite(
             if reason is not None:
                 checks.append(Check(setting.name(), functools.partial(Skip, reason)))
                 continue
-            engines[setting.name()] = made = make_engines(tiny, size, setting, gpu, **arguments)
+            engines[setting.name()] = made = make_engines(tiny, size, setting, gpu, Path(folder), **arguments)
             checks += engine_checks(setting.name(), made)
         checks += two_gpu_checks(next(iter(engines.values())))
         yield [*checks, *([] if quick else speed_checks(long, size, gpu, **arguments))], engines

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from benchmarks.random_llama import make_tiny_llama
 from benchmarks.soak import load, player
 from benchmarks.soak.mix import KINDS
-from benchmarks.soak.server import scores_options
 from benchmarks.soak.series import Sampler
+from benchmarks.soak.server import scores_options
 from benchmarks.soak.target import Clients, Target
 from examples.server import serving
 from starling.client import AsyncClient, StarlingError

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from starling.attention_backends.star.reference import head_masks, star_mask
+from starling.attention_backends.star.reference import Heads, masks_by_head, star_mask
 from tests.forks import ROOT, run_in_fork
 from tests.parity.engine_job import RESULT
 
@@ -113,9 +113,6 @@ def load_reference(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager").eval()
 
 
-Heads = Collection[tuple[int, int]]
-
-
 def reference_logprobs(
     model: Path, ids: list[int], mask: torch.Tensor | None, dtype: Any = torch.float32, dense_heads: Heads = ()
 ) -> torch.Tensor:
@@ -142,28 +139,6 @@ def reference_scores(
     with torch.no_grad(), masks_by_head(reference, mask, dense_heads):
         logits = reference(torch.tensor([ids]), attention_mask=bias[None, None], use_cache=False).logits[0]
     return logits[:-1].log_softmax(-1)
-
-
-@contextmanager
-def masks_by_head(reference: Any, mask: torch.Tensor, dense_heads: Heads) -> Iterator[None]:
-    """While this holds, a layer with dense heads has a mask for each of its query heads."""
-    config, handles = reference.config, []
-    for number in {layer for layer, _ in dense_heads}:
-        dense = {head for layer, head in dense_heads if layer == number}
-        masks = head_masks(mask, config.num_key_value_heads, dense)
-        masks = masks.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 0)[None]
-        bias = torch.zeros(masks.shape, dtype=reference.dtype).masked_fill(~masks, torch.finfo(reference.dtype).min)
-
-        def give(module: Any, args: Any, kwargs: dict, bias: torch.Tensor = bias) -> tuple[Any, dict]:
-            return args, kwargs | {"attention_mask": bias}
-
-        attention = reference.get_decoder().layers[number].self_attn
-        handles.append(attention.register_forward_pre_hook(give, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_greedy(tokens: list[int], scores: torch.Tensor, error: float) -> None:

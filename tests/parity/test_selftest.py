@@ -32,6 +32,8 @@ PASSED = [
             "preemption",
             "prefix hit",
             "reuse of star blocks",
+            "dense heads against the masks",
+            "dense heads beside a prompt without",
             "documents with positions of their own",
             "documents in another order",
         )

@@ -61,7 +61,9 @@ def test_what_is_no_share_is_refused(value):
 
 
 def test_by_default_a_tenth_is_dense_where_scores_are_known_and_blocks_have_an_overlap():
-    assert plan_of({}).dense_heads == plan_of({"star_dense_heads": 0.1}).dense_heads == DenseHeads(1, 6, SCORES.digest(1))
+    assert (
+        plan_of({}).dense_heads == plan_of({"star_dense_heads": 0.1}).dense_heads == DenseHeads(1, 6, SCORES.digest(1))
+    )
     assert plan_of({"star_overlap_size": 32}).dense_heads is not None
     assert plan_of({}, heads=None).dense_heads is None
     assert plan_of({}, find_heads_refusals=lambda: ("a reason",)).dense_heads is None

@@ -19,7 +19,7 @@ FILE = Path(__file__).with_name("measured.json")
 
 
 class MeasuredLoss(BaseModel):
-    """One plan on the prompts of one model and length: means over tasks, and of ``kl`` over all positions.
+    """One plan, without dense heads, on the prompts of one model and length: means over tasks, and of ``kl`` over all positions.
 
     Attributes:
         model: its name.
@@ -52,7 +52,7 @@ class MeasuredLoss(BaseModel):
         loss, points = self.logprob_difference, self.difference
         return (
             f"{self.model}, {self.prompts} prompts of {self.tokens:,} tokens, B = {self.block_size:,}, "
-            f"A = {self.anchor_size:,}, O = {self.overlap_size:,}: "
+            f"A = {self.anchor_size:,}, O = {self.overlap_size:,}, no dense heads: "
             f"log-probability {loss.mean:+.2f} [{loss.low:+.2f}, {loss.high:+.2f}] a token, score "
             f"{100 * points.mean:+.1f} [{100 * points.low:+.1f}, {100 * points.high:+.1f}] points of "
             f"{100 * self.dense_score:.0f}"

@@ -30,7 +30,8 @@ def test_the_most_similar_plan_of_each_model_is_found():
 
 def test_a_loss_in_words():
     assert str(row("tiny", 256, 224)) == (
-        "tiny, 104 prompts of 2,048 tokens, B = 256, A = 32, O = 224: log-probability -0.20 [-0.30, -0.10] a token, "
+        "tiny, 104 prompts of 2,048 tokens, B = 256, A = 32, O = 224, no dense heads: log-probability "
+        "-0.20 [-0.30, -0.10] a token, "
         "score -20.0 [-30.0, -10.0] points of 70"
     )
 

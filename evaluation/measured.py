@@ -19,7 +19,9 @@ FILE = Path(__file__).with_name("measured.json")
 
 
 class MeasuredLoss(BaseModel):
-    """One plan, without dense heads, on the prompts of one model and length: means over tasks, and of ``kl`` over all positions.
+    """One plan without dense heads, on the prompts of one model and length.
+
+    Figures are means over tasks, and that of ``kl`` is the mean over all positions.
 
     Attributes:
         model: its name.

@@ -114,10 +114,9 @@ def run(argv: Sequence[str]) -> int:
         print(f"{COMMAND}: error: {error}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
-        print(
-            f"{COMMAND}: interrupted\nThe scores so far are in {part_of(args.out)}: the same command goes on.",
-            file=sys.stderr,
-        )
+        part = part_of(args.out)
+        kept = f"The scores so far are in {part}: the same command goes on." if part.exists() else "Nothing is scored."
+        print(f"{COMMAND}: interrupted\n{kept}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -145,7 +144,11 @@ def calibrate(name: str, options: CalibrationOptions, out: Path, console: Consol
             missing = found.missing(kind, prompts)
             bar = progress.add_task(kind, total=len(prompts), completed=len(prompts) - len(missing))
             for prompt in missing:
-                found.add(kind, prompt.name, compute(Case(model, prompt, options.blocks, options.query_tokens)))
+                value = compute(Case(model, prompt, options.blocks, options.query_tokens))
+                if not torch.tensor(value).isfinite().all():
+                    reason = f"in {options.chosen_dtype} its results are not finite numbers"
+                    raise CalibrationError(f"the prompt {prompt.name} can't be scored: {reason}. Try --dtype float32")
+                found.add(kind, prompt.name, value)
                 progress.advance(bar)
             return [found.values[kind][prompt.name] for prompt in prompts]
 

@@ -68,7 +68,8 @@ class GatedModel:
             )
         self.is_full = [kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()]
         self.is_full = self.is_full or [True] * config.num_hidden_layers
-        self.num_layers, self.num_kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.num_layers, self.num_kv_heads = config.num_hidden_layers, heads
         self.device, self.state = torch.device(device), Gates()
         self.model.to(self.device).eval().requires_grad_(requires_grad=False)
         for layer in self.model.get_decoder().layers:

@@ -141,6 +141,16 @@ def test_an_interrupted_command_goes_on_from_there(folder, tmp_path, monkeypatch
     assert read_scores(str(out)).curve == ()
 
 
+def test_what_has_no_finite_score_is_refused_at_its_prompt(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Case, "scores", lambda self, steps: torch.full((2, 2), torch.nan))
+    assert run(folder, tmp_path / "scores.json", "--tasks", "fwe") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "the prompt fwe/1200/0 can't be scored: in float32 its results are not finite numbers" in message
+    monkeypatch.setattr(Case, "scores", lambda self, steps: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(folder, tmp_path / "scores.json", "--tasks", "fwe") == 130
+    assert "Nothing is scored." in capsys.readouterr().err
+
+
 def test_the_users_own_prompts(folder, tmp_path):
     prompts, out = tmp_path / "mine.jsonl", tmp_path / "scores.json"
     prompts.write_text(json.dumps({"prompt": "abc " * 100}) + "\n" + json.dumps({"prompt": "b" * 300, "answer": "yes"}))

@@ -13,13 +13,22 @@ from typing import Any
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
-from starling.config.entry import CACHE_SALT, ENTRY, LIVE_PAGE, REPLICAS, StarlingConfig, config_of, parse_config
+from starling.config.entry import (
+    CACHE_SALT,
+    ENTRY,
+    LIVE_PAGE,
+    REPLICAS,
+    STAR_HEADS,
+    StarlingConfig,
+    config_of,
+    parse_config,
+)
 from starling.config.parsing import OptionError
 from starling.config.star import StarOptions
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.head_scores import scores_of
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.refusals import engine_facts, other_launcher, star_page_size
+from starling.engine_ext.refusals import engine_facts, has_dense_heads, other_launcher, star_page_size
 from starling.replicas import network
 from starling.scheduler.star.facts import ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
@@ -102,6 +111,9 @@ def after_engine_config(vllm_config: Any) -> None:
         return
     facts = engine_facts(vllm_config, star_page_size(vllm_config))
     scores_of(vllm_config)  # looks at the model's files now, and not at the first request
+    if config.star_heads is not None and has_dense_heads(vllm_config) and facts.heads_refusals:
+        reason = "; ".join(facts.heads_refusals)
+        raise OptionError(f"{ENTRY}.{STAR_HEADS}", config.star_heads, reason, "a server without it")
     check_defaults(config.star, facts)
     share_memory_nodes(vllm_config, os.environ)
     peers = config.replicas.peers

@@ -200,8 +200,13 @@ def has_documents(config: Any) -> bool:
 
 
 def has_dense_heads(config: Any) -> bool:
-    """Whether the server's options say that some heads see everything, so that its engine is made for them."""
-    return bool(_options(config).star.dense_heads)
+    """Whether the server's options say that some heads see everything, so that its engine is made for them.
+
+    A file of scores says so by itself, unless the server's share is 0.
+    """
+    options = _options(config)
+    share = options.star.dense_heads
+    return options.star_heads is not None if share is None else share > 0
 
 
 def unread_isa(config: Any) -> str | None:
@@ -222,7 +227,8 @@ CPU_ATTENTION_RULES: Rules = (
     (
         unread_isa,
         "on this processor vLLM stores keys in an order that Starling's CPU attention does not read, unless the server "
-        "is started with --star-segments, --star-dense-heads or --star-shards on, or with --dtype float32",
+        "is started with --star-segments, --star-heads, --star-dense-heads or --star-shards on, or with "
+        "--dtype float32",
     ),
 )
 
@@ -303,8 +309,8 @@ HEAD_RULES: Rules = (
     ),
     (
         lambda c: c.device_config.device_type != "cpu" and not has_dense_heads(c),
-        "on a GPU the server has to be started with --star-dense-heads, since its layers are then made to attend in "
-        "several calls",
+        "on a GPU the server has to be started with --star-heads or --star-dense-heads, since its layers are then made "
+        "to attend in several calls",
     ),
     (
         lambda c: c.device_config.device_type != "cpu" and has_documents(c),

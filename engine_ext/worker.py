@@ -18,7 +18,7 @@ from starling.attention_backends.star.head_calls import unsupported_reason as he
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
 from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
-from starling.config.entry import config_of
+from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.head_scores import ranks_of_layers, scores_of
 from starling.engine_ext.metrics import worker_metrics
@@ -34,6 +34,7 @@ from starling.replicas.metrics import replica_metrics
 from starling.replicas.weights import note_weights
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata, metadata_of
+from starling.scheduler.star.rules import HEADS
 from starling.vllm_compat.models import without_prefill_checkpoints
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.rotary import attention_blocks
@@ -271,8 +272,10 @@ class StarWorker:
         if self.heads_problem is None:
             return
         config = config_of(self.vllm_config)
-        if config is not None and config.star.dense_heads and config.star.mode != "off":
-            raise RuntimeError(f"star_dense_heads={config.star.dense_heads}: {self.heads_problem}")
+        if config is not None and has_dense_heads(self.vllm_config) and config.star.mode != "off":
+            share, path = config.star.dense_heads, config.star_heads
+            asked = f"{STAR_HEADS}={path}" if share is None else f"{HEADS}={share}"
+            raise RuntimeError(f"{asked}: {self.heads_problem}")
 
     def _check_digests(self, plans: Iterable[StarPlan]) -> None:
         """Refuse plans whose dense heads are not those of this worker's scores (raises RuntimeError)."""

@@ -71,8 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Finds out which KV heads of a model carry what Star Attention costs in answers, and writes their "
-        "scores to a file. `starling serve --star-heads FILE --star-dense-heads 0.1` lets a tenth of the heads see the "
-        "whole prompt.",
+        "scores to a file. With `starling serve --star-heads FILE`, a tenth of the heads sees the whole prompt.",
         epilog="A prompt takes --steps forward and backward passes of the model: on one CPU core about 30 s for 135M "
         "parameters and 1,024 tokens. Exit code: 0 written, 2 unusable arguments, 130 interrupted; the same command "
         "then goes on. See docs/dense-heads.md.",

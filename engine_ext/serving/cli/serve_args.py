@@ -41,7 +41,8 @@ CPU_ATTENTION_HELP = (
 )
 STAR_HEADS_HELP = (
     "The scores of the model's KV heads, for --star-dense-heads: a file that `starling calibrate` made of it, or "
-    "one of DuoAttention's. (default: those that come with Starling, where the model is one of theirs)"
+    "one of DuoAttention's. (default: those that come with Starling, where the model is one of theirs; on a GPU, "
+    "--star-dense-heads has to ask for them)"
 )
 CACHE_SALT_HELP = (
     "Which requests share cached KV pages: request, those with the same cache_salt, or without one, as in vLLM; "

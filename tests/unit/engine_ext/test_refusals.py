@@ -219,7 +219,7 @@ GPU = {"device_config__device_type": "cuda", "additional_config": HEADS}
 WITHOUT_HEADS = {
     "an Attamba model": {"model_config__hf_text_config": SimpleNamespace(model_type="attamba")},
     "on CPUs and on CUDA devices (xpu)": GPU | {"device_config__device_type": "xpu"},
-    "has to be started with --star-dense-heads": GPU | {"additional_config": {"starling": {}}},
+    "has to be started with --star-heads or --star-dense-heads": GPU | {"additional_config": {"starling": {}}},
     "the server is started with --star-segments": GPU
     | {"additional_config": {"starling": HEADS["starling"] | {"star_segments": "auto"}}},
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},

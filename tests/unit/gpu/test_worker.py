@@ -119,7 +119,7 @@ def test_an_engine_that_is_started_for_dense_heads_keeps_full_graphs_of_decode_b
     assert star.get_impl_cls().__name__ == "TritonAttentionImpl"
 
 
-@pytest.mark.parametrize("started_for", [True, False])
+@pytest.mark.parametrize("started_for", ["star_dense_heads=0.25", "star_heads=scores.json", None])
 def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_for_dense_heads(
     started_for, monkeypatch
 ):
@@ -137,9 +137,9 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
     monkeypatch.setattr(f"{worker_module}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
     blocks = {"layer": SimpleNamespace(attention=attention)}
     monkeypatch.setattr(f"{worker_module}.attention_blocks", lambda model: blocks)
-    entry = {"star": "auto"} | ({"star_dense_heads": 0.25} if started_for else {})
+    entry = {"star": "auto"} | (dict([started_for.split("=")]) if started_for else {})
     worker = make_worker(additional_config={"starling": entry})
-    reason = "star_dense_heads=0.25: layer layer: its cache is nvfp4"
+    reason = f"{started_for}: layer layer: its cache is nvfp4"
     with pytest.raises(RuntimeError, match=reason) if started_for else nullcontext():
         worker.initialize_from_config(None)
     attention.kv_cache_dtype = "auto"

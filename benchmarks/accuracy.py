@@ -213,7 +213,8 @@ def main() -> int:
     names += [half for _, half in halves]
     for plan in names:
         command += ["--plan", plan]
-    command += ["--logprobs", str(LOGPROBS), "--out", str(FOLDER / name), *ENGINE, *args.serve]
+    command += ["--logprobs", str(LOGPROBS), "--out", str(FOLDER / name), *ENGINE]
+    command += ["--star-dense-heads", "0", *args.serve]
     code = subprocess.run(command).returncode
     if code:
         return code

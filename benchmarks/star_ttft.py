@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -19,7 +20,9 @@ from rich.table import Table
 from benchmarks.engine import ROOT, Engine
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import median_ratio, saved_figure, write_json
+from starling.config.head_scores import HeadScores
 from starling.config.star import StarOptions, parse_options
+from starling.engine_ext.head_scores import KNOWN
 from starling.scheduler.star.counts import dense_keys, keys_attended
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
@@ -42,19 +45,37 @@ ENGINE = {
 }
 
 
-def configurations(fixed_block: int | None) -> dict[str, dict[str, Any]]:
-    """Name -> options of its requests."""
+HEADS = 0.1
+SCORES = HeadScores(scores=((1.0,) + (0.0,) * 7,) * 2)
+"""Of the random Llama: a tenth of its heads is one in each layer."""
+
+
+def configurations(fixed_block: int | None, heads: bool) -> dict[str, dict[str, Any]]:
+    """Name -> options of its requests.
+
+    Args:
+        heads: whether the engine can have dense heads.
+    """
     star = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_overlap_size": 0}
     options: dict[str, dict[str, Any]] = {"dense": {}}
     options |= {f"n/B = {blocks}": star | {"star_block_size": f"n/{blocks}"} for blocks in (4, 8, 16)}
-    options["n/B = 8, overlap"] = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_block_size": "n/8"}
+    overlap = {"star": "on", "star_query_tokens": QUERY_TOKENS, "star_dense_heads": 0}
+    options["n/B = 8, overlap"] = overlap | {"star_block_size": "n/8"}
+    for blocks in (8, 16) if heads else ():
+        options[f"n/B = {blocks}, dense heads"] = overlap | {
+            "star_block_size": f"n/{blocks}",
+            "star_dense_heads": HEADS,
+        }
     if fixed_block is not None:
         options[f"B = {fixed_block}"] = star | {"star_block_size": fixed_block}
     return options
 
 
-def measure(engine: Engine, length: int, options: dict[str, dict], repeats: int, vocabulary: int) -> dict[str, Any]:
+def measure(
+    engine: Engine, length: int, options: dict[str, dict], repeats: int, vocabulary: int, scores: HeadScores
+) -> dict[str, Any]:
     """Run every configuration ``repeats`` times on prompts of ``length`` random tokens."""
+    facts = EngineFacts(PAGE_SIZE, find_heads=lambda: scores)
     tokens = random.Random(length)
     runs: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "attention_seconds": []} for name in options}
     for _ in track(range(repeats), description=f"{length:,} tokens"):
@@ -66,7 +87,7 @@ def measure(engine: Engine, length: int, options: dict[str, dict], repeats: int,
     dense = runs["dense"]
     rows = []
     for name, run in runs.items():
-        plan = decide(StarOptions(), parse_options(options[name]), PromptFacts(length), EngineFacts(PAGE_SIZE)).plan
+        plan = decide(StarOptions(), parse_options(options[name]), PromptFacts(length), facts).plan
         keys = 1.0 if plan is None else dense_keys(plan.num_prompt_tokens) / keys_attended(plan)
         attention = median_ratio(dense["attention_seconds"], run["attention_seconds"])
         rows.append(
@@ -130,20 +151,28 @@ def report(name: str, title: str, results: list[dict]) -> None:
 
 def random_llama(lengths: list[int], repeats: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        model = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA)
+        model, path = make_random_llama(Path(directory) / "llama", **RANDOM_LLAMA), Path(directory) / "scores.json"
+        path.write_text(SCORES.model_dump_json())
         arguments = {"dtype": "float32", "kv_cache_memory_bytes": 2 << 30} | ENGINE
+        arguments["additional_config"] = {"starling": {"star_heads": str(path)}}
+        options = configurations(2048, heads=True)
         with Engine(model, timed_attention=True, **arguments) as engine:
             engine.generate([1] * 4096)
-            results = [measure(engine, length, configurations(2048), repeats, 256) for length in lengths]
+            results = [measure(engine, length, options, repeats, 256, SCORES) for length in lengths]
     report("star_ttft_llama", "random Llama, 2 layers, float32", results)
 
 
 def smollm2(length: int, repeats: int) -> None:
-    """Measure a real model, compiled as vLLM does by default."""
+    """Measure a real model, compiled as vLLM does by default.
+
+    Where the processor has AMX, vLLM's dense attention uses it, and an engine for dense heads could not.
+    """
     arguments = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": False} | ENGINE
+    scores = HeadScores.model_validate_json((KNOWN / f"{SMOLLM2.name}.json").read_text())
+    options = configurations(None, heads=not torch.cpu._is_amx_tile_supported())
     with Engine(SMOLLM2, timed_attention=True, **arguments) as engine:
         engine.generate([1] * 4096)
-        results = [measure(engine, length, configurations(None), repeats, 40000)]
+        results = [measure(engine, length, options, repeats, 40000, scores)]
     report("star_ttft_smollm2", f"SmolLM2-135M, bfloat16, {length:,} tokens", results)
 
 

@@ -24,14 +24,17 @@ from starling.evaluation.store import RESULTS, read_answers
 FOLDER = Path(__file__).resolve().parent / "out" / "dense_heads"
 PARTS = (8, 16)
 SHARES = {8: (0.0, 0.05, 0.1, 0.2), 16: (0.0, 0.1, 0.2)}
+FEW = {8: (0.0, 0.1), 16: (0.1, 0.2)}
 
 
-def named_plans(length: int) -> tuple[list[str], dict[int, list[str]]]:
-    """The plans with A = B, and for each part those with an overlap and shares of dense heads."""
-    found = plans(length, list(PARTS))
-    overlap = dict(zip(PARTS, found[1::2], strict=True))
-    heads = {part: [f"{name},H={share:g}" for share in SHARES[part]] for part, name in overlap.items()}
-    return found[::2], heads
+def named_plans(length: int, few: bool) -> list[str]:
+    """A = B at n/8 first, at n/16 too unless ``few``, and for each size of blocks the shares with an overlap."""
+    found, shares = plans(length, list(PARTS)), FEW if few else SHARES
+    overlap = zip(PARTS, found[1::2], strict=True)
+    return [
+        *found[: 1 if few else None : 2],
+        *(f"{name},H={share:g}" for part, name in overlap for share in shares[part]),
+    ]
 
 
 def rows_of(results: dict[str, Any], ratios: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -50,11 +53,10 @@ def rows_of(results: dict[str, Any], ratios: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def shown(name: str, length: int) -> str:
-    """A plan as people write it: `n/8, A = B`, `n/16, H = 0.1`."""
+def shown(name: str, length: int) -> tuple[str, str]:
+    """A plan as people write it: ("n/8", "A = B"), ("n/16", "H = 0.1")."""
     sizes = dict(part.split("=") for part in name.split(","))
-    part = f"n/{length // int(sizes['B'])}"
-    return f"{part}, A = B" if sizes["A"] == sizes["B"] else f"{part}, H = {sizes.get('H', 0)}"
+    return f"n/{length // int(sizes['B'])}", f"H = {sizes['H']}" if "H" in sizes else "A = B"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -62,36 +64,36 @@ def markdown(result: dict[str, Any]) -> str:
     length = result["setup"]["lengths"][0]
     dense = next(cell["dense_score"] for cell in result["cells"] if cell["task"] == ALL)
     lines = [
-        f"| plan | attention work | KL over A = B | log-probability over A = B | score (dense {100 * dense:.0f}) |",
+        f"| plan | attention work | KL, nats | KL over A = B | score (dense {100 * dense:.0f}) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, row in result["plans"].items():
-        kl, logprob = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[field]) for field in ("kl_ratio", "logprob_ratio"))
+        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["kl_ratio"])
         difference = "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(
             **{field: 100 * row["difference"][field] for field in ("mean", "low", "high")}
         )
         lines.append(
-            f"| {shown(name, length)} | {100 * row['attended_keys']:.0f} % | {kl} | {logprob} | {difference} |"
+            f"| {', '.join(shown(name, length))} | {100 * row['attended_keys']:.0f} % | {row['kl']:.3f} | {ratio} | "
+            f"{difference} |"
         )
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """KL over work: a line for each size of blocks, and the paper's plans as points."""
-    length, (paper, heads) = result["setup"]["lengths"][0], named_plans(result["setup"]["lengths"][0])
+    length = result["setup"]["lengths"][0]
+    lines: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in result["plans"].items():
+        part, heads = shown(name, length)
+        lines.setdefault(f"{part}, A = B" if heads == "A = B" else f"{part}, overlap", {})[heads] = row
     with saved_figure(path, figsize=(7, 4.5)) as (_, axis):
-        for part, names in heads.items():
-            rows = [result["plans"][name] for name in names]
-            work, kl = [100 * row["attended_keys"] for row in rows], [row["kl_ratio"] for row in rows]
+        for label, rows in lines.items():
+            work, kl = ([row[field] for row in rows.values()] for field in ("attended_keys", "kl_ratio"))
             error = [[mean - low for mean, low, _ in kl], [high - mean for mean, _, high in kl]]
-            axis.errorbar(
-                work, [mean for mean, _, _ in kl], error, marker="o", capsize=3, label=f"n/{part}, dense heads"
-            )
-            for x, (mean, _, _), share in zip(work, kl, SHARES[part], strict=True):
-                axis.annotate(f"{share:.0%}", (x, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        for name in paper:
-            row = result["plans"][name]
-            axis.plot(100 * row["attended_keys"], row["kl_ratio"][0], "s", label=shown(name, length))
+            percent, means = [100 * share for share in work], [mean for mean, _, _ in kl]
+            axis.errorbar(percent, means, error, marker="o", capsize=3, label=label)
+            for x, mean, heads in zip(percent, means, rows, strict=True):
+                axis.annotate(heads, (x, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
         axis.set_xlabel("attention work of the prefill, % of dense")
         axis.set_ylabel("KL to dense, A = B at n/8 is 1")
         axis.set_ylim(bottom=0)
@@ -104,11 +106,11 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="a folder with a model")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
     parser.add_argument("--prompts-per-cell", type=int, default=3, help="prompts of each task (%(default)s)")
+    parser.add_argument("--few", action="store_true", help="only A = B at n/8, and the plans with the least loss")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
     folder = FOLDER / f"{args.model.name}_{args.length}"
-    paper, heads = named_plans(args.length)
-    names = [*paper, *(name for part in heads.values() for name in part)]
+    names = named_plans(args.length, args.few)
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
     command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     command += [argument for name in names for argument in ("--plan", name)]
@@ -123,7 +125,7 @@ def main() -> int:
         "model": args.model.name,
         "query_tokens": QUERY_TOKENS,
         "prompts": sum(answer.plan == DENSE.name for answer in answers),
-        "plans": rows_of(results, loss_ratios(answers, [(paper[0], name) for name in names])),
+        "plans": rows_of(results, loss_ratios(answers, [(names[0], name) for name in names])),
     }
     path = write_json(f"dense_heads_{args.model.name}_{args.length}", result)
     plot(result, path.with_suffix(".png"))

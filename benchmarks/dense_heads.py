@@ -114,8 +114,7 @@ def main() -> int:
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
     command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     command += [argument for name in names for argument in ("--plan", name)]
-    command += ["--logprobs", str(LOGPROBS), "--out", str(folder), *ENGINE]
-    command += ["--star-dense-heads", "0.1", *args.serve]  # makes the engine for dense heads; each plan has its share
+    command += ["--logprobs", str(LOGPROBS), "--out", str(folder), *ENGINE, *args.serve]
     code = subprocess.run(command).returncode
     if code:
         return code

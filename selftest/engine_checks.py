@@ -208,7 +208,7 @@ def check_mask(engines: Engines, bound: float = GAP, anchor_size: int = p.BLOCK)
 
 def check_heads(engines: Engines) -> Result | Skip:
     """The RMS gap of a plan with dense heads to the reference with a mask for each head, over dense's gap."""
-    refusal, dense_gap = reference_refusal(engines.model), engines.dense_gap
+    refusal, dense_gap = engines.heads.refusal() or reference_refusal(engines.model), engines.dense_gap
     if refusal or not dense_gap:
         return Skip(str(refusal))
     (output,), (prompt,) = engines.heads.outputs("heads"), engines.heads.batches["heads"]
@@ -223,8 +223,11 @@ def check_heads(engines: Engines) -> Result | Skip:
     return Result(gap / dense_gap, GAP, "x dense's gap", f"{detail}; with the mask of the others {without:.1e}")
 
 
-def check_heads_beside(engines: Engines) -> Result:
+def check_heads_beside(engines: Engines) -> Result | Skip:
     """A prompt with dense heads beside one without, and with a cached context, and alone. NaN: it was not cached."""
+    refusal = engines.heads.refusal()
+    if refusal:
+        return Skip(refusal)
     outputs = [engines.heads.outputs("beside")[1], *engines.heads.outputs("cached")]
     cached = outputs[1]["cached"]
     detail = f"{cached} of {p.LENGTH} prompt tokens cached"
@@ -241,9 +244,11 @@ def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Ski
     Without an anchor, a document's tokens see one another alone, and their distances are those of the prompt. So the
     reference is the explicit mask at the prompt's positions, while the engine turns the question for each document.
     """
-    refusal, dense_gap = reference_refusal(engines.model), engines.dense_gap
-    if engines.documents is None or refusal or not dense_gap:
-        return Skip(NO_DOCUMENTS if engines.documents is None else str(refusal))
+    if engines.documents is None:
+        return Skip(NO_DOCUMENTS)
+    refusal, dense_gap = engines.documents.refusal() or reference_refusal(engines.model), engines.dense_gap
+    if refusal or not dense_gap:
+        return Skip(str(refusal))
     (output,), (prompt,) = engines.documents.outputs("documents"), engines.documents.batches["documents"]
     ids, context_end = prompt["ids"] + output["token_ids"], sum(p.DOCUMENTS)
     lengths = [*p.DOCUMENTS, len(ids) - context_end]
@@ -261,8 +266,9 @@ def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Ski
 
 def check_reordered(engines: Engines) -> Result | Skip:
     """Documents whose KV is cached in another order, and computed anew. NaN where not all were cached."""
-    if engines.documents is None:
-        return Skip(NO_DOCUMENTS)
+    refusal = NO_DOCUMENTS if engines.documents is None else engines.documents.refusal()
+    if engines.documents is None or refusal:
+        return Skip(str(refusal))
     (output,), expected = engines.documents.outputs("reordered"), engines.documents.outputs("reordered, cold")
     cached, length = output["cached"], sum(p.DOCUMENTS)
     result = judge_tokens([output], expected, engines.noise(), f"{cached} of {length + p.QUERY} prompt tokens cached")

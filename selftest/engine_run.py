@@ -57,6 +57,15 @@ class EngineRun:
             raise self._result_or_error
         return self._result_or_error
 
+    def refusal(self) -> str | None:
+        """What was refused, where the engine did not start because its options can't be used with its model."""
+        try:
+            self.result()
+        except EngineError as error:
+            found = (line.rpartition("Error: ")[2].strip() for line in str(error).splitlines())
+            return next((line for line in found if " is refused: " in line), None)
+        return None
+
     def environment(self) -> dict[str, str]:
         """The environment of engine.py; the reason alone where the engine has none because it failed."""
         try:

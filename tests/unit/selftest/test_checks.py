@@ -127,14 +127,14 @@ def test_an_engine_that_crashes_fails_its_checks_and_is_started_once(monkeypatch
 
 
 def test_options_that_the_model_excludes_are_named_and_a_crash_is_not(monkeypatch):
-    message = "the engine's process ended with 1:\nTraceback\nstarling.parsing.OptionError: starling.star_heads='a' is refused: a reason"
+    reason = "starling.star_heads='a' is refused: a reason"
+    message = f"the engine's process ended with 1:\nTraceback\nstarling.parsing.OptionError: {reason}"
 
     def end(job, env):
         raise EngineError(job["engine"]["message"])
 
     monkeypatch.setattr(engine_run, "run_engine", end)
-    refused = EngineRun({"message": message}, {}).refusal()
-    assert refused == "starling.star_heads='a' is refused: a reason"
+    assert EngineRun({"message": message}, {}).refusal() == reason
     assert EngineRun({"message": "the engine's process ended with -11:"}, {}).refusal() is None
 
 

@@ -107,14 +107,20 @@ class CpuImpl(CPUAttentionBackendImpl):
 
         As in vLLM's method, K and V of the step are in the cache already. Where other replicas hold keys of the rows,
         they attend to these keys at the same time, and the parts are merged. So is the attention to blocks with
-        positions of their own. Where some heads see everything, the step's rows are others for each kind of heads.
+        positions of their own. Where some heads see everything, the step's rows are others for each kind of heads: one
+        call of Starling's op computes all of them; where vLLM's op is faster, it computes all heads as if they saw star
+        blocks, and Starling's op those that see more.
         """
         step = current_step()
         remote = None if step is None else step.remote_attention(kv_cache.shape[2])
         turned = None if step is None else step.turned_attention(kv_cache.shape[2])
         heads = None if step is None else step.row_heads(layer.layer_name)
-        if remote is None and turned is None and heads is None and not self.uses_op(query, layer, attn_metadata):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        by_vllm = remote is None and turned is None and not self.uses_op(query, layer, attn_metadata)
+        if by_vllm:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            if heads is None:
+                return output
+            heads = heads[0].of_dense_heads(heads[1])
         tokens = attn_metadata.num_actual_tokens
         num_pages, kv_heads, page_size, _ = kv_cache.shape
         key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
@@ -134,11 +140,14 @@ class CpuImpl(CPUAttentionBackendImpl):
             rows.block_table,
             rows.query_start_loc,
             rows.seq_lens,
-            out=output[:tokens],
+            out=None if by_vllm else output[:tokens],
             layout=Layout.CPU,
             **options,
         )
         out, lse = paged_attention(operands)
+        if by_vllm:
+            dense = options["row_heads"].any(0)
+            output[:tokens].unflatten(1, (kv_heads, -1))[:, dense] = out.unflatten(1, (kv_heads, -1))[:, dense]
         if remote is not None:
             remote.finish(sent, out, lse)
         if turned is not None:

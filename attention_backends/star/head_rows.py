@@ -80,6 +80,16 @@ class HeadRows:
             return None
         return async_tensor_h2d(self.kinds[:, None] == kinds[None, :], self.seq_lens.device)
 
+    def of_dense_heads(self, row_heads: torch.Tensor) -> tuple[HeadRows, torch.Tensor]:
+        """The rows without those of the last kind, whose heads are dense for no plan; and the heads of these rows.
+
+        Args:
+            row_heads: as ``row_heads`` returns them.
+        """
+        rows = int(np.searchsorted(self.kinds, len(self.counts)))
+        tables, starts, lens = self.block_table[:rows], self.query_start_loc[: rows + 1], self.seq_lens[:rows]
+        return HeadRows(self.counts, self.kinds[:rows], tables, starts, lens), row_heads[:rows]
+
 
 def make_head_rows(counts: Sequence[int], kinds: Sequence[CommonAttentionMetadata]) -> HeadRows:
     """Args:

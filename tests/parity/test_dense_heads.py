@@ -116,6 +116,16 @@ def test_prompt_logprobs_are_those_of_the_masks(model, prompts, expected, heads,
         assert max_gap(output["prompt_logprobs"], logprobs) <= LIMIT
 
 
+def test_each_op_gives_those_of_the_masks(model, prompts, expected, heads):
+    """Starling's op computes all heads in one call; beside vLLM's, it computes those that see more."""
+    starling, vllm = ({"call": f"tests.parity.cpu_ops:use_{name}"} for name in ("starlings", "vllms"))
+    few = prompts[:3]
+    result = run_engine(model, [starling, few, vllm, few], star=heads, max_num_batched_tokens=300)
+    for batch in result["batches"]:
+        for output, logprobs in zip(batch, expected, strict=False):
+            assert max_gap(output["prompt_logprobs"], logprobs) <= LIMIT
+
+
 def random_ids(seed: int, length: int) -> list[int]:
     tokens = random.Random(seed)
     return [tokens.randrange(256) for _ in range(length)]

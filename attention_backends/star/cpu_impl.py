@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
 from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
+from starling.attention_backends.star.head_rows import HeadRows
 from starling.attention_backends.star.step import current_step
 from starling.vllm_compat.config import kv_scales
 
@@ -115,45 +116,63 @@ class CpuImpl(CPUAttentionBackendImpl):
         remote = None if step is None else step.remote_attention(kv_cache.shape[2])
         turned = None if step is None else step.turned_attention(kv_cache.shape[2])
         heads = None if step is None else step.row_heads(layer.layer_name)
-        by_vllm = remote is None and turned is None and not self.uses_op(query, layer, attn_metadata)
-        if by_vllm:
+        if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            if heads is None:
-                return output
-            heads = heads[0].of_dense_heads(heads[1])
+            if heads is not None:
+                self._attend_dense_heads(layer, query, kv_cache, attn_metadata.num_actual_tokens, *heads, output)
+            return output
         tokens = attn_metadata.num_actual_tokens
+        caches, options = self._caches(layer, kv_cache)
+        if turned is not None and remote is None and heads is None:
+            turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
+            return output
+        sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
+        rows, row_heads = heads or (attn_metadata, None)
+        out, lse = _attend(query[:tokens], caches, rows, out=output[:tokens], row_heads=row_heads, **options)
+        if remote is not None:
+            remote.finish(sent, out, lse)
+        if turned is not None:
+            turned.add(layer.layer_name, query[:tokens], out, lse, caches, Layout.CPU, **options)
+        return output
+
+    def _caches(self, layer: Any, kv_cache: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+        """The caches of keys and of values as Starling's op takes them, and the numbers that it takes with them."""
         num_pages, kv_heads, page_size, _ = kv_cache.shape
         key_cache, value_cache = kv_cache.view(num_pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.logits_soft_cap}
         if self.is_fp8_kv_cache:
             key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
             options |= kv_scales(layer)
-        caches = key_cache, value_cache
-        if turned is not None and remote is None and heads is None:
-            turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
-            return output
-        sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
-        rows, options["row_heads"] = heads or (attn_metadata, None)
-        operands = Operands(
-            query[:tokens],
-            *caches,
-            rows.block_table,
-            rows.query_start_loc,
-            rows.seq_lens,
-            out=None if by_vllm else output[:tokens],
-            layout=Layout.CPU,
-            **options,
-        )
-        out, lse = paged_attention(operands)
-        if by_vllm:
-            dense = options["row_heads"].any(0)
-            output[:tokens].unflatten(1, (kv_heads, -1))[:, dense] = out.unflatten(1, (kv_heads, -1))[:, dense]
-        if remote is not None:
-            remote.finish(sent, out, lse)
-        if turned is not None:
-            del options["row_heads"]
-            turned.add(layer.layer_name, query[:tokens], out, lse, caches, Layout.CPU, **options)
-        return output
+        return (key_cache, value_cache), options
+
+    def _attend_dense_heads(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tokens: int,
+        rows: HeadRows,
+        row_heads: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Replace, in the output of vLLM's op, the heads that see more than it knows.
+
+        The op gets an output of its own: of the heads that it does not compute, it may write anything.
+        """
+        caches, options = self._caches(layer, kv_cache)
+        rows = rows.of_dense_heads
+        row_heads = row_heads[: len(rows.kinds)]
+        out, _ = _attend(query[:tokens], caches, rows, out=None, row_heads=row_heads, **options)
+        dense, heads = row_heads.any(0), (row_heads.shape[1], -1)
+        output[:tokens].unflatten(1, heads)[:, dense] = out.unflatten(1, heads)[:, dense]
+
+
+def _attend(
+    query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], rows: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of rows, given by vLLM's metadata or as HeadRows, by Starling's op."""
+    tables, starts, lens = rows.block_table, rows.query_start_loc, rows.seq_lens
+    return paged_attention(Operands(query, *caches, tables, starts, lens, layout=Layout.CPU, **options))
 
 
 @functools.cache

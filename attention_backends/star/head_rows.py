@@ -8,6 +8,7 @@ batch's own for the plans for which these heads are dense, in virtual ones for t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -80,15 +81,12 @@ class HeadRows:
             return None
         return async_tensor_h2d(self.kinds[:, None] == kinds[None, :], self.seq_lens.device)
 
-    def of_dense_heads(self, row_heads: torch.Tensor) -> tuple[HeadRows, torch.Tensor]:
-        """The rows without those of the last kind, whose heads are dense for no plan; and the heads of these rows.
-
-        Args:
-            row_heads: as ``row_heads`` returns them.
-        """
+    @functools.cached_property
+    def of_dense_heads(self) -> HeadRows:
+        """The first of these rows: without those of the last kind, whose heads are dense for no plan."""
         rows = int(np.searchsorted(self.kinds, len(self.counts)))
         tables, starts, lens = self.block_table[:rows], self.query_start_loc[: rows + 1], self.seq_lens[:rows]
-        return HeadRows(self.counts, self.kinds[:rows], tables, starts, lens), row_heads[:rows]
+        return HeadRows(self.counts, self.kinds[:rows], tables, starts, lens)
 
 
 def make_head_rows(counts: Sequence[int], kinds: Sequence[CommonAttentionMetadata]) -> HeadRows:

@@ -156,14 +156,18 @@ def test_layers_that_do_not_fit_the_scores_are_a_problem(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "kv_heads"), [("smollm2-135m-instruct", 30, 3), ("qwen2.5-coder-0.5b-instruct", 24, 2)]
+    ("name", "layers", "kv_heads", "has_curve"),
+    [("smollm2-135m-instruct", 30, 3, True), ("qwen2.5-coder-0.5b-instruct", 24, 2, False)],
 )
-def test_the_scores_that_come_with_starling_are_of_their_models_shape(name, layers, kv_heads):
+def test_the_scores_that_come_with_starling_are_of_their_models_shape(name, layers, kv_heads, has_curve):
     scores = HeadScores.model_validate_json((head_scores.KNOWN / f"{name}.json").read_text())
     check_shape(scores, layers, kv_heads)
     assert scores.num_heads == layers * kv_heads
     assert scores.checkpoint
     assert sum(scores.scores[layer][head] for layer, head in scores.order[: scores.count(0.1)]) > 0
+    assert bool(scores.curve) == has_curve
+    if has_curve:
+        assert min(value for _, value in scores.curve) < scores.curve[0][1]
 
 
 def test_the_files_of_an_index_are_those_of_the_model(model):

@@ -133,6 +133,12 @@ EDIT_TIMES = [EDIT[name] for name in ("star, blocks reused", "dense, prefix cach
 OWN = STORED["block_positions"]["seconds"]
 OWN_TIMES = {name: [median(runs) for runs in times.values()] for name, times in OWN.items()}
 OWN_DECODE = 1 / STORED["block_positions"]["over_ours"]["decode"]["dense"]["median"]
+HEADS = {name: STORED[f"dense_heads_{name}-instruct_2048"] for name in ("smollm2-135m", "qwen2.5-coder-0.5b")}
+PAPERS_PLAN, DEFAULT_HEADS = "B=256,A=256,O=0,Q=128", "B=256,A=32,O=224,Q=128,H=0.1"
+WORK = [
+    result["plans"][DEFAULT_HEADS]["attended_keys"] / result["plans"][PAPERS_PLAN]["attended_keys"]
+    for result in HEADS.values()
+]
 GOODPUT = {(row["rate"], row["mode"]): median(row["request_goodput"]) for row in STORED["goodput"]["rows"]}
 FIGURES = [
     (
@@ -193,6 +199,16 @@ FIGURES = [
         EDIT_TIMES,
     ),
     (README, "in {} interleaved rounds, no ratio", [len(COST["seconds"]["prefill 4,096 tokens"]["plain vLLM"])]),
+    (
+        README,
+        "{:.2f} of the divergence of the paper's plan from dense is left on SmolLM2-135M, {:.2f} on "
+        "Qwen2.5-Coder-0.5B, at {:.2f} times its work ({} and {} prompts of 2,048 tokens).",
+        [
+            *(result["plans"][DEFAULT_HEADS]["kl_ratio"][0] for result in HEADS.values()),
+            max(WORK),
+            *(result["prompts"] for result in HEADS.values()),
+        ],
+    ),
     (
         BENCHMARKS,
         "up to {:.1f}x at 64k tokens with blocks of a sixteenth of the prompt, {:.1f}x with blocks of 2,048 tokens",

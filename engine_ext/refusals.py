@@ -191,7 +191,7 @@ SPLIT_RULES: Rules = (
 def reads_all_caches(config: Any) -> bool:
     """Whether Starling's CPU attention has to read the cache of each full-attention layer, by the server's options."""
     star = _options(config).star
-    return has_documents(config) or star.shards == "on" or has_dense_heads(config)
+    return has_documents(config) or star.shards == "on"
 
 
 def has_documents(config: Any) -> bool:
@@ -227,8 +227,7 @@ CPU_ATTENTION_RULES: Rules = (
     (
         unread_isa,
         "on this processor vLLM stores keys in an order that Starling's CPU attention does not read, unless the server "
-        "is started with --star-segments, --star-heads, --star-dense-heads or --star-shards on, or with "
-        "--dtype float32",
+        "is started with --star-segments or --star-shards on, or with --dtype float32",
     ),
 )
 
@@ -316,7 +315,6 @@ HEAD_RULES: Rules = (
         lambda c: c.device_config.device_type != "cpu" and has_documents(c),
         "on a GPU the server is started with --star-segments, and its layers are made for documents",
     ),
-    *((_on_cpu(rule), reason) for rule, reason in CPU_ATTENTION_RULES),
     (_reported(HEADS), "the engine can't run it, as it found when it started"),
     (
         _workers_have_other_scores,

@@ -14,7 +14,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.backend import register_star_backends, takes_star
 from starling.attention_backends.star.head_calls import dense_heads_in_use, use_dense_heads
-from starling.attention_backends.star.head_calls import unsupported_reason as heads_unsupported_on_gpu
+from starling.attention_backends.star.head_calls import unsupported_reason as heads_unsupported
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
 from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
@@ -113,15 +113,6 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
 
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
         cpu_impl.read_all_caches(reads_all_caches(vllm_config))
-
-
-def heads_unsupported(attention: Any, on_cpu: bool) -> str | None:
-    """The reason why some heads of an attention layer can't see other keys than the others; None where they can."""
-    if not on_cpu:
-        return heads_unsupported_on_gpu(attention)
-    from starling.attention_backends.star.cpu_impl import unsupported_reason
-
-    return unsupported_reason(attention.impl)
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
@@ -267,7 +258,7 @@ class StarWorker:
         on_cpu = self.vllm_config.device_config.device_type == "cpu"
         if self.heads_problem is None and (on_cpu or dense_heads_in_use()):
             layers = attention_blocks(self.model_runner.get_model())
-            reasons = ((name, heads_unsupported(layers[name].attention, on_cpu)) for name in ranks)
+            reasons = ((name, heads_unsupported(layers[name].attention)) for name in ranks)
             self.heads_problem = next((f"layer {name}: {reason}" for name, reason in reasons if reason), None)
         if self.heads_problem is None:
             return

@@ -23,6 +23,14 @@ def _flash_attention(builder: Any, num_kv_heads: int) -> Any:
     return made
 
 
+@touches("vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.{num_heads, num_kv_heads}")
+def _cpu_attention(builder: Any, num_kv_heads: int) -> Any:
+    made = copy.copy(builder)
+    made.num_heads = builder.num_heads // builder.num_kv_heads * num_kv_heads
+    made.num_kv_heads = num_kv_heads
+    return made
+
+
 @touches(
     "vllm.v1.attention.backends.flashinfer.FlashInferMetadataBuilder"
     ".{num_qo_heads, num_kv_heads, enable_cuda_graph, _prefill_wrapper, _decode_wrapper, _get_workspace_buffer}",
@@ -64,7 +72,7 @@ def builder_of_heads(backend: str, builder: Any, num_kv_heads: int) -> Any:
         backend: vLLM's name of the backend. The metadata of TRITON_ATTN holds for any heads: the kernel takes their
             number from its operands, and its buffers have room for all.
     """
-    made = {"FLASH_ATTN": _flash_attention, "FLASHINFER": _flashinfer}.get(backend)
+    made = {"CPU_ATTN": _cpu_attention, "FLASH_ATTN": _flash_attention, "FLASHINFER": _flashinfer}.get(backend)
     return builder if made is None else made(builder, num_kv_heads)
 
 

@@ -104,7 +104,7 @@ def _make_builder(base: type[AttentionBackend]) -> Any:
                 vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)
             self.head_builders: HeadBuilders | None = None
-            if self.takes_star and device.type != "cpu" and dense_heads_in_use():
+            if self.takes_star and (device.type == "cpu" or dense_heads_in_use()):
                 self.head_builders = HeadBuilders(base.get_name(), base_builder, self)
                 self.supports_update_block_table = False  # there is more metadata than vLLM would update
             if self.takes_star and device.type == "cpu":
@@ -142,7 +142,8 @@ def _make_builder(base: type[AttentionBackend]) -> Any:
                 page_size = self.kv_cache_spec.block_size
                 step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
                 build = self.head_builders.build if self.head_builders else None
-                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
+                on_cpu = self.device.type == "cpu"  # where Starling's op may run a layer
+                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build, on_cpu)
                 common_attn_metadata = virtual
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 

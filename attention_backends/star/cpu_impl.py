@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
 from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
-from starling.attention_backends.star.head_rows import HeadRows
+from starling.attention_backends.star.head_calls import attend_by_heads
 from starling.attention_backends.star.step import current_step
 from starling.vllm_compat.config import kv_scales
 
@@ -109,18 +109,21 @@ class CpuImpl(CPUAttentionBackendImpl):
         As in vLLM's method, K and V of the step are in the cache already. Where other replicas hold keys of the rows,
         they attend to these keys at the same time, and the parts are merged. So is the attention to blocks with
         positions of their own. Where some heads see everything, the step's rows are others for each kind of heads: one
-        call of Starling's op computes all of them; where vLLM's op is faster, it computes all heads as if they saw star
-        blocks, and Starling's op those that see more.
+        call of Starling's op computes all of them, or a call of vLLM's each run of heads of one kind.
         """
         step = current_step()
         remote = None if step is None else step.remote_attention(kv_cache.shape[2])
         turned = None if step is None else step.turned_attention(kv_cache.shape[2])
-        heads = None if step is None else step.row_heads(layer.layer_name)
         if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
-            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            if heads is not None:
-                self._attend_dense_heads(layer, query, kv_cache, attn_metadata.num_actual_tokens, *heads, output)
+            calls = None if step is None else step.head_calls(layer.layer_name)
+            if step is None or calls is None:
+                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            tensors = query, key, value, kv_cache, output
+            attend_by_heads(
+                CPUAttentionBackendImpl, "CPU_ATTN", self, calls, step.num_tokens, layer, *tensors, *args, **kwargs
+            )
             return output
+        heads = None if step is None else step.row_heads(layer.layer_name)
         tokens = attn_metadata.num_actual_tokens
         caches, options = self._caches(layer, kv_cache)
         if turned is not None and remote is None and heads is None:
@@ -144,27 +147,6 @@ class CpuImpl(CPUAttentionBackendImpl):
             key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
             options |= kv_scales(layer)
         return (key_cache, value_cache), options
-
-    def _attend_dense_heads(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        tokens: int,
-        rows: HeadRows,
-        row_heads: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """Replace, in the output of vLLM's op, the heads that see more than it knows.
-
-        The op gets an output of its own: of the heads that it does not compute, it may write anything.
-        """
-        caches, options = self._caches(layer, kv_cache)
-        rows = rows.of_dense_heads
-        row_heads = row_heads[: len(rows.kinds)]
-        out, _ = _attend(query[:tokens], caches, rows, out=None, row_heads=row_heads, **options)
-        dense, heads = row_heads.any(0), (row_heads.shape[1], -1)
-        output[:tokens].unflatten(1, heads)[:, dense] = out.unflatten(1, heads)[:, dense]
 
 
 def _attend(

@@ -1,18 +1,19 @@
-"""vLLM's GPU attention for layers some of whose heads see everything: one call for each run of heads of one kind.
+"""vLLM's attention for layers some of whose heads see everything: one call for each run of heads of one kind.
 
-A call has slices by head of the query, of the cache and of the output, none of which is copied for it, except that
-FlashInfer writes to a tensor of its own: its kernels take the heads of an output to be next to one another.
+A call has slices by head of the query, of the cache and of the output. None of them is copied, except for the output of
+the backends in ``CONTIGUOUS_OUTPUT``.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttentionMetadata
 
-from starling.attention_backends.star.step import current_step
+from starling.attention_backends.star.step import HeadCall, current_step
 from starling.vllm_compat.attention import (
     builder_of_heads,
     builder_of_other_rows,
@@ -23,6 +24,9 @@ from starling.vllm_compat.patching import extends, touches
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 """Those where a head's part of a cache is a slice of it, as vLLM's options name them."""
+
+CONTIGUOUS_OUTPUT = ("CPU_ATTN", "FLASHINFER")
+"""The backends that take the heads of an output to be next to one another, whatever its strides."""
 
 _in_use = False
 
@@ -45,7 +49,7 @@ def unsupported_reason(layer: Any) -> str | None:
     for refused, reason in (
         (layer.attn_type != AttentionType.DECODER, "its attention is not a decoder's"),
         (impl.alibi_slopes is not None, "it has ALiBi slopes"),
-        (impl.sliding_window[0] != -1, "it has a sliding window"),
+        (impl.sliding_window not in (-1, (-1, -1)), "it has a sliding window"),
         (dtype not in CACHE_DTYPES, f"its cache is {dtype}, of which a slice by head is not known"),
         (has_scales_by_head(layer), "its cache has a scale for each head"),
     ):
@@ -86,10 +90,45 @@ class HeadBuilders:
         return self.base.build(self.of_heads[key], 0, rows)
 
 
+def attend_by_heads(
+    base: type[AttentionImpl],
+    backend: str,
+    impl: Any,
+    calls: Sequence[HeadCall],
+    num_tokens: int,
+    layer: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Write the attention of a layer to ``output`` by a call of vLLM's implementation for each run of its heads.
+
+    Args:
+        base: vLLM's class, of which ``impl`` is one.
+        backend: vLLM's name of the backend.
+        calls: the runs of heads, with the backend's metadata for each.
+        num_tokens: of the step; what is behind them in ``output`` is padding.
+        kv_cache: (pages, KV heads, page size, 2 * head size).
+        layer, query, key, value, output: as those of vLLM's method, as are further arguments.
+    """
+    group, shape = impl.num_heads // impl.num_kv_heads, (-1, impl.num_heads, impl.head_size)
+    whole = query.view(shape), output.view(shape)
+    for first, stop, metadata in calls:
+        queries, out = (tensor[:, first * group : stop * group] for tensor in whole)
+        written = out.new_empty(out.shape) if backend in CONTIGUOUS_OUTPUT and not out.is_contiguous() else out
+        part, cache = impl_of_heads(impl, first, stop), kv_cache[:, first:stop]
+        base.forward(part, layer, queries, key, value, cache, metadata, written, *args, **kwargs)
+        if written is not out:
+            out[:num_tokens].copy_(written[:num_tokens])
+
+
 @functools.cache
 def make_heads_impl(base: type[AttentionImpl], backend: str) -> type[AttentionImpl]:
-    """A subclass of a GPU backend's implementation for caches of shape (pages, KV heads, page size, 2 * head size)."""
-    writes_slices = backend != "FLASHINFER"
+    """A subclass of a GPU backend's implementation, whose layers attend by ``attend_by_heads``."""
 
     @extends(AttentionImpl)
     class HeadsImpl(base):  # type: ignore[misc, valid-type]
@@ -116,17 +155,8 @@ def make_heads_impl(base: type[AttentionImpl], backend: str) -> type[AttentionIm
             calls = None if step is None or attn_metadata is None else step.head_calls(layer.layer_name)
             if step is None or calls is None:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            group = self.num_heads // self.num_kv_heads
-            shape = (-1, self.num_heads, self.head_size)
-            whole = query.view(shape), output.view(shape)
-            for first, stop, metadata in calls:
-                queries, out = (tensor[:, first * group : stop * group] for tensor in whole)
-                written = out if writes_slices or out.is_contiguous() else out.new_empty(out.shape)
-                impl = impl_of_heads(self, first, stop)
-                cache = kv_cache[:, first:stop]
-                base.forward(impl, layer, queries, key, value, cache, metadata, written, *args, **kwargs)
-                if written is not out:
-                    out[: step.num_tokens].copy_(written[: step.num_tokens])
+            tensors = query, key, value, kv_cache, output
+            attend_by_heads(base, backend, self, calls, step.num_tokens, layer, *tensors, *args, **kwargs)
             return output
 
     HeadsImpl.__name__ = HeadsImpl.__qualname__ = f"Heads{base.__name__}"

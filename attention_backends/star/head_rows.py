@@ -8,7 +8,6 @@ batch's own for the plans for which these heads are dense, in virtual ones for t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,15 +19,14 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
-def kinds_of_heads(counts: Sequence[int] | np.ndarray, ranks: np.ndarray) -> np.ndarray | None:
-    """(KV heads,) int64, the kind of each head of a layer; None: no head of the layer is dense for any plan.
+def kinds_of_heads(counts: Sequence[int] | np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """(KV heads,) int64, the kind of each head of a layer.
 
     Args:
         counts: (N,), the numbers of dense heads of the step's plans, ascending.
         ranks: (KV heads,) int64, the places of the layer's heads in the order of scores.
     """
-    kinds = np.searchsorted(counts, ranks, side="right")
-    return None if (kinds == len(counts)).all() else kinds
+    return np.searchsorted(counts, ranks, side="right")
 
 
 class HeadRun(NamedTuple):
@@ -46,7 +44,7 @@ def head_runs(counts: Sequence[int], ranks: np.ndarray) -> list[HeadRun] | None:
         counts, ranks: as those of ``kinds_of_heads``.
     """
     kinds = kinds_of_heads(counts, ranks)
-    if kinds is None:
+    if (kinds == len(counts)).all():
         return None
     borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
     return [HeadRun(first, stop, int(kinds[first])) for first, stop in pairwise(borders)]
@@ -70,23 +68,14 @@ class HeadRows:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
 
-    def row_heads(self, ranks: np.ndarray) -> torch.Tensor | None:
-        """(R, KV heads) bool, the heads that each row computes in a layer; None: no head of the layer is dense.
+    def row_heads(self, ranks: np.ndarray) -> torch.Tensor:
+        """(R, KV heads) bool, the heads that each row computes in a layer.
 
         Args:
             ranks: (KV heads,) int64, the places of the layer's heads in the order of scores.
         """
         kinds = kinds_of_heads(self.counts, ranks)
-        if kinds is None:
-            return None
         return async_tensor_h2d(self.kinds[:, None] == kinds[None, :], self.seq_lens.device)
-
-    @functools.cached_property
-    def of_dense_heads(self) -> HeadRows:
-        """The first of these rows: without those of the last kind, whose heads are dense for no plan."""
-        rows = int(np.searchsorted(self.kinds, len(self.counts)))
-        tables, starts, lens = self.block_table[:rows], self.query_start_loc[: rows + 1], self.seq_lens[:rows]
-        return HeadRows(self.counts, self.kinds[:rows], tables, starts, lens)
 
 
 def make_head_rows(counts: Sequence[int], kinds: Sequence[CommonAttentionMetadata]) -> HeadRows:

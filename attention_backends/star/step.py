@@ -185,39 +185,37 @@ class StarStep:
         page_size: int,
         layer_names: Sequence[str],
         build: BuildOfHeads | None,
+        in_one_call: bool,
     ) -> None:
         """Note the rows of each kind of heads, where the step has dense heads; behind ``rows`` for the same batch.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of those of heads that are dense for no plan.
             layer_names: the layers that have this metadata.
-            build: makes the metadata of calls on some of their heads; None: one call has the rows of all kinds.
+            build: makes the metadata of calls on some of their heads; None: the layers don't make such calls.
+            in_one_call: whether a layer may also attend in one call that has the rows of all kinds.
         """
         if not self.dense_counts:
             return
         split = [self._batch.split(page_size, dense_from=count) for count in self.dense_counts]
         kinds = [*(batch if rows is None else virtual_metadata(batch, rows) for rows in split), virtual]
         ranked = [name for name in layer_names if name in self.head_ranks]
-        if build is None:
+        runs = {name: runs for name in ranked if (runs := head_runs(self.dense_counts, self.head_ranks[name]))}
+        self.has_unread_heads |= bool(runs)
+        if in_one_call:
             head_rows = make_head_rows(self.dense_counts, kinds)
-            for name in ranked:
-                heads = head_rows.row_heads(self.head_ranks[name])
-                if heads is not None:
-                    self._row_heads[name] = head_rows, heads
-                    self.has_unread_heads = True
+            self._row_heads |= {name: (head_rows, head_rows.row_heads(self.head_ranks[name])) for name in runs}
+        if build is None:
             return
 
         @functools.cache
         def built(kind: int, num_kv_heads: int) -> Any:
             return build(len(kinds) - 1 - kind, num_kv_heads, kinds[kind])
 
-        for name in ranked:
-            runs = head_runs(self.dense_counts, self.head_ranks[name])
-            if runs is not None:
-                self._head_calls[name] = [
-                    HeadCall(run.first, run.stop, built(run.kind, run.stop - run.first)) for run in runs
-                ]
-                self.has_unread_heads = True
+        for name, of_layer in runs.items():
+            self._head_calls[name] = [
+                HeadCall(run.first, run.stop, built(run.kind, run.stop - run.first)) for run in of_layer
+            ]
 
     def head_calls(self, layer_name: str) -> list[HeadCall] | None:
         """The calls by which a layer attends, one for each run of heads; None: no head of it is dense."""

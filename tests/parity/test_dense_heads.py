@@ -117,7 +117,7 @@ def test_prompt_logprobs_are_those_of_the_masks(model, prompts, expected, heads,
 
 
 def test_each_op_gives_those_of_the_masks(model, prompts, expected, heads):
-    """Starling's op computes all heads in one call; beside vLLM's, it computes those that see more."""
+    """Starling's op computes all heads in one call, vLLM's each run of heads of one kind."""
     starling, vllm = ({"call": f"tests.parity.cpu_ops:use_{name}"} for name in ("starlings", "vllms"))
     few = prompts[:3]
     result = run_engine(model, [starling, few, vllm, few], star=heads, max_num_batched_tokens=300)

@@ -7,13 +7,17 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
 from starling.attention_backends.kernels.cpu.selection import Op
 from starling.attention_backends.kernels.merge import merge
 from starling.attention_backends.kernels.rotary import NO_ROTATION
 from starling.attention_backends.star import cpu_impl
+from starling.attention_backends.star.head_calls import HeadBuilders, attend_by_heads
+from starling.attention_backends.star.step import HeadCall
 from starling.replicas.remote_attention_server import attend_spans
 from starling.replicas.remote_query import Span
+from tests.unit.attention_backends.test_rows import batch_metadata
 
 HEADS, KV_HEADS, SIZE, PAGE_SIZE, NUM_PAGES = 4, 2, 64, 32, 40
 
@@ -151,6 +155,28 @@ def test_keys_on_other_replicas_are_merged_whatever_the_setting(setting, monkeyp
     monkeypatch.setattr(cpu_impl, "current_step", lambda: step)
     torch.testing.assert_close(run(impl, rest, query, cache), wanted, rtol=1e-4, atol=1e-5)
     assert others.query == ("layer", 0.1, 0)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.randn(HEADS)], ids=["", "sinks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_vllms_op_gives_for_slices_by_head_what_it_gives_for_all_heads(dtype, sinks):
+    """With metadata for the heads of a call. The query is a part of a larger tensor, as in vLLM's models."""
+    torch.manual_seed(0)
+    cache = torch.randn(NUM_PAGES, KV_HEADS, PAGE_SIZE, 2 * SIZE).to(dtype)
+    query = torch.randn(76, HEADS + 3, SIZE).to(dtype)[:, :HEADS]
+    builder = SimpleNamespace(
+        num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=SIZE, dtype=dtype, window_size=-1, isa="vec",
+        kv_cache_dtype="auto", is_cross_attention=False, is_encoder_only_attention=False,
+    )  # fmt: skip
+    rows = batch_metadata([5, 70, 1], [130, 200, 9], columns=7)
+    impl = make(sinks=sinks)
+    whole, in_calls = (torch.full((76, HEADS, SIZE), filled, dtype=dtype) for filled in (7.0, 9.0))
+    base = CPUAttentionBackendImpl
+    base.forward(impl, LAYER, query, None, None, cache, CPUAttentionMetadataBuilder.build(builder, 0, rows), whole)
+    builders = HeadBuilders("CPU_ATTN", CPUAttentionMetadataBuilder, builder)
+    calls = [HeadCall(head, head + 1, builders.build(0, 1, rows)) for head in range(KV_HEADS)]
+    attend_by_heads(base, "CPU_ATTN", impl, calls, 76, LAYER, query, None, None, cache, in_calls)
+    assert torch.equal(in_calls, whole)
 
 
 def test_an_unknown_setting():

@@ -1,4 +1,4 @@
-"""Calls on runs of heads by a GPU's layers, with fakes of vLLM's builders and implementations."""
+"""Calls on runs of heads, with fakes of vLLM's builders and implementations."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ RANKS = {"layer": np.array([0, 5, 1, 4])}
 
 
 class HeadsBuilder(FakeBuilder):
-    """A builder as FlashAttention's; its metadata says for how many heads it was made, and for which rows."""
-
-    num_heads_q, num_heads_kv, use_full_cuda_graph = 8, 4, True
+    """Its metadata says for how many heads it was made, and for which rows."""
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         return self.num_heads_q, self.num_heads_kv, self.use_full_cuda_graph, common_attn_metadata.seq_lens.tolist()
@@ -111,9 +109,9 @@ class FakeImpl:
         return output
 
 
-@pytest.mark.parametrize(("backend", "is_copied"), [("FLASH_ATTN", False), ("FLASHINFER", True)])
+@pytest.mark.parametrize(("backend", "is_copied"), [("FLASH_ATTN", False), ("FLASHINFER", True), ("CPU_ATTN", True)])
 def test_a_call_has_the_slices_of_its_heads(backend, is_copied, monkeypatch):
-    """FlashInfer's kernels take the heads of an output to be next to one another. Padding is not written."""
+    """Two of the kernels take the heads of an output to be next to one another. Padding is not written."""
     step = SimpleNamespace(head_calls=lambda name: [HeadCall(0, 1, 100), HeadCall(1, 4, 200)], num_tokens=3)
     monkeypatch.setattr(head_calls, "current_step", lambda: step)
     layer = SimpleNamespace(layer_name="layer", calls=[])

@@ -30,10 +30,11 @@ SPEC = FullAttentionSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.
 
 
 class FakeBuilder(AttentionMetadataBuilder):
-    """The builder of a GPU backend; its metadata is the CommonAttentionMetadata that it gets."""
+    """A builder as FlashAttention's; its metadata is the CommonAttentionMetadata that it gets."""
 
     _cudagraph_support = AttentionCGSupport.ALWAYS
     supports_update_block_table = True
+    num_heads_q, num_heads_kv, use_full_cuda_graph = 8, 4, True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -222,9 +222,6 @@ WITHOUT_HEADS = {
     "has to be started with --star-heads or --star-dense-heads": GPU | {"additional_config": {"starling": {}}},
     "the server is started with --star-segments": GPU
     | {"additional_config": {"starling": HEADS["starling"] | {"star_segments": "auto"}}},
-    "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
-    "head sizes": {"model_config__get_head_size": lambda: 80 + 8},
-    "(amx)": {"model_config__dtype": torch.bfloat16},
     "layer 3: it has a scale": {"starling_reports": [{"heads": "layer 3: it has a scale for each head"}]},
     "the engine has other scores": {"starling_reports": [{"heads": None, "heads_order": "another"}]},
 }
@@ -232,22 +229,24 @@ WITHOUT_HEADS = {
 
 @pytest.mark.parametrize("reason", WITHOUT_HEADS)
 def test_the_reason_that_keeps_heads_from_seeing_other_keys_is_named(reason, monkeypatch):
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     monkeypatch.setattr("starling.engine_ext.refusals.scores_of", lambda config: HeadScores(scores=[[0.1, 0.2]]))
     (found,) = heads_refusals(fake_config(**CPU | WITHOUT_HEADS[reason]))
     assert reason in found
 
 
 def test_every_rule_about_heads_is_tested_and_both_cpus_and_gpus_run_them(monkeypatch):
-    """On a GPU the rules about CPUs do not count, and the cache may be fp8."""
+    """On CPUs whatever op runs the layers, and on both where the cache is fp8."""
     assert len(WITHOUT_HEADS) == len(HEAD_RULES)
     assert heads_refusals(fake_config(**CPU)) == []
     scores = HeadScores(scores=[[0.1, 0.2]])
     monkeypatch.setattr("starling.engine_ext.refusals.scores_of", lambda config: scores)
     for order in (scores.order_digest, None):
         assert heads_refusals(fake_config(**CPU, starling_reports=[{"heads": None, "heads_order": order}])) == []
-    gpu = {"model_config__get_head_size": lambda: 72, "cache_config__cache_dtype": "fp8_e4m3"}
-    assert heads_refusals(fake_config(**CPU | GPU | gpu)) == []
+    others = {"model_config__get_head_size": lambda: 72, "cache_config__cache_dtype": "fp8_e4m3"}
+    assert heads_refusals(fake_config(**CPU | GPU | others)) == []
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    others |= {"additional_config": {"starling": {"cpu_attention": "vllm"}}, "model_config__dtype": torch.bfloat16}
+    assert heads_refusals(fake_config(**CPU | others)) == []
 
 
 def test_a_model_without_layer_types_is_classified_by_its_window():

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from starling.config.entry import STAR_HEADS
 from starling.config.star import FIELDS, flat_name
 from starling.evaluation.commands.measuring import (
     Measurement,
@@ -119,6 +120,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
         earlier = measured_plans(halved[1], session.store, model, num_logprobs)
         tuning = await search_candidates(session, options, *halved, candidates, console)
     lengths = [len(prompt.token_ids) for prompt in prompts]
+    served = target if args.serve is not None else [model]
     report = TuneReport(
         **session.described(options.command([*target, *repeated(args, model)])),
         measure=options.measure,
@@ -133,11 +135,10 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
             "longest": max(lengths),
         },
         candidates=candidate_results(tuning, loss),
-        chosen=make_chosen(tuning, loss, options.mean_loss, prompts),
+        chosen=make_chosen(tuning, loss, options.mean_loss, prompts, file_of_scores(served)),
         closest=make_closest(tuning, loss, options.mean_loss),
         looked_at=other_plans(earlier, tuning),
     )
-    served = target if args.serve is not None else [model]
     write(report, args.out, without_secrets(served), console)
     return 0 if report.succeeded else NOT_FOUND
 
@@ -173,6 +174,14 @@ async def search_candidates(
     tuning = await tuner.search(search, held_out, candidates, options.mean_loss, on_round)
     progress.update(bar, total=progress.tasks[bar].completed)
     return tuning
+
+
+def file_of_scores(served: Sequence[str]) -> dict[str, str]:
+    """The entry of ``additional_config`` that gives a server the same --star-heads; none where it had none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--star-heads", "--star_heads", type=Path)
+    given = parser.parse_known_args(served)[0].star_heads
+    return {} if given is None else {STAR_HEADS: str(given.resolve())}
 
 
 def write(report: TuneReport, folder: Path, served: Sequence[str], console: Console) -> None:

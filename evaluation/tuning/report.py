@@ -178,8 +178,14 @@ def candidate_result(trial: Trial, chosen: Trial | None, not_needed: bool, measu
     )
 
 
-def make_chosen(tuning: Tuning, measure: Measure, budget: float, prompts: Sequence[Prompt]) -> Chosen | None:
-    """The plan of the search, with how to serve it; None where there is none."""
+def make_chosen(
+    tuning: Tuning, measure: Measure, budget: float, prompts: Sequence[Prompt], entry: dict[str, Any]
+) -> Chosen | None:
+    """The plan of the search, with how to serve it; None where there is none.
+
+    Args:
+        entry: what Starling's entry in ``additional_config`` has beside the plan.
+    """
     if tuning.chosen is None:
         return None
     candidate, confirmed = tuning.chosen.candidate, make_loss(tuning.held_out, measure)
@@ -191,7 +197,7 @@ def make_chosen(tuning: Tuning, measure: Measure, budget: float, prompts: Sequen
         confirmed=confirmed,
         within_budget=confirmed.high <= budget,
         flags=[word for flag in flags for word in flag],
-        additional_config={"starling": options},
+        additional_config={"starling": options | entry},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -72,6 +73,21 @@ def test_a_plan_is_found_and_written_for_a_server(tmp_path, capsys, own):
     assert f"attends to {100 * report.chosen.attended_keys:.1f} % of the keys that dense attends to" in output
     assert "dropped after 8 prompts: it loses at least" in output
     assert "loses much more, and is at most 14.3 % of all prompts, may not be among these" in output
+
+
+@pytest.mark.parametrize("given", [["--star-heads", "scores.json"], ["--star_heads=scores.json"]], ids=" ".join)
+def test_the_scores_of_the_search_are_those_of_the_server_that_follows(tmp_path, capsys, own, monkeypatch, given):
+    """Their file is named whole: the server may start in another folder."""
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    with served(loss=loses_by_blocks, page_size=16) as fake:
+        monkeypatch.setattr(
+            "starling.evaluation.commands.measuring.served", lambda *_: contextlib.nullcontext(fake.url)
+        )
+        assert cli.run(["fake", "--prompts", str(own), *LOGPROB, "--plan", "n/4", "--out", str(out), *given]) == 0
+    config = json.loads((out / "additional-config.json").read_text())
+    assert config["starling"]["star_heads"] == str(tmp_path / "scores.json")
+    assert f"starling serve fake {' '.join(given)} --star auto" in capsys.readouterr().out
 
 
 def test_a_second_run_asks_nothing_again_and_another_budget_uses_the_answers(tmp_path, capsys, own):

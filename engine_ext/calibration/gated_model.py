@@ -60,16 +60,14 @@ class GatedModel:
             )
         except Exception as error:  # whatever Transformers makes of a user's files
             raise CalibrationError(f"{folder} can't be loaded by Transformers: {error}") from None
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        self.is_full, self.num_kv_heads = layers_of(self.model.config)
+        self.num_layers = len(self.is_full)
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
             raise CalibrationError(
-                f"{folder} has layers of the kinds {', '.join(sorted(kinds))}, which are not attention"
+                f"{folder} has layers of the kinds {', '.join(sorted(kinds))}, which are not attention: take "
+                "--method ablation"
             )
-        self.is_full = [kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()]
-        self.is_full = self.is_full or [True] * config.num_hidden_layers
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.num_layers, self.num_kv_heads = config.num_hidden_layers, heads
         self.device, self.state = torch.device(device), Gates()
         self.model.to(self.device).eval().requires_grad_(requires_grad=False)
         for layer in self.model.get_decoder().layers:
@@ -105,6 +103,14 @@ class GatedModel:
         weight = gate.repeat_interleave(group)[None, :, None, None].to(query.dtype)
         dense = attend(query, key, value, is_causal=True)
         return (weight * dense + (1 - weight) * _star(attend, query, key, value, plan)).transpose(1, 2), None
+
+
+def layers_of(config: Any) -> tuple[list[bool], int]:
+    """For each layer of a model whether it is full attention, and the KV heads of a layer; of Transformers' config."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return [kind == "full_attention" for kind in kinds], heads
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,13 +3,14 @@
 Runs `starling eval` on one model and length: the paper's star blocks (A = B) at n/8 and n/16, and the default anchor
 and overlap with shares of dense KV heads, whose scores the server knows or gets by --star-heads. Every loss is a ratio
 to that of A = B at n/8, over the same prompts. Goes on where an earlier run of the same model and length ended. Writes
-results/dense_heads_NAME_LENGTH.json and .png, which docs/dense-heads.md shows.
+results/dense_heads_NAME_LENGTH.json, and draws all these files as results/dense_heads.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -79,26 +80,42 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """KL over work: a line for each size of blocks, and the paper's plans as points."""
+def draw(axis: Any, result: dict[str, Any]) -> None:
+    """KL over work: a line for each size of blocks with an overlap, and the paper's plans as another."""
     length = result["setup"]["lengths"][0]
     lines: dict[str, dict[str, dict[str, Any]]] = {}
     for name, row in result["plans"].items():
         part, heads = shown(name, length)
-        lines.setdefault(f"{part}, A = B" if heads == "A = B" else f"{part}, overlap", {})[heads] = row
-    with saved_figure(path, figsize=(7, 4.5)) as (_, axis):
-        for label, rows in lines.items():
-            work, kl = ([row[field] for row in rows.values()] for field in ("attended_keys", "kl_ratio"))
-            error = [[mean - low for mean, low, _ in kl], [high - mean for mean, _, high in kl]]
-            percent, means = [100 * share for share in work], [mean for mean, _, _ in kl]
-            axis.errorbar(percent, means, error, marker="o", capsize=3, label=label)
-            for x, mean, heads in zip(percent, means, rows, strict=True):
-                axis.annotate(heads, (x, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        axis.set_xlabel("attention work of the prefill, % of dense")
-        axis.set_ylabel("KL to dense, A = B at n/8 is 1")
-        axis.set_ylim(bottom=0)
-        axis.set_title(f"{result['model']}, {length:,} tokens, {result['prompts']} prompts")
-        axis.legend()
+        lines.setdefault("A = B" if heads == "A = B" else f"{part}, overlap", {})[name] = row
+    for number, (label, rows) in enumerate(sorted(lines.items())):
+        work, kl = ([row[field] for row in rows.values()] for field in ("attended_keys", "kl_ratio"))
+        error = [[mean - low for mean, low, _ in kl], [high - mean for mean, _, high in kl]]
+        percent, means = [100 * share for share in work], [mean for mean, _, _ in kl]
+        axis.errorbar(percent, means, error, marker="osD"[number], capsize=3, label=label)
+        for x, mean, name in zip(percent, means, rows, strict=True):
+            part, heads = shown(name, length)
+            text = part if heads == "A = B" else heads
+            axis.annotate(text, (x, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axis.set_title(f"{result['model']}, {length:,} tokens, {result['prompts']} prompts", fontsize=10)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """A row for each length, a column for each model."""
+    models, lengths = ({get(result): None for result in results} for get in (operator.itemgetter("model"), length_of))
+    shape = {"rows": len(lengths), "columns": len(models), "squeeze": False, "sharex": True, "sharey": True}
+    with saved_figure(path, **shape, figsize=(5.5 * len(models), 3.6 * len(lengths))) as (_, axes):
+        for result in results:
+            draw(axes[[*lengths].index(length_of(result))][[*models].index(result["model"])], result)
+        for axis in axes[-1]:
+            axis.set_xlabel("attention work of the prefill, % of dense")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("KL to dense, A = B at n/8 is 1")
+        axes[0][0].set_ylim(bottom=0)
+        axes[0][0].legend()
+
+
+def length_of(result: dict[str, Any]) -> int:
+    return int(result["setup"]["lengths"][0])
 
 
 def main() -> int:
@@ -127,7 +144,8 @@ def main() -> int:
         "plans": rows_of(results, loss_ratios(answers, [(names[0], name) for name in names])),
     }
     path = write_json(f"dense_heads_{args.model.name}_{args.length}", result)
-    plot(result, path.with_suffix(".png"))
+    results = [json.loads(file.read_text()) for file in path.parent.glob("dense_heads_*.json")]
+    plot(sorted(results, key=lambda one: (length_of(one), one["model"])), path.parent / "dense_heads.png")
     print(markdown(result))
     print(f"written to {path}")
     return 0

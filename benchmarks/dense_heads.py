@@ -25,6 +25,11 @@ from starling.evaluation.store import RESULTS, read_answers
 FOLDER = Path(__file__).resolve().parent / "out" / "dense_heads"
 PARTS = (8, 16)
 SHARES = {8: (0.0, 0.05, 0.1, 0.2), 16: (0.0, 0.1, 0.2)}
+STYLES = {
+    "A = B": {"marker": "o", "color": "C0"},
+    "n/8": {"marker": "D", "color": "C2"},
+    "n/16": {"marker": "s", "color": "C1"},
+}
 FEW = {8: (0.0, 0.1), 16: (0.1, 0.2)}
 
 
@@ -82,16 +87,17 @@ def markdown(result: dict[str, Any]) -> str:
 
 def draw(axis: Any, result: dict[str, Any]) -> None:
     """KL over work: a line for each size of blocks with an overlap, and the paper's plans as another."""
+    axis.set_visible(True)
     length = result["setup"]["lengths"][0]
     lines: dict[str, dict[str, dict[str, Any]]] = {}
     for name, row in result["plans"].items():
         part, heads = shown(name, length)
         lines.setdefault("A = B" if heads == "A = B" else f"{part}, overlap", {})[name] = row
-    for number, (label, rows) in enumerate(sorted(lines.items())):
+    for label, rows in sorted(lines.items()):
         work, kl = ([row[field] for row in rows.values()] for field in ("attended_keys", "kl_ratio"))
         error = [[mean - low for mean, low, _ in kl], [high - mean for mean, _, high in kl]]
         percent, means = [100 * share for share in work], [mean for mean, _, _ in kl]
-        axis.errorbar(percent, means, error, marker="osD"[number], capsize=3, label=label)
+        axis.errorbar(percent, means, error, **STYLES[label.partition(",")[0]], capsize=3, label=label)
         for x, mean, name in zip(percent, means, rows, strict=True):
             part, heads = shown(name, length)
             text = part if heads == "A = B" else heads
@@ -104,6 +110,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     models, lengths = ({get(result): None for result in results} for get in (operator.itemgetter("model"), length_of))
     shape = {"rows": len(lengths), "columns": len(models), "squeeze": False, "sharex": True, "sharey": True}
     with saved_figure(path, **shape, figsize=(5.5 * len(models), 3.6 * len(lengths))) as (_, axes):
+        for axis in axes.flat:
+            axis.set_visible(False)
         for result in results:
             draw(axes[[*lengths].index(length_of(result))][[*models].index(result["model"])], result)
         for axis in axes[-1]:

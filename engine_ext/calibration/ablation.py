@@ -9,20 +9,25 @@ by least squares. A server reads its order of heads when it starts, so each orde
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 
 from starling.config.head_scores import HeadScores
+from starling.engine_ext.calibration.gated_model import CalibrationError
 from starling.engine_ext.calibration.scoring import ANSWER_TOKENS, ScoredPrompt
 from starling.evaluation.client import Client, naming
+from starling.evaluation.commands.measuring import SERVE_KEY_ENV
+from starling.evaluation.connection import refuse_key
 from starling.evaluation.plans import DENSE, Plan
-from starling.evaluation.runner import same_plan
+from starling.evaluation.runner import check_same_plan, same_plan
 from starling.evaluation.server import served
 from starling.evaluation.statistics import kl_divergence
 
@@ -89,11 +94,13 @@ def served_order(
     Raises:
         ValueError, StartError: as those of ``served``.
     """
+    key = os.environ.get(SERVE_KEY_ENV)
+    refuse_key(key or "", SERVE_KEY_ENV)
     with tempfile.TemporaryDirectory(prefix="starling-calibrate-") as folder, asyncio.Runner() as runner:
         path = Path(folder) / "scores.json"
         path.write_text(scores.model_dump_json(), encoding="utf-8")
         with served(model, [*options, "--star-heads", str(path)], log) as url:
-            client = Client(url, timeout=SECONDS)
+            client = Client(url, api_key=key, timeout=SECONDS)
 
             def measured(prompt: ScoredPrompt) -> list[float]:
                 with naming(prompt.name):
@@ -110,7 +117,9 @@ async def divergences(
 ) -> list[float]:
     """A prompt's divergences from the dense model, as ``served_order`` says (raises ServerError)."""
     ids = list(prompt.token_ids)
-    answer = list(prompt.answer_ids) or (await client.complete(ids, DENSE, ANSWER_TOKENS)).token_ids or []
+    answer = list(prompt.answer_ids) or (await client.complete(ids, DENSE, ANSWER_TOKENS)).token_ids
+    if not answer:
+        raise CalibrationError("the model gives no answer")
     options: dict[str, str | int] = {
         "star": "on",
         "star_block_size": f"n/{blocks}",
@@ -123,7 +132,10 @@ async def divergences(
         for place, token in enumerate(answer[:ANSWER_TOKENS]):
             known = [*ids, *answer[:place]]
             scored = await client.score_token(known, same_plan(plan, server_plan, len(known)) if place else plan, token)
-            server_plan = server_plan or scored.plan
+            if server_plan is None:
+                server_plan = scored.plan
+                refuse_other_sizes(plan, server_plan or {}, len(ids), blocks)
+            check_same_plan(plan, server_plan, scored.plan)
             found.append(scored.top_logprobs or {})
         return found
 
@@ -135,3 +147,13 @@ async def divergences(
         pairs = zip(dense, await top(with_dense_heads(count)), strict=True)
         found.append(float(np.mean([kl_divergence(one, other) for one, other in pairs])))
     return found
+
+
+def refuse_other_sizes(plan: Plan, server_plan: dict[str, Any], num_tokens: int, blocks: int) -> None:
+    """Refuse (CalibrationError) blocks without an overlap, as the server makes them where its pages are too large."""
+    if not plan.is_dense and not server_plan.get("overlap_size"):
+        raise CalibrationError(
+            f"n/{blocks} of {num_tokens} tokens is refused: the server's KV pages are too large for it, so that its "
+            f"blocks of {server_plan.get('block_size')} tokens have no overlap. Allowed: longer --lengths, fewer "
+            "--blocks, or the server's --block-size 32"
+        )

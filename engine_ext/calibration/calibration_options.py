@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from starling.evaluation.prompt_options import Length, PromptOptions
+from starling.evaluation.prompt_options import Length, PromptOptions, without_secrets
+
+OF_METHOD = {"gradient": ("steps",), "ablation": ("orders", "groups")}
+"""The options that decide the scores of one method alone."""
+
+CHOSEN_HERE = ("--additional-config", "--api-key", "--config", "--revision", "--served-model-name", "--tokenizer")
+"""Options of a server by which it would have another model or tokenizer, other star options or another key."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -34,27 +39,32 @@ class CalibrationOptions(PromptOptions):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="of the computation; auto: bfloat16 on GPUs, float32 on CPUs, most of which are slow in it"
     )
+    serve_options: tuple[str, ...] = Field((), description="more options of `starling serve`, with --method ablation")
 
     @property
     def chosen_dtype(self) -> str:
+        """With --method ablation, auto is the server's."""
         auto = "float32" if self.device == "cpu" else "bfloat16"
-        return auto if self.dtype == "auto" else self.dtype
+        return auto if self.dtype == "auto" and self.method == "gradient" else self.dtype
 
     def setup(self) -> dict[str, Any]:
         """What decides the scores, as JSON."""
-        of_method = {"gradient": ("steps",), "ablation": ("method", "orders", "groups")}[self.method]
-        own = {name: getattr(self, name) for name in ("blocks", "query_tokens", *of_method)}
-        return self.prompts_setup() | own | ({"dtype": self.chosen_dtype} if self.method == "gradient" else {})
+        own = {name: getattr(self, name) for name in ("blocks", "query_tokens", *OF_METHOD[self.method])}
+        if self.method == "ablation":
+            own |= {"method": self.method, "serve_options": without_secrets(self.serve_options)}
+        return self.prompts_setup() | own | {"dtype": self.chosen_dtype}
 
-    def refuse_others(self, serve_options: Sequence[str]) -> None:
-        """Refuse options of the other method (raises ValueError).
-
-        Args:
-            serve_options: the arguments that the command does not know.
-        """
-        if self.method == "gradient" and serve_options:
-            raise ValueError(
-                f"unknown options: {' '.join(serve_options)}. Options of a server go with --method ablation"
-            )
-        if self.method == "ablation" and self.device != "cpu":
-            raise ValueError(f"device={self.device!r} is refused: --method ablation takes the server's")
+    def check(self) -> None:
+        """Refuse what can't be used (raises ValueError), also options of the other method."""
+        super().check()
+        if self.method == "gradient" and self.serve_options:
+            raise ValueError(f"unknown options: {' '.join(self.serve_options)}. A server's go with --method ablation")
+        others = OF_METHOD["ablation"] if self.method == "gradient" else (*OF_METHOD["gradient"], "device")
+        for name in others:
+            if name in self.model_fields_set:
+                given = f"{name}={getattr(self, name)!r}"
+                raise ValueError(f"{given} is refused: it does not go with --method {self.method}. Allowed: without it")
+        for option in self.serve_options:
+            name = option.partition("=")[0].replace("_", "-")
+            if name in CHOSEN_HERE or name.startswith("--star"):
+                raise ValueError(f"{option} is refused: it is chosen here. Allowed: other options of `starling serve`")

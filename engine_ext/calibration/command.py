@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         field = fields[name]
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text = f"{field.description} (default: {shown})".replace(" (default: )", "").replace(" (default: None)", "")
-        parser.add_argument(f"--{name.replace('_', '-')}", default=field.default, **({"help": text} | keywords))
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **({"help": text} | keywords))
 
     parser.add_argument(
         "model", metavar="MODEL", help="a folder with the model, or its name where the hub's cache has it"
@@ -88,13 +88,12 @@ def run(argv: Sequence[str]) -> int:
     args, serve_options = make_parser().parse_known_args(argv)
     console = make_console()
     try:
-        values = {name: getattr(args, name) for name in CalibrationOptions.model_fields}
-        if not values["tasks"] and values["prompts"] is None:
+        values = {name: value for name, value in vars(args).items() if name in CalibrationOptions.model_fields}
+        if "tasks" not in values and "prompts" not in values:
             values["tasks"] = DEFAULT_TASKS
-        options = parse_options(CalibrationOptions, values)
-        options.refuse_others(serve_options)
+        options = parse_options(CalibrationOptions, values | {"serve_options": tuple(serve_options)})
         with signals_as_interrupt():
-            calibrate(args.model, options, args.out, serve_options, console)
+            calibrate(args.model, options, args.out, console)
     except (ValueError, OSError) as error:
         print(f"{COMMAND}: error: {error}", file=sys.stderr)
         return UNUSABLE
@@ -109,9 +108,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def calibrate(
-    name: str, options: CalibrationOptions, out: Path, serve_options: Sequence[str], console: Console
-) -> None:
+def calibrate(name: str, options: CalibrationOptions, out: Path, console: Console) -> None:
     """Score the heads of a model, and write the file.
 
     Raises:
@@ -120,9 +117,12 @@ def calibrate(
     """
     folder = checkpoint_folder(name, None)
     if folder is None:
-        raise CalibrationError(f"MODEL={name!r} is refused: it is no folder, and the hub's cache has no such model")
+        hint = " (MODEL comes before the options of a server)" if options.serve_options else ""
+        reason = f"it is no folder, and the hub's cache has no such model{hint}"
+        raise CalibrationError(f"MODEL={name!r} is refused: {reason}")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out} is refused: the folder {out.parent} does not exist")
+    log = out.with_name(f"{out.name}.log")
     made: dict[str, Any] = {"model": name, "checkpoint": checkpoint_digest(folder), "setup": options.setup()}
     with progress_bars(console) as progress:
         prompts = prompts_of(options, folder, progress)
@@ -135,14 +135,15 @@ def calibrate(
         if options.method == "gradient":
             scorer = GradientScorer(GatedModel(folder, options.device, DTYPES[options.chosen_dtype]), options)
         else:
-            scorer = AblationScorer(folder, made, options, serve_options, out.with_name(f"{out.name}.log"))
+            scorer = AblationScorer(folder, made, options, log)
         result = HeadScores(scores=scorer.scores(found, prompts), **made)
         counts = sorted({result.count(share) for share in SHARES})
         measured = found.computed("curve", of_curve, lambda: scorer.measured(result, counts))
     means = torch.tensor(measured, dtype=torch.float64).mean(0).tolist() if measured else []
     curve = tuple((count / result.num_heads, value) for count, value in zip(counts, means, strict=False))
     write(out, result.model_copy(update={"curve": curve}))
-    part_of(out).unlink(missing_ok=True)
+    for path in (part_of(out), log):
+        path.unlink(missing_ok=True)
     for line in summary(result, curve):
         console.print(line)
     console.print(f"written: {out}")

@@ -64,9 +64,9 @@ class GatedModel:
         self.num_layers = len(self.is_full)
         kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
+            names = ", ".join(sorted(kinds))
             raise CalibrationError(
-                f"{folder} has layers of the kinds {', '.join(sorted(kinds))}, which are not attention: take "
-                "--method ablation"
+                f"{folder} has layers of the kinds {names}, not all attention: take --method ablation"
             )
         self.device, self.state = torch.device(device), Gates()
         self.model.to(self.device).eval().requires_grad_(requires_grad=False)
@@ -106,11 +106,19 @@ class GatedModel:
 
 
 def layers_of(config: Any) -> tuple[list[bool], int]:
-    """For each layer of a model whether it is full attention, and the KV heads of a layer; of Transformers' config."""
+    """For each layer of a model whether it is full attention, and the KV heads of a layer; of Transformers' config.
+
+    Raises:
+        CalibrationError: no layer is.
+    """
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return [kind == "full_attention" for kind in kinds], heads
+    kind = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [kind] * text.num_hidden_layers
+    is_full = [kind == "full_attention" for kind in kinds]
+    if not any(is_full):
+        raise CalibrationError(f"the model has no layers of full attention, but {', '.join(sorted(set(kinds)))}")
+    shared = 1 if getattr(text, "multi_query", False) else getattr(text, "multi_query_group_num", None)
+    return is_full, getattr(text, "num_key_value_heads", None) or shared or text.num_attention_heads
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

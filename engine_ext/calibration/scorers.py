@@ -57,18 +57,15 @@ class AblationScorer:
     Args:
         folder: of the model.
         made: what a file of scores says of the model and of how it was made.
-        serve_options: more options of `starling serve`.
         log: file for the output of the servers.
     """
 
-    def __init__(
-        self, folder: Path, made: dict[str, Any], options: CalibrationOptions, serve_options: Sequence[str], log: Path
-    ) -> None:
+    def __init__(self, folder: Path, made: dict[str, Any], options: CalibrationOptions, log: Path) -> None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.is_full, self.num_kv_heads = layers_of(config)
         self.made, self.options, self.log = made, options, log
         dtype = [] if options.dtype == "auto" else ["--dtype", options.dtype]
-        self.serve_options = [*serve_options, *dtype]
+        self.serve_options = [*options.serve_options, *dtype]
 
     def scores(self, found: Found, prompts: Sequence[ScoredPrompt]) -> Rows:
         heads = [(layer, head) for layer, full in enumerate(self.is_full) if full for head in range(self.num_kv_heads)]

@@ -120,7 +120,8 @@ def test_each_op_gives_those_of_the_masks(model, prompts, expected, heads):
     """Starling's op computes all heads in one call, vLLM's each run of heads of one kind."""
     starling, vllm = ({"call": f"tests.parity.cpu_ops:use_{name}"} for name in ("starlings", "vllms"))
     few = prompts[:3]
-    result = run_engine(model, [starling, few, vllm, few], star=heads, max_num_batched_tokens=300)
+    check = {"call": "tests.parity.cpu_ops:check_vllms"}
+    result = run_engine(model, [starling, few, vllm, few, check], star=heads, max_num_batched_tokens=300)
     for batch in result["batches"]:
         for output, logprobs in zip(batch, expected, strict=False):
             assert max_gap(output["prompt_logprobs"], logprobs) <= LIMIT

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.random_llama import make_random_llama
 from starling.config.head_scores import read_scores
 from starling.engine_ext.calibration import scorers
-from starling.engine_ext.calibration.ablation import fitted_scores, group_counts, random_orders
+from starling.engine_ext.calibration.ablation import divergences, fitted_scores, group_counts, random_orders
 from starling.engine_ext.calibration.found import part_of
+from starling.engine_ext.calibration.gated_model import CalibrationError, layers_of
+from starling.engine_ext.calibration.scoring import ScoredPrompt
 from starling.engine_ext.serving.cli.main import main
-from starling.evaluation.client import ServerError
+from starling.evaluation.client import Completion, ServerError
 
 HEADS = [(layer, head) for layer in range(6) for head in range(5)]
 TRUE = {(0, 3): 0.5, (2, 1): 0.3, (5, 4): 0.1}
@@ -78,6 +82,7 @@ class Servers:
             self.asked.append((scores.order, list(counts), options))
             return [0.4 if (1, 1) in scores.order[count:] else 0.0 for count in counts]
 
+        log.touch()
         yield measured
 
 
@@ -96,10 +101,13 @@ def test_the_command_asks_a_server_for_each_order_and_goes_on_where_one_failed(f
     assert "gone\nThe same command goes on" in capsys.readouterr().err
     assert list(json.loads(part_of(out).read_text())["values"]) == ["order 1 of 3", "order 2 of 3"]
     servers.fails_at = None
+    assert run(folder, out, *options, "--quantization", "fp8") == 2
+    assert "has scores of another model or other options" in capsys.readouterr().err
     assert run(folder, out, *options) == 0
     scores = read_scores(str(out))
     assert scores.order[0] == (1, 1)
-    assert scores.setup["method"] == "ablation" and "dtype" not in scores.setup
+    made = {"method": "ablation", "dtype": "float32", "serve_options": ["--max-num-seqs", "4"]}
+    assert made.items() <= scores.setup.items()
     assert scores.curve[0] == (0.0, 0.4) and scores.curve[-1] == (0.5, 0.0)
     orders = [order for order, _, _ in servers.asked]
     assert len(orders) == 4 and len(set(orders[:3])) == 3 and orders[3] == scores.order, "the last one is the curve's"
@@ -111,8 +119,12 @@ def test_the_command_asks_a_server_for_each_order_and_goes_on_where_one_failed(f
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "gradient", "--max-num-seqs", "4"], "unknown options: --max-num-seqs 4. Options of a server go"),
-        (["--device", "cuda"], "device='cuda' is refused: --method ablation takes the server's"),
+        (["--method", "gradient", "--max-num-seqs", "4"], "unknown options: --max-num-seqs 4. A server's go with"),
+        (["--method", "gradient", "--orders", "6"], "orders=6 is refused: it does not go with --method gradient"),
+        (["--steps", "3"], "steps=3 is refused: it does not go with --method ablation"),
+        (["--device", "cuda"], "device='cuda' is refused: it does not go with --method ablation"),
+        (["--api-key", "secret"], "--api-key is refused: it is chosen here"),
+        (["--star_heads=scores.json"], "--star_heads=scores.json is refused: it is chosen here"),
         (["--groups", "1"], "groups=1 is refused"),
     ],
 )
@@ -120,3 +132,49 @@ def test_options_of_the_other_method_are_refused(folder, tmp_path, servers, argu
     assert run(folder, tmp_path / "scores.json", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not servers.asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"num_hidden_layers": 2, "num_attention_heads": 4}, ([True, True], 4)),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}, ([True], 2)),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "multi_query": True}, ([True], 1)),
+        ({"layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 4}, ([False, True], 4)),
+        ({"layer_types": ["hybrid"], "num_attention_heads": 4}, None),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "sliding_window": 128}, None),
+    ],
+)
+def test_the_layers_of_a_model_are_those_of_its_configuration(fields, found):
+    text = SimpleNamespace(**fields)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    if found is None:
+        with pytest.raises(CalibrationError, match="the model has no layers of full attention, but"):
+            layers_of(config)
+    else:
+        assert layers_of(config) == found
+
+
+class PlanningClient:
+    """A server that answers every prompt with the same probabilities, and makes these sizes of a plan."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = sizes
+
+    async def score_token(self, token_ids, plan, token_id):
+        numbers = {"block_size": 128, "anchor_size": 128, "dense_heads": 0.5, "context_end": 100}
+        return Completion("", None, [token_id], numbers | self.sizes, -0.1, {token_id: -0.1})
+
+    async def complete(self, token_ids, plan, max_tokens):
+        return Completion("", None, [], None)
+
+
+def test_blocks_without_an_overlap_are_refused():
+    """The pages of vLLM's CPU servers have 128 tokens, so that n/16 of a short prompt would be the paper's plan."""
+    prompt = ScoredPrompt("a", tuple(range(1024)), (1, 2))
+    with pytest.raises(CalibrationError, match=r"n/16 of 1024 tokens is refused.*blocks of 128 tokens have no overlap"):
+        asyncio.run(divergences(PlanningClient(overlap_size=0), prompt, 16, 128, [0, 1], 4))
+    assert asyncio.run(divergences(PlanningClient(overlap_size=32), prompt, 16, 128, [0, 1], 4)) == [0.0, 0.0]
+    unanswered = ScoredPrompt("a", tuple(range(1024)), ())
+    with pytest.raises(CalibrationError, match="the model gives no answer"):
+        asyncio.run(divergences(PlanningClient(overlap_size=32), unanswered, 16, 128, [0, 1], 4))

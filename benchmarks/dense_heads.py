@@ -65,24 +65,28 @@ def shown(name: str, length: int) -> tuple[str, str]:
     return f"n/{length // int(sizes['B'])}", f"H = {sizes['H']}" if "H" in sizes else "A = B"
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of docs/dense-heads.md."""
-    length = result["setup"]["lengths"][0]
-    dense = next(cell["dense_score"] for cell in result["cells"] if cell["task"] == ALL)
-    lines = [
-        f"| plan | attention work | KL, nats | KL over A = B | score (dense {100 * dense:.0f}) |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, row in result["plans"].items():
-        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*row["kl_ratio"])
-        difference = "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(
-            **{field: 100 * row["difference"][field] for field in ("mean", "low", "high")}
-        )
-        lines.append(
-            f"| {', '.join(shown(name, length))} | {100 * row['attended_keys']:.0f} % | {row['kl']:.3f} | {ratio} | "
-            f"{difference} |"
-        )
-    return "\n".join(lines)
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The table of docs/dense-heads.md: a row for each plan, and for each result the plan's work, loss and points."""
+    plans = {shown(name, length_of(result)): None for result in results for name in result["plans"]}
+    rows = [["plan"], ["---"], *([", ".join(plan)] for plan in sorted(plans, key=order))]
+    for result in results:
+        dense = next(cell["dense_score"] for cell in result["cells"] if cell["task"] == ALL)
+        of = {shown(name, length_of(result)): row for name, row in result["plans"].items()}
+        title = f"{result['model']}, {length_of(result):,} tokens, {result['prompts']} prompts"
+        column = [f"{title}, dense scores {100 * dense:.0f}", "---"]
+        for row in map(of.get, sorted(plans, key=order)):
+            column.append("" if row is None else cell_of(row))
+        rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell_of(row: dict[str, Any]) -> str:
+    work, points = 100 * row["attended_keys"], 100 * row["difference"]["mean"]
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*row["kl_ratio"]) + f", {work:.0f} %, {points:+.0f}"
+
+
+def order(plan: tuple[str, str]) -> tuple[int, str]:
+    return int(plan[0].removeprefix("n/")), plan[1]
 
 
 def draw(axis: Any, result: dict[str, Any]) -> None:
@@ -152,9 +156,10 @@ def main() -> int:
         "plans": rows_of(results, loss_ratios(answers, [(names[0], name) for name in names])),
     }
     path = write_json(f"dense_heads_{args.model.name}_{args.length}", result)
-    results = [json.loads(file.read_text()) for file in path.parent.glob("dense_heads_*.json")]
-    plot(sorted(results, key=lambda one: (length_of(one), one["model"])), path.parent / "dense_heads.png")
-    print(markdown(result))
+    stored = [json.loads(file.read_text()) for file in path.parent.glob("dense_heads_*.json")]
+    results = sorted(stored, key=lambda one: (length_of(one), one["model"]))
+    plot(results, path.parent / "dense_heads.png")
+    print(markdown(results))
     print(f"written to {path}")
     return 0
 

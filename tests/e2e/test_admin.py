@@ -390,7 +390,7 @@ def test_a_drain_lets_running_requests_end_and_refuses_new_ones(runner, server):
     """The last test: a drain has no way back."""
 
     async def scenario():
-        running = asyncio.create_task(server.run_to_end("running", max_tokens=1000))
+        running = asyncio.create_task(server.run_to_end("running", max_tokens=300))
         while not (await server.cache()).requests_running:
             pass
         first = await server.admin.Drain(pb.DrainRequest())
@@ -402,6 +402,6 @@ def test_a_drain_lets_running_requests_end_and_refuses_new_ones(runner, server):
         return first.requests_left, refused, info.draining, last.requests_left, await running
 
     first, refused, draining, last, end = runner.run(scenario())
-    assert (first, draining, last, end) == (1, True, 0, (1000, "length"))
+    assert (first, draining, last, end) == (1, True, 0, (300, "length"))
     assert refused.status_code == 503
     assert "draining" in refused.text

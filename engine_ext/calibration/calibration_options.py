@@ -37,7 +37,9 @@ class CalibrationOptions(PromptOptions):
     curve_prompts: int = Field(1, ge=0, description="prompts of each task and length for the curve; 0: no curve")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="of the computation; auto: bfloat16 on GPUs, float32 on CPUs, most of which are slow in it"
+        "auto",
+        description="of the computation; auto: bfloat16 on GPUs, float32 on CPUs, most of which are slow in it; with "
+        "--method ablation the server's own",
     )
     serve_options: tuple[str, ...] = Field((), description="more options of `starling serve`, with --method ablation")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from vllm.platforms import current_platform
 
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.calibration.ablation import Head, fitted_scores, group_counts, random_orders, served_order
@@ -65,7 +66,10 @@ class AblationScorer:
         self.is_full, self.num_kv_heads = layers_of(config)
         self.made, self.options, self.log = made, options, log
         dtype = [] if options.dtype == "auto" else ["--dtype", options.dtype]
-        self.serve_options = [*options.serve_options, *dtype]
+        # vLLM's pages on CPUs have 128 tokens, so that n/16 of a short prompt would have no overlap.
+        given = {option.partition("=")[0].replace("_", "-") for option in options.serve_options}
+        pages = ["--block-size", "32"] if current_platform.is_cpu() and "--block-size" not in given else []
+        self.serve_options = [*options.serve_options, *dtype, *pages]
 
     def scores(self, found: Found, prompts: Sequence[ScoredPrompt]) -> Rows:
         heads = [(layer, head) for layer, full in enumerate(self.is_full) if full for head in range(self.num_kv_heads)]

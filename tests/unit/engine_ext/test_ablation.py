@@ -112,7 +112,7 @@ def test_the_command_asks_a_server_for_each_order_and_goes_on_where_one_failed(f
     orders = [order for order, _, _ in servers.asked]
     assert len(orders) == 4 and len(set(orders[:3])) == 3 and orders[3] == scores.order, "the last one is the curve's"
     assert [counts for _, counts, _ in servers.asked] == [[0, 2, 4]] * 3 + [[0, 1, 2]]
-    assert servers.asked[0][2] == ["--max-num-seqs", "4", "--dtype", "float32"]
+    assert servers.asked[0][2] == ["--max-num-seqs", "4", "--dtype", "float32", "--block-size", "32"]
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 

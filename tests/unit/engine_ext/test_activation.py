@@ -111,11 +111,14 @@ def test_options_that_exclude_one_another_are_refused_at_the_start(model, argume
         engine_config(model, additional_config={"starling": entry}, **arguments)
 
 
-def test_a_file_of_scores_that_would_have_no_effect_is_refused_at_the_start(model, tmp_path):
+def test_a_file_of_scores_that_would_have_no_effect_is_refused_at_the_start(tmp_path):
+    plugin.register()
+    model = make_random_attamba(tmp_path / "attamba", hidden_size=64, num_attention_heads=2, token_chunk=8)
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     path = tmp_path / "scores.json"
-    path.write_text(json.dumps({"scores": [[0.1, 0.2]] * TINY["num_hidden_layers"]}))
-    entry = {"star_heads": str(path), "cpu_attention": "vllm"}
-    with pytest.raises(ValueError, match=r"starling\.star_heads=.*: cpu_attention=vllm.*Allowed: a server without it"):
+    path.write_text(json.dumps({"scores": [[0.1, 0.2]] * layers}))
+    entry = {"star_heads": str(path)}
+    with pytest.raises(ValueError, match=r"starling\.star_heads=.*: an Attamba model.*Allowed: a server without it"):
         engine_config(model, additional_config={"starling": entry})
     engine_config(model, additional_config={"starling": entry | {"star_dense_heads": 0}})
 

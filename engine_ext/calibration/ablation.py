@@ -31,7 +31,7 @@ from starling.evaluation.runner import check_same_plan, same_plan
 from starling.evaluation.server import served
 from starling.evaluation.statistics import kl_divergence
 
-SWEEPS = 200
+SWEEPS, RIDGE = 200, 0.1
 SECONDS = 3600.0  # that an answer may take: a large model's first may wait for its compilation
 
 Head = tuple[int, int]
@@ -52,7 +52,9 @@ def group_counts(num_heads: int, groups: int) -> list[int]:
 def fitted_scores(
     orders: Sequence[Sequence[Head]], counts: Sequence[int], divergences: Sequence[Sequence[float]]
 ) -> dict[Head, float]:
-    """The score of each head, at least 0, by least squares.
+    """The score of each head, at least 0, by least squares with a small ridge.
+
+    The ridge gives equal scores to heads that no order tells apart.
 
     Args:
         orders: of the heads.
@@ -69,7 +71,8 @@ def fitted_scores(
     scores = np.zeros(len(heads))
     for _ in range(SWEEPS):
         for head, column in enumerate(members.T):
-            score = max(0.0, scores[head] + column @ left / column.sum())
+            times = column.sum()
+            score = max(0.0, (column @ left + times * scores[head]) / (times + RIDGE))
             left -= column * (score - scores[head])
             scores[head] = score
     return dict(zip(heads, scores.tolist(), strict=True))

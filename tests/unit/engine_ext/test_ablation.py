@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,16 @@ def test_groups_are_as_equal_as_numbers_allow(heads, groups, counts):
 def test_the_scores_are_what_the_heads_carry_where_orders_say_enough():
     orders, counts = random_orders(HEADS, 6), group_counts(len(HEADS), 10)
     found = fitted_scores(orders, counts, [left_of(order, counts) for order in orders])
-    assert found == pytest.approx(dict.fromkeys(HEADS, 0.0) | TRUE, abs=0.01)
+    assert found == pytest.approx(dict.fromkeys(HEADS, 0.0) | TRUE, abs=0.02)
+
+
+def test_heads_that_no_order_tells_apart_have_equal_scores():
+    order, counts = HEADS, group_counts(len(HEADS), 10)
+    found = fitted_scores([order], counts, [left_of(order, counts)])
+    for first, stop in pairwise(counts):
+        carried = sum(TRUE.get(head, 0.0) for head in order[first:stop])
+        scores = [found[head] for head in order[first:stop]]
+        assert scores == pytest.approx([carried / 3] * 3, rel=0.05, abs=1e-6)
 
 
 def test_no_score_is_below_0():

@@ -67,15 +67,14 @@ def shown(name: str, length: int) -> tuple[str, str]:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """The table of docs/dense-heads.md: a row for each plan, and for each result the plan's work, loss and points."""
-    plans = {shown(name, length_of(result)): None for result in results for name in result["plans"]}
-    rows = [["plan"], ["---"], *([", ".join(plan)] for plan in sorted(plans, key=order))]
+    plans = sorted({shown(name, length_of(result)) for result in results for name in result["plans"]}, key=order)
+    rows = [["plan"], ["---"], *([", ".join(plan)] for plan in plans)]
     for result in results:
         dense = next(cell["dense_score"] for cell in result["cells"] if cell["task"] == ALL)
         of = {shown(name, length_of(result)): row for name, row in result["plans"].items()}
         title = f"{result['model']}, {length_of(result):,} tokens, {result['prompts']} prompts"
         column = [f"{title}, dense scores {100 * dense:.0f}", "---"]
-        for row in map(of.get, sorted(plans, key=order)):
-            column.append("" if row is None else cell_of(row))
+        column += [cell_of(of[plan]) if plan in of else "" for plan in plans]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -38,7 +38,7 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
         StartError: the server did not start, or ended within the block, which a ServerError showed.
     """
     for option in options:
-        if option.split("=")[0].replace("_", "-") in CHOSEN_HERE:
+        if option_name(option) in CHOSEN_HERE:
             raise ValueError(
                 f"{option} is refused: it is chosen here for the server of MODEL. Allowed: --base-url, with a server"
             )
@@ -59,6 +59,11 @@ def served(model: str, options: Sequence[str], log: Path) -> Iterator[str]:
         raise StartError(f"{error}\n{last_words(process, log)}") from None
     finally:
         stop(process)
+
+
+def option_name(argument: str) -> str:
+    """The name of a command line's option, which may have its value behind a "=", as vLLM's parser reads it."""
+    return argument.partition("=")[0].replace("_", "-")
 
 
 def free_port() -> int:

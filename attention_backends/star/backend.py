@@ -142,8 +142,7 @@ def _make_builder(base: type[AttentionBackend]) -> Any:
                 page_size = self.kv_cache_spec.block_size
                 step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
                 build = self.head_builders.build if self.head_builders else None
-                on_cpu = self.device.type == "cpu"  # where Starling's op may run a layer
-                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build, on_cpu)
+                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
                 common_attn_metadata = virtual
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 

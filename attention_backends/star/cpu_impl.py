@@ -131,7 +131,18 @@ class CpuImpl(CPUAttentionBackendImpl):
             return output
         sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}
         rows, row_heads = heads or (attn_metadata, None)
-        out, lse = _attend(query[:tokens], caches, rows, out=output[:tokens], row_heads=row_heads, **options)
+        operands = Operands(
+            query[:tokens],
+            *caches,
+            rows.block_table,
+            rows.query_start_loc,
+            rows.seq_lens,
+            row_heads=row_heads,
+            out=output[:tokens],
+            layout=Layout.CPU,
+            **options,
+        )
+        out, lse = paged_attention(operands)
         if remote is not None:
             remote.finish(sent, out, lse)
         if turned is not None:
@@ -147,14 +158,6 @@ class CpuImpl(CPUAttentionBackendImpl):
             key_cache, value_cache = (as_fp8(cache, self.kv_cache_dtype) for cache in (key_cache, value_cache))
             options |= kv_scales(layer)
         return (key_cache, value_cache), options
-
-
-def _attend(
-    query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], rows: Any, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of rows, given by vLLM's metadata or as HeadRows, by Starling's op."""
-    tables, starts, lens = rows.block_table, rows.query_start_loc, rows.seq_lens
-    return paged_attention(Operands(query, *caches, tables, starts, lens, layout=Layout.CPU, **options))
 
 
 @functools.cache

@@ -107,7 +107,7 @@ class StarStep:
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
         self._remote_attention: dict[int, Any] = {}
         self._turned_attention: dict[int, TurnedAttention] = {}
-        self._row_heads: dict[str, tuple[HeadRows, torch.Tensor]] = {}
+        self._head_rows: dict[str, Callable[[], HeadRows]] = {}
         self._head_calls: dict[str, list[HeadCall]] = {}
         self._positions: list[tuple[int, np.ndarray]] = []
         self._replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -185,7 +185,6 @@ class StarStep:
         page_size: int,
         layer_names: Sequence[str],
         build: BuildOfHeads | None,
-        in_one_call: bool,
     ) -> None:
         """Note the rows of each kind of heads, where the step has dense heads; behind ``rows`` for the same batch.
 
@@ -193,7 +192,6 @@ class StarStep:
             batch, virtual: the metadata of the batch's rows, and of those of heads that are dense for no plan.
             layer_names: the layers that have this metadata.
             build: makes the metadata of calls on some of their heads; None: the layers don't make such calls.
-            in_one_call: whether a layer may also attend in one call that has the rows of all kinds.
         """
         if not self.dense_counts:
             return
@@ -202,9 +200,7 @@ class StarStep:
         ranked = [name for name in layer_names if name in self.head_ranks]
         runs = {name: runs for name in ranked if (runs := head_runs(self.dense_counts, self.head_ranks[name]))}
         self.has_unread_heads |= bool(runs)
-        if in_one_call:
-            head_rows = make_head_rows(self.dense_counts, kinds)
-            self._row_heads |= {name: (head_rows, head_rows.row_heads(self.head_ranks[name])) for name in runs}
+        self._head_rows |= dict.fromkeys(runs, functools.cache(lambda: make_head_rows(self.dense_counts, kinds)))
         if build is None:
             return
 
@@ -225,11 +221,12 @@ class StarStep:
         return calls
 
     def row_heads(self, layer_name: str) -> tuple[HeadRows, torch.Tensor] | None:
-        """The rows of a layer, and which heads each computes; None: no head of it is dense."""
-        found = self._row_heads.get(layer_name)
-        if found is not None:
-            self.has_unread_heads = False
-        return found
+        """The rows of a layer that attends in one call, and which heads each computes; None: no head of it is dense."""
+        if layer_name not in self._head_rows:
+            return None
+        self.has_unread_heads = False
+        rows = self._head_rows[layer_name]()
+        return rows, rows.row_heads(self.head_ranks[layer_name])
 
     def turned_attention(self, page_size: int) -> TurnedAttention | None:
         """By which layers with pages of this size attend to such blocks; None: no row has keys there.

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from starling.evaluation.prompt_options import Length, PromptOptions, without_secrets
+from starling.evaluation.server import option_name
 
 OF_METHOD = {"gradient": ("steps",), "ablation": ("orders", "groups")}
 """The options that decide the scores of one method alone."""
@@ -67,6 +68,5 @@ class CalibrationOptions(PromptOptions):
                 given = f"{name}={getattr(self, name)!r}"
                 raise ValueError(f"{given} is refused: it does not go with --method {self.method}. Allowed: without it")
         for option in self.serve_options:
-            name = option.partition("=")[0].replace("_", "-")
-            if name in CHOSEN_HERE or name.startswith("--star"):
+            if option_name(option) in CHOSEN_HERE or option.startswith("--star"):
                 raise ValueError(f"{option} is refused: it is chosen here. Allowed: other options of `starling serve`")

@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Score the heads; returns the exit code: 0, 2 for unusable arguments, or 130."""
+    """Score the heads; returns the exit code: 0, 1 where a server failed, 2 for unusable arguments, or 130."""
     args, serve_options = make_parser().parse_known_args(argv)
     console = make_console()
     try:

@@ -18,6 +18,7 @@ from starling.engine_ext.calibration.calibration_options import CalibrationOptio
 from starling.engine_ext.calibration.found import Compute, Found
 from starling.engine_ext.calibration.gated_model import CalibrationError, GatedModel, layers_of
 from starling.engine_ext.calibration.scoring import Case, ScoredPrompt
+from starling.evaluation.server import option_name
 
 Rows = tuple[tuple[float, ...], ...]
 """For each layer a score for each KV head; none for layers that are not full attention."""
@@ -67,8 +68,8 @@ class AblationScorer:
         self.made, self.options, self.log = made, options, log
         dtype = [] if options.dtype == "auto" else ["--dtype", options.dtype]
         # vLLM's pages on CPUs have 128 tokens, so that n/16 of a short prompt would have no overlap.
-        given = {option.partition("=")[0].replace("_", "-") for option in options.serve_options}
-        pages = ["--block-size", "32"] if current_platform.is_cpu() and "--block-size" not in given else []
+        has_own = "--block-size" in map(option_name, options.serve_options)
+        pages = ["--block-size", "32"] if current_platform.is_cpu() and not has_own else []
         self.serve_options = [*options.serve_options, *dtype, *pages]
 
     def scores(self, found: Found, prompts: Sequence[ScoredPrompt]) -> Rows:

@@ -25,6 +25,7 @@ from starling.evaluation.commands.measuring import (
 from starling.evaluation.prompt_options import parse_options, without_secrets
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.report import terminal_table
+from starling.evaluation.server import option_name
 from starling.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
 from starling.evaluation.tuning.halving import halves, measured_plans
 from starling.evaluation.tuning.measures import MEASURES
@@ -86,7 +87,7 @@ def run(argv: Sequence[str]) -> int:
 def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be found)."""
     for option in serve_options:
-        if option.partition("=")[0].replace("_", "-") in CHOSEN_HERE:
+        if option_name(option) in CHOSEN_HERE:
             raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
     options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
     return partial(measure, args, options)

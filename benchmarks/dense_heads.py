@@ -4,6 +4,9 @@ Runs `starling eval` on one model and length: the paper's star blocks (A = B) at
 and overlap with shares of dense KV heads, whose scores the server knows or gets by --star-heads. Every loss is a ratio
 to that of A = B at n/8, over the same prompts. Goes on where an earlier run of the same model and length ended. Writes
 results/dense_heads_NAME_LENGTH.json, and draws all these files as results/dense_heads.png.
+
+With --scores, it measures other scores than those that the server knows: the heads of whole layers (--whole-layers), or
+scores from other prompts. Such a run has a --label of its own, by which its results are named; they are not drawn.
 """
 
 from __future__ import annotations
@@ -125,43 +128,76 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axes[0][0].legend()
 
 
+def by_layers(scores: Path, path: Path) -> Path:
+    """Write the scores of a file so that the heads of a layer are dense together: each has the sum of its layer's."""
+    found = json.loads(scores.read_text())
+    found["scores"] = [[sum(layer)] * len(layer) for layer in found["scores"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    return path
+
+
 def length_of(result: dict[str, Any]) -> int:
     return int(result["setup"]["lengths"][0])
 
 
-def main() -> int:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a folder with a model")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer (%(default)s)")
     parser.add_argument("--prompts-per-cell", type=int, default=3, help="prompts of each task (%(default)s)")
     parser.add_argument("--few", action="store_true", help="only A = B at n/8, and the plans with the least loss")
+    parser.add_argument("--tasks", default=TASKS, help="of `starling eval` (%(default)s)")
+    parser.add_argument("--scores", type=Path, help="a file of scores, in place of those that the server knows")
+    parser.add_argument("--whole-layers", action="store_true", help="dense heads are whole layers, by sums of --scores")
+    parser.add_argument("--label", help="ends the names of the results, which are not drawn; needed with --scores")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
-    folder = FOLDER / f"{args.model.name}_{args.length}"
+    if (args.scores is None) != (args.label is None):
+        parser.error("--scores and --label go together")
+    if args.whole_layers and args.scores is None:
+        parser.error("--whole-layers needs --scores")
+    return args
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run `starling eval`, and return what is kept of its results. Raises SystemExit with its exit code if it fails."""
+    serve = args.serve
+    if args.scores is not None:
+        scores = by_layers(args.scores, FOLDER / f"{folder.name}.json") if args.whole_layers else args.scores
+        serve = ["--star-heads", str(scores), *serve]
     names = named_plans(args.length, args.few)
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
-    command += ["--tasks", TASKS, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
+    command += ["--tasks", args.tasks, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     command += [argument for name in names for argument in ("--plan", name)]
-    command += ["--logprobs", str(LOGPROBS), "--out", str(folder), *ENGINE, *args.serve]
+    command += ["--logprobs", str(LOGPROBS), "--out", str(folder), *ENGINE, *serve]
     code = subprocess.run(command).returncode
     if code:
-        return code
+        sys.exit(code)
     results = json.loads((folder / "results.json").read_text())
     answers = answers_of(results["setup"], read_answers(folder / RESULTS, (folder / RESULTS).read_bytes().splitlines()))
-    result = evaluation(results) | {
+    return evaluation(results) | {
         "model": args.model.name,
         "query_tokens": QUERY_TOKENS,
         "prompts": sum(answer.plan == DENSE.name for answer in answers),
         "plans": rows_of(results, loss_ratios(answers, [(names[0], name) for name in names])),
     }
-    path = write_json(f"dense_heads_{args.model.name}_{args.length}", result)
-    stored = [json.loads(file.read_text()) for file in path.parent.glob("dense_heads_*.json")]
-    results = sorted(stored, key=lambda one: (length_of(one), one["model"]))
-    plot(results, path.parent / "dense_heads.png")
+
+
+def main() -> None:
+    args = options()
+    name = f"{args.model.name}_{args.length}"
+    if args.label is None:
+        path = write_json(f"dense_heads_{name}", measure(args, FOLDER / name))
+        stored = [json.loads(file.read_text()) for file in path.parent.glob("dense_heads_*.json")]
+        results = sorted(stored, key=lambda one: (length_of(one), one["model"]))
+        plot(results, path.parent / "dense_heads.png")
+    else:
+        results = [measure(args, FOLDER / f"{name}_{args.label}")]
+        path = write_json(f"{args.label}_{name}", results[0])
     print(markdown(results))
     print(f"written to {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

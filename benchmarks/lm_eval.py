@@ -1,10 +1,10 @@
 """Star plans by lm-evaluation-harness, beside `starling eval`: `python -m benchmarks.lm_eval models/NAME`.
 
-Starts one server, and runs `lm_eval` on it once with dense attention and once with each of three plans of equal keys:
-the paper's, a small anchor with an overlap, and half an anchor with half an overlap. The plan goes with each request,
-as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, with the tasks in its name unless they are
-the default. docs/eval.md shows its table, with the scores that `benchmarks.accuracy` has for these plans, and says how
-to install lm_eval.
+Starts one server, and runs `lm_eval` on it once with dense attention and once with each of four plans: the paper's at
+n/8, and the default anchor and overlap without dense heads, with a tenth of them, and at n/16 with a fifth. The plan
+goes with each request, as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, with the tasks in
+its name unless they are the default. docs/eval.md shows its table, with the scores that `benchmarks.accuracy` has for
+these plans, and says how to install lm_eval.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.accuracy import ENGINE, half_anchor, plans
+from benchmarks.accuracy import ENGINE, plans
 from benchmarks.engine import ROOT
 from benchmarks.report import RESULTS, write_json
 from starling.evaluation.plans import DENSE, Plan, parse_plan
@@ -42,7 +42,7 @@ TASKS = {
 
 DEFAULT_TASKS = ("niah_multikey_2", "ruler_vt")
 
-PART = 8  # n/B
+PARTS = (8, 16)  # n/B
 TEMPLATE_TOKENS = 512
 """At most, of the chat template. lm_eval's lengths do without it, and lm_eval cuts off the start of longer prompts."""
 
@@ -159,8 +159,9 @@ def measure(
     """
     folder = FOLDER / f"{Path(model).name}_{length}"
     shutil.rmtree(folder, ignore_errors=True)
-    paper, overlap = plans(length, [PART])
-    named = {plan.name: plan for plan in (DENSE, *map(parse_plan, (paper, overlap, half_anchor(paper))))}
+    paper, overlap, _, smaller = plans(length, [*PARTS])
+    names = (paper, f"{overlap},H=0", f"{overlap},H=0.1", f"{smaller},H=0.2")
+    named = {plan.name: plan for plan in (DENSE, *map(parse_plan, names))}
     with served(model, [*ENGINE, *options], folder / "server.log") as base_url:
         for name, plan in named.items():
             before = star_requests(base_url)

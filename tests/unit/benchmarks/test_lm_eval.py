@@ -77,11 +77,11 @@ def test_the_table_has_both_tools_where_both_measured():
 
 
 def test_each_plan_is_compared_with_dense(run):
-    counts = (0, 0, 0, 4, 4, 8, 8, 12)  # before and after dense, and three star plans of two tasks and two prompts
+    counts = (0, 0, 0, 4, 4, 8, 8, 12, 12, 16)  # before and after dense, and four star plans of two tasks and two prompts
     result = run(*counts)
     assert [(cell["task"], cell["prompts"], cell["score"]) for cell in result["cells"]] == [
-        *[("niah_multikey_2", 2, 0.5)] * 3,
-        *[("ruler_vt", 2, 0.5)] * 3,
+        *[("niah_multikey_2", 2, 0.5)] * 4,
+        *[("ruler_vt", 2, 0.5)] * 4,
     ]
     assert all(cell["difference"] == {"mean": -0.5, "low": -0.5, "high": -0.5} for cell in result["cells"])
     assert all(cell["same_as_dense"] == 0 for cell in result["cells"])

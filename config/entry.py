@@ -14,12 +14,14 @@ from starling.config.scheduling import SchedulingOptions, parse_scheduling
 from starling.config.star import FIELD_OF, StarOptions, parse_options
 
 ENTRY = "starling"
-CPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "cache_salt", "live_page"
+CPU_ATTENTION, GPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "gpu_attention", "cache_salt", "live_page"
 STAR_HEADS = "star_heads"
 
 CHOICES = {  # the first is the default
     # The faster attention op for CPUs, or always vLLM's.
     CPU_ATTENTION: ("auto", "vllm"),
+    # The kernels of all layers on GPUs: the backend that vLLM chooses, or one of Starling's.
+    GPU_ATTENTION: ("vllm", "triton", "xformers"),
     # Which requests share cached pages: those with the same salt or none, as in vLLM; each needs a salt; by API key.
     CACHE_SALT: ("request", "required", "api-key"),
     # Whether the HTTP server has a page that shows the requests.
@@ -31,7 +33,7 @@ NAMES = (*FIELD_OF, STAR_HEADS, *SECTIONS, *CHOICES)
 
 @dataclass(frozen=True)
 class StarlingConfig:
-    """The parsed entry; ``cpu_attention``, ``cache_salt`` and ``live_page`` are values of CHOICES.
+    """The parsed entry; the fields behind ``replicas`` are values of CHOICES.
 
     Attributes:
         star_heads: the file with the scores of the model's KV heads; None: those that Starling knows of the model.
@@ -42,6 +44,7 @@ class StarlingConfig:
     scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
     replicas: ReplicaOptions = field(default_factory=ReplicaOptions)
     cpu_attention: str = CHOICES[CPU_ATTENTION][0]
+    gpu_attention: str = CHOICES[GPU_ATTENTION][0]
     cache_salt: str = CHOICES[CACHE_SALT][0]
     live_page: str = CHOICES[LIVE_PAGE][0]
 

@@ -12,10 +12,14 @@ from typing import Any
 
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.config.entry import (
     CACHE_SALT,
     ENTRY,
+    GPU_ATTENTION,
     LIVE_PAGE,
     REPLICAS,
     STAR_HEADS,
@@ -98,6 +102,22 @@ def before_engine_config(engine_args: Any) -> None:
     ):
         if value != default:
             raise OptionError(name, value, "Starling sets this class itself while it is activated", repr(default))
+    if config.gpu_attention in CLASSES:
+        choose_gpu_attention(config.gpu_attention, engine_args)
+
+
+def choose_gpu_attention(setting: str, engine_args: Any) -> None:
+    """Let the layers of an engine run Starling's kernels (raises OptionError)."""
+    given = engine_args.attention_backend or engine_args.attention_config.backend
+    if given is not None:
+        name = getattr(given, "name", given)
+        raise OptionError(
+            f"{ENTRY}.{GPU_ATTENTION}", setting, f"--attention-backend {name} is given too", "one of both"
+        )
+    if current_platform.device_type != "cuda":
+        reason = f"the engine runs on {current_platform.device_type}, and these kernels on NVIDIA GPUs"
+        raise OptionError(f"{ENTRY}.{GPU_ATTENTION}", setting, reason, "vllm")
+    engine_args.attention_backend = AttentionBackendEnum[NAME]
 
 
 def after_engine_config(vllm_config: Any) -> None:

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
+from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.config.entry import StarlingConfig, config_of
 from starling.engine_ext.engine_report import BLOCK_POSITIONS, HEADS, HEADS_ORDER, SPLIT, STAR
@@ -58,7 +59,10 @@ def _backend(config: Any) -> str | None:
     given = config.attention_config
     backend = given.backend_per_kind.get(KVCacheSpecKind.FULL_ATTENTION.value, given.backend)
     on_cpu = config.device_config.device_type == "cpu"  # the CPU platform always takes CPU_ATTN
-    return None if backend is None or on_cpu or backend.name in WRAPPED else backend.name
+    if backend is None or on_cpu or backend.name in WRAPPED:
+        return None
+    is_own = backend.name == NAME and _options(config).gpu_attention in CLASSES
+    return None if is_own else backend.name
 
 
 def _reported(field: str) -> Callable[[Any], str | None]:

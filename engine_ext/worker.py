@@ -12,6 +12,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
 from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.paged.names import CLASSES, register_paged_backend
 from starling.attention_backends.star.backend import register_star_backends, takes_star
 from starling.attention_backends.star.head_calls import dense_heads_in_use, use_dense_heads
 from starling.attention_backends.star.head_calls import unsupported_reason as heads_unsupported
@@ -106,8 +107,11 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
     config = config_of(vllm_config)
     use_block_positions(has_documents(vllm_config))
     use_dense_heads(not is_cpu and has_dense_heads(vllm_config) and not has_documents(vllm_config))
+    own = config.gpu_attention if config and config.gpu_attention in CLASSES else None
+    if own:
+        register_paged_backend(own)
     if is_cpu or not refusals:
-        register_star_backends()
+        register_star_backends(own)
     if is_cpu:
         from starling.attention_backends.star import cpu_impl
 

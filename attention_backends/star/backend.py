@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
+from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
@@ -32,6 +33,7 @@ from starling.vllm_compat.config import set_cpu_attention_isa
 from starling.vllm_compat.patching import extends
 
 WRAPPED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+"""vLLM's backends that have a star form. Starling's own have one too (paged/)."""
 
 
 def takes_star(spec: Any) -> bool:
@@ -84,77 +86,75 @@ def _config_for_virtual_rows(vllm_config: Any, page_size: int, sizes_by_pages: b
     return config
 
 
-def _make_builder(base: type[AttentionBackend]) -> Any:
-    """A subclass of a backend's builder that splits star rows; layers without full attention keep their rows."""
-    base_builder: Any = base.get_builder_cls()
+@extends(AttentionMetadataBuilder)
+class StarBuilder:
+    """Mixed into a backend's builder, before it: splits star rows. Layers without full attention keep their rows."""
 
-    @extends(AttentionMetadataBuilder)
-    class StarBuilder(base_builder):
-        def __init__(
-            self,
-            kv_cache_spec: Any,
-            layer_names: list[str],
-            vllm_config: Any,
-            device: torch.device,
-            **kw: Any,
-        ):
-            self.takes_star = takes_star(kv_cache_spec)
-            if self.takes_star and device.type != "cpu":
-                sizes_by_pages = base.get_name() == "FLASHINFER"
-                vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)
-            self.head_builders: HeadBuilders | None = None
-            if self.takes_star and (device.type == "cpu" or dense_heads_in_use()):
-                self.head_builders = HeadBuilders(base.get_name(), base_builder, self)
-                self.supports_update_block_table = False  # there is more metadata than vLLM would update
-            if self.takes_star and device.type == "cpu":
-                self._lay_out_for_vectors(layer_names)
+    # Of the class that it is mixed into: vLLM's name of the backend, and its builder.
+    backend: str
+    base: Any
+    # vLLM's own.
+    kv_cache_spec: Any
+    layer_names: list[str]
 
-        def _lay_out_for_vectors(self, layer_names: list[str]) -> None:
-            """Let vLLM lay out keys for vectors, where it would for AMX tiles and Starling's op has to read them."""
-            from starling.attention_backends.star.cpu_impl import all_caches_are_read
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kw: Any):
+        self.takes_star = takes_star(kv_cache_spec)
+        if self.takes_star and device.type != "cpu":
+            sizes_by_pages = self.backend == "FLASHINFER"
+            vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)  # type: ignore[call-arg]
+        self.head_builders: HeadBuilders | None = None
+        if self.takes_star and (device.type == "cpu" or dense_heads_in_use()):
+            self.head_builders = HeadBuilders(self.backend, self.base, self)
+            self.supports_update_block_table = False  # there is more metadata than vLLM would update
+        if self.takes_star and device.type == "cpu":
+            self._lay_out_for_vectors(layer_names)
 
-            builder: Any = self
-            if all_caches_are_read() and builder.isa == AMX:
-                set_cpu_attention_isa(builder, layer_names, CPU_ISAS[0])
+    def _lay_out_for_vectors(self, layer_names: list[str]) -> None:
+        """Let vLLM lay out keys for vectors, where it would for AMX tiles and Starling's op has to read them."""
+        from starling.attention_backends.star.cpu_impl import all_caches_are_read
 
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-            """Full graphs stay usable for decode batches that are never rewritten, but not for mixed batches.
+        builder: Any = self
+        if all_caches_are_read() and builder.isa == AMX:
+            set_cpu_attention_isa(builder, layer_names, CPU_ISAS[0])
 
-            Those of prompts whose blocks have positions of their own are rewritten.
-            """
-            support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-            most = AttentionCGSupport.NEVER if block_positions_in_use() else AttentionCGSupport.UNIFORM_BATCH
-            return min(support, most, key=lambda level: level.value)
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Full graphs stay usable for decode batches that are never rewritten, but not for mixed batches.
 
-        def build(
-            self,
-            common_prefix_len: int,
-            common_attn_metadata: CommonAttentionMetadata,
-            fast_build: bool = False,
-        ) -> Any:
-            step = current_step() if self.takes_star else None
-            rows = step.rows(common_attn_metadata, self.kv_cache_spec.block_size) if step else None
-            if step is not None and rows is not None:
-                step.count(rows)
-                virtual = virtual_metadata(common_attn_metadata, rows)
-                page_size = self.kv_cache_spec.block_size
-                step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
-                build = self.head_builders.build if self.head_builders else None
-                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
-                common_attn_metadata = virtual
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        Those of prompts whose blocks have positions of their own are rewritten.
+        """
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        most = AttentionCGSupport.NEVER if block_positions_in_use() else AttentionCGSupport.UNIFORM_BATCH
+        return min(support, most, key=lambda level: level.value)
 
-        def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
-            step = current_step() if self.takes_star else None
-            rows = step.built_rows(self.kv_cache_spec.block_size) if step else None
-            if rows is not None:
-                blk_table = virtual_block_table(blk_table, rows)
-            return super().update_block_table(metadata, blk_table, slot_mapping)
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        step = current_step() if self.takes_star else None
+        rows = step.rows(common_attn_metadata, self.kv_cache_spec.block_size) if step else None
+        if step is not None and rows is not None:
+            step.count(rows)
+            virtual = virtual_metadata(common_attn_metadata, rows)
+            page_size = self.kv_cache_spec.block_size
+            step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
+            build = self.head_builders.build if self.head_builders else None
+            step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
+            common_attn_metadata = virtual
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
 
-    StarBuilder.__name__ = StarBuilder.__qualname__ = _class_name(base_builder.__name__)
-    return StarBuilder
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        step = current_step() if self.takes_star else None
+        rows = step.built_rows(self.kv_cache_spec.block_size) if step else None
+        if rows is not None:
+            blk_table = virtual_block_table(blk_table, rows)
+        return super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
+
+
+def _make_builder(backend: type[AttentionBackend]) -> Any:
+    """A subclass of a backend's builder that splits star rows."""
+    base: Any = backend.get_builder_cls()
+    return type(_class_name(base.__name__), (StarBuilder, base), {"backend": backend.get_name(), "base": base})
 
 
 @functools.cache
@@ -188,8 +188,9 @@ def _class_name(base_name: str) -> str:
     return f"Star{base_name}"
 
 
-CLASS_NAMES = {_class_name(AttentionBackendEnum[name].value.rpartition(".")[2]): name for name in WRAPPED}
-"""The name of each star backend's class -> vLLM's name of the backend. Imports no backend."""
+VLLM_PATHS = {name: AttentionBackendEnum[name].value for name in WRAPPED}
+PATHS = {_class_name(path.rpartition(".")[2]): path for path in (*VLLM_PATHS.values(), *CLASSES.values())} | VLLM_PATHS
+"""The base of each star backend, by vLLM's name of the backend and by the name of its class. Imports no backend."""
 
 
 def __getattr__(name: str) -> type[AttentionBackend]:
@@ -198,13 +199,20 @@ def __getattr__(name: str) -> type[AttentionBackend]:
     The same class also has its own name, ``StarCPUAttentionBackend``: CUDA's platform finds a backend by the qualified
     name of its class, other platforms by the registered name.
     """
-    registered = CLASS_NAMES.get(name, name)
-    if registered not in WRAPPED:
+    if name not in PATHS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return make_star_backend(resolve_obj_by_qualname(AttentionBackendEnum[registered].value))
+    return make_star_backend(resolve_obj_by_qualname(PATHS[name]))
 
 
-def register_star_backends() -> None:
-    """Let vLLM resolve the wrapped names to their star forms, in this process."""
+def register_star_backends(gpu_attention: str | None = None) -> None:
+    """Let vLLM resolve the wrapped names to their star forms, in this process.
+
+    Args:
+        gpu_attention: the setting whose backend of Starling's is one of them.
+    """
     for name in WRAPPED:
         register_backend(AttentionBackendEnum[name], f"{__name__}.{name}")
+    if gpu_attention in CLASSES:
+        register_backend(
+            AttentionBackendEnum[NAME], f"{__name__}.{_class_name(CLASSES[gpu_attention].rpartition('.')[2])}"
+        )

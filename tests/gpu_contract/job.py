@@ -133,6 +133,18 @@ def triton(examples: int, **drawn: Any) -> Tally:
     return tally
 
 
+def paged_triton(examples: int, **drawn: Any) -> Tally:
+    """Starling's Triton kernels as the backend of all layers (``gpu_attention``), interpreted."""
+    from starling.attention_backends.paged.backend import TritonBackend
+
+    options = {"fp8": True, "sinks": False, "max_tokens": 180, "max_queries": 10, "max_heads": 4, "max_requests": 3}
+    strategy = cases(**options | drawn)
+    tally = Tally()
+    for part in (strategy.filter(gathers_pages), strategy):
+        hold(TritonBackend, tally, part, examples, fp8_query=False)
+    return tally
+
+
 def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernels.
 
@@ -198,6 +210,9 @@ JOBS: dict[str, Callable[[], Tally]] = {
     "flashinfer_sm100_heads": lambda: dense_heads(
         *(flashinfer, (10, 0), 60), sinks=True, fp8_with_sinks=False, layouts=("LBHNC", "BLHNC")
     ),
+    "paged_triton": lambda: paged_triton(16),
+    "paged_triton_heads": lambda: dense_heads(paged_triton, 10),
+    "paged_triton_own": lambda: own_positions(paged_triton, 12, fp8=False),
     "triton_heads": lambda: dense_heads(triton, 10),
     "triton_own": lambda: triton_own_positions(24),
 }

@@ -22,9 +22,7 @@ from xformers.ops.fmha import attn_bias, flash, triton_splitk
 
 from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.merge import merge
-
-HEAD_SIZES = (16, 32, 64, 128, 256)
-DTYPES = (torch.float16, torch.bfloat16)
+from starling.attention_backends.kernels.xformers.probe import DTYPES, HEAD_SIZES
 
 
 def context_bias(

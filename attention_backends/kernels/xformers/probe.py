@@ -13,6 +13,8 @@ from packaging.version import Version
 XFORMERS = Version("0.0.35")
 TRITON_END = Version("3.9")
 CAPABILITY = (8, 0)
+HEAD_SIZES = (16, 32, 64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16)
 PAGED_OP = "xformers/ops/fmha/triton_splitk.py"
 
 

@@ -141,7 +141,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     report: dict[str, Any] = {
         "model": model,
         "attention_backend": attention_backend(config),
-        "attention_op": attention_op(config, starling.cpu_attention),
+        "attention_op": attention_op(config, starling.cpu_attention, starling.gpu_attention),
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "kv_cache": cache,
         "star_defaults": star.model_dump(),

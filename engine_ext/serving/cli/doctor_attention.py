@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from starling.config.entry import GPU_ATTENTION
+
 
 def attention_backend(config: Any) -> dict[str, str]:
     """The attention backend, and why it is used."""
+    from starling.attention_backends.paged.names import NAME
     from starling.attention_backends.star.backend import WRAPPED
     from starling.engine_ext.refusals import is_attamba
 
@@ -16,19 +19,19 @@ def attention_backend(config: Any) -> dict[str, str]:
         return {"name": "CPU_ATTN", "why": "the CPU platform has no other"}
     chosen = config.attention_config.backend
     if chosen is not None:
-        return {"name": chosen.name, "why": "--attention-backend names it"}
+        own = chosen.name == NAME
+        return {"name": chosen.name, "why": f"{GPU_ATTENTION} names it" if own else "--attention-backend names it"}
     return {"name": "automatic", "why": f"vLLM selects it at its start; Star Attention runs on {', '.join(WRAPPED)}"}
 
 
 SAMPLES = {"decode, 1k keys": (1, 1024), "decode, 32k keys": (1, 32_768), "prefill of 2,048 tokens": (2048, 32_768)}
 
 
-def attention_op(config: Any, setting: str) -> dict[str, str]:
-    """The attention op of some batches, and why it is used.
+GPU_KERNELS = {"triton": "Starling's Triton kernels", "xformers": "xformers' kernels"}
 
-    Args:
-        setting: the option ``cpu_attention``.
-    """
+
+def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[str, str]:
+    """The attention op of some batches, and why it is used; the settings are the options of these names."""
     from starling.attention_backends.kernels.cpu.build import compiler
     from starling.attention_backends.kernels.cpu.selection import Processor, select_op
     from starling.engine_ext.refusals import document_refusals, is_attamba, unread_isa
@@ -37,12 +40,14 @@ def attention_op(config: Any, setting: str) -> dict[str, str]:
     if is_attamba(config):
         kinds = "C++ ops" if compiler() else "torch code: there is no C++ compiler"
         return {"name": "Starling's", "why": f"Attamba's layers run Starling's {kinds if on_cpu else 'Triton kernels'}"}
+    if not on_cpu and gpu_attention in GPU_KERNELS:
+        return {"name": GPU_KERNELS[gpu_attention], "why": f"{GPU_ATTENTION}={gpu_attention} selects them"}
     if not on_cpu:
         why = "on GPUs the backend's own kernels run, also for star rows"
         if not document_refusals(config):
             why += "; steps of prompts whose blocks have positions of their own run Starling's Triton kernels"
         return {"name": "vLLM's", "why": why}
-    if setting == "vllm":
+    if cpu_attention == "vllm":
         return {"name": "vLLM's", "why": "--cpu-attention vllm selects it"}
     if compiler() is None:
         return {"name": "vLLM's", "why": "there is no C++ compiler to build Starling's op"}

@@ -77,7 +77,18 @@ def test_the_table_has_both_tools_where_both_measured():
 
 
 def test_each_plan_is_compared_with_dense(run):
-    counts = (0, 0, 0, 4, 4, 8, 8, 12, 12, 16)  # before and after dense, and four star plans of two tasks and two prompts
+    counts = (
+        0,
+        0,
+        0,
+        4,
+        4,
+        8,
+        8,
+        12,
+        12,
+        16,
+    )  # before and after dense, and four star plans of two tasks and two prompts
     result = run(*counts)
     assert [(cell["task"], cell["prompts"], cell["score"]) for cell in result["cells"]] == [
         *[("niah_multikey_2", 2, 0.5)] * 4,

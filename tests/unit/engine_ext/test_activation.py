@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
 from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama
 from starling.config.entry import parse_config
 from starling.config.parsing import OptionError
-from starling.engine_ext import plugin
+from starling.engine_ext import activation, plugin
 from starling.engine_ext.activation import (
     MIDDLEWARE,
     PAGE_MIDDLEWARE,
@@ -353,3 +354,24 @@ def test_over_how_many_replicas_kv_is_divided_by_default(model):
     ):
         with pytest.raises(ValueError, match=rf"star_shards='on' is refused: .*{refused}"):
             num_shards(number, star_shards="on", **star)
+
+
+class TestGpuAttention:
+    """The option ``gpu_attention``."""
+
+    def test_it_selects_vllms_backend_for_others(self, monkeypatch):
+        monkeypatch.setattr(activation, "current_platform", SimpleNamespace(device_type="cuda"))
+        args = AsyncEngineArgs(model="m", additional_config={"starling": {"gpu_attention": "triton"}})
+        before_engine_config(args)
+        assert args.attention_backend is AttentionBackendEnum.CUSTOM
+
+    def test_it_is_refused_on_a_cpu(self, model):
+        with pytest.raises(OptionError, match=r"starling.gpu_attention='triton' is refused: the engine runs on cpu"):
+            engine_config(model, additional_config={"starling": {"gpu_attention": "triton"}})
+
+    @pytest.mark.parametrize(
+        "given", [{"attention_backend": "FLASHINFER"}, {"attention_config": {"backend": "FLASHINFER"}}]
+    )
+    def test_a_backend_beside_it_is_refused(self, model, given):
+        with pytest.raises(OptionError, match="--attention-backend FLASHINFER is given too"):
+            engine_config(model, additional_config={"starling": {"gpu_attention": "xformers"}}, **given)

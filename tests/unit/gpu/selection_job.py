@@ -9,7 +9,7 @@ from itertools import product
 from tests.unit.gpu.cuda_process import become_cuda
 
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
-BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", None)
+BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CUSTOM", None)
 
 
 def main() -> None:
@@ -20,9 +20,11 @@ def main() -> None:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from starling.attention_backends.paged.names import CLASSES, register_paged_backend
     from starling.attention_backends.star.backend import register_star_backends
 
-    register_star_backends()
+    register_paged_backend("triton")
+    register_star_backends("triton")
     config = selector.AttentionSelectorConfig(
         head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
     )
@@ -37,7 +39,7 @@ def main() -> None:
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"
             continue
-        base = resolve_obj_by_qualname(AttentionBackendEnum[backend.get_name()].value)
+        base = resolve_obj_by_qualname(AttentionBackendEnum[backend.get_name()].value or CLASSES["triton"])
         entry |= {
             "name": backend.get_name(),
             "class": backend.__name__,

@@ -16,6 +16,7 @@ from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 from vllm.v1.worker.worker_base import WorkerBase
 
+from starling.attention_backends.paged.names import NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.head_calls import use_dense_heads
 from starling.attention_backends.star.rows import is_split
@@ -69,7 +70,7 @@ def make_worker(mode="off", **changes):
 @pytest.fixture(autouse=True)
 def unregistered():
     yield
-    for name in WRAPPED:
+    for name in (*WRAPPED, NAME):
         AttentionBackendEnum[name].clear_override()
     use_dense_heads(False)
 
@@ -84,6 +85,21 @@ REFUSED = {"speculative_config": drafting("medusa")}
 def test_backends_are_wrapped_where_star_can_run_and_on_cpu_for_its_op(device, refused, wrapped):
     make_worker(device_config__device_type=device, **refused)
     assert all(AttentionBackendEnum[name].is_overridden() == wrapped for name in WRAPPED)
+
+
+@pytest.mark.parametrize(("refused", "star"), [({}, "Star"), (REFUSED, "")])
+@pytest.mark.parametrize(("setting", "name"), [("triton", "TritonBackend"), ("xformers", "XformersBackend")])
+def test_a_worker_registers_the_backend_that_gpu_attention_names(setting, name, refused, star):
+    make_worker(
+        device_config__device_type="cuda", additional_config={"starling": {"gpu_attention": setting}}, **refused
+    )
+    backend = AttentionBackendEnum[NAME].get_class()
+    assert (backend.__name__, backend.get_name()) == (star + name, NAME)
+
+
+def test_no_backend_is_registered_where_vllm_chooses():
+    make_worker(device_config__device_type="cuda")
+    assert not AttentionBackendEnum[NAME].is_overridden()
 
 
 def test_an_engine_that_refuses_star_keeps_the_full_graphs_of_its_backend():

@@ -1,0 +1,1 @@
+"""Starling's paged attention as attention backends of vLLM, for GPUs."""

@@ -107,7 +107,7 @@ case "${1:-}" in
     .venv/bin/python -m starling.engine_ext.vllm_alias
     ;;
   lock)
-    compile "$LOCK" --override "$OVERRIDES" --extra cpu --extra dev --extra bench --extra docs pyproject.toml
+    compile "$LOCK" --override "$OVERRIDES" --extra cpu --extra xformers --extra dev --extra bench --extra docs pyproject.toml
     build_requirements | compile "$BUILD_LOCK" -
     ;;
   *) die "usage: .ci/env.sh install|lock" ;;

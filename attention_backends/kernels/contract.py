@@ -130,7 +130,8 @@ class Operands:
             Their head sizes D and Dv may differ.
         block_table: (R, C) int32. Columns past a row's keys may hold anything, and so may the cache where no query of
             the row sees a key.
-        query_start_loc: (R + 1,) int32, non-decreasing from 0 to T, or with ``row_heads`` to a multiple of T.
+        query_start_loc: (R + 1,) int32, non-decreasing from 0 to T, or with ``row_heads`` to a multiple of T. It may
+            end before T: the tokens behind are padding, whose out is not written and whose lse may be anything.
         seq_lens: (R,) int32, keys of each row, which may be 0. With ``causal`` they include the row's query tokens.
         scale: factor of the scores.
         causal: whether a query sees the keys up to its own position only.

@@ -28,7 +28,7 @@ from starling.attention_backends.star import turned  # noqa: E402
 from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
-from tests.gpu_contract.cases import cases, expected, gathers_pages, numbers  # noqa: E402
+from tests.gpu_contract.cases import PAGES, cases, expected, gathers_pages, numbers  # noqa: E402
 from tests.gpu_contract.engine import run_case  # noqa: E402
 
 BOUND = 1e-6
@@ -145,6 +145,28 @@ def paged_triton(examples: int, **drawn: Any) -> Tally:
     return tally
 
 
+def paged_xformers(examples: int) -> Tally:
+    """xformers' paged kernel as the backend of all layers (``gpu_attention``), interpreted, in float32.
+
+    The causal part is the reference's: FlashAttention needs a GPU.
+    """
+    os.environ["XFORMERS_ENABLE_TRITON"] = "1"
+    from starling.attention_backends.kernels.xformers import attention
+    from starling.attention_backends.paged.backend import XformersBackend
+    from tests.kernels.xformers.jobs import reference_causal_part
+
+    for page_size in {page for _, page in PAGES}:
+        operator = attention.paged_op(page_size)
+        operator.SUPPORTED_DEVICES, operator.SUPPORTED_DTYPES = {"cpu"}, {torch.float32}
+    attention.DTYPES, attention.causal_part = (torch.float32,), reference_causal_part
+    strategy = cases(fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3)
+    unwindowed = strategy.filter(lambda case: case.window is None)
+    tally = Tally()
+    for part in (unwindowed.filter(gathers_pages), unwindowed):
+        hold(XformersBackend, tally, part, examples)
+    return tally
+
+
 def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernels.
 
@@ -210,9 +232,10 @@ JOBS: dict[str, Callable[[], Tally]] = {
     "flashinfer_sm100_heads": lambda: dense_heads(
         *(flashinfer, (10, 0), 60), sinks=True, fp8_with_sinks=False, layouts=("LBHNC", "BLHNC")
     ),
-    "paged_triton": lambda: paged_triton(16),
-    "paged_triton_heads": lambda: dense_heads(paged_triton, 10),
-    "paged_triton_own": lambda: own_positions(paged_triton, 12, fp8=False),
+    "paged_triton": lambda: paged_triton(10),
+    "paged_triton_heads": lambda: dense_heads(paged_triton, 6),
+    "paged_triton_own": lambda: own_positions(paged_triton, 6, fp8=False),
+    "paged_xformers": lambda: paged_xformers(10),
     "triton_heads": lambda: dense_heads(triton, 10),
     "triton_own": lambda: triton_own_positions(24),
 }

@@ -103,12 +103,13 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     out = operands.make_out()
     if not sizes.tokens:
         return out, operands.make_lse()
-    grouped = query.view(1, sizes.tokens, sizes.kv_heads, group, sizes.key_size)
     # xformers does not support rows without queries where the other rows have one query each.
     query_lens = operands.query_start_loc.diff()
     live = query_lens.nonzero().flatten()
     block_table = operands.block_table[live]
     queries, lens = query_lens[live].tolist(), operands.seq_lens[live].tolist()
+    num_tokens = sum(queries)  # others may be behind those of the rows: a CUDA graph's padding
+    grouped = query[:num_tokens].view(1, num_tokens, sizes.kv_heads, group, sizes.key_size)
     own = own_lens(queries, lens) if operands.causal else [0] * len(lens)
     context = [length - tokens for length, tokens in zip(lens, own, strict=True)]
 
@@ -118,8 +119,8 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(
             f"keys {operands.keys.stride()} and values {operands.values.stride()}: xformers steps over both alike"
         )
-    outs = query.new_zeros(2, sizes.tokens, sizes.heads, sizes.value_size)
-    lses = query.new_full((2, sizes.tokens, sizes.heads), float("-inf"), dtype=torch.float32)
+    outs = query.new_zeros(2, num_tokens, sizes.heads, sizes.value_size)
+    lses = query.new_full((2, num_tokens, sizes.heads), float("-inf"), dtype=torch.float32)
     if any(context):
         outs[0], lses[0] = _ungroup(
             fmha.memory_efficient_attention_partial(
@@ -144,7 +145,10 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
             )
         )
     merged, lse = merge(outs, lses)
-    return torch.mul(merged, operands.v_scale, out=out), lse
+    torch.mul(merged, operands.v_scale, out=out[:num_tokens])
+    whole = operands.make_lse()
+    whole[:num_tokens] = lse
+    return out, whole
 
 
 def check_supported(operands: Operands) -> None:

@@ -21,6 +21,7 @@ from starling.attention_backends.kernels.contract import FP8_DTYPES, Operands, S
 from starling.attention_backends.kernels.xformers.probe import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
 from starling.attention_backends.paged.names import NAME
 from starling.config.entry import GPU_ATTENTION
+from starling.vllm_compat.attention import cache_scales
 from starling.vllm_compat.patching import touches
 
 Kernel = Callable[[Operands], tuple[torch.Tensor, torch.Tensor]]
@@ -61,7 +62,6 @@ class PagedImpl(TritonAttentionImpl):
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
 
-    @touches("vllm.v1.attention.backend.AttentionLayer.{_k_scale_float, _v_scale_float}")
     def forward(
         self,
         layer: Any,
@@ -89,7 +89,7 @@ class PagedImpl(TritonAttentionImpl):
         scales = {}
         if self.kv_cache_dtype in FP8_DTYPES:
             keys, values = (as_fp8(cache, self.kv_cache_dtype) for cache in (keys, values))
-            scales = {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
+            scales = cache_scales(layer)
         self.kernel(
             Operands(
                 query[:tokens].view(shape),

@@ -86,7 +86,7 @@ class PagedImpl(TritonAttentionImpl):
             return output.fill_(0)
         tokens, shape = attn_metadata.num_actual_tokens, (-1, self.num_heads, self.head_size)
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        scales = {}
+        scales: dict[str, Any] = {}
         if self.kv_cache_dtype in FP8_DTYPES:
             keys, values = (as_fp8(cache, self.kv_cache_dtype) for cache in (keys, values))
             scales = cache_scales(layer)

@@ -81,10 +81,13 @@ class Engines:
         return NOISE * self.dense_gap if self.dense_gap else NOISE_WITHOUT_REFERENCE
 
 
-def make_engines(model: str, vocabulary: int, setting: Setting, gpu: bool, folder: Path, **arguments: Any) -> Engines:
+def make_engines(
+    model: str, vocabulary: int, max_length: int, setting: Setting, gpu: bool, folder: Path, **arguments: Any
+) -> Engines:
     """The engines of a setting; none is started yet.
 
     Args:
+        max_length: tokens that the model takes, at least ``prompts.LONGEST``.
         folder: gets the file of the scores of KV heads.
         arguments: further arguments of vllm.LLM, which go before the setting's.
     """
@@ -92,7 +95,7 @@ def make_engines(model: str, vocabulary: int, setting: Setting, gpu: bool, folde
         "model": model,
         "dtype": "bfloat16" if gpu else "float32",
         "block_size": p.PAGE_SIZE,
-        "max_model_len": p.MAX_LENGTH,
+        "max_model_len": min(p.MAX_LENGTH, max_length),
         "num_gpu_blocks_override": p.NUM_PAGES,
         "max_num_batched_tokens": p.STEP_TOKENS,
         "max_num_seqs": 64,

@@ -64,6 +64,17 @@ def vocabulary(model: str) -> int:
     return AutoConfig.from_pretrained(model).get_text_config().vocab_size
 
 
+def max_length(model: str) -> int:
+    """Tokens of the longest prompt with its output for which vLLM starts a model, by vLLM's own reading of its config.
+
+    Raises:
+        ValueError, OSError: vLLM can't serve the model.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=model, skip_tokenizer_init=True).create_model_config().max_model_len
+
+
 def alternating_scores(model: str) -> HeadScores:
     """Scores with which every second KV head of each full-attention layer comes first."""
     from transformers import AutoConfig

@@ -10,6 +10,9 @@ PAGE_SIZE, BLOCK, QUERY, LENGTH, NEW = 32, 128, 37, 600, 16
 STEP_TOKENS = 256  # a step cuts prompts anywhere
 NUM_PAGES, MAX_LENGTH = 150, 2048
 GROWTH, PREEMPTED = 80, 8  # eight prompts fit in the cache, and their outputs do not
+PREEMPTED_LENGTH = 550
+LONGEST = max(LENGTH + NEW, PREEMPTED_LENGTH + GROWTH)
+"""Tokens of the longest prompt with its output: below this ``max_model_len`` the engine checks can't run."""
 EDITED_BLOCK = 2
 STAR = {"star": "on", "star_block_size": BLOCK, "star_overlap_size": 0, "star_query_tokens": QUERY}
 ONE_BLOCK = STAR | {"star_block_size": 1024}
@@ -82,7 +85,9 @@ def star_batches(vocabulary: int, num_decodes: int) -> dict[str, list[Prompt]]:
     edited = star | {"ids": ids}
     decodes = [make_prompt(100 + seed, 20, vocabulary, max_tokens=2 * NEW, cold=True) for seed in range(num_decodes)]
     growing = [
-        make_prompt(200 + seed, 550, vocabulary, cold=True, max_tokens=GROWTH, star=STAR if seed % 2 else None)
+        make_prompt(
+            200 + seed, PREEMPTED_LENGTH, vocabulary, cold=True, max_tokens=GROWTH, star=STAR if seed % 2 else None
+        )
         for seed in range(PREEMPTED)
     ]
     return plain_batches(vocabulary) | {

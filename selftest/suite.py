@@ -22,7 +22,8 @@ from starling.selftest.engine_checks import (
 )
 from starling.selftest.engine_run import EngineRun
 from starling.selftest.kernels import kernel_checks
-from starling.selftest.model import LONG, TINY, VOCABULARY, make_model, vocabulary
+from starling.selftest.model import LONG, TINY, VOCABULARY, make_model, max_length, vocabulary
+from starling.selftest.prompts import LONGEST
 from starling.selftest.result import Check, Result, Skip
 from starling.selftest.rows import row_checks
 from starling.selftest.speed import speed_checks
@@ -51,16 +52,18 @@ def make_suite(
             arguments |= GPU_MEMORY if gpu else {}
         else:
             tiny, long, size = model, model, vocabulary(model)
+        longest = max_length(tiny)
         checks, engines = [*kernel_checks(), *row_checks()], {}
         for setting in settings(gpu, quick):
-            reason = setting_refusal(setting)
+            reason = setting_refusal(setting) or length_refusal(longest)
             if reason is not None:
                 checks.append(Check(setting.name(), functools.partial(Skip, reason)))
                 continue
-            engines[setting.name()] = made = make_engines(tiny, size, setting, gpu, Path(folder), **arguments)
+            engines[setting.name()] = made = make_engines(tiny, size, longest, setting, gpu, Path(folder), **arguments)
             checks += engine_checks(setting.name(), made)
-        checks += two_gpu_checks(next(iter(engines.values())))
-        yield [*checks, *([] if quick else speed_checks(long, size, gpu, **arguments))], engines
+        checks += two_gpu_checks(next(iter(engines.values()), None))
+        speed = [] if quick else speed_checks(long, size, max_length(long), gpu, **arguments)
+        yield [*checks, *speed], engines
 
 
 def setting_refusal(setting: Setting) -> str | None:
@@ -72,7 +75,17 @@ def setting_refusal(setting: Setting) -> str | None:
     return None
 
 
-def two_gpu_checks(engines: Engines) -> list[Check]:
+def length_refusal(longest: int) -> str | None:
+    """Why a model that takes ``longest`` tokens can't run the engine checks; None where it can."""
+    if longest >= LONGEST:
+        return None
+    return f"the model takes {longest:,} tokens at most, and the prompts of the engine checks have up to {LONGEST:,}"
+
+
+def two_gpu_checks(engines: Engines | None) -> list[Check]:
+    """The checks of two GPUs; ``engines`` is None where no setting can run."""
+    if engines is None:
+        return [Check("two GPUs", functools.partial(Skip, "no engine of one GPU can run to compare with"))]
     return [
         Check("two GPUs: TP=2 equals TP=1", functools.partial(check_tensor_parallel, engines)),
         Check("two GPUs: moved pages are equal", skip_moved_pages),

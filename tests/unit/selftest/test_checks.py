@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 
 from starling.attention_backends.kernels.cpu import fallback
-from starling.selftest import engine_checks, engine_run, kernels, model, rows, suite
+from starling.selftest import engine_checks, engine_run, kernels, model, rows, speed, suite
 from starling.selftest import prompts as p
 from starling.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.selftest.engine_run import EngineError, EngineRun
@@ -143,6 +144,11 @@ def test_the_message_of_a_crash_is_what_the_process_printed():
         engine_run.run_engine({"batches": {}}, {})
 
 
+def test_the_longest_prompt_has_room_for_the_padding_of_documents():
+    padded = sum(-(-length // p.PAGE_SIZE) * p.PAGE_SIZE for length in p.DOCUMENTS)
+    assert padded + p.QUERY + p.NEW <= p.LONGEST <= p.MAX_LENGTH
+
+
 def test_settings():
     assert settings(gpu=False, quick=False) == settings(gpu=False, quick=True) == [Setting("V1", True)]
     assert len(settings(gpu=True, quick=True)) == 1
@@ -156,3 +162,65 @@ def test_what_needs_two_gpus_is_skipped_with_the_reason(monkeypatch, gpus, reaso
     skipped = suite.skip_moved_pages()
     assert isinstance(skipped, Skip) and reason in skipped.reason
     assert (suite.two_gpus_missing() is None) == (gpus == 2)
+
+
+def engines_asked_for(monkeypatch, path: str) -> tuple[list[dict], dict[str, str]]:
+    """The arguments of each engine that a GPU's checks start for a model, and why checks are skipped, by their names.
+
+    Each engine ends at once, as one that crashes.
+    """
+    asked = []
+
+    def end(job, env):
+        asked.append(job)
+        raise EngineError("the engine's process ended with 1:")
+
+    monkeypatch.setattr(engine_run, "run_engine", end)
+    monkeypatch.setattr(suite, "kernel_checks", list)
+    monkeypatch.setattr(suite, "row_checks", list)
+    with suite.make_suite(path, gpu=True, quick=False) as (checks, _):
+        outcomes = [judge(check) for check in checks]
+    return asked, {one.name: one.detail for one in outcomes if one.verdict is Verdict.SKIP}
+
+
+@pytest.mark.parametrize("longest", [500, 700, 4096, 40960, 131072])
+def test_no_engine_is_asked_for_more_tokens_than_vllm_takes_for_the_model(tmp_path, monkeypatch, longest):
+    """vLLM itself says so, where it reads the engine's arguments. And each prompt with its output fits."""
+    sizes = model.TINY | {"max_position_embeddings": longest}
+    path = model.make_model(tmp_path / "model", torch.bfloat16, sizes)
+    asked, skipped = engines_asked_for(monkeypatch, str(path))
+    settings_and_speed = 8 * len(("plain", "star", "heads")) + 4 * len(("documents",)) + 1
+    assert len(asked) == (settings_and_speed if longest > 500 else 0)
+    for job in asked:
+        taken = EngineArgs(skip_tokenizer_init=True, **job["engine"]).create_model_config().max_model_len
+        prompts = [one for batch in job["batches"].values() for one in batch]
+        assert all(len(one["ids"]) + one["max_tokens"] <= taken <= longest for one in prompts)
+    reasons = [reason for reason in skipped.values() if f"the model takes {longest:,} tokens at most" in reason]
+    assert len(reasons) == {500: 11, 700: 2, 4096: 1}.get(longest, 0), skipped
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [
+        (1 << 18, {32768: 32768, 131072: 131072}),
+        (131073, {32768: 32768, 131072: 131072}),
+        (131072, {32768: 32768, 131072: 130048}),
+        (40960, {32768: 32768, 131072: 39936}),
+        (32768, {32768: 31744, 131072: None}),
+        (2049, {32768: 2048, 131072: None}),
+        (2048, {32768: None, 131072: None}),
+    ],
+)
+def test_prompts_whose_times_are_measured_are_shortened_to_what_the_model_takes(longest, lengths):
+    assert speed.lengths_within(speed.LENGTHS[True], longest) == lengths
+
+
+def test_a_shortened_prompt_says_so_and_one_that_is_left_out_says_why():
+    timed = SimpleNamespace(outputs=lambda name: [{"ttft": 1.0}])
+    assert speed.prefill_check(timed, 4096, 4096, "a limit").run().detail.endswith("block of n/8")
+    shorter = speed.prefill_check(timed, 4096, 3072, "the model takes 4,096 tokens at most")
+    assert shorter.name == "speed: first token of 3,072 tokens, star"
+    assert shorter.run().detail.endswith("; not 4,096 tokens, as the model takes 4,096 tokens at most")
+    left_out = speed.prefill_check(timed, 4096, None, "the model takes 700 tokens at most")
+    assert left_out.name == "speed: first token of 4,096 tokens, star"
+    assert left_out.run() == Skip("the model takes 700 tokens at most, and no other prompt of 2,048 or more fits")

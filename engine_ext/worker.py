@@ -17,7 +17,7 @@ from starling.attention_backends.star.backend import register_star_backends, tak
 from starling.attention_backends.star.head_calls import dense_heads_in_use, use_dense_heads
 from starling.attention_backends.star.head_calls import unsupported_reason as heads_unsupported
 from starling.attention_backends.star.rows import VirtualRows, is_split
-from starling.attention_backends.star.step import StarStep, open_step, restore_positions, set_positions
+from starling.attention_backends.star.step import StarStep, open_step, set_positions
 from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
@@ -41,6 +41,7 @@ from starling.vllm_compat.patching import extends
 from starling.vllm_compat.rotary import attention_blocks
 from starling.vllm_compat.worker import (
     batch_request_ids,
+    before_forward,
     keep_request_ids,
     kv_connector,
     metadata_builders,
@@ -235,8 +236,7 @@ class StarWorker:
             if block_positions_in_use():
                 self._made_rotations()
             # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
-            model.register_forward_pre_hook(set_positions, with_kwargs=True)
-            model.register_forward_hook(restore_positions, always_call=True)
+            before_forward(self.model_runner, set_positions)
             return
         config = config_of(self.vllm_config)
         if config is not None and block_positions_in_use() and config.star.mode != "off":

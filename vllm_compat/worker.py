@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from starling.vllm_compat.patching import touches
 
@@ -41,6 +43,42 @@ def batch_request_ids(runner: Any) -> Sequence[str]:
     Goes with ``keep_request_ids``.
     """
     return runner.input_batch.req_ids if hasattr(runner, "input_batch") else runner.starling_request_ids
+
+
+@touches(
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.model_state",
+    "vllm.v1.worker.gpu.model_states.interface.ModelState.prepare_inputs",
+)
+def before_forward(runner: Any, take: Callable[[torch.Tensor], None]) -> None:
+    """Give ``take`` the positions of a batch's tokens before its forward pass; it may change them in place.
+
+    vLLM has a method for this that subclasses may override: of V1's model runner, and of the model state of V2's. It
+    has no option for such a subclass. A hook of the model would not do: a model whose class vLLM compiles as a whole
+    (``support_torch_compile``) runs no hooks. Goes when the class of a model runner is an option.
+
+    Args:
+        runner: V1 or V2, with its model.
+        take: gets (tokens,) int64, or one row for each kind of positions; in V2 also those of dummy runs.
+    """
+    if hasattr(runner, "_model_forward"):
+        forward = runner._model_forward
+
+        def model_forward(*, positions: torch.Tensor, **inputs: Any) -> Any:
+            take(positions)
+            return forward(positions=positions, **inputs)
+
+        runner._model_forward = model_forward
+        return
+
+    prepare_inputs = runner.model_state.prepare_inputs
+
+    def prepare(input_batch: Any, req_states: Any) -> dict[str, Any]:
+        inputs = prepare_inputs(input_batch, req_states)
+        take(inputs.get("positions", input_batch.positions))
+        return inputs
+
+    runner.model_state.prepare_inputs = prepare
 
 
 @contextlib.contextmanager

@@ -306,21 +306,19 @@ def current_step() -> StarStep | None:
     return _current
 
 
-def set_positions(model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """A pre-hook of a model's forward method: gives the tokens of a step's block-positions plans their positions."""
-    if _current is not None:
-        _current.set_positions(kwargs["positions"])
+def set_positions(positions: torch.Tensor) -> None:
+    """Give the tokens of the open step, if there is one, the positions that its plans have for them.
 
-
-def restore_positions(model: torch.nn.Module, args: Any, output: Any) -> None:
-    """A hook after a model's forward method, see ``StarStep.restore_positions``."""
+    Args:
+        positions: (tokens,) int64, those that the model is about to get; changed in place.
+    """
     if _current is not None:
-        _current.restore_positions()
+        _current.set_positions(positions)
 
 
 @contextmanager
 def open_step(step: StarStep | None) -> Iterator[None]:
-    """Make ``step`` the current one.
+    """Make ``step`` the current one. The positions that its forward pass changed are restored at its end.
 
     Raises:
         RuntimeError: no attention layer read the plans, or the model did not take their positions. The answer would be
@@ -332,6 +330,8 @@ def open_step(step: StarStep | None) -> Iterator[None]:
         yield
     finally:
         _current = None
+        if step is not None:
+            step.restore_positions()
     if step is not None and not step.engaged:
         raise RuntimeError("a step with star requests ran, but no full-attention layer took their plans")
     if step is not None and step.has_unset_positions:

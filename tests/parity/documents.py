@@ -21,7 +21,7 @@ def block_logprobs(
     """(len(ids) - 1,) log-probability of each of ``ids[1:]``.
 
     Args:
-        model: path of a Llama checkpoint.
+        model: path of a checkpoint of a Llama, or of an Ernie 4.5.
         ids: prompt and output.
         pieces: (start, stop) of each block of the context, the head first, which may be empty.
         anchor_size: tokens of the head that each block sees.
@@ -60,6 +60,9 @@ def logprobs(
         # In float32, as Transformers and vLLM have them: at position 500 they are off by up to 3e-5.
         angles = torch.outer(positions.float(), frequencies)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        if config["model_type"] == "ernie4_5":  # pairs of neighbours
+            left, right = x[..., ::2], x[..., 1::2]
+            return torch.stack((left * cos - right * sin, right * cos + left * sin), -1).flatten(-2)
         left, right = x.chunk(2, -1)
         return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
 

@@ -6,6 +6,7 @@ is reused, and the answer is that of computing everything.
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
 
 from benchmarks.random_llama import make_random_llama
 from tests.parity.documents import block_logprobs, dense_logprobs
@@ -138,6 +141,28 @@ def test_logprobs_are_those_of_positions_of_a_blocks_own(model, runner):
     first, tokens = PROMPTS[0], result[2][0]["token_ids"]
     dense_gap = (first.expected(model, tokens) - dense_logprobs(model, first.ids + tokens)).abs().max()
     assert dense_gap > 1000 * LIMIT
+
+
+@pytest.fixture(scope="module")
+def compiled_as_a_whole(tmp_path_factory):
+    """An Ernie 4.5, whose top class in vLLM is compiled itself, and so runs no hooks. It is a Llama but for its rotary
+    embedding, which turns pairs of neighbours.
+    """
+    path = make_random_llama(tmp_path_factory.mktemp("models") / "ernie", **TINY)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "use_bias": False}
+    (path / "config.json").write_text(json.dumps(config))
+    assert TorchCompileWithNoGuardsWrapper in Ernie4_5ForCausalLM.__mro__, "another model is needed here"
+    return path
+
+
+@pytest.mark.parametrize("runner", ["v1", "v1-compiled", "v2"])
+def test_a_model_whose_class_is_compiled_as_a_whole_has_documents(compiled_as_a_whole, runner):
+    requests = [prompt.request(prompt_logprobs=True) for prompt in PROMPTS[:4]]
+    for prompt, output in zip(
+        PROMPTS, run_engine(compiled_as_a_whole, [requests], **RUNNERS[runner])["batches"][0], strict=False
+    ):
+        check(compiled_as_a_whole, prompt, output)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

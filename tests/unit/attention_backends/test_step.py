@@ -18,7 +18,7 @@ from starling.attention_backends.star import backend as star_backend
 from starling.attention_backends.star import step as step_module
 from starling.attention_backends.star.backend import PATHS, WRAPPED, make_star_backend, takes_star, virtual_bounds
 from starling.attention_backends.star.rows import split_rows
-from starling.attention_backends.star.step import StarStep, current_step, open_step, restore_positions, set_positions
+from starling.attention_backends.star.step import StarStep, current_step, open_step, set_positions
 from starling.engine_ext.worker import StarRequests
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
@@ -263,32 +263,19 @@ def test_a_request_with_keys_on_other_replicas_is_a_star_request_until_it_finish
     assert set(requests.metadata) == {"b"}
 
 
-class Model(torch.nn.Module):
-    """Notes the positions that it is called with, and fails if it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-        self.register_forward_pre_hook(set_positions, with_kwargs=True)
-        self.register_forward_hook(restore_positions, always_call=True)
-
-    def forward(self, positions: torch.Tensor, fails: bool = False) -> None:
-        self.seen = positions.tolist()
+@pytest.mark.parametrize("fails", [False, True])
+def test_positions_are_those_of_the_prompt_again_after_the_step(fails):
+    """Model runner V2 samples after the step, and counts output tokens by them."""
+    step, positions = make_step({}, {}), torch.arange(7, 13)
+    step._positions, step.engaged = [(2, np.array([3, 4, 5]))], True
+    with pytest.raises(RuntimeError, match="no memory") if fails else nullcontext(), open_step(step):
+        set_positions(positions)
+        assert positions.tolist() == [7, 8, 3, 4, 5, 12]
         if fails:
             raise RuntimeError("no memory")
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_positions_are_those_of_the_prompt_again_after_the_model_ran(fails):
-    """Model runner V2 counts output tokens by them. They are set again in each run of a step."""
-    step, model, positions = make_step({}, {}), Model(), torch.arange(7, 13)
-    step._positions, step.engaged = [(2, np.array([3, 4, 5]))], True
-    with open_step(step):
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="no memory") if fails else nullcontext():
-                model(positions=positions, fails=fails)
-            assert model.seen == [7, 8, 3, 4, 5, 12]
-            assert positions.tolist() == [7, 8, 9, 10, 11, 12]
+    assert positions.tolist() == [7, 8, 9, 10, 11, 12]
+    set_positions(positions)
+    assert positions.tolist() == [7, 8, 9, 10, 11, 12], "no step is open"
 
 
 def test_setting_positions_waits_for_no_gpu(monkeypatch):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from starling.config.entry import CHOICES, GPU_ATTENTION
+from starling.selftest.report import Report, ReportError, figure
 from starling.selftest.result import NO_GPU, Outcome, Verdict, exit_code, judge
+
+if TYPE_CHECKING:
+    from starling.selftest.engine_checks import Engines
 
 COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.SKIP: "yellow"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -30,7 +32,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("model", nargs="?", help="a checkpoint for the engine checks; default: tiny random weights")
     parser.add_argument("--quick", action="store_true", help="one engine setting, and no times")
     parser.add_argument("--attention-backend", metavar="NAME", help="vLLM's attention backend; default: its choice")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE as one JSON object")
+    parser.add_argument("--gpu-attention", choices=CHOICES[GPU_ATTENTION], help="kernels of all layers on a GPU")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="also write report.json and report.md; goes on where a run ended"
+    )
     args = parser.parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -39,20 +44,34 @@ def run(argv: Sequence[str]) -> int:
 
     console, gpu = Console(highlight=False, soft_wrap=True), has_gpu()
     machine = describe_machine()
+    options = {"model": args.model, "backend": args.attention_backend, "gpu_attention": args.gpu_attention}
+    try:
+        report = Report(args.report, machine, options) if args.report else None
+    except ReportError as error:
+        parser.error(f"--report: {error}")
     print_table(console, machine if gpu else machine | {"cards": "none: the CPU part runs"})
     outcomes: list[Outcome] = []
-    with make_suite(args.model, gpu=gpu, quick=args.quick, backend=args.attention_backend) as (checks, engines):
+    with make_suite(**options, gpu=gpu, quick=args.quick) as (checks, engines):
         for number, check in enumerate(checks, start=1):
+            if report is not None and check.name in report.kept:
+                outcomes.append(report.kept[check.name])
+                console.print(format_outcome(outcomes[-1]) + " (from an earlier run)")
+                continue
             with console.status(f"{number} of {len(checks)}: {escape(check.name)}"):
                 outcomes.append(judge(check))
             console.print(format_outcome(outcomes[-1]))
-        environments = {name: pair.star.environment() for name, pair in engines.items()}
-    code = exit_code(outcomes, gpu)
+            if report is not None:
+                report.write(outcomes, environments(engines), None)
+        code = exit_code(outcomes, gpu)
+        if report is not None:
+            report.write(outcomes, environments(engines), code)
     console.print(summary(outcomes, gpu))
-    if args.json:
-        report = {"machine": machine, "engines": environments, "checks": list(map(to_json, outcomes)), "exit": code}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
     return code
+
+
+def environments(engines: dict[str, Engines]) -> dict[str, dict[str, str]]:
+    """The environment of each setting's activated engine, if it has run."""
+    return {name: made.star.environment() for name, made in engines.items() if made.star.has_run}
 
 
 def print_table(console: Console, rows: dict[str, Any]) -> None:
@@ -64,17 +83,9 @@ def print_table(console: Console, rows: dict[str, Any]) -> None:
 
 def format_outcome(outcome: Outcome) -> str:
     """A check's line: verdict, name, measured, bound, detail, in rich's markup."""
-    measured = "" if outcome.measured is None else f"{outcome.measured:.3g} {outcome.unit}"
-    bound = "" if outcome.bound is None else f" (at most {outcome.bound:.3g})"
     colour = COLOURS[outcome.verdict]
-    parts = [outcome.name, measured + bound, outcome.detail]
+    parts = [outcome.name, figure(outcome), outcome.detail]
     return f"[{colour}]{outcome.verdict}[/{colour}] " + escape(" | ".join(filter(None, parts)))
-
-
-def to_json(outcome: Outcome) -> dict[str, Any]:
-    """The outcome's fields; null for a figure that is not finite, which JSON can't hold."""
-    fields = asdict(outcome)
-    return fields | {"measured": outcome.measured if math.isfinite(outcome.measured or 0) else None}
 
 
 def summary(outcomes: Sequence[Outcome], gpu: bool) -> str:

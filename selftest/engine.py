@@ -1,8 +1,9 @@
 """One vLLM engine in a process of its own: `python -m starling.selftest.engine JOB.json` prints its results.
 
 A job is {"engine": arguments of vllm.LLM, "batches": {name: [prompt, ...]}}. Batches run one after the other, the
-prompts of a batch together. A prompt is {"ids", "max_tokens", "star": star options, "prompt_logprobs", "cold"}; a cold
-prompt reads nothing from the prefix cache. The last line of standard output has ``RESULT`` and then JSON.
+prompts of a batch together. A prompt is {"ids", "max_tokens", "star": star options, "prompt_logprobs", "cold", "bare"}.
+A cold prompt reads nothing from the prefix cache, and a bare one has no log-probabilities. The last line of standard
+output has ``RESULT`` and then JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run_batch(llm: Any, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
             temperature=0,
             ignore_eos=True,
             detokenize=False,
-            logprobs=2,
+            logprobs=None if prompt.get("bare") else 2,
             prompt_logprobs=0 if prompt.get("prompt_logprobs") else None,
             skip_reading_prefix_cache=True if prompt.get("cold") else None,
             extra_args=prompt.get("star") or None,
@@ -58,11 +59,9 @@ def read_output(output: Any) -> dict[str, Any]:
     ``margins`` has, for each generated token, by how much it is more probable than the second best, in nats.
     """
     (choice,) = output.outputs
-    chosen = [step[token].logprob for step, token in zip(choice.logprobs, choice.token_ids, strict=True)]
-    second = [
-        max(entry.logprob for other, entry in step.items() if other != token)
-        for step, token in zip(choice.logprobs, choice.token_ids, strict=True)
-    ]
+    steps = list(zip(choice.logprobs, choice.token_ids, strict=True)) if choice.logprobs else []
+    chosen = [step[token].logprob for step, token in steps]
+    second = [max(entry.logprob for other, entry in step.items() if other != token) for step, token in steps]
     prompt = zip((output.prompt_logprobs or [])[1:], output.prompt_token_ids[1:], strict=False)
     times, count = output.metrics, len(choice.token_ids)
     return {

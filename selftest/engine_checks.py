@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -82,13 +82,22 @@ class Engines:
 
 
 def make_engines(
-    model: str, vocabulary: int, max_length: int, setting: Setting, gpu: bool, folder: Path, **arguments: Any
+    model: str,
+    vocabulary: int,
+    max_length: int,
+    setting: Setting,
+    gpu: bool,
+    folder: Path,
+    *,
+    starling: Mapping[str, Any],
+    **arguments: Any,
 ) -> Engines:
     """The engines of a setting; none is started yet.
 
     Args:
         max_length: tokens that the model takes, at least ``prompts.LONGEST``.
         folder: gets the file of the scores of KV heads.
+        starling: options of the activated engines.
         arguments: further arguments of vllm.LLM, which go before the setting's.
     """
     engine = {
@@ -105,15 +114,17 @@ def make_engines(
     } | arguments
     env = {} if setting.runner is None else {"VLLM_USE_V2_MODEL_RUNNER": str(int(setting.runner == "V2"))}
     batches = p.star_batches(vocabulary, num_decodes=63 if gpu else 7)
-    activated = engine | {"additional_config": {"starling": {}}}
+
+    def activated(**options: Any) -> dict[str, Any]:
+        return engine | {"additional_config": {"starling": dict(starling) | options}}
+
     plain = EngineRun(engine, p.plain_batches(vocabulary), env)
-    star = EngineRun(activated, batches, env)
+    star = EngineRun(activated(), batches, env)
     scores = folder / "scores.json"
     scores.write_text(alternating_scores(model).model_dump_json())
-    with_heads = {"starling": {"star_heads": str(scores), "star_dense_heads": p.DENSE_HEADS}}
-    heads = EngineRun(engine | {"additional_config": with_heads}, p.head_batches(vocabulary), env)
-    with_documents = {"starling": p.WITH_DOCUMENTS}
-    documents = EngineRun(engine | {"additional_config": with_documents}, p.document_batches(vocabulary), env)
+    with_heads = activated(star_heads=str(scores), star_dense_heads=p.DENSE_HEADS)
+    heads = EngineRun(with_heads, p.head_batches(vocabulary), env)
+    documents = EngineRun(activated(**p.WITH_DOCUMENTS), p.document_batches(vocabulary), env)
     return Engines(model, plain, star, heads, documents if setting.kv_dtype == "auto" else None)
 
 

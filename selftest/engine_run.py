@@ -47,6 +47,10 @@ class EngineRun:
         except EngineError as error:
             return error
 
+    @property
+    def has_run(self) -> bool:
+        return "_result_or_error" in vars(self)
+
     def result(self) -> dict[str, Any]:
         """{"environment", "batches"} of engine.py.
 

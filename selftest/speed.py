@@ -1,19 +1,30 @@
-"""Times without a bound: time to first token, dense and star, and the time of a token, plain and activated."""
+"""Times without a bound: of the first token, dense and star, and of a token, plain, activated and behind documents."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starling.selftest.engine_run import EngineRun
-from starling.selftest.prompts import make_prompt
+from starling.selftest.model import alternating_scores
+from starling.selftest.prompts import QUERY, WITH_DOCUMENTS, Prompt, make_prompt
 from starling.selftest.result import Check, Result, Skip
+
+Batches = dict[str, list[Prompt]]
 
 LENGTHS = {True: (32_768, 131_072), False: (4_096,)}  # by whether there is a GPU
 DECODED, DECODE_PROMPT, RUNS = 32, 512, 6  # the fastest run counts, as other programs slow the others down
 DECODE_LENGTH = DECODE_PROMPT + DECODED
 BLOCK_FRACTION = 8  # of the prompt
+DENSE_HEADS = 0.1
+DOCUMENTS, DOCUMENT_TOKENS = 16, {True: 256, False: 64}
+DOCUMENT_REQUESTS = {True: (1, 8, 64), False: (1, 4)}
+WARM = "warm"  # begins the names of batches that are not timed
+BESIDE = 8  # requests with documents beside a long prompt that decodes
 STEP = 1024  # prompts that are shortened have a multiple of this, of which an eighth is whole KV pages
 SHORTEST = 2 * STEP  # a shorter prefill has too little attention to show what star saves
 
@@ -36,11 +47,38 @@ def lengths_within(lengths: Sequence[int], max_length: int) -> dict[int, int | N
     return found
 
 
-def speed_checks(model: str, vocabulary: int, max_length: int, gpu: bool, **arguments: Any) -> list[Check]:
-    """The measurements of one plain and one activated engine.
+@dataclass(frozen=True)
+class SpeedEngines:
+    """The engines whose times are compared.
+
+    Attributes:
+        plain: of vLLM alone.
+        activated: without dense heads and documents.
+        heads, documents: made for these.
+    """
+
+    plain: EngineRun
+    activated: EngineRun
+    heads: EngineRun
+    documents: EngineRun
+
+
+def speed_checks(
+    model: str,
+    vocabulary: int,
+    max_length: int,
+    gpu: bool,
+    folder: Path,
+    *,
+    starling: Mapping[str, Any],
+    **arguments: Any,
+) -> list[Check]:
+    """The measurements, of four engines.
 
     Args:
         max_length: tokens that the model takes.
+        folder: gets the file of the scores of KV heads.
+        starling: options of the activated engines.
         arguments: further arguments of vllm.LLM.
     """
     lengths = lengths_within(LENGTHS[gpu], max_length)
@@ -48,24 +86,83 @@ def speed_checks(model: str, vocabulary: int, max_length: int, gpu: bool, **argu
     engine = {"model": model, "dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu} | arguments
     engine |= {"max_model_len": min(max([*measured, DECODE_LENGTH]) + STEP, max_length)}
     engine |= {"max_num_batched_tokens": 8192 if gpu else 2048}
-    decode = make_prompt(1, DECODE_PROMPT, vocabulary, max_tokens=DECODED, cold=True)
-    batches = {f"decode {run}": [decode] for run in range(RUNS)} if max_length >= DECODE_LENGTH else {}
-    star_batches = dict(batches)
-    for length in measured:
-        star = {"star": "on", "star_block_size": length // BLOCK_FRACTION, "star_query_tokens": 512}
-        prompt = make_prompt(2, length, vocabulary, max_tokens=1, cold=True)
-        star_batches |= {f"dense {length}": [prompt], f"star {length}": [prompt | {"star": star}]}
-    plain = EngineRun(engine, batches)
-    activated = EngineRun(engine | {"additional_config": {"starling": {}}}, star_batches)
+    scores = folder / "speed_scores.json"
+    scores.write_text(alternating_scores(model).model_dump_json())
+
+    def activated(batches: Batches, **options: Any) -> EngineRun:
+        return EngineRun(engine | {"additional_config": {"starling": dict(starling) | options}}, batches)
+
+    decodes = decode_batches(vocabulary, max_length)
+    plain_documents, documents = (
+        document_batches(vocabulary, measured, gpu, max_length, star) for star in (False, True)
+    )
+    engines = SpeedEngines(
+        EngineRun(engine, decodes | plain_documents),
+        activated(decodes | prefill_batches(vocabulary, measured, {"dense": None, "star": 0})),
+        activated(prefill_batches(vocabulary, measured, {"star": DENSE_HEADS}), star_heads=str(scores)),
+        activated(documents, **WITH_DOCUMENTS),
+    )
     limit = f"the model takes {max_length:,} tokens at most"
-    decodes: Callable[[], Result | Skip] = functools.partial(measure_decode, plain, activated)
-    if not batches:
-        decodes = functools.partial(Skip, f"{limit}, and {DECODE_LENGTH:,} are needed")
-    prefills = [prefill_check(activated, length, fits, limit) for length, fits in lengths.items()]
-    return [*prefills, Check("speed: a token, activated", decodes)]
+    checks = [prefill_check(engines, length, fits, limit) for length, fits in lengths.items()]
+    decode: Callable[[], Result | Skip] = functools.partial(measure_decode, engines)
+    if not decodes:
+        decode = functools.partial(Skip, f"{limit}, and {DECODE_LENGTH:,} are needed")
+    checks.append(Check("speed: a token, activated", decode))
+    names = [name for name in documents if not name.startswith(WARM)]
+    return checks + [
+        Check(
+            f"speed: a token behind {DOCUMENTS} documents, {name}", functools.partial(measure_documents, engines, name)
+        )
+        for name in names
+    ]
 
 
-def prefill_check(activated: EngineRun, wanted: int, length: int | None, limit: str) -> Check:
+def decode_batches(vocabulary: int, max_length: int) -> Batches:
+    """A prompt that decodes, several times; none where the model does not take so many tokens."""
+    decode = make_prompt(1, DECODE_PROMPT, vocabulary, max_tokens=DECODED, cold=True)
+    return {f"decode {run}": [decode] for run in range(RUNS)} if max_length >= DECODE_LENGTH else {}
+
+
+def prefill_batches(vocabulary: int, lengths: Iterable[int], plans: Mapping[str, float | None]) -> Batches:
+    """For each length and plan a prompt.
+
+    Args:
+        plans: name -> share of dense heads of a star plan, or None for dense attention.
+    """
+    batches = {}
+    for length in lengths:
+        prompt = make_prompt(2, length, vocabulary, max_tokens=1, cold=True)
+        star = {"star": "on", "star_block_size": length // BLOCK_FRACTION, "star_query_tokens": 512}
+        for name, share in plans.items():
+            options = {} if share is None else {"star": star | {"star_dense_heads": share}}
+            batches[f"{name} {length}"] = [prompt | options]
+    return batches
+
+
+def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_length: int, star: bool) -> Batches:
+    """Prompts of the same documents, whose context is cached when they are timed; none where they do not fit.
+
+    Args:
+        lengths: of long prompts, of which the last one decodes beside some of them.
+        star: whether documents have positions of their own.
+    """
+    size = DOCUMENT_TOKENS[gpu]
+    starts = [size * number for number in range(DOCUMENTS)] + [size * DOCUMENTS]
+    prompt = make_prompt(3, starts[-1] + QUERY, vocabulary, max_tokens=DECODED)
+    if len(prompt["ids"]) + DECODED > max_length:
+        return {}
+    if star:
+        prompt |= {"star": {"star": "on", "star_segments": starts}}
+    batches = {f"{WARM} documents": [prompt]}
+    batches |= {f"{count} requests": count * [prompt] for count in DOCUMENT_REQUESTS[gpu]}
+    if lengths:
+        long = make_prompt(2, lengths[-1], vocabulary, max_tokens=DECODED)
+        name = f"{BESIDE} requests beside a decode of {lengths[-1]:,} tokens"
+        batches |= {f"{WARM} long prompt": [long], name: [*BESIDE * [prompt], long]}
+    return batches
+
+
+def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit: str) -> Check:
     """The measurement of a prompt's first token.
 
     Args:
@@ -77,19 +174,36 @@ def prefill_check(activated: EngineRun, wanted: int, length: int | None, limit: 
     if length is None:
         return Check(name, functools.partial(Skip, f"{limit}, and no other prompt of {SHORTEST:,} or more fits"))
     note = "" if length == wanted else f"; not {wanted:,} tokens, as {limit}"
-    return Check(name, functools.partial(measure_ttft, activated, length, note))
+    return Check(name, functools.partial(measure_ttft, engines, length, note))
 
 
-def measure_ttft(activated: EngineRun, length: int, note: str) -> Result:
+def measure_ttft(engines: SpeedEngines, length: int, note: str) -> Result:
     """Seconds to the first token of a prompt of ``length`` tokens; ``note`` ends the detail."""
-    (dense,), (star,) = activated.outputs(f"dense {length}"), activated.outputs(f"star {length}")
-    ratio = dense["ttft"] / star["ttft"]
-    return Result(star["ttft"], None, "s", f"dense {dense['ttft']:.3g} s, {ratio:.2f} times star's; block of n/8{note}")
+    (dense,), (star,) = engines.activated.outputs(f"dense {length}"), engines.activated.outputs(f"star {length}")
+    details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8{note}"]
+    refusal = engines.heads.refusal()
+    if refusal is None:
+        (heads,) = engines.heads.outputs(f"star {length}")
+        ratio = dense["ttft"] / heads["ttft"]
+        details.append(f"with {DENSE_HEADS:.0%} dense heads {heads['ttft']:.3g} s, dense {ratio:.2f} times that")
+    return Result(star["ttft"], None, "s", "; ".join(details))
 
 
-def measure_decode(plain: EngineRun, activated: EngineRun) -> Result:
+def measure_decode(engines: SpeedEngines) -> Result:
     ours, plains = (
         min(1000 * engine.outputs(f"decode {run}")[0]["seconds_per_token"] for run in range(RUNS))
-        for engine in (activated, plain)
+        for engine in (engines.activated, engines.plain)
     )
     return Result(ours, None, "ms", f"plain vLLM {plains:.3g} ms, after {DECODE_PROMPT} tokens, fastest of {RUNS} runs")
+
+
+def measure_documents(engines: SpeedEngines, batch: str) -> Result | Skip:
+    """Milliseconds between two tokens of a prompt with documents, and of the same prompt with dense attention."""
+    refusal = engines.documents.refusal()
+    if refusal is not None:
+        return Skip(refusal)
+    ours, plains = (
+        1000 * statistics.median(output["seconds_per_token"] for output in engine.outputs(batch))
+        for engine in (engines.documents, engines.plain)
+    )
+    return Result(ours, None, "ms", f"plain vLLM, dense {plains:.3g} ms")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from starling.config.entry import GPU_ATTENTION
 from starling.selftest.engine_checks import (
     FP8_CAPABILITY,
     Engines,
@@ -27,13 +28,14 @@ from starling.selftest.prompts import LONGEST
 from starling.selftest.result import Check, Result, Skip
 from starling.selftest.rows import row_checks
 from starling.selftest.speed import speed_checks
+from starling.selftest.steady import steady_checks
 
 GPU_MEMORY = {"gpu_memory_utilization": 0.5}  # for the tiny models; other programs may use the card
 
 
 @contextmanager
 def make_suite(
-    model: str | None, *, gpu: bool, quick: bool, backend: str | None = None
+    model: str | None, *, gpu: bool, quick: bool, backend: str | None = None, gpu_attention: str | None = None
 ) -> Iterator[tuple[list[Check], dict[str, Engines]]]:
     """The checks, and the engines of each setting by its name. The random models exist while the context is open.
 
@@ -42,8 +44,10 @@ def make_suite(
         gpu: whether to check a GPU, or the CPU part.
         quick: one setting, and no times.
         backend: vLLM's attention backend; None for vLLM's choice.
+        gpu_attention: the option of this name, of activated engines; None for its default.
     """
     arguments: dict[str, Any] = {"attention_backend": backend} if backend else {}
+    arguments["starling"] = {GPU_ATTENTION: gpu_attention} if gpu_attention else {}
     with tempfile.TemporaryDirectory(prefix="starling-selftest-") as folder:
         if model is None:
             dtype = torch.bfloat16 if gpu else torch.float32
@@ -61,8 +65,13 @@ def make_suite(
                 continue
             engines[setting.name()] = made = make_engines(tiny, size, longest, setting, gpu, Path(folder), **arguments)
             checks += engine_checks(setting.name(), made)
+            if gpu and (setting.eager or setting.kv_dtype != "auto"):
+                continue
+            kinds = {"star": made.star, "dense heads": made.heads, "documents": made.documents}
+            activated = {kind: run for kind, run in kinds.items() if run is not None}
+            checks += steady_checks(setting.name(), made.plain, activated, gpu)
         checks += two_gpu_checks(next(iter(engines.values()), None))
-        speed = [] if quick else speed_checks(long, size, max_length(long), gpu, **arguments)
+        speed = [] if quick else speed_checks(long, size, max_length(long), gpu, Path(folder), **arguments)
         yield [*checks, *speed], engines
 
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 from starling.attention_backends.kernels.cpu import fallback
-from starling.selftest import engine_checks, engine_run, kernels, model, rows, speed, suite
+from starling.selftest import engine_checks, engine_run, kernels, model, rows, speed, steady, suite
 from starling.selftest import prompts as p
 from starling.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.selftest.engine_run import EngineError, EngineRun
@@ -189,8 +190,10 @@ def test_no_engine_is_asked_for_more_tokens_than_vllm_takes_for_the_model(tmp_pa
     sizes = model.TINY | {"max_position_embeddings": longest}
     path = model.make_model(tmp_path / "model", torch.bfloat16, sizes)
     asked, skipped = engines_asked_for(monkeypatch, str(path))
-    settings_and_speed = 8 * len(("plain", "star", "heads")) + 4 * len(("documents",)) + 1
-    assert len(asked) == (settings_and_speed if longest > 500 else 0)
+    checked = 8 * len(("plain", "star", "heads")) + 4 * len(("documents",))
+    steady = 2 * len(("plain", "star", "heads", "documents"))  # of both model runners, with graphs
+    timed = 1 + (longest > 4200)  # the activated engine, and that for documents
+    assert len(asked) == (checked + steady + timed if longest > 500 else 0)
     for job in asked:
         taken = EngineArgs(skip_tokenizer_init=True, **job["engine"]).create_model_config().max_model_len
         prompts = [one for batch in job["batches"].values() for one in batch]
@@ -216,7 +219,8 @@ def test_prompts_whose_times_are_measured_are_shortened_to_what_the_model_takes(
 
 
 def test_a_shortened_prompt_says_so_and_one_that_is_left_out_says_why():
-    timed = SimpleNamespace(outputs=lambda name: [{"ttft": 1.0}])
+    timed = SimpleNamespace(outputs=lambda name: [{"ttft": 1.0}], refusal=lambda: "no dense heads")
+    timed = speed.SpeedEngines(timed, timed, timed, timed)
     assert speed.prefill_check(timed, 4096, 4096, "a limit").run().detail.endswith("block of n/8")
     shorter = speed.prefill_check(timed, 4096, 3072, "the model takes 4,096 tokens at most")
     assert shorter.name == "speed: first token of 3,072 tokens, star"
@@ -224,3 +228,47 @@ def test_a_shortened_prompt_says_so_and_one_that_is_left_out_says_why():
     left_out = speed.prefill_check(timed, 4096, None, "the model takes 700 tokens at most")
     assert left_out.name == "speed: first token of 4,096 tokens, star"
     assert left_out.run() == Skip("the model takes 700 tokens at most, and no other prompt of 2,048 or more fits")
+
+
+class Engine:
+    """An engine that ends as it is told: with a number of tokens, with an error, or with a refusal."""
+
+    def __init__(self, tokens: int = 3, error: str = "", refused: str | None = None) -> None:
+        self.batches, self.tokens, self.error, self.refused = {"one": [], "two": []}, tokens, error, refused
+
+    def result(self) -> None:
+        if self.error:
+            raise EngineError(f"the engine's process ended with 1:\n{self.error}")
+
+    def refusal(self) -> str | None:
+        return self.refused
+
+    def outputs(self, batch: str) -> list[dict]:
+        self.result()
+        return [{"token_ids": [0] * self.tokens}]
+
+
+def test_a_step_that_waits_or_compiles_fails_the_check_unless_plain_vllm_does_too():
+    assert steady.check_steady(Engine(), Engine()).measured == 6
+    with pytest.raises(EngineError, match="synchronizing"):
+        steady.check_steady(Engine(), Engine(error="a synchronizing call"))
+    assert steady.check_steady(Engine(error="a call"), Engine(error="a call")) == Skip("plain vLLM fails: a call")
+    assert steady.check_steady(Engine(), Engine(refused="no documents")) == Skip("no documents")
+
+
+def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs():
+    """vLLM takes both settings: the one as an argument of an engine, the other as a variable."""
+    run = engine_run.EngineRun({"model": "m"}, {"one": [{"ids": [1], "prompt_logprobs": True}]}, {"A": "1"})
+    strict = steady.steady(run, run.batches)
+    assert EngineArgs(**strict.engine).jit_monitor_mode == "error"
+    assert (
+        strict.env == {"A": "1", "VLLM_GPU_SYNC_CHECK": "error"} and "VLLM_GPU_SYNC_CHECK" in envs.environment_variables
+    )
+    assert strict.batches == {"one": [{"ids": [1], "prompt_logprobs": False, "bare": True}]}
+
+
+def test_without_a_gpu_nothing_is_looked_for():
+    (check,) = steady.steady_checks(
+        "a setting", engine_run.EngineRun({}, {}), {"star": engine_run.EngineRun({}, {})}, False
+    )
+    assert check.run() == Skip(steady.NO_GPU) and check.name == "a setting: no waiting and no compilation, star"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 
 import pytest
 
@@ -69,8 +70,8 @@ def run(monkeypatch, names, gpu, *arguments: str) -> int:
 
 
 def test_the_command_prints_a_line_for_each_check_and_writes_one_json_object(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "report.json"
-    assert run(monkeypatch, CHECKS, True, "--json", str(path)) == 1
+    path = tmp_path / "new" / "report.json"
+    assert run(monkeypatch, CHECKS, True, "--report", str(path.parent)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["cards: a card", "xformers: not installed"]
     assert [line.split(" ", 1)[0] for line in lines[2:-1]] == [verdict.value for _, verdict in CHECKS.values()]
@@ -81,6 +82,57 @@ def test_the_command_prints_a_line_for_each_check_and_writes_one_json_object(mon
     first = dict(name="in its bound", verdict="PASS", measured=1.5, bound=1.5, unit="x", detail="a detail")
     assert report["checks"][0] | first == report["checks"][0]
     assert report["machine"] == {"cards": ["a card"], "xformers": None}
+    page = path.with_name("report.md").read_text()
+    assert page.startswith("# starling selftest: 2 PASS, 5 FAIL, 1 SKIP\n")
+    assert "- cards: a card" in page and "xformers" not in page
+    assert "| PASS | in its bound | 1.5 x (at most 1.5) | a detail | 0 |" in page
+    assert page.count("\n| ") == 2 + len(CHECKS)
+
+
+def test_a_run_that_was_ended_goes_on_and_judges_failures_again(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def counted(name: str, result: Result | BaseException):
+        def check() -> Result:
+            ran.append(name)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        return check, None
+
+    fine = Result(1.0, None, "x")
+    monkeypatch.setattr(sys.modules[__name__], "CHECKS", {
+        "fine": counted("fine", fine),
+        "fails": counted("fails", ValueError("once | more")),
+        "ended": counted("ended", KeyboardInterrupt()),
+    })  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, CHECKS, True, "--report", str(tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    assert "the run has not ended" in page and r"once \| more" in page
+    CHECKS["ended"] = counted("ended", fine)
+    capsys.readouterr()
+    assert run(monkeypatch, CHECKS, True, "--report", str(tmp_path)) == 1
+    assert ran == ["fine", "fails", "ended", "fails", "ended"]
+    assert "fine | 1 x (from an earlier run)" in capsys.readouterr().out
+    assert "has not ended" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("no JSON", "is no report of `starling selftest`"),
+        ('{"checks": []}', "is no report of `starling selftest`"),
+        ('{"checks": [], "engines": {}, "machine": {}, "options": {"model": 1}}', "another machine and other options"),
+    ],
+)
+def test_another_report_is_not_overwritten(monkeypatch, tmp_path, capsys, stored, message):
+    (tmp_path / "report.json").write_text(stored)
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, GOOD, True, "--report", str(tmp_path))
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "report.json").read_text() == stored
 
 
 @pytest.mark.parametrize(("gpu", "code", "warned"), [(True, 0, False), (False, 2, True)])

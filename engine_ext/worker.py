@@ -18,7 +18,7 @@ from starling.attention_backends.star.head_calls import dense_heads_in_use, use_
 from starling.attention_backends.star.head_calls import unsupported_reason as heads_unsupported
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step, set_positions
-from starling.attention_backends.star.turned_impl import block_positions_in_use, use_block_positions
+from starling.attention_backends.star.turned_impl import block_positions_in_use, turns_queries, use_block_positions
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.head_scores import ranks_of_layers, scores_of
@@ -192,9 +192,20 @@ class StarWorker:
         """As vLLM's; the V2 model runner's warm-up calls ``execute_model`` with requests of its own."""
         self.is_warming_up = True
         try:
+            self._warm_up_documents()  # before vLLM watches for kernels that are compiled later
             return super().compile_or_warm_up_model()  # type: ignore[misc]
         finally:
             self.is_warming_up = False
+
+    def _warm_up_documents(self) -> None:
+        """Compile the kernels of steps over documents, where an engine on a GPU may have such steps."""
+        if self.rotations is None or self.vllm_config.device_config.device_type == "cpu":
+            return
+        from starling.attention_backends.star.warm_up import warm_up  # imports Triton, which a CPU does not need
+
+        blocks = attention_blocks(self.model_runner.get_model())
+        layers = (blocks[name].attention for name in self.rotations)
+        warm_up([layer for layer in layers if turns_queries(layer.impl)], self.rotations)
 
     def _check_layers(self) -> None:
         """Find out whether the loaded model's layers can run star rows; engine_report.py asks for the result.

@@ -13,6 +13,13 @@ import triton.language as tl
 from starling.attention_backends.attamba.chunks import PAGE_ROWS
 
 ROWS = tl.constexpr(PAGE_ROWS)  # of K|V in a page; the row behind them is that of token 0
+UNSPECIALISED = (
+    *("seq_lens", "slots", "table", "state_table", "window_table"),
+    *("offset", "table_stride", "state_table_stride", "window_table_stride"),
+)
+"""Arguments that change with the step or the layer, and that no wide load depends on: one compiled kernel takes every
+value (kernels/triton/attend.py).
+"""
 
 
 @triton.jit
@@ -45,7 +52,7 @@ def _convolve(
     return total / (1 + tl.exp(-total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rows_kernel(
     projected, pages, table, seq_lens, slots, token_stride, page_stride, row_stride, table_stride,
     INNER: tl.constexpr, WIDTH: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -66,7 +73,7 @@ def rows_kernel(
     tl.store(pages + at + value, tl.load(row + value, mask=value < WIDTH), mask=value < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def mix_kernel(
     projected, pages, table, seq_lens, slots, conv, a_log, skip, norm, out,
     chunk_size, offset, eps, token_stride, page_stride, row_stride, table_stride,
@@ -159,7 +166,7 @@ def _store_row(keys, values, page, slot, head, lane, mask, key_even, key_odd, va
     tl.store(values + at + 1, value_odd.to(values.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def store_kernel(
     query, mixed_key, mixed_value, own, seq_lens, slots, cos, sin, turned, num_states,
     state_keys, state_values, state_table, window_keys, window_values, window_table,
@@ -210,7 +217,7 @@ def store_kernel(
     # fmt: on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def join_kernel(
     turned, states_out, states_lse, window_out, window_lse, seq_lens, slots, state_keys, state_values, state_table, out,
     chunk_size, offset, leading, scale, page_stride, slot_stride, head_stride, state_table_stride, out_stride,

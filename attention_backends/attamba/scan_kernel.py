@@ -34,7 +34,7 @@ def _convolve(rows, weight, columns, column, column_mask, row, width, row_stride
     return total / (1 + tl.exp(-total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("starts", "index_in_chunk", "width"))
 def scan_kernel(
     projected, conv_weight, a_log, skip, starts, index_in_chunk, out, width,
     chunk_stride, row_stride, mixer_stride,

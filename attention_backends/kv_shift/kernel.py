@@ -3,7 +3,8 @@
 The first launch mixes every row with the row above it and stores the raw rows in the state. The second launch corrects
 the first row of each request, whose predecessor is in the state. Two launches are needed because another request of
 the same step may store that predecessor, and the programs of one launch are not ordered. The grids depend only on the
-numbers of rows and requests, so CUDA graphs of decode batches can record the launches.
+numbers of rows and requests, so CUDA graphs of decode batches can record the launches. The kernels are not specialised
+on these numbers: Triton would compile further kernels when they change.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _store_mixed(out, previous, current, weights, head, mask):
     tl.store(out, mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("slots", "num_slots"))
 def _rows_kernel(
     key, value, out_key, out_value, key_weights, value_weights, state,
     slots, num_slots,
@@ -49,7 +50,7 @@ def _rows_kernel(
     _store_mixed(out_value + out, previous_value, current_value, value_weights, head, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first_rows", "first_slots", "num_rows"))
 def _first_rows_kernel(
     key, value, out_key, out_value, key_weights, value_weights, state,
     first_rows, first_slots, num_rows,

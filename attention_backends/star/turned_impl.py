@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from starling.attention_backends.kernels.contract import Layout
 from starling.attention_backends.star.step import current_step
+from starling.attention_backends.star.turned import TurnedAttention
 from starling.vllm_compat.patching import extends, touches
 
 _in_use = False
@@ -30,6 +31,11 @@ def use_block_positions(in_use: bool) -> None:
 def block_positions_in_use() -> bool:
     """What ``use_block_positions`` was told; False at first."""
     return _in_use
+
+
+def turns_queries(impl: Any) -> bool:
+    """Whether an attention implementation is one that ``make_turned_impl`` made."""
+    return getattr(impl, "turns_queries", False)
 
 
 def unsupported_reason(impl: Any) -> str | None:
@@ -76,11 +82,22 @@ def make_turned_impl(base: type[AttentionImpl]) -> type[AttentionImpl]:
             turned = None if step is None or attn_metadata is None else step.turned_attention(kv_cache.shape[2])
             if turned is None:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            self.attend_turned(layer, query, kv_cache, output, turned)
+            return output
+
+        def attend_turned(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            kv_cache: torch.Tensor,
+            output: torch.Tensor,
+            turned: TurnedAttention,
+        ) -> None:
+            """Write the attention of a step with blocks with positions of their own; arguments as of ``forward``."""
             caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             options = {"scale": self.scale, "softcap": self.logits_soft_cap or 0.0}
             shape = (-1, self.num_heads, self.head_size)
             turned.attend(layer.layer_name, query.view(shape), output.view(shape), caches, Layout.PAGES, **options)
-            return output
 
     TurnedImpl.__name__ = TurnedImpl.__qualname__ = f"Turned{base.__name__}"
     return TurnedImpl

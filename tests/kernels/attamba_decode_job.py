@@ -3,6 +3,7 @@
 interpret   runs decode steps as Python, and compares them to the torch path in float64 (TRITON_INTERPRET=1)
 wide        runs a step as Python on pages and tokens that lie far apart (TRITON_INTERPRET=1)
 compile     compiles the kernels for NVIDIA GPUs to machine code (without TRITON_INTERPRET)
+steps       counts the kernels that steps of any size compile (without TRITON_INTERPRET)
 """
 
 from __future__ import annotations
@@ -269,5 +270,19 @@ def compile_kernels() -> None:
             check_resources(kernel, types, constants, capability, aligned)
 
 
+def count_kernels_of_steps() -> None:
+    """Steps of one request to 33, in layers whose chunks begin anywhere: one kernel of each kind takes them all."""
+    from tests.kernels.compiles import count_compiles
+
+    compiled = count_compiles()
+    for requests, padding, offset in ((1, 0, 0), (2, 1, 1), (16, 0, 2), (17, 15, 3), (33, 0, 16)):
+        lens = [1 + 61 * request % 700 for request in range(requests)]
+        Step(32, offset, 5, SMALL, 2, 16, lens, padding).by_kernels()
+    attended = compiled.pop("paged_attention_kernel")
+    assert attended == 2, attended  # with the window, and without one
+    assert compiled == dict.fromkeys(("rows_kernel", "mix_kernel", "store_kernel", "join_kernel"), 1), compiled
+
+
 def main() -> None:
-    {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels}[sys.argv[1]]()
+    jobs = {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels, "steps": count_kernels_of_steps}
+    jobs[sys.argv[1]]()

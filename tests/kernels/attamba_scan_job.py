@@ -3,6 +3,7 @@
 interpret   runs the scan as Python and in torch, and compares both to the recurrence in float64 (TRITON_INTERPRET=1)
 wide        runs the scan as Python on chunks that lie far apart (TRITON_INTERPRET=1)
 compile     compiles the kernel for NVIDIA GPUs to machine code (without TRITON_INTERPRET)
+steps       counts the kernels that steps of any size compile (without TRITON_INTERPRET)
 """
 
 from __future__ import annotations
@@ -115,5 +116,20 @@ def compile_kernels() -> None:
                 assert "mma" in made.asm["ptx"]
 
 
+def count_kernels_of_steps() -> None:
+    """Steps with any number of chunks, of 1 to 16 tokens and of 17 to 32: one kernel for each of these widths."""
+    from tests.kernels.compiles import count_compiles
+
+    compiled = count_compiles()
+    sizes = MixerSizes(8, 256, 128, 4)
+    parameters = make_parameters(sizes)
+    for chunks, width in ((1, 1), (2, 1), (3, 5), (16, 16), (1, 16), (5, 9), (1, 17), (7, 32), (16, 20)):
+        projected = torch.randn(chunks, width, MIXERS, sizes.width)
+        indices = torch.arange(chunks).repeat_interleave(width), torch.arange(width).repeat(chunks)
+        scan_kernel.chunk_scan(projected, parameters, sizes, *indices)
+    assert compiled == {"scan_kernel": 2}, compiled
+
+
 def main() -> None:
-    {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels}[sys.argv[1]]()
+    jobs = {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels, "steps": count_kernels_of_steps}
+    jobs[sys.argv[1]]()

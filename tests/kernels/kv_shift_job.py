@@ -3,6 +3,7 @@
 interpret   runs the kernels as Python, and compares them to the torch path (TRITON_INTERPRET=1)
 wide        runs the kernels as Python on rows and pages that lie far apart (TRITON_INTERPRET=1)
 compile     compiles the kernels for NVIDIA GPUs to machine code (without TRITON_INTERPRET)
+steps       counts the kernels that steps of any size compile (without TRITON_INTERPRET)
 """
 
 from __future__ import annotations
@@ -81,5 +82,21 @@ def compile_kernels() -> None:
                 check_resources(function, types, {"SIZE": size, "BLOCK": block}, capability, aligned)
 
 
+def count_kernels_of_steps() -> None:
+    """Steps of 1 to 40 tokens and requests, padded or not: one kernel of each kind takes them all."""
+    from tests.kernels.compiles import count_compiles
+
+    compiled = count_compiles()
+    state, weights = torch.randn(NUM_PAGES, HEADS, PAGE_SIZE, 32), torch.rand(2, HEADS, 2)
+    for rows, requests, slots in ((1, 1, 1), (2, 1, 2), (16, 16, 16), (17, 5, 16), (40, 3, 32), (33, 33, 1)):
+        key, value = torch.randn(rows, 4 * HEADS * 16).chunk(4, 1)[2:]
+        first_rows, first_slots = torch.zeros(41, dtype=torch.int32), torch.zeros(41, dtype=torch.int64)
+        # Views that begin anywhere, as of a buffer that has more.
+        metadata = ShiftMetadata(first_rows[1 : 1 + requests], first_slots[1 : 1 + requests], torch.zeros(slots).long())
+        kernel.shift_kernel(key, value, *weights, state, metadata, *torch.empty(2, *key.shape))
+    assert compiled == {"_rows_kernel": 1, "_first_rows_kernel": 1}, compiled
+
+
 def main() -> None:
-    {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels}[sys.argv[1]]()
+    jobs = {"interpret": interpret, "wide": interpret_wide, "compile": compile_kernels, "steps": count_kernels_of_steps}
+    jobs[sys.argv[1]]()

@@ -33,7 +33,8 @@ def check_resources(
     Args:
         types: of arguments, by name; the other arguments are i32.
         constants: the constexpr arguments.
-        aligned: whether strides are multiples of 16. Pointers always are.
+        aligned: whether strides are multiples of 16. Pointers always are. Nothing is known of what the kernel is not
+            specialised on.
         options: of the compiler.
     """
     triton.backends.backends.pop("cpu", None)  # the shim's backend, which has no compiler
@@ -42,7 +43,8 @@ def check_resources(
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if signature[name].startswith("*") or (aligned and name.endswith("_stride"))
+        if name not in kernel.do_not_specialize
+        and (signature[name].startswith("*") or (aligned and name.endswith("_stride")))
     }
     source = ASTSource(kernel, signature, dict(constants), divisible)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -12,6 +12,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+UNSPECIALISED = ("block_table", "query_start_loc", "seq_lens", "window", "num_rows", "num_tokens", "table_stride")
+"""Arguments of which one compiled kernel takes every value. They change with the step; no wide load depends on them.
+
+For any other argument, Triton compiles a kernel of its own for an integer that is 1 or a multiple of 16, and for an
+aligned pointer.
+"""
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def attend(
     return acc, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def paged_attention_kernel(
     query,
     key_cache,
@@ -133,6 +139,7 @@ def paged_attention_kernel(
     value_scale,
     window,
     num_rows,
+    num_tokens,
     query_token_stride,
     query_head_stride,
     query_stride,
@@ -144,11 +151,9 @@ def paged_attention_kernel(
     value_slot_stride,
     value_head_stride,
     value_stride,
-    out_split_stride,
     out_token_stride,
     out_head_stride,
     out_stride,
-    lse_split_stride,
     lse_token_stride,
     lse_head_stride,
     table_stride,
@@ -172,6 +177,7 @@ def paged_attention_kernel(
     Args:
         scale, softcap: a score in the exp2 domain is dot * scale, or softcap * tanh(dot * scale).
         window: the number of keys that a query sees at most; read where WINDOWED.
+        num_tokens: T; the splits of ``out`` and of ``lse`` are so many tokens apart.
         PARTIAL: write ``out`` (splits, T, H, Dv) only where a split has keys; ``lse`` is always written.
         UPCAST: multiply in float32, for Triton's interpreter, whose dot reads bfloat16 as integers. Off on a GPU,
             whose tensor cores multiply in the query's dtype.
@@ -245,11 +251,11 @@ def paged_attention_kernel(
     # fmt: on
 
     has_key = total > 0
-    split = split.to(tl.int64)
-    lse_at = split * lse_split_stride + token * lse_token_stride + head * lse_head_stride
+    token += split.to(tl.int64) * num_tokens
+    lse_at = token * lse_token_stride + head * lse_head_stride
     tl.store(lse + lse_at, tl.where(has_key, (peak + tl.log2(total)) * LN2, float("-inf")), mask=valid)
     acc = acc * (value_scale / tl.where(has_key, total, 1.0))[:, None]
     written = valid & has_key if PARTIAL else valid
-    out_at = split * out_split_stride + token * out_token_stride + head * out_head_stride
+    out_at = token * out_token_stride + head * out_head_stride
     out_mask = written[:, None] & (lane_v < HEAD_SIZE_V)[None, :]
     tl.store(out + out_at[:, None] + lane_v[None, :] * out_stride, acc.to(out.dtype.element_ty), mask=out_mask)

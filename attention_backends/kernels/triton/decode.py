@@ -32,8 +32,7 @@ def num_splits(rows: int, heads: int, seq_len: int, multiprocessors: int) -> int
         seq_len: an upper bound of the keys of a row.
         multiprocessors: of the card.
     """
-    programs = max(1, rows * heads)
-    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)
+    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, rows * heads))
     worth = -(-seq_len // MIN_KEYS_PER_SPLIT)
     return max(1, min(wanted, worth, MAX_SPLITS))
 
@@ -44,17 +43,20 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@triton.jit
+def rows_that_fill(device: torch.device, heads: int) -> int:
+    """The number of rows whose programs, one for each of the KV heads, fill the card."""
+    return -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // heads)
+
+
+@triton.jit(do_not_specialize=("splits",))
 def merge_kernel(
     parts,
     parts_lse,
     out,
     lse,
     splits,
-    parts_split_stride,
     parts_token_stride,
     parts_head_stride,
-    lse_split_stride,
     lse_token_stride,
     lse_head_stride,
     out_token_stride,
@@ -65,14 +67,17 @@ def merge_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Grid (tokens, heads). Merges the splits of one head's output, weighted by their parts of the softmax's sum."""
-    token = tl.program_id(0).to(tl.int64)
+    """Grid (tokens, heads). Merges the splits of one head's output, weighted by their parts of the softmax's sum.
+
+    The splits of ``parts`` and of ``parts_lse`` are as many tokens apart as there are.
+    """
+    token, tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     head = tl.program_id(1)
     lane_s = tl.arange(0, BLOCK_S)
     lane_v = tl.arange(0, BLOCK_DV)
     parts_lse += token * lse_token_stride + head * lse_head_stride
     parts += token * parts_token_stride + head * parts_head_stride
-    part_lse = tl.load(parts_lse + lane_s.to(tl.int64) * lse_split_stride, mask=lane_s < splits, other=float("-inf"))
+    part_lse = tl.load(parts_lse + lane_s * (tokens * lse_token_stride), mask=lane_s < splits, other=float("-inf"))
     peak = tl.max(part_lse, 0)
     base = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp(part_lse - base), 0)
@@ -82,8 +87,8 @@ def merge_kernel(
         # A part without keys was never written, so it must not be read.
         size = tl.where(weight > 0, HEAD_SIZE_V, 0)
         acc += weight * tl.load(parts + lane_v, mask=lane_v < size, other=0.0)
-        parts_lse += lse_split_stride
-        parts += parts_split_stride
+        parts_lse += tokens * lse_token_stride
+        parts += tokens * parts_token_stride
     has_key = total > 0
     acc = acc / tl.where(has_key, total, 1.0)
     out += token * out_token_stride + head * out_head_stride
@@ -121,12 +126,12 @@ def paged_attention(operands: Operands, splits: int | None = None) -> tuple[torc
             out,
             lse,
             splits,
-            *parts.stride()[:3],
-            *parts_lse.stride(),
+            *parts.stride()[1:3],
+            *parts_lse.stride()[1:],
             *out.stride(),
             lse.stride(0),
             HEAD_SIZE_V=size,
             BLOCK_DV=triton.next_power_of_2(size),
-            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_S=triton.next_power_of_2(max(splits, MAX_SPLITS)),
         )
     return out, lse

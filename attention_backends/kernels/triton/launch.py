@@ -90,8 +90,8 @@ def launch(operands: Operands, out: torch.Tensor, lse: torch.Tensor, lanes: int)
     """Fill ``out`` and ``lse``; each split attends to its part of each row's keys.
 
     Args:
-        out: (splits, T, H, Dv). With more than one split, it stays unwritten where ``lse`` is -inf.
-        lse: (splits, T, H) float32.
+        out: (splits, T, H, Dv). With more than one split, it is contiguous, and stays unwritten where ``lse`` is -inf.
+        lse: (splits, T, H) float32, contiguous.
         lanes: wanted query lanes of a tile.
 
     Raises:
@@ -123,11 +123,12 @@ def launch(operands: Operands, out: torch.Tensor, lse: torch.Tensor, lanes: int)
         operands.v_scale,
         operands.window or 0,
         sizes.rows,
+        sizes.tokens,
         *query.stride(),
         *keys.stride(),
         *values.stride(),
-        *out.stride(),
-        *lse.stride(),
+        *out.stride()[1:],
+        *lse.stride()[1:],
         operands.block_table.stride(0),
         GROUP=sizes.group,
         PAGE_SIZE=sizes.page_size,

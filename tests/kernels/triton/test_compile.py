@@ -83,7 +83,8 @@ def compile_attend(build: Build) -> triton.compiler.CompiledKernel:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if signature[name].startswith("*") or re.fullmatch(r"(query|key|value|out)_\w+_stride", name)
+        if name not in paged_attention_kernel.do_not_specialize
+        and (signature[name].startswith("*") or re.fullmatch(r"(query|key|value|out)_\w+_stride", name))
     }
     source = ASTSource(paged_attention_kernel, signature, constants, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -189,6 +189,29 @@ def test_the_tokens_of_vllms_warm_up_are_not_counted():
     assert worker.computed_tokens._value.get() == counted + 5
 
 
+@pytest.mark.parametrize(
+    ("device", "segments", "warmed"), [("cuda", "auto", True), ("cuda", "off", False), ("cpu", "auto", False)]
+)
+def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watches_for_compiled_ones(
+    device, segments, warmed, monkeypatch
+):
+    """vLLM 0.33 begins to watch at the end of its own warm-up. Layers without a turned implementation are left out."""
+    calls, worker_module = [], "starling.engine_ext.worker"
+    layers = {"full": SimpleNamespace(impl=SimpleNamespace(turns_queries=True)), "window": SimpleNamespace(impl=None)}
+    blocks = {name: SimpleNamespace(attention=layer) for name, layer in layers.items()}
+    rotations = {"full": "a rotation", "window": "a rotation"}
+    monkeypatch.setattr(f"{worker_module}.attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(f"{worker_module}.block_positions_problem", lambda *args: None)
+    monkeypatch.setattr(f"{worker_module}.make_rotations", lambda *args: rotations)
+    monkeypatch.setattr(f"{worker_module}.metadata_builders", lambda runner: [(SPLITS, ["full"])])
+    monkeypatch.setattr("starling.attention_backends.star.warm_up.warm_up", lambda *args: calls.append(args))
+    monkeypatch.setattr(FakeWorker, "compile_or_warm_up_model", lambda self: calls.append("vLLM's"))
+    worker = make_worker(device_config__device_type=device, additional_config={"starling": {"star_segments": segments}})
+    worker.initialize_from_config(None)
+    worker.compile_or_warm_up_model()
+    assert calls == [([layers["full"]], rotations)] * warmed + ["vLLM's"]
+
+
 def test_vllm_still_warms_up_its_kernels_in_the_method_that_is_overridden():
     worker = gpu_worker.Worker
     # Since vLLM 0.33 the method calls another one for the work.

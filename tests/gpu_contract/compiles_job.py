@@ -1,0 +1,77 @@
+"""Run in a process of its own: counts the kernels of Starling's that steps over documents compile after a warm-up.
+
+vLLM's own builders and implementations run; Triton neither compiles nor runs a kernel. Prints a JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+
+from tests.gpu_contract.cuda_platform import use_cuda_platform
+
+PLATFORM = use_cuda_platform()
+
+import torch  # noqa: E402
+
+from starling.attention_backends.kernels import dispatch  # noqa: E402
+from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
+from starling.attention_backends.kernels.triton import decode  # noqa: E402
+from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
+from starling.attention_backends.star.warm_up import warm_up  # noqa: E402
+from starling.scheduler.star.plan import StarPlan  # noqa: E402
+from tests.gpu_contract import kernels  # noqa: E402
+from tests.gpu_contract.cases import ROTATION, Case, Request, numbers  # noqa: E402
+from tests.gpu_contract.engine import LayerGroup, make_config, run_case  # noqa: E402
+from tests.kernels.compiles import count_compiles  # noqa: E402
+
+PAGE_SIZE, KV_HEADS, GROUP, STEPS = 16, 2, 4, 40
+
+
+def random_request(draw: random.Random) -> Request:
+    """A decode, or some tokens, of a prompt over documents, or of a dense one."""
+    lengths = [draw.randint(1, 40) for _ in range(draw.randint(2, 6))]
+    blocks, start = [], 0
+    for length in lengths:
+        blocks.append((start, start + length))
+        start += -(-length // PAGE_SIZE) * PAGE_SIZE
+    plan = StarPlan(64, 0, 0, start, start + 40, documents=tuple(blocks))
+    end = start + draw.randint(1, 60)
+    queries = draw.choice((1, 1, 1, draw.randint(1, 30)))
+    return Request(max(start, end - queries), end, plan if draw.random() < 0.7 else None)
+
+
+def random_case(seed: int) -> Case:
+    """A step; half of the steps are of decodes alone, and some have many rows."""
+    draw = random.Random(seed)
+    requests = [random_request(draw) for _ in range(draw.choice((1, 2, 5, 33, 140)))]
+    if seed % 2:
+        requests = [Request(one.end - 1, one.end, one.plan) for one in requests]
+    return Case(tuple(requests), PAGE_SIZE, PAGE_SIZE, "LBNHC", KV_HEADS, GROUP, seed=seed)
+
+
+def main() -> None:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    torch.set_num_threads(1)
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    kernels.install_flash_attention()
+    use_block_positions(True)
+    # CPU tensors are here what a GPU's are.
+    dispatch.uses_triton = lambda device: True
+    kernels_turned.cpu.has_op_for = lambda operands: False
+    decode.multiprocessors = lambda device: 132
+    compiled = count_compiles()
+    if os.environ.get("WARM_UP") != "0":
+        case = random_case(0)
+        group = LayerGroup(case, FlashAttentionBackend, make_config(case), numbers(case, False), 0)
+        group.layer.kv_cache = group.cache
+        warm_up([group.layer], {group.name: ROTATION})
+    warmed, turned = dict(compiled), 0
+    for seed in range(STEPS):
+        case = random_case(seed)
+        _, rows = run_case(case, FlashAttentionBackend, numbers(case, False))
+        turned += rows is not None and rows.turned is not None
+    found = {name: compiled[name] - warmed.get(name, 0) for name in compiled}
+    print(json.dumps({"warmed": warmed, "later": found, "turned": turned}))

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.cpu import attention as cpu
-
-
-def uses_triton(device: torch.device) -> bool:
-    """Whether tensors on a device are the work of Triton's kernels."""
-    return device.type != "cpu"
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +15,7 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: the implementation for this device does not support the operands.
     """
-    if not uses_triton(operands.query.device):
+    if not devices.uses_triton(operands.query.device):
         return cpu.paged_attention(operands)
     from starling.attention_backends.kernels.triton import (
         attention as triton,  # imports Triton, which a CPU does not need

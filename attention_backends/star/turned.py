@@ -9,6 +9,7 @@ merged by their log-sum-exp.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from starling.attention_backends.kernels.contract import Layout, Operands
 from starling.attention_backends.kernels.dispatch import paged_attention
+from starling.attention_backends.kernels.merge import PartTokens
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.turned import TurnedQueries, add_turned_attention, turned_attention
 from starling.attention_backends.star.rows import TurnedKeys
@@ -48,6 +50,11 @@ class TurnedRows:
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
+
+    @functools.cached_property
+    def part_tokens(self) -> PartTokens:
+        """``tokens``, one object for all layers, which so share their order."""
+        return PartTokens(self.tokens)
 
     def operands(self, query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], **options: Any) -> Operands:
         """The operands of the call for a layer's query (tokens, heads, head size) and caches."""
@@ -125,7 +132,7 @@ def add_rows(
         options: further Operands: ``scale``, ``layout`` and the like.
     """
     for rows in calls:
-        queries = TurnedQueries(rows.tokens, rows.turns, rotation)
+        queries = TurnedQueries(rows.part_tokens, rows.turns, rotation)
         add_turned_attention(rows.operands(query, caches, **options), queries, out, lse)
 
 
@@ -245,5 +252,5 @@ class TurnedAttention:
         tokens, 2,000 blocks and R = 64.
         """
         if id(rotation) not in self._queries:
-            self._queries[id(rotation)] = TurnedQueries(rows.tokens, rows.turns, rotation)
+            self._queries[id(rotation)] = TurnedQueries(rows.part_tokens, rows.turns, rotation)
         return self._queries[id(rotation)]

@@ -15,7 +15,7 @@ PLATFORM = use_cuda_platform()
 
 import torch  # noqa: E402
 
-from starling.attention_backends.kernels import dispatch  # noqa: E402
+from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
 from starling.attention_backends.kernels.triton import decode  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
@@ -59,7 +59,7 @@ def main() -> None:
     kernels.install_flash_attention()
     use_block_positions(True)
     # CPU tensors are here what a GPU's are.
-    dispatch.uses_triton = lambda device: True
+    devices.uses_triton = lambda device: True
     kernels_turned.cpu.has_op_for = lambda operands: False
     decode.multiprocessors = lambda device: 132
     compiled = count_compiles()

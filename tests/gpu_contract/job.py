@@ -6,6 +6,7 @@ tests/parity/harness.py's ``v2_env``.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -22,14 +23,17 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
+from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
 from starling.attention_backends.kernels.contract import Operands  # noqa: E402
 from starling.attention_backends.star import turned  # noqa: E402
 from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
+from starling.attention_backends.star.step import StarStep  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import PAGES, cases, expected, gathers_pages, numbers  # noqa: E402
 from tests.gpu_contract.engine import run_case  # noqa: E402
+from tests.kernels.determinism import OnlyDeterministic  # noqa: E402
 
 BOUND = 1e-6
 
@@ -182,8 +186,22 @@ def dense_heads(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     return run(*args, dense_heads=True, **drawn)
 
 
+def deterministic(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, in which an operation that is not deterministic on a GPU is an error."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with OnlyDeterministic():
+            function(*args, **kwargs)
+
+    return run
+
+
 def triton_own_positions(examples: int) -> Tally:
-    """As ``own_positions`` on vLLM's Triton backend, with Starling's Triton kernels, interpreted."""
+    """As ``own_positions`` on vLLM's Triton backend, with Starling's Triton kernels, interpreted.
+
+    What a GPU runs has to have the same result in each call.
+    """
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
     from starling.attention_backends.kernels.triton.attention import paged_attention
@@ -197,6 +215,9 @@ def triton_own_positions(examples: int) -> Tally:
     # For CPU tensors, turned queries and those of the step's own rows would have the op of the CPU.
     turned.paged_attention = kernels_turned.paged_attention = counted
     kernels_turned.cpu.has_op_for = lambda operands: False
+    devices.uses_triton = lambda device: True
+    for owner, name in ((turned.TurnedAttention, "attend"), (StarStep, "keep_block_tables")):
+        setattr(owner, name, deterministic(getattr(owner, name)))
     strategy = cases(
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True
     )

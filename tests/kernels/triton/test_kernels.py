@@ -17,7 +17,7 @@ import torch
 
 from starling.attention_backends.kernels.contract import Layout
 from tests.kernels.cases import Case
-from tests.kernels.triton.jobs import measure, start_worker
+from tests.kernels.triton.jobs import measure, merge_error, start_worker
 
 SECONDS = 600
 
@@ -122,3 +122,12 @@ def test_kernel_is_the_reference(worker: ProcessPoolExecutor, case: Case, splits
     assert errors.empty
     assert errors.lse <= 1e-5
     assert errors.rms <= 1.1 * errors.sdpa_rms + errors.ulp
+
+
+@pytest.mark.parametrize(
+    ("adds", "dtype", "bound"),
+    [(True, torch.float32, 1e-5), (False, torch.float32, 1e-5), (False, torch.float16, 4e-3)],
+)
+def test_parts_are_merged_into_their_tokens(worker: ProcessPoolExecutor, adds: bool, dtype: torch.dtype, bound: float):
+    errors = [worker.submit(merge_error, seed, adds, dtype).result(SECONDS) for seed in range(12)]
+    assert max(errors) <= bound

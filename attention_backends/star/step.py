@@ -169,7 +169,8 @@ class StarStep:
             own = OwnRows(
                 num_tokens=int(rows.query_lens.sum()),
                 are_decodes=bool((rows.query_lens == 1).all()),
-                max_pages=-(-int(rows.seq_lens.max()) // page_size),
+                page_size=page_size,
+                num_keys=rows.seq_lens,
                 block_table=virtual.block_table_tensor,
                 query_start_loc=virtual.query_start_loc,
                 seq_lens=virtual.seq_lens,

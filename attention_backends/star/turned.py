@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from starling.attention_backends.kernels.contract import Layout, Operands
@@ -32,12 +33,21 @@ The tensors of so few tokens stay in a CPU's cache. With 8,192 tokens a call, a 
 took 2.7 times as long.
 """
 
+MAX_KEYS = {"cuda": 4096}
+"""Keys that a row has at most in a step of decodes, by device. A longer row is divided, and its parts are merged.
+
+One program of a GPU reads the keys of a row and a KV head. The kernel divides rows only where there are too few of them
+to fill the card. So beside many short rows, one program would read all of a long one, and the step would wait for it.
+A CPU's op divides rows itself.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class TurnedRows:
     """Rows of one call, R of them, with T query tokens.
 
     Attributes:
+        num_keys: (R,) int64, on the host: ``seq_lens``, or upper bounds of them.
         tokens: (T,) int64, numbers of the step's query tokens; a token is there once for each of its blocks.
         turns: (T,) int64, by how many positions each is turned back.
         block_table: (R, C) int32.
@@ -45,6 +55,7 @@ class TurnedRows:
         seq_lens: (R,) int32.
     """
 
+    num_keys: np.ndarray
     tokens: torch.Tensor
     turns: torch.Tensor
     block_table: torch.Tensor
@@ -105,6 +116,7 @@ def _one_call(
         return async_tensor_h2d(values, device, dtype)
 
     return TurnedRows(
+        keys,
         on_device(tokens, torch.int64),
         on_device(np.repeat(turned.turn[part], lens), torch.int64),
         block_table[source[:, None], on_device(pages, torch.int64)].to(torch.int32),
@@ -143,7 +155,8 @@ class OwnRows:
     Attributes:
         num_tokens: their query tokens, without those that pad a CUDA graph.
         are_decodes: whether each of them has one query token.
-        max_pages: of a row.
+        page_size: tokens of a page.
+        num_keys: (R,) int64, on the host: ``seq_lens``, or upper bounds of them.
         block_table: (R, C) int32.
         query_start_loc: (R + 1,) int32.
         seq_lens: (R,) int32.
@@ -151,27 +164,72 @@ class OwnRows:
 
     num_tokens: int
     are_decodes: bool
-    max_pages: int
+    page_size: int
+    num_keys: np.ndarray
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
 
 
 def with_own_rows(own: OwnRows, rows: TurnedRows) -> TurnedRows:
-    """The rows of one call, and before them the step's own, each of one token, which is not turned."""
-    device, num_rows = rows.tokens.device, len(rows.seq_lens)
-    width = max(own.max_pages, rows.block_table.shape[1])
-    table = torch.zeros((own.num_tokens + num_rows, width), dtype=torch.int32, device=device)
-    table[: own.num_tokens, : own.max_pages] = own.block_table[: own.num_tokens, : own.max_pages]
-    table[own.num_tokens :, : rows.block_table.shape[1]] = rows.block_table
-    own_tokens = torch.arange(own.num_tokens, device=device)
-    return TurnedRows(
-        torch.cat((own_tokens, rows.tokens)),
-        torch.cat((torch.zeros_like(own_tokens), rows.turns)),
-        table,
-        torch.arange(own.num_tokens + num_rows + 1, dtype=torch.int32, device=device),
-        torch.cat((own.seq_lens[: own.num_tokens].to(torch.int32), rows.seq_lens)),
+    """The rows of one call, and before them the step's own, each of one token; the own ones are not turned.
+
+    Rows of more than ``MAX_KEYS`` keys are divided.
+    """
+    device, own_tokens = rows.tokens.device, torch.arange(own.num_tokens, device=rows.tokens.device)
+    num_keys = np.concatenate((own.num_keys[: own.num_tokens], rows.num_keys))
+    whole = -(-int(num_keys.max()) // own.page_size)
+    pages = max(1, MAX_KEYS[device.type] // own.page_size) if device.type in MAX_KEYS else whole
+    of_own, of_others = (
+        _divided(table, lens, keys, pages, own.page_size)
+        for table, lens, keys in (
+            (own.block_table, own.seq_lens, own.num_keys[: own.num_tokens]),
+            (rows.block_table, rows.seq_lens, rows.num_keys),
+        )
     )
+    width = max(of_own.block_table.shape[1], of_others.block_table.shape[1])
+    tables = (pad(part.block_table, (0, width - part.block_table.shape[1])) for part in (of_own, of_others))
+    tokens = torch.cat((own_tokens[of_own.row], rows.tokens[of_others.row]))
+    return TurnedRows(
+        np.concatenate((of_own.num_keys, of_others.num_keys)),
+        tokens,
+        torch.cat((torch.zeros_like(of_own.row), rows.turns[of_others.row])),
+        torch.cat(tuple(tables)),
+        torch.arange(len(tokens) + 1, dtype=torch.int32, device=device),
+        torch.cat((of_own.seq_lens, of_others.seq_lens)),
+    )
+
+
+class _Parts(NamedTuple):
+    """P parts of rows: the row of each (P,) int64, its keys on the host (P,), its pages (P, C) and its keys (P,)."""
+
+    row: torch.Tensor
+    num_keys: np.ndarray
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+def _divided(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, num_keys: np.ndarray, pages: int, page_size: int
+) -> _Parts:
+    """Divide rows into parts of so many pages; the last part of a row has what is left.
+
+    Args:
+        block_table, seq_lens: of the rows, (R, C) and (R,), and of padding behind them.
+        num_keys: (R,) int64, ``seq_lens`` or upper bounds; a part may have no key where they are above.
+    """
+    counts = np.maximum(1, -(-num_keys // (pages * page_size)))
+    row = np.repeat(np.arange(len(counts)), counts)
+    first = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * pages
+    keys = np.minimum(num_keys[row] - first * page_size, pages * page_size)
+    columns = np.arange(-(-int(keys.max()) // page_size))
+    # Columns behind a part's keys are not read, but must be in the table.
+    columns = np.minimum(first[:, None] + columns, block_table.shape[1] - 1)
+    on_device = async_tensor_h2d(row, block_table.device)
+    table = block_table[on_device[:, None], async_tensor_h2d(columns, block_table.device)]
+    before = async_tensor_h2d(first * page_size, block_table.device)
+    lens = (seq_lens[on_device] - before).clamp(0, pages * page_size)
+    return _Parts(on_device, keys, table.to(torch.int32), lens.to(torch.int32))
 
 
 class TurnedAttention:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from starling.attention_backends.kernels.rotary import Rotation
@@ -57,14 +58,15 @@ def _steps(cache: torch.Tensor) -> Iterator[tuple[OwnRows, TurnedRows]]:
     wide = -(-2 * MIN_KEYS_PER_SPLIT // page_size)
     for queries in QUERIES:
         for num_rows, columns in ((rows_that_fill(cache.device, kv_heads), 1), (1, wide)):
-            yield _rows(num_rows, queries, columns, cache.device)
+            yield _rows(num_rows, queries, columns * page_size, page_size, cache.device)
 
 
-def _rows(num_rows: int, queries: int, columns: int, device: torch.device) -> tuple[OwnRows, TurnedRows]:
-    """Rows of one key each, of tables of this width: the step's own, and as many of one block."""
-    table = torch.zeros(num_rows, columns, dtype=torch.int32, device=device)
+def _rows(num_rows: int, queries: int, keys: int, page_size: int, device: torch.device) -> tuple[OwnRows, TurnedRows]:
+    """Rows of one key each that may have so many: the step's own, and as many of one block."""
+    num_keys = np.full(num_rows, keys)
+    table = torch.zeros(num_rows, keys // page_size, dtype=torch.int32, device=device)
     starts = torch.arange(0, num_rows * queries + 1, queries, dtype=torch.int32, device=device)
     lens = torch.ones(num_rows, dtype=torch.int32, device=device)
     tokens = torch.arange(num_rows * queries, device=device)
-    own = OwnRows(num_rows * queries, queries == 1, columns, table, starts, lens)
-    return own, TurnedRows(tokens, torch.zeros_like(tokens), table, starts, lens)
+    own = OwnRows(num_rows * queries, queries == 1, page_size, num_keys, table, starts, lens)
+    return own, TurnedRows(num_keys, tokens, torch.zeros_like(tokens), table, starts, lens)

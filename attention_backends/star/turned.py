@@ -150,7 +150,7 @@ def add_rows(
 
 @dataclass(frozen=True, eq=False)
 class OwnRows:
-    """The step's virtual rows, R of them: what its tokens see beside the blocks with positions of their own.
+    """The step's virtual rows that see such blocks, R of them: what their tokens see beside these blocks.
 
     Attributes:
         num_tokens: their query tokens, without those that pad a CUDA graph.
@@ -232,21 +232,49 @@ def _divided(
     return _Parts(on_device, keys, table.to(torch.int32), lens.to(torch.int32))
 
 
+class StepTokens:
+    """The tokens of a step's rows that see blocks with positions of their own; the step has others too.
+
+    Args:
+        starts, query_lens: (R,) int64, first token of each of these rows in the step, and their number.
+        num_tokens: of the step.
+    """
+
+    def __init__(self, starts: np.ndarray, query_lens: np.ndarray, num_tokens: int, device: torch.device) -> None:
+        offsets = np.cumsum(query_lens) - query_lens
+        numbers = np.arange(query_lens.sum()) + np.repeat(starts - offsets, query_lens)
+        places = np.full(num_tokens, -1)
+        places[numbers] = np.arange(len(numbers))
+        self.numbers = async_tensor_h2d(numbers, device)
+        self.places = async_tensor_h2d(np.maximum(places, 0), device)
+        self.are_here = async_tensor_h2d(places >= 0, device)
+
+    def put(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Write ``part`` (these tokens, ...) to their places in ``whole`` (the step's tokens and padding, ...)."""
+        whole = whole[: len(self.places)]
+        mask = self.are_here.view(-1, *[1] * (whole.dim() - 1))
+        whole.copy_(torch.where(mask, part[self.places].to(whole.dtype), whole))
+
+
 class TurnedAttention:
     """The attention of one step over blocks with positions of their own.
 
     In a step of decodes, all rows are one call, and the layers share the angles.
 
     Args:
-        own: the step's virtual rows.
-        rows: the calls.
+        own: the step's virtual rows that see such blocks.
+        rows: the calls; their tokens are numbers of those of ``own``.
         rotations: layer name -> its rotary embedding.
+        tokens: the tokens of ``own``; None: they are all of the step's.
     """
 
-    def __init__(self, own: OwnRows, rows: list[TurnedRows], rotations: Mapping[str, Rotation]) -> None:
+    def __init__(
+        self, own: OwnRows, rows: list[TurnedRows], rotations: Mapping[str, Rotation], tokens: StepTokens | None = None
+    ) -> None:
         self.own = own
         self.rows = rows
         self.rotations = rotations
+        self.tokens = tokens
         self.decodes = with_own_rows(own, rows[0]) if own.are_decodes and len(rows) == 1 else None
         self._queries: dict[int, TurnedQueries] = {}
 
@@ -259,25 +287,25 @@ class TurnedAttention:
         layout: Layout,
         **options: Any,
     ) -> None:
-        """Write the attention over all keys to ``out``. The arguments are those of ``add``, with padding at the end."""
+        """Write the attention over all keys to the tokens of ``own`` in ``out``.
+
+        The arguments are those of ``add``, with padding at the end.
+        """
         own = self.own
-        query, out = query[: own.num_tokens], out[: own.num_tokens]
+        if self.tokens is None:
+            query, written = query[: own.num_tokens], out[: own.num_tokens]
+        else:
+            query = query[self.tokens.numbers]
+            written = out.new_empty((own.num_tokens, *out.shape[1:]))
         if self.decodes is not None:
-            operands = self.decodes.operands(query, caches, out=out, layout=layout, **options)
+            operands = self.decodes.operands(query, caches, out=written, layout=layout, **options)
             turned_attention(operands, self._queries_of_decodes(self.decodes, self.rotations[layer]))
-            return
-        operands = Operands(
-            query,
-            *caches,
-            own.block_table,
-            own.query_start_loc,
-            own.seq_lens,
-            out=out,
-            layout=layout,
-            **options,
-        )
-        _, lse = paged_attention(operands)
-        self.add(layer, query, out, lse, caches, layout, **options)
+        else:
+            rows = own.block_table, own.query_start_loc, own.seq_lens
+            _, lse = paged_attention(Operands(query, *caches, *rows, out=written, layout=layout, **options))
+            written.copy_(self._added(layer, query, written, lse, caches, layout=layout, **options))
+        if self.tokens is not None:
+            self.tokens.put(written, out)
 
     def add(
         self,
@@ -299,9 +327,28 @@ class TurnedAttention:
             caches: the layer's key and value cache, in ``layout``.
             options: further Operands: ``scale``, ``softcap`` and the like.
         """
-        wide = out.float()  # rounded once, after the last merge
-        add_rows(self.rows, self.rotations[layer], query, caches, wide, lse, layout=layout, **options)
-        out.copy_(wide)
+        if self.tokens is None:
+            out.copy_(self._added(layer, query, out, lse, caches, layout=layout, **options))
+            return
+        numbers = self.tokens.numbers
+        part = lse[numbers]
+        wide = self._added(layer, query[numbers], out[numbers], part, caches, layout=layout, **options)
+        self.tokens.put(wide, out)
+        self.tokens.put(part, lse)
+
+    def _added(
+        self,
+        layer: str,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        **options: Any,
+    ) -> torch.Tensor:
+        """``out`` with the blocks' keys, in float32, to be rounded once; ``lse`` is changed in place."""
+        wide = out.float()
+        add_rows(self.rows, self.rotations[layer], query, caches, wide, lse, **options)
+        return wide
 
     def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
         """The turned queries of a step of decodes, one object for all layers, which so share the angles.

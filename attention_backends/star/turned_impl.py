@@ -1,6 +1,6 @@
-"""vLLM's GPU attention, with Starling's Triton kernels for steps that attend to blocks with positions of their own.
+"""vLLM's GPU attention, with Starling's Triton kernels for rows that attend to blocks with positions of their own.
 
-Such a step needs the log-sum-exp of its own rows, which vLLM's implementations do not give.
+Such a row needs the log-sum-exp of its other keys, which vLLM's implementations do not give.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ def make_turned_impl(base: type[AttentionImpl]) -> type[AttentionImpl]:
             """
             step = current_step()
             turned = None if step is None or attn_metadata is None else step.turned_attention(kv_cache.shape[2])
+            if turned is None or turned.tokens is not None:  # there are rows without such blocks
+                super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             if turned is None:
-                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+                return output
             self.attend_turned(layer, query, kv_cache, output, turned)
             return output
 

@@ -19,6 +19,7 @@ from tests.gpu_contract.cuda_platform import use_cuda_platform
 os.environ["VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE"] = "1024"
 PLATFORM = use_cuda_platform()
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
@@ -46,7 +47,14 @@ class Tally:
         self.counts = dict.fromkeys(
             (
                 *("cases", "star_steps", "gathered", "one_token_rows", "windowed", "fp8", "sinks", "padded"),
-                *("split_pages", "turned", "all_heads_dense", "calls_on_some_heads", "calls_on_three_kinds"),
+                *(
+                    "split_pages",
+                    "turned",
+                    "turned_beside_others",
+                    "all_heads_dense",
+                    "calls_on_some_heads",
+                    "calls_on_three_kinds",
+                ),
             ),
             0,
         )
@@ -60,6 +68,9 @@ class Tally:
         if rows is None or rows.turned is None:
             wanted = case.num_runs if rows is not None else 1
             assert calls == wanted, f"{calls} calls for {wanted} runs of heads"
+        else:
+            others = rows.query_lens.sum() - rows.query_lens[np.unique(rows.turned.row)].sum()
+            assert calls == (others > 0), f"{calls} calls of vLLM's for {others} tokens without such blocks"
         for out, window in outputs:
             want = expected(case, drawn, window)
             assert not out.isnan().any(), f"{int(out.isnan().any((1, 2)).sum())} tokens have no output"
@@ -77,6 +88,7 @@ class Tally:
             "sinks": case.sinks,
             "padded": case.padding > 0,
             "turned": rows is not None and rows.turned is not None,
+            "turned_beside_others": rows is not None and rows.turned is not None and calls == 1,
             "split_pages": case.kernel_page < case.manager_page,
             "all_heads_dense": rows is not None
             and any(len(case.dense_for(one.plan)) == case.kv_heads for one in case.requests if one.plan is not None),

@@ -134,6 +134,10 @@ class Batch:
         step.keep_block_tables(virtual, self.common, metadata, PAGE_SIZE)
         query = rotate(self.query, torch.cat(self.positions), self.rotary[1], self.rotary[0]).float()
         out = torch.full_like(query, float("nan"))
+        rows = metadata.block_table_tensor, metadata.query_start_loc, metadata.seq_lens
+        paged_attention(Operands(query, *self.caches, *rows, scale=SCALE, out=out))  # as vLLM's kernel, of all rows
+        for number in np.unique(virtual.turned.row):
+            out[slice(*metadata.query_start_loc_cpu[number : number + 2])] = float("nan")
         step.turned_attention(PAGE_SIZE).attend("layer", query, out, self.caches, Layout.PAGES, scale=SCALE)
         return out
 

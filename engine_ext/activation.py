@@ -7,7 +7,7 @@ user gives `--additional-config '{"starling": {...}}'`. Without the entry nothin
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import KVTransferConfig
@@ -34,7 +34,7 @@ from starling.engine_ext.head_scores import scores_of
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import engine_facts, has_dense_heads, other_launcher, star_page_size
 from starling.replicas import network
-from starling.scheduler.star.facts import ReplicaSet
+from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults
 from starling.vllm_compat.config import is_async_engine, share_memory_nodes
@@ -163,7 +163,7 @@ def after_engine_config(vllm_config: Any) -> None:
     receive_reports()
     collect_from_children()
     front_metrics()
-    _log_activation(config.star, facts.refusals, vllm_config.model_config)
+    _log_activation(config.star, facts, vllm_config.model_config)
     if replicas.split_refusal is not None:
         reason = replicas.split_refusal
         logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, reason)
@@ -213,10 +213,12 @@ def max_shards(star: StarOptions, replicas: ReplicaSet) -> int:
     return replicas.size if star.replicas == "auto" else star.replicas
 
 
-def _log_activation(star: StarOptions, refusals: Sequence[str], model: Any) -> None:
-    if refusals:
-        logger.warning("Star Attention is not available here: %s", "; ".join(refusals))
+def _log_activation(star: StarOptions, facts: EngineFacts, model: Any) -> None:
+    if facts.refusals:
+        logger.warning("Star Attention is not available here: %s", "; ".join(facts.refusals))
         return
+    if star.segments not in (None, "off") and facts.document_refusals:
+        logger.warning("star_segments=%s has no effect here: %s", star.segments, "; ".join(facts.document_refusals))
     logger.info("Starling is activated; star defaults: %s", star.model_dump())
     if star.mode == "auto" and model.max_model_len < star.min_tokens:
         logger.warning(

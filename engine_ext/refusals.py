@@ -203,6 +203,11 @@ def has_documents(config: Any) -> bool:
     return _options(config).star.segments not in (None, "off")
 
 
+def is_made_for_documents(config: Any) -> bool:
+    """Whether the engine is made for documents: the server's options say where they start, and nothing refuses them."""
+    return has_documents(config) and not document_refusals(config)
+
+
 def has_dense_heads(config: Any) -> bool:
     """Whether the server's options say that some heads see everything, so that its engine is made for them.
 
@@ -262,6 +267,14 @@ def _has_breakable_graphs(config: Any) -> bool:
     return has_graphs and config.device_config.device_type != "cpu" and envs.VLLM_USE_BREAKABLE_CUDAGRAPH
 
 
+def _full_graphs_of_mixed_batches(config: Any) -> str | None:
+    """The graph mode, if vLLM does not start with it where attention runs in no full graph; it lowers other modes."""
+    mode = config.compilation_config.cudagraph_mode
+    if mode is None or config.device_config.device_type == "cpu" or mode.mixed_mode() is not CUDAGraphMode.FULL:
+        return None
+    return f"cudagraph_mode={mode.name}"
+
+
 def _on_cpu(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda config: config.device_config.device_type == "cpu" and rule(config)
 
@@ -278,8 +291,13 @@ DOCUMENT_RULES: Rules = (
     ),
     (
         _has_breakable_graphs,
-        "breakable CUDA graphs are on (VLLM_USE_BREAKABLE_CUDAGRAPH, VLLM_BATCH_INVARIANT): a replay does not give the "
-        "model the positions of a block",
+        "breakable CUDA graphs are on (VLLM_USE_BREAKABLE_CUDAGRAPH, VLLM_BATCH_INVARIANT), and documents have not "
+        "been tested with them",
+    ),
+    (
+        _full_graphs_of_mixed_batches,
+        "steps of documents run in no full CUDA graph; the modes NONE, PIECEWISE, FULL_DECODE_ONLY and "
+        "FULL_AND_PIECEWISE are allowed",
     ),
     (lambda c: dependence(c.model_config), "the model's star blocks depend on one another"),
     (lambda c: c.speculative_config, "speculative decoding: drafters take the positions of the prompt"),

@@ -27,6 +27,7 @@ from starling.engine_ext.refusals import (
     has_dense_heads,
     has_documents,
     has_peers,
+    is_made_for_documents,
     reads_all_caches,
     star_refusals,
 )
@@ -106,7 +107,7 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
     """
     is_cpu = vllm_config.device_config.device_type == "cpu"
     config = config_of(vllm_config)
-    use_block_positions(has_documents(vllm_config))
+    use_block_positions(is_made_for_documents(vllm_config))
     use_dense_heads(not is_cpu and has_dense_heads(vllm_config) and not has_documents(vllm_config))
     own = config.gpu_attention if config and config.gpu_attention in CLASSES else None
     if own:

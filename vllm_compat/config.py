@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starling.vllm_compat.patching import Original, first_found, touches, wrap
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionCGSupport
 
 CPU_PAGE_SIZE = 128
 """vLLM's default on CPU (vllm/platforms/cpu.py)."""
@@ -139,6 +142,22 @@ def kv_cache_capacity(vllm_config: Any, specs: dict[str, Any], available_bytes: 
         groups.append(planning.get_global_kv_cache_groups(vllm_config, [specs]))
     configs = planning.get_kv_cache_configs(vllm_config, [specs], [available_bytes], *groups)
     return utils.get_kv_cache_capacity(vllm_config, utils.generate_scheduler_kv_cache_config(configs))[0]
+
+
+@touches("vllm.config.compilation.CompilationConfig.{cudagraph_mode, resolve_cudagraph_mode_and_sizes}")
+def resolved_graph_mode(vllm_config: Any, support: AttentionCGSupport) -> str:
+    """The name of the CUDA graph mode that an engine will have. Goes when vLLM says it before a model is loaded.
+
+    Args:
+        support: what all attention layers support.
+
+    Raises:
+        ValueError: vLLM does not start with this mode and such layers.
+    """
+    compilation = copy.deepcopy(vllm_config.compilation_config)
+    queries = 1 + vllm_config.num_speculative_tokens
+    is_v2 = vllm_config.use_v2_model_runner
+    return compilation.resolve_cudagraph_mode_and_sizes(support, None, queries, use_v2_model_runner=is_v2).name
 
 
 @touches("vllm.config.cache.CacheConfig.user_specified_block_size")

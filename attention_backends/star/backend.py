@@ -46,6 +46,16 @@ def takes_star(spec: Any) -> bool:
     )
 
 
+def graph_support(own_positions: bool) -> AttentionCGSupport:
+    """The batches that full CUDA graphs may replay at most: decode batches that are never rewritten, not mixed ones.
+
+    Args:
+        own_positions: whether the engine is made for blocks with positions of their own. Their decode batches are
+            rewritten.
+    """
+    return AttentionCGSupport.NEVER if own_positions else AttentionCGSupport.UNIFORM_BATCH
+
+
 def virtual_bounds(scheduler_config: Any, max_model_len: int, page_size: int) -> tuple[int, int]:
     """(rows, pages in all their block tables) that a step can have at most, after its rows are split.
 
@@ -120,13 +130,9 @@ class StarBuilder:
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Full graphs stay usable for decode batches that are never rewritten, but not for mixed batches.
-
-        Those of prompts whose blocks have positions of their own are rewritten.
-        """
+        """What the base backend supports, within ``graph_support``."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
-        most = AttentionCGSupport.NEVER if block_positions_in_use() else AttentionCGSupport.UNIFORM_BATCH
-        return min(support, most, key=lambda level: level.value)
+        return min(support, graph_support(block_positions_in_use()), key=lambda level: level.value)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

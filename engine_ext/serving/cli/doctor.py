@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from starling.engine_ext.serving.cli.doctor_attention import attention_backend, attention_op
+from starling.engine_ext.serving.cli.doctor_attention import attention_backend, attention_op, cuda_graphs
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
 from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start
@@ -142,6 +142,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "model": model,
         "attention_backend": attention_backend(config),
         "attention_op": attention_op(config, starling.cpu_attention, starling.gpu_attention),
+        "cuda_graphs": cuda_graphs(config),
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "kv_cache": cache,
         "star_defaults": star.model_dump(),

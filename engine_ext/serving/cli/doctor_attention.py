@@ -24,6 +24,29 @@ def attention_backend(config: Any) -> dict[str, str]:
     return {"name": "automatic", "why": f"vLLM selects it at its start; Star Attention runs on {', '.join(WRAPPED)}"}
 
 
+def cuda_graphs(config: Any) -> dict[str, str]:
+    """The mode of CUDA graphs that the engine will have, as far as its full-attention layers limit it, and why."""
+    from starling.attention_backends.star.backend import graph_support
+    from starling.engine_ext.refusals import is_attamba, is_made_for_documents, star_refusals
+    from starling.vllm_compat.config import resolved_graph_mode
+
+    asked = config.compilation_config.cudagraph_mode
+    configured = "NONE" if asked is None else asked.name
+    if config.device_config.device_type == "cpu":
+        return {"mode": "NONE", "why": "there are none on a CPU"}
+    if star_refusals(config) or is_attamba(config):
+        return {"mode": configured, "why": "cudagraph_mode; vLLM lowers it at its start where the backend needs it"}
+    own_positions = is_made_for_documents(config)
+    mode = resolved_graph_mode(config, graph_support(own_positions))
+    if mode == configured:
+        why = "cudagraph_mode"
+    elif own_positions:
+        why = f"cudagraph_mode is {configured}, and steps of documents run in no full graph"
+    else:
+        why = f"cudagraph_mode is {configured}, and steps with star rows run in no full graph"
+    return {"mode": mode, "why": f"{why}; a model of which no part is compiled has no piecewise graphs"}
+
+
 SAMPLES = {"decode, 1k keys": (1, 1024), "decode, 32k keys": (1, 32_768), "prefill of 2,048 tokens": (2048, 32_768)}
 
 

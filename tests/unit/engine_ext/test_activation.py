@@ -57,6 +57,17 @@ def test_activated_engines_get_starlings_scheduler_and_worker(model):
     assert star_refusals(config) == []
 
 
+@pytest.mark.parametrize(("attention", "warns"), [("vllm", True), ("auto", False)])
+def test_a_server_that_is_started_for_documents_and_can_have_none_says_so(model, monkeypatch, attention, warns):
+    """With star off by default it starts, as only requests that turn star on could have documents."""
+    warned = []
+    monkeypatch.setattr(activation.logger, "warning", lambda text, *args: warned.append(text % args))
+    engine_config(model, additional_config={"starling": {"star_segments": "auto", "cpu_attention": attention}})
+    assert [line.startswith("star_segments=auto has no effect here: cpu_attention=vllm") for line in warned] == (
+        [True] if warns else []
+    )
+
+
 def test_engines_without_the_entry_are_vllms(model):
     config = engine_config(model, additional_config={"other": 1})
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"

@@ -34,7 +34,7 @@ PLAIN = CPU | {
     "model_config__get_sliding_window": lambda: None,
     "model_config__uses_mrope": False,
     "model_config__max_model_len": 200,
-    "compilation_config": SimpleNamespace(cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: False)),
+    "compilation_config__cudagraph_mode": CUDAGraphMode.PIECEWISE,
     "cache_config__effective_attention_block_size": PAGE_SIZE,
 }
 
@@ -207,6 +207,11 @@ REFUSED = {
     },
     "breakable CUDA graphs are on": {
         "device_config__device_type": "cuda",
+        "additional_config": {"starling": {"star_segments": "auto"}},
+    },
+    "FULL_DECODE_ONLY and FULL_AND_PIECEWISE are allowed (cudagraph_mode=FULL)": {
+        "device_config__device_type": "cuda",
+        "compilation_config__cudagraph_mode": CUDAGraphMode.FULL,
         "additional_config": {"starling": {"star_segments": "auto"}},
     },
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},

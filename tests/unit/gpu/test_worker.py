@@ -23,7 +23,7 @@ from starling.attention_backends.star.rows import is_split
 from starling.engine_ext.worker import make_star_worker, unsplit_layers
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_step import SPEC
-from tests.unit.engine_ext.configs import drafting, fake_config
+from tests.unit.engine_ext.configs import FULL, drafting, fake_config
 
 
 class FakeWorker:
@@ -75,6 +75,7 @@ def unregistered():
     use_dense_heads(False)
 
 
+FOR_DOCUMENTS = FULL | {"model_config__uses_mrope": False, "cache_config__cache_dtype": "auto"}
 REFUSED = {"speculative_config": drafting("medusa")}
 
 
@@ -115,12 +116,15 @@ def test_an_engine_that_refuses_star_keeps_the_full_graphs_of_its_backend():
 def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of_decode_batches():
     """Its layers run Starling's kernels in the steps of such prompts, decode steps included."""
     own = {"starling": {"star_segments": "auto"}}
-    make_worker(additional_config=own)
+    make_worker(**FOR_DOCUMENTS | {"additional_config": own})
     star = AttentionBackendEnum.TRITON_ATTN.get_class()
     assert star.get_impl_cls().turns_queries
     assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.NEVER
     make_worker()
     assert not hasattr(star.get_impl_cls(), "turns_queries")
+    make_worker(**FOR_DOCUMENTS | {"additional_config": own, "cache_config__cache_dtype": "fp8_e4m3"})
+    assert not hasattr(star.get_impl_cls(), "turns_queries"), "documents are refused with such a cache"
+    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.UNIFORM_BATCH
 
 
 def test_an_engine_that_is_started_for_dense_heads_keeps_full_graphs_of_decode_batches():
@@ -172,7 +176,10 @@ def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, seg
     )
     monkeypatch.setattr("starling.engine_ext.worker.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
     config = {"starling": {"star_segments": segments}}
-    worker = make_worker(device_config__device_type=device, additional_config=config)
+    on_device = {"device_config__device_type": device, "additional_config": config}
+    if device == "cuda":
+        on_device = FOR_DOCUMENTS | on_device
+    worker = make_worker(**on_device)
     worker.initialize_from_config(None)
     assert len(seen) == looks
 

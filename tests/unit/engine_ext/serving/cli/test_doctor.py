@@ -59,6 +59,7 @@ def test_a_prompts_plan_memory_and_work(model):
         "bytes_per_token": bytes_per_token,
     }
     assert report["attention_backend"]["name"] == "CPU_ATTN"
+    assert report["cuda_graphs"]["mode"] == "NONE"
     assert report["star_defaults"]["block_size"] == 512
     assert report["star_refused"] == []
     assert report["star_block_reuse"] == "yes, of prompts without an overlap: star_overlap_size=0, or documents"

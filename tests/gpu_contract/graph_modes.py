@@ -1,0 +1,95 @@
+"""Run in a process of its own: which CUDA graphs vLLM takes beside Star Attention, and prints a JSON line.
+
+The configurations are those of engines on a GPU, with all that vLLM and Starling do to them. vLLM's own code then
+resolves the graph mode of an engine whose layers have a wrapped backend, and picks the graphs of its batches.
+
+The argument is {"model": path, "runner": "V1" or "V2", "options": the server's star options, "graphs": a list of
+compilation configurations}. The result is a list with, for each, {"mode", "decode", "mixed", "doctor"}: the resolved
+mode, the graphs of a decode batch and of a mixed one, and what `starling doctor` says; or {"refused": the message}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from tests.gpu_contract.cuda_platform import use_cuda_platform
+
+PLATFORM = use_cuda_platform()
+
+import torch  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
+
+from starling.engine_ext.refusals import star_refusals  # noqa: E402
+from starling.engine_ext.serving.cli.doctor_attention import cuda_graphs  # noqa: E402
+from starling.engine_ext.worker import register_backends  # noqa: E402
+
+SPEC = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+
+
+def v1_graphs(config: Any, backend: Any) -> dict[str, str]:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    runner = GPUModelRunner.__new__(GPUModelRunner)
+    runner.vllm_config, runner.compilation_config = config, config.compilation_config
+    runner.speculative_config = runner.kv_cache_config = None
+    runner.uniform_decode_query_len, runner.max_num_reqs = 1, config.scheduler_config.max_num_seqs
+    runner.cudagraph_dispatcher = CudagraphDispatcher(config)
+    runner._check_and_update_cudagraph_mode([{backend}], [SimpleNamespace(kv_cache_spec=SPEC)])
+    decode, mixed = (runner.cudagraph_dispatcher.dispatch(4, uniform_decode=uniform)[0] for uniform in (True, False))
+    return {"mode": config.compilation_config.cudagraph_mode.name, "decode": decode.name, "mixed": mixed.name}
+
+
+def v2_graphs(config: Any, backend: Any, piecewise: bool) -> dict[str, str]:
+    """Args: piecewise: whether a part of the model is compiled."""
+    from vllm.v1.worker.gpu import cudagraph_utils
+    from vllm.v1.worker.gpu.attn_utils import get_attn_cg_support
+
+    builder = backend.get_builder_cls()
+    group = SimpleNamespace(backend=backend, kv_cache_spec=SPEC, get_metadata_builder=lambda number: builder)
+    found = get_attn_cg_support([[group]], config)
+    mode = config.compilation_config.resolve_cudagraph_mode_and_sizes(
+        found.min_cg_support,
+        found.min_cg_attn_backend,
+        1,
+        use_v2_model_runner=True,
+        piecewise_capture_available=piecewise,
+    )
+    rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    with (
+        mock.patch.object(cudagraph_utils, "get_pp_group", lambda: rank),
+        mock.patch.object(type(cudagraph_utils.current_platform), "get_global_graph_pool", lambda self: None),
+    ):
+        manager = cudagraph_utils.CudaGraphManager(config, torch.device("cpu"), mode, 1)
+    manager._graphs_captured = True
+    decode, mixed = manager.dispatch(4, 4, 1, 0), manager.dispatch(2, 4, None, 0)
+    return {"mode": mode.name, "decode": decode.cg_mode.name, "mixed": mixed.cg_mode.name}
+
+
+def graphs_of(model: str, runner: str, options: dict[str, Any], graphs: dict[str, Any]) -> dict[str, str]:
+    try:
+        config = EngineArgs(
+            model=model,
+            skip_tokenizer_init=True,
+            compilation_config=graphs,
+            additional_config={"starling": options},
+        ).create_engine_config()
+    except ValueError as error:
+        return {"refused": str(error)}
+    doctor = cuda_graphs(config)["mode"]
+    register_backends(config, star_refusals(config))
+    backend = AttentionBackendEnum.TRITON_ATTN.get_class()
+    piecewise = config.compilation_config.is_attention_compiled_piecewise()
+    found = v1_graphs(config, backend) if runner == "V1" else v2_graphs(config, backend, piecewise)
+    return found | {"doctor": doctor}
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    print(json.dumps([graphs_of(job["model"], job["runner"], job["options"], graphs) for graphs in job["graphs"]]))

@@ -120,10 +120,14 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             axis.set_visible(False)
         for result in results:
             draw(axes[[*lengths].index(length_of(result))][[*models].index(result["model"])], result)
-        for axis in axes[-1]:
-            axis.set_xlabel("attention work of the prefill, % of dense")
-        for axis in axes[:, 0]:
-            axis.set_ylabel("KL to dense, A = B at n/8 is 1")
+        for column in axes.T:
+            last = [axis for axis in column if axis.get_visible()][-1]
+            last.set_xlabel("attention work of the prefill, % of dense")
+            last.tick_params(labelbottom=True)
+        for row in axes:
+            first = next(axis for axis in row if axis.get_visible())
+            first.set_ylabel("KL to dense, A = B at n/8 is 1")
+            first.tick_params(labelleft=True)
         axes[0][0].set_ylim(bottom=0)
         axes[0][0].legend()
 

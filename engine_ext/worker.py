@@ -178,6 +178,12 @@ class StarWorker:
         keep_request_ids(self.model_runner)
         return result
 
+    def load_model(self, **options: Any) -> None:
+        """As vLLM's, and makes what stays in memory for documents: vLLM sizes the KV cache after it."""
+        super().load_model(**options)  # type: ignore[misc]
+        if block_positions_in_use():
+            self._made_rotations()
+
     def get_kv_cache_spec(self) -> dict[str, Any]:
         specs: dict[str, Any] = super().get_kv_cache_spec()  # type: ignore[misc]
         is_cpu = self.vllm_config.device_config.device_type == "cpu"
@@ -245,8 +251,6 @@ class StarWorker:
         hidden_size = self.vllm_config.model_config.get_hidden_size()
         self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
         if self.block_positions_problem is None:
-            if block_positions_in_use():
-                self._made_rotations()
             # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
             before_forward(self.model_runner, set_positions)
             return

@@ -47,6 +47,9 @@ class FakeWorker:
             get_model=torch.nn.Module,
         )
 
+    def load_model(self):
+        pass
+
     def initialize_from_config(self, kv_cache_config):
         pass
 
@@ -96,6 +99,15 @@ def test_a_worker_registers_the_backend_that_gpu_attention_names(setting, name, 
     )
     backend = AttentionBackendEnum[NAME].get_class()
     assert (backend.__name__, backend.get_name()) == (star + name, NAME)
+
+
+@pytest.mark.parametrize(("options", "made"), [({"star_segments": "auto"}, True), ({}, False)])
+def test_tables_of_angles_are_made_with_the_weights_and_so_counted_before_the_kv_cache_is_sized(options, made):
+    """67 MB at 128k tokens, 537 MB at 1M."""
+    worker = make_worker(**FOR_DOCUMENTS | {"additional_config": {"starling": options}})
+    assert worker.rotations is None
+    worker.load_model()
+    assert (worker.rotations is not None) == made
 
 
 def test_no_backend_is_registered_where_vllm_chooses():
@@ -210,10 +222,13 @@ def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watc
     monkeypatch.setattr(f"{worker_module}.attention_blocks", lambda model: blocks)
     monkeypatch.setattr(f"{worker_module}.block_positions_problem", lambda *args: None)
     monkeypatch.setattr(f"{worker_module}.make_rotations", lambda *args: rotations)
+    monkeypatch.setattr(f"{worker_module}.before_forward", lambda *args: None)
     monkeypatch.setattr(f"{worker_module}.metadata_builders", lambda runner: [(SPLITS, ["full"])])
     monkeypatch.setattr("starling.attention_backends.star.warm_up.warm_up", lambda *args: calls.append(args))
     monkeypatch.setattr(FakeWorker, "compile_or_warm_up_model", lambda self: calls.append("vLLM's"))
-    worker = make_worker(device_config__device_type=device, additional_config={"starling": {"star_segments": segments}})
+    given = {"device_config__device_type": device, "additional_config": {"starling": {"star_segments": segments}}}
+    worker = make_worker(**(FOR_DOCUMENTS if device == "cuda" else {}) | given)
+    worker.load_model()
     worker.initialize_from_config(None)
     worker.compile_or_warm_up_model()
     assert calls == [([layers["full"]], rotations)] * warmed + ["vLLM's"]

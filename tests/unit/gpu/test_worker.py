@@ -209,7 +209,7 @@ def test_the_tokens_of_vllms_warm_up_are_not_counted():
 
 
 @pytest.mark.parametrize(
-    ("device", "segments", "warmed"), [("cuda", "auto", True), ("cuda", "off", False), ("cpu", "auto", False)]
+    ("device", "segments", "warmed"), [("cuda", "auto", True), ("cuda", "off", False), ("cpu", "off", False)]
 )
 def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watches_for_compiled_ones(
     device, segments, warmed, monkeypatch

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
 from starling.attention_backends.kernels.triton import decode  # noqa: E402
+from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from starling.attention_backends.star.warm_up import warm_up  # noqa: E402
 from starling.scheduler.star.plan import StarPlan  # noqa: E402
@@ -29,23 +30,26 @@ from tests.kernels.compiles import count_compiles  # noqa: E402
 PAGE_SIZE, KV_HEADS, GROUP, STEPS = 16, 2, 4, 40
 
 
-def random_request(draw: random.Random) -> Request:
-    """A decode, or some tokens, of a prompt over documents, or of a dense one."""
+def random_request(draw: random.Random, at_least: int) -> Request:
+    """A decode, or at least some tokens, of a prompt over documents, or of a dense one."""
     lengths = [draw.randint(1, 40) for _ in range(draw.randint(2, 6))]
+    if draw.random() < 0.5:
+        lengths = [decode.MIN_KEYS_PER_SPLIT + 1, lengths[0]]  # one whose keys may be divided
     blocks, start = [], 0
     for length in lengths:
         blocks.append((start, start + length))
         start += -(-length // PAGE_SIZE) * PAGE_SIZE
     plan = StarPlan(64, 0, 0, start, start + 40, documents=tuple(blocks))
-    end = start + draw.randint(1, 60)
-    queries = draw.choice((1, 1, 1, draw.randint(1, 30)))
+    end = start + draw.randint(at_least, 60)
+    queries = max(at_least, draw.choice((1, 1, 1, draw.randint(1, 30))))
     return Request(max(start, end - queries), end, plan if draw.random() < 0.7 else None)
 
 
 def random_case(seed: int) -> Case:
-    """A step; half of the steps are of decodes alone, and some have many rows."""
+    """A step; half of the steps are of decodes alone, a quarter of rows of many tokens, and some have many rows."""
     draw = random.Random(seed)
-    requests = [random_request(draw) for _ in range(draw.choice((1, 2, 5, 33, 140)))]
+    at_least = MAX_QUERIES_PER_DECODE_ROW + 1 if seed % 4 == 0 else 1
+    requests = [random_request(draw, at_least) for _ in range(draw.choice((1, 2, 5, 33, 220)))]
     if seed % 2:
         requests = [Request(one.end - 1, one.end, one.plan) for one in requests]
     return Case(tuple(requests), PAGE_SIZE, PAGE_SIZE, "LBNHC", KV_HEADS, GROUP, seed=seed)

@@ -370,9 +370,9 @@ def test_over_how_many_replicas_kv_is_divided_by_default(model):
 class TestGpuAttention:
     """The option ``gpu_attention``."""
 
-    def test_it_selects_vllms_backend_for_others(self, monkeypatch):
+    def test_it_selects_vllms_backend_for_others(self, model, monkeypatch):
         monkeypatch.setattr(activation, "current_platform", SimpleNamespace(device_type="cuda"))
-        args = AsyncEngineArgs(model="m", additional_config={"starling": {"gpu_attention": "triton"}})
+        args = AsyncEngineArgs(model=str(model), additional_config={"starling": {"gpu_attention": "triton"}})
         before_engine_config(args)
         assert args.attention_backend is AttentionBackendEnum.CUSTOM
 

@@ -256,9 +256,9 @@ def test_a_step_that_waits_or_compiles_fails_the_check_unless_plain_vllm_does_to
     assert steady.check_steady(Engine(), Engine(refused="no documents")) == Skip("no documents")
 
 
-def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs():
+def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs(tmp_path):
     """vLLM takes both settings: the one as an argument of an engine, the other as a variable."""
-    run = engine_run.EngineRun({"model": "m"}, {"one": [{"ids": [1], "prompt_logprobs": True}]}, {"A": "1"})
+    run = engine_run.EngineRun({"model": str(tmp_path)}, {"one": [{"ids": [1], "prompt_logprobs": True}]}, {"A": "1"})
     strict = steady.steady(run, run.batches)
     assert EngineArgs(**strict.engine).jit_monitor_mode == "error"
     assert (

@@ -147,7 +147,7 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
         star: whether documents have positions of their own.
     """
     size = DOCUMENT_TOKENS[gpu]
-    starts = [size * number for number in range(DOCUMENTS)] + [size * DOCUMENTS]
+    starts = [size * number for number in range(DOCUMENTS + 1)]
     prompt = make_prompt(3, starts[-1] + QUERY, vocabulary, max_tokens=DECODED)
     if len(prompt["ids"]) + DECODED > max_length:
         return {}

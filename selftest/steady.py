@@ -12,14 +12,14 @@ SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}
 JIT_MONITOR = {"jit_monitor_mode": "error"}
 
 
-def steady(run: EngineRun, batches: Mapping[str, list[dict]]) -> EngineRun:
+def steady(run: EngineRun) -> EngineRun:
     """An engine as ``run``, which fails if a step waits for the GPU or compiles a kernel.
 
-    Args:
-        batches: those that it runs, without log-probabilities, for which vLLM itself waits.
+    Its prompts have no log-probabilities, for which vLLM itself waits.
     """
     bare = {
-        name: [prompt | {"bare": True, "prompt_logprobs": False} for prompt in batch] for name, batch in batches.items()
+        name: [prompt | {"bare": True, "prompt_logprobs": False} for prompt in batch]
+        for name, batch in run.batches.items()
     }
     return EngineRun(run.engine | JIT_MONITOR, bare, run.env | SYNC_CHECK)
 
@@ -31,13 +31,11 @@ def steady_checks(name: str, plain: EngineRun, activated: Mapping[str, EngineRun
         plain: an engine without Starling, with dense prompts.
         activated: what the prompts are -> an engine with such prompts.
     """
-    strict = steady(plain, plain.batches)
+    strict = steady(plain)
     return [
         Check(
             f"{name}: no waiting and no compilation, {kind}",
-            functools.partial(check_steady, strict, steady(run, run.batches))
-            if gpu
-            else functools.partial(Skip, NO_GPU),
+            functools.partial(check_steady, strict, steady(run)) if gpu else functools.partial(Skip, NO_GPU),
         )
         for kind, run in activated.items()
     ]

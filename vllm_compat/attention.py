@@ -104,9 +104,3 @@ def impl_of_heads(impl: T, first: int, stop: int) -> T:
 def has_scales_by_head(layer: Any) -> bool:
     """Whether the KV cache of an attention layer has a scale for each head. Goes with a public field."""
     return max(layer._k_scale.numel(), layer._v_scale.numel()) > 1
-
-
-@touches("vllm.v1.attention.backend.AttentionLayer.{_k_scale_float, _v_scale_float}")
-def cache_scales(layer: Any) -> dict[str, float]:
-    """The scales of an attention layer's keys and values in a quantised KV cache. Goes with public fields."""
-    return {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}

@@ -21,7 +21,7 @@ from starling.attention_backends.kernels.contract import FP8_DTYPES, Operands, S
 from starling.attention_backends.kernels.xformers.probe import DTYPES, HEAD_SIZES, gather_facts, unavailable_reason
 from starling.attention_backends.paged.names import NAME
 from starling.config.entry import GPU_ATTENTION
-from starling.vllm_compat.attention import cache_scales
+from starling.vllm_compat.config import kv_scales
 from starling.vllm_compat.patching import touches
 
 Kernel = Callable[[Operands], tuple[torch.Tensor, torch.Tensor]]
@@ -89,7 +89,7 @@ class PagedImpl(TritonAttentionImpl):
         scales: dict[str, Any] = {}
         if self.kv_cache_dtype in FP8_DTYPES:
             keys, values = (as_fp8(cache, self.kv_cache_dtype) for cache in (keys, values))
-            scales = cache_scales(layer)
+            scales = kv_scales(layer)
         self.kernel(
             Operands(
                 query[:tokens].view(shape),

@@ -259,7 +259,7 @@ def test_a_step_that_waits_or_compiles_fails_the_check_unless_plain_vllm_does_to
 def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs(tmp_path):
     """vLLM takes both settings: the one as an argument of an engine, the other as a variable."""
     run = engine_run.EngineRun({"model": str(tmp_path)}, {"one": [{"ids": [1], "prompt_logprobs": True}]}, {"A": "1"})
-    strict = steady.steady(run, run.batches)
+    strict = steady.steady(run)
     assert EngineArgs(**strict.engine).jit_monitor_mode == "error"
     assert (
         strict.env == {"A": "1", "VLLM_GPU_SYNC_CHECK": "error"} and "VLLM_GPU_SYNC_CHECK" in envs.environment_variables

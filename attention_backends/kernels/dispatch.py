@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.cpu import attention as cpu
+from starling.attention_backends.kernels.ranges import RangeTable
+from starling.attention_backends.kernels.rotary import Rotation
 
 
 def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,3 +26,17 @@ def paged_attention(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
     return triton.paged_attention(operands)
+
+
+def attend_in_ranges(
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    table: RangeTable,
+    rotation: Rotation,
+    out: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Attention of single tokens over ranges of keys, on a GPU; arguments as of kernels/triton/ranges.py."""
+    from starling.attention_backends.kernels.triton.ranges import attend_ranges
+
+    attend_ranges(query, caches, table, rotation, out, **options)

@@ -57,7 +57,7 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def merge_parts(parts: torch.Tensor, part_lses: torch.Tensor, tokens: PartTokens, out: torch.Tensor) -> None:
-    """Merge attention over disjoint keys into the attention of each token; equal calls have equal results.
+    """Merge attention over disjoint keys into the attention of each token, on a CPU.
 
     Args:
         parts: (P, H, D) partial outputs, contiguous.
@@ -65,8 +65,6 @@ def merge_parts(parts: torch.Tensor, part_lses: torch.Tensor, tokens: PartTokens
         tokens: of the parts.
         out: (T, H, D) to write to, the last dimension contiguous.
     """
-    if devices.uses_triton(out.device):
-        return _merge_in_triton(out, None, tokens, parts, part_lses)
     peak = _raised(part_lses.new_full(out.shape[:2], float("-inf")), tokens.numbers, part_lses)
     total, merged = torch.zeros_like(peak), part_lses.new_zeros(out.shape)
     _add_parts(merged, total, peak, tokens.numbers, parts, part_lses)
@@ -86,7 +84,9 @@ def merge_rows(
         part_lses: (P, H) their log-sum-exps, contiguous.
     """
     if devices.uses_triton(out.device):
-        return _merge_in_triton(out, lse, tokens, parts, part_lses)
+        from starling.attention_backends.kernels.triton.merge import merge_tokens  # a CPU does not need Triton
+
+        return merge_tokens(out, lse, tokens.numbers, tokens.order, parts, part_lses)
     peak = _raised(lse, tokens.numbers, part_lses)
     safe = peak.masked_fill(peak.isinf(), 0.0)
     total = torch.exp(lse - safe)
@@ -94,14 +94,6 @@ def merge_rows(
     _add_parts(out, total, safe, tokens.numbers, parts, part_lses)
     out.div_(total.clamp_min(torch.finfo(total.dtype).tiny)[..., None])
     lse.copy_(torch.where(total > 0, safe + torch.log(total), float("-inf")))
-
-
-def _merge_in_triton(
-    out: torch.Tensor, lse: torch.Tensor | None, tokens: PartTokens, parts: torch.Tensor, part_lses: torch.Tensor
-) -> None:
-    from starling.attention_backends.kernels.triton.merge import merge_tokens  # a CPU does not need Triton
-
-    merge_tokens(out, lse, tokens.numbers, tokens.order, parts, part_lses)
 
 
 def _raised(lse: torch.Tensor, tokens: torch.Tensor, part_lses: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class TurnedQueries:
 
 
 def turned_attention(operands: Operands, turned: TurnedQueries) -> None:
-    """Write the attention of the query's tokens to ``operands.out``. Each token is in a row that has keys.
+    """Write the attention of the query's tokens to ``operands.out``, on a CPU. Each token is in a row that has keys.
 
     Raises:
         ValueError: no implementation for this device supports the operands.

@@ -126,7 +126,7 @@ class CpuImpl(CPUAttentionBackendImpl):
         heads = None if step is None else step.row_heads(layer.layer_name)
         tokens = attn_metadata.num_actual_tokens
         caches, options = self._caches(layer, kv_cache)
-        if turned is not None and turned.tokens is None and remote is None and heads is None:
+        if turned is not None and turned.is_whole_step and remote is None and heads is None:
             turned.attend(layer.layer_name, query[:tokens], output[:tokens], caches, Layout.CPU, **options)
             return output
         sent = remote.begin(layer.layer_name, query[:tokens], self.scale, self.logits_soft_cap) if remote else {}

@@ -69,6 +69,8 @@ class VirtualRows:
         block_start: (R,) int64, where its star block starts; 0 for the other rows.
         gathered: (G,) int64, rows whose pages are not those of ``source`` in order.
         page_columns: (G, W) int64, for each of these the columns of the source's block table; W is their widest.
+        key_ranges: (K, 3) int64, a row and ``[first, stop)`` of the batch row's positions: the keys that ``seq_lens``
+            counts, by ascending rows.
         remote: rows that also see keys in other replicas' memory, which ``seq_lens`` and the pages leave out.
         turned: the keys of blocks with positions of their own, which they leave out too; None: there are none.
         context_tokens: query tokens in star rows.
@@ -83,6 +85,7 @@ class VirtualRows:
     block_start: np.ndarray
     gathered: np.ndarray
     page_columns: np.ndarray
+    key_ranges: np.ndarray
     remote: tuple[RemoteKeys, ...]
     turned: TurnedKeys | None
     context_tokens: int
@@ -147,6 +150,7 @@ class _Pieces:
         self.block_start: list[int] = []
         self.gathered: list[int] = []
         self.columns: list[np.ndarray] = []
+        self.key_ranges: list[tuple[int, int, int]] = []
         self.remote: list[RemoteKeys] = []
         self.turned: list[tuple[int, int, DocumentKeys]] = []
         self.context_tokens = self.star_pairs = self.dense_pairs = 0
@@ -169,6 +173,7 @@ class _Pieces:
         if keys[0][0] or len(keys) > 1:
             self.gathered.append(number)
             self.columns.append(_page_columns(keys, self.page_size))
+        self.key_ranges.extend((number, first, stop) for first, stop in keys if first < stop)
         self.source.append(row)
         self.query_lens.append(end - start)
         self.seq_lens.append(sum(stop - first for first, stop in keys))
@@ -200,6 +205,7 @@ class _Pieces:
             np.asarray(self.block_start, dtype=np.int64),
             np.asarray(self.gathered, dtype=np.int64),
             page_columns,
+            np.asarray(self.key_ranges, dtype=np.int64).reshape(-1, 3),
             tuple(self.remote),
             _turned_keys(self.turned, self.page_size),
             self.context_tokens,

@@ -22,7 +22,7 @@ from starling.attention_backends.star.head_rows import HeadRows, head_runs, make
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from starling.attention_backends.star.rows import VirtualRows, split_rows
-from starling.attention_backends.star.turned import OwnRows, StepTokens, TurnedAttention, make_turned_rows
+from starling.attention_backends.star.turned_attention import TurnedAttention, make_turned_attention
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RemoteShards
 
@@ -165,34 +165,8 @@ class StarStep:
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
-        turned = rows.turned
-        if turned is None:
-            return
-        starts = np.cumsum(rows.query_lens) - rows.query_lens
-        numbers, device = np.unique(turned.row), virtual.block_table_tensor.device
-        query_lens, num_tokens = rows.query_lens[numbers], int(rows.query_lens.sum())
-        are_all = int(query_lens.sum()) == num_tokens
-        if are_all:
-            numbers, query_lens = np.arange(len(starts)), rows.query_lens
-            table, lens, locations = virtual.block_table_tensor, virtual.seq_lens, virtual.query_start_loc
-        else:
-            chosen = async_tensor_h2d(numbers, device)
-            table, lens = virtual.block_table_tensor[chosen], virtual.seq_lens[chosen]
-            locations = async_tensor_h2d(np.concatenate(([0], np.cumsum(query_lens))), device, torch.int32)
-        own = OwnRows(
-            num_tokens=int(query_lens.sum()),
-            are_decodes=bool((query_lens == 1).all()),
-            page_size=page_size,
-            num_keys=rows.seq_lens[numbers],
-            block_table=table,
-            query_start_loc=locations,
-            seq_lens=lens,
-        )
-        renumbered = replace(turned, row=np.searchsorted(numbers, turned.row))
-        first = np.cumsum(query_lens) - query_lens
-        calls = list(make_turned_rows(renumbered, first, query_lens, batch.block_table_tensor, page_size))
-        tokens = None if are_all else StepTokens(starts[numbers], query_lens, num_tokens, device)
-        self._turned_attention[page_size] = TurnedAttention(own, calls, self.rotations, tokens)
+        if rows.turned is not None:
+            self._turned_attention[page_size] = make_turned_attention(rows, batch, virtual, page_size, self.rotations)
 
     def keep_heads(
         self,

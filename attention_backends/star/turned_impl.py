@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from starling.attention_backends.kernels.contract import Layout
 from starling.attention_backends.star.step import current_step
-from starling.attention_backends.star.turned import TurnedAttention
+from starling.attention_backends.star.turned_attention import TurnedAttention
 from starling.vllm_compat.patching import extends, touches
 
 _in_use = False
@@ -80,7 +80,7 @@ def make_turned_impl(base: type[AttentionImpl]) -> type[AttentionImpl]:
             """
             step = current_step()
             turned = None if step is None or attn_metadata is None else step.turned_attention(kv_cache.shape[2])
-            if turned is None or turned.tokens is not None:  # there are rows without such blocks
+            if turned is None or not turned.is_whole_step:
                 super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             if turned is None:
                 return output

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from starling.attention_backends.kernels.ranges import TokenRanges, make_range_table
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW
 from starling.attention_backends.kernels.triton.decode import MIN_KEYS_PER_SPLIT, rows_that_fill
-from starling.attention_backends.star.turned import OwnRows, TurnedAttention, TurnedRows
+from starling.attention_backends.star.turned import TurnedRows
+from starling.attention_backends.star.turned_attention import OwnRows, TurnedAttention
 from starling.vllm_compat.patching import touches
 
-QUERIES = (1, 2, MAX_QUERIES_PER_DECODE_ROW + 1)
-"""Query tokens of a row: of steps of decodes alone, of other steps of few tokens, and of steps of many."""
+QUERIES = (2, MAX_QUERIES_PER_DECODE_ROW + 1)
+"""Query tokens of a row, of those that do not decode: of steps of few tokens, and of steps of many."""
 
 
 @touches(
@@ -42,31 +44,37 @@ def warm_up(layers: Iterable[Any], rotations: Mapping[str, Rotation]) -> None:
         if kind in seen:
             continue
         seen.add(kind)
-        for own, rows in _steps(cache):
-            query = torch.zeros(own.num_tokens, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
-            turned = TurnedAttention(own, [rows], rotations)
+        for num_tokens, turned in _steps(cache, rotations):
+            query = torch.zeros(num_tokens, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
             impl.attend_turned(layer, query, cache, torch.empty_like(query), turned)
 
 
-def _steps(cache: torch.Tensor) -> Iterator[tuple[OwnRows, TurnedRows]]:
-    """Rows of page 0 alone: for each number of queries, so many that no row's keys are split, and one whose keys are.
+def _steps(cache: torch.Tensor, rotations: Mapping[str, Rotation]) -> Iterator[tuple[int, TurnedAttention]]:
+    """Rows of page 0 alone, with their number of tokens: a token that decodes, and others.
+
+    For each number of queries, there are so many others that no row's keys are split, and one whose keys are.
 
     Args:
         cache: (pages, KV heads, page size, 2 * head size).
     """
     kv_heads, page_size = cache.shape[1:3]
+    zeros = torch.zeros(2, 1, dtype=torch.int32, device=cache.device)
+    table = make_range_table(
+        TokenRanges(*np.zeros((3, 1), int), *np.array([[1], [0]])), zeros[:1], zeros[:, 0], zeros[0]
+    )
+    yield 1, TurnedAttention(rotations, ranges=table)
     wide = -(-2 * MIN_KEYS_PER_SPLIT // page_size)
     for queries in QUERIES:
         for num_rows, columns in ((rows_that_fill(cache.device, kv_heads), 1), (1, wide)):
-            yield _rows(num_rows, queries, columns * page_size, page_size, cache.device)
+            own, rows = _rows(num_rows, queries, columns, cache.device)
+            yield own.num_tokens, TurnedAttention(rotations, own, [rows])
 
 
-def _rows(num_rows: int, queries: int, keys: int, page_size: int, device: torch.device) -> tuple[OwnRows, TurnedRows]:
-    """Rows of one key each that may have so many: the step's own, and as many of one block."""
-    num_keys = np.full(num_rows, keys)
-    table = torch.zeros(num_rows, keys // page_size, dtype=torch.int32, device=device)
+def _rows(num_rows: int, queries: int, columns: int, device: torch.device) -> tuple[OwnRows, TurnedRows]:
+    """Rows of one key each that may have so many pages: the step's own, and as many of one block."""
+    table = torch.zeros(num_rows, columns, dtype=torch.int32, device=device)
     starts = torch.arange(0, num_rows * queries + 1, queries, dtype=torch.int32, device=device)
     lens = torch.ones(num_rows, dtype=torch.int32, device=device)
     tokens = torch.arange(num_rows * queries, device=device)
-    own = OwnRows(num_rows * queries, queries == 1, page_size, num_keys, table, starts, lens)
-    return own, TurnedRows(num_keys, tokens, torch.zeros_like(tokens), table, starts, lens)
+    own = OwnRows(num_rows * queries, table, starts, lens)
+    return own, TurnedRows(tokens, torch.zeros_like(tokens), table, starts, lens)

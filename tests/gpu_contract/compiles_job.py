@@ -30,8 +30,8 @@ from tests.kernels.compiles import count_compiles  # noqa: E402
 PAGE_SIZE, KV_HEADS, GROUP, STEPS = 16, 2, 4, 40
 
 
-def random_request(draw: random.Random, at_least: int) -> Request:
-    """A decode, or at least some tokens, of a prompt over documents, or of a dense one."""
+def random_request(draw: random.Random, at_least: int, at_most: int) -> Request:
+    """A decode, or some tokens, of a prompt over documents, or of a dense one."""
     lengths = [draw.randint(1, 40) for _ in range(draw.randint(2, 6))]
     if draw.random() < 0.5:
         lengths = [decode.MIN_KEYS_PER_SPLIT + 1, lengths[0]]  # one whose keys may be divided
@@ -41,17 +41,15 @@ def random_request(draw: random.Random, at_least: int) -> Request:
         start += -(-length // PAGE_SIZE) * PAGE_SIZE
     plan = StarPlan(64, 0, 0, start, start + 40, documents=tuple(blocks))
     end = start + draw.randint(at_least, 60)
-    queries = max(at_least, draw.choice((1, 1, 1, draw.randint(1, 30))))
+    queries = max(at_least, draw.choice((1, 1, 1, draw.randint(1, at_most))))
     return Request(max(start, end - queries), end, plan if draw.random() < 0.7 else None)
 
 
 def random_case(seed: int) -> Case:
-    """A step; half of the steps are of decodes alone, a quarter of rows of many tokens, and some have many rows."""
+    """A step: of decodes alone, of rows of many tokens, of rows of few, or of all kinds; some have many rows."""
     draw = random.Random(seed)
-    at_least = MAX_QUERIES_PER_DECODE_ROW + 1 if seed % 4 == 0 else 1
-    requests = [random_request(draw, at_least) for _ in range(draw.choice((1, 2, 5, 33, 220)))]
-    if seed % 2:
-        requests = [Request(one.end - 1, one.end, one.plan) for one in requests]
+    bounds = {0: (MAX_QUERIES_PER_DECODE_ROW + 1, 30), 1: (1, 1), 2: (2, MAX_QUERIES_PER_DECODE_ROW), 3: (1, 30)}
+    requests = [random_request(draw, *bounds[seed % 4]) for _ in range(draw.choice((1, 2, 5, 33, 220)))]
     return Case(tuple(requests), PAGE_SIZE, PAGE_SIZE, "LBNHC", KV_HEADS, GROUP, seed=seed)
 
 

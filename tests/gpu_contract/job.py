@@ -27,7 +27,7 @@ from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
 from starling.attention_backends.kernels.contract import Operands  # noqa: E402
-from starling.attention_backends.star import turned  # noqa: E402
+from starling.attention_backends.star import turned_attention  # noqa: E402
 from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
 from starling.attention_backends.star.step import StarStep  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
@@ -217,6 +217,7 @@ def triton_own_positions(examples: int) -> Tally:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
     from starling.attention_backends.kernels.triton.attention import paged_attention
+    from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
     calls: list[int] = []
 
@@ -224,12 +225,16 @@ def triton_own_positions(examples: int) -> Tally:
         calls.append(len(operands.query))
         return paged_attention(operands)
 
+    def counted_ranges(query: torch.Tensor, *args: Any, **options: Any) -> None:
+        calls.append(len(query))
+        attend_ranges(query, *args, **options, programs=3)
+
     # For CPU tensors, turned queries and those of the step's own rows would have the op of the CPU.
-    turned.paged_attention = kernels_turned.paged_attention = counted
+    turned_attention.paged_attention = kernels_turned.paged_attention = counted
+    turned_attention.attend_in_ranges = counted_ranges
     kernels_turned.cpu.has_op_for = lambda operands: False
     devices.uses_triton = lambda device: True
-    turned.MAX_KEYS["cpu"] = 32  # rows of decodes are divided as a GPU's, which are longer
-    for owner, name in ((turned.TurnedAttention, "attend"), (StarStep, "keep_block_tables")):
+    for owner, name in ((turned_attention.TurnedAttention, "attend"), (StarStep, "keep_block_tables")):
         setattr(owner, name, deterministic(getattr(owner, name)))
     strategy = cases(
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True

@@ -6,7 +6,9 @@ own, with the shim of tests/v2_shim and without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,3 +41,20 @@ def count_compiles() -> Counter[str]:
 
     JITFunction._do_compile = compile_nothing
     return compiled
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[Counter[str]]:
+    """Counts by its name how often each kernel is launched while this holds."""
+    launched: Counter[str] = Counter()
+    run = JITFunction.run
+
+    def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        launched[kernel.fn.__name__] += 1
+        return run(kernel, *args, **kwargs)
+
+    JITFunction.run = counted
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run

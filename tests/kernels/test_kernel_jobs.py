@@ -7,7 +7,7 @@ import pytest
 from tests.forks import run_in_fork
 from tests.parity.harness import v2_env
 
-JOBS = ("kv_shift_job", "attamba_scan_job", "attamba_decode_job")
+JOBS = ("kv_shift_job", "attamba_scan_job", "attamba_decode_job", "ranges_job")
 MODULES = tuple(f"tests.kernels.{job}" for job in JOBS)
 
 

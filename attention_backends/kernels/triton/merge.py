@@ -23,12 +23,9 @@ def merge_tokens_kernel(
     out_head_stride,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    ADDS: tl.constexpr,
 ):
-    """Grid (parts, heads). The program of a token's first part merges all of the token's parts, in their order.
-
-    Args:
-        ADDS: merge with the token's ``out`` and ``lse``, and write both; else write ``out`` alone.
+    """Grid (parts, heads). The program of a token's first part merges all of the token's parts, in their order, and
+    ``out`` and ``lse``.
     """
     place = tl.program_id(0)
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -40,14 +37,9 @@ def merge_tokens_kernel(
     lane = tl.arange(0, BLOCK)
     mask = lane < SIZE
     out += token * out_token_stride + head * out_head_stride + lane
-    if ADDS:
-        peak = tl.load(lse + token * heads + head)
-        acc = tl.load(out, mask=mask, other=0.0)
-        total = tl.where(peak == float("-inf"), 0.0, 1.0)
-    else:
-        peak = tl.full([], float("-inf"), dtype=tl.float32)
-        acc = tl.zeros([BLOCK], dtype=tl.float32)
-        total = tl.full([], 0.0, dtype=tl.float32)
+    peak = tl.load(lse + token * heads + head)
+    acc = tl.load(out, mask=mask, other=0.0)
+    total = tl.where(peak == float("-inf"), 0.0, 1.0)
     is_same = place < num_parts
     while is_same:
         row = part * heads + head
@@ -66,23 +58,22 @@ def merge_tokens_kernel(
     has_key = total > 0
     acc = acc / tl.where(has_key, total, 1.0)
     tl.store(out, acc.to(out.dtype.element_ty), mask=mask)
-    if ADDS:
-        tl.store(lse + token * heads + head, tl.where(has_key, peak + tl.log(total), float("-inf")))
+    tl.store(lse + token * heads + head, tl.where(has_key, peak + tl.log(total), float("-inf")))
 
 
 def merge_tokens(
     out: torch.Tensor,
-    lse: torch.Tensor | None,
+    lse: torch.Tensor,
     tokens: torch.Tensor,
     order: torch.Tensor,
     parts: torch.Tensor,
     part_lses: torch.Tensor,
 ) -> None:
-    """Merge parts into the attention of their tokens.
+    """Merge parts with the attention that their tokens have.
 
     Args:
-        out: (T, H, D), the last dimension contiguous; float32 with ``lse``. Tokens without a part stay as they are.
-        lse: (T, H) float32, contiguous: the attention that ``out`` has, with which the parts are merged; None: none.
+        out: (T, H, D) float32, the last dimension contiguous. Tokens without a part stay as they are.
+        lse: (T, H) float32, contiguous, of the attention that ``out`` has.
         tokens: (P,) int64, the token that each part is of.
         order: (P,) int64, numbers of the parts: those of a token are next to one another.
         parts, part_lses: (P, H, D) and (P, H) float32, contiguous.
@@ -92,7 +83,7 @@ def merge_tokens(
         return
     merge_tokens_kernel[(num_parts, heads)](
         out,
-        out if lse is None else lse,
+        lse,
         parts,
         part_lses,
         tokens,
@@ -101,5 +92,4 @@ def merge_tokens(
         *out.stride()[:2],
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
-        ADDS=lse is not None,
     )

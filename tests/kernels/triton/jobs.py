@@ -140,41 +140,28 @@ def measure(case: Case, splits: int | None, strides: str) -> Errors:
     return compare(case, make_operands(case, strides), kernel)
 
 
-def merge_error(seed: int, adds: bool, dtype: torch.dtype) -> float:
+def merge_error(seed: int) -> float:
     """The largest error of out and lse of Triton's merge of parts into some of nine tokens, against torch's in float64.
 
     The parts are in any order, some have no keys, and so have some of the tokens' own parts.
-
-    Args:
-        adds: whether the tokens have attention already.
-        dtype: of the result, if they have none.
     """
-    from starling.attention_backends.kernels.merge import PartTokens, merge_parts, merge_rows
+    from starling.attention_backends.kernels.merge import PartTokens, merge_rows
     from starling.attention_backends.kernels.triton.merge import merge_tokens
 
     torch.manual_seed(seed)
-    tokens = PartTokens(torch.cat((torch.randint(9, (seed % 30,)), torch.arange(0, 9, 2), torch.arange(1, 9, 2))))
-    if adds:
-        tokens = PartTokens(tokens.numbers[tokens.numbers != 4])
-    tokens = PartTokens(tokens.numbers[torch.randperm(len(tokens.numbers))])
-    parts, part_lses = torch.randn(len(tokens.numbers), 3, 24), 5 * torch.randn(len(tokens.numbers), 3)
+    numbers = torch.cat((torch.randint(9, (seed % 30,)), torch.arange(0, 9, 2), torch.arange(1, 9, 2)))
+    numbers = numbers[numbers != 4]
+    tokens = PartTokens(numbers[torch.randperm(len(numbers))])
+    parts, part_lses = torch.randn(len(numbers), 3, 24), 5 * torch.randn(len(numbers), 3)
     own, own_lse = torch.randn(9, 3, 24), 5 * torch.randn(9, 3)
-    if adds:
-        for empty, empty_lse in ((parts, part_lses), (own, own_lse)):
-            without = torch.rand(empty_lse.shape) < 0.3
-            empty[without], empty_lse[without] = 0, float("-inf")
+    for empty, empty_lse in ((parts, part_lses), (own, own_lse)):
+        without = torch.rand(empty_lse.shape) < 0.3
+        empty[without], empty_lse[without] = 0, float("-inf")
     out, lse = own.double(), own_lse.double()
-    if adds:
-        merge_rows(out, lse, tokens, parts.double(), part_lses.double())
-    else:
-        merge_parts(parts.double(), part_lses.double(), tokens, out)
-    given = (own if adds else torch.full(own.shape, NAN, dtype=dtype)).to(DEVICE)
-    given_lse = own_lse.to(DEVICE) if adds else None
-    on_device = (part.to(DEVICE) for part in (tokens.numbers, tokens.order, parts, part_lses))
-    merge_tokens(given, given_lse, *on_device)
-    errors = [(given.cpu().double() - out).abs().max()]
-    if given_lse is not None:
-        given_lse = given_lse.cpu()
-        assert torch.equal(given_lse.isinf(), lse.isinf())
-        errors.append((given_lse.double() - lse)[~lse.isinf()].abs().max())
+    merge_rows(out, lse, tokens, parts.double(), part_lses.double())
+    given, given_lse = own.to(DEVICE), own_lse.to(DEVICE)
+    merge_tokens(given, given_lse, *(part.to(DEVICE) for part in (tokens.numbers, tokens.order, parts, part_lses)))
+    given_lse = given_lse.cpu()
+    assert torch.equal(given_lse.isinf(), lse.isinf())
+    errors = (given.cpu().double() - out).abs().max(), (given_lse.double() - lse)[~lse.isinf()].abs().max()
     return max(errors).item()

@@ -136,13 +136,11 @@ def test_e4m3_needs_the_capability_that_the_launcher_requires(tmp_path: Path, mo
         compile_attend(replace(build, capability=86))
 
 
-@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
-def test_merge_of_tokens_compiles(capability: int, adds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_merge_of_tokens_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    constants = {"SIZE": 80, "BLOCK": 128, "ADDS": adds}
-    types = dict.fromkeys(("lse", "parts", "part_lses"), "*fp32") | dict.fromkeys(("tokens", "order"), "*i64")
-    types["out"] = "*fp32" if adds else "*bf16"
+    constants = {"SIZE": 80, "BLOCK": 128}
+    types = dict.fromkeys(("out", "lse", "parts", "part_lses"), "*fp32") | dict.fromkeys(("tokens", "order"), "*i64")
     names = merge_tokens_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(merge_tokens_kernel, signature, constants)

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from starling.attention_backends.kernels import turned as kernels_turned
+from starling.attention_backends.kernels import ranges
 from starling.attention_backends.kernels.contract import Layout, Operands
 from starling.attention_backends.kernels.dispatch import paged_attention
-from starling.attention_backends.kernels.rotary import NO_ROTATION, Rotation, turn_back
-from starling.attention_backends.kernels.triton.decode import num_splits
-from starling.attention_backends.star import step as step_module
-from starling.attention_backends.star import turned
+from starling.attention_backends.kernels.rotary import Rotation, turn_back
+from starling.attention_backends.kernels.triton import decode
+from starling.attention_backends.star import metadata, turned, turned_attention
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.attention_backends.star.step import StarStep
-from starling.attention_backends.star.turned import OwnRows, make_turned_rows, with_own_rows
+from starling.attention_backends.star.turned import make_token_ranges, make_turned_rows, ranges_as_rows
+from starling.attention_backends.star.turned_attention import make_turned_attention
 from starling.scheduler.star.client_tokens import client_index
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
@@ -129,15 +129,15 @@ class Batch:
     def run(self) -> torch.Tensor:
         """The step's output, as a layer computes it."""
         virtual = self.split()
-        metadata = virtual_metadata(self.common, virtual)
+        rows = virtual_metadata(self.common, virtual)
         step = StarStep({}, {}, list, lambda rows: None, rotations={"layer": self.rotation})
-        step.keep_block_tables(virtual, self.common, metadata, PAGE_SIZE)
+        step.keep_block_tables(virtual, self.common, rows, PAGE_SIZE)
         query = rotate(self.query, torch.cat(self.positions), self.rotary[1], self.rotary[0]).float()
         out = torch.full_like(query, float("nan"))
-        rows = metadata.block_table_tensor, metadata.query_start_loc, metadata.seq_lens
-        paged_attention(Operands(query, *self.caches, *rows, scale=SCALE, out=out))  # as vLLM's kernel, of all rows
+        tables = rows.block_table_tensor, rows.query_start_loc, rows.seq_lens
+        paged_attention(Operands(query, *self.caches, *tables, scale=SCALE, out=out))  # as vLLM's kernel, of all rows
         for number in np.unique(virtual.turned.row):
-            out[slice(*metadata.query_start_loc_cpu[number : number + 2])] = float("nan")
+            out[slice(*rows.query_start_loc_cpu[number : number + 2])] = float("nan")
         step.turned_attention(PAGE_SIZE).attend("layer", query, out, self.caches, Layout.PAGES, scale=SCALE)
         return out
 
@@ -190,28 +190,15 @@ def test_decode_steps_of_several_requests():
 
 def test_a_gpu_is_not_waited_for(monkeypatch):
     monkeypatch.setitem(turned.MAX_TOKENS, "meta", 5)
-    monkeypatch.setitem(turned.MAX_KEYS, "meta", 16)
     batch = Batch(MIXED, ROTARY[0])
-    virtual = batch.split()
-    first, table = np.cumsum(virtual.query_lens) - virtual.query_lens, batch.common.block_table_tensor.to("meta")
-    with AsyncCopies(monkeypatch, turned):
-        calls = list(make_turned_rows(virtual.turned, first, virtual.query_lens, table, PAGE_SIZE))
-        lens = torch.empty(3, dtype=torch.int32, device="meta")
-        own = OwnRows(3, True, PAGE_SIZE, np.array([9, 1, 150]), table, torch.empty(4, device="meta"), lens)
-        calls.append(with_own_rows(own, calls[0]))
-    assert len(calls) > 2
-    assert all(call.block_table.device.type == "meta" for call in calls)
-    assert len(calls[-1].seq_lens) == len(calls[-1].num_keys) > 3 + len(calls[0].seq_lens), "long rows are divided"
-
-
-def test_rows_of_a_cpu_are_not_divided():
-    """Its op divides them itself."""
-    batch = Batch([Row(None, 90, 91), Row(SHORT, SHORT.num_prompt_tokens, SHORT.num_prompt_tokens + 1)], ROTARY[0])
-    virtual = batch.split()
-    calls = list(make_turned_rows(virtual.turned, np.arange(2), np.ones(2, int), batch.common.block_table_tensor, 4))
-    lens = torch.tensor([91, 1], dtype=torch.int32)
-    own = OwnRows(2, True, PAGE_SIZE, np.array([91, 1]), batch.common.block_table_tensor, lens, lens)
-    assert with_own_rows(own, calls[0]).seq_lens.tolist() == [91, 1, *calls[0].seq_lens.tolist()]
+    virtual, names = batch.split(), ("block_table_tensor", "query_start_loc", "seq_lens")
+    common = batch.common.replace(**{name: getattr(batch.common, name).to("meta") for name in names})
+    with AsyncCopies(monkeypatch, metadata, turned, turned_attention, ranges):
+        made = make_turned_attention(virtual, common, virtual_metadata(common, virtual), PAGE_SIZE, {})
+    assert len(made.rows) > 2
+    assert all(call.block_table.device.type == "meta" for call in made.rows)
+    assert made.ranges.numbers.device.type == "meta"
+    assert made.ranges.max_rows == 2, "the two output tokens behind documents"
 
 
 def test_the_turn_is_what_makes_it_right():
@@ -257,18 +244,18 @@ def test_each_query_meets_each_block_once_in_calls_of_few_tokens(max_tokens, mon
 def test_blocks_that_are_not_turned_have_plain_attention():
     """Keys computed where they stand: blocks of whole pages, the anchor none, in one row of plain attention."""
     torch.manual_seed(0)
-    plan, rows = plan_of([8, 4, 12]), [5, 1]
+    plan, queries = plan_of([8, 4, 12]), [5, 1]
     end = plan.num_prompt_tokens
-    common = batch_metadata(rows, [end, end], COLUMNS)
-    virtual = split_rows([plan, plan], rows, [end, end], PAGE_SIZE)
+    common = batch_metadata(queries, [end, end], COLUMNS)
+    virtual = split_rows([plan, plan], queries, [end, end], PAGE_SIZE)
     virtual.turned.turn[:] = 0
     query = torch.randn(6, HEADS, SIZE)
     keys, values = torch.randn(2, 2 * COLUMNS, PAGE_SIZE, KV_HEADS, SIZE)
-    metadata, out = virtual_metadata(common, virtual), torch.empty_like(query)
+    rows, out = virtual_metadata(common, virtual), torch.empty_like(query)
     angles = torch.randn(NUM_POSITIONS, SIZE // 2)
     angles[0] = 0
     step = StarStep({}, {}, list, lambda rows: None, rotations={"layer": Rotation(angles.cos(), angles.sin(), True)})
-    step.keep_block_tables(virtual, common, metadata, PAGE_SIZE)
+    step.keep_block_tables(virtual, common, rows, PAGE_SIZE)
     step.turned_attention(PAGE_SIZE).attend("layer", query, out, (keys, values), Layout.PAGES, scale=SCALE)
     table, starts, lens = common.block_table_tensor, common.query_start_loc, common.seq_lens
     plain, _ = paged_attention(Operands(query, keys, values, table, starts, lens, scale=SCALE))
@@ -294,55 +281,32 @@ def test_a_step_without_queries_behind_blocks_has_no_turned_rows():
     assert batch.split().turned is None
 
 
-@pytest.mark.parametrize("max_keys", [1, 4, 8, 20])
-def test_rows_of_decodes_are_divided_into_parts_of_few_keys(max_keys, monkeypatch):
-    """And give what whole rows give. The last bound divides some rows only."""
-    monkeypatch.setitem(turned.MAX_KEYS, "cpu", max_keys)
-    ends = [plan.num_prompt_tokens + 3 for plan in (WITH_HEAD, HEADLESS)]
-    rows = [Row(plan, end - 1, end) for plan, end in zip((WITH_HEAD, HEADLESS), ends, strict=True)]
-    Batch([Row(None, 90, 91), *rows, Row(StarPlan(8, 8, 0, 30, 40), 44, 45)], ROTARY[0]).check()
-
-
-def test_a_part_may_have_no_keys_where_the_host_knows_an_upper_bound_only(monkeypatch):
-    """As with asynchronous scheduling, which counts tokens that may be rejected."""
-    monkeypatch.setitem(turned.MAX_KEYS, "cpu", 8)
-    given = step_module.OwnRows
-    monkeypatch.setattr(step_module, "OwnRows", lambda num_keys, **fields: given(num_keys=num_keys + 30, **fields))
-    end = WITH_HEAD.num_prompt_tokens + 4
-    Batch([Row(None, 90, 91), Row(WITH_HEAD, end - 1, end)], ROTARY[0]).check()
-
-
-def most_keys_of_a_program(monkeypatch, rows: list[Row], page_size: int, kv_heads: int) -> int:
-    """The most keys of a row that one program of a GPU with 132 multiprocessors reads in a step of decodes."""
-    lens, columns = [row.end for row in rows], -(-max(row.end for row in rows) // page_size)
-    common = batch_metadata([1] * len(rows), lens, columns)
-    virtual = split_rows([row.plan for row in rows], [1] * len(rows), lens, page_size)
-    step = StarStep({}, {}, list, lambda rows: None, rotations={"layer": NO_ROTATION})
-    step.keep_block_tables(virtual, common, virtual_metadata(common, virtual), page_size)
-    found = []
-
-    def attend(operands: Operands):
-        sizes = operands.sizes
-        splits = num_splits(sizes.rows, sizes.kv_heads, operands.block_table.shape[1] * page_size, 132)
-        found.append(-(-int(operands.seq_lens.max()) // splits))
-        return operands.query.new_zeros(sizes.tokens, sizes.heads, 16), operands.query.new_zeros(sizes.tokens, kv_heads)
-
-    monkeypatch.setattr(kernels_turned, "paged_attention", attend)
-    monkeypatch.setattr(kernels_turned.cpu, "has_op_for", lambda operands: False)
-    query, cache = torch.zeros(len(rows), kv_heads, 16), torch.zeros(1, page_size, kv_heads, 16)
-    step.turned_attention(page_size).attend(
-        "layer", query, torch.empty_like(query), (cache, cache), Layout.PAGES, scale=1.0
-    )
-    return max(found)
+@pytest.mark.parametrize("extra", [0, 30])
+def test_the_ranges_of_decodes_are_the_keys_that_their_tokens_see(extra):
+    """``extra``: with asynchronous scheduling, the host counts tokens that may be rejected."""
+    rows = [Row(plan, plan.num_prompt_tokens + 3, plan.num_prompt_tokens + 4) for plan in (WITH_HEAD, HEADLESS)]
+    batch = Batch([Row(None, 90, 91), *rows], ROTARY[0])
+    found = split_rows([row.plan for row in batch.rows], [1, 1, 1], [row.end + extra for row in batch.rows], PAGE_SIZE)
+    made = make_token_ranges(found, np.array([1, 2]), PAGE_SIZE)
+    assert made.rows.tolist() == [1, 2]
+    as_rows = ranges_as_rows(made, batch.common.block_table_tensor, batch.common.seq_lens, PAGE_SIZE)
+    for place, row in enumerate(rows):
+        own = made.place == place
+        spans = zip(made.first[own], as_rows.seq_lens[torch.from_numpy(own)].tolist(), strict=True)
+        seen = [key for first, length in spans for key in range(first, first + length)]
+        assert sorted(seen) == np.flatnonzero(row.mask()[-1]).tolist()
 
 
 def test_no_program_of_a_gpu_reads_a_whole_long_prompt_beside_many_short_rows(monkeypatch):
     """8 requests of 16 documents beside a dense one of 128k tokens: one program read all of its 131,072 keys."""
-    monkeypatch.setitem(turned.MAX_KEYS, "cpu", turned.MAX_KEYS["cuda"])
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: 132)
     blocks = tuple((first, first + 992) for first in range(0, 16 * 1024, 1024))
     plan = StarPlan(1024, 0, 0, 16 * 1024, 16 * 1024 + 40, documents=blocks)
-    rows = [Row(plan, plan.num_prompt_tokens, plan.num_prompt_tokens + 1)] * 8 + [Row(None, 131071, 131072)]
-    assert most_keys_of_a_program(monkeypatch, rows, 16, 8) <= 4096
     long = StarPlan(65536, 0, 0, 65536, 65576, documents=((0, 100), (112, 65536)))
-    rows = [Row(long, long.num_prompt_tokens, long.num_prompt_tokens + 1)] * 40
-    assert most_keys_of_a_program(monkeypatch, rows, 16, 8) <= 4096, "a long document is divided too"
+    for plans in ([plan] * 8 + [long], [long] * 40):
+        lens, ones = [one.num_prompt_tokens + 1 for one in plans], [1] * len(plans)
+        made = make_token_ranges(split_rows(plans, ones, lens, 16), np.arange(len(plans)), 16)
+        tiles, programs = made.packed(len(plans))[2], decode.rows_that_fill(torch.device("cpu"), 8)
+        assert programs == 33
+        keys = sum(lens) / programs
+        assert -(-tiles // programs) * ranges.TILE_KEYS < 1.1 * keys

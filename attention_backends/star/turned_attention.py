@@ -1,0 +1,266 @@
+"""The attention of a step's tokens that see blocks with positions of their own, as layers compute it (turned.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from starling.attention_backends.kernels import devices
+from starling.attention_backends.kernels.contract import Layout, Operands
+from starling.attention_backends.kernels.dispatch import attend_in_ranges, paged_attention
+from starling.attention_backends.kernels.ranges import RangeTable, make_range_table
+from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.kernels.turned import TurnedQueries, turned_attention
+from starling.attention_backends.star.rows import TurnedKeys, VirtualRows
+from starling.attention_backends.star.turned import (
+    MAX_TOKENS,
+    TurnedRows,
+    add_rows,
+    make_token_ranges,
+    make_turned_rows,
+    ranges_as_rows,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnRows:
+    """The step's virtual rows that see such blocks, R of them: what their tokens see beside these blocks.
+
+    Attributes:
+        num_tokens: their query tokens, without those that pad a CUDA graph.
+        block_table: (R, C) int32.
+        query_start_loc: (R + 1,) int32.
+        seq_lens: (R,) int32.
+    """
+
+    num_tokens: int
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+class StepTokens:
+    """The tokens of a step's rows that see blocks with positions of their own; the step has others too.
+
+    Args:
+        starts, query_lens: (R,) int64, first token of each of these rows in the step, and their number.
+        num_tokens: of the step.
+    """
+
+    def __init__(self, starts: np.ndarray, query_lens: np.ndarray, num_tokens: int, device: torch.device) -> None:
+        offsets = np.cumsum(query_lens) - query_lens
+        numbers = np.arange(query_lens.sum()) + np.repeat(starts - offsets, query_lens)
+        places = np.full(num_tokens, -1)
+        places[numbers] = np.arange(len(numbers))
+        self.numbers = async_tensor_h2d(numbers, device)
+        self.places = async_tensor_h2d(np.maximum(places, 0), device)
+        self.are_here = async_tensor_h2d(places >= 0, device)
+
+    def put(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Write ``part`` (these tokens, ...) to their places in ``whole`` (the step's tokens and padding, ...)."""
+        whole = whole[: len(self.places)]
+        mask = self.are_here.view(-1, *[1] * (whole.dim() - 1))
+        whole.copy_(torch.where(mask, part[self.places].to(whole.dtype), whole))
+
+
+class TurnedAttention:
+    """The attention of one step over blocks with positions of their own.
+
+    Args:
+        rotations: layer name -> its rotary embedding.
+        own: the step's virtual rows that see such blocks, but for those of ``ranges``; None: there are no others.
+        rows: the calls for ``own``; their tokens are numbers of those of ``own``.
+        tokens: the tokens of ``own``; None: they are all of the step's.
+        decodes: the same as ``own`` and ``rows`` in one call, for a CPU; the layers then share the angles.
+        ranges: the rows that decode one token, for a GPU, where one kernel computes them.
+        is_whole_step: whether all tokens of the step are in these rows.
+    """
+
+    def __init__(
+        self,
+        rotations: Mapping[str, Rotation],
+        own: OwnRows | None = None,
+        rows: Sequence[TurnedRows] = (),
+        tokens: StepTokens | None = None,
+        decodes: TurnedRows | None = None,
+        ranges: RangeTable | None = None,
+        is_whole_step: bool = True,
+    ) -> None:
+        self.rotations = rotations
+        self.own = own
+        self.rows = rows
+        self.tokens = tokens
+        self.decodes = decodes
+        self.ranges = ranges
+        self.is_whole_step = is_whole_step
+        self._queries: dict[int, TurnedQueries] = {}
+
+    def attend(
+        self,
+        layer: str,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        **options: Any,
+    ) -> None:
+        """Write the attention over all keys to these rows' tokens in ``out``.
+
+        The arguments are those of ``add``, with padding at the end.
+        """
+        if self.ranges is not None:
+            attend_in_ranges(query, caches, self.ranges, self.rotations[layer], out, **options)
+        own = self.own
+        if own is None:
+            return
+        if self.tokens is None:
+            query, written = query[: own.num_tokens], out[: own.num_tokens]
+        else:
+            query = query[self.tokens.numbers]
+            written = out.new_empty((own.num_tokens, *out.shape[1:]))
+        if self.decodes is not None:
+            operands = self.decodes.operands(query, caches, out=written, layout=layout, **options)
+            turned_attention(operands, self._queries_of_decodes(self.decodes, self.rotations[layer]))
+        else:
+            rows = own.block_table, own.query_start_loc, own.seq_lens
+            _, lse = paged_attention(Operands(query, *caches, *rows, out=written, layout=layout, **options))
+            written.copy_(self._added(layer, query, written, lse, caches, layout=layout, **options))
+        if self.tokens is not None:
+            self.tokens.put(written, out)
+
+    def add(
+        self,
+        layer: str,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        layout: Layout,
+        **options: Any,
+    ) -> None:
+        """Add the blocks' keys to the attention over all other keys; not for rows of ``ranges``.
+
+        Args:
+            layer: name of the layer.
+            query: (tokens, heads, head size) of the step, turned to the positions of its tokens.
+            out: (tokens, heads, value size) of the step, changed in place.
+            lse: (tokens, heads) of the step, changed in place.
+            caches: the layer's key and value cache, in ``layout``.
+            options: further Operands: ``scale``, ``softcap`` and the like.
+        """
+        if self.tokens is None:
+            out.copy_(self._added(layer, query, out, lse, caches, layout=layout, **options))
+            return
+        numbers = self.tokens.numbers
+        part = lse[numbers]
+        wide = self._added(layer, query[numbers], out[numbers], part, caches, layout=layout, **options)
+        self.tokens.put(wide, out)
+        self.tokens.put(part, lse)
+
+    def _added(
+        self,
+        layer: str,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        **options: Any,
+    ) -> torch.Tensor:
+        """``out`` with the blocks' keys, in float32, to be rounded once; ``lse`` is changed in place."""
+        wide = out.float()
+        add_rows(self.rows, self.rotations[layer], query, caches, wide, lse, **options)
+        return wide
+
+    def _queries_of_decodes(self, rows: TurnedRows, rotation: Rotation) -> TurnedQueries:
+        """The turned queries of a step of decodes, one object for all layers, which so share the angles.
+
+        The angles of all calls of other steps would take 4 R bytes for each query token and block: 260 MB for 512
+        tokens, 2,000 blocks and R = 64.
+        """
+        if id(rotation) not in self._queries:
+            self._queries[id(rotation)] = TurnedQueries(rows.part_tokens, rows.turns, rotation)
+        return self._queries[id(rotation)]
+
+
+def make_turned_attention(
+    rows: VirtualRows,
+    batch: CommonAttentionMetadata,
+    virtual: CommonAttentionMetadata,
+    page_size: int,
+    rotations: Mapping[str, Rotation],
+) -> TurnedAttention:
+    """The attention of the rows that see blocks with positions of their own; there are some.
+
+    On a GPU, rows that decode one token are those of one kernel, which divides their keys evenly. On a CPU, whose op
+    divides rows itself, they are one call where the step has no others of these rows.
+
+    Args:
+        batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
+    """
+    assert rows.turned is not None
+    device, num_tokens = batch.seq_lens.device, int(rows.query_lens.sum())
+    others = np.unique(rows.turned.row)
+    is_decode = batch.query_start_loc_cpu.diff().numpy()[rows.source[others]] == 1
+    ranges = decodes = None
+    covered = int(rows.query_lens[others].sum())
+    if devices.uses_triton(device):
+        ranges = _range_table(rows, others[is_decode], batch, page_size) if is_decode.any() else None
+        others = others[~is_decode]
+    elif is_decode.all():
+        token_ranges = make_token_ranges(rows, others, page_size)
+        if len(token_ranges.place) <= MAX_TOKENS["cpu"]:
+            decodes = ranges_as_rows(token_ranges, batch.block_table_tensor, batch.seq_lens, page_size)
+    is_whole_step = covered == num_tokens
+    if not len(others):
+        return TurnedAttention(rotations, ranges=ranges, is_whole_step=is_whole_step)
+    own = _other_rows(rows, others, batch, virtual, page_size)
+    return TurnedAttention(rotations, *own, decodes, ranges, is_whole_step)
+
+
+def _range_table(rows: VirtualRows, chosen: np.ndarray, batch: CommonAttentionMetadata, page_size: int) -> RangeTable:
+    table = batch.block_table_tensor, batch.query_start_loc, batch.seq_lens
+    return make_range_table(make_token_ranges(rows, chosen, page_size), *table)
+
+
+def _other_rows(
+    rows: VirtualRows,
+    numbers: np.ndarray,
+    batch: CommonAttentionMetadata,
+    virtual: CommonAttentionMetadata,
+    page_size: int,
+) -> tuple[OwnRows, list[TurnedRows], StepTokens | None]:
+    """The rows of these numbers, ascending, and what they see, as arguments of ``TurnedAttention``."""
+    starts = np.cumsum(rows.query_lens) - rows.query_lens
+    query_lens, num_tokens = rows.query_lens[numbers], int(rows.query_lens.sum())
+    device, own_tokens = virtual.block_table_tensor.device, int(query_lens.sum())
+    turned = _of_rows(rows.turned, numbers)
+    tokens = None
+    if own_tokens == num_tokens:
+        own = OwnRows(own_tokens, virtual.block_table_tensor, virtual.query_start_loc, virtual.seq_lens)
+    else:
+        chosen = async_tensor_h2d(numbers, device)
+        locations = async_tensor_h2d(np.concatenate(([0], np.cumsum(query_lens))), device, torch.int32)
+        own = OwnRows(own_tokens, virtual.block_table_tensor[chosen], locations, virtual.seq_lens[chosen])
+        tokens = StepTokens(starts[numbers], query_lens, num_tokens, device)
+    first = np.cumsum(query_lens) - query_lens
+    calls = make_turned_rows(turned, first, query_lens, batch.block_table_tensor, page_size)
+    return own, list(calls), tokens
+
+
+def _of_rows(turned: TurnedKeys | None, numbers: np.ndarray) -> TurnedKeys:
+    """The blocks of the rows of these numbers, ascending; the rows are counted anew."""
+    assert turned is not None
+    chosen = np.isin(turned.row, numbers)
+    return TurnedKeys(
+        np.searchsorted(numbers, turned.row[chosen]),
+        turned.source[chosen],
+        turned.first_page[chosen],
+        turned.num_keys[chosen],
+        turned.turn[chosen],
+    )

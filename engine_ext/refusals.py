@@ -267,14 +267,6 @@ def _has_breakable_graphs(config: Any) -> bool:
     return has_graphs and config.device_config.device_type != "cpu" and envs.VLLM_USE_BREAKABLE_CUDAGRAPH
 
 
-def _full_graphs_of_mixed_batches(config: Any) -> str | None:
-    """The graph mode, if vLLM does not start with it where attention runs in no full graph; it lowers other modes."""
-    mode = config.compilation_config.cudagraph_mode
-    if mode is None or config.device_config.device_type == "cpu" or mode.mixed_mode() is not CUDAGraphMode.FULL:
-        return None
-    return f"cudagraph_mode={mode.name}"
-
-
 def _on_cpu(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda config: config.device_config.device_type == "cpu" and rule(config)
 
@@ -286,18 +278,12 @@ DOCUMENT_RULES: Rules = (
     ),
     (
         lambda c: c.device_config.device_type != "cpu" and not has_documents(c),
-        "on a GPU the server has to be started with --star-segments, since its decode steps then run without full CUDA "
-        "graphs",
+        "on a GPU the server has to be started with --star-segments, so that its layers and graphs are made for them",
     ),
     (
         _has_breakable_graphs,
         "breakable CUDA graphs are on (VLLM_USE_BREAKABLE_CUDAGRAPH, VLLM_BATCH_INVARIANT), and documents have not "
         "been tested with them",
-    ),
-    (
-        _full_graphs_of_mixed_batches,
-        "steps of documents run in no full CUDA graph; the modes NONE, PIECEWISE, FULL_DECODE_ONLY and "
-        "FULL_AND_PIECEWISE are allowed",
     ),
     (lambda c: dependence(c.model_config), "the model's star blocks depend on one another"),
     (lambda c: c.speculative_config, "speculative decoding: drafters take the positions of the prompt"),

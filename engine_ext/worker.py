@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,11 +15,17 @@ from vllm.v1.worker.worker_base import WorkerBase
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.paged.names import CLASSES, register_paged_backend
 from starling.attention_backends.star.backend import register_star_backends, takes_star
+from starling.attention_backends.star.graph_ranges import fits_graphs
 from starling.attention_backends.star.head_calls import dense_heads_in_use, use_dense_heads
 from starling.attention_backends.star.head_calls import unsupported_reason as heads_unsupported
 from starling.attention_backends.star.rows import VirtualRows, is_split
 from starling.attention_backends.star.step import StarStep, open_step, set_positions
-from starling.attention_backends.star.turned_impl import block_positions_in_use, turns_queries, use_block_positions
+from starling.attention_backends.star.turned_impl import (
+    block_positions_in_use,
+    turns_queries,
+    use_block_positions,
+    use_rotations,
+)
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.head_scores import ranks_of_layers, scores_of
@@ -48,6 +55,7 @@ from starling.vllm_compat.worker import (
     metadata_builders,
     unlink_shared_memory,
     without_discarded_generators,
+    without_full_graphs,
 )
 
 logger = init_logger("vllm.starling")
@@ -182,7 +190,7 @@ class StarWorker:
         """As vLLM's, and makes what stays in memory for documents: vLLM sizes the KV cache after it."""
         super().load_model(**options)  # type: ignore[misc]
         if block_positions_in_use():
-            self._made_rotations()
+            use_rotations(self._made_rotations())
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         specs: dict[str, Any] = super().get_kv_cache_spec()  # type: ignore[misc]
@@ -327,7 +335,8 @@ class StarWorker:
             self._rotations(plans.values()),
             self.head_ranks,
         )
-        with open_step(step):
+        fits = fits_graphs(plans.values(), len(scheduler_output.num_scheduled_tokens))
+        with open_step(step), contextlib.nullcontext() if fits else without_full_graphs(self.model_runner):
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def open_shard(self, name: str, page_ids: list[int]) -> dict[str, Any]:

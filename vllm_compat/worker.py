@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config.compilation import CUDAGraphMode
 
 from starling.vllm_compat.patching import touches
 
@@ -79,6 +81,38 @@ def before_forward(runner: Any, take: Callable[[torch.Tensor], None]) -> None:
         return inputs
 
     runner.model_state.prepare_inputs = prepare
+
+
+@contextlib.contextmanager
+@touches(
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.cudagraph_dispatcher",
+    "vllm.v1.cudagraph_dispatcher.CudagraphDispatcher.dispatch",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.cudagraph_manager",
+    "vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.dispatch",
+)
+def without_full_graphs(runner: Any) -> Iterator[None]:
+    """While this holds, a model runner, V1 or V2, replays no full CUDA graph of decodes.
+
+    Goes when a step can say so itself.
+    """
+    graphs = getattr(runner, "cudagraph_dispatcher", None) or runner.cudagraph_manager
+    dispatch, is_v1 = graphs.dispatch, hasattr(runner, "cudagraph_dispatcher")
+
+    def without(*args: Any, **options: Any) -> Any:
+        if is_v1:
+            options["invalid_modes"] = {CUDAGraphMode.FULL, *(options.get("invalid_modes") or ())}
+            return dispatch(*args, **options)
+        found = dispatch(*args, **options)
+        if found.cg_mode is not CUDAGraphMode.FULL:
+            return found
+        given = inspect.signature(dispatch).bind(*args, **options).arguments
+        return dispatch(**{**given, "uniform_token_count": None, "max_query_len": None})
+
+    graphs.dispatch = without
+    try:
+        yield
+    finally:
+        del graphs.dispatch
 
 
 @contextlib.contextmanager

@@ -58,6 +58,11 @@ class TokenRanges:
         return np.concatenate([np.asarray(counts), rows.ravel(), ranges.ravel()]).astype(np.int32)
 
 
+def packed_size(max_rows: int, max_ranges: int) -> int:
+    """The numbers of a table with room for so many rows and ranges."""
+    return NUM_COUNTS + ROW_FIELDS * (max_rows + 1) + RANGE_FIELDS * max_ranges
+
+
 @dataclass(frozen=True, eq=False)
 class RangeTable:
     """The ranges of a step on the device, and the batch that they are of.
@@ -79,7 +84,7 @@ class RangeTable:
     @property
     def offsets(self) -> tuple[int, int]:
         """Where in ``numbers`` the rows and the ranges begin."""
-        return NUM_COUNTS, NUM_COUNTS + ROW_FIELDS * (self.max_rows + 1)
+        return NUM_COUNTS, packed_size(self.max_rows, 0)
 
 
 def make_range_table(

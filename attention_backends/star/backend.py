@@ -25,10 +25,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
 from starling.attention_backends.paged.names import CLASSES, NAME
+from starling.attention_backends.star.graph_ranges import GraphRanges
 from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
-from starling.attention_backends.star.turned_impl import block_positions_in_use, make_turned_impl
+from starling.attention_backends.star.turned_impl import block_positions_in_use, keep_for_capture, make_turned_impl
 from starling.vllm_compat.config import set_cpu_attention_isa
 from starling.vllm_compat.patching import extends
 
@@ -50,10 +51,10 @@ def graph_support(own_positions: bool) -> AttentionCGSupport:
     """The batches that full CUDA graphs may replay at most: decode batches that are never rewritten, not mixed ones.
 
     Args:
-        own_positions: whether the engine is made for blocks with positions of their own. Their decode batches are
-            rewritten.
+        own_positions: whether the engine is made for blocks with positions of their own. Its graphs have the kernels of
+            graph_ranges.py, for rows of one token.
     """
-    return AttentionCGSupport.NEVER if own_positions else AttentionCGSupport.UNIFORM_BATCH
+    return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if own_positions else AttentionCGSupport.UNIFORM_BATCH
 
 
 def virtual_bounds(scheduler_config: Any, max_model_len: int, page_size: int) -> tuple[int, int]:
@@ -109,10 +110,14 @@ class StarBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kw: Any):
         self.takes_star = takes_star(kv_cache_spec)
+        self.max_requests = vllm_config.scheduler_config.max_num_seqs
         if self.takes_star and device.type != "cpu":
             sizes_by_pages = self.backend == "FLASHINFER"
             vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)  # type: ignore[call-arg]
+        self.graph_ranges: GraphRanges | None = None
+        if block_positions_in_use():
+            self.supports_update_block_table = False  # a captured layer has the table of its own group
         self.head_builders: HeadBuilders | None = None
         if self.takes_star and (device.type == "cpu" or dense_heads_in_use()):
             self.head_builders = HeadBuilders(self.backend, self.base, self)
@@ -138,16 +143,28 @@ class StarBuilder:
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         step = current_step() if self.takes_star else None
-        rows = step.rows(common_attn_metadata, self.kv_cache_spec.block_size) if step else None
+        page_size = self.kv_cache_spec.block_size
+        rows = step.rows(common_attn_metadata, page_size) if step else None
+        graph = self.graph_ranges
+        table = graph.fill(common_attn_metadata, rows, page_size) if graph is not None else None
         if step is not None and rows is not None:
             step.count(rows)
             virtual = virtual_metadata(common_attn_metadata, rows)
-            page_size = self.kv_cache_spec.block_size
-            step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
+            step.keep_block_tables(rows, common_attn_metadata, virtual, page_size, table)
             build = self.head_builders.build if self.head_builders else None
             step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
             common_attn_metadata = virtual
         return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """As the base backend's. A full graph of an engine for documents reads the table that ``build`` fills."""
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        if self.takes_star and block_positions_in_use() and common_attn_metadata.max_query_len == 1:
+            if self.graph_ranges is None:
+                self.graph_ranges = GraphRanges(self.max_requests, common_attn_metadata.seq_lens.device)
+            self.graph_ranges.clear()
+            keep_for_capture(metadata, self.graph_ranges.table(common_attn_metadata))
+        return metadata
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         step = current_step() if self.takes_star else None

@@ -17,6 +17,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.head_rows import HeadRows, head_runs, make_head_rows
 from starling.attention_backends.star.metadata import virtual_metadata
@@ -109,8 +110,8 @@ class StarStep:
         self._turned_attention: dict[int, TurnedAttention] = {}
         self._head_rows: dict[str, Callable[[], HeadRows]] = {}
         self._head_calls: dict[str, list[HeadCall]] = {}
-        self._positions: list[tuple[int, np.ndarray]] = []
-        self._replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._shifts: np.ndarray | None = None
+        self._shifted: tuple[torch.Tensor, torch.Tensor] | None = None
         self.has_unset_positions = False
         self.has_unread_heads = False
 
@@ -158,14 +159,24 @@ class StarStep:
         return self._remote_attention[page_size]
 
     def keep_block_tables(
-        self, rows: VirtualRows, batch: CommonAttentionMetadata, virtual: CommonAttentionMetadata, page_size: int
+        self,
+        rows: VirtualRows,
+        batch: CommonAttentionMetadata,
+        virtual: CommonAttentionMetadata,
+        page_size: int,
+        table: RangeTable | None = None,
     ) -> None:
         """Note what the rows' own block tables leave out: blocks with positions of their own.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
+            table: the keys of all rows, in a step of decodes that may replay a CUDA graph.
         """
-        if rows.turned is not None:
+        if rows.turned is None:
+            return
+        if table is not None:
+            self._turned_attention[page_size] = TurnedAttention(self.rotations, ranges=table)
+        else:
             self._turned_attention[page_size] = make_turned_attention(rows, batch, virtual, page_size, self.rotations)
 
     def keep_heads(
@@ -240,18 +251,20 @@ class StarStep:
             RuntimeError: the positions are not one number a token.
         """
         self.has_unset_positions = False
-        for first, values in self._positions:
-            if positions.dim() != 1:
-                raise RuntimeError(f"positions of shape {tuple(positions.shape)} can't be those of a plan")
-            part = positions[first : first + len(values)]
-            self._replaced.append((part, part.clone()))
-            async_tensor_h2d(values, out=part)
+        if self._shifts is None:
+            return
+        if positions.dim() != 1:
+            raise RuntimeError(f"positions of shape {tuple(positions.shape)} can't be those of a plan")
+        part, shifts = positions[: len(self._shifts)], async_tensor_h2d(self._shifts, positions.device, positions.dtype)
+        part += shifts
+        self._shifted = part, shifts
 
     def restore_positions(self) -> None:
         """Undo ``set_positions``: the sampler of model runner V2 counts a request's output tokens by its positions."""
-        for part, original in self._replaced:
-            part.copy_(original)
-        self._replaced.clear()
+        if self._shifted is not None:
+            part, shifts = self._shifted
+            part -= shifts
+            self._shifted = None
 
     def count(self, rows: VirtualRows) -> None:
         """Report the step's rows, if no layer before has."""
@@ -279,13 +292,15 @@ class StarStep:
         return Batch([self.plans.get(name) for name in ids] + [None] * len(padding), query_lens, seq_lens, spans)
 
     def _keep_positions(self, batch: Batch) -> None:
-        starts = np.cumsum([0, *batch.query_lens]).tolist()
-        self._positions = [
-            (first, positions)
-            for plan, first, queries, end in zip(batch.plans, starts, batch.query_lens, batch.seq_lens, strict=False)
-            if plan is not None and (positions := plan.positions(end - queries, end)) is not None
-        ]
-        self.has_unset_positions = bool(self._positions)
+        """Note by how many positions each token is computed behind its index in the prompt, where any is."""
+        shifts, first = np.zeros(self.num_tokens, dtype=np.int64), 0
+        for plan, queries, end in zip(batch.plans, batch.query_lens, batch.seq_lens, strict=False):
+            positions = None if plan is None else plan.positions(end - queries, end)
+            if positions is not None:
+                shifts[first : first + queries] = positions - np.arange(end - queries, end)
+                self._shifts = shifts
+            first += queries
+        self.has_unset_positions = self._shifts is not None
 
 
 _current: StarStep | None = None

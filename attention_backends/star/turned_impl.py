@@ -6,26 +6,41 @@ Such a row needs the log-sum-exp of its other keys, which vLLM's implementations
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
 from starling.attention_backends.kernels.contract import Layout
+from starling.attention_backends.kernels.ranges import RangeTable
+from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.step import current_step
 from starling.attention_backends.star.turned_attention import TurnedAttention
 from starling.vllm_compat.patching import extends, touches
 
 _in_use = False
+_rotations: Mapping[str, Rotation] = {}
 
 
 def use_block_positions(in_use: bool) -> None:
     """Say whether the engine of this process may have blocks with positions of their own, before its layers are made.
 
-    Where it may, decode steps run without full CUDA graphs: a graph's block tables can't have rows for each block.
+    Where it may, full CUDA graphs of decode steps have Starling's kernels for all rows.
     """
     global _in_use
     _in_use = in_use
+
+
+def use_rotations(rotations: Mapping[str, Rotation]) -> None:
+    """Give the rotary embeddings of the engine's layers, by their names, before a CUDA graph is captured."""
+    global _rotations
+    _rotations = rotations
+
+
+def keep_for_capture(metadata: Any, table: RangeTable) -> None:
+    """Let layers that are captured with this metadata of vLLM's attend to the ranges of a table."""
+    metadata.starling_captured = TurnedAttention(_rotations, ranges=table)
 
 
 def block_positions_in_use() -> bool:
@@ -78,8 +93,10 @@ def make_turned_impl(base: type[AttentionImpl]) -> type[AttentionImpl]:
 
             As in vLLM's method, K and V of the step are in the cache already.
             """
+            turned = getattr(attn_metadata, "starling_captured", None)
             step = current_step()
-            turned = None if step is None or attn_metadata is None else step.turned_attention(kv_cache.shape[2])
+            if step is not None and attn_metadata is not None:
+                turned = step.turned_attention(kv_cache.shape[2])
             if turned is None or not turned.is_whole_step:
                 super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             if turned is None:

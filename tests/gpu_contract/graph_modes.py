@@ -4,8 +4,9 @@ The configurations are those of engines on a GPU, with all that vLLM and Starlin
 resolves the graph mode of an engine whose layers have a wrapped backend, and picks the graphs of its batches.
 
 The argument is {"model": path, "runner": "V1" or "V2", "options": the server's star options, "graphs": a list of
-compilation configurations}. The result is a list with, for each, {"mode", "decode", "mixed", "doctor"}: the resolved
-mode, the graphs of a decode batch and of a mixed one, and what `starling doctor` says; or {"refused": the message}.
+compilation configurations}. The result is a list with, for each, {"mode", "decode", "mixed", "without", "doctor"}: the
+resolved mode, the graphs of a decode batch, of a mixed one, and of a decode batch that must run in no full graph, and
+what `starling doctor` says; or {"refused": the message}.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 from starling.engine_ext.refusals import star_refusals  # noqa: E402
 from starling.engine_ext.serving.cli.doctor_attention import cuda_graphs  # noqa: E402
 from starling.engine_ext.worker import register_backends  # noqa: E402
+from starling.vllm_compat.worker import without_full_graphs  # noqa: E402
 
 SPEC = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
 
@@ -43,7 +45,11 @@ def v1_graphs(config: Any, backend: Any) -> dict[str, str]:
     runner.cudagraph_dispatcher = CudagraphDispatcher(config)
     runner._check_and_update_cudagraph_mode([{backend}], [SimpleNamespace(kv_cache_spec=SPEC)])
     decode, mixed = (runner.cudagraph_dispatcher.dispatch(4, uniform_decode=uniform)[0] for uniform in (True, False))
-    return {"mode": config.compilation_config.cudagraph_mode.name, "decode": decode.name, "mixed": mixed.name}
+    with without_full_graphs(runner):
+        without = runner.cudagraph_dispatcher.dispatch(4, uniform_decode=True)[0]
+    assert runner.cudagraph_dispatcher.dispatch(4, uniform_decode=True)[0] is decode
+    mode = config.compilation_config.cudagraph_mode.name
+    return {"mode": mode, "decode": decode.name, "mixed": mixed.name, "without": without.name}
 
 
 def v2_graphs(config: Any, backend: Any, piecewise: bool) -> dict[str, str]:
@@ -69,7 +75,11 @@ def v2_graphs(config: Any, backend: Any, piecewise: bool) -> dict[str, str]:
         manager = cudagraph_utils.CudaGraphManager(config, torch.device("cpu"), mode, 1)
     manager._graphs_captured = True
     decode, mixed = manager.dispatch(4, 4, 1, 0), manager.dispatch(2, 4, None, 0)
-    return {"mode": mode.name, "decode": decode.cg_mode.name, "mixed": mixed.cg_mode.name}
+    with without_full_graphs(SimpleNamespace(cudagraph_manager=manager)):
+        without = manager.dispatch(4, 4, 1, 0, max_query_len=1)
+    assert manager.dispatch(4, 4, 1, 0) == decode
+    modes = {"decode": decode, "mixed": mixed, "without": without}
+    return {"mode": mode.name} | {batch: found.cg_mode.name for batch, found in modes.items()}
 
 
 def graphs_of(model: str, runner: str, options: dict[str, Any], graphs: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import ModuleType
 
 import pytest
@@ -24,6 +25,7 @@ class AsyncCopies(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType, allowed: bool = True) -> None:
         super().__init__()
         self.is_copying, self.copies, self.allowed = False, 0, allowed
+        self.operations: Counter[str] = Counter()  # beside copies and views
         for module in modules:
             monkeypatch.setattr(module, "async_tensor_h2d", self._copy)
 
@@ -37,6 +39,8 @@ class AsyncCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if not self.is_copying and not function.is_view:
+            self.operations[function.overloadpacket._qualified_op_name] += 1
         devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)}
         assert len(devices) < 2 or (self.is_copying and self.allowed), function
         return result

@@ -27,7 +27,7 @@ MERGED_AT_ONCE = 8
 TILE, ROW, RANGE, LEAST = map(tl.constexpr, (TILE_KEYS, ROW_FIELDS, RANGE_FIELDS, MIN_TILES))
 
 UNSPECIALISED = (
-    *("numbers", "block_table", "query_start_loc", "seq_lens", "max_rows", "programs", "table_stride"),
+    *("numbers", "block_table", "query_start_loc", "seq_lens", "num_tokens", "programs", "table_stride"),
     *("parts", "part_lses", "rows_at", "ranges_at"),
 )
 """Arguments of which one compiled kernel takes every value (as in attend.py)."""
@@ -111,6 +111,7 @@ def attend_ranges_kernel(
     sin,
     scale,
     softcap,
+    num_tokens,
     query_token_stride,
     query_head_stride,
     query_stride,
@@ -144,6 +145,7 @@ def attend_ranges_kernel(
         parts, part_lses: (programs + rows, H, Dv) and (programs + rows, H) float32, contiguous.
         rows_at, ranges_at: where in ``numbers`` its rows and its ranges begin.
         scale, softcap, UPCAST: as in attend.py.
+        num_tokens: of the query. A table of another step, as a CUDA graph may find, has no token behind it read.
     """
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -180,7 +182,9 @@ def attend_ranges_kernel(
         tile = tl.minimum(before + tl.cdiv(stop - first, TILE), end)
         high = tl.minimum(tl.minimum(first + (tile - before) * TILE, stop), tl.load(seq_lens + row))
         at = query + token * query_token_stride + head * query_head_stride
-        q = load_turned(at, cos, sin, turn, query_stride, valid, HEAD_SIZE, BLOCK_D, PAIRS, IS_NEOX)
+        q = load_turned(
+            at, cos, sin, turn, query_stride, valid & (token < num_tokens), HEAD_SIZE, BLOCK_D, PAIRS, IS_NEOX
+        )
         if UPCAST:
             q = q.to(tl.float32)
         position = high - 1 + tl.zeros([BLOCK_M], dtype=tl.int32)
@@ -225,13 +229,14 @@ def merge_ranges_kernel(
     rows_at,
     query_start_loc,
     programs,
+    num_tokens,
     out_token_stride,
     out_head_stride,
     HEAD_SIZE_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Grid (rows that there is room for, heads). Merges the parts of a row's token, BLOCK_P at a time.
+    """Grid (rows at most, heads). Merges the parts of a row's token, BLOCK_P at a time.
 
     Args:
         programs: of the first kernel, for each KV head.
@@ -266,7 +271,7 @@ def merge_ranges_kernel(
     acc = acc / tl.where(total > 0, total, 1.0)
     token = tl.load(query_start_loc + row).to(tl.int64)
     out += token * out_token_stride + head * out_head_stride
-    tl.store(out + lane_v, acc.to(out.dtype.element_ty), mask=lane_v < HEAD_SIZE_V)
+    tl.store(out + lane_v, acc.to(out.dtype.element_ty), mask=(lane_v < HEAD_SIZE_V) & (token < num_tokens))
 
 
 def attend_ranges(
@@ -323,6 +328,7 @@ def attend_ranges(
         rotation.sin,
         scale / softcap if softcap else scale * LOG2E.value,
         softcap * LOG2E.value,
+        len(query),
         *query.stride(),
         *keys.stride(),
         *values.stride(),
@@ -342,7 +348,7 @@ def attend_ranges(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    merge_ranges_kernel[(table.max_rows, heads)](
+    merge_ranges_kernel[(min(table.max_rows, len(query)), heads)](
         out,
         parts,
         part_lses,
@@ -350,6 +356,7 @@ def attend_ranges(
         rows_at,
         table.query_start_loc,
         programs,
+        len(query),
         *out.stride()[:2],
         HEAD_SIZE_V=value_size,
         BLOCK_DV=triton.next_power_of_2(value_size),

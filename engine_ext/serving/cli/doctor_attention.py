@@ -41,7 +41,7 @@ def cuda_graphs(config: Any) -> dict[str, str]:
     if mode == configured:
         why = "cudagraph_mode"
     elif own_positions:
-        why = f"cudagraph_mode is {configured}, and steps of documents run in no full graph"
+        why = f"cudagraph_mode is {configured}, and of steps with documents those of decodes alone run in full graphs"
     else:
         why = f"cudagraph_mode is {configured}, and steps with star rows run in no full graph"
     return {"mode": mode, "why": f"{why}; a model of which no part is compiled has no piecewise graphs"}

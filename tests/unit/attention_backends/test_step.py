@@ -267,7 +267,7 @@ def test_a_request_with_keys_on_other_replicas_is_a_star_request_until_it_finish
 def test_positions_are_those_of_the_prompt_again_after_the_step(fails):
     """Model runner V2 samples after the step, and counts output tokens by them."""
     step, positions = make_step({}, {}), torch.arange(7, 13)
-    step._positions, step.engaged = [(2, np.array([3, 4, 5]))], True
+    step._shifts, step.engaged = np.array([0, 0, -6, -6, -6, 0]), True
     with pytest.raises(RuntimeError, match="no memory") if fails else nullcontext(), open_step(step):
         set_positions(positions)
         assert positions.tolist() == [7, 8, 3, 4, 5, 12]
@@ -278,9 +278,27 @@ def test_positions_are_those_of_the_prompt_again_after_the_step(fails):
     assert positions.tolist() == [7, 8, 9, 10, 11, 12], "no step is open"
 
 
+def test_the_positions_of_all_requests_are_set_at_once(monkeypatch):
+    """And put back at once: one copy to the device, one sum and one difference, for however many requests."""
+    blocks = ((0, 3), (4, 6))
+    plan = StarPlan(16, 0, 0, 8, 10, documents=blocks)
+    ids = [str(index) for index in range(9)]
+    step = make_step(dict.fromkeys(ids[1:], plan), dict.fromkeys(ids, 1))
+    step.rows(batch_metadata([1] * 9, [12] * 9, 4), 4)
+    positions = torch.full((9,), 11)
+    with AsyncCopies(monkeypatch, step_module) as copies:
+        step.set_positions(positions)
+        set_to = positions.clone()
+        step.restore_positions()
+    assert set_to.tolist() == [11] + 8 * [int(plan.positions(11, 12)[0])] != [11] * 9
+    assert positions.tolist() == [11] * 9
+    assert copies.copies == 1
+    assert copies.operations == {"aten::add_": 1, "aten::clone": 1, "aten::sub_": 1}, "a clone of the test"
+
+
 def test_setting_positions_waits_for_no_gpu(monkeypatch):
     step = make_step({}, {})
-    step._positions = [(2, np.array([3, 4, 5]))]
+    step._shifts = np.array([0, 0, -6, -6, -6, 0])
     with AsyncCopies(monkeypatch, step_module):
         step.set_positions(torch.arange(7, 13, device="meta"))
         step.restore_positions()

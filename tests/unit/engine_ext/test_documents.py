@@ -209,11 +209,6 @@ REFUSED = {
         "device_config__device_type": "cuda",
         "additional_config": {"starling": {"star_segments": "auto"}},
     },
-    "FULL_DECODE_ONLY and FULL_AND_PIECEWISE are allowed (cudagraph_mode=FULL)": {
-        "device_config__device_type": "cuda",
-        "compilation_config__cudagraph_mode": CUDAGraphMode.FULL,
-        "additional_config": {"starling": {"star_segments": "auto"}},
-    },
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},
     "multiples of 16": {"model_config__get_head_size": lambda: 72},
     "several groups of layers": {

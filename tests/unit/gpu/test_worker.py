@@ -125,13 +125,14 @@ def test_an_engine_that_refuses_star_keeps_the_full_graphs_of_its_backend():
     assert star.get_cudagraph_support(None, SPEC).value < plain.get_cudagraph_support(None, SPEC).value
 
 
-def test_an_engine_with_blocks_with_positions_of_their_own_has_no_full_graphs_of_decode_batches():
-    """Its layers run Starling's kernels in the steps of such prompts, decode steps included."""
+def test_an_engine_with_blocks_with_positions_of_their_own_has_full_graphs_of_single_tokens_alone():
+    """Its layers run Starling's kernels in the steps of such prompts, and its graphs have them."""
     own = {"starling": {"star_segments": "auto"}}
     make_worker(**FOR_DOCUMENTS | {"additional_config": own})
     star = AttentionBackendEnum.TRITON_ATTN.get_class()
     assert star.get_impl_cls().turns_queries
-    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is AttentionCGSupport.NEVER
+    single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert star.get_builder_cls().get_cudagraph_support(None, SPEC) is single
     make_worker()
     assert not hasattr(star.get_impl_cls(), "turns_queries")
     make_worker(**FOR_DOCUMENTS | {"additional_config": own, "cache_config__cache_dtype": "fp8_e4m3"})

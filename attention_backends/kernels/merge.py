@@ -2,28 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
-
-from starling.attention_backends.kernels import devices
-
-
-@dataclass(frozen=True, eq=False)
-class PartTokens:
-    """The token that each of P parts is of; a token may have several parts.
-
-    Attributes:
-        numbers: (P,) int64.
-    """
-
-    numbers: torch.Tensor
-
-    @functools.cached_property
-    def order(self) -> torch.Tensor:
-        """(P,) int64, numbers of the parts by token; those of a token ascend."""
-        return torch.argsort(self.numbers, stable=True)
 
 
 def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,42 +35,38 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return out.to(outs.dtype), (peak + torch.log(total)).masked_fill(total == 0, float("-inf")).to(lses.dtype)
 
 
-def merge_parts(parts: torch.Tensor, part_lses: torch.Tensor, tokens: PartTokens, out: torch.Tensor) -> None:
+def merge_parts(parts: torch.Tensor, part_lses: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
     """Merge attention over disjoint keys into the attention of each token, on a CPU.
 
     Args:
         parts: (P, H, D) partial outputs, contiguous.
         part_lses: (P, H) their log-sum-exps, contiguous. Each token has a part with keys.
-        tokens: of the parts.
+        tokens: (P,) int64, the token that each part is of.
         out: (T, H, D) to write to, the last dimension contiguous.
     """
-    peak = _raised(part_lses.new_full(out.shape[:2], float("-inf")), tokens.numbers, part_lses)
+    peak = _raised(part_lses.new_full(out.shape[:2], float("-inf")), tokens, part_lses)
     total, merged = torch.zeros_like(peak), part_lses.new_zeros(out.shape)
-    _add_parts(merged, total, peak, tokens.numbers, parts, part_lses)
+    _add_parts(merged, total, peak, tokens, parts, part_lses)
     out.copy_(merged.div_(total[..., None]))
 
 
 def merge_rows(
-    out: torch.Tensor, lse: torch.Tensor, tokens: PartTokens, parts: torch.Tensor, part_lses: torch.Tensor
+    out: torch.Tensor, lse: torch.Tensor, tokens: torch.Tensor, parts: torch.Tensor, part_lses: torch.Tensor
 ) -> None:
-    """Merge attention over further, disjoint keys into that of some tokens, in place; equal calls have equal results.
+    """Merge attention over further, disjoint keys into that of some tokens, in place, on a CPU.
 
     Args:
         out: (T, H, D) float32, the last dimension contiguous.
         lse: (T, H) float32, contiguous; -inf where no key was seen.
-        tokens: of the parts.
+        tokens: (P,) int64, the token that each part is of.
         parts: (P, H, D) partial outputs, contiguous.
         part_lses: (P, H) their log-sum-exps, contiguous.
     """
-    if devices.uses_triton(out.device):
-        from starling.attention_backends.kernels.triton.merge import merge_tokens  # a CPU does not need Triton
-
-        return merge_tokens(out, lse, tokens.numbers, tokens.order, parts, part_lses)
-    peak = _raised(lse, tokens.numbers, part_lses)
+    peak = _raised(lse, tokens, part_lses)
     safe = peak.masked_fill(peak.isinf(), 0.0)
     total = torch.exp(lse - safe)
     out.mul_(total[..., None])
-    _add_parts(out, total, safe, tokens.numbers, parts, part_lses)
+    _add_parts(out, total, safe, tokens, parts, part_lses)
     out.div_(total.clamp_min(torch.finfo(total.dtype).tiny)[..., None])
     lse.copy_(torch.where(total > 0, safe + torch.log(total), float("-inf")))
 

@@ -1,9 +1,10 @@
-"""The table of a step in which single query tokens attend to ranges of keys, each turned back for each range.
+"""The table of tokens that attend to ranges of keys, each turned back for each range.
 
-Token ``query_start_loc[b]`` is that of batch row b. Its keys are in ranges ``[first, stop)`` of the row's positions:
-key k is in page ``block_table[b, k // page_size]`` at slot ``k % page_size``, where k is below ``seq_lens[b]``. Before
-it meets the keys of a range, the token is turned back by the range's number of positions. The token has the attention
-over the keys of all its ranges. kernels/triton/ranges.py computes it.
+A row of the table is the end of a batch row: its last ``queries`` tokens of the step. Batch row b has the tokens
+``query_start_loc[b]`` to ``query_start_loc[b + 1]`` and ``seq_lens[b]`` keys. Key k is in page
+``block_table[b, k // page_size]`` at slot ``k % page_size``. A row has ranges ``[first, stop)`` of k. A token sees the
+keys of the ranges of its row up to its own key. Before it meets those of a range, it is turned back by the range's
+number of positions. kernels/triton/ranges.py computes the attention over all of them.
 """
 
 from __future__ import annotations
@@ -17,79 +18,103 @@ from vllm.utils.torch_utils import async_tensor_h2d
 TILE_KEYS = 64
 """Keys of a tile of work. Programs have equal numbers of tiles, whatever the ranges' lengths."""
 
-NUM_COUNTS, ROW_FIELDS, RANGE_FIELDS = 4, 2, 5
+NUM_COUNTS, PLACE_FIELDS, RANGE_FIELDS = 4, 5, 4
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRanges:
-    """The ranges of a step on the host: R tokens, N ranges.
+    """The rows of a step on the host, R of them, with N ranges.
 
     Attributes:
-        rows: (R,) int64, the batch row of each token.
-        place: (N,) int64, ascending: which of ``rows`` a range is of. Each has a range.
+        rows: (R,) int64, the batch row of each.
+        queries: (R,) int64, its tokens, at least 1.
+        row: (N,) int64, ascending: which of ``rows`` a range is of. Each has a range.
         first, stop: (N,) int64, the range's keys; it has at least one.
-        turn: (N,) int64, by how many positions the token is turned back, at least 0.
+        turn: (N,) int64, by how many positions the tokens are turned back, at least 0.
     """
 
     rows: np.ndarray
-    place: np.ndarray
+    queries: np.ndarray
+    row: np.ndarray
     first: np.ndarray
     stop: np.ndarray
     turn: np.ndarray
 
-    def packed(self, max_rows: int) -> np.ndarray:
-        """The numbers that the kernel reads, as int32: counts, rows and ranges, one behind the other.
+    def packed(self, tile_queries: int, max_places: int | None = None) -> np.ndarray:
+        """The numbers that the kernel reads, as int32: counts, places and ranges, one behind the other.
 
-        Counts are N, R, the tiles of all ranges, and 0. A row has its batch row and the tiles before it; behind the
-        last one are the tiles of all. A range has place, first, stop, turn, and the tiles before it.
+        A place is a tile of queries: its batch row, the tokens of the row from its first one on, the tiles of work
+        before it, and its ranges, from one number to another. Behind the last place are the tiles of all. A range is
+        first, stop, turn, and the tiles before it in its row. Counts are the places, the tiles of all, 0 and 0.
 
         Args:
-            max_rows: how many rows there is room for.
+            tile_queries: tokens of a place at most.
+            max_places: how many there is room for; None: as many as there are.
         """
+        numbers = np.arange(len(self.rows))
         tiles = -(-(self.stop - self.first) // TILE_KEYS)
-        before = np.cumsum(tiles) - tiles
-        total = int(tiles.sum())
-        rows = np.zeros((max_rows + 1, ROW_FIELDS), dtype=np.int32)
-        rows[: len(self.rows), 0] = self.rows
-        rows[: len(self.rows), 1] = before[np.searchsorted(self.place, np.arange(len(self.rows)))]
-        rows[len(self.rows) :, 1] = total
-        ranges = np.stack([self.place, self.first, self.stop, self.turn, before], axis=1)
-        counts = [len(self.place), len(self.rows), total, 0]
-        return np.concatenate([np.asarray(counts), rows.ravel(), ranges.ravel()]).astype(np.int32)
+        ends = np.cumsum(tiles)
+        range_first, range_stop = (np.searchsorted(self.row, numbers, side) for side in ("left", "right"))
+        row_start = (ends - tiles)[range_first]
+        row_tiles = ends[range_stop - 1] - row_start
+        counts = -(-self.queries // tile_queries)
+        row = np.repeat(numbers, counts)
+        number_in_row = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        work = np.cumsum(row_tiles[row])
+        places = np.zeros((1 + (len(row) if max_places is None else max_places), PLACE_FIELDS), dtype=np.int32)
+        fields = (
+            self.rows[row],
+            self.queries[row] - number_in_row * tile_queries,
+            work - row_tiles[row],
+            range_first[row],
+            range_stop[row],
+        )
+        places[: len(row)] = np.stack(fields, axis=1)
+        places[len(row) :, 2] = work[-1] if len(work) else 0
+        ranges = np.stack([self.first, self.stop, self.turn, ends - tiles - row_start[self.row]], axis=1)
+        header = np.asarray([len(row), places[-1, 2], 0, 0])
+        return np.concatenate([header, places.ravel(), ranges.ravel()]).astype(np.int32)
 
 
-def packed_size(max_rows: int, max_ranges: int) -> int:
-    """The numbers of a table with room for so many rows and ranges."""
-    return NUM_COUNTS + ROW_FIELDS * (max_rows + 1) + RANGE_FIELDS * max_ranges
+def packed_size(max_places: int, max_ranges: int) -> int:
+    """The numbers of a table with room for so many places and ranges."""
+    return NUM_COUNTS + PLACE_FIELDS * (max_places + 1) + RANGE_FIELDS * max_ranges
 
 
 @dataclass(frozen=True, eq=False)
 class RangeTable:
-    """The ranges of a step on the device, and the batch that they are of.
+    """The rows of a step on the device, and the batch that they are of.
 
     Attributes:
         numbers: int32, what ``TokenRanges.packed`` returns, and anything behind it.
-        max_rows: how many rows it has room for.
+        max_places: how many places it has room for.
+        tile_queries: tokens of a place at most.
         block_table: (B, C) int32, of the batch.
         query_start_loc: (B + 1,) int32.
         seq_lens: (B,) int32.
     """
 
     numbers: torch.Tensor
-    max_rows: int
+    max_places: int
+    tile_queries: int
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
 
     @property
     def offsets(self) -> tuple[int, int]:
-        """Where in ``numbers`` the rows and the ranges begin."""
-        return NUM_COUNTS, packed_size(self.max_rows, 0)
+        """Where in ``numbers`` the places and the ranges begin."""
+        return NUM_COUNTS, packed_size(self.max_places, 0)
 
 
 def make_range_table(
-    ranges: TokenRanges, block_table: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor
+    ranges: TokenRanges,
+    tile_queries: int,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
 ) -> RangeTable:
     """The table of one step, by one copy to the device."""
-    numbers = async_tensor_h2d(ranges.packed(len(ranges.rows)), block_table.device)
-    return RangeTable(numbers, len(ranges.rows), block_table, query_start_loc, seq_lens)
+    packed = ranges.packed(tile_queries)
+    numbers = async_tensor_h2d(packed, block_table.device)
+    return RangeTable(numbers, int(packed[0]), tile_queries, block_table, query_start_loc, seq_lens)

@@ -3,7 +3,7 @@
     turned_attention(operands, turned)            add_turned_attention(operands, turned, out, lse)
 
 The operands are those of contract.py, but ``query_start_loc`` divides P query tokens among the rows: token i of them is
-token ``tokens.numbers[i]`` of ``query``, turned back by ``turns[i]`` positions. A token of the query has the attention
+token ``tokens[i]`` of ``query``, turned back by ``turns[i]`` positions. A token of the query has the attention
 over the keys of all its rows, which are merged by their log-sum-exp. Every query token of a row sees all of the row's
 keys.
 """
@@ -19,7 +19,7 @@ import torch
 from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.dispatch import paged_attention
-from starling.attention_backends.kernels.merge import PartTokens, merge_parts, merge_rows
+from starling.attention_backends.kernels.merge import merge_parts, merge_rows
 from starling.attention_backends.kernels.rotary import Rotation, turn_back
 
 
@@ -28,12 +28,12 @@ class TurnedQueries:
     """The query tokens of all rows, P of them, and how they are turned.
 
     Attributes:
-        tokens: numbers of tokens of the query.
+        tokens: (P,) int64, numbers of tokens of the query.
         turns: (P,) int64, by how many positions each is turned back, at least 0.
         rotation: of the layer.
     """
 
-    tokens: PartTokens
+    tokens: torch.Tensor
     turns: torch.Tensor
     rotation: Rotation
 
@@ -51,7 +51,7 @@ def turned_attention(operands: Operands, turned: TurnedQueries) -> None:
     """
     assert operands.out is not None
     if cpu.has_op_for(operands):
-        return cpu.turned_attention(operands, turned.tokens.numbers, turned.turns, turned.rotation, operands.out, None)
+        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, operands.out, None)
     merge_parts(*_by_parts(operands, turned), turned.tokens, operands.out)
 
 
@@ -66,11 +66,11 @@ def add_turned_attention(operands: Operands, turned: TurnedQueries, out: torch.T
         ValueError: no implementation for this device supports the operands.
     """
     if cpu.has_op_for(operands):
-        return cpu.turned_attention(operands, turned.tokens.numbers, turned.turns, turned.rotation, out, lse)
+        return cpu.turned_attention(operands, turned.tokens, turned.turns, turned.rotation, out, lse)
     merge_rows(out, lse, turned.tokens, *_by_parts(operands, turned))
 
 
 def _by_parts(operands: Operands, turned: TurnedQueries) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention (P, H, Dv) of the rows' query tokens and its log-sum-exp (P, H), by the operands' own kernel."""
-    query = turn_back(operands.query[turned.tokens.numbers], *turned.angles, turned.rotation.is_neox_style)
+    query = turn_back(operands.query[turned.tokens], *turned.angles, turned.rotation.is_neox_style)
     return paged_attention(dataclasses.replace(operands, query=query, causal=False, out=None))

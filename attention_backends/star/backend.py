@@ -23,7 +23,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from starling.attention_backends.kernels.contract import AMX, CPU_ISAS
+from starling.attention_backends.kernels import devices
+from starling.attention_backends.kernels.contract import AMX, CPU_ISAS, Sizes
+from starling.attention_backends.kernels.dispatch import tile_queries_of
 from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.graph_ranges import GraphRanges
 from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
@@ -97,6 +99,14 @@ def _config_for_virtual_rows(vllm_config: Any, page_size: int, sizes_by_pages: b
     return config
 
 
+def prefill_tile_queries(vllm_config: Any, spec: Any) -> int:
+    """Tokens of a tile of queries of the kernel for rows of many tokens behind documents."""
+    model = vllm_config.model_config
+    heads = model.get_num_attention_heads(vllm_config.parallel_config)
+    sizes = Sizes(1, 1, heads, spec.num_kv_heads, spec.head_size, spec.head_size, spec.block_size)
+    return tile_queries_of(sizes, model.dtype.itemsize)
+
+
 @extends(AttentionMetadataBuilder)
 class StarBuilder:
     """Mixed into a backend's builder, before it: splits star rows. Layers without full attention keep their rows."""
@@ -116,7 +126,9 @@ class StarBuilder:
             vllm_config = _config_for_virtual_rows(vllm_config, kv_cache_spec.block_size, sizes_by_pages)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kw)  # type: ignore[call-arg]
         self.graph_ranges: GraphRanges | None = None
-        if block_positions_in_use():
+        self.tile_queries = 1
+        if self.takes_star and block_positions_in_use() and devices.uses_triton(device):
+            self.tile_queries = prefill_tile_queries(vllm_config, kv_cache_spec)
             self.supports_update_block_table = False  # a captured layer has the table of its own group
         self.head_builders: HeadBuilders | None = None
         if self.takes_star and (device.type == "cpu" or dense_heads_in_use()):
@@ -150,7 +162,7 @@ class StarBuilder:
         if step is not None and rows is not None:
             step.count(rows)
             virtual = virtual_metadata(common_attn_metadata, rows)
-            step.keep_block_tables(rows, common_attn_metadata, virtual, page_size, table)
+            step.keep_block_tables(rows, common_attn_metadata, virtual, page_size, table, self.tile_queries)
             build = self.head_builders.build if self.head_builders else None
             step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
             common_attn_metadata = virtual

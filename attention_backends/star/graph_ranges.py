@@ -40,11 +40,11 @@ class GraphRanges:
     def table(self, batch: CommonAttentionMetadata) -> RangeTable:
         """The table for a batch whose tensors are those that a graph reads in each replay."""
         tensors = batch.block_table_tensor, batch.query_start_loc, batch.seq_lens
-        return RangeTable(self.numbers, self.max_rows, *tensors)
+        return RangeTable(self.numbers, self.max_rows, 1, *tensors)
 
     def clear(self) -> None:
         """Leave the table without rows, for the runs of a capture."""
-        self.numbers[:3] = 0
+        self.numbers[:2] = 0
 
     def fill(self, batch: CommonAttentionMetadata, rows: VirtualRows | None, page_size: int) -> RangeTable | None:
         """Fill the table with all rows of a step that may replay a graph; None: it is a step of another kind.
@@ -59,9 +59,9 @@ class GraphRanges:
             ranges = dense_ranges(batch)
         else:
             ranges = make_token_ranges(rows, np.flatnonzero(rows.query_lens == 1), page_size)
-        if len(ranges.place) > MAX_RANGES:
+        if len(ranges.row) > MAX_RANGES:
             return None
-        packed = ranges.packed(self.max_rows)
+        packed = ranges.packed(1, self.max_rows)
         async_tensor_h2d(packed, out=self.numbers[: len(packed)])
         return self.table(batch)
 
@@ -83,4 +83,4 @@ def dense_ranges(batch: CommonAttentionMetadata) -> TokenRanges:
     rows = np.flatnonzero(batch.query_start_loc_cpu.diff().numpy() == 1)
     stop = batch.seq_lens_cpu_upper_bound.numpy()[rows].astype(np.int64)
     zeros = np.zeros_like(rows)
-    return TokenRanges(rows, np.arange(len(rows)), zeros, stop, zeros)
+    return TokenRanges(rows, np.ones_like(rows), np.arange(len(rows)), zeros, stop, zeros)

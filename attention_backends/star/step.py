@@ -165,19 +165,23 @@ class StarStep:
         virtual: CommonAttentionMetadata,
         page_size: int,
         table: RangeTable | None = None,
+        tile_queries: int = 1,
     ) -> None:
         """Note what the rows' own block tables leave out: blocks with positions of their own.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
             table: the keys of all rows, in a step of decodes that may replay a CUDA graph.
+            tile_queries: as of ``make_turned_attention``.
         """
         if rows.turned is None:
             return
         if table is not None:
-            self._turned_attention[page_size] = TurnedAttention(self.rotations, ranges=table)
+            self._turned_attention[page_size] = TurnedAttention(self.rotations, [table])
         else:
-            self._turned_attention[page_size] = make_turned_attention(rows, batch, virtual, page_size, self.rotations)
+            self._turned_attention[page_size] = make_turned_attention(
+                rows, batch, virtual, page_size, self.rotations, tile_queries
+            )
 
     def keep_heads(
         self,

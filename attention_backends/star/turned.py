@@ -9,7 +9,6 @@ merged by their log-sum-exp.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +18,13 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from starling.attention_backends.kernels.contract import Operands
-from starling.attention_backends.kernels.merge import PartTokens
 from starling.attention_backends.kernels.ranges import TokenRanges
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.turned import TurnedQueries, add_turned_attention
 from starling.attention_backends.star.rows import TurnedKeys, VirtualRows
 
-MAX_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Turned query tokens that one call has on a device, or those of a single row and block where these are more.
+MAX_TOKENS = 512
+"""Turned query tokens that one call has, or those of a single row and block where these are more.
 
 The tensors of so few tokens stay in a CPU's cache. With 8,192 tokens a call, a step of 512 query tokens and 128 blocks
 took 2.7 times as long.
@@ -51,11 +49,6 @@ class TurnedRows:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
 
-    @functools.cached_property
-    def part_tokens(self) -> PartTokens:
-        """``tokens``, one object for all layers, which so share their order."""
-        return PartTokens(self.tokens)
-
     def operands(self, query: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], **options: Any) -> Operands:
         """The operands of the call for a layer's query (tokens, heads, head size) and caches."""
         return Operands(query, *caches, self.block_table, self.query_start_loc, self.seq_lens, **options)
@@ -72,7 +65,7 @@ def make_turned_rows(
         page_size: tokens of a page of it.
     """
     queries = query_lens[turned.row]
-    calls = (np.cumsum(queries) - 1) // MAX_TOKENS[block_table.device.type]
+    calls = (np.cumsum(queries) - 1) // MAX_TOKENS
     for first, stop in _runs(calls):
         yield _one_call(turned, slice(first, stop), starts, queries, block_table, page_size)
 
@@ -132,7 +125,7 @@ def add_rows(
         options: further Operands: ``scale``, ``layout`` and the like.
     """
     for rows in calls:
-        queries = TurnedQueries(rows.part_tokens, rows.turns, rotation)
+        queries = TurnedQueries(rows.tokens, rows.turns, rotation)
         add_turned_attention(rows.operands(query, caches, **options), queries, out, lse)
 
 
@@ -140,7 +133,7 @@ def make_token_ranges(rows: VirtualRows, chosen: np.ndarray, page_size: int) -> 
     """All keys of some virtual rows, in the positions of their batch rows: their own, and those of turned blocks.
 
     Args:
-        chosen: (R,) int64, ascending, the virtual rows; each is the only one of its batch row, and has one query token.
+        chosen: (R,) int64, ascending, the virtual rows. Each is the end of its batch row.
         page_size: tokens of a page.
     """
     own = rows.key_ranges[np.isin(rows.key_ranges[:, 0], chosen)]
@@ -153,27 +146,27 @@ def make_token_ranges(rows: VirtualRows, chosen: np.ndarray, page_size: int) -> 
         stop = np.concatenate((stop, starts + rows.turned.num_keys[of_chosen]))
         turn = np.concatenate((turn, rows.turned.turn[of_chosen]))
     order = np.argsort(row, kind="stable")
-    place = np.searchsorted(chosen, row[order])
-    return TokenRanges(rows.source[chosen], place, first[order], stop[order], turn[order])
+    numbers = np.searchsorted(chosen, row[order])
+    return TokenRanges(rows.source[chosen], rows.query_lens[chosen], numbers, first[order], stop[order], turn[order])
 
 
 def ranges_as_rows(
     ranges: TokenRanges, block_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int
 ) -> TurnedRows:
-    """The ranges as rows of one token each, for the op of a CPU. Token i is that of ``ranges.rows[i]``.
+    """The ranges of decodes as rows of one token each, for the op of a CPU. Token i is that of ``ranges.rows[i]``.
 
     Args:
         block_table, seq_lens: of the batch's rows, (B, C) int32 and (B,) int32.
         page_size: tokens of a page.
     """
-    source = torch.from_numpy(ranges.rows[ranges.place])
+    source = torch.from_numpy(ranges.rows[ranges.row])
     first, stop = torch.from_numpy(ranges.first), torch.from_numpy(ranges.stop)
     lens = (torch.minimum(stop, seq_lens[source]) - first).clamp_min(0)
     columns = torch.arange(-(-int(lens.max()) // page_size))
     # Columns behind a row's keys are not read, but must be in the table.
     pages = (first[:, None] // page_size + columns).clamp_max(block_table.shape[1] - 1)
     return TurnedRows(
-        torch.from_numpy(ranges.place),
+        torch.from_numpy(ranges.row),
         torch.from_numpy(ranges.turn),
         block_table[source[:, None], pages],
         torch.arange(len(source) + 1, dtype=torch.int32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from starling.attention_backends.kernels.dispatch import attend_in_ranges, paged
 from starling.attention_backends.kernels.ranges import RangeTable, make_range_table
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.turned import TurnedQueries, turned_attention
-from starling.attention_backends.star.rows import TurnedKeys, VirtualRows
+from starling.attention_backends.star.rows import VirtualRows
 from starling.attention_backends.star.turned import (
     MAX_TOKENS,
     TurnedRows,
@@ -74,30 +74,30 @@ class TurnedAttention:
 
     Args:
         rotations: layer name -> its rotary embedding.
-        own: the step's virtual rows that see such blocks, but for those of ``ranges``; None: there are no others.
+        tables: the rows, for a GPU, where one kernel computes them.
+        own: the rows, for a CPU; None: they are in ``tables``.
         rows: the calls for ``own``; their tokens are numbers of those of ``own``.
         tokens: the tokens of ``own``; None: they are all of the step's.
-        decodes: the same as ``own`` and ``rows`` in one call, for a CPU; the layers then share the angles.
-        ranges: the rows that decode one token, for a GPU, where one kernel computes them.
+        decodes: the same as ``own`` and ``rows`` in one call; the layers then share the angles.
         is_whole_step: whether all tokens of the step are in these rows.
     """
 
     def __init__(
         self,
         rotations: Mapping[str, Rotation],
+        tables: Sequence[RangeTable] = (),
         own: OwnRows | None = None,
         rows: Sequence[TurnedRows] = (),
         tokens: StepTokens | None = None,
         decodes: TurnedRows | None = None,
-        ranges: RangeTable | None = None,
         is_whole_step: bool = True,
     ) -> None:
         self.rotations = rotations
+        self.tables = tables
         self.own = own
         self.rows = rows
         self.tokens = tokens
         self.decodes = decodes
-        self.ranges = ranges
         self.is_whole_step = is_whole_step
         self._queries: dict[int, TurnedQueries] = {}
 
@@ -114,8 +114,8 @@ class TurnedAttention:
 
         The arguments are those of ``add``, with padding at the end.
         """
-        if self.ranges is not None:
-            attend_in_ranges(query, caches, self.ranges, self.rotations[layer], out, **options)
+        for table in self.tables:
+            attend_in_ranges(query, caches, table, self.rotations[layer], out, **options)
         own = self.own
         if own is None:
             return
@@ -144,7 +144,7 @@ class TurnedAttention:
         layout: Layout,
         **options: Any,
     ) -> None:
-        """Add the blocks' keys to the attention over all other keys; not for rows of ``ranges``.
+        """Add the blocks' keys to the attention over all other keys; for a CPU.
 
         Args:
             layer: name of the layer.
@@ -184,7 +184,7 @@ class TurnedAttention:
         tokens, 2,000 blocks and R = 64.
         """
         if id(rotation) not in self._queries:
-            self._queries[id(rotation)] = TurnedQueries(rows.part_tokens, rows.turns, rotation)
+            self._queries[id(rotation)] = TurnedQueries(rows.tokens, rows.turns, rotation)
         return self._queries[id(rotation)]
 
 
@@ -194,52 +194,53 @@ def make_turned_attention(
     virtual: CommonAttentionMetadata,
     page_size: int,
     rotations: Mapping[str, Rotation],
+    tile_queries: int = 1,
 ) -> TurnedAttention:
     """The attention of the rows that see blocks with positions of their own; there are some.
 
-    On a GPU, rows that decode one token are those of one kernel, which divides their keys evenly. On a CPU, whose op
-    divides rows itself, they are one call where the step has no others of these rows.
+    On a GPU, one kernel computes rows of one token, and one those of more. On a CPU, rows that decode are one call,
+    where the step has no others of these rows.
 
     Args:
         batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
+        tile_queries: tokens of a tile of the second kernel.
     """
     assert rows.turned is not None
-    device, num_tokens = batch.seq_lens.device, int(rows.query_lens.sum())
-    others = np.unique(rows.turned.row)
-    is_decode = batch.query_start_loc_cpu.diff().numpy()[rows.source[others]] == 1
-    ranges = decodes = None
-    covered = int(rows.query_lens[others].sum())
-    if devices.uses_triton(device):
-        ranges = _range_table(rows, others[is_decode], batch, page_size) if is_decode.any() else None
-        others = others[~is_decode]
-    elif is_decode.all():
-        token_ranges = make_token_ranges(rows, others, page_size)
-        if len(token_ranges.place) <= MAX_TOKENS["cpu"]:
-            decodes = ranges_as_rows(token_ranges, batch.block_table_tensor, batch.seq_lens, page_size)
-    is_whole_step = covered == num_tokens
-    if not len(others):
-        return TurnedAttention(rotations, ranges=ranges, is_whole_step=is_whole_step)
-    own = _other_rows(rows, others, batch, virtual, page_size)
-    return TurnedAttention(rotations, *own, decodes, ranges, is_whole_step)
+    numbers = np.unique(rows.turned.row)
+    query_lens = rows.query_lens[numbers]
+    is_whole_step = int(query_lens.sum()) == int(rows.query_lens.sum())
+    if devices.uses_triton(batch.seq_lens.device):
+        tensors = batch.block_table_tensor, batch.query_start_loc, batch.seq_lens
+        kinds = ((numbers[query_lens == 1], 1), (numbers[query_lens > 1], tile_queries))
+        tables = [
+            make_range_table(make_token_ranges(rows, chosen, page_size), tile, *tensors)
+            for chosen, tile in kinds
+            if len(chosen)
+        ]
+        return TurnedAttention(rotations, tables, is_whole_step=is_whole_step)
+    own, calls, tokens = _rows_for_cpu(rows, numbers, batch, virtual, page_size)
+    decodes = None
+    # A token that is not alone in its batch row is at the end of a chunk.
+    if (query_lens == 1).all() and (batch.query_start_loc_cpu.diff().numpy()[rows.source[numbers]] == 1).all():
+        ranges = make_token_ranges(rows, numbers, page_size)
+        if len(ranges.row) <= MAX_TOKENS:
+            decodes = ranges_as_rows(ranges, batch.block_table_tensor, batch.seq_lens, page_size)
+    return TurnedAttention(rotations, (), own, calls, tokens, decodes, is_whole_step)
 
 
-def _range_table(rows: VirtualRows, chosen: np.ndarray, batch: CommonAttentionMetadata, page_size: int) -> RangeTable:
-    table = batch.block_table_tensor, batch.query_start_loc, batch.seq_lens
-    return make_range_table(make_token_ranges(rows, chosen, page_size), *table)
-
-
-def _other_rows(
+def _rows_for_cpu(
     rows: VirtualRows,
     numbers: np.ndarray,
     batch: CommonAttentionMetadata,
     virtual: CommonAttentionMetadata,
     page_size: int,
 ) -> tuple[OwnRows, list[TurnedRows], StepTokens | None]:
-    """The rows of these numbers, ascending, and what they see, as arguments of ``TurnedAttention``."""
+    """The rows of these numbers, all that see such blocks, and what they see, as arguments of ``TurnedAttention``."""
     starts = np.cumsum(rows.query_lens) - rows.query_lens
     query_lens, num_tokens = rows.query_lens[numbers], int(rows.query_lens.sum())
     device, own_tokens = virtual.block_table_tensor.device, int(query_lens.sum())
-    turned = _of_rows(rows.turned, numbers)
+    assert rows.turned is not None
+    turned = replace(rows.turned, row=np.searchsorted(numbers, rows.turned.row))
     tokens = None
     if own_tokens == num_tokens:
         own = OwnRows(own_tokens, virtual.block_table_tensor, virtual.query_start_loc, virtual.seq_lens)
@@ -251,16 +252,3 @@ def _other_rows(
     first = np.cumsum(query_lens) - query_lens
     calls = make_turned_rows(turned, first, query_lens, batch.block_table_tensor, page_size)
     return own, list(calls), tokens
-
-
-def _of_rows(turned: TurnedKeys | None, numbers: np.ndarray) -> TurnedKeys:
-    """The blocks of the rows of these numbers, ascending; the rows are counted anew."""
-    assert turned is not None
-    chosen = np.isin(turned.row, numbers)
-    return TurnedKeys(
-        np.searchsorted(numbers, turned.row[chosen]),
-        turned.source[chosen],
-        turned.first_page[chosen],
-        turned.num_keys[chosen],
-        turned.turn[chosen],
-    )

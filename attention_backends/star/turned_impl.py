@@ -40,7 +40,7 @@ def use_rotations(rotations: Mapping[str, Rotation]) -> None:
 
 def keep_for_capture(metadata: Any, table: RangeTable) -> None:
     """Let layers that are captured with this metadata of vLLM's attend to the ranges of a table."""
-    metadata.starling_captured = TurnedAttention(_rotations, ranges=table)
+    metadata.starling_captured = TurnedAttention(_rotations, [table])
 
 
 def block_positions_in_use() -> bool:

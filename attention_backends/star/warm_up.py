@@ -6,22 +6,18 @@ Triton compiles a kernel when it is first called, which takes seconds. vLLM 0.33
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from starling.attention_backends.kernels.ranges import TokenRanges, make_range_table
+from starling.attention_backends.kernels.contract import Sizes
+from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
 from starling.attention_backends.kernels.rotary import Rotation
-from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW
-from starling.attention_backends.kernels.triton.decode import MIN_KEYS_PER_SPLIT, rows_that_fill
-from starling.attention_backends.star.turned import TurnedRows
-from starling.attention_backends.star.turned_attention import OwnRows, TurnedAttention
+from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries
+from starling.attention_backends.star.turned_attention import TurnedAttention
 from starling.vllm_compat.patching import touches
-
-QUERIES = (2, MAX_QUERIES_PER_DECODE_ROW + 1)
-"""Query tokens of a row, of those that do not decode: of steps of few tokens, and of steps of many."""
 
 
 @touches(
@@ -44,37 +40,17 @@ def warm_up(layers: Iterable[Any], rotations: Mapping[str, Rotation]) -> None:
         if kind in seen:
             continue
         seen.add(kind)
-        for num_tokens, turned in _steps(cache, rotations):
-            query = torch.zeros(num_tokens, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
-            impl.attend_turned(layer, query, cache, torch.empty_like(query), turned)
+        kv_heads, page_size = cache.shape[1:3]
+        sizes = Sizes(1, 1, impl.num_heads, kv_heads, impl.head_size, impl.head_size, page_size)
+        for tile_queries in (1, prefill_tile_queries(sizes, cache.element_size())):
+            query = torch.zeros(1, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
+            table = _table(tile_queries, cache.device)
+            impl.attend_turned(layer, query, cache, torch.empty_like(query), TurnedAttention(rotations, [table]))
 
 
-def _steps(cache: torch.Tensor, rotations: Mapping[str, Rotation]) -> Iterator[tuple[int, TurnedAttention]]:
-    """Rows of page 0 alone, with their number of tokens: a token that decodes, and others.
-
-    For each number of queries, there are so many others that no row's keys are split, and one whose keys are.
-
-    Args:
-        cache: (pages, KV heads, page size, 2 * head size).
-    """
-    kv_heads, page_size = cache.shape[1:3]
-    zeros = torch.zeros(2, 1, dtype=torch.int32, device=cache.device)
-    table = make_range_table(
-        TokenRanges(*np.zeros((3, 1), int), *np.array([[1], [0]])), zeros[:1], zeros[:, 0], zeros[0]
-    )
-    yield 1, TurnedAttention(rotations, ranges=table)
-    wide = -(-2 * MIN_KEYS_PER_SPLIT // page_size)
-    for queries in QUERIES:
-        for num_rows, columns in ((rows_that_fill(cache.device, kv_heads), 1), (1, wide)):
-            own, rows = _rows(num_rows, queries, columns, cache.device)
-            yield own.num_tokens, TurnedAttention(rotations, own, [rows])
-
-
-def _rows(num_rows: int, queries: int, columns: int, device: torch.device) -> tuple[OwnRows, TurnedRows]:
-    """Rows of one key each that may have so many pages: the step's own, and as many of one block."""
-    table = torch.zeros(num_rows, columns, dtype=torch.int32, device=device)
-    starts = torch.arange(0, num_rows * queries + 1, queries, dtype=torch.int32, device=device)
-    lens = torch.ones(num_rows, dtype=torch.int32, device=device)
-    tokens = torch.arange(num_rows * queries, device=device)
-    own = OwnRows(num_rows * queries, table, starts, lens)
-    return own, TurnedRows(tokens, torch.zeros_like(tokens), table, starts, lens)
+def _table(tile_queries: int, device: torch.device) -> RangeTable:
+    """A token that sees itself, in page 0."""
+    ones, zeros = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    places = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    ranges = TokenRanges(zeros, ones, zeros, zeros, ones, zeros)
+    return make_range_table(ranges, tile_queries, places[:, :1], places[0], places[0, 1:])

@@ -16,7 +16,6 @@ PLATFORM = use_cuda_platform()
 import torch  # noqa: E402
 
 from starling.attention_backends.kernels import devices  # noqa: E402
-from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
 from starling.attention_backends.kernels.triton import decode  # noqa: E402
 from starling.attention_backends.kernels.triton.attention import MAX_QUERIES_PER_DECODE_ROW  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
@@ -62,7 +61,6 @@ def main() -> None:
     use_block_positions(True)
     # CPU tensors are here what a GPU's are.
     devices.uses_triton = lambda device: True
-    kernels_turned.cpu.has_op_for = lambda operands: False
     decode.multiprocessors = lambda device: 132
     compiled = count_compiles()
     if os.environ.get("WARM_UP") != "0":

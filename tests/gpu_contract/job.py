@@ -25,8 +25,6 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
 from starling.attention_backends.kernels import devices  # noqa: E402
-from starling.attention_backends.kernels import turned as kernels_turned  # noqa: E402
-from starling.attention_backends.kernels.contract import Operands  # noqa: E402
 from starling.attention_backends.star import turned_attention  # noqa: E402
 from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
 from starling.attention_backends.star.step import StarStep  # noqa: E402
@@ -216,23 +214,15 @@ def triton_own_positions(examples: int) -> Tally:
     """
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    from starling.attention_backends.kernels.triton.attention import paged_attention
     from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
     calls: list[int] = []
 
-    def counted(operands: Operands) -> Any:
-        calls.append(len(operands.query))
-        return paged_attention(operands)
-
-    def counted_ranges(query: torch.Tensor, *args: Any, **options: Any) -> None:
+    def counted(query: torch.Tensor, *args: Any, **options: Any) -> None:
         calls.append(len(query))
         attend_ranges(query, *args, **options, programs=3)
 
-    # For CPU tensors, turned queries and those of the step's own rows would have the op of the CPU.
-    turned_attention.paged_attention = kernels_turned.paged_attention = counted
-    turned_attention.attend_in_ranges = counted_ranges
-    kernels_turned.cpu.has_op_for = lambda operands: False
+    turned_attention.attend_in_ranges = counted
     devices.uses_triton = lambda device: True
     for owner, name in ((turned_attention.TurnedAttention, "attend"), (StarStep, "keep_block_tables")):
         setattr(owner, name, deterministic(getattr(owner, name)))

@@ -27,13 +27,17 @@ class Case:
     """Tokens over ranges.
 
     Args:
-        lens: keys of each batch row; each row has one token of the step, in the middle of others.
+        lens: keys of each batch row.
         ranges: (batch row, first, stop) of each range, in any order.
+        queries: the last tokens of each row, which attend; there are others of the step before them.
+        tile_queries: how many of them a program has at once.
         unseen: keys at the end of each row that the device's lengths leave out, as with asynchronous scheduling.
     """
 
     lens: tuple[int, ...]
     ranges: tuple[tuple[int, int, int], ...]
+    queries: tuple[int, ...] = ()
+    tile_queries: int = 1
     kv_heads: int = 2
     group: int = 3
     size: int = 32
@@ -60,17 +64,19 @@ class Step:
         shape = sum(pages) + 1, case.page_size, case.kv_heads
         self.keys = torch.randn(*shape, case.size).to(case.dtype)
         self.values = torch.randn(*shape, case.value_size).to(case.dtype)
-        self.query = torch.randn(3 * len(case.lens), case.kv_heads * case.group, case.size).to(case.dtype)
-        self.starts = torch.arange(1, 3 * len(case.lens) + 2, 3, dtype=torch.int32)
+        queries = np.array(case.queries or [1] * len(case.lens))
+        self.starts = torch.tensor([1, *1 + np.cumsum(queries + 2)], dtype=torch.int32)
+        self.query = torch.randn(int(self.starts[-1]) + 1, case.kv_heads * case.group, case.size).to(case.dtype)
         self.seq_lens = torch.tensor(case.lens, dtype=torch.int32) - case.unseen
         self.angles = torch.outer(torch.arange(POSITIONS), 0.7 ** torch.arange(case.rotary_dim // 2).double())
         self.rotation = Rotation(self.angles.cos().float(), self.angles.sin().float(), case.is_neox_style)
         row, first, stop = np.array(sorted(case.ranges, key=lambda one: one[0])).T
-        rows, place = np.unique(row, return_inverse=True)
-        self.ranges = TokenRanges(rows, place, first, stop, torch.randint(POSITIONS, (len(row),)).numpy())
+        rows, number = np.unique(row, return_inverse=True)
+        turn = torch.randint(POSITIONS, (len(row),)).numpy()
+        self.ranges = TokenRanges(rows, queries[rows], number, first, stop, turn)
 
     def range_table(self) -> RangeTable:
-        return make_range_table(self.ranges, self.table, self.starts, self.seq_lens)
+        return make_range_table(self.ranges, self.case.tile_queries, self.table, self.starts, self.seq_lens)
 
     def turned(self, token: int, turn: int) -> torch.Tensor:
         """(H, D) float64: a token of the query, turned back by complex numbers."""
@@ -86,22 +92,23 @@ class Step:
         """(T, H, Dv) float64; NaN for the tokens that have no ranges."""
         out = torch.full((*self.query.shape[:2], self.case.value_size), float("nan")).double()
         ranges = self.ranges
-        for place, row in enumerate(ranges.rows.tolist()):
-            length, token = int(self.seq_lens[row]), int(self.starts[row])
+        for number, (row, queries) in enumerate(zip(ranges.rows.tolist(), ranges.queries.tolist(), strict=True)):
+            length = int(self.seq_lens[row])
             pages = self.table[row, : -(-length // self.case.page_size)].long()
             keys, values = (
                 cache[pages].flatten(0, 1).double().repeat_interleave(self.case.group, 1).transpose(0, 1)
                 for cache in (self.keys, self.values)
             )
-            scores, seen = [], []
-            for number in np.flatnonzero(ranges.place == place):
-                span = slice(int(ranges.first[number]), min(int(ranges.stop[number]), length))
-                query = self.turned(token, int(ranges.turn[number]))
-                scores.append(torch.einsum("hd,hkd->hk", query, keys[:, span]) * SCALE)
-                seen.append(values[:, span])
-            score = torch.cat(scores, 1)
-            score = self.case.softcap * torch.tanh(score / self.case.softcap) if self.case.softcap else score
-            out[token] = torch.einsum("hk,hkd->hd", score.softmax(1), torch.cat(seen, 1))
+            for behind in range(1, queries + 1):
+                token, scores, seen = int(self.starts[row + 1]) - behind, [], []
+                for one in np.flatnonzero(ranges.row == number):
+                    span = slice(int(ranges.first[one]), min(int(ranges.stop[one]), length - behind + 1))
+                    query = self.turned(token, int(ranges.turn[one]))
+                    scores.append(torch.einsum("hd,hkd->hk", query, keys[:, span]) * SCALE)
+                    seen.append(values[:, span])
+                score = torch.cat(scores, 1)
+                score = self.case.softcap * torch.tanh(score / self.case.softcap) if self.case.softcap else score
+                out[token] = torch.einsum("hk,hkd->hd", score.softmax(1), torch.cat(seen, 1))
         return out
 
     def run(self, programs: int, table: RangeTable | None = None) -> torch.Tensor:
@@ -120,6 +127,7 @@ SHORT = Case(
 )
 DOCUMENTS = Case((400,), tuple((0, start, start + 9 + start % 7) for start in range(0, 390, 16)), kv_heads=1, group=1)
 LONG = Case((12, 700, 30), ((0, 0, 12), (1, 0, 700), (2, 0, 16), (2, 16, 30)), kv_heads=1, group=8)
+QUESTIONS = replace(SHORT, queries=(3, 40, 1, 17, 2), tile_queries=8)
 CASES = {
     "short": SHORT,
     "pairs": replace(SHORT, is_neox_style=False),
@@ -133,6 +141,10 @@ CASES = {
     "documents": DOCUMENTS,
     "long beside short": LONG,
     "pages of 128": replace(LONG, page_size=128),
+    "questions": QUESTIONS,
+    "questions, tiles of five": replace(QUESTIONS, tile_queries=5, is_neox_style=False),
+    "questions, asynchronous": replace(QUESTIONS, tile_queries=10, unseen=4),
+    "questions, bfloat16": replace(QUESTIONS, dtype=torch.bfloat16, tile_queries=21),
 }
 
 
@@ -146,7 +158,7 @@ def interpret() -> None:
             got = step.run(programs).double()
             scale = want.nan_to_num().abs().max().item()
             torch.testing.assert_close(got, want, rtol=0, atol=limit * scale, equal_nan=True, msg=name)
-    for case in (SHORT, LONG):
+    for case in (SHORT, LONG, QUESTIONS):
         step = Step(case)
         torch.testing.assert_close(step.run(3, room_for_more(step)), step.run(3), rtol=0, atol=0, equal_nan=True)
     step = Step(SHORT)
@@ -157,13 +169,13 @@ def interpret() -> None:
 
 
 def room_for_more(step: Step) -> RangeTable:
-    """The table as a CUDA graph has it: with room for more rows and ranges."""
+    """The table as a CUDA graph has it: with room for more places and ranges."""
     table = step.range_table()
-    max_rows = table.max_rows + 3
+    max_places = table.max_places + 3
     numbers = torch.full((2000,), 2**30, dtype=torch.int32)
-    packed = torch.from_numpy(step.ranges.packed(max_rows))
+    packed = torch.from_numpy(step.ranges.packed(step.case.tile_queries, max_places))
     numbers[: len(packed)] = packed
-    return replace(table, numbers=numbers, max_rows=max_rows)
+    return replace(table, numbers=numbers, max_places=max_places)
 
 
 def interpret_wide() -> None:
@@ -187,33 +199,41 @@ def interpret_wide() -> None:
 
 def compile_kernels() -> None:
     """The largest head size, one that is no power of two, and those of Llama 3.1."""
+    import triton
+
     from starling.attention_backends.kernels.contract import Sizes
     from starling.attention_backends.kernels.triton import ranges
-    from starling.attention_backends.kernels.triton.decode import LANES
     from starling.attention_backends.kernels.triton.launch import head_block, make_tile
     from tests.kernels.machine_code import CAPABILITIES, check_resources
 
     for capability in CAPABILITIES:
         for dtype, size, group, is_neox in (("bf16", 128, 4, True), ("fp16", 80, 1, False), ("fp32", 256, 8, True)):
-            tile = make_tile(Sizes(1, 1, group, 1, size, size, 16), 4 if dtype == "fp32" else 2, LANES)
-            block = head_block(size)
-            constants = {
-                **{"GROUP": group, "PAGE_SIZE": 16, "HEAD_SIZE": size, "HEAD_SIZE_V": size, "PAIRS": size // 2},
-                **{"IS_NEOX": is_neox, "BLOCK_M": tile.lanes, "BLOCK_N": tile.keys, "BLOCK_D": block},
-                **{"BLOCK_DV": block, "CAPPED": False, "UPCAST": False},
-            } | dict.fromkeys(("query_stride", "key_stride", "value_stride"), 1)
-            floats = ("parts", "part_lses", "cos", "sin")
-            types = {
-                **dict.fromkeys(("query", "key_cache", "value_cache", "out"), f"*{dtype}"),
-                **dict.fromkeys(floats, "*fp32"),
-                **dict.fromkeys(("numbers", "block_table", "query_start_loc", "seq_lens"), "*i32"),
-                **dict.fromkeys(("scale", "softcap"), "fp32"),
-            }
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            made = check_resources(ranges.attend_ranges_kernel, types, constants, capability, True, **options)
-            assert "cp.async" in made.asm["ptx"], "keys are not loaded ahead of their products"
-            merged = {"HEAD_SIZE_V": size, "BLOCK_DV": block, "BLOCK_P": ranges.MERGED_AT_ONCE}
-            check_resources(ranges.merge_ranges_kernel, types, merged, capability, True)
+            element_bytes = 4 if dtype == "fp32" else 2
+            sizes = Sizes(1, 1, group, 1, size, size, 16)
+            for queries in (1, ranges.prefill_tile_queries(sizes, element_bytes)):
+                tile = make_tile(
+                    sizes, element_bytes, max(ranges.DECODE_LANES, triton.next_power_of_2(queries * group))
+                )
+                block = head_block(size)
+                shape = {
+                    **{"GROUP": group, "QUERIES": queries, "HEAD_SIZE_V": size, "BLOCK_M": tile.lanes},
+                    "BLOCK_DV": block,
+                }
+                constants = {
+                    **{"PAGE_SIZE": 16, "HEAD_SIZE": size, "PAIRS": size // 2, "IS_NEOX": is_neox},
+                    **{"BLOCK_N": tile.keys, "BLOCK_D": block, "CAPPED": False, "UPCAST": False},
+                } | dict.fromkeys(("query_stride", "key_stride", "value_stride"), 1)
+                types = {
+                    **dict.fromkeys(("query", "key_cache", "value_cache", "out"), f"*{dtype}"),
+                    **dict.fromkeys(("parts", "part_lses", "cos", "sin"), "*fp32"),
+                    **dict.fromkeys(("numbers", "block_table", "query_start_loc", "seq_lens"), "*i32"),
+                    **dict.fromkeys(("scale", "softcap"), "fp32"),
+                }
+                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                attend = ranges.attend_ranges_kernel
+                made = check_resources(attend, types, shape | constants, capability, True, **options)
+                assert "cp.async" in made.asm["ptx"], "keys are not loaded ahead of their products"
+                check_resources(ranges.merge_ranges_kernel, types, shape, capability, True, num_warps=tile.warps)
 
 
 class Allocations(TorchDispatchMode):

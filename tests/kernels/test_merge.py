@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-from starling.attention_backends.kernels.merge import PartTokens, merge, merge_rows
+from starling.attention_backends.kernels.merge import merge, merge_rows
 from starling.attention_backends.kernels.reference import masked_attention
 from tests.kernels.determinism import OnlyDeterministic
 
@@ -93,7 +93,7 @@ def test_parts_merged_into_their_tokens_give_the_whole(data):
     if pairs:
         part, token = torch.tensor(pairs).T
         outs, lses = (torch.stack([one[index] for one in found]) for index in (0, 1))
-        merge_rows(out, lse, PartTokens(token), outs[part, token].float(), (lses[part, token] + offset).float())
+        merge_rows(out, lse, token, outs[part, token].float(), (lses[part, token] + offset).float())
     torch.testing.assert_close(out, whole.float(), rtol=1e-3, atol=1e-3 if offset else 1e-5)
     torch.testing.assert_close(lse, (whole_lse + offset).float(), rtol=1e-6, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_parts_of_tokens_are_merged_as_stacked_parts_are():
     for place, (part, token) in zip((1, 1, 2, 1, 2), enumerate(tokens.tolist()), strict=True):
         stacked[place, token], logs[place, token] = parts[part], part_lses[part]
     expected, expected_lse = merge(stacked, logs)
-    merge_rows(out, lse, PartTokens(tokens), parts, part_lses)
+    merge_rows(out, lse, tokens, parts, part_lses)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
     assert (out[3] == 0).all() and (lse[3] == -INF).all()
@@ -119,7 +119,7 @@ def test_no_parts_leave_the_tokens_as_they_are():
     out, lse = torch.randn(2, 1, 4), torch.tensor([[3.0], [-INF]])
     out[1] = 0
     before = out.clone()
-    merge_rows(out, lse, PartTokens(torch.zeros(0, dtype=torch.int64)), torch.zeros(0, 1, 4), torch.zeros(0, 1))
+    merge_rows(out, lse, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 4), torch.zeros(0, 1))
     torch.testing.assert_close(out, before)
     assert lse.tolist() == [[3.0], [-INF]]
 
@@ -128,14 +128,14 @@ def test_low_precision_parts_are_summed_in_float32():
     torch.manual_seed(0)
     parts = torch.randn(9, 2, 16).bfloat16()
     out, lse = parts[0].float()[None], torch.zeros(1, 2)
-    merge_rows(out, lse, PartTokens(torch.zeros(8, dtype=torch.int64)), parts[1:], torch.zeros(8, 2))
+    merge_rows(out, lse, torch.zeros(8, dtype=torch.int64), parts[1:], torch.zeros(8, 2))
     torch.testing.assert_close(out[0], parts.double().mean(0).float())
 
 
 def test_the_merge_of_a_cpu_would_not_be_deterministic_on_a_gpu():
     """So the check under which tests/gpu_contract runs the merge of a GPU can fail."""
     with OnlyDeterministic(), pytest.raises(RuntimeError, match=r"index_add_\.default may have another result"):
-        merge_rows(torch.zeros(1, 2, 4), torch.zeros(1, 2), PartTokens(torch.zeros(3).long()), *partial(3))
+        merge_rows(torch.zeros(1, 2, 4), torch.zeros(1, 2), torch.zeros(3).long(), *partial(3))
 
 
 def partial(parts: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from starling.attention_backends.kernels.contract import Layout
 from starling.attention_backends.kernels.cpu import attention as cpu
-from starling.attention_backends.kernels.merge import PartTokens
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.turned import TurnedQueries, add_turned_attention, turned_attention
 from tests.kernels.cases import Case, cases
@@ -48,12 +47,12 @@ class Turned:
         angles = torch.outer(torch.arange(POSITIONS), 0.6 ** torch.arange(rotary_dim // 2).double())
         self.rotation = Rotation(angles.cos().float(), angles.sin().float(), is_neox_style)
         self.turns = torch.randint(POSITIONS, (len(tokens),))
-        self.queries = TurnedQueries(PartTokens(torch.tensor(tokens)), self.turns, self.rotation)
+        self.queries = TurnedQueries(torch.tensor(tokens), self.turns, self.rotation)
         self.angles = angles
 
     def turned_query(self, index: int) -> torch.Tensor:
         """(H, D) float64: a query token of the rows, by complex numbers."""
-        query = self.operands.query[self.queries.tokens.numbers[index]].double()
+        query = self.operands.query[self.queries.tokens[index]].double()
         pairs = self.angles.shape[1]
         part = query[:, : 2 * pairs]
         part = part.unflatten(1, (2, -1)).mT if self.rotation.is_neox_style else part.unflatten(1, (-1, 2))
@@ -79,7 +78,7 @@ class Turned:
                 found = torch.einsum("hd,hkd->hk", self.turned_query(index), keys) * operands.scale * operands.k_scale
                 if operands.softcap:
                     found = operands.softcap * torch.tanh(found / operands.softcap)
-                token = int(self.queries.tokens.numbers[index])
+                token = int(self.queries.tokens[index])
                 scores[token].append(found)
                 values[token].append(row_values * operands.v_scale)
         outs, lses = [], []
@@ -179,7 +178,7 @@ def test_attention_is_added_to_that_over_other_keys(implementation, dtype):
 )
 def test_values_that_lead_outside_of_the_operands(implementation, name, value, message):
     turned = Turned(LONG, [0, 1, 0, 2, 1, 0], 64, True)
-    {"tokens": turned.queries.tokens.numbers, "turns": turned.queries.turns}[name][1] = value
+    {"tokens": turned.queries.tokens, "turns": turned.queries.turns}[name][1] = value
     with pytest.raises(ValueError, match=message):
         turned_attention(turned.operands, turned.queries)
 

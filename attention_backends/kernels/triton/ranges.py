@@ -1,9 +1,10 @@
-"""Attention of single query tokens over ranges of keys (kernels/ranges.py) in Triton, in two launches.
+"""Attention of tokens over ranges of keys (kernels/ranges.py) in Triton, in two launches.
 
-Documents make many short ranges, beside which another token may have one long range. So all tiles of keys are one line,
-which the programs of the first kernel divide into equal parts. A program turns a token in its registers, attends to the
-keys of its part, and stores one result for each token that it meets. The second kernel merges the results of a token in
-their order: equal calls have equal results. This division is that of stream-K (arXiv 2301.03598, section 4).
+Documents make many short ranges, beside which another token may have one long range. So the tiles of work, each of 64
+keys that a tile of queries meets, are one line, which the programs of the first kernel divide into equal parts. A
+program turns the queries in its registers and attends to the keys of its part. What it computes of a tile of queries
+whose keys others have too is merged by the second kernel, in a fixed order: equal calls have equal results. This
+division is that of stream-K (arXiv 2301.03598, section 4).
 """
 
 from __future__ import annotations
@@ -13,34 +14,35 @@ import triton
 import triton.language as tl
 
 from starling.attention_backends.kernels.contract import Sizes
-from starling.attention_backends.kernels.ranges import RANGE_FIELDS, ROW_FIELDS, TILE_KEYS, RangeTable
+from starling.attention_backends.kernels.ranges import PLACE_FIELDS, RANGE_FIELDS, TILE_KEYS, RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.triton.attend import LN2, LOG2E, attend
-from starling.attention_backends.kernels.triton.decode import LANES, rows_that_fill
+from starling.attention_backends.kernels.triton.decode import rows_that_fill
 from starling.attention_backends.kernels.triton.launch import check_dtypes, head_block, make_tile
 
+DECODE_LANES, PREFILL_LANES = 16, 64
+"""Lanes of a tile of one query, and of one of many. With 128 lanes, programs spill registers."""
+
 MIN_TILES = 4
-"""Tiles of a program at least; with fewer, the results take more of the memory's time than the keys."""
+"""Tiles of a program at least; with fewer, partial results take more of the memory's time than keys."""
 
-MERGED_AT_ONCE = 8
-
-TILE, ROW, RANGE, LEAST = map(tl.constexpr, (TILE_KEYS, ROW_FIELDS, RANGE_FIELDS, MIN_TILES))
+TILE, PLACE, RANGE, LEAST = map(tl.constexpr, (TILE_KEYS, PLACE_FIELDS, RANGE_FIELDS, MIN_TILES))
 
 UNSPECIALISED = (
     *("numbers", "block_table", "query_start_loc", "seq_lens", "num_tokens", "programs", "table_stride"),
-    *("parts", "part_lses", "rows_at", "ranges_at"),
+    *("parts", "part_lses", "places_at", "ranges_at"),
 )
 """Arguments of which one compiled kernel takes every value (as in attend.py)."""
 
 
 @triton.jit
-def find_range(ranges, tile, num_ranges):
-    """The range that a tile of work is in: the last one with no more tiles before it."""
+def last_up_to(values, count, value, STRIDE: tl.constexpr):
+    """The last of some ascending values that is not above ``value``; the first one is not."""
     low = 0
-    high = num_ranges
+    high = count
     while low < high:
         middle = (low + high) // 2
-        if tl.load(ranges + middle * RANGE + 4) <= tile:
+        if tl.load(values + middle * STRIDE) <= value:
             low = middle + 1
         else:
             high = middle
@@ -63,7 +65,7 @@ def load_turned(
     """(lanes, BLOCK_D) in the query's dtype: its heads, turned back in float32.
 
     Args:
-        query: (lanes,) pointers to the heads of a token.
+        query: (lanes,) pointers to heads of tokens.
         turn: by how many positions.
         valid: (lanes,) bool, which lanes are heads.
     """
@@ -94,15 +96,31 @@ def tiles_of_a_program(tiles, programs):
     return tl.maximum(tl.cdiv(tiles, programs), LEAST)
 
 
+@triton.jit
+def lanes_of(
+    numbers, places_at, place, kv_head, query_start_loc, num_tokens, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Token, head and validity of each lane of a place, (BLOCK_M,), and its tokens in the row from each one on."""
+    fields = numbers + places_at + place * PLACE
+    row = tl.load(fields).to(tl.int64)
+    lane = tl.arange(0, BLOCK_M)
+    behind = tl.load(fields + 1) - lane // GROUP
+    token = tl.load(query_start_loc + row + 1).to(tl.int64) - behind
+    valid = (lane < QUERIES * GROUP) & (behind > 0) & (token < num_tokens)
+    return token, kv_head * GROUP + lane % GROUP, valid, behind
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_ranges_kernel(
     query,
     key_cache,
     value_cache,
+    out,
     parts,
     part_lses,
     numbers,
-    rows_at,
+    places_at,
     ranges_at,
     block_table,
     query_start_loc,
@@ -123,8 +141,11 @@ def attend_ranges_kernel(
     value_slot_stride,
     value_head_stride,
     value_stride,
+    out_token_stride,
+    out_head_stride,
     table_stride,
     GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_V: tl.constexpr,
@@ -137,87 +158,95 @@ def attend_ranges_kernel(
     CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (programs, KV heads). Program g has the tiles from g n on. Its result for the row of place p is part g + p.
+    """Grid (programs, KV heads). Program g has n tiles of work, from g n on.
 
-    Both numbers only grow along the line of tiles, so no two results have one part, and those of a row are neighbours.
+    A place of which it has all tiles is written to ``out``. Of others it has those at the beginning or at the end of
+    its tiles: the results are its parts 2 g and 2 g + 1.
 
     Args:
-        parts, part_lses: (programs + rows, H, Dv) and (programs + rows, H) float32, contiguous.
-        rows_at, ranges_at: where in ``numbers`` its rows and its ranges begin.
+        parts, part_lses: (2 programs, KV heads, BLOCK_M, Dv) and (2 programs, KV heads, BLOCK_M) float32, contiguous.
+        places_at, ranges_at: where in ``numbers`` its places and its ranges begin.
         scale, softcap, UPCAST: as in attend.py.
         num_tokens: of the query. A table of another step, as a CUDA graph may find, has no token behind it read.
     """
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
-    num_ranges = tl.load(numbers)
-    tiles = tl.load(numbers + 2)
+    tiles = tl.load(numbers + 1)
     count = tiles_of_a_program(tiles, tl.num_programs(0))
     tile = program * count
     end = tl.minimum(tile + count, tiles)
     if tile >= end:
         return
-    rows = numbers + rows_at
+    places = numbers + places_at
     ranges = numbers + ranges_at
-    number = find_range(ranges, tile, num_ranges)
-    place = tl.load(ranges + number * RANGE)
-
-    heads = tl.num_programs(1) * GROUP
     lane = tl.arange(0, BLOCK_M)
     lane_v = tl.arange(0, BLOCK_DV)
-    valid = lane < GROUP
-    head = kv_head * GROUP + lane
     keys = key_cache + kv_head.to(tl.int64) * key_head_stride
     values = value_cache + kv_head.to(tl.int64) * value_head_stride
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    place = last_up_to(places + 2, tl.load(numbers), tile, PLACE)
     while tile < end:
-        first = tl.load(ranges + number * RANGE + 1)
-        stop = tl.load(ranges + number * RANGE + 2)
-        turn = tl.load(ranges + number * RANGE + 3)
-        before = tl.load(ranges + number * RANGE + 4)
-        row = tl.load(rows + place * ROW).to(tl.int64)
-        token = tl.load(query_start_loc + row).to(tl.int64)
-        low = first + (tile - before) * TILE
-        tile = tl.minimum(before + tl.cdiv(stop - first, TILE), end)
-        high = tl.minimum(tl.minimum(first + (tile - before) * TILE, stop), tl.load(seq_lens + row))
-        at = query + token * query_token_stride + head * query_head_stride
-        q = load_turned(
-            at, cos, sin, turn, query_stride, valid & (token < num_tokens), HEAD_SIZE, BLOCK_D, PAIRS, IS_NEOX
-        )
-        if UPCAST:
-            q = q.to(tl.float32)
-        position = high - 1 + tl.zeros([BLOCK_M], dtype=tl.int32)
-        page_ids = block_table + row * table_stride
-        masked_from = low + tl.maximum(high - low, 0) // BLOCK_N * BLOCK_N
+        row = tl.load(places + place * PLACE).to(tl.int64)
+        work = tl.load(places + place * PLACE + 2)
+        stop_of_work = tl.load(places + (place + 1) * PLACE + 2)
+        number = tl.load(places + place * PLACE + 3)
+        num_ranges = tl.load(places + place * PLACE + 4) - number
+        number += last_up_to(ranges + number * RANGE + 3, num_ranges, tile - work, RANGE)
         # fmt: off
-        acc, peak, total = attend(
-            acc, peak, total, q, position, low, masked_from, keys, values, page_ids,
-            key_page_stride, key_slot_stride, key_stride, value_page_stride, value_slot_stride, value_stride,
-            scale, softcap, 0, PAGE_SIZE, HEAD_SIZE, HEAD_SIZE_V, BLOCK_N, BLOCK_D, BLOCK_DV,
-            CAPPED, WINDOWED=False, MASKED=False, UPCAST=UPCAST,
-        )
-        acc, peak, total = attend(
-            acc, peak, total, q, position, masked_from, high, keys, values, page_ids,
-            key_page_stride, key_slot_stride, key_stride, value_page_stride, value_slot_stride, value_stride,
-            scale, softcap, 0, PAGE_SIZE, HEAD_SIZE, HEAD_SIZE_V, BLOCK_N, BLOCK_D, BLOCK_DV,
-            CAPPED, WINDOWED=False, MASKED=True, UPCAST=UPCAST,
+        token, head, valid, behind = lanes_of(
+            numbers, places_at, place, kv_head, query_start_loc, num_tokens, GROUP, QUERIES, BLOCK_M
         )
         # fmt: on
-        number += 1
-        next_place = tl.load(ranges + number * RANGE, mask=tile < end, other=-1)
-        if next_place != place:
-            has_key = total > 0
-            part = (program + place).to(tl.int64) * heads + head
-            part_lse = tl.where(has_key, (peak + tl.log2(total)) * LN2, float("-inf"))
-            tl.store(part_lses + part, part_lse, mask=valid)
-            stored = acc / tl.where(has_key, total, 1.0)[:, None]
-            stored_mask = valid[:, None] & (lane_v < HEAD_SIZE_V)[None, :]
-            tl.store(parts + part[:, None] * HEAD_SIZE_V + lane_v[None, :], stored, mask=stored_mask)
-            acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-            peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([BLOCK_M], dtype=tl.float32)
-        place = next_place
+        position = tl.load(seq_lens + row) - behind
+        lowest = tl.min(position, 0)
+        highest = tl.max(tl.where(valid, position, lowest), 0)
+        at = query + token * query_token_stride + head * query_head_stride
+        page_ids = block_table + row * table_stride
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+        peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        begin = tile
+        stop_here = tl.minimum(stop_of_work, end)
+        while tile < stop_here:
+            first = tl.load(ranges + number * RANGE)
+            stop = tl.load(ranges + number * RANGE + 1)
+            turn = tl.load(ranges + number * RANGE + 2)
+            start = work + tl.load(ranges + number * RANGE + 3)
+            low = first + (tile - start) * TILE
+            tile = tl.minimum(start + tl.cdiv(stop - first, TILE), stop_here)
+            high = tl.minimum(tl.minimum(first + (tile - start) * TILE, stop), highest + 1)
+            q = load_turned(at, cos, sin, turn, query_stride, valid, HEAD_SIZE, BLOCK_D, PAIRS, IS_NEOX)
+            if UPCAST:
+                q = q.to(tl.float32)
+            # Whole blocks that every query sees need no mask.
+            masked_from = low + tl.maximum(tl.minimum(high, lowest + 1) - low, 0) // BLOCK_N * BLOCK_N
+            # fmt: off
+            acc, peak, total = attend(
+                acc, peak, total, q, position, low, masked_from, keys, values, page_ids,
+                key_page_stride, key_slot_stride, key_stride, value_page_stride, value_slot_stride, value_stride,
+                scale, softcap, 0, PAGE_SIZE, HEAD_SIZE, HEAD_SIZE_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+                CAPPED, WINDOWED=False, MASKED=False, UPCAST=UPCAST,
+            )
+            acc, peak, total = attend(
+                acc, peak, total, q, position, masked_from, high, keys, values, page_ids,
+                key_page_stride, key_slot_stride, key_stride, value_page_stride, value_slot_stride, value_stride,
+                scale, softcap, 0, PAGE_SIZE, HEAD_SIZE, HEAD_SIZE_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+                CAPPED, WINDOWED=False, MASKED=True, UPCAST=UPCAST,
+            )
+            # fmt: on
+            number += 1
+        has_key = total > 0
+        acc = acc / tl.where(has_key, total, 1.0)[:, None]
+        mask = valid[:, None] & (lane_v < HEAD_SIZE_V)[None, :]
+        if (begin == work) & (stop_here == stop_of_work):
+            out_at = token * out_token_stride + head * out_head_stride
+            tl.store(out + out_at[:, None] + lane_v[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        else:
+            part = 2 * program + (begin != program * count).to(tl.int32)
+            part_at = (part.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + lane
+            lse = tl.where(has_key, (peak + tl.log2(total)) * LN2, float("-inf"))
+            tl.store(part_lses + part_at, lse, mask=valid)
+            tl.store(parts + part_at[:, None] * HEAD_SIZE_V + lane_v[None, :], acc, mask=mask)
+        place += 1
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -226,52 +255,65 @@ def merge_ranges_kernel(
     parts,
     part_lses,
     numbers,
-    rows_at,
+    places_at,
     query_start_loc,
     programs,
     num_tokens,
     out_token_stride,
     out_head_stride,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
     HEAD_SIZE_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
-    """Grid (rows at most, heads). Merges the parts of a row's token, BLOCK_P at a time.
+    """Grid (places at most, KV heads). Merges the parts of a place that several programs of the first kernel had.
 
     Args:
         programs: of the first kernel, for each KV head.
     """
     place = tl.program_id(0)
-    head, heads = tl.program_id(1), tl.num_programs(1)
-    if place >= tl.load(numbers + 1):
+    kv_head = tl.program_id(1)
+    if place >= tl.load(numbers):
         return
-    count = tiles_of_a_program(tl.load(numbers + 2), programs)
-    rows = numbers + rows_at
-    row = tl.load(rows + place * ROW).to(tl.int64)
-    first = tl.load(rows + place * ROW + 1) // count + place
-    stop = (tl.load(rows + (place + 1) * ROW + 1) - 1) // count + place + 1
+    count = tiles_of_a_program(tl.load(numbers + 1), programs)
+    places = numbers + places_at
+    work = tl.load(places + place * PLACE + 2)
+    first = work // count
+    last = (tl.load(places + (place + 1) * PLACE + 2) - 1) // count
+    if first == last:
+        return
+    # fmt: off
+    token, head, valid, _ = lanes_of(
+        numbers, places_at, place, kv_head, query_start_loc, num_tokens, GROUP, QUERIES, BLOCK_M
+    )
+    # fmt: on
+    lane = tl.arange(0, BLOCK_M)
     lane_v = tl.arange(0, BLOCK_DV)
-    peak = tl.full([], float("-inf"), dtype=tl.float32)
-    total = tl.full([], 0.0, dtype=tl.float32)
-    acc = tl.zeros([BLOCK_DV], dtype=tl.float32)
-    for start in range(first, stop, BLOCK_P):
-        part = start + tl.arange(0, BLOCK_P)
-        at = part.to(tl.int64) * heads + head
-        lse = tl.load(part_lses + at, mask=part < stop, other=float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
+    mask = valid[:, None] & (lane_v < HEAD_SIZE_V)[None, :]
+    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    for program in range(first, last + 1):
+        part = 2 * program + (work > program * count).to(tl.int32)
+        part_at = (part.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + lane
+        lse = tl.load(part_lses + part_at, mask=valid, other=float("-inf"))
+        new_peak = tl.maximum(peak, lse)
         # For a token that has met no key yet, any finite base avoids -inf - (-inf).
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp(lse - base)
-        decay = tl.exp(peak - base)
-        mask = (part < stop)[:, None] & (lane_v < HEAD_SIZE_V)[None, :]
-        values = tl.load(parts + at[:, None] * HEAD_SIZE_V + lane_v[None, :], mask=mask, other=0.0)
-        acc = acc * decay + tl.sum(weight[:, None] * values, 0)
-        total = total * decay + tl.sum(weight, 0)
+        decay, weight = tl.exp(peak - base), tl.exp(lse - base)
+        values = tl.load(parts + part_at[:, None] * HEAD_SIZE_V + lane_v[None, :], mask=mask, other=0.0)
+        acc = acc * decay[:, None] + weight[:, None] * values
+        total = total * decay + weight
         peak = new_peak
-    acc = acc / tl.where(total > 0, total, 1.0)
-    token = tl.load(query_start_loc + row).to(tl.int64)
-    out += token * out_token_stride + head * out_head_stride
-    tl.store(out + lane_v, acc.to(out.dtype.element_ty), mask=(lane_v < HEAD_SIZE_V) & (token < num_tokens))
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out_at = token * out_token_stride + head * out_head_stride
+    tl.store(out + out_at[:, None] + lane_v[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+def prefill_tile_queries(sizes: Sizes, element_bytes: int) -> int:
+    """Tokens of a tile of queries, for rows of many; ``sizes`` are those of the layers."""
+    return make_tile(sizes, element_bytes, PREFILL_LANES).queries(sizes.group)
 
 
 def attend_ranges(
@@ -301,25 +343,29 @@ def attend_ranges(
         ValueError: ``check_dtypes`` or ``make_tile`` refuses the operands.
     """
     keys, values = caches
-    (_, heads, size), (page_size, kv_heads), value_size = query.shape, keys.shape[1:3], values.shape[3]
+    (tokens, heads, size), (page_size, kv_heads), value_size = query.shape, keys.shape[1:3], values.shape[3]
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     check_dtypes(query.dtype, keys.dtype, capability)
-    sizes = Sizes(table.max_rows, table.max_rows, heads, kv_heads, size, value_size, page_size)
-    tile = make_tile(sizes, query.element_size(), LANES)
-    if not table.max_rows:
+    sizes = Sizes(table.max_places, tokens, heads, kv_heads, size, value_size, page_size)
+    lanes = triton.next_power_of_2(max(DECODE_LANES, table.tile_queries * sizes.group))
+    tile = make_tile(sizes, query.element_size(), lanes)
+    places = min(table.max_places, tokens)
+    if not places:
         return
     programs = programs or rows_that_fill(query.device, kv_heads)
-    parts = query.new_empty(programs + table.max_rows, heads, value_size, dtype=torch.float32)
-    part_lses = parts.new_empty(programs + table.max_rows, heads)
-    rows_at, ranges_at = table.offsets
+    parts = query.new_empty(2 * programs, kv_heads, tile.lanes, value_size, dtype=torch.float32)
+    part_lses = parts.new_empty(2 * programs, kv_heads, tile.lanes)
+    places_at, ranges_at = table.offsets
+    shape = {"GROUP": sizes.group, "QUERIES": table.tile_queries, "HEAD_SIZE_V": value_size, "BLOCK_M": tile.lanes}
     attend_ranges_kernel[(programs, kv_heads)](
         query,
         keys,
         values,
+        out,
         parts,
         part_lses,
         table.numbers,
-        rows_at,
+        places_at,
         ranges_at,
         table.block_table,
         table.query_start_loc,
@@ -328,18 +374,17 @@ def attend_ranges(
         rotation.sin,
         scale / softcap if softcap else scale * LOG2E.value,
         softcap * LOG2E.value,
-        len(query),
+        tokens,
         *query.stride(),
         *keys.stride(),
         *values.stride(),
+        *out.stride()[:2],
         table.block_table.stride(0),
-        GROUP=sizes.group,
+        **shape,
         PAGE_SIZE=page_size,
         HEAD_SIZE=size,
-        HEAD_SIZE_V=value_size,
         PAIRS=rotation.cos.shape[1],
         IS_NEOX=rotation.is_neox_style,
-        BLOCK_M=tile.lanes,
         BLOCK_N=tile.keys,
         BLOCK_D=head_block(size),
         BLOCK_DV=head_block(value_size),
@@ -348,17 +393,17 @@ def attend_ranges(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    merge_ranges_kernel[(min(table.max_rows, len(query)), heads)](
+    merge_ranges_kernel[(places, kv_heads)](
         out,
         parts,
         part_lses,
         table.numbers,
-        rows_at,
+        places_at,
         table.query_start_loc,
         programs,
-        len(query),
+        tokens,
         *out.stride()[:2],
-        HEAD_SIZE_V=value_size,
-        BLOCK_DV=triton.next_power_of_2(value_size),
-        BLOCK_P=MERGED_AT_ONCE,
+        **shape,
+        BLOCK_DV=head_block(value_size),
+        num_warps=tile.warps,
     )

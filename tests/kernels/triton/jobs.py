@@ -138,30 +138,3 @@ def measure(case: Case, splits: int | None, strides: str) -> Errors:
     if splits is not None:
         kernel = functools.partial(triton_decode.paged_attention, splits=splits)
     return compare(case, make_operands(case, strides), kernel)
-
-
-def merge_error(seed: int) -> float:
-    """The largest error of out and lse of Triton's merge of parts into some of nine tokens, against torch's in float64.
-
-    The parts are in any order, some have no keys, and so have some of the tokens' own parts.
-    """
-    from starling.attention_backends.kernels.merge import PartTokens, merge_rows
-    from starling.attention_backends.kernels.triton.merge import merge_tokens
-
-    torch.manual_seed(seed)
-    numbers = torch.cat((torch.randint(9, (seed % 30,)), torch.arange(0, 9, 2), torch.arange(1, 9, 2)))
-    numbers = numbers[numbers != 4]
-    tokens = PartTokens(numbers[torch.randperm(len(numbers))])
-    parts, part_lses = torch.randn(len(numbers), 3, 24), 5 * torch.randn(len(numbers), 3)
-    own, own_lse = torch.randn(9, 3, 24), 5 * torch.randn(9, 3)
-    for empty, empty_lse in ((parts, part_lses), (own, own_lse)):
-        without = torch.rand(empty_lse.shape) < 0.3
-        empty[without], empty_lse[without] = 0, float("-inf")
-    out, lse = own.double(), own_lse.double()
-    merge_rows(out, lse, tokens, parts.double(), part_lses.double())
-    given, given_lse = own.to(DEVICE), own_lse.to(DEVICE)
-    merge_tokens(given, given_lse, *(part.to(DEVICE) for part in (tokens.numbers, tokens.order, parts, part_lses)))
-    given_lse = given_lse.cpu()
-    assert torch.equal(given_lse.isinf(), lse.isinf())
-    errors = (given.cpu().double() - out).abs().max(), (given_lse.double() - lse)[~lse.isinf()].abs().max()
-    return max(errors).item()

@@ -22,7 +22,6 @@ from starling.attention_backends.kernels.triton import prefill as triton_prefill
 from starling.attention_backends.kernels.triton.attend import paged_attention_kernel
 from starling.attention_backends.kernels.triton.decode import merge_kernel
 from starling.attention_backends.kernels.triton.launch import E4M3_CAPABILITY, head_block, make_tile
-from starling.attention_backends.kernels.triton.merge import merge_tokens_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = 99 * 1024
@@ -134,18 +133,6 @@ def test_e4m3_needs_the_capability_that_the_launcher_requires(tmp_path: Path, mo
     compile_attend(replace(build, capability=10 * major + minor))
     with pytest.raises(triton.CompilationError):
         compile_attend(replace(build, capability=86))
-
-
-@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
-def test_merge_of_tokens_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    constants = {"SIZE": 80, "BLOCK": 128}
-    types = dict.fromkeys(("out", "lse", "parts", "part_lses"), "*fp32") | dict.fromkeys(("tokens", "order"), "*i64")
-    names = merge_tokens_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(merge_tokens_kernel, signature, constants)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
 
 
 def test_merge_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -175,7 +175,7 @@ MIXED = [
 @pytest.mark.parametrize("rotary", ROTARY, ids=["neox", "pairs", "neox, half", "pairs, quarter"])
 @pytest.mark.parametrize("max_tokens", [1, 7, 8192])
 def test_a_step_attends_at_true_distances(rotary, max_tokens, monkeypatch):
-    monkeypatch.setitem(turned.MAX_TOKENS, "cpu", max_tokens)
+    monkeypatch.setattr(turned, "MAX_TOKENS", max_tokens)
     Batch(MIXED, rotary).check()
 
 
@@ -189,16 +189,16 @@ def test_decode_steps_of_several_requests():
 
 
 def test_a_gpu_is_not_waited_for(monkeypatch):
-    monkeypatch.setitem(turned.MAX_TOKENS, "meta", 5)
     batch = Batch(MIXED, ROTARY[0])
     virtual, names = batch.split(), ("block_table_tensor", "query_start_loc", "seq_lens")
     common = batch.common.replace(**{name: getattr(batch.common, name).to("meta") for name in names})
     with AsyncCopies(monkeypatch, metadata, turned, turned_attention, ranges):
-        made = make_turned_attention(virtual, common, virtual_metadata(common, virtual), PAGE_SIZE, {})
-    assert len(made.rows) > 2
-    assert all(call.block_table.device.type == "meta" for call in made.rows)
-    assert made.ranges.numbers.device.type == "meta"
-    assert made.ranges.max_rows == 2, "the two output tokens behind documents"
+        made = make_turned_attention(virtual, common, virtual_metadata(common, virtual), PAGE_SIZE, {}, 4)
+    assert {table.numbers.device.type for table in made.tables} == {"meta"}
+    single, several = made.tables
+    assert single.max_places == 2, "the two output tokens behind documents"
+    lens = [row.end - max(row.start, row.plan.context_end) for row in MIXED if row.plan and row.plan.documents]
+    assert several.max_places == sum(-(-length // 4) for length in lens if length > 1)
 
 
 def test_the_turn_is_what_makes_it_right():
@@ -211,7 +211,7 @@ def test_the_turn_is_what_makes_it_right():
 
 @pytest.mark.parametrize("max_tokens", [1, 5, 1000])
 def test_each_query_meets_each_block_once_in_calls_of_few_tokens(max_tokens, monkeypatch):
-    monkeypatch.setitem(turned.MAX_TOKENS, "cpu", max_tokens)
+    monkeypatch.setattr(turned, "MAX_TOKENS", max_tokens)
     batch = Batch(MIXED, ROTARY[0])
     virtual = batch.split()
     first = np.cumsum(virtual.query_lens) - virtual.query_lens
@@ -291,7 +291,7 @@ def test_the_ranges_of_decodes_are_the_keys_that_their_tokens_see(extra):
     assert made.rows.tolist() == [1, 2]
     as_rows = ranges_as_rows(made, batch.common.block_table_tensor, batch.common.seq_lens, PAGE_SIZE)
     for place, row in enumerate(rows):
-        own = made.place == place
+        own = made.row == place
         spans = zip(made.first[own], as_rows.seq_lens[torch.from_numpy(own)].tolist(), strict=True)
         seen = [key for first, length in spans for key in range(first, first + length)]
         assert sorted(seen) == np.flatnonzero(row.mask()[-1]).tolist()
@@ -306,7 +306,7 @@ def test_no_program_of_a_gpu_reads_a_whole_long_prompt_beside_many_short_rows(mo
     for plans in ([plan] * 8 + [long], [long] * 40):
         lens, ones = [one.num_prompt_tokens + 1 for one in plans], [1] * len(plans)
         made = make_token_ranges(split_rows(plans, ones, lens, 16), np.arange(len(plans)), 16)
-        tiles, programs = made.packed(len(plans))[2], decode.rows_that_fill(torch.device("cpu"), 8)
+        tiles, programs = made.packed(1)[1], decode.rows_that_fill(torch.device("cpu"), 8)
         assert programs == 33
         keys = sum(lens) / programs
         assert -(-tiles // programs) * ranges.TILE_KEYS < 1.1 * keys

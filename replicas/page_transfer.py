@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,14 +306,10 @@ class PageReader:
         self, address: dict[str, Any], remote_page_ids: Sequence[int], local_page_ids: Sequence[int]
     ) -> tuple[Any, Any]:
         """NIXL's lists of (address, bytes, device), local and remote: one entry for each layer and run of pages."""
-        remote_bases, remote_device = np.array(address["bases"], dtype=np.int64), address["device"]
-        local: list[tuple[int, int, int]] = []
-        remote: list[tuple[int, int, int]] = []
-        for remote_first, local_first, count in consecutive(remote_page_ids, local_page_ids):
-            for local_base, remote_base, stride in zip(self.bases, remote_bases, self.strides, strict=True):
-                size = int(count * stride)
-                local.append((int(local_base + local_first * stride), size, self.device))
-                remote.append((int(remote_base + remote_first * stride), size, remote_device))
+        remote_first, local_first, count = consecutive(remote_page_ids, local_page_ids)
+        remote_bases = np.array(address["bases"], dtype=np.int64)
+        local = memory_ranges(self.bases, self.strides, local_first, count, self.device)
+        remote = memory_ranges(remote_bases, self.strides, remote_first, count, address["device"])
         return self.agent.get_xfer_descs(local, self.memory), self.agent.get_xfer_descs(remote, self.memory)
 
 
@@ -373,13 +369,37 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return tensor.permute(order).is_contiguous()
 
 
-def consecutive(remote: Sequence[int], local: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of page ids that are consecutive on both sides: (first remote, first local, count)."""
-    start = 0
-    for index in range(1, len(local) + 1):
-        if index == len(local) or (remote[index], local[index]) != (remote[index - 1] + 1, local[index - 1] + 1):
-            yield remote[start], local[start], index - start
-            start = index
+def consecutive(remote: Sequence[int], local: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of page ids that are consecutive on both sides.
+
+    Returns:
+        The first remote page, the first local page and the number of pages: [runs] int64 each.
+    """
+    page_ids = np.array([remote, local], dtype=np.int64)
+    starts = np.flatnonzero((np.diff(page_ids, prepend=-2) != 1).any(axis=0))
+    first_remote, first_local = page_ids[:, starts]
+    return first_remote, first_local, np.diff(starts, append=page_ids.shape[1])
+
+
+def memory_ranges(
+    bases: np.ndarray, strides: np.ndarray, first: np.ndarray, count: np.ndarray, device: int
+) -> np.ndarray:
+    """The memory of runs of pages, as NIXL takes it: an array, as a long list of tuples would delay the worker.
+
+    Args:
+        bases: [layers] int64, the address of each layer's KV cache.
+        strides: [layers] int64, bytes of a page.
+        first: [runs] int64, the first page of each run.
+        count: [runs] int64, its pages.
+
+    Returns:
+        [runs * layers, 3] uint64: address, bytes, device.
+    """
+    ranges = np.empty((len(first), len(bases), 3), dtype=np.uint64)
+    ranges[..., 0] = bases + first[:, None] * strides
+    ranges[..., 1] = count[:, None] * strides
+    ranges[..., 2] = device
+    return ranges.reshape(-1, 3)
 
 
 def layout_mismatch(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

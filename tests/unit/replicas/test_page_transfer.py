@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute_layout_strides, create_kv_cache_views
@@ -20,8 +21,10 @@ from starling.replicas.page_transfer import (
     bytes_per_page,
     consecutive,
     layout_mismatch,
+    make_agent,
     next_wave,
 )
+from tests.unit.lines_run import lines_run
 
 PAGES = 8
 LAYOUT = {"dtype": "float32", "page_tokens": 32}
@@ -262,8 +265,48 @@ def test_a_wave_has_the_pages_that_arrive_in_two_seconds(pages, seconds, expecte
 
 
 def test_pages_that_are_consecutive_on_both_sides_are_merged():
-    assert list(consecutive([4, 5, 6, 9, 10, 2], [1, 2, 3, 4, 6, 7])) == [(4, 1, 3), (9, 4, 1), (10, 6, 1), (2, 7, 1)]
-    assert list(consecutive([], [])) == []
+    runs = consecutive([4, 5, 6, 9, 10, 2], [1, 2, 3, 4, 6, 7])
+    assert [part.tolist() for part in runs] == [[4, 9, 10, 2], [1, 4, 6, 7], [3, 1, 1, 1]]
+    assert [part.tolist() for part in consecutive([0], [0])] == [[0], [0], [1]]
+    assert [part.tolist() for part in consecutive([], [])] == [[], [], []]
+
+
+SCATTERED = list(range(8192, 0, -1))
+"""Pages of a prompt of 131,072 tokens, no two of which are consecutive."""
+
+
+@pytest.fixture
+def lists(monkeypatch):
+    """A reader of 32 layers, with an agent of NIXL, and what it gives to NIXL for its lists."""
+    reader, given = object.__new__(PageReader), []
+    reader.bases, reader.strides = np.arange(32) * 2**40, np.full(32, 4096)
+    reader.device, reader.memory, reader.agent = 0, "DRAM", make_agent("lists")
+    make_list = reader.agent.get_xfer_descs
+
+    def get_xfer_descs(descs, memory):
+        given.append(descs)
+        return make_list(descs, memory)
+
+    monkeypatch.setattr(reader.agent, "get_xfer_descs", get_xfer_descs)
+    return reader, given
+
+
+def test_nixl_gets_arrays_and_no_tuple_for_each_page(lists):
+    """A list would have 262,144 tuples a side, which the worker would make between two steps."""
+    reader, given = lists
+    address = {"bases": (np.arange(32) * 2**41).tolist(), "device": 1}
+    made = reader._descriptors(address, SCATTERED, range(8192))
+    assert [type(descriptors) for descriptors in given] == [np.ndarray, np.ndarray]
+    assert [descriptors.descCount() for descriptors in made] == [32 * 8192, 32 * 8192]
+    local, remote = ({descriptors[index] for index in range(32 * 8192)} for descriptors in made)
+    assert local == {(base * 2**40 + page * 4096, 4096, 0) for base in range(32) for page in range(8192)}
+    assert remote == {(base * 2**41 + page * 4096, 4096, 1) for base in range(32) for page in SCATTERED}
+
+
+def test_the_work_of_lists_for_nixl_does_not_grow_with_the_pages(lists):
+    reader, _ = lists
+    address = {"bases": list(range(32)), "device": 0}
+    assert lines_run(lambda: reader._descriptors(address, SCATTERED, range(8192))) < 200
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
 export NO_PROXY := $(no_proxy)
 
 .PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed tests-installed test-next unit stateful lint lint-docker layers types docs names \
-	option-tables check-vllm compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
+	option-tables check-vllm check-cuda compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -144,6 +144,15 @@ check-vllm: ## compare those names with another vLLM: VERSION=0.33.0, by default
 	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && python=$${PYTHON:-python3} && \
 	"$$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$$wheel" 'vllm$(addprefix ==,$(VERSION))' && \
 	PYTHONPATH=.ci:proto "$$python" -m vllm_names.names "$$wheel"/vllm-*.whl
+
+# --python-platform: llguidance, which vLLM requires, has no wheels for a glibc older than 2.31.
+check-cuda: env ## resolve what a GPU server installs, for each vLLM and Python, and write docs/compatibility.md; installs nothing
+	rm -rf build/cuda && mkdir -p build/cuda
+	uv=$$(command -v uv || echo $(BIN)/uv) && for vllm in 0.32.0 $(NEXT_VLLM); do for python in 3.11 3.12 3.13; do \
+	echo "vllm==$$vllm" | "$$uv" pip compile --quiet --no-header --no-annotate --only-binary :all: --constraint - \
+		--python-platform x86_64-manylinux_2_31 --python-version $$python --extra cuda --extra xformers \
+		--output-file build/cuda/$$python-$$vllm.txt pyproject.toml || exit 1; done; done
+	$(BIN)/python .ci/compatibility.py cuda build/cuda
 
 types: env ## mypy
 	$(BIN)/mypy

@@ -2,6 +2,7 @@
 
     python .ci/compatibility.py tests FOLDER    add the results of this Python's environment: pytest's XML files
     python .ci/compatibility.py wheels FOLDER   add the results of `make release`: its JSON files
+    python .ci/compatibility.py cuda FOLDER     add the results of `make check-cuda`: its lists of packages
     python .ci/compatibility.py gpus FILE       add the result of `starling selftest --json FILE` on a GPU
     python .ci/compatibility.py                 write the page
 
@@ -18,6 +19,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("compatibility.json")
 PAGE = ROOT / "docs" / "compatibility.md"
 LIBRARIES = ("torch", "triton", "transformers")
+ON_GPUS = ("torch", "triton", "transformers", "flashinfer-python", "nixl", "xformers")
 SUITES = {
     "unit": "unit, no engine",
     "kernels": "kernels against float64",
@@ -59,6 +62,13 @@ definitions in torch.
 Each line is an empty environment in which the commands of the README were run (`make release`): install the wheel,
 `starling setup-cpu`, `starling doctor`, and `starling selftest --quick`, which generates tokens. A torch without `+cpu`
 is PyPI's build for CUDA (`starling setup-cpu --torch pypi`).
+
+## The packages of a GPU server
+
+{cuda}
+
+Each line is what the extras `cuda` and `xformers` resolve to, for x86-64 and a glibc of 2.31 or newer, from wheels
+alone (`make check-cuda`). Nothing was installed.
 
 ## GPUs
 
@@ -119,6 +129,13 @@ def page(results: dict[str, Any]) -> str:
         ["Python", "vLLM", "torch", "result"],
         ([run["python"], run["vllm"], run["torch"], run["result"]] for run in results["wheels"]),
     )
+    cuda = table(
+        ["Python", "vLLM", *ON_GPUS, "packages", "date"],
+        (
+            [run["python"], run["vllm"], *(run[name] for name in ON_GPUS), run["packages"], run["date"]]
+            for run in results["cuda"]
+        ),
+    )
     gpus = table(
         ["GPU", "vLLM", "torch", "checks passed", "failed"],
         ([run["gpu"], run["vllm"], run["torch"], run["passed"], run["failed"]] for run in results["gpus"]),
@@ -127,6 +144,7 @@ def page(results: dict[str, Any]) -> str:
         tests=tests,
         gpu=SUITES["gpu_contract"],
         wheels=wheels if results["wheels"] else "Not run.",
+        cuda=cuda if results["cuda"] else "Not resolved.",
         gpus=gpus if results["gpus"] else NO_GPU,
     )
 
@@ -138,6 +156,17 @@ def tests_of(folder: Path) -> list[dict[str, Any]]:
 
 def wheels_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+
+
+def cuda_of(folder: Path) -> list[dict[str, Any]]:
+    """The versions in each PYTHON-VLLM.txt, a list of requirements that are pinned, with the date of the file."""
+    found = []
+    for file in folder.glob("*.txt"):
+        pins = dict(line.split("==") for line in file.read_text(encoding="utf-8").split("\n") if "==" in line)
+        versions = {name: pins[name] for name in ("vllm", *ON_GPUS)}
+        made = date.fromtimestamp(file.stat().st_mtime).isoformat()
+        found.append({"python": file.name.partition("-")[0], **versions, "packages": len(pins), "date": made})
+    return found
 
 
 def gpus_of(file: Path) -> list[dict[str, Any]]:
@@ -152,6 +181,7 @@ def gpus_of(file: Path) -> list[dict[str, Any]]:
 KINDS = {
     "tests": (tests_of, ("vllm", "python")),
     "wheels": (wheels_of, ("python",)),
+    "cuda": (cuda_of, ("python", "vllm")),
     "gpus": (gpus_of, ("gpu", "vllm")),
 }
 """Name in compatibility.json -> how results are read, and which versions an entry stands for."""

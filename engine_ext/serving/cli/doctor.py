@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from starling.engine_ext.serving.cli.doctor_attention import attention_backend, attention_op, cuda_graphs
+from starling.engine_ext.serving.cli.doctor_memory import decode_step, unprofiled_memory
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
 from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start
@@ -145,6 +146,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "cuda_graphs": cuda_graphs(config),
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "kv_cache": cache,
+        "unprofiled_memory": unprofiled_memory(config),
         "star_defaults": star.model_dump(),
         "star_refused": refusals,
         "options_refused": refused_options(star, engine),
@@ -314,8 +316,8 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
     default = decide(star, None, prompt, engine)
     with_star = decide(star, parse_options({"star": "on"}), prompt, engine).plan if has_star else None
     plan = describe(with_star, num_tokens, config.model_config.hf_text_config)
-    specs = attamba_specs(config).values()
-    sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs] or [
+    specs = attamba_specs(config)
+    sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs.values()] or [
         (cache["page_tokens"], None)
     ]
     num_pages = sum(num_pages_held(num_tokens, *size) for size in sizes)
@@ -331,6 +333,7 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
         "options_given_by": dict(default.given_by),
         "plan_with_star_on": plan if has_star else None,
         "attention_work_dense_over_star": ratio if has_star else None,
+        "decode_step": None if specs else decode_step(num_tokens, cache),
         "loss_measured_with_such_a_plan": None if with_star is None else measured_loss(with_star),
     }
 

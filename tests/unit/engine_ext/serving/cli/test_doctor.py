@@ -65,6 +65,8 @@ def test_a_prompts_plan_memory_and_work(model):
     assert report["star_block_reuse"] == "yes, of prompts without an overlap: star_overlap_size=0, or documents"
     prompt = report["prompt"]
     assert (prompt["kv_pages"], prompt["kv_bytes"]) == (24, 24 * 128 * bytes_per_token)
+    assert (prompt["decode_step"]["keys"], prompt["decode_step"]["bytes"]) == (3000, 3000 * bytes_per_token)
+    assert report["unprofiled_memory"] == {"bytes": None, "why": "on a CPU vLLM has no memory profile"}
     assert prompt["accepted"] == "yes"
     assert prompt["by_default"] == "dense"
     assert prompt["plan_with_star_on"] == summary(plan)
@@ -113,6 +115,7 @@ def test_what_an_attamba_models_cache_holds(tmp_path):
     report = whole["kv_cache"]
     row = 2 * 64 * 4 * 2  # K|V, values, float32, layers
     assert (report["bytes_per_token"], report["bytes_per_token_uncompressed"]) == (17 * row / 128, row)
+    assert whole["prompt"]["decode_step"] is None, "its tokens do not see all keys"
     # 8 pages of states; positions 984 to 999 of the window and 993 to 999 of the inputs, each of one page or two.
     assert (whole["prompt"]["kv_pages"], whole["prompt"]["kv_bytes"]) == (8 + 2 + 1, 11 * 17 * row)
     groups = {name: (group["page_tokens"], group["bytes_per_token"]) for name, group in report["groups"].items()}

@@ -17,19 +17,29 @@ RESULT = "starling-selftest: "
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Run the batches; {"environment", "batches": {name: {"outputs", "preemptions"}}}."""
+    """Run the batches.
+
+    Returns:
+        {"environment", "batches": {name: {"outputs", "preemptions", "graphs"}}, "memory": {"start", "end"}}. "graphs"
+        has the steps by the mode of their CUDA graphs, and "memory" what ``gpu_memory`` says of each rank.
+    """
     from vllm import LLM
     from vllm.v1.metrics.reader import Counter
 
-    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, seed=0, **job["engine"])
+    from starling.vllm_compat.measuring import count_graphs, gpu_memory
+
+    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, cudagraph_metrics=True, seed=0, **job["engine"])
+    graphs, memory = count_graphs(llm.llm_engine), {"start": llm.collective_rpc(gpu_memory)}
     batches, before = {}, 0
     for name, prompts in job["batches"].items():
         outputs = run_batch(llm, prompts)
         counters = [metric for metric in llm.get_metrics() if isinstance(metric, Counter)]
         after = sum(counter.value for counter in counters if counter.name == "vllm:num_preemptions")
-        batches[name] = {"outputs": outputs, "preemptions": after - before}
+        batches[name] = {"outputs": outputs, "preemptions": after - before, "graphs": dict(graphs)}
+        graphs.clear()
         before = after
-    return {"environment": environment(llm.llm_engine.vllm_config), "batches": batches}
+    memory["end"] = llm.collective_rpc(gpu_memory)
+    return {"environment": environment(llm.llm_engine.vllm_config), "batches": batches, "memory": memory}
 
 
 def run_batch(llm: Any, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -168,8 +168,8 @@ def check_start(engines: Engines) -> Result:
     """Start both engines and run their batches; the seconds of both, and the environment of the activated one."""
     start = time.monotonic()
     engines.plain.result()
-    environment = engines.star.result()["environment"]
-    detail = ", ".join(f"{name} {value}" for name, value in environment.items())
+    engines.star.result()
+    detail = ", ".join(f"{name} {value}" for name, value in engines.star.environment().items())
     return Result(time.monotonic() - start, None, "s", detail)
 
 

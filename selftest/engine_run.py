@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class EngineRun:
         return "_result_or_error" in vars(self)
 
     def result(self) -> dict[str, Any]:
-        """{"environment", "batches"} of engine.py.
+        """What ``run_job`` of engine.py returns.
 
         Raises:
             EngineError: the engine failed, in this call or in an earlier one.
@@ -71,15 +73,25 @@ class EngineRun:
         return None
 
     def environment(self) -> dict[str, str]:
-        """The environment of engine.py; the reason alone where the engine has none because it failed."""
+        """The environment of engine.py, and the steps by their graphs; of an engine that failed, the reason alone."""
         try:
-            return self.result()["environment"]
+            return self.result()["environment"] | {"steps by graphs": by_mode(self.graphs())}
         except EngineError as error:
             return {"failed": str(error).splitlines()[0]}
+
+    def graphs(self, batches: Iterable[str] | None = None) -> Counter[str]:
+        """Steps of these batches, or of all, by the mode of their CUDA graphs (raises EngineError)."""
+        found = self.result()["batches"]
+        return sum((Counter(found[name]["graphs"]) for name in batches or found), Counter())
 
     def outputs(self, batch: str) -> list[dict[str, Any]]:
         """The outputs of a batch's prompts (raises EngineError)."""
         return self.result()["batches"][batch]["outputs"]
+
+
+def by_mode(steps: Counter[str]) -> str:
+    """Steps by the mode of their CUDA graphs: "31 FULL + 1 NONE"."""
+    return " + ".join(f"{count} {mode}" for mode, count in steps.most_common()) or "none"
 
 
 def run_engine(job: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A tiny random Llama, and log-probabilities under an explicit mask by Transformers."""
+"""Random Llamas, and log-probabilities under an explicit mask by Transformers."""
 
 from __future__ import annotations
 
@@ -19,29 +19,59 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+VOCABULARY = 320
 # For times of long prompts: attention takes most of a prefill, as in a real model.
-LONG = TINY | {
+SMALL = TINY | {
     "hidden_size": 1024,
     "intermediate_size": 2048,
     "num_attention_heads": 8,
     "max_position_embeddings": 1 << 18,
 }
-VOCABULARY = 320
+LLAMA_1B = SMALL | {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_8B = LLAMA_1B | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
+TIMED = ((60, "Llama-3.1-8B", LLAMA_8B), (20, "Llama-3.2-1B", LLAMA_1B), (0, "a small Llama", SMALL))
+"""GiB of a GPU that a model takes with 128k tokens in its KV cache, the name of its shape, and LlamaConfig fields."""
 MAX_REFERENCE_BYTES = 8 << 30
 """Checkpoints above this size get no float32 reference, which runs on the CPU."""
 
 
-def make_model(path: Path, dtype: torch.dtype, config: dict[str, int]) -> Path:
+def timed_shape(memory: int) -> tuple[str, dict[str, int]]:
+    """The largest model for times that fits into so many bytes of a GPU: the name of its shape, LlamaConfig fields."""
+    return next((name, sizes) for gib, name, sizes in TIMED if memory >= gib << 30)
+
+
+def make_config(path: Path, dtype: torch.dtype, sizes: dict[str, int]) -> Any:
+    """Write the configuration of a Llama without a tokenizer to a folder; returns the LlamaConfig.
+
+    Args:
+        sizes: LlamaConfig fields.
+    """
+    from transformers import LlamaConfig
+
+    settings = LlamaConfig(**{"vocab_size": VOCABULARY} | sizes, bos_token_id=None, eos_token_id=None)
+    settings.architectures, settings.dtype = ["LlamaForCausalLM"], dtype
+    path.mkdir(parents=True, exist_ok=True)
+    settings.save_pretrained(path)
+    return settings
+
+
+def make_model(path: Path, dtype: torch.dtype, sizes: dict[str, int]) -> Path:
     """Write a random checkpoint with a fixed seed and without a tokenizer; returns ``path``.
 
     Args:
-        config: LlamaConfig fields.
+        sizes: LlamaConfig fields.
     """
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    settings = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **config)
-    settings.architectures, settings.dtype = ["LlamaForCausalLM"], dtype
+    settings = make_config(path, dtype, sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(settings)
@@ -50,8 +80,6 @@ def make_model(path: Path, dtype: torch.dtype, config: dict[str, int]) -> Path:
                 # Sharp attention: the scores spread over units, so that a wrong mask changes the logits.
                 scale = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
                 torch.nn.init.normal_(weight, 0, scale * weight.shape[1] ** -0.5)
-    path.mkdir(parents=True, exist_ok=True)
-    settings.save_pretrained(path)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return path

@@ -13,6 +13,7 @@ from starling.selftest.engine_run import EngineRun
 from starling.selftest.model import alternating_scores
 from starling.selftest.prompts import QUERY, WITH_DOCUMENTS, Prompt, make_prompt
 from starling.selftest.result import Check, Result, Skip
+from starling.selftest.usage import usage_checks
 
 Batches = dict[str, list[Prompt]]
 
@@ -23,6 +24,7 @@ BLOCK_FRACTION = 8  # of the prompt
 DENSE_HEADS = 0.1
 DOCUMENTS, DOCUMENT_TOKENS = 16, {True: 256, False: 64}
 DOCUMENT_REQUESTS = {True: (1, 8, 64), False: (1, 4)}
+REORDERED = "another order"
 WARM = "warm"  # begins the names of batches that are not timed
 BESIDE = 8  # requests with documents beside a long prompt that decodes
 STEP = 1024  # prompts that are shortened have a multiple of this, of which an eighth is whole KV pages
@@ -71,6 +73,7 @@ def speed_checks(
     folder: Path,
     *,
     starling: Mapping[str, Any],
+    note: str = "",
     **arguments: Any,
 ) -> list[Check]:
     """The measurements, of four engines.
@@ -79,6 +82,7 @@ def speed_checks(
         max_length: tokens that the model takes.
         folder: gets the file of the scores of KV heads.
         starling: options of the activated engines.
+        note: what the reader has to know of the model.
         arguments: further arguments of vllm.LLM.
     """
     lengths = lengths_within(LENGTHS[gpu], max_length)
@@ -103,18 +107,16 @@ def speed_checks(
         activated(documents, **WITH_DOCUMENTS),
     )
     limit = f"the model takes {max_length:,} tokens at most"
-    checks = [prefill_check(engines, length, fits, limit) for length, fits in lengths.items()]
+    checks = [prefill_check(engines, length, fits, limit, note) for length, fits in lengths.items()]
     decode: Callable[[], Result | Skip] = functools.partial(measure_decode, engines)
     if not decodes:
         decode = functools.partial(Skip, f"{limit}, and {DECODE_LENGTH:,} are needed")
     checks.append(Check("speed: a token, activated", decode))
     names = [name for name in documents if not name.startswith(WARM)]
-    return checks + [
-        Check(
-            f"speed: a token behind {DOCUMENTS} documents, {name}", functools.partial(measure_documents, engines, name)
-        )
-        for name in names
-    ]
+    checks += [document_check(engines, name) for name in names]
+    kinds = {"star": engines.activated, "dense heads": engines.heads, "documents": engines.documents}
+    batches = {"star": list(decodes), "documents": [name for name in names if name != REORDERED]}
+    return checks + usage_checks(engines.plain, kinds, batches, gpu)
 
 
 def decode_batches(vocabulary: int, max_length: int) -> Batches:
@@ -153,7 +155,9 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
         return {}
     if star:
         prompt |= {"star": {"star": "on", "star_segments": starts}}
-    batches = {f"{WARM} documents": [prompt]}
+    ids = prompt["ids"]
+    reordered = [token for start in starts[-2::-1] for token in ids[start : start + size]] + ids[starts[-1] :]
+    batches = {f"{WARM} documents": [prompt], REORDERED: [prompt | {"ids": reordered, "max_tokens": 1}]}
     batches |= {f"{count} requests": count * [prompt] for count in DOCUMENT_REQUESTS[gpu]}
     if lengths:
         long = make_prompt(2, lengths[-1], vocabulary, max_tokens=DECODED)
@@ -162,31 +166,44 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
     return batches
 
 
-def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit: str) -> Check:
+def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
     """The measurement of a prompt's first token.
 
     Args:
         wanted: tokens of the prompt, if the model takes so many.
         length: tokens of the prompt; None: it is left out.
         limit: says how many tokens the model takes.
+        note: ends the detail.
     """
     name = f"speed: first token of {length or wanted:,} tokens, star"
     if length is None:
         return Check(name, functools.partial(Skip, f"{limit}, and no other prompt of {SHORTEST:,} or more fits"))
-    note = "" if length == wanted else f"; not {wanted:,} tokens, as {limit}"
-    return Check(name, functools.partial(measure_ttft, engines, length, note))
+    shortened = "" if length == wanted else f"not {wanted:,} tokens, as {limit}"
+    return Check(name, functools.partial(measure_ttft, engines, length, (shortened, note)))
 
 
-def measure_ttft(engines: SpeedEngines, length: int, note: str) -> Result:
-    """Seconds to the first token of a prompt of ``length`` tokens; ``note`` ends the detail."""
+def document_check(engines: SpeedEngines, batch: str) -> Check:
+    """The measurement of a batch of prompts with documents: of the first token where their order is another one."""
+    if batch == REORDERED:
+        return Check(
+            f"speed: first token behind {DOCUMENTS} documents in {batch}",
+            functools.partial(measure_reordered, engines),
+        )
+    return Check(
+        f"speed: a token behind {DOCUMENTS} documents, {batch}", functools.partial(measure_documents, engines, batch)
+    )
+
+
+def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Result:
+    """Seconds to the first token of a prompt of ``length`` tokens; ``notes`` end the detail."""
     (dense,), (star,) = engines.activated.outputs(f"dense {length}"), engines.activated.outputs(f"star {length}")
-    details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8{note}"]
+    details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8"]
     refusal = engines.heads.refusal()
     if refusal is None:
         (heads,) = engines.heads.outputs(f"star {length}")
         ratio = dense["ttft"] / heads["ttft"]
         details.append(f"with {DENSE_HEADS:.0%} dense heads {heads['ttft']:.3g} s, dense {ratio:.2f} times that")
-    return Result(star["ttft"], None, "s", "; ".join(details))
+    return Result(star["ttft"], None, "s", "; ".join([*details, *filter(None, notes)]))
 
 
 def measure_decode(engines: SpeedEngines) -> Result:
@@ -195,6 +212,16 @@ def measure_decode(engines: SpeedEngines) -> Result:
         for engine in (engines.activated, engines.plain)
     )
     return Result(ours, None, "ms", f"plain vLLM {plains:.3g} ms, after {DECODE_PROMPT} tokens, fastest of {RUNS} runs")
+
+
+def measure_reordered(engines: SpeedEngines) -> Result | Skip:
+    """Seconds to the first token of cached documents in another order, and of the same prompt with dense attention."""
+    refusal = engines.documents.refusal()
+    if refusal is not None:
+        return Skip(refusal)
+    (ours,), (plains,) = engines.documents.outputs(REORDERED), engines.plain.outputs(REORDERED)
+    detail = f"{ours['cached']} tokens cached; plain vLLM, dense {plains['ttft']:.3g} s, {plains['cached']} cached"
+    return Result(ours["ttft"], None, "s", detail)
 
 
 def measure_documents(engines: SpeedEngines, batch: str) -> Result | Skip:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from starling.config.entry import GPU_ATTENTION
+from starling.selftest.accuracy import accuracy_check
 from starling.selftest.engine_checks import (
     FP8_CAPABILITY,
     Engines,
@@ -23,7 +24,7 @@ from starling.selftest.engine_checks import (
 )
 from starling.selftest.engine_run import EngineRun
 from starling.selftest.kernels import kernel_checks
-from starling.selftest.model import LONG, TINY, VOCABULARY, make_model, max_length, vocabulary
+from starling.selftest.model import TINY, make_config, make_model, max_length, timed_shape, vocabulary
 from starling.selftest.prompts import LONGEST
 from starling.selftest.result import Check, Result, Skip
 from starling.selftest.rows import row_checks
@@ -35,7 +36,13 @@ GPU_MEMORY = {"gpu_memory_utilization": 0.5}  # for the tiny models; other progr
 
 @contextmanager
 def make_suite(
-    model: str | None, *, gpu: bool, quick: bool, backend: str | None = None, gpu_attention: str | None = None
+    model: str | None,
+    *,
+    gpu: bool,
+    quick: bool,
+    backend: str | None = None,
+    gpu_attention: str | None = None,
+    results: Path | None = None,
 ) -> Iterator[tuple[list[Check], dict[str, Engines]]]:
     """The checks, and the engines of each setting by its name. The random models exist while the context is open.
 
@@ -45,25 +52,22 @@ def make_suite(
         quick: one setting, and no times.
         backend: vLLM's attention backend; None for vLLM's choice.
         gpu_attention: the option of this name, of activated engines; None for its default.
+        results: folder of results that a later run goes on with; None: they are not kept.
     """
     arguments: dict[str, Any] = {"attention_backend": backend} if backend else {}
     arguments["starling"] = {GPU_ATTENTION: gpu_attention} if gpu_attention else {}
-    with tempfile.TemporaryDirectory(prefix="starling-selftest-") as folder:
-        if model is None:
-            dtype = torch.bfloat16 if gpu else torch.float32
-            tiny = str(make_model(Path(folder) / "tiny", dtype, TINY))
-            long, size = str(make_model(Path(folder) / "long", dtype, LONG)), VOCABULARY
-            arguments |= GPU_MEMORY if gpu else {}
-        else:
-            tiny, long, size = model, model, vocabulary(model)
-        longest = max_length(tiny)
+    with tempfile.TemporaryDirectory(prefix="starling-selftest-") as temporary:
+        folder = Path(temporary)
+        checked, memory = model or make_tiny(folder, gpu), GPU_MEMORY if model is None and gpu else {}
+        size, longest = vocabulary(checked), max_length(checked)
         checks, engines = [*kernel_checks(), *row_checks()], {}
         for setting in settings(gpu, quick):
             reason = setting_refusal(setting) or length_refusal(longest)
             if reason is not None:
                 checks.append(Check(setting.name(), functools.partial(Skip, reason)))
                 continue
-            engines[setting.name()] = made = make_engines(tiny, size, longest, setting, gpu, Path(folder), **arguments)
+            made = make_engines(checked, size, longest, setting, gpu, folder, **arguments | memory)
+            engines[setting.name()] = made
             checks += engine_checks(setting.name(), made)
             if gpu and (setting.eager or setting.kv_dtype != "auto"):
                 continue
@@ -71,8 +75,27 @@ def make_suite(
             activated = {kind: run for kind, run in kinds.items() if run is not None}
             checks += steady_checks(setting.name(), made.plain, activated, gpu)
         checks += two_gpu_checks(next(iter(engines.values()), None))
-        speed = [] if quick else speed_checks(long, size, max_length(long), gpu, Path(folder), **arguments)
-        yield [*checks, *speed], engines
+        if not quick:
+            checks += timed_checks(model, gpu, folder, **arguments)
+            evaluated = (results or folder) / "eval"
+            checks.append(accuracy_check(model, longest, gpu, evaluated, backend, gpu_attention))
+        yield checks, engines
+
+
+def make_tiny(folder: Path, gpu: bool) -> str:
+    """A tiny model with random weights for the engine checks."""
+    return str(make_model(folder / "tiny", torch.bfloat16 if gpu else torch.float32, TINY))
+
+
+def timed_checks(model: str | None, gpu: bool, folder: Path, **arguments: Any) -> list[Check]:
+    """The measurements of times, with the model, or with random weights that vLLM makes in a shape that fits."""
+    if model is not None:
+        return speed_checks(model, vocabulary(model), max_length(model), gpu, folder, **arguments)
+    shape, sizes = timed_shape(torch.cuda.get_device_properties(0).total_memory if gpu else 0)
+    make_config(folder / "timed", torch.bfloat16 if gpu else torch.float32, sizes)
+    timed, weights = str(folder / "timed"), f"random weights in the shape of {shape}"
+    arguments |= {"load_format": "dummy", "note": weights}
+    return speed_checks(timed, vocabulary(timed), max_length(timed), gpu, folder, **arguments)
 
 
 def setting_refusal(setting: Setting) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -78,4 +79,5 @@ def test_the_cpu_part_passes(tmp_path):
     assert verdicts == dict.fromkeys(PASSED, "PASS") | dict.fromkeys(SKIPPED, "SKIP")
     (engine,) = report["engines"].values()
     assert (engine["runner"], engine["backend"], engine["graphs"]) == ("V1", "CPU_ATTN", "eager")
+    assert re.fullmatch(r"\d\d+ NONE", engine["steps by graphs"])
     assert f"{len(PASSED)} PASS, 0 FAIL, {len(SKIPPED)} SKIP" in done.stdout

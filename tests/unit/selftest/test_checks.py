@@ -179,6 +179,7 @@ def engines_asked_for(monkeypatch, path: str) -> tuple[list[dict], dict[str, str
     monkeypatch.setattr(engine_run, "run_engine", end)
     monkeypatch.setattr(suite, "kernel_checks", list)
     monkeypatch.setattr(suite, "row_checks", list)
+    monkeypatch.setattr(suite, "accuracy_check", lambda *_: Check("accuracy", lambda: Skip("not here")))
     with suite.make_suite(path, gpu=True, quick=False) as (checks, _):
         outcomes = [judge(check) for check in checks]
     return asked, {one.name: one.detail for one in outcomes if one.verdict is Verdict.SKIP}
@@ -192,7 +193,7 @@ def test_no_engine_is_asked_for_more_tokens_than_vllm_takes_for_the_model(tmp_pa
     asked, skipped = engines_asked_for(monkeypatch, str(path))
     checked = 8 * len(("plain", "star", "heads")) + 4 * len(("documents",))
     steady = 2 * len(("plain", "star", "heads", "documents"))  # of both model runners, with graphs
-    timed = 1 + (longest > 4200)  # the activated engine, and that for documents
+    timed = 1 + (longest > 2048) + (longest > 4200)  # the activated engine, and those for dense heads and documents
     assert len(asked) == (checked + steady + timed if longest > 500 else 0)
     for job in asked:
         taken = EngineArgs(skip_tokenizer_init=True, **job["engine"]).create_model_config().max_model_len

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 
 from starling.config.entry import GPU_ATTENTION
 from starling.selftest.accuracy import accuracy_check
+from starling.selftest.engine import RESULT
 from starling.selftest.engine_checks import (
     FP8_CAPABILITY,
     Engines,
@@ -31,6 +36,7 @@ from starling.selftest.rows import row_checks
 from starling.selftest.speed import speed_checks
 from starling.selftest.steady import steady_checks
 
+MOVE_SECONDS = 300
 GPU_MEMORY = {"gpu_memory_utilization": 0.5}  # for the tiny models; other programs may use the card
 
 
@@ -120,7 +126,7 @@ def two_gpu_checks(engines: Engines | None) -> list[Check]:
         return [Check("two GPUs", functools.partial(Skip, "no engine of one GPU can run to compare with"))]
     return [
         Check("two GPUs: TP=2 equals TP=1", functools.partial(check_tensor_parallel, engines)),
-        Check("two GPUs: moved pages are equal", skip_moved_pages),
+        Check("two GPUs: moved pages are equal", check_moved_pages),
     ]
 
 
@@ -139,5 +145,25 @@ def check_tensor_parallel(engines: Engines) -> Result | Skip:
     return judge_tokens(run.outputs("star"), engines.star.outputs("star"), engines.noise())
 
 
-def skip_moved_pages() -> Skip:
-    return two_gpus_missing() or Skip("needs two servers: run tests/e2e/test_replicas.py")
+def check_moved_pages() -> Result | Skip:
+    """Scattered KV pages that one GPU's process reads from another one's."""
+    missing = two_gpus_missing() or (None if find_spec("nixl") else Skip("NIXL is not installed"))
+    return missing or judge_pages("cuda:0", "cuda:1")
+
+
+def judge_pages(source: str, reader: str) -> Result:
+    """Count the pages that differ between two processes, one on each of two devices; the detail has GB/s.
+
+    Raises:
+        RuntimeError: the pages can't be read; the message has the last lines that were printed.
+    """
+    command = [sys.executable, "-m", "starling.selftest.pages", source, reader]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MOVE_SECONDS)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if done.returncode or not lines:
+        printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise RuntimeError(f"the process that reads the pages ended with {done.returncode}:\n{printed}")
+    found = json.loads(lines[-1].removeprefix(RESULT))
+    speed = found["bytes"] / 1e9 / found["seconds"]
+    detail = f"{found['bytes'] / 2**30:.3g} GiB of scattered pages in {found['seconds']:.3g} s, {speed:.3g} GB/s"
+    return Result(found["different"], 0, "pages that differ", detail)

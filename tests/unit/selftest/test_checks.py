@@ -12,7 +12,8 @@ from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 from starling.attention_backends.kernels.cpu import fallback
-from starling.selftest import engine_checks, engine_run, kernels, model, rows, speed, steady, suite
+from starling.replicas import network
+from starling.selftest import engine_checks, engine_run, kernels, model, pages, rows, speed, steady, suite
 from starling.selftest import prompts as p
 from starling.selftest.engine_checks import Setting, judge_tokens, settings
 from starling.selftest.engine_run import EngineError, EngineRun
@@ -157,12 +158,37 @@ def test_settings():
     assert len(every) == 8 and len({setting.name() for setting in every}) == 8
 
 
-@pytest.mark.parametrize(("gpus", "reason"), [(0, "two are needed"), (1, "two are needed"), (2, "needs two servers")])
-def test_what_needs_two_gpus_is_skipped_with_the_reason(monkeypatch, gpus, reason):
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_what_needs_two_gpus_is_skipped_with_the_reason(monkeypatch, gpus):
+    missing = Skip(f"{gpus} GPUs, and two are needed")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    skipped = suite.skip_moved_pages()
-    assert isinstance(skipped, Skip) and reason in skipped.reason
-    assert (suite.two_gpus_missing() is None) == (gpus == 2)
+    monkeypatch.setattr(suite, "judge_pages", lambda *devices: devices)
+    monkeypatch.setattr(suite, "find_spec", {"nixl": None}.get)
+    assert suite.check_moved_pages() == (missing if gpus < 2 else Skip("NIXL is not installed"))
+    monkeypatch.setattr(suite, "find_spec", {"nixl": "a module"}.get)
+    assert suite.check_moved_pages() == (("cuda:0", "cuda:1") if gpus == 2 else missing)
+    assert suite.two_gpus_missing() == (None if gpus == 2 else missing)
+
+
+def test_pages_that_two_processes_move_are_those_of_the_source():
+    """In the memory of a CPU, where a GPU's check has that of two GPUs."""
+    result = suite.judge_pages("cpu", "cpu")
+    assert (result.measured, result.bound) == (0, 0)
+    assert "0.0625 GiB of scattered pages" in result.detail and "GB/s" in result.detail
+
+
+def test_a_page_that_is_another_one_is_counted(monkeypatch):
+    """A source whose pages have other contents than those that are expected of it."""
+    monkeypatch.setenv(network.DEVICES_ENV, network.devices(True, {}))
+    source = pages.make_caches("cpu", 2)
+    held = pages.make_reader("source", source)
+    assert pages.read_pages(held.address(), "cpu")["different"] == 32 * 32
+    held.close()
+
+
+def test_a_process_that_can_not_read_pages_fails_the_check():
+    with pytest.raises(RuntimeError, match="ended with 1:"):
+        suite.judge_pages("cpu", "no device")
 
 
 def engines_asked_for(monkeypatch, path: str) -> tuple[list[dict], dict[str, str]]:

@@ -135,7 +135,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     assert starling is not None
     cache = kv_cache(config)
     engine = engine_facts(config, cache["page_tokens"])
-    refusals, replicas = list(engine.refusals), engine.replicas
+    refusals = list(engine.refusals)
     star = usable_defaults(starling.star, engine)
     independent = needs_independent_blocks(engine) and not star.dense_heads
     has_overlap = bool(star.overlap_size or star.dense_heads) or has_default_overlap(star, independent=independent)
@@ -155,19 +155,30 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     }
     if star.segments == "auto":
         report["star_segments"] = messages_as_segments(config, chat_params(args))
-    if replicas.size > 1:
-        refusal, peers = replicas.split_refusal, starling.replicas.peers
-        no_shards = "prompts stay on one replica" if refusal else replicas.shards_refusal
-        report["replicas"] = {
-            "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
-            "split": f"no: {refusal}" if refusal else "yes",
-            "shards": f"no: {no_shards}" if no_shards else f"yes, with star_shards=on (default {star.shards})",
-            "timeout": starling.replicas.timeout,
-            "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice"),
+    if engine.replicas.size > 1:
+        report["replicas"] = replicas_of(engine.replicas, starling, star.shards) | {
+            "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice")
         }
     if prompt_tokens is not None:
         report["prompt"] = prompt_cost(prompt_tokens, star, cache, engine, config)
     return report
+
+
+def replicas_of(replicas: Any, starling: Any, shards: str) -> dict[str, Any]:
+    """How many replicas there are, and what of a prompt can be divided among them.
+
+    Args:
+        replicas: the engine's ReplicaSet, of more than one.
+        shards: the server's default of ``star_shards``.
+    """
+    refusal, peers = replicas.split_refusal, starling.replicas.peers
+    no_shards = "prompts stay on one replica" if refusal else replicas.shards_refusal
+    return {
+        "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
+        "split": f"no: {refusal}" if refusal else "yes",
+        "shards": f"no: {no_shards}" if no_shards else f"yes, with star_shards=on (default {shards})",
+        "timeout": starling.replicas.timeout,
+    }
 
 
 def messages_as_segments(config: Any, params: Any) -> str:

@@ -198,7 +198,7 @@ def interpret_wide() -> None:
 
 
 def compile_kernels() -> None:
-    """The largest head size, one that is no power of two, and those of Llama 3.1."""
+    """Those of Llama 3.1 on all GPUs; on two of them, the largest head size and one that is no power of two."""
     import triton
 
     from starling.attention_backends.kernels.contract import Sizes
@@ -206,8 +206,9 @@ def compile_kernels() -> None:
     from starling.attention_backends.kernels.triton.launch import head_block, make_tile
     from tests.kernels.machine_code import CAPABILITIES, check_resources
 
+    llama, others = ("bf16", 128, 4, True), (("fp16", 80, 1, False), ("fp32", 256, 8, True))
     for capability in CAPABILITIES:
-        for dtype, size, group, is_neox in (("bf16", 128, 4, True), ("fp16", 80, 1, False), ("fp32", 256, 8, True)):
+        for dtype, size, group, is_neox in (llama, *(others if capability in (80, 120) else ())):
             element_bytes = 4 if dtype == "fp32" else 2
             sizes = Sizes(1, 1, group, 1, size, size, 16)
             for queries in (1, ranges.prefill_tile_queries(sizes, element_bytes)):
@@ -237,16 +238,20 @@ def compile_kernels() -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """While this holds, torch may allocate tensors; any other operation would be a launch of torch's own."""
+    """While this holds, torch may allocate tensors, whose bytes it counts. Anything else would be a launch of torch."""
+
+    num_bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert function.overloadpacket in (torch.ops.aten.new_empty, torch.ops.aten.empty), function
-        return function(*args, **(kwargs or {}))
+        made = function(*args, **(kwargs or {}))
+        self.num_bytes += made.nbytes
+        return made
 
 
 def count_kernels_of_steps() -> None:
     """One kernel of each kind takes all steps, and a layer launches each once, and nothing else."""
-    from starling.attention_backends.kernels.triton.ranges import attend_ranges
+    from starling.attention_backends.kernels.triton.ranges import DECODE_LANES, attend_ranges, partial_bytes
     from tests.kernels.compiles import count_compiles, count_launches
 
     compiled = count_compiles()
@@ -254,8 +259,10 @@ def count_kernels_of_steps() -> None:
         lens = (30,) * count
         step = Step(Case(lens, tuple((row, first, first + 9) for row in range(count) for first in (0, 16))))
         operands = step.query, (step.keys, step.values), step.range_table(), step.rotation, torch.empty_like(step.query)
-        with count_launches() as launched, Allocations():
-            attend_ranges(*operands, scale=SCALE, programs=5 if count % 2 else 16)
+        programs = 5 if count % 2 else 16
+        with count_launches() as launched, Allocations() as allocated:
+            attend_ranges(*operands, scale=SCALE, programs=programs)
+        assert allocated.num_bytes == partial_bytes(programs, step.case.kv_heads, DECODE_LANES, step.case.value_size)
         assert launched == {"attend_ranges_kernel": 1, "merge_ranges_kernel": 1}, launched
     assert compiled == launched, compiled
 

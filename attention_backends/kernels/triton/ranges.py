@@ -316,6 +316,11 @@ def prefill_tile_queries(sizes: Sizes, element_bytes: int) -> int:
     return make_tile(sizes, element_bytes, PREFILL_LANES).queries(sizes.group)
 
 
+def partial_bytes(programs: int, kv_heads: int, lanes: int, value_size: int) -> int:
+    """What the parts of a call take while it runs."""
+    return 4 * 2 * programs * kv_heads * lanes * (value_size + 1)
+
+
 def attend_ranges(
     query: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],

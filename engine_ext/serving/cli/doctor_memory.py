@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST_MULTIPROCESSORS = 256
+"""No GPU has more. Partial results are in proportion to their number."""
+
 MADE_WITH_THE_WEIGHTS = "the tables of angles are made with the weights, and vLLM's profile counts them"
 
 
@@ -27,8 +30,8 @@ def unprofiled_memory(config: Any) -> dict[str, Any]:
         found["the page lists of star rows, with FlashInfer"] = page_list_bytes(config)
     tokens, heads, size, itemsize = query_sizes(config)
     if is_made_for_documents(config):
-        what = "the turned queries and the attention of a prefill behind documents, while a layer attends"
-        found[what] = turned_bytes(tokens, heads, size, itemsize)
+        found["partial results of tokens behind documents, while a layer attends"] = partial_results(config)
+        found["the table of decode steps in full CUDA graphs"] = graph_table_bytes(config)
     elif has_dense_heads(config) and (backend is None or backend in CONTIGUOUS_OUTPUT):
         found["a copy of a layer's attention, where heads see different keys"] = tokens * heads * size * itemsize
     why = [f"{num_bytes:,}: {what}" for what, num_bytes in found.items()] or ["star rows take no more than dense rows"]
@@ -44,20 +47,25 @@ def query_sizes(config: Any) -> tuple[int, int, int, int]:
     return config.scheduler_config.max_num_batched_tokens, heads, model.get_head_size(), model.dtype.itemsize
 
 
-def turned_bytes(tokens: int, heads: int, size: int, itemsize: int) -> int:
-    """The most that the attention of a layer takes for documents in a step of so many tokens, on a GPU.
+def partial_results(config: Any) -> int:
+    """The most that the kernel of tokens behind documents keeps beside its output, on any GPU."""
+    from starling.attention_backends.kernels.triton.decode import PROGRAMS_PER_MULTIPROCESSOR
+    from starling.attention_backends.kernels.triton.ranges import PREFILL_LANES, partial_bytes
 
-    Args:
-        tokens: query tokens of the step.
-        heads, size, itemsize: query heads, elements of a head, bytes of an element.
-    """
-    from starling.attention_backends.star.turned import MAX_TOKENS
+    model = config.model_config
+    kv_heads = model.get_num_kv_heads(config.parallel_config)
+    programs = -(-PROGRAMS_PER_MULTIPROCESSOR * MOST_MULTIPROCESSORS // kv_heads)
+    return partial_bytes(programs, kv_heads, PREFILL_LANES, model.get_head_size())
 
-    turned = MAX_TOKENS["cuda"] + tokens  # a call has fewer than the limit, without its first row
-    in_turning = 3 * 4 + 2 * itemsize  # the query in float32, its two parts, their join; as it was, and as it becomes
-    of_step = 4 + 3 * itemsize  # the output in float32; the query and the output, of these tokens, and what is written
-    angles = 3 * 4 * size  # cos and sin of the elements, and the log-sum-exp
-    return turned * (heads * size * in_turning + angles) + tokens * heads * size * of_step
+
+def graph_table_bytes(config: Any) -> int:
+    """What the table of an engine's full CUDA graphs takes, where it has such graphs."""
+    from starling.attention_backends.kernels.ranges import packed_size
+    from starling.attention_backends.star.graph_ranges import MAX_RANGES
+
+    mode = config.compilation_config.cudagraph_mode
+    has_graphs = mode is not None and mode.has_full_cudagraphs()
+    return 4 * packed_size(config.scheduler_config.max_num_seqs, MAX_RANGES) if has_graphs else 0
 
 
 def page_list_bytes(config: Any) -> int:
@@ -76,8 +84,4 @@ def decode_step(num_tokens: int, cache: dict[str, Any]) -> dict[str, Any]:
     Args:
         cache: from doctor.py's ``kv_cache``; no Attamba's, whose tokens do not see all keys.
     """
-    return {
-        "keys": num_tokens,
-        "bytes": num_tokens * cache["bytes_per_token"],
-        "rows": "1; behind n documents at least n + 1, and its query is turned for each document, in each layer",
-    }
+    return {"keys": num_tokens, "bytes": num_tokens * cache["bytes_per_token"]}

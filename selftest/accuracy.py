@@ -40,6 +40,7 @@ def accuracy_check(
     if length < SHORTEST:
         return Check(name, functools.partial(Skip, f"the model takes {max_length:,} tokens at most"))
     options = ["--max-model-len", str(length + ROOM)]
+    options += [] if gpu else ["--enforce-eager"]  # as the engine checks run on a CPU
     options += ["--attention-backend", backend] if backend else []
     options += ["--gpu-attention", gpu_attention] if gpu_attention else []
     return Check(name, functools.partial(measure_accuracy, model, length, PROMPTS[gpu], folder, options))
@@ -79,11 +80,11 @@ def format_of(model: str) -> str | None:
 def cost(results: dict[str, Any]) -> Result:
     """The cost in the results of `starling eval`, over all tasks."""
     *tasks, total = results["cells"]
-    change = total["difference"]
+    mean, low, high = (0.0 - 100 * total["difference"][name] for name in ("mean", "high", "low"))
     scores = ", ".join(f"{one['task']} {100 * one['dense_score']:.0f} to {100 * one['score']:.0f}" for one in tasks)
     detail = (
-        f"dense {100 * total['dense_score']:.1f}, star {100 * total['score']:.1f} of 100, "
-        f"95 % of the cost in [{-100 * change['high']:.1f}, {-100 * change['low']:.1f}]; {total['prompts']} prompts of "
-        f"{tasks[0]['length']:,} tokens: {scores}; {100 * total['attended_keys']:.0f} % of dense's attention work"
+        f"dense {100 * total['dense_score']:.1f}, star {100 * total['score']:.1f} of 100, 95 % of the cost in "
+        f"[{low:.1f}, {high:.1f}]; {total['prompts']} prompts of {tasks[0]['length']:,} tokens: {scores}; "
+        f"{100 * total['attended_keys']:.0f} % of dense's attention work"
     )
-    return Result(-100 * change["mean"], None, "points", detail)
+    return Result(mean, None, "points", detail)

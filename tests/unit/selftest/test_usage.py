@@ -123,12 +123,14 @@ def test_accuracy_is_what_starling_eval_says_and_its_options_are_those_of_starli
     assert round(result.measured, 6) == 10 and result.bound is None
     assert "dense 80.0, star 70.0 of 100, 95 % of the cost in [-10.0, 30.0]; 10 prompts" in result.detail
     assert "vt 80 to 70; 40 % of dense's attention work" in result.detail
-    ((_, _, module, _, name, *arguments),) = called
+    _, _, module, _, name, *arguments = called[0]
     assert (module, name) == (tied.__name__, "eval")
     options, others = make_parser().parse_known_args(arguments)
     assert (options.serve, options.lengths, options.plans) == ("a model", ("7168",), [accuracy.PLAN])
     assert set(options.tasks) <= set(TASKS) and options.out == tmp_path
     assert others == ["--max-model-len", "8192", "--attention-backend", "TRITON_ATTN"]
+    assert accuracy.accuracy_check("a model", 8192, False, tmp_path, None, None).run().measured == result.measured
+    assert called[1][-1] == str(tmp_path) and "--enforce-eager" in called[1]
 
 
 def test_accuracy_is_not_measured_without_a_model_a_tokenizer_or_room(tmp_path):

@@ -31,7 +31,12 @@ from starling.attention_backends.star.graph_ranges import GraphRanges
 from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
-from starling.attention_backends.star.turned_impl import block_positions_in_use, keep_for_capture, make_turned_impl
+from starling.attention_backends.star.turned_impl import (
+    block_positions_in_use,
+    keep_for_capture,
+    make_turned_impl,
+    rotations_in_use,
+)
 from starling.vllm_compat.config import set_cpu_attention_isa
 from starling.vllm_compat.patching import extends
 
@@ -117,6 +122,7 @@ class StarBuilder:
     # vLLM's own.
     kv_cache_spec: Any
     layer_names: list[str]
+    vllm_config: Any
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **kw: Any):
         self.takes_star = takes_star(kv_cache_spec)
@@ -174,9 +180,20 @@ class StarBuilder:
         if self.takes_star and block_positions_in_use() and common_attn_metadata.max_query_len == 1:
             if self.graph_ranges is None:
                 self.graph_ranges = GraphRanges(self.max_requests, common_attn_metadata.seq_lens.device)
+                self._load_kernels()
             self.graph_ranges.clear()
             keep_for_capture(metadata, self.graph_ranges.table(common_attn_metadata))
         return metadata
+
+    def _load_kernels(self) -> None:
+        """Run the kernels that are about to be captured: a GPU can't load a kernel in a capture.
+
+        vLLM captures graphs before ``compile_or_warm_up_model`` too, to learn what they take.
+        """
+        from starling.attention_backends.star.warm_up import warm_up  # imports Triton, which a CPU does not need
+
+        layers = self.vllm_config.compilation_config.static_forward_context
+        warm_up([layers[name] for name in self.layer_names], rotations_in_use())
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         step = current_step() if self.takes_star else None

@@ -38,6 +38,11 @@ def use_rotations(rotations: Mapping[str, Rotation]) -> None:
     _rotations = rotations
 
 
+def rotations_in_use() -> Mapping[str, Rotation]:
+    """What ``use_rotations`` was told; none at first."""
+    return _rotations
+
+
 def keep_for_capture(metadata: Any, table: RangeTable) -> None:
     """Let layers that are captured with this metadata of vLLM's attend to the ranges of a table."""
     metadata.starling_captured = TurnedAttention(_rotations, [table])

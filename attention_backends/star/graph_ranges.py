@@ -14,8 +14,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, packed_size
+from starling.attention_backends.star.range_attention import make_token_ranges
 from starling.attention_backends.star.rows import VirtualRows
-from starling.attention_backends.star.turned import make_token_ranges
 from starling.scheduler.star.plan import StarPlan
 
 MAX_RANGES = 2**18

@@ -17,10 +17,12 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.star.head_rows import HeadRows, head_runs, make_head_rows
 from starling.attention_backends.star.metadata import virtual_metadata
+from starling.attention_backends.star.range_attention import RangeAttention, make_range_attention
 from starling.attention_backends.star.remote_queries import RemoteQuery, make_remote_queries
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.attention_backends.star.turned_attention import TurnedAttention, make_turned_attention
@@ -107,7 +109,7 @@ class StarStep:
         self._batch = Batch([], [], [], [])
         self._rows: dict[tuple[int, bool], VirtualRows | None] = {}
         self._remote_attention: dict[int, Any] = {}
-        self._turned_attention: dict[int, TurnedAttention] = {}
+        self._turned_attention: dict[int, TurnedAttention | RangeAttention] = {}
         self._head_rows: dict[str, Callable[[], HeadRows]] = {}
         self._head_calls: dict[str, list[HeadCall]] = {}
         self._shifts: np.ndarray | None = None
@@ -172,16 +174,18 @@ class StarStep:
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
             table: the keys of all rows, in a step of decodes that may replay a CUDA graph.
-            tile_queries: as of ``make_turned_attention``.
+            tile_queries: as of ``make_range_attention``.
         """
         if rows.turned is None:
             return
+        made: TurnedAttention | RangeAttention
         if table is not None:
-            self._turned_attention[page_size] = TurnedAttention(self.rotations, [table])
+            made = RangeAttention(self.rotations, [table])
+        elif devices.uses_triton(batch.seq_lens.device):
+            made = make_range_attention(rows, batch, page_size, self.rotations, tile_queries)
         else:
-            self._turned_attention[page_size] = make_turned_attention(
-                rows, batch, virtual, page_size, self.rotations, tile_queries
-            )
+            made = make_turned_attention(rows, batch, virtual, page_size, self.rotations)
+        self._turned_attention[page_size] = made
 
     def keep_heads(
         self,
@@ -233,8 +237,10 @@ class StarStep:
         rows = self._head_rows[layer_name]()
         return rows, rows.row_heads(self.head_ranks[layer_name])
 
-    def turned_attention(self, page_size: int) -> TurnedAttention | None:
+    def turned_attention(self, page_size: int) -> Any | None:
         """By which layers with pages of this size attend to such blocks; None: no row has keys there.
+
+        It is a RangeAttention on a GPU, and a TurnedAttention on a CPU.
 
         Raises:
             RuntimeError: rows have keys there, but none are noted for this page size.

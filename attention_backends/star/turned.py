@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.ranges import TokenRanges
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.turned import TurnedQueries, add_turned_attention
-from starling.attention_backends.star.rows import TurnedKeys, VirtualRows
+from starling.attention_backends.star.rows import TurnedKeys
 
 MAX_TOKENS = 512
 """Turned query tokens that one call has, or those of a single row and block where these are more.
@@ -85,24 +84,19 @@ def _one_call(
     block_table: torch.Tensor,
     page_size: int,
 ) -> TurnedRows:
-    lens, keys, device = queries[part], turned.num_keys[part], block_table.device
+    lens, keys = queries[part], turned.num_keys[part]
     own_starts = np.concatenate(([0], np.cumsum(lens)))
     # Token i of the call is query token i - own_starts[its row] of the row, and so on the step's.
     tokens = np.arange(own_starts[-1]) + np.repeat(starts[turned.row[part]] - own_starts[:-1], lens)
     columns = np.arange(-(-int(keys.max()) // page_size))
     # Columns behind a row's keys are not read, but must be in the table.
     pages = np.minimum(turned.first_page[part][:, None] + columns, block_table.shape[1] - 1)
-    source = async_tensor_h2d(turned.source[part], device)
-
-    def on_device(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return async_tensor_h2d(values, device, dtype)
-
     return TurnedRows(
-        on_device(tokens, torch.int64),
-        on_device(np.repeat(turned.turn[part], lens), torch.int64),
-        block_table[source[:, None], on_device(pages, torch.int64)].to(torch.int32),
-        on_device(own_starts, torch.int32),
-        on_device(keys, torch.int32),
+        torch.from_numpy(tokens),
+        torch.from_numpy(np.repeat(turned.turn[part], lens)),
+        block_table[torch.from_numpy(turned.source[part])[:, None], torch.from_numpy(pages)].to(torch.int32),
+        torch.from_numpy(own_starts.astype(np.int32)),
+        torch.from_numpy(keys.astype(np.int32)),
     )
 
 
@@ -127,27 +121,6 @@ def add_rows(
     for rows in calls:
         queries = TurnedQueries(rows.tokens, rows.turns, rotation)
         add_turned_attention(rows.operands(query, caches, **options), queries, out, lse)
-
-
-def make_token_ranges(rows: VirtualRows, chosen: np.ndarray, page_size: int) -> TokenRanges:
-    """All keys of some virtual rows, in the positions of their batch rows: their own, and those of turned blocks.
-
-    Args:
-        chosen: (R,) int64, ascending, the virtual rows. Each is the end of its batch row.
-        page_size: tokens of a page.
-    """
-    own = rows.key_ranges[np.isin(rows.key_ranges[:, 0], chosen)]
-    row, first, stop, turn = *own.T, np.zeros(len(own), dtype=np.int64)
-    if rows.turned is not None:
-        of_chosen = np.isin(rows.turned.row, chosen)
-        starts = rows.turned.first_page[of_chosen] * page_size
-        row = np.concatenate((row, rows.turned.row[of_chosen]))
-        first = np.concatenate((first, starts))
-        stop = np.concatenate((stop, starts + rows.turned.num_keys[of_chosen]))
-        turn = np.concatenate((turn, rows.turned.turn[of_chosen]))
-    order = np.argsort(row, kind="stable")
-    numbers = np.searchsorted(chosen, row[order])
-    return TokenRanges(rows.source[chosen], rows.query_lens[chosen], numbers, first[order], stop[order], turn[order])
 
 
 def ranges_as_rows(

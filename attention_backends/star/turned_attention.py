@@ -1,4 +1,7 @@
-"""The attention of a step's tokens that see blocks with positions of their own, as layers compute it (turned.py)."""
+"""The attention of a step's tokens that see blocks with positions of their own, as layers compute it on a CPU.
+
+turned.py has the rows. On a GPU it is that of range_attention.py.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.contract import Layout, Operands
-from starling.attention_backends.kernels.dispatch import attend_in_ranges, paged_attention
-from starling.attention_backends.kernels.ranges import RangeTable, make_range_table
+from starling.attention_backends.kernels.dispatch import paged_attention
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.turned import TurnedQueries, turned_attention
+from starling.attention_backends.star.range_attention import make_token_ranges
 from starling.attention_backends.star.rows import VirtualRows
 from starling.attention_backends.star.turned import (
     MAX_TOKENS,
     TurnedRows,
     add_rows,
-    make_token_ranges,
     make_turned_rows,
     ranges_as_rows,
 )
@@ -53,14 +53,14 @@ class StepTokens:
         num_tokens: of the step.
     """
 
-    def __init__(self, starts: np.ndarray, query_lens: np.ndarray, num_tokens: int, device: torch.device) -> None:
+    def __init__(self, starts: np.ndarray, query_lens: np.ndarray, num_tokens: int) -> None:
         offsets = np.cumsum(query_lens) - query_lens
         numbers = np.arange(query_lens.sum()) + np.repeat(starts - offsets, query_lens)
         places = np.full(num_tokens, -1)
         places[numbers] = np.arange(len(numbers))
-        self.numbers = async_tensor_h2d(numbers, device)
-        self.places = async_tensor_h2d(np.maximum(places, 0), device)
-        self.are_here = async_tensor_h2d(places >= 0, device)
+        self.numbers = torch.from_numpy(numbers)
+        self.places = torch.from_numpy(np.maximum(places, 0))
+        self.are_here = torch.from_numpy(places >= 0)
 
     def put(self, part: torch.Tensor, whole: torch.Tensor) -> None:
         """Write ``part`` (these tokens, ...) to their places in ``whole`` (the step's tokens and padding, ...)."""
@@ -74,32 +74,31 @@ class TurnedAttention:
 
     Args:
         rotations: layer name -> its rotary embedding.
-        tables: the rows, for a GPU, where one kernel computes them.
-        own: the rows, for a CPU; None: they are in ``tables``.
+        own: the rows.
         rows: the calls for ``own``; their tokens are numbers of those of ``own``.
         tokens: the tokens of ``own``; None: they are all of the step's.
         decodes: the same as ``own`` and ``rows`` in one call; the layers then share the angles.
-        is_whole_step: whether all tokens of the step are in these rows.
     """
 
     def __init__(
         self,
         rotations: Mapping[str, Rotation],
-        tables: Sequence[RangeTable] = (),
-        own: OwnRows | None = None,
-        rows: Sequence[TurnedRows] = (),
-        tokens: StepTokens | None = None,
-        decodes: TurnedRows | None = None,
-        is_whole_step: bool = True,
+        own: OwnRows,
+        rows: Sequence[TurnedRows],
+        tokens: StepTokens | None,
+        decodes: TurnedRows | None,
     ) -> None:
         self.rotations = rotations
-        self.tables = tables
         self.own = own
         self.rows = rows
         self.tokens = tokens
         self.decodes = decodes
-        self.is_whole_step = is_whole_step
         self._queries: dict[int, TurnedQueries] = {}
+
+    @property
+    def is_whole_step(self) -> bool:
+        """Whether all tokens of the step are in these rows."""
+        return self.tokens is None
 
     def attend(
         self,
@@ -114,11 +113,7 @@ class TurnedAttention:
 
         The arguments are those of ``add``, with padding at the end.
         """
-        for table in self.tables:
-            attend_in_ranges(query, caches, table, self.rotations[layer], out, **options)
         own = self.own
-        if own is None:
-            return
         if self.tokens is None:
             query, written = query[: own.num_tokens], out[: own.num_tokens]
         else:
@@ -144,7 +139,7 @@ class TurnedAttention:
         layout: Layout,
         **options: Any,
     ) -> None:
-        """Add the blocks' keys to the attention over all other keys; for a CPU.
+        """Add the blocks' keys to the attention over all other keys.
 
         Args:
             layer: name of the layer.
@@ -194,41 +189,26 @@ def make_turned_attention(
     virtual: CommonAttentionMetadata,
     page_size: int,
     rotations: Mapping[str, Rotation],
-    tile_queries: int = 1,
 ) -> TurnedAttention:
     """The attention of the rows that see blocks with positions of their own; there are some.
 
-    On a GPU, one kernel computes rows of one token, and one those of more. On a CPU, rows that decode are one call,
-    where the step has no others of these rows.
+    Rows that decode are one call, where the step has no others of these rows.
 
     Args:
         batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
-        tile_queries: tokens of a tile of the second kernel.
     """
     assert rows.turned is not None
     numbers = np.unique(rows.turned.row)
-    query_lens = rows.query_lens[numbers]
-    is_whole_step = int(query_lens.sum()) == int(rows.query_lens.sum())
-    if devices.uses_triton(batch.seq_lens.device):
-        tensors = batch.block_table_tensor, batch.query_start_loc, batch.seq_lens
-        kinds = ((numbers[query_lens == 1], 1), (numbers[query_lens > 1], tile_queries))
-        tables = [
-            make_range_table(make_token_ranges(rows, chosen, page_size), tile, *tensors)
-            for chosen, tile in kinds
-            if len(chosen)
-        ]
-        return TurnedAttention(rotations, tables, is_whole_step=is_whole_step)
-    own, calls, tokens = _rows_for_cpu(rows, numbers, batch, virtual, page_size)
+    own, calls, tokens = _rows_of(rows, numbers, batch, virtual, page_size)
     decodes = None
-    # A token that is not alone in its batch row is at the end of a chunk.
-    if (query_lens == 1).all() and (batch.query_start_loc_cpu.diff().numpy()[rows.source[numbers]] == 1).all():
+    if (batch.query_start_loc_cpu.diff().numpy()[rows.source[numbers]] == 1).all():
         ranges = make_token_ranges(rows, numbers, page_size)
         if len(ranges.row) <= MAX_TOKENS:
             decodes = ranges_as_rows(ranges, batch.block_table_tensor, batch.seq_lens, page_size)
-    return TurnedAttention(rotations, (), own, calls, tokens, decodes, is_whole_step)
+    return TurnedAttention(rotations, own, calls, tokens, decodes)
 
 
-def _rows_for_cpu(
+def _rows_of(
     rows: VirtualRows,
     numbers: np.ndarray,
     batch: CommonAttentionMetadata,
@@ -238,17 +218,17 @@ def _rows_for_cpu(
     """The rows of these numbers, all that see such blocks, and what they see, as arguments of ``TurnedAttention``."""
     starts = np.cumsum(rows.query_lens) - rows.query_lens
     query_lens, num_tokens = rows.query_lens[numbers], int(rows.query_lens.sum())
-    device, own_tokens = virtual.block_table_tensor.device, int(query_lens.sum())
+    own_tokens = int(query_lens.sum())
     assert rows.turned is not None
     turned = replace(rows.turned, row=np.searchsorted(numbers, rows.turned.row))
     tokens = None
     if own_tokens == num_tokens:
         own = OwnRows(own_tokens, virtual.block_table_tensor, virtual.query_start_loc, virtual.seq_lens)
     else:
-        chosen = async_tensor_h2d(numbers, device)
-        locations = async_tensor_h2d(np.concatenate(([0], np.cumsum(query_lens))), device, torch.int32)
+        chosen = torch.from_numpy(numbers)
+        locations = torch.from_numpy(np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32))
         own = OwnRows(own_tokens, virtual.block_table_tensor[chosen], locations, virtual.seq_lens[chosen])
-        tokens = StepTokens(starts[numbers], query_lens, num_tokens, device)
+        tokens = StepTokens(starts[numbers], query_lens, num_tokens)
     first = np.cumsum(query_lens) - query_lens
     calls = make_turned_rows(turned, first, query_lens, batch.block_table_tensor, page_size)
     return own, list(calls), tokens

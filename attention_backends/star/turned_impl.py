@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
-from starling.attention_backends.kernels.contract import Layout
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.range_attention import RangeAttention
 from starling.attention_backends.star.step import current_step
-from starling.attention_backends.star.turned_attention import TurnedAttention
 from starling.vllm_compat.patching import extends, touches
 
 _in_use = False
@@ -45,7 +44,7 @@ def rotations_in_use() -> Mapping[str, Rotation]:
 
 def keep_for_capture(metadata: Any, table: RangeTable) -> None:
     """Let layers that are captured with this metadata of vLLM's attend to the ranges of a table."""
-    metadata.starling_captured = TurnedAttention(_rotations, [table])
+    metadata.starling_captured = RangeAttention(_rotations, [table])
 
 
 def block_positions_in_use() -> bool:
@@ -115,13 +114,13 @@ def make_turned_impl(base: type[AttentionImpl]) -> type[AttentionImpl]:
             query: torch.Tensor,
             kv_cache: torch.Tensor,
             output: torch.Tensor,
-            turned: TurnedAttention,
+            turned: RangeAttention,
         ) -> None:
             """Write the attention of a step with blocks with positions of their own; arguments as of ``forward``."""
             caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             options = {"scale": self.scale, "softcap": self.logits_soft_cap or 0.0}
             shape = (-1, self.num_heads, self.head_size)
-            turned.attend(layer.layer_name, query.view(shape), output.view(shape), caches, Layout.PAGES, **options)
+            turned.attend(layer.layer_name, query.view(shape), output.view(shape), caches, **options)
 
     TurnedImpl.__name__ = TurnedImpl.__qualname__ = f"Turned{base.__name__}"
     return TurnedImpl

@@ -16,7 +16,7 @@ from starling.attention_backends.kernels.contract import Sizes
 from starling.attention_backends.kernels.ranges import RangeTable, TokenRanges, make_range_table
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries
-from starling.attention_backends.star.turned_attention import TurnedAttention
+from starling.attention_backends.star.range_attention import RangeAttention
 from starling.vllm_compat.patching import touches
 
 
@@ -45,7 +45,7 @@ def warm_up(layers: Iterable[Any], rotations: Mapping[str, Rotation]) -> None:
         for tile_queries in (1, prefill_tile_queries(sizes, cache.element_size())):
             query = torch.zeros(1, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
             table = _table(tile_queries, cache.device)
-            impl.attend_turned(layer, query, cache, torch.empty_like(query), TurnedAttention(rotations, [table]))
+            impl.attend_turned(layer, query, cache, torch.empty_like(query), RangeAttention(rotations, [table]))
 
 
 def _table(tile_queries: int, device: torch.device) -> RangeTable:

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
 
 from starling.attention_backends.kernels import devices  # noqa: E402
-from starling.attention_backends.star import turned_attention  # noqa: E402
+from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.step import StarStep, open_step  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions, use_rotations  # noqa: E402
 from starling.scheduler.star.plan import StarPlan  # noqa: E402
@@ -126,8 +126,8 @@ def main() -> None:
     use_block_positions(True)
     devices.uses_triton = lambda device: True
     launches: list[int] = []
-    attend = turned_attention.attend_in_ranges
-    turned_attention.attend_in_ranges = lambda *args, **options: (launches.append(1), attend(*args, **options))
+    attend = range_attention.attend_in_ranges
+    range_attention.attend_in_ranges = lambda *args, **options: (launches.append(1), attend(*args, **options))
     worst, counts = 0.0, {"documents": 0, "dense": 0, "padded": 0}
     draw = random.Random(0)
     for seed in range(CASES):

@@ -25,13 +25,14 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
 from starling.attention_backends.kernels import devices  # noqa: E402
-from starling.attention_backends.star import turned_attention  # noqa: E402
+from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
 from starling.attention_backends.star.step import StarStep  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import PAGES, cases, expected, gathers_pages, numbers  # noqa: E402
 from tests.gpu_contract.engine import run_case  # noqa: E402
+from tests.gpu_contract.ranges import attend_in_ranges  # noqa: E402
 from tests.kernels.determinism import OnlyDeterministic  # noqa: E402
 
 BOUND = 1e-6
@@ -182,11 +183,10 @@ def paged_xformers(examples: int) -> Tally:
 
 
 def own_positions(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
-    """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernels.
-
-    On CPU tensors these are the CPU's, which fulfil the same contract as Triton's.
-    """
+    """A job whose requests have blocks with positions of their own: vLLM's builders, and Starling's kernel in torch."""
     use_block_positions(True)
+    devices.uses_triton = lambda device: True
+    range_attention.attend_in_ranges = attend_in_ranges
     return run(*args, own_positions=True, **drawn)
 
 
@@ -222,9 +222,9 @@ def triton_own_positions(examples: int) -> Tally:
         calls.append(len(query))
         attend_ranges(query, *args, **options, programs=3)
 
-    turned_attention.attend_in_ranges = counted
+    range_attention.attend_in_ranges = counted
     devices.uses_triton = lambda device: True
-    for owner, name in ((turned_attention.TurnedAttention, "attend"), (StarStep, "keep_block_tables")):
+    for owner, name in ((range_attention.RangeAttention, "attend"), (StarStep, "keep_block_tables")):
         setattr(owner, name, deterministic(getattr(owner, name)))
     strategy = cases(
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True

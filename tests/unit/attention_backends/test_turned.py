@@ -17,12 +17,12 @@ from starling.attention_backends.kernels.contract import Layout, Operands
 from starling.attention_backends.kernels.dispatch import paged_attention
 from starling.attention_backends.kernels.rotary import Rotation, turn_back
 from starling.attention_backends.kernels.triton import decode
-from starling.attention_backends.star import metadata, turned, turned_attention
+from starling.attention_backends.star import turned
 from starling.attention_backends.star.metadata import virtual_metadata
+from starling.attention_backends.star.range_attention import make_range_attention, make_token_ranges
 from starling.attention_backends.star.rows import VirtualRows, split_rows
 from starling.attention_backends.star.step import StarStep
-from starling.attention_backends.star.turned import make_token_ranges, make_turned_rows, ranges_as_rows
-from starling.attention_backends.star.turned_attention import make_turned_attention
+from starling.attention_backends.star.turned import make_turned_rows, ranges_as_rows
 from starling.scheduler.star.client_tokens import client_index
 from starling.scheduler.star.documents import lay_out
 from starling.scheduler.star.plan import StarPlan
@@ -192,8 +192,8 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
     batch = Batch(MIXED, ROTARY[0])
     virtual, names = batch.split(), ("block_table_tensor", "query_start_loc", "seq_lens")
     common = batch.common.replace(**{name: getattr(batch.common, name).to("meta") for name in names})
-    with AsyncCopies(monkeypatch, metadata, turned, turned_attention, ranges):
-        made = make_turned_attention(virtual, common, virtual_metadata(common, virtual), PAGE_SIZE, {}, 4)
+    with AsyncCopies(monkeypatch, ranges):
+        made = make_range_attention(virtual, common, PAGE_SIZE, {}, 4)
     assert {table.numbers.device.type for table in made.tables} == {"meta"}
     single, several = made.tables
     assert single.max_places == 2, "the two output tokens behind documents"

@@ -1,0 +1,34 @@
+"""vLLM's GPU worker and V2 model runner, as they are, on a GPU that is not there.
+
+An engine starts as on an H100: vLLM's CUDA platform (tests/gpu_contract/cuda_platform.py), its configuration, its
+worker, its CUDA graph manager, FLASH_ATTN with its metadata builders, and Starling's worker and backends around them.
+It runs in a process of its own, which ``harness.run_gpu_engine`` starts. The tests compare it with the plain torch
+references of tests/parity, and read what its steps ran.
+
+- **Tensors** (device.py). A tensor on "cuda" is a ``GpuTensor``: torch takes it for one of cuda:0, and its numbers lie
+  in a CPU tensor. So operands on two devices are an error, and ``device.type`` is "cuda" in all code that asks.
+- **Kernels.** Each operation on such tensors is a launch, and is counted. Triton's kernels, vLLM's and Starling's, run
+  interpreted. FlashAttention's are emulated and check their contract (tests/gpu_contract/kernels.py). Each is one
+  launch.
+- **Graphs** (cuda.py). A CUDA graph is the list of the launches of its capture, each with its operands. A replay runs
+  them again on the memory that they had, and runs no code of the host. So a tensor that was made for the capture alone
+  is read with what is in it now, numbers that the host chose stay as they were, and a plan is not asked for.
+- **Waits.** What would wait for the GPU in a captured graph is an error, and so it is in ``execute_model`` and
+  ``sample_tokens``: vLLM has a check for it (VLLM_GPU_SYNC_CHECK), which needs torch to say what waits. Here device.py
+  says it. Only tensors on "cuda" can wait, so what vLLM reads of the host's own tensors is no matter.
+
+What is replaced, and why, is in three places: torch.cuda and torch.accelerator in cuda.py, names of vLLM and Triton in
+start.py, and the loading of weights in worker.py. checks.py holds the GPU itself to what a GPU does.
+
+What it leaves out:
+
+- Streams: work is done when it is launched, so no race between streams or with the host shows.
+- The allocator: memory that a graph holds is never given to another tensor. It is stale, but not overwritten.
+- Compiled Triton kernels, and vLLM's compiled norms and activations, in whose place layers run torch's functions.
+- torch.compile and its piecewise graphs: Dynamo traces no function under a dispatch mode. So ``cudagraph_mode`` is
+  FULL_DECODE_ONLY. tests/piecewise.py has piecewise graphs of single layers.
+- The V1 model runner.
+- Sampling other than greedy, which does not run under Triton's interpreter.
+- Launches inside an operation of torch: one that a GPU runs as several kernels counts as one.
+- Indexing of a GPU's tensor by a list of Python, which is an error here, and a wait on a GPU.
+"""

@@ -1,0 +1,239 @@
+"""Tensors on a GPU that is not there: torch takes them for tensors on cuda:0, and their numbers lie in CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+SYNC_WARNING = "called a synchronizing CUDA operation"
+"""How torch's warning of an operation that waits for the GPU starts. vLLM makes an error of it."""
+WAITS = (
+    *("item", "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "masked_select"),
+    *("_unique2", "unique_dim", "unique_consecutive", "bincount"),
+)
+WAITS_IF_INDEXED_BY_BOOL = ("index", "index_put", "index_put_", "_index_put_impl_")
+MAY_MIX = ("copy_", "to", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_", "type_as", "lift_fresh")
+ALLOCATES = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+
+PYTHON_OPS: dict[str, Callable[..., Any]] = {}
+"""vLLM's custom operators in Python, by qualified name."""
+
+
+class GpuTensor(torch.Tensor):
+    """A tensor of cuda:0. ``inner`` is the CPU tensor that has its numbers; views share memory as on a GPU."""
+
+    inner: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> GpuTensor:
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.size(), **layout, device=CUDA)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return GPU.run(func, args, kwargs or {})
+
+    def __repr__(self) -> str:
+        return f"GpuTensor({self.inner!r})"
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def record_stream(self, stream: Any) -> None:
+        """Nothing: memory is not given to another tensor while this one is used."""
+
+    def tolist(self) -> Any:
+        GPU.wait("tolist")
+        return self.inner.tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    __array__ = numpy
+
+
+class Mode(TorchDispatchMode):
+    """Sees operations that have no tensor of the GPU yet: those that make one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return GPU.run(func, args, kwargs or {})
+
+
+class Gpu:
+    """Runs the operations of all tensors, and notes what a GPU would be asked to do.
+
+    Attributes:
+        launches: the kernels and copies so far, by name. Views and allocations are none.
+        calls: the numbers of launches in each call of vLLM's operators in Python, by name.
+        tape: what is launched is appended here while a graph is captured; None: no graph is.
+        warns: whether operations that wait for the GPU are reported, as ``torch.cuda.set_sync_debug_mode`` says.
+    """
+
+    def __init__(self) -> None:
+        self.mode = Mode()
+        self.launches: Counter[str] = Counter()
+        self.calls: defaultdict[str, list[int]] = defaultdict(list)
+        self.tape: list[Callable[[], None]] | None = None
+        self.warns = False
+
+    def wait(self, name: str) -> None:
+        """Report an operation for which the host waits."""
+        if self.tape is not None:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        if self.warns:
+            warnings.warn(f"{SYNC_WARNING}: {name}", stacklevel=2)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What __torch_dispatch__ does."""
+        qualified = func._schema.name
+        if qualified in PYTHON_OPS:
+            before = self.launches.total()
+            with self.mode:
+                out = PYTHON_OPS[qualified](*args, **kwargs)
+            self.calls[qualified].append(self.launches.total() - before)
+            return out
+        name = qualified.partition("::")[2]
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        on_gpu = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
+        asked = next((leaf.type for leaf in leaves if isinstance(leaf, torch.device)), None)
+        if name == "is_pinned":
+            return not on_gpu and is_pinned(tensors[0])
+        if name in ("pin_memory", "_pin_memory"):
+            return pinned(tensors[0].clone())
+        pins = bool(kwargs.get("pin_memory"))
+        goes_to = asked or ("cuda" if on_gpu else "cpu")
+        if name == "to" and len(tensors) == 2:
+            goes_to = tensors[1].device.type
+        if not on_gpu and goes_to == "cpu" and not pins:
+            return func(*args, **kwargs)
+        self._check(name, tensors, on_gpu, goes_to, _argument(func, args, kwargs, "non_blocking"))
+        counts = name == "repeat_interleave" and func._overloadname != "self_int"
+        if counts and _argument(func, args, kwargs, "output_size") is None:
+            self.wait(name)
+        args, kwargs = tree_unflatten([_on_cpu(leaf) for leaf in leaves], spec)
+        if pins:
+            kwargs["pin_memory"] = False
+        moves = name in ("to", "_to_copy") and tensors[0].device.type != goes_to
+        kernel = _copying(func) if moves else func
+        out = self.launch(name, kernel, args, kwargs, tensors, goes_to, func._schema.is_mutable)
+        return pinned(out) if pins or (moves and goes_to == "cpu") else out
+
+    def _check(self, name: str, tensors: list[Any], on_gpu: list[Any], goes_to: str, non_blocking: Any) -> None:
+        """Refuse operands on two devices, and report operations that wait."""
+        mixed = on_gpu and any(tensor.dim() for tensor in tensors if not isinstance(tensor, GpuTensor))
+        if mixed and name not in MAY_MIX:
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found cuda:0 and cpu")
+        if name in WAITS or (name == "where" and len(tensors) == 1):
+            self.wait(name)
+        if name in WAITS_IF_INDEXED_BY_BOOL:
+            indexes = tensors[1:] if name == "index" else tensors[1:-1]
+            by_bool = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in indexes)
+            fills = name != "index" and tensors[-1].numel() == 1  # torch has masked_fill for it
+            if mixed or (by_bool and not fills):
+                self.wait(name)
+        if name in ("to", "_to_copy", "copy_"):
+            source = tensors[-1] if name == "copy_" else tensors[0]
+            target = tensors[0].device.type if name == "copy_" else goes_to
+            if source.device.type != target and not non_blocking:
+                self.wait(f"{name} from {source.device.type} to {target}")
+
+    def launch(
+        self,
+        name: str,
+        kernel: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        tensors: list[torch.Tensor],
+        goes_to: str = "cuda",
+        writes: bool = True,
+    ) -> Any:
+        """Run a kernel on CPU tensors, and note it for the graph that is being captured.
+
+        Args:
+            tensors: the operands, in place of whose numbers the kernel has those of ``args``.
+            goes_to: the type of the device on which new tensors are.
+            writes: whether it may write to its operands. If not, and nothing it returns is new, it makes a view.
+        """
+        with _disable_current_modes():
+            out = kernel(*args, **kwargs)
+        known = {id(_on_cpu(tensor)): tensor for tensor in tensors}
+        memory = {_on_cpu(tensor).untyped_storage()._cdata for tensor in tensors}
+        outs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]
+        new = [leaf for leaf in outs if leaf.untyped_storage()._cdata not in memory]
+        if (writes or new) and name not in ALLOCATES:
+            self.launches[name] += 1
+            if self.tape is not None:
+                self.tape.append(functools.partial(_again, kernel, args, kwargs, out, new))
+
+        def wrapped(leaf: torch.Tensor) -> torch.Tensor:
+            if id(leaf) in known:
+                return known[id(leaf)]
+            if goes_to != "cuda":
+                return leaf
+            is_view = not any(leaf is one for one in new)
+            with torch.inference_mode(tensors[0].is_inference() if is_view else torch.is_inference_mode_enabled()):
+                return GpuTensor(leaf)
+
+        return tree_map_only(torch.Tensor, wrapped, out)
+
+    def call(self, name: str, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Launch a kernel that is no operator of torch: Triton's, or one of FlashAttention's."""
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        args, kwargs = tree_unflatten([_on_cpu(leaf) for leaf in leaves], spec)
+        return self.launch(name, kernel, args, kwargs, tensors)
+
+
+GPU = Gpu()
+
+
+def _on_cpu(leaf: Any) -> Any:
+    if isinstance(leaf, GpuTensor):
+        return leaf.inner
+    return CPU if isinstance(leaf, torch.device) else leaf
+
+
+def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """What an operator is given as the argument of this name; None: nothing."""
+    places = {argument.name: place for place, argument in enumerate(func._schema.arguments)}
+    return args[places[name]] if places.get(name, len(args)) < len(args) else kwargs.get(name)
+
+
+def _copying(func: Any) -> Callable[..., Any]:
+    """An operator ``to`` whose result never is its operand, since it is on another device."""
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = func(*args, **kwargs)
+        return out.clone() if out.untyped_storage()._cdata == args[0].untyped_storage()._cdata else out
+
+    return run
+
+
+def _again(kernel: Callable[..., Any], args: Any, kwargs: Any, out: Any, new: list[torch.Tensor]) -> None:
+    """Run a kernel of a graph again: on the memory that it had in the capture, whatever is there now."""
+    again = kernel(*args, **kwargs)
+    if new:
+        for old, fresh in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+            if any(old is one for one in new):
+                old.copy_(fresh)
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().is_pinned_here = True
+    return tensor
+
+
+def is_pinned(tensor: torch.Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "is_pinned_here", False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
+from starling.attention_backends.star import graph_ranges
 from starling.attention_backends.star.rows import VirtualRows
 from starling.attention_backends.star.step import current_step
 from tests.gpu_shim.cuda import Graph
@@ -42,6 +43,11 @@ STEPS: list[list[dict[str, Any]]] = []
 
 def next_batch(worker: Any) -> None:
     STEPS.append([])
+
+
+def leave_room_for_few_ranges(worker: Any) -> None:
+    """From now on, a full graph has no room for a step of two prompts with documents."""
+    graph_ranges.MAX_RANGES = 9
 
 
 class GpuWorker(Worker):

@@ -54,6 +54,14 @@ def test_installs_of_the_environment_and_the_wheel_check_hashes():
     assert not unchecked
 
 
+def test_workflows_use_actions_of_known_commits():
+    """A branch or a tag may be moved to another commit, with what a workflow is allowed to do."""
+    workflows = [path.read_text() for path in ROOT.glob(".github/workflows/*.yml")]
+    used = re.findall(r"\buses: *(\S+)", "\n".join(workflows))
+    assert used
+    assert not [action for action in used if not re.search(r"@[0-9a-f]{40}$", action)]
+
+
 @pytest.mark.parametrize("release", [DEMO, EVAL], ids=lambda release: release.name)
 def test_another_wheel_of_a_model_is_refused(tmp_path, monkeypatch, capfd, release):
     name, version = next(iter(release.packages)).split("==")

@@ -248,6 +248,7 @@ JOBS: dict[str, Callable[[], Tally]] = {
         fp8_with_sinks=False,
         layouts=("LBHNC", "BLHNC"),
     ),
+    "flashinfer_sm120": lambda: flashinfer((12, 0), 60, sinks=True),
     "triton": lambda: triton(16),
     "fa3_own": lambda: own_positions(flash_attention, (9, 0), 60, fp8=False, sinks=False),
     "flashinfer_sm100_own": lambda: own_positions(

@@ -104,12 +104,16 @@ def spilled_bytes(kernel: triton.compiler.CompiledKernel, directory: Path) -> in
     [
         Build(80, "bf16", "bf16", 128, 4, False, "mma.sync"),
         Build(80, "fp16", "fp8e5", 80, 3, True, "mma.sync", windowed=True),
+        Build(86, "bf16", "bf16", 128, 4, False, "mma.sync"),
+        Build(86, "bf16", "bf16", 128, 8, True, "mma.sync"),
         Build(90, "bf16", "bf16", 128, 4, False, "wgmma"),
         Build(90, "bf16", "bf16", 64, 1, False, "wgmma", queries_per_key=8),
         Build(90, "bf16", "fp8e4nv", 128, 8, True, "mma.sync"),
         Build(90, "fp16", "fp16", 64, 1, False, "wgmma", causal=False, capped=True),
         Build(90, "fp32", "fp32", 128, 4, False, "fma"),
         Build(100, "bf16", "bf16", 256, 8, False, "tcgen05", windowed=True),
+        Build(120, "bf16", "bf16", 128, 4, False, "mma.sync"),
+        Build(120, "bf16", "bf16", 128, 8, True, "mma.sync"),
     ],
     ids=lambda build: "-".join(
         map(

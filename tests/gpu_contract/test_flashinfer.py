@@ -1,4 +1,4 @@
-"""vLLM's FlashInfer builder and impl, wrapped: native wrappers (sm_80), XQA (sm_90, sm_120), TRT-LLM (sm_100), emulated."""
+"""vLLM's FlashInfer builder and impl, wrapped: native wrappers (sm_80), XQA (sm_90, 120), TRT-LLM (100), emulated."""
 
 from __future__ import annotations
 

@@ -76,6 +76,7 @@ class Gpu:
     Attributes:
         launches: the kernels and copies so far, by name. Views and allocations are none.
         calls: the numbers of launches in each call of vLLM's operators in Python, by name.
+        triton: Triton's kernels that were launched, as "module:name".
         tape: what is launched is appended here while a graph is captured; None: no graph is.
         warns: whether operations that wait for the GPU are reported, as ``torch.cuda.set_sync_debug_mode`` says.
     """
@@ -84,6 +85,7 @@ class Gpu:
         self.mode = Mode()
         self.launches: Counter[str] = Counter()
         self.calls: defaultdict[str, list[int]] = defaultdict(list)
+        self.triton: set[str] = set()
         self.tape: list[Callable[[], None]] | None = None
         self.warns = False
 

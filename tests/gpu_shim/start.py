@@ -40,6 +40,7 @@ def _launch_triton() -> None:
     run = GridExecutor.__call__
 
     def call(executor: Any, *args: Any, **kwargs: Any) -> None:
+        GPU.triton.add(f"{executor.fn.__module__}:{executor.fn.__name__}")
         GPU.call(executor.fn.__name__, run, executor, *args, **kwargs)
 
     GridExecutor.__call__ = call

@@ -41,8 +41,19 @@ STEPS: list[list[dict[str, Any]]] = []
 """The steps since each call of ``next_batch``."""
 
 
+WARMED: set[str] = set()
+"""Triton's kernels that were launched before the first batch."""
+
+
 def next_batch(worker: Any) -> None:
+    if not STEPS:
+        WARMED.update(GPU.triton)
     STEPS.append([])
+
+
+def kernels_after_the_start() -> list[str]:
+    """Starling's kernels that no run before the first batch has launched: each would be compiled in a step."""
+    return sorted(name for name in GPU.triton - WARMED if name.startswith("starling."))
 
 
 def leave_room_for_few_ranges(worker: Any) -> None:

@@ -25,10 +25,12 @@ from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import (
     ADMIN_PREFIX,
+    SEVERAL_KEYS,
     Continuation,
     Metadata,
     add_port,
     authorization,
+    has_several_keys,
     host_of,
     refusal_handler,
 )
@@ -68,6 +70,8 @@ def refusal(metadata: Metadata, key: str | None, own_port: bool) -> Refusal | No
         key: the server's admin key; None where it has none.
         own_port: whether the call came in on the port that serves AdminService alone.
     """
+    if has_several_keys(metadata):
+        return grpc.StatusCode.UNAUTHENTICATED, SEVERAL_KEYS
     if key is None:
         return None if own_port else (grpc.StatusCode.PERMISSION_DENIED, NO_ACCESS)
     return (

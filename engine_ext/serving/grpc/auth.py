@@ -22,6 +22,8 @@ UNGATED_PREFIXES = (HEALTH_PREFIX, ADMIN_PREFIX)
 
 WRONG_REPLICA_KEY = "ReplicaService needs the metadata `authorization: Bearer KEY` with the key of STARLING_REPLICA_KEY"
 
+SEVERAL_KEYS = "the metadata has several `authorization`: send one"
+
 METHOD_HANDLERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
@@ -37,6 +39,11 @@ Metadata = Iterable[tuple[str, str | bytes]] | None
 def authorization(metadata: Metadata) -> str:
     """The value of a call's metadata `authorization`; empty where there is none."""
     return str(next((value for key, value in metadata or () if key == "authorization"), ""))
+
+
+def has_several_keys(metadata: Metadata) -> bool:
+    """Whether a call has more than one metadata `authorization`, of which only the first would be checked."""
+    return sum(key == "authorization" for key, _ in metadata or ()) > 1
 
 
 def host_of(context: grpc.aio.ServicerContext) -> str:
@@ -64,12 +71,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(UNGATED_PREFIXES):
             return handler
-        metadata, text = handler_call_details.invocation_metadata, None
-        if handler_call_details.method.startswith(REPLICA_PREFIX):
-            if not has_valid_key(authorization(metadata), self.replica_digests):
-                text = WRONG_REPLICA_KEY
-        elif not self.is_authorized(metadata):
-            text = "this server needs the metadata `authorization: Bearer <API key>`"
+        text = self.refusal(handler_call_details.method, handler_call_details.invocation_metadata)
         if text is not None:
             return refusal_handler(handler, grpc.StatusCode.UNAUTHENTICATED, text)
         if self.draining:
@@ -80,16 +82,23 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             task.add_done_callback(self.calls.discard)
         return handler
 
-    def is_authorized(self, metadata: Metadata) -> bool:
-        """Whether a call has a valid key, or the server has no keys."""
-        return not self.digests or has_valid_key(authorization(metadata), self.digests)
+    def refusal(self, method: str, metadata: Metadata) -> str | None:
+        """Why a call's metadata does not allow the call; None: it does."""
+        if has_several_keys(metadata):
+            return SEVERAL_KEYS
+        if method.startswith(REPLICA_PREFIX):
+            return None if has_valid_key(authorization(metadata), self.replica_digests) else WRONG_REPLICA_KEY
+        if not self.digests or has_valid_key(authorization(metadata), self.digests):
+            return None
+        return "this server needs the metadata `authorization: Bearer <API key>`"
 
     def client_of(self, context: grpc.aio.ServicerContext) -> str:
-        """A name for the client of an allowed call: its address, and its key where the server checks keys."""
-        if not self.digests:
-            return host_of(context)
-        metadata = dict(context.invocation_metadata() or ())
-        return f"{host_of(context)} {digest(str(metadata.get('authorization'))).hex()}"
+        """A name for the client of an allowed call: its API key's digest; its address where the call has no API key.
+
+        The key alone: with its address, a client would have a share for each of its addresses.
+        """
+        given = authorization(context.invocation_metadata())
+        return digest(bearer_key(given)).hex() if has_valid_key(given, self.digests) else host_of(context)
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new calls and wait for running calls; returns whether all of them ended within ``seconds``."""

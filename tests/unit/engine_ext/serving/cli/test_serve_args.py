@@ -262,7 +262,8 @@ def test_is_loopback(host, loopback):
     ],
 )
 def test_api_key(keys, metadata, admitted):
-    assert auth.AuthInterceptor(keys).is_authorized(metadata) == admitted
+    refusal = auth.AuthInterceptor(keys).refusal("/starling.v1.InferenceService/Generate", metadata)
+    assert (refusal is None) == admitted
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ BEARER = (("authorization", "Bearer right"),)
         ("right", False, (("authorization", "right"),), grpc.StatusCode.UNAUTHENTICATED),
         ("right", False, (("authorization", "Bearer"),), grpc.StatusCode.UNAUTHENTICATED),
         ("schlüssel", False, (("authorization", "Bearer schlüssel"),), None),
+        ("right", False, (*BEARER, ("authorization", "Bearer other")), grpc.StatusCode.UNAUTHENTICATED),
+        (None, True, (*BEARER, *BEARER), grpc.StatusCode.UNAUTHENTICATED),
     ],
 )
 def test_who_may_call(key, own_port, metadata, code):

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from starling.engine_ext.clients import digest
 from starling.engine_ext.serving.grpc.addresses import AdminOptions
 from starling.engine_ext.serving.grpc.arrivals import HEALTH_OF_HOST, Arrivals
 from starling.engine_ext.serving.grpc.auth import host_of
@@ -111,6 +112,38 @@ def test_a_client_that_stalls_leaves_room_for_others():
             return reply.choices[0].text
 
     assert asyncio.run(scenario()) == "a"
+
+
+def test_a_key_names_one_client_however_it_is_sent():
+    async def scenario():
+        async with front_of(FakeEngine("a"), api_keys=["key", "other"]) as client:
+            names = []
+            client_of = client.front.arrivals.arrivals.client_of
+
+            def noted(context):
+                names.append(client_of(context))
+                return names[-1]
+
+            client.front.arrivals.arrivals.client_of = noted
+            for value in ("Bearer key", "bEarer key", "BEARER key", "Bearer other"):
+                await client.stub.Generate(REQUEST, metadata=[("authorization", value)], timeout=300)
+            return names
+
+    assert asyncio.run(scenario()) == [*[digest("key").hex()] * 3, digest("other").hex()]
+
+
+def test_without_keys_an_address_names_a_client():
+    """What a client sends as a key is not checked there, so it may not name the client."""
+
+    async def scenario():
+        async with front_of(FakeEngine("a")) as client:
+            client_of, names = client.front.auth.client_of, set()
+            client.front.arrivals.arrivals.client_of = lambda context: names.add(client_of(context)) or "client"
+            for key in ("one", "two"):
+                await client.stub.Generate(REQUEST, metadata=[("authorization", f"Bearer {key}")], timeout=300)
+            return names
+
+    assert len(asyncio.run(scenario())) == 1
 
 
 def test_the_limits_of_a_connection():

@@ -240,8 +240,9 @@ def test_shutdown_ends_streams_after_the_grace():
         ((), grpc.StatusCode.UNAUTHENTICATED),
         ((("authorization", "Bearer wrong"),), grpc.StatusCode.UNAUTHENTICATED),
         ((("authorization", "Bearer right"),), grpc.StatusCode.OK),
+        ((("authorization", "Bearer right"), ("authorization", "other")), grpc.StatusCode.UNAUTHENTICATED),
     ],
-    ids=["none", "wrong", "right"],
+    ids=["none", "wrong", "right", "two"],
 )
 def test_api_key(metadata, code):
     async def scenario():

@@ -51,9 +51,14 @@ class OptionError(ValueError):
         super().__init__(f"{name}={shown(value)} is refused: {reason}. Allowed: {allowed}.")
 
 
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = 256  # characters
+SHOWN.maxdict = 16
+
+
 def shown(value: object) -> str:
-    """A value in a message: of a list only the start, since a client may send any number of elements."""
-    return reprlib.repr(value) if isinstance(value, (list, tuple)) else repr(value)
+    """A value in a message: of a list only the start, and of a long text the ends, since a client may send any."""
+    return SHOWN.repr(value)
 
 
 def meant(name: str, names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from starling.config.entry import ENTRY, StarlingConfig, config_of
 from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
+from starling.engine_ext.bounds import shortened
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.misplaced import nearly
 from starling.engine_ext.refusals import engine_facts
@@ -142,4 +143,4 @@ def rejection(error: OptionError) -> VLLMValidationError:
     """The error of a request whose option is refused, which is counted."""
     # A label for each unknown key would let clients make up labels.
     front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
-    return VLLMValidationError(str(error), parameter=error.name)
+    return VLLMValidationError(shortened(str(error)), parameter=shortened(error.name))

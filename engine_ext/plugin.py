@@ -21,6 +21,7 @@ from starling.vllm_compat.front import (
     on_abort,
     on_beam_search,
     on_encode,
+    on_error_text,
     on_generate,
     on_openai_request,
     on_processed_request,
@@ -52,6 +53,7 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from starling.engine_ext.activation import after_engine_config
+        from starling.engine_ext.bounds import shortened
         from starling.engine_ext.call import sees_cached, without_cached
         from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
         from starling.engine_ext.front.split_prefill import generate_split
@@ -83,6 +85,7 @@ def _hook_in() -> None:
             on_abort(abort_split)
             on_openai_request(openai_request, check_names)
             on_beam_search(begin_beam_search)
+            on_error_text(shortened)
             on_rendered_chat(wants_segments, add_segments)
 
     def server_args(args: object) -> None:

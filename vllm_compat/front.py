@@ -140,6 +140,25 @@ def on_beam_search(callback: Callable[[], None]) -> None:
         return original(self, *args, **kwargs)
 
 
+@touches("vllm.entrypoints.serve.engine.protocol.ErrorInfo.{message, param}")
+def on_error_text(shorten: Callable[[str], str]) -> None:
+    """Put ``shorten(text)`` for the message, and for the parameter's name, of every error of the HTTP server.
+
+    vLLM's messages quote what a client sent, of any length. Goes when vLLM bounds them.
+    """
+    from vllm.entrypoints.serve.engine.protocol import ErrorInfo
+
+    if "__init__" in vars(ErrorInfo):  # done already: vLLM's class has only pydantic's
+        return
+    original = ErrorInfo.__init__
+
+    def __init__(self: Any, /, **fields: Any) -> None:
+        texts = {name: shorten(fields[name]) for name in ("message", "param") if fields.get(name)}
+        original(self, **fields | texts)
+
+    ErrorInfo.__init__ = __init__  # type: ignore[assignment, method-assign]
+
+
 def on_request_output(plan_of: Callable[[Any], Any]) -> None:
     """Give each RequestOutput the attribute ``star_plan``, which ``plan_of(engine_core_request)`` returned.
 

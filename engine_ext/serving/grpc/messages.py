@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 
 from starling.config.parsing import shown
 from starling.config.star import FIELD_OF, flat_name
+from starling.engine_ext.bounds import shortened
 from starling.engine_ext.serving.errors import grpc_code
 from starling.scheduler.star.rules import SEGMENTS
 from starling.v1 import inference_pb2 as pb
@@ -77,7 +78,7 @@ def field_path(parameter: str | None, text: str, otherwise: str) -> str:
 
 
 def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_pb2.Status:
-    """A status with the exception's message.
+    """A status with the exception's message, shortened.
 
     For INVALID_ARGUMENT, a google.rpc.BadRequest names the field. For RESOURCE_EXHAUSTED, a google.rpc.RetryInfo says
     when to try again.
@@ -90,7 +91,7 @@ def error_status(error: Exception, code: StatusCode, otherwise: str) -> status_p
     text = (
         str(error.args[0]) if isinstance(error, VLLMValidationError) else getattr(error, "CLIENT_MESSAGE", str(error))
     )
-    status = status_pb2.Status(code=code.value[0], message=text or type(error).__name__)
+    status = status_pb2.Status(code=code.value[0], message=shortened(text) or type(error).__name__)
     if status.code == code_pb2.INVALID_ARGUMENT:
         details = error_details_pb2.BadRequest()
         field = field_path(getattr(error, "parameter", None), status.message, otherwise)

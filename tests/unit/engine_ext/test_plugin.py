@@ -54,10 +54,11 @@ def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch)
         plugin, "on_openai_request", lambda check, names: hooks.extend([check.__name__, names.__name__])
     )
     monkeypatch.setattr(plugin, "on_beam_search", lambda callback: hooks.append(callback.__name__))
+    monkeypatch.setattr(plugin, "on_error_text", lambda shorten: hooks.append(shorten.__name__))
     monkeypatch.setattr(plugin, "on_rendered_chat", lambda wanted, add: hooks.append(add.__name__))
     plugin._hook_in()
     callbacks["after"](object.__new__(getattr(arg_utils, kind)), SimpleNamespace(additional_config={}))
-    of_requests = ["openai_request", "check_names", "begin_beam_search", "add_segments"]
+    of_requests = ["openai_request", "check_names", "begin_beam_search", "shortened", "add_segments"]
     of_servers = ["generate_for_client", "with_salt", *of_requests]
     assert hooks == ["resolve", "plan_of_request", *(of_servers if hooked else [])]
 

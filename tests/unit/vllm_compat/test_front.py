@@ -15,7 +15,9 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.scale_out.render.serving import ServingRender
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.entrypoints.speech_to_text.base.serving import SpeechToTextBaseServing
 from vllm.exceptions import RetryableRequestError, VLLMValidationError
@@ -165,6 +167,41 @@ def test_a_beam_search_is_seen_for_each_prompt(monkeypatch):
     search = object.__new__(type("Serving", (BeamSearchOnlineMixin,), {}))
     assert search.beam_search("prompt", request_id="me") == (("prompt",), {"request_id": "me"})
     assert seen == ["prompt"]
+
+
+@pytest.fixture
+def plain_errors(monkeypatch):
+    """vLLM's errors without the hook."""
+    if "__init__" in vars(ErrorInfo):
+        monkeypatch.delattr(ErrorInfo, "__init__")
+
+
+@pytest.fixture
+def short_errors(plain_errors):
+    """vLLM's errors with the hook, which is asked for twice."""
+    for _ in range(2):
+        front.on_error_text(lambda text: f"<{text[:20]}>")
+    yield
+    del ErrorInfo.__init__
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (VLLMValidationError("x" * 99, parameter="y" * 99), (f"<{'x' * 20}>", f"<{'y' * 20}>")),
+        ("x" * 99, (f"<{'x' * 20}>", None)),
+        ("short", ("<short>", None)),
+    ],
+    ids=["exception", "text", "short"],
+)
+def test_the_error_of_a_request_is_shortened(short_errors, error, shown):
+    answer = create_error_response(error).error
+    assert (answer.message, answer.param) == shown
+
+
+def test_an_error_is_as_long_as_its_text_without_the_hook(plain_errors):
+    """Fails when vLLM bounds its errors: then on_error_text can go."""
+    assert create_error_response("x" * 10**5).error.message == "x" * 10**5
 
 
 # Calls to engine cores.

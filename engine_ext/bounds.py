@@ -1,0 +1,47 @@
+"""Bounds of what a client sends and is told, in one place: docs/security.md lists them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.exceptions import VLLMValidationError
+
+MAX_ERROR_BYTES = 1024
+"""Bytes of UTF-8 of an error's message. gRPC sends it three times with 8 KiB of metadata in all."""
+
+CUT = " [... a part of this message is left out ...] "
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The size of one field of a request.
+
+    Attributes:
+        field: its name in starling.v1.
+        limit: the largest size.
+        unit: of the limit.
+    """
+
+    field: str
+    limit: int
+    unit: str
+
+    def check(self, size: int) -> None:
+        """Check the field's size (raises VLLMValidationError: it is above the limit)."""
+        if size > self.limit:
+            reason = f"it has {size} {self.unit}, and may have {self.limit} at most"
+            raise VLLMValidationError(f"{self.field} is refused: {reason}.", parameter=self.field)
+
+
+REQUEST_ID = Bound("request_id", 256, "characters")
+LORA_NAME = Bound("lora_name", 256, "characters")
+BOUNDS = (REQUEST_ID, LORA_NAME)
+
+
+def shortened(text: str) -> str:
+    """A message for a client: the text, or, of one above MAX_ERROR_BYTES, its start and its end."""
+    if len(text) <= MAX_ERROR_BYTES and len(text.encode(errors="surrogatepass")) <= MAX_ERROR_BYTES:
+        return text
+    half = (MAX_ERROR_BYTES - len(CUT)) // 2
+    start = text[:half].encode(errors="replace")[:half].decode(errors="ignore")
+    return start + CUT + text[-half:].encode(errors="replace")[-half:].decode(errors="ignore")

@@ -1,0 +1,104 @@
+"""Bounds of what a client sends and is told."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_status import rpc_status
+
+from starling.config.parsing import OptionError, shown
+from starling.config.star import parse_options
+from starling.engine_ext import bounds
+from starling.engine_ext.planning import rejection
+from starling.engine_ext.serving.errors import grpc_code
+from starling.engine_ext.serving.grpc.messages import error_status
+from starling.v1 import inference_pb2 as pb
+from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
+
+DOCS = Path(__file__).parents[3] / "docs" / "security.md"
+HUGE = 4 * 2**20
+
+
+def test_the_documentation_lists_the_bounds():
+    rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    for bound in bounds.BOUNDS:
+        assert f"| `{bound.field}` | {bound.limit} {bound.unit} |" in rows
+    assert f"at most {bounds.MAX_ERROR_BYTES // 1024} KiB" in DOCS.read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x" * bounds.MAX_ERROR_BYTES, "ü" * (bounds.MAX_ERROR_BYTES // 2), "\ud800"],
+    ids=["empty", "ASCII", "two bytes", "half a pair"],
+)
+def test_a_short_message_is_whole(text):
+    assert bounds.shortened(text) == text
+
+
+@pytest.mark.parametrize("filler", ["x", "ü", "😀", "\x01", "\ud800"], ids=ascii)
+def test_of_a_long_message_the_ends_are_left(filler):
+    message = bounds.shortened(f"start{filler * HUGE}end")
+    assert message.startswith("start") and message.endswith("end") and bounds.CUT in message
+    assert len(message.encode()) <= bounds.MAX_ERROR_BYTES
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"star": "\x01" * HUGE},
+        {"star": ["\x01" * HUGE]},
+        {"star_segments": "\x01" * HUGE},
+        {"star_" + "\x01" * HUGE: 1},
+        {"star_block_size": {"\x01" * HUGE: "\x01" * HUGE}},
+    ],
+    ids=["text", "list", "segments", "name", "object"],
+)
+def test_a_refused_option_is_quoted_in_part(options):
+    with pytest.raises(OptionError) as refused:
+        parse_options(options)
+    error = rejection(refused.value)
+    assert len(str(error.args[0]).encode()) <= bounds.MAX_ERROR_BYTES
+    assert len(error.parameter.encode()) <= bounds.MAX_ERROR_BYTES
+    assert len(error_status(error, grpc_code(error), "text").SerializeToString()) < 2.5 * bounds.MAX_ERROR_BYTES
+
+
+@pytest.mark.parametrize("value", ["on", "x" * 200, 3, {"a": {"b": 1}}, True, None, 0.5], ids=str)
+def test_a_short_value_is_shown_whole(value):
+    assert shown(value) == repr(value)
+
+
+async def refusal_of(request: pb.GenerateStreamRequest) -> tuple[grpc.aio.AioRpcError, FakeEngine]:
+    engine = FakeEngine("a")
+    async with front_of(engine) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await client.generate(request).read()
+        return refused.value, engine
+
+
+@pytest.mark.parametrize("bound", [bounds.REQUEST_ID, bounds.LORA_NAME], ids=lambda bound: bound.field)
+def test_a_name_above_its_bound_is_refused(bound):
+    request = pb.GenerateStreamRequest(text="abc", **{bound.field: "x" * (bound.limit + 1)})
+    refused, engine = asyncio.run(refusal_of(request))
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert bound.field in refused.details() and str(bound.limit) in refused.details()
+    assert engine.rendered == []
+
+
+def test_an_error_of_any_length_reaches_the_client():
+    """gRPC would put RESOURCE_EXHAUSTED in place of a status above its limit."""
+
+    async def scenario():
+        async with front_of(FakeEngine("a", ValueError("ü" * HUGE))) as client:
+            call = client.generate(pb.GenerateStreamRequest(text="abc"))
+            await call.read()
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await call.read()
+            return failed.value
+
+    failed = asyncio.run(scenario())
+    assert failed.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert bounds.CUT in failed.details()
+    assert rpc_status.from_call(failed).details

@@ -56,6 +56,7 @@ def _hook_in() -> None:
         from starling.engine_ext.bounds import shortened
         from starling.engine_ext.call import sees_cached, without_cached
         from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
+        from starling.engine_ext.constraints import are_at_odds, with_reason
         from starling.engine_ext.front.split_prefill import generate_split
         from starling.engine_ext.front.state import abort_split, state_of
         from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request, plan_of_request
@@ -67,8 +68,11 @@ def _hook_in() -> None:
         def with_salt(input_processor: Any, prompt: Any) -> Any:
             return state_of(input_processor).planner.with_salt(prompt)
 
-        def generate_for_client(*request: Any) -> AsyncGenerator[Any, None]:
-            generated = generate_split(*request)
+        def generate_for_client(
+            engine: Any, generate: Any, prompt: Any, params: Any, *request: Any
+        ) -> AsyncGenerator[Any, None]:
+            generated = generate_split(engine, generate, prompt, params, *request)
+            generated = with_reason(generated) if are_at_odds(params) else generated
             return generated if sees_cached() else without_cached(generated)
 
         def openai_request(http_request: Any) -> None:

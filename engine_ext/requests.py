@@ -13,6 +13,7 @@ from starling.config.parsing import OptionError
 from starling.config.star import flat_name, is_star_key, parse_options
 from starling.engine_ext.cache_salt import salted
 from starling.engine_ext.call import current_call
+from starling.engine_ext.constraints import check_transfer_params
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.misplaced import refuse_at_top_level
 from starling.engine_ext.planning import PromptPlanner, rejection
@@ -45,10 +46,12 @@ class RequestPlanner(PromptPlanner):
             are not known yet.
 
         Raises:
-            VLLMValidationError: the request's options can't be used, or it lacks the salt that the server requires.
+            VLLMValidationError: the request's options or transfer parameters can't be used, or it lacks the salt that
+                the server requires.
         """
         extra_args = getattr(params, "extra_args", None)
         given_metadata(extra_args)
+        check_transfer_params(extra_args)
         with_salt = self.with_salt(engine_input)
         if request_id is not None:  # else the same input comes again, with an id
             engine_input = with_salt

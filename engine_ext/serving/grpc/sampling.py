@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from starling.config.star import is_star_key
+from starling.engine_ext.constraints import TRANSFER_KEYS
 from starling.engine_ext.misplaced import nearly
 from starling.engine_ext.serving.grpc.messages import given
 from starling.v1 import inference_pb2 as pb
@@ -16,9 +17,6 @@ from starling.v1 import inference_pb2 as pb
 MAX_BIAS = 100.0
 MAX_NESTING = 64  # levels of extra_args: far below the limit of the transport to the engine
 MAX_SEED = 2**63 - 1
-TRANSFER_KEYS = ("kv_transfer_params", "ec_transfer_params")
-"""vLLM itself reads these keys, and fails where the value is no object. gRPC responses have no such parameters."""
-
 TEXT_FIELDS = ("stop", "bad_words", "skip_special_tokens", "structured_outputs")
 """Fields that need the server's tokenizer."""
 
@@ -104,7 +102,7 @@ def parse_extra_args(text: str) -> dict[str, Any]:
     for key in values:
         if is_star_key(key) or nearly(key) is not None:
             raise refused(f"{key!r} is an option of Star Attention, which has the request's field `star`")
-        if key in TRANSFER_KEYS:
+        if key in TRANSFER_KEYS:  # which gRPC's responses lack
             raise refused(f"{key!r} belongs to disaggregated serving, which is not served over gRPC")
     return values
 

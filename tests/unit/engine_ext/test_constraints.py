@@ -1,0 +1,81 @@
+"""Parameters that vLLM accepts and then fails with."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from vllm.engine import arg_utils
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+from starling.engine_ext import plugin
+from starling.engine_ext.constraints import TRANSFER_KEYS
+from tests.unit.engine_ext.serving.grpc.fakes import output, result
+from tests.unit.engine_ext.test_requests import ON, planner
+
+CHOICE = {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])}
+ALLOWED = {"allowed_token_ids": [1]}
+
+
+@pytest.mark.parametrize("key", TRANSFER_KEYS)
+@pytest.mark.parametrize("value", ["x", 7, ["x"], 0.5, True, ""], ids=repr)
+@pytest.mark.parametrize("config", [ON, {}], ids=["activated", "not activated"])
+def test_transfer_parameters_that_are_no_object_are_the_clients_error(config, key, value):
+    params = SamplingParams(extra_args={key: value})
+    with pytest.raises(VLLMValidationError) as refused:
+        planner(config).prepare({"type": "token", "prompt_token_ids": [1, 2]}, params, "id")
+    assert create_error_response(refused.value).error.code == 400
+    assert refused.value.parameter == key
+
+
+@pytest.mark.parametrize("value", [None, {}, {"do_remote_decode": False}], ids=repr)
+def test_other_transfer_parameters_are_vllms(value):
+    params = SamplingParams(extra_args={"kv_transfer_params": value})
+    planner(ON).prepare({"type": "token", "prompt_token_ids": [1, 2]}, params, "id")
+    assert params.extra_args == {"kv_transfer_params": value}
+
+
+@pytest.fixture
+def generate_for_client(monkeypatch):
+    """What the plugin puts around the engine's outputs."""
+    hooks = {}
+    monkeypatch.setattr(plugin, "on_engine_config", lambda before, after: hooks.update(after=after))
+    monkeypatch.setattr(plugin, "on_generate", lambda prepare, around: hooks.update(around=around))
+    for name in vars(plugin):
+        if name.startswith("on_") and name not in ("on_engine_config", "on_generate"):
+            monkeypatch.setattr(plugin, name, lambda *_: None)
+    plugin._hook_in()
+    hooks["after"](object.__new__(arg_utils.AsyncEngineArgs), SimpleNamespace(additional_config={}))
+    return hooks["around"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [(CHOICE | ALLOWED, True), (CHOICE, False), (ALLOWED, False), ({}, False)],
+    ids=["both", "structured outputs", "allowed tokens", "none"],
+)
+def test_an_output_without_a_token_that_both_parameters_allow(generate_for_client, fields, refused):
+    """The engine ends it with an error, for which vLLM's server answers 500."""
+    closed = []
+
+    async def generate(prompt, params, request_id):
+        try:
+            yield result(output("a"))
+            yield result(output("", finish_reason="error"))
+        finally:
+            closed.append(request_id)
+
+    async def scenario():
+        outputs = generate_for_client(None, generate, "prompt", SamplingParams(**fields), "id", {})
+        return [one.outputs[0].finish_reason async for one in outputs]
+
+    if refused:
+        with pytest.raises(VLLMValidationError, match="allowed_token_ids and structured_outputs") as error:
+            asyncio.run(scenario())
+        assert create_error_response(error.value).error.code == 400
+    else:
+        assert asyncio.run(scenario()) == [None, "error"]
+    assert closed == ["id"]

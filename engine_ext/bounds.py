@@ -9,6 +9,13 @@ from vllm.exceptions import VLLMValidationError
 MAX_ERROR_BYTES = 1024
 """Bytes of UTF-8 of an error's message. gRPC sends it three times with 8 KiB of metadata in all."""
 
+MAX_CHOICES = 128
+"""Of one request (`n`), and beams of a beam search, where MAX_CHOICES_ENV says nothing else. vLLM's default is 16,384,
+whose end takes the front over a minute."""
+
+MAX_CHOICES_ENV = "VLLM_MAX_N_SEQUENCES"
+"""vLLM's environment variable: its SamplingParams refuse more choices, and name the variable."""
+
 CUT = " [... a part of this message is left out ...] "
 
 

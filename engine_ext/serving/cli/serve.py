@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import psutil
@@ -24,6 +24,7 @@ from vllm.utils.system_utils import decorate_logs
 from starling.config.entry import StarlingConfig, config_of
 from starling.config.parsing import OptionError
 from starling.config.replicas import KEY_ENV, join_address
+from starling.engine_ext.bounds import MAX_CHOICES, MAX_CHOICES_ENV
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
@@ -51,8 +52,7 @@ def run(argv: Sequence[str]) -> int:
 
     0 after a signal, 1 where the engine died, 2 for unusable arguments, 130 for a signal at the start.
     """
-    # By default vLLM reports usage to its project's server. A Starling server does so only where the user wants it.
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    set_defaults(os.environ)
     set_up_environment()
     on_server_socket(end_lost_connections)
     try:
@@ -84,6 +84,13 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
     return 0
+
+
+def set_defaults(environ: MutableMapping[str, str]) -> None:
+    """Set the environment variables of vLLM whose default is another one here, unless the user has set them."""
+    # By default vLLM reports usage to its project's server. A Starling server does so only where the user wants it.
+    environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environ.setdefault(MAX_CHOICES_ENV, str(MAX_CHOICES))
 
 
 def is_only_front(args: Namespace) -> bool:

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from vllm import envs
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
 
 from starling.config.parsing import OptionError, shown
 from starling.config.star import parse_options
 from starling.engine_ext import bounds
 from starling.engine_ext.planning import rejection
+from starling.engine_ext.serving.cli import serve
 from starling.engine_ext.serving.errors import grpc_code
 from starling.engine_ext.serving.grpc.messages import error_status
 from starling.v1 import inference_pb2 as pb
@@ -85,6 +90,46 @@ def test_a_name_above_its_bound_is_refused(bound):
     assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert bound.field in refused.details() and str(bound.limit) in refused.details()
     assert engine.rendered == []
+
+
+@pytest.mark.parametrize(("chosen", "limit"), [(None, bounds.MAX_CHOICES), ("500", 500)], ids=["default", "chosen"])
+def test_a_server_has_a_bound_of_choices(monkeypatch, chosen, limit):
+    """`starling serve` sets its default at once; vLLM refuses more, over HTTP and gRPC."""
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    monkeypatch.setenv(bounds.MAX_CHOICES_ENV, chosen or "")
+    if chosen is None:
+        monkeypatch.delenv(bounds.MAX_CHOICES_ENV)
+
+    def stop(argv):
+        raise ValueError("stop")
+
+    for name in ("set_up_environment", "on_server_socket"):
+        monkeypatch.setattr(serve, name, lambda *_: None)
+    monkeypatch.setattr(serve, "parse", stop)
+    assert serve.run([]) == serve.UNUSABLE
+
+    async def scenario():
+        engine = FakeEngine("a")
+        async with front_of(engine) as client:
+            number = (await client.stub.GetCapabilities(pb.GetCapabilitiesRequest())).max_n
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await client.generate(pb.GenerateStreamRequest(text="abc", sampling={"n": limit + 1})).read()
+            return number, refused.value, engine.calls
+
+    number, refused, calls = asyncio.run(scenario())
+    violation = error_details_pb2.BadRequest()
+    assert rpc_status.from_call(refused).details[0].Unpack(violation)
+    assert (number, calls, violation.field_violations[0].field) == (limit, [], "sampling.n")
+    assert str(limit) in refused.details() and bounds.MAX_CHOICES_ENV in refused.details()
+    assert CompletionRequest(prompt="abc", n=limit, temperature=1).to_sampling_params(9).n == limit
+    with pytest.raises(VLLMValidationError):
+        CompletionRequest(prompt="abc", n=limit + 1, temperature=1).to_sampling_params(9)
+
+
+def test_the_documentation_has_the_bound_of_choices():
+    text = DOCS.read_text()
+    assert f"{bounds.MAX_CHOICES} choices, or what `{bounds.MAX_CHOICES_ENV}` says" in text
 
 
 def test_an_error_of_any_length_reaches_the_client():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
@@ -42,7 +43,29 @@ class Bound:
 
 REQUEST_ID = Bound("request_id", 256, "characters")
 LORA_NAME = Bound("lora_name", 256, "characters")
-BOUNDS = (REQUEST_ID, LORA_NAME)
+SAMPLING = Bound("sampling", 256 * 2**10, "bytes")
+EXTRA_ARGS = Bound("extra_args", 64 * 2**10, "characters")
+LOGIT_BIAS = Bound("logit_bias", 16384, "tokens")
+BOUNDS = (REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS, LOGIT_BIAS)
+"""Of a gRPC request. So is the number of `segment_offsets`, whose bound is the model's context."""
+
+
+def check_request(request: Any, max_model_len: int) -> None:
+    """Check the fields of a gRPC request before one of them is parsed, which holds up the event loop.
+
+    Args:
+        request: a GenerateStreamRequest, or a message with its fields.
+        max_model_len: of the model.
+
+    Raises:
+        VLLMValidationError: a field is above its bound.
+    """
+    REQUEST_ID.check(len(request.request_id))
+    LORA_NAME.check(len(request.lora_name))
+    EXTRA_ARGS.check(len(request.sampling.extra_args))
+    LOGIT_BIAS.check(len(request.sampling.logit_bias))
+    SAMPLING.check(request.sampling.ByteSize())
+    Bound("segment_offsets", max_model_len, "offsets").check(len(request.star.segment_offsets))
 
 
 def shortened(text: str) -> str:

@@ -18,7 +18,7 @@ from vllm.renderers import ChatParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.bounds import LORA_NAME, REQUEST_ID
+from starling.engine_ext.bounds import check_request
 from starling.engine_ext.call import note_star
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
@@ -127,8 +127,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         """
         call = Call(prompt_field(request), on_prepared)
         try:
-            REQUEST_ID.check(len(request.request_id))
-            LORA_NAME.check(len(request.lora_name))
+            check_request(request, self.limit.tokens)
             with self._unique_id(request.request_id) as request_id:
                 stream = self._generate(request, request_id, call)
                 if progress:

@@ -67,7 +67,8 @@ def field_path(parameter: str | None, text: str, otherwise: str) -> str:
         otherwise: the field for errors that name no known parameter: the prompt, mostly.
     """
     name = parameter or text.split(maxsplit=1)[0]
-    if name == SEGMENTS and text.startswith((f"{SEGMENTS}=(", f"{SEGMENTS}=[", "segment_offsets=")):
+    offsets = (f"{SEGMENTS}=(", f"{SEGMENTS}=[", "segment_offsets=")
+    if name == "segment_offsets" or (name == SEGMENTS and text.startswith(offsets)):
         return "star.segment_offsets"
     if name in FIELD_OF:
         return f"star.{FIELD_OF[name]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,7 @@ from starling.engine_ext import bounds
 from starling.engine_ext.planning import rejection
 from starling.engine_ext.serving.cli import serve
 from starling.engine_ext.serving.errors import grpc_code
+from starling.engine_ext.serving.grpc import inference
 from starling.engine_ext.serving.grpc.messages import error_status
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
@@ -30,7 +32,7 @@ HUGE = 4 * 2**20
 def test_the_documentation_lists_the_bounds():
     rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
     for bound in bounds.BOUNDS:
-        assert f"| `{bound.field}` | {bound.limit} {bound.unit} |" in rows
+        assert any(row.startswith(f"| `{bound.field}` | {bound.limit} {bound.unit}") for row in rows), bound
     assert f"at most {bounds.MAX_ERROR_BYTES // 1024} KiB" in DOCS.read_text()
 
 
@@ -83,13 +85,93 @@ async def refusal_of(request: pb.GenerateStreamRequest) -> tuple[grpc.aio.AioRpc
         return refused.value, engine
 
 
-@pytest.mark.parametrize("bound", [bounds.REQUEST_ID, bounds.LORA_NAME], ids=lambda bound: bound.field)
-def test_a_name_above_its_bound_is_refused(bound):
-    request = pb.GenerateStreamRequest(text="abc", **{bound.field: "x" * (bound.limit + 1)})
+def sampling(**fields) -> pb.GenerateStreamRequest:
+    return pb.GenerateStreamRequest(text="abc", sampling=fields)
+
+
+def extra_args(size: int) -> str:
+    return '{"a": "' + "x" * (size - len('{"a": ""}')) + '"}'
+
+
+CONTEXT = 1000  # of the fake engine's model
+WORST = {
+    "request_id": (pb.GenerateStreamRequest(text="abc", request_id="x" * 7 * 2**20), "request_id", 256),
+    "lora_name": (pb.GenerateStreamRequest(text="abc", lora_name="x" * 7 * 2**20), "lora_name", 256),
+    "one character": (pb.GenerateStreamRequest(text="abc", lora_name="x" * 257), "lora_name", 256),
+    "extra_args": (sampling(extra_args=extra_args(7 * 2**20)), "sampling.extra_args", 65536),
+    "extra_args, deep": (sampling(extra_args="[" * 7 * 2**20), "sampling.extra_args", 65536),
+    "extra_args, one character": (sampling(extra_args=extra_args(65537)), "sampling.extra_args", 65536),
+    "logit_bias": (sampling(logit_bias=dict.fromkeys(range(500_000), 1.0)), "sampling.logit_bias", 16384),
+    "logit_bias, one token": (sampling(logit_bias=dict.fromkeys(range(16385), 1.0)), "sampling.logit_bias", 16384),
+    "stop_token_ids": (sampling(stop_token_ids=[0] * 7 * 2**20), "sampling", 262144),
+    "stop": (sampling(stop=["x"] * 2_000_000), "sampling", 262144),
+    "bad_words": (sampling(bad_words=["x" * 7 * 2**20]), "sampling", 262144),
+    "regex": (sampling(structured_outputs={"regex": "x" * 7 * 2**20}), "sampling", 262144),
+    "offsets": (
+        pb.GenerateStreamRequest(text="abc", star={"segment_offsets": range(2_500_000)}),
+        "star.segment_offsets",
+        CONTEXT,
+    ),
+    "offsets, one": (
+        pb.GenerateStreamRequest(text="abc", star={"segment_offsets": range(CONTEXT + 1)}),
+        "star.segment_offsets",
+        CONTEXT,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WORST)
+def test_a_field_above_its_bound_is_refused_before_it_is_parsed(case, monkeypatch):
+    request, field, limit = WORST[case]
+    parsed = []
+    for name in ("star_args", "render", "sampling_params"):
+        monkeypatch.setattr(inference, name, lambda *arguments, name=name: parsed.append(name))
     refused, engine = asyncio.run(refusal_of(request))
+    violation = error_details_pb2.BadRequest()
     assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert bound.field in refused.details() and str(bound.limit) in refused.details()
-    assert engine.rendered == []
+    assert rpc_status.from_call(refused).details[0].Unpack(violation)
+    assert violation.field_violations[0].field == field
+    assert str(limit) in refused.details()
+    assert (parsed, engine.admitted) == ([], [])
+
+
+@pytest.mark.parametrize("case", WORST)
+def test_the_check_of_a_request_takes_few_operations_however_large_it_is(case):
+    """It counts calls, and allows only those that make no object of each element."""
+    request, calls = WORST[case][0], []
+
+    def note(frame, event, function):
+        if event == "c_call":
+            calls.append(function.__name__)
+
+    sys.setprofile(note)
+    try:
+        with pytest.raises(VLLMValidationError):
+            bounds.check_request(request, CONTEXT)
+    finally:
+        sys.setprofile(None)
+    assert calls.count("len") + calls.count("ByteSize") >= 1
+    assert len(calls) < 50 and not {"loads", "dumps", "ListFields", "items", "keys", "values"} & set(calls)
+
+
+def test_a_request_at_its_bounds_is_served():
+    async def scenario():
+        async with front_of(FakeEngine("a")) as client:
+            fields = {
+                "extra_args": extra_args(bounds.EXTRA_ARGS.limit),
+                "logit_bias": dict.fromkeys(range(100), 1.0),
+            }
+            names = {"request_id": "x" * bounds.REQUEST_ID.limit}
+            request = pb.GenerateRequest(text="abc", sampling=fields, **names)
+            return (await client.stub.Generate(request, timeout=300)).choices[0].text
+
+    assert asyncio.run(scenario()) == "a"
+    biases = dict.fromkeys(range(bounds.LOGIT_BIAS.limit), -100.0)
+    offsets = {"segment_offsets": range(CONTEXT)}
+    request = pb.GenerateStreamRequest(
+        text="abc", lora_name="x" * bounds.LORA_NAME.limit, sampling={"logit_bias": biases}, star=offsets
+    )
+    bounds.check_request(request, CONTEXT)
 
 
 @pytest.mark.parametrize(("chosen", "limit"), [(None, bounds.MAX_CHOICES), ("500", 500)], ids=["default", "chosen"])

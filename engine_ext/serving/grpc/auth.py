@@ -93,12 +93,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         return "this server needs the metadata `authorization: Bearer <API key>`"
 
     def client_of(self, context: grpc.aio.ServicerContext) -> str:
-        """A name for the client of an allowed call: its API key's digest; its address where the call has no API key.
+        """A name for the client of an allowed call: its address, and the digest of its API key where it has one.
 
-        The key alone: with its address, a client would have a share for each of its addresses.
+        Not the key alone: clients of a server with one key would take one another's share.
         """
-        given = authorization(context.invocation_metadata())
-        return digest(bearer_key(given)).hex() if has_valid_key(given, self.digests) else host_of(context)
+        given, host = authorization(context.invocation_metadata()), host_of(context)
+        return f"{host} {digest(bearer_key(given)).hex()}" if has_valid_key(given, self.digests) else host
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new calls and wait for running calls; returns whether all of them ended within ``seconds``."""

@@ -19,8 +19,7 @@ from starling.attention_backends.star.rows import VirtualRows
 from starling.scheduler.star.plan import StarPlan
 
 MAX_RANGES = 2**18
-"""Ranges of a step in a full graph: 5 MB of a GPU's memory. A step of more runs in no full graph."""
-
+"""Ranges of a step in a full graph: 4 MB of a GPU's memory. A step of more runs in no full graph."""
 
 OWN_RANGES = 3
 """Ranges of a row at most beside those of its documents: the pieces that ``StarPlan.split`` leaves of its own keys."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from starling.attention_backends.kernels import devices
-from starling.attention_backends.kernels.contract import Operands, Sizes
+from starling.attention_backends.kernels.contract import Operands
 from starling.attention_backends.kernels.cpu import attention as cpu
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
@@ -36,14 +36,7 @@ def attend_in_ranges(
     out: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Attention of single tokens over ranges of keys, on a GPU; arguments as of kernels/triton/ranges.py."""
+    """Attention of tokens over ranges of keys, on a GPU; arguments as of kernels/triton/ranges.py."""
     from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
     attend_ranges(query, caches, table, rotation, out, **options)
-
-
-def tile_queries_of(sizes: Sizes, element_bytes: int) -> int:
-    """Tokens of a tile of queries of ``attend_in_ranges``, for rows of many tokens; arguments as there."""
-    from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries
-
-    return prefill_tile_queries(sizes, element_bytes)

@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 TILE_KEYS = 64
 """Keys of a tile of work. Programs have equal numbers of tiles, whatever the ranges' lengths."""
 
-NUM_COUNTS, PLACE_FIELDS, RANGE_FIELDS = 4, 5, 4
+NUM_COUNTS, PLACE_FIELDS, RANGE_FIELDS = 2, 5, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class TokenRanges:
 
         A place is a tile of queries: its batch row, the tokens of the row from its first one on, the tiles of work
         before it, and its ranges, from one number to another. Behind the last place are the tiles of all. A range is
-        first, stop, turn, and the tiles before it in its row. Counts are the places, the tiles of all, 0 and 0.
+        first, stop, turn, and the tiles before it in its row. Counts are the places, and the tiles of all.
 
         Args:
             tile_queries: tokens of a place at most.
@@ -72,7 +72,7 @@ class TokenRanges:
         places[: len(row)] = np.stack(fields, axis=1)
         places[len(row) :, 2] = work[-1] if len(work) else 0
         ranges = np.stack([self.first, self.stop, self.turn, ends - tiles - row_start[self.row]], axis=1)
-        header = np.asarray([len(row), places[-1, 2], 0, 0])
+        header = np.asarray([len(row), places[-1, 2]])
         return np.concatenate([header, places.ravel(), ranges.ravel()]).astype(np.int32)
 
 

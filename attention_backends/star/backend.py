@@ -25,7 +25,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS, Sizes
-from starling.attention_backends.kernels.dispatch import tile_queries_of
 from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.graph_ranges import GraphRanges
 from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
@@ -104,12 +103,14 @@ def _config_for_virtual_rows(vllm_config: Any, page_size: int, sizes_by_pages: b
     return config
 
 
-def prefill_tile_queries(vllm_config: Any, spec: Any) -> int:
+def tile_queries_of(vllm_config: Any, spec: Any) -> int:
     """Tokens of a tile of queries of the kernel for rows of many tokens behind documents."""
+    from starling.attention_backends.kernels.triton.ranges import prefill_tile_queries  # imports Triton
+
     model = vllm_config.model_config
     heads = model.get_num_attention_heads(vllm_config.parallel_config)
     sizes = Sizes(1, 1, heads, spec.num_kv_heads, spec.head_size, spec.head_size, spec.block_size)
-    return tile_queries_of(sizes, model.dtype.itemsize)
+    return prefill_tile_queries(sizes, model.dtype.itemsize)
 
 
 @extends(AttentionMetadataBuilder)
@@ -134,7 +135,7 @@ class StarBuilder:
         self.graph_ranges: GraphRanges | None = None
         self.tile_queries = 1
         if self.takes_star and block_positions_in_use() and devices.uses_triton(device):
-            self.tile_queries = prefill_tile_queries(vllm_config, kv_cache_spec)
+            self.tile_queries = tile_queries_of(vllm_config, kv_cache_spec)
             self.supports_update_block_table = False  # a captured layer has the table of its own group
         self.head_builders: HeadBuilders | None = None
         if self.takes_star and (device.type == "cpu" or dense_heads_in_use()):

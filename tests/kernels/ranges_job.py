@@ -203,6 +203,7 @@ def compile_kernels() -> None:
 
     from starling.attention_backends.kernels.contract import Sizes
     from starling.attention_backends.kernels.triton import ranges
+    from starling.attention_backends.kernels.triton.decode import LANES
     from starling.attention_backends.kernels.triton.launch import head_block, make_tile
     from tests.kernels.machine_code import CAPABILITIES, check_resources
 
@@ -212,9 +213,7 @@ def compile_kernels() -> None:
             element_bytes = 4 if dtype == "fp32" else 2
             sizes = Sizes(1, 1, group, 1, size, size, 16)
             for queries in (1, ranges.prefill_tile_queries(sizes, element_bytes)):
-                tile = make_tile(
-                    sizes, element_bytes, max(ranges.DECODE_LANES, triton.next_power_of_2(queries * group))
-                )
+                tile = make_tile(sizes, element_bytes, max(LANES, triton.next_power_of_2(queries * group)))
                 block = head_block(size)
                 shape = {
                     **{"GROUP": group, "QUERIES": queries, "HEAD_SIZE_V": size, "BLOCK_M": tile.lanes},
@@ -251,7 +250,8 @@ class Allocations(TorchDispatchMode):
 
 def count_kernels_of_steps() -> None:
     """One kernel of each kind takes all steps, and a layer launches each once, and nothing else."""
-    from starling.attention_backends.kernels.triton.ranges import DECODE_LANES, attend_ranges, partial_bytes
+    from starling.attention_backends.kernels.triton.decode import LANES
+    from starling.attention_backends.kernels.triton.ranges import attend_ranges, partial_bytes
     from tests.kernels.compiles import count_compiles, count_launches
 
     compiled = count_compiles()
@@ -262,7 +262,7 @@ def count_kernels_of_steps() -> None:
         programs = 5 if count % 2 else 16
         with count_launches() as launched, Allocations() as allocated:
             attend_ranges(*operands, scale=SCALE, programs=programs)
-        assert allocated.num_bytes == partial_bytes(programs, step.case.kv_heads, DECODE_LANES, step.case.value_size)
+        assert allocated.num_bytes == partial_bytes(programs, step.case.kv_heads, LANES, step.case.value_size)
         assert launched == {"attend_ranges_kernel": 1, "merge_ranges_kernel": 1}, launched
     assert compiled == launched, compiled
 

@@ -43,9 +43,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def rows_that_fill(device: torch.device, heads: int) -> int:
-    """The number of rows whose programs, one for each of the KV heads, fill the card."""
-    return -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // heads)
+def rows_that_fill(multiprocessors: int, heads: int) -> int:
+    """The number of rows whose programs, one for each of the KV heads, fill a card of so many multiprocessors."""
+    return -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // heads)
 
 
 @triton.jit(do_not_specialize=("splits",))

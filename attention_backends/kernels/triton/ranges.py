@@ -16,12 +16,12 @@ import triton.language as tl
 from starling.attention_backends.kernels.contract import Sizes
 from starling.attention_backends.kernels.ranges import PLACE_FIELDS, RANGE_FIELDS, TILE_KEYS, RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.kernels.triton import decode
 from starling.attention_backends.kernels.triton.attend import LN2, LOG2E, attend
-from starling.attention_backends.kernels.triton.decode import rows_that_fill
 from starling.attention_backends.kernels.triton.launch import check_dtypes, head_block, make_tile
 
-DECODE_LANES, PREFILL_LANES = 16, 64
-"""Lanes of a tile of one query, and of one of many. With 128 lanes, programs spill registers."""
+PREFILL_LANES = 64
+"""Lanes of a tile of many queries. With 128 lanes, programs spill registers."""
 
 MIN_TILES = 4
 """Tiles of a program at least; with fewer, partial results take more of the memory's time than keys."""
@@ -352,12 +352,12 @@ def attend_ranges(
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     check_dtypes(query.dtype, keys.dtype, capability)
     sizes = Sizes(table.max_places, tokens, heads, kv_heads, size, value_size, page_size)
-    lanes = triton.next_power_of_2(max(DECODE_LANES, table.tile_queries * sizes.group))
+    lanes = triton.next_power_of_2(max(decode.LANES, table.tile_queries * sizes.group))
     tile = make_tile(sizes, query.element_size(), lanes)
     places = min(table.max_places, tokens)
     if not places:
         return
-    programs = programs or rows_that_fill(query.device, kv_heads)
+    programs = programs or decode.rows_that_fill(decode.multiprocessors(query.device), kv_heads)
     parts = query.new_empty(2 * programs, kv_heads, tile.lanes, value_size, dtype=torch.float32)
     part_lses = parts.new_empty(2 * programs, kv_heads, tile.lanes)
     places_at, ranges_at = table.offsets

@@ -28,33 +28,32 @@ def unprofiled_memory(config: Any) -> dict[str, Any]:
     found = {}
     if backend in (None, "FLASHINFER"):
         found["the page lists of star rows, with FlashInfer"] = page_list_bytes(config)
-    tokens, heads, size, itemsize = query_sizes(config)
     if is_made_for_documents(config):
         found["partial results of tokens behind documents, while a layer attends"] = partial_results(config)
         found["the table of decode steps in full CUDA graphs"] = graph_table_bytes(config)
     elif has_dense_heads(config) and (backend is None or backend in CONTIGUOUS_OUTPUT):
-        found["a copy of a layer's attention, where heads see different keys"] = tokens * heads * size * itemsize
+        found["a copy of a layer's attention, where heads see different keys"] = output_bytes(config)
     why = [f"{num_bytes:,}: {what}" for what, num_bytes in found.items()] or ["star rows take no more than dense rows"]
     if is_made_for_documents(config):
         why.append(MADE_WITH_THE_WEIGHTS)
     return {"bytes": sum(found.values()), "why": "; ".join(why)}
 
 
-def query_sizes(config: Any) -> tuple[int, int, int, int]:
-    """Tokens of a step at most, query heads of a rank, elements of a head, bytes of an element."""
+def output_bytes(config: Any) -> int:
+    """What the attention of a layer writes on a rank, in a step of the most tokens."""
     model = config.model_config
     heads = model.get_num_attention_heads(config.parallel_config)
-    return config.scheduler_config.max_num_batched_tokens, heads, model.get_head_size(), model.dtype.itemsize
+    return config.scheduler_config.max_num_batched_tokens * heads * model.get_head_size() * model.dtype.itemsize
 
 
 def partial_results(config: Any) -> int:
     """The most that the kernel of tokens behind documents keeps beside its output, on any GPU."""
-    from starling.attention_backends.kernels.triton.decode import PROGRAMS_PER_MULTIPROCESSOR
+    from starling.attention_backends.kernels.triton.decode import rows_that_fill
     from starling.attention_backends.kernels.triton.ranges import PREFILL_LANES, partial_bytes
 
     model = config.model_config
     kv_heads = model.get_num_kv_heads(config.parallel_config)
-    programs = -(-PROGRAMS_PER_MULTIPROCESSOR * MOST_MULTIPROCESSORS // kv_heads)
+    programs = rows_that_fill(MOST_MULTIPROCESSORS, kv_heads)
     return partial_bytes(programs, kv_heads, PREFILL_LANES, model.get_head_size())
 
 

@@ -297,16 +297,15 @@ def test_the_ranges_of_decodes_are_the_keys_that_their_tokens_see(extra):
         assert sorted(seen) == np.flatnonzero(row.mask()[-1]).tolist()
 
 
-def test_no_program_of_a_gpu_reads_a_whole_long_prompt_beside_many_short_rows(monkeypatch):
+def test_no_program_of_a_gpu_reads_a_whole_long_prompt_beside_many_short_rows():
     """8 requests of 16 documents beside a dense one of 128k tokens: one program read all of its 131,072 keys."""
-    monkeypatch.setattr(decode, "multiprocessors", lambda device: 132)
     blocks = tuple((first, first + 992) for first in range(0, 16 * 1024, 1024))
     plan = StarPlan(1024, 0, 0, 16 * 1024, 16 * 1024 + 40, documents=blocks)
     long = StarPlan(65536, 0, 0, 65536, 65576, documents=((0, 100), (112, 65536)))
     for plans in ([plan] * 8 + [long], [long] * 40):
         lens, ones = [one.num_prompt_tokens + 1 for one in plans], [1] * len(plans)
         made = make_token_ranges(split_rows(plans, ones, lens, 16), np.arange(len(plans)), 16)
-        tiles, programs = made.packed(1)[1], decode.rows_that_fill(torch.device("cpu"), 8)
+        tiles, programs = made.packed(1)[1], decode.rows_that_fill(132, 8)
         assert programs == 33
         keys = sum(lens) / programs
         assert -(-tiles // programs) * ranges.TILE_KEYS < 1.1 * keys

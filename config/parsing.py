@@ -51,14 +51,16 @@ class OptionError(ValueError):
         super().__init__(f"{name}={shown(value)} is refused: {reason}. Allowed: {allowed}.")
 
 
+MAX_SHOWN = 256  # characters
 SHOWN = reprlib.Repr()
-SHOWN.maxstring = SHOWN.maxother = 256  # characters
+SHOWN.maxstring = SHOWN.maxother = MAX_SHOWN
 SHOWN.maxdict = 16
 
 
 def shown(value: object) -> str:
-    """A value in a message: of a list only the start, and of a long text the ends, since a client may send any."""
-    return SHOWN.repr(value)
+    """A value in a message, of MAX_SHOWN characters at most: of a list the start, of a long text the ends."""
+    text = SHOWN.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2 - 3]}...{text[-MAX_SHOWN // 2 :]}"
 
 
 def meant(name: str, names: Iterable[str]) -> str:

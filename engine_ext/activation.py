@@ -49,12 +49,15 @@ PEERS = f"{ENTRY}.{REPLICAS}.peers"
 SERVES_PEERS = "starling_serves_peers"
 """The name, in the arguments of a server, that says that it serves gRPC to peers too."""
 
+HTTP = "starling.engine_ext.serving.http"
 MIDDLEWARE = (  # the last one is the outermost
-    "starling.engine_ext.serving.http.plan_header.PlanHeader",
-    "starling.engine_ext.serving.http.progress.HttpProgress",
-    "starling.engine_ext.serving.http.client.NoteClient",
+    f"{HTTP}.plan_header.PlanHeader",
+    f"{HTTP}.progress.HttpProgress",
+    f"{HTTP}.client.NoteClient",
+    f"{HTTP}.api_key.RequireKey",
 )
-PAGE_MIDDLEWARE = "starling.engine_ext.serving.http.live_page.LivePage"
+PAGE_MIDDLEWARE = f"{HTTP}.live_page.LivePage"
+OUTERMOST = f"{HTTP}.shutdown.EndWithEngine"
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "starling.engine_ext.worker.StarCPUWorker",
@@ -243,10 +246,11 @@ def prepare_server(args: Any) -> None:
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")
-    wanted: tuple[str, ...] = MIDDLEWARE
+    wanted = [*MIDDLEWARE]
     if config.live_page == "on":
-        wanted = (*MIDDLEWARE, PAGE_MIDDLEWARE)
+        wanted.append(PAGE_MIDDLEWARE)
         prepare_live_page(args, config)
+    wanted.append(OUTERMOST)
     args.middleware = [*args.middleware, *(name for name in wanted if name not in args.middleware)]
 
 

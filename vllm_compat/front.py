@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -315,17 +316,27 @@ async def abort_in_engine_cores(engine: Any, engine_request_ids: list[str]) -> N
 
 
 @touches("vllm.v1.engine.async_llm.AsyncLLM.shutdown")
-def before_shutdown(engine: Any, callback: Callable[[], None]) -> None:
-    """Call ``callback()`` before an AsyncLLM shuts down.
+def around_shutdown(
+    engine: Any, before: Callable[[float | None], None], after: Callable[[], None] = lambda: None
+) -> None:
+    """Call ``before(timeout)`` before an AsyncLLM shuts down, and ``after()`` once it has.
 
-    On a signal vLLM's serve_http stops the engine before the server; it does so in a thread. Goes when serve_http takes
-    a hook.
+    On a signal vLLM's serve_http stops the engine before the server; it does so in a thread. The engine has what
+    ``before`` leaves of its timeout. Goes when serve_http takes hooks.
+
+    Args:
+        before: called with the seconds in which the engine shuts down; None: vLLM's default.
     """
     shut_down = engine.shutdown
 
     def shutdown(timeout: float | None = None) -> None:
-        callback()
-        shut_down(timeout=timeout)
+        began = time.monotonic()
+        before(timeout)
+        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+        try:
+            shut_down(timeout=left)
+        finally:
+            after()
 
     engine.shutdown = shutdown
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from starling.vllm_compat.patching import Original, first_found, wrap
+from starling.vllm_compat.patching import Original, first_found, touches, wrap
 
 default_chat_template_kwargs = first_found(
     "vllm.entrypoints.common.cli_args:resolve_default_chat_template_kwargs",
@@ -39,3 +39,19 @@ def on_server_socket(callback: Callable[[socket.socket], None]) -> None:
         listener: socket.socket = original(*args, **kwargs)
         callback(listener)
         return listener
+
+
+@touches("vllm.entrypoints.launchers.launcher.serve_http")
+def close_connections(state: Any) -> None:
+    """Close all connections of vLLM's HTTP server, whose shutdown then waits for no client.
+
+    vLLM sets uvicorn's ``timeout_graceful_shutdown`` neither by an option nor by a default, and keeps the server in the
+    application's state. Goes when it has an option.
+
+    Args:
+        state: of the application.
+    """
+    server = state.server
+    server.force_exit = True
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()

@@ -19,7 +19,7 @@ from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
 from starling.engine_ext.front.split_requests import SplitRequests
 from starling.engine_ext.requests import RequestPlanner
-from starling.vllm_compat.front import before_shutdown, refuse_admission
+from starling.vllm_compat.front import around_shutdown, refuse_admission
 
 logger = init_logger("vllm.starling")
 
@@ -57,7 +57,7 @@ class FrontState:
         self.planner.num_peers = lambda: len(peers.usable)
 
     def let_split_requests_end(self, engine: Any) -> None:
-        """When the engine is about to shut down, wait for the split requests as long as --shutdown-timeout says.
+        """When the engine is about to shut down, wait for the split requests as long as it has time.
 
         An engine core that shuts down takes no more requests and calls, and ends once it has no request, although the
         whole request of a prompt is still to come, or reads its pages. vLLM shuts the engine down in a thread; on the
@@ -68,17 +68,16 @@ class FrontState:
         self._ends_before_engine = True
         loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
 
-        def wait() -> None:
-            seconds = engine.vllm_config.shutdown_timeout
+        def wait(seconds: float | None) -> None:
             if not seconds or not self.split_requests or threading.get_ident() == loop_thread or not loop.is_running():
                 return
             logger.info("Waiting for %d prompts that are split over replicas", len(self.split_requests))
             refuse_admission(engine, lambda: RetryableRequestError("the server is shutting down"))
             ended = asyncio.run_coroutine_threadsafe(self.split_requests.wait_until_ended(seconds), loop)
             if not ended.result():
-                logger.warning("Prompts that are split over replicas still run after %d s: they are ended", seconds)
+                logger.warning("Prompts that are split over replicas still run after %.0f s: they are ended", seconds)
 
-        before_shutdown(engine, wait)
+        around_shutdown(engine, wait)
 
     def set_serving_models(self, models: Any) -> None:
         """Keep vLLM's list of models, from which gRPC requests get LoRA adapters.

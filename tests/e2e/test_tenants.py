@@ -124,6 +124,30 @@ def test_a_salt_separates_the_prompts_of_one_tenant_too(tenants):
     assert tenants.cached_by(tenants.generate, B, prompt, cache_salt="project 1") == 0
 
 
+@pytest.mark.parametrize("authorization", [{}, {"authorization": "Bearer made-up"}], ids=["no key", "made up"])
+def test_every_path_of_vllm_needs_a_valid_key_but_those_of_probes_and_docs(tenants, authorization):
+    """The paths are those that vLLM's own server says it has."""
+    paths = tenants.http.get("/openapi.json").json()["paths"]
+    assert {"/invocations", "/tokenize", "/scale_elastic_ep", "/generative_scoring"} <= paths.keys()
+    answers = {
+        path: tenants.http.request(method, path, json={}, headers=authorization).status_code
+        for path, methods in paths.items()
+        for method in methods
+    }
+    assert {path for path, status in answers.items() if status != 401} == {"/health", "/ping", "/version", "/metrics"}
+
+
+def test_a_made_up_key_does_not_run_the_model_on_another_path(tenants):
+    before = metrics(tenants.http, "vllm:request_success_total")
+    body = {"model": MODEL, "prompt": "abc", "max_tokens": 1}
+    refused = tenants.http.post("/invocations", json=body, headers={"authorization": "Bearer made-up"})
+    assert refused.status_code == 401
+    assert metrics(tenants.http, "vllm:request_success_total") == before
+    allowed = tenants.http.post("/invocations", json=body, headers={"authorization": f"Bearer {A}"})
+    assert allowed.status_code == 200, allowed.text
+    assert metrics(tenants.http, "vllm:request_success_total") == before + 1
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [

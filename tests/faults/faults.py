@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,10 +19,15 @@ SLOW_ON, SLOW_OFF = 0.05, 0.15
 DAY = 86400
 
 
-@contextlib.contextmanager
-def kill(served: Served, role: str) -> Iterator[None]:
-    served.process(role).kill()
-    yield
+def sender(signal_number: int) -> Callable[[Served, str], AbstractContextManager[None]]:
+    """A fault that sends a signal once."""
+
+    @contextlib.contextmanager
+    def send(served: Served, role: str) -> Iterator[None]:
+        served.process(role).send_signal(signal_number)
+        yield
+
+    return send
 
 
 @contextlib.contextmanager
@@ -90,7 +96,9 @@ class Fault:
 
 FAULTS = {
     "none": Fault(lambda served, target: contextlib.nullcontext(), 0),
-    "SIGKILL": Fault(kill, float("inf")),
+    "SIGKILL": Fault(sender(signal.SIGKILL), float("inf")),
+    "SIGTERM": Fault(sender(signal.SIGTERM), float("inf")),
+    "SIGINT": Fault(sender(signal.SIGINT), float("inf")),
     "SIGSTOP, 2 s": Fault(stop, 2),
     "SIGSTOP, 15 s": Fault(stop, 15),
     "slow": Fault(slow, float("inf")),

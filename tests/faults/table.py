@@ -99,6 +99,9 @@ ROLES = {
     "replicas": ("API server", "coordinator", "replica 0", "replica 1", "replica 1 worker"),
     "shards": ("replica 0", "replica 1", "replica 1 worker"),
 }
+SIGNALS = ("SIGTERM", "SIGINT")
+"""End a server in an orderly way."""
+
 MOMENTS = {
     "one engine": (IDLE, PREFILL, DECODE),
     "replicas": (IDLE, PREFILL, TRANSFER, DECODE),
@@ -108,6 +111,9 @@ MOMENTS = {
 
 def expected(server: str, fault: str, target: str, moment: str) -> Expected:
     """What is right for a cell of processes."""
+    if fault in SIGNALS:
+        ends = (ANSWER, ERROR, ABORTED, CLOSED) if moment == IDLE else (ANSWER, ERROR, ABORTED)
+        return Expected(ends, ("200", "503", "closed"), ("SERVING", "NOT_SERVING", "closed"), 0, 20)
     if fault == "SIGKILL" and target == "API server":
         # gRPC's library makes an error of a closed connection.
         return Expected((CLOSED, ERROR), ("200", "closed"), ("SERVING", "closed"), -9, 20)
@@ -136,6 +142,9 @@ def cells() -> Iterator[Cell]:
 
 
 def process_cells(server: str) -> Iterator[Cell]:
+    for fault in SIGNALS:
+        for moment in MOMENTS[server]:
+            yield Cell(server, fault, "API server", moment, expected(server, fault, "API server", moment))
     for fault in ("SIGSTOP, 2 s", "SIGSTOP, 15 s", "slow", "SIGKILL"):
         for target in ROLES[server]:
             for moment in MOMENTS[server]:

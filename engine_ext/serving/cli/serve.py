@@ -36,7 +36,7 @@ from starling.engine_ext.serving.grpc.prompts import chat_params
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import end_lost_connections
-from starling.vllm_compat.front import before_shutdown
+from starling.vllm_compat.front import around_shutdown
 from starling.vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
 
 logger = init_logger("vllm.starling")
@@ -134,7 +134,7 @@ async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions
             grace = max(GRACE_SECONDS, args.shutdown_timeout)
             if front is not None:
                 front_state(engine).let_split_requests_end(engine)  # after the front has stopped: health says so first
-                stop_before_engine(engine, front, grace)
+                stop_before_engine(engine, front)
             try:
                 http_shutdown = await build_and_serve(engine, listen_address, sock, args)
             finally:
@@ -197,16 +197,17 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
     return front
 
 
-def stop_before_engine(engine: Any, front: Front, grace: float) -> None:
-    """Let gRPC streams end before the engine does.
+def stop_before_engine(engine: Any, front: Front) -> None:
+    """Let gRPC streams end before the engine does: they have its time, and GRACE_SECONDS at least.
 
     On a signal, vLLM's serve_http stops the engine in a thread, where it is safe to wait for the event loop. On the
     event loop's own thread this does nothing: ``serve_both`` stops the front there.
     """
     loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
 
-    def stop_front() -> None:
+    def stop_front(timeout: float | None) -> None:
+        grace = max(GRACE_SECONDS, timeout or 0)
         if threading.get_ident() != loop_thread:
             asyncio.run_coroutine_threadsafe(front.stop(grace), loop).result()
 
-    before_shutdown(engine, stop_front)
+    around_shutdown(engine, stop_front)

@@ -20,6 +20,7 @@ from starling.config.parsing import OptionError
 from starling.engine_ext import activation, plugin
 from starling.engine_ext.activation import (
     MIDDLEWARE,
+    OUTERMOST,
     PAGE_MIDDLEWARE,
     SCHEDULERS,
     SERVES_PEERS,
@@ -198,7 +199,7 @@ def test_the_server_gets_the_middleware_once():
     args = SimpleNamespace(additional_config={"starling": {}}, middleware=["theirs"])
     prepare_server(args)
     prepare_server(args)
-    assert args.middleware == ["theirs", *MIDDLEWARE]
+    assert args.middleware == ["theirs", *MIDDLEWARE, OUTERMOST]
     plain = SimpleNamespace(additional_config={}, middleware=[])
     prepare_server(plain)
     assert plain.middleware == []
@@ -214,7 +215,7 @@ def test_the_live_page_is_a_middleware_where_it_is_on(monkeypatch):
     args = live_page_args()
     for _ in range(2):
         prepare_server(args)
-    assert args.middleware == [*MIDDLEWARE, PAGE_MIDDLEWARE]
+    assert args.middleware == [*MIDDLEWARE, PAGE_MIDDLEWARE, OUTERMOST]
     assert inspect.isclass(resolve_obj_by_qualname(PAGE_MIDDLEWARE))
     assert args.disable_access_log_for_endpoints == "/health,/starling/live.json"
 

@@ -385,13 +385,21 @@ def test_new_requests_are_refused_after_a_drain():
             engine.check_admission(**arguments)
 
 
-def test_a_callback_runs_before_the_engine_shuts_down():
-    events = []
+def test_callbacks_run_around_the_end_of_the_engine_and_take_of_its_time(monkeypatch):
+    events, now = [], [100.0]
     engine = SimpleNamespace(shutdown=lambda timeout: events.append(timeout))
     assert list(inspect.signature(AsyncLLM.shutdown).parameters) == ["self", "timeout"]
-    front.before_shutdown(engine, lambda: events.append("callback"))
+    monkeypatch.setattr(front.time, "monotonic", lambda: now[0])
+
+    def before(timeout):
+        events.append(("before", timeout))
+        now[0] += 2
+
+    front.around_shutdown(engine, before, lambda: events.append("after"))
     engine.shutdown(timeout=3)
-    assert events == ["callback", 3]
+    engine.shutdown(timeout=1)
+    engine.shutdown()
+    assert events == [("before", 3), 1, "after", ("before", 1), 0, "after", ("before", None), None, "after"]
 
 
 def test_each_output_of_a_request_has_its_plan(monkeypatch):

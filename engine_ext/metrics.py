@@ -32,6 +32,13 @@ class FrontMetrics:
         )
         self.peer_parts = Counter("starling:peer_parts", "Parts of other servers' prompts that were prefilled here.")
 
+        self.loop_stalls = Counter(
+            "starling:event_loop_stalls", "Times that an API server's event loop stood still for over 0.2 s."
+        )
+        self.longest_loop_stall = Gauge(
+            "starling:event_loop_longest_stall_seconds", "The longest of these times.", multiprocess_mode="max"
+        )
+
     def count_split(self, blocks_of: Mapping[str, int], seconds: float) -> None:
         """Count one split prompt; ``blocks_of`` maps each replica to its number of star blocks."""
         for replica, blocks in blocks_of.items():

@@ -12,6 +12,9 @@ from typing import Any
 from starling.vllm_compat.admission import has_arrived, hide_requests
 from starling.vllm_compat.patching import Original, touches, wrap
 
+ENGINE_SECONDS = 3.0
+"""How long an engine that shuts down has at least, to abort its requests and to remove its files."""
+
 IS_BEAM = "starling_is_beam"
 """The key of an engine input that is a beam of a beam search."""
 
@@ -322,7 +325,8 @@ def around_shutdown(
     """Call ``before(timeout)`` before an AsyncLLM shuts down, and ``after()`` once it has.
 
     On a signal vLLM's serve_http stops the engine before the server; it does so in a thread. The engine has what
-    ``before`` leaves of its timeout. Goes when serve_http takes hooks.
+    ``before`` leaves of its timeout, and ENGINE_SECONDS at least: with a timeout of 0, vLLM kills its processes in the
+    moment in which it tells them to abort their requests. Goes when serve_http takes hooks, and leaves that time.
 
     Args:
         before: called with the seconds in which the engine shuts down; None: vLLM's default.
@@ -332,7 +336,7 @@ def around_shutdown(
     def shutdown(timeout: float | None = None) -> None:
         began = time.monotonic()
         before(timeout)
-        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+        left = None if timeout is None else max(ENGINE_SECONDS, timeout - (time.monotonic() - began))
         try:
             shut_down(timeout=left)
         finally:

@@ -113,7 +113,7 @@ def expected(server: str, fault: str, target: str, moment: str) -> Expected:
     """What is right for a cell of processes."""
     if fault in SIGNALS:
         ends = (ANSWER, ERROR, ABORTED, CLOSED) if moment == IDLE else (ANSWER, ERROR, ABORTED)
-        return Expected(ends, ("200", "503", "closed"), ("SERVING", "NOT_SERVING", "closed"), 0, 20)
+        return Expected(ends, DEAD_HTTP, DEAD_GRPC, 0, 20)
     if fault == "SIGKILL" and target == "API server":
         # gRPC's library makes an error of a closed connection.
         return Expected((CLOSED, ERROR), ("200", "closed"), ("SERVING", "closed"), -9, 20)

@@ -1,6 +1,7 @@
 """ASGI middleware: makes the Call of each request, in which the others note what they learn of it.
 
-When the application starts, it notes the application's list of models, which alone knows LoRA adapters by name.
+When the application starts, it notes the application's list of models, which alone knows LoRA adapters by name, and
+begins to watch the event loop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 
 from starling.engine_ext.call import Call, current_call
 from starling.engine_ext.clients import bearer_key
+from starling.engine_ext.front.loop_watch import watch_loop
 from starling.engine_ext.front.state import front_state
 
 
@@ -27,4 +29,10 @@ class NoteClient:
             state = scope["app"].state
             if state.engine_client is not None:  # else a server that only renders prompts
                 front_state(state.engine_client).set_serving_models(state.openai_serving_models)
+            watch = watch_loop()
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                watch.stop()
+            return
         await self.app(scope, receive, send)

@@ -1,0 +1,127 @@
+"""Says when a front's event loop stood still, and what ran then: all clients of both fronts wait meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from vllm.logger import init_logger
+
+from starling.engine_ext.metrics import front_metrics
+
+logger = init_logger("vllm.starling")
+
+BEAT_SECONDS = 0.05
+STALL_SECONDS = 0.2
+LOG_SECONDS = 10.0
+"""Between two lines of the log; stalls between them are counted only."""
+
+NUM_FRAMES = 4
+IDLE_MODULES = ("asyncio.runners", "asyncio.base_events", "selectors", "uvloop")
+"""Modules whose code is a thread's innermost while its event loop runs no callback."""
+
+
+def what_runs(frame: FrameType | None) -> str | None:
+    """The innermost functions of a thread that runs an event loop; None: the loop runs none, and waits."""
+    if frame is None or frame.f_globals.get("__name__", "").startswith(IDLE_MODULES):
+        return None
+    inner = traceback.extract_stack(frame)[-NUM_FRAMES:]
+    return ", in ".join(
+        f"{call.name} ({'/'.join(Path(call.filename).parts[-2:])}:{call.lineno})" for call in inner[::-1]
+    )
+
+
+class ReadyTime:
+    """How long a thread was ready to run while other threads had the processor. Linux counts it; else it is 0.
+
+    Args:
+        thread: the system's id of the thread.
+    """
+
+    def __init__(self, thread: int) -> None:
+        self.file: int | None = None
+        with contextlib.suppress(OSError):
+            self.file = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def seconds(self) -> float:
+        if self.file is None:
+            return 0.0
+        return int(os.pread(self.file, 100, 0).split()[1]) / 1e9
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+
+
+class LoopWatch:
+    """A beat in the running event loop, which is late when the loop stands still, and a thread that looks why it is.
+
+    The time in which other processes had the processor is no stall, nor is that in which the whole process was stopped.
+
+    Args:
+        on_stall: called in the loop after each stall with its seconds.
+    """
+
+    def __init__(self, on_stall: Callable[[float], None]) -> None:
+        self.on_stall = on_stall
+        self.loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
+        self.ready = ReadyTime(threading.get_native_id())
+        self.running: str | None = None
+        self.logged = float("-inf")
+        self.stopped = threading.Event()
+        self._note()
+        self.handle = self.loop.call_later(BEAT_SECONDS, self._beat)
+        threading.Thread(target=self._look, name="starling-loop-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """To be called in the event loop."""
+        self.stopped.set()
+        self.handle.cancel()
+        self.ready.close()
+
+    def _note(self) -> None:
+        self.last, self.waited, self.cpu = time.monotonic(), self.ready.seconds(), time.process_time()
+
+    def _beat(self) -> None:
+        late = time.monotonic() - self.last - BEAT_SECONDS
+        if late >= STALL_SECONDS:
+            self._stood(late - (self.ready.seconds() - self.waited), time.process_time() - self.cpu)
+        self.running = None
+        self._note()
+        self.handle = self.loop.call_later(BEAT_SECONDS, self._beat)
+
+    def _stood(self, seconds: float, cpu: float) -> None:
+        was_stopped = self.running is None and cpu < seconds / 2
+        if seconds < STALL_SECONDS or was_stopped:
+            return
+        self.on_stall(seconds)
+        if self.last - self.logged >= LOG_SECONDS:
+            self.logged = self.last
+            what = self.running or "another thread, which did not let it run"
+            logger.warning("The event loop stood still for %.2f s, in which no client was served: %s", seconds, what)
+
+    def _look(self) -> None:
+        while not self.stopped.wait(BEAT_SECONDS):
+            if time.monotonic() - self.last - BEAT_SECONDS >= STALL_SECONDS / 2:
+                self.running = what_runs(sys._current_frames().get(self.thread)) or self.running
+
+
+def watch_loop() -> LoopWatch:
+    """Watch the running event loop of a front, with metrics."""
+    metrics, longest = front_metrics(), 0.0
+
+    def count(seconds: float) -> None:
+        nonlocal longest
+        longest = max(longest, seconds)
+        metrics.loop_stalls.inc()
+        metrics.longest_loop_stall.set(longest)
+
+    return LoopWatch(count)

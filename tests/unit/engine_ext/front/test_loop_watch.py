@@ -1,0 +1,94 @@
+"""What the watch of an event loop says of calls that hold the loop, or Python's lock, and of a loop that waits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import pytest
+import uvloop
+
+from starling.engine_ext.front.loop_watch import STALL_SECONDS, LoopWatch, watch_loop
+from starling.engine_ext.metrics import front_metrics
+
+BIG = "[" + ",".join(["[]"] * 200_000) + "]"
+RUNNERS = [asyncio.run, uvloop.run]
+
+
+def stalls_of(function, run) -> list[float]:
+    """The stalls while ``function`` runs in a watched event loop."""
+    stalls: list[float] = []
+
+    async def main() -> None:
+        watch = LoopWatch(stalls.append)
+        await asyncio.sleep(0.3)
+        result = function()
+        if asyncio.iscoroutine(result):
+            await result
+        await asyncio.sleep(0.3)
+        watch.stop()
+
+    run(main())
+    return stalls
+
+
+def blocked_by_a_call() -> None:
+    time.sleep(3 * STALL_SECONDS)
+
+
+def blocked_in_c_with_pythons_lock() -> None:
+    """json.loads lets no other thread run."""
+    began = time.thread_time()
+    while time.thread_time() - began < 3 * STALL_SECONDS:
+        json.loads(BIG)
+
+
+@pytest.mark.parametrize("run", RUNNERS, ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("function", [blocked_by_a_call, blocked_in_c_with_pythons_lock])
+def test_a_call_that_holds_the_loop_is_counted_and_named(function, run, caplog):
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    try:
+        (stall,) = stalls_of(function, run)
+    finally:
+        logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert stall >= 2 * STALL_SECONDS
+    (line,) = {record.getMessage() for record in caplog.records if "event loop" in record.getMessage()}
+    assert function.__name__ in line and "test_loop_watch.py" in line
+
+
+@pytest.mark.parametrize("run", RUNNERS, ids=["asyncio", "uvloop"])
+def test_a_loop_that_waits_does_not_stand_still(run):
+    assert stalls_of(lambda: asyncio.sleep(1), run) == []
+
+
+def test_a_process_that_is_stopped_has_no_stall():
+    code = """
+import asyncio, os, signal, subprocess
+from tests.unit.engine_ext.front.test_loop_watch import stalls_of
+async def stopped():
+    subprocess.Popen(["sh", "-c", "sleep 0.3; kill -STOP {0}; sleep 1; kill -CONT {0}".format(os.getpid())])
+    await asyncio.sleep(2)
+print(stalls_of(stopped, asyncio.run))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_stalls_are_on_the_metrics_page():
+    async def main() -> None:
+        watch = watch_loop()
+        await asyncio.sleep(0.1)
+        blocked_by_a_call()
+        await asyncio.sleep(0.1)
+        watch.stop()
+
+    metrics = front_metrics()
+    before = metrics.loop_stalls._value.get()
+    asyncio.run(main())
+    assert metrics.loop_stalls._value.get() == before + 1
+    assert metrics.longest_loop_stall._value.get() >= 2 * STALL_SECONDS

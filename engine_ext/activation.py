@@ -51,6 +51,7 @@ SERVES_PEERS = "starling_serves_peers"
 
 HTTP = "starling.engine_ext.serving.http"
 MIDDLEWARE = (  # the last one is the outermost
+    f"{HTTP}.body.BoundBody",
     f"{HTTP}.plan_header.PlanHeader",
     f"{HTTP}.progress.HttpProgress",
     f"{HTTP}.client.NoteClient",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,16 @@ class Bound:
     """The size of one field of a request.
 
     Attributes:
-        field: its name in starling.v1.
+        field: its name in vLLM's API, or in starling.v1.
         limit: the largest size.
         unit: of the limit.
+        fronts: that have the field.
     """
 
     field: str
     limit: int
     unit: str
+    fronts: str = "HTTP and gRPC"
 
     def check(self, size: int) -> None:
         """Check the field's size (raises VLLMValidationError: it is above the limit)."""
@@ -41,13 +44,29 @@ class Bound:
             raise VLLMValidationError(f"{self.field} is refused: {reason}.", parameter=self.field)
 
 
+GRPC, HTTP = "gRPC", "HTTP"
 REQUEST_ID = Bound("request_id", 256, "characters")
-LORA_NAME = Bound("lora_name", 256, "characters")
-SAMPLING = Bound("sampling", 256 * 2**10, "bytes")
-EXTRA_ARGS = Bound("extra_args", 64 * 2**10, "characters")
+LORA_NAME = Bound("lora_name", 256, "characters", GRPC)
+SAMPLING = Bound("sampling", 256 * 2**10, "bytes", GRPC)
+EXTRA_ARGS = Bound("extra_args", 64 * 2**10, "characters", GRPC)
 LOGIT_BIAS = Bound("logit_bias", 16384, "tokens")
-BOUNDS = (REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS, LOGIT_BIAS)
-"""Of a gRPC request. So is the number of `segment_offsets`, whose bound is the model's context."""
+STOP = Bound("stop", 256, "strings")
+STOP_TOKENS = Bound("stop_token_ids", 4096, "tokens")
+BAD_WORDS = Bound("bad_words", 1024, "strings")
+CHOICES = Bound("structured_outputs.choice", 1024, "choices")
+GRAMMARS = tuple(
+    Bound(f"structured_outputs.{kind}", 32 * 2**10, "characters in all")
+    for kind in ("choice", "json", "regex", "grammar", "structural_tag")
+)
+BODY = Bound("the body", 64 * 2**20, "bytes", HTTP)
+TOKEN_VALUES = Bound("token ids", 2**18, "values, or twice `max_model_len`", HTTP)
+OTHER_VALUES = Bound("all other fields", 2**14, "values", HTTP)
+
+REQUEST_BOUNDS = (REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS)
+PARAMS_BOUNDS = (LOGIT_BIAS, STOP, STOP_TOKENS, BAD_WORDS, CHOICES, *GRAMMARS)
+BODY_BOUNDS = (BODY, TOKEN_VALUES, OTHER_VALUES)
+BOUNDS = (*BODY_BOUNDS, *REQUEST_BOUNDS, *PARAMS_BOUNDS)
+"""All but the number of `segment_offsets` over gRPC, whose bound is the model's context, and MAX_CHOICES."""
 
 
 def check_request(request: Any, max_model_len: int) -> None:
@@ -66,6 +85,42 @@ def check_request(request: Any, max_model_len: int) -> None:
     LOGIT_BIAS.check(len(request.sampling.logit_bias))
     SAMPLING.check(request.sampling.ByteSize())
     Bound("segment_offsets", max_model_len, "offsets").check(len(request.star.segment_offsets))
+
+
+def check_params(params: Any) -> None:
+    """Check the sizes of a request's sampling parameters, over both fronts, before the engine has the request.
+
+    A grammar is compiled in the engine core, where all requests with structured outputs wait for it.
+
+    Args:
+        params: vLLM's SamplingParams, or those of a pooling request, which have none of these.
+
+    Raises:
+        VLLMValidationError: one is above its bound.
+    """
+    sizes = {
+        LOGIT_BIAS: getattr(params, "logit_bias", None),
+        STOP: getattr(params, "stop", None),
+        STOP_TOKENS: getattr(params, "stop_token_ids", None),
+        BAD_WORDS: getattr(params, "bad_words", None),
+    }
+    for bound, values in sizes.items():
+        bound.check(1 if isinstance(values, str) else len(values or ()))
+    structured = getattr(params, "structured_outputs", None)
+    if structured is None:
+        return
+    CHOICES.check(len(structured.choice or ()))
+    for bound in GRAMMARS:
+        bound.check(num_characters(getattr(structured, bound.field.rpartition(".")[2])))
+
+
+def num_characters(value: Any) -> int:
+    """Of a text, of the texts of a list, or of the JSON of an object; 0 for None."""
+    if isinstance(value, list):
+        return sum(len(text) for text in value)
+    if isinstance(value, dict):
+        return len(json.dumps(value))
+    return len(value or "")
 
 
 def shortened(text: str) -> str:

@@ -11,6 +11,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
 from starling.config.star import flat_name, is_star_key, parse_options
+from starling.engine_ext.bounds import REQUEST_ID, check_params
 from starling.engine_ext.cache_salt import salted
 from starling.engine_ext.call import current_call
 from starling.engine_ext.constraints import check_transfer_params
@@ -46,12 +47,13 @@ class RequestPlanner(PromptPlanner):
             are not known yet.
 
         Raises:
-            VLLMValidationError: the request's options or transfer parameters can't be used, or it lacks the salt that
-                the server requires.
+            VLLMValidationError: the request's options or transfer parameters can't be used, a parameter is above its
+                bound, or it lacks the salt that the server requires.
         """
         extra_args = getattr(params, "extra_args", None)
         given_metadata(extra_args)
         check_transfer_params(extra_args)
+        check_params(params)
         with_salt = self.with_salt(engine_input)
         if request_id is not None:  # else the same input comes again, with an id
             engine_input = with_salt
@@ -178,14 +180,15 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_openai_request(http_request: Any) -> None:
-    """Refuse star options of an OpenAI request where they would have no effect.
+    """Refuse star options of an OpenAI request where they would have no effect, and an id above its bound.
 
-    vLLM ignores them as fields of a request, and in `vllm_xargs` of one with beam search.
+    vLLM ignores the options as fields of a request, and in `vllm_xargs` of one with beam search.
 
     Raises:
         VLLMValidationError: as above.
     """
     check_names(http_request.model_extra or ())
+    REQUEST_ID.check(len(getattr(http_request, "request_id", None) or ""))
     if not getattr(http_request, "use_beam_search", False):
         return
     given = {key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -13,11 +15,14 @@ from grpc_status import rpc_status
 from vllm import envs
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from starling.config.parsing import OptionError, shown
 from starling.config.star import parse_options
 from starling.engine_ext import bounds
 from starling.engine_ext.planning import rejection
+from starling.engine_ext.requests import RequestPlanner, check_openai_request
 from starling.engine_ext.serving.cli import serve
 from starling.engine_ext.serving.errors import grpc_code
 from starling.engine_ext.serving.grpc import inference
@@ -29,10 +34,54 @@ DOCS = Path(__file__).parents[3] / "docs" / "security.md"
 HUGE = 4 * 2**20
 
 
+def params_of(bound: bounds.Bound, size: int) -> SamplingParams:
+    """Sampling parameters in which the field of a bound has a size."""
+    name = bound.field.rpartition(".")[2]
+    if bound is bounds.LOGIT_BIAS:
+        return SamplingParams(logit_bias=dict.fromkeys(range(size), 0.0))
+    if bound is bounds.STOP_TOKENS:
+        return SamplingParams(stop_token_ids=list(range(size)))
+    if bound in (bounds.STOP, bounds.BAD_WORDS):
+        return SamplingParams(**{name: [str(index) for index in range(size)]})
+    if bound is bounds.CHOICES:
+        return SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a"] * size))
+    value = ["a" * (size - 1), "a"] if name == "choice" else "a" * size
+    return SamplingParams(structured_outputs=StructuredOutputsParams(**{name: value}))
+
+
+@pytest.mark.parametrize("change", [-1, 0, 1])
+@pytest.mark.parametrize("bound", bounds.PARAMS_BOUNDS, ids=lambda bound: f"{bound.field} {bound.unit}")
+def test_parameters_have_bounds_on_both_fronts(bound, change):
+    """Both fronts hand their parameters to the engine by `generate`, where vLLM's hook checks them first."""
+    params = params_of(bound, bound.limit + change)
+    planner = RequestPlanner(SimpleNamespace(additional_config={}))
+    if change <= 0:
+        planner.prepare({"prompt_token_ids": [1]}, params, "id")
+        return
+    words = f"{bound.field} is refused: it has {bound.limit + 1} {bound.unit}, and may have {bound.limit} at most"
+    with pytest.raises(VLLMValidationError, match=re.escape(words)):
+        planner.prepare({"prompt_token_ids": [1]}, params, "id")
+
+
+def test_an_object_as_schema_counts_as_its_json():
+    schema = {"type": "object", "description": "a" * bounds.GRAMMARS[1].limit}
+    with pytest.raises(VLLMValidationError, match=r"structured_outputs\.json is refused"):
+        bounds.check_params(SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)))
+    bounds.check_params(PoolingParams())
+    bounds.check_params(SamplingParams(stop="a" * 1000))
+
+
+def test_the_id_in_a_request_of_openai_has_a_bound():
+    limit = bounds.REQUEST_ID.limit
+    check_openai_request(CompletionRequest(model="m", prompt="a", request_id="x" * limit))
+    with pytest.raises(VLLMValidationError, match="request_id is refused"):
+        check_openai_request(CompletionRequest(model="m", prompt="a", request_id="x" * (limit + 1)))
+
+
 def test_the_documentation_lists_the_bounds():
     rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
     for bound in bounds.BOUNDS:
-        assert any(row.startswith(f"| `{bound.field}` | {bound.limit} {bound.unit}") for row in rows), bound
+        assert f"| `{bound.field}` | {bound.limit:,} {bound.unit} | {bound.fronts} |" in rows, bound
     assert f"at most {bounds.MAX_ERROR_BYTES // 1024} KiB" in DOCS.read_text()
 
 

@@ -1,0 +1,214 @@
+"""ASGI middleware: bounds of a request's body, which are checked before vLLM makes objects of it.
+
+The event loop parses a body, and all clients wait meanwhile. vLLM has no bound, and pydantic notes each wrong value of
+each kind that the value could have: a body of 1 MiB, `{"messages": [{}, {}, ...]}`, took 4 GB and 7 seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import SchemaValidator
+from starlette.responses import JSONResponse
+from starlette.routing import Match
+from vllm.exceptions import VLLMValidationError
+
+from starling.engine_ext.bounds import BODY, OTHER_VALUES, REQUEST_ID, TOKEN_VALUES, Bound, shortened
+
+FEW_VALUES = 1024
+"""A body with fewer values is cheap, whatever they are."""
+
+TOKEN_FIELDS = ("prompt", "prompt_token_ids", "token_ids", "tokens", "input", "vllm_xargs")
+"""Fields that may hold the tokens of prompts. `vllm_xargs` has star_segments, an offset for each document."""
+
+Receive = Callable[[], Any]
+
+
+class BoundBody:
+    """The middleware around ``app``."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or is_form(scope):
+            await self.app(scope, receive, send)
+            return
+        try:
+            check_request_id(scope)
+            body = await whole_body(receive)
+            if body is not None:
+                check_body(body, scope)
+        except VLLMValidationError as error:
+            status = 413 if error.parameter == BODY.field else 400
+            await refusal(shortened(str(error.args[0])), status, error.parameter)(scope, receive, send)
+            return
+        if body is not None:  # else the client has left
+            await self.app(scope, with_body(body, receive), send)
+
+
+def refusal(message: str, status: int, parameter: str | None) -> JSONResponse:
+    """An error as vLLM's server answers it."""
+    error = {"message": message, "type": "BadRequestError", "param": parameter, "code": status}
+    return JSONResponse({"error": error}, status, {"connection": "close"} if status == 413 else None)
+
+
+def is_form(scope: Any) -> bool:
+    """Whether a request uploads files, which Starlette reads to the disk, with bounds of its own."""
+    return any(name == b"content-type" and value.startswith(b"multipart/") for name, value in scope["headers"])
+
+
+def check_request_id(scope: Any) -> None:
+    """Check the header that names the request in vLLM's log and engine (raises VLLMValidationError)."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            REQUEST_ID.check(len(value))
+
+
+async def whole_body(receive: Receive) -> bytes | None:
+    """The body of a request; None: its client has left.
+
+    Raises:
+        VLLMValidationError: it is above its bound.
+    """
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        BODY.check(size)
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def with_body(body: bytes, receive: Receive) -> Receive:
+    """A request's ``receive`` that begins with its body."""
+    given = False
+
+    async def receive_again() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again
+
+
+def most_values(body: bytes) -> int:
+    """At most so many values are in a JSON text: those signs may be in its strings too."""
+    return body.count(b",") + body.count(b"[") + body.count(b"{") + 1
+
+
+def check_body(body: bytes, scope: Any) -> None:
+    """Check a JSON body's number of values, and what can be checked of them without a list of all errors.
+
+    Raises:
+        VLLMValidationError: the body is above a bound, is no JSON, or has a value that the path does not take.
+    """
+    most = most_values(body)
+    if most <= FEW_VALUES:
+        return
+    tokens = token_bound(scope)
+    Bound(BODY.field, 4 * tokens.limit, "commas and brackets").check(most)
+    try:
+        content = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise VLLMValidationError(f"The body is no valid JSON: {error}.") from None
+    if check_values(content, tokens) <= FEW_VALUES:
+        return
+    validator = validator_of(endpoint_of(scope))
+    if validator is None:
+        raise VLLMValidationError(f"The body is refused: on this path it may have {FEW_VALUES} values at most.")
+    try:
+        validator.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise VLLMValidationError(f"{where}: {first['msg']}", parameter=str(first["loc"][0])) from None
+    except Exception:  # vLLM's own validators raise what they like, and do so again
+        return
+
+
+def token_bound(scope: Any) -> Bound:
+    """The bound of token ids for the model of this server."""
+    model = getattr(scope["app"].state.engine_client, "model_config", None)
+    return Bound(TOKEN_VALUES.field, max(TOKEN_VALUES.limit, 2 * getattr(model, "max_model_len", 0)), "values")
+
+
+def check_values(content: Any, tokens: Bound) -> int:
+    """The number of a JSON value's values, those in its lists and objects counted, but for its token ids.
+
+    Numbers and texts in lists of TOKEN_FIELDS count as token ids.
+
+    Raises:
+        VLLMValidationError: there are too many, of one kind or the other.
+    """
+    num_tokens = num_others = 0
+    left = [(content, False)]
+    while left:
+        value, has_tokens = left.pop()
+        is_object = isinstance(value, dict)
+        kinds = set(map(type, value.values() if is_object else value))
+        inner = []
+        if kinds & {dict, list}:
+            OTHER_VALUES.check(len(value))
+            items = value.items() if is_object else enumerate(value)
+            inner = [
+                (each, has_tokens or (value is content and name in TOKEN_FIELDS))
+                for name, each in items
+                if isinstance(each, (dict, list))
+            ]
+        if is_object or not has_tokens:
+            num_others += len(value)
+        else:
+            num_others, num_tokens = num_others + len(inner), num_tokens + len(value) - len(inner)
+        tokens.check(num_tokens)
+        OTHER_VALUES.check(num_others)
+        left += inner
+    return num_others
+
+
+def endpoint_of(scope: Any) -> Any:
+    """The function that answers a request; None: the server has no such path."""
+    for route in scope["app"].routes:
+        match, inner = route.matches(scope)
+        if match == Match.FULL:
+            return inner.get("endpoint")
+    return None
+
+
+@functools.cache
+def validator_of(endpoint: Any) -> SchemaValidator | None:
+    """Validates the body of an endpoint's request up to the first wrong value of each list.
+
+    None: the endpoint does not say what it takes.
+    """
+    if endpoint is None:
+        return None
+    for annotation in typing.get_type_hints(inspect.unwrap(endpoint)).values():
+        kinds = typing.get_args(annotation) or (annotation,)
+        if all(inspect.isclass(kind) and issubclass(kind, BaseModel) for kind in kinds):
+            try:
+                return SchemaValidator(fail_fast(TypeAdapter(annotation).core_schema))
+            except PydanticUserError:
+                return None
+    return None
+
+
+def fail_fast(schema: Any) -> Any:
+    """A pydantic core schema whose lists end at their first wrong value, as pydantic's FailFast lets one list do."""
+    if isinstance(schema, dict):
+        changed = {key: fail_fast(value) for key, value in schema.items()}
+        return changed | {"fail_fast": True} if schema.get("type") == "list" else changed
+    if isinstance(schema, (list, tuple)):
+        return type(schema)(fail_fast(value) for value in schema)
+    return schema

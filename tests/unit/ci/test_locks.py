@@ -19,6 +19,8 @@ from examples.make_eval_model import RELEASE as EVAL
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT, BUILD = ROOT / ".ci/requirements-cpu.lock", ROOT / ".ci/requirements-build.lock"
+IMAGE, CUDA_IMAGE = ROOT / ".ci/requirements-image-cpu.lock", ROOT / ".ci/requirements-image-cuda.lock"
+DOCKERFILES = sorted(ROOT.glob("examples/docker/Dockerfile.*"))
 TORCH = ("torch", "torchvision")
 
 
@@ -30,7 +32,7 @@ def locked(path: Path) -> dict[str, list[str]]:
     return {entry[0].split("==")[0]: re.findall(r"--hash=(sha256:[0-9a-f]{64})", " ".join(entry)) for entry in entries}
 
 
-@pytest.mark.parametrize("path", [ENVIRONMENT, BUILD], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ENVIRONMENT, BUILD, IMAGE, CUDA_IMAGE], ids=lambda path: path.name)
 def test_each_locked_requirement_has_a_hash(path):
     assert all(locked(path).values())
 
@@ -40,9 +42,41 @@ def test_what_builds_the_wheel_and_an_editable_install_is_locked_with_uv():
     assert {canonicalize_name(Requirement(name).name) for name in [*build, "editables", "uv"]} <= locked(BUILD).keys()
 
 
-def test_torch_is_known_by_the_wheels_of_pytorchs_index_and_of_a_local_folder():
+@pytest.mark.parametrize("path", [ENVIRONMENT, IMAGE], ids=lambda path: path.name)
+def test_torch_is_known_by_the_wheels_of_pytorchs_index_and_of_a_local_folder(path):
     """A local folder may have builds of its own: a lock file made with one alone refuses the wheels of the index."""
-    assert all(len(locked(ENVIRONMENT)[name]) > 1 for name in TORCH)
+    assert all(len(locked(path)[name]) > 1 for name in TORCH)
+
+
+def versions(path: Path) -> set[str]:
+    """The lines ``name==version`` of a lock file."""
+    return set(re.findall(r"^[\w.-]+==[^\s;]+", path.read_text(), flags=re.MULTILINE))
+
+
+def test_images_have_the_versions_that_the_tests_run_with():
+    left_out = {"nixl-cu13"}  # overrides.txt leaves it out of the environment, and the CUDA image has it
+    assert versions(IMAGE) <= versions(ENVIRONMENT)
+    others = versions(CUDA_IMAGE) - versions(ENVIRONMENT)
+    assert {line.partition("==")[0] for line in others} == left_out
+
+
+def test_the_lock_of_the_cuda_image_has_what_starling_needs_newer_than_vllm():
+    """All requirements with a lower bound, but pydantic's, which is vLLM's too."""
+    required = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    bounded = {canonicalize_name(each.name) for each in required if each.specifier} - {"pydantic"}
+    assert len(bounded) >= 5
+    assert bounded <= locked(CUDA_IMAGE).keys()
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_installs_of_an_image_check_hashes_or_take_starlings_own_wheel(path):
+    joined = path.read_text().replace("\\\n", " ")
+    commands = [part for line in joined.splitlines() if line.startswith("RUN ") for part in line.split("&&")]
+    installs = [part for part in commands if re.search(r"\bpip (install|download|wheel)\b", part)]
+    assert len(installs) >= 5
+    own = r"--no-deps --offline /wheels/\*\.whl|pip wheel .*--no-deps --no-build-isolation .* \."
+    assert not [part for part in installs if not re.search(rf"--require-hashes|{own}", part)]
+    assert "setup-cpu" not in " ".join(commands), "it resolves its own versions"
 
 
 def test_installs_of_the_environment_and_the_wheel_check_hashes():

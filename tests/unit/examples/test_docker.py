@@ -1,11 +1,11 @@
 """examples/docker: its files refer to what exists, and its commands are accepted."""
 
-import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ def read_yaml(*path: str):
 COMPOSE = read_yaml("compose.yaml")
 SERVICES = COMPOSE["services"]
 SERVERS = ("starling-cpu", "starling-gpu")
+CONTEXT = (ROOT / ".dockerignore").read_text().splitlines()
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
@@ -103,20 +104,45 @@ def test_starling_supports_the_vllm_of_the_cuda_image():
 
 
 def test_the_build_context_has_what_the_wheel_is_built_from():
+    """The wheel's folder has links to the others, which hatch follows."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {Path(package).parts[0] for package in config["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]}
-    needed = packages | {"pyproject.toml", config["project"]["readme"], *config["project"]["license-files"]}
-    needed.add("examples/docker/constraints.py")
-    assert {f"!/{name}" for name in needed} <= set((ROOT / ".dockerignore").read_text().splitlines())
+    packages = [ROOT / package for package in config["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
+    linked = [link.resolve() for package in packages for link in package.iterdir() if link.is_symlink()]
+    folders = {path.relative_to(ROOT).parts[0] for path in [*packages, *linked]}
+    assert len(folders) > 5
+    needed = folders | {"pyproject.toml", config["project"]["readme"], *config["project"]["license-files"]}
+    assert {f"!/{name}" for name in needed} <= set(CONTEXT)
 
 
-def test_constraints_keep_all_but_the_wheels_own_requirements(tmp_path):
-    specification = importlib.util.spec_from_file_location("constraints", DOCKER / "constraints.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    wheel = tmp_path / "x-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        requires = ("PyYAML>=6", 'torch; extra == "cpu"')
-        archive.writestr("x-1.dist-info/METADATA", "\n".join(f"Requires-Dist: {line}" for line in requires))
-    names = {line.partition("==")[0] for line in module.constraints(str(wheel))}
-    assert {"torch", "pytest"} <= names and "pyyaml" not in names
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_the_build_context_has_the_files_that_the_builds_name(name):
+    text = (DOCKER / name).read_text()
+    named = {f".ci/{path}" for path in re.findall(r"(?:/ci|\.ci)/([\w.-]+)", text)}
+    named |= set(re.findall(r"source=(examples/\S+?),", text))
+    assert len(named) >= 2
+    assert all((ROOT / path).is_file() for path in named)
+    assert {f"!/{path}" for path in named} <= set(CONTEXT)
+
+
+def check_requirements(*names: str) -> subprocess.CompletedProcess[str]:
+    program = DOCKER / "check_requirements.py"
+    return subprocess.run([sys.executable, str(program), *names], capture_output=True, text=True)
+
+
+def test_requirements_that_are_met_pass():
+    found = check_requirements("rich", "httpx")
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_requirements_that_are_not_met_are_named(tmp_path, monkeypatch):
+    folder = tmp_path / "x-1.dist-info"
+    folder.mkdir()
+    requires = ("PyYAML>=999", "rich>=1", "no-such-package", 'torch>=999; extra == "cpu"', "a; python_version < '3'")
+    lines = ["Metadata-Version: 2.1", "Name: x", "Version: 1", *(f"Requires-Dist: {line}" for line in requires)]
+    (folder / "METADATA").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = check_requirements("x")
+    assert found.returncode == 1
+    assert found.stderr == (
+        f"PyYAML>=999 is required, and {yaml.__version__} is installed\nno-such-package is not installed\n"
+    )

@@ -17,7 +17,7 @@ from starling.scheduler.star.facts import ONE_REPLICA
 from tests.unit.plans import make_plan
 
 ROOT = Path(__file__).parents[3]
-NOT_FOR_USERS = {"benchmarks/engine.py", "benchmarks/llama_cpp/job.py", "examples/docker/constraints.py"}
+NOT_FOR_USERS = {"benchmarks/engine.py", "benchmarks/llama_cpp/job.py", "examples/docker/check_requirements.py"}
 PAGE_SIZE = 16
 
 

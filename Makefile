@@ -232,9 +232,9 @@ browser: $(BROWSER_ENV) ## a headless Chromium for the test of the page of reque
 fuzz: env $(FUZZ_ENV) ## random requests over HTTP and gRPC for MINUTES=10, those of schemathesis too
 	PYTHONPATH=$(dir $(FUZZ_ENV)):$$PYTHONPATH $(BIN)/pytest -q -s tests/e2e/test_fuzz.py --fuzz-minutes $(or $(MINUTES),10)
 
-# MINUTES: after the warm-up; REPLICAS: data-parallel replicas.
-soak: env ## a server under a mixed load for MINUTES=30: no request is lost, nothing grows; writes JSON and a figure
-	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),1)
+# MINUTES: after the warm-up; REPLICAS: data-parallel replicas of one server; PEERS: further servers that are peers.
+soak: env ## servers under a mixed load for MINUTES=30: no request is lost, nothing grows; writes JSON and a figure
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --replicas $(or $(REPLICAS),2) --peers $(or $(PEERS),2)
 
 # FAULTS="SIGKILL decode": the cells with these words.
 faults: env ## the fault matrix: each fault at each moment of a request; writes docs/faults.md; needs root

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PAGE_SIZE = 32
-SEGMENT_TOKEN = 256
+SEGMENT_TOKEN, SEGMENT_TEXT = 256, "<|end|>"
 QUERY = {"star": "on", "star_query_tokens": 40}
 BLOCKS = QUERY | {"star_block_size": 128}
 MESSAGES = {"star": "on", "star_segments": "auto"}
@@ -56,11 +56,17 @@ def edited(variant: int, seed: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def make_cases(replicas: int, seed: str = "") -> list[Case]:
+def spread_of(replicas: int, peers: int = 1) -> dict[str, Any]:
+    """Star options of a prompt that is split over a server's replicas, or over servers that are peers."""
+    return BLOCKS | {"star_replicas": "auto" if peers > 1 else replicas}
+
+
+def make_cases(replicas: int, seed: str = "", peers: int = 1) -> list[Case]:
     """The cases for a server with this number of replicas.
 
     Args:
         seed: another seed gives other prompts.
+        peers: servers that are peers of one another, this one among them.
     """
     long: dict[str, dict[str, Any]] = {
         "dense": {},
@@ -69,6 +75,7 @@ def make_cases(replicas: int, seed: str = "") -> list[Case]:
         "no anchor": BLOCKS | {"star_anchor_size": 0},
         "overlap": BLOCKS | {"star_overlap_size": 64},
         "dense heads": BLOCKS | {"star_dense_heads": 0.25},
+        "dense heads, overlap": BLOCKS | {"star_overlap_size": 64, "star_dense_heads": 0.5},
         "number of blocks": QUERY | {"star_block_size": "n/6"},
         "auto": BLOCKS | {"star": "auto", "star_min_tokens": 500},
     }
@@ -84,12 +91,15 @@ def make_cases(replicas: int, seed: str = "") -> list[Case]:
         prompt = segmented(i, f"{seed}segments")
         offsets = [index for index, token in enumerate(prompt) if token == SEGMENT_TOKEN]
         cases.append(Case(f"documents {i}", prompt, QUERY | {"star_block_size": 128, "star_segments": offsets}))
+    by_token = QUERY | {"star_block_size": 128, "star_segments": SEGMENT_TEXT}
+    cases.append(Case("documents by a token", segmented(0, f"{seed}segments by a token"), by_token))
     for name, form in forms.items():
         prompt = random_ids(f"{seed}{name}", 300)
         cases += [Case(name, prompt, form=form, max_tokens=40), Case(f"{name}, star", prompt, BLOCKS, 40, form)]
-    if replicas > 1:
-        spread = BLOCKS | {"star_replicas": replicas}
-        for i in range(4):
-            prompt = random_ids(f"{seed}spread {i}", 12 * 128 + 40 + i)
-            cases += [Case(f"spread {i}", prompt, spread), Case(f"shards {i}", prompt, spread | {"star_shards": "on"})]
+    spread = spread_of(replicas, peers)
+    for i in range(4 if replicas > 1 or peers > 1 else 0):
+        prompt = random_ids(f"{seed}spread {i}", 12 * 128 + 40 + i)
+        cases.append(Case(f"spread {i}", prompt, spread))
+        if replicas > 1:  # the KV of a prompt that is split over peers can't stay on them
+            cases.append(Case(f"shards {i}", prompt, spread | {"star_shards": "on"}))
     return cases

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import saved_figure
+from benchmarks.soak.series import LONGEST_STALL
 from benchmarks.soak.target import STARLING
 
 PANELS = {
@@ -14,31 +15,50 @@ PANELS = {
     "descriptors": "descriptors, sockets among them",
     "threads": "threads",
 }
+ENGINES, STALLED = ("pages used", "pages cached", "requests running"), (LONGEST_STALL,)
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """A column for each run: memory, descriptors and threads of each process, pages and requests of the engines."""
-    with saved_figure(path, len(PANELS) + 1, len(runs), figsize=(6.5 * len(runs), 13), squeeze=False) as (_, axes):
+    """A column for each run: memory, descriptors and threads of each process, pages and requests of the engines.
+
+    A last panel has the stalls of the event loops, if the servers of a run have a watchdog for them.
+    """
+    rows = [*PANELS, "engines", *(["stalls"] if any(curves(run, STALLED) for run in runs) else [])]
+    size = (6.5 * len(runs), 3.25 * len(rows))
+    with saved_figure(path, len(rows), len(runs), figsize=size, squeeze=False) as (_, axes):
         for column, run in zip(axes.T, runs, strict=True):
-            engines = "one engine" if run["replicas"] == 1 else f"{run['replicas']} replicas"
-            engines = engines if run["front"] == STARLING else f"{run['front']}, {engines}"
             sent = f"{run['requests']['sent']:,} requests, {run['requests']['lost']} lost"
-            column[0].set_title(f"{engines}, {run['rate_requests_per_second']:.1f} requests/s: {sent}", fontsize=10)
+            title = f"{servers_of(run)}, {run['rate_requests_per_second']:.1f} requests/s:\n{sent}"
+            column[0].set_title(title, fontsize=10)
             for panel, (quantity, label) in zip(column, PANELS.items(), strict=False):
-                curves = {name: series["curve"] for name, series in run["series"].items()}
-                for name, curve in curves.items():
-                    process, _, end = name.rpartition(": ")
-                    if end == quantity:
-                        base = curve[0] if quantity == "RSS" else 0
-                        plot(panel, run, [value - base for value in curve], process)
+                for name, curve in curves(run, [quantity]).items():
+                    base = curve[0] if quantity == "RSS" else 0
+                    plot(panel, run, [value - base for value in curve], name.removesuffix(f": {quantity}"))
                 panel.set_ylabel(label, fontsize=8)
-            for name in ("pages used", "pages cached", "requests running"):
-                plot(column[-1], run, run["series"][name]["curve"], name)
-            column[-1].set_ylabel("all engines", fontsize=8)
+            for panel, names, label in zip(
+                column[len(PANELS) :], (ENGINES, STALLED), ("all engines", "longest stall, ms"), strict=False
+            ):
+                for name, curve in curves(run, names).items():
+                    plot(panel, run, curve, name)
+                panel.set_ylabel(label, fontsize=8)
             column[-1].set_xlabel("minutes after the warm-up")
             for panel in column:
                 panel.grid(alpha=0.3)
-                panel.legend(fontsize=5, ncols=2)
+                if panel.lines:
+                    panel.legend(fontsize=5, ncols=2)
+
+
+def servers_of(run: dict[str, Any]) -> str:
+    """The servers of a run, in words."""
+    engines = "one engine" if run["replicas"] == 1 else f"{run['replicas']} replicas"
+    engines += f" and {run['peers']} peers" if run["peers"] else ""
+    return engines if run["front"] == STARLING else f"{run['front']}, {engines}"
+
+
+def curves(run: dict[str, Any], quantities: Sequence[str]) -> dict[str, list[float]]:
+    """The curves of some quantities by the names of their series, which end with the quantity."""
+    series = run["series"].items()
+    return {name: each["curve"] for name, each in series if name.rpartition(": ")[2] in quantities}
 
 
 def plot(panel: Any, run: dict[str, Any], values: Sequence[float], label: str) -> None:

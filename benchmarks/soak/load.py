@@ -17,14 +17,17 @@ CAPACITY_CLIENTS = 8
 async def measure_capacity(player: Player, seconds: float) -> float:
     """Requests in a second that the server completes for clients that never wait between two requests."""
     kinds = [kind for kind in kinds_for(player.target) if kind.brief]
-    before, started = player.ledger.requests, time.monotonic()
+    started = time.monotonic()
 
-    async def client() -> None:
+    async def client() -> int:
+        played = 0
         while time.monotonic() - started < seconds:
             await player.play(choose(player, kinds))
+            played += 1
+        return played
 
-    await asyncio.gather(*(client() for _ in range(CAPACITY_CLIENTS)))
-    return (player.ledger.requests - before) / (time.monotonic() - started)
+    played = await asyncio.gather(*(client() for _ in range(CAPACITY_CLIENTS)))
+    return sum(played) / (time.monotonic() - started)
 
 
 def choose(player: Player, kinds: Sequence[Kind]) -> Kind:
@@ -60,6 +63,10 @@ class OpenLoop:
             self.open.add(task)
             task.add_done_callback(self.open.discard)
 
+    async def ended(self) -> None:
+        """Wait for the open requests."""
+        await asyncio.gather(*self.open)
+
     async def rest(self) -> dict[str, float]:
         """Wait for the open requests, and say what the server still holds then.
 
@@ -67,7 +74,7 @@ class OpenLoop:
             The largest numbers of ``pages_used``, ``requests_running`` and ``requests_waiting`` of any engine, and of
             pages that are neither used, cached nor free.
         """
-        await asyncio.gather(*self.open)
+        await self.ended()
         states = await wait_idle(self.player.clients)
         held = ("pages_used", "requests_running", "requests_waiting")
         left = {name: max(getattr(state, name) for state in states) for name in held}

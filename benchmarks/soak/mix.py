@@ -14,6 +14,7 @@ import grpc
 
 from benchmarks.soak.bad_requests import GRPC_REFUSALS, HTTP_REFUSALS
 from benchmarks.soak.cases import BLOCKS, MESSAGES, Case, random_ids, random_text
+from benchmarks.soak.hostile import hostile
 from benchmarks.soak.ledger import ABORTED, ANSWERED, DIFFERENT, LEFT, REFUSED
 from benchmarks.soak.player import Player
 from benchmarks.soak.relay import Cut, Relay
@@ -35,6 +36,7 @@ class Kind:
         accepts: its possible outcomes.
         brief: whether it keeps a client only for as long as the server needs.
         plain: whether vLLM without Starling answers it too; it then ignores star options.
+        misbehaves: whether its clients do what they should not, or are ended.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Kind:
     accepts: frozenset[str] = frozenset({ANSWERED})
     brief: bool = True
     plain: bool = False
+    misbehaves: bool = False
 
 
 def kinds_for(target: Target) -> list[Kind]:
@@ -86,6 +89,21 @@ async def chat(player: Player) -> str:
         return player.check_named(name, await player.clients.chat(body))
     reply = await player.clients.grpc.generate(messages, temperature=0, max_tokens=8, star=star)
     return player.check_named(name, Output({0: [reply.choices[0].text]}, {0: "length"}))
+
+
+async def texts(player: Player) -> str:
+    """Documents over gRPC as texts, in an order by chance."""
+    first = player.random.randrange(4)
+    documents = [random_text(f"text {(first + index) % 4}", 200) for index in range(3)]
+    prompt = [*documents, random_text("query of texts", 40)]
+    output = await player.clients.generate(prompt, max_tokens=8, temperature=0, ignore_eos=True, star="on")
+    return player.check_named(f"texts from {first}", output)
+
+
+async def live_page(player: Player) -> str:
+    """What somebody sees who looks at the page of requests."""
+    page, data = await player.clients.live("/starling/live"), await player.clients.live("/starling/live.json")
+    return ANSWERED if b"<html" in page and b'"requests"' in data else "no page of requests"
 
 
 async def choices(player: Player) -> str:
@@ -134,7 +152,7 @@ async def refused_grpc(player: Player) -> str:
         raise
 
 
-async def vanish(player: Player, front: str, cut: Callable[[Player], Cut], prompt: int) -> str:
+async def vanish(player: Player, front: str, cut: Callable[[Player], Cut], prompt: int, stream: bool = True) -> str:
     """A request through a relay, which cuts its connection."""
     star = player.random.choice([{}, BLOCKS | {"star_block_size": 512}, player.spread])
     case = Case("vanish", random_ids(str(player.random.random()), prompt), star, LONG_OUTPUT)
@@ -143,11 +161,13 @@ async def vanish(player: Player, front: str, cut: Callable[[Player], Cut], promp
         near = replace(player.target, http=address) if front == "http" else replace(player.target, grpc=address)
         async with Clients(near) as clients:
             try:
-                if front == "grpc":
+                if front == "grpc" and not stream:
+                    await clients.generate(case.prompt, **fields_of(case))
+                elif front == "grpc":
                     upload = player.random.random() < 0.5
                     await clients.stream(case.prompt, upload=upload, logprobs=5, **fields_of(case))
                 else:
-                    await clients.complete(body_of(case, player.model) | {"stream": True, "logprobs": 5})
+                    await clients.complete(body_of(case, player.model) | {"stream": stream, "logprobs": 5})
             except aiohttp.ClientError:
                 if relay.cuts:
                     return LEFT
@@ -201,16 +221,24 @@ def stops_reading(player: Player) -> Cut:
     return Cut(received=5_000, hold=player.hold_seconds, reset=True)
 
 
-def vanishing(when: str, cut: Callable[[Player], Cut], prompt: int, share: float, brief: bool = True) -> list[Kind]:
+def stays_connected(player: Player) -> Cut:
+    """Its network is gone: neither a FIN nor a RST comes, for a while."""
+    return Cut(seconds=player.random.uniform(0.02, 0.5), hold=player.hold_seconds, reset=True)
+
+
+def vanishing(
+    when: str, cut: Callable[[Player], Cut], prompt: int, share: float, brief: bool = True, stream: bool = True
+) -> list[Kind]:
     """Clients of each front that vanish at a moment; ``prompt`` is their number of prompt tokens."""
     return [
         Kind(
             f"{when}, {front}",
             share,
-            partial(vanish, front=front, cut=cut, prompt=prompt),
+            partial(vanish, front=front, cut=cut, prompt=prompt, stream=stream),
             GONE,
             brief,
-            front == "http",
+            plain=front == "http",
+            misbehaves=True,
         )
         for front in ("http", "grpc")
     ]
@@ -225,13 +253,18 @@ KINDS = [
     Kind("chat", 4, chat, plain=True),
     Kind("choices", 5, choices, plain=True),
     Kind("tokenize", 4, tokenize, plain=True),
-    Kind("refused, http", 6, refused_http, frozenset({REFUSED})),
-    Kind("refused, grpc", 6, refused_grpc, frozenset({REFUSED})),
+    Kind("documents, texts", 3, texts),
+    Kind("live page", 2, live_page),
+    Kind("refused, http", 6, refused_http, frozenset({REFUSED}), misbehaves=True),
+    Kind("refused, grpc", 6, refused_grpc, frozenset({REFUSED}), misbehaves=True),
+    Kind("hostile", 4, hostile, frozenset({REFUSED, ANSWERED}), misbehaves=True),
     *vanishing("vanishes in prefill", in_prefill, LONG_PROMPT, 2),
     *vanishing("vanishes in decode", in_decode, 300, 2),
     *vanishing("vanishes in upload", in_upload, LONG_PROMPT, 2),
+    *vanishing("vanishes unstreamed", in_prefill, LONG_PROMPT, 1, stream=False),
+    *vanishing("vanishes and stays connected", stays_connected, 300, 0.5, brief=False),
     *vanishing("stops reading", stops_reading, 300, 0.5, brief=False),
-    Kind("aborted", 4, abort, frozenset({ABORTED, ANSWERED})),
+    Kind("aborted", 4, abort, frozenset({ABORTED, ANSWERED}), misbehaves=True),
     Kind("control", 3, control),
     Kind("scrape", 2, scrape, plain=True),
 ]

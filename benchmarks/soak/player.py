@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from benchmarks.soak.cases import BLOCKS, Case, make_cases
+from benchmarks.soak.cases import Case, make_cases, spread_of
 from benchmarks.soak.ledger import ANSWERED, DIFFERENT, Ledger
 from benchmarks.soak.target import STARLING, Clients, Output, RefusedError, body_of
 from starling.client import StarlingError
@@ -27,23 +27,24 @@ class Player:
     Attributes:
         cases: prompts whose answers are known.
         answers: name of a case -> its answer.
-        spread: star options of a prompt that is split over the server's replicas, if it has several.
+        spread: star options of a prompt that is split over the server's replicas or peers, if it has several.
     """
 
-    def __init__(self, clients: Clients, hold_seconds: float = 8) -> None:
+    def __init__(self, clients: Clients, hold_seconds: float = 8, ledger: Ledger | None = None) -> None:
         """
         Args:
             hold_seconds: how long a client that has stopped to read stays connected.
+            ledger: the account of requests; by default one of its own.
         """
         self.clients = clients
         self.target = clients.target
         self.model = self.target.model
         self.hold_seconds = hold_seconds
         self.random = random.Random(0)
-        self.ledger = Ledger()
+        self.ledger = ledger or Ledger()
         self.cases: list[Case] = []
         self.answers: dict[str, list[Any]] = {}
-        self.spread: dict[str, Any] = BLOCKS | {"star_replicas": self.target.replicas}
+        self.spread: dict[str, Any] = spread_of(self.target.replicas, self.target.peers)
 
     async def learn_answers(self) -> None:
         """Store the answer of an idle server to each case.
@@ -54,7 +55,7 @@ class Player:
         Raises:
             RuntimeError: a case has no prompt with one right answer.
         """
-        variants = [make_cases(self.target.replicas, seed) for seed in ("", "another ", "a third ")]
+        variants = [make_cases(self.target.replicas, seed, self.target.peers) for seed in ("", "another ", "a third ")]
         for same in zip(*variants, strict=True):
             for case in same:
                 body = body_of(case, self.model) | {"logprobs": 2, "return_tokens_as_token_ids": True}

@@ -20,7 +20,7 @@ class Cut:
         seconds: after the start of the connection.
         sent: bytes from the client to the server.
         received: bytes from the server to the client.
-        hold: seconds for which the connection stays open after that, and nothing is read from it.
+        hold: seconds for which the connection stays open after that, and nothing is read from it or sent.
         reset: whether the server gets a RST; otherwise it gets a FIN.
     """
 
@@ -81,6 +81,8 @@ class Relay:
             done, _ = await asyncio.wait(forwards, return_when=asyncio.FIRST_COMPLETED)
             if any(task.result() for task in done):
                 self.cuts += 1
+                for each in forwards:
+                    each.cancel()
                 await asyncio.sleep(self.cut.hold)
         finally:
             for each in forwards:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak.processes import sample_folder, sample_processes
-from benchmarks.soak.target import Clients, series_sum
+from benchmarks.soak.target import Clients, series_sum, series_values
 from benchmarks.soak.trend import batch_medians, fit_trend
 
 BOUNDS = {
@@ -28,6 +28,9 @@ BOUNDS = {
 }
 """The allowed growth of a quantity in an hour: memory in MiB, all others as numbers."""
 CURVE_POINTS = 40
+SPLIT_BLOCKS = "star blocks of split prompts"
+STALLS, LONGEST_STALL = "event loop stalls", "longest stall, ms"
+STALL_METRICS = ("starling:event_loop_stalls_total", "starling:event_loop_longest_stall_seconds")
 
 
 class Sampler:
@@ -71,7 +74,35 @@ class Sampler:
         for name in ("pages_used", "pages_cached", "requests_running", "requests_waiting"):
             values[name.replace("_", " ")] = sum(getattr(state, name) for state in await self.clients.cache())
         values["requests answered"] = series_sum(text, "vllm:request_success_total")
-        return values
+        values[SPLIT_BLOCKS] = series_sum(text, "starling:split_blocks_total")
+        return values | stalls_of(text)
+
+
+def stalls_of(text: str) -> dict[str, float]:
+    """How often the event loop of a server stood still and the longest time of it, as its watchdog counts in /metrics.
+
+    Args:
+        text: of /metrics.
+
+    Returns:
+        Name of the series -> value; nothing where the server has no watchdog.
+    """
+    counts, longest = (series_values(text, name) for name in STALL_METRICS)
+    return {STALLS: sum(counts), LONGEST_STALL: max(longest, default=0) * 1000} if counts else {}
+
+
+def stalls_in(samples: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    """What the watchdog of a server counted between the first sample and the last one.
+
+    Returns:
+        {"stalls", "longest_ms"}; None where a sample has none of it.
+    """
+    if not samples or not all(STALLS in sample for sample in samples):
+        return None
+    return {
+        "stalls": samples[-1][STALLS] - samples[0][STALLS],
+        "longest_ms": round(max(sample[LONGEST_STALL] for sample in samples), 1),
+    }
 
 
 def bound_of(name: str) -> float | None:
@@ -79,13 +110,16 @@ def bound_of(name: str) -> float | None:
     return BOUNDS.get(name.rpartition(": ")[2])
 
 
-def report_series(times: Sequence[float], samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+def report_series(
+    times: Sequence[float], samples: Sequence[Mapping[str, float]], judged: bool = True
+) -> dict[str, dict[str, Any]]:
     """Name -> the growth of a series and its verdict.
 
     Args:
         times: hours, of the samples after the warm-up.
         samples: name -> value, one mapping for each of ``times``. Series that a sample lacks are left out: their
             process ended, which the number of processes shows.
+        judged: whether series with a bound have a verdict.
 
     Returns:
         {"first", "last", "per_hour", "interval", "bound", "verdict", "curve"}. Without a bound there is no verdict. The
@@ -103,7 +137,7 @@ def report_series(times: Sequence[float], samples: Sequence[Mapping[str, float]]
             "per_hour": round(trend.slope, 2),
             "interval": [round(trend.lower, 2), round(trend.upper, 2)],
             "bound": bound,
-            "verdict": None if bound is None else trend.verdict(bound),
+            "verdict": trend.verdict(bound) if judged and bound is not None else None,
             "curve": [round(float(value), 2) for value in curve],
         }
     return report

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,13 @@ import grpc
 from benchmarks.soak.cases import Case
 from benchmarks.streaming_clients import events
 from starling.client import AsyncClient
+from starling.client.channel import SERVICE
+from starling.client.requests import Prompt
 from starling.v1 import admin_pb2 as admin
 from starling.v1 import admin_pb2_grpc
 
 STARLING, HTTP, PLAIN = "starling", "http", "plain"
+Metadata = Sequence[tuple[str, str]]
 FORMS = {"regex": "regex", "choices": "choice", "json_schema": "json"}  # gRPC's names and HTTP's
 
 
@@ -33,6 +36,8 @@ class Target:
         queue: its --max-num-queued-reqs.
         front: STARLING, or one of the servers that get requests over HTTP only: HTTP, which is the same server, and
             PLAIN, which is vLLM without Starling. PLAIN has no AdminService.
+        peers: servers that are peers of one another, this one among them; 1: it has none.
+        hostile_key: a valid API key, of clients that do what they can against the others.
     """
 
     http: str
@@ -44,6 +49,8 @@ class Target:
     queue: int
     replicas: int = 1
     front: str = STARLING
+    peers: int = 1
+    hostile_key: str = ""
 
 
 class RefusedError(Exception):
@@ -74,20 +81,34 @@ class Clients:
         # The server closes a connection that was idle for 5 s. A request that is sent at that moment would be lost.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
         self.session = aiohttp.ClientSession(connector=connector, headers=self.credentials)
+        self.keyless = aiohttp.ClientSession(connector=connector, connector_owner=False)
         self.grpc = AsyncClient(self.target.grpc, api_key=self.target.api_key, retries=0)
         self.admin_channel = grpc.aio.insecure_channel(self.target.grpc)
+        options = [("grpc.max_send_message_length", -1)]  # which also gives it a connection of its own
+        self.raw_channel = grpc.aio.insecure_channel(self.target.grpc, options)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.keyless.close()
         await self.session.close()
         await self.grpc.close()
         await self.admin_channel.close()
+        await self.raw_channel.close()
 
     async def control(self, name: str, message: Any) -> Any:
         """The response of a method of AdminService."""
         metadata = (("authorization", f"Bearer {self.target.admin_key}"),)
         return await getattr(self.admin, name)(message, metadata=metadata)
+
+    def raw(self, method: str, message: bytes, metadata: Metadata | None = None) -> Awaitable[bytes]:
+        """A call of InferenceService with bytes; without ``metadata`` it has the key of hostile clients."""
+        call = self.raw_channel.unary_unary(f"/{SERVICE}/{method}")
+        return call(message, metadata=metadata or (("authorization", f"Bearer {self.target.hostile_key}"),))
+
+    def raw_upload(self, parts: AsyncIterator[bytes], metadata: Metadata) -> grpc.aio.StreamStreamCall:
+        """An upload of bytes."""
+        return self.raw_channel.stream_stream(f"/{SERVICE}/GenerateUploadStream")(parts, metadata=metadata)
 
     async def cache(self) -> list[admin.EngineCache]:
         """The KV cache of each engine, with its requests. Of PLAIN, the numbers of requests of all engines."""
@@ -117,6 +138,14 @@ class Clients:
         async with self.session.get(f"http://{self.target.http}/metrics") as response:
             return await response.text()
 
+    async def live(self, path: str) -> bytes:
+        """A path of the page of requests, with the admin key (raises RefusedError: its status is 400 or more)."""
+        headers = {"authorization": f"Bearer {self.target.admin_key}"}
+        async with self.keyless.get(f"http://{self.target.http}{path}", headers=headers) as response:
+            if response.status >= 400:
+                raise RefusedError(f"HTTP {response.status}", await response.text())
+            return await response.read()
+
     async def complete(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> Output:
         """A completion over HTTP, streamed if the body says so."""
         output = Output()
@@ -136,7 +165,7 @@ class Clients:
                 output.add(choice["index"], [choice["message"]["content"] or ""], choice["finish_reason"])
         return output
 
-    async def stream(self, prompt: Sequence[int], *, upload: bool = False, **fields: Any) -> Output:
+    async def stream(self, prompt: Prompt, *, upload: bool = False, **fields: Any) -> Output:
         """A stream over gRPC."""
         output = Output()
         async with contextlib.aclosing(self.grpc.stream(prompt, upload=upload, **fields)) as received:
@@ -147,7 +176,7 @@ class Clients:
                     output.add(event.final.index, [], finish_name(event.final))
         return output
 
-    async def generate(self, prompt: Sequence[int], **fields: Any) -> Output:
+    async def generate(self, prompt: Prompt, **fields: Any) -> Output:
         """One response over gRPC."""
         output = Output()
         for choice in (await self.grpc.generate(prompt, **fields)).choices:
@@ -180,9 +209,14 @@ def fields_of(case: Case) -> dict[str, Any]:
     return fields | ({"structured_outputs": case.form} if case.form else {"ignore_eos": True})
 
 
+def series_values(text: str, name: str) -> list[float]:
+    """The values of the series of a metric in the text of /metrics."""
+    return list(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)))
+
+
 def series_sum(text: str, name: str) -> float:
     """Sum of the series of a metric in the text of /metrics."""
-    return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)))
+    return sum(series_values(text, name))
 
 
 async def wait_idle(clients: Clients, seconds: float = 60) -> list[admin.EngineCache]:

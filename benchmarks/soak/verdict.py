@@ -20,6 +20,12 @@ def failures(run: Mapping[str, Any]) -> list[str]:
     found += [
         f"{name} was {value:g} while no request was open" for name, value in run["left_after_a_rest"].items() if value
     ]
+    found += [
+        f"the event loop of {name} stood still {stalls['stalls']:g} times, for up to {stalls['longest_ms']:g} ms"
+        for name, stalls in run.get("event_loops", {}).items()
+        if stalls and stalls["stalls"]
+    ]
+    found += [f"{name} split no prompt" for name, blocks in run.get("split_blocks", {}).items() if not blocks]
     for name, series in run["series"].items():
         if series["verdict"] == GROWING:
             lower, upper = series["interval"]

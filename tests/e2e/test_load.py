@@ -7,6 +7,7 @@ import asyncio
 import random
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import grpc
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from benchmarks.random_llama import make_tiny_llama
 from benchmarks.soak import load, player
+from benchmarks.soak.hostile import HOSTILE
 from benchmarks.soak.mix import KINDS
 from benchmarks.soak.series import Sampler
 from benchmarks.soak.server import scores_options
@@ -35,6 +37,7 @@ from tests.e2e.fuzz import messages, mutated
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("forked")]
 
 KEY, ADMIN_KEY, SECRET = "key-of-the-api-8d1f", "key-of-the-admin-51c0", "words-of-a-prompt-97a2"
+HOSTILE_KEY = "key-of-hostile-clients-77b3"
 CREDENTIALS = (("authorization", f"Bearer {KEY}"),)
 ADMIN = (("authorization", f"Bearer {ADMIN_KEY}"),)
 STREAMS, AT_ONCE, WARM, ROUNDS = 400, 64, 200, 8
@@ -53,6 +56,9 @@ def server(tmp_path_factory):
         "priority",
         "--api-key",
         KEY,
+        HOSTILE_KEY,
+        "--live-page",
+        "on",
         "--grpc-admin-key",
         ADMIN_KEY,
         "--max-num-queued-reqs",
@@ -278,22 +284,27 @@ def test_an_upload_gives_the_tokens_of_the_same_prompt_in_one_message(server):
 
 
 def test_a_soak_in_miniature_loses_no_request_and_leaves_no_page(server, tmp_path, monkeypatch):
-    """Every kind of request of `make soak` twice, and one sample of the processes."""
+    """Every kind of request of `make soak` twice, each attack once, and one sample of the processes."""
     monkeypatch.setattr(player, "DEADLINE_SECONDS", 600)
     monkeypatch.setattr(load, "wait_idle", partial(load.wait_idle, seconds=600))
     http = server.http.removeprefix("http://")
-    target = Target(http, server.grpc, server.model, server.process.pid, KEY, ADMIN_KEY, QUEUE)
+    keys = {"api_key": KEY, "admin_key": ADMIN_KEY, "hostile_key": HOSTILE_KEY}
+    target = Target(http, server.grpc, server.model, server.process.pid, **keys, queue=QUEUE)
+
+    (hostile,) = [kind for kind in KINDS if kind.name == "hostile"]
 
     async def scenario():
         async with Clients(target) as clients:
             plays = player.Player(clients, hold_seconds=0.5)
             await plays.learn_answers()
             await load.play_each(plays, 2)
+            for each in HOSTILE:
+                await plays.play(replace(hostile, play=partial(hostile.play, chosen=each)))
             left = await load.OpenLoop(plays, 1).rest()
             return plays.ledger, left, await Sampler(clients, tmp_path, 1).sample()
 
     ledger, left, sample = asyncio.run(asyncio.wait_for(scenario(), 900))
-    assert (ledger.lost, ledger.requests) == (0, 2 * len(KINDS)), ledger.details
+    assert (ledger.lost, ledger.requests) == (0, 2 * len(KINDS) + len(HOSTILE)), ledger.details
     assert ledger.checked >= 10
     assert not any(left.values()), left
     assert sample["processes"] >= 3
@@ -416,7 +427,7 @@ def test_the_log_has_no_prompt_and_no_key(server):
     assert response.status_code == 400
     log = server.log.read_text()
     assert "gRPC server on" in log
-    for word in (KEY, ADMIN_KEY, SECRET):
+    for word in (KEY, HOSTILE_KEY, ADMIN_KEY, SECRET):
         assert word not in log, word
 
 

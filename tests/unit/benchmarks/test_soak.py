@@ -6,23 +6,31 @@ import asyncio
 import gc
 import mmap
 import os
-from contextlib import ExitStack, closing
+import sys
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import psutil
 import pytest
 
-from benchmarks.soak.cases import PAGE_SIZE, edited, make_cases, segmented
-from benchmarks.soak.ledger import ANSWERED, DIFFERENT, LEFT, Ledger
+from benchmarks.random_llama import byte_tokenizer
+from benchmarks.report import saved_figure
+from benchmarks.soak import figure, hostile
+from benchmarks.soak.__main__ import counts, parse_arguments
+from benchmarks.soak.cases import PAGE_SIZE, SEGMENT_TEXT, SEGMENT_TOKEN, edited, make_cases, segmented, spread_of
+from benchmarks.soak.ledger import ANSWERED, DIFFERENT, LEFT, REFUSED, Ledger
 from benchmarks.soak.mix import KINDS, kinds_for
 from benchmarks.soak.player import Player
 from benchmarks.soak.processes import sample_folder, sample_process, sample_processes
 from benchmarks.soak.relay import Cut, Relay
-from benchmarks.soak.series import bound_of, report_series
+from benchmarks.soak.run import faults
+from benchmarks.soak.series import LONGEST_STALL, STALLS, bound_of, report_series, stalls_in, stalls_of
 from benchmarks.soak.target import PLAIN, Clients, Output, Target
 from benchmarks.soak.trend import FLAT, GROWING
 from benchmarks.soak.verdict import failures
 from starling.client.requests import STAR
+from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
+from starling.v1 import inference_pb2 as pb
 
 ONLY_ANSWERED = frozenset({ANSWERED})
 
@@ -73,6 +81,65 @@ def test_the_cases_have_every_star_option_and_the_kinds_have_names_of_their_own(
     assert used == set(STAR) - {"segment_offsets"}, "which are star_segments over HTTP"
     assert len({kind.name for kind in KINDS}) == len(KINDS)
     assert not any("replicas" in name for case in make_cases(1) for name in case.star)
+
+
+def test_prompts_are_split_over_the_peers_of_a_server_and_their_kv_does_not_stay_there():
+    split = [case for case in make_cases(1, peers=2) if "star_replicas" in case.star]
+    assert {case.star["star_replicas"] for case in split} == {"auto"}
+    assert len(split) == 4
+    assert not any("star_shards" in case.star for case in split)
+    assert spread_of(3)["star_replicas"] == 3
+
+
+def test_the_text_that_starts_documents_is_the_token_of_their_prompts():
+    assert byte_tokenizer().encode(SEGMENT_TEXT) == [SEGMENT_TOKEN]
+
+
+@pytest.mark.parametrize("field", hostile.FIELDS)
+def test_the_message_of_each_field_is_as_large_as_the_server_takes(field):
+    size = len(hostile.message(field))
+    assert size <= MAX_REQUEST_BYTES
+    assert size > MAX_REQUEST_BYTES / 2
+
+
+def test_messages_have_each_field_that_can_be_large():
+    request = pb.GenerateStreamRequest.DESCRIPTOR
+    messages = [request, pb.SamplingParams.DESCRIPTOR, pb.StarOptions.DESCRIPTOR, pb.StructuredOutputs.DESCRIPTOR]
+    fields = [field for message in messages for field in message.fields]
+    large = {each.name for each in fields if each.is_repeated or each.type in (each.TYPE_STRING, each.TYPE_MESSAGE)}
+    prompts = {"text", "token_ids", "texts", "chat"}  # "prompt ..." in FIELDS
+    inner = {"sampling", "star", "structured_outputs"}
+    assert large - prompts - inner == {name for name in hostile.FIELDS if not name.startswith("prompt")}
+    assert sum(name.startswith("prompt") for name in hostile.FIELDS) == len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"),
+    [
+        ("INVALID_ARGUMENT", REFUSED),
+        ("OK", ANSWERED),
+        ("RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"),
+        ("INTERNAL", "an attack: INTERNAL"),
+        ("a message of 99 bytes", "an attack: a message of 99 bytes"),
+    ],
+)
+def test_an_attack_with_another_status_than_its_own_is_lost(status, outcome):
+    async def attack(player: Player) -> str:
+        return status
+
+    allowed = frozenset({"INVALID_ARGUMENT", "OK"})
+    player = Player(Clients(Target("host:1", "host:2", "model", 1, "", "", 64)))
+    assert asyncio.run(hostile.hostile(player, hostile.Hostile("an attack", attack, allowed))) == outcome
+    (kind,) = [kind for kind in KINDS if kind.name == "hostile"]
+    player.ledger.record(kind.name, outcome, "", kind.accepts)
+    assert player.ledger.lost == outcome.startswith("an attack")
+
+
+def test_faults_are_the_requests_of_clients_that_misbehave():
+    ledger = Ledger()
+    for name in ("HTTP", "HTTP", "hostile", "refused, grpc", "vanishes unstreamed, http", "stops reading, grpc"):
+        ledger.record(name, ANSWERED, "", ONLY_ANSWERED)
+    assert faults(ledger) == 4
 
 
 def test_variants_of_a_prompt_differ_where_they_should():
@@ -165,6 +232,22 @@ def test_a_relay_that_holds_reads_nothing_more_so_that_the_server_has_to_wait():
     assert not ended
 
 
+def test_a_relay_that_is_cut_and_holds_passes_nothing_on_and_stays_connected():
+    async def scenario() -> tuple[int, bool]:
+        async with Peer(sends=False) as peer, Relay(peer.address, Cut(sent=700, hold=60)) as relay:
+            _, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+            writer.write(b"y" * 700)
+            while not relay.cuts or peer.got < 700:
+                await asyncio.sleep(0.01)
+            writer.write(b"y" * 5000)
+            await asyncio.sleep(0.3)
+            before, ended = peer.got, peer.ended.done()
+            writer.close()
+            return before, ended
+
+    assert asyncio.run(scenario()) == (700, False)
+
+
 def test_a_relay_without_a_cut_ends_with_its_client():
     async def scenario() -> tuple[str, int]:
         async with Peer() as peer, Relay(peer.address, Cut()) as relay:
@@ -222,10 +305,38 @@ def test_a_series_that_ends_is_left_out():
     assert set(report_series(hours, samples)) == {"worker: RSS", "pages used"}
 
 
+WATCHED = """# TYPE starling:event_loop_stalls_total counter
+starling:event_loop_stalls_total {stalls}
+# TYPE starling:event_loop_longest_stall_seconds gauge
+starling:event_loop_longest_stall_seconds {longest}
+"""
+
+
+def test_the_stalls_of_an_event_loop_are_those_of_its_watchdog():
+    assert stalls_of("# TYPE vllm:requests counter\nvllm:requests 1\n") == {}
+    first = stalls_of(WATCHED.format(stalls="1.0", longest="0.25"))
+    assert first == {STALLS: 1, LONGEST_STALL: 250}
+    two = 'starling:event_loop_stalls_total{process="0"} 1.0\nstarling:event_loop_stalls_total{process="1"} 2.0\n'
+    assert stalls_of(two) == {STALLS: 3, LONGEST_STALL: 0}
+    last = stalls_of(WATCHED.format(stalls="4.0", longest="1.5"))
+    assert stalls_in([first, last]) == {"stalls": 3, "longest_ms": 1500}
+    assert stalls_in([first, first])["stalls"] == 0
+    assert stalls_in([{}, first]) is None
+    assert stalls_in([]) is None
+
+
+def test_a_short_run_has_no_verdict_of_its_growth():
+    report = report_series(*make_samples(leak=80), judged=False)
+    assert {series["verdict"] for series in report.values()} == {None}
+    assert report["worker: RSS"]["bound"] == bound_of("worker: RSS")
+
+
 CLEAN = {
     "requests": Ledger().as_json(),
     "left_after_a_rest": {"pages_used": 0},
     "series": report_series(*make_samples(leak=0)),
+    "event_loops": {"one engine": None, "peer 1": {"stalls": 0, "longest_ms": 150}},
+    "split_blocks": {"peer 1": 90},
     "processes_ended": 0,
     "exit_code": 0,
     "files_left": [],
@@ -242,6 +353,11 @@ CLEAN = {
         ),
         ({"left_after_a_rest": {"pages_used": 3}}, "pages_used was 3 while no request was open"),
         ({"series": report_series(*make_samples(leak=80))}, "worker: RSS grows by"),
+        (
+            {"event_loops": {"peer 1": {"stalls": 2, "longest_ms": 412.5}, "peer 2": None}},
+            "the event loop of peer 1 stood still 2 times, for up to 412.5 ms",
+        ),
+        ({"split_blocks": {"peer 1": 90, "peer 2": 0}}, "peer 2 split no prompt"),
         ({"processes_ended": 1}, "1 processes of the server ended"),
         ({"exit_code": -9}, "exit code -9"),
         ({"files_left": ["/dev/shm/psm_1"]}, "files stayed behind: /dev/shm/psm_1"),
@@ -251,3 +367,48 @@ def test_each_failure_has_its_sentence(change, words):
     assert failures(CLEAN) == []
     (sentence,) = failures(CLEAN | change)
     assert words in sentence
+
+
+def test_the_line_of_counts_has_requests_faults_losses_leaks_and_the_longest_stall():
+    run = CLEAN | {"requests": CLEAN["requests"] | {"sent": 90, "lost": 1}, "faults": 20, "pages_leaked": 3}
+    expected = "90 requests, 20 of them faults; lost: 1; pages leaked: 3; longest stall of an event loop: 150 ms"
+    assert counts(run) == expected
+    assert counts(run | {"event_loops": {"one engine": None}}).endswith("not measured")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--minutes", "1"], "--minutes 1 is refused"),
+        (["--replicas", "0"], "--replicas 0 is refused"),
+        (["--peers", "1"], "--peers 1 is refused"),
+        (["--peers", "2", "--front", "plain"], "--peers 2 is refused"),
+    ],
+)
+def test_arguments_that_make_no_soak_are_refused(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["soak", *arguments])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert words in capsys.readouterr().err
+
+
+def test_the_figure_has_a_column_for_each_run_and_a_panel_of_stalls(tmp_path, monkeypatch):
+    panels = []
+
+    @contextmanager
+    def kept(path, *arguments, **options):
+        with saved_figure(path, *arguments, **options) as (made, axes):
+            yield made, axes
+            panels.append([[panel.get_legend_handles_labels()[1] for panel in row] for row in axes])
+
+    monkeypatch.setattr(figure, "saved_figure", kept)
+    names = ("front: RSS", "front: descriptors", "front: threads", "pages used", "pages cached", "requests running")
+    plain = {"series": {name: {"curve": [1.0, 2.0]} for name in names}, "minutes": 4, "rate_requests_per_second": 1.0}
+    plain |= {"requests": {"sent": 5, "lost": 0}, "front": "starling", "replicas": 1, "peers": 0}
+    watched = {f"peer {number}: {name}": {"curve": [1.0, 2.0]} for number in (1, 2) for name in (*names, LONGEST_STALL)}
+    figure.draw([plain, plain | {"series": watched, "peers": 2}], tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").stat().st_size > 10_000
+    (rows,) = panels
+    assert rows[0] == [["front"], ["peer 1: front", "peer 2: front"]]
+    assert rows[3][1] == [f"peer {number}: {name}" for number in (1, 2) for name in names[3:]]
+    assert rows[4] == [[], [f"peer {number}: {LONGEST_STALL}" for number in (1, 2)]]

@@ -26,7 +26,8 @@ MAX_ANSWER_BYTES = 16 * 2**10
 MANY_CHOICES = 16384  # vLLM's own bound of `n`
 SPELLINGS = ["Bearer", "bearer", "BEARER", "bEarer", "beArer", "beaRer", "BEArer", "beareR"]
 STALLED, STALL_SECONDS, OTHERS_SECONDS = 24, 3, 30
-NO_KEY_PATHS = ("/v1/completions", "/v1/chat/completions", "/starling/live.json")
+NO_KEY_PATHS = ("/v1/completions", "/v1/chat/completions", "/invocations", "/tokenize", "/detokenize")
+NO_KEY_PATHS += ("/generative_scoring", "/scale_elastic_ep", "/starling/live.json")
 Attack = Callable[["Player"], Awaitable[str]]
 """Sends something; returns a status as `HTTP 400` or `INVALID_ARGUMENT`, or what is wrong with the answer."""
 

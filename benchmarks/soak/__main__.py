@@ -97,8 +97,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def counts(run: Mapping[str, Any]) -> str:
     """The numbers that a run is about, in one line."""
-    found, stalls = run["requests"], [each for each in run["event_loops"].values() if each]
-    longest = f"{max(each['longest_ms'] for each in stalls):g} ms" if stalls else "not measured"
+    found, stalls = run["requests"], [each["longest_ms"] for each in run["event_loops"].values() if each]
+    longest = "not measured" if not stalls else f"{max(stalls):g} ms" if max(stalls) else "none above 200 ms"
     return (
         f"{found['sent']} requests, {run['faults']} of them faults; lost: {found['lost']}; pages leaked: "
         f"{run['pages_leaked']:g}; longest stall of an event loop: {longest}"

@@ -95,14 +95,13 @@ def stalls_in(samples: Sequence[Mapping[str, float]]) -> dict[str, float] | None
     """What the watchdog of a server counted between the first sample and the last one.
 
     Returns:
-        {"stalls", "longest_ms"}; None where a sample has none of it.
+        {"stalls", "longest_ms"}; None where a sample has none of it. Without a stall the longest one is 0. Where a
+        longer one came before the first sample, as while the server starts, the watchdog still has that one.
     """
     if not samples or not all(STALLS in sample for sample in samples):
         return None
-    return {
-        "stalls": samples[-1][STALLS] - samples[0][STALLS],
-        "longest_ms": round(max(sample[LONGEST_STALL] for sample in samples), 1),
-    }
+    stalls = samples[-1][STALLS] - samples[0][STALLS]
+    return {"stalls": stalls, "longest_ms": round(samples[-1][LONGEST_STALL], 1) if stalls else 0}
 
 
 def bound_of(name: str) -> float | None:

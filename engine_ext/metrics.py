@@ -30,6 +30,9 @@ class FrontMetrics:
         self.usable_peers = Gauge(
             "starling:usable_peers", "Other servers that prompts are split with now.", multiprocess_mode="livemax"
         )
+        self.peers_left_out = Counter(
+            "starling:peers_left_out", "Times that a peer was left out for a while, because a call to it had failed."
+        )
         self.peer_parts = Counter("starling:peer_parts", "Parts of other servers' prompts that were prefilled here.")
 
         self.loop_stalls = Counter(

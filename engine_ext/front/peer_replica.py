@@ -188,7 +188,7 @@ class PeerReplica:
     def _lose(self, reason: str, leave_out: bool = True) -> PeerLost:
         self.lost = PeerLost(self.peer.address, reason)
         if leave_out:
-            self.peer.leave_out()
+            self.peer.leave_out(reason)
         return self.lost
 
 

@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,10 +115,13 @@ class Peer:
         channel: to it.
         key: of STARLING_REPLICA_KEY.
         timeout: seconds for which the peer is left out after a failed call.
+        on_left_out: called when that time begins.
     """
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, key: str, timeout: float) -> None:
-        self.address, self.channel, self.timeout = address, channel, timeout
+    def __init__(
+        self, address: str, channel: grpc.aio.Channel, key: str, timeout: float, on_left_out: Callable[[], None]
+    ) -> None:
+        self.address, self.channel, self.timeout, self.on_left_out = address, channel, timeout, on_left_out
         self.metadata = (("authorization", f"Bearer {key}"),)
         self.stub = replica_pb2_grpc.ReplicaServiceStub(channel)
         self.identity: Identity | None = None
@@ -126,12 +129,21 @@ class Peer:
         self._left_out_until = 0.0
 
     @property
-    def is_usable(self) -> bool:
-        return self.problem is None and asyncio.get_running_loop().time() >= self._left_out_until
+    def is_left_out(self) -> bool:
+        return asyncio.get_running_loop().time() < self._left_out_until
 
-    def leave_out(self) -> None:
-        """A call has failed: use the peer again only after some time."""
+    @property
+    def is_usable(self) -> bool:
+        return self.problem is None and not self.is_left_out
+
+    def leave_out(self, reason: str) -> None:
+        """A call has failed: use the peer again only after some time. The prompts that run there may all fail so."""
+        was_left_out = self.is_left_out
         self._left_out_until = asyncio.get_running_loop().time() + self.timeout
+        if not was_left_out:
+            logger.warning("peer %s is left out for %g s: %s", self.address, self.timeout, reason)
+            front_metrics().peers_left_out.inc()
+            self.on_left_out()
 
     def prefill_part(self) -> Any:
         """Begin a call of ReplicaService.PrefillPart."""
@@ -198,7 +210,8 @@ class PeerDirectory:
             del self.by_address[address]  # its channel closes with the last call that uses it
         for address, entry in hosts.items():
             if address not in self.by_address:
-                self.by_address[address] = Peer(address, self._channel(address, entry), self.key, self.timeout)
+                channel = self._channel(address, entry)
+                self.by_address[address] = Peer(address, channel, self.key, self.timeout, self._count_usable)
         peers = list(self.by_address.values())
         answers = await asyncio.gather(*(peer.describe() for peer in peers))
         known = {self.own.name}
@@ -206,6 +219,9 @@ class PeerDirectory:
             # Both at once: a prompt that is split meanwhile must not see an identity that is not compared yet.
             peer.identity = answer if isinstance(answer, Identity) else None
             self._note(peer, self._problem_of(answer, known) if isinstance(answer, Identity) else answer)
+        self._count_usable()
+
+    def _count_usable(self) -> None:
         front_metrics().usable_peers.set(len(self.usable))
 
     def _problem_of(self, identity: Identity, known: set[str]) -> str | None:

@@ -24,7 +24,11 @@ from starling.v1 import replica_pb2 as pb
 STATE_SECONDS = 5.0
 """How long a prompt waits for the state of a peer. A peer answers between two steps of its engine."""
 
-REFUSED = grpc.StatusCode.INVALID_ARGUMENT
+REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""What a peer refuses of one prompt says nothing of others: it can't compute this one, or has no room for it now."""
+
+FAILED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+"""An error that nobody expected, which may come from the prompt or from the peer."""
 
 RELEASE_SECONDS = 5.0
 """How long a release waits for the peer's answer."""
@@ -45,7 +49,7 @@ class PeerLost(ReplicaUnavailable):
     """A call to a peer has failed, or the peer has not answered in time."""
 
     def __init__(self, address: str, reason: str) -> None:
-        super().__init__(f"peer {address} is lost: {reason}")
+        super().__init__(f"peer {address} is lost to this prompt: {reason}")
 
 
 class PeerReplica:
@@ -104,6 +108,7 @@ class PeerReplica:
             raise self._lose("it holds other pages than it was asked for")
         if count and not self._has_sent(source):
             raise self._lose("another server answers at its address")
+        self.peer.note_held_part()
         return HeldPart(self.peer.address, source) if count else None
 
     def _has_sent(self, source: PageSource) -> bool:
@@ -165,8 +170,7 @@ class PeerReplica:
         except TimeoutError:
             raise self._lose(f"it has not answered for {seconds:g} s") from None
         except grpc.aio.AioRpcError as error:
-            # What a peer refuses of one prompt says nothing of others.
-            raise self._lose(reason_of(error), leave_out=error.code() is not REFUSED) from None
+            raise self._lose_by(error) from None
         except asyncio.InvalidStateError as error:
             raise self._lose(reason_of(error)) from None
         if response is grpc.aio.EOF:
@@ -185,10 +189,20 @@ class PeerReplica:
             self._lose(reason)
         self._answered.set()
 
-    def _lose(self, reason: str, leave_out: bool = True) -> PeerLost:
+    def _lose(self, reason: str) -> PeerLost:
+        """The peer is lost to this prompt, and left out of others."""
         self.lost = PeerLost(self.peer.address, reason)
-        if leave_out:
-            self.peer.leave_out(reason)
+        self.peer.leave_out(reason)
+        return self.lost
+
+    def _lose_by(self, error: grpc.aio.AioRpcError) -> PeerLost:
+        """The peer is lost to this prompt, and to others if the error is not about this one."""
+        reason = reason_of(error)
+        if error.code() not in REFUSED + FAILED:
+            return self._lose(reason)
+        if error.code() in FAILED:
+            self.peer.note_failed_part(reason)
+        self.lost = PeerLost(self.peer.address, reason)
         return self.lost
 
 

@@ -34,6 +34,9 @@ DESCRIBE_SECONDS = 2.0
 RESOLVE_SECONDS = 5.0
 """How long a look-up of a name may take; a start waits for the first one."""
 
+FAILURES_IN_A_ROW = 3
+"""After so many parts that have failed on a peer, and none between them that has not, it is the peer that is broken."""
+
 PING_SECONDS = 10
 NOTICE_SECONDS = 2 * PING_SECONDS
 """Within this time a server notices that the link to a peer is lost, or the peer's host: a ping is not answered."""
@@ -127,6 +130,7 @@ class Peer:
         self.identity: Identity | None = None
         self.problem: str | None = "it has not been asked yet"
         self._left_out_until = 0.0
+        self._failures = 0  # parts that have failed since one has not
 
     @property
     def is_left_out(self) -> bool:
@@ -144,6 +148,16 @@ class Peer:
             logger.warning("peer %s is left out for %g s: %s", self.address, self.timeout, reason)
             front_metrics().peers_left_out.inc()
             self.on_left_out()
+
+    def note_failed_part(self, reason: str) -> None:
+        """A part has failed, by an error that may come from its prompt or from the peer."""
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW:
+            self.leave_out(f"{self._failures} parts in a row have failed there, the last one with {reason}")
+
+    def note_held_part(self) -> None:
+        """The peer has prefilled a part."""
+        self._failures = 0
 
     def prefill_part(self) -> Any:
         """Begin a call of ReplicaService.PrefillPart."""

@@ -345,6 +345,9 @@ class StarWorker:
     def close_shards(self, names: list[str]) -> None:
         kv_connector().close_shards(names)
 
+    def forget_servers(self, servers: list[str]) -> None:
+        kv_connector().forget_servers(servers)
+
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         with without_discarded_generators(self.model_runner):
             return super().sample_tokens(*args, **kwargs)  # type: ignore[misc]

@@ -23,6 +23,7 @@ IS_PAUSED = "starling_is_paused"
 IDENTITY = "starling_identity"
 EXTEND_FETCH = "starling_extend_fetch"
 CANCEL_FETCH = "starling_cancel_fetch"
+FORGET_SERVERS = "starling_forget_servers"
 
 
 def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> Future[dict[str, Any]]:
@@ -62,6 +63,10 @@ def _cancel_fetch(core: Any, request_ids: list[str]) -> None:
     core.scheduler.connector.cancel_fetch(core.scheduler.requests.keys() & request_ids)
 
 
+def _forget_servers(core: Any, servers: list[str]) -> None:
+    core.model_executor.collective_rpc("forget_servers", args=(servers,))
+
+
 def parts_running(scheduler: Any, names: list[str]) -> list[str]:
     """Ids of the requests that would hold pages under these names once they are complete."""
     parts = ((request_id, metadata_of(request).part) for request_id, request in scheduler.requests.items())
@@ -77,3 +82,4 @@ def add_replica_rpc() -> None:
     add_core_utility(IDENTITY, _identity)
     add_core_utility(EXTEND_FETCH, _extend_fetch)
     add_core_utility(CANCEL_FETCH, _cancel_fetch)
+    add_core_utility(FORGET_SERVERS, _forget_servers)

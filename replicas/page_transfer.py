@@ -11,8 +11,8 @@ out. Behind the last wave comes a read of whether the source still holds the pag
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,10 @@ import torch
 from vllm.logger import init_logger
 
 from starling.replicas import clock
+from starling.replicas.agents import make_agent, server_of
 from starling.replicas.holds import Holds
 
 logger = init_logger("vllm.starling")
-
-PROGRESS_MICROSECONDS = 1000
 
 FIRST_WAVE_BYTES = 64 * 2**20
 
@@ -137,6 +136,8 @@ class PageReader:
         self.registered = self.agent.register_memory(regions, self.memory)
         self.holds = Holds(self.agent)
         self.connected: dict[str, str] = {}  # agents by name, as NIXL calls them
+        self.num_reads: Counter[str] = Counter()  # under way, by agent
+        self._gone: set[str] = set()  # agents to disconnect when nothing is read from them any more
         self.stuck: list[StuckRead] = []
         self._stuck_pages: list[int] = []
         self._freed_pages: list[int] = []
@@ -174,6 +175,8 @@ class PageReader:
         first_wave = max(FIRST_WAVE_BYTES // self.page_bytes, 1)
         read = SourceRead(address, hold, remote_page_ids, local_page_ids, first_wave)
         transfer.reads.append(read)
+        self.num_reads[read.name] += 1
+        self._gone.discard(read.name)
         transfer.num_bytes += len(local_page_ids) * self.page_bytes
         self._begin_read(read, self._wave, transfer.deadline)
 
@@ -204,6 +207,7 @@ class PageReader:
                     raise TransferError(f"{read.name} had released the pages before they arrived")
                 if read.answer is not None:
                     transfer.reads.remove(read)
+                    self._end_read(read.name)
                 elif read.num_begun == len(read.local_page_ids):
                     self._begin_read(read, self._answer)
                 else:
@@ -243,14 +247,39 @@ class PageReader:
         Where NIXL does not end a read, its pages are stuck (``take_stuck_pages``).
         """
         for read in transfer.reads:
-            if not self._release_handle(read):
-                continue  # its connection is in use
-            try:
-                if self.connected.pop(read.name, None) is not None:
-                    self.agent.remove_remote_agent(read.name)
-            except Exception:
-                logger.exception("the connection to %s can't be closed", read.name)
+            if self._release_handle(read):  # else its connection is in use
+                self._disconnect(read.name)
+            self._end_read(read.name)
         transfer.reads.clear()
+
+    def forget(self, servers: Iterable[str]) -> None:
+        """Close the connections to servers that are gone, each once nothing is read over it any more.
+
+        Args:
+            servers: as ``server_of`` names them. One that is read again is connected again.
+        """
+        gone = set(servers)
+        self._gone |= {name for name in self.connected if server_of(name) in gone}
+        for name in list(self._gone):
+            self._disconnect_if_gone(name)
+
+    def _end_read(self, name: str) -> None:
+        self.num_reads[name] -= 1
+        if not self.num_reads[name]:
+            del self.num_reads[name]
+        self._disconnect_if_gone(name)
+
+    def _disconnect_if_gone(self, name: str) -> None:
+        if name in self._gone and name not in self.num_reads and all(read.source != name for read in self.stuck):
+            self._gone.discard(name)
+            self._disconnect(name)
+
+    def _disconnect(self, name: str) -> None:
+        try:
+            if self.connected.pop(name, None) is not None:
+                self.agent.remove_remote_agent(name)
+        except Exception:
+            logger.exception("the connection to %s can't be closed", name)
 
     def _release_handle(self, read: SourceRead) -> bool:
         """Release the handle of what is under way; returns whether NIXL has done so. It is tried again otherwise."""
@@ -278,6 +307,7 @@ class PageReader:
         for read in list(self.stuck):
             if self._try_release(read.source, read.handle):
                 self.stuck.remove(read)
+                self._disconnect_if_gone(read.source)
                 self._freed_pages += read.page_ids
                 self.holds.free_answer(read.answer)
 
@@ -311,29 +341,6 @@ class PageReader:
         local = memory_ranges(self.bases, self.strides, local_first, count, self.device)
         remote = memory_ranges(remote_bases, self.strides, remote_first, count, address["device"])
         return self.agent.get_xfer_descs(local, self.memory), self.agent.get_xfer_descs(remote, self.memory)
-
-
-def make_agent(name: str) -> Any:
-    """A NIXL agent whose progress thread looks for work every millisecond.
-
-    With NIXL's Python defaults the thread never sleeps, so that an idle replica takes a core from one that computes.
-    The constructor sets the delay to 0 and passes it to the binding, where this function changes it. Goes when
-    nixl_agent_config takes the delay.
-    """
-    from nixl._api import nixl_agent, nixl_agent_config
-
-    binding = sys.modules[nixl_agent.__module__].nixlBind
-    original = binding.nixlAgent
-
-    def with_delay(name: str, config: Any) -> Any:
-        config.pthrDelay = PROGRESS_MICROSECONDS
-        return original(name, config)
-
-    binding.nixlAgent = with_delay
-    try:
-        return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
-    finally:
-        binding.nixlAgent = original
 
 
 def next_wave(num_pages: int, seconds: float) -> int:

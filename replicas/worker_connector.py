@@ -122,6 +122,11 @@ class WorkerConnector:
         failed, self._failed_page_ids = self._failed_page_ids, set()
         return failed
 
+    def forget_servers(self, servers: list[str]) -> None:
+        """Close the connections to servers that are gone (replicas/agents.py has their names)."""
+        if self.reader is not None:
+            self.reader.forget(servers)
+
     def _end(self, request_id: str) -> None:
         del self._transfers[request_id]
         self._finished.add(request_id)

@@ -18,6 +18,7 @@ from starling.config.replicas import ReplicaOptions, join_address, split_address
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import MAX_SERVERS
+from starling.replicas.agents import server_of
 from starling.replicas.core_rpc import IDENTITY
 from starling.replicas.page_transfer import differences
 from starling.v1 import replica_pb2 as pb
@@ -36,6 +37,9 @@ RESOLVE_SECONDS = 5.0
 
 FAILURES_IN_A_ROW = 3
 """After so many parts that have failed on a peer, and none between them that has not, it is the peer that is broken."""
+
+GONE_SECONDS = 60.0
+"""A server that has not said for so long what it is counts as gone: connections to it are closed."""
 
 PING_SECONDS = 10
 NOTICE_SECONDS = 2 * PING_SECONDS
@@ -131,6 +135,22 @@ class Peer:
         self.problem: str | None = "it has not been asked yet"
         self._left_out_until = 0.0
         self._failures = 0  # parts that have failed since one has not
+        self._server: str | None = None  # the last one that has answered there
+        self._answered_at = 0.0
+
+    @property
+    def server(self) -> str | None:
+        """The server that was last found at this address (replicas/agents.py); None where none was, or it is gone."""
+        return self._server
+
+    def note_answer(self, identity: Identity | None) -> str | None:
+        """Take the answer to Describe, None where there was none; returns the server that is gone, if one is."""
+        now, before = asyncio.get_running_loop().time(), self._server
+        if identity is not None:
+            self._server, self._answered_at = server_of(identity.name), now
+        elif now - self._answered_at > GONE_SECONDS:
+            self._server = None
+        return before if before != self._server else None
 
     @property
     def is_left_out(self) -> bool:
@@ -190,6 +210,13 @@ class PeerDirectory:
         self.by_address: dict[str, Peer] = {}
         self._addresses: dict[str, list[str]] = {}  # entry -> what it was resolved to last
         self._refreshing: asyncio.Task | None = None
+        self._gone: list[str] = []  # servers that were seen at an address, and are there no more
+
+    def take_gone(self) -> list[str]:
+        """The servers (replicas/agents.py) that are gone since the last call: restarted, or not found any more."""
+        there = {peer.server for peer in self.by_address.values()}
+        gone, self._gone = [server for server in self._gone if server not in there], []
+        return gone
 
     @property
     def usable(self) -> list[Peer]:
@@ -221,7 +248,8 @@ class PeerDirectory:
         hosts = {address: entry for entry in self.entries for address in self._addresses.get(entry, ())}
         for address in self.by_address.keys() - hosts.keys():
             logger.info("peer %s: no name leads to it any more", address)
-            del self.by_address[address]  # its channel closes with the last call that uses it
+            peer = self.by_address.pop(address)  # its channel closes with the last call that uses it
+            self._gone += [peer.server] if peer.server is not None else []
         for address, entry in hosts.items():
             if address not in self.by_address:
                 channel = self._channel(address, entry)
@@ -232,6 +260,8 @@ class PeerDirectory:
         for peer, answer in zip(peers, answers, strict=True):
             # Both at once: a prompt that is split meanwhile must not see an identity that is not compared yet.
             peer.identity = answer if isinstance(answer, Identity) else None
+            gone = peer.note_answer(peer.identity)
+            self._gone += [gone] if gone is not None else []
             self._note(peer, self._problem_of(answer, known) if isinstance(answer, Identity) else answer)
         self._count_usable()
 

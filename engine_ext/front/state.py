@@ -16,9 +16,10 @@ from starling.config.replicas import ReplicaOptions
 from starling.engine_ext.front.kv_reservations import KVReservations
 from starling.engine_ext.front.peers import PeerDirectory
 from starling.engine_ext.front.progress import ProgressPoller
-from starling.engine_ext.front.replica_rpc import ReplicaRPC
+from starling.engine_ext.front.replica_rpc import ReplicaRPC, retrieve_error
 from starling.engine_ext.front.split_requests import SplitRequests
 from starling.engine_ext.requests import RequestPlanner
+from starling.replicas.core_rpc import FORGET_SERVERS
 from starling.vllm_compat.front import around_shutdown, refuse_admission
 
 logger = init_logger("vllm.starling")
@@ -32,7 +33,7 @@ class FrontState:
         split_requests: the requests whose prompts are split over replicas now.
         leases: the prompts of other servers of which this one computes parts.
         internal_ids: the engine's ids of the requests that Starling made for parts of prompts.
-        releases: calls under way that release what ended requests held on replicas.
+        releases: calls under way that release what ended requests, or peers that are gone, held on replicas.
         peers: the servers that this one splits prompts with; None: it has none.
         serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
     """
@@ -55,6 +56,14 @@ class FrontState:
         """Split prompts with these servers from now on."""
         self.peers = peers
         self.planner.num_peers = lambda: len(peers.usable)
+
+    def forget_servers(self, engine: Any, servers: list[str]) -> None:
+        """Let the engine's workers close their connections to peers that are gone, as soon as it answers."""
+        logger.info("connections to servers that are gone are closed: %s", ", ".join(servers))
+        call = asyncio.ensure_future(self.replica_rpc.call(engine, 0, FORGET_SERVERS, servers, always=True))
+        self.releases.add(call)
+        call.add_done_callback(self.releases.discard)
+        call.add_done_callback(retrieve_error)
 
     def let_split_requests_end(self, engine: Any) -> None:
         """When the engine is about to shut down, wait for the split requests as long as it has time.

@@ -13,6 +13,7 @@ from vllm.renderers import ChatParams
 
 from starling.config.replicas import join_address
 from starling.engine_ext.front.peers import PeerDirectory
+from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc import admin as admin_service
 from starling.engine_ext.serving.grpc.addresses import NO_ADMIN, AdminOptions
 from starling.engine_ext.serving.grpc.admin import AdminInterceptor, AdminServicer, start_admin_server
@@ -109,9 +110,11 @@ class Front:
         return self.port
 
     async def _watch_engine(self) -> None:
-        """Report NOT_SERVING when the engine dies, even if no call is made."""
+        """Report NOT_SERVING when the engine dies, even if no call is made. Tell it which peers are gone until then."""
         while not self.engine.errored:
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
+            if self.peers is not None and (gone := self.peers.take_gone()):
+                front_state(self.engine).forget_servers(self.engine, gone)
         logger.error("gRPC: the engine has died; every call gets UNAVAILABLE")
         await self.health.enter_graceful_shutdown()
 

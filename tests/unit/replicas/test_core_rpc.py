@@ -42,6 +42,12 @@ def test_a_shard_is_closed_in_the_workers_before_its_pages_are_free():
     ]
 
 
+def test_the_workers_forget_servers_that_are_gone():
+    core = Core()
+    core_rpc._forget_servers(core, ["a", "b"])
+    assert core.events == [("forget_servers", ["a", "b"])]
+
+
 def test_an_engine_core_offers_the_calls(monkeypatch):
     for name in (core_rpc.REPLICA_STATE, core_rpc.OPEN_SHARD, core_rpc.RELEASE, core_rpc.IS_PAUSED):
         monkeypatch.setattr(EngineCore, name, None, raising=False)

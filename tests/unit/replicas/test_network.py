@@ -81,7 +81,7 @@ LISTENING = """
 import os, psutil
 from starling.replicas.messages import MessageLimits, Messenger
 from starling.replicas.network import use_devices
-from starling.replicas.page_transfer import make_agent
+from starling.replicas.agents import make_agent
 use_devices(True, os.environ)
 agents = make_agent("pages"), Messenger("messages", MessageLimits(2**20))
 sockets = psutil.Process().net_connections(kind="inet")

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from starling.replicas import page_transfer
+from starling.replicas.agents import make_agent
 from starling.replicas.holds import WORDS
 from starling.replicas.page_transfer import (
     PageReader,
@@ -21,7 +22,6 @@ from starling.replicas.page_transfer import (
     bytes_per_page,
     consecutive,
     layout_mismatch,
-    make_agent,
     next_wave,
 )
 from tests.unit.lines_run import lines_run

@@ -10,10 +10,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from starling.replicas.replica_state import replica_state
-from starling.replicas.weights import worker_digest
+from starling.replicas.weights import KNOWN, changed_by, note_changes, worker_digest
 from starling.scheduler.star.plan import plan_from_wire
 from starling.scheduler.star.request_metadata import metadata_of
-from starling.vllm_compat.engine_core import add_core_utility
+from starling.vllm_compat.engine_core import add_core_utility, on_worker_call
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 REPLICA_STATE = "starling_replica_state"
@@ -24,6 +24,7 @@ IDENTITY = "starling_identity"
 EXTEND_FETCH = "starling_extend_fetch"
 CANCEL_FETCH = "starling_cancel_fetch"
 FORGET_SERVERS = "starling_forget_servers"
+WEIGHTS_CHANGED_BY = "starling_weights_changed_by"
 
 
 def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> Future[dict[str, Any]]:
@@ -50,6 +51,7 @@ def _is_paused(core: Any) -> bool:
 
 
 def _identity(core: Any) -> dict[str, Any]:
+    setattr(core, KNOWN, True)
     digests = core.model_executor.collective_rpc(worker_digest)
     address = core.scheduler.connector.addresses[0]
     return {"name": address["name"], "layout": address["layout"], "weights": "/".join(digests)}
@@ -75,6 +77,7 @@ def parts_running(scheduler: Any, names: list[str]) -> list[str]:
 
 def add_replica_rpc() -> None:
     """Offer these calls in this process's engine core."""
+    on_worker_call(note_changes)
     add_core_utility(REPLICA_STATE, _replica_state)
     add_core_utility(OPEN_SHARD, _open_shard)
     add_core_utility(RELEASE, _release)
@@ -83,3 +86,4 @@ def add_replica_rpc() -> None:
     add_core_utility(EXTEND_FETCH, _extend_fetch)
     add_core_utility(CANCEL_FETCH, _cancel_fetch)
     add_core_utility(FORGET_SERVERS, _forget_servers)
+    add_core_utility(WEIGHTS_CHANGED_BY, changed_by)

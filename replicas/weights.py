@@ -1,4 +1,9 @@
-"""A digest of a model's weights: two servers whose KV pages may be mixed have the same."""
+"""A digest of a model's weights: two servers whose KV pages may be mixed have the same.
+
+The digest is that of the weights that were loaded at the start. Of weights in the form that ops take, little may be
+left to make one of. So an engine core whose workers may have changed the weights since says so, and its server is no
+peer any more.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,21 @@ from starling.vllm_compat.models import on_weights_loaded
 SAMPLES = 256
 """Bytes of each tensor that are read, at equal distances."""
 
+HARMLESS = frozenset(
+    {
+        "check_health",
+        "compute_weight_checksums",
+        "get_model_inspection",
+        "init_weight_transfer_engine",
+        "release_late_interaction_query_cache",
+        "shutdown_weight_transfer_engine",
+        "update_max_model_len",
+    }
+)
+"""Methods of workers that a front of vLLM calls and that leave the weights as they are. Any other may change them."""
+
+KNOWN, CHANGER = "starling_weights_known", "starling_weights_changer"  # attributes of an engine core
+
 _loaded: list[str] = []  # the digest of this process's model, once it is loaded
 
 
@@ -24,6 +44,21 @@ def note_weights() -> None:
 def worker_digest(worker: Any) -> str:
     """The digest of a worker's weights: as they were loaded, or, with a loader that does not say so, as they are."""
     return _loaded[-1] if _loaded else weights_digest(worker.get_model())
+
+
+def note_changes(core: Any, method: Any) -> None:
+    """Note in an engine core that a front calls a method of its workers, which may change their weights.
+
+    What comes before the digest is asked for belongs to the start.
+    """
+    if getattr(core, KNOWN, False) and method not in HARMLESS:
+        setattr(core, CHANGER, method if isinstance(method, str) else "a function of the caller's")
+
+
+def changed_by(core: Any) -> str | None:
+    """The method by which an engine core's weights may have changed since its digest was asked for; None: by none."""
+    changer: str | None = getattr(core, CHANGER, None)
+    return changer
 
 
 def weights_digest(model: torch.nn.Module) -> str:

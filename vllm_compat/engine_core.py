@@ -65,6 +65,24 @@ def add_core_utility(name: str, function: Callable[..., Any]) -> None:
     setattr(EngineCore, name, function)
 
 
+def on_worker_call(callback: Callable[[Any, Any], None]) -> None:
+    """Let ``callback(engine_core, method)`` be called before a front's call of a method of all workers.
+
+    vLLM's own ways to change weights while a server runs (its RL endpoints, /collective_rpc) come by here, and those of
+    worker extensions. Calls that Starling makes in the engine core do not. Only called in an engine core where Starling
+    is activated. Goes when vLLM says that weights have changed.
+
+    Args:
+        callback: ``method`` is the name of the workers' method, or a function.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    @wrap(EngineCore, "collective_rpc")
+    def collective_rpc(original: Original, self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        callback(self, method)
+        return original(self, method, *args, **kwargs)
+
+
 def amend_requests(amend: Callable[[Any], Any]) -> None:
     """Let ``amend(engine_core_request)`` replace each request that reaches this process's engine core.
 

@@ -17,10 +17,18 @@ from vllm.sampling_params import SamplingParams
 
 from starling.engine_ext.front.kv_reservations import Reservation
 from starling.engine_ext.front.replica import HeldPart, PartAborted
-from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaTimeout, ReplicaUnavailable
+from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaTimeout, ReplicaUnavailable, WeightsChanged
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
-from starling.replicas.core_rpc import CANCEL_FETCH, EXTEND_FETCH, IS_PAUSED, OPEN_SHARD, RELEASE, REPLICA_STATE
+from starling.replicas.core_rpc import (
+    CANCEL_FETCH,
+    EXTEND_FETCH,
+    IS_PAUSED,
+    OPEN_SHARD,
+    RELEASE,
+    REPLICA_STATE,
+    WEIGHTS_CHANGED_BY,
+)
 from starling.scheduler.star.client_tokens import block_range
 from starling.scheduler.star.plan import StarPlan, plan_to_wire
 from starling.scheduler.star.request_metadata import KEY, PageSource, PromptPart, RequestMetadata
@@ -149,6 +157,17 @@ class EngineReplica:
         """As Home.check."""
         if await self._call(IS_PAUSED) and self.fails_if_paused:
             raise ReplicaPaused("the engine is paused")
+
+    async def check_weights(self) -> None:
+        """Find out whether the weights are still those by which servers found out that they are peers.
+
+        Raises:
+            WeightsChanged: they may not be.
+            ReplicaUnavailable: the replica does not answer.
+        """
+        front_state(self.engine).note_weights(await self._call(WEIGHTS_CHANGED_BY))
+        if (changed_by := front_state(self.engine).weights_changed_by) is not None:
+            raise WeightsChanged(f"the engine's weights may have changed since its start, by {changed_by}")
 
     async def state(self) -> dict[str, Any]:
         plan, salt = plan_to_wire(self.prompt.plan), self.prompt.inputs.get("cache_salt")

@@ -200,6 +200,9 @@ class PeerDirectory:
         own: this server's identity.
         key: of STARLING_REPLICA_KEY.
         credentials: of TLS; None: plain text.
+
+    Attributes:
+        own_problem: why this server can't share a prompt with any other one; None where it can.
     """
 
     def __init__(
@@ -207,6 +210,7 @@ class PeerDirectory:
     ) -> None:
         self.entries = split_peers(options.peers)
         self.own, self.key, self.credentials, self.timeout = own, key, credentials, options.timeout
+        self.own_problem: str | None = None
         self.by_address: dict[str, Peer] = {}
         self._addresses: dict[str, list[str]] = {}  # entry -> what it was resolved to last
         self._refreshing: asyncio.Task | None = None
@@ -221,6 +225,8 @@ class PeerDirectory:
     @property
     def usable(self) -> list[Peer]:
         """The peers that a prompt may be split with now."""
+        if self.own_problem is not None:
+            return []
         return [peer for peer in self.by_address.values() if peer.is_usable][: MAX_SERVERS - 1]
 
     async def start(self) -> None:

@@ -97,6 +97,14 @@ class Home(Replica, Protocol):
             ReplicaUnavailable: it does not answer.
         """
 
+    async def check_weights(self) -> None:
+        """Find out whether the weights are those of the start.
+
+        Raises:
+            WeightsChanged: they may have changed, so that its KV can't be mixed with that of another server.
+            ReplicaUnavailable: it does not answer.
+        """
+
     async def extend_fetch(self, engine_request_ids: list[str], deadline: float) -> None:
         """Let requests begin to fetch their pages until another time.
 

@@ -30,7 +30,7 @@ from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until
 from starling.engine_ext.front.engine_replica import EngineReplica, SplitPrompt, while_answering
 from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
-from starling.engine_ext.front.replica_rpc import ReplicaUnavailable
+from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
 from starling.engine_ext.metrics import front_metrics
@@ -316,6 +316,8 @@ class SplitPrefill:
             ReplicaUnavailable: none answers.
             ValueError: the pages of two of them have different layouts.
         """
+        if len(self.homes) < len(self.replicas):
+            await self._check_weights()
         calls = (replica.state() for replica in self.replicas.values())
         answers = dict(zip(self.replicas, await asyncio.gather(*calls, return_exceptions=True), strict=True))
         for answer in answers.values():
@@ -340,6 +342,15 @@ class SplitPrefill:
             )
             for rank, state in states.items()
         }
+
+    async def _check_weights(self) -> None:
+        """Use no peers if this server's weights may have changed since it has found them."""
+        try:
+            await asyncio.gather(*(home.check_weights() for home in self.homes.values()))
+        except WeightsChanged:
+            self.replicas = dict(self.homes)
+        except ReplicaUnavailable:  # it is asked for its state too
+            pass
 
     async def _prefill(self, assignments: Sequence[Assignment]) -> list[HeldPart | None]:
         """Prefill all parts; returns them in the order of the assignments.

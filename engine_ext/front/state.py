@@ -35,6 +35,7 @@ class FrontState:
         internal_ids: the engine's ids of the requests that Starling made for parts of prompts.
         releases: calls under way that release what ended requests, or peers that are gone, held on replicas.
         peers: the servers that this one splits prompts with; None: it has none.
+        weights_changed_by: the call by which the weights may have changed since the start; None: by none.
         serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
     """
 
@@ -50,7 +51,17 @@ class FrontState:
         self.peers: PeerDirectory | None = None
         self.poller = ProgressPoller(self.split_requests)
         self.serving_models: Callable[[], Any] = lambda: None
+        self.weights_changed_by: str | None = None
         self._ends_before_engine = False
+
+    def note_weights(self, changed_by: str | None) -> None:
+        """Note by which call the engine's weights may have changed; None: by none. Then this server is no peer."""
+        if changed_by is None or self.weights_changed_by is not None:
+            return
+        self.weights_changed_by = changed_by
+        if self.peers is not None:
+            self.peers.own_problem = f"the weights of this server may have changed since its start, by {changed_by}"
+            logger.error("no prompt is split with peers from now on: %s; restart it", self.peers.own_problem)
 
     def set_peers(self, peers: PeerDirectory) -> None:
         """Split prompts with these servers from now on."""

@@ -51,7 +51,10 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServiceServicer):
         self.engine, self.identity = engine, identity
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
-        return pb.DescribeResponse(name=self.identity.name, properties=dict(self.identity.properties))
+        properties = dict(self.identity.properties)
+        if (changed_by := front_state(self.engine).weights_changed_by) is not None:
+            properties["weights"] = f"changed by {changed_by}"
+        return pb.DescribeResponse(name=self.identity.name, properties=properties)
 
     async def PrefillPart(self, _: Any, context: Any) -> None:
         try:
@@ -124,7 +127,8 @@ class Lease:
         is_released = False
         self.front.leases.add(self)
         try:
-            _, state = await asyncio.gather(self.replica.check(), self.replica.state())  # between the same two steps
+            checks = self.replica.check(), self.replica.check_weights()
+            *_, state = await asyncio.gather(*checks, self.replica.state())  # between the same two steps
             self.capacity = state["pages"]
             await context.write(pb.PrefillPartResponse(state=prompt_state(state)))
             request = await context.read()
@@ -160,6 +164,7 @@ class Lease:
                 await context.write(pb.PrefillPartResponse(alive=pb.Alive()))
             if not closing.done():
                 response = self._response()
+                await self.replica.check_weights()  # those that the part was computed with
                 self.is_held = True
                 await context.write(response)
                 front_metrics().peer_parts.inc()

@@ -214,14 +214,16 @@ class Replica(Engine):
             rows[shard.start : shard.start + shard.num_tokens] = holder.first_row + remote
         return rows, offsets
 
-    def _workers(self, method: str | Callable, args: tuple = ()) -> list[Any]:
+    def _workers(
+        self, method: str | Callable, timeout: float | None = None, args: tuple = (), kwargs: dict | None = None
+    ) -> list[Any]:
         if method is worker_digest:
             return [self.weights]
         if method == "open_shard":
             name, page_ids = args
             self.opened[name] = page_ids
             return [{"device": self.place}]
-        if method == "forget_servers":
+        if method in ("forget_servers", "reload_weights", "get_model_inspection"):
             return [None]
         assert method == "close_shards"
         for name in args[0]:

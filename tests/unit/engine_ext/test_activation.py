@@ -331,6 +331,28 @@ def test_peers_that_could_never_be_used_are_refused_at_the_start(model, monkeypa
         server_config(model, **{"additional_config": PEERS} | arguments)
 
 
+FAULT_TOLERANCE = {
+    "the flag": {"enable_fault_tolerance": True},
+    "its options, which vLLM takes for the flag": {"fault_tolerance_config": {}},
+}
+
+
+@pytest.mark.parametrize("given", FAULT_TOLERANCE.values(), ids=FAULT_TOLERANCE)
+def test_fault_tolerance_and_prompts_that_are_split_are_refused_together_at_the_start(model, monkeypatch, given):
+    """vLLM takes it for mixtures of experts behind an external load balancer alone."""
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    given = given | {"data_parallel_size": 2, "data_parallel_rank": 0, "hf_overrides": {"num_experts": 4}}
+    reason = (
+        r"--enable-fault-tolerance ends an engine's requests and goes on with it.*Allowed: no starling\.replicas\.peers"
+    )
+    with pytest.raises(ValueError, match=rf"starling\.replicas\.peers='a:1' is refused: .*{reason}"):
+        server_config(model, additional_config=PEERS, **given)
+    with pytest.raises(ValueError, match="star_replicas=2 is refused: .*--enable-fault-tolerance ends .*Allowed: auto or 1"):
+        server_config(model, additional_config={"starling": {"star_replicas": 2}}, **given)
+    config = server_config(model, additional_config={"starling": {"star_replicas": "auto"}}, **given)
+    assert config.parallel_config.enable_fault_tolerance and config.kv_transfer_config is None
+
+
 def test_only_a_server_with_grpc_has_peers(model):
     with pytest.raises(ValueError, match="only a server has peers"):
         engine_config(model, additional_config=PEERS)

@@ -89,10 +89,15 @@ def use_multiprocess_values(directory: str) -> None:
 
 def report_to_front() -> None:
     """In a process that an API server has started: let metrics made from now on reach its /metrics."""
-    if MULTIPROCESS_ENV in os.environ:
+    directory = os.environ.get(MULTIPROCESS_ENV) or os.environ.get(DIRECTORY_ENV)
+    if directory is None:
+        return
+    if (
+        values.ValueClass is values.MutexValue
+    ):  # of a parent that had imported prometheus_client before it had a directory
+        use_multiprocess_values(directory)
+    else:
         use_allocated_files()
-    elif DIRECTORY_ENV in os.environ:
-        use_multiprocess_values(os.environ[DIRECTORY_ENV])
 
 
 class DirectoryCollector(Collector):

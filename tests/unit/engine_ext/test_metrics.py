@@ -11,6 +11,7 @@ import tempfile
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from starling.vllm_compat.metrics import DIRECTORY_ENV, MULTIPROCESS_ENV, DirectoryCollector, collect_from_children
 
@@ -59,6 +60,51 @@ def test_metrics_of_children_are_shown_and_those_of_a_parents_children_are_not(m
         for collector in set(REGISTRY._collector_to_names) - before:
             REGISTRY.unregister(collector)
         directory.cleanup()
+
+
+FORKED_REPLICAS = f"""
+import multiprocessing, os, sys
+import prometheus_client  # by the launcher, before vLLM asks for multiprocess mode
+
+os.environ["{MULTIPROCESS_ENV}"] = sys.argv[1]
+fork = multiprocessing.get_context("fork")
+
+
+def count():
+    from starling.engine_ext.metrics import worker_metrics
+    from starling.replicas.metrics import replica_metrics
+
+    worker_metrics().context_tokens.inc(7)
+    replica_metrics().bytes_moved.inc(3)
+
+
+def run(*functions):
+    for function in functions[:1]:
+        process = fork.Process(target=run, args=functions[1:])
+        function()
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+
+
+for _ in range(2):  # a replica's engine core, which forks its worker
+    process = fork.Process(target=run, args=(count, count))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+"""
+
+
+def test_replicas_that_are_forked_beside_several_api_servers_are_on_their_metrics(tmp_path, monkeypatch):
+    """vLLM spawns the API servers, and sets the directory of their metrics after Starling's imports."""
+    monkeypatch.delenv(MULTIPROCESS_ENV, raising=False)
+    monkeypatch.delenv(DIRECTORY_ENV, raising=False)
+    subprocess.run([sys.executable, "-c", FORKED_REPLICAS, str(tmp_path)], check=True, timeout=300)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    metrics = generate_latest(registry).decode()
+    assert "starling:context_tokens_total 28.0" in metrics
+    assert "starling:bytes_moved_total 12.0" in metrics
 
 
 FULL_TEMP_DIRECTORY = f"""

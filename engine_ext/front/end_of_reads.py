@@ -29,7 +29,8 @@ async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Seq
     """Wait until every choice of a request has its first token, or fetches nothing more.
 
     If a lender loses its pages, the rest is not fetched. Until then the time in which the fetch may begin is extended:
-    the request may wait for its turn. But other servers' memory does not wait until a paused engine is resumed.
+    the request may wait for its turn. But other servers' memory does not wait until a paused engine is resumed, or one
+    that hangs is back.
 
     Args:
         reader: the replica that runs the request.
@@ -53,8 +54,11 @@ async def until_fetched(engine: Any, request_id: str, reader: Home, lenders: Seq
                 logger.warning("%s: %s: it computes what it has not fetched", request_id, error)
                 await reader.cancel_fetch(names)
                 return
-            except ReplicaUnavailable:  # a lender is lost; or the reader hangs, and begins no fetch behind its deadline
-                pass
+            except ReplicaUnavailable as error:
+                if reader.has_failed:  # a fetch that goes on when it is back finds that the pages were released
+                    logger.warning("%s: %s: it computes what it has not fetched", request_id, error)
+                    await reader.cancel_fetch(names)
+                    return
         states = [request_state(engine, name) for name in names]
         prefilling = not states or any(state is None or state.is_prefilling for state in states)
 

@@ -118,6 +118,38 @@ def test_a_fetch_that_waits_for_its_turn_may_begin_as_long_as_the_peer_answers(r
     run_pods(scenario)
 
 
+@pytest.mark.parametrize("moment", ["before the fetch", "during the fetch"])
+def test_a_peer_does_not_hold_pages_for_an_engine_that_hangs(run_pods, monkeypatch, moment):
+    """However long: the front of that engine still answers, and would renew the lease for ever."""
+    renew, renewals = PeerReplica.renew, []
+
+    async def count(self):
+        renewals.append(self)
+        return await renew(self)
+
+    async def scenario(a, b):
+        monkeypatch.setattr(PeerReplica, "renew", count)
+        if moment == "before the fetch":
+            stop_before_the_whole_request(a)
+        a.replica.loads_arrive = False
+        running = asyncio.create_task(a.server.generate(TOKENS, AUTO))
+        if moment == "during the fetch":
+            await until(lambda: a.replica.fetched)
+            a.replica.running.clear()
+        await until(lambda: not a.replica.running.is_set())
+        assert b.replica.held
+        a.state.replica_rpc.timeout = 0.2
+        await until(lambda: not b.replica.held or len(renewals) > 30)
+        assert not b.replica.held and not running.done()
+        a.state.replica_rpc.timeout = TIMEOUT
+        a.replica.running.set()
+        outputs = await running
+        assert outputs[-1].outputs[0].token_ids == [7, 7, 7]
+        assert max(stop for _, stop in a.replica.work.values()) == 522
+
+    run_pods(scenario)
+
+
 def test_a_peer_that_is_lost_holds_no_pages_on(run_pods, monkeypatch):
     async def scenario(a, b):
         stop_before_the_whole_request(a)

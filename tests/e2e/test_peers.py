@@ -2,9 +2,12 @@
 
 import json
 import random
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from benchmarks.random_llama import make_tiny_llama
@@ -21,6 +24,7 @@ pytestmark = [
 
 HERE, ON_PEERS = 'starling:split_blocks_total{replica="0"}', 'starling:split_blocks_total{replica="peers"}'
 PARTS, USABLE = "starling:peer_parts_total", "starling:usable_peers"
+LEFT_OUT = "starling:peers_left_out_total"
 TIMEOUT_SECONDS = 15
 
 
@@ -33,6 +37,7 @@ def served(tmp_path_factory):
     model = make_tiny_llama(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # for /pause
         with (
             two_hosts() as hosts,
             serving_as_peers(hosts, model, *options, folder=folder) as (clients, processes),
@@ -145,6 +150,65 @@ def pages_held(client, model: str) -> float:
 def parts_on(client) -> float:
     """Number of prompts and parts that a server's engine has."""
     return of_engine(client, "num_requests_running") + of_engine(client, "num_requests_waiting")
+
+
+@contextmanager
+def frozen(process):
+    """All processes of a server stand still."""
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:
+        each.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for each in processes:
+            each.send_signal(signal.SIGCONT)
+
+
+def assert_used_again(clients, model: str, seed: int) -> None:
+    """The second server prefills a part of the first one's next prompt, and neither holds anything after it."""
+    assert wait_until(lambda: all(counts(client)[USABLE] for client in clients))
+    before = counts(clients[1])[PARTS]
+    complete(clients[0], model, random_prompt(seed), 2)
+    assert wait_until(lambda: counts(clients[1])[PARTS] == before + 1)
+    for client in clients:
+        assert wait_until(lambda client=client: pages_held(client, model) == 0)
+        assert parts_on(client) == 0
+        assert counts(client)["starling:quarantined_pages"] == 0
+
+
+@pytest.mark.parametrize("moment", ["before the prompt", "during its part"])
+def test_a_server_that_is_frozen_as_a_whole_is_not_waited_for_and_is_used_again(served, moment):
+    _, clients, processes, model = served
+    client, other = clients
+    seed, length = (30, 2088) if moment == "before the prompt" else (32, 8000)
+    prompt, left_out = random_prompt(seed, length), counts(client)[LEFT_OUT]
+    alone = complete(client, model, prompt, 1, cache_salt="another")
+    with ThreadPoolExecutor(1) as pool:
+        if moment == "during its part":
+            started = counts(other)[COMPUTED]
+            output = pool.submit(complete, client, model, prompt, 2)
+            assert wait_until(lambda: counts(other)[COMPUTED] > started)
+        with frozen(processes[1]):
+            if moment == "before the prompt":
+                output = pool.submit(complete, client, model, prompt, 2)
+            assert_same(output.result(timeout=300), alone)
+            assert counts(client)[LEFT_OUT] > left_out and counts(client)[USABLE] == 0
+            complete(client, model, random_prompt(seed + 1), "auto")
+    assert_used_again(clients, model, seed + 10)
+
+
+@pytest.mark.parametrize("mode", ["abort", "keep"])
+def test_a_server_that_is_paused_is_not_waited_for_and_is_used_again(served, mode):
+    _, clients, _, model = served
+    client, other = clients
+    left_out, parts = counts(client)[LEFT_OUT], counts(other)[PARTS]
+    other.post("/pause", params={"mode": mode}).raise_for_status()
+    complete(client, model, random_prompt(50 + len(mode)), 2)
+    assert counts(client)[LEFT_OUT] == left_out + 1
+    assert counts(other)[PARTS] == parts
+    other.post("/resume").raise_for_status()
+    assert_used_again(clients, model, 55 + len(mode))
 
 
 def test_a_server_that_is_killed_leaves_its_peer_with_the_prompt_and_without_its_pages(served):

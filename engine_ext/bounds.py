@@ -61,11 +61,12 @@ GRAMMARS = tuple(
 BODY = Bound("the body", 64 * 2**20, "bytes", HTTP)
 TOKEN_VALUES = Bound("token ids", 2**18, "values, or twice `max_model_len`", HTTP)
 OTHER_VALUES = Bound("all other fields", 2**14, "values", HTTP)
+FIELDS = Bound("the message", 2**15, "fields", GRPC)
 
 REQUEST_BOUNDS = (REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS)
 PARAMS_BOUNDS = (LOGIT_BIAS, STOP, STOP_TOKENS, BAD_WORDS, CHOICES, *GRAMMARS)
 BODY_BOUNDS = (BODY, TOKEN_VALUES, OTHER_VALUES)
-BOUNDS = (*BODY_BOUNDS, *REQUEST_BOUNDS, *PARAMS_BOUNDS)
+BOUNDS = (*BODY_BOUNDS, FIELDS, *REQUEST_BOUNDS, *PARAMS_BOUNDS)
 """All but the number of `segment_offsets` over gRPC, whose bound is the model's context, and MAX_CHOICES."""
 
 

@@ -105,8 +105,10 @@ class LoopWatch:
         self.on_stall(seconds)
         if self.last - self.logged >= LOG_SECONDS:
             self.logged = self.last
-            what = self.running or "another thread, which did not let it run"
-            logger.warning("The event loop stood still for %.2f s, in which no client was served: %s", seconds, what)
+            what = self.running or "not known, since another thread ran too"
+            logger.warning(
+                "The event loop stood still for %.2f s, in which no client was served. Ran: %s", seconds, what
+            )
 
     def _look(self) -> None:
         while not self.stopped.wait(BEAT_SECONDS):

@@ -16,10 +16,13 @@ from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.message import DecodeError
+from vllm.exceptions import VLLMValidationError
 
 from starling.engine_ext.front.replica_rpc import retrieve_error
 from starling.engine_ext.serving.errors import SlowMessageError
 from starling.engine_ext.serving.grpc.auth import HEALTH_PREFIX, METHOD_HANDLERS, Continuation, host_of
+from starling.engine_ext.serving.grpc.messages import abort
+from starling.engine_ext.serving.grpc.wire import check_num_fields, method_of
 
 AT_ONCE, OF_CLIENT, SECONDS = 32, 16, 60.0
 HEALTH_AT_ONCE, HEALTH_OF_HOST, HEALTH_SECONDS = 64, 8, 10.0  # of health calls that run: they need no key
@@ -123,11 +126,29 @@ class ArrivalInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
+            return handler
+        handler = counting_handler(handler, handler_call_details.method)
+        if handler.request_streaming:
             return handler
         if handler_call_details.method.startswith(HEALTH_PREFIX):
             return limited_handler(receiving_handler(handler, self.health), self.health_calls)
         return receiving_handler(handler, self.arrivals)
+
+
+def counting_handler(handler: grpc.RpcMethodHandler, path: str) -> grpc.RpcMethodHandler:
+    """A handler that counts the fields of each message before it parses it; ``handler`` where it parses none."""
+    method, parse = method_of(path), handler.request_deserializer
+    if method is None or parse is None:
+        return handler
+
+    def count_and_parse(data: bytes) -> Any:
+        check_num_fields(data, method.input_type)
+        return parse(data)
+
+    kind = (handler.request_streaming, handler.response_streaming)
+    serve = (handler.stream_unary, handler.stream_stream) if kind[0] else (handler.unary_unary, handler.unary_stream)
+    return METHOD_HANDLERS[kind](serve[kind[1]], count_and_parse, handler.response_serializer)
 
 
 def limited_handler(handler: grpc.RpcMethodHandler, calls: RunningCalls) -> grpc.RpcMethodHandler:
@@ -158,6 +179,8 @@ def receiving_handler(handler: grpc.RpcMethodHandler, arrivals: Arrivals) -> grp
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
         try:
             request = handler.request_deserializer(data)
+        except VLLMValidationError as error:
+            await abort(context, error, "message")
         except DecodeError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         del data

@@ -150,10 +150,10 @@ WORST = {
     "extra_args": (sampling(extra_args=extra_args(7 * 2**20)), "sampling.extra_args", 65536),
     "extra_args, deep": (sampling(extra_args="[" * 7 * 2**20), "sampling.extra_args", 65536),
     "extra_args, one character": (sampling(extra_args=extra_args(65537)), "sampling.extra_args", 65536),
-    "logit_bias": (sampling(logit_bias=dict.fromkeys(range(500_000), 1.0)), "sampling.logit_bias", 16384),
+    "logit_bias": (sampling(logit_bias=dict.fromkeys(range(500_000), 1.0)), "message", 32768),
     "logit_bias, one token": (sampling(logit_bias=dict.fromkeys(range(16385), 1.0)), "sampling.logit_bias", 16384),
     "stop_token_ids": (sampling(stop_token_ids=[0] * 7 * 2**20), "sampling", 262144),
-    "stop": (sampling(stop=["x"] * 2_000_000), "sampling", 262144),
+    "stop": (sampling(stop=["x"] * 2_000_000), "message", 32768),
     "bad_words": (sampling(bad_words=["x" * 7 * 2**20]), "sampling", 262144),
     "regex": (sampling(structured_outputs={"regex": "x" * 7 * 2**20}), "sampling", 262144),
     "offsets": (

@@ -20,13 +20,13 @@ RUNNERS = [asyncio.run, uvloop.run]
 
 
 def stalls_of(function, run) -> list[float]:
-    """The stalls while ``function`` runs in a watched event loop."""
+    """The stalls while ``function(watch)`` runs in a watched event loop."""
     stalls: list[float] = []
 
     async def main() -> None:
         watch = LoopWatch(stalls.append)
         await asyncio.sleep(0.3)
-        result = function()
+        result = function(watch)
         if asyncio.iscoroutine(result):
             await result
         await asyncio.sleep(0.3)
@@ -36,14 +36,17 @@ def stalls_of(function, run) -> list[float]:
     return stalls
 
 
-def blocked_by_a_call() -> None:
+def blocked_by_a_call(watch: LoopWatch) -> None:
+    """Until the watch has looked."""
     time.sleep(3 * STALL_SECONDS)
+    while watch.running is None:
+        time.sleep(STALL_SECONDS)
 
 
-def blocked_in_c_with_pythons_lock() -> None:
+def blocked_in_c_with_pythons_lock(watch: LoopWatch) -> None:
     """json.loads lets no other thread run."""
     began = time.thread_time()
-    while time.thread_time() - began < 3 * STALL_SECONDS:
+    while watch.running is None or time.thread_time() - began < 3 * STALL_SECONDS:
         json.loads(BIG)
 
 
@@ -63,14 +66,14 @@ def test_a_call_that_holds_the_loop_is_counted_and_named(function, run, caplog):
 
 @pytest.mark.parametrize("run", RUNNERS, ids=["asyncio", "uvloop"])
 def test_a_loop_that_waits_does_not_stand_still(run):
-    assert stalls_of(lambda: asyncio.sleep(1), run) == []
+    assert stalls_of(lambda _: asyncio.sleep(1), run) == []
 
 
 def test_a_process_that_is_stopped_has_no_stall():
     code = """
 import asyncio, os, signal, subprocess
 from tests.unit.engine_ext.front.test_loop_watch import stalls_of
-async def stopped():
+async def stopped(_):
     subprocess.Popen(["sh", "-c", "sleep 0.3; kill -STOP {0}; sleep 1; kill -CONT {0}".format(os.getpid())])
     await asyncio.sleep(2)
 print(stalls_of(stopped, asyncio.run))
@@ -83,7 +86,7 @@ def test_stalls_are_on_the_metrics_page():
     async def main() -> None:
         watch = watch_loop()
         await asyncio.sleep(0.1)
-        blocked_by_a_call()
+        time.sleep(3 * STALL_SECONDS)
         await asyncio.sleep(0.1)
         watch.stop()
 

@@ -92,9 +92,8 @@ def report_to_front() -> None:
     directory = os.environ.get(MULTIPROCESS_ENV) or os.environ.get(DIRECTORY_ENV)
     if directory is None:
         return
-    if (
-        values.ValueClass is values.MutexValue
-    ):  # of a parent that had imported prometheus_client before it had a directory
+    # A process that was forked has its parent's, which may have imported prometheus_client before it had a directory.
+    if values.ValueClass is values.MutexValue:
         use_multiprocess_values(directory)
     else:
         use_allocated_files()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import SchemaValidator
 from starlette.responses import JSONResponse
 from starlette.routing import Match
@@ -23,6 +23,9 @@ from starling.engine_ext.bounds import BODY, OTHER_VALUES, REQUEST_ID, TOKEN_VAL
 
 FEW_VALUES = 1024
 """A body with fewer values is cheap, whatever they are."""
+
+INVOCATIONS, INVOCATION_VALUES = "/invocations", 4096
+"""vLLM tries one request model after the other on a body of this path, each with a list of all errors."""
 
 TOKEN_FIELDS = ("prompt", "prompt_token_ids", "token_ids", "tokens", "input", "vllm_xargs")
 """Fields that may hold the tokens of prompts. `vllm_xargs` has star_segments, an offset for each document."""
@@ -123,11 +126,14 @@ def check_body(body: bytes, scope: Any) -> None:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise VLLMValidationError(f"The body is no valid JSON: {error}.") from None
-    if check_values(content, tokens) <= FEW_VALUES:
+    num_values = check_values(content, tokens)
+    if num_values <= FEW_VALUES:
         return
     validator = validator_of(endpoint_of(scope))
     if validator is None:
-        raise VLLMValidationError(f"The body is refused: on this path it may have {FEW_VALUES} values at most.")
+        if scope["path"].endswith(INVOCATIONS):
+            Bound("the body", INVOCATION_VALUES, f"values on {INVOCATIONS}").check(num_values)
+        return
     try:
         validator.validate_python(content)
     except ValidationError as error:
@@ -190,17 +196,18 @@ def endpoint_of(scope: Any) -> Any:
 def validator_of(endpoint: Any) -> SchemaValidator | None:
     """Validates the body of an endpoint's request up to the first wrong value of each list.
 
-    None: the endpoint does not say what it takes.
+    None: the endpoint does not say what it takes, or is an application of its own.
     """
-    if endpoint is None:
+    if not inspect.isroutine(endpoint):
         return None
-    for annotation in typing.get_type_hints(inspect.unwrap(endpoint)).values():
+    try:
+        annotations = typing.get_type_hints(inspect.unwrap(endpoint)).values()
+    except NameError:  # one that is there for type checkers only
+        return None
+    for annotation in annotations:
         kinds = typing.get_args(annotation) or (annotation,)
         if all(inspect.isclass(kind) and issubclass(kind, BaseModel) for kind in kinds):
-            try:
-                return SchemaValidator(fail_fast(TypeAdapter(annotation).core_schema))
-            except PydanticUserError:
-                return None
+            return SchemaValidator(fail_fast(TypeAdapter(annotation).core_schema))
     return None
 
 

@@ -16,7 +16,7 @@ from vllm.entrypoints.serve.tokenize import api_router as tokenize
 
 from starling.engine_ext.bounds import BODY, OTHER_VALUES, REQUEST_ID, TOKEN_VALUES
 from starling.engine_ext.serving.http import body
-from starling.engine_ext.serving.http.body import FEW_VALUES, BoundBody, validator_of
+from starling.engine_ext.serving.http.body import FEW_VALUES, INVOCATION_VALUES, BoundBody, validator_of
 
 COMPLETIONS, CHATS, TOKENIZE, OTHER = "/v1/completions", "/v1/chat/completions", "/tokenize", "/other"
 
@@ -28,6 +28,7 @@ def app() -> FastAPI:
         app.include_router(module.router)
 
     @app.post(OTHER)
+    @app.post("/invocations")
     async def other() -> str:
         return "answered"
 
@@ -106,11 +107,14 @@ def test_a_list_of_wrong_values_ends_at_the_first(http):
     assert response.json()["error"]["param"] == "messages"
 
 
-def test_a_path_that_does_not_say_what_it_takes_takes_few_values(http):
+@pytest.mark.parametrize(("path", "limit"), [(OTHER, OTHER_VALUES.limit), ("/invocations", INVOCATION_VALUES)])
+def test_a_path_that_does_not_say_what_it_takes_has_a_bound_too(http, path, limit):
+    """The object itself is no value."""
     assert validator_of(None) is None
-    few = {str(index): 1 for index in range(FEW_VALUES)}
-    assert http.post(OTHER, json=few).json() == "answered"
-    assert "on this path" in message_of(http.post(OTHER, json=few | {"one": 1}))
+    assert validator_of(FastAPI()) is None, "one that is mounted"
+    few = {str(index): 1 for index in range(limit)}
+    assert http.post(path, json=few).json() == "answered"
+    assert "refused" in message_of(http.post(path, json=few | {"one": 1}))
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,9 @@ async def abort(player: Player) -> str:
     running = asyncio.ensure_future(player.clients.stream(case.prompt, request_id=name, **fields_of(case)))
     try:
         await asyncio.sleep(player.random.random() * 0.5)
-        await player.clients.control("Abort", admin.AbortRequest(request_ids=[name]))
+        while not running.done():  # the server may not know the request yet
+            await player.clients.control("Abort", admin.AbortRequest(request_ids=[name]))
+            await asyncio.wait({running}, timeout=1)
         output = await running
     finally:
         running.cancel()

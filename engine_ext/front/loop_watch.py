@@ -64,7 +64,9 @@ class ReadyTime:
 class LoopWatch:
     """A beat in the running event loop, which is late when the loop stands still, and a thread that looks why it is.
 
-    The time in which other processes had the processor is no stall, nor is that in which the whole process was stopped.
+    The time in which other processes had the processor is no stall. Nor is that in which the whole process stood still:
+    it was stopped, or its machine was, or waited for memory. Then the process takes no CPU time, and the thread that
+    looks does not run either.
 
     Args:
         on_stall: called in the loop after each stall with its seconds.
@@ -75,6 +77,7 @@ class LoopWatch:
         self.loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
         self.ready = ReadyTime(threading.get_native_id())
         self.running: str | None = None
+        self.witnessed = 0.0  # seconds in which the other thread has run while the beat was late
         self.logged = float("-inf")
         self.stopped = threading.Event()
         self._note()
@@ -94,13 +97,13 @@ class LoopWatch:
         late = time.monotonic() - self.last - BEAT_SECONDS
         if late >= STALL_SECONDS:
             self._stood(late - (self.ready.seconds() - self.waited), time.process_time() - self.cpu)
-        self.running = None
+        self.running, self.witnessed = None, 0.0
         self._note()
         self.handle = self.loop.call_later(BEAT_SECONDS, self._beat)
 
     def _stood(self, seconds: float, cpu: float) -> None:
-        was_stopped = self.running is None and cpu < seconds / 2
-        if seconds < STALL_SECONDS or was_stopped:
+        has_waited = self.running is not None and self.witnessed >= seconds / 2
+        if seconds < STALL_SECONDS or not (has_waited or cpu >= seconds / 2):
             return
         self.on_stall(seconds)
         if self.last - self.logged >= LOG_SECONDS:
@@ -111,8 +114,11 @@ class LoopWatch:
             )
 
     def _look(self) -> None:
+        looked = time.monotonic()
         while not self.stopped.wait(BEAT_SECONDS):
-            if time.monotonic() - self.last - BEAT_SECONDS >= STALL_SECONDS / 2:
+            before, looked = looked, time.monotonic()
+            if looked - self.last - BEAT_SECONDS >= STALL_SECONDS / 2:
+                self.witnessed += min(looked - before, STALL_SECONDS)
                 self.running = what_runs(sys._current_frames().get(self.thread)) or self.running
 
 

@@ -65,6 +65,7 @@ FULL: dict[str, str] = {
     "replicas.shards": "",
     "goodput": "",
     "llama_cpp": "",
+    "worst_requests": "",
     "soak": "--minutes 10",
 }
 

@@ -27,8 +27,8 @@ FEW_VALUES = 1024
 INVOCATIONS, INVOCATION_VALUES = "/invocations", 4096
 """vLLM tries one request model after the other on a body of this path, each with a list of all errors."""
 
-TOKEN_FIELDS = ("prompt", "prompt_token_ids", "token_ids", "tokens", "input", "vllm_xargs")
-"""Fields that may hold the tokens of prompts. `vllm_xargs` has star_segments, an offset for each document."""
+TOKEN_FIELDS = ("prompt", "prompt_token_ids", "token_ids", "tokens", "input")
+"""Fields that may hold the tokens of prompts."""
 
 Receive = Callable[[], Any]
 
@@ -121,7 +121,7 @@ def check_body(body: bytes, scope: Any) -> None:
     if most <= FEW_VALUES:
         return
     tokens = token_bound(scope)
-    Bound(BODY.field, 4 * tokens.limit, "commas and brackets").check(most)
+    Bound(BODY.field, 2 * tokens.limit, "commas and brackets").check(most)
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

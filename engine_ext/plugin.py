@@ -14,7 +14,7 @@ from typing import Any
 
 from starling.engine_ext.models.registry import register_model_families
 from starling.vllm_compat.bench import add_bench_backend, is_bench
-from starling.vllm_compat.chat import on_rendered_chat
+from starling.vllm_compat.chat import before_tokenizing, on_rendered_chat
 from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
 from starling.vllm_compat.engine_core import divide_kv_memory_check
 from starling.vllm_compat.front import (
@@ -53,7 +53,7 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from starling.engine_ext.activation import after_engine_config
-        from starling.engine_ext.bounds import shortened
+        from starling.engine_ext.bounds import bounded_text, shortened
         from starling.engine_ext.call import sees_cached, without_cached
         from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
         from starling.engine_ext.constraints import are_at_odds, with_reason
@@ -90,6 +90,7 @@ def _hook_in() -> None:
             on_openai_request(openai_request, check_names)
             on_beam_search(begin_beam_search)
             on_error_text(shortened)
+            before_tokenizing(bounded_text)
             on_rendered_chat(wants_segments, add_segments)
 
     def server_args(args: object) -> None:

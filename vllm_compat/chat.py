@@ -1,4 +1,4 @@
-"""Chats as vLLM's renderer makes prompts of them."""
+"""Texts and chats as vLLM's renderer makes prompts of them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ def on_rendered_chat(
             if not own.return_token_offsets:
                 engine_input.pop("prompt_token_offsets", None)
         return rendered, engine_inputs
+
+
+def before_tokenizing(check: Callable[[Any, str, Any], Any]) -> None:
+    """Let ``check(renderer, text, params)`` give the TokenizeParams with which a server tokenises a text, or raise.
+
+    Goes when vLLM bounds the text of each request.
+    """
+    from vllm.renderers.base import BaseRenderer
+
+    @wrap(BaseRenderer, "_tokenize_singleton_prompt_async")
+    async def tokenize(original: Original, self: Any, prompt: Any, params: Any) -> Any:
+        text = prompt.get("prompt")
+        if isinstance(text, str) and "prompt_token_ids" not in prompt and "prompt_embeds" not in prompt:
+            params = check(self, text, params)
+        return await original(self, prompt, params)

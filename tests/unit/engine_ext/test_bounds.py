@@ -16,7 +16,10 @@ from vllm import envs
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
+from vllm.renderers import TokenizeParams
+from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils.async_utils import make_async
 
 from starling.config.parsing import OptionError, shown
 from starling.config.star import parse_options
@@ -28,6 +31,7 @@ from starling.engine_ext.serving.errors import grpc_code
 from starling.engine_ext.serving.grpc import inference
 from starling.engine_ext.serving.grpc.messages import error_status
 from starling.v1 import inference_pb2 as pb
+from starling.vllm_compat.chat import before_tokenizing
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 
 DOCS = Path(__file__).parents[3] / "docs" / "security.md"
@@ -43,6 +47,8 @@ def params_of(bound: bounds.Bound, size: int) -> SamplingParams:
         return SamplingParams(stop_token_ids=list(range(size)))
     if bound in (bounds.STOP, bounds.BAD_WORDS):
         return SamplingParams(**{name: [str(index) for index in range(size)]})
+    if bound is bounds.BAD_WORDS_TEXT:
+        return SamplingParams(bad_words=["a" * (size - 1), "b"])
     if bound is bounds.CHOICES:
         return SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a"] * size))
     value = ["a" * (size - 1), "a"] if name == "choice" else "a" * size
@@ -69,6 +75,46 @@ def test_an_object_as_schema_counts_as_its_json():
         bounds.check_params(SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)))
     bounds.check_params(PoolingParams())
     bounds.check_params(SamplingParams(stop="a" * 1000))
+
+
+class CountingTokenizer:
+    """Makes a token of each character, and counts the characters that it was given."""
+
+    max_chars_per_token, truncation_side = 4, "left"
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __call__(self, text: str, **kwargs: object) -> dict[str, list[int]]:
+        self.given += len(text)
+        return {"input_ids": list(map(ord, text))}
+
+
+def tokenized(text: str, params: TokenizeParams) -> tuple[list[int], int]:
+    """The tokens that vLLM's renderer makes of a text, and the number of characters that the tokenizer had of it."""
+    before_tokenizing(bounds.bounded_text)
+    tokenizer = CountingTokenizer()
+    renderer = object.__new__(HfRenderer)
+    renderer.model_config = SimpleNamespace(max_model_len=10)
+    renderer.tokenizer = tokenizer
+    renderer._tokenize_prompt_async = make_async(renderer._tokenize_prompt)  # as the renderer itself does
+    (prompt,) = asyncio.run(renderer.tokenize_prompts_async([{"prompt": text}], params))
+    return prompt["prompt_token_ids"], tokenizer.given
+
+
+def test_no_text_above_the_context_is_tokenised():
+    """`/tokenize` names no context, so that vLLM has no bound of its own."""
+    params = TokenizeParams(max_total_tokens=None)
+    assert tokenized("a" * 40, params) == ([ord("a")] * 40, 40)
+    with pytest.raises(VLLMValidationError, match=r"has 41 characters; 40 make more tokens than the 10 of the model"):
+        tokenized("a" * 41, params)
+
+
+@pytest.mark.parametrize(("side", "kept"), [(None, "b"), ("left", "b"), ("right", "a")])
+def test_a_text_that_is_truncated_is_cut_before_it_is_tokenised(side, kept):
+    """By the side that the request names, or else the tokenizer's."""
+    params = TokenizeParams(max_total_tokens=10, truncate_prompt_tokens=3, truncation_side=side)
+    assert tokenized("a" * 500 + "b" * 500, params) == ([ord(kept)] * 3, 40)
 
 
 def test_the_id_in_a_request_of_openai_has_a_bound():

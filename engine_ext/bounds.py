@@ -61,13 +61,17 @@ GRAMMARS = tuple(
 )
 BODY = Bound("the body", 64 * 2**20, "bytes", HTTP)
 TOKEN_VALUES = Bound("token ids", 2**18, "values, or twice `max_model_len`", HTTP)
+SCORING_BODY = Bound("the body of `/generative_scoring`", 2**19, "bytes", HTTP)
+HEAD = Bound("the head", 2**16, "bytes", HTTP)
+SEQUENCES = Bound("prompts times choices", 1024, "sequences", HTTP)
+PROMPT_LOGPROBS = Bound("prompt tokens times (`prompt_logprobs` + 1) times `n`", 2**19, "values")
 OTHER_VALUES = Bound("all other fields", 2**14, "values", HTTP)
 FIELDS = Bound("the message", 2**15, "fields", GRPC)
 
 REQUEST_BOUNDS = (REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS)
 PARAMS_BOUNDS = (LOGIT_BIAS, STOP, STOP_TOKENS, BAD_WORDS, BAD_WORDS_TEXT, CHOICES, *GRAMMARS)
-BODY_BOUNDS = (BODY, TOKEN_VALUES, OTHER_VALUES)
-BOUNDS = (*BODY_BOUNDS, FIELDS, *REQUEST_BOUNDS, *PARAMS_BOUNDS)
+BODY_BOUNDS = (HEAD, BODY, SCORING_BODY, TOKEN_VALUES, OTHER_VALUES, SEQUENCES)
+BOUNDS = (*BODY_BOUNDS, FIELDS, *REQUEST_BOUNDS, *PARAMS_BOUNDS, PROMPT_LOGPROBS)
 """All but the number of `segment_offsets` over gRPC, whose bound is the model's context, and MAX_CHOICES."""
 
 
@@ -116,6 +120,19 @@ def check_params(params: Any) -> None:
     CHOICES.check(len(structured.choice or ()))
     for bound in GRAMMARS:
         bound.check(num_characters(getattr(structured, bound.field.rpartition(".")[2])))
+
+
+def check_prompt_logprobs(num_tokens: int, params: Any) -> None:
+    """Check how many log-probabilities of a prompt a request asks for, which the event loop makes texts of.
+
+    Each choice has its own: 4,000 tokens, 20 for each and 128 choices held the loop for 14 seconds.
+
+    Raises:
+        VLLMValidationError: too many.
+    """
+    number = getattr(params, "prompt_logprobs", None)
+    if number is not None:
+        PROMPT_LOGPROBS.check(num_tokens * (max(number, 0) + 1) * params.n)
 
 
 def bounded_text(renderer: Any, text: str, params: Any) -> Any:

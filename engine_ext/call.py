@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from starling.engine_ext.bounds import SEQUENCES
+
 
 @dataclass
 class Call:
@@ -20,6 +22,7 @@ class Call:
         plans: of its prompts, as the header of an HTTP response shows them.
         max_plans: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.
         request_ids: of the engine requests that were made for it.
+        num_sequences: of them: their choices.
     """
 
     api_key: str = ""
@@ -28,6 +31,13 @@ class Call:
     plans: list[dict[str, Any]] = field(default_factory=list)
     max_plans: int | None = None
     request_ids: list[str] = field(default_factory=list)
+    num_sequences: int = 0
+
+    def add_request(self, request_id: str, num_choices: int) -> None:
+        """Note an engine request (raises VLLMValidationError: the call has too many)."""
+        self.num_sequences += num_choices
+        SEQUENCES.check(self.num_sequences)
+        self.request_ids.append(request_id)
 
     def add_plan(self, plan: dict[str, Any]) -> None:
         if self.max_plans is None or len(self.plans) < self.max_plans:

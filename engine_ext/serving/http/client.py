@@ -1,17 +1,19 @@
 """ASGI middleware: makes the Call of each request, in which the others note what they learn of it.
 
 When the application starts, it notes the application's list of models, which alone knows LoRA adapters by name, and
-begins to watch the event loop.
+begins to watch the event loop and the size of requests' heads.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from starling.engine_ext.bounds import HEAD
 from starling.engine_ext.call import Call, current_call
 from starling.engine_ext.clients import bearer_key
 from starling.engine_ext.front.loop_watch import watch_loop
 from starling.engine_ext.front.state import front_state
+from starling.vllm_compat.server import bound_request_heads
 
 
 class NoteClient:
@@ -29,6 +31,7 @@ class NoteClient:
             state = scope["app"].state
             if state.engine_client is not None:  # else a server that only renders prompts
                 front_state(state.engine_client).set_serving_models(state.openai_serving_models)
+            bound_request_heads(HEAD.limit)
             watch = watch_loop()
             try:
                 await self.app(scope, receive, send)

@@ -24,6 +24,7 @@ from vllm.utils.async_utils import make_async
 from starling.config.parsing import OptionError, shown
 from starling.config.star import parse_options
 from starling.engine_ext import bounds
+from starling.engine_ext.call import Call
 from starling.engine_ext.planning import rejection
 from starling.engine_ext.requests import RequestPlanner, check_openai_request
 from starling.engine_ext.serving.cli import serve
@@ -125,9 +126,10 @@ def test_the_id_in_a_request_of_openai_has_a_bound():
 
 
 def test_the_documentation_lists_the_bounds():
-    rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| ")]
     for bound in bounds.BOUNDS:
-        assert f"| `{bound.field}` | {bound.limit:,} {bound.unit} | {bound.fronts} |" in rows, bound
+        field = bound.field if "`" in bound.field else f"`{bound.field}`"
+        assert f"| {field} | {bound.limit:,} {bound.unit} | {bound.fronts} |" in rows, bound
     assert f"at most {bounds.MAX_ERROR_BYTES // 1024} KiB" in DOCS.read_text()
 
 
@@ -324,3 +326,12 @@ def test_an_error_of_any_length_reaches_the_client():
     assert failed.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert bounds.CUT in failed.details()
     assert rpc_status.from_call(failed).details
+
+
+def test_a_call_has_a_bound_of_sequences():
+    call = Call()
+    for index in range(8):
+        call.add_request(str(index), bounds.SEQUENCES.limit // 8)
+    with pytest.raises(VLLMValidationError, match="prompts times choices is refused"):
+        call.add_request("8", 1)
+    assert len(call.request_ids) == 8

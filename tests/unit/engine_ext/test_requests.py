@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from starling.attention_backends.attamba.count import prompt_keys
+from starling.engine_ext import bounds
 from starling.engine_ext.call import Call, current_call
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.models.attamba_config import AttambaConfig
@@ -33,6 +34,7 @@ from starling.scheduler.star.request_metadata import (
     metadata_of,
 )
 from starling.v1 import inference_pb2 as pb
+from starling.vllm_compat.front import IS_BEAM
 from tests.unit.engine_ext.configs import CPU, drafting, fake_config
 
 STAR = {"star": "on", "star_block_size": 64}
@@ -399,3 +401,29 @@ def test_the_output_of_a_request_says_how_its_prompt_was_prefilled():
     metadata_of(star)  # an engine in this process decodes what samples of one prompt share
     assert plan_of_request(star) == shown
     assert plan_of_request(SimpleNamespace(sampling_params=None)) is None  # a pooling request
+
+
+def test_prompts_and_choices_of_one_http_request_have_a_bound():
+    """vLLM's server calls `generate` for each prompt, and so its hook, before it reads an output of one."""
+    requests = planner({"starling": {}})
+    token = current_call.set(Call())
+    try:
+        for index in range(bounds.SEQUENCES.limit // 128):
+            requests.prepare({"prompt_token_ids": [1]}, SamplingParams(n=128), f"{index}")
+        with pytest.raises(VLLMValidationError, match="prompts times choices is refused"):
+            requests.prepare({"prompt_token_ids": [1]}, SamplingParams(), "one more")
+        beam = {"prompt_token_ids": [1], IS_BEAM: True}
+        current_call.set(Call())
+        for index in range(bounds.SEQUENCES.limit + 1):
+            requests.prepare(beam, SamplingParams(), f"{index}")
+    finally:
+        current_call.reset(token)
+
+
+def test_log_probabilities_of_a_prompt_have_a_bound():
+    limit = bounds.PROMPT_LOGPROBS.limit
+    requests = planner({"starling": {}})
+    params = SamplingParams(prompt_logprobs=31, n=16)
+    requests.prepare({"prompt_token_ids": [1] * (limit // 512)}, params, "id")
+    with pytest.raises(VLLMValidationError, match=f"it has {limit + 512} values"):
+        requests.prepare({"prompt_token_ids": [1] * (limit // 512 + 1)}, params, "id")

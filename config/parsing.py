@@ -51,7 +51,7 @@ class OptionError(ValueError):
         super().__init__(f"{name}={shown(value)} is refused: {reason}. Allowed: {allowed}.")
 
 
-MAX_SHOWN = 256  # characters
+MAX_SHOWN = 216  # characters
 SHOWN = reprlib.Repr()
 SHOWN.maxstring = SHOWN.maxother = MAX_SHOWN
 SHOWN.maxdict = 16

@@ -24,7 +24,7 @@ STALL_SECONDS = 0.2
 LOG_SECONDS = 10.0
 """Between two lines of the log; stalls between them are counted only."""
 
-NUM_FRAMES = 4
+NUM_FRAMES = 6
 IDLE_MODULES = ("asyncio.runners", "asyncio.base_events", "selectors", "uvloop")
 """Modules whose code is a thread's innermost while its event loop runs no callback."""
 

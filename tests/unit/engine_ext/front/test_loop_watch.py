@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import subprocess
@@ -46,8 +47,12 @@ def blocked_by_a_call(watch: LoopWatch) -> None:
 def blocked_in_c_with_pythons_lock(watch: LoopWatch) -> None:
     """json.loads lets no other thread run."""
     began = time.thread_time()
-    while watch.running is None or time.thread_time() - began < 3 * STALL_SECONDS:
-        json.loads(BIG)
+    gc.disable()  # else what is collected meanwhile may be what runs
+    try:
+        while watch.running is None or time.thread_time() - began < 3 * STALL_SECONDS:
+            json.loads(BIG)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("run", RUNNERS, ids=["asyncio", "uvloop"])

@@ -36,8 +36,8 @@ BAD = {
         ["star_segments", "(4, 9000)", "9000 is not one of them"],
     ),
     "many offsets": (
-        {"star": "on", "star_segments": list(range(100_000))},
-        ["star_segments", "[0, 1, 2, 3, 4, 5, ...]", "it has 100000 elements"],
+        {"star": "on", "star_segments": list(range(10_000))},
+        ["star_segments", "[0, 1, 2, 3, 4, 5, ...]", "it has 10000 elements"],
     ),
     "nested": ({"star": {"block_size": 64}}, ["vllm_xargs"]),  # vLLM refuses it
 }

@@ -70,18 +70,22 @@ def bound_request_heads(limit: int) -> None:
     except ImportError:  # without httptools
         return
 
-    def begin_anew(name: str) -> None:
-        @wrap(HttpToolsProtocol, name)
-        def callback(original: Original, self: Any, *args: Any) -> Any:
+    def begin_anew(original: Original) -> Original:
+        def callback(self: Any, *args: Any) -> Any:
             self.starling_head = 0
             return original(self, *args)
 
-    for name in ("on_headers_complete", "on_body", "on_message_complete"):
-        begin_anew(name)
+        return callback
 
-    @wrap(HttpToolsProtocol, "data_received")
-    def data_received(original: Original, self: Any, data: bytes) -> None:
-        self.starling_head = getattr(self, "starling_head", 0) + len(data)
-        original(self, data)
-        if self.starling_head > limit and not self.transport.is_closing():
-            self.send_400_response(f"The head of a request may have {limit} bytes at most.")
+    def count(original: Original) -> Original:
+        def data_received(self: Any, data: bytes) -> None:
+            self.starling_head = getattr(self, "starling_head", 0) + len(data)
+            original(self, data)
+            if self.starling_head > limit and not self.transport.is_closing():
+                self.send_400_response(f"The head of a request may have {limit} bytes at most.")
+
+        return data_received
+
+    for name in ("on_headers_complete", "on_body", "on_message_complete"):
+        setattr(HttpToolsProtocol, name, begin_anew(getattr(HttpToolsProtocol, name)))
+    setattr(HttpToolsProtocol, "data_received", count(HttpToolsProtocol.data_received))  # noqa: B010

@@ -7,6 +7,7 @@ is left out, in which Python loads modules.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -127,14 +128,14 @@ def over_grpc(stub: inference_pb2_grpc.InferenceServiceStub, request: pb.Generat
 
 
 def measured(
-    server: Server, front: str, send: Callable[[Any], str], requests: Mapping[str, Callable[[], Any]]
+    server: Server, front: str, send: Callable[[Any], str], requests: Mapping[str, Callable[[], Any]], repeats: int
 ) -> list[dict[str, Any]]:
-    """A row for each request: the least of REPEATS CPU times, since the loop does other things meanwhile."""
+    """A row for each request: the least of ``repeats`` CPU times, since the loop does other things meanwhile."""
     rows = []
     for name, make in requests.items():
         request, times = make(), []
         answer = send(request)
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             before = cpu_seconds(server)
             send(request)
             times.append(cpu_seconds(server) - before)
@@ -155,14 +156,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how long the worst requests hold a server's event loop.")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="times that each is sent (default: %(default)s)")
+    repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_llama(Path(folder) / "tiny")
         with serving(model, *OPTIONS, log=Path(folder) / "log") as server:
             with httpx.Client(base_url=server.http, timeout=300) as http:
-                rows = measured(server, "HTTP", partial(over_http, http), http_requests())
+                rows = measured(server, "HTTP", partial(over_http, http), http_requests(), repeats)
             with grpc.insecure_channel(server.grpc, [("grpc.max_send_message_length", -1)]) as channel:
                 stub = inference_pb2_grpc.InferenceServiceStub(channel)
-                rows += measured(server, "gRPC", partial(over_grpc, stub), grpc_requests())
+                rows += measured(server, "gRPC", partial(over_grpc, stub), grpc_requests(), repeats)
     plot(rows, write_json("worst_requests", {"requests": rows}).with_suffix(".png"))
 
 

@@ -6,11 +6,17 @@ import hashlib
 import secrets
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from vllm import envs
 
 ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
 """The environment variable with the key of who controls the server."""
+
+
+def authorization_of(scope: Any) -> str:
+    """The header `authorization` of a request of ASGI, whose names are in lower case; empty where there is none."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), "")
 
 
 def bearer_key(authorization: str) -> str:

@@ -53,45 +53,18 @@ def _hook_in() -> None:
 
     def after(engine_args: object, vllm_config: object) -> None:
         from starling.engine_ext.activation import after_engine_config
-        from starling.engine_ext.bounds import bounded_text, shortened
-        from starling.engine_ext.call import sees_cached, without_cached
-        from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
-        from starling.engine_ext.constraints import are_at_odds, with_reason
-        from starling.engine_ext.front.split_prefill import generate_split
-        from starling.engine_ext.front.state import abort_split, state_of
-        from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request, plan_of_request
+        from starling.engine_ext.front.state import state_of
+        from starling.engine_ext.requests import plan_of_request
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
             if request.sampling_params is not None:  # else a pooling request
                 state_of(input_processor).planner.resolve(request, prompt)
 
-        def with_salt(input_processor: Any, prompt: Any) -> Any:
-            return state_of(input_processor).planner.with_salt(prompt)
-
-        def generate_for_client(
-            engine: Any, generate: Any, prompt: Any, params: Any, *request: Any
-        ) -> AsyncGenerator[Any, None]:
-            generated = generate_split(engine, generate, prompt, params, *request)
-            generated = with_reason(generated) if are_at_odds(params) else generated
-            return generated if sees_cached() else without_cached(generated)
-
-        def openai_request(http_request: Any) -> None:
-            if generates(http_request):
-                check_openai_request(http_request)
-            note_chat_options(http_request)
-
         after_engine_config(vllm_config)
         on_processed_request(resolve)
         on_request_output(plan_of_request)
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
-            on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
-            on_encode(with_salt)
-            on_abort(abort_split)
-            on_openai_request(openai_request, check_names)
-            on_beam_search(begin_beam_search)
-            on_error_text(shortened)
-            before_tokenizing(bounded_text)
-            on_rendered_chat(wants_segments, add_segments)
+            _hook_into_front()
 
     def server_args(args: object) -> None:
         if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server
@@ -108,6 +81,41 @@ def _hook_in() -> None:
     on_server_args(server_args)
     if is_bench(sys.argv):
         add_bench_backend("starling-grpc", _bench_request)
+
+
+def _hook_into_front() -> None:
+    """Hook into the engine as a server has it: what its clients send passes here."""
+    from starling.engine_ext.bounds import bounded_text, shortened
+    from starling.engine_ext.call import sees_cached, without_cached
+    from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
+    from starling.engine_ext.constraints import are_at_odds, with_reason
+    from starling.engine_ext.front.split_prefill import generate_split
+    from starling.engine_ext.front.state import abort_split, state_of
+    from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request
+
+    def with_salt(input_processor: Any, prompt: Any) -> Any:
+        return state_of(input_processor).planner.with_salt(prompt)
+
+    def generate_for_client(
+        engine: Any, generate: Any, prompt: Any, params: Any, *request: Any
+    ) -> AsyncGenerator[Any, None]:
+        generated = generate_split(engine, generate, prompt, params, *request)
+        generated = with_reason(generated) if are_at_odds(params) else generated
+        return generated if sees_cached() else without_cached(generated)
+
+    def openai_request(http_request: Any) -> None:
+        if generates(http_request):
+            check_openai_request(http_request)
+        note_chat_options(http_request)
+
+    on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
+    on_encode(with_salt)
+    on_abort(abort_split)
+    on_openai_request(openai_request, check_names)
+    on_beam_search(begin_beam_search)
+    on_error_text(shortened)
+    before_tokenizing(bounded_text)
+    on_rendered_chat(wants_segments, add_segments)
 
 
 async def _bench_request(*args: Any, **kwargs: Any) -> Any:

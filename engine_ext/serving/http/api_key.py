@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from starling.engine_ext.clients import api_keys, digest, has_valid_key
+from starling.engine_ext.clients import api_keys, authorization_of, digest, has_valid_key
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 OPEN_FOLDERS = ("/metrics/", "/static/")
@@ -44,5 +44,4 @@ class RequireKey:
             return True
         if is_open(scope["path"].removeprefix(scope.get("root_path", ""))):
             return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return has_valid_key(given.decode("latin-1"), self.digests)
+        return has_valid_key(authorization_of(scope), self.digests)

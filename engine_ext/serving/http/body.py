@@ -143,7 +143,7 @@ def check_body(body: bytes, scope: Any) -> None:
     validator = validator_of(endpoint_of(scope))
     if validator is None:
         if scope["path"].endswith(INVOCATIONS):
-            Bound("the body", INVOCATION_VALUES, f"values on {INVOCATIONS}").check(num_values)
+            Bound(BODY.field, INVOCATION_VALUES, f"values on {INVOCATIONS}").check(num_values)
         return
     try:
         validator.validate_python(content)

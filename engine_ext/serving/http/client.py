@@ -10,7 +10,7 @@ from typing import Any
 
 from starling.engine_ext.bounds import HEAD
 from starling.engine_ext.call import Call, current_call
-from starling.engine_ext.clients import bearer_key
+from starling.engine_ext.clients import authorization_of, bearer_key
 from starling.engine_ext.front.loop_watch import watch_loop
 from starling.engine_ext.front.state import front_state
 from starling.vllm_compat.server import bound_request_heads
@@ -24,8 +24,7 @@ class NoteClient:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] in ("http", "websocket"):
-            found = (value for name, value in scope["headers"] if name.lower() == b"authorization")
-            key = bearer_key(next(found, b"").decode("latin-1"))
+            key = bearer_key(authorization_of(scope))
             current_call.set(Call(key, scope["app"].state.args.enable_prompt_tokens_details))
         elif scope["type"] == "lifespan":
             state = scope["app"].state

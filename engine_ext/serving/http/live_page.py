@@ -19,7 +19,7 @@ from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.activation import LIVE_DATA, LIVE_PATH
-from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys, digest, has_valid_key
+from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys, authorization_of, digest, has_valid_key
 from starling.engine_ext.front.live import LiveView
 
 MAX_RESPONSES = 32
@@ -102,8 +102,7 @@ def may_look(scope: Any) -> bool:
     """
     admin_key = os.environ.get(ADMIN_KEY_ENV)
     keys = [admin_key] if admin_key else api_keys(scope["app"].state.args)
-    authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    return not keys or has_valid_key(authorization.decode("latin-1"), [digest(key) for key in keys])
+    return not keys or has_valid_key(authorization_of(scope), [digest(key) for key in keys])
 
 
 def refused(status: int, reason: str, headers: dict[str, str]) -> Response:

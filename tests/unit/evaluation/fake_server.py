@@ -122,6 +122,25 @@ class Listening(ThreadingHTTPServer):
 
 
 @contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server on loopback whose requests a handler answers, without its log, until the block ends."""
+
+    class Quiet(handler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    http = Listening(("127.0.0.1", 0), Quiet)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}"
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+@contextmanager
 def served(**settings) -> Iterator[FakeServer]:
     """A running server; ``settings`` are fields of FakeServer."""
     fake = FakeServer(**settings)
@@ -140,16 +159,5 @@ def served(**settings) -> Iterator[FakeServer]:
 
         do_GET = do_POST
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    http = Listening(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    fake.url = f"http://127.0.0.1:{http.server_port}"
-    try:
+    with listening(Handler) as fake.url:
         yield fake
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()

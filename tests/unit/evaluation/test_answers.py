@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import sys
-import threading
 import time
 import tracemalloc
 import unicodedata
@@ -25,7 +24,7 @@ from starling.evaluation.answers import MAX_ANSWER_BYTES
 from starling.evaluation.client import MAX_MESSAGE, Client, ServerError
 from starling.evaluation.commands import eval as eval_command
 from starling.evaluation.plain_text import plain
-from tests.unit.evaluation.fake_server import served
+from tests.unit.evaluation.fake_server import listening, served
 
 MIB = 2**20
 BOUND = f"answers with more than {MAX_ANSWER_BYTES} bytes, the bound MAX_ANSWER_BYTES"
@@ -59,18 +58,8 @@ def sending(pieces, headers=()):
 
         do_POST = do_GET
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}", sent
-    finally:
-        listening.shutdown()
-        thread.join()
-        listening.server_close()
+    with listening(Handler) as url:
+        yield url, sent
 
 
 def facts(url: str, **options):

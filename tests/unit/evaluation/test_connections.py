@@ -19,7 +19,7 @@ from starling.evaluation.client import Client, ServerError
 from starling.evaluation.connection import is_this_machine
 from starling.evaluation.server import StartError
 from starling.evaluation.server import served as serving
-from tests.unit.evaluation.fake_server import served
+from tests.unit.evaluation.fake_server import listening, served
 from tests.unit.evaluation.test_runner import STAR, prompt, run
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -47,18 +47,8 @@ def answering(status: int):
 
         do_POST = do_GET
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}", paths
-    finally:
-        listening.shutdown()
-        thread.join()
-        listening.server_close()
+    with listening(Handler) as url:
+        yield url, paths
 
 
 @contextmanager

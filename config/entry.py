@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from starling.config.library import LibraryOptions, parse_library
 from starling.config.parsing import OptionError, meant
 from starling.config.replicas import SECTION as REPLICAS
 from starling.config.replicas import ReplicaOptions, parse_replicas
@@ -15,7 +16,7 @@ from starling.config.star import FIELD_OF, StarOptions, parse_options
 
 ENTRY = "starling"
 CPU_ATTENTION, GPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "gpu_attention", "cache_salt", "live_page"
-STAR_HEADS = "star_heads"
+STAR_HEADS, STAR_LIBRARY = "star_heads", "star_library"
 
 CHOICES = {  # the first is the default
     # The faster attention op for CPUs, or always vLLM's.
@@ -28,7 +29,7 @@ CHOICES = {  # the first is the default
     LIVE_PAGE: ("off", "on"),
 }
 SECTIONS = {SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
-NAMES = (*FIELD_OF, STAR_HEADS, *SECTIONS, *CHOICES)
+NAMES = (*FIELD_OF, STAR_HEADS, STAR_LIBRARY, *SECTIONS, *CHOICES)
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class StarlingConfig:
 
     Attributes:
         star_heads: the file with the scores of the model's KV heads; None: those that Starling knows of the model.
+        library: where pages go beside the engine's memory; None: nowhere.
     """
 
     star: StarOptions = field(default_factory=lambda: parse_options({}))
     star_heads: str | None = None
+    library: LibraryOptions | None = None
     scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
     replicas: ReplicaOptions = field(default_factory=ReplicaOptions)
     cpu_attention: str = CHOICES[CPU_ATTENTION][0]
@@ -93,8 +96,10 @@ def _parse(entry: Any) -> StarlingConfig:
     heads = entry.get(STAR_HEADS)
     if heads is not None and (not isinstance(heads, str) or not heads):
         raise OptionError(f"{ENTRY}.{STAR_HEADS}", heads, "it must be a path", "the path of a file, or nothing")
+    library = entry.get(STAR_LIBRARY)
     return StarlingConfig(
         star_heads=heads,
+        library=None if library is None else parse_library(library, f"{ENTRY}.{STAR_LIBRARY}"),
         star=parse_options({key: value for key, value in entry.items() if key in FIELD_OF}),
         scheduling=parse_scheduling(entry.get(SCHEDULING, {}), f"{ENTRY}.{SCHEDULING}."),
         replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),

@@ -31,6 +31,7 @@ from starling.config.parsing import OptionError
 from starling.config.star import StarOptions
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.head_scores import scores_of
+from starling.engine_ext.library import set_library
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import engine_facts, has_dense_heads, other_launcher, star_page_size
 from starling.replicas import network
@@ -133,6 +134,7 @@ def after_engine_config(vllm_config: Any) -> None:
     config = config_of(vllm_config)
     if config is None:
         return
+    set_library(config, vllm_config)
     facts = engine_facts(vllm_config, star_page_size(vllm_config))
     scores_of(vllm_config)  # looks at the model's files now, and not at the first request
     if config.star_heads is not None and has_dense_heads(vllm_config) and facts.heads_refusals:

@@ -21,7 +21,7 @@ from starling.engine_ext.head_scores import scores_of
 from starling.replicas.messages import nixl_problem
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
-from starling.scheduler.star.request_metadata import CONNECTOR, default_num_shards
+from starling.scheduler.star.request_metadata import CONNECTOR, LIBRARY_CONNECTOR, default_num_shards
 from starling.vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
 from starling.vllm_compat.engine_report import engine_reports
 
@@ -29,7 +29,7 @@ MAX_SERVERS = 64
 """Over how many servers a prompt may be split, this one included."""
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
-CONNECTORS = (CONNECTOR, "OffloadingConnector")
+CONNECTORS = (CONNECTOR, LIBRARY_CONNECTOR, "OffloadingConnector")
 
 SPECULATION = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 """The methods of speculative decoding whose drafts come from tokens, or from layers with full attention."""
@@ -131,6 +131,12 @@ def _options(config: Any) -> StarlingConfig:
 def has_peers(config: Any) -> bool:
     """Whether prompts are split over servers that find one another (--star-replica-peers)."""
     return bool(_options(config).replicas.peers)
+
+
+def has_library(config: Any) -> bool:
+    """Whether pages go to host memory or beyond it, so that others may find them (--star-library)."""
+    transfer = config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == LIBRARY_CONNECTOR
 
 
 def _engines_with_peers(config: Any) -> str | None:

@@ -33,6 +33,7 @@ from starling.engine_ext.metrics import worker_metrics
 from starling.engine_ext.refusals import (
     has_dense_heads,
     has_documents,
+    has_library,
     has_peers,
     is_made_for_documents,
     reads_all_caches,
@@ -171,7 +172,7 @@ class StarWorker:
         self.head_scores: HeadScores | None = None
         self.is_warming_up = False
         register_backends(vllm_config, self.star_refusals)
-        if has_peers(vllm_config):
+        if has_peers(vllm_config) or has_library(vllm_config):
             note_weights()
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.star_requests = StarRequests()

@@ -41,9 +41,14 @@ def note_weights() -> None:
     on_weights_loaded(lambda model: _loaded.append(weights_digest(model)))
 
 
+def loaded_digest() -> str | None:
+    """The digest of the weights that this process has loaded; None: none was noted, or its loader does not say."""
+    return _loaded[-1] if _loaded else None
+
+
 def worker_digest(worker: Any) -> str:
     """The digest of a worker's weights: as they were loaded, or, with a loader that does not say so, as they are."""
-    return _loaded[-1] if _loaded else weights_digest(worker.get_model())
+    return loaded_digest() or weights_digest(worker.get_model())
 
 
 def note_changes(core: Any, method: Any) -> None:
@@ -51,8 +56,18 @@ def note_changes(core: Any, method: Any) -> None:
 
     What comes before the digest is asked for belongs to the start.
     """
-    if getattr(core, KNOWN, False) and method not in HARMLESS:
-        setattr(core, CHANGER, method if isinstance(method, str) else "a function of the caller's")
+    if getattr(core, KNOWN, False) and may_change_weights(method):
+        setattr(core, CHANGER, name_of(method))
+
+
+def may_change_weights(method: Any) -> bool:
+    """Whether a method of all workers, or a function in its place, may change their weights."""
+    return method not in HARMLESS
+
+
+def name_of(method: Any) -> str:
+    """A method of workers as it is told to people."""
+    return method if isinstance(method, str) else "a function of the caller's"
 
 
 def changed_by(core: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -35,7 +35,17 @@ from starling.vllm_compat.patching import extends
 from starling.vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
 from starling.vllm_compat.scheduler_hooks import SchedulerHooks
 
+if TYPE_CHECKING:  # imports vLLM's offloading, which only a scheduler with a library needs
+    from starling.scheduler.page_loads import PageLoads
+
 logger = init_logger("vllm.starling")
+
+
+@runtime_checkable
+class LoadsPages(Protocol):
+    """A KV connector that loads single pages: library/connector.py."""
+
+    def make_page_loads(self, view: Any, group: Any) -> PageLoads: ...
 
 
 def is_incomplete(request: Any) -> bool:
@@ -70,6 +80,7 @@ class StarMixin(SchedulerHooks):
         options = config.scheduling
         self.limiter = self._make_limiter(options) if options.fairness == "on" else None
         self.reuse = self._make_reuse(vllm_config) if options.star_block_reuse == "on" else None
+        self.page_loads = self._make_page_loads()
         use_request_hasher(independent_block_hasher if self.reuse else None)
         self.kv_is_divided = default_num_shards(vllm_config) > 1
         self.metrics = scheduler_metrics()
@@ -95,6 +106,12 @@ class StarMixin(SchedulerHooks):
             logger.info("Reuse of star blocks behind an edit is off: %s", refusal)
             return None
         return BlockReuse(self.view, group)
+
+    def _make_page_loads(self) -> PageLoads | None:
+        group = self.view.only_group
+        if self.reuse is None or group is None or not isinstance(self.connector, LoadsPages):
+            return None
+        return self.connector.make_page_loads(self.view, group)
 
     def _check_defaults(self, options: StarOptions) -> None:
         """Hold the server's star options against the page that the engine really has (raises OptionError)."""
@@ -133,6 +150,8 @@ class StarMixin(SchedulerHooks):
     def schedule(self, throttle_prefills: bool = False) -> Any:
         if self.reuse is not None and self.reuse.requests and not self.view.is_paused:
             self.metrics.count_hit("block", self.reuse.adopt_all())
+        if self.page_loads is not None:
+            self.page_loads.step()
         held_out = self._waits_for_held_pages() if self.is_stalled else []
         if held_out:
             with self.view.without_waiting(held_out):
@@ -246,10 +265,14 @@ class StarMixin(SchedulerHooks):
             num_tokens = self.limiter.bound(request, start, num_tokens)
         if self.reuse is not None:
             num_tokens = self.reuse.clip(request, start, num_tokens, MIN_CHUNK if self.decode_graphs else 1)
+        if self.page_loads is not None:
+            num_tokens = self.page_loads.bound(request, start, num_tokens) or num_tokens
         return num_tokens - 1 if num_tokens > 1 and self._replays_a_graph(request, start, num_tokens) else num_tokens
 
     def refuse_chunk(self, request: Any, start: int, num_tokens: int) -> bool:
-        """A star chunk of one token waits a step where it would replay a decode graph."""
+        """A star chunk of one token waits a step where it would replay a decode graph, and each one for its pages."""
+        if self.page_loads is not None and not self.page_loads.bound(request, start, num_tokens):
+            return True
         return self._replays_a_graph(request, start, num_tokens)
 
     def _replays_a_graph(self, request: Any, start: int, num_tokens: int) -> bool:
@@ -258,6 +281,10 @@ class StarMixin(SchedulerHooks):
             return False
         plan = metadata_of(request).plan
         return plan is not None and start < plan.context_end and start + num_tokens > plan.head_end
+
+    def before_connector(self, output: Any) -> None:
+        if self.reuse is not None:
+            self.reuse.report(output)
 
     def after_schedule(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
@@ -273,6 +300,8 @@ class StarMixin(SchedulerHooks):
     def before_pages_freed(self, request_id: str) -> None:
         if self.reuse is not None:
             self.reuse.forget_pages(request_id)
+        if self.page_loads is not None:
+            self.page_loads.forget(request_id)
         if self.live is not None and self.requests[request_id].is_finished():
             self.live.note_end(self.requests[request_id])
 

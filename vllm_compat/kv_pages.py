@@ -21,6 +21,7 @@ Page = Any
 @touches(
     "vllm.v1.core.block_pool.BlockPool.{num_gpu_blocks, get_num_free_blocks, null_block, blocks, get_cached_block}",
     "vllm.v1.core.block_pool.BlockPool.{cached_block_hash_to_block, touch, free_blocks, get_new_blocks}",
+    "vllm.v1.core.block_pool.BlockPool._insert_block_hash",
     "vllm.v1.core.block_pool.BlockHashToBlockMap._cache",
     "vllm.v1.core.kv_cache_utils.KVCacheBlock.{ref_cnt, is_null, block_id, block_hash}",
 )
@@ -78,6 +79,16 @@ class PagePool:
     def release(self, pages: Iterable[Page]) -> None:
         """Release held pages; the first ones lose their content first when pages are needed."""
         self.block_pool.free_blocks(pages)
+
+    def take(self, number: int) -> list[Page]:
+        """Free pages, which are held from now on; what they had cached is forgotten (raises ValueError: too few)."""
+        return self.block_pool.get_new_blocks(number)
+
+    def cache(self, page: Page, page_hash: Any, tokens: int, group: int = 0) -> None:
+        """Let prompts find a page of so many tokens that is held, unless they find another one under this hash."""
+        if self.find(page_hash, group) is None:
+            key = make_block_hash_with_group_id(page_hash, group)
+            self.block_pool._insert_block_hash(key, page, num_tokens=tokens)
 
     def cached_free_pages(self) -> Iterator[int]:
         """Of each free page that has content, the number of its KV cache group. Walks the whole pool."""

@@ -53,6 +53,9 @@ class SchedulerHooks:
         """Whether a chunk of this length, the final one, can't run in this step and has to wait."""
         return False
 
+    def before_connector(self, output: Any) -> None:
+        """A step is scheduled, and the KV connector is about to read it; only called where there is one."""
+
     def after_schedule(self, output: Any) -> None:
         """A step is about to go out to the workers; its requests' computed tokens are still those before it."""
 
@@ -85,6 +88,10 @@ class SchedulerHooks:
         )
         refused = is_chunk and self.refuse_chunk(request, num_computed_tokens, num_new_tokens)
         return 0 if refused else num_new_tokens
+
+    def _build_kv_connector_meta(self, connector: Any, scheduler_output: Any) -> Any:
+        self.before_connector(scheduler_output)
+        return super()._build_kv_connector_meta(connector, scheduler_output)  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         self.after_schedule(scheduler_output)

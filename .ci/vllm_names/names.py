@@ -36,7 +36,16 @@ from typing import Any, TypeGuard
 from starling.vllm_compat.versions import release_of
 from vllm_names.source_tree import FUNCTIONS, SourceTree, TreeError, decorators, dotted, imported, statements
 
-ROOMS = ("vllm_compat", "scheduler", "attention_backends", "replicas", "evaluation", "selftest", "engine_ext")
+ROOMS = (
+    "vllm_compat",
+    "scheduler",
+    "attention_backends",
+    "replicas",
+    "library",
+    "evaluation",
+    "selftest",
+    "engine_ext",
+)
 COMPAT = "vllm_compat/"
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(__file__).parent

@@ -1,6 +1,6 @@
 """The speedup of whole requests by the CPU attention op: `python -m benchmarks.kernels.cpu_attention`.
 
-Each dtype has one engine. Every round runs each workload with the op and without it (`--cpu-attention auto` and
+Each dtype has one engine. Every round runs each workload with the op and without it (`cpu_attention` auto and
 `vllm`): the time to first token of a prompt under Star Attention and under dense attention, and a step of decode after
 a long prompt. Writes results/cpu_attention.json and .png.
 """

@@ -26,6 +26,9 @@ LOST = "starling_lost"
 CONNECTOR = "StarConnector"
 """The KV connector that moves pages between replicas: replicas/connector.py."""
 
+LIBRARY_CONNECTOR = "LibraryConnector"
+"""The KV connector that moves pages to and from the library: library/connector.py."""
+
 SHARDS = "shards"
 """The key in the connector's configuration: over how many replicas a prompt's KV is divided by default."""
 

@@ -71,7 +71,7 @@ def attention_op(config: Any, cpu_attention: str, gpu_attention: str) -> dict[st
             why += "; tokens behind blocks with positions of their own have Starling's Triton kernels"
         return {"name": "vLLM's", "why": why}
     if cpu_attention == "vllm":
-        return {"name": "vLLM's", "why": "--cpu-attention vllm selects it"}
+        return {"name": "vLLM's", "why": "cpu_attention=vllm selects it"}
     if compiler() is None:
         return {"name": "vLLM's", "why": "there is no C++ compiler to build Starling's op"}
     if unread_isa(config):

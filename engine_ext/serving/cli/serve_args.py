@@ -14,12 +14,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from starling.config.entry import (
     CACHE_SALT,
     CHOICES,
-    CPU_ATTENTION,
     ENTRY,
     LIVE_PAGE,
     REPLICAS,
     SCHEDULING,
     STAR_HEADS,
+    STAR_LIBRARY,
     parse_config,
 )
 from starling.config.parsing import OptionError
@@ -35,14 +35,15 @@ GRPC_PORT_HELP = (
     "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
     "127.0.0.1 where --host is not given. 0: any free port. Default: no gRPC."
 )
-CPU_ATTENTION_HELP = (
-    "On CPU: auto, Starling's attention op where it is faster than vLLM's, or vllm, always vLLM's. A C++ compiler "
-    "builds Starling's op at the first start. (default: auto)"
-)
 STAR_HEADS_HELP = (
     "The scores of the model's KV heads, for --star-dense-heads: a file that `starling calibrate` made of it, or "
     "one of DuoAttention's. (default: those that come with Starling, where the model is one of theirs; on a GPU, "
     "--star-dense-heads has to ask for them)"
+)
+STAR_LIBRARY_HELP = (
+    "Keep the KV pages of prompts in host memory, SIZE of it for each engine (4GiB if not given), and in files in the "
+    "folder DIR. Documents and other star blocks are found there wherever they stand in a prompt, after a restart too. "
+    "(default: none; vLLM's --kv-transfer-config can say more)"
 )
 CACHE_SALT_HELP = (
     "Which requests share cached KV pages: request, those with the same cache_salt, or without one, as in vLLM; "
@@ -118,12 +119,12 @@ def choice(name: str, help_text: str, *section: str) -> Flag:
 FLAGS = (
     *star_flags(),
     Flag(STAR_HEADS, (STAR_HEADS,), {"metavar": "FILE", "help": STAR_HEADS_HELP}),
+    Flag(STAR_LIBRARY, (STAR_LIBRARY,), {"metavar": "DIR[:SIZE]", "help": STAR_LIBRARY_HELP}),
     Flag(
         "star_replica_peers",
         (REPLICAS, "peers"),
         {"metavar": "HOST:PORT,...", "help": ReplicaOptions.model_fields["peers"].description},
     ),
-    choice(CPU_ATTENTION, CPU_ATTENTION_HELP),
     choice(CACHE_SALT, CACHE_SALT_HELP),
     choice(LIVE_PAGE, LIVE_PAGE_HELP),
     choice("fairness", f"{SchedulingOptions.model_fields['fairness'].description} (default: on)", SCHEDULING),

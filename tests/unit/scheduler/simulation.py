@@ -345,7 +345,7 @@ class Engine:
         return np.array(self.page_ids[name])[positions // self.page_size], positions % self.page_size
 
     def _update(self, output: Any, sampled: dict[str, list[int]]) -> None:
-        for outputs in self.scheduler.update_from_output(output, answer(output, sampled)).values():
+        for outputs in self.scheduler.update_from_output(output, self._answer(output, sampled)).values():
             stats = outputs.scheduler_stats and outputs.scheduler_stats.prefix_cache_stats
             if stats:
                 self.hits, self.queries = self.hits + stats.hits, self.queries + stats.queries
@@ -353,6 +353,9 @@ class Engine:
                 if one.prefill_stats is not None:
                     self.cached[one.request_id] = one.prefill_stats.num_cached_tokens
                     self.first_token[one.request_id] = len(self.steps)
+
+    def _answer(self, output: Any, sampled: dict[str, list[int]]) -> ModelRunnerOutput:
+        return answer(output, sampled)
 
     def check_pages(self) -> None:
         """Assert that each page is free or held by requests, with the right reference count."""

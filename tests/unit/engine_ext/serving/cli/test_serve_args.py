@@ -361,15 +361,15 @@ def test_grpc_in_the_clear_elsewhere_is_refused(parse_fast, options, says):
     assert all(part in str(refused.value) for part in says), refused.value
 
 
-def test_cpu_attention_flag(parse_fast):
-    args, _ = parse_fast("--cpu-attention", "vllm")
-    assert args.additional_config["starling"] == {"cpu_attention": "vllm"}
-    assert "cpu_attention" not in args, "vLLM should not see our flags"
-    same = '{"starling": {"cpu_attention": "vllm"}}'
-    args, _ = parse_fast("--cpu-attention", "vllm", "--additional-config", same)
-    assert args.additional_config["starling"] == {"cpu_attention": "vllm"}
-    with pytest.raises(OptionError, match="--additional-config says cpu_attention='vllm'"):
-        parse_fast("--cpu-attention", "auto", "--additional-config", same)
+def test_library_flag(parse_fast):
+    args, _ = parse_fast("--star-library", "/pages:1GiB")
+    assert args.additional_config["starling"] == {"star_library": "/pages:1GiB"}
+    assert "star_library" not in args, "vLLM should not see our flags"
+    same = '{"starling": {"star_library": "/pages"}}'
+    args, _ = parse_fast("--star-library", "/pages", "--additional-config", same)
+    assert args.additional_config["starling"] == {"star_library": "/pages"}
+    with pytest.raises(OptionError, match="--additional-config says star_library='/pages'"):
+        parse_fast("--star-library", "/other", "--additional-config", same)
     with pytest.raises(OptionError, match=r"starling\.cpu_attention='fast' is refused"):
         parse_fast("--additional-config", '{"starling": {"cpu_attention": "fast"}}')
 

@@ -1,0 +1,112 @@
+"""Gives an engine a library of pages: vLLM's OffloadingConnector, with Starling's classes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm.config import KVTransferConfig
+from vllm.logger import init_logger
+
+from starling.config.entry import ENTRY, STAR_LIBRARY, StarlingConfig
+from starling.config.parsing import OptionError
+from starling.engine_ext.models.registry import MODELS
+from starling.scheduler.star.request_metadata import LIBRARY_CONNECTOR
+
+logger = init_logger("vllm.starling")
+
+OFFLOADING = "OffloadingConnector"
+SPEC, TIER = "LibrarySpec", "LibraryTier"
+SPEC_NAME, SPEC_MODULE, HOST_BYTES = "spec_name", "spec_module_path", "cpu_bytes_to_use"
+GPU_SPECS = (None, "CPUOffloadingSpec", "TieringOffloadingSpec")
+"""vLLM's own specs, whose worker needs a GPU. None: it takes its default."""
+
+Rules = tuple[tuple[Callable[[Any], Any], str], ...]
+
+RULES: Rules = (
+    (
+        lambda c: not c.cache_config.enable_prefix_caching,
+        "prefix caching is off, and the library holds pages of the prefix cache",
+    ),
+    (
+        lambda c: not c.cache_config.prefix_caching_hash_algo.startswith("sha256"),
+        "pages are found by their hash alone, and --prefix-caching-hash-algo is not sha256 or sha256_cbor",
+    ),
+    (
+        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
+        "an engine has one KV connector, and --kv-transfer-config gives it another",
+    ),
+    (
+        lambda c: set(MODELS).intersection(c.model_config.architectures),
+        "the states of this model's layers are no pages that vLLM's offloading knows",
+    ),
+    (
+        lambda c: c.lora_config,
+        "pages are found by the name of a LoRA adapter, and another server may have another adapter of that name",
+    ),
+    (lambda c: c.model_config.enable_sleep_mode, "sleep mode may load other weights, which the library would mix"),
+)
+
+
+def refusals(vllm_config: Any) -> Iterator[str]:
+    """Why an engine can't have a library; nothing where it can."""
+    return (reason for applies, reason in RULES if applies(vllm_config))
+
+
+def set_library(config: StarlingConfig, vllm_config: Any) -> None:
+    """Set the connector of an engine's library in its configuration, if it is to have one.
+
+    Raises:
+        OptionError: it is to have one, and can't.
+    """
+    if config.library is None:
+        take_offloading(vllm_config)
+        return
+    folder = config.library.folder
+    reason = next(refusals(vllm_config), None) or (None if folder is None else unusable(folder))
+    if reason is not None:
+        given = f"{folder or ''}:{config.library.host_bytes}"
+        raise OptionError(f"{ENTRY}.{STAR_LIBRARY}", given, reason, f"no {STAR_LIBRARY}")
+    tiers = [] if folder is None else [{"type": TIER, "module_path": "starling.library.tier", "root_dir": str(folder)}]
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=LIBRARY_CONNECTOR,
+        kv_connector_module_path="starling.library.connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            SPEC_NAME: SPEC,
+            SPEC_MODULE: "starling.library.spec",
+            HOST_BYTES: config.library.host_bytes,
+            "secondary_tiers": tiers,
+        },
+    )
+
+
+def take_offloading(vllm_config: Any) -> None:
+    """Let star requests reuse pages of vLLM's OffloadingConnector, where its chunks are single pages.
+
+    On a CPU, which vLLM's own worker does not serve, the connector gets Starling's.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != OFFLOADING:
+        return
+    extra = transfer.kv_connector_extra_config
+    if vllm_config.device_config.device_type == "cpu" and extra.get(SPEC_NAME) in GPU_SPECS:
+        extra |= {SPEC_NAME: SPEC, SPEC_MODULE: "starling.library.spec"}
+    if extra.get("block_size") is not None or extra.get("blocks_per_chunk", 1) != 1:
+        logger.info("Star blocks behind an edit are not loaded: chunks of several pages have the hash of the last one")
+        return
+    transfer.kv_connector = LIBRARY_CONNECTOR
+    transfer.kv_connector_module_path = "starling.library.connector"
+
+
+def unusable(folder: Path) -> str | None:
+    """Why pages can't be kept in a folder; None: they can. Makes the folder."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = folder / ".starling"
+        probe.touch(mode=0o600)
+        probe.unlink()
+    except OSError as error:
+        return f"files can't be written to it: {error.strerror or error}"
+    return None

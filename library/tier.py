@@ -1,0 +1,130 @@
+"""The library's files: vLLM's tier of files, for one model and its weights, with a check of each file that is read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import LookupResult, OffloadKey
+from vllm.v1.kv_offload.tiering.fs.io import batch_load_block, batch_store_block
+from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
+
+from starling.library.metrics import library_metrics
+from starling.library.stamp import has_stamp, write_stamp
+from starling.vllm_compat.offloading import FileTier
+
+logger = init_logger("vllm.starling")
+
+LOG_SECONDS = 10.0
+"""Between two lines of the log about files that could not be read or written."""
+
+SETTINGS_FILE = "config.json"
+
+
+class LibraryTier(FileTier, FileSystemTierManager):
+    """Pages in files, which are found under the identity of the engine's model only.
+
+    vLLM names a folder by the model's name and the layout of its pages. In it, the files of this tier are in a folder
+    for each identity: a digest of the weights and of what else the content of a page depends on. Until the engine has
+    said its identity, and after it has changed its weights, no file is read or written.
+
+    The files belong to the user that runs the engine: nobody else can read them.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        make_private(Path(settings["root_dir"]))
+        super().__init__(**settings)
+        self.is_open = False
+        self.logged = float("-inf")
+        self.metrics = library_metrics()
+
+    def open(self, identity: str, described: dict[str, Any]) -> None:
+        """Read and write the files of an identity.
+
+        Args:
+            identity: a name for a folder.
+            described: what it stands for, to be read by people.
+        """
+        folder = Path(self.file_mapper.base_path) / identity
+        make_private(folder)
+        settings = folder / SETTINGS_FILE
+        if not settings.exists():
+            settings.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        self.file_mapper.base_path = str(folder)
+        make_private(Path(f"{folder}_r{self.file_mapper.rank}"))
+        self.is_open = True
+        logger.info("The library's pages are in %s", folder)
+
+    def close(self, reason: str) -> None:
+        """Read and write no files any more."""
+        if self.is_open:
+            self.is_open = False
+            logger.warning("The library's files are not used any more: %s", reason)
+
+    def lookup(self, key: Any, req_context: Any) -> LookupResult:
+        return super().lookup(key, req_context) if self.is_open else LookupResult.MISS
+
+    # What vLLM's tier runs in its threads.
+
+    def store_pages(self, keys: list[OffloadKey], chunk_ids: list[int]) -> None:
+        """Write chunks into files, unless they exist (raises OSError)."""
+        if not self.is_open:
+            return
+        view, size = self.chunks_as_bytes(), self.block_size_bytes
+        try:
+            for key, chunk in zip(keys, chunk_ids, strict=True):
+                path = self.file_mapper.get_file_name(key)
+                if os.path.exists(path):
+                    continue
+                write_stamp(view[chunk * size : (chunk + 1) * size], key)
+                batch_store_block([path], view, [chunk * size], size, self.uses_o_direct)
+                os.chmod(path, 0o600)
+        except OSError as error:
+            self.metrics.failed_writes.inc()
+            hint = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            self._log("A page of the library was not written: %s%s", error, hint)
+            raise
+
+    def load_pages(self, keys: list[OffloadKey], chunk_ids: list[int]) -> None:
+        """Read files into chunks, in their order, up to the first one that is not what it should be.
+
+        Raises:
+            OSError: with ``num_succeeded``, the files before it.
+        """
+        view, size = self.chunks_as_bytes(), self.block_size_bytes
+        for index, (key, chunk) in enumerate(zip(keys, chunk_ids, strict=True)):
+            path = self.file_mapper.get_file_name(key)
+            try:
+                batch_load_block([path], view, [chunk * size], size, self.uses_o_direct)
+                if not has_stamp(view[chunk * size : (chunk + 1) * size], key):
+                    remove(path)
+                    raise OSError(errno.EBADMSG, "it is not what was written for this page", path)
+            except OSError as error:
+                self.metrics.bad_files.inc()
+                self._log("A file of the library is not used, and its page is computed: %s", error)
+                error.num_succeeded = index  # type: ignore[attr-defined]
+                raise
+
+    def _log(self, message: str, *values: Any) -> None:
+        now = time.monotonic()
+        if now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            logger.warning(message, *values)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that its owner alone can enter; what exists keeps its permissions."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Remove a file, if that is possible."""
+    try:
+        os.remove(path)
+    except OSError as error:
+        logger.warning("A bad file of the library stays where it is: %s", error)

@@ -1,0 +1,157 @@
+"""Pages of star blocks that are in the library: they are loaded wherever they stand in a prompt.
+
+When a request would start, all pages that the prefix cache does not have are asked for. Those that the library has are
+loaded into free pages, and go into the prefix cache as if they had been computed; the request adopts them there
+(block_reuse.py). It starts once its next page is known, and computes what is missing while others arrive. It does not
+compute a page that is on its way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import LookupResult
+
+from starling.scheduler.cache_keys import independent_plan
+from starling.vllm_compat.kv_pages import CacheGroup, Page
+from starling.vllm_compat.offloading import PageLoad, PageOffloading
+from starling.vllm_compat.scheduler_view import SchedulerView
+
+logger = init_logger("vllm.starling")
+
+MAX_STARTING = 4
+"""Requests that wait for pages before they start; others are asked for when these have started."""
+
+PATIENCE_SECONDS = 10.0
+"""A request for which no page has arrived for so long computes those that it waits for."""
+
+
+@dataclass
+class Wanted:
+    """The pages for which a request waits.
+
+    Attributes:
+        pages: their numbers in the prompt, ascending.
+        since: when the last of them arrived or turned out to be nowhere.
+    """
+
+    request: Any
+    pages: list[int]
+    since: float
+
+
+class PageLoads:
+    """Loads pages for the star requests of one scheduler.
+
+    Args:
+        group: the only KV cache group.
+        library: vLLM's offloading.
+        max_pages: how many pages may be on their way at once.
+    """
+
+    def __init__(
+        self,
+        view: SchedulerView,
+        group: CacheGroup,
+        library: PageOffloading,
+        max_pages: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.view = view
+        self.group = group
+        self.library = library
+        self.max_pages = max_pages
+        self.clock = clock
+        self.wanted: dict[str, Wanted] = {}
+        self.loading: dict[bytes, Page] = {}
+        library.on_loaded = self._end
+
+    def takes(self, request: Any) -> bool:
+        """Whether a request's pages are asked for here, one by one, and not by vLLM as a prefix."""
+        return independent_plan(request) is not None and self.view.may_hit(request)
+
+    def may_start(self, request: Any, num_computed_tokens: int) -> bool:
+        """Whether a waiting request may start with the tokens found in the prefix cache; else it is asked again."""
+        wanted = self.wanted.get(request.request_id)
+        if wanted is None:
+            starting = (entry.pages and not entry.request.num_computed_tokens for entry in self.wanted.values())
+            if sum(map(bool, starting)) >= MAX_STARTING:
+                return False
+            first, last = num_computed_tokens // self.group.page_size, (request.num_tokens - 1) // self.group.page_size
+            wanted = Wanted(request, list(range(first, last)), self.clock())
+            self.wanted[request.request_id] = wanted
+            self._ask(wanted)
+        return not wanted.pages or wanted.pages[0] * self.group.page_size > num_computed_tokens
+
+    def step(self) -> None:
+        """Ask for pages, and load those that are found. Called before a step is scheduled."""
+        for request_id, wanted in list(self.wanted.items()):
+            if wanted.request.is_finished() or not self.library.knows(wanted.request):
+                del self.wanted[request_id]
+            elif wanted.pages:
+                self._ask(wanted)
+            elif wanted.request.num_computed_tokens:
+                del self.wanted[request_id]
+
+    def forget(self, request_id: str) -> None:
+        """A request's pages are freed: if it starts once more, it asks for all of them."""
+        self.wanted.pop(request_id, None)
+
+    def bound(self, request: Any, start: int, num_tokens: int) -> int:
+        """How many of the tokens from a position on come before the first page that is on its way; 0: none."""
+        wanted = self.wanted.get(request.request_id)
+        if wanted is None or not wanted.pages:
+            return num_tokens
+        behind = (page for page in wanted.pages if (page + 1) * self.group.page_size > start)
+        coming = next(behind, None)
+        return num_tokens if coming is None else min(num_tokens, max(0, coming * self.group.page_size - start))
+
+    def _ask(self, wanted: Wanted) -> None:
+        self.library.begin_step()
+        request, hashes = wanted.request, wanted.request.block_hashes
+        computed = request.num_computed_tokens // self.group.page_size
+        room = self.max_pages - len(self.loading)
+        found: list[int] = []
+        left: list[int] = []
+        for page in wanted.pages:
+            page_hash = hashes[page]
+            if page < computed or self.view.pool.find(page_hash, self.group.index) is not None:
+                continue
+            if page_hash in self.loading or room <= 0:
+                left.append(page)
+                continue
+            result = self.library.lookup(request, page_hash, self.group.index)
+            if result is LookupResult.MISS:
+                continue
+            room -= 1
+            (found if result is LookupResult.HIT else left).append(page)
+        left += self._load(request, found)
+        now = self.clock()
+        if len(left) < len(wanted.pages):
+            wanted.since = now
+        elif now - wanted.since > PATIENCE_SECONDS:
+            logger.warning("%s: %d pages of the library don't arrive: they are computed", request.request_id, len(left))
+            left = []
+        wanted.pages = sorted(left)
+
+    def _load(self, request: Any, pages: list[int]) -> list[int]:
+        """Load as many of these pages of a prompt as there is room for; returns them. The others are computed."""
+        pages = pages[: self.view.pool.num_free_pages]
+        if pages:
+            targets = self.view.pool.take(len(pages))
+            hashes = [request.block_hashes[page] for page in pages]
+            self.library.load(request, hashes, [target.block_id for target in targets], self.group.index)
+            self.loading |= dict(zip(hashes, targets, strict=True))
+        return pages
+
+    def _end(self, load: PageLoad) -> None:
+        """Put loaded pages into the prefix cache, from which their requests adopt them."""
+        targets = [self.loading.pop(page_hash) for page_hash in load.hashes]
+        if not load.is_stale:
+            for page_hash, target in zip(load.hashes, targets, strict=True):
+                self.view.pool.cache(target, page_hash, self.group.page_size, self.group.index)
+        self.view.pool.release(targets)

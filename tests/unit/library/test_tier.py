@@ -1,0 +1,207 @@
+"""The files of the library: what is no page of this engine is a miss, and nothing that a disk does ends a request."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+from vllm.v1.kv_offload.config import OffloadingGroupConfig
+from vllm.v1.kv_offload.tiering.base import TransferJob
+
+from starling.library import tier as tier_module
+from starling.library.stamp import STAMP_BYTES, has_stamp, write_stamp
+from starling.library.tier import LibraryTier
+
+CHUNKS, SIZE = 4, 4096
+KEYS = [make_offload_key(bytes([number]) * 32, 0) for number in range(CHUNKS)]
+CONTEXT = ReqContext(req_id="a")
+
+
+def spec(model: str = "models/tiny") -> Any:
+    parallel = SimpleNamespace(
+        tp_size=1, pp_size=1, pcp_size=1, dcp_size=1, rank=0, is_parallelism_agnostic=True, world_size=1
+    )
+    config = SimpleNamespace(
+        groups=(OffloadingGroupConfig(tokens_per_block=32, layer_names=("layer",), group_id=0),),
+        model=SimpleNamespace(name=model, dtype="float32"),
+        cache=SimpleNamespace(tokens_per_hash=32, blocks_per_chunk=1),
+        parallel=parallel,
+        replicated_layout=False,
+        canonical_layout=False,
+        kv_cache_layout=None,
+    )
+    events = SimpleNamespace(enable_kv_cache_events=False)
+    return SimpleNamespace(config=config, blocks_per_chunk=1, kv_events_config=events)
+
+
+class Library:
+    """A tier with host memory of CHUNKS chunks, which have content."""
+
+    def __init__(self, folder: Path, identity: str | None = "one", model: str = "models/tiny") -> None:
+        memory = mmap.mmap(-1, CHUNKS * SIZE)  # in whole pages, as direct I/O needs it
+        self.memory = np.frombuffer(memory, dtype=np.int8).reshape(CHUNKS, SIZE)
+        self.tier = LibraryTier(
+            offloading_spec=spec(model),
+            primary_kv_view=memoryview(self.memory),
+            tier_type="LibraryTier",
+            root_dir=str(folder),
+            n_read_threads=1,
+            n_write_threads=1,
+        )
+        if identity is not None:
+            self.tier.open(identity, {"weights": identity})
+        self.jobs = 0
+
+    def fill(self) -> None:
+        for number in range(CHUNKS):
+            self.memory[number, :-STAMP_BYTES] = number + 1
+
+    def run(self, submit: Any, chunks: list[int]) -> Any:
+        self.jobs += 1
+        keys = [KEYS[chunk] for chunk in chunks]
+        submit(TransferJob(self.jobs, keys, np.array(chunks, dtype=np.int32), False, CONTEXT))
+        self.tier.drain_jobs()
+        (result,) = self.tier.get_finished_jobs()
+        return result
+
+    def store(self, *chunks: int) -> Any:
+        return self.run(self.tier.submit_store, list(chunks))
+
+    def load(self, *chunks: int) -> Any:
+        return self.run(self.tier.submit_load, list(chunks))
+
+    def lookup(self, chunk: int) -> LookupResult:
+        """What the tier says in the end."""
+        deadline = time.monotonic() + 30
+        while (found := self.tier.lookup(KEYS[chunk], CONTEXT)) is LookupResult.RETRY:
+            assert time.monotonic() < deadline
+            self.tier.on_schedule_end(None)
+        self.tier.on_request_finished(CONTEXT)
+        return found
+
+    def path(self, chunk: int) -> Path:
+        return Path(self.tier.file_mapper.get_file_name(KEYS[chunk]))
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Library]]:
+    """Libraries that are shut down at the end."""
+    libraries: list[Library] = []
+    yield libraries
+    for library in libraries:
+        library.tier.shutdown()
+
+
+@pytest.fixture
+def stored(tmp_path: Path, opened: list[Library]) -> Library:
+    """A library in whose files all chunks are, and whose memory is empty."""
+    library = Library(tmp_path)
+    opened.append(library)
+    library.fill()
+    assert library.store(*range(CHUNKS)).success
+    library.memory[:] = 0
+    return library
+
+
+def test_a_stamp_is_that_of_a_key_and_a_content() -> None:
+    chunk = memoryview(bytearray(range(200)))
+    write_stamp(chunk, b"key")
+    assert has_stamp(chunk, b"key")
+    assert not has_stamp(chunk, b"other")
+    chunk[0] += 1
+    assert not has_stamp(chunk, b"key")
+
+
+def test_what_was_stored_is_loaded(stored: Library) -> None:
+    assert stored.lookup(2) is LookupResult.HIT
+    assert stored.load(2, 0).success
+    assert set(stored.memory[2, :-STAMP_BYTES]) == {3}
+    assert set(stored.memory[0, :-STAMP_BYTES]) == {1}
+
+
+def test_files_and_folders_are_for_their_user_alone(stored: Library, tmp_path: Path) -> None:
+    assert stored.path(0).stat().st_mode & 0o777 == 0o600
+    folder = stored.path(0).parents[2]
+    assert folder.name == "one_r0"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert tmp_path in folder.parents
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "changed", "of another page", "empty"])
+def test_a_file_that_is_not_what_was_written_is_a_miss(stored: Library, damage: str) -> None:
+    path, content = stored.path(1), bytearray(stored.path(1).read_bytes())
+    if damage == "truncated":
+        content = content[:100]
+    elif damage == "longer":
+        content = content[:1000] + content
+    elif damage == "changed":
+        content[50] ^= 1
+    elif damage == "of another page":
+        content = bytearray(stored.path(2).read_bytes())
+    else:
+        content = bytearray()
+    path.write_bytes(content)
+    before = stored.tier.metrics.bad_files._value.get()
+    result = stored.load(0, 1, 2)
+    assert not result.success
+    assert result.successful_keys == (KEYS[0],)
+    assert stored.tier.metrics.bad_files._value.get() == before + 1
+    assert not path.exists(), "a good one can be written"
+    stored.fill()
+    assert stored.store(1).success
+    assert stored.load(1).success
+
+
+@pytest.mark.parametrize(
+    ("identity", "model"), [("two", "models/tiny"), ("one", "models/other"), (None, "models/tiny")]
+)
+def test_another_engine_finds_nothing(
+    stored: Library, opened: list[Library], tmp_path: Path, identity: str | None, model: str
+) -> None:
+    opened.append(other := Library(tmp_path, identity, model))
+    assert other.lookup(0) is LookupResult.MISS
+    assert stored.lookup(0) is LookupResult.HIT
+
+
+def test_the_same_engine_finds_all_after_a_restart(stored: Library, opened: list[Library], tmp_path: Path) -> None:
+    opened.append(again := Library(tmp_path))
+    assert again.lookup(3) is LookupResult.HIT
+    assert again.load(3).success
+    assert set(again.memory[3, :-STAMP_BYTES]) == {4}
+
+
+def test_a_closed_library_neither_reads_nor_writes(stored: Library) -> None:
+    stored.tier.close("the weights have changed")
+    assert stored.lookup(0) is LookupResult.MISS
+    stored.path(0).unlink()
+    assert stored.store(0).success
+    assert not stored.path(0).exists()
+
+
+def test_a_full_disk_fails_the_write_alone(stored: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stored.path(0).unlink()
+    before = stored.tier.metrics.failed_writes._value.get()
+    with monkeypatch.context() as patch:
+        patch.setattr(tier_module, "batch_store_block", full)
+        assert not stored.store(0).success
+    assert stored.tier.metrics.failed_writes._value.get() == before + 1
+    stored.fill()
+    assert stored.store(0).success
+    assert stored.lookup(0) is LookupResult.HIT
+
+
+def test_what_a_killed_writer_left_is_never_read(stored: Library) -> None:
+    path = stored.path(0)
+    path.rename(path.with_name(path.name + "_123.tmp"))
+    assert stored.lookup(0) is LookupResult.MISS

@@ -1,0 +1,258 @@
+"""Pages that a request loads from the library, behind holes too: how many are computed, and that each one is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from vllm.v1.request import RequestStatus
+
+from starling.scheduler import page_loads
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
+from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config
+from tests.unit.scheduler.simulation import random_ids
+
+BLOCK, BLOCKS, QUERY, NEW = 32, 6, 13, 3
+CONTEXT = BLOCK * BLOCKS
+LENGTH = CONTEXT + QUERY
+PLAN = StarPlan(BLOCK, BLOCK, 0, CONTEXT, LENGTH)
+KINDS = {
+    "v1": (StarScheduler, False, 0),
+    "v2": (StarScheduler, True, 0),
+    "async v1": (AsyncStarScheduler, False, 1),
+    "async v2": (AsyncStarScheduler, True, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return library_config(tmp_path_factory.mktemp("models"), 2**20)
+
+
+def make_engine(config: Any, kind: str = "v1", num_pages: int = 100, delay: int = 1) -> LibraryEngine:
+    scheduler_type, v2, ahead = KINDS[kind]
+    return LibraryEngine(config, scheduler_type, num_pages, delay, v2=v2, ahead=ahead)
+
+
+@pytest.fixture(params=KINDS)
+def engine(request: pytest.FixtureRequest, config: Any) -> Iterator[LibraryEngine]:
+    made = make_engine(config, request.param)
+    yield made
+    made.close()
+
+
+def replaced(ids: list[int], *blocks: int, seed: int = 50) -> list[int]:
+    """The prompt with other tokens in these blocks."""
+    changed = list(ids)
+    for block in blocks:
+        changed[block * BLOCK : (block + 1) * BLOCK] = random_ids(seed + block, BLOCK)
+    return changed
+
+
+def forget(engine: LibraryEngine) -> None:
+    """Empty the engine's own cache."""
+    assert engine.scheduler.reset_prefix_cache()
+
+
+def test_a_forgotten_prompt_is_loaded(engine: LibraryEngine) -> None:
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("second", PLAN, ids)
+    engine.run()
+    assert engine.computed["second"] == LENGTH - (LENGTH - 1) // PAGE_SIZE * PAGE_SIZE + NEW - 1
+    engine.check_pages()
+
+
+@pytest.mark.parametrize("missing", [(0,), (1,), (3,), (5,), (2, 4), (1, 2, 5)], ids=str)
+@pytest.mark.parametrize("delay", [1, 6])
+def test_what_is_behind_a_hole_is_loaded(config: Any, missing: tuple[int, ...], delay: int) -> None:
+    engine = make_engine(config, delay=delay)
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("second", PLAN, replaced(ids, *missing))
+    engine.run()
+    # A block depends on the anchor, which is block 0. Pages of the query depend on everything.
+    blocks = BLOCKS if 0 in missing else len(missing)
+    assert engine.computed["second"] == blocks * BLOCK + QUERY + NEW - 1
+    assert len(engine.loaded) == (BLOCKS - blocks) * BLOCK // PAGE_SIZE
+    engine.check_pages()
+    engine.close()
+
+
+def test_what_is_nowhere_is_computed_while_others_arrive(config: Any) -> None:
+    """Blocks 0 and 1 are nowhere. They are computed in the steps in which the others, which take long, arrive."""
+    engine = make_engine(config, delay=5)
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("second", PLAN, [*ids[:BLOCK], *random_ids(9, BLOCK), *ids[2 * BLOCK :]])
+    engine.step()
+    engine.step()
+    assert engine.transfers, "the loads have begun"
+    began = engine.computed["second"]
+    assert began > 0 or engine.scheduler.page_loads.loading
+    engine.run()
+    assert engine.computed["second"] == BLOCK + QUERY + NEW - 1
+    engine.close()
+
+
+def test_two_requests_share_a_load(config: Any) -> None:
+    engine = make_engine(config, delay=3)
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("second", PLAN, ids)
+    engine.add("third", PLAN, replaced(ids, 4))
+    engine.run()
+    assert len(engine.loaded) == len(set(engine.loaded)) == LENGTH // PAGE_SIZE
+    assert engine.computed["third"] == BLOCK + QUERY + NEW - 1
+    engine.check_pages()
+    engine.close()
+
+
+def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> None:
+    """Host memory holds a little more than one of three prompts. All of them are found, in any order."""
+    pages = LENGTH // PAGE_SIZE
+    config = library_config(tmp_path / "models", 2**20, tmp_path / "pages")
+    config.kv_transfer_config.kv_connector_extra_config["cpu_bytes_to_use"] = (pages + 5) * 4096
+    engine = make_engine(config)
+    (tier,) = engine.library.manager.secondary_tiers
+    prompts = [random_ids(seed, LENGTH) for seed in range(3)]
+    for number, ids in enumerate(prompts):
+        engine.add(f"cold {number}", PLAN, ids)
+        engine.run()
+        tier.drain_jobs()
+        engine.step()
+    assert len(list((tmp_path / "pages").rglob("*.bin"))) == 3 * pages
+    for number, ids in enumerate(prompts):
+        forget(engine)
+        engine.add(f"warm {number}", PLAN, ids)
+        engine.run(limit=10**6)
+        assert engine.computed[f"warm {number}"] == LENGTH - pages * PAGE_SIZE + NEW - 1
+    engine.check_pages()
+    engine.close()
+
+
+def test_a_request_does_not_wait_for_ever(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(config, delay=10**6)
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    monkeypatch.setattr(page_loads, "PATIENCE_SECONDS", -1.0)
+    engine.add("second", PLAN, ids)
+    engine.run()
+    assert engine.computed["second"] == LENGTH + NEW - 1
+    engine.close()
+
+
+def test_an_aborted_request_leaves_no_page_in_use(engine: LibraryEngine) -> None:
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("second", PLAN, ids)
+    engine.step()
+    engine.scheduler.finish_requests(["second"], RequestStatus.FINISHED_ABORTED)
+    engine.run()
+    engine.check_pages()
+    assert not engine.scheduler.page_loads.wanted
+    assert not engine.scheduler.page_loads.loading
+
+
+def test_a_reset_of_the_library_while_pages_arrive(config: Any) -> None:
+    """They are not taken for pages of the prompt."""
+    engine = make_engine(config, delay=4)
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("second", PLAN, ids)
+    engine.step()
+    engine.scheduler.connector.reset_cache()
+    engine.run()
+    assert engine.computed["second"] == LENGTH + NEW - 1
+    engine.check_pages()
+    engine.close()
+
+
+class RandomRequests(RuleBasedStateMachine):
+    """Requests whose blocks come from a small set, on an engine with few pages; Engine checks all KV that is read."""
+
+    config: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine: LibraryEngine | None = None
+        self.number = 0
+
+    @precondition(lambda self: self.engine is None)
+    @rule(kind=st.sampled_from(sorted(KINDS)), num_pages=st.sampled_from((40, 100)), delay=st.integers(0, 6))
+    def start(self, kind: str, num_pages: int, delay: int) -> None:
+        self.engine = make_engine(self.config, kind, num_pages, delay)
+
+    @precondition(lambda self: self.engine is not None)
+    @rule(blocks=st.lists(st.integers(0, 2), min_size=BLOCKS, max_size=BLOCKS), star=st.booleans())
+    def add(self, blocks: list[int], star: bool) -> None:
+        ids = [token for place, seed in enumerate(blocks) for token in random_ids(seed + 10 * place, BLOCK)]
+        self.number += 1
+        assert self.engine is not None
+        self.engine.add(f"{self.number}", PLAN if star else None, [*ids, *random_ids(blocks[0], QUERY)])
+
+    @precondition(lambda self: self.engine is not None)
+    @rule(steps=st.integers(1, 8))
+    def steps(self, steps: int) -> None:
+        for _ in range(steps):
+            self.engine.step()  # type: ignore[union-attr]
+
+    @precondition(lambda self: self.engine is not None and self.engine.scheduler.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        scheduler = self.engine.scheduler  # type: ignore[union-attr]
+        name = data.draw(st.sampled_from(sorted(scheduler.requests)))
+        scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
+
+    @precondition(lambda self: self.engine is not None and self.engine.scheduler.running and not self.engine.in_flight)
+    @rule()
+    def preempt(self) -> None:
+        scheduler = self.engine.scheduler  # type: ignore[union-attr]
+        scheduler._preempt_request(scheduler.running.pop(), 0.0)
+
+    @precondition(lambda self: self.engine is not None)
+    @rule(whole=st.booleans())
+    def reset(self, whole: bool) -> None:
+        self.engine.scheduler.reset_prefix_cache(reset_connector=whole)  # type: ignore[union-attr]
+
+    @invariant()
+    def no_page_is_lost(self) -> None:
+        if self.engine is not None:
+            loads = self.engine.scheduler.page_loads
+            assert len(loads.loading) == sum(len(load.hashes) for load in self.engine.library.page_loads.values())
+
+    def teardown(self) -> None:
+        if self.engine is not None:
+            self.engine.run()
+            self.engine.check_pages()
+            self.engine.close()
+
+
+def test_random_requests_read_the_right_pages(config: Any) -> None:
+    machine = type("Machine", (RandomRequests,), {"config": config})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

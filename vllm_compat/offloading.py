@@ -1,0 +1,208 @@
+"""vLLM's offloading of KV pages: loads of single pages, and what its tier of files runs in its threads.
+
+All of this goes when vLLM's OffloadingConnector looks for pages behind a prompt's first missing one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata, TransferJob
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
+from vllm.v1.kv_offload.base import GPULoadStoreSpec, LookupResult, OffloadKey, make_offload_key
+from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
+
+from starling.vllm_compat.patching import extends, touches
+
+
+@dataclass
+class PageLoad:
+    """Pages on their way into the cache, which no request holds.
+
+    Attributes:
+        request: a vLLM Request: the first one that wants them.
+        hashes: the pages' keys in the prefix cache.
+        page_ids: where they go.
+        pending: workers that have not said that they are through.
+        is_stale: the library was emptied meanwhile.
+    """
+
+    request: Any
+    hashes: Sequence[bytes]
+    page_ids: Sequence[int]
+    pending: int
+    keys: Sequence[Any]
+    context: Any
+    is_stale: bool = False
+
+
+@touches(
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.OffloadingConnectorScheduler."
+    "{_req_status, manager, config, _generate_job_id, _current_batch_load_jobs, _current_batch_allocated_block_ids, "
+    "_current_batch_jobs_to_flush}",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.RequestOffloadState.{req_context, group_states}",
+)
+class PageOffloading(OffloadingConnectorScheduler):
+    """vLLM's scheduler side of offloading, which also loads single pages that no request holds yet.
+
+    Attributes:
+        on_loaded: called with each PageLoad whose pages have arrived, or never will (is_stale).
+    """
+
+    page_loads: dict[int, PageLoad]
+    on_loaded: Callable[[PageLoad], None]
+
+    @classmethod
+    def become(cls, scheduler: OffloadingConnectorScheduler) -> None:
+        """Make the scheduler side of vLLM's connector, which makes it itself, one of these."""
+        scheduler.__class__ = cls
+        assert isinstance(scheduler, PageOffloading)
+        scheduler.page_loads = {}
+        scheduler.on_loaded = lambda load: None
+
+    def begin_step(self) -> None:
+        """To be called before pages are looked up in a step that is about to be scheduled."""
+        acquire = getattr(self, "_acquire_step", None)  # vLLM 0.33: its lock, until build_connector_meta
+        if acquire is not None:
+            acquire()
+
+    def knows(self, request: Any) -> bool:
+        """Whether vLLM has told of a request that has not ended."""
+        return request.request_id in self._req_status
+
+    def lookup(self, request: Any, page_hash: bytes, group: int) -> LookupResult:
+        """Where a page is: HIT in host memory, MISS nowhere, else on its way there, or not known yet."""
+        key = make_offload_key(page_hash, group)
+        return self.manager.lookup(key, self._req_status[request.request_id].req_context)
+
+    def load(self, request: Any, hashes: Sequence[bytes], page_ids: Sequence[int], group: int) -> None:
+        """Load pages that ``lookup`` has just found into pages that nothing else uses, in this step."""
+        context = self._req_status[request.request_id].req_context
+        keys = [make_offload_key(page_hash, group) for page_hash in hashes]
+        source = self.manager.prepare_load(keys, context)
+        target = GPULoadStoreSpec(list(page_ids), group_sizes=[len(page_ids)], block_indices=[0])
+        job = self._generate_job_id()
+        self._current_batch_load_jobs[job] = TransferJob(req_id=None, src_spec=source, dst_spec=target)  # type: ignore[arg-type]
+        self._current_batch_allocated_block_ids.update(page_ids)  # what is still stored from them is stored first
+        self.page_loads[job] = PageLoad(request, hashes, page_ids, self.config.num_workers, keys, context)
+
+    # vLLM's methods.
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        # A request that goes out as new once more has all of its pages in this step.
+        for new in scheduler_output.scheduled_new_reqs:
+            for group in self._req_status[new.req_id].group_states:
+                group.block_ids.clear()
+        return super().build_connector_meta(scheduler_output)
+
+    def has_pending_push_work(self) -> bool:
+        return bool(self.page_loads) or super().has_pending_push_work()
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, OffloadingWorkerMetadata):
+            for job in self.page_loads.keys() & meta.completed_jobs.keys():
+                load = self.page_loads[job]
+                load.pending -= meta.completed_jobs.pop(job)
+                if not load.pending:
+                    del self.page_loads[job]
+                    self._end(load)
+        super().update_connector_output(connector_output)
+
+    def reset_cache(self) -> None:
+        if self._current_batch_jobs_to_flush:
+            return  # no step was scheduled since the last reset, and vLLM asserts that one was
+        for load in self.page_loads.values():
+            load.is_stale = True
+        super().reset_cache()
+        self._current_batch_jobs_to_flush.update(self.page_loads)
+
+    def _end(self, load: PageLoad) -> None:
+        if not load.is_stale:
+            locked = getattr(self, "_manager_locked", None)  # vLLM 0.33
+            if locked is None:
+                self.manager.complete_load(load.keys, load.context)
+            else:
+                with locked():
+                    self.manager.complete_load(load.keys, load.context)
+        self.on_loaded(load)
+
+
+@touches(
+    "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager.{_pool, _primary_kv_view, _use_o_direct}",
+    "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager.{_load_job_keys, _job_block_counts, _load_progress}",
+    "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager._store_job_keys",
+    "vllm.v1.kv_offload.tiering.fs.thread_pool.DualQueueThreadPool.{enqueue_store, enqueue_load}",
+)
+@extends(FileSystemTierManager)
+class FileTier:
+    """Mixed into vLLM's tier of files, before it: the tasks of its threads are methods of the subclass.
+
+    A subclass has store_pages and load_pages, with the pages' keys and their chunks.
+    """
+
+    store_pages: Callable[[list[OffloadKey], list[int]], None]
+    load_pages: Callable[[list[OffloadKey], list[int]], None]
+    events: Any
+    _pool: Any
+    _primary_kv_view: memoryview
+    _use_o_direct: bool
+
+    @property
+    def uses_o_direct(self) -> bool:
+        return self._use_o_direct
+
+    def chunks_as_bytes(self) -> memoryview:
+        """The library's host memory, one chunk after another."""
+        return self._primary_kv_view.cast("B")
+
+    def submit_store(self, job_metadata: Any) -> None:
+        keys, chunks = list(job_metadata.keys), list(map(int, job_metadata.chunk_ids))
+        if self.events is not None:
+            self._store_job_keys[job_metadata.job_id] = keys  # type: ignore[attr-defined]
+        self._job_block_counts[job_metadata.job_id] = len(keys)  # type: ignore[attr-defined]
+        self._pool.enqueue_store(job_metadata.job_id, 1, [functools.partial(self.store_pages, keys, chunks)])
+
+    def submit_load(self, job_metadata: Any) -> None:
+        job_id, keys, chunks = job_metadata.job_id, list(job_metadata.keys), list(map(int, job_metadata.chunk_ids))
+        self._load_job_keys[job_id] = keys  # type: ignore[attr-defined]
+        self._job_block_counts[job_id] = len(keys)  # type: ignore[attr-defined]
+
+        def load() -> None:
+            try:
+                self.load_pages(keys, chunks)
+            except OSError as error:
+                self._load_progress[job_id] = getattr(error, "num_succeeded", 0)  # type: ignore[attr-defined]
+                raise
+
+        self._pool.enqueue_load(job_id, 1, [load])
+
+
+@touches(
+    "vllm.v1.kv_offload.tiering.manager.TieringOffloadingManager.secondary_tiers",
+    "vllm.v1.kv_offload.tiering.manager.TieringOffloadingManager.primary_tier",
+    "vllm.v1.kv_offload.cpu.manager.CPUOffloadingManager._num_chunks",
+)
+def tiers_of(manager: Any) -> list[Any]:
+    """The tiers beyond host memory; none for a manager of host memory alone."""
+    return getattr(manager, "secondary_tiers", [])
+
+
+def chunks_of(manager: Any) -> int:
+    """How many chunks host memory has."""
+    return getattr(manager, "primary_tier", manager)._num_chunks
+
+
+@touches("vllm.v1.kv_offload.tiering.spec.TieringOffloadingSpec._scheduler_mmap")
+def region_of(spec: Any) -> Any:
+    """The memory in /dev/shm that a spec's manager has mapped."""
+    return spec._scheduler_mmap
+
+
+@touches("vllm.v1.kv_offload.cpu.shared_offload_region.SharedOffloadRegion._creator")
+def disown(region: Any) -> None:
+    """Leave the name of a memory in /dev/shm to who removes it."""
+    region._creator = False

@@ -52,6 +52,7 @@ SERVES_PEERS = "starling_serves_peers"
 
 HTTP = "starling.engine_ext.serving.http"
 MIDDLEWARE = (  # the last one is the outermost
+    f"{HTTP}.api_docs.DescribeApi",
     f"{HTTP}.body.BoundBody",
     f"{HTTP}.plan_header.PlanHeader",
     f"{HTTP}.progress.HttpProgress",

@@ -67,10 +67,11 @@ SEQUENCES = Bound("prompts times choices", 1024, "sequences", HTTP)
 PROMPT_LOGPROBS = Bound("prompt tokens times (`prompt_logprobs` + 1) times `n`", 2**19, "values")
 OTHER_VALUES = Bound("all other fields", 2**14, "values", HTTP)
 FIELDS = Bound("the message", 2**15, "fields", GRPC)
+UPLOAD = Bound("the upload", 2**12, "pieces", GRPC)
 
 PARAMS_BOUNDS = (LOGIT_BIAS, STOP, STOP_TOKENS, BAD_WORDS, BAD_WORDS_TEXT, CHOICES, *GRAMMARS)
 BOUNDS = (
-    *(HEAD, BODY, SCORING_BODY, TOKEN_VALUES, OTHER_VALUES, SEQUENCES, FIELDS),
+    *(HEAD, BODY, SCORING_BODY, TOKEN_VALUES, OTHER_VALUES, SEQUENCES, FIELDS, UPLOAD),
     *(REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS),
     *PARAMS_BOUNDS,
     PROMPT_LOGPROBS,

@@ -16,6 +16,11 @@ NO_TOKEN = (
     "one of the two, or allow the tokens of the structured output."
 )
 
+NO_GRAMMAR = (
+    "The engine ended the output: it could not make a grammar of the constraint, or the grammar leaves no token. The "
+    "server's log says which. A rule or schema that refers to nothing but itself is one reason."
+)
+
 
 def check_transfer_params(extra_args: Mapping[str, Any] | None) -> None:
     """Check the values of TRANSFER_KEYS (raises VLLMValidationError: one is no object)."""
@@ -26,21 +31,23 @@ def check_transfer_params(extra_args: Mapping[str, Any] | None) -> None:
             raise VLLMValidationError(f"{key} is refused: {reason}.", parameter=key)
 
 
-def are_at_odds(params: Any) -> bool:
-    """Whether two parameters of a request say which tokens its output may have."""
-    return bool(getattr(params, "structured_outputs", None) and getattr(params, "allowed_token_ids", None))
+def constraint_error(params: Any) -> VLLMValidationError | None:
+    """What to answer where the engine ends an output with an error; None: no constraint of the request is the reason.
 
-
-async def with_reason(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """The engine's outputs of a request whose parameters ``are_at_odds``.
-
-    Where both leave no token, vLLM samples one that the grammar rejects, and its server answers 500.
-
-    Raises:
-        VLLMValidationError: the engine ended a choice with an error.
+    vLLM's front checks a constraint's syntax. The engine core makes the grammar: it may fail (`root ::= root root`), or
+    leave no token (`{"$ref": "#"}`). vLLM then samples one that the grammar rejects. Its server answers 500 to both.
     """
+    if not getattr(params, "structured_outputs", None):
+        return None
+    if getattr(params, "allowed_token_ids", None):
+        return VLLMValidationError(NO_TOKEN, parameter="allowed_token_ids")
+    return VLLMValidationError(NO_GRAMMAR)
+
+
+async def with_reason(outputs: AsyncGenerator[Any, None], error: Exception) -> AsyncGenerator[Any, None]:
+    """The engine's outputs of a request with a constraint (raises ``error``: the engine ended a choice with one)."""
     async with aclosing(outputs):
         async for output in outputs:
             if any(choice.finish_reason == "error" for choice in output.outputs):
-                raise VLLMValidationError(NO_TOKEN, parameter="allowed_token_ids")
+                raise error
             yield output

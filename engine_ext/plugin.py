@@ -88,7 +88,7 @@ def _hook_into_front() -> None:
     from starling.engine_ext.bounds import bounded_text, shortened
     from starling.engine_ext.call import sees_cached, without_cached
     from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
-    from starling.engine_ext.constraints import are_at_odds, with_reason
+    from starling.engine_ext.constraints import constraint_error, with_reason
     from starling.engine_ext.front.split_prefill import generate_split
     from starling.engine_ext.front.state import abort_split, state_of
     from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request
@@ -100,7 +100,8 @@ def _hook_into_front() -> None:
         engine: Any, generate: Any, prompt: Any, params: Any, *request: Any
     ) -> AsyncGenerator[Any, None]:
         generated = generate_split(engine, generate, prompt, params, *request)
-        generated = with_reason(generated) if are_at_odds(params) else generated
+        error = constraint_error(params)
+        generated = generated if error is None else with_reason(generated, error)
         return generated if sees_cached() else without_cached(generated)
 
     def openai_request(http_request: Any) -> None:

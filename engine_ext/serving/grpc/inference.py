@@ -156,7 +156,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                     yield prompt_logprobs(result.prompt_token_ids, result.prompt_logprobs, params.prompt_logprobs)
                 for output in result.outputs:
                     if output.finish_reason == "error":
-                        raise self._generation_error(request, usages[output.index])
+                        raise GenerationError()  # the engine gives no reason
                     usages[output.index].completion_tokens += len(output.token_ids)
                     if output.text or output.token_ids:
                         for event in deltas(output, params.logprobs):
@@ -206,16 +206,6 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         if self.engine.errored:
             raise self.engine.dead_error
         self.engine.check_admission(choices)
-
-    def _generation_error(self, request: GenerateRequest, used: pb.Usage) -> Exception:
-        """The exception for a choice that ended with an error, for which the engine gives no reason.
-
-        Where no grammar can be made of a constraint that passed vLLM's checks, the choice ends so before its first
-        token.
-        """
-        if constraint_path(request.sampling) and not used.completion_tokens:
-            return VLLMValidationError("The engine could not make a grammar of this constraint; its log says why.")
-        return GenerationError()
 
     def _refuse_without_effect(self, request: GenerateRequest) -> None:
         """Refuse fields that vLLM would accept and ignore (raises VLLMValidationError)."""

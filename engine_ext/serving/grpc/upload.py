@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
+from starling.engine_ext.bounds import UPLOAD
 from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
@@ -66,6 +67,7 @@ class Upload:
         self.limit = limit
         self.kind = ""
         self.characters = 0
+        self.num_pieces = 0
         self.texts: list[str] = []
         self.request = pb.GenerateStreamRequest()
 
@@ -73,7 +75,8 @@ class Upload:
         """The request, once the client has sent all of it.
 
         Raises:
-            VLLMValidationError: parts are out of order or of several kinds, or the prompt is longer than any can be.
+            VLLMValidationError: parts are out of order, too many or of several kinds, or the prompt is longer than any
+                can be.
             UploadMemoryError: there is no room for it beside others.
             SlowMessageError: the next part, or the last one, did not arrive in time.
         """
@@ -110,6 +113,8 @@ class Upload:
         if kind not in PIECES or self.kind not in ("", kind):
             reason = f"the pieces of a prompt are all {self.kind}" if self.kind else f"a piece is {' or '.join(PIECES)}"
             raise VLLMValidationError(f"{kind or 'an empty part'} is refused: {reason}", parameter=kind)
+        self.num_pieces += 1
+        UPLOAD.check(self.num_pieces)  # the event loop takes each, also an empty one, and all clients wait for it
         self.kind = kind
         if not (part.text or part.token_ids.ids):
             return

@@ -122,21 +122,36 @@ def most_values(body: bytes) -> int:
     return body.count(b",") + body.count(b"[") + body.count(b"{") + 1
 
 
+def may_have_half_pairs(body: bytes) -> bool:
+    """Whether a JSON text may have half of a surrogate pair, which UTF-8 can't say, or is another encoding.
+
+    Python's parser takes them all. vLLM then fails with 500, where it sends a text on to its engine, or back.
+    """
+    return not is_utf8(body) or b"\0" in body or b"\\ud" in body or b"\\uD" in body
+
+
+def is_utf8(body: bytes) -> bool:
+    try:
+        return body.isascii() or bool(body.decode())
+    except UnicodeDecodeError:
+        return False
+
+
 def check_body(body: bytes, scope: Any) -> None:
     """Check a JSON body's number of values, and what can be checked of them without a list of all errors.
 
     Raises:
         VLLMValidationError: the body is above a bound, is no JSON, or has a value that the path does not take.
     """
-    most = most_values(body)
-    if most <= FEW_VALUES:
-        return
-    tokens = token_bound(scope)
+    most, tokens = most_values(body), token_bound(scope)
     Bound(BODY.field, 2 * tokens.limit, "commas and brackets").check(most)
     try:
-        content = msgspec.json.decode(body)
+        content = msgspec.json.decode(body) if most > FEW_VALUES or may_have_half_pairs(body) else None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise VLLMValidationError(f"The body is no valid JSON: {error}.") from None
+        reason = f"{error}. It must be UTF-8, without half of a surrogate pair"
+        raise VLLMValidationError(f"The body is no valid JSON: {reason}.") from None
+    if most <= FEW_VALUES:
+        return
     num_values = check_values(content, tokens)
     if num_values <= FEW_VALUES:
         return

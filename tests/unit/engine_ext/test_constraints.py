@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from starling.engine_ext import plugin
-from starling.engine_ext.constraints import TRANSFER_KEYS
+from starling.engine_ext.constraints import NO_GRAMMAR, NO_TOKEN, TRANSFER_KEYS
 from tests.unit.engine_ext.serving.grpc.fakes import output, result
 from tests.unit.engine_ext.test_requests import ON, planner
 
@@ -54,11 +55,11 @@ def generate_for_client(monkeypatch):
 
 @pytest.mark.parametrize(
     ("fields", "refused"),
-    [(CHOICE | ALLOWED, True), (CHOICE, False), (ALLOWED, False), ({}, False)],
+    [(CHOICE | ALLOWED, NO_TOKEN), (CHOICE, NO_GRAMMAR), (ALLOWED, None), ({}, None)],
     ids=["both", "structured outputs", "allowed tokens", "none"],
 )
-def test_an_output_without_a_token_that_both_parameters_allow(generate_for_client, fields, refused):
-    """The engine ends it with an error, for which vLLM's server answers 500."""
+def test_an_output_for_which_the_constraint_leaves_no_token(generate_for_client, fields, refused):
+    """The engine ends it with an error, for which vLLM's server answers 500. So it does where it made no grammar."""
     closed = []
 
     async def generate(prompt, params, request_id):
@@ -73,7 +74,7 @@ def test_an_output_without_a_token_that_both_parameters_allow(generate_for_clien
         return [one.outputs[0].finish_reason async for one in outputs]
 
     if refused:
-        with pytest.raises(VLLMValidationError, match="allowed_token_ids and structured_outputs") as error:
+        with pytest.raises(VLLMValidationError, match=re.escape(refused)) as error:
             asyncio.run(scenario())
         assert create_error_response(error.value).error.code == 400
     else:

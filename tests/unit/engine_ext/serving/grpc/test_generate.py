@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from starling.engine_ext.constraints import NO_GRAMMAR
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
@@ -281,18 +282,17 @@ def test_bad_input_is_named(fields, named):
 
 
 @pytest.mark.parametrize(
-    ("script", "constraint", "code"),
+    ("end", "code"),
     [
-        (["", "error"], "(", grpc.StatusCode.INVALID_ARGUMENT),
-        (["a", "error"], "(", grpc.StatusCode.INTERNAL),
-        (["", "error"], None, grpc.StatusCode.INTERNAL),
+        (VLLMValidationError(NO_GRAMMAR), grpc.StatusCode.INVALID_ARGUMENT),
+        (result(output("", finish_reason="error")), grpc.StatusCode.INTERNAL),
     ],
-    ids=["no grammar", "after tokens", "no constraint"],
+    ids=["of the constraint", "without a reason"],
 )
-def test_an_error_of_the_engine(script, constraint, code):
-    first, end = script
-    form = pb.StructuredOutputs(regex=constraint) if constraint else None
-    engine = FakeEngine(first, result(output("", finish_reason=end)))
+def test_an_error_of_the_engine(end, code):
+    """The first is what the plugin makes of the second where the request has a constraint (test_constraints.py)."""
+    form = pb.StructuredOutputs(regex="(")
+    engine = FakeEngine("", end)
     request = pb.GenerateRequest(text="p", sampling=pb.SamplingParams(structured_outputs=form))
     got, _, fields = refusal(engine, "Generate", request)
     assert got == code

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient, WebSocketDenialResponse
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from starling.engine_ext.serving.http.api_key import OPEN_PATHS, RequireKey
+from starling.engine_ext.clients import ADMIN_KEY_ENV
+from starling.engine_ext.serving.http.api_key import OPEN_PATHS, OPERATOR_PATHS, RequireKey
 
 KEY = {"authorization": "bearer one"}
 
@@ -47,3 +49,38 @@ def test_a_websocket_needs_a_key():
     with pytest.raises(WebSocketDenialResponse) as refused, client().websocket_connect("/v1/realtime"):
         pass
     assert refused.value.status_code == 401
+
+
+ADMIN = {"authorization": "Bearer theirs"}
+
+
+@pytest.mark.parametrize("path", [*OPERATOR_PATHS, "/pause%0A"])
+@pytest.mark.parametrize("keys", [("one",), ()], ids=["with API keys", "without"])
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+def test_who_has_the_admin_key_alone_controls_the_server(monkeypatch, path, keys, root_path):
+    monkeypatch.setenv(ADMIN_KEY_ENV, "theirs")
+    http = client(root_path, keys)
+    statuses = [http.post(root_path + path, headers=headers).status_code for headers in (ADMIN, KEY, {})]
+    assert statuses == [200, 401, 401]
+    assert http.post("/tokenize", headers=ADMIN).status_code == (401 if keys else 200)
+
+
+@pytest.mark.parametrize("path", [*OPERATOR_PATHS, "/pause%0A"])
+def test_without_an_admin_key_no_client_controls_a_server_with_keys(monkeypatch, path):
+    monkeypatch.delenv(ADMIN_KEY_ENV, raising=False)
+    refused = client().post(path, headers=KEY)
+    assert refused.status_code == 403 and ADMIN_KEY_ENV in refused.json()["error"]
+    assert client().post(path).status_code == 401
+    assert client(keys=()).post(path).status_code == 200, "a server without keys"
+
+
+def test_vllm_takes_the_admin_key_where_it_asks_for_an_api_key(monkeypatch):
+    monkeypatch.setenv(ADMIN_KEY_ENV, "theirs")
+    app = FastAPI()
+    app.add_middleware(AuthenticationMiddleware, tokens=["one"])
+    app.add_middleware(RequireKey)
+    app.state.args = SimpleNamespace(api_key=["one"])
+    app.post("/v1/load_lora_adapter")(lambda: "loaded")
+    http = TestClient(app)
+    assert http.post("/v1/load_lora_adapter", headers=ADMIN).json() == "loaded"
+    assert http.post("/v1/load_lora_adapter", headers=KEY).status_code == 401

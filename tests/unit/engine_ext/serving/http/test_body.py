@@ -18,6 +18,7 @@ from starling.engine_ext.bounds import BODY, OTHER_VALUES, REQUEST_ID, TOKEN_VAL
 from starling.engine_ext.serving.http import body
 from starling.engine_ext.serving.http.body import FEW_VALUES, INVOCATION_VALUES, BoundBody, validator_of
 
+JSON = {"content-type": "application/json"}
 COMPLETIONS, CHATS, TOKENIZE, OTHER = "/v1/completions", "/v1/chat/completions", "/tokenize", "/other"
 
 
@@ -76,6 +77,35 @@ def test_small_bodies_come_through(http, few, monkeypatch):
     long = {"model": "m", "messages": [{"role": "user", "content": "a, [b], {c}. " * 10_000}]}
     assert message_of(http.post(CHATS, json=long)) == "came through"
     assert http.post(OTHER, content=b"no JSON").json() == "answered"
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few values", "many values"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        rb'"\ud800"',
+        rb'"a\uDC00b"',
+        rb'"\udc00\ud800"',
+        b'"\xed\xa0\x80"',
+        '"a"'.encode("utf-16-le"),
+        b'"\xff"',
+    ],
+    ids=["first half", "second half", "wrong order", "as bytes", "UTF-16", "no UTF-8"],
+)
+def test_half_of_a_surrogate_pair_is_refused_in_any_field(http, text, many):
+    """Python's JSON parser takes it, and vLLM's server answers 500 where it sends the text on."""
+    rest = b', "logit_bias": {%s}' % b",".join(b'"%d": 1' % index for index in range(FEW_VALUES)) if many else b""
+    for field in (b"stop", b"model", b"user", b"unknown"):
+        content = b'{"model": "m", "prompt": "a", "%s": %s%s}' % (field, text, rest)
+        assert message_of(http.post(COMPLETIONS, content=content, headers=JSON)).startswith("The body is no valid JSON")
+
+
+@pytest.mark.parametrize(
+    "text", ["😀", "\\\\ud800", "ü", "\\ud83d\\ude00"], ids=["pair", "no escape", "UTF-8", "escapes"]
+)
+def test_whole_characters_come_through(http, text):
+    content = f'{{"model": "m", "prompt": "{text}", "temperature": 0.5}}'.encode()
+    assert message_of(http.post(COMPLETIONS, content=content, headers=JSON)) == "came through"
 
 
 def test_token_ids_have_a_bound_of_their_own(http):

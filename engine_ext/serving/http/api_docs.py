@@ -1,0 +1,20 @@
+"""ASGI middleware: the description of the API, `/openapi.json`, is made before the server takes requests.
+
+FastAPI makes it at its first request, which takes over a second of the event loop, while all clients wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DescribeApi:
+    """The middleware around ``app``."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" and scope["app"].openapi_url is not None:
+            scope["app"].openapi()  # which keeps it
+        await self.app(scope, receive, send)

@@ -43,7 +43,7 @@ def http_requests() -> dict[str, Callable[[], tuple[str, bytes]]]:
     """Name -> what makes path and body, some of which are large."""
     return {
         "text, 8 MiB": lambda: (COMPLETIONS, body(700_000, "hello world", '"prompt": "%s"')),
-        "image, 48 MiB": lambda: (COMPLETIONS, body(1, "A" * 48 * MIB, PROMPT + '"user": "%s"')),
+        "image, 31 MiB": lambda: (COMPLETIONS, body(1, "A" * 31 * MIB, PROMPT + '"user": "%s"')),
         "token ids, at the bound": lambda: (COMPLETIONS, body(2**18, "77", '"prompt": [%s]')),
         "token ids, 8 MiB": lambda: (COMPLETIONS, body(2_800_000, "77", '"prompt": [%s]')),
         "empty prompts, 8 MiB": lambda: (COMPLETIONS, body(2_800_000, "[]", '"prompt": [%s]')),

@@ -59,7 +59,7 @@ GRAMMARS = tuple(
     Bound(f"structured_outputs.{kind}", 32 * 2**10, "characters in all")
     for kind in ("choice", "json", "regex", "grammar", "structural_tag")
 )
-BODY = Bound("the body", 64 * 2**20, "bytes", HTTP)
+BODY = Bound("the body", 32 * 2**20, "bytes", HTTP)
 TOKEN_VALUES = Bound("token ids", 2**18, "values, or twice `max_model_len`", HTTP)
 SCORING_BODY = Bound("the body of `/generative_scoring`", 2**19, "bytes", HTTP)
 HEAD = Bound("the head", 2**16, "bytes", HTTP)

@@ -219,7 +219,11 @@ def series_sum(text: str, name: str) -> float:
     return sum(series_values(text, name))
 
 
-async def wait_idle(clients: Clients, seconds: float = 60) -> list[admin.EngineCache]:
+LEASE_SECONDS = 150
+"""Longer than a server holds pages for a peer that it has lost."""
+
+
+async def wait_idle(clients: Clients, seconds: float = LEASE_SECONDS) -> list[admin.EngineCache]:
     """The state of the engines once none has a request or a page in use, or after ``seconds``."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:

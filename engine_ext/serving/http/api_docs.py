@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.starling")
+
 
 class DescribeApi:
     """The middleware around ``app``."""
@@ -16,5 +20,8 @@ class DescribeApi:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan" and scope["app"].openapi_url is not None:
-            scope["app"].openapi()  # which keeps it
+            try:
+                scope["app"].openapi()  # which keeps it
+            except Exception:  # of a path that a plugin has added
+                logger.exception("/openapi.json can't be made")
         await self.app(scope, receive, send)

@@ -74,3 +74,13 @@ async def without_cached(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[A
         async for output in outputs:
             output.num_cached_tokens = None
             yield output
+
+
+async def with_sources(outputs: AsyncGenerator[Any, None], plan: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
+    """The engine's outputs; from the first on, the plan as a response shows it says where its documents came from."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            sources = getattr(output, "star_sources", None)  # an aborted request has an output of no engine
+            if plan is not None and sources is not None:
+                plan["document_sources"] = sources
+            yield output

@@ -55,6 +55,7 @@ def _hook_in() -> None:
         from starling.engine_ext.activation import after_engine_config
         from starling.engine_ext.front.state import state_of
         from starling.engine_ext.requests import plan_of_request
+        from starling.scheduler.star.request_metadata import SOURCES
 
         def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
             if request.sampling_params is not None:  # else a pooling request
@@ -62,7 +63,7 @@ def _hook_in() -> None:
 
         after_engine_config(vllm_config)
         on_processed_request(resolve)
-        on_request_output(plan_of_request)
+        on_request_output(plan_of_request, SOURCES)
         if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
             _hook_into_front()
 
@@ -86,12 +87,12 @@ def _hook_in() -> None:
 def _hook_into_front() -> None:
     """Hook into the engine as a server has it: what its clients send passes here."""
     from starling.engine_ext.bounds import bounded_text, shortened
-    from starling.engine_ext.call import sees_cached, without_cached
+    from starling.engine_ext.call import sees_cached, with_sources, without_cached
     from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
     from starling.engine_ext.constraints import constraint_error, with_reason
     from starling.engine_ext.front.split_prefill import generate_split
     from starling.engine_ext.front.state import abort_split, state_of
-    from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request
+    from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request, shown_plan
 
     def with_salt(input_processor: Any, prompt: Any) -> Any:
         return state_of(input_processor).planner.with_salt(prompt)
@@ -102,7 +103,7 @@ def _hook_into_front() -> None:
         generated = generate_split(engine, generate, prompt, params, *request)
         error = constraint_error(params)
         generated = generated if error is None else with_reason(generated, error)
-        return generated if sees_cached() else without_cached(generated)
+        return with_sources(generated, shown_plan(prompt)) if sees_cached() else without_cached(generated)
 
     def openai_request(http_request: Any) -> None:
         if generates(http_request):

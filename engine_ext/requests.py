@@ -29,8 +29,16 @@ BEAM = "beam search makes a new prompt of each beam and token, whose star blocks
 PLANNED = "starling_planned"
 """The key of an engine input that holds its Decision."""
 
+SHOWN = "starling_plan"
+"""The key of an engine input that holds its plan as a response shows it."""
+
 KNOWN_SEGMENTS = "starling_segments"
 """The key of an engine input that holds its KnownSegments, where its front knows them."""
+
+
+def shown_plan(engine_input: Any) -> dict[str, Any] | None:
+    """The plan of an engine input as a response shows it; None: it was not planned."""
+    return engine_input.get(SHOWN) if isinstance(engine_input, Mapping) else None
 
 
 class RequestPlanner(PromptPlanner):
@@ -69,9 +77,9 @@ class RequestPlanner(PromptPlanner):
         check_prompt_logprobs(len(token_ids), params)
         if PLANNED not in engine_input:
             decision = self.plan(extra_args, prompt_facts(engine_input, reason))
-            engine_input = {**engine_input, PLANNED: decision}
+            engine_input = {**engine_input, PLANNED: decision, SHOWN: self.describe(decision)}
             if call is not None and self.config is not None:
-                call.add_plan(self.describe(decision))
+                call.add_plan(engine_input[SHOWN])
         if call is not None and request_id is not None:
             call.add_request(request_id, 0 if engine_input.get(IS_BEAM) else getattr(params, "n", 1))
         return engine_input

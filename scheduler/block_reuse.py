@@ -8,6 +8,7 @@ blocks that are cached, so that a step begins there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.v1.request import RequestStatus
 from starling.scheduler.cache_keys import chain_restarts, independent_plan
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import CONNECTOR, LIBRARY_CONNECTOR, metadata_of
-from starling.vllm_compat.kv_pages import CacheGroup
+from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 
@@ -41,6 +42,9 @@ class BlockReuse:
 
     Args:
         group: the only KV cache group.
+
+    Attributes:
+        on_adopted: called with a request, the number of the first page that it adopts, and these pages.
     """
 
     def __init__(self, view: SchedulerView, group: CacheGroup) -> None:
@@ -49,6 +53,7 @@ class BlockReuse:
         self.page_size = group.page_size
         self.requests: dict[str, Any] = {}
         self.unreported: dict[str, list[int]] = {}
+        self.on_adopted: Callable[[Any, int, Sequence[Page]], None] = lambda request, first, pages: None
 
     def add(self, request: Any) -> None:
         """Adopt pages for a request from now on, where it has independent star blocks and may read the cache."""
@@ -84,6 +89,7 @@ class BlockReuse:
         tokens = self.view.adopt(self.group, request, found)
         # The statistics leave out parts of a prompt that another replica asked for.
         self.view.count_hit(request, tokens, in_statistics=metadata_of(request).part is None)
+        self.on_adopted(request, first, found)
         self.unreported.setdefault(request.request_id, []).extend(page.block_id for page in found)
         return tokens
 

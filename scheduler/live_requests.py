@@ -6,14 +6,14 @@ Nothing is noted before the first look, and everything is forgotten when nobody 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
 from starling.scheduler.cache_state import progress_of
 from starling.scheduler.star.counts import describe
-from starling.scheduler.star.request_metadata import metadata_of
+from starling.scheduler.star.request_metadata import SOURCES, metadata_of
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 LISTED = 100
@@ -43,6 +43,7 @@ class LiveRequests:
         self.scheduler = scheduler
         self.looked = time.monotonic()
         self.cached: dict[str, int] = {}  # request -> prompt tokens found in the prefix cache, from its first output on
+        self.sources: dict[str, dict[str, int]] = {}  # request -> where its documents came from, from then on too
         self.plans: dict[str, dict[str, Any]] = {}
         self.ended: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=ENDED)  # with the time and the engine's id
 
@@ -59,7 +60,7 @@ class LiveRequests:
         """
         self.looked = now = time.monotonic()
         scheduler = self.scheduler
-        for notes in (self.cached, self.plans):
+        for notes in (self.cached, self.sources, self.plans):
             for name in notes.keys() - scheduler.requests.keys():
                 del notes[name]
         while self.ended and now - self.ended[0][0] > ENDED_SECONDS:
@@ -82,7 +83,12 @@ class LiveRequests:
         for output in chain.from_iterable(of_client.outputs for of_client in outputs.values()):
             if output.prefill_stats is not None:
                 self.cached[output.request_id] = output.prefill_stats.num_cached_tokens
+            documents = (output.kv_transfer_params or {}).get(SOURCES)
+            if documents:
+                self.sources[output.request_id] = dict(sum(map(Counter, documents), Counter()))
         for _, name, state in self.ended:
+            if name in self.sources:
+                state["sources"] = self.sources.pop(name)
             if name in self.cached and not state["split"]:  # it has ended with its first token
                 state["cached"] = self.cached.pop(name)
 
@@ -124,5 +130,6 @@ class LiveRequests:
             "max_tokens": request.max_tokens,
             "preemptions": request.num_preemptions,
             "split": split,
+            "sources": self.sources.get(name, {}),
         }
         return state | progress | self.plans[name]

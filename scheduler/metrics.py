@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge
 
@@ -54,10 +55,20 @@ class SchedulerMetrics:
         for kind in ("prefix", "block"):
             self.cache_hits.labels(kind)
             self.cached_tokens.labels(kind)
+        self.document_tokens = Counter(
+            "starling:document_tokens",
+            "Tokens of documents, by where their KV came from: memory, host, storage, peer, or computed.",
+            ["source"],
+        )
         self.deferred_tokens = Counter(
             "starling:deferred_prefill_tokens",
             "Prefill tokens of long prompts that were left for a later step, because other requests shared the step.",
         )
+
+    def count_sources(self, counts: Mapping[str, int]) -> None:
+        """Count the tokens of a document by their kind."""
+        for kind, tokens in counts.items():
+            self.document_tokens.labels(kind).inc(tokens)
 
     def count_hit(self, kind: str, tokens: int) -> None:
         if tokens:

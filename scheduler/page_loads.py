@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult
 
 from starling.scheduler.cache_keys import independent_plan
+from starling.scheduler.provenance import MEMORY
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.offloading import PageLoad, PageOffloading
 from starling.vllm_compat.scheduler_view import SchedulerView
@@ -68,6 +69,7 @@ class PageLoads:
         self.clock = clock
         self.wanted: dict[str, Wanted] = {}
         self.loading: dict[bytes, Page] = {}
+        self.arrived: dict[int, tuple[bytes, str, str]] = {}  # page -> its hash, who asked for it, where it was
         library.on_loaded = self._end
 
     def takes(self, request: Any) -> bool:
@@ -100,6 +102,17 @@ class PageLoads:
     def forget(self, request_id: str) -> None:
         """A request's pages are freed: if it starts once more, it asks for all of them."""
         self.wanted.pop(request_id, None)
+
+    def source_of(self, page: Page, request_id: str) -> str:
+        """The kind (provenance.py) of a page that a request takes from the prefix cache.
+
+        Where it has asked for the page: the tier that had it.
+        """
+        page_hash, asked, kind = self.arrived.get(page.block_id, (b"", "", MEMORY))
+        if asked != request_id or not self.view.pool.holds(page, page_hash, self.group.index):
+            return MEMORY
+        del self.arrived[page.block_id]
+        return kind
 
     def bound(self, request: Any, start: int, num_tokens: int) -> int:
         """How many of the tokens from a position on come before the first page that is on its way; 0: none."""
@@ -152,6 +165,7 @@ class PageLoads:
         """Put loaded pages into the prefix cache, from which their requests adopt them."""
         targets = [self.loading.pop(page_hash) for page_hash in load.hashes]
         if not load.is_stale:
-            for page_hash, target in zip(load.hashes, targets, strict=True):
+            for page_hash, target, kind in zip(load.hashes, targets, load.kinds, strict=True):
                 self.view.pool.cache(target, page_hash, self.group.page_size, self.group.index)
+                self.arrived[target.block_id] = (page_hash, load.request.request_id, kind)
         self.view.pool.release(targets)

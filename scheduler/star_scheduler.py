@@ -23,6 +23,7 @@ from starling.scheduler.core_rpc import add_core_rpc
 from starling.scheduler.live_requests import LiveRequests
 from starling.scheduler.metrics import cache_metrics, scheduler_metrics
 from starling.scheduler.prefill_limiter import PrefillLimiter
+from starling.scheduler.provenance import MEMORY, Provenance
 from starling.scheduler.quarantine import Quarantine
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import LOST, default_num_shards, metadata_of
@@ -81,6 +82,7 @@ class StarMixin(SchedulerHooks):
         self.limiter = self._make_limiter(options) if options.fairness == "on" else None
         self.reuse = self._make_reuse(vllm_config) if options.star_block_reuse == "on" else None
         self.page_loads = self._make_page_loads()
+        self.provenance = self._make_provenance()
         use_request_hasher(independent_block_hasher if self.reuse else None)
         self.kv_is_divided = default_num_shards(vllm_config) > 1
         self.metrics = scheduler_metrics()
@@ -112,6 +114,16 @@ class StarMixin(SchedulerHooks):
         if self.reuse is None or group is None or not isinstance(self.connector, LoadsPages):
             return None
         return self.connector.make_page_loads(self.view, group)
+
+    def _make_provenance(self) -> Provenance | None:
+        group = self.view.only_group
+        if group is None:
+            return None
+        source_of = (lambda page, request_id: MEMORY) if self.page_loads is None else self.page_loads.source_of
+        provenance = Provenance(group.page_size, source_of)
+        if self.reuse is not None:
+            self.reuse.on_adopted = provenance.take
+        return provenance
 
     def _check_defaults(self, options: StarOptions) -> None:
         """Hold the server's star options against the page that the engine really has (raises OptionError)."""
@@ -188,6 +200,8 @@ class StarMixin(SchedulerHooks):
         for name in self.padded.keys() & logprobs.keys():
             logprobs[name] = without_padding(self.padded[name], logprobs[name])
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if self.provenance is not None and self.provenance.noted:
+            self._say_sources(self.provenance, result)
         if self.padded:
             self._count_as_the_client(result)
         if report.stuck_pages or report.freed_pages:
@@ -283,14 +297,20 @@ class StarMixin(SchedulerHooks):
         return plan is not None and start < plan.context_end and start + num_tokens > plan.head_end
 
     def before_connector(self, output: Any) -> None:
-        if self.reuse is not None:
-            self.reuse.report(output)
+        self._note_step(output)
 
     def after_schedule(self, output: Any) -> None:
+        if self.connector is None:
+            self._note_step(output)
+
+    def _note_step(self, output: Any) -> None:
+        """Note which requests a step admits and with which tokens, and report the pages that others have adopted."""
         for new in output.scheduled_new_reqs:
             request = self.requests[new.req_id]
             if not request.num_preemptions and not is_incomplete(request):
                 self.metrics.count_hit("prefix", new.num_computed_tokens)
+            if self.provenance is not None:
+                self.provenance.start(request, self.view.groups[0].pages(new.req_id), new.num_computed_tokens)
         if self.limiter is not None:
             admitted = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
             self.limiter.admission.count(self.requests[name] for name in admitted)
@@ -302,6 +322,8 @@ class StarMixin(SchedulerHooks):
             self.reuse.forget_pages(request_id)
         if self.page_loads is not None:
             self.page_loads.forget(request_id)
+        if self.provenance is not None and not self.requests[request_id].is_finished():
+            self.provenance.forget(request_id)
         if self.live is not None and self.requests[request_id].is_finished():
             self.live.note_end(self.requests[request_id])
 
@@ -315,6 +337,14 @@ class StarMixin(SchedulerHooks):
                 if plan is not None and output.prefill_stats is not None:
                     count_client_tokens(plan, output.prefill_stats)
         self.padded = {name: plan for name, plan in self.padded.items() if name in self.requests}
+
+    def _say_sources(self, provenance: Provenance, result: dict[int, Any]) -> None:
+        """Let first outputs say where the documents of their prompts came from, and count these tokens."""
+        for outputs in result.values():
+            for output in outputs.outputs:
+                for counts in provenance.give(output):
+                    self.metrics.count_sources(counts)
+        provenance.keep(self.requests)
 
     def _end_lost_requests(self, lost: dict[str, str]) -> list[tuple[Any, str]]:
         """End the requests of a step that could not attend to all their keys, before its tokens are read.

@@ -163,8 +163,13 @@ def on_error_text(shorten: Callable[[str], str]) -> None:
     ErrorInfo.__init__ = __init__  # type: ignore[assignment, method-assign]
 
 
-def on_request_output(plan_of: Callable[[Any], Any]) -> None:
-    """Give each RequestOutput the attribute ``star_plan``, which ``plan_of(engine_core_request)`` returned.
+@touches("vllm.v1.engine.output_processor.RequestState.make_request_output")
+def on_request_output(plan_of: Callable[[Any], Any], sources_key: str) -> None:
+    """Give each RequestOutput the attributes ``star_plan`` and ``star_sources``.
+
+    The first is what ``plan_of(engine_core_request)`` returned. The second is what an engine core has put under
+    ``sources_key`` into the kv_transfer_params of the request's first output, of which clients see the others only;
+    None: nothing.
 
     vLLM makes a request's outputs of its RequestState, which keeps nothing of the sampling parameters' extra_args. Goes
     when a RequestOutput has a place for what a plugin knows of its request.
@@ -174,14 +179,30 @@ def on_request_output(plan_of: Callable[[Any], Any]) -> None:
     @wrap(RequestState, "from_new_request")
     def from_new_request(original: Original, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(cls, tokenizer, request, *args, **kwargs)
-        state.star_plan = plan_of(request)
+        state.star_plan, state.star_sources = plan_of(request), None
         return state
 
     @wrap(RequestState, "make_request_output")
-    def make_request_output(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
+    def make_request_output(
+        original: Original,
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
+        kv_transfer_params: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if kv_transfer_params and sources_key in kv_transfer_params:
+            self.star_sources = kv_transfer_params[sources_key]
+            others = {key: value for key, value in kv_transfer_params.items() if key != sources_key}
+            kv_transfer_params = others or None
+        output = original(
+            self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs
+        )
         if output is not None:
-            output.star_plan = self.star_plan
+            output.star_plan, output.star_sources = self.star_plan, self.star_sources
         return output
 
 

@@ -59,6 +59,10 @@ class PagePool:
         cache = self.block_pool.cached_block_hash_to_block._cache
         return [make_block_hash_with_group_id(page_hash, group) in cache for page_hash in page_hashes]
 
+    def holds(self, page: Page, page_hash: Any, group: int = 0) -> bool:
+        """Whether a page has the content of this hash."""
+        return bool(page.block_hash == make_block_hash_with_group_id(page_hash, group))
+
     def find_run(self, page_hashes: Iterable[Any], group: int = 0) -> list[Page]:
         """The pages cached under these hashes, up to the first hash that has none."""
         found = []

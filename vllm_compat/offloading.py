@@ -17,6 +17,9 @@ from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
 from starling.vllm_compat.patching import extends, touches
 
+KINDS = {"host": "host", "p2p": "peer"}
+"""vLLM's CacheHitSource -> a kind of scheduler/provenance.py; all others are files and object stores."""
+
 
 @dataclass
 class PageLoad:
@@ -26,6 +29,7 @@ class PageLoad:
         request: a vLLM Request: the first one that wants them.
         hashes: the pages' keys in the prefix cache.
         page_ids: where they go.
+        kinds: where they are: host, peer or storage.
         pending: workers that have not said that they are through.
         is_stale: the library was emptied meanwhile.
     """
@@ -33,6 +37,7 @@ class PageLoad:
     request: Any
     hashes: Sequence[bytes]
     page_ids: Sequence[int]
+    kinds: Sequence[str]
     pending: int
     keys: Sequence[Any]
     context: Any
@@ -87,7 +92,8 @@ class PageOffloading(OffloadingConnectorScheduler):
         job = self._generate_job_id()
         self._current_batch_load_jobs[job] = TransferJob(req_id=None, src_spec=source, dst_spec=target)  # type: ignore[arg-type]
         self._current_batch_allocated_block_ids.update(page_ids)  # what is still stored from them is stored first
-        self.page_loads[job] = PageLoad(request, hashes, page_ids, self.config.num_workers, keys, context)
+        kinds = [KINDS.get(self.manager.get_load_source(key, context).value, "storage") for key in keys]
+        self.page_loads[job] = PageLoad(request, hashes, page_ids, kinds, self.config.num_workers, keys, context)
 
     # vLLM's methods.
 

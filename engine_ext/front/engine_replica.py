@@ -19,7 +19,7 @@ from starling.engine_ext.front.kv_reservations import Reservation
 from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaTimeout, ReplicaUnavailable, WeightsChanged
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.requests import PLANNED
+from starling.engine_ext.requests import PLANNED, SHOWN
 from starling.replicas.core_rpc import (
     CANCEL_FETCH,
     EXTEND_FETCH,
@@ -204,7 +204,7 @@ class EngineReplica:
         params = SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={KEY: metadata}
         )
-        inputs = {key: value for key, value in self.prompt.inputs.items() if key not in ("prompt", PLANNED)}
+        inputs = {key: value for key, value in self.prompt.inputs.items() if key not in ("prompt", PLANNED, SHOWN)}
         keywords = {key: value for key, value in self.prompt.keywords.items() if key in ("lora_request", "priority")}
         request = self.engine.input_processor.process_inputs(
             self.prompt.request_id,

@@ -23,6 +23,9 @@ KEY = "starling"
 LOST = "starling_lost"
 """The key in an output's kv_transfer_params that says why its request could not go on."""
 
+SOURCES = "starling_sources"
+"""The key in an output's kv_transfer_params that says where its prompt's documents came from."""
+
 CONNECTOR = "StarConnector"
 """The KV connector that moves pages between replicas: replicas/connector.py."""
 

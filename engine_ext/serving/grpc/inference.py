@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.engine_ext.bounds import check_request
 from starling.engine_ext.call import note_star
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.requests import PLANNED
+from starling.engine_ext.requests import SHOWN
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
@@ -194,7 +194,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         planner = front_state(self.engine).planner
         engine_input = planner.prepare(engine_input, params)
-        return engine_input, params, planner.describe(engine_input[PLANNED])
+        return engine_input, params, engine_input[SHOWN]
 
     def _check_admission(self, choices: int) -> None:
         """Check that the engine can take ``choices`` more requests.

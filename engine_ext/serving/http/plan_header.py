@@ -2,7 +2,8 @@
 
 The header is a JSON object for one prompt. For several prompts it is an array of the first prompts' plans, as many as
 fit into MAX_BYTES: Python's http.client refuses responses with more than 100 headers, and proxies limit their size.
-Streamed responses have the header too.
+Streamed responses have the header too. It goes out before their prompt is prefilled, so it does not say where documents
+came from.
 """
 
 from __future__ import annotations
@@ -15,20 +16,31 @@ from starling.engine_ext.call import this_call
 
 HEADER = b"x-starling-plan"
 MAX_BYTES = 2048
+SOURCES, MAX_SOURCES = "document_sources", 32
+"""Of one plan, so many documents are listed."""
 
 
 def header_value(plans: Sequence[dict[str, Any]]) -> bytes:
     """The header's value for the plans of a response, at least one."""
     if len(plans) == 1:
-        return json.dumps(plans[0]).encode()
+        return json.dumps(with_few_sources(plans[0], MAX_SOURCES)).encode()
     shown, size = [], len("[]")
-    for plan in plans:
+    for plan in (with_few_sources(plan, 0) for plan in plans):
         shown.append(json.dumps(plan))
         size += len(shown[-1]) + len(", ")
         if size > MAX_BYTES:
             shown.pop()
             break
     return f"[{', '.join(shown)}]".encode()
+
+
+def with_few_sources(plan: dict[str, Any], most: int) -> dict[str, Any]:
+    """A plan that says of so many documents where they came from: of each, the kinds with tokens."""
+    if SOURCES not in plan:
+        return plan
+    listed = [{kind: tokens for kind, tokens in counts.items() if tokens} for counts in plan[SOURCES][:most]]
+    others = {key: value for key, value in plan.items() if key != SOURCES}
+    return others | ({SOURCES: listed} if listed else {})
 
 
 class PlanHeader:

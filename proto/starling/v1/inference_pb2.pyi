@@ -349,7 +349,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "documents", "why", "dense_heads", "kv_heads")
+    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "documents", "why", "dense_heads", "kv_heads", "document_sources")
     class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ATTENTION_UNSPECIFIED: _ClassVar[Plan.Attention]
@@ -375,6 +375,7 @@ class Plan(_message.Message):
     WHY_FIELD_NUMBER: _ClassVar[int]
     DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_SOURCES_FIELD_NUMBER: _ClassVar[int]
     attention: Plan.Attention
     star_blocks: int
     block_size: int
@@ -392,7 +393,22 @@ class Plan(_message.Message):
     why: str
     dense_heads: float
     kv_heads: int
-    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., documents: _Optional[bool] = ..., why: _Optional[str] = ..., dense_heads: _Optional[float] = ..., kv_heads: _Optional[int] = ...) -> None: ...
+    document_sources: _containers.RepeatedCompositeFieldContainer[DocumentSource]
+    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., documents: _Optional[bool] = ..., why: _Optional[str] = ..., dense_heads: _Optional[float] = ..., kv_heads: _Optional[int] = ..., document_sources: _Optional[_Iterable[_Union[DocumentSource, _Mapping]]] = ...) -> None: ...
+
+class DocumentSource(_message.Message):
+    __slots__ = ("memory", "host", "storage", "peer", "computed")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    memory: int
+    host: int
+    storage: int
+    peer: int
+    computed: int
+    def __init__(self, memory: _Optional[int] = ..., host: _Optional[int] = ..., storage: _Optional[int] = ..., peer: _Optional[int] = ..., computed: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

@@ -403,20 +403,27 @@ def test_callbacks_run_around_the_end_of_the_engine_and_take_of_its_time(monkeyp
     assert events == [("before", 30), 28, "after", ("before", 0), least, "after", ("before", None), None, "after"]
 
 
-def test_each_output_of_a_request_has_its_plan(monkeypatch):
+def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from(monkeypatch):
     class State:
         @classmethod
         def from_new_request(cls, tokenizer, request, **more):
             return cls()
 
-        def make_request_output(self, tokens):
-            return SimpleNamespace(tokens=tokens) if tokens else None
+        def make_request_output(self, tokens, pooled, finish, stop, transfer=None, more=None):
+            return SimpleNamespace(tokens=tokens, transfer=transfer, more=more) if tokens else None
 
     monkeypatch.setattr(output_processor, "RequestState", State)
-    front.on_request_output(lambda request: f"plan of {request}")
+    front.on_request_output(lambda request: f"plan of {request}", "sources")
     state = State.from_new_request("tokenizer", "me", prompt=None)
-    assert vars(state.make_request_output([1])) == {"tokens": [1], "star_plan": "plan of me"}
-    assert state.make_request_output([]) is None
+    plain = {"tokens": [1], "star_plan": "plan of me", "more": "more"}
+    others = {"theirs": 1}
+    before = state.make_request_output([1], None, None, None, others, "more")
+    assert vars(before) == plain | {"transfer": others, "star_sources": None}
+    assert state.make_request_output([], None, None, None, {"sources": [{"memory": 1}]}) is None, "a later one has them"
+    after = state.make_request_output([1], None, None, None, more="more")
+    assert vars(after) == plain | {"transfer": None, "star_sources": [{"memory": 1}]}
+    both = state.make_request_output([1], None, None, None, {"sources": [], **others}, "more")
+    assert vars(both) == plain | {"transfer": others, "star_sources": []}
 
 
 @pytest.mark.parametrize("refused", [False, True])

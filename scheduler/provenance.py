@@ -1,0 +1,99 @@
+"""Where the KV of a prompt's documents came from: the engine's memory, its library, other servers, or computing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import SOURCES, metadata_of
+from starling.vllm_compat.kv_pages import Page
+
+MEMORY, PEER, COMPUTED = "memory", "peer", "computed"
+KINDS = (MEMORY, "host", "storage", PEER, COMPUTED)
+"""The engine's own memory; host memory; files or an object store; another replica or server; nowhere before."""
+
+Span = tuple[int, int, str]
+"""(start, stop, kind): what these positions of the padded prompt came from."""
+
+
+def document_sources(plan: StarPlan, spans: Iterable[Span]) -> list[dict[str, int]]:
+    """For each document of a prompt, without the head, the tokens of each kind; what is in no span was computed."""
+    known, found = list(spans), []
+    for start, stop in plan.documents or ():
+        if start < plan.head_end:
+            continue
+        counts = dict.fromkeys(KINDS, 0)
+        for first, last, kind in known:
+            counts[kind] += max(0, min(last, stop) - max(first, start))
+        counts[COMPUTED] = stop - start - sum(counts.values())
+        found.append(counts)
+    return found
+
+
+class Provenance:
+    """Notes of one scheduler's requests with documents where their pages came from, until their first output.
+
+    Args:
+        page_size: tokens of a page.
+        source_of: the kind of a page that a request takes from the prefix cache.
+    """
+
+    def __init__(self, page_size: int, source_of: Callable[[Page, str], str]) -> None:
+        self.page_size = page_size
+        self.source_of = source_of
+        self.noted: dict[str, tuple[StarPlan, list[Span]]] = {}
+
+    def start(self, request: Any, pages: Sequence[Page], num_tokens: int) -> None:
+        """Note the tokens with which a request starts, which it does not compute.
+
+        Args:
+            pages: that the request holds.
+        """
+        metadata = metadata_of(request)
+        if metadata.plan is None or not metadata.plan.documents or metadata.part is not None:
+            return
+        self.noted[request.request_id] = metadata.plan, []
+        self.take(request, 0, pages[: num_tokens // self.page_size])
+        if metadata.fetch is not None:
+            spans = self.noted[request.request_id][1]
+            spans[:] = with_peers(spans, *metadata.fetch.span(self.page_size))
+
+    def take(self, request: Any, first: int, pages: Sequence[Page]) -> None:
+        """Note pages of the prefix cache that a request takes, the first of which is its page ``first``."""
+        if request.request_id not in self.noted:
+            return
+        spans = self.noted[request.request_id][1]
+        for number, page in enumerate(pages, first):
+            start, stop = number * self.page_size, (number + 1) * self.page_size
+            kind = self.source_of(page, request.request_id)
+            if spans and spans[-1][1:] == (start, kind):
+                spans[-1] = (spans[-1][0], stop, kind)
+            else:
+                spans.append((start, stop, kind))
+
+    def forget(self, request_id: str) -> None:
+        """A request's pages are freed before its first output."""
+        self.noted.pop(request_id, None)
+
+    def give(self, output: Any) -> list[dict[str, int]]:
+        """Add to a request's first output where its documents came from; returns it, or nothing for other outputs."""
+        if output.prefill_stats is None or output.request_id not in self.noted:
+            return []
+        sources = document_sources(*self.noted.pop(output.request_id))
+        output.kv_transfer_params = {**(output.kv_transfer_params or {}), SOURCES: sources}
+        return sources
+
+    def keep(self, request_ids: Container[str]) -> None:
+        """Forget all other requests, which have ended without an output."""
+        for request_id in [name for name in self.noted if name not in request_ids]:
+            del self.noted[request_id]
+
+
+def with_peers(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """Spans with one from other replicas in place of what they have there."""
+    kept: list[Span] = []
+    for first, last, kind in spans:
+        kept += [(first, min(last, start), kind)] if first < start else []
+        kept += [(max(first, stop), last, kind)] if last > stop else []
+    return [*kept, (start, stop, PEER)]

@@ -48,6 +48,7 @@ FULL: dict[str, str] = {
     "dense_heads": "models/smollm2-135m-instruct",
     "approximations": "models/smollm2-135m-instruct",
     "anchors": "models/smollm2-135m-instruct --documents 6 --question-documents 6",
+    "repair": "models/smollm2-135m-instruct",
     "retrieval": "",
     "lm_eval": "models/qwen2.5-coder-0.5b-instruct",
     "kernels.cpu_attention": "",

@@ -1,0 +1,1 @@
+"""Repair of documents' KV: the question chooses pages that are computed again with everything in view."""

@@ -194,17 +194,21 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table of docs/documents.md for one model: the loss that is left, and in brackets its interval."""
+    """The table of docs/documents.md for one model: the loss that is left, and in brackets its interval.
+
+    Work and right answers are those of GATE_SHARE.
+    """
     rows = {(row["selection"], row["share"]): row for row in result["rows"]}
     shares = sorted({share for name, share in rows if name in RULES})
-    columns = [f"{100 * share:.0f} % of the pages" for share in shares]
+    columns = ["no repair", *(f"{100 * share:.0f} % of the pages" for share in shares)]
     title = f"{result['model']}, {result['prompts']} prompts"
-    lines = [f"| {' | '.join([title, *columns, 'tokens', 'keys', 'right'])} |", f"|{' --- |' * (len(shares) + 4)}"]
+    lines = [f"| {' | '.join([title, *columns, 'tokens', 'keys', 'right'])} |", f"|{' --- |' * (len(columns) + 4)}"]
     for name in dict.fromkeys(name for name, _ in rows):
-        cells = [rows.get((name, share)) for share in shares] if name in RULES else [None] * len(shares)
-        last = rows.get((name, GATE_SHARE)) or next(row for (other, _), row in rows.items() if other == name)
+        of_name = {share: row for (other, share), row in rows.items() if other == name}
+        last = of_name.get(GATE_SHARE) or next(iter(of_name.values()))
         if name not in RULES:
-            cells[-1] = last
+            of_name = {GATE_SHARE if name == DENSE_HEADS_REPAIRED else 0.0: last}
+        cells = [of_name.get(share) for share in (0.0, *shares)]
         texts = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["loss_left"]) if row else "" for row in cells]
         work = [f"{100 * last[field]:.0f} %" for field in ("tokens", "keys", "right")]
         lines.append(f"| {' | '.join([name, *texts, *work])} |")

@@ -39,8 +39,19 @@ def what_runs(frame: FrameType | None) -> str | None:
     )
 
 
-class ReadyTime:
-    """How long a thread was ready to run while other threads had the processor. Linux counts it; else it is 0.
+PRESSURE = Path("/proc/pressure/cpu")
+
+
+def waited_for_processors() -> float:
+    """Seconds since the start in which any process of this machine waited for a processor; 0 where Linux has no PSI."""
+    try:
+        return int(PRESSURE.read_text().split("total=", 1)[1].split()[0]) / 1e6
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+class ThreadTime:
+    """The processor time of a thread. Linux counts it; else it is 0.
 
     Args:
         thread: the system's id of the thread.
@@ -51,10 +62,12 @@ class ReadyTime:
         with contextlib.suppress(OSError):
             self.file = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
 
-    def seconds(self) -> float:
+    def seconds(self) -> tuple[float, float]:
+        """How long it has run, and how long it was ready to run while other threads had the processor."""
         if self.file is None:
-            return 0.0
-        return int(os.pread(self.file, 100, 0).split()[1]) / 1e9
+            return 0.0, 0.0
+        run, ready = os.pread(self.file, 100, 0).split()[:2]
+        return int(run) / 1e9, int(ready) / 1e9
 
     def close(self) -> None:
         if self.file is not None:
@@ -68,14 +81,21 @@ class LoopWatch:
     it was stopped, or its machine was, or waited for memory. Then the process takes no CPU time, and the thread that
     looks does not run either.
 
+    Where most of the time all processors were taken, only the time counts in which the loop's own thread ran: it may
+    have waited for Python's lock, whose holder waited for a processor.
+
     Args:
         on_stall: called in the loop after each stall with its seconds.
+        pressure: seconds, since some time, in which all processors were taken.
     """
 
-    def __init__(self, on_stall: Callable[[float], None]) -> None:
+    def __init__(
+        self, on_stall: Callable[[float], None], pressure: Callable[[], float] = waited_for_processors
+    ) -> None:
         self.on_stall = on_stall
+        self.pressure = pressure
         self.loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
-        self.ready = ReadyTime(threading.get_native_id())
+        self.own = ThreadTime(threading.get_native_id())
         self.running: str | None = None
         self.witnessed = 0.0  # seconds in which the other thread has run while the beat was late
         self.logged = float("-inf")
@@ -88,15 +108,18 @@ class LoopWatch:
         """To be called in the event loop."""
         self.stopped.set()
         self.handle.cancel()
-        self.ready.close()
+        self.own.close()
 
     def _note(self) -> None:
-        self.last, self.waited, self.cpu = time.monotonic(), self.ready.seconds(), time.process_time()
+        self.last, self.cpu = time.monotonic(), time.process_time()
+        self.times, self.pressed = self.own.seconds(), self.pressure()
 
     def _beat(self) -> None:
         late = time.monotonic() - self.last - BEAT_SECONDS
         if late >= STALL_SECONDS:
-            self._stood(late - (self.ready.seconds() - self.waited), time.process_time() - self.cpu)
+            run, ready = (now - before for now, before in zip(self.own.seconds(), self.times, strict=True))
+            is_crowded = self.pressure() - self.pressed >= late / 2
+            self._stood(min(late - ready, run) if is_crowded else late - ready, time.process_time() - self.cpu)
         self.running, self.witnessed = None, 0.0
         self._note()
         self.handle = self.loop.call_later(BEAT_SECONDS, self._beat)

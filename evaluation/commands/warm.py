@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from starling.evaluation.commands.measuring import (
     signals_as_interrupt,
 )
 from starling.evaluation.plans import Plan
-from starling.evaluation.prompts import Tokenizer
 from starling.evaluation.server import StartError, served
 
 QUESTION = "?"
@@ -44,7 +43,7 @@ class Warmed:
     """What has been done.
 
     Attributes:
-        sources: kind (memory, host, storage, peer, computed) -> tokens of documents; empty where the server does not say.
+        sources: memory, host, storage, peer or computed -> tokens of documents; empty where the server does not say.
         failures: what was refused, by its line.
     """
 
@@ -58,17 +57,19 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of `starling warm`."""
     parser = argparse.ArgumentParser(
         prog="starling warm",
-        description="Has a server compute documents, so that they are in its library (starling serve --star-library).",
-        epilog="With MODEL, all other options are those of `starling serve`, --star-library among them, and MODEL comes "
-        "before them. What the library has is found, not computed: the same command goes on after an interruption. Exit "
-        "code: 0 done, 1 a document was refused or the server failed, 2 unusable arguments, 130 interrupted. See "
-        "docs/library.md.",
+        description="Has a server compute documents, so that they are in its library (serve --star-library).",
+        epilog="With MODEL, all other options are those of `starling serve`, --star-library among them, and MODEL "
+        "comes before them. What the library has is found, not computed: the same command goes on after an "
+        "interruption. Exit code: 0 done, 1 a document was refused or the server failed, 2 unusable arguments, 130 "
+        "interrupted. See docs/library.md.",
         allow_abbrev=False,
     )
     add_server_options(parser)
     add = parser.add_argument
     add("--documents", type=Path, required=True, metavar="FILE", help=f"JSONL, a document in each line: {LINE}")
-    add("--head", type=Path, metavar="FILE", help="the text before the documents in every prompt, to the last character")
+    add(
+        "--head", type=Path, metavar="FILE", help="the text before the documents in every prompt, to the last character"
+    )
     add("--concurrency", type=int, metavar="N", default=1, help="documents at the same time: 1")
     add("--timeout", type=float, metavar="SECONDS", default=600, help="that a document may take: 600")
     return parser
@@ -131,9 +132,7 @@ def text_of(line: str, where: str) -> str:
     return text
 
 
-async def warm(
-    args: argparse.Namespace, head: str, documents: Sequence[tuple[int, str]], console: Console
-) -> Warmed:
+async def warm(args: argparse.Namespace, head: str, documents: Sequence[tuple[int, str]], console: Console) -> Warmed:
     """Send a prompt of each document; a document that is refused is noted, and the others go on.
 
     Raises:

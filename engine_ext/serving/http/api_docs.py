@@ -5,6 +5,7 @@ FastAPI makes it at its first request, which takes over a second of the event lo
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from vllm.logger import init_logger
@@ -21,7 +22,7 @@ class DescribeApi:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan" and scope["app"].openapi_url is not None:
             try:
-                scope["app"].openapi()  # which keeps it
+                await asyncio.to_thread(scope["app"].openapi)  # which keeps it; clients of gRPC may be served already
             except Exception:  # of a path that a plugin has added
                 logger.exception("/openapi.json can't be made")
         await self.app(scope, receive, send)

@@ -1,11 +1,12 @@
 """ASGI middleware: makes the Call of each request, in which the others note what they learn of it.
 
 When the application starts, it notes the application's list of models, which alone knows LoRA adapters by name, and
-begins to watch the event loop and the size of requests' heads.
+begins to watch the size of requests' heads, and, once it has started, the event loop.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from starling.engine_ext.bounds import HEAD
@@ -31,10 +32,17 @@ class NoteClient:
             if state.engine_client is not None:  # else a server that only renders prompts
                 front_state(state.engine_client).set_serving_models(state.openai_serving_models)
             bound_request_heads(HEAD.limit)
-            watch = watch_loop()
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                watch.stop()
+            await self._watched(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    async def _watched(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application's life. Its event loop is watched once the application has started."""
+        with ExitStack() as stack:
+
+            async def send_and_watch(message: Any) -> None:
+                await send(message)
+                if message["type"] == "lifespan.startup.complete":
+                    stack.callback(watch_loop().stop)
+
+            await self.app(scope, receive, send_and_watch)

@@ -13,6 +13,7 @@ import time
 import pytest
 import uvloop
 
+from starling.engine_ext.front import loop_watch
 from starling.engine_ext.front.loop_watch import STALL_SECONDS, LoopWatch, watch_loop
 from starling.engine_ext.metrics import front_metrics
 
@@ -20,12 +21,12 @@ BIG = "[" + ",".join(["[]"] * 200_000) + "]"
 RUNNERS = [asyncio.run, uvloop.run]
 
 
-def stalls_of(function, run) -> list[float]:
-    """The stalls while ``function(watch)`` runs in a watched event loop."""
+def stalls_of(function, run, pressure=lambda: 0.0) -> list[float]:
+    """The stalls while ``function(watch)`` runs in a watched event loop, on a machine that is not busy."""
     stalls: list[float] = []
 
     async def main() -> None:
-        watch = LoopWatch(stalls.append)
+        watch = LoopWatch(stalls.append, pressure)
         await asyncio.sleep(0.3)
         result = function(watch)
         if asyncio.iscoroutine(result):
@@ -69,6 +70,25 @@ def test_a_call_that_holds_the_loop_is_counted_and_named(function, run, caplog):
     assert function.__name__ in line and "test_loop_watch.py" in line
 
 
+def test_on_a_crowded_machine_only_the_time_counts_in_which_the_loop_ran():
+    """Its thread may wait for Python's lock, and who has that for a processor."""
+    assert stalls_of(blocked_by_a_call, asyncio.run, time.monotonic) == []
+    (stall,) = stalls_of(blocked_in_c_with_pythons_lock, asyncio.run, time.monotonic)
+    assert stall >= 2 * STALL_SECONDS
+
+
+def test_a_system_that_does_not_tell_is_not_crowded(monkeypatch, tmp_path):
+    assert loop_watch.waited_for_processors() >= 0
+    for text in ("", "some avg10=0.00", "some total=x"):
+        (tmp_path / "cpu").write_text(text)
+        monkeypatch.setattr(loop_watch, "PRESSURE", tmp_path / "cpu")
+        assert loop_watch.waited_for_processors() == 0
+    (tmp_path / "cpu").write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=2500000\nfull avg10=0.00 total=7\n")
+    assert loop_watch.waited_for_processors() == 2.5
+    monkeypatch.setattr(loop_watch, "PRESSURE", tmp_path / "none")
+    assert loop_watch.waited_for_processors() == 0
+
+
 @pytest.mark.parametrize("run", RUNNERS, ids=["asyncio", "uvloop"])
 def test_a_loop_that_waits_does_not_stand_still(run):
     assert stalls_of(lambda _: asyncio.sleep(1), run) == []
@@ -87,7 +107,9 @@ print(stalls_of(stopped, asyncio.run))
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_stalls_are_on_the_metrics_page():
+def test_stalls_are_on_the_metrics_page(monkeypatch):
+    monkeypatch.setattr(LoopWatch.__init__, "__defaults__", (lambda: 0.0,))
+
     async def main() -> None:
         watch = watch_loop()
         await asyncio.sleep(0.1)

@@ -74,7 +74,7 @@ class Engine:
             cpu_attention: the attention op to use from now on, a value of the option of that name; None: as before.
 
         Returns:
-            {"seconds", "attention_seconds", "token_ids"}.
+            {"seconds", "attention_seconds", "token_ids", "sources": where its documents came from}.
 
         Raises:
             RuntimeError: the engine's process ended.
@@ -158,6 +158,7 @@ def main() -> None:
             "seconds": seconds,
             "attention_seconds": attention,
             "token_ids": list(output.outputs[0].token_ids),
+            "sources": getattr(output, "star_sources", None),
         }
         print(json.dumps(response), file=responses, flush=True)
 

@@ -42,6 +42,7 @@ FULL: dict[str, str] = {
     "dense_cost": "",
     "block_reuse": "",
     "block_positions": "",
+    "library": "",
     "fairness": "",
     "agents": "",
     "accuracy": "models/smollm2-135m-instruct",

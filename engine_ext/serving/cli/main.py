@@ -56,6 +56,7 @@ COMMANDS = {
     "calibrate": Command(
         "engine_ext.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
     ),
+    "warm": Command("evaluation.commands.warm", "have a server compute documents, so that they are in its library"),
     "setup-cpu": Command(f"{CLI}.setup_cpu", "install vLLM for CPUs into this environment"),
 }
 

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from starling.config.head_scores import HeadScores
 from starling.config.parsing import OptionError
+from starling.evaluation.client import STAR_NUMBERS
 from starling.scheduler.star.counts import summary
 from tests.unit.plans import make_plan
 
@@ -39,6 +40,7 @@ class FakeServer:
         defaults: the server's own star options.
         loss: (prompt, vllm_xargs) -> how much less probable star finds each forced token, in nats.
         counts: tokens of a prompt -> those that the server counts.
+        sources: where the documents of a prompt came from, which plans with documents say; None: they don't.
     """
 
     answer: Callable[[str, dict], str] = lambda prompt, xargs: " nothing"
@@ -58,6 +60,7 @@ class FakeServer:
     defaults: dict = field(default_factory=dict)
     loss: Callable[[str, dict], float] = lambda prompt, xargs: 0.5
     counts: Callable[[int], int] = lambda num_tokens: num_tokens
+    sources: list[dict[str, int]] | None = None
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
     completions: list[dict] = field(default_factory=list)
@@ -105,7 +108,10 @@ class FakeServer:
         return 200, {"choices": [choice], "usage": {"prompt_tokens": self.counts(len(tokens))}}, headers
 
     def plan(self, num_tokens: int, xargs: dict) -> dict:
-        """The plan that Starling would make."""
+        """The plan that Starling would make, with documents by its numbers only."""
+        if "star_segments" in xargs:
+            shown = {"attention": "star", **dict.fromkeys(STAR_NUMBERS, 1)}
+            return shown if self.sources is None else shown | {"document_sources": self.sources}
         plan = None
         if self.engages:
             scores = HeadScores(scores=[[0.0] * self.kv_heads]) if self.kv_heads else None

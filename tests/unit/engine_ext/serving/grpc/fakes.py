@@ -16,7 +16,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from starling.config.entry import StarlingConfig
 from starling.config.star import StarOptions
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.requests import PLANNED
+from starling.engine_ext.requests import PLANNED, SHOWN
 from starling.engine_ext.serving.grpc.server import Front
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.decide import Decision
@@ -47,7 +47,7 @@ class FakePlanner:
     def prepare(self, engine_input, params, request_id=None):
         ids = engine_input["prompt_token_ids"]
         self.planned.append(Decision(None, "star is off", len(ids), ids))
-        return {**engine_input, PLANNED: self.planned[-1]}
+        return {**engine_input, PLANNED: self.planned[-1], SHOWN: self.describe(self.planned[-1])}
 
     def describe(self, decision) -> dict:
         return describe(decision.plan, decision.num_tokens)

@@ -333,7 +333,11 @@ def test_messages_of_a_chat_are_reused_in_another_order(http, generate):
     assert [cached for *_, cached in answers] == [0, 0, total - asked, 0]
     assert answers[0][0] == answers[1][0] and answers[2][0] == answers[3][0]
     assert all(plan["context_end"] == total - asked and plan["star_blocks"] == 4 for _, plan, _ in answers)
+    sources = [plan.pop("document_sources") for _, plan, _ in answers]
     assert all(plan == answers[0][1] for _, plan, _ in answers)
+    computed = [sum(document.get("computed", 0) for document in documents) for documents in sources]
+    assert computed == [computed[0], computed[0], 0, computed[0]]
+    assert computed[0] > 0
 
     # The same borders by offsets of the tokens that /tokenize returns, of which each is a byte.
     ids = http.post("/tokenize", json={"model": MODEL, "messages": chats[0]}).json()["tokens"]
@@ -341,6 +345,7 @@ def test_messages_of_a_chat_are_reused_in_another_order(http, generate):
     offsets = [sum(lengths[: index + 1]) for index in range(len(lengths))]
     assert (len(ids), offsets[-1]) == (total, total - asked)
     by_offsets = complete(chats[0], "auto", star_segments=offsets)
+    assert not any(document.get("computed", 0) for document in by_offsets[1].pop("document_sources"))
     assert by_offsets == (answers[0][0], answers[0][1], total - asked)
 
     chosen = pb.StarOptions(mode=pb.StarOptions.MODE_ON, segments="auto")

@@ -15,7 +15,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.plan import StarPlan
-from starling.scheduler.star.request_metadata import RequestMetadata
+from starling.scheduler.star.request_metadata import SOURCES, RequestMetadata
 from tests.unit.scheduler.simulation import make_request, token_fingerprints
 
 STOP = 255
@@ -115,7 +115,8 @@ class Case:
             self.cached = output.prefill_stats.num_cached_tokens
         if output.finish_reason is not None:
             self.ended = str(output.finish_reason)
-            self.held = output.kv_transfer_params
+            given = output.kv_transfer_params or {}
+            self.held = {key: value for key, value in given.items() if key != SOURCES} or None
             self.check_end()
 
     def check_end(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge
 
+from starling.scheduler.provenance import KINDS
 from starling.vllm_compat.metrics import report_to_front
 
 
@@ -60,6 +61,8 @@ class SchedulerMetrics:
             "Tokens of documents, by where their KV came from: memory, host, storage, peer, or computed.",
             ["source"],
         )
+        for kind in KINDS:
+            self.document_tokens.labels(kind)
         self.deferred_tokens = Counter(
             "starling:deferred_prefill_tokens",
             "Prefill tokens of long prompts that were left for a later step, because other requests shared the step.",

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
 import starling.engine_ext.metrics
+import starling.library.metrics
 import starling.replicas.metrics
 import starling.scheduler.metrics
 from starling.vllm_compat.metrics import DIRECTORY_ENV
@@ -57,7 +58,8 @@ def exported(tmp_path_factory):
             for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
                 if hasattr(owner, attribute):
                     patch.setattr(owner, attribute, recorded(kind))
-        for module in (starling.engine_ext.metrics, starling.replicas.metrics, starling.scheduler.metrics):
+        modules = (starling.engine_ext, starling.library, starling.replicas, starling.scheduler)
+        for module in (package.metrics for package in modules):
             for kind in (Counter, Gauge):
                 if hasattr(module, kind.__name__):
                     patch.setattr(module, kind.__name__, recorded(kind).__func__)
@@ -65,6 +67,7 @@ def exported(tmp_path_factory):
         for metrics in (
             starling.engine_ext.metrics.FrontMetrics,
             starling.engine_ext.metrics.WorkerMetrics,
+            starling.library.metrics.LibraryMetrics,
             starling.replicas.metrics.ReplicaMetrics,
             starling.scheduler.metrics.CacheMetrics,
             starling.scheduler.metrics.SchedulerMetrics,

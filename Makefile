@@ -118,8 +118,8 @@ unit: env ## the tests that start no engine; takes minutes
 	$(BIN)/pytest -q tests/unit
 
 stateful: env ## random requests and faults on the scheduler and on an engine: MINUTES=10 in all, or SEED=... of a failure
-	$(BIN)/pytest -q -s $(if $(SEED),--stateful-seed $(SEED),--stateful-minutes $$(( $(or $(MINUTES),10) / 6 ))) \
-		$(or $(TESTS),tests/unit/scheduler/test_stateful.py tests/parity/test_stateful.py)
+	$(BIN)/pytest -q -s $(if $(SEED),--stateful-seed $(SEED),--stateful-minutes $$(( $(or $(MINUTES),10) / 7 ))) \
+		$(or $(TESTS),tests/unit/scheduler/test_stateful.py tests/unit/scheduler/test_page_loads.py tests/parity/test_stateful.py)
 
 lint: env lint-docker ## ruff: lint rules and format; zizmor and the schema: the workflows; the issue forms; and lint-docker
 	$(BIN)/ruff check .

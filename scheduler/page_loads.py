@@ -86,7 +86,11 @@ class PageLoads:
             first, last = num_computed_tokens // self.group.page_size, (request.num_tokens - 1) // self.group.page_size
             wanted = Wanted(request, list(range(first, last)), self.clock())
             self.wanted[request.request_id] = wanted
+            # vLLM has found these pages and does not hold them yet: else a load could take one of them.
+            hits = self.view.pool.find_run(request.block_hashes[:first], self.group.index)
+            self.view.pool.hold(hits)
             self._ask(wanted)
+            self.view.pool.release(reversed(hits))
         return not wanted.pages or wanted.pages[0] * self.group.page_size > num_computed_tokens
 
     def step(self) -> None:

@@ -6,7 +6,8 @@ All of this goes when vLLM's OffloadingConnector looks for pages behind a prompt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,8 @@ class PageLoad:
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.OffloadingConnectorScheduler."
     "{_req_status, manager, config, _generate_job_id, _current_batch_load_jobs, _current_batch_allocated_block_ids, "
     "_current_batch_jobs_to_flush}",
-    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.RequestOffloadState.{req_context, group_states}",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.RequestOffloadState."
+    "{req_context, group_states, transfer_jobs}",
 )
 class PageOffloading(OffloadingConnectorScheduler):
     """vLLM's scheduler side of offloading, which also loads single pages that no request holds yet.
@@ -102,7 +104,8 @@ class PageOffloading(OffloadingConnectorScheduler):
         for new in scheduler_output.scheduled_new_reqs:
             for group in self._req_status[new.req_id].group_states:
                 group.block_ids.clear()
-        return super().build_connector_meta(scheduler_output)
+        with self._without_new_loads(scheduler_output.preempted_req_ids or ()):
+            return super().build_connector_meta(scheduler_output)
 
     def has_pending_push_work(self) -> bool:
         return bool(self.page_loads) or super().has_pending_push_work()
@@ -125,6 +128,20 @@ class PageOffloading(OffloadingConnectorScheduler):
             load.is_stale = True
         super().reset_cache()
         self._current_batch_jobs_to_flush.update(self.page_loads)
+
+    @contextmanager
+    def _without_new_loads(self, request_ids: Iterable[str]) -> Iterator[None]:
+        """Keep loads of this step from vLLM, which expects preempted requests to have stores alone.
+
+        A request that a reset of the prefix cache preempts may start again in the next step. Goes with vLLM 0.32.
+        """
+        statuses = [self._req_status[name] for name in request_ids if name in self._req_status]
+        hidden = [status.transfer_jobs & self._current_batch_load_jobs.keys() for status in statuses]
+        for status, jobs in zip(statuses, hidden, strict=True):
+            status.transfer_jobs -= jobs
+        yield
+        for status, jobs in zip(statuses, hidden, strict=True):
+            status.transfer_jobs |= jobs
 
     def _end(self, load: PageLoad) -> None:
         if not load.is_stale:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, precondition, rule
 from vllm.v1.request import RequestStatus
 
 from starling.scheduler import page_loads
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
+from tests.stateful import CountingMachine, Length, run_machine
 from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config
 from tests.unit.scheduler.simulation import random_ids
 
@@ -145,6 +146,27 @@ def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> 
     engine.close()
 
 
+def test_a_load_takes_no_page_that_the_request_has_found(config: Any) -> None:
+    """Block 0 is in the free pages that would be taken first, block 1 is nowhere: the request starts at once."""
+    engine = make_engine(config, num_pages=40)
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("head", None, ids[: BLOCK + 1])
+    engine.run()
+    others = engine.pool.get_num_free_blocks() - BLOCK // PAGE_SIZE
+    engine.add("others", None, random_ids(7, others * PAGE_SIZE - NEW))  # takes all other pages, which were free longer
+    engine.run()
+    loaded = len(engine.loaded)
+    engine.add("second", PLAN, replaced(ids, 1))
+    engine.run()
+    assert len(engine.loaded) - loaded == (BLOCKS - 2) * BLOCK // PAGE_SIZE
+    assert engine.computed["second"] == BLOCK + QUERY + NEW - 1
+    engine.check_pages()
+    engine.close()
+
+
 def test_a_request_does_not_wait_for_ever(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(config, delay=10**6)
     ids = random_ids(1, LENGTH)
@@ -188,7 +210,17 @@ def test_a_reset_of_the_library_while_pages_arrive(config: Any) -> None:
     engine.close()
 
 
-class RandomRequests(RuleBasedStateMachine):
+def test_a_reset_that_preempts_a_request_which_then_loads_its_pages(engine: LibraryEngine) -> None:
+    """It starts again in the step after the reset, from pages of the library."""
+    engine.add("first", None, random_ids(1, LENGTH), max_tokens=20)
+    engine.run_until(lambda: engine.computed["first"] > LENGTH)
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.run()
+    assert engine.loaded
+    engine.check_pages()
+
+
+class LibraryMachine(CountingMachine):
     """Requests whose blocks come from a small set, on an engine with few pages; Engine checks all KV that is read."""
 
     config: Any
@@ -245,14 +277,12 @@ class RandomRequests(RuleBasedStateMachine):
         if self.engine is not None:
             self.engine.run()
             self.engine.check_pages()
+            self.totals["requests"] += self.number
+            self.totals["loaded pages"] += len(self.engine.loaded)
             self.engine.close()
 
 
-def test_random_requests_read_the_right_pages(config: Any) -> None:
-    machine = type("Machine", (RandomRequests,), {"config": config})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+def test_random_requests_read_the_right_pages(config: Any, pytestconfig: pytest.Config) -> None:
+    machine = type("LibraryMachine", (LibraryMachine,), {"config": config, "totals": Counter()})
+    run_machine(machine, Length.of(pytestconfig), runs=60, rules=25)
+    assert machine.totals["loaded pages"] > 0

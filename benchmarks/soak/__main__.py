@@ -99,9 +99,11 @@ def counts(run: Mapping[str, Any]) -> str:
     """The numbers that a run is about, in one line."""
     found, stalls = run["requests"], [each["longest_ms"] for each in run["event_loops"].values() if each]
     longest = "not measured" if not stalls else f"{max(stalls):g} ms" if max(stalls) else "none above 200 ms"
+    still = run["machine_stood_still"]
     return (
         f"{found['sent']} requests, {run['faults']} of them faults; lost: {found['lost']}; pages leaked: "
-        f"{run['pages_leaked']:g}; longest stall of an event loop: {longest}"
+        f"{run['pages_leaked']:g}; longest stall of an event loop: {longest}; the machine stood still {len(still)} "
+        f"times, {sum(still):g} s in all, and {found['lost_while_the_machine_stood_still']} requests were lost by that"
     )
 
 

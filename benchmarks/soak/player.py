@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -98,8 +99,9 @@ class Player:
 
     async def play(self, kind: Kind) -> None:
         """Send a request, and account for it."""
+        started = time.monotonic()
         outcome, detail = await self._outcome(kind)
-        self.ledger.record(kind.name, outcome, detail, kind.accepts)
+        self.ledger.record(kind.name, outcome, detail, kind.accepts, started, time.monotonic())
 
     async def _outcome(self, kind: Kind) -> tuple[str, str]:
         try:

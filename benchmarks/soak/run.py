@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.soak.ledger import Ledger
+from benchmarks.soak.ledger import PAUSE_SECONDS, Ledger
 from benchmarks.soak.load import OpenLoop, measure_capacity
+from benchmarks.soak.machine import MachineWatch, Pause
 from benchmarks.soak.mix import KINDS
 from benchmarks.soak.player import Player
 from benchmarks.soak.series import SPLIT_BLOCKS, Sampler, report_series, stalls_in
@@ -56,8 +57,9 @@ async def soak(
     servers: Sequence[Soaked], minutes: float, console: Console
 ) -> tuple[dict[str, Any], dict[str, Sampler]]:
     """Play the load on all servers at once; returns the run as JSON, and the sampler of each server by its name."""
-    ledger = Ledger()
     async with AsyncExitStack() as stack:
+        machine = stack.enter_context(MachineWatch())
+        ledger = Ledger(machine.pauses)
         clients = [await stack.enter_async_context(Clients(each.target)) for each in servers]
         players = [Player(each, ledger=ledger) for each in clients]
         samplers = {
@@ -78,11 +80,12 @@ async def soak(
         "rate_requests_per_second": round(LOAD * sum(capacities), 2),
         "requests": ledger.as_json(),
         "faults": faults(ledger),
+        "machine_stood_still": [round(pause.seconds, 2) for pause in machine.pauses if pause.seconds >= PAUSE_SECONDS],
         "rests": len(rests),
         "left_after_a_rest": {name: max(each[name] for each in rests) for name in rests[0]},
     }
     run["pages_leaked"] = run["left_after_a_rest"]["pages_used"] + run["left_after_a_rest"]["pages_unexplained"]
-    return run | found_in(samplers, minutes), samplers
+    return run | found_in(samplers, minutes, machine.pauses), samplers
 
 
 async def play(
@@ -111,7 +114,7 @@ def faults(ledger: Ledger) -> int:
     return sum(ledger.outcomes[kind.name].total() for kind in KINDS if kind.misbehaves and kind.name in ledger.outcomes)
 
 
-def found_in(samplers: Mapping[str, Sampler], minutes: float) -> dict[str, Any]:
+def found_in(samplers: Mapping[str, Sampler], minutes: float, pauses: Sequence[Pause] = ()) -> dict[str, Any]:
     """What the samples of the servers say. Of several servers, a series has the server's name in front."""
     series, loops, split, ended = {}, {}, {}, 0
     for name, sampler in samplers.items():
@@ -120,7 +123,7 @@ def found_in(samplers: Mapping[str, Sampler], minutes: float) -> dict[str, Any]:
         prefix = f"{name}: " if len(samplers) > 1 else ""
         found = report_series(times, samples, judged=minutes >= JUDGED_MINUTES)
         series |= {f"{prefix}{key}": value for key, value in found.items()}
-        loops[name] = stalls_in(sampler.samples)
+        loops[name] = stalls_in(sampler.samples, sampler.paused(pauses))
         if sampler.clients.target.replicas > 1 or sampler.clients.target.peers > 1:
             split[name] = int(sampler.samples[-1][SPLIT_BLOCKS] - sampler.samples[0][SPLIT_BLOCKS])
         ended += int(sampler.samples[0]["processes"] - sampler.samples[-1]["processes"])

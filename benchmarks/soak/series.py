@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.soak.machine import Pause, was_paused
 from benchmarks.soak.processes import sample_folder, sample_processes
 from benchmarks.soak.target import Clients, series_sum, series_values
 from benchmarks.soak.trend import batch_medians, fit_trend
@@ -51,18 +53,24 @@ class Sampler:
         self.clients = clients
         self.temporary = temporary
         self.seconds = seconds
+        self.started = 0.0
         self.times: list[float] = []
         self.samples: list[dict[str, float]] = []
         self.shared: set[str] = set()
 
     async def run(self) -> None:
         """Sample until the task is cancelled."""
-        started = time.monotonic()
+        self.started = time.monotonic()
         while True:
             sample = await self.sample()
-            self.times.append((time.monotonic() - started) / 3600)
+            self.times.append((time.monotonic() - self.started) / 3600)
             self.samples.append(sample)
             await asyncio.sleep(self.seconds)
+
+    def paused(self, pauses: Sequence[Pause]) -> list[bool]:
+        """For each sample, whether the machine stood still since the one before, for as long as a stall is."""
+        times = [self.started, *(self.started + 3600 * hours for hours in self.times)]
+        return [was_paused(pauses, start, end, least=0, after=1) for start, end in pairwise(times)]
 
     async def sample(self) -> dict[str, float]:
         """Name -> value now."""
@@ -91,17 +99,25 @@ def stalls_of(text: str) -> dict[str, float]:
     return {STALLS: sum(counts), LONGEST_STALL: max(longest, default=0) * 1000} if counts else {}
 
 
-def stalls_in(samples: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+def stalls_in(samples: Sequence[Mapping[str, float]], paused: Sequence[bool] = ()) -> dict[str, float] | None:
     """What the watchdog of a server counted between the first sample and the last one.
 
+    Args:
+        paused: for each sample, whether the machine stood still since the one before. Stalls of that time are counted
+            apart: on a virtual machine, a thread's time on a processor has what the host took from it.
+
     Returns:
-        {"stalls", "longest_ms"}; None where a sample has none of it. Without a stall the longest one is 0. Where a
-        longer one came before the first sample, as while the server starts, the watchdog still has that one.
+        {"stalls", "stalls_of_the_machine", "longest_ms"}; None where a sample has none of it. Without a stall the
+        longest one is 0. Where a longer one came before the first sample, as while the server starts, or while the
+        machine stood still, the watchdog still has that one.
     """
     if not samples or not all(STALLS in sample for sample in samples):
         return None
-    stalls = samples[-1][STALLS] - samples[0][STALLS]
-    return {"stalls": stalls, "longest_ms": round(samples[-1][LONGEST_STALL], 1) if stalls else 0}
+    counts = [after[STALLS] - before[STALLS] for before, after in pairwise(samples)]
+    of_machine = sum(count for count, was in zip(counts, list(paused)[1:], strict=False) if was)
+    stalls = sum(counts) - of_machine
+    longest = round(samples[-1][LONGEST_STALL], 1) if stalls else 0
+    return {"stalls": stalls, "stalls_of_the_machine": of_machine, "longest_ms": longest}
 
 
 def bound_of(name: str) -> float | None:

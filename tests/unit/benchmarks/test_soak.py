@@ -6,7 +6,10 @@ import asyncio
 import gc
 import mmap
 import os
+import signal
+import subprocess
 import sys
+import time
 from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
@@ -19,6 +22,7 @@ from benchmarks.soak import figure, hostile
 from benchmarks.soak.__main__ import counts, parse_arguments
 from benchmarks.soak.cases import PAGE_SIZE, SEGMENT_TEXT, SEGMENT_TOKEN, edited, make_cases, segmented, spread_of
 from benchmarks.soak.ledger import ANSWERED, DIFFERENT, LEFT, REFUSED, Ledger
+from benchmarks.soak.machine import HIGHEST_PRIORITY, MachineWatch, Pause
 from benchmarks.soak.mix import KINDS, kinds_for
 from benchmarks.soak.player import Player
 from benchmarks.soak.processes import sample_folder, sample_process, sample_processes
@@ -31,6 +35,7 @@ from benchmarks.soak.verdict import failures
 from starling.client.requests import STAR
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES
 from starling.v1 import inference_pb2 as pb
+from tests.e2e.wait import wait_until
 
 ONLY_ANSWERED = frozenset({ANSWERED})
 
@@ -319,10 +324,45 @@ def test_the_stalls_of_an_event_loop_are_those_of_its_watchdog():
     two = 'starling:event_loop_stalls_total{process="0"} 1.0\nstarling:event_loop_stalls_total{process="1"} 2.0\n'
     assert stalls_of(two) == {STALLS: 3, LONGEST_STALL: 0}
     last = stalls_of(WATCHED.format(stalls="4.0", longest="1.5"))
-    assert stalls_in([first, last]) == {"stalls": 3, "longest_ms": 1500}
-    assert stalls_in([first, first]) == {"stalls": 0, "longest_ms": 0}, "what came before is not of the load"
+    assert stalls_in([first, last]) == {"stalls": 3, "stalls_of_the_machine": 0, "longest_ms": 1500}
+    none = {"stalls": 0, "stalls_of_the_machine": 0, "longest_ms": 0}
+    assert stalls_in([first, first]) == none, "what came before is not of the load"
+    assert stalls_in([first, first, last], [True, False, True]) == none | {"stalls_of_the_machine": 3}
+    assert stalls_in([first, last, last], [True, False, True]) == none | {"stalls": 3, "longest_ms": 1500}
     assert stalls_in([{}, first]) is None
     assert stalls_in([]) is None
+
+
+def test_a_request_that_the_machine_has_delayed_is_counted_apart_unless_its_answer_is_wrong():
+    ledger = Ledger([Pause(100, 100.5), Pause(200, 236)])
+    for start, end, outcome in ((90, 110, "reset"), (190, 201, "reset"), (240, 250, "reset"), (247, 260, "reset")):
+        ledger.record("HTTP", outcome, f"at {start}", ONLY_ANSWERED, start, end)
+    ledger.record("HTTP", DIFFERENT, "wrong", ONLY_ANSWERED, 200, 210)
+    assert ledger.lost == 3
+    assert ledger.details == ["HTTP: reset: at 90", "HTTP: reset: at 247", f"HTTP: {DIFFERENT}: wrong"]
+    found = ledger.as_json()
+    assert found["lost_while_the_machine_stood_still"] == 2
+    assert found["details_while_the_machine_stood_still"] == ["HTTP: reset: at 190", "HTTP: reset: at 240"]
+
+
+def test_a_processor_that_does_not_run_is_noticed():
+    """One of the watching processes is stopped, as the host of a virtual machine stops a processor."""
+    with MachineWatch() as machine:
+        (watching, *_) = machine.processes
+        if not can_have_priority():
+            watching.wait()
+            return
+        assert wait_until(lambda: psutil.Process(watching.pid).nice() == HIGHEST_PRIORITY)
+        watching.send_signal(signal.SIGSTOP)
+        time.sleep(1.2)
+        watching.send_signal(signal.SIGCONT)
+        assert wait_until(lambda: any(pause.seconds > 1 for pause in machine.pauses))
+    assert not any(process.poll() is None for process in machine.processes)
+
+
+def can_have_priority() -> bool:
+    script = f"import os; os.nice({HIGHEST_PRIORITY})"
+    return not subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
 
 
 def test_a_short_run_has_no_verdict_of_its_growth():
@@ -337,6 +377,7 @@ CLEAN = {
     "series": report_series(*make_samples(leak=0)),
     "event_loops": {"one engine": None, "peer 1": {"stalls": 0, "longest_ms": 0}},
     "split_blocks": {"peer 1": 90},
+    "machine_stood_still": [],
     "processes_ended": 0,
     "exit_code": 0,
     "files_left": [],
@@ -372,9 +413,14 @@ def test_each_failure_has_its_sentence(change, words):
 def test_the_line_of_counts_has_requests_faults_losses_leaks_and_the_longest_stall():
     run = CLEAN | {"requests": CLEAN["requests"] | {"sent": 90, "lost": 1}, "faults": 20, "pages_leaked": 3}
     expected = "90 requests, 20 of them faults; lost: 1; pages leaked: 3; longest stall of an event loop: "
-    assert counts(run) == f"{expected}none above 200 ms"
-    assert counts(run | {"event_loops": {"one engine": {"stalls": 1, "longest_ms": 412.5}}}) == f"{expected}412.5 ms"
-    assert counts(run | {"event_loops": {"one engine": None}}).endswith("not measured")
+    never = "; the machine stood still 0 times, 0 s in all, and 0 requests were lost by that"
+    assert counts(run) == f"{expected}none above 200 ms{never}"
+    stalled = run | {"event_loops": {"one engine": {"stalls": 1, "longest_ms": 412.5}}}
+    assert counts(stalled) == f"{expected}412.5 ms{never}"
+    assert counts(run | {"event_loops": {"one engine": None}}) == f"{expected}not measured{never}"
+    still = run | {"machine_stood_still": [36.5, 1.5]}
+    still["requests"] = run["requests"] | {"lost_while_the_machine_stood_still": 8}
+    assert counts(still).endswith("; the machine stood still 2 times, 38 s in all, and 8 requests were lost by that")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 One server computes all documents, each in a prompt of its own, and ends. The next one, on the same folder, gets prompts
 of eight documents. The first prompt with a document finds it in files. The same documents in another order are in the
 engine's memory. Much later, when the engine has forgotten them, they are in host memory. Each prompt is also sent to an
-engine with dense attention and vLLM's prefix cache. The configurations of a repetition run one after the other. Writes
-results/library.json and .png. Takes about 6 minutes.
+engine with dense attention and vLLM's prefix cache. The configurations of a repetition run one after the other. A last
+server has host memory for a third of the documents: it has forgotten them when they are asked for once more, and finds
+them in files again. Writes results/library.json and .png. Takes about 7 minutes.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 HEAD_TOKENS, RETRIEVED = 256, 8
 DENSE, FILES, HOST, MEMORY = "dense", "from files, after a restart", "from host memory", "from the engine's memory"
-ENGINE_MEMORY, HOST_MEMORY = 192 << 20, "2GiB"
+AGAIN = "from files, forgotten by host memory"
+ENGINE_MEMORY, HOST_MEMORY, LITTLE_HOST_MEMORY = 192 << 20, "2GiB", "256MiB"
 
 
-def make_engine(model: Path, folder: Path | None) -> Engine:
+def make_engine(model: Path, folder: Path | None, host: str = HOST_MEMORY) -> Engine:
     """An engine whose own memory holds two to three prompts, with a library or without."""
-    entry = {} if folder is None else {"star": "on", "star_library": f"{folder}:{HOST_MEMORY}", "star_segments": "auto"}
+    entry = {} if folder is None else {"star": "on", "star_library": f"{folder}:{host}", "star_segments": "auto"}
     arguments = ENGINE | {"additional_config": {"starling": entry}, "kv_cache_memory_bytes": ENGINE_MEMORY}
     return Engine(model, dtype="float32", enable_prefix_caching=True, max_model_len=20000, **arguments)
 
@@ -77,24 +79,30 @@ def measure(model: Path, folder: Path, prompts: Prompts) -> tuple[dict[str, list
     """Configuration -> seconds to the first token, and where the documents' tokens came from."""
     order = random.Random(1).sample(range(len(prompts.documents)), len(prompts.documents))
     groups = [order[start : start + RETRIEVED] for start in range(0, len(order) - RETRIEVED + 1, RETRIEVED)]
-    seconds: dict[str, list[float]] = {name: [] for name in (DENSE, FILES, HOST, MEMORY)}
-    sources: dict[str, Counter[str]] = {name: Counter() for name in (FILES, HOST, MEMORY)}
+    seconds: dict[str, list[float]] = {name: [] for name in (DENSE, FILES, AGAIN, HOST, MEMORY)}
+    sources: dict[str, Counter[str]] = {name: Counter() for name in (FILES, AGAIN, HOST, MEMORY)}
+
+    def ask(engine: Engine, name: str, numbers: list[int]) -> None:
+        ids, options = prompts.of(numbers)
+        answer = engine.generate(ids, options)
+        seconds[name].append(answer["seconds"])
+        sources[name].update(sum(map(Counter, answer["sources"]), Counter()))
+
     with make_engine(model, folder) as library, make_engine(model, None) as dense:
         for engine in (library, dense):
             engine.generate([1] * 4096)
 
-        def ask(name: str, numbers: list[int]) -> None:
-            ids, options = prompts.of(numbers)
-            answer = library.generate(ids, options)
-            seconds[name].append(answer["seconds"])
-            sources[name].update(sum(map(Counter, answer["sources"]), Counter()))
-
         for group in track(groups, description="after a restart"):
-            ask(FILES, group)
-            ask(MEMORY, group[::-1])
+            ask(library, FILES, group)
+            ask(library, MEMORY, group[::-1])
             seconds[DENSE].append(dense.generate(prompts.of(group)[0])["seconds"])
         for group in track(groups, description="forgotten by the engine"):
-            ask(HOST, group)
+            ask(library, HOST, group)
+    with make_engine(model, folder, LITTLE_HOST_MEMORY) as little:
+        for group in groups:
+            little.generate(*prompts.of(group))
+        for group in track(groups, description="forgotten by host memory"):
+            ask(little, AGAIN, group)
     return seconds, sources
 
 

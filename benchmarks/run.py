@@ -43,6 +43,7 @@ FULL: dict[str, str] = {
     "block_reuse": "",
     "block_positions": "",
     "library": "",
+    "rag": "models/qwen2.5-coder-0.5b-instruct",
     "fairness": "",
     "agents": "",
     "accuracy": "models/smollm2-135m-instruct",
@@ -74,6 +75,7 @@ FULL: dict[str, str] = {
 NEEDS = {
     "kernels.gpu_kernels": (lambda: Path("/dev/nvidia0").exists(), "no GPU"),
     "llama_cpp": (lambda: (ROOT / "build/llama/venv/bin/python").exists(), "no llama.cpp: `make bench-llama`"),
+    "rag": (lambda: (ROOT / FULL["rag"]).exists(), "no model (`make eval-model`)"),
     "lm_eval": (
         lambda: (ROOT / "build/lm-eval/bin/lm_eval").exists() and (ROOT / FULL["lm_eval"]).exists(),
         "no lm_eval (see docs/eval.md), or no model (`make eval-model`)",

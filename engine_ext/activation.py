@@ -31,7 +31,7 @@ from starling.config.parsing import OptionError
 from starling.config.star import StarOptions
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.head_scores import scores_of
-from starling.engine_ext.library import set_library
+from starling.engine_ext.library import beside_library, set_library
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import engine_facts, has_dense_heads, other_launcher, star_page_size
 from starling.replicas import network
@@ -154,13 +154,14 @@ def after_engine_config(vllm_config: Any) -> None:
         one_host = one_host and not peers
         if vllm_config.parallel_config.data_parallel_size_local:  # else this front's replicas are all on other hosts
             check_network(one_host)
-        vllm_config.kv_transfer_config = KVTransferConfig(
+        transfer = KVTransferConfig(
             kv_connector=CONNECTOR,
             kv_connector_module_path="starling.replicas.connector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
             kv_connector_extra_config={SHARDS: max_shards(config.star, replicas), ONE_HOST: one_host},
         )
+        vllm_config.kv_transfer_config = beside_library(transfer, vllm_config.kv_transfer_config)
         divide_kv_memory_check(default_num_shards)
     end_coordinator_with_parent()
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config

@@ -69,12 +69,15 @@ OTHER_VALUES = Bound("all other fields", 2**14, "values", HTTP)
 FIELDS = Bound("the message", 2**15, "fields", GRPC)
 UPLOAD = Bound("the upload", 2**12, "pieces", GRPC)
 
+DOCUMENTS = Bound("documents of `WarmDocuments`", 256, "documents", GRPC)
+DOCUMENTS_AT_ONCE = Bound("concurrency of `WarmDocuments`", 8, "documents", GRPC)
+
 PARAMS_BOUNDS = (LOGIT_BIAS, STOP, STOP_TOKENS, BAD_WORDS, BAD_WORDS_TEXT, CHOICES, *GRAMMARS)
 BOUNDS = (
     *(HEAD, BODY, SCORING_BODY, TOKEN_VALUES, OTHER_VALUES, SEQUENCES, FIELDS, UPLOAD),
     *(REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS),
     *PARAMS_BOUNDS,
-    PROMPT_LOGPROBS,
+    *(PROMPT_LOGPROBS, DOCUMENTS, DOCUMENTS_AT_ONCE),
 )
 """All but the number of `segment_offsets` over gRPC, whose bound is the model's context, and MAX_CHOICES."""
 

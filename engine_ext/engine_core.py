@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from starling.config.entry import config_of
 from starling.engine_ext.engine_report import SPLIT, STAR, engine_report
 from starling.engine_ext.refusals import star_refusals
-from starling.scheduler.star.request_metadata import CONNECTOR
+from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
 from starling.scheduler.star_scheduler import (
     AsyncDiffusionStarScheduler,
     AsyncStarScheduler,
@@ -34,7 +34,7 @@ def report_of(core: Any) -> dict[str, str | None] | None:
     if report[STAR] and not star_refusals(config):
         logger.warning("Star Attention is off here, and refused to requests that ask for it: %s", report[STAR])
     transfer = config.kv_transfer_config
-    if report[SPLIT] and transfer is not None and transfer.kv_connector == CONNECTOR:
+    if report[SPLIT] and transfer is not None and transfer.kv_connector in REPLICA_CONNECTORS:
         logger.warning("Every prompt stays on one replica: the KV cache has %s", report[SPLIT])
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from vllm.logger import init_logger
 from starling.config.entry import ENTRY, STAR_LIBRARY, StarlingConfig
 from starling.config.parsing import OptionError
 from starling.engine_ext.models.registry import MODELS
-from starling.scheduler.star.request_metadata import LIBRARY_CONNECTOR
+from starling.scheduler.star.request_metadata import BOTH_CONNECTORS, LIBRARY_CONNECTOR
 
 logger = init_logger("vllm.starling")
 
@@ -79,6 +80,20 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
             HOST_BYTES: config.library.host_bytes,
             "secondary_tiers": tiers,
         },
+    )
+
+
+def beside_library(replicas: KVTransferConfig, library: KVTransferConfig | None) -> KVTransferConfig:
+    """The connector between replicas, and with it that of the engine's library, if it has one."""
+    if library is None:
+        return replicas
+    fields = ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")
+    connectors = [{field: getattr(one, field) for field in fields} for one in (replicas, library)]
+    return dataclasses.replace(
+        replicas,
+        kv_connector=BOTH_CONNECTORS,
+        kv_connector_module_path="starling.library.beside_replicas",
+        kv_connector_extra_config=replicas.kv_connector_extra_config | {"connectors": connectors},
     )
 
 

@@ -21,7 +21,11 @@ from starling.engine_ext.head_scores import scores_of
 from starling.replicas.messages import nixl_problem
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
-from starling.scheduler.star.request_metadata import CONNECTOR, LIBRARY_CONNECTOR, default_num_shards
+from starling.scheduler.star.request_metadata import (
+    LIBRARY_CONNECTORS,
+    REPLICA_CONNECTORS,
+    default_num_shards,
+)
 from starling.vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
 from starling.vllm_compat.engine_report import engine_reports
 
@@ -29,7 +33,7 @@ MAX_SERVERS = 64
 """Over how many servers a prompt may be split, this one included."""
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
-CONNECTORS = (CONNECTOR, LIBRARY_CONNECTOR, "OffloadingConnector")
+CONNECTORS = (*REPLICA_CONNECTORS, *LIBRARY_CONNECTORS, "OffloadingConnector")
 
 SPECULATION = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 """The methods of speculative decoding whose drafts come from tokens, or from layers with full attention."""
@@ -121,7 +125,8 @@ RULES: Rules = (
 
 def _other_connector(config: Any) -> str | None:
     transfer = config.kv_transfer_config
-    return None if transfer is None or transfer.kv_connector == CONNECTOR else transfer.kv_connector
+    known = (*REPLICA_CONNECTORS, *LIBRARY_CONNECTORS)
+    return None if transfer is None or transfer.kv_connector in known else transfer.kv_connector
 
 
 def _options(config: Any) -> StarlingConfig:
@@ -136,7 +141,7 @@ def has_peers(config: Any) -> bool:
 def has_library(config: Any) -> bool:
     """Whether pages go to host memory or beyond it, so that others may find them (--star-library)."""
     transfer = config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector == LIBRARY_CONNECTOR
+    return transfer is not None and transfer.kv_connector in LIBRARY_CONNECTORS
 
 
 def _engines_with_peers(config: Any) -> str | None:
@@ -251,6 +256,7 @@ SHARD_RULES: Rules = (
         has_peers,
         "servers that are peers (--star-replica-peers) don't know how much of its KV memory another one has promised",
     ),
+    (has_library, "a library may keep what is computed in a step in which a replica with other KV is lost"),
     (lambda c: c.device_config.device_type != "cpu", "attention that returns its log-sum-exp is available on CPU only"),
     (
         lambda c: c.cache_config.cache_dtype.startswith("fp8"),

@@ -6,6 +6,7 @@ star blocks are independent of one another are left to scheduler/page_loads.py, 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,21 @@ from vllm.logger import init_logger
 from starling.library.identity import described, identity_of
 from starling.library.tier import LibraryTier
 from starling.replicas.weights import loaded_digest, may_change_weights, name_of
-from starling.scheduler.page_loads import PageLoads
+from starling.scheduler.page_loads import PATIENCE_SECONDS, PageLoads
 from starling.vllm_compat.engine_core import on_worker_call
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.offloading import PageOffloading, chunks_of, tiers_of
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 logger = init_logger("vllm.starling")
+
+
+RESET_SECONDS = 3.0
+"""A reset waits so long for reads and writes of files. No step is made meanwhile."""
+
+
+GIVEN_UP = float("-inf")
+"""In place of the time since which a request waits."""
 
 
 @dataclass
@@ -33,9 +42,13 @@ class WorkerWeights(KVConnectorHandshakeMetadata):
 
 
 def close_after_change(core: Any, method: Any) -> None:
-    """Close the files of an engine core's library before a front's call of its workers that may change the weights."""
-    if may_change_weights(method):
-        core.scheduler.connector.close_files(f"{name_of(method)} may have changed the model's weights")
+    """Close the files of an engine core's library before a front's call of its workers that may change the weights.
+
+    A process may have several engines (vLLM's VLLM_ENABLE_V1_MULTIPROCESSING=0), and not all of them a library.
+    """
+    close = getattr(core.scheduler.connector, "close_files", None)
+    if close is not None and may_change_weights(method):
+        close(f"{name_of(method)} may have changed the model's weights")
 
 
 class LibraryConnector(OffloadingConnector):
@@ -50,6 +63,7 @@ class LibraryConnector(OffloadingConnector):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.vllm_config = vllm_config
+        self.waiting: dict[str, float] = {}  # request id -> since when vLLM looks for its pages
         if self.connector_scheduler is not None:
             PageOffloading.become(self.connector_scheduler)
             on_worker_call(close_after_change)
@@ -78,12 +92,43 @@ class LibraryConnector(OffloadingConnector):
         for tier in self._file_tiers():
             tier.close(reason)
 
+    def reset_cache(self) -> bool | None:
+        """Empty host memory; False: not, since a read or write of a file goes on in it."""
+        if not all(tier.is_idle_within(RESET_SECONDS) for tier in self._file_tiers()):
+            logger.warning("The library is not reset: its disk has not answered for %g s", RESET_SECONDS)
+            return False
+        return super().reset_cache()
+
+    def shutdown(self) -> None:
+        try:
+            super().shutdown()
+        except TimeoutError as error:
+            logger.warning("The library ends with a read or a write open: %s", error)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        if self.page_loads is None or not self.page_loads.takes(request):
-            return super().get_num_new_matched_tokens(request, num_computed_tokens)
-        if not self.page_loads.may_start(request, num_computed_tokens):
+        loads = self.page_loads
+        if loads is None or not (loads.takes(request) or loads.fetches(request)):
+            return self._leading_tokens(request, num_computed_tokens)
+        if not loads.fetches(request) and not loads.may_start(request, num_computed_tokens):
             return None, False
         return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens, max_num_new_tokens=0)
+
+    def _leading_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """As vLLM, which loads what a prompt starts with; but a request does not wait for pages for ever."""
+        found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if found is not None:
+            return found, is_async
+        now = time.monotonic()
+        if now - self.waiting.setdefault(request.request_id, now) < PATIENCE_SECONDS:
+            return None, False
+        if self.waiting[request.request_id] > GIVEN_UP:
+            self.waiting[request.request_id] = GIVEN_UP
+            logger.warning("%s: its pages in the library don't arrive: they are computed", request.request_id)
+        return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens, max_num_new_tokens=0)
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        self.waiting.pop(request.request_id, None)
+        return super().request_finished_all_groups(request, block_ids)
 
     def _file_tiers(self) -> list[LibraryTier]:
         return [tier for tier in tiers_of(self.scheduler.manager) if isinstance(tier, LibraryTier)]

@@ -16,12 +16,15 @@ from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
 from starling.library.metrics import library_metrics
 from starling.library.stamp import has_stamp, write_stamp
-from starling.vllm_compat.offloading import FileTier
+from starling.vllm_compat.offloading import FileTier, ends_within, say_io_errors_once
 
 logger = init_logger("vllm.starling")
 
 LOG_SECONDS = 10.0
 """Between two lines of the log about files that could not be read or written."""
+
+WRITE_SECONDS, END_SECONDS = 1.5, 0.5
+"""For the last writes, and then for the threads: vLLM kills an engine that has not ended 3 s after its signal."""
 
 SETTINGS_FILE = "config.json"
 
@@ -41,6 +44,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
         super().__init__(**settings)
         self.is_open = False
         self.logged = float("-inf")
+        say_io_errors_once()
         self.metrics = library_metrics()
 
     def open(self, identity: str, described: dict[str, Any]) -> None:
@@ -69,13 +73,26 @@ class LibraryTier(FileTier, FileSystemTierManager):
     def lookup(self, key: Any, req_context: Any) -> LookupResult:
         return super().lookup(key, req_context) if self.is_open else LookupResult.MISS
 
+    def shutdown(self) -> None:
+        """Write what is to be written, as long as the engine may take for that, and end the threads.
+
+        Raises:
+            TimeoutError: a thread has not ended, since the disk does not answer: it may still use the memory of chunks.
+        """
+        if not self.is_idle_within(WRITE_SECONDS):
+            logger.warning(
+                "The library's last pages are not written: the disk has not taken them within %g s", WRITE_SECONDS
+            )
+        if not ends_within(super().shutdown, END_SECONDS):
+            raise TimeoutError("the disk of the library's files does not answer")
+
     # What vLLM's tier runs in its threads.
 
     def store_pages(self, keys: list[OffloadKey], chunk_ids: list[int]) -> None:
         """Write chunks into files, unless they exist (raises OSError)."""
         if not self.is_open:
             return
-        view, size = self.chunks_as_bytes(), self.block_size_bytes
+        view, size, path = self.chunks_as_bytes(), self.block_size_bytes, self.file_mapper.base_path
         try:
             for key, chunk in zip(keys, chunk_ids, strict=True):
                 path = self.file_mapper.get_file_name(key)
@@ -86,7 +103,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
                 os.chmod(path, 0o600)
         except OSError as error:
             self.metrics.failed_writes.inc()
-            hint = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            hint = " (the disk is full)" if is_full(error, Path(path).parent, size) else ""
             self._log("A page of the library was not written: %s%s", error, hint)
             raise
 
@@ -115,6 +132,17 @@ class LibraryTier(FileTier, FileSystemTierManager):
         if now - self.logged >= LOG_SECONDS:
             self.logged = now
             logger.warning(message, *values)
+
+
+def is_full(error: OSError, folder: Path, size: int) -> bool:
+    """Whether a write of so many bytes has failed for want of room. vLLM reports a write that is cut short as EIO."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < size
 
 
 def make_private(folder: Path) -> None:

@@ -18,6 +18,7 @@ from vllm.v1.kv_offload.base import LookupResult
 
 from starling.scheduler.cache_keys import independent_plan
 from starling.scheduler.provenance import MEMORY
+from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.offloading import PageLoad, PageOffloading
 from starling.vllm_compat.scheduler_view import SchedulerView
@@ -76,6 +77,11 @@ class PageLoads:
         """Whether a request's pages are asked for here, one by one, and not by vLLM as a prefix."""
         return independent_plan(request) is not None and self.view.may_hit(request)
 
+    def fetches(self, request: Any) -> bool:
+        """Whether a request takes pages of other replicas in place of the library's."""
+        metadata = metadata_of(request)
+        return metadata.fetch is not None or metadata.remote is not None
+
     def may_start(self, request: Any, num_computed_tokens: int) -> bool:
         """Whether a waiting request may start with the tokens found in the prefix cache; else it is asked again."""
         wanted = self.wanted.get(request.request_id)
@@ -84,14 +90,21 @@ class PageLoads:
             if sum(map(bool, starting)) >= MAX_STARTING:
                 return False
             first, last = num_computed_tokens // self.group.page_size, (request.num_tokens - 1) // self.group.page_size
-            wanted = Wanted(request, list(range(first, last)), self.clock())
+            wanted = Wanted(request, self._pages_of(request, first, last), self.clock())
             self.wanted[request.request_id] = wanted
             # vLLM has found these pages and does not hold them yet: else a load could take one of them.
-            hits = self.view.pool.find_run(request.block_hashes[:first], self.group.index)
+            found = [self.view.pool.find(page_hash, self.group.index) for page_hash in request.block_hashes[:first]]
+            hits = [page for page in found if page is not None]
             self.view.pool.hold(hits)
             self._ask(wanted)
             self.view.pool.release(reversed(hits))
         return not wanted.pages or wanted.pages[0] * self.group.page_size > num_computed_tokens
+
+    def _pages_of(self, request: Any, first: int, last: int) -> list[int]:
+        """The pages ``[first, last)`` of a prompt, without those that a part of a prompt leaves to other replicas."""
+        part = metadata_of(request).part
+        left_out = range(0) if part is None else range(part.anchor_size, part.start)
+        return [page for page in range(first, last) if page * self.group.page_size not in left_out]
 
     def step(self) -> None:
         """Ask for pages, and load those that are found. Called before a step is scheduled."""

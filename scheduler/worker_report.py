@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorWorkerMetadata
 
 
 @dataclass
@@ -36,4 +37,5 @@ def worker_report(model_runner_output: Any) -> WorkerReport:
     """The report of a step; an empty one where the workers have nothing to report."""
     output = model_runner_output.kv_connector_output
     metadata = output.kv_connector_worker_meta if output is not None else None
-    return metadata if isinstance(metadata, WorkerReport) else WorkerReport()
+    parts = metadata.metadata if isinstance(metadata, MultiKVConnectorWorkerMetadata) else (metadata,)
+    return next((part for part in parts if isinstance(part, WorkerReport)), WorkerReport())

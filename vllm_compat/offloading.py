@@ -6,6 +6,8 @@ All of this goes when vLLM's OffloadingConnector looks for pages behind a prompt
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata, TransferJob
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, LookupResult, OffloadKey, make_offload_key
+from vllm.v1.kv_offload.tiering.fs import thread_pool
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
 from starling.vllm_compat.patching import extends, touches
@@ -154,11 +157,28 @@ class PageOffloading(OffloadingConnectorScheduler):
         self.on_loaded(load)
 
 
+def say_io_errors_once() -> None:
+    """Leave out vLLM's line for each job of its tier of files that fails: the tier's subclass says it, now and then."""
+    logging.getLogger(thread_pool.__name__).addFilter(_is_no_io_error)
+
+
+def _is_no_io_error(record: logging.LogRecord) -> bool:
+    return "block I/O failed" not in record.msg
+
+
+def ends_within(work: Callable[[], object], seconds: float) -> bool:
+    """Run something in a thread of its own; whether it has ended after so many seconds."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
 @touches(
     "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager.{_pool, _primary_kv_view, _use_o_direct}",
     "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager.{_load_job_keys, _job_block_counts, _load_progress}",
     "vllm.v1.kv_offload.tiering.fs.manager.FileSystemTierManager._store_job_keys",
-    "vllm.v1.kv_offload.tiering.fs.thread_pool.DualQueueThreadPool.{enqueue_store, enqueue_load}",
+    "vllm.v1.kv_offload.tiering.fs.thread_pool.DualQueueThreadPool.{enqueue_store, enqueue_load, wait_idle}",
 )
 @extends(FileSystemTierManager)
 class FileTier:
@@ -181,6 +201,10 @@ class FileTier:
     def chunks_as_bytes(self) -> memoryview:
         """The library's host memory, one chunk after another."""
         return self._primary_kv_view.cast("B")
+
+    def is_idle_within(self, seconds: float) -> bool:
+        """Whether all reads and writes that were asked for end within so many seconds."""
+        return ends_within(self._pool.wait_idle, seconds)
 
     def submit_store(self, job_metadata: Any) -> None:
         keys, chunks = list(job_metadata.keys), list(map(int, job_metadata.chunk_ids))

@@ -21,6 +21,7 @@ logger = init_logger("vllm.starling")
 
 BEAT_SECONDS = 0.05
 STALL_SECONDS = 0.2
+STARVED_SHARE = 0.75
 LOG_SECONDS = 10.0
 """Between two lines of the log; stalls between them are counted only."""
 
@@ -82,7 +83,8 @@ class LoopWatch:
     looks does not run either.
 
     Where most of the time all processors were taken, only the time counts in which the loop's own thread ran: it may
-    have waited for Python's lock, whose holder waited for a processor.
+    have waited for Python's lock, whose holder waited for a processor. Where the thread itself waited for a processor
+    nearly all the time, nothing counts: when it gets one, it has to catch up with all that has arrived meanwhile.
 
     Args:
         on_stall: called in the loop after each stall with its seconds.
@@ -119,7 +121,9 @@ class LoopWatch:
         if late >= STALL_SECONDS:
             run, ready = (now - before for now, before in zip(self.own.seconds(), self.times, strict=True))
             is_crowded = self.pressure() - self.pressed >= late / 2
-            self._stood(min(late - ready, run) if is_crowded else late - ready, time.process_time() - self.cpu)
+            stood = min(late - ready, run) if is_crowded else late - ready
+            if not (is_crowded and ready >= STARVED_SHARE * late):
+                self._stood(stood, time.process_time() - self.cpu)
         self.running, self.witnessed = None, 0.0
         self._note()
         self.handle = self.loop.call_later(BEAT_SECONDS, self._beat)

@@ -32,6 +32,12 @@ CONNECTOR = "StarConnector"
 LIBRARY_CONNECTOR = "LibraryConnector"
 """The KV connector that moves pages to and from the library: library/connector.py."""
 
+BOTH_CONNECTORS = "LibraryAndReplicasConnector"
+"""The KV connector of an engine with a library and replicas: library/beside_replicas.py."""
+
+REPLICA_CONNECTORS = (CONNECTOR, BOTH_CONNECTORS)
+LIBRARY_CONNECTORS = (LIBRARY_CONNECTOR, BOTH_CONNECTORS)
+
 SHARDS = "shards"
 """The key in the connector's configuration: over how many replicas a prompt's KV is divided by default."""
 

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from http.client import HTTPConnection
 from itertools import chain
 
 import grpc
@@ -424,6 +426,23 @@ def test_metrics_count_requests_tokens_keys_and_rejections(http, generate):
     assert (dense, star, rejected) == (1, 1, 1)
     assert 0 < tokens <= 661
     assert 0 < attended < dense_keys < final.plan.dense_keys
+
+
+def test_a_request_that_arrives_while_the_front_does_not_run_is_answered(server):
+    """On a connection that is kept: uvloop would close it before it reads the request, if its time were over."""
+    connection = HTTPConnection(server.http.removeprefix("http://"), timeout=300)
+    connection.request("GET", "/v1/models")
+    assert connection.getresponse().read()
+    local = connection.sock.getsockname()
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        connection.request("GET", "/v1/models")
+        time.sleep(7)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    response = connection.getresponse()
+    assert response.status == 200 and response.read()
+    assert connection.sock.getsockname() == local, "it was not opened again"
 
 
 def test_sigterm_lets_streams_end_and_exits_with_0(server, channel, generate):

@@ -35,7 +35,7 @@ from starling.engine_ext.serving.grpc.auth import peer_credentials, server_crede
 from starling.engine_ext.serving.grpc.prompts import chat_params
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
-from starling.engine_ext.serving.http.keepalive import end_lost_connections
+from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
 from starling.vllm_compat.front import around_shutdown
 from starling.vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
 
@@ -91,6 +91,7 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     # By default vLLM reports usage to its project's server. A Starling server does so only where the user wants it.
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     environ.setdefault(MAX_CHOICES_ENV, str(MAX_CHOICES))
+    environ.setdefault(KEEP_ALIVE_ENV, str(KEEP_ALIVE_SECONDS))
 
 
 def is_only_front(args: Namespace) -> bool:

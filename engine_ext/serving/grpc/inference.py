@@ -33,6 +33,7 @@ from starling.engine_ext.serving.grpc.prompts import GenerateRequest, prompt_fie
 from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_path, sampling_params
 from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
 from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
+from starling.engine_ext.serving.grpc.warming import Warming
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -62,6 +63,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self.limit = prompt_limit(engine)
         self.uploads = upload_quota(self.limit.tokens)
         self.tokenizing = Tokenizing(engine.renderer, chat, self.limit)
+        self.warming = Warming(engine.renderer, self.limit, self._warm)
         config = engine.model_config
         self.defaults = config.get_diff_sampling_param()
         # As in vLLM's completions: max_tokens of a generation config that the user chose is a cap, else a default.
@@ -106,6 +108,23 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         return pb.TokenizeResponse(
             token_ids=token_ids, count=len(token_ids), max_model_len=self.engine.model_config.max_model_len
         )
+
+    async def WarmDocuments(self, request: pb.WarmDocumentsRequest, context: grpc.aio.ServicerContext) -> None:
+        try:
+            self._check_documents()
+            await self.warming.run(request, context.write)
+        except Exception as raised:
+            await self._abort(root_cause(raised), "documents", context)
+
+    def _warm(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
+        """Run the request of a document."""
+        return self._generate(request, f"grpc-warm-{uuid.uuid4().hex}", Call("documents", lambda: None))
+
+    def _check_documents(self) -> None:
+        """Check that the engine runs prompts of documents (raises VLLMValidationError)."""
+        refusals = front_state(self.engine).planner.facts.refusals
+        if refusals:
+            raise VLLMValidationError(f"WarmDocuments is refused: {'; '.join(refusals)}", parameter="documents")
 
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: grpc.aio.ServicerContext

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ import grpc.aio
 from starling.client.channel import SERVICE, Pem, channel_credentials, channel_options
 from starling.client.early_status import EarlyStatus
 from starling.client.errors import converted_errors
-from starling.client.requests import Prompt, generate_request, tokenize_request, upload_parts
+from starling.client.requests import Prompt, generate_request, tokenize_request, upload_parts, warm_request
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 
@@ -65,6 +66,7 @@ class Connection:
         self._stream = self._method("unary_stream", "GenerateStream", pb.GenerateStreamRequest, Event)
         self._upload = self._method("stream_stream", "GenerateUploadStream", pb.GenerateUploadStreamRequest, Event)
         self._generate = self._method("unary_unary", "Generate", pb.GenerateStreamRequest, pb.GenerateResponse)
+        self._warm = self._method("unary_stream", "WarmDocuments", pb.WarmDocumentsRequest, pb.WarmDocumentsResponse)
         self._tokenize = self._method("unary_unary", "Tokenize", pb.TokenizeRequest, pb.TokenizeResponse)
         self._capabilities = self._method(
             "unary_unary", "GetCapabilities", pb.GetCapabilitiesRequest, pb.GetCapabilitiesResponse
@@ -127,7 +129,7 @@ class Client(Connection):
                 for messages add_generation_prompt. None: not given.
         """
         request = generate_request(prompt, fields)
-        return self._events(request, self._is_upload(request, upload), timeout)
+        return self._events(partial(self._start, request, self._is_upload(request, upload), timeout))
 
     def generate(
         self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
@@ -137,9 +139,29 @@ class Client(Connection):
         if not self._is_upload(request, upload):
             return self._call(self._generate, request, timeout)
         reply = Reply()
-        for event in self._events(request, True, timeout):
+        for event in self._events(partial(self._start, request, True, timeout)):
             reply.add(event)
         return reply.response()
+
+    def warm_documents(
+        self,
+        documents: Sequence[str],
+        *,
+        head: str = "",
+        concurrency: int = 1,
+        cache_salt: str | None = None,
+        timeout: float | None = None,
+    ) -> Generator[pb.WarmDocumentsResponse]:
+        """Have documents computed, so that they are in the server's library; yields what became of each.
+
+        Args:
+            documents: up to 256 texts.
+            head: the text before the documents in every prompt.
+            concurrency: documents at the same time, up to 8.
+            cache_salt: only prompts with this salt find the documents.
+        """
+        request = warm_request(documents, head, concurrency, cache_salt)
+        return self._events(partial(self._warm, request, timeout=timeout, metadata=self.metadata))
 
     def tokenize(
         self, prompt: Prompt, *, timeout: float | None = None, add_generation_prompt: bool | None = None
@@ -165,8 +187,8 @@ class Client(Connection):
         with converted_errors():
             return method(request, timeout=timeout, metadata=self.metadata)
 
-    def _events(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> Events:
-        call = self._start(request, upload, timeout)
+    def _events(self, start: Callable[[], Any]) -> Generator[Any]:
+        call = start()
         try:
             with converted_errors():
                 yield from call
@@ -184,7 +206,7 @@ class AsyncClient(Connection):
     ) -> AsyncEvents:
         """As Client.stream. ``aclose()`` ends the call at once; leaving a loop ends it in asyncio's next iteration."""
         request = generate_request(prompt, fields)
-        return self._events(request, self._is_upload(request, upload), timeout)
+        return self._events(partial(self._start, request, self._is_upload(request, upload), timeout))
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
@@ -194,9 +216,22 @@ class AsyncClient(Connection):
         if not self._is_upload(request, upload):
             return await self._call(self._generate, request, timeout)
         reply = Reply()
-        async for event in self._events(request, True, timeout):
+        async for event in self._events(partial(self._start, request, True, timeout)):
             reply.add(event)
         return reply.response()
+
+    def warm_documents(
+        self,
+        documents: Sequence[str],
+        *,
+        head: str = "",
+        concurrency: int = 1,
+        cache_salt: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[pb.WarmDocumentsResponse]:
+        """As Client.warm_documents."""
+        request = warm_request(documents, head, concurrency, cache_salt)
+        return self._events(partial(self._warm, request, timeout=timeout, metadata=self.metadata))
 
     async def tokenize(
         self, prompt: Prompt, *, timeout: float | None = None, add_generation_prompt: bool | None = None
@@ -222,8 +257,8 @@ class AsyncClient(Connection):
         with converted_errors():
             return await method(request, timeout=timeout, metadata=self.metadata)
 
-    async def _events(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> AsyncEvents:
-        call = self._start(request, upload, timeout)
+    async def _events(self, start: Callable[[], Any]) -> AsyncGenerator[Any]:
+        call = start()
         status = EarlyStatus(call)
         try:
             with converted_errors():

@@ -70,6 +70,24 @@ def tokenize_request(prompt: Prompt, add_generation_prompt: bool | None) -> pb.T
     return make_message(pb.TokenizeRequest, kind, value)
 
 
+def warm_request(
+    documents: Sequence[str], head: str, concurrency: int, cache_salt: str | None
+) -> pb.WarmDocumentsRequest:
+    """Make a request to compute documents.
+
+    Raises:
+        TypeError, ValueError: a value that its field can't hold; or one text in place of several.
+    """
+    if isinstance(documents, str):
+        raise TypeError("documents is refused: it is one text. Allowed: a list of texts.")
+    request = pb.WarmDocumentsRequest()
+    values = {"documents": documents, "head": head, "concurrency": concurrency, "cache_salt": cache_salt}
+    for name, value in values.items():
+        if value is not None:
+            set_field(request, name, value)
+    return request
+
+
 def prompt_field(prompt: Prompt, add_generation_prompt: bool | None = None) -> tuple[str, Any]:
     """The field for a prompt of this kind, and the field's value.
 

@@ -428,6 +428,30 @@ class TokenizeResponse(_message.Message):
     max_model_len: int
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
+class WarmDocumentsRequest(_message.Message):
+    __slots__ = ("head", "documents", "concurrency", "cache_salt")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    head: str
+    documents: _containers.RepeatedScalarFieldContainer[str]
+    concurrency: int
+    cache_salt: str
+    def __init__(self, head: _Optional[str] = ..., documents: _Optional[_Iterable[str]] = ..., concurrency: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class WarmDocumentsResponse(_message.Message):
+    __slots__ = ("index", "tokens", "source", "error")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    tokens: int
+    source: DocumentSource
+    error: str
+    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[int] = ..., source: _Optional[_Union[DocumentSource, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
+
 class GetCapabilitiesRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

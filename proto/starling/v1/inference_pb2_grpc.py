@@ -57,6 +57,11 @@ class InferenceServiceStub:
                 request_serializer=starling_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=starling_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.WarmDocuments = channel.unary_stream(
+                '/starling.v1.InferenceService/WarmDocuments',
+                request_serializer=starling_dot_v1_dot_inference__pb2.WarmDocumentsRequest.SerializeToString,
+                response_deserializer=starling_dot_v1_dot_inference__pb2.WarmDocumentsResponse.FromString,
+                _registered_method=True)
         self.GetCapabilities = channel.unary_unary(
                 '/starling.v1.InferenceService/GetCapabilities',
                 request_serializer=starling_dot_v1_dot_inference__pb2.GetCapabilitiesRequest.SerializeToString,
@@ -100,6 +105,14 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WarmDocuments(self, request, context):
+        """Computes documents, so that their KV is in the server's library before somebody asks about them. Streams one
+        response for each document, in the order in which they are done. What the library has is found, not computed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCapabilities(self, request, context):
         """Returns what this server supports, and its limits.
         """
@@ -129,6 +142,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=starling_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=starling_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'WarmDocuments': grpc.unary_stream_rpc_method_handler(
+                    servicer.WarmDocuments,
+                    request_deserializer=starling_dot_v1_dot_inference__pb2.WarmDocumentsRequest.FromString,
+                    response_serializer=starling_dot_v1_dot_inference__pb2.WarmDocumentsResponse.SerializeToString,
             ),
             'GetCapabilities': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCapabilities,
@@ -247,6 +265,33 @@ class InferenceService:
             '/starling.v1.InferenceService/Tokenize',
             starling_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             starling_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/starling.v1.InferenceService/WarmDocuments',
+            starling_dot_v1_dot_inference__pb2.WarmDocumentsRequest.SerializeToString,
+            starling_dot_v1_dot_inference__pb2.WarmDocumentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

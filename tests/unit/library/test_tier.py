@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm.v1.kv_offload.config import OffloadingGroupConfig
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from starling.library import tier as tier_module
+from starling.library.connector import close_after_change
 from starling.library.stamp import STAMP_BYTES, has_stamp, write_stamp
 from starling.library.tier import LibraryTier
 
@@ -186,7 +188,9 @@ def test_a_closed_library_neither_reads_nor_writes(stored: Library) -> None:
     assert not stored.path(0).exists()
 
 
-def test_a_full_disk_fails_the_write_alone(stored: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_fails_the_write_alone(
+    stored: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -196,6 +200,7 @@ def test_a_full_disk_fails_the_write_alone(stored: Library, monkeypatch: pytest.
         patch.setattr(tier_module, "batch_store_block", full)
         assert not stored.store(0).success
     assert stored.tier.metrics.failed_writes._value.get() == before + 1
+    assert "(the disk is full)" in caplog.text and "block I/O failed" not in caplog.text
     stored.fill()
     assert stored.store(0).success
     assert stored.lookup(0) is LookupResult.HIT
@@ -205,3 +210,39 @@ def test_what_a_killed_writer_left_is_never_read(stored: Library) -> None:
     path = stored.path(0)
     path.rename(path.with_name(path.name + "_123.tmp"))
     assert stored.lookup(0) is LookupResult.MISS
+
+
+def test_what_is_to_be_written_is_written_before_the_end(tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    library.fill()
+    for chunk in range(CHUNKS):  # one thread writes, so that most of them wait
+        library.tier.submit_store(TransferJob(chunk, [KEYS[chunk]], np.array([chunk]), False, CONTEXT))
+    library.tier.shutdown()
+    assert all(library.path(chunk).exists() for chunk in range(CHUNKS))
+
+
+def test_a_disk_that_does_not_answer_delays_the_end_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is a FIFO, which nobody writes to: a thread waits in the kernel to open it."""
+    monkeypatch.setattr(tier_module, "WRITE_SECONDS", 0.05)
+    monkeypatch.setattr(tier_module, "END_SECONDS", 0.05)
+    library = Library(tmp_path)
+    library.path(0).parent.mkdir(parents=True)
+    os.mkfifo(library.path(0))
+    library.tier.submit_load(TransferJob(1, [KEYS[0]], np.array([0]), False, CONTEXT))
+    assert not library.tier.is_idle_within(0.05)
+    with pytest.raises(TimeoutError, match="does not answer"):
+        library.tier.shutdown()
+    writer = os.open(library.path(0), os.O_WRONLY)  # which the thread has waited for
+    os.close(writer)
+
+
+def test_the_files_are_closed_before_the_weights_may_change_where_an_engine_has_a_library() -> None:
+    closed: list[str] = []
+    library = SimpleNamespace(close_files=closed.append)
+    for connector in (None, object(), library):  # a process may have several engines
+        core = SimpleNamespace(scheduler=SimpleNamespace(connector=connector))
+        close_after_change(core, "check_health")
+        close_after_change(core, "reload_weights")
+    assert closed == ["reload_weights may have changed the model's weights"]

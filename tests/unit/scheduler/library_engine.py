@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.v1.outputs import KVConnectorOutput
 
+from starling.engine_ext.library import beside_library
+from starling.library.beside_replicas import Handshakes, LibraryAndReplicasConnector
 from starling.library.connector import WorkerWeights
+from starling.replicas.connector import StarConnector
+from starling.replicas.metadata import WorkerAddress
 from tests.unit.scheduler.simulation import Engine, answer, make_config, make_scheduler
 
 PAGE_SIZE = 8
@@ -20,6 +27,19 @@ def library_config(folder: Path, host_bytes: int, files: Path | None = None) -> 
     """An engine's configuration with a library; in files where there is a folder for them."""
     entry = {"star_library": f"{files or ''}:{host_bytes}", "star": "on", "star_segments": "auto"}
     return make_config(folder, entry, block_size=PAGE_SIZE)
+
+
+def with_replicas(config: Any) -> Any:
+    """The configuration of an engine with a library, which also prefills parts of prompts for other replicas."""
+    given = copy.copy(config)
+    replicas = KVTransferConfig(
+        kv_connector=StarConnector.__name__,
+        kv_connector_module_path=StarConnector.__module__,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
+    given.kv_transfer_config = beside_library(replicas, config.kv_transfer_config)
+    return given
 
 
 @dataclass
@@ -50,9 +70,11 @@ class LibraryEngine(Engine):
         super().__init__(
             make_scheduler(config, scheduler_type, PAGE_SIZE, num_pages, v2), page_size=PAGE_SIZE, **kwargs
         )
-        connector = self.scheduler.connector
-        connector.set_xfer_handshake_metadata({0: WorkerWeights("weights")})
-        self.library = connector.scheduler
+        connector, handshake = self.scheduler.connector, WorkerWeights("weights")
+        self.has_replicas = isinstance(connector, LibraryAndReplicasConnector)
+        said = Handshakes((WorkerAddress({"name": "here"}), handshake)) if self.has_replicas else handshake
+        connector.set_xfer_handshake_metadata_pp_aware({(0, 0): said})
+        self.library = (connector.library if self.has_replicas else connector).scheduler
         host = np.asarray(self.library.manager.primary_tier.get_kv_memoryview())
         self.chunks = host[:, : PAGE_SIZE * 8].view(np.int64)  # the memory that files are written from, and read into
         self.delay = delay
@@ -68,7 +90,8 @@ class LibraryEngine(Engine):
         """As Engine's; a step without tokens goes to the worker too, since its copies go on."""
         output = self.scheduler.schedule()
         tokens = bool(output.total_num_scheduled_tokens)
-        self._begin(output.kv_connector_metadata)
+        metadata = output.kv_connector_metadata
+        self._begin(metadata.metadata[1] if self.has_replicas else metadata)
         if tokens:
             self.in_flight.append((output, self._run(output)))
             self.steps.append(dict(output.num_scheduled_tokens))
@@ -123,7 +146,8 @@ class LibraryEngine(Engine):
         for transfer in done:
             meta.mark_completed(transfer.job)
         received = {transfer.request for transfer in done if transfer.request is not None}
-        self.finished = KVConnectorOutput(kv_connector_worker_meta=meta, finished_recving=received)
+        said = MultiKVConnectorWorkerMetadata((None, meta)) if self.has_replicas else meta
+        self.finished = KVConnectorOutput(kv_connector_worker_meta=said, finished_recving=received)
         super()._update(output, sampled)
 
     def _answer(self, output: Any, sampled: dict[str, list[int]]) -> Any:

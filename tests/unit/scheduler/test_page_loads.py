@@ -14,9 +14,10 @@ from vllm.v1.request import RequestStatus
 
 from starling.scheduler import page_loads
 from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
 from tests.stateful import CountingMachine, Length, run_machine
-from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config
+from tests.unit.scheduler.library_engine import PAGE_SIZE, LibraryEngine, library_config, with_replicas
 from tests.unit.scheduler.simulation import random_ids
 
 BLOCK, BLOCKS, QUERY, NEW = 32, 6, 13, 3
@@ -46,6 +47,18 @@ def engine(request: pytest.FixtureRequest, config: Any) -> Iterator[LibraryEngin
     made = make_engine(config, request.param)
     yield made
     made.close()
+
+
+def add_part(engine: LibraryEngine, name: str, ids: list[int], start: int, stop: int) -> None:
+    """Let an engine prefill the blocks ``[start, stop)`` of a prompt, and hold their pages until they are released."""
+    metadata = RequestMetadata(part=PromptPart(name, start * BLOCK, BLOCK))
+    engine.add(name, PLAN, ids[: stop * BLOCK], metadata=metadata, max_tokens=1)
+
+
+def release(engine: LibraryEngine | None) -> None:
+    """Release all pages that parts hold."""
+    assert engine is not None
+    engine.scheduler.connector.release(list(engine.scheduler.connector.holds))
 
 
 def replaced(ids: list[int], *blocks: int, seed: int = 50) -> list[int]:
@@ -220,6 +233,52 @@ def test_a_reset_that_preempts_a_request_which_then_loads_its_pages(engine: Libr
     engine.check_pages()
 
 
+def test_a_part_of_a_prompt_is_loaded_but_what_it_leaves_out_is_neither_loaded_nor_stored(config: Any) -> None:
+    """Blocks 3 to 5 of a prompt, whose blocks 1 and 2 are prefilled on another replica. Block 0 is the anchor."""
+    engine = make_engine(with_replicas(config))
+    ids = random_ids(1, LENGTH)
+    engine.add("anchor", None, ids[: BLOCK + 1])  # as the front does before the parts
+    engine.run()
+    add_part(engine, "first", ids, 3, 6)
+    engine.run()
+    assert len(engine.scheduler.connector.held_pages("first")) == 3 * BLOCK // PAGE_SIZE
+    release(engine)
+    forget(engine)
+    add_part(engine, "second", ids, 3, 6)
+    engine.run()
+    assert engine.computed["first"] == 3 * BLOCK
+    assert engine.computed["second"] == PAGE_SIZE, "the last page, of which one token must be computed"
+    release(engine)
+    forget(engine)
+    loaded = len(engine.loaded)
+    engine.add("whole", PLAN, ids)
+    engine.run()
+    assert len(engine.loaded) - loaded == 4 * BLOCK // PAGE_SIZE
+    assert engine.computed["whole"] == 2 * BLOCK + QUERY + NEW - 1
+    engine.check_pages()
+    engine.close()
+
+
+def test_what_is_fetched_from_another_replica_is_not_asked_for(config: Any) -> None:
+    engine = make_engine(with_replicas(config))
+    ids = random_ids(1, LENGTH)
+    engine.add("first", PLAN, ids)
+    engine.run()
+    forget(engine)
+    engine.add("head", None, ids[: BLOCK + 1])
+    engine.run()
+    loaded = len(engine.loaded)
+    pages = list(range((BLOCKS - 1) * BLOCK // PAGE_SIZE))
+    fetch = PageFetch((PageSource(BLOCK, pages, [{"name": "there"}], 1),))
+    engine.add("whole", PLAN, ids, metadata=RequestMetadata(fetch=fetch))
+    output = engine.scheduler.schedule()
+    (load,) = output.kv_connector_metadata.metadata[0].loads
+    assert load.request_id == "whole" and len(load.local_page_ids()) == len(pages)
+    assert not output.kv_connector_metadata.metadata[1].load_jobs
+    assert len(engine.loaded) == loaded and not engine.scheduler.page_loads.wanted
+    engine.close()
+
+
 class LibraryMachine(CountingMachine):
     """Requests whose blocks come from a small set, on an engine with few pages; Engine checks all KV that is read."""
 
@@ -231,9 +290,15 @@ class LibraryMachine(CountingMachine):
         self.number = 0
 
     @precondition(lambda self: self.engine is None)
-    @rule(kind=st.sampled_from(sorted(KINDS)), num_pages=st.sampled_from((40, 100)), delay=st.integers(0, 6))
-    def start(self, kind: str, num_pages: int, delay: int) -> None:
-        self.engine = make_engine(self.config, kind, num_pages, delay)
+    @rule(
+        kind=st.sampled_from(sorted(KINDS)),
+        num_pages=st.sampled_from((40, 100)),
+        delay=st.integers(0, 6),
+        has_replicas=st.booleans(),
+    )
+    def start(self, kind: str, num_pages: int, delay: int, has_replicas: bool) -> None:
+        config = with_replicas(self.config) if has_replicas else self.config
+        self.engine = make_engine(config, kind, num_pages, delay)
 
     @precondition(lambda self: self.engine is not None)
     @rule(blocks=st.lists(st.integers(0, 2), min_size=BLOCKS, max_size=BLOCKS), star=st.booleans())
@@ -242,6 +307,20 @@ class LibraryMachine(CountingMachine):
         self.number += 1
         assert self.engine is not None
         self.engine.add(f"{self.number}", PLAN if star else None, [*ids, *random_ids(blocks[0], QUERY)])
+
+    @precondition(lambda self: self.engine is not None and self.engine.has_replicas)
+    @rule(blocks=st.lists(st.integers(0, 2), min_size=BLOCKS, max_size=BLOCKS), start=st.integers(1, BLOCKS - 1))
+    def add_part(self, blocks: list[int], start: int) -> None:
+        """Of a prompt that is prefilled on another replica too: it holds its pages."""
+        ids = [token for place, seed in enumerate(blocks) for token in random_ids(seed + 10 * place, BLOCK)]
+        self.number += 1
+        assert self.engine is not None
+        add_part(self.engine, f"{self.number}", ids, start, BLOCKS)
+
+    @precondition(lambda self: self.engine is not None and self.engine.has_replicas)
+    @rule()
+    def release(self) -> None:
+        release(self.engine)
 
     @precondition(lambda self: self.engine is not None)
     @rule(steps=st.integers(1, 8))
@@ -275,6 +354,9 @@ class LibraryMachine(CountingMachine):
 
     def teardown(self) -> None:
         if self.engine is not None:
+            while self.engine.has_replicas and self.engine.scheduler.has_unfinished_requests():
+                self.engine.step()
+                release(self.engine)  # else others might wait for the pages
             self.engine.run()
             self.engine.check_pages()
             self.totals["requests"] += self.number

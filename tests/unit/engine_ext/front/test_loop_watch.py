@@ -77,6 +77,19 @@ def test_on_a_crowded_machine_only_the_time_counts_in_which_the_loop_ran():
     assert stall >= 2 * STALL_SECONDS
 
 
+def test_what_a_thread_catches_up_with_after_it_had_no_processor_is_no_stall(monkeypatch):
+    """It has run for a quarter of a second of the time, and waited for a processor the rest of it."""
+    monkeypatch.setattr(loop_watch, "ThreadTime", Starved)
+    assert stalls_of(blocked_in_c_with_pythons_lock, asyncio.run, time.monotonic) == []
+
+
+class Starved(loop_watch.ThreadTime):
+    """As a thread that gets a tenth of a processor."""
+
+    def seconds(self) -> tuple[float, float]:
+        return time.monotonic() / 10, time.monotonic() * 9 / 10
+
+
 def test_a_system_that_does_not_tell_is_not_crowded(monkeypatch, tmp_path):
     assert loop_watch.waited_for_processors() >= 0
     for text in ("", "some avg10=0.00", "some total=x"):

@@ -1,0 +1,129 @@
+"""Right answers of retrieval, dense and with documents: `python -m benchmarks.rag models/qwen2.5-coder-0.5b-instruct`.
+
+The documents are those of examples/rag.py: functions of the standard library with their documentation. A question has
+the first sentence of a function's documentation, and asks for its name. Of the six documents in its prompt, which a
+TF-IDF score finds, one has the answer. Questions whose function is not found are left out. Each prompt is answered
+dense and with star_segments, behind the instructions alone and behind instructions with two questions that are answered
+already: a longer head is a longer anchor. Writes results/rag_MODEL.json. Takes about 12 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.report import write_json
+from examples.completions import Completions
+from examples.server import serving
+from examples.stdlib_documents import MODULES, Index, entries, make_documents
+
+MARK = "<file_sep>"
+CHARACTERS, RETRIEVED, MAX_TOKENS = 1000, 6, 16
+SYSTEM = """<|im_start|>system
+You answer questions about the standard library of Python. The user's message begins with documents. Each of them has \
+functions of one module: the name of the function behind the name of its module, the signature with the default values \
+of its arguments, and what it does. Some documents have nothing to do with the question; pass over them. The answer is \
+in one of the documents: do not answer from memory. Answer with the name of the function and nothing else.<|im_end|>
+<|im_start|>user
+"""
+EXAMPLE = "{0.document}\nQuestion: {0.text}<|im_end|>\n<|im_start|>assistant\n{0.answer}<|im_end|>\n<|im_start|>user\n"
+DENSE, DOCUMENTS = "dense", "documents"
+SHORT, LONG = "instructions", "instructions and two examples"
+
+
+class Question(NamedTuple):
+    """A question, the name that is its answer, and the document that has it."""
+
+    text: str
+    answer: str
+    document: str
+
+
+def make_questions(documents: list[str]) -> Iterator[Question]:
+    """One for each function whose documentation begins with a sentence that does not name it."""
+    for module in MODULES:
+        for entry in entries(module):
+            name = re.split(r"[(.]", entry.removeprefix(f"{module}."), maxsplit=1)[0]
+            sentence = " ".join(entry.split("\n", 1)[1].split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+            document = next((each for each in documents if f"{module}.{name}(" in each), None)
+            if document is None or not 20 <= len(sentence) <= 160 or name.lower() in sentence.lower():
+                continue
+            yield Question(f'Which function of {module} does this? "{sentence}."', name, document)
+
+
+def head_of(kind: str, examples: list[Question]) -> str:
+    """The text before the documents."""
+    solved = map(EXAMPLE.format, examples)
+    return SYSTEM + ("".join(solved) if kind == LONG else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a model with <file_sep> among its tokens")
+    parser.add_argument("--questions", type=int, default=100)
+    args = parser.parse_args()
+    documents = make_documents(CHARACTERS)
+    index = Index(documents)
+    made = list(make_questions(documents))
+    random.Random(0).shuffle(made)
+    examples, made = made[:2], made[2:]
+    asked = [(each, found) for each in made if each.document in (found := index.search(each.text, RETRIEVED))]
+    asked = asked[: args.questions]
+    names = [(kind, head) for head in (SHORT, LONG) for kind in (DENSE, DOCUMENTS)]
+    right: dict[tuple[str, str], list[bool]] = {name: [] for name in names}
+    tokens: dict[tuple[str, str], list[int]] = {name: [] for name in names}
+    options = ["--max-model-len", "8192", "--enable-prompt-tokens-details", "--star-segments", MARK]
+    with tempfile.TemporaryDirectory() as folder, serving(args.model, *options, log=Path(folder) / "log") as server:
+        client = Completions(server.http)
+        for question, found in track(asked, description="questions"):
+            end = f"\nQuestion: {question.text}<|im_end|>\n<|im_start|>assistant\n"
+            query = len(client.tokenize(end))
+            for kind, head in names:
+                star: dict[str, Any] = {"star": "off"}
+                if kind == DOCUMENTS:
+                    star = {"star": "on", "star_segments": MARK, "star_query_tokens": query}
+                prompt = head_of(head, examples) + "".join(f"{MARK}{document}" for document in found) + end
+                answer = client.ask(prompt, star, max_tokens=MAX_TOKENS, stop=["\n"], cache_salt=f"{kind} {head}")
+                is_right = re.search(rf"\b{re.escape(question.answer)}\b", answer.text) is not None
+                right[kind, head].append(is_right)
+                tokens[kind, head].append(answer.computed or 0)
+    rows = [
+        {
+            "attention": kind,
+            "head": head,
+            "right": sum(right[kind, head]),
+            "questions": len(asked),
+            "only_dense": sum(one and not other for one, other in pairs(right, kind, head)),
+            "only_this": sum(other and not one for one, other in pairs(right, kind, head)),
+            "tokens_computed": sum(tokens[kind, head]),
+        }
+        for kind, head in names
+    ]
+    show(rows)
+    print(write_json(f"rag_{args.model.name}", {"rows": rows}))
+
+
+def pairs(right: dict[tuple[str, str], list[bool]], kind: str, head: str) -> Iterator[tuple[bool, bool]]:
+    """Of each question: whether dense attention has it right with this head, and whether this configuration has."""
+    return zip(right[DENSE, head], right[kind, head], strict=True)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table("head", "attention", "right", "only dense right", "only this right", "tokens computed")
+    for row in rows:
+        numbers = f"{row['right']} of {row['questions']}", str(row["only_dense"]), str(row["only_this"])
+        table.add_row(row["head"], row["attention"], *numbers, f"{row['tokens_computed']:,}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

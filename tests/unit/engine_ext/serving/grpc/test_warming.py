@@ -1,0 +1,143 @@
+"""WarmDocuments: which requests it makes, what it says of each document, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from starling.client import AsyncClient, StarlingError
+from starling.engine_ext.serving.errors import DrainingError
+from starling.scheduler.star.facts import EngineFacts
+from starling.v1 import inference_pb2 as pb
+from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of
+
+TEN = PROMPT_TOKENS  # of each text
+
+
+class Engine(FakeEngine):
+    """Notes the star options and the salt of each request; a document "long" makes too many tokens."""
+
+    def __init__(self, *script: Any, **kwargs: Any) -> None:
+        super().__init__(*script, **kwargs)
+        self.sent: list[tuple[int, dict[str, Any], str | None]] = []
+
+    async def render_cmpl_async(self, prompts, tok_params, prompt_extras):
+        (prompt,) = prompts
+        number = len(prompt["prompt_token_ids"]) if "prompt_token_ids" in prompt else TEN
+        number = 2 * self.model_config.max_model_len if prompt.get("prompt") == "long" else number
+        return [{"type": "token", "prompt_token_ids": [1] * number, **(prompt_extras or {})}]
+
+    async def generate(self, prompt, params, request_id, priority, lora_request):
+        star = {name: value for name, value in (params.extra_args or {}).items() if name.startswith("star")}
+        self.sent.append((len(prompt["prompt_token_ids"]), star, prompt.get("cache_salt")))
+        async for event in super().generate(prompt, params, request_id, priority, lora_request):
+            yield event
+
+
+def warm(engine: FakeEngine, documents: list[str], **fields: Any) -> list[pb.WarmDocumentsResponse]:
+    """What the client yields."""
+
+    async def scenario() -> list[pb.WarmDocumentsResponse]:
+        async with front_of(engine) as front, AsyncClient(front.address, retries=0) as client:
+            return [done async for done in client.warm_documents(documents, **fields)]
+
+    return asyncio.run(asyncio.wait_for(scenario(), 300))
+
+
+def test_each_document_is_a_request_behind_the_head_and_a_last_one_lets_their_pages_be_stored() -> None:
+    engine = Engine("a")
+    done = warm(engine, ["one", "two"], head="You answer.", cache_salt="mine")
+    assert [(each.index, each.tokens, each.error) for each in done] == [(0, TEN, ""), (1, TEN, "")]
+    assert not any(each.HasField("source") for each in done), "a fake engine says nothing of its documents"
+    document = (3 * TEN, {"star": "on", "star_segments": [TEN, 2 * TEN]}, "mine")
+    assert engine.sent == [document, document, (TEN, {"star": "off"}, "mine")]
+    assert [call.params.max_tokens for call in engine.calls] == [1, 1, 2]
+
+
+def test_without_a_head_a_document_is_in_its_prompt_twice() -> None:
+    engine = Engine("a")
+    warm(engine, ["one"])
+    assert engine.sent[0] == (3 * TEN, {"star": "on", "star_segments": [0, TEN, 2 * TEN]}, None)
+
+
+def test_a_document_that_is_refused_is_named_and_the_others_go_on() -> None:
+    done = warm(Engine("a", max_model_len=100), ["one", "long", "two", "x" * 1_000_001], head="You answer.")
+    assert [bool(each.error) for each in sorted(done, key=lambda each: each.index)] == [False, True, False, True]
+    assert "100" in done[1].error and "characters" in done[3].error
+
+
+def test_so_many_documents_are_computed_at_once() -> None:
+    """All of them wait in the engine; with one more at a time a fifth would run."""
+
+    async def scenario() -> int:
+        engine = Engine(None, "a")
+        async with front_of(engine) as front, AsyncClient(front.address, retries=0) as client:
+            documents = client.warm_documents(list("abcdef"), head="You answer.", concurrency=4)
+            first = asyncio.ensure_future(anext(documents))
+            async with asyncio.timeout(300):
+                while len(engine.calls) < 4:
+                    await asyncio.sleep(0.01)
+            running = len(engine.calls) - len(engine.ended)
+            engine.release.set()
+            await first
+            assert len([each async for each in documents]) == 5
+            return running
+
+    assert asyncio.run(scenario()) == 4
+
+
+def test_the_requests_end_with_the_call() -> None:
+    async def scenario() -> None:
+        engine = Engine(None, "a")
+        async with front_of(engine) as front, AsyncClient(front.address, retries=0) as client:
+            documents = client.warm_documents(list("abcdef"), head="You answer.", concurrency=3)
+            first = asyncio.ensure_future(anext(documents))
+            async with asyncio.timeout(300):
+                while len(engine.calls) < 3:
+                    await asyncio.sleep(0.01)
+                first.cancel()
+                while len(engine.ended) < 3:
+                    await asyncio.sleep(0.01)
+            assert len(engine.calls) == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("documents", "fields", "says"),
+    [
+        ([], {}, "There are no documents"),
+        (["a"] * 257, {}, "it has 257 documents, and may have 256 at most"),
+        (["a"], {"concurrency": 9}, "it has 9 documents, and may have 8 at most"),
+        (["a"], {"head": "x" * 1_000_001}, "characters"),
+    ],
+    ids=["none", "too many", "too many at once", "the head is too long"],
+)
+def test_what_is_refused(documents: list[str], fields: dict[str, Any], says: str) -> None:
+    engine = Engine("a", max_model_len=100) if "head" in fields else Engine("a")
+    with pytest.raises(StarlingError, match=says) as failed:
+        warm(engine, documents, **fields)
+    assert failed.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert not engine.sent
+
+
+def test_an_engine_without_star_computes_no_documents() -> None:
+    engine = Engine("a")
+    engine.planner.facts = EngineFacts(32, refusals=("MLA models",))
+    with pytest.raises(StarlingError, match="WarmDocuments is refused: MLA models"):
+        warm(engine, ["one"])
+    assert not engine.sent
+
+
+def test_a_full_queue_ends_the_call() -> None:
+    with pytest.raises(StarlingError) as failed:
+        warm(Engine("a", refuses=DrainingError("no more")), ["one"])
+    assert failed.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_one_text_is_no_list_of_documents() -> None:
+    with pytest.raises(TypeError, match="it is one text"):
+        warm(Engine("a"), "one")  # type: ignore[arg-type]

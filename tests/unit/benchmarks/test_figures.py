@@ -82,7 +82,7 @@ CAPACITY = [100 * row["of_allowed"] for row in STORED["attamba_capacity"]["rows"
 QUALITY = {name: result for name, result in STORED["attamba_quality"].items() if name in ("recall", "text")}
 START = STORED["attamba_from_transformer"]
 DROPPED = START["bits"]["2048"]
-SOAK = STORED["soak"]["runs"]
+(SOAK,) = STORED["soak"]["runs"]
 
 
 def distilled(length: int) -> list[float]:
@@ -334,18 +334,36 @@ FIGURES = [
     ),
     (
         BENCHMARKS,
-        "| capacity, rate (requests/s) | {:.1f}, {:.1f} | {:.1f}, {:.1f} |",
-        [run[name] for run in SOAK for name in ("capacity_requests_per_second", "rate_requests_per_second")],
+        "| capacity, rate (requests/s) | {:.1f}, {:.1f} |",
+        [SOAK[name] for name in ("capacity_requests_per_second", "rate_requests_per_second")],
     ),
-    (BENCHMARKS, "| requests sent | {:,} | {:,} |", [run["requests"]["sent"] for run in SOAK]),
-    (BENCHMARKS, "| arrivals not sent | {:,} | {:,} |", [run["requests"]["not_sent"] for run in SOAK]),
-    (BENCHMARKS, "| refused as they must be | {:,} | {:,} |", [outcomes(run, "refused") for run in SOAK]),
-    (BENCHMARKS, "vanished or stopped reading | {:,} | {:,} |", [outcomes(run, "left") for run in SOAK]),
-    (BENCHMARKS, "| lost | {} | {}, both", [run["requests"]["lost"] for run in SOAK]),
+    (BENCHMARKS, "| requests sent | {:,} |", [SOAK["requests"]["sent"]]),
+    (BENCHMARKS, "| of clients that misbehave | {:,} |", [SOAK["faults"]]),
+    (BENCHMARKS, "| arrivals not sent | {:,} |", [SOAK["requests"]["not_sent"]]),
+    (BENCHMARKS, "| refused as they must be | {:,} |", [outcomes(SOAK, "refused")]),
+    (BENCHMARKS, "vanished or stopped reading | {:,} |", [outcomes(SOAK, "left")]),
+    (BENCHMARKS, "| lost | {} |", [SOAK["requests"]["lost"]]),
     (
         BENCHMARKS,
-        "| answers compared, different | {:,}, {} | {:,}, {} |",
-        [run["requests"][name] for run in SOAK for name in ("answers_checked", "answers_different")],
+        "| answers compared, different | {:,}, {} |",
+        [SOAK["requests"][name] for name in ("answers_checked", "answers_different")],
+    ),
+    (BENCHMARKS, "in any of them | {}; {:.0f} |", [SOAK["rests"], SOAK["pages_leaked"]]),
+    (
+        BENCHMARKS,
+        "| stalls of event loops, the longest | {:.0f}, {:.1f} ms |",
+        [
+            sum(loop["stalls"] for loop in SOAK["event_loops"].values()),
+            max(loop["longest_ms"] for loop in SOAK["event_loops"].values()),
+        ],
+    ),
+    (
+        BENCHMARKS,
+        "| series flat, unclear, growing | {}, {}, {} |",
+        [
+            sum(series["verdict"] == verdict for series in SOAK["series"].values())
+            for verdict in ("flat", "unclear", "growing")
+        ],
     ),
 ]
 

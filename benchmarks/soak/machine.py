@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SLEEP_SECONDS, LATE_SECONDS = 0.02, 0.15
 HIGHEST_PRIORITY = -20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class MachineWatch:
 
     def __enter__(self) -> MachineWatch:
         for processor in sorted(os.sched_getaffinity(0)):
-            command = [sys.executable, "-S", __file__, str(processor)]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+            command = [sys.executable, "-c", f"from {__name__} import watch; watch({processor})"]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
             self.processes.append(process)
             self._readers.append(threading.Thread(target=self._read, args=(process,), daemon=True))
             self._readers[-1].start()
@@ -90,7 +92,3 @@ def watch(processor: int) -> None:
         now = time.monotonic()
         if now - before >= SLEEP_SECONDS + LATE_SECONDS:
             print(json.dumps([before, now]), flush=True)
-
-
-if __name__ == "__main__":
-    watch(int(sys.argv[1]))

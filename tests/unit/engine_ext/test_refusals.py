@@ -180,6 +180,9 @@ WITHOUT_SHARDS = {
         "additional_config": {"starling": {"replicas": {"peers": "a:1"}}},
         "parallel_config__data_parallel_size": 1,
     },
+    "a library may keep what is computed": {
+        "kv_transfer_config": SimpleNamespace(kv_connector="LibraryConnector", kv_connector_extra_config={})
+    },
     "available on CPU only": {"device_config__device_type": "cuda"},
     "for fp8 would round": {"cache_config__cache_dtype": "fp8_e4m3"},
     "cpu_attention=vllm": {"additional_config": {"starling": {"cpu_attention": "vllm"}}},

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import vllm
 from fastapi import FastAPI
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from starling.engine_ext.clients import ADMIN_KEY_ENV
-from starling.engine_ext.serving.http.api_key import OPEN_PATHS, OPERATOR_PATHS, RequireKey
+from starling.engine_ext.serving.http.api_key import OPEN_PATHS, OPERATOR_PATHS, RequireKey, is_open
 
 KEY = {"authorization": "bearer one"}
 
@@ -84,3 +87,21 @@ def test_vllm_takes_the_admin_key_where_it_asks_for_an_api_key(monkeypatch):
     http = TestClient(app)
     assert http.post("/v1/load_lora_adapter", headers=ADMIN).json() == "loaded"
     assert http.post("/v1/load_lora_adapter", headers=KEY).status_code == 401
+
+
+ROUTE = re.compile(r'@(?:\w*router|app)\.(?:get|post|put|delete|patch|head|api_route|websocket|route)\(\s*"([^"]+)"')
+CLIENT_FOLDERS = ("/v1/", "/v2/", "/cohere/v2/", "/inference/v1/generate")
+CLIENT_PATHS = {
+    *("/classify", "/detokenize", "/generative_scoring", "/invocations", "/kv_event_sources", "/load", "/pooling"),
+    *("/rerank", "/score", "/tokenize", "/tokenizer_info"),
+}
+SUPERVISOR_PATHS = {"/ready", "/readyz"}  # of vLLM's dp_supervisor, which is no API server
+
+
+def test_each_path_of_vllm_is_open_or_a_clients_or_an_operators():
+    """A path that a new vLLM adds has to be put into one of these by hand."""
+    sources = (Path(vllm.__file__).parent / "entrypoints").rglob("*.py")
+    paths = {path for source in sources for path in ROUTE.findall(source.read_text(encoding="utf-8"))}
+    assert {"/pause", "/invocations", "/v1/completions", "/v1/load_lora_adapter"} <= paths
+    unknown = paths - set(OPERATOR_PATHS) - CLIENT_PATHS - SUPERVISOR_PATHS
+    assert {path for path in unknown if not (is_open(path) or path.startswith(CLIENT_FOLDERS))} == set()

@@ -69,7 +69,13 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
     if reason is not None:
         given = f"{folder or ''}:{config.library.host_bytes}"
         raise OptionError(f"{ENTRY}.{STAR_LIBRARY}", given, reason, f"no {STAR_LIBRARY}")
-    tiers = [] if folder is None else [{"type": TIER, "module_path": "starling.library.tier", "root_dir": str(folder)}]
+    events = vllm_config.kv_events_config
+    tier = {
+        "type": TIER,
+        "module_path": "starling.library.tier",
+        "root_dir": str(folder),
+        "enable_kv_events": events is not None and events.enable_kv_cache_events,
+    }
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=LIBRARY_CONNECTOR,
         kv_connector_module_path="starling.library.connector",
@@ -78,7 +84,7 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
             SPEC_NAME: SPEC,
             SPEC_MODULE: "starling.library.spec",
             HOST_BYTES: config.library.host_bytes,
-            "secondary_tiers": tiers,
+            "secondary_tiers": [] if folder is None else [tier],
         },
     )
 

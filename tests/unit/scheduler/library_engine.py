@@ -23,10 +23,10 @@ from tests.unit.scheduler.simulation import Engine, answer, make_config, make_sc
 PAGE_SIZE = 8
 
 
-def library_config(folder: Path, host_bytes: int, files: Path | None = None) -> Any:
-    """An engine's configuration with a library; in files where there is a folder for them."""
+def library_config(folder: Path, host_bytes: int, files: Path | None = None, **more: Any) -> Any:
+    """An engine's configuration with a library, in files where there is a folder; ``more`` are vLLM's arguments."""
     entry = {"star_library": f"{files or ''}:{host_bytes}", "star": "on", "star_segments": "auto"}
-    return make_config(folder, entry, block_size=PAGE_SIZE)
+    return make_config(folder, entry, block_size=PAGE_SIZE, **more)
 
 
 def with_replicas(config: Any) -> Any:

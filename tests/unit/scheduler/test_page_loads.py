@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
+from vllm.config import KVEventsConfig
 from vllm.v1.request import RequestStatus
 
 from starling.scheduler import page_loads
@@ -177,6 +178,28 @@ def test_a_load_takes_no_page_that_the_request_has_found(config: Any) -> None:
     assert len(engine.loaded) - loaded == (BLOCKS - 2) * BLOCK // PAGE_SIZE
     assert engine.computed["second"] == BLOCK + QUERY + NEW - 1
     engine.check_pages()
+    engine.close()
+
+
+def test_kv_events_say_where_a_page_is(tmp_path: Path) -> None:
+    """In the engine's memory, in host memory, and in files, by the same hashes."""
+    events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    engine = make_engine(library_config(tmp_path / "models", 2**20, tmp_path / "pages", kv_events_config=events))
+    stored: dict[str, set[bytes]] = defaultdict(set)
+
+    def publish(batch: Any) -> None:
+        for event in batch.events:
+            stored[event.medium].update(event.block_hashes)
+
+    engine.scheduler.kv_event_publisher.publish = publish
+    engine.add("first", PLAN, random_ids(1, LENGTH))
+    engine.run()
+    (tier,) = engine.library.manager.secondary_tiers
+    tier.drain_jobs()
+    engine.step()
+    engine.step()
+    assert set(stored) == {"GPU", "CPU", "STORAGE"}
+    assert stored["GPU"] == stored["CPU"] == stored["STORAGE"] and len(stored["GPU"]) == LENGTH // PAGE_SIZE
     engine.close()
 
 

@@ -26,7 +26,7 @@ from examples.completions import Completions
 from examples.server import serving
 from examples.stdlib_documents import MODULES, Index, entries, make_documents
 
-MARK = "<file_sep>"
+MARK = "<|file_sep|>"
 CHARACTERS, RETRIEVED, MAX_TOKENS = 1000, 6, 16
 SYSTEM = """<|im_start|>system
 You answer questions about the standard library of Python. The user's message begins with documents. Each of them has \
@@ -68,7 +68,7 @@ def head_of(kind: str, examples: list[Question]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a model with <file_sep> among its tokens")
+    parser.add_argument("model", type=Path, help="folder of a model with <|file_sep|> among its tokens")
     parser.add_argument("--questions", type=int, default=100)
     args = parser.parse_args()
     documents = make_documents(CHARACTERS)

@@ -75,11 +75,17 @@ def forget(engine: LibraryEngine) -> None:
     assert engine.scheduler.reset_prefix_cache()
 
 
-def test_a_forgotten_prompt_is_loaded(engine: LibraryEngine) -> None:
+def only_in_the_library(engine: LibraryEngine) -> list[int]:
+    """A prompt that the engine has computed, and of which it has nothing in its own cache any more."""
     ids = random_ids(1, LENGTH)
     engine.add("first", PLAN, ids)
     engine.run()
     forget(engine)
+    return ids
+
+
+def test_a_forgotten_prompt_is_loaded(engine: LibraryEngine) -> None:
+    ids = only_in_the_library(engine)
     engine.add("second", PLAN, ids)
     engine.run()
     assert engine.computed["second"] == LENGTH - (LENGTH - 1) // PAGE_SIZE * PAGE_SIZE + NEW - 1
@@ -90,10 +96,7 @@ def test_a_forgotten_prompt_is_loaded(engine: LibraryEngine) -> None:
 @pytest.mark.parametrize("delay", [1, 6])
 def test_what_is_behind_a_hole_is_loaded(config: Any, missing: tuple[int, ...], delay: int) -> None:
     engine = make_engine(config, delay=delay)
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     engine.add("second", PLAN, replaced(ids, *missing))
     engine.run()
     # A block depends on the anchor, which is block 0. Pages of the query depend on everything.
@@ -107,10 +110,7 @@ def test_what_is_behind_a_hole_is_loaded(config: Any, missing: tuple[int, ...], 
 def test_what_is_nowhere_is_computed_while_others_arrive(config: Any) -> None:
     """Blocks 0 and 1 are nowhere. They are computed in the steps in which the others, which take long, arrive."""
     engine = make_engine(config, delay=5)
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     engine.add("second", PLAN, [*ids[:BLOCK], *random_ids(9, BLOCK), *ids[2 * BLOCK :]])
     engine.step()
     engine.step()
@@ -124,10 +124,7 @@ def test_what_is_nowhere_is_computed_while_others_arrive(config: Any) -> None:
 
 def test_two_requests_share_a_load(config: Any) -> None:
     engine = make_engine(config, delay=3)
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     engine.add("second", PLAN, ids)
     engine.add("third", PLAN, replaced(ids, 4))
     engine.run()
@@ -163,10 +160,7 @@ def test_a_library_larger_than_host_memory_is_found_in_files(tmp_path: Path) -> 
 def test_a_load_takes_no_page_that_the_request_has_found(config: Any) -> None:
     """Block 0 is in the free pages that would be taken first, block 1 is nowhere: the request starts at once."""
     engine = make_engine(config, num_pages=40)
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     engine.add("head", None, ids[: BLOCK + 1])
     engine.run()
     others = engine.pool.get_num_free_blocks() - BLOCK // PAGE_SIZE
@@ -205,10 +199,7 @@ def test_kv_events_say_where_a_page_is(tmp_path: Path) -> None:
 
 def test_a_request_does_not_wait_for_ever(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(config, delay=10**6)
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     monkeypatch.setattr(page_loads, "PATIENCE_SECONDS", -1.0)
     engine.add("second", PLAN, ids)
     engine.run()
@@ -217,10 +208,7 @@ def test_a_request_does_not_wait_for_ever(config: Any, monkeypatch: pytest.Monke
 
 
 def test_an_aborted_request_leaves_no_page_in_use(engine: LibraryEngine) -> None:
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     engine.add("second", PLAN, ids)
     engine.step()
     engine.scheduler.finish_requests(["second"], RequestStatus.FINISHED_ABORTED)
@@ -233,10 +221,7 @@ def test_an_aborted_request_leaves_no_page_in_use(engine: LibraryEngine) -> None
 def test_a_reset_of_the_library_while_pages_arrive(config: Any) -> None:
     """They are not taken for pages of the prompt."""
     engine = make_engine(config, delay=4)
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     engine.add("second", PLAN, ids)
     engine.step()
     engine.scheduler.connector.reset_cache()
@@ -284,10 +269,7 @@ def test_a_part_of_a_prompt_is_loaded_but_what_it_leaves_out_is_neither_loaded_n
 
 def test_what_is_fetched_from_another_replica_is_not_asked_for(config: Any) -> None:
     engine = make_engine(with_replicas(config))
-    ids = random_ids(1, LENGTH)
-    engine.add("first", PLAN, ids)
-    engine.run()
-    forget(engine)
+    ids = only_in_the_library(engine)
     engine.add("head", None, ids[: BLOCK + 1])
     engine.run()
     loaded = len(engine.loaded)

@@ -42,10 +42,6 @@ RULES: Rules = (
         lambda c: set(MODELS).intersection(c.model_config.architectures),
         "the states of this model's layers are no pages that vLLM's offloading knows",
     ),
-    (
-        lambda c: c.lora_config,
-        "pages are found by the name of a LoRA adapter, and another server may have another adapter of that name",
-    ),
     (lambda c: c.model_config.enable_sleep_mode, "sleep mode may load other weights, which the library would mix"),
 )
 

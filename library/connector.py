@@ -17,10 +17,12 @@ from vllm.logger import init_logger
 from starling.library.identity import described, identity_of
 from starling.library.tier import LibraryTier
 from starling.replicas.weights import loaded_digest, may_change_weights, name_of
+from starling.scheduler.adapter_keys import adapter_keys
 from starling.scheduler.page_loads import PATIENCE_SECONDS, PageLoads
 from starling.vllm_compat.engine_core import on_worker_call
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.offloading import PageOffloading, chunks_of, tiers_of
+from starling.vllm_compat.prefix_cache import add_page_keys
 from starling.vllm_compat.scheduler_view import SchedulerView
 
 logger = init_logger("vllm.starling")
@@ -67,6 +69,7 @@ class LibraryConnector(OffloadingConnector):
         if self.connector_scheduler is not None:
             PageOffloading.become(self.connector_scheduler)
             on_worker_call(close_after_change)
+            add_page_keys(adapter_keys)
 
     # The scheduler's side.
 

@@ -34,10 +34,11 @@ from starling.vllm_compat.prefix_cache import (
 )
 
 
-def page_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
-    """The extra key of a request's page over positions ``[start, end)``; None: none."""
+def page_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
+    """The extra keys of a request's page over positions ``[start, end)``: one, or none."""
     plan = metadata_of(request).plan
-    return None if plan is None else star_page_key(plan, start, end)
+    key = None if plan is None else star_page_key(plan, start, end)
+    return () if key is None else (key,)
 
 
 def star_page_key(plan: StarPlan, start: int, end: int) -> tuple[str, str] | None:

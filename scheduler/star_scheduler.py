@@ -17,7 +17,7 @@ from starling.config.scheduling import MIN_CHUNK, SchedulingOptions
 from starling.config.star import StarOptions
 from starling.scheduler.block_padding import count_client_tokens, padded_plan, with_padding, without_padding
 from starling.scheduler.block_reuse import BlockReuse, reuse_refusal
-from starling.scheduler.cache_keys import independent_block_hasher, page_key
+from starling.scheduler.cache_keys import independent_block_hasher, page_keys
 from starling.scheduler.cache_state import cache_state, compressed_groups, states_used
 from starling.scheduler.core_rpc import add_core_rpc
 from starling.scheduler.live_requests import LiveRequests
@@ -33,7 +33,7 @@ from starling.scheduler.worker_report import worker_report
 from starling.vllm_compat.engine_core import amend_requests, end_with_parent
 from starling.vllm_compat.kv_pages import Page
 from starling.vllm_compat.patching import extends
-from starling.vllm_compat.prefix_cache import add_page_key, leave_out_of_hit_rate, use_request_hasher
+from starling.vllm_compat.prefix_cache import add_page_keys, leave_out_of_hit_rate, use_request_hasher
 from starling.vllm_compat.scheduler_hooks import SchedulerHooks
 
 if TYPE_CHECKING:  # imports vLLM's offloading, which only a scheduler with a library needs
@@ -69,7 +69,7 @@ class StarMixin(SchedulerHooks):
     connector: Any  # replicas/scheduler_connector.py, where prompts are split over replicas
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        add_page_key(page_key)
+        add_page_keys(page_keys)
         leave_out_of_hit_rate(is_incomplete)
         add_core_rpc()
         amend_requests(with_padding)

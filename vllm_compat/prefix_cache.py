@@ -18,8 +18,13 @@ Hasher = Callable[[Any], list[Any]]
 HashFunction = Callable[[Any], bytes]
 
 
-def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) -> None:
-    """Let ``page_key(request, start, end)`` add a tagged extra key to the hash of a page.
+PageKeys = Callable[[Any, int, int], tuple[tuple[str, str], ...]]
+
+_page_keys: list[PageKeys] = []
+
+
+def add_page_keys(page_keys: PageKeys) -> None:
+    """Let ``page_keys(request, start, end)`` add tagged extra keys to the hash of a page, in all engines of a process.
 
     In place of vLLM's own function for extra keys, in the two modules that call it, so that page hashes
     and KV events agree. Only called in an engine core where Starling is activated. Goes when vLLM has a
@@ -30,8 +35,11 @@ def add_page_key(page_key: Callable[[Any, int, int], tuple[str, str] | None]) ->
     @wrap(block_pool, "generate_block_hash_extra_keys")
     def generate_block_hash_extra_keys(original: Original, request: Any, start: int, end: int, mm_index: int) -> Any:
         keys, next_index = original(request, start, end, mm_index)
-        key = page_key(request, start, end)
-        return (keys if key is None else (*(keys or ()), key)), next_index
+        added = [key for page_keys in _page_keys for key in page_keys(request, start, end)]
+        return ((*(keys or ()), *added) if added else keys), next_index
+
+    if page_keys not in _page_keys:
+        _page_keys.append(page_keys)
 
 
 def extra_page_keys(request: Any, start: int, end: int) -> Any:

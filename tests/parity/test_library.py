@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.random_llama import make_random_llama
 from tests.parity.harness import TINY, max_gap, run_engine, v2_env
@@ -70,3 +72,37 @@ def test_documents_are_found_in_host_memory_and_after_a_restart(model: Path, run
                 check(model, prompt, output)
     assert len(files(tmp_path)) >= 18  # all of the documents, and the head
     assert {path.stat().st_mode & 0o777 for path in files(tmp_path)} == {0o600}
+
+
+def test_pages_of_a_lora_adapter_are_those_of_its_files(model: Path, tmp_path: Path) -> None:
+    """They are found after a restart, and not where the adapter's files are others, under the same name and path."""
+    adapter, files = tmp_path / "adapter", tmp_path / "pages"
+    prompt = {"ids": tokens_of(7, 150), "max_tokens": 4, "lora": str(adapter)}
+    engine = {"max_num_batched_tokens": 97, "enable_lora": True, "max_lora_rank": 8}
+    engine["star"] = {"star_library": f"{files}:16MiB"}
+    make_adapter(adapter, seed=1)
+    ((cold,), _) = run_engine(model, [[prompt], [AFTER | {"lora": str(adapter)}], SETTLE], **engine)["batches"]
+    ((warm,),) = run_engine(model, [[prompt]], **engine)["batches"]
+    assert (cold["cached"], warm["cached"]) == (0, 128)
+    assert warm["token_ids"] == cold["token_ids"]
+    make_adapter(adapter, seed=2)
+    ((other,),) = run_engine(model, [[prompt]], **engine)["batches"]
+    assert other["cached"] == 0
+    assert other["token_ids"] != cold["token_ids"]
+
+
+def make_adapter(folder: Path, seed: int) -> None:
+    """A LoRA adapter of the output projections of attention, with a large effect."""
+    folder.mkdir(exist_ok=True)
+    random = torch.Generator().manual_seed(seed)
+    size = TINY["hidden_size"]
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.o_proj.lora_{part}.weight": torch.randn(
+            *((4, size) if part == "A" else (size, 4)), generator=random
+        )
+        for layer in range(TINY["num_hidden_layers"])
+        for part in "AB"
+    }
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["o_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(weights, folder / "adapter_model.safetensors")

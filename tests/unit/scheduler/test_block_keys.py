@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from starling.scheduler.cache_keys import independent_block_hasher, page_key
+from starling.scheduler.cache_keys import independent_block_hasher, page_keys
 from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
-from starling.vllm_compat.prefix_cache import add_page_key, plain_request_hasher
+from starling.vllm_compat.prefix_cache import add_page_keys, plain_request_hasher
 from tests.unit.masks import mask_of
 from tests.unit.scheduler.star.test_block_positions import PAD, PAGE_SIZE, QUERY, Layout
 from tests.unit.scheduler.test_cache_keys import fake_request
@@ -31,7 +31,7 @@ SALTS, ADAPTERS = (None, "tenant"), (None, SimpleNamespace(lora_name="adapter", 
 
 @pytest.fixture(scope="module", autouse=True)
 def hashing():
-    add_page_key(page_key)
+    add_page_keys(page_keys)
     init_none_hash(HASH)
 
 

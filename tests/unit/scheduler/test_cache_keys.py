@@ -11,10 +11,10 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
-from starling.scheduler.cache_keys import independent_block_hasher, page_key, star_page_key
+from starling.scheduler.cache_keys import independent_block_hasher, page_keys, star_page_key
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
-from starling.vllm_compat.prefix_cache import add_page_key
+from starling.vllm_compat.prefix_cache import add_page_keys
 from tests.unit.masks import mask_of
 
 PAGE_SIZE = 4
@@ -22,8 +22,8 @@ PAGE_SIZE = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def hashing():
-    add_page_key(page_key)
-    add_page_key(page_key)
+    add_page_keys(page_keys)
+    add_page_keys(page_keys)
     init_none_hash(get_hash_fn_by_name("sha256"))
 
 

@@ -46,9 +46,10 @@ class WorkerWeights(KVConnectorHandshakeMetadata):
 def close_after_change(core: Any, method: Any) -> None:
     """Close the files of an engine core's library before a front's call of its workers that may change the weights.
 
-    A process may have several engines (vLLM's VLLM_ENABLE_V1_MULTIPROCESSING=0), and not all of them a library.
+    A process may have several engines (vLLM's VLLM_ENABLE_V1_MULTIPROCESSING=0), and not all of them a library, or a
+    scheduler yet.
     """
-    close = getattr(core.scheduler.connector, "close_files", None)
+    close = getattr(getattr(getattr(core, "scheduler", None), "connector", None), "close_files", None)
     if close is not None and may_change_weights(method):
         close(f"{name_of(method)} may have changed the model's weights")
 

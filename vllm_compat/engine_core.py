@@ -65,7 +65,12 @@ def add_core_utility(name: str, function: Callable[..., Any]) -> None:
     setattr(EngineCore, name, function)
 
 
-def on_worker_call(callback: Callable[[Any, Any], None]) -> None:
+WorkerCall = Callable[[Any, Any], None]
+
+_worker_calls: list[WorkerCall] = []
+
+
+def on_worker_call(callback: WorkerCall) -> None:
     """Let ``callback(engine_core, method)`` be called before a front's call of a method of all workers.
 
     vLLM's own ways to change weights while a server runs (its RL endpoints, /collective_rpc) come by here, and those of
@@ -79,8 +84,12 @@ def on_worker_call(callback: Callable[[Any, Any], None]) -> None:
 
     @wrap(EngineCore, "collective_rpc")
     def collective_rpc(original: Original, self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        callback(self, method)
+        for each in _worker_calls:
+            each(self, method)
         return original(self, method, *args, **kwargs)
+
+    if callback not in _worker_calls:
+        _worker_calls.append(callback)
 
 
 def amend_requests(amend: Callable[[Any], Any]) -> None:

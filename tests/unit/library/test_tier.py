@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 from vllm.v1.kv_offload.config import OffloadingGroupConfig
 from vllm.v1.kv_offload.tiering.base import TransferJob
@@ -21,6 +22,10 @@ from starling.library import tier as tier_module
 from starling.library.connector import close_after_change
 from starling.library.stamp import STAMP_BYTES, has_stamp, write_stamp
 from starling.library.tier import LibraryTier
+from starling.replicas.core_rpc import add_replica_rpc
+from starling.replicas.weights import KNOWN, changed_by
+from starling.vllm_compat import engine_core
+from starling.vllm_compat.engine_core import on_worker_call
 
 CHUNKS, SIZE = 4, 4096
 KEYS = [make_offload_key(bytes([number]) * 32, 0) for number in range(CHUNKS)]
@@ -246,3 +251,19 @@ def test_the_files_are_closed_before_the_weights_may_change_where_an_engine_has_
         close_after_change(core, "check_health")
         close_after_change(core, "reload_weights")
     assert closed == ["reload_weights may have changed the model's weights"]
+
+
+def test_the_files_are_closed_beside_what_replicas_note_of_the_same_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both connectors want to know of a call that may change the weights."""
+    monkeypatch.setattr(engine_core, "_worker_calls", [])
+    closed: list[str] = []
+    core = object.__new__(EngineCore)
+    core.scheduler = SimpleNamespace(connector=SimpleNamespace(close_files=closed.append))
+    core.model_executor = SimpleNamespace(collective_rpc=lambda *args, **kwargs: [])
+    setattr(core, KNOWN, True)
+    for _ in range(2):
+        add_replica_rpc()
+        on_worker_call(close_after_change)
+    core.collective_rpc("reload_weights")
+    assert len(closed) == 1
+    assert changed_by(core) == "reload_weights"

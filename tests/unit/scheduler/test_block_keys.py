@@ -19,6 +19,7 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 from starling.scheduler.cache_keys import independent_block_hasher, page_keys
 from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
+from starling.vllm_compat import prefix_cache
 from starling.vllm_compat.prefix_cache import add_page_keys, plain_request_hasher
 from tests.unit.masks import mask_of
 from tests.unit.scheduler.star.test_block_positions import PAD, PAGE_SIZE, QUERY, Layout
@@ -31,8 +32,11 @@ SALTS, ADAPTERS = (None, "tenant"), (None, SimpleNamespace(lora_name="adapter", 
 
 @pytest.fixture(scope="module", autouse=True)
 def hashing():
-    add_page_keys(page_keys)
-    init_none_hash(HASH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_cache, "_page_keys", [])
+        add_page_keys(page_keys)
+        init_none_hash(HASH)
+        yield
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,8 @@ class LibraryMachine(CountingMachine):
                 self.engine.step()
                 release(self.engine)  # else others might wait for the pages
             self.engine.run()
+            if self.engine.has_replicas:
+                release(self.engine)
             self.engine.check_pages()
             self.totals["requests"] += self.number
             self.totals["loaded pages"] += len(self.engine.loaded)

@@ -21,11 +21,7 @@ from starling.engine_ext.head_scores import scores_of
 from starling.replicas.messages import nixl_problem
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID, dependence
-from starling.scheduler.star.request_metadata import (
-    LIBRARY_CONNECTORS,
-    REPLICA_CONNECTORS,
-    default_num_shards,
-)
+from starling.scheduler.star.request_metadata import LIBRARY_CONNECTORS, OWN_CONNECTORS, default_num_shards
 from starling.vllm_compat.config import cpu_attention_isa, num_api_servers, page_size_before_start
 from starling.vllm_compat.engine_report import engine_reports
 
@@ -33,7 +29,7 @@ MAX_SERVERS = 64
 """Over how many servers a prompt may be split, this one included."""
 
 # Connectors whose keys are request.block_hashes, and so tell star pages from dense ones.
-CONNECTORS = (*REPLICA_CONNECTORS, *LIBRARY_CONNECTORS, "OffloadingConnector")
+CONNECTORS = (*OWN_CONNECTORS, "OffloadingConnector")
 
 SPECULATION = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 """The methods of speculative decoding whose drafts come from tokens, or from layers with full attention."""
@@ -125,8 +121,7 @@ RULES: Rules = (
 
 def _other_connector(config: Any) -> str | None:
     transfer = config.kv_transfer_config
-    known = (*REPLICA_CONNECTORS, *LIBRARY_CONNECTORS)
-    return None if transfer is None or transfer.kv_connector in known else transfer.kv_connector
+    return None if transfer is None or transfer.kv_connector in OWN_CONNECTORS else transfer.kv_connector
 
 
 def _options(config: Any) -> StarlingConfig:

@@ -16,10 +16,9 @@ from starling.scheduler.star.request_metadata import CONNECTOR, LIBRARY_CONNECTO
 from starling.vllm_compat.kv_pages import CacheGroup
 from starling.vllm_compat.scheduler_view import SchedulerView
 
-MODULES = {CONNECTOR: StarConnector.__module__, LIBRARY_CONNECTOR: LibraryConnector.__module__}
-
-for name, module in MODULES.items():  # MultiConnector finds the classes of statistics by name
-    KVConnectorFactory.register_connector(name, module, name)
+# MultiConnector finds the classes of statistics by name.
+KVConnectorFactory.register_connector(CONNECTOR, StarConnector.__module__, CONNECTOR)
+KVConnectorFactory.register_connector(LIBRARY_CONNECTOR, LibraryConnector.__module__, LIBRARY_CONNECTOR)
 
 
 @dataclass

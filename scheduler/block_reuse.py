@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 
 from starling.scheduler.cache_keys import chain_restarts, independent_plan
 from starling.scheduler.star.independence import dependence
-from starling.scheduler.star.request_metadata import LIBRARY_CONNECTORS, REPLICA_CONNECTORS, metadata_of
+from starling.scheduler.star.request_metadata import OWN_CONNECTORS, metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.scheduler_view import SchedulerView
 
@@ -26,7 +26,7 @@ def reuse_refusal(vllm_config: Any) -> str | None:
     if not vllm_config.cache_config.enable_prefix_caching:
         return "prefix caching is off"
     transfer = vllm_config.kv_transfer_config
-    if transfer is not None and transfer.kv_connector not in (*REPLICA_CONNECTORS, *LIBRARY_CONNECTORS):
+    if transfer is not None and transfer.kv_connector not in OWN_CONNECTORS:
         return "the KV connector expects a request's pages to be computed in order"
     if vllm_config.speculative_config is not None:
         return "with speculative decoding a page's key may cover tokens behind the page"

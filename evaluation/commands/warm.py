@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,8 +31,8 @@ from starling.evaluation.commands.measuring import (
 )
 from starling.evaluation.plans import Plan
 from starling.evaluation.server import StartError, served
+from starling.evaluation.warm_prompts import QUESTION, in_parallel, warm_prompt
 
-QUESTION = "?"
 LINE = '{"text": "..."}, or a text in quotes'
 MAX_SHOWN = 10  # documents that failed
 
@@ -165,20 +164,11 @@ class DocumentRefused(Exception):
     """The server refuses a document, and would refuse it again."""
 
 
-async def in_parallel(work: Any, concurrency: int) -> None:
-    """Run so many of these at once; where one fails, all end (raises its exception)."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-
-
 async def warm_document(client: Client, head: list[int], text: str, question: list[int], done: Warmed) -> None:
     """Have one document computed (raises ServerError, or DocumentRefused where only this one is refused)."""
     document = await client.tokenizer.tokenize(text)
-    prompt, plan = prompt_of(head, document, question)
+    prompt, starts = warm_prompt(head, document, question)
+    plan = Plan("documents", {"star": "on", "star_segments": starts})  # type: ignore[dict-item]
     facts = await client.facts()
     if facts.max_model_len is not None and len(prompt) >= facts.max_model_len:
         raise DocumentRefused(f"its prompt has {len(prompt)} tokens, and the model takes {facts.max_model_len - 1}")
@@ -188,17 +178,6 @@ async def warm_document(client: Client, head: list[int], text: str, question: li
     sources = (completion.plan or {}).get("document_sources")
     if sources:
         done.sources.update({str(kind): int(tokens) for kind, tokens in sources[0].items()})
-
-
-def prompt_of(head: list[int], document: list[int], question: list[int]) -> tuple[list[int], Plan]:
-    """The tokens of a document's prompt, and its star options.
-
-    Without a head the document is in it twice: a prompt of one block would be dense, and its pages no document's.
-    """
-    documents = [document] if head else [document, document]
-    starts = [len(head) + number * len(document) for number in range(len(documents) + 1)]
-    tokens = [*head, *(token for each in documents for token in each), *question]
-    return tokens, Plan("documents", {"star": "on", "star_segments": starts})  # type: ignore[dict-item]
 
 
 def show(done: Warmed, console: Console) -> None:

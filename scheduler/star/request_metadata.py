@@ -37,6 +37,7 @@ BOTH_CONNECTORS = "LibraryAndReplicasConnector"
 
 REPLICA_CONNECTORS = (CONNECTOR, BOTH_CONNECTORS)
 LIBRARY_CONNECTORS = (LIBRARY_CONNECTOR, BOTH_CONNECTORS)
+OWN_CONNECTORS = (CONNECTOR, LIBRARY_CONNECTOR, BOTH_CONNECTORS)
 
 SHARDS = "shards"
 """The key in the connector's configuration: over how many replicas a prompt's KV is divided by default."""

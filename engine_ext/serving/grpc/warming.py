@@ -13,9 +13,8 @@ from vllm.inputs import TextPrompt
 
 from starling.engine_ext.bounds import DOCUMENTS, DOCUMENTS_AT_ONCE, shortened
 from starling.engine_ext.serving.grpc.prompts import PromptLimit
+from starling.evaluation.warm_prompts import QUESTION, in_parallel, warm_prompt
 from starling.v1 import inference_pb2 as pb
-
-QUESTION = "?"
 
 Events = AsyncGenerator[pb.GenerateStreamResponse]
 
@@ -58,12 +57,7 @@ class Warming:
                 async with sending:
                     await send(done)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(max(request.concurrency, 1)):
-                    group.create_task(work())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        await in_parallel(work, max(request.concurrency, 1))
         # vLLM begins to store what a step has computed in the next step.
         await self._plan_of(message_of(question, [], request, max_tokens=2))
 
@@ -76,10 +70,7 @@ class Warming:
             document = await self._tokens(text)
             if not document:
                 raise VLLMValidationError("The document has no tokens.", parameter="documents")
-            # Without a head it is there twice: a prompt of one block would be dense, and its pages no document's.
-            documents = [document] if head else [document, document]
-            starts = [len(head) + number * len(document) for number in range(len(documents) + 1)]
-            tokens = [*head, *(token for each in documents for token in each), *question]
+            tokens, starts = warm_prompt(head, document, question)
             plan = await self._plan_of(message_of(tokens, starts, request, max_tokens=1))
         except (VLLMValidationError, ValueError) as refused:
             return pb.WarmDocumentsResponse(index=index, error=shortened(str(refused)))

@@ -159,6 +159,12 @@ def merged(*outputs: RequestOutput) -> RequestOutput:
     return queue.get_nowait()
 
 
+async def until(condition) -> None:
+    async with asyncio.timeout(300):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def front_of(engine, api_keys=(), credentials=None, channel_credentials=None):
     front = Front(engine, list(api_keys))

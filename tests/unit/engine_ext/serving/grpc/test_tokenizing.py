@@ -10,7 +10,7 @@ import pytest
 
 from starling.engine_ext.serving.grpc.quota import Quota
 from starling.v1 import inference_pb2 as pb
-from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, FakeTokenizer, front_of
+from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, FakeTokenizer, front_of, until
 
 TEXT = pb.TokenizeRequest(text="abc")
 
@@ -38,12 +38,6 @@ def engine():
     engine.tokenizer = SlowTokenizer()
     yield engine
     engine.tokenizer.go.set()
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(300):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def test_a_prompt_is_served_while_a_text_is_tokenised(engine):

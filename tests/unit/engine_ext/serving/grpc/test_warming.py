@@ -12,7 +12,7 @@ from starling.client import AsyncClient, StarlingError
 from starling.engine_ext.serving.errors import DrainingError
 from starling.scheduler.star.facts import EngineFacts
 from starling.v1 import inference_pb2 as pb
-from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of
+from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, until
 
 TEN = PROMPT_TOKENS  # of each text
 
@@ -77,9 +77,7 @@ def test_so_many_documents_are_computed_at_once() -> None:
         async with front_of(engine) as front, AsyncClient(front.address, retries=0) as client:
             documents = client.warm_documents(list("abcdef"), head="You answer.", concurrency=4)
             first = asyncio.ensure_future(anext(documents))
-            async with asyncio.timeout(300):
-                while len(engine.calls) < 4:
-                    await asyncio.sleep(0.01)
+            await until(lambda: len(engine.calls) >= 4)
             running = len(engine.calls) - len(engine.ended)
             engine.release.set()
             await first
@@ -95,12 +93,9 @@ def test_the_requests_end_with_the_call() -> None:
         async with front_of(engine) as front, AsyncClient(front.address, retries=0) as client:
             documents = client.warm_documents(list("abcdef"), head="You answer.", concurrency=3)
             first = asyncio.ensure_future(anext(documents))
-            async with asyncio.timeout(300):
-                while len(engine.calls) < 3:
-                    await asyncio.sleep(0.01)
-                first.cancel()
-                while len(engine.ended) < 3:
-                    await asyncio.sleep(0.01)
+            await until(lambda: len(engine.calls) >= 3)
+            first.cancel()
+            await until(lambda: len(engine.ended) >= 3)
             assert len(engine.calls) == 3
 
     asyncio.run(scenario())

@@ -78,11 +78,11 @@ build_requirements() {
   .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "editables~=0.3", "uv", sep="\n")'
 }
 
-# Prints what the CUDA image adds to vLLM's own image, or replaces there: NIXL, and those of Starling's requirements that
+# Prints what the CUDA image adds to vLLM's own image, or replaces there: NIXL, the service for gateways, and those of Starling's requirements that
 # are newer than vLLM's or that vLLM does not have.
 cuda_requirements() {
   .venv/bin/python -c 'import tomllib; print(*(name for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if name.startswith(("googleapis", "grpcio", "protobuf"))), sep="\n")'
-  printf 'nixl\nnixl-cu12\nnixl-cu13\n'
+  printf 'nixl\nnixl-cu12\nnixl-cu13\nsmg-grpc-servicer\nsmg-grpc-proto\n'
 }
 
 # compile OUTPUT ARGUMENTS: writes a lock file.
@@ -119,7 +119,7 @@ case "${1:-}" in
   lock)
     compile "$LOCK" --override "$OVERRIDES" --extra cpu --extra xformers --extra dev --extra bench --extra docs pyproject.toml
     build_requirements | compile "$BUILD_LOCK" -
-    compile "$IMAGE_LOCK" --override "$OVERRIDES" --constraint "$LOCK" --extra cpu pyproject.toml
+    compile "$IMAGE_LOCK" --override "$OVERRIDES" --constraint "$LOCK" --extra cpu --extra smg pyproject.toml
     # Without what these require, which is in vLLM's image; the image's build checks that.
     cuda_requirements | compile "$CUDA_LOCK" --no-deps --constraint "$LOCK" -
     ;;

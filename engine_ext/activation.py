@@ -56,6 +56,7 @@ MIDDLEWARE = (  # the last one is the outermost
     f"{HTTP}.body.BoundBody",
     f"{HTTP}.plan_header.PlanHeader",
     f"{HTTP}.progress.HttpProgress",
+    f"{HTTP}.cached_tokens.AnswerCachedTokens",
     f"{HTTP}.client.NoteClient",
     f"{HTTP}.api_key.RequireKey",
 )

@@ -23,6 +23,8 @@ class Call:
         max_plans: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.
         request_ids: of the engine requests that were made for it.
         num_sequences: of them: their choices.
+        only_looks_up: its prompt is not run: what is cached of it is looked up.
+        cached: what was found (front/cached_tokens.py); None: nothing yet.
     """
 
     api_key: str = ""
@@ -32,6 +34,8 @@ class Call:
     max_plans: int | None = None
     request_ids: list[str] = field(default_factory=list)
     num_sequences: int = 0
+    only_looks_up: bool = False
+    cached: dict[str, Any] | None = None
 
     def add_request(self, request_id: str, num_choices: int) -> None:
         """Note an engine request (raises VLLMValidationError: the call has too many)."""

@@ -87,9 +87,10 @@ def _hook_in() -> None:
 def _hook_into_front() -> None:
     """Hook into the engine as a server has it: what its clients send passes here."""
     from starling.engine_ext.bounds import bounded_text, shortened
-    from starling.engine_ext.call import sees_cached, with_sources, without_cached
+    from starling.engine_ext.call import current_call, sees_cached, with_sources, without_cached
     from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
     from starling.engine_ext.constraints import constraint_error, with_reason
+    from starling.engine_ext.front.cached_tokens import look_up
     from starling.engine_ext.front.split_prefill import generate_split
     from starling.engine_ext.front.state import abort_split, state_of
     from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request, shown_plan
@@ -100,6 +101,9 @@ def _hook_into_front() -> None:
     def generate_for_client(
         engine: Any, generate: Any, prompt: Any, params: Any, *request: Any
     ) -> AsyncGenerator[Any, None]:
+        call = current_call.get()
+        if call is not None and call.only_looks_up:
+            return look_up(engine, prompt, request[-1], call)
         generated = generate_split(engine, generate, prompt, params, *request)
         error = constraint_error(params)
         generated = generated if error is None else with_reason(generated, error)

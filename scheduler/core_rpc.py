@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from starling.scheduler.cache_state import cache_state, prefill_progress
+from starling.scheduler.cached_tokens import cached_tokens
 from starling.vllm_compat.engine_core import add_core_utility
 from starling.vllm_compat.worker import attention_backends
 
@@ -15,6 +16,7 @@ CACHE_STATE = "starling_cache_state"
 PREFILL_PROGRESS = "starling_prefill_progress"
 ATTENTION_BACKENDS = "starling_attention_backends"
 LIVE_REQUESTS = "starling_live_requests"
+CACHED_TOKENS = "starling_cached_tokens"
 
 
 def _cache_state(core: Any, per_request: bool) -> dict[str, Any]:
@@ -40,3 +42,4 @@ def add_core_rpc() -> None:
     add_core_utility(PREFILL_PROGRESS, _prefill_progress)
     add_core_utility(ATTENTION_BACKENDS, _attention_backends)
     add_core_utility(LIVE_REQUESTS, _live_requests)
+    add_core_utility(CACHED_TOKENS, cached_tokens)

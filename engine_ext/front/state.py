@@ -24,6 +24,9 @@ from starling.vllm_compat.front import around_shutdown, refuse_admission
 
 logger = init_logger("vllm.starling")
 
+LOOKUPS = 4
+"""Prompts that are looked up at once (cached_tokens.py): each takes milliseconds of an engine's process."""
+
 
 class FrontState:
     """One for each engine.
@@ -37,6 +40,7 @@ class FrontState:
         peers: the servers that this one splits prompts with; None: it has none.
         weights_changed_by: the call by which the weights may have changed since the start; None: by none.
         serving_models: returns vLLM's list of the server's models; None where no OpenAI server uses the engine.
+        lookups: the turns of prompts that are looked up.
     """
 
     def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
@@ -52,6 +56,7 @@ class FrontState:
         self.poller = ProgressPoller(self.split_requests)
         self.serving_models: Callable[[], Any] = lambda: None
         self.weights_changed_by: str | None = None
+        self.lookups = asyncio.Semaphore(LOOKUPS)
         self._ends_before_engine = False
 
     def note_weights(self, changed_by: str | None) -> None:

@@ -24,7 +24,7 @@ from starling.engine_ext.refusals import star_refusals
 from starling.engine_ext.serving.errors import DrainingError
 from starling.engine_ext.serving.grpc.arrivals import ArrivalInterceptor
 from starling.engine_ext.serving.grpc.auth import (
-    ADMIN_PREFIX,
+    ADMIN_METHODS,
     SEVERAL_KEYS,
     Continuation,
     Metadata,
@@ -52,10 +52,10 @@ ANSWER_SECONDS = 5.0
 """How long the state of a replica is waited for. A replica answers between two of its steps."""
 
 NO_ACCESS = (
-    "AdminService is not open here: start the server with --grpc-admin-port PORT and call that port, or with "
-    "--grpc-admin-key KEY (or STARLING_ADMIN_KEY) and send the metadata `authorization: Bearer KEY`"
+    "this method is the operator's, and not open here: start the server with --grpc-admin-port PORT and call that "
+    "port, or with --grpc-admin-key KEY (or STARLING_ADMIN_KEY) and send the metadata `authorization: Bearer KEY`"
 )
-WRONG_KEY = "AdminService needs the metadata `authorization: Bearer KEY` with the key of --grpc-admin-key"
+WRONG_KEY = "this method needs the metadata `authorization: Bearer KEY` with the key of --grpc-admin-key"
 
 Refusal = tuple[grpc.StatusCode, str]
 
@@ -99,17 +99,19 @@ class AdminInterceptor(grpc.aio.ServerInterceptor):
     Args:
         key: the admin key, or None.
         own_port: whether the port serves AdminService alone.
+        methods: prefixes of the methods that need the admin key.
     """
 
-    def __init__(self, key: str | None, own_port: bool) -> None:
+    def __init__(self, key: str | None, own_port: bool, methods: tuple[str, ...] = ADMIN_METHODS) -> None:
         self.key = key
         self.own_port = own_port
+        self.methods = methods
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
-        if handler is None or not (self.own_port or handler_call_details.method.startswith(ADMIN_PREFIX)):
+        if handler is None or not (self.own_port or handler_call_details.method.startswith(self.methods)):
             return handler
         refused = refusal(handler_call_details.invocation_metadata, self.key, self.own_port)
         return handler if refused is None else refusal_handler(handler, *refused)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -167,7 +167,7 @@ def limited_handler(handler: grpc.RpcMethodHandler, calls: RunningCalls) -> grpc
 
 
 def receiving_handler(handler: grpc.RpcMethodHandler, arrivals: Arrivals) -> grpc.RpcMethodHandler:
-    """A handler that receives one message through ``arrivals``, for ``handler``, whose method is a coroutine."""
+    """A handler that receives one message through ``arrivals``, and then calls the method of ``handler``."""
     serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
     async def receive_and_serve(_: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -184,7 +184,13 @@ def receiving_handler(handler: grpc.RpcMethodHandler, arrivals: Arrivals) -> grp
         except DecodeError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         del data
-        return await serve(request, context)
+        served = serve(request, context)
+        if not isinstance(served, AsyncGenerator):
+            return await served
+        async with aclosing(served) as responses:
+            async for response in responses:
+                await context.write(response)
+        return None
 
     make_handler = METHOD_HANDLERS[True, handler.response_streaming]
     return make_handler(receive_and_serve, None, handler.response_serializer)

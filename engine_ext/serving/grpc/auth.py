@@ -17,8 +17,12 @@ from starling.engine_ext.clients import bearer_key, digest, has_valid_key
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 ADMIN_PREFIX = "/starling.v1.AdminService/"
 REPLICA_PREFIX = "/starling.v1.ReplicaService/"
-UNGATED_PREFIXES = (HEALTH_PREFIX, ADMIN_PREFIX)
-"""Methods that need no API key and are served while the server drains. AdminService has its own key."""
+GATEWAY_PREFIX = "/vllm.grpc.engine.VllmEngine/"
+ADMIN_METHODS = (ADMIN_PREFIX, *(f"{GATEWAY_PREFIX}{name}" for name in ("FlushCache", "StartProfile", "StopProfile")))
+"""Prefixes of the methods that need the admin key, and no API key."""
+
+KV_EVENTS = f"{GATEWAY_PREFIX}SubscribeKvEvents"
+"""Its answers have the tokens of all clients' prompts, and it runs as long as its client."""
 
 WRONG_REPLICA_KEY = "ReplicaService needs the metadata `authorization: Bearer KEY` with the key of STARLING_REPLICA_KEY"
 
@@ -52,7 +56,9 @@ def host_of(context: grpc.aio.ServicerContext) -> str:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a valid API key, and all calls while the server drains; except UNGATED_PREFIXES.
+    """Refuses calls without a valid API key, and all calls while the server drains.
+
+    Health and the methods of the admin key need no API key, and are served while the server drains.
 
     Args:
         api_keys: the valid keys; none: calls need no key.
@@ -62,6 +68,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, api_keys: Sequence[str], replica_key: str | None = None) -> None:
         self.digests = [digest(key) for key in api_keys]
         self.replica_digests = [] if replica_key is None else [digest(replica_key)]
+        # KV events have the tokens of all clients: where these have keys, only the admin key allows them.
+        self.admin_methods = (*ADMIN_METHODS, *([KV_EVENTS] if api_keys else []))
         self.draining = False
         self.calls: set[asyncio.Task] = set()
 
@@ -69,15 +77,16 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(UNGATED_PREFIXES):
+        method = handler_call_details.method
+        if handler is None or method.startswith((HEALTH_PREFIX, *self.admin_methods)):
             return handler
-        text = self.refusal(handler_call_details.method, handler_call_details.invocation_metadata)
+        text = self.refusal(method, handler_call_details.invocation_metadata)
         if text is not None:
             return refusal_handler(handler, grpc.StatusCode.UNAUTHENTICATED, text)
         if self.draining:
             return refusal_handler(handler, grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
         task = asyncio.current_task()
-        if task is not None:
+        if task is not None and method != KV_EVENTS:
             self.calls.add(task)
             task.add_done_callback(self.calls.discard)
         return handler

@@ -84,11 +84,11 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
         with ExitStack() as held:
             try:
-                self._check_admission(1)
+                self.check_admission(1)
                 room = held.enter_context(self.uploads.room(self.client_of(context)))
                 request = await Upload(room, self.limit).receive(parts)
             except Exception as raised:
-                await self._abort(raised, "head", context)
+                await self.end_call(raised, "head", context)
             await self._serve(request, context, write, progress=request.progress, on_prepared=held.close)
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
@@ -104,7 +104,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         try:
             token_ids = await self.tokenizing.token_ids(request, self.client_of(context))
         except Exception as raised:
-            await self._abort(raised, prompt_field(request), context)
+            await self.end_call(raised, prompt_field(request), context)
         return pb.TokenizeResponse(
             token_ids=token_ids, count=len(token_ids), max_model_len=self.engine.model_config.max_model_len
         )
@@ -114,7 +114,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             self._check_documents()
             await self.warming.run(request, context.write)
         except Exception as raised:
-            await self._abort(root_cause(raised), "documents", context)
+            await self.end_call(root_cause(raised), "documents", context)
 
     def _warm(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
         """Run the request of a document."""
@@ -155,7 +155,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                     async for event in events:
                         await send(event)
         except Exception as raised:
-            await self._abort(root_cause(raised), call.error_field, context)
+            await self.end_call(root_cause(raised), call.error_field, context)
 
     async def _generate(
         self, request: GenerateRequest, request_id: str, call: Call
@@ -191,9 +191,9 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
         Raises:
             VLLMValidationError, ValueError: bad input.
-            Exception: as ``_check_admission`` raises it.
+            Exception: as ``check_admission`` raises it.
         """
-        self._check_admission(max(request.sampling.n, 1))
+        self.check_admission(max(request.sampling.n, 1))
         star = star_args(request.star)
         note_star(star)
         self._refuse_without_effect(request)
@@ -215,7 +215,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         engine_input = planner.prepare(engine_input, params)
         return engine_input, params, engine_input[SHOWN]
 
-    def _check_admission(self, choices: int) -> None:
+    def check_admission(self, choices: int) -> None:
         """Check that the engine can take ``choices`` more requests.
 
         Raises:
@@ -252,7 +252,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         finally:
             self.running.discard(name)
 
-    async def _abort(self, error: Exception, field: str, context: grpc.aio.ServicerContext) -> NoReturn:
+    async def end_call(self, error: Exception, field: str, context: grpc.aio.ServicerContext) -> NoReturn:
         """End a call with the error's status; ``field`` is the request's field for errors that name none."""
         if isinstance(error, EngineDeadError):
             await self.on_dead()

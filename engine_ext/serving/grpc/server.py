@@ -1,4 +1,4 @@
-"""The gRPC server: InferenceService, AdminService, health and reflection on the engine that the OpenAI server uses."""
+"""The gRPC server: its services, health and reflection, on the engine that the OpenAI server uses."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from starling.v1 import admin_pb2_grpc, inference_pb2_grpc, replica_pb2_grpc
 
 logger = init_logger("vllm.starling")
 
+GATEWAY_EXTRA = "pip install 'vllm-starling[smg]'"
 GRACE_SECONDS = 5.0
 HEALTH_CHECK_SECONDS = 0.5
 
@@ -59,7 +60,8 @@ class Front:
         self.admin_port: int | None = None
         self.auth = AuthInterceptor(api_keys, replica_key)
         self.arrivals = ArrivalInterceptor(self.auth.client_of)
-        interceptors = [self.auth, AdminInterceptor(admin.key, own_port=False), NoteClient(show_cached), self.arrivals]
+        operators = AdminInterceptor(admin.key, own_port=False, methods=self.auth.admin_methods)
+        interceptors = [self.auth, operators, NoteClient(show_cached), self.arrivals]
         self.server = grpc.aio.server(interceptors=interceptors, options=server_options(MAX_REQUEST_BYTES))
         self.health = health.aio.HealthServicer()
         self.inference = Inference(
@@ -70,7 +72,8 @@ class Front:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer(), self.server)
         if replica is not None:
             replica_pb2_grpc.add_ReplicaServiceServicer_to_server(replica, self.server)
-        names = (SERVICE, admin_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self.services = [SERVICE, *self._add_gateway()]
+        names = (*self.services, admin_service.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         self.peers: PeerDirectory | None = None  # that this server looks for while it serves
         self.engine_died = False
@@ -80,6 +83,18 @@ class Front:
 
     def _admin_servicer(self) -> AdminServicer:
         return AdminServicer(self.engine, self, max_message_bytes=MAX_REQUEST_BYTES)
+
+    def _add_gateway(self) -> list[str]:
+        """Serve VllmEngine where its package is installed; returns the service's name, in a list."""
+        try:
+            from smg_grpc_proto import vllm_engine_pb2_grpc
+
+            from starling.engine_ext.serving.grpc.gateway import GATEWAY_SERVICE, Gateway
+        except ImportError as error:
+            logger.info("gRPC without vllm.grpc.engine.VllmEngine, which gateways call: %s (%s)", error, GATEWAY_EXTRA)
+            return []
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(Gateway(self.inference), self.server)
+        return [GATEWAY_SERVICE]
 
     @property
     def draining(self) -> bool:
@@ -104,7 +119,7 @@ class Front:
                 self._admin_servicer(), self.admin.key, address, credentials
             )
             logger.info("AdminService on %s", join_address(self.admin.host, self.admin_port))
-        for name in ("", SERVICE):
+        for name in ("", *self.services):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._watchdog = asyncio.ensure_future(self._watch_engine())
         return self.port

@@ -1,0 +1,122 @@
+"""vllm.grpc.engine.VllmEngine, the service that gateways such as SMG call, on the engine that the OpenAI server uses.
+
+The package smg-grpc-servicer implements it (the extra `smg`). Here it gets the bounds and checks of starling.v1, and
+the metadata of an answer has the prompt's plan. A request has no star options: the server's defaults hold for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_servicer.vllm.servicer import VllmEngineServicer
+from vllm.exceptions import VLLMValidationError
+
+from starling.engine_ext.bounds import REQUEST_ID, SAMPLING, shortened
+from starling.engine_ext.call import this_call
+from starling.engine_ext.serving.errors import DuplicateRequestError
+from starling.engine_ext.serving.grpc.inference import Inference
+from starling.engine_ext.serving.http.plan_header import HEADER, header_value
+from starling.v1 import inference_pb2
+
+GATEWAY_SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+
+MEDIA = ("mm_inputs", "extra_mm_inputs", "media_refs")
+"""Fields of a GenerateRequest with images or videos: tensors, names of shared memory, or addresses to fetch."""
+
+PREFIX = "gateway-"
+"""Of the engine's ids of these requests: no client can name a request of another front."""
+
+
+class Gateway(VllmEngineServicer):
+    """The package's servicer behind Starling's checks.
+
+    Args:
+        inference: the service of starling.v1, whose limits, tokenizer and admission hold here too.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        super().__init__(inference.engine, time.time())
+        # It logs a line for each request. vLLM does so only with --enable-log-requests.
+        logging.getLogger("smg_grpc_servicer.vllm.servicer").setLevel(logging.WARNING)
+        self.inference = inference
+        self.clients: dict[str, str] = {}  # of the running requests, by the engine's id
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        client, name = self.inference.client_of(context), PREFIX + request.request_id
+        try:
+            await self._check(request, name, client)
+        except Exception as error:
+            await self.inference.end_call(error, request.WhichOneof("input") or "tokenized", context)
+        request.request_id = name
+        self.clients[name] = client
+        try:
+            async with aclosing(super().Generate(request, BoundedErrors(self.engine, context))) as responses:
+                async for response in responses:
+                    yield response
+            context.set_trailing_metadata(((HEADER.decode(), header_value(this_call().plans).decode()),))
+        finally:
+            del self.clients[name]
+
+    async def _check(self, request: pb.GenerateRequest, name: str, client: str) -> None:
+        """Check a request as one of starling.v1, and make token ids of its text.
+
+        Raises:
+            VLLMValidationError, ValueError: bad input.
+            Exception: as Inference.check_admission raises it.
+        """
+        self.inference.check_admission(max(request.sampling_params.n, 1))
+        REQUEST_ID.check(len(request.request_id))
+        SAMPLING.check(request.sampling_params.ByteSize())
+        if not request.request_id:
+            raise VLLMValidationError("request_id is empty: gateways name their requests.", parameter="request_id")
+        if name in self.clients:
+            raise DuplicateRequestError(f"request_id {request.request_id!r} is running")
+        for field in MEDIA:
+            if field in {given.name for given, _ in request.ListFields()}:
+                raise VLLMValidationError(
+                    f"{field} is refused: this service takes text only. Send images over HTTP.", parameter=field
+                )
+        if request.WhichOneof("input") == "text":
+            text = inference_pb2.TokenizeRequest(text=request.text)
+            request.tokenized.input_ids.extend(await self.inference.tokenizing.token_ids(text, client))
+        self.inference.limit.check_ids(len(request.tokenized.input_ids))
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        """Abort running requests of the same client; others are left alone, as are ids that don't run."""
+        client = self.inference.client_of(context)
+        names = [PREFIX + name for name in request.request_ids]
+        own = [name for name in names if self.clients.get(name) == client]
+        return await super().Abort(pb.AbortRequest(request_ids=own), BoundedErrors(self.engine, context))
+
+    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        try:
+            self.inference.check_admission(1)
+            REQUEST_ID.check(len(request.request_id))
+            self.inference.limit.check_ids(len(request.tokenized.input_ids))
+        except Exception as error:
+            await self.inference.end_call(error, "tokenized", context)
+        return await super().Embed(request, BoundedErrors(self.engine, context))
+
+
+class BoundedErrors:
+    """The context of a call, with errors as starling.v1 has them: a bounded message, UNAVAILABLE of a dead engine."""
+
+    def __init__(self, engine: Any, context: grpc.aio.ServicerContext) -> None:
+        self.engine = engine
+        self.context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.context, name)
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
+        if self.engine.errored:
+            code, details = grpc.StatusCode.UNAVAILABLE, str(self.engine.dead_error)
+        await self.context.abort(code, shortened(details))

@@ -44,7 +44,11 @@ class AnswerCachedTokens:
                 held.append(message)
 
             inner = root + path
-            await self.app(scope | {"path": inner, "raw_path": inner.encode()}, receive, hold)
+            try:
+                await self.app(scope | {"path": inner, "raw_path": inner.encode()}, receive, hold)
+            except Exception:  # of a streamed response that has begun, where vLLM's API does not end it with an event
+                if call.cached is None:
+                    raise
             if call.cached is not None:
                 await JSONResponse(call.cached)(scope, receive, send)
                 return

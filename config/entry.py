@@ -8,6 +8,7 @@ from typing import Any
 
 from starling.config.library import LibraryOptions, parse_library
 from starling.config.parsing import OptionError, meant
+from starling.config.presets import PRESET, with_preset
 from starling.config.replicas import SECTION as REPLICAS
 from starling.config.replicas import ReplicaOptions, parse_replicas
 from starling.config.scheduling import SECTION as SCHEDULING
@@ -29,7 +30,7 @@ CHOICES = {  # the first is the default
     LIVE_PAGE: ("off", "on"),
 }
 SECTIONS = {SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
-NAMES = (*FIELD_OF, STAR_HEADS, STAR_LIBRARY, *SECTIONS, *CHOICES)
+NAMES = (PRESET, *FIELD_OF, STAR_HEADS, STAR_LIBRARY, *SECTIONS, *CHOICES)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def _parse(entry: Any) -> StarlingConfig:
         if key not in NAMES:
             reason = f"there is no such option{meant(str(key), NAMES)}"
             raise OptionError(f"{ENTRY}.{key}", value, reason, ", ".join(NAMES))
+    entry = with_preset(entry, f"{ENTRY}.{PRESET}")
     for section, example in SECTIONS.items():
         if not isinstance(value := entry.get(section, {}), Mapping):
             raise OptionError(f"{ENTRY}.{section}", value, "it must be an object", example)

@@ -32,6 +32,11 @@ def read_switch(value: Any) -> Any:
         return "on" if value else "off"
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return "on" if value.strip().lower() == "true" else "off"
+    return read_word(value)
+
+
+def read_word(value: Any) -> Any:
+    """A word in any case. Else the value itself."""
     return value.strip().lower() if isinstance(value, str) else value
 
 

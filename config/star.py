@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from starling.config.parsing import OptionError, Switch, Tokens, parse_fields, read_number, read_switch
+from starling.config.parsing import OptionError, Switch, Tokens, parse_fields, read_number, read_switch, read_word
 
 Mode = Annotated[Literal["off", "on", "auto"], BeforeValidator(read_switch)]
+Quality = Annotated[Literal["fast", "balanced", "careful"], BeforeValidator(read_word)]
 
 SHARE = re.compile(r"n/([1-9][0-9]{0,8})")
 SHARE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(%?)")
@@ -59,10 +60,16 @@ class StarOptions(BaseModel):
 
     mode: Mode = Field(default="off", description="off, on, or auto: on for prompts of at least star_min_tokens")
     min_tokens: Tokens = Field(default=32768, description="with star=auto, shorter prompts stay dense")
+    quality: Quality | None = Field(
+        default=None,
+        description="the size of star blocks in a word: fast, a sixteenth of the prompt; balanced, an eighth; careful, "
+        "a quarter; rounded up to a power of two, 1024 or more; larger blocks lose less and cost more; documents have "
+        "their own lengths; default: balanced",
+    )
     block_size: BlockSize | None = Field(
         default=None,
         description="star block B in tokens, a multiple of the KV page, or a share of the prompt such as n/8; default: "
-        "an eighth of the prompt rounded up to a power of two, 1024 or more; with documents 8192, their longest length",
+        "by star_quality; with documents 8192, their longest length",
     )
     anchor_size: Tokens | None = Field(
         default=None,
@@ -108,6 +115,7 @@ FIELDS = StarOptions.model_fields
 OFFSETS = "a list of token offsets of the prompt, 0 or more and ascending"
 EXPECTED = {
     "mode": "one of off, on, auto",
+    "quality": "one of fast, balanced, careful",
     "block_size": "a whole number of tokens, 1 or more, or a share such as n/8",
     "dense_heads": "a share of the KV heads, 0 to 1",
     "segments": f"auto, off, the text of one token, or {OFFSETS}",
@@ -116,6 +124,7 @@ EXPECTED = {
 }
 ALLOWED = EXPECTED | {
     "mode": "off, on, auto",
+    "quality": "fast, balanced, careful",
     "block_size": "a multiple of the KV page, or a share of the prompt such as n/8",
     "anchor_size": "a multiple of the KV page from 0 to the block size",
     "overlap_size": "a multiple of the KV page from 0 to the block size",
@@ -174,8 +183,13 @@ def num_blocks(options: StarOptions) -> int | None:
 
 
 def merge(defaults: StarOptions, request: StarOptions | None) -> StarOptions:
-    """A request's options over the server's: what the request gives replaces the default."""
+    """A request's options over the server's: what the request gives replaces the default.
+
+    A quality and a block size say the same, so that each of them replaces the other.
+    """
     if request is None:
         return defaults
     given = {name: getattr(request, name) for name in request.model_fields_set}
+    if given.get("quality") is not None:
+        given = {"block_size": None} | given
     return StarOptions.model_construct(**(defaults.__dict__ | given))

@@ -28,6 +28,7 @@ from starling.config.entry import (
     parse_config,
 )
 from starling.config.parsing import OptionError
+from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions
 from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
 from starling.engine_ext.head_scores import scores_of
@@ -111,6 +112,20 @@ def before_engine_config(engine_args: Any) -> None:
             raise OptionError(name, value, "Starling sets this class itself while it is activated", repr(default))
     if config.gpu_attention in CLASSES:
         choose_gpu_attention(config.gpu_attention, engine_args)
+    use_preset(engine_args)
+
+
+def use_preset(engine_args: Any) -> None:
+    """Set the size of a KV page that a preset asks for, and log what the preset stands for."""
+    entry = engine_args.additional_config[ENTRY]
+    preset = preset_of(entry, f"{ENTRY}.{PRESET}")
+    if preset is None:
+        return
+    if preset.cpu_page and current_platform.is_cpu() and engine_args.block_size is None:
+        engine_args.block_size = preset.cpu_page
+    own = f", --block-size {engine_args.block_size}" if engine_args.block_size is not None else ""
+    options = with_preset(entry, f"{ENTRY}.{PRESET}")
+    logger.info("preset %s: %s%s", entry[PRESET], ", ".join(f"{key}={options[key]}" for key in options), own)
 
 
 def choose_gpu_attention(setting: str, engine_args: Any) -> None:

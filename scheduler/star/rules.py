@@ -122,6 +122,11 @@ def _shards(reason: Callable[[Case], str | None]) -> Callable[[Case], str | None
     return lambda case: reason(case) if case.options.shards == "on" and "shards" in case.given else None
 
 
+def _quality_beside_size(case: Case) -> str | None:
+    size = case.options.block_size
+    return f"{flat_name('block_size')}={size} is given too" if case.has("quality") and case.has("block_size") else None
+
+
 def _share_of_documents(case: Case) -> str | None:
     if not (case.has_documents and case.has("block_size") and num_blocks(case.options) is not None):
         return None
@@ -160,6 +165,7 @@ ENGINE_RULES = (
 )
 
 OPTION_RULES = (
+    Rule("quality", "`star_block_size` is given too", _quality_beside_size, "one of the two"),
     off_page("block_size"),
     off_page("anchor_size"),
     off_page("overlap_size"),

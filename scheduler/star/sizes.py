@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starling.config.star import StarOptions, num_blocks
 
-BLOCKS_OF_PROMPT = 8
+BLOCKS_OF_PROMPT = {"fast": 16, "balanced": 8, "careful": 4}
+"""Into how many blocks a prompt of each quality is cut at most (docs/dense-heads.md has what they lose)."""
 MIN_BLOCK_SIZE = 1024
 DOCUMENT_BLOCK_SIZE = 8192
 """B by default where blocks are documents, so that it does not depend on the prompt."""
@@ -12,14 +13,18 @@ ANCHOR_TOKENS = 128
 ANCHORS_OF_BLOCK = 8
 
 
-def default_block_size(num_prompt_tokens: int, page_size: int) -> int:
-    """B of a prompt whose options name none: an eighth of it, rounded up to a power of two and to whole pages.
+def default_block_size(num_prompt_tokens: int, page_size: int, quality: str | None = None) -> int:
+    """B of a prompt whose options name none: a share of it, rounded up to a power of two and to whole pages.
 
-    So a prompt has more than 4 and at most 8 star blocks. B, and with it the borders of the blocks, changes only where
-    the prompt grows beyond a power of two: the next turn of a chat finds its pages in the prefix cache.
+    So a prompt has more than 4 and at most 8 star blocks, or twice or half as many. B, and with it the borders of the
+    blocks, changes only where the prompt grows beyond a power of two: the next turn of a chat finds its pages in the
+    prefix cache.
+
+    Args:
+        quality: which share; None: balanced.
     """
-    eighth = max(-(-num_prompt_tokens // BLOCKS_OF_PROMPT), MIN_BLOCK_SIZE)
-    return _whole_pages(1 << (eighth - 1).bit_length(), page_size)
+    share = max(-(-num_prompt_tokens // BLOCKS_OF_PROMPT[quality or "balanced"]), MIN_BLOCK_SIZE)
+    return _whole_pages(1 << (share - 1).bit_length(), page_size)
 
 
 def default_anchor_size(block_size: int, page_size: int) -> int:
@@ -43,9 +48,9 @@ def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int
         return max(-(-num_prompt_tokens // (share * page_size)), 1) * page_size
     if isinstance(options.block_size, int):
         return options.block_size
-    return (
-        _whole_pages(DOCUMENT_BLOCK_SIZE, page_size) if documents else default_block_size(num_prompt_tokens, page_size)
-    )
+    if documents:
+        return _whole_pages(DOCUMENT_BLOCK_SIZE, page_size)
+    return default_block_size(num_prompt_tokens, page_size, options.quality)
 
 
 def find_anchor_and_overlap(

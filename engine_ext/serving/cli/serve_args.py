@@ -23,6 +23,7 @@ from starling.config.entry import (
     parse_config,
 )
 from starling.config.parsing import OptionError
+from starling.config.presets import PRESET, PRESETS
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
@@ -94,6 +95,7 @@ class Flag:
 
 METAVARS = {
     "mode": "{off,on,auto}",
+    "quality": "{fast,balanced,careful}",
     "block_size": "N|n/8",
     "dense_heads": "SHARE",
     "segments": "auto|TEXT",
@@ -116,7 +118,16 @@ def choice(name: str, help_text: str, *section: str) -> Flag:
     return Flag("_".join((*section, name)), (*section, name), {"choices": choices, "help": help_text})
 
 
+PRESET_HELP = (
+    "Options for a kind of work, of which single options replace theirs: "
+    + "; ".join(f"{name}, {preset.meaning}" for name, preset in PRESETS.items())
+    + ". (default: none)"
+)
+EVERYDAY = {PRESET, STAR_LIBRARY, LIVE_PAGE, *map(flat_name, ("mode", "quality", "min_tokens", "segments"))}
+"""Names of the flags that most users need; the others are advanced."""
+
 FLAGS = (
+    Flag(PRESET, (PRESET,), {"metavar": f"{{{','.join(PRESETS)}}}", "help": PRESET_HELP}),
     *star_flags(),
     Flag(STAR_HEADS, (STAR_HEADS,), {"metavar": "FILE", "help": STAR_HEADS_HELP}),
     Flag(STAR_LIBRARY, (STAR_LIBRARY,), {"metavar": "DIR[:SIZE]", "help": STAR_LIBRARY_HELP}),
@@ -139,34 +150,36 @@ def make_parser() -> FlexibleArgumentParser:
     parser.epilog = (parser.epilog or "").replace("vllm serve", "starling serve")
     set_option_help(parser, "grpc_port", GRPC_PORT_HELP)
     starling = parser.add_argument_group(
-        "Starling", "Star Attention (arXiv 2411.17116): defaults for every request; replicas; and the gRPC server."
+        "Starling",
+        "Star Attention (arXiv 2411.17116), as the default for every request, and gRPC (--grpc-port). More of both: "
+        "--help='starling advanced'.",
     )
-    scheduler = parser.add_argument_group(
-        "Starling's scheduler", "Long prompts leave room for other requests in every step."
+    advanced = parser.add_argument_group(
+        "Starling advanced", "Sizes of star blocks; several replicas; what clients share; and control over gRPC."
     )
     for flag in FLAGS:
-        group = scheduler if flag.path[0] == SCHEDULING else starling
+        group = starling if flag.dest in EVERYDAY else advanced
         # Not in the namespace where not given: with None the formatter would add a wrong default to the help.
         group.add_argument(flag.option, default=argparse.SUPPRESS, **flag.keywords)
-    starling.add_argument(
+    advanced.add_argument(
         "--grpc-plaintext",
         action="store_true",
         help="Serve gRPC to other machines without TLS: others can read prompts, outputs and keys on the network. "
         "Required where --host (or --grpc-admin-host) is not loopback and --ssl-certfile is not given.",
     )
-    starling.add_argument(
+    advanced.add_argument(
         "--grpc-admin-port",
         default=argparse.SUPPRESS,
         type=int,
         help="Serve starling.v1.AdminService (cache state, abort, reset, drain) on this port too. 0: any free port. "
         "Default: no such port.",
     )
-    starling.add_argument(
+    advanced.add_argument(
         "--grpc-admin-host",
         default=argparse.SUPPRESS,
         help=f"The host of --grpc-admin-port; a host other than loopback requires an admin key (default: {LOOPBACK})",
     )
-    starling.add_argument(
+    advanced.add_argument(
         "--grpc-admin-key",
         default=argparse.SUPPRESS,
         help="Allow calls of AdminService that have this key (`authorization: Bearer KEY`), on --grpc-port too. Other "

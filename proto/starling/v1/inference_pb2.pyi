@@ -167,7 +167,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards", "dense_heads")
+    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards", "dense_heads", "quality")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -189,6 +189,7 @@ class StarOptions(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
     block_size: str
@@ -200,7 +201,8 @@ class StarOptions(_message.Message):
     replicas: int
     shards: bool
     dense_heads: float
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., dense_heads: _Optional[float] = ...) -> None: ...
+    quality: str
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., dense_heads: _Optional[float] = ..., quality: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")

@@ -50,7 +50,7 @@ def test_always_activated(parse_fast):
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "mode"])
 def test_every_option_has_a_flag(parse_fast, field):
-    words = {"shards": "on", "segments": "auto", "dense_heads": 0.25}
+    words = {"shards": "on", "segments": "auto", "dense_heads": 0.25, "quality": "fast"}
     given, expected = (words[field], words[field]) if field in words else ("96", 96)
     args, _ = parse_fast(f"--{flat_name(field).replace('_', '-')}", str(given))
     assert args.additional_config["starling"] == {flat_name(field): expected}
@@ -66,11 +66,12 @@ def test_mode_flag(parse_fast):
     }
 
 
-def test_a_newcomer_has_at_most_21_flags_to_learn(parser):
+def test_a_newcomer_has_few_flags_to_learn(parser):
     groups = parser._subparsers._group_actions[0].choices["serve"]._action_groups
-    starling = [group for group in groups if (group.title or "").startswith("Starling")]
-    own = {action.dest for group in starling for action in group._group_actions}
-    assert len(own) + 1 <= 21, "--grpc-port is vLLM's own, and does something else here"
+    own = {group.title: len(group._group_actions) for group in groups if (group.title or "").startswith("Starling")}
+    assert own.keys() == {"Starling", "Starling advanced"}
+    assert own["Starling"] <= 8
+    assert sum(own.values()) + 1 <= 23, "--grpc-port is vLLM's own, and does something else here"
 
 
 def test_flags_join_additional_config(parse_fast):
@@ -163,7 +164,7 @@ def test_help_shows_starlings_meaning_of_grpc_port(parser):
 def test_help_shows_one_default_and_names_options_as_requests_do(parser):
     serve = parser._subparsers._group_actions[0].choices["serve"]
     groups = {group.title: group for group in serve._action_groups}
-    actions = [action for name in ("Starling", "Starling's scheduler") for action in groups[name]._group_actions]
+    actions = [action for name in ("Starling", "Starling advanced") for action in groups[name]._group_actions]
     formatter = serve._get_formatter()
     bare = {name for name in FIELDS if "_" in name}
     for action in actions:

@@ -1,0 +1,66 @@
+"""The size of star blocks in a word: star_quality."""
+
+from __future__ import annotations
+
+import pytest
+
+from starling.config.parsing import OptionError
+from starling.config.star import merge, parse_options
+from starling.scheduler.star.decide import decide
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
+from starling.scheduler.star.rules import check_defaults
+
+PAGE, TOKENS = 16, 40_000
+ENGINE = EngineFacts(PAGE)
+
+
+def block_size(server: dict, request: dict | None = None, tokens: int = TOKENS) -> int:
+    defaults = parse_options({"star": "on"} | server)
+    options = None if request is None else parse_options(request)
+    plan = decide(defaults, options, PromptFacts(tokens, [1] * tokens), ENGINE).plan
+    assert plan is not None
+    return plan.block_size
+
+
+@pytest.mark.parametrize(
+    ("quality", "size"), [("fast", 4096), ("balanced", 8192), ("careful", 16384), (" Careful ", 16384)]
+)
+def test_a_word_is_a_share_of_the_prompt(quality, size):
+    assert block_size({"star_quality": quality}) == size
+    assert block_size({}, {"star_quality": quality}) == size
+    assert block_size({}) == 8192
+
+
+def test_no_block_has_less_than_1024_tokens():
+    assert block_size({"star_quality": "fast"}, tokens=4096) == 1024
+
+
+def test_what_a_request_gives_replaces_what_says_the_same():
+    assert block_size({"star_block_size": 512}, {"star_quality": "careful"}) == 16384
+    assert block_size({"star_quality": "careful"}, {"star_block_size": 512}) == 512
+    merged = merge(parse_options({"star_block_size": 512}), parse_options({"star_quality": None}))
+    assert merged.block_size == 512
+
+
+@pytest.mark.parametrize("size", [512, "n/8"])
+def test_both_at_once_are_refused(size):
+    both = {"star_quality": "fast", "star_block_size": size}
+    reason = r"star_quality='fast' is refused: star_block_size=(512|n/8) is given too. Allowed: one of the two"
+    with pytest.raises(OptionError, match=reason):
+        block_size({}, both)
+    with pytest.raises(OptionError, match=reason):
+        check_defaults(parse_options({"star": "on"} | both), ENGINE)
+
+
+def test_another_word_is_refused():
+    with pytest.raises(OptionError, match="star_quality='best' is refused: it must be one of fast, balanced, careful"):
+        parse_options({"star_quality": "best"})
+
+
+def test_documents_have_their_own_lengths():
+    ids = [1] * TOKENS
+    star = parse_options({"star": "on", "star_segments": (100, 9000, 20_000), "star_quality": "fast"})
+    plan = decide(parse_options({}), star, PromptFacts(TOKENS, ids), ENGINE).plan
+    assert plan is not None
+    assert plan.documents
+    assert plan.block_size == 8192

@@ -43,6 +43,7 @@ FULL: dict[str, str] = {
     "block_reuse": "",
     "block_positions": "",
     "library": "",
+    "routing": "",
     "rag": "models/qwen2.5-coder-0.5b-instruct",
     "fairness": "",
     "agents": "",

@@ -76,6 +76,7 @@ def make_cases(replicas: int, seed: str = "", peers: int = 1) -> list[Case]:
         "overlap": BLOCKS | {"star_overlap_size": 64},
         "dense heads": BLOCKS | {"star_dense_heads": 0.25},
         "dense heads, overlap": BLOCKS | {"star_overlap_size": 64, "star_dense_heads": 0.5},
+        "quality": QUERY | {"star_quality": "fast"},
         "number of blocks": QUERY | {"star_block_size": "n/6"},
         "auto": BLOCKS | {"star": "auto", "star_min_tokens": 500},
     }

@@ -73,7 +73,7 @@ def filled(field: str) -> pb.GenerateStreamRequest:
             setattr(sampling.structured_outputs, field, "(a|b)" * (MESSAGE_BYTES // 5))
         case "choices":
             sampling.structured_outputs.choices.choices.extend(f"choice {n}" for n in range(500_000))
-        case "segments" | "block_size":
+        case "segments" | "block_size" | "quality":
             setattr(star, field, text)
         case "segment_offsets":
             star.segment_offsets.extend([2**20] * (MESSAGE_BYTES // 3))
@@ -82,7 +82,7 @@ def filled(field: str) -> pb.GenerateStreamRequest:
 
 FIELDS = ("request_id", "lora_name", "cache_salt", "prompt", "prompt of ids", "prompt of texts", "prompt of messages")
 FIELDS += ("stop", "bad_words", "stop_token_ids", "logit_bias", "extra_args", "regex", "json_schema", "choices")
-FIELDS += ("segments", "block_size", "segment_offsets")
+FIELDS += ("segments", "block_size", "quality", "segment_offsets")
 
 
 @lru_cache(maxsize=len(FIELDS))

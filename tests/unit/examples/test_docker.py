@@ -1,5 +1,7 @@
 """examples/docker: its files refer to what exists, and its commands are accepted."""
 
+import argparse
+import importlib.metadata
 import json
 import re
 import shlex
@@ -146,3 +148,24 @@ def test_requirements_that_are_not_met_are_named(tmp_path, monkeypatch):
     assert found.stderr == (
         f"PyYAML>=999 is required, and {yaml.__version__} is installed\nno-such-package is not installed\n"
     )
+
+
+def test_a_gateway_calls_the_servers_that_it_has_for_itself():
+    router_args = pytest.importorskip("smg.router_args", reason="there is no wheel of smg here").RouterArgs
+    services = read_yaml("compose.gateway.yaml")["services"]
+    gateway = services.pop("gateway")
+    assert gateway["depends_on"].keys() == services.keys()
+    assert all(port.startswith("127.0.0.1:") for port in gateway["ports"])
+    for server in services.values():
+        args, grpc_port = parse(server["command"])
+        refuse_open_plaintext(args, grpc_port, admin_options(args, grpc_port, {}))
+        assert server["networks"] == ["workers"], "where no port is published"
+        assert "ports" not in server
+    parser = argparse.ArgumentParser()
+    router_args.add_cli_args(parser)
+    _, _, *options = gateway["command"]
+    asked = parser.parse_args(options)
+    assert asked.worker_urls == [f"grpc://{name}:{grpc_port}" for name in services]
+    assert f"127.0.0.1:{asked.port}:{asked.port}" in gateway["ports"]
+    installed = importlib.metadata.version("smg")
+    assert f"smg=={installed}" in gateway["build"]["dockerfile_inline"], "the version of tests/e2e/test_gateways.py"

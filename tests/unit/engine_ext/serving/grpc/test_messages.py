@@ -51,7 +51,7 @@ def test_star_args(message, args):
 
 
 def test_star_args_over_the_wire():
-    words = {"block_size": "n/8", "segments": "<file_sep>"}
+    words = {"quality": "fast", "block_size": "n/8", "segments": "<file_sep>"}
     every = {field: index for index, field in enumerate(StarOptions.model_fields) if field != "mode"} | words
     sent = pb.StarOptions(mode="MODE_ON", **every)
     received = messages.star_args(pb.StarOptions.FromString(sent.SerializeToString()))

@@ -27,8 +27,6 @@ PATTERN = re.compile(r"\d[\d,.]*(?:x| times| %| s| ms| µs)(?!\w)")
 UNRECORDED = {
     README: {"5 %": "the budget of an example"},
     BENCHMARKS: {
-        "1.0x": "the limit of Attamba's prefill, by multiplications",
-        "1.09x": "the limit of its decode steps, by bytes",
         "80 %": "a setting of the soak",
         "95 %": "the probability of all intervals",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
+import markdown
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -128,12 +131,65 @@ def test_paths_exist(page):
     assert unknown_paths((ROOT / page).read_text(encoding="utf-8")) == []
 
 
-def option_tables():
-    """The module .ci/option_tables.py, which is in no package."""
-    spec = spec_from_file_location("option_tables", ROOT / ".ci/option_tables.py")
+def ci_module(name: str) -> ModuleType:
+    """A module of .ci, which is in no package."""
+    spec = spec_from_file_location(name, ROOT / f".ci/{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def option_tables() -> ModuleType:
+    return ci_module("option_tables")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a language."""
+    return [token.content for token in tokens(text) if token.type == "fence" and token.info == language]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_in_pages_compiles(page):
+    for code in blocks((ROOT / page).read_text(encoding="utf-8"), "python"):
+        compile(code, page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_json_in_pages_parses(page):
+    """A block is one value of JSON, or one in each line."""
+    for code in blocks((ROOT / page).read_text(encoding="utf-8"), "json"):
+        try:
+            json.loads(code)
+        except json.JSONDecodeError:
+            for line in filter(None, code.splitlines()):
+                json.loads(line)
+
+
+def rendered(text: str) -> str:
+    """A page as the site has it."""
+    return markdown.markdown(text, extensions=["tables", "pymdownx.superfences"])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith(".github")])
+def test_lists_and_tables_are_none_but_on_github(page):
+    """Python-Markdown, which makes the site, wants four spaces of indentation, and an empty line before a list."""
+    assert ci_module("docs_site").running_text(rendered((ROOT / page).read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("- one\n- two\n\n1. one\n2. two\n\n| a |\n| --- |\n| - b |\n\n```\n- one\n```\n", []),
+        ("- one\n\n    | a |\n    | --- |\n    | b |\n\n- two\n", []),
+        ("- one\n\n  | a |\n  | --- |\n  | b |\n\n  more\n- two\n", ["- two</p>"]),
+        ("- one\n\n  ```text\n  a\n  ```\n- two\n", ["- two</p>"]),
+        ("a sentence:\n- one\n* two\n1. three\n", ["- one", "* two", "1. three</p>"]),
+        ("- one\n  | a |\n  | --- |\n  | b |\n", ["  | a |", "  | --- |", "  | b |</li>"]),
+        ("a sentence\n\n \\- one\n", ["<p>- one</p>"]),
+    ],
+)
+def test_which_text_is_running_text(text, found):
+    assert ci_module("docs_site").running_text(rendered(text)) == found
 
 
 def test_the_tables_of_options_are_those_of_the_models():

@@ -158,7 +158,7 @@ def main() -> None:
             "seconds": seconds,
             "attention_seconds": attention,
             "token_ids": list(output.outputs[0].token_ids),
-            "sources": getattr(output, "star_sources", None),
+            "sources": getattr(output, "document_sources", None),
         }
         print(json.dumps(response), file=responses, flush=True)
 

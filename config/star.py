@@ -111,6 +111,9 @@ class StarOptions(BaseModel):
     )
 
 
+Star = StarOptions | Mapping[str, Any] | Literal["off", "on", "auto"]
+"""Star options as a Python program gives them."""
+
 FIELDS = StarOptions.model_fields
 OFFSETS = "a list of token offsets of the prompt, 0 or more and ascending"
 EXPECTED = {
@@ -143,6 +146,18 @@ FIELD_OF = {flat_name(field): field for field in FIELDS}
 def is_star_key(key: str) -> bool:
     """Whether a per-request key is Starling's to accept or refuse."""
     return key == PREFIX or key.startswith(f"{PREFIX}_")
+
+
+def flat_options(star: Star) -> dict[str, Any]:
+    """Star options by their flat names, unchecked: of a word, of a mapping with either kind of names, of StarOptions.
+
+    A StarOptions gives those that it was made with.
+    """
+    if isinstance(star, StarOptions):
+        return {flat_name(field): getattr(star, field) for field in FIELDS if field in star.model_fields_set}
+    if isinstance(star, Mapping):
+        return {name if is_star_key(name) else flat_name(name): value for name, value in star.items()}
+    return {PREFIX: star}
 
 
 def parse_options(values: Mapping[str, Any], *, flat: bool = True, prefix: str = "") -> StarOptions:

@@ -30,7 +30,8 @@ from starling.config.entry import (
 from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions
-from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
+from starling.engine_ext.clients import api_keys
+from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_rust_front
 from starling.engine_ext.head_scores import scores_of
 from starling.engine_ext.library import beside_library, set_library
 from starling.engine_ext.metrics import front_metrics
@@ -75,15 +76,6 @@ SCHEDULERS = {
     "vllm.v1.core.sched.diffusion_scheduler.DiffusionScheduler": f"{CORE}.DiffusionStarScheduler",
     "vllm.v1.core.sched.diffusion_scheduler.DiffusionAsyncScheduler": f"{CORE}.AsyncDiffusionStarScheduler",
 }
-
-
-RUST_FRONT = "VLLM_USE_RUST_FRONTEND"
-
-
-def refuse_rust_front(environ: Mapping[str, str]) -> None:
-    """Refuse the front that would not call Starling (raises OptionError)."""
-    if (value := environ.get(RUST_FRONT, "0")) not in ("", "0"):
-        raise OptionError(RUST_FRONT, value, "the Rust front reads no star options", "0, or unset")
 
 
 def before_engine_config(engine_args: Any) -> None:

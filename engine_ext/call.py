@@ -84,7 +84,7 @@ async def with_sources(outputs: AsyncGenerator[Any, None], plan: dict[str, Any] 
     """The engine's outputs; from the first on, the plan as a response shows it says where its documents came from."""
     async with aclosing(outputs):
         async for output in outputs:
-            sources = getattr(output, "star_sources", None)  # an aborted request has an output of no engine
+            sources = getattr(output, "document_sources", None)  # an aborted request has an output of no engine
             if plan is not None and sources is not None:
                 plan["document_sources"] = sources
             yield output

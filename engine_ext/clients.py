@@ -10,9 +10,6 @@ from typing import Any
 
 from vllm import envs
 
-ADMIN_KEY_ENV = "STARLING_ADMIN_KEY"
-"""The environment variable with the key of who controls the server."""
-
 
 def authorization_of(scope: Any) -> str:
     """The header `authorization` of a request of ASGI, whose names are in lower case; empty where there is none."""

@@ -165,7 +165,7 @@ def on_error_text(shorten: Callable[[str], str]) -> None:
 
 @touches("vllm.v1.engine.output_processor.RequestState.make_request_output")
 def on_request_output(plan_of: Callable[[Any], Any], sources_key: str) -> None:
-    """Give each RequestOutput the attributes ``star_plan`` and ``star_sources``.
+    """Give each RequestOutput the attributes ``plan`` and ``document_sources``.
 
     The first is what ``plan_of(engine_core_request)`` returned. The second is what an engine core has put under
     ``sources_key`` into the kv_transfer_params of the request's first output, of which clients see the others only;
@@ -202,7 +202,7 @@ def on_request_output(plan_of: Callable[[Any], Any], sources_key: str) -> None:
             self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs
         )
         if output is not None:
-            output.star_plan, output.star_sources = self.star_plan, self.star_sources
+            output.plan, output.document_sources = self.star_plan, self.star_sources
         return output
 
 

@@ -25,7 +25,8 @@ from starling.config.entry import StarlingConfig, config_of
 from starling.config.parsing import OptionError
 from starling.config.replicas import KEY_ENV, join_address
 from starling.engine_ext.bounds import MAX_CHOICES, MAX_CHOICES_ENV
-from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys
+from starling.engine_ext.clients import api_keys
+from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding

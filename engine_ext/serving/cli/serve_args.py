@@ -6,10 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from starling.config.entry import (
     CACHE_SALT,
@@ -27,10 +24,12 @@ from starling.config.presets import PRESET, PRESETS
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
-from starling.engine_ext.activation import SERVES_PEERS, refuse_rust_front
-from starling.engine_ext.clients import ADMIN_KEY_ENV
+from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_missing_plugin, refuse_rust_front
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, is_loopback
 from starling.vllm_compat.config import set_option_help
+
+if TYPE_CHECKING:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 GRPC_PORT_HELP = (
     "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
@@ -144,6 +143,9 @@ FLAGS = (
 
 def make_parser() -> FlexibleArgumentParser:
     """vLLM's parser of `vllm serve`, with Starling's options and its meaning of --grpc-port."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     top = FlexibleArgumentParser(prog="starling")
     parser = ServeSubcommand().subparser_init(top.add_subparsers(dest="subparser"))
     parser.usage = "starling serve [MODEL] [options]"
@@ -245,10 +247,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
         ValueError: options can't be used, alone or together (OptionError is one).
         SystemExit: from argparse, after its own message or help.
     """
+    from starling.engine_ext.activation import SERVES_PEERS
+
     args = make_parser().parse_args(["serve", *argv])
     values = {flag.dest: vars(args).pop(flag.dest) for flag in FLAGS if flag.dest in args}
     args.additional_config = activate(args.additional_config, values)
-    refuse_bypasses(os.environ)
+    refuse_missing_plugin(os.environ)
+    refuse_rust_front(os.environ)
     # vLLM refuses a gRPC port except with its Rust front.
     grpc_port, args.grpc_port = args.grpc_port, None
     refuse_peers_without(args, grpc_port, os.environ)
@@ -286,14 +291,6 @@ def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any
     merged = {**additional_config, ENTRY: entry}
     parse_config(merged)
     return merged
-
-
-def refuse_bypasses(environ: Mapping[str, str]) -> None:
-    """Refuse settings with which requests or processes would bypass Starling (raises ValueError)."""
-    plugins = environ.get("VLLM_PLUGINS")
-    if plugins is not None and ENTRY not in plugins.split(","):
-        raise ValueError(f"VLLM_PLUGINS={plugins!r} keeps Starling out of vLLM's processes: add `{ENTRY}` or unset it")
-    refuse_rust_front(environ)
 
 
 def refuse_peers_without(args: argparse.Namespace, grpc_port: int | None, environ: Mapping[str, str]) -> None:

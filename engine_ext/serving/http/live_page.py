@@ -19,7 +19,8 @@ from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.activation import LIVE_DATA, LIVE_PATH
-from starling.engine_ext.clients import ADMIN_KEY_ENV, api_keys, authorization_of, digest, has_valid_key
+from starling.engine_ext.clients import api_keys, authorization_of, digest, has_valid_key
+from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.live import LiveView
 
 MAX_RESPONSES = 32

@@ -415,15 +415,15 @@ def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from
     monkeypatch.setattr(output_processor, "RequestState", State)
     front.on_request_output(lambda request: f"plan of {request}", "sources")
     state = State.from_new_request("tokenizer", "me", prompt=None)
-    plain = {"tokens": [1], "star_plan": "plan of me", "more": "more"}
+    plain = {"tokens": [1], "plan": "plan of me", "more": "more"}
     others = {"theirs": 1}
     before = state.make_request_output([1], None, None, None, others, "more")
-    assert vars(before) == plain | {"transfer": others, "star_sources": None}
+    assert vars(before) == plain | {"transfer": others, "document_sources": None}
     assert state.make_request_output([], None, None, None, {"sources": [{"memory": 1}]}) is None, "a later one has them"
     after = state.make_request_output([1], None, None, None, more="more")
-    assert vars(after) == plain | {"transfer": None, "star_sources": [{"memory": 1}]}
+    assert vars(after) == plain | {"transfer": None, "document_sources": [{"memory": 1}]}
     both = state.make_request_output([1], None, None, None, {"sources": [], **others}, "more")
-    assert vars(both) == plain | {"transfer": others, "star_sources": []}
+    assert vars(both) == plain | {"transfer": others, "document_sources": []}
 
 
 @pytest.mark.parametrize("refused", [False, True])

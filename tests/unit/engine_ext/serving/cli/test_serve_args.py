@@ -11,6 +11,7 @@ import pytest
 
 from starling.config.parsing import OptionError
 from starling.config.star import FIELDS, StarOptions, flat_name
+from starling.engine_ext.environment import refuse_missing_plugin, refuse_rust_front
 from starling.engine_ext.serving.cli import main as cli
 from starling.engine_ext.serving.cli.serve import refuse_taken_port
 from starling.engine_ext.serving.cli.serve_args import (
@@ -19,7 +20,6 @@ from starling.engine_ext.serving.cli.serve_args import (
     admin_options,
     make_parser,
     parse,
-    refuse_bypasses,
     refuse_open_plaintext,
 )
 from starling.engine_ext.serving.grpc import auth
@@ -196,11 +196,15 @@ def test_help_shows_description_and_default(parser, field):
     ids=str,
 )
 def test_environments_that_would_bypass_starling(environ, fine):
+    def refuse():
+        refuse_missing_plugin(environ)
+        refuse_rust_front(environ)
+
     if fine:
-        refuse_bypasses(environ)
+        refuse()
         return
-    with pytest.raises(ValueError, match=next(iter(environ))):
-        refuse_bypasses(environ)
+    with pytest.raises(OptionError, match=next(iter(environ))):
+        refuse()
 
 
 def test_peers_need_grpc_and_a_key(parse_fast, monkeypatch):

@@ -5,7 +5,7 @@ python examples/grpc_stream.py "The capital of France is" --star-block-size 128
 
 import argparse
 
-from starling.client import Client, StarlingError
+from starling.client import Client, Delta, Final, StarlingError
 
 
 def main() -> None:
@@ -20,10 +20,10 @@ def main() -> None:
     with Client(args.address) as client:
         try:
             for event in client.stream(args.prompt, temperature=0, max_tokens=args.max_tokens, star=star):
-                if event.HasField("delta"):
-                    print(event.delta.text, end="", flush=True)
-                elif event.HasField("final"):
-                    print(f"\n\n{event.final}", end="")
+                if isinstance(event, Delta):
+                    print(event.text, end="", flush=True)
+                elif isinstance(event, Final):
+                    print(f"\n\n{event.finish_reason}, {event.usage}\n{event.plan}")
         except StarlingError as error:
             raise SystemExit(str(error)) from None
 

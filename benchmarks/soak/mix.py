@@ -87,8 +87,8 @@ async def chat(player: Player) -> str:
     name = f"chat {seed}, {kind}"
     if player.over_http():
         return player.check_named(name, await player.clients.chat(body))
-    reply = await player.clients.grpc.generate(messages, temperature=0, max_tokens=8, star=star)
-    return player.check_named(name, Output({0: [reply.choices[0].text]}, {0: "length"}))
+    reply = await player.clients.grpc.generate(messages=messages, temperature=0, max_tokens=8, star=star)
+    return player.check_named(name, Output({0: [reply.text]}, {0: "length"}))
 
 
 async def texts(player: Player) -> str:

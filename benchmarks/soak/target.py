@@ -15,9 +15,9 @@ import grpc
 
 from benchmarks.soak.cases import Case
 from benchmarks.streaming_clients import events
-from starling.client import AsyncClient
+from starling.client import AsyncClient, Delta, Final
 from starling.client.channel import SERVICE
-from starling.client.requests import Prompt
+from starling.client.parameters import Prompt
 from starling.v1 import admin_pb2 as admin
 from starling.v1 import admin_pb2_grpc
 
@@ -170,28 +170,22 @@ class Clients:
         output = Output()
         async with contextlib.aclosing(self.grpc.stream(prompt, upload=upload, **fields)) as received:
             async for event in received:
-                if event.HasField("delta"):
-                    output.add(event.delta.index, list(event.delta.token_ids), None)
-                elif event.HasField("final"):
-                    output.add(event.final.index, [], finish_name(event.final))
+                if isinstance(event, Delta):
+                    output.add(event.index, event.token_ids, None)
+                elif isinstance(event, Final):
+                    output.add(event.index, [], event.finish_reason)
         return output
 
     async def generate(self, prompt: Prompt, **fields: Any) -> Output:
         """One response over gRPC."""
         output = Output()
         for choice in (await self.grpc.generate(prompt, **fields)).choices:
-            output.add(choice.index, list(choice.token_ids), finish_name(choice))
+            output.add(choice.index, choice.token_ids, choice.finish_reason)
         return output
 
 
 async def one(value: Any) -> AsyncIterator[Any]:
     yield value
-
-
-def finish_name(final: Any) -> str:
-    """vLLM's name of a finish reason of gRPC."""
-    field_type = final.DESCRIPTOR.fields_by_name["finish_reason"].enum_type
-    return field_type.values_by_number[final.finish_reason].name.removeprefix("FINISH_REASON_").lower()
 
 
 def body_of(case: Case, model: str) -> dict[str, Any]:

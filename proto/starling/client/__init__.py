@@ -6,6 +6,37 @@ that.
 """
 
 from starling.client.clients import AsyncClient, Client
-from starling.client.errors import StarlingError
+from starling.client.errors import ConnectError, StarlingError
+from starling.client.replies import (
+    Capabilities,
+    Choice,
+    Completion,
+    Delta,
+    Event,
+    Final,
+    Plan,
+    Progress,
+    PromptLogprobs,
+    Tokens,
+    Usage,
+    WarmedDocument,
+)
 
-__all__ = ["AsyncClient", "Client", "StarlingError"]
+__all__ = [
+    "AsyncClient",
+    "Capabilities",
+    "Choice",
+    "Client",
+    "Completion",
+    "ConnectError",
+    "Delta",
+    "Event",
+    "Final",
+    "Plan",
+    "Progress",
+    "PromptLogprobs",
+    "StarlingError",
+    "Tokens",
+    "Usage",
+    "WarmedDocument",
+]

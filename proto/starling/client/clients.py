@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from functools import partial
-from typing import Any
+import queue
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -12,16 +12,20 @@ import grpc.aio
 from starling.client.channel import SERVICE, Pem, channel_credentials, channel_options
 from starling.client.early_status import EarlyStatus
 from starling.client.errors import converted_errors
-from starling.client.requests import Prompt, generate_request, tokenize_request, upload_parts, warm_request
+from starling.client.parameters import GenerateFields, Message, Prompt, Star, StreamFields
+from starling.client.replies import Capabilities, Completion, Event, Tokens, WarmedDocument, read, read_event
+from starling.client.requests import generate_request, tokenize_request, upload_parts, warm_request
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 
 SERVER_MESSAGE_BYTES = 8 * 2**20
 """The largest message that a server takes. Messages and texts can't be uploaded in pieces, and may use all of it."""
 
-Event = pb.GenerateStreamResponse
-Events = Generator[Event, None, None]
-AsyncEvents = AsyncGenerator[Event, None]
+STATE_SECONDS = 1.0
+"""How long a blocking channel may take to say whether it is connected."""
+NOT_CONNECTED = (grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
+
+T = TypeVar("T")
 
 
 class Connection:
@@ -53,6 +57,7 @@ class Connection:
         Raises:
             ValueError: ``retries`` is out of its range.
         """
+        self.address = address
         self.max_message_bytes = max_message_bytes
         self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         options = channel_options(retries)
@@ -63,8 +68,12 @@ class Connection:
             self.channel = self.library.secure_channel(address, credentials, options)
         # All three calls that generate use the types of GenerateStream: the messages of GenerateUploadStream and
         # Generate have the same fields (tests/unit/engine_ext/serving/grpc/test_client.py checks that).
-        self._stream = self._method("unary_stream", "GenerateStream", pb.GenerateStreamRequest, Event)
-        self._upload = self._method("stream_stream", "GenerateUploadStream", pb.GenerateUploadStreamRequest, Event)
+        self._stream = self._method(
+            "unary_stream", "GenerateStream", pb.GenerateStreamRequest, pb.GenerateStreamResponse
+        )
+        self._upload = self._method(
+            "stream_stream", "GenerateUploadStream", pb.GenerateUploadStreamRequest, pb.GenerateStreamResponse
+        )
         self._generate = self._method("unary_unary", "Generate", pb.GenerateStreamRequest, pb.GenerateResponse)
         self._warm = self._method("unary_stream", "WarmDocuments", pb.WarmDocumentsRequest, pb.WarmDocumentsResponse)
         self._tokenize = self._method("unary_unary", "Tokenize", pb.TokenizeRequest, pb.TokenizeResponse)
@@ -79,31 +88,49 @@ class Connection:
             response_deserializer=response.FromString,
         )
 
-    def _is_upload(self, request: pb.GenerateStreamRequest, upload: bool) -> bool:
-        """Whether to upload a request in pieces.
+    def _request(
+        self,
+        prompt: Prompt | None,
+        messages: Sequence[Message] | None,
+        star: Star | None,
+        fields: Mapping[str, Any],
+        upload: bool,
+        without: Sequence[str] = (),
+    ) -> tuple[pb.GenerateStreamRequest, bool]:
+        """The request, and whether to upload it in pieces.
 
         Args:
             upload: whether the caller wants that also for a small request.
+            without: fields that the call does not have.
 
         Raises:
-            ValueError: the request would have to be uploaded, and its prompt is messages or texts.
+            TypeError, ValueError: as ``generate_request``; or the request would have to be uploaded, and its prompt is
+                messages or texts.
         """
+        given = fields if star is None else {**fields, "star": star}
+        request = generate_request(prompt, given, messages=messages, without=without)
         size, limit = request.ByteSize(), self.max_message_bytes
         whole = {"chat": "messages", "texts": "several texts"}.get(request.WhichOneof("prompt"))
         if whole is not None:
             limit = max(limit, SERVER_MESSAGE_BYTES)
         if not upload and size <= limit:
-            return False
+            return request, False
         if whole is not None:
             reason = f"{whole} can't be uploaded in pieces, and these take {size} bytes"
             allowed = f"up to {limit}"
             raise ValueError(f"The prompt is refused: {reason}. Allowed: {allowed}.")
-        return True
+        return request, True
 
     def _start(self, request: pb.GenerateStreamRequest, upload: bool, timeout: float | None) -> Any:
         if upload:
             return self._upload(upload_parts(request), timeout=timeout, metadata=self.metadata)
         return self._stream(request, timeout=timeout, metadata=self.metadata)
+
+    def _start_warming(
+        self, documents: Sequence[str], head: str, concurrency: int, cache_salt: str | None, timeout: float | None
+    ) -> Callable[[], Any]:
+        request = warm_request(documents, head, concurrency, cache_salt)
+        return lambda: self._warm(request, timeout=timeout, metadata=self.metadata)
 
 
 class Client(Connection):
@@ -115,33 +142,50 @@ class Client(Connection):
 
     library = grpc
 
-    def stream(self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any) -> Events:
-        """Generate, and yield the events of the stream.
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        star: Star | None = None,
+        timeout: float | None = None,
+        upload: bool = False,
+        **fields: Unpack[StreamFields],
+    ) -> Generator[Event, None, None]:
+        """Generate, and yield the events of the stream: Delta, Final, Progress, PromptLogprobs.
 
         The call starts when the first event is requested. It ends with the iterator: at the iterator's end, at its
         ``close()``, or when a loop that holds the only reference is left.
 
         Args:
-            prompt: text, token ids, or messages with ``role`` and ``content``.
+            prompt: text, texts that are tokenised one by one, or token ids.
+            messages: a chat, in place of the prompt: messages with ``role`` and ``content``.
+            star: Star Attention's options: "on", ``{"mode": "on", "block_size": 4096}`` or starling.StarOptions.
             upload: send the prompt in pieces, even a short one.
-            fields: sampling parameters by vLLM's names; ``star``, Star Attention's options, as ``{"mode": "on",
-                "block_size": 4096}`` or under their flat names; request_id, cache_salt, priority, lora_name, progress;
-                for messages add_generation_prompt. None: not given.
+            fields: sampling parameters by vLLM's names; star options under their flat names; request_id, cache_salt,
+                priority, lora_name, progress; for messages add_generation_prompt. None: not given.
         """
-        request = generate_request(prompt, fields)
-        return self._events(partial(self._start, request, self._is_upload(request, upload), timeout))
+        request, in_pieces = self._request(prompt, messages, star, fields, upload)
+        return self._events(lambda: self._start(request, in_pieces, timeout), read_event)
 
     def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
-    ) -> pb.GenerateResponse:
-        """Generate, and return the whole output in one response. There is no ``progress``."""
-        request = generate_request(prompt, fields, without=("progress",))
-        if not self._is_upload(request, upload):
-            return self._call(self._generate, request, timeout)
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        star: Star | None = None,
+        timeout: float | None = None,
+        upload: bool = False,
+        **fields: Unpack[GenerateFields],
+    ) -> Completion:
+        """Generate, and return the whole output in one response; the arguments are those of ``stream``."""
+        request, in_pieces = self._request(prompt, messages, star, fields, upload, without=("progress",))
+        if not in_pieces:
+            return read(self._call(self._generate, request, timeout))
         reply = Reply()
-        for event in self._events(partial(self._start, request, True, timeout)):
+        for event in self._events(lambda: self._start(request, True, timeout), as_it_is):
             reply.add(event)
-        return reply.response()
+        return read(reply.response())
 
     def warm_documents(
         self,
@@ -151,7 +195,7 @@ class Client(Connection):
         concurrency: int = 1,
         cache_salt: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[pb.WarmDocumentsResponse]:
+    ) -> Generator[WarmedDocument, None, None]:
         """Have documents computed, so that they are in the server's library; yields what became of each.
 
         Args:
@@ -160,18 +204,22 @@ class Client(Connection):
             concurrency: documents at the same time, up to 8.
             cache_salt: only prompts with this salt find the documents.
         """
-        request = warm_request(documents, head, concurrency, cache_salt)
-        return self._events(partial(self._warm, request, timeout=timeout, metadata=self.metadata))
+        return self._events(self._start_warming(documents, head, concurrency, cache_salt, timeout), read)
 
     def tokenize(
-        self, prompt: Prompt, *, timeout: float | None = None, add_generation_prompt: bool | None = None
-    ) -> pb.TokenizeResponse:
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        timeout: float | None = None,
+        add_generation_prompt: bool | None = None,
+    ) -> Tokens:
         """The token ids of a text or of messages, by the model's tokenizer."""
-        return self._call(self._tokenize, tokenize_request(prompt, add_generation_prompt), timeout)
+        return read(self._call(self._tokenize, tokenize_request(prompt, messages, add_generation_prompt), timeout))
 
-    def capabilities(self, *, timeout: float | None = None) -> pb.GetCapabilitiesResponse:
+    def capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """What the server supports, and its limits."""
-        return self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout)
+        return read(self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout))
 
     def close(self) -> None:
         """Close the connection. This ends running calls."""
@@ -184,16 +232,29 @@ class Client(Connection):
         self.close()
 
     def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        with converted_errors():
+        with converted_errors(self._unreachable):
             return method(request, timeout=timeout, metadata=self.metadata)
 
-    def _events(self, start: Callable[[], Any]) -> Generator[Any]:
+    def _events(self, start: Callable[[], Any], convert: Callable[[Any], T | None]) -> Generator[T, None, None]:
         call = start()
         try:
-            with converted_errors():
-                yield from call
+            with converted_errors(self._unreachable):
+                for message in call:
+                    if (event := convert(message)) is not None:
+                        yield event
         finally:
             call.cancel()
+
+    def _unreachable(self) -> str | None:
+        states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
+        note = states.put
+        self.channel.subscribe(note)  # which calls it with the present state, from another thread
+        try:
+            return self.address if states.get(timeout=STATE_SECONDS) in NOT_CONNECTED else None
+        except queue.Empty:
+            return None
+        finally:
+            self.channel.unsubscribe(note)
 
 
 class AsyncClient(Connection):
@@ -202,23 +263,37 @@ class AsyncClient(Connection):
     library = grpc.aio
 
     def stream(
-        self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
-    ) -> AsyncEvents:
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        star: Star | None = None,
+        timeout: float | None = None,
+        upload: bool = False,
+        **fields: Unpack[StreamFields],
+    ) -> AsyncGenerator[Event, None]:
         """As Client.stream. ``aclose()`` ends the call at once; leaving a loop ends it in asyncio's next iteration."""
-        request = generate_request(prompt, fields)
-        return self._events(partial(self._start, request, self._is_upload(request, upload), timeout))
+        request, in_pieces = self._request(prompt, messages, star, fields, upload)
+        return self._events(lambda: self._start(request, in_pieces, timeout), read_event)
 
     async def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, upload: bool = False, **fields: Any
-    ) -> pb.GenerateResponse:
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        star: Star | None = None,
+        timeout: float | None = None,
+        upload: bool = False,
+        **fields: Unpack[GenerateFields],
+    ) -> Completion:
         """As Client.generate."""
-        request = generate_request(prompt, fields, without=("progress",))
-        if not self._is_upload(request, upload):
-            return await self._call(self._generate, request, timeout)
+        request, in_pieces = self._request(prompt, messages, star, fields, upload, without=("progress",))
+        if not in_pieces:
+            return read(await self._call(self._generate, request, timeout))
         reply = Reply()
-        async for event in self._events(partial(self._start, request, True, timeout)):
+        async for event in self._events(lambda: self._start(request, True, timeout), as_it_is):
             reply.add(event)
-        return reply.response()
+        return read(reply.response())
 
     def warm_documents(
         self,
@@ -228,20 +303,25 @@ class AsyncClient(Connection):
         concurrency: int = 1,
         cache_salt: str | None = None,
         timeout: float | None = None,
-    ) -> AsyncGenerator[pb.WarmDocumentsResponse]:
+    ) -> AsyncGenerator[WarmedDocument, None]:
         """As Client.warm_documents."""
-        request = warm_request(documents, head, concurrency, cache_salt)
-        return self._events(partial(self._warm, request, timeout=timeout, metadata=self.metadata))
+        return self._events(self._start_warming(documents, head, concurrency, cache_salt, timeout), read)
 
     async def tokenize(
-        self, prompt: Prompt, *, timeout: float | None = None, add_generation_prompt: bool | None = None
-    ) -> pb.TokenizeResponse:
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        timeout: float | None = None,
+        add_generation_prompt: bool | None = None,
+    ) -> Tokens:
         """As Client.tokenize."""
-        return await self._call(self._tokenize, tokenize_request(prompt, add_generation_prompt), timeout)
+        request = tokenize_request(prompt, messages, add_generation_prompt)
+        return read(await self._call(self._tokenize, request, timeout))
 
-    async def capabilities(self, *, timeout: float | None = None) -> pb.GetCapabilitiesResponse:
+    async def capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """As Client.capabilities."""
-        return await self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout)
+        return read(await self._call(self._capabilities, pb.GetCapabilitiesRequest(), timeout))
 
     async def close(self) -> None:
         """As Client.close."""
@@ -254,17 +334,18 @@ class AsyncClient(Connection):
         await self.close()
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        with converted_errors():
+        with converted_errors(self._unreachable):
             return await method(request, timeout=timeout, metadata=self.metadata)
 
-    async def _events(self, start: Callable[[], Any]) -> AsyncGenerator[Any]:
+    async def _events(self, start: Callable[[], Any], convert: Callable[[Any], T | None]) -> AsyncGenerator[T, None]:
         call = start()
         status = EarlyStatus(call)
         try:
-            with converted_errors():
+            with converted_errors(self._unreachable):
                 try:
-                    async for event in call:
-                        yield event
+                    async for message in call:
+                        if (event := convert(message)) is not None:
+                            yield event
                 except grpc.aio.AioRpcError as error:
                     known = await status.of(error)
                     if known is error:
@@ -272,3 +353,11 @@ class AsyncClient(Connection):
                     raise known from error
         finally:
             call.cancel()
+
+    def _unreachable(self) -> str | None:
+        return self.address if self.channel.get_state() in NOT_CONNECTED else None
+
+
+def as_it_is(message: T) -> T:
+    """The message itself, for Reply."""
+    return message

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +34,22 @@ class StarlingError(Exception):
         return f"{self.code.name}: {self.message}"
 
 
+class ConnectError(StarlingError):
+    """There is no connection to a server; the code is UNAVAILABLE."""
+
+    def __init__(self, address: str, reason: str = "") -> None:
+        message = f"can't connect to {address} (is the server running with --grpc-port?)"
+        super().__init__(grpc.StatusCode.UNAVAILABLE, f"{message}: {reason}" if reason else message)
+        self.args = address, reason
+
+    def __str__(self) -> str:
+        return self.message
+
+
+WITHOUT_CONNECTION = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+LAST_ERROR = re.compile(r"last error: (?:UNKNOWN: )?(.*)")
+
+
 def starling_error(error: Any) -> StarlingError:
     """Convert a grpc.RpcError, of a blocking or an asyncio call."""
     trailers = dict(error.trailing_metadata() or ())
@@ -48,9 +65,18 @@ def starling_error(error: Any) -> StarlingError:
     return StarlingError(error.code(), error.details() or "", field, retry_after)
 
 
+def connect_error(address: str, error: Any) -> ConnectError:
+    """The error of a call whose channel is not connected, with gRPC's reason where it has one."""
+    found = LAST_ERROR.search(error.details() or "")
+    return ConnectError(address, found[1] if found else "")
+
+
 @contextmanager
-def converted_errors() -> Iterator[None]:
+def converted_errors(unreachable: Callable[[], str | None]) -> Iterator[None]:
     """Convert gRPC's errors.
+
+    Args:
+        unreachable: returns the server's address if the channel to it is not connected, else None.
 
     Raises:
         StarlingError: in place of a grpc.RpcError.
@@ -58,4 +84,6 @@ def converted_errors() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
+        if error.code() in WITHOUT_CONNECTION and (address := unreachable()) is not None:
+            raise connect_error(address, error) from error
         raise starling_error(error) from error

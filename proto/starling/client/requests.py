@@ -9,10 +9,9 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from starling.client.parameters import Message as ChatMessage
+from starling.client.parameters import Prompt, Star
 from starling.v1 import inference_pb2 as pb
-
-# Text, texts that are tokenised one by one, token ids, or messages with `role` and `content`.
-Prompt = str | Sequence[str] | Sequence[int] | Sequence[Mapping[str, str]]
 
 PIECE_BYTES = 2**20
 PROMPTS = [kind.name for kind in pb.GenerateStreamRequest.DESCRIPTOR.oneofs_by_name["prompt"].fields]
@@ -24,28 +23,31 @@ MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarO
 
 
 def generate_request(
-    prompt: Prompt, fields: Mapping[str, Any], without: Sequence[str] = ()
+    prompt: Prompt | None,
+    fields: Mapping[str, Any],
+    *,
+    messages: Sequence[ChatMessage] | None = None,
+    without: Sequence[str] = (),
 ) -> pb.GenerateStreamRequest:
-    """Make a request. A value of None counts as not given.
+    """Make a request of a prompt or of messages. A value of None counts as not given.
 
     Args:
-        fields: sampling parameters and fields of the request by name, and for messages ``add_generation_prompt``.
+        fields: sampling parameters, star options and fields of the request by name, and for messages
+            ``add_generation_prompt``.
         without: fields of the request that the call does not have.
 
     Raises:
-        TypeError: an unknown name, a value of another type than its field's, or a prompt of an unknown kind.
+        TypeError: an unknown name, a value of another type than its field's, a prompt of an unknown kind, or not one of
+            prompt and messages.
         ValueError: a number that its field can't hold, unknown star mode, or shards that are neither off nor on.
     """
-    chat = {name: value for name, value in fields.items() if name == CHAT_FIELD}
-    request = make_message(pb.GenerateStreamRequest, *prompt_field(prompt, **chat))
+    request = make_message(pb.GenerateStreamRequest, *prompt_field(prompt, messages, fields.get(CHAT_FIELD)))
     own = [name for name in REQUEST if name not in without]
     for name, value in fields.items():
         if name in SAMPLING:
             set_field(request.sampling, name, _sampling_value(name, value))
-        elif name == "star" and not isinstance(value, Mapping):
-            set_star(request.star, {"mode": value})
         elif name == "star":
-            set_star(request.star, value)
+            set_star(request.star, star_fields(value))
         elif name.startswith("star_"):
             set_star(request.star, {name: value})
         elif name in own:
@@ -56,13 +58,15 @@ def generate_request(
     return request
 
 
-def tokenize_request(prompt: Prompt, add_generation_prompt: bool | None) -> pb.TokenizeRequest:
+def tokenize_request(
+    prompt: Prompt | None, messages: Sequence[ChatMessage] | None, add_generation_prompt: bool | None
+) -> pb.TokenizeRequest:
     """Make a request to tokenise text or messages.
 
     Raises:
         TypeError: the prompt is texts or token ids, or of an unknown kind.
     """
-    kind, value = prompt_field(prompt, add_generation_prompt)
+    kind, value = prompt_field(prompt, messages, add_generation_prompt)
     if kind == "token_ids":
         raise TypeError("The prompt is refused: it is token ids already. Allowed: text or messages.")
     if kind == "texts":
@@ -88,20 +92,28 @@ def warm_request(
     return request
 
 
-def prompt_field(prompt: Prompt, add_generation_prompt: bool | None = None) -> tuple[str, Any]:
-    """The field for a prompt of this kind, and the field's value.
+def prompt_field(
+    prompt: Prompt | None, messages: Sequence[ChatMessage] | None, add_generation_prompt: bool | None
+) -> tuple[str, Any]:
+    """The field for a prompt of this kind or for messages, and the field's value.
 
     Raises:
-        TypeError: the prompt is of an unknown kind, or not messages where ``add_generation_prompt`` is given.
+        TypeError: the prompt is of an unknown kind, or not one of prompt and messages is given, or
+            ``add_generation_prompt`` without messages.
     """
+    if messages is not None and prompt is None:
+        return "chat", {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    if messages is not None or prompt is None:
+        given = "both" if messages is not None else "neither"
+        raise TypeError(f"The prompt is refused: {given} of prompt and messages are given. Allowed: one of them.")
+    if add_generation_prompt is not None:
+        raise TypeError("add_generation_prompt is refused: there are no messages. Allowed: with messages.")
     # Bytes are a sequence of integers too, and a mapping may have integers as keys.
     if isinstance(prompt, (bytes, bytearray, Mapping)) or not hasattr(prompt, "__len__"):
         what = type(prompt).__name__
-        raise TypeError(f"A prompt of type {what} is refused. Allowed: text, a list of token ids or of messages.")
+        raise TypeError(f"A prompt of type {what} is refused. Allowed: text, a list of texts or of token ids.")
     if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-        return "chat", {"messages": prompt, "add_generation_prompt": add_generation_prompt}
-    if add_generation_prompt is not None:
-        raise TypeError("add_generation_prompt is refused: it is for a prompt of messages.")
+        raise TypeError("The prompt is refused: it is messages. Allowed: messages=[...].")
     if isinstance(prompt, str):
         return "text", prompt
     if len(prompt) and isinstance(prompt[0], str):
@@ -152,6 +164,14 @@ def share_of(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r} is refused. Allowed: a share of the KV heads, 0 to 1.") from None
     return share
+
+
+def star_fields(star: Star | None) -> Mapping[str, Any]:
+    """Star options by their names: of a mode, of a mapping, or of starling.StarOptions those that it was made with."""
+    if isinstance(star, Mapping):
+        return star
+    dump = getattr(star, "model_dump", None)
+    return {"mode": star} if dump is None else dump(exclude_unset=True)
 
 
 def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:

@@ -3,8 +3,7 @@
 import asyncio
 import time
 
-from starling.client import AsyncClient, Client, StarlingError
-from starling.v1 import inference_pb2 as pb
+from starling.client import AsyncClient, Client, Event, StarlingError
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine, front_of
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
@@ -15,7 +14,7 @@ class Call:
 
     def __init__(self, kind: str, engine: FakeEngine, method: str = "stream", front=None, **options) -> None:
         self.kind, self.engine, self.method, self.front, self.options = kind, engine, method, front or {}, options
-        self.events: list[pb.GenerateStreamResponse] = []
+        self.events: list[Event] = []
         self.reply = self.error = None
 
     def __call__(self, *args, **fields) -> "Call":
@@ -53,4 +52,4 @@ class Call:
 
     @property
     def kinds(self) -> list[str]:
-        return [event.WhichOneof("event") for event in self.events]
+        return [type(event).__name__.lower() for event in self.events]

@@ -1,6 +1,7 @@
 """The Python client, blocking and asyncio, against the gRPC server on a fake engine."""
 
 import asyncio
+import pickle
 import subprocess
 import sys
 from argparse import Namespace
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from starling.client import clients, requests
+from examples.server import free_ports
+from starling.client import AsyncClient, Client, ConnectError, clients, requests
 from starling.client.early_status import EarlyStatus
 from starling.engine_ext.serving.grpc.auth import server_credentials
 from tests.unit.engine_ext.serving.grpc.client_calls import CHAT, Call
@@ -38,17 +40,17 @@ print(*sorted(name for name in tops if not name.lstrip("_").startswith("cython")
 @pytest.mark.parametrize(
     ("prompt", "rendered"),
     [
-        ("abc", [{"prompt": "abc"}]),
-        ([5, 6], [{"prompt_token_ids": [5, 6]}]),
-        ((5, 6), [{"prompt_token_ids": [5, 6]}]),
-        (CHAT, [CHAT]),
+        ({"prompt": "abc"}, [{"prompt": "abc"}]),
+        ({"prompt": [5, 6]}, [{"prompt_token_ids": [5, 6]}]),
+        ({"prompt": (5, 6)}, [{"prompt_token_ids": [5, 6]}]),
+        ({"messages": CHAT}, [CHAT]),
     ],
     ids=["text", "ids", "tuple", "chat"],
 )
 @pytest.mark.parametrize("method", ["stream", "generate"])
 def test_prompts(kind, method, prompt, rendered):
     engine = FakeEngine("ab", "c")
-    call = Call(kind, engine, method)(prompt, max_tokens=7, stop="END", star={"mode": "on", "block_size": 64})
+    call = Call(kind, engine, method)(**prompt, max_tokens=7, stop="END", star={"mode": "on", "block_size": 64})
     assert call.error is None
     assert engine.rendered[0][0] == rendered
     params = engine.calls[0].params
@@ -56,17 +58,19 @@ def test_prompts(kind, method, prompt, rendered):
     assert params.extra_args == {"star": "on", "star_block_size": "64"}
     if method == "stream":
         assert call.kinds == ["delta", "delta", "final"]
-        text = "".join(event.delta.text for event in call.events)
+        text = "".join(event.text for event in call.events[:-1])
+        assert (call.events[-1].finish_reason, call.events[-1].usage.completion_tokens) == ("length", 3)
     else:
-        text = call.reply.choices[0].text
+        text = call.reply.text
         assert call.reply.usage.completion_tokens == 3
+        assert (call.reply.plan.attention, call.reply.choices[0].finish_reason) == ("dense", "length")
     assert text == "abc"
 
 
 def test_tokenize_and_capabilities(kind):
     engine = FakeEngine()
     assert Call(kind, engine, "tokenize")("abc").reply.count == 10
-    assert Call(kind, engine, "tokenize")(CHAT, add_generation_prompt=False).reply.count == 10
+    assert Call(kind, engine, "tokenize")(messages=CHAT, add_generation_prompt=False).reply.count == 10
     assert engine.rendered[0][1].chat_template_kwargs["add_generation_prompt"] is False
     assert Call(kind, engine, "capabilities")().reply.max_upload_bytes == 512 * 2**20
     with pytest.raises(TypeError, match="token ids already"):
@@ -188,12 +192,14 @@ def test_a_failed_write_without_a_status_of_the_server_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "what"), [(CHAT, "messages"), (["a head", "a question"], "several texts")], ids=["chat", "texts"]
+    ("prompt", "what"),
+    [({"messages": CHAT}, "messages"), ({"prompt": ["a head", "a question"]}, "several texts")],
+    ids=["chat", "texts"],
 )
 def test_messages_and_texts_have_no_pieces(kind, monkeypatch, prompt, what):
     monkeypatch.setattr("starling.client.clients.SERVER_MESSAGE_BYTES", 20)
     with pytest.raises(ValueError, match=rf"{what} can.t be uploaded in pieces, .*Allowed: up to 20"):
-        Call(kind, FakeEngine(), max_message_bytes=10)(prompt)
+        Call(kind, FakeEngine(), max_message_bytes=10)(**prompt)
 
 
 @pytest.mark.parametrize(("key", "fine"), [(None, False), ("wrong", False), ("right", True)])
@@ -216,3 +222,29 @@ def test_tls(kind, certificates, mutual, way):
     options = {"trusted": {"tls": cert, **own}, "not trusted": {"tls": True, **own}, "plain text": {}}[way]
     error = Call(kind, FakeEngine("a"), front=front, retries=0, **options)("abc", timeout=300).error
     assert error is None if way == "trusted" else error.code is grpc.StatusCode.UNAVAILABLE
+    if way == "not trusted":
+        assert "can't connect to" in str(error) and "handshake" in str(error).lower()
+
+
+@pytest.mark.parametrize("method", ["stream", "generate", "capabilities"])
+@pytest.mark.parametrize("options", [{"timeout": 0.5}, {}], ids=["deadline", "refused"])
+def test_a_server_that_is_not_there_is_named(kind, method, options):
+    (port,) = free_ports(0)
+    address = f"127.0.0.1:{port}"
+    prompt = () if method == "capabilities" else ("abc",)
+
+    def block():
+        with Client(address, retries=1) as client:
+            answer = getattr(client, method)(*prompt, **options)
+            next(answer)
+
+    async def wait():
+        async with AsyncClient(address, retries=1) as client:
+            answer = getattr(client, method)(*prompt, **options)
+            await (anext(answer) if method == "stream" else answer)
+
+    with pytest.raises(ConnectError) as refused:
+        block() if kind == "blocking" else asyncio.run(wait())
+    assert str(refused.value).startswith(f"can't connect to {address} (is the server running with --grpc-port?)")
+    assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+    assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)

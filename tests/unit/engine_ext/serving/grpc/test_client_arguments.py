@@ -1,12 +1,13 @@
 """What the Python client makes of its arguments, and what it refuses, without a server."""
 
+import dataclasses
 import pickle
 
 import grpc
 import pytest
 
-from starling.client import Client, StarlingError, requests
-from starling.config.star import FIELD_OF
+from starling.client import Client, StarlingError, parameters, replies, requests
+from starling.config.star import FIELD_OF, StarOptions
 from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.client_calls import CHAT
 
@@ -15,7 +16,7 @@ def test_a_list_of_texts_is_a_prompt_of_texts():
     sent = requests.generate_request(["head", "question"], {})
     assert sent == pb.GenerateStreamRequest(texts=pb.Texts(texts=["head", "question"]))
     with pytest.raises(TypeError, match=r"it is several texts\. Allowed: text or messages"):
-        requests.tokenize_request(["head", "question"], None)
+        requests.tokenize_request(["head", "question"], None, None)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,9 @@ def test_a_list_of_texts_is_a_prompt_of_texts():
         ({"star": {"dense_heads": True}}, "dense_heads=True is refused"),
         ({"temperature": "warm"}, "temperature='warm' is refused"),
         ({"top_k": -1}, "top_k=-1 is refused"),
-        ({"add_generation_prompt": True}, "it is for a prompt of messages"),
+        ({"add_generation_prompt": True}, r"add_generation_prompt is refused: there are no messages"),
+        ({"messages": CHAT}, "both of prompt and messages are given. Allowed: one of them"),
+        ({"star": 5}, "star mode '5' is refused. Allowed: off, on, auto"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -46,11 +49,25 @@ def test_arguments_are_refused(fields, says):
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, 5, b"abc", CHAT[0], ["a", 5], [{"role": "user", "content": 1}], [{"say": "x"}]]
+    ("prompt", "says"),
+    [
+        (None, "neither of prompt and messages"),
+        (5, "of type int is refused"),
+        (b"abc", "of type bytes is refused"),
+        (CHAT[0], "of type dict is refused"),
+        (["a", 5], "refused"),
+        (CHAT, r"it is messages\. Allowed: messages=\[\.\.\.\]"),
+    ],
 )
-def test_prompts_of_unknown_kinds(prompt):
-    with pytest.raises((TypeError, ValueError), match="refused"):
+def test_prompts_of_unknown_kinds(prompt, says):
+    with pytest.raises(TypeError, match=says):
         requests.generate_request(prompt, {})
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": 1}, {"say": "x"}, "hi"])
+def test_messages_of_unknown_kinds(message):
+    with pytest.raises((TypeError, ValueError), match="is refused"):
+        requests.generate_request(None, {}, messages=[message])
 
 
 @pytest.mark.parametrize(
@@ -86,6 +103,39 @@ def test_names_are_the_servers():
     assert {name: "mode" if name == "star" else name.removeprefix("star_") for name in FIELD_OF} == FIELD_OF
     assert sorted({*requests.STAR} - {"segment_offsets"}) == sorted(FIELD_OF.values())
     assert list(requests.MODES) == ["off", "on", "auto"]
+
+
+def test_star_options_of_a_python_engine_can_be_sent():
+    """StarOptions is of another package, which the client does not import."""
+    given = StarOptions(mode="on", block_size="n/4", segments=(0, 4), dense_heads=0.25)
+    made = requests.generate_request([1], {"star": given})
+    expected = {"mode": "on", "block_size": "n/4", "segments": [0, 4], "dense_heads": 0.25}
+    assert made == requests.generate_request([1], {"star": expected})
+    assert not made.star.HasField("replicas"), "what was not given is the server's"
+
+
+def test_the_types_have_the_names_of_the_messages():
+    assert [*parameters.Sampling.__annotations__] == requests.SAMPLING
+    assert {*parameters.StarFields.__annotations__} == {*FIELD_OF} - {"star"}
+    own = {*parameters.StreamFields.__annotations__} - {*requests.SAMPLING} - {*FIELD_OF}
+    assert own == {*requests.REQUEST, requests.CHAT_FIELD} - {"star"}
+    for message, kind in replies.KINDS.items():
+        names = {field.name for field in message.DESCRIPTOR.fields}
+        assert {field.name for field in dataclasses.fields(kind)} == names, kind
+
+
+def test_replies_are_read_field_by_field():
+    chosen = pb.TokenLogprobs(chosen=pb.Logprob(token_id=4, logprob=-0.5, rank=2, text="a"))
+    final = pb.Final(finish_reason="FINISH_REASON_LENGTH", stop_token_id=0, plan=pb.Plan(why="short", attention=1))
+    delta = pb.Delta(text="a", token_ids=[4], index=1, logprobs=[chosen, pb.TokenLogprobs()])
+    got = replies.read_event(pb.GenerateStreamResponse(delta=delta))
+    token = replies.TokenLogprobs(replies.Logprob(4, -0.5, 2, "a"), [])
+    assert got == replies.Delta("a", [4], 1, [token, replies.TokenLogprobs(None, [])])
+    got = replies.read_event(pb.GenerateStreamResponse(final=final))
+    assert (got.finish_reason, got.stop_string, got.stop_token_id) == ("length", None, 0)
+    assert (got.plan.attention, got.plan.why, got.plan.document_sources) == ("dense", "short", [])
+    assert replies.read_event(pb.GenerateStreamResponse()) is None, "a newer server's event"
+    assert replies.read(pb.Choice(finish_reason=77)).finish_reason == "77", "a newer server's reason"
 
 
 def test_both_streams_have_the_same_events():

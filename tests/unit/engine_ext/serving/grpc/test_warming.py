@@ -8,10 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
-from starling.client import AsyncClient, StarlingError
+from starling.client import AsyncClient, StarlingError, WarmedDocument
 from starling.engine_ext.serving.errors import DrainingError
 from starling.scheduler.star.facts import EngineFacts
-from starling.v1 import inference_pb2 as pb
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, until
 
 TEN = PROMPT_TOKENS  # of each text
@@ -37,10 +36,10 @@ class Engine(FakeEngine):
             yield event
 
 
-def warm(engine: FakeEngine, documents: list[str], **fields: Any) -> list[pb.WarmDocumentsResponse]:
+def warm(engine: FakeEngine, documents: list[str], **fields: Any) -> list[WarmedDocument]:
     """What the client yields."""
 
-    async def scenario() -> list[pb.WarmDocumentsResponse]:
+    async def scenario() -> list[WarmedDocument]:
         async with front_of(engine) as front, AsyncClient(front.address, retries=0) as client:
             return [done async for done in client.warm_documents(documents, **fields)]
 
@@ -51,7 +50,7 @@ def test_each_document_is_a_request_behind_the_head_and_a_last_one_lets_their_pa
     engine = Engine("a")
     done = warm(engine, ["one", "two"], head="You answer.", cache_salt="mine")
     assert [(each.index, each.tokens, each.error) for each in done] == [(0, TEN, ""), (1, TEN, "")]
-    assert not any(each.HasField("source") for each in done), "a fake engine says nothing of its documents"
+    assert not any(each.source for each in done), "a fake engine says nothing of its documents"
     document = (3 * TEN, {"star": "on", "star_segments": [TEN, 2 * TEN]}, "mine")
     assert engine.sent == [document, document, (TEN, {"star": "off"}, "mine")]
     assert [call.params.max_tokens for call in engine.calls] == [1, 1, 2]

@@ -9,8 +9,11 @@ import itertools
 import grpc
 import httpx
 import pytest
+from smg_grpc_proto import vllm_engine_pb2 as engine_pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
 
-from benchmarks.random_llama import make_tiny_llama
+from benchmarks.random_llama import byte_tokenizer, make_tiny_llama
 from examples.server import serving
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -47,6 +50,7 @@ class Tenants:
         self.http = httpx.Client(base_url=server.http, timeout=300, limits=NO_REUSE)
         self.channel = grpc.insecure_channel(server.grpc)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.gateway = vllm_engine_pb2_grpc.VllmEngineStub(self.channel)
 
     def post(self, key: str, path: str, **fields) -> httpx.Response:
         authorization = {"Authorization": f"Bearer {key}"}
@@ -67,6 +71,13 @@ class Tenants:
         head = pb.GenerateStreamRequest(sampling=pb.SamplingParams(temperature=0, max_tokens=2))
         parts = [pb.GenerateUploadStreamRequest(head=head), pb.GenerateUploadStreamRequest(text=prompt)]
         list(self.inference.GenerateUploadStream(iter(parts), metadata=[("authorization", f"Bearer {key}")]))
+
+    def through_gateway(self, key: str, prompt: str) -> list[engine_pb.GenerateResponse]:
+        """As a gateway sends a prompt, if it had the tenant's key."""
+        sampling = engine_pb.SamplingParams(temperature=0, max_tokens=2)
+        request = engine_pb.GenerateRequest(request_id=f"request {next(_numbers)}", sampling_params=sampling)
+        request.tokenized.input_ids.extend(byte_tokenizer().encode(prompt))
+        return list(self.gateway.Generate(request, metadata=[("authorization", f"Bearer {key}")]))
 
     def cached_by(self, send, *args, **fields) -> int:
         """The tokens that a request found in the prefix cache."""
@@ -90,7 +101,7 @@ def tenants(tmp_path_factory):
         tenants.channel.close()
 
 
-@pytest.mark.parametrize("front", ["complete", "generate", "upload"])
+@pytest.mark.parametrize("front", ["complete", "generate", "upload", "through_gateway"])
 def test_a_tenant_hits_its_own_pages_and_not_those_of_another(tenants, front):
     send, prompt = getattr(tenants, front), new_prompt()
     assert tenants.cached_by(send, A, prompt) == 0
@@ -211,6 +222,30 @@ def test_no_grpc_event_says_how_many_tokens_were_cached(tenants):
 
 def look(tenants, key: str | None = OPERATOR) -> httpx.Response:
     return tenants.http.get("/starling/live.json", headers={"Authorization": f"Bearer {key}"} if key else {})
+
+
+def test_gateways_learn_nothing_of_tenants(tenants):
+    """Their service needs a key; without the operator's it tells neither other prompts nor what is cached."""
+    prompt = new_prompt()
+    tenants.through_gateway(A, prompt)
+    assert {response.complete.cached_tokens for response in tenants.through_gateway(A, prompt)} == {0}
+    of_a = [("authorization", f"Bearer {A}")]
+    calls = [
+        (tenants.gateway.Generate, engine_pb.GenerateRequest(request_id="x", text="abc"), None),
+        (tenants.gateway.GetTokenizer, common_pb2.GetTokenizerRequest(), None),
+        (tenants.gateway.SubscribeKvEvents, common_pb2.SubscribeKvEventsRequest(), of_a),
+        (tenants.gateway.FlushCache, common_pb2.FlushCacheRequest(), of_a),
+    ]
+    for method, request, metadata in calls:
+        with pytest.raises(grpc.RpcError) as raised:
+            answer = method(request, metadata=metadata)
+            list(answer) if hasattr(answer, "__iter__") else answer
+        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    path = "/starling/cached/v1/completions"
+    own = {"model": MODEL, "prompt": prompt}
+    assert tenants.http.post(path, json=own).status_code == 401
+    refused = tenants.http.post(path, json=own, headers={"authorization": f"Bearer {A}"})
+    assert (refused.status_code, "--enable-prompt-tokens-details" in refused.text) == (403, True)
 
 
 def test_the_live_page_shows_the_operator_what_was_cached_and_no_text_of_a_prompt(tenants):

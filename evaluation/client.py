@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -203,6 +205,13 @@ class Client:
         """
         response = await self._complete(token_ids, plan, {"max_tokens": max_tokens, "return_token_ids": True})
         return as_completion(response)
+
+    async def seconds_to_first_token(self, token_ids: Sequence[int], plan: Plan) -> float:
+        """How long the first token of a prompt takes of which nothing is cached (raises ServerError)."""
+        fields = {"max_tokens": 1, "cache_salt": uuid.uuid4().hex}
+        started = time.perf_counter()
+        await self._complete(token_ids, plan, fields)
+        return time.perf_counter() - started
 
     async def score_token(self, token_ids: Sequence[int], plan: Plan, token_id: int) -> Completion:
         """The log-probabilities at the position behind a prompt, of ``token_id`` and of the most probable tokens.

@@ -86,21 +86,37 @@ def run(argv: Sequence[str]) -> int:
 
 def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be found)."""
-    for option in serve_options:
-        if option_name(option) in CHOSEN_HERE:
-            raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
+    refuse_chosen(serve_options)
     options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
     return partial(measure, args, options)
 
 
+def refuse_chosen(serve_options: Sequence[str]) -> None:
+    """Refuse (ValueError) options of the server that the search chooses."""
+    for option in serve_options:
+        if option_name(option) in CHOSEN_HERE:
+            raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
+
+
 async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
-    """Make the prompts, search, and write the results.
+    """Make the prompts, search, and write the results; returns 0 or NOT_FOUND, and raises what ``search`` does."""
+    report, _, _ = await search(args, options, target, console)
+    write(report, args.out, without_secrets(served_arguments(args, target, report)), console)
+    return 0 if report.succeeded else NOT_FOUND
+
+
+def served_arguments(args: argparse.Namespace, target: Sequence[str], report: TuneReport) -> Sequence[str]:
+    """The model, and further options of the server, for a command that serves it."""
+    return target if args.serve is not None else [report.server["model"]]
+
+
+async def search(
+    args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console
+) -> tuple[TuneReport, list[Prompt], Tuning]:
+    """Make the prompts, and search; returns the report, the prompts, and all that was measured.
 
     Args:
         target: the arguments that name the server, for the command in the report.
-
-    Returns:
-        0, or NOT_FOUND.
 
     Raises:
         ServerError: a request failed.
@@ -140,8 +156,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
         closest=make_closest(tuning, loss, options.mean_loss),
         looked_at=other_plans(earlier, tuning),
     )
-    write(report, args.out, without_secrets(served), console)
-    return 0 if report.succeeded else NOT_FOUND
+    return report, prompts, tuning
 
 
 async def search_candidates(

@@ -47,6 +47,9 @@ COMMANDS = {
         f"{CLI}.doctor", "show what works on this machine, which backend is active, and what a prompt would cost"
     ),
     "selftest": Command("selftest.command", "check whether Starling computes the right thing on this machine", FAILED),
+    "advise": Command(
+        "evaluation.commands.advise", "measure your prompts, and print one command with what it gains and costs"
+    ),
     "eval": Command(
         "evaluation.commands.eval", "measure what Star Attention costs in answers, on your model and prompts"
     ),

@@ -1,10 +1,11 @@
 """Right answers of retrieval, dense and with documents: `python -m benchmarks.rag models/qwen2.5-coder-0.5b-instruct`.
 
 The documents are those of examples/rag.py: functions of the standard library with their documentation. A question has
-the first sentence of a function's documentation, and asks for its name. Of the six documents in its prompt, which a
-TF-IDF score finds, one has the answer. Questions whose function is not found are left out. Each prompt is answered
-dense and with star_segments, behind the instructions alone and behind instructions with two questions that are answered
-already: a longer head is a longer anchor. The server has the preset `rag`, whose pages on CPUs are small. Writes results/rag_MODEL.json. Takes about 12 minutes.
+the first sentence of a function's documentation, and asks for its name. Of the six documents in its prompt, which a TF-
+IDF score finds, one has the answer. Questions whose function is not found are left out. Each prompt is answered dense
+and with star_segments, behind the instructions alone and behind instructions with two questions that are answered
+already: a longer head is a longer anchor. The server has the preset `rag`, whose pages on CPUs are small. Writes
+results/rag_MODEL.json. Takes about 12 minutes.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ FULL: dict[str, str] = {
     "block_positions": "",
     "library": "",
     "routing": "",
+    "default_plan": "models/qwen2.5-coder-0.5b-instruct",
     "rag": "models/qwen2.5-coder-0.5b-instruct",
     "fairness": "",
     "agents": "",
@@ -76,6 +77,7 @@ FULL: dict[str, str] = {
 NEEDS = {
     "kernels.gpu_kernels": (lambda: Path("/dev/nvidia0").exists(), "no GPU"),
     "llama_cpp": (lambda: (ROOT / "build/llama/venv/bin/python").exists(), "no llama.cpp: `make bench-llama`"),
+    "default_plan": (lambda: (ROOT / FULL["default_plan"]).exists(), "no model (`make eval-model`)"),
     "rag": (lambda: (ROOT / FULL["rag"]).exists(), "no model (`make eval-model`)"),
     "lm_eval": (
         lambda: (ROOT / "build/lm-eval/bin/lm_eval").exists() and (ROOT / FULL["lm_eval"]).exists(),

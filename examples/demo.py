@@ -13,12 +13,14 @@ import pydoc
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 from openai import OpenAI
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from server import Server, end_on_signals, serving
@@ -76,13 +78,22 @@ def over_grpc(server: Server, messages: list[dict[str, str]], star: bool, on_tex
         for event in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request):
             on_text(event.delta.text)
     plan = event.final.plan
-    names = ("prompt_tokens", "star_blocks", "anchor_size", "overlap_size", "context_end", "keys_per_context_token")
+    names = ("prompt_tokens", "keys_per_context_token")
     attention = "star" if plan.attention == pb.Plan.ATTENTION_STAR else "dense"
     return {"attention": attention} | {name: getattr(plan, name) for name in names}
 
 
-def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> tuple[str, ...]:
-    """Stream one answer to the terminal; returns its row of the table."""
+@dataclass
+class Answered:
+    """One answer: what asked for it, the seconds to its first token, and the keys that a token of the text saw."""
+
+    name: str
+    seconds: float
+    keys: float
+
+
+def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> Answered:
+    """Stream one answer to the terminal."""
     console.print(f"\n[bold]{name}[/bold]")
     start, first_token = time.perf_counter(), None
     with console.status("prefilling") as status:
@@ -96,13 +107,18 @@ def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> tup
 
         plan = stream(*arguments, print_text)
     console.print()
-    seconds = f"{first_token:.1f} s" if first_token is not None else "no text"
-    if plan["attention"] == "dense":
-        return name, seconds, "dense", "-", "-", f"{(plan['prompt_tokens'] + 1) / 2:,.0f}"
-    blocks = f"{plan['star_blocks']} x {STAR_BLOCK_SIZE:,}"
-    keys = f"{plan['keys_per_context_token']:,.0f}"
-    seen = f"{plan['anchor_size']:,} + {plan['overlap_size']:,}"
-    return name, seconds, blocks, seen, f"{plan['context_end']:,}", keys
+    keys = (plan["prompt_tokens"] + 1) / 2 if plan["attention"] == "dense" else plan["keys_per_context_token"]
+    return Answered(name, first_token or time.perf_counter() - start, keys)
+
+
+def picture(answers: list[Answered]) -> Table:
+    """A bar with the seconds to the first token of each answer."""
+    table = Table("", "seconds to the first token", "", "tokens seen by a token of the text", box=None)
+    longest = max(answer.seconds for answer in answers)
+    for answer in answers:
+        bar = Bar(longest, 0, answer.seconds, width=40, color="blue" if "star" in answer.name else "white")
+        table.add_row(answer.name, bar, f"{answer.seconds:.1f} s", f"{answer.keys:,.0f}")
+    return table
 
 
 def main() -> None:
@@ -120,16 +136,13 @@ def main() -> None:
         over_http(server, [{"role": "user", "content": "Hello!"}], False, lambda text: None)  # warm up
         console.print(f"document: pydoc of {', '.join(MODULES)}; {len(text):,} characters")
         console.print(f"question: {QUESTION}")
-        rows = [
+        answers = [
             stream_answer(f"{front}, {'star' if star else 'dense'}", stream, server, messages, star)
             for front, stream in (("OpenAI API", over_http), ("gRPC", over_grpc))
             for star in (False, True)
         ]
-    table = Table("", "first token after", "star blocks", "anchor + overlap", "context end", "keys per context token")
-    for row in rows:
-        table.add_row(*row)
-    console.print("\nAnswers are greedy. Each run has its own cache salt, so no run uses the KV cache of another run.")
-    console.print(table)
+    console.print("\nThe same question, four times; nothing is cached between them.\n")
+    console.print(picture(answers))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def _parse(entry: Any) -> StarlingConfig:
     chosen = {name: entry.get(name, values[0]) for name, values in CHOICES.items()}
     for name, value in chosen.items():
         if value not in CHOICES[name]:
-            raise OptionError(f"{ENTRY}.{name}", value, "there is no such choice", " or ".join(CHOICES[name]))
+            reason = f"there is no such choice{meant(str(value), CHOICES[name])}"
+            raise OptionError(f"{ENTRY}.{name}", value, reason, " or ".join(CHOICES[name]))
     heads = entry.get(STAR_HEADS)
     if heads is not None and (not isinstance(heads, str) or not heads):
         raise OptionError(f"{ENTRY}.{STAR_HEADS}", heads, "it must be a path", "the path of a file, or nothing")

@@ -6,7 +6,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -74,6 +74,13 @@ def meant(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]}" if close else ""
 
 
+def words_of(annotation: Any) -> list[str]:
+    """The words that a type allows by a Literal."""
+    if get_origin(annotation) is Literal:
+        return [word for word in get_args(annotation) if isinstance(word, str)]
+    return [word for part in get_args(annotation) for word in words_of(part)]
+
+
 def parse_fields(
     model: type[M],
     values: Mapping[str, Any],
@@ -108,5 +115,6 @@ def parse_fields(
         field = str(error.errors()[0]["loc"][0])
         name = next(name for name in values if names[name] == field)
         value = values[name]
-        reason = f"it must be {expected(field)}, not {shown(value)} ({type(value).__name__})"
+        near = meant(value, words_of(model.model_fields[field].annotation)) if isinstance(value, str) else ""
+        reason = f"it must be {expected(field)}, not {shown(value)} ({type(value).__name__}){near}"
         raise OptionError(prefix + name, value, reason, (allowed or expected)(field)) from None

@@ -192,6 +192,18 @@ def _check_offsets(name: str, offsets: tuple[int, ...]) -> None:
         raise OptionError(name, offsets, f"{offset} follows {before}", OFFSETS)
 
 
+def summary(options: StarOptions) -> str:
+    """A server's options in a line for its log: the mode, and what else was given."""
+    meaning = {
+        "off": "Star Attention for requests that turn it on",
+        "on": "Star Attention for all prompts",
+        "auto": f"Star Attention for prompts of {options.min_tokens:,} tokens or more",
+    }
+    given = [field for field in FIELDS if field in options.model_fields_set - {"mode", "min_tokens"}]
+    parts = [f"star={options.mode}, {meaning[options.mode]}", *(f"{flat_name(f)}={getattr(options, f)}" for f in given)]
+    return "; ".join(parts)
+
+
 def num_blocks(options: StarOptions) -> int | None:
     """Into how many equal blocks a prompt is cut where B is a share of it; None: B is no share."""
     return int(options.block_size.removeprefix("n/")) if isinstance(options.block_size, str) else None

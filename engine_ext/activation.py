@@ -29,7 +29,7 @@ from starling.config.entry import (
 )
 from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, preset_of, with_preset
-from starling.config.star import StarOptions
+from starling.config.star import StarOptions, summary
 from starling.engine_ext.clients import api_keys
 from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_rust_front
 from starling.engine_ext.head_scores import scores_of
@@ -235,7 +235,7 @@ def _log_activation(star: StarOptions, facts: EngineFacts, model: Any) -> None:
         return
     if star.segments not in (None, "off") and facts.document_refusals:
         logger.warning("star_segments=%s has no effect here: %s", star.segments, "; ".join(facts.document_refusals))
-    logger.info("Starling is activated; star defaults: %s", star.model_dump())
+    logger.info("Starling: %s", summary(star))
     if star.mode == "auto" and model.max_model_len < star.min_tokens:
         logger.warning(
             "star=auto never engages: max_model_len=%d is below star_min_tokens=%d",

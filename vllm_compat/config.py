@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from starling.vllm_compat.patching import Original, first_found, touches, wrap
 
@@ -219,13 +222,28 @@ def memory_nodes() -> set[int]:
     return set(get_memory_affinity())
 
 
-def set_option_help(parser: Any, dest: str, help_text: str) -> None:
-    """Replace the help of an option of vLLM's parser. Goes when argparse, or vLLM's parser, has a public way to do so.
+def move_option(parser: Any, dest: str, group: Any, help_text: str) -> None:
+    """Show an option of vLLM's parser in another group, with another help. Goes when argparse has a public way.
 
     Args:
         parser: a FlexibleArgumentParser.
         dest: the option's name in the parsed namespace.
+        group: of the same parser.
     """
-    for action in parser._actions:
-        if action.dest == dest:
+    for other in parser._action_groups:
+        for action in [action for action in other._group_actions if action.dest == dest]:
+            other._group_actions.remove(action)
+            group._group_actions.append(action)
             action.help = help_text
+
+
+def is_of_configuration(error: BaseException) -> bool:
+    """Whether vLLM raised an error when it made an engine's configuration, and so of the model or the options."""
+    return any(frame.f_code.co_name == "create_engine_config" for frame, _ in walk_tb(error.__traceback__))
+
+
+def plain_message(error: Exception) -> str:
+    """The message of an error of vLLM's configuration, which is pydantic's where vLLM checks its options with it."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(each["msg"].removeprefix("Value error, ").strip() for each in error.errors())

@@ -426,7 +426,7 @@ def test_the_log_has_no_prompt_and_no_key(server):
     response = httpx.post(f"{server.http}/v1/completions", json=body, headers=credentials, timeout=300)
     assert response.status_code == 400
     log = server.log.read_text()
-    assert "gRPC server on" in log
+    assert "gRPC on 127.0.0.1:" in log
     for word in (KEY, HOSTILE_KEY, ADMIN_KEY, SECRET):
         assert word not in log, word
 

@@ -146,4 +146,4 @@ def test_bench_throughput(model, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["num_requests"] == PROMPTS
     assert result["total_num_tokens"] >= PROMPTS * TOKENS
-    assert "Starling is activated; star defaults: {'mode': 'on'" in output
+    assert "Starling: star=on, Star Attention for all prompts; star_block_size=128" in output

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from starling.config.parsing import meant
 from starling.vllm_compat import versions
 
 UNUSABLE = 2
@@ -41,7 +42,7 @@ class Command:
 CLI = "engine_ext.serving.cli"
 COMMANDS = {
     "serve": Command(
-        f"{CLI}.serve", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
+        f"{CLI}.start", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
     ),
     "doctor": Command(
         f"{CLI}.doctor", "show what works on this machine, which backend is active, and what a prompt would cost"
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version())
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
+    name = next(iter(sys.argv[1:] if argv is None else argv), "")
+    if name not in COMMANDS and not name.startswith("-"):
+        parser.error(f"there is no command {name!r}{meant(name, COMMANDS)}. Allowed: {', '.join(COMMANDS)}.")
     args = parser.parse_args(argv)
     return COMMANDS[args.command](args.command, args.arguments)
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 from argparse import Namespace
@@ -22,21 +21,23 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.system_utils import decorate_logs
 
 from starling.config.entry import StarlingConfig, config_of
-from starling.config.parsing import OptionError
 from starling.config.replicas import KEY_ENV, join_address
 from starling.engine_ext.bounds import MAX_CHOICES, MAX_CHOICES_ENV
 from starling.engine_ext.clients import api_keys
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
+from starling.engine_ext.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
+from starling.engine_ext.serving.cli.start_checks import refuse_taken_port
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
 from starling.engine_ext.serving.grpc.auth import peer_credentials, server_credentials
 from starling.engine_ext.serving.grpc.prompts import chat_params
 from starling.engine_ext.serving.grpc.replica import ReplicaServicer
 from starling.engine_ext.serving.grpc.server import GRACE_SECONDS, Front
 from starling.engine_ext.serving.http.keepalive import KEEP_ALIVE_ENV, KEEP_ALIVE_SECONDS, end_lost_connections
+from starling.vllm_compat.config import is_of_configuration, plain_message
 from starling.vllm_compat.front import around_shutdown
 from starling.vllm_compat.server import on_server_socket, set_up_environment, validate_serve_args
 
@@ -66,6 +67,8 @@ def run(argv: Sequence[str]) -> int:
         configure_logging_from_args(args)
         validate_serve_args(args)
         bind_cores(args)
+        if not (args.headless or args.grpc or args.uds or args.data_parallel_multi_port_external_lb):
+            refuse_taken_port("--port", args.host or "", args.port)
         if grpc_port is not None:
             server_credentials(args)
             refuse_taken_port("--grpc-port", args.host or LOOPBACK, grpc_port)
@@ -75,15 +78,17 @@ def run(argv: Sequence[str]) -> int:
         print(f"starling serve: error: {error}", file=sys.stderr)
         return UNUSABLE
     try:
-        if grpc_port is None and not is_only_front(args):
+        if grpc_port is None and not is_one_front(args):
             ServeSubcommand.cmd(args)
         else:
             args.model, args.api_server_count = args.model_tag or args.model, None
             return uvloop.run(serve_both(args, grpc_port, admin))
     except KeyboardInterrupt:  # a signal while the engine starts; a later signal lets serve_both return
         return INTERRUPTED
-    except OptionError as error:  # found with the model's configuration: the page size, features that exclude star
-        print(f"starling serve: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # found with the model's configuration, such as features that exclude star
+        if not is_of_configuration(error):
+            raise
+        print(f"starling serve: error: {plain_message(error)}", file=sys.stderr)
         return UNUSABLE
     return 0
 
@@ -98,10 +103,15 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault(GATEWAY_WARMUP_ENV, "off")
 
 
-def is_only_front(args: Namespace) -> bool:
-    """Whether one API server serves several replicas. Then Starling also handles a signal during the start."""
+def is_one_front(args: Namespace) -> bool:
+    """Whether the server is one API server, in this process, of one replica or several.
+
+    Then Starling logs where it listens, and handles a signal during the start.
+    """
     external = args.data_parallel_external_lb or args.data_parallel_rank is not None
-    return args.data_parallel_size > 1 and args.api_server_count == 1 and not (args.headless or args.grpc or external)
+    several = external or args.data_parallel_multi_port_external_lb or args.data_parallel_start_rank is not None
+    one = args.api_server_count == 1 or (args.api_server_count is None and args.data_parallel_size == 1)
+    return one and not (several or args.headless or args.grpc)
 
 
 def bind_cores(args: Namespace) -> None:
@@ -110,19 +120,6 @@ def bind_cores(args: Namespace) -> None:
     if binding is not None:
         os.environ[CORES_ENV] = binding
         logger.info("%s=%s: each replica has its own cores", CORES_ENV, binding)
-
-
-def refuse_taken_port(option: str, host: str, port: int) -> None:
-    """Check that a port is free, before the model is loaded.
-
-    Raises:
-        OSError: the port can't be used.
-    """
-    family = socket.getaddrinfo(host, port)[0][0]
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise OSError(f"{option} {port} can't be used on {host}: {error.strerror}") from None
 
 
 async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions) -> int:
@@ -135,7 +132,11 @@ async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions
     listen_address, sock = setup_server(args, reuse_port=False)
     with sock:
         async with build_async_engine_client(args) as engine:
-            front = None if grpc_port is None else await start_front(engine, args, grpc_port, admin)
+            front, grpc_address = None, None
+            if grpc_port is not None:
+                front, grpc_address = await start_front(engine, args, grpc_port, admin)
+            logger.info("Starling: %s", kv_room(front_state(engine).planner))
+            logger.info("Starling: %s", addresses(listen_address, grpc_address, args))
             grace = max(GRACE_SECONDS, args.shutdown_timeout)
             if front is not None:
                 front_state(engine).let_split_requests_end(engine)  # after the front has stopped: health says so first
@@ -175,8 +176,30 @@ def kill_processes() -> None:
     os._exit(INTERRUPTED)
 
 
-async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptions) -> Front:
-    """Start the gRPC server on ``port`` (0: any free port).
+def kv_room(planner: PromptPlanner) -> str:
+    """For the log: the size of a KV page, and how many tokens all replicas have room for."""
+    page_size = planner.page_size
+    if page_size is None:
+        return "KV pages of several sizes"
+    num_tokens = page_size * planner.num_pages * planner.vllm_config.parallel_config.data_parallel_size
+    return f"KV pages of {page_size} tokens, room for {num_tokens:,} tokens"
+
+
+def addresses(http: str, grpc: str | None, args: Namespace) -> str:
+    """For the log: where clients find the server.
+
+    Args:
+        http: the address as vLLM shows it.
+        grpc: host:port; None: no gRPC.
+    """
+    if grpc is None:
+        return f"HTTP on {http}, no gRPC (--grpc-port)"
+    only = ", for this machine only: --host serves others" if args.host is None else ""
+    return f"HTTP on {http}, gRPC on {grpc} ({'TLS' if args.ssl_certfile else 'plaintext'}{only})"
+
+
+async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptions) -> tuple[Front, str]:
+    """Start the gRPC server on ``port`` (0: any free port); returns it, and its address.
 
     Raises:
         ValueError, OSError: as ``server_credentials`` raises them.
@@ -191,15 +214,12 @@ async def start_front(engine: Any, args: Namespace, port: int, admin: AdminOptio
         replica = ReplicaServicer(engine, await own_identity(engine, front_state(engine).replica_rpc))
     front = Front(engine, api_keys(args), chat_params(args), admin, show_cached, replica, key)
     address = join_address(host, await front.start(join_address(host, port), credentials))
-    logger.info("gRPC server on %s (%s)", address, "plaintext" if credentials is None else "TLS")
     if replica is not None:
         assert key is not None
         front.peers = PeerDirectory(options, replica.identity, key, peer_credentials(args))
         await front.peers.start()
         front_state(engine).set_peers(front.peers)
-    if args.host is None:
-        logger.info("gRPC listens on loopback only: give --host to serve other machines")
-    return front
+    return front, address
 
 
 def stop_before_engine(engine: Any, front: Front) -> None:

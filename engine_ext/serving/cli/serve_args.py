@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from starling.config.entry import (
     CACHE_SALT,
@@ -19,21 +20,21 @@ from starling.config.entry import (
     STAR_LIBRARY,
     parse_config,
 )
-from starling.config.parsing import OptionError
+from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
 from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_missing_plugin, refuse_rust_front
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, is_loopback
-from starling.vllm_compat.config import set_option_help
+from starling.vllm_compat.config import move_option
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-GRPC_PORT_HELP = (
+GRPC_PORT_HELP = (  # with its default in no characters: else the formatter would add it
     "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
-    "127.0.0.1 where --host is not given. 0: any free port. Default: no gRPC."
+    "127.0.0.1 where --host is not given. 0: any free port. Default: no gRPC.%(default).0s"
 )
 STAR_HEADS_HELP = (
     "The scores of the model's KV heads, for --star-dense-heads: a file that `starling calibrate` made of it, or "
@@ -141,16 +142,32 @@ FLAGS = (
 )
 
 
+ADMIN_OPTIONS = ("grpc-admin-port", "grpc-admin-host", "grpc-admin-key")
+OWN_OPTIONS = frozenset((*(flag.option[2:] for flag in FLAGS), "grpc-plaintext", *ADMIN_OPTIONS))
+"""Starling's options of `starling serve`, without dashes at the front."""
+
+CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+
+
+def nearest_choice(message: str) -> str:
+    """ ", did you mean ..." for argparse's message of a word that is nearly one of the allowed ones; else nothing."""
+    found = CHOICE.search(message)
+    return meant(found[1], [word.strip("'") for word in found[2].split(", ")]) if found else ""
+
+
 def make_parser() -> FlexibleArgumentParser:
     """vLLM's parser of `vllm serve`, with Starling's options and its meaning of --grpc-port."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    top = FlexibleArgumentParser(prog="starling")
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(message + nearest_choice(message))
+
+    top = Parser(prog="starling")
     parser = ServeSubcommand().subparser_init(top.add_subparsers(dest="subparser"))
     parser.usage = "starling serve [MODEL] [options]"
     parser.epilog = (parser.epilog or "").replace("vllm serve", "starling serve")
-    set_option_help(parser, "grpc_port", GRPC_PORT_HELP)
     starling = parser.add_argument_group(
         "Starling",
         "Star Attention (arXiv 2411.17116), as the default for every request, and gRPC (--grpc-port). More of both: "
@@ -159,6 +176,7 @@ def make_parser() -> FlexibleArgumentParser:
     advanced = parser.add_argument_group(
         "Starling advanced", "Sizes of star blocks; several replicas; what clients share; and control over gRPC."
     )
+    move_option(parser, "grpc_port", starling, GRPC_PORT_HELP)
     for flag in FLAGS:
         group = starling if flag.dest in EVERYDAY else advanced
         # Not in the namespace where not given: with None the formatter would add a wrong default to the help.

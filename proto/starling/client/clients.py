@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar, Unpack
 
@@ -11,7 +10,7 @@ import grpc.aio
 
 from starling.client.channel import SERVICE, Pem, channel_credentials, channel_options
 from starling.client.early_status import EarlyStatus
-from starling.client.errors import converted_errors
+from starling.client.errors import converted
 from starling.client.parameters import GenerateFields, Message, Prompt, Star, StreamFields
 from starling.client.replies import Capabilities, Completion, Event, Tokens, WarmedDocument, read, read_event
 from starling.client.requests import generate_request, tokenize_request, upload_parts, warm_request
@@ -21,9 +20,9 @@ from starling.v1 import inference_pb2 as pb
 SERVER_MESSAGE_BYTES = 8 * 2**20
 """The largest message that a server takes. Messages and texts can't be uploaded in pieces, and may use all of it."""
 
-STATE_SECONDS = 1.0
-"""How long a blocking channel may take to say whether it is connected."""
-NOT_CONNECTED = (grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
+PROBE = "/grpc.health.v1.Health/Check"
+PROBE_SECONDS = 1.0
+"""How long the call may take that tells, behind a deadline, whether there is a server. It is not retried."""
 
 T = TypeVar("T")
 
@@ -80,6 +79,8 @@ class Connection:
         self._capabilities = self._method(
             "unary_unary", "GetCapabilities", pb.GetCapabilitiesRequest, pb.GetCapabilitiesResponse
         )
+
+        self._probe = self.channel.unary_unary(PROBE)
 
     def _method(self, kind: str, name: str, request: Any, response: Any) -> Any:
         return getattr(self.channel, kind)(
@@ -232,29 +233,30 @@ class Client(Connection):
         self.close()
 
     def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        with converted_errors(self._unreachable):
+        try:
             return method(request, timeout=timeout, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise converted(error, self.address, self._probed(error)) from error
 
     def _events(self, start: Callable[[], Any], convert: Callable[[Any], T | None]) -> Generator[T, None, None]:
         call = start()
         try:
-            with converted_errors(self._unreachable):
-                for message in call:
-                    if (event := convert(message)) is not None:
-                        yield event
+            for message in call:
+                if (event := convert(message)) is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise converted(error, self.address, self._probed(error)) from error
         finally:
             call.cancel()
 
-    def _unreachable(self) -> str | None:
-        states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
-        note = states.put
-        self.channel.subscribe(note)  # which calls it with the present state, from another thread
-        try:
-            return self.address if states.get(timeout=STATE_SECONDS) in NOT_CONNECTED else None
-        except queue.Empty:
-            return None
-        finally:
-            self.channel.unsubscribe(note)
+    def _probed(self, error: Any) -> Any:
+        """The error of a further call, where one that met its deadline does not say whether there is a server."""
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            try:
+                self._probe(b"", timeout=PROBE_SECONDS)
+            except grpc.RpcError as probed:
+                return probed
+        return error
 
 
 class AsyncClient(Connection):
@@ -334,28 +336,34 @@ class AsyncClient(Connection):
         await self.close()
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        with converted_errors(self._unreachable):
+        try:
             return await method(request, timeout=timeout, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise converted(error, self.address, await self._probed(error)) from error
 
     async def _events(self, start: Callable[[], Any], convert: Callable[[Any], T | None]) -> AsyncGenerator[T, None]:
         call = start()
         status = EarlyStatus(call)
         try:
-            with converted_errors(self._unreachable):
-                try:
-                    async for message in call:
-                        if (event := convert(message)) is not None:
-                            yield event
-                except grpc.aio.AioRpcError as error:
-                    known = await status.of(error)
-                    if known is error:
-                        raise
-                    raise known from error
+            async for message in call:
+                if (event := convert(message)) is not None:
+                    yield event
+        except grpc.aio.AioRpcError as error:
+            known = await status.of(error)
+            if known is not error:
+                known.__cause__ = error
+            raise converted(known, self.address, await self._probed(known)) from known
         finally:
             call.cancel()
 
-    def _unreachable(self) -> str | None:
-        return self.address if self.channel.get_state() in NOT_CONNECTED else None
+    async def _probed(self, error: Any) -> Any:
+        """As Client._probed."""
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            try:
+                await self._probe(b"", timeout=PROBE_SECONDS)
+            except grpc.RpcError as probed:
+                return probed
+        return error
 
 
 def as_it_is(message: T) -> T:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -46,7 +44,7 @@ class ConnectError(StarlingError):
         return self.message
 
 
-WITHOUT_CONNECTION = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+UNCONNECTED = re.compile(r"failed to connect to all addresses|DNS resolution failed")
 LAST_ERROR = re.compile(r"last error: (?:UNKNOWN: )?(.*)")
 
 
@@ -65,25 +63,16 @@ def starling_error(error: Any) -> StarlingError:
     return StarlingError(error.code(), error.details() or "", field, retry_after)
 
 
-def connect_error(address: str, error: Any) -> ConnectError:
-    """The error of a call whose channel is not connected, with gRPC's reason where it has one."""
-    found = LAST_ERROR.search(error.details() or "")
-    return ConnectError(address, found[1] if found else "")
-
-
-@contextmanager
-def converted_errors(unreachable: Callable[[], str | None]) -> Iterator[None]:
-    """Convert gRPC's errors.
+def converted(error: Any, address: str, probed: Any) -> StarlingError:
+    """The exception of a failed call.
 
     Args:
-        unreachable: returns the server's address if the channel to it is not connected, else None.
-
-    Raises:
-        StarlingError: in place of a grpc.RpcError.
+        error: a grpc.RpcError, of a blocking or an asyncio call.
+        address: of the server.
+        probed: the error of another call, where that says more about the connection; else ``error``.
     """
-    try:
-        yield
-    except grpc.RpcError as error:
-        if error.code() in WITHOUT_CONNECTION and (address := unreachable()) is not None:
-            raise connect_error(address, error) from error
-        raise starling_error(error) from error
+    details = probed.details() or ""
+    if not UNCONNECTED.search(details):
+        return starling_error(error)
+    last = LAST_ERROR.search(details)
+    return ConnectError(address, last[1] if last else details)

@@ -1,0 +1,144 @@
+"""What `starling serve` says at its start, and of a model or options that vLLM refuses."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+from pydantic import BaseModel, ValidationError, field_validator
+
+from starling.config.star import StarOptions, parse_options, summary
+from starling.engine_ext.serving.cli import serve
+from starling.vllm_compat.config import plain_message
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "star=off, Star Attention for requests that turn it on"),
+        (
+            {"star": "auto", "star_min_tokens": "16K", "star_block_size": "n/8"},
+            "star=auto, Star Attention for prompts of 16,384 tokens or more; star_block_size=n/8",
+        ),
+        ({"star": "on"}, "star=on, Star Attention for all prompts"),
+    ],
+)
+def test_the_line_of_the_star_options(options, line):
+    assert summary(parse_options(options)) == line
+
+
+def test_the_modes_have_a_meaning_each():
+    assert {summary(StarOptions(mode=mode))[:8] for mode in ("off", "on", "auto")} == {
+        "star=off",
+        "star=on,",
+        "star=aut",
+    }
+
+
+def test_the_line_of_the_kv_room():
+    parallel = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=2))
+    planner = SimpleNamespace(page_size=128, num_pages=100, vllm_config=parallel)
+    assert serve.kv_room(planner) == "KV pages of 128 tokens, room for 25,600 tokens"
+    planner.page_size = None
+    assert serve.kv_room(planner) == "KV pages of several sizes"
+
+
+@pytest.mark.parametrize(
+    ("grpc", "host", "cert", "line"),
+    [
+        (None, None, None, "HTTP on http://0.0.0.0:8000, no gRPC (--grpc-port)"),
+        (
+            "127.0.0.1:5",
+            None,
+            None,
+            "HTTP on http://0.0.0.0:8000, gRPC on 127.0.0.1:5 (plaintext, for this machine only: --host serves others)",
+        ),
+        ("a:5", "a", "c.pem", "HTTP on http://0.0.0.0:8000, gRPC on a:5 (TLS)"),
+    ],
+)
+def test_the_line_of_the_addresses(grpc, host, cert, line):
+    assert serve.addresses("http://0.0.0.0:8000", grpc, Namespace(host=host, ssl_certfile=cert)) == line
+
+
+FRONT = {
+    "api_server_count": None,
+    "data_parallel_size": 1,
+    "data_parallel_external_lb": False,
+    "data_parallel_multi_port_external_lb": False,
+    "data_parallel_rank": None,
+    "data_parallel_start_rank": None,
+    "headless": False,
+    "grpc": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "one"),
+    [
+        ({}, True),
+        ({"api_server_count": 1, "data_parallel_size": 2}, True),
+        ({"data_parallel_size": 2}, False),
+        ({"api_server_count": 2}, False),
+        ({"headless": True}, False),
+        ({"grpc": True}, False),
+        ({"data_parallel_rank": 0}, False),
+        ({"data_parallel_multi_port_external_lb": True}, False),
+    ],
+)
+def test_which_servers_are_one_front(given, one):
+    assert serve.is_one_front(Namespace(**FRONT | given)) == one
+
+
+class Model(BaseModel):
+    path: str
+
+    @field_validator("path")
+    @classmethod
+    def check(cls, path):
+        raise ValueError(f"no model at {path}")
+
+
+def test_an_error_of_pydantic_is_shown_without_its_frame():
+    with pytest.raises(ValidationError) as refused:
+        Model(path="x")
+    assert plain_message(refused.value) == "no model at x"
+    assert plain_message(OSError("no file")) == "no file"
+
+
+def create_engine_config():
+    raise ValueError("no such model")
+
+
+def crash():
+    raise ValueError("a mistake of the server's own")
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """serve.run up to the start of the engine, which ``start`` is."""
+
+    def prepare(start):
+        args = Namespace(**FRONT, model="m", model_tag=None, uds=None, host=None, port=0)
+        monkeypatch.setattr(serve, "set_defaults", lambda environ: None)
+        monkeypatch.setattr(serve, "parse", lambda argv: (args, None))
+        for name in ("set_up_environment", "on_server_socket", "refuse_open_plaintext", "configure_logging_from_args"):
+            monkeypatch.setattr(serve, name, lambda *_: None)
+        for name in ("validate_serve_args", "bind_cores"):
+            monkeypatch.setattr(serve, name, lambda *_: None)
+        monkeypatch.setattr(serve, "serve_both", lambda *_: start)
+        monkeypatch.setattr(serve.uvloop, "run", lambda start: start())
+
+    return prepare
+
+
+def test_a_model_that_vllm_refuses_is_one_line_and_exit_code_2(prepared, capsys):
+    prepared(create_engine_config)
+    assert serve.run([]) == 2
+    assert capsys.readouterr().err == "starling serve: error: no such model\n"
+
+
+def test_an_error_of_a_running_server_keeps_its_traceback(prepared):
+    prepared(crash)
+    with pytest.raises(ValueError, match="a mistake of the server"):
+        serve.run([])

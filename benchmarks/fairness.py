@@ -26,7 +26,15 @@ from rich.table import Table
 
 from benchmarks.engine import QUIET
 from benchmarks.random_llama import make_random_llama
-from benchmarks.report import ratio_interval, read_json, saved_figure, write_json, write_row
+from benchmarks.report import (
+    legend_below,
+    plot_two_times,
+    ratio_interval,
+    read_json,
+    saved_figure,
+    write_json,
+    write_row,
+)
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
 
 STEP = ENGINE["max_num_batched_tokens"]
@@ -177,22 +185,21 @@ def show(result: dict[str, Any]) -> None:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    panels = (("short_ttft_median", "short_ttft_max", "short TTFT"), ("pause_median", "pause_p99", "decode pause"))
-    shape = {"figsize": (3.2 * len(results), 5.2), "sharey": "row", "squeeze": False}
-    with saved_figure(path, 2, len(results), **shape) as (_, axes):
-        for column, result in enumerate(results):
-            names = list(result["rows"])
-            for row, (low, high, quantity) in enumerate(panels):
-                axis = axes[row][column]
-                axis.bar(names, [result["rows"][name][high] for name in names], color="lightgrey")
-                axis.bar(names, [result["rows"][name][low] for name in names])
-                axis.set_yscale("log")
-                axis.tick_params(axis="x", rotation=75, labelsize=7)
-                axis.set_title(label(result) if row == 0 else "", fontsize=9)
-                if column == 0:
-                    axis.set_ylabel(f"{quantity}, s: median, {'max' if row == 0 else 'p99'} grey", fontsize=8)
-                if row == 0:
-                    axis.set_xticklabels([])
+    panels = (
+        ("short_ttft_median", "short_ttft_max", "seconds to a short prompt's first token", "the latest"),
+        ("pause_median", "pause_p99", "seconds between two tokens of an answer", "one in a hundred is later"),
+    )
+    shape = {"figsize": (10, 1 + 1.7 * len(results)), "sharey": True, "sharex": "col", "squeeze": False}
+    with saved_figure(path, len(results), 2, **shape) as (figure, axes):
+        for row, result in zip(axes, results, strict=True):
+            for axis, (low, high, _, _) in zip(row, panels, strict=True):
+                values = {name: (found[low], found[high]) for name, found in result["rows"].items()}
+                prompts = f"{result['count']} long prompt{'s' if result['count'] > 1 else ''}, {result['kind']}"
+                plot_two_times(axis, values, f"beside {prompts}")
+        for axis, (_, _, quantity, late) in zip(axes[-1], panels, strict=True):
+            axis.set_xlabel(quantity, fontsize=9)
+            legend_below(axis, "median", late)
+        figure.suptitle("Short requests beside long prompts, by who schedules")
 
 
 def main() -> None:

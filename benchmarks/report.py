@@ -149,3 +149,31 @@ def saved_figure(path: Path, rows: int = 1, columns: int = 1, **options: Any) ->
     yield figure, axes
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def plot_two_times(axis: Any, values: Mapping[str, tuple[float, float]], title: str) -> None:
+    """Draw two times for each configuration as bars over one another, the first configuration on top.
+
+    Args:
+        values: configuration -> (a usual time, a late one), in seconds.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    labels = list(values)[::-1]
+    axis.barh(labels, [values[label][1] for label in labels], color="#d3d3d3")
+    axis.barh(labels, [values[label][0] for label in labels], color="#1f77b4")
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=8)
+
+
+def legend_below(axis: Any, usual: str, late: str) -> None:
+    """Say below the axes, where it covers nothing, what the bars of ``plot_two_times`` are."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color="#1f77b4", label=usual), Patch(color="#d3d3d3", label=late)]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.3)}
+    axis.legend(handles=handles, ncols=2, frameon=False, fontsize=8, **place)

@@ -21,6 +21,7 @@ class Panel:
         values: of the cells; an interval without width has no bar.
     """
 
+    title: str
     label: str
     equal: float
     values: list[tuple[Cell, Interval]]
@@ -41,9 +42,11 @@ def make_panels(cells: Sequence[Cell]) -> list[Panel]:
         else:  # dense's score is 1
             equal.append((cell, scaled(cell.difference, 100, 100)))
     panels = [
-        Panel("difference to dense, points, with 95 % intervals", 0, scored),
-        Panel("same answer as dense, %, with 95 % intervals", 100, equal),
-        Panel("KL from dense, nats for each token", 0, apart),
+        Panel(
+            "Scores with star blocks, beside dense attention", "points above or below dense; 95 % intervals", 0, scored
+        ),
+        Panel("Answers that are dense attention's", "same answer as dense, %; 95 % intervals", 100, equal),
+        Panel("How far probabilities are from dense attention's", "KL, nats for each token; 0: equal", 0, apart),
     ]
     return [panel for panel in panels if panel.values]
 
@@ -84,10 +87,33 @@ def draw(panel: Panel, axes: Any) -> None:
         means = [value.mean for _, value in found]
         bars = [[value.mean - value.low for _, value in found], [value.high - value.mean for _, value in found]]
         has_bars = any(value.low < value.high for _, value in found)
-        axes.errorbar(means, heights, xerr=bars if has_bars else None, fmt="o", capsize=3, label=plan)
+        axes.errorbar(means, heights, xerr=bars if has_bars else None, fmt="o", capsize=3, label=in_words(plan))
     axes.axvline(panel.equal, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{task} {length:,}" if length else task for task, length in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_title(panel.title)
     axes.set_xlabel(panel.label)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="best")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(rows) - 0.05), frameon=False)
+
+
+WORDS = {"B": "blocks of", "A": "anchor", "O": "overlap", "H": "dense heads", "Q": "query", "S": "documents at"}
+"""Parts of a plan's name (evaluation/plans.py), in words."""
+
+
+def in_words(plan: str) -> str:
+    """The name of a plan as a legend shows it: "blocks of 512, anchor 64, overlap 448"."""
+    parts = []
+    for part in plan.split(","):
+        name, equals, value = part.partition("=")
+        if name.startswith("n/"):
+            parts.append(f"blocks of 1/{name.removeprefix('n/')} of the prompt")
+        elif name == "B" and value.startswith("n/"):
+            parts.append(f"blocks of 1/{value.removeprefix('n/')} of the prompt")
+        elif equals and name in WORDS and part != "O=0":
+            parts.append(f"{WORDS[name]} {value}")
+        elif part == "O=0":
+            parts.append("no overlap")
+        else:
+            parts.append(part)
+    return ", ".join(parts)

@@ -29,7 +29,7 @@ from benchmarks.agents.live import SETTINGS as LIVE
 from benchmarks.agents.simulator import SETTINGS, STEP, play
 from benchmarks.agents.trace import Shape, make_trace, summary
 from benchmarks.engine import QUIET
-from benchmarks.report import saved_figure, write_json
+from benchmarks.report import legend_below, plot_two_times, saved_figure, write_json
 
 COLUMNS = {
     "first_token_p50": "first token p50",
@@ -54,15 +54,13 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     panels = (("first_token", "p99", "to the first token"), ("pause", "p999", "between two tokens"))
-    with saved_figure(path, 1, 2, figsize=(8, 3.4)) as (_, axes):
+    with saved_figure(path, 1, 2, figsize=(9, 3), sharey=True) as (figure, axes):
         for axis, (key, high, title) in zip(axes, panels, strict=True):
-            label = {"p99": "p99", "p999": "p99.9"}[high]
-            axis.bar(list(rows), [row[f"{key}_{high}"] for row in rows.values()], color="lightgrey", label=label)
-            axis.bar(list(rows), [row[f"{key}_p50"] for row in rows.values()], label="median")
-            axis.set_yscale("log")
-            axis.set_title(f"seconds {title}", fontsize=9)
-            axis.tick_params(axis="x", rotation=75, labelsize=7)
-            axis.legend(fontsize=7)
+            worst = {"p99": "one in a hundred is later", "p999": "one in a thousand is later"}[high]
+            values = {name: (row[f"{key}_p50"], row[f"{key}_{high}"]) for name, row in rows.items()}
+            plot_two_times(axis, values, f"seconds {title}")
+            legend_below(axis, "median", worst)
+        figure.suptitle("Agents and chats on one server, by who schedules")
 
 
 def main() -> None:

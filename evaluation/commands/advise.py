@@ -1,6 +1,7 @@
 """`starling advise`: one command to serve a model with, and what it gains and costs on the user's prompts.
 
-It is `starling tune` with a budget and a measure that need few prompts, and two times of each of the longest prompts.
+It is `starling tune` with three candidates, a budget and a measure that need few prompts, and the times of the longest
+prompts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from starling.evaluation.tuning.report import TuneReport, how_to_serve
 from starling.evaluation.tuning.search_options import TuneOptions
 
 BUDGET, MEASURE = 5.0, "logprob"
+PLANS = ("n/4", "n/8", "n/16")
+"""The candidates: the shares of a prompt that star_quality names, with the default anchor, overlap and dense heads."""
 TIMED, TURNS = 2, 2  # the longest prompts, and how often each is timed with either plan
 DEFAULT_FOLDER = "advice"
 
@@ -68,6 +71,7 @@ def run(argv: Sequence[str]) -> int:
     """Advise; returns the exit code, as `starling tune` does."""
     args, serve_options = make_parser().parse_known_args(argv)
     given = ["--budget", str(args.budget), "--measure", MEASURE, "--prompts", str(args.prompts), "--out", str(args.out)]
+    given += [word for plan in PLANS for word in ("--plan", plan)]
     server = [args.serve] if args.base_url is None else ["--base-url", args.base_url]
     full = tune.make_parser().parse_args([*(word for word in server if word), *given])
     return run_measurement("starling advise", full, serve_options, partial(prepare, serve_options))

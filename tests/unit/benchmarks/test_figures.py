@@ -19,7 +19,7 @@ from benchmarks.attamba import quality_tables
 from benchmarks.report import RESULTS
 
 ROOT = RESULTS.parents[1]
-README, BENCHMARKS = "README.md", "docs/benchmarks.md"
+README, BENCHMARKS, RAG = "README.md", "docs/benchmarks.md", "docs/recipe-rag.md"
 STORED = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 PATTERN = re.compile(r"\d[\d,.]*(?:x| times| %| s| ms| µs)(?!\w)")
 """A measured figure: a factor, a percentage or a time."""
@@ -127,16 +127,10 @@ def outcomes(run: dict[str, Any], *kinds: str) -> int:
 
 
 DROPPED_ROW = "{:.3f} | {:.1f} ({:.1f} to {:.1f}) |"
-EDIT_TIMES = [EDIT[name] for name in ("star, blocks reused", "dense, prefix cache", "star, prefix cache")]
 OWN = STORED["block_positions"]["seconds"]
 OWN_TIMES = {name: [median(runs) for runs in times.values()] for name, times in OWN.items()}
-OWN_DECODE = 1 / STORED["block_positions"]["over_ours"]["decode"]["dense"]["median"]
 HEADS = {name: STORED[f"dense_heads_{name}-instruct_2048"] for name in ("smollm2-135m", "qwen2.5-coder-0.5b")}
 PAPERS_PLAN, DEFAULT_HEADS = "B=256,A=256,O=0,Q=128", "B=256,A=32,O=224,Q=128,H=0.1"
-WORK = [
-    result["plans"][DEFAULT_HEADS]["attended_keys"] / result["plans"][PAPERS_PLAN]["attended_keys"]
-    for result in HEADS.values()
-]
 GOODPUT = {(row["rate"], row["mode"]): median(row["request_goodput"]) for row in STORED["goodput"]["rows"]}
 FIGURES = [
     (
@@ -162,51 +156,16 @@ FIGURES = [
     ),
     (
         README,
-        "the first token takes {:.2f} s; it takes {:.1f} s with dense attention",
-        OWN_TIMES["edit"][:2],
+        "the first token takes {:.2f} s and {:.1f} s with dense attention.",
+        OWN_TIMES["retrieval"],
     ),
-    (README, "all cached, it takes {:.2f} s and {:.1f} s.", OWN_TIMES["retrieval"]),
-    (README, "Each later token takes {:.2f}x dense's time", [OWN_DECODE]),
+    (RAG, "the first token takes {:.2f} s where dense attention takes {:.1f} s", OWN_TIMES["retrieval"]),
     (
         README,
-        "block of a quarter of the prompt | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x |",
-        llama(BLOCKS[0], 8, 16, 32, 64),
-    ),
-    (README, "| an eighth | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x |", llama(BLOCKS[1], 8, 16, 32, 64)),
-    (README, "| a sixteenth | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x |", llama(BLOCKS[2], 8, 16, 32, 64)),
-    (
-        README,
-        "| a block of 2,048 tokens | {:.1f}x | {:.1f}x | {:.1f}x | {:.1f}x ({:.0f} s to {:.0f} s) |",
-        llama(FIXED, 8, 16, 32, 64) + fastest("star_ttft_llama", 65536, "dense", FIXED),
-    ),
-    (
-        README,
-        "a sixteenth | {:.2f}x, {:.2f}x, {:.2f}x ({:.0f} s to {:.0f}, {:.0f}, {:.0f} s) |",
-        SMOLLM2 + fastest("star_ttft_smollm2", 8064, "dense", *BLOCKS),
-    ),
-    (README, "is within {:.0f} % of the ratio of attended keys", [100 - min(OF_KEYS)]),
-    (
-        README,
-        "in bfloat16: {:.1f}x on a dense prompt of 16k tokens and on decode after 32k tokens, {:.2f}x under star",
-        [OP["bfloat16"][DENSE][0], OP["bfloat16"][STAR][0]],
-    ),
-    (README, "{:.1f}x on a dense prompt of 16k tokens and on decode", [OP["bfloat16"][DECODE][0]]),
-    (
-        README,
-        "The first token takes {:.1f} s. It takes {:.1f} s with dense attention and vLLM's prefix cache, and {:.1f} s",
-        EDIT_TIMES,
+        "the first token of a prompt of 64k tokens after {:.0f} s instead of {:.0f} s",
+        fastest("star_ttft_llama", 65536, "dense", FIXED)[::-1],
     ),
     (README, "in {} interleaved rounds, no ratio", [len(COST["seconds"]["prefill 4,096 tokens"]["plain vLLM"])]),
-    (
-        README,
-        "{:.2f} of the divergence of the paper's plan from dense is left on SmolLM2-135M, {:.2f} on "
-        "Qwen2.5-Coder-0.5B, at {:.2f} times its work ({} and {} prompts of 2,048 tokens).",
-        [
-            *(result["plans"][DEFAULT_HEADS]["kl_ratio"][0] for result in HEADS.values()),
-            max(WORK),
-            *(result["prompts"] for result in HEADS.values()),
-        ],
-    ),
     (
         BENCHMARKS,
         "up to {:.1f}x at 64k tokens with blocks of a sixteenth of the prompt, {:.1f}x with blocks of 2,048 tokens",
@@ -287,12 +246,6 @@ FIGURES = [
             text_spread("attamba-p8-l16"),
             max(map(text_spread, ("isokv4", "attamba-p4-l32", "attamba-p4-l1024"))),
         ],
-    ),
-    (
-        README,
-        "on text, P = 4 takes about as many bits as that transformer, and {:.0f} % more than the same model with all "
-        "keys",
-        [text_bits("attamba-p4-l32 over attamba-p4-l1024")[1]],
     ),
     (
         BENCHMARKS,

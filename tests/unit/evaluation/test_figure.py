@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from starling.evaluation.figure import figure_png, make_panels
+from starling.evaluation.figure import figure_png, in_words, make_panels
 from starling.evaluation.statistics import Cell, Interval
 
 
@@ -18,9 +18,9 @@ def cell(against_reference: bool, kl: float | None = None, plan: str = "n/8") ->
 @pytest.mark.parametrize(
     ("shown", "label", "equal", "value"),
     [
-        (cell(True, 0.2), "difference to dense", 0, (-25, -50, 0)),
+        (cell(True, 0.2), "points above or below dense", 0, (-25, -50, 0)),
         (cell(False), "same answer as dense", 100, (75, 50, 100)),
-        (cell(False, 0.2), "KL from dense", 0, (0.2, 0.2, 0.2)),
+        (cell(False, 0.2), "KL, nats", 0, (0.2, 0.2, 0.2)),
     ],
 )
 def test_each_kind_of_prompt_has_its_measure_and_a_figure(shown, label, equal, value):
@@ -41,3 +41,10 @@ def test_both_kinds_of_prompts_have_a_panel_each():
 def test_dense_alone_has_no_figure():
     assert make_panels([cell(True, plan="dense"), cell(False, plan="dense")]) == []
     assert figure_png([cell(True, plan="dense")]) is None
+
+
+def test_a_legend_names_plans_in_words():
+    assert in_words("B=512,A=64,O=448,Q=128") == "blocks of 512, anchor 64, overlap 448, query 128"
+    assert in_words("n/8,O=0,H=0.1") == "blocks of 1/8 of the prompt, no overlap, dense heads 0.1"
+    assert in_words("B=n/4") == "blocks of 1/4 of the prompt"
+    assert in_words("default") == "default"

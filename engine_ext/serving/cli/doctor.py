@@ -1,4 +1,4 @@
-"""`starling doctor`: shows what is installed, what works on this machine with a model, and what a prompt would cost.
+"""`starling doctor`: a verdict, then what is installed, what works here with a model, and what a prompt would cost.
 
 It starts no engine and no server. With --json, standard output is one JSON object and nothing else.
 """
@@ -17,10 +17,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from starling.engine_ext.serving.cli.doctor_attention import attention_backend, attention_op, cuda_graphs
+from starling.engine_ext.serving.cli.doctor_machine import machine
 from starling.engine_ext.serving.cli.doctor_memory import decode_step, unprofiled_memory
+from starling.engine_ext.serving.cli.doctor_verdict import verdict
+from starling.engine_ext.serving.cli.start_checks import refuse_mistakes
 from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
 from starling.vllm_compat import versions
-from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start
+from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start, plain_message
 from starling.vllm_compat.versions import VLLM_RANGE, vllm_version
 
 UNUSABLE = 2
@@ -31,7 +34,7 @@ PACKAGES = ("vllm-starling", "torch", "triton", "transformers", "xformers", "grp
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the report; returns the exit code: 0, or 2 for arguments that can't be used."""
+    """Print the report; returns the exit code: 0, 1 for a prompt that is refused, 2 for arguments that are."""
     parser = argparse.ArgumentParser(
         prog="starling doctor",
         description="Shows what is installed and works here; with a model, what Star Attention does and costs, and "
@@ -48,23 +51,30 @@ def run(argv: Sequence[str]) -> int:
     if args.model is not None and problem is not None:
         print(f"starling doctor: error: {problem}", file=sys.stderr)
         return UNUSABLE
+    try:
+        refuse_mistakes([args.model or "", *serve_options], serves=False)
+    except ValueError as error:
+        print(f"starling doctor: error: {error}", file=sys.stderr)
+        return UNUSABLE
     with reserved_output() as output:
-        installed: dict[str, Any] = {"installation": installation()}
-        if not args.json:
-            print_report(installed, output)
-        examined: dict[str, Any] = {}
+        report: dict[str, Any] = {"machine": machine(), "installation": installation()}
         if args.model is not None:
             try:
-                examined = examine(args.model, serve_options, args.prompt_tokens)
+                report |= examine(args.model, serve_options, args.prompt_tokens)
             # vLLM raises RuntimeError where it finds no device, and ImportError where it misses a package.
             except (ValueError, OSError, ImportError, RuntimeError) as error:
-                print(f"starling doctor: error: {error}", file=sys.stderr)
+                if not args.json:
+                    print_report(report, output)
+                print(f"starling doctor: error: {plain_message(error)}", file=sys.stderr)
                 return UNUSABLE
+        lines, code = verdict(report)
+        report = {"verdict": lines, **report}
         if args.json:
-            print(json.dumps(installed | examined, indent=2), file=output)
+            print(json.dumps(report, indent=2), file=output)
         else:
-            print_report(examined, output)
-    return 0
+            print(*lines, sep="\n", end="\n\n", file=output)
+            print_report({name: section for name, section in report.items() if name != "verdict"}, output)
+    return code
 
 
 @contextlib.contextmanager
@@ -336,6 +346,7 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
     limit = config.model_config.max_model_len
     return {
         "tokens": num_tokens,
+        "max_model_len": limit,
         "accepted": "yes" if num_tokens < limit else f"no: max_model_len is {limit:,}, for prompt and output together",
         "kv_pages": num_pages,
         "kv_bytes": num_pages * cache["page_bytes"],

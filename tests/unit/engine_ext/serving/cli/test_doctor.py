@@ -68,6 +68,13 @@ def test_a_prompts_plan_memory_and_work(model):
     assert (prompt["decode_step"]["keys"], prompt["decode_step"]["bytes"]) == (3000, 3000 * bytes_per_token)
     assert report["unprofiled_memory"] == {"bytes": None, "why": "on a CPU vLLM has no memory profile"}
     assert prompt["accepted"] == "yes"
+    ratio = prompt["attention_work_dense_over_star"]
+    saved = f"star: {ratio:.1f} times less attention work at 3,000 tokens"
+    assert report["verdict"] == [
+        f"{saved}; loss on your model: not measured, run starling eval",
+        "by default such a prompt is dense: star is off",
+    ]
+    assert [*report][:3] == ["verdict", "machine", "installation"]
     assert prompt["by_default"] == "dense"
     assert prompt["plan_with_star_on"] == summary(plan)
     assert prompt["attention_work_dense_over_star"] == round(
@@ -178,16 +185,17 @@ def test_options_that_a_server_would_refuse(model):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Failed to infer device type"), ImportError("no libcuda.so.1")])
-def test_what_vllm_can_not_do_here_is_said_behind_the_installation(capfd, monkeypatch, error):
+def test_what_vllm_can_not_do_here_is_said_behind_the_installation(model, capfd, monkeypatch, error):
     def examine(*arguments):
         raise error
 
     monkeypatch.setattr(doctor, "examine", examine)
-    assert doctor.run(["model"]) == 2
+    assert doctor.run([model]) == 2
     printed = capfd.readouterr()
     assert "vllm supported" in printed.out
     assert printed.err.endswith(f"starling doctor: error: {error}\n")
-    assert doctor.run(["model", "--json"]) == 2
+    assert "memory" in printed.out, "and behind what is known of the machine"
+    assert doctor.run([model, "--json"]) == 2
     assert capfd.readouterr().out == ""
 
 
@@ -205,9 +213,25 @@ def test_the_help_says_that_the_model_comes_first(capsys):
     assert "which options it refuses" in words
 
 
+def test_a_mistake_is_one_line(capfd):
+    assert doctor.run(["./nowhere", "--prompt-tokens", "5"]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("starling doctor: error: MODEL='./nowhere' is refused: there is no such folder")
+    assert doctor.run(["--prompt-tokns", "5"]) == 2
+    assert "--prompt-tokns is refused" in capfd.readouterr().err
+
+
+def test_a_prompt_that_is_refused_is_exit_code_1(model, capfd):
+    assert doctor.run([model, "--prompt-tokens", "131072"]) == 1
+    first = capfd.readouterr().out.splitlines()
+    assert "131,072 tokens: refused, the model has 4,096 for prompt and output (max_model_len)" in first
+
+
 def test_tables(model, capfd):
     assert doctor.run([model, "--prompt-tokens", "3000", "--star-block-size", "512"]) == 0
     output = capfd.readouterr().out
+    assert output.index(" times less attention work at 3,000 tokens") < output.index("python")
     assert "bytes per token" in output
     assert "star blocks: 5" in output
     words = " ".join(output.replace("│", " ").split())

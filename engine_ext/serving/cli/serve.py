@@ -29,6 +29,7 @@ from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
+from starling.engine_ext.serving.cli.cpu_memory import OF_FREE_MEMORY, memory_share
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 from starling.engine_ext.serving.cli.start_checks import refuse_taken_port
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
@@ -67,6 +68,7 @@ def run(argv: Sequence[str]) -> int:
         configure_logging_from_args(args)
         validate_serve_args(args)
         bind_cores(args)
+        fit_memory(args)
         if not (args.headless or args.grpc or args.uds or args.data_parallel_multi_port_external_lb):
             refuse_taken_port("--port", args.host or "", args.port)
         if grpc_port is not None:
@@ -101,6 +103,14 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault(KEEP_ALIVE_ENV, str(KEEP_ALIVE_SECONDS))
     # The package of VllmEngine would send prompts of the longest lengths through the engine, for minutes on a CPU.
     environ.setdefault(GATEWAY_WARMUP_ENV, "off")
+
+
+def fit_memory(args: Namespace) -> None:
+    """Let an engine on a CPU start where vLLM's share of all memory is not free."""
+    share = memory_share(args, os.environ)
+    if share is not None:
+        args.gpu_memory_utilization = share
+        logger.info("--gpu-memory-utilization %g: %d %% of the free memory", share, 100 * OF_FREE_MEMORY)
 
 
 def is_one_front(args: Namespace) -> bool:

@@ -1,0 +1,34 @@
+"""How much of a CPU host's memory an engine takes.
+
+vLLM takes a share of all memory, 92 % by default, and does not start where less is free.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+import psutil
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+KV_SPACE_ENV = "VLLM_CPU_KVCACHE_SPACE"
+OF_FREE_MEMORY = 0.85
+
+
+def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
+    """The share of all memory with which an engine on a CPU can start; None: vLLM's default can, or the user chose.
+
+    Args:
+        args: of `vllm serve`. Several engines or workers on one host are left alone: who starts these divides memory.
+    """
+    workers = args.data_parallel_size * args.tensor_parallel_size * args.pipeline_parallel_size
+    chosen = args.kv_cache_memory_bytes is not None or KV_SPACE_ENV in environ
+    if chosen or workers > 1 or not current_platform.is_cpu():
+        return None
+    if args.gpu_memory_utilization != EngineArgs.gpu_memory_utilization:
+        return None
+    memory = psutil.virtual_memory()
+    if memory.available >= memory.total * args.gpu_memory_utilization:
+        return None
+    return round(OF_FREE_MEMORY * memory.available / memory.total, 2)

@@ -1,0 +1,35 @@
+"""The memory that an engine on a CPU takes where vLLM's share of all memory is not free."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from starling.engine_ext.serving.cli.cpu_memory import memory_share
+
+DEFAULT = EngineArgs.gpu_memory_utilization
+
+
+def share(monkeypatch, available: float, environ: dict | None = None, **given) -> float | None:
+    """Of a host with 100 bytes of memory."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=available))
+    args = {"data_parallel_size": 1, "tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    args |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": DEFAULT}
+    return memory_share(Namespace(**args | given), environ or {})
+
+
+def test_an_engine_takes_most_of_what_is_free(monkeypatch):
+    assert share(monkeypatch, 60) == 0.51
+    assert share(monkeypatch, 99) is None, "vLLM's share is free"
+
+
+@pytest.mark.parametrize(
+    "given", [{"gpu_memory_utilization": 0.5}, {"kv_cache_memory_bytes": 1}, {"data_parallel_size": 2}]
+)
+def test_what_the_user_chose_stays(monkeypatch, given):
+    assert share(monkeypatch, 60, **given) is None
+    assert share(monkeypatch, 60, {"VLLM_CPU_KVCACHE_SPACE": "1"}) is None

@@ -142,7 +142,8 @@ def advice(report: TuneReport, served: Sequence[str], speed: str) -> list[str]:
         "Advice:",
         f"  {how_to_serve(report, served)}",
         f"  gain: the first token comes {speed}; {percent(found.attended_keys)} of dense's attention work",
-        f"  cost: the answers' tokens are {points(found.confirmed)} % less probable ({found.confirmed.prompts} prompts "
-        f"that the plan was not chosen by; 95 % confidence for the upper end)",
+        f"  cost: the answers' tokens lose {100 * found.confirmed.mean:.1f} % of their probability, and at most "
+        f"{100 * found.confirmed.high:.1f} % with a confidence of 95 % ({found.confirmed.prompts} prompts that the plan "
+        "was not chosen by)",
         "  a single request can turn it off: star=off",
     ]

@@ -143,7 +143,7 @@ def advice(report: TuneReport, served: Sequence[str], speed: str) -> list[str]:
         f"  {how_to_serve(report, served)}",
         f"  gain: the first token comes {speed}; {percent(found.attended_keys)} of dense's attention work",
         f"  cost: the answers' tokens lose {100 * found.confirmed.mean:.1f} % of their probability, and at most "
-        f"{100 * found.confirmed.high:.1f} % with a confidence of 95 % ({found.confirmed.prompts} prompts that the plan "
-        "was not chosen by)",
+        f"{100 * found.confirmed.high:.1f} % with a confidence of 95 % ({found.confirmed.prompts} prompts that did not "
+        "choose the plan)",
         "  a single request can turn it off: star=off",
     ]

@@ -149,9 +149,17 @@ def refuse_taken_ports(options: Options) -> None:
     ports = [] if any(option in options for option in NO_HTTP) else [(PORT, host or "", options.get(PORT, HTTP_PORT))]
     ports += [(GRPC_PORT, host or LOOPBACK, grpc)]
     ports += [(ADMIN_PORT, options.get("grpc-admin-host") or LOOPBACK, options.get(ADMIN_PORT))]
+    owners: dict[int, str] = {}
     for option, address, port in ports:
-        if port is not None:
-            refuse_taken_port(f"--{option}", address, number_of(f"--{option}", port))
+        if port is None:
+            continue
+        number = number_of(f"--{option}", port)
+        if number and number in owners:
+            raise OptionError(
+                f"--{option}", number, f"--{owners[number]} is the same", "a port of its own, or 0 for any"
+            )
+        owners[number] = option
+        refuse_taken_port(f"--{option}", address, number)
 
 
 def number_of(option: str, port: str) -> int:

@@ -117,6 +117,15 @@ def test_a_taken_port_is_refused(refused, model, host):
     refuse_taken_port("--port", host, port)
 
 
+def test_a_port_is_of_one_server(refused, model):
+    (port,) = free_ports(0)
+    message = refused(model, "--grpc-port", port, "--grpc-admin-port", port)
+    assert message.startswith(
+        f"--grpc-admin-port={port} is refused: --grpc-port is the same. Allowed: a port of its own"
+    )
+    refuse_mistakes([str(model), "--port", "0", "--grpc-port", "0", "--grpc-admin-port", "0"])
+
+
 @pytest.mark.parametrize(
     "argv",
     [

@@ -32,7 +32,7 @@ def verdict(report: dict[str, Any]) -> tuple[list[str], int]:
     if prompt["plan_with_star_on"]["attention"] != "star":
         return [f"star: no less attention work at {tokens}, which it leaves dense"], OK
     saved = f"star: {ratio:.1f} times less attention work at {tokens}"
-    lines = [f"{saved}; loss on your model: not measured, run starling eval"]
+    lines = [f"{saved}; loss on your model: not measured, run starling advise"]
     if prompt["by_default"] == "dense":
         lines.append(f"by default such a prompt is dense: {prompt['why']}")
     return lines, OK

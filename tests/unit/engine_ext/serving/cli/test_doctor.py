@@ -71,7 +71,7 @@ def test_a_prompts_plan_memory_and_work(model):
     ratio = prompt["attention_work_dense_over_star"]
     saved = f"star: {ratio:.1f} times less attention work at 3,000 tokens"
     assert report["verdict"] == [
-        f"{saved}; loss on your model: not measured, run starling eval",
+        f"{saved}; loss on your model: not measured, run starling advise",
         "by default such a prompt is dense: star is off",
     ]
     assert [*report][:3] == ["verdict", "machine", "installation"]

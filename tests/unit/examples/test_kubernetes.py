@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from starling.config.entry import parse_config
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -319,3 +320,14 @@ def test_images_are_those_of_the_docker_page_and_run_as_their_users(name):
 def test_the_docs_name_every_manifest():
     named = set(re.findall(r"examples/kubernetes/([\w-]+\.yaml)", PAGE))
     assert named == {path.name for path in FOLDER.iterdir()}
+
+
+def test_vllms_production_stack_gets_options_that_exist():
+    """The chart starts `vllm serve` with these arguments; its schema was looked at by hand (docs/kubernetes.md)."""
+    (values,) = read("production-stack.yaml")
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    option, text = model["vllmConfig"]["extraArgs"]
+    assert option == "--additional-config"
+    config = parse_config(json.loads(text))
+    assert config is not None
+    assert config.star.mode == "auto"

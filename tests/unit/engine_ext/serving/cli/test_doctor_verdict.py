@@ -41,7 +41,8 @@ def prompt(tokens: int = 6000, ratio: float = 2.94, attention: str = "star", def
         (MODEL | {"star_refused": ["a"], "prompt": prompt(8192)}, "8,192 tokens: refused", 1),
         (
             MODEL | {"prompt": prompt()},
-            "star: 2.9 times less attention work at 6,000 tokens; loss on your model: not measured, run starling advise",
+            "star: 2.9 times less attention work at 6,000 tokens; "
+            "loss on your model: not measured, run starling advise",
             0,
         ),
         (MODEL | {"prompt": prompt(9, 1.0, "dense")}, "star: no less attention work at 9 tokens", 0),

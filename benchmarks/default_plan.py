@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import median_ratio, saved_figure, write_json
+from benchmarks.report import median_ratio, saved_figure, write_row
 from examples.server import serving
 from starling.evaluation.client import Client
 from starling.evaluation.plans import DENSE, parse_plan
@@ -84,25 +84,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="prompts that are timed (%(default)s)")
     args = parser.parse_args()
     options = ["--star", "auto", "--star-min-tokens", "2048", "--max-model-len", str(max(args.lengths) + 512)]
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    name = f"default_plan_{args.model.name}"
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         with serving(args.model, *options, log=folder / "log", grpc_port=None) as server:
             for length in args.lengths:
                 answers = measure_answers(server.http, length, args.prompts, folder / str(length))
                 seconds = asyncio.run(measure_times(server.http, length, args.rounds))
-                rows.append({"length": length, "answers": answers, "seconds": seconds})
-    table = Table("prompt", "first token, dense", "star", "ratio", "right, dense", "star", "attention work")
+                ratio = median_ratio(seconds["dense"], seconds[PLAN])
+                row = {"length": length, "answers": answers, "seconds": seconds, "ratio": ratio}
+                rows, path = write_row(name, "rows", row, ["length"])
+    show(rows)
+    plot(rows, path.with_suffix(".png"))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table("prompt", "first token, dense", "star", "ratio", "right, dense", "star", "prompts", "attention work")
     for row in rows:
         seconds, answers = row["seconds"], row["answers"]
-        row["ratio"] = median_ratio(seconds["dense"], seconds[PLAN])
         medians = [f"{statistics.median(seconds[way]):.1f} s" for way in ("dense", PLAN)]
         scores = [f"{100 * answers[way]:.0f} %" for way in ("dense_score", "score")]
-        work = f"{100 * answers['attended_keys']:.0f} %"
-        table.add_row(f"{row['length']:,}", *medians, f"{row['ratio']:.2f}x", *scores, work)
+        work = [str(answers["prompts"]), f"{100 * answers['attended_keys']:.0f} %"]
+        table.add_row(f"{row['length']:,}", *medians, f"{row['ratio']:.2f}x", *scores, *work)
     Console(width=120).print(table)
-    path = write_json(f"default_plan_{args.model.name}", {"rows": rows})
-    plot(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

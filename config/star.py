@@ -74,13 +74,14 @@ class StarOptions(BaseModel):
     anchor_size: Tokens | None = Field(
         default=None,
         description="anchor A, the first tokens of the prompt, which every block sees; a multiple of the page, A <= B; "
-        "default: B less the overlap, or, with neither given, 128 and at most B/8 in whole pages",
+        "default: 128 tokens, at most B/8, in whole pages, where blocks have the default overlap; B less a given "
+        "overlap; else B",
     )
     overlap_size: Tokens | None = Field(
         default=None,
-        description="tokens of the previous block that a block also sees, a multiple of the page, <= B; default: B "
-        "less the anchor; 0 where an anchor is given, and where blocks must not depend on one another: with documents, "
-        "and on a server with several replicas",
+        description="tokens of the previous block that a block also sees, a multiple of the page, <= B; default: the "
+        "rest of B beside the default anchor, where no anchor is given and blocks may depend on one another (no "
+        "documents, one replica); else 0",
     )
     dense_heads: Share | None = Field(
         default=None,

@@ -273,7 +273,7 @@ class StarMixin(SchedulerHooks):
     def bound_chunk(self, request: Any, start: int, num_tokens: int) -> int:
         """Bound a chunk by its prompt's part of this step, and end it at star blocks that are in the cache.
 
-        Nor may it replay a decode graph. Of two tokens or more, it gets one less.
+        A chunk of two tokens or more that would replay a decode graph is made one token shorter.
         """
         if self.limiter is not None:
             num_tokens = self.limiter.bound(request, start, num_tokens)

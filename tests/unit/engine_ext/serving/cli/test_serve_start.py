@@ -124,7 +124,7 @@ def prepared(monkeypatch):
         monkeypatch.setattr(serve, "parse", lambda argv: (args, None))
         for name in ("set_up_environment", "on_server_socket", "refuse_open_plaintext", "configure_logging_from_args"):
             monkeypatch.setattr(serve, name, lambda *_: None)
-        for name in ("validate_serve_args", "bind_cores"):
+        for name in ("validate_serve_args", "bind_cores", "fit_memory"):
             monkeypatch.setattr(serve, name, lambda *_: None)
         monkeypatch.setattr(serve, "serve_both", lambda *_: start)
         monkeypatch.setattr(serve.uvloop, "run", lambda start: start())

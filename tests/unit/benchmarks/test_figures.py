@@ -25,7 +25,7 @@ PATTERN = re.compile(r"\d[\d,.]*(?:x| times| %| s| ms| µs)(?!\w)")
 """A measured figure: a factor, a percentage or a time."""
 
 UNRECORDED = {
-    README: {"5 %": "the budget of an example"},
+    README: {},
     BENCHMARKS: {
         "80 %": "a setting of the soak",
         "95 %": "the probability of all intervals",
@@ -67,7 +67,6 @@ DENSE, STAR, DECODE = (
 )
 OP = STORED["cpu_attention"]["vllm_over_starling"]
 OP_SECONDS = STORED["cpu_attention"]["seconds"]["bfloat16"][DENSE]
-EDIT = {name: median(runs) for name, runs in STORED["block_reuse"]["seconds"]["a token replaced"].items()}
 COST = STORED["dense_cost"]
 PREFILL_COST, DECODE_COST = (COST["ratio_to_plain"][name] for name in ("prefill 4,096 tokens", "decode 48 tokens"))
 INSTALLED, ACTIVATED = "installed, not activated", "activated, dense"
@@ -129,8 +128,7 @@ def outcomes(run: dict[str, Any], *kinds: str) -> int:
 DROPPED_ROW = "{:.3f} | {:.1f} ({:.1f} to {:.1f}) |"
 OWN = STORED["block_positions"]["seconds"]
 OWN_TIMES = {name: [median(runs) for runs in times.values()] for name, times in OWN.items()}
-HEADS = {name: STORED[f"dense_heads_{name}-instruct_2048"] for name in ("smollm2-135m", "qwen2.5-coder-0.5b")}
-PAPERS_PLAN, DEFAULT_HEADS = "B=256,A=256,O=0,Q=128", "B=256,A=32,O=224,Q=128,H=0.1"
+DEFAULT_PLAN = {row["length"]: row for row in STORED["default_plan_qwen2.5-coder-0.5b-instruct"]["rows"]}
 GOODPUT = {(row["rate"], row["mode"]): median(row["request_goodput"]) for row in STORED["goodput"]["rows"]}
 FIGURES = [
     (
@@ -158,6 +156,16 @@ FIGURES = [
         README,
         "the first token takes {:.2f} s and {:.1f} s with dense attention.",
         OWN_TIMES["retrieval"],
+    ),
+    (
+        README,
+        "At 8,192 tokens the default plan does {:.0f} % of dense's attention work, the first token comes after {:.1f} s "
+        "instead of {:.1f} s, and {:.0f} % of the answers are right where {:.0f} % are with dense attention",
+        [
+            100 * DEFAULT_PLAN[8192]["answers"]["attended_keys"],
+            *(median(DEFAULT_PLAN[8192]["seconds"][way]) for way in ("default", "dense")),
+            *(100 * DEFAULT_PLAN[8192]["answers"][score] for score in ("score", "dense_score")),
+        ],
     ),
     (RAG, "the first token takes {:.2f} s where dense attention takes {:.1f} s", OWN_TIMES["retrieval"]),
     (

@@ -159,8 +159,8 @@ FIGURES = [
     ),
     (
         README,
-        "At 8,192 tokens the default plan does {:.0f} % of dense's attention work, the first token comes after {:.1f} s "
-        "instead of {:.1f} s, and {:.0f} % of the answers are right where {:.0f} % are with dense attention",
+        "At 8,192 tokens the default plan does {:.0f} % of dense's attention work, the first token comes after {:.1f} "
+        "s instead of {:.1f} s, and {:.0f} % of the answers are right where {:.0f} % are with dense attention",
         [
             100 * DEFAULT_PLAN[8192]["answers"]["attended_keys"],
             *(median(DEFAULT_PLAN[8192]["seconds"][way]) for way in ("default", "dense")),

@@ -3,7 +3,7 @@
 Each prompt goes to the server that has the fewest tokens to compute before the prompt's first token: those of the
 prompt that it has not cached, which `POST /starling/cached` says, and those of prompts that it has got and not begun to
 answer. So documents are found in any order. A server that can't be asked, or refuses a request for want of room, is
-left out of that request.
+left out of that request. A client that leaves ends its request.
 
 The servers run with --enable-prompt-tokens-details. The router passes on paths, headers and bodies as they are.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -25,8 +25,13 @@ from starlette.routing import Route
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 ASK_SECONDS = 2.0
-OF_CONNECTION = ("connection", "content-length", "host", "keep-alive", "transfer-encoding")
-"""Headers that are about one connection, and are not passed on."""
+OF_CONNECTION = {
+    *(b"connection", b"content-length", b"expect", b"host", b"keep-alive", b"proxy-authorization", b"te", b"trailer"),
+    *(b"transfer-encoding", b"upgrade"),
+}
+"""Headers that are about one connection, and are not passed on; so are those that `connection` names."""
+
+Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass
@@ -40,10 +45,20 @@ class Server:
     url: str
     waiting: int = 0
 
+    @contextlib.contextmanager
+    def computing(self, tokens: int) -> Iterator[None]:
+        self.waiting += tokens
+        try:
+            yield
+        finally:
+            self.waiting -= tokens
 
-def passed_on(headers: httpx.Headers) -> dict[str, str]:
+
+def passed_on(headers: Headers) -> Headers:
     """The headers of a request or response without those of its connection."""
-    return {name: value for name, value in headers.items() if name.lower() not in OF_CONNECTION}
+    values = [value for name, value in headers if name.lower() == b"connection"]
+    left_out = OF_CONNECTION.union(name.strip() for name in b",".join(values).lower().split(b","))
+    return [(name.lower(), value) for name, value in headers if name.lower() not in left_out]
 
 
 class Router:
@@ -59,16 +74,27 @@ class Router:
 
     async def to_compute(self, server: Server, request: Request, body: bytes) -> int | None:
         """The tokens of a prompt that a server has not cached; None: it does not say."""
-        url, headers = f"{server.url}/starling/cached{request.url.path}", passed_on(httpx.Headers(request.headers.raw))
-        with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
+        url, headers = f"{server.url}/starling/cached{request.url.path}", passed_on(request.headers.raw)
+        with contextlib.suppress(httpx.HTTPError, LookupError, TypeError, ValueError):
             answer = await self.client.post(url, content=body, headers=headers, timeout=ASK_SECONDS)
             found = answer.raise_for_status().json()
             return found["plan"]["prompt_tokens"] - max(each["cached_tokens"] for each in found["replicas"])
         return None
 
     async def forward(self, request: Request) -> Response:
-        """Send a request to the best server that takes it."""
+        """Send a request to the best server that takes it, for as long as its client is there."""
         body = await request.body()
+        sending = asyncio.ensure_future(self.send(request, body))
+        leaving = asyncio.ensure_future(request.receive())  # after the body comes only that the client is gone
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return sending.result() if sending.done() else Response()
+        finally:
+            leaving.cancel()
+            sending.cancel()
+
+    async def send(self, request: Request, body: bytes) -> Response:
+        """The response of the best server that takes a request."""
         answers = await asyncio.gather(*(self.to_compute(server, request, body) for server in self.servers))
         known = [tokens for tokens in answers if tokens is not None]
         tokens_of = [(max(known, default=0) if tokens is None else tokens) for tokens in answers]
@@ -76,46 +102,41 @@ class Router:
             zip(answers, tokens_of, self.servers, strict=True),
             key=lambda each: (each[0] is None, each[1] + each[2].waiting),
         )
-        refused: httpx.Response | None = None
+        refused: Response = JSONResponse({"error": "no server answers"}, 503)
         for _, tokens, server in order:
-            server.waiting += tokens
-            try:
+            with contextlib.ExitStack() as computing:
+                computing.enter_context(server.computing(tokens))
                 sent = self.client.build_request(
                     request.method,
                     f"{server.url}{request.url.path}",
                     params=request.url.query,
                     content=body,
-                    headers=passed_on(httpx.Headers(request.headers.raw)),
+                    headers=passed_on(request.headers.raw),
                 )
-                response = await self.client.send(sent, stream=True)
-            except httpx.TransportError:
-                server.waiting -= tokens
-                continue
-            if response.status_code in (429, 503):
-                server.waiting -= tokens
-                await response.aread()
-                refused = response
-                continue
-            return self.answer(response, server, tokens)
-        if refused is not None:
-            return Response(refused.content, refused.status_code, passed_on(refused.headers))
-        return JSONResponse({"error": "no server answers"}, 503)
+                with contextlib.suppress(httpx.TransportError):
+                    response = await self.client.send(sent, stream=True)
+                    if response.status_code not in (429, 503):
+                        return self.answer(response, computing.pop_all())
+                    content = b"".join([piece async for piece in response.aiter_raw()])
+                    refused = Response(content, response.status_code)
+                    refused.raw_headers += passed_on(response.headers.raw)
+        return refused
 
-    def answer(self, response: httpx.Response, server: Server, tokens: int) -> Response:
+    def answer(self, response: httpx.Response, computing: contextlib.ExitStack) -> Response:
         """A server's response as it comes in; with its first bytes the prompt has begun to be answered."""
 
         async def content() -> AsyncGenerator[bytes, None]:
-            left = tokens
             try:
                 async for piece in response.aiter_raw():
-                    server.waiting -= left
-                    left = 0
+                    computing.close()
                     yield piece
             finally:
-                server.waiting -= left
+                computing.close()
                 await response.aclose()
 
-        return StreamingResponse(content(), response.status_code, passed_on(response.headers))
+        answer = StreamingResponse(content(), response.status_code)
+        answer.raw_headers += passed_on(response.headers.raw)
+        return answer
 
 
 async def health(request: Request) -> Response:

@@ -49,6 +49,7 @@ REQUEST_ID = Bound("request_id", 256, "characters")
 LORA_NAME = Bound("lora_name", 256, "characters", GRPC)
 SAMPLING = Bound("sampling", 256 * 2**10, "bytes", GRPC)
 EXTRA_ARGS = Bound("extra_args", 64 * 2**10, "characters", GRPC)
+KV_TRANSFER = Bound("kv_transfer_params_json", 128 * 2**10, "characters", GRPC)
 LOGIT_BIAS = Bound("logit_bias", 16384, "tokens")
 STOP = Bound("stop", 256, "strings")
 STOP_TOKENS = Bound("stop_token_ids", 4096, "tokens")
@@ -75,7 +76,7 @@ DOCUMENTS_AT_ONCE = Bound("concurrency of `WarmDocuments`", 8, "documents", GRPC
 PARAMS_BOUNDS = (LOGIT_BIAS, STOP, STOP_TOKENS, BAD_WORDS, BAD_WORDS_TEXT, CHOICES, *GRAMMARS)
 BOUNDS = (
     *(HEAD, BODY, SCORING_BODY, TOKEN_VALUES, OTHER_VALUES, SEQUENCES, FIELDS, UPLOAD),
-    *(REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS),
+    *(REQUEST_ID, LORA_NAME, SAMPLING, EXTRA_ARGS, KV_TRANSFER),
     *PARAMS_BOUNDS,
     *(PROMPT_LOGPROBS, DOCUMENTS, DOCUMENTS_AT_ONCE),
 )

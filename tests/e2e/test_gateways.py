@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -217,6 +217,8 @@ class TestVllmEngine:
                 "media_refs is refused",
             ),
             ({"kv_transfer_params_json": "[1]"}, "kv_transfer_params"),
+            ({"kv_transfer_params_json": '{"a":[' + "[]," * 50_000 + "0]}"}, "kv_transfer_params_json is refused"),
+            ({"tokenized": engine_pb.TokenizedInput(input_ids=[1], original_text="x" * 10**6)}, "1000000 characters"),
             ({"sampling_params": engine_pb.SamplingParams(stop=["x"] * 300)}, "stop is refused"),
             ({"sampling_params": engine_pb.SamplingParams(n=200)}, "128"),
         ],
@@ -240,6 +242,16 @@ class TestVllmEngine:
         stub.Abort(engine_pb.AbortRequest(request_ids=["one", "another"]))
         assert list(call)[-1].complete.finish_reason == "abort"
         assert wait_until(lambda: fleet.running() == 0)
+
+    def test_an_id_is_taken_while_its_text_waits_for_the_tokenizer(self, stub):
+        before = [stub.Generate(self.request("a" * 16000)) for _ in range(16)]
+        calls = [stub.Generate(self.request("b" * 16000, request_id="twice")) for _ in range(2)]
+        for call in before:
+            call.cancel()
+        for call in calls:
+            with suppress(grpc.RpcError):
+                list(call)
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK, grpc.StatusCode.ALREADY_EXISTS}
 
     def test_a_request_of_another_front_is_not_aborted(self, fleet, stub):
         body = {"model": MODEL, "prompt": "abc", "temperature": 0, "stream": True, **ENDLESS, "max_tokens": 400}

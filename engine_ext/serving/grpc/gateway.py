@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_servicer.vllm.servicer import VllmEngineServicer
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.bounds import REQUEST_ID, SAMPLING, shortened
+from starling.engine_ext.bounds import KV_TRANSFER, REQUEST_ID, SAMPLING, shortened
 from starling.engine_ext.call import this_call
 from starling.engine_ext.serving.errors import DuplicateRequestError
 from starling.engine_ext.serving.grpc.inference import Inference
@@ -51,21 +51,38 @@ class Gateway(VllmEngineServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.GenerateResponse]:
         client, name = self.inference.client_of(context), PREFIX + request.request_id
-        try:
-            await self._check(request, name, client)
-        except Exception as error:
-            await self.inference.end_call(error, request.WhichOneof("input") or "tokenized", context)
-        request.request_id = name
-        self.clients[name] = client
-        try:
+        with ExitStack() as taken:
+            try:
+                taken.enter_context(self._unique_id(request.request_id, client))
+                await self._check(request, client)
+            except Exception as error:
+                await self.inference.end_call(error, request.WhichOneof("input") or "tokenized", context)
+            request.request_id = name
             async with aclosing(super().Generate(request, BoundedErrors(self.engine, context))) as responses:
                 async for response in responses:
                     yield response
             context.set_trailing_metadata(((HEADER.decode(), header_value(this_call().plans).decode()),))
-        finally:
-            del self.clients[name]
 
-    async def _check(self, request: pb.GenerateRequest, name: str, client: str) -> None:
+    @contextmanager
+    def _unique_id(self, request_id: str, client: str) -> Iterator[None]:
+        """Take a request's id until the request ends: from before its text is tokenised, when other calls run.
+
+        Raises:
+            VLLMValidationError: the id is empty, or too long.
+            DuplicateRequestError: a request of that id is running.
+        """
+        REQUEST_ID.check(len(request_id))
+        if not request_id:
+            raise VLLMValidationError("request_id is empty: gateways name their requests.", parameter="request_id")
+        if PREFIX + request_id in self.clients:
+            raise DuplicateRequestError(f"request_id {request_id!r} is running")
+        self.clients[PREFIX + request_id] = client
+        try:
+            yield
+        finally:
+            del self.clients[PREFIX + request_id]
+
+    async def _check(self, request: pb.GenerateRequest, client: str) -> None:
         """Check a request as one of starling.v1, and make token ids of its text.
 
         Raises:
@@ -73,12 +90,9 @@ class Gateway(VllmEngineServicer):
             Exception: as Inference.check_admission raises it.
         """
         self.inference.check_admission(max(request.sampling_params.n, 1))
-        REQUEST_ID.check(len(request.request_id))
         SAMPLING.check(request.sampling_params.ByteSize())
-        if not request.request_id:
-            raise VLLMValidationError("request_id is empty: gateways name their requests.", parameter="request_id")
-        if name in self.clients:
-            raise DuplicateRequestError(f"request_id {request.request_id!r} is running")
+        # The event loop parses it, and copies it with the parameters; the engine gets it once for each choice.
+        KV_TRANSFER.check(len(request.kv_transfer_params_json))
         for field in MEDIA:
             if field in {given.name for given, _ in request.ListFields()}:
                 raise VLLMValidationError(
@@ -88,6 +102,7 @@ class Gateway(VllmEngineServicer):
             text = inference_pb2.TokenizeRequest(text=request.text)
             request.tokenized.input_ids.extend(await self.inference.tokenizing.token_ids(text, client))
         self.inference.limit.check_ids(len(request.tokenized.input_ids))
+        self.inference.limit.check_characters(len(request.tokenized.original_text))
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         """Abort running requests of the same client; others are left alone, as are ids that don't run."""

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GenerationError, VLLMValidationError
 
-from starling.engine_ext.call import Call
+from starling.engine_ext.call import Call, this_call
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED, SHOWN
 from starling.scheduler.core_rpc import CACHED_TOKENS
@@ -16,12 +16,18 @@ from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
 
 
-class LookedUp(VLLMValidationError):
-    """In place of a request's outputs: the call has the answer."""
+class LookedUp(GenerationError):
+    """In place of a request's outputs: the call has the answer. vLLM logs such errors in `/v1/messages` alone."""
 
 
-async def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -> AsyncGenerator[Any, None]:
-    """Give a call its answer; no outputs.
+def check_looked_up(http_request: Any) -> None:
+    """Check a request of a call that only looks up (raises VLLMValidationError: it runs when the call has ended)."""
+    if this_call().only_looks_up and getattr(http_request, "background", None):
+        raise VLLMValidationError("A response in the background is not looked up.", parameter="background")
+
+
+def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -> AsyncGenerator[Any, None]:
+    """A generator that gives a call its answer, and no outputs. What is refused is so before a response begins.
 
     Args:
         engine: an AsyncLLM.
@@ -29,21 +35,32 @@ async def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: C
         keywords: of AsyncLLM.generate.
 
     Raises:
-        LookedUp: always, once the call has its answer.
-        VLLMValidationError: prompts of this kind are not looked up.
-        EngineDeadError, RetryableRequestError: a replica does not answer.
+        VLLMValidationError: prompts of this kind are not looked up, nor are several at once.
     """
     planned = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
     if planned is None or planned.token_ids is None:
         raise VLLMValidationError("Only prompts of text are looked up.", parameter="prompt")
+    if len(call.plans) > 1:
+        raise VLLMValidationError("One prompt is looked up, and the request has more.", parameter="prompt")
     lora = keywords.get("lora_request")
     adapter = None if lora is None else [lora.lora_name, lora.lora_int_id, lora.lora_path]
     question = (planned.token_ids, RequestMetadata(planned.plan).to_wire(), prompt.get("cache_salt"), adapter)
+    return _ask(engine, question, prompt[SHOWN], call)
+
+
+async def _ask(engine: Any, question: tuple[Any, ...], plan: Any, call: Call) -> AsyncGenerator[Any, None]:
+    """Give a call its answer.
+
+    Raises:
+        LookedUp: always, once the call has its answer.
+        VLLMValidationError: the engine looks up no prompt.
+        EngineDeadError, RetryableRequestError: a replica does not answer.
+    """
     async with front_state(engine).lookups:
         ranks = range(num_engine_cores(engine))
         found = await asyncio.gather(*(call_engine_core(engine, rank, CACHED_TOKENS, *question) for rank in ranks))
     if "refusal" in found[0]:
         raise VLLMValidationError(f"No prompt is looked up: {found[0]['refusal']}.", parameter="prompt")
-    call.cached = {"plan": prompt[SHOWN], "replicas": found}
+    call.cached = {"plan": plan, "replicas": found}
     raise LookedUp("the prompt was looked up, and does not run")
     yield  # makes this a generator

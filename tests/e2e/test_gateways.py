@@ -328,15 +328,19 @@ class TestCachedTokens:
         assert answer["replicas"] == [{"cached_tokens": 480, "documents": []}]
 
     @pytest.mark.parametrize("stream", [False, True])
-    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
     def test_all_apis_answer(self, fleet, path, stream):
         http, text = fleet.http[1], new_prompt(600)
         messages = [{"role": "user", "content": text}]
         body = {"max_tokens": 4, "stream": stream}
-        body |= {"input": text} if path == "/v1/responses" else {"messages": messages}
+        prompts = {"/v1/completions": {"prompt": text}, "/v1/responses": {"input": text}}
+        body |= prompts.get(path, {"messages": messages})
         http.post(path, json={"model": MODEL} | body).raise_for_status()
+        errors = fleet.servers[1].log.read_text().count(" ERROR ")
         answer = _look_up(http, path, **body)
         assert answer.status_code == 200, answer.text
+        if path != "/v1/messages":  # vLLM logs each error there
+            assert fleet.servers[1].log.read_text().count(" ERROR ") == errors
         assert answer.json()["replicas"][0]["cached_tokens"] >= 512, answer.text
 
     @pytest.mark.parametrize(
@@ -346,6 +350,8 @@ class TestCachedTokens:
             ("/v1/completions", {"prompt": "x" * 20000}, 400, "16384"),
             ("/v1/completions", {"prompt": "abc", "vllm_xargs": {"star_block_size": 3}}, 400, "star_block_size=3"),
             ("/v1/completions", {"model": "other", "prompt": "abc"}, 404, "other"),
+            ("/v1/completions", {"prompt": ["abc", "def"], "stream": True}, 400, "One prompt is looked up"),
+            ("/v1/responses", {"input": "abc", "background": True, "stream": True}, 400, "in the background"),
         ],
     )
     def test_what_cant_be_looked_up_is_refused_as_the_request_is(self, fleet, path, body, status, text):

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 import uvicorn
@@ -70,7 +71,8 @@ class Router:
 
     def __init__(self, urls: list[str]) -> None:
         self.servers = [Server(url.rstrip("/")) for url in urls]
-        self.client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # those of one client are not for the others
+        self.client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None), cookies=no_cookies)
 
     async def to_compute(self, server: Server, request: Request, body: bytes) -> int | None:
         """The tokens of a prompt that a server has not cached; None: it does not say."""

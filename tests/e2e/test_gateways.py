@@ -221,6 +221,10 @@ class TestVllmEngine:
             ({"tokenized": engine_pb.TokenizedInput(input_ids=[1], original_text="x" * 10**6)}, "1000000 characters"),
             ({"sampling_params": engine_pb.SamplingParams(stop=["x"] * 300)}, "stop is refused"),
             ({"sampling_params": engine_pb.SamplingParams(n=200)}, "128"),
+            (
+                {"sampling_params": engine_pb.SamplingParams(truncate_prompt_tokens=5)},
+                "truncate_prompt_tokens is refused",
+            ),
         ],
     )
     def test_bad_requests_are_refused(self, stub, fields, text):

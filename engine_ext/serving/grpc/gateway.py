@@ -98,6 +98,9 @@ class Gateway(VllmEngineServicer):
                 raise VLLMValidationError(
                     f"{field} is refused: this service takes text only. Send images over HTTP.", parameter=field
                 )
+        if request.sampling_params.HasField("truncate_prompt_tokens"):
+            reason = "token ids are not truncated here, so it would have no effect"
+            raise VLLMValidationError(f"truncate_prompt_tokens is refused: {reason}.", parameter="sampling_params")
         if request.WhichOneof("input") == "text":
             text = inference_pb2.TokenizeRequest(text=request.text)
             request.tokenized.input_ids.extend(await self.inference.tokenizing.token_ids(text, client))

@@ -113,7 +113,7 @@ def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> Ans
 
 def picture(answers: list[Answered]) -> Table:
     """A bar with the seconds to the first token of each answer."""
-    table = Table("", "seconds to the first token", "", "tokens seen by a token of the text", box=None)
+    table = Table("", "time to the first token", "", "tokens seen by each", box=None)
     longest = max(answer.seconds for answer in answers)
     for answer in answers:
         bar = Bar(longest, 0, answer.seconds, width=40, color="blue" if "star" in answer.name else "white")

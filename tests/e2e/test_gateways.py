@@ -82,6 +82,7 @@ def fleet(tmp_path_factory):
         ]
         fleet = Fleet(servers, stack)
         assert wait_until(lambda: fleet.count("starling:usable_peers") == [1, 1])
+        assert fleet.count("vllm:prompt_tokens_total") == [0, 0], "the package's own warm-up is off"
         yield fleet
 
 

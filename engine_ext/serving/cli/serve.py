@@ -44,7 +44,6 @@ from starling.vllm_compat.server import on_server_socket, set_up_environment, va
 
 logger = init_logger("vllm.starling")
 
-GATEWAY_WARMUP_ENV = "SMG_VLLM_SERVICER_WARMUP"
 ENGINE_DEAD = 1
 UNUSABLE = 2
 INTERRUPTED = 130
@@ -101,8 +100,6 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     environ.setdefault(MAX_CHOICES_ENV, str(MAX_CHOICES))
     environ.setdefault(KEEP_ALIVE_ENV, str(KEEP_ALIVE_SECONDS))
-    # The package of VllmEngine would send prompts of the longest lengths through the engine, for minutes on a CPU.
-    environ.setdefault(GATEWAY_WARMUP_ENV, "off")
 
 
 def fit_memory(args: Namespace) -> None:

@@ -7,6 +7,7 @@ the metadata of an answer has the prompt's plan. A request has no star options: 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_servicer.vllm.servicer import VllmEngineServicer
+from smg_grpc_servicer.vllm.warmup import WARMUP_ENV
 from vllm.exceptions import VLLMValidationError
 
 from starling.engine_ext.bounds import KV_TRANSFER, REQUEST_ID, SAMPLING, shortened
@@ -41,6 +43,8 @@ class Gateway(VllmEngineServicer):
     """
 
     def __init__(self, inference: Inference) -> None:
+        # The package would send prompts of many lengths through the engine, for minutes on a CPU.
+        os.environ.setdefault(WARMUP_ENV, "off")
         super().__init__(inference.engine, time.time())
         # It logs a line for each request. vLLM does so only with --enable-log-requests.
         logging.getLogger("smg_grpc_servicer.vllm.servicer").setLevel(logging.WARNING)

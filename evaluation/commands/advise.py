@@ -142,8 +142,13 @@ def advice(report: TuneReport, served: Sequence[str], speed: str) -> list[str]:
         "Advice:",
         f"  {how_to_serve(report, served)}",
         f"  gain: the first token comes {speed}; {percent(found.attended_keys)} of dense's attention work",
-        f"  cost: the answers' tokens lose {100 * found.confirmed.mean:.1f} % of their probability, and at most "
-        f"{100 * found.confirmed.high:.1f} % with a confidence of 95 % ({found.confirmed.prompts} prompts that did not "
-        "choose the plan)",
+        f"  cost: the answers' tokens are {changed(found.confirmed.mean)} on average, and at most "
+        f"{100 * found.confirmed.high:.1f} % less with a confidence of 95 % ({found.confirmed.prompts} prompts that did "
+        "not choose the plan)",
         "  a single request can turn it off: star=off",
     ]
+
+
+def changed(loss: float) -> str:
+    """A mean loss of logprob in words: "1.2 % less probable"."""
+    return f"{100 * abs(loss):.1f} % {'less' if loss > 0 else 'more'} probable"

@@ -32,7 +32,8 @@ def test_a_plan_that_is_good_enough_is_a_command_with_its_gain_and_cost():
     command = shlex.split(lines[1])
     assert command == ["starling", "serve", "MODEL", "--block-size", "32", "--star", "auto", "--star-block-size", "n/8"]
     assert "the first token comes 2.00 times sooner; 31.0 % of dense's attention work" in lines[2]
-    assert "lose 2.0 % of their probability, and at most 3.0 % with a confidence of 95 % (10 prompts" in lines[3]
+    assert "are 2.0 % less probable on average, and at most 3.0 % less with a confidence of 95 % (10" in lines[3]
+    assert "are 1.0 % more probable on average" in advice(report(-0.01), ["MODEL"], "")[3]
 
 
 def test_without_one_the_advice_is_dense():

@@ -143,8 +143,8 @@ def advice(report: TuneReport, served: Sequence[str], speed: str) -> list[str]:
         f"  {how_to_serve(report, served)}",
         f"  gain: the first token comes {speed}; {percent(found.attended_keys)} of dense's attention work",
         f"  cost: the answers' tokens are {changed(found.confirmed.mean)} on average, and at most "
-        f"{100 * found.confirmed.high:.1f} % less with a confidence of 95 % ({found.confirmed.prompts} prompts that did "
-        "not choose the plan)",
+        f"{100 * found.confirmed.high:.1f} % less with a confidence of 95 % ({found.confirmed.prompts} prompts that "
+        "did not choose the plan)",
         "  a single request can turn it off: star=off",
     ]
 

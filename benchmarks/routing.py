@@ -18,11 +18,8 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -35,14 +32,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.gateway_process import SMG, VLLM_ROUTER, gateway_before, is_installed
+from benchmarks.gateway_process import DOCUMENT_ROUTER, SMG, VLLM_ROUTER, gateway_before, is_installed
 from benchmarks.random_llama import make_random_llama
 from benchmarks.report import ratio_interval, saved_figure, write_json
 from benchmarks.soak.target import series_sum
 from examples.server import Server, free_ports, serving
 from starling.v1 import admin_pb2, admin_pb2_grpc
 
-ROUTER = Path(__file__).resolve().parents[1] / "examples" / "document_router.py"
 DOCUMENTS, RETRIEVED, TOPICS, MARK = 100, 8, 5, "|"
 DOCUMENT_TOKENS, HEAD_TOKENS, PAGE = 480, 256, 32
 ROOM = (HEAD_TOKENS + DOCUMENTS // 2 * (DOCUMENT_TOKENS + PAGE)) // PAGE + 300  # 300 pages: prompts that run
@@ -81,24 +77,6 @@ def two_servers(folder: Path, model: Path) -> Iterator[list[Server]]:
             log = folder / f"server{number}.log"
             servers.append(stack.enter_context(serving(model, *options, *own, log=log, grpc_port=port)))
         yield servers
-
-
-@contextlib.contextmanager
-def document_router(servers: Sequence[Server]) -> Iterator[str]:
-    """The address of examples/document_router.py in front of servers."""
-    (port,) = free_ports(0)
-    process = subprocess.Popen([sys.executable, ROUTER, *(server.http for server in servers), "--port", str(port)])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/health").close()
-                break
-            time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def reset(servers: Sequence[Server]) -> None:
@@ -144,8 +122,8 @@ def policies() -> list[tuple[str, str, str]]:
     """(name, gateway, policy) of each way to choose a server."""
     ways = [("round robin", VLLM_ROUTER, "round_robin"), ("prefix (cache_aware)", VLLM_ROUTER, "cache_aware")]
     ways += [("consistent hash of the set", VLLM_ROUTER, "consistent_hash")]
-    ways += [("prefix, KV events (cache_aware)", SMG, "cache_aware"), ("documents", "", "")]
-    return [way for way in ways if not way[1] or is_installed(way[1])]
+    ways += [("prefix, KV events (cache_aware)", SMG, "cache_aware"), ("documents", DOCUMENT_ROUTER, "")]
+    return [way for way in ways if is_installed(way[1])]
 
 
 def measure_routing(folder: Path, servers: Sequence[Server], number: int) -> dict[str, dict[str, Any]]:
@@ -155,13 +133,8 @@ def measure_routing(folder: Path, servers: Sequence[Server], number: int) -> dic
         prompts = make_prompts(kind, number)
         result[kind] = {"prompt_tokens": sum(len(prompt) for _, prompt in prompts)}
         for name, gateway, policy in policies():
-            label = f"{gateway or 'examples/document_router.py'}: {name}"
-            running = (
-                gateway_before(gateway, servers, folder / "gateway.log", policy)
-                if gateway
-                else document_router(servers)
-            )
-            with running as url:
+            label = f"{gateway}: {name}"
+            with gateway_before(gateway, servers, folder / "gateway.log", policy) as url:
                 result[kind][label] = run_policy(url, servers, prompts, label)
     return result
 
@@ -171,9 +144,9 @@ def measure_overhead(folder: Path, servers: Sequence[Server], rounds: int) -> di
     first = servers[:1]
     with ExitStack() as stack:
         urls = {DIRECT: first[0].http}
-        for gateway in filter(is_installed, (SMG, VLLM_ROUTER)):
-            urls[gateway] = stack.enter_context(gateway_before(gateway, first, folder / f"{gateway}.log"))
-        urls["document_router.py"] = stack.enter_context(document_router(first))
+        for gateway in filter(is_installed, (SMG, VLLM_ROUTER, DOCUMENT_ROUTER)):
+            name = Path(gateway).name
+            urls[name] = stack.enter_context(gateway_before(gateway, first, folder / f"{name}.log"))
         clients = {way: stack.enter_context(httpx.Client(base_url=url, timeout=300)) for way, url in urls.items()}
         times: dict[str, list[float]] = {way: [] for way in clients}
         for index in range(-3, rounds):

@@ -16,6 +16,12 @@ def authorization_of(scope: Any) -> str:
     return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), "")
 
 
+def path_of(scope: Any) -> str:
+    """The path of a request of ASGI, without the server's --root-path."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def bearer_key(authorization: str) -> str:
     """The key of an `authorization: Bearer KEY`; empty where there is none."""
     scheme, _, key = authorization.partition(" ")

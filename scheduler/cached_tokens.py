@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -45,21 +44,19 @@ def cached_tokens(
     if group is None:
         return {"refusal": "the KV cache has several groups of layers"}
     plan = RequestMetadata.from_wire(metadata).plan
-    padded = pad(plan, token_ids) if plan is not None and plan.documents else token_ids
+    padded = token_ids if plan is None else pad(plan, token_ids)
     lora = None if adapter is None else LoRARequest(*adapter)
-    make = partial(
-        Request,
-        request_id="starling-cached",
-        prompt_token_ids=padded,
-        sampling_params=SamplingParams(extra_args={KEY: metadata}),
-        pooling_params=None,
-        cache_salt=salt,
-        lora_request=lora,
-        block_hasher=core.request_block_hasher,
-    )
 
     def look_up() -> dict[str, Any]:
-        request = make()
+        request = Request(
+            request_id="starling-cached",
+            prompt_token_ids=padded,
+            sampling_params=SamplingParams(extra_args={KEY: metadata}),
+            pooling_params=None,
+            cache_salt=salt,
+            lora_request=lora,
+            block_hasher=core.request_block_hasher,
+        )
         cached = core.scheduler.view.pool.are_cached(request.block_hashes, group.index)
         has_holes = core.scheduler.reuse is not None and independent_plan(request) is not None
         return counted(plan, group.page_size, cached if has_holes else list(takewhile(bool, cached)))

@@ -18,9 +18,9 @@ from rich.markup import escape
 
 from starling.evaluation.client import Client
 from starling.evaluation.commands import tune
-from starling.evaluation.commands.measuring import Measurement, connect, run_measurement
+from starling.evaluation.commands.measuring import connect, run_measurement
 from starling.evaluation.plans import DENSE, Plan
-from starling.evaluation.prompt_options import parse_options, without_secrets
+from starling.evaluation.prompt_options import without_secrets
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.report import percent, points
 from starling.evaluation.tuning.report import TuneReport, how_to_serve
@@ -72,16 +72,9 @@ def run(argv: Sequence[str]) -> int:
     args, serve_options = make_parser().parse_known_args(argv)
     given = ["--budget", str(args.budget), "--measure", MEASURE, "--prompts", str(args.prompts), "--out", str(args.out)]
     given += [word for plan in PLANS for word in ("--plan", plan)]
-    server = [args.serve] if args.base_url is None else ["--base-url", args.base_url]
-    full = tune.make_parser().parse_args([*(word for word in server if word), *given])
-    return run_measurement("starling advise", full, serve_options, partial(prepare, serve_options))
-
-
-def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
-    """What the arguments ask for (raises ValueError for what can't be measured)."""
-    tune.refuse_chosen(serve_options)
-    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
-    return partial(measure, args, options)
+    given += [] if args.base_url is None else ["--base-url", args.base_url]
+    full = tune.make_parser().parse_args([*([] if args.serve is None else [args.serve]), *given])
+    return run_measurement("starling advise", full, serve_options, partial(tune.prepare, measure, serve_options))
 
 
 async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
@@ -94,7 +87,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
         ServerError, ValueError: as ``tune.search`` raises them.
     """
     report, prompts, tuning = await tune.search(args, options, target, console)
-    served = without_secrets(tune.served_arguments(args, target, report))
+    served = without_secrets(tune.served_arguments(args, target, report.server["model"]))
     tune.write(report, args.out, served, console)
     speed = ""
     if report.succeeded and tuning.chosen is not None:

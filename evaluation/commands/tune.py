@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,9 @@ from starling.evaluation.tuning.report import (
 from starling.evaluation.tuning.search_options import DEFAULT_LOGPROBS, TuneOptions
 from starling.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine
 
+Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Awaitable[int]]
+"""What is done with the options, as of ``measure``."""
+
 NOT_FOUND = 3
 CHOSEN_HERE = {f"--{flat_name(field).replace('_', '-')}" for field in FIELDS if field not in ("replicas", "shards")}
 JSON_FILE, HTML_FILE, CONFIG_FILE = "tune.json", "tune.html", "additional-config.json"
@@ -81,33 +84,28 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Search; returns the exit code: 0, 3 where no plan is within the budget, or those of ``run_measurement``."""
     args, serve_options = make_parser().parse_known_args(argv)
-    return run_measurement("starling tune", args, serve_options, partial(prepare, serve_options))
+    return run_measurement("starling tune", args, serve_options, partial(prepare, measure, serve_options))
 
 
-def prepare(serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
+def prepare(measure: Measure, serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
     """What the arguments ask for (raises ValueError for what can't be found)."""
-    refuse_chosen(serve_options)
-    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
-    return partial(measure, args, options)
-
-
-def refuse_chosen(serve_options: Sequence[str]) -> None:
-    """Refuse (ValueError) options of the server that the search chooses."""
     for option in serve_options:
         if option_name(option) in CHOSEN_HERE:
             raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
+    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
+    return partial(measure, args, options)
 
 
 async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
     """Make the prompts, search, and write the results; returns 0 or NOT_FOUND, and raises what ``search`` does."""
     report, _, _ = await search(args, options, target, console)
-    write(report, args.out, without_secrets(served_arguments(args, target, report)), console)
+    write(report, args.out, without_secrets(served_arguments(args, target, report.server["model"])), console)
     return 0 if report.succeeded else NOT_FOUND
 
 
-def served_arguments(args: argparse.Namespace, target: Sequence[str], report: TuneReport) -> Sequence[str]:
+def served_arguments(args: argparse.Namespace, target: Sequence[str], model: str) -> Sequence[str]:
     """The model, and further options of the server, for a command that serves it."""
-    return target if args.serve is not None else [report.server["model"]]
+    return target if args.serve is not None else [model]
 
 
 async def search(
@@ -137,7 +135,7 @@ async def search(
         earlier = measured_plans(halved[1], session.store, model, num_logprobs)
         tuning = await search_candidates(session, options, *halved, candidates, console)
     lengths = [len(prompt.token_ids) for prompt in prompts]
-    served = target if args.serve is not None else [model]
+    served = served_arguments(args, target, model)
     report = TuneReport(
         **session.described(options.command([*target, *repeated(args, model)])),
         measure=options.measure,

@@ -20,9 +20,8 @@ from smg_grpc_proto import vllm_engine_pb2 as engine_pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
-from benchmarks.gateway_process import SMG, VLLM_ROUTER, gateway_before, is_installed
+from benchmarks.gateway_process import DOCUMENT_ROUTER, SMG, VLLM_ROUTER, gateway_before, is_installed
 from benchmarks.random_llama import make_tiny_llama
-from benchmarks.routing import document_router
 from examples.server import free_ports, serving
 from starling.v1 import admin_pb2, admin_pb2_grpc
 from tests.e2e.serving import MODEL, NO_REUSE, metrics, running
@@ -369,11 +368,14 @@ class TestCachedTokens:
             assert "replicas" in _look_up(gateways[VLLM_ROUTER], prompt=new_prompt(300)).json()
 
 
-def test_a_router_sends_documents_where_they_are(fleet):
+def test_a_router_sends_documents_where_they_are(fleet, tmp_path):
     """examples/document_router.py: each server gets the prompt whose documents it has, in another order."""
     head, question = new_prompt(200), "|what?"
     documents = [[new_prompt(150) for _ in range(3)] for _ in fleet.servers]
-    with document_router(fleet.servers) as url, httpx.Client(base_url=url, timeout=300) as router:
+    with (
+        gateway_before(DOCUMENT_ROUTER, fleet.servers, tmp_path / "log") as url,
+        httpx.Client(base_url=url, timeout=300) as router,
+    ):
         for http, texts in zip(fleet.http, documents, strict=True):
             text_of(complete(http, "|".join([head, *texts]) + question, vllm_xargs={"star_replicas": 1}))
         before = fleet.count("starling:computed_tokens_total")
@@ -386,7 +388,7 @@ def test_a_router_sends_documents_where_they_are(fleet):
         assert complete(router, "x" * 20000).status_code == 400
 
 
-def test_a_server_that_is_drained_or_killed_costs_other_requests_nothing(gateways, fleet):
+def test_a_server_that_is_drained_or_killed_costs_other_requests_nothing(gateways, fleet, tmp_path):
     """The last test: its server is gone. Requests that ran on it get what the gateway makes of that."""
     names = [name for name in (SMG, VLLM_ROUTER) if is_installed(name)]
     admin = admin_pb2_grpc.AdminServiceStub(fleet.channels[0])
@@ -397,11 +399,17 @@ def test_a_server_that_is_drained_or_killed_costs_other_requests_nothing(gateway
             text_of(complete(gateways[name], new_prompt(300)))
     after = fleet.count("starling:requests_total")
     assert [now - then for now, then in zip(after, before, strict=True)] == [0, 4 * len(names)]
-    with document_router(fleet.servers) as url, httpx.Client(base_url=url, timeout=300) as router:
+    with (
+        gateway_before(DOCUMENT_ROUTER, fleet.servers, tmp_path / "log") as url,
+        httpx.Client(base_url=url, timeout=300) as router,
+    ):
         text_of(complete(router, new_prompt(300)))
     fleet.servers[0].process.send_signal(signal.SIGKILL)
     fleet.servers[0].process.wait()
-    with document_router(fleet.servers) as url, httpx.Client(base_url=url, timeout=300) as router:
+    with (
+        gateway_before(DOCUMENT_ROUTER, fleet.servers, tmp_path / "log") as url,
+        httpx.Client(base_url=url, timeout=300) as router,
+    ):
         text_of(complete(router, new_prompt(300)))
     for name in names:
         for _ in range(4):

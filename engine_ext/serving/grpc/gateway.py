@@ -23,12 +23,13 @@ from starling.engine_ext.bounds import KV_TRANSFER, REQUEST_ID, SAMPLING, shorte
 from starling.engine_ext.call import this_call
 from starling.engine_ext.serving.errors import DuplicateRequestError
 from starling.engine_ext.serving.grpc.inference import Inference
+from starling.engine_ext.serving.grpc.messages import given
 from starling.engine_ext.serving.http.plan_header import HEADER, header_value
 from starling.v1 import inference_pb2
 
 GATEWAY_SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 
-MEDIA = ("mm_inputs", "extra_mm_inputs", "media_refs")
+MEDIA = {"mm_inputs", "extra_mm_inputs", "media_refs"}
 """Fields of a GenerateRequest with images or videos: tensors, names of shared memory, or addresses to fetch."""
 
 PREFIX = "gateway-"
@@ -97,11 +98,9 @@ class Gateway(VllmEngineServicer):
         SAMPLING.check(request.sampling_params.ByteSize())
         # The event loop parses it, and copies it with the parameters; the engine gets it once for each choice.
         KV_TRANSFER.check(len(request.kv_transfer_params_json))
-        for field in MEDIA:
-            if field in {given.name for given, _ in request.ListFields()}:
-                raise VLLMValidationError(
-                    f"{field} is refused: this service takes text only. Send images over HTTP.", parameter=field
-                )
+        for field in sorted(MEDIA & given(request).keys()):
+            reason = "this service takes text only. Send images over HTTP."
+            raise VLLMValidationError(f"{field} is refused: {reason}", parameter=field)
         if request.sampling_params.HasField("truncate_prompt_tokens"):
             reason = "token ids are not truncated here, so it would have no effect"
             raise VLLMValidationError(f"truncate_prompt_tokens is refused: {reason}.", parameter="sampling_params")

@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from starling.engine_ext.clients import api_keys, authorization_of, digest, has_valid_key
+from starling.engine_ext.clients import api_keys, authorization_of, digest, has_valid_key, path_of
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
@@ -58,7 +58,7 @@ class RequireKey:
             return
         if self.digests is None:
             self.digests = [digest(key) for key in api_keys(scope["app"].state.args)]
-        path, admin_key = scope["path"].removeprefix(scope.get("root_path", "")), os.environ.get(ADMIN_KEY_ENV)
+        path, admin_key = path_of(scope), os.environ.get(ADMIN_KEY_ENV)
         valid, answer = self.digests, self.app
         if is_operators(path) and admin_key:
             valid = [digest(admin_key)]

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from starling.engine_ext.call import this_call
+from starling.engine_ext.clients import path_of
 
 CACHED_PATH = "/starling/cached"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -26,8 +27,7 @@ class AnswerCachedTokens:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        root = scope.get("root_path", "") if scope["type"] == "http" else ""
-        path = scope["path"].removeprefix(root) if scope["type"] == "http" else ""
+        path = path_of(scope) if scope["type"] == "http" else ""
         if not path.startswith(f"{CACHED_PATH}/"):
             await self.app(scope, receive, send)
             return
@@ -43,7 +43,7 @@ class AnswerCachedTokens:
             async def hold(message: Any) -> None:
                 held.append(message)
 
-            inner = root + path
+            inner = scope.get("root_path", "") + path
             try:
                 await self.app(scope | {"path": inner, "raw_path": inner.encode()}, receive, hold)
             except Exception:  # of a streamed response that has begun, where vLLM's API does not end it with an event

@@ -19,7 +19,7 @@ from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from starling.engine_ext.activation import LIVE_DATA, LIVE_PATH
-from starling.engine_ext.clients import api_keys, authorization_of, digest, has_valid_key
+from starling.engine_ext.clients import api_keys, authorization_of, digest, has_valid_key, path_of
 from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.live import LiveView
 
@@ -65,7 +65,7 @@ class LivePage:
         self.num_responses = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None
+        path = path_of(scope) if scope["type"] == "http" else None
         if path not in (LIVE_PATH, LIVE_DATA):
             await self.app(scope, receive, send)
         elif scope["method"] not in ("GET", "HEAD"):

@@ -45,11 +45,11 @@ def test_another_name_is_refused(value, hint):
 @pytest.mark.parametrize(
     ("name", "given", "page"), [("rag", None, 32), ("rag", 64, 64), ("agents", None, 32), ("documents", None, None)]
 )
-def test_documents_get_small_pages_on_cpus_and_the_log_says_all(monkeypatch, name, given, page):
+def test_documents_get_small_pages_on_cpus_and_the_log_says_all(monkeypatch, tmp_path, name, given, page):
     logged: list[str] = []
     monkeypatch.setattr(activation.logger, "info", lambda text, *values: logged.append(text % values))
     entry = {"preset": name, "star_min_tokens": 77}
-    args = AsyncEngineArgs(model="unused", additional_config={"starling": entry}, block_size=given)
+    args = AsyncEngineArgs(model=str(tmp_path), additional_config={"starling": entry}, block_size=given)
     before_engine_config(args)
     assert args.block_size == page
     (line,) = logged

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ PACKAGES = {  # folder of the repository -> package in the wheel; proto/starling
 }
 REQUIRED = ("starling/engine_ext/serving/http/live_page.html", "starling/py.typed")
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
+RELATIVE_LINK = re.compile(r"\]\((?!https?://)([^)]*)\)")
 NO_GPU = 2
 """The exit code of `starling selftest` for a machine without a GPU whose CPU part passed."""
 
@@ -125,7 +127,11 @@ def build(uv: str) -> Path:
     tracked = call("git", "ls-files", *PACKAGES, capture=True).splitlines()
     links = {f"{SOURCES.relative_to(ROOT)}/{name}" for name in PACKAGES}
     with zipfile.ZipFile(wheel) as archive:
-        problems = wheel_problems(archive.namelist(), set(tracked) - links)
+        names = archive.namelist()
+        problems = wheel_problems(names, set(tracked) - links)
+        for name in names:
+            if name.endswith(".dist-info/METADATA"):
+                problems += readme_problems(archive.read(name).decode())
     if problems:
         raise ReleaseError("; ".join(problems))
     return wheel
@@ -159,6 +165,11 @@ def wheel_problems(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
         *(f"the wheel's metadata lacks {name}" for name in sorted(set(METADATA) - metadata)),
         *(f"the wheel's metadata has {name}" for name in sorted(metadata - set(METADATA))),
     ]
+
+
+def readme_problems(text: str) -> list[str]:
+    """What a package index would show wrong of the README in a wheel's metadata: links to files of the repository."""
+    return [f"the wheel's README has a link to {found}" for found in RELATIVE_LINK.findall(text)]
 
 
 def test_install(python: str, wheel: Path, torch: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from starling.config.library import LibraryOptions, parse_library
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, with_preset
+from starling.config.quality import QUALITY_SIZES, parse_quality_sizes
 from starling.config.replicas import SECTION as REPLICAS
 from starling.config.replicas import ReplicaOptions, parse_replicas
 from starling.config.scheduling import SECTION as SCHEDULING
@@ -30,7 +31,7 @@ CHOICES = {  # the first is the default
     LIVE_PAGE: ("off", "on"),
 }
 SECTIONS = {SCHEDULING: '{"fairness": "on", ...}', REPLICAS: '{"timeout": 30}'}
-NAMES = (PRESET, *FIELD_OF, STAR_HEADS, STAR_LIBRARY, *SECTIONS, *CHOICES)
+NAMES = (PRESET, *FIELD_OF, QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY, *SECTIONS, *CHOICES)
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class StarlingConfig:
     """The parsed entry; the fields behind ``replicas`` are values of CHOICES.
 
     Attributes:
+        quality_sizes: word of ``star_quality`` -> the number of star blocks, 1: dense; None: those of the study.
         star_heads: the file with the scores of the model's KV heads; None: those that Starling knows of the model.
         library: where pages go beside the engine's memory; None: nowhere.
     """
 
     star: StarOptions = field(default_factory=lambda: parse_options({}))
+    quality_sizes: Mapping[str, int] | None = None
     star_heads: str | None = None
     library: LibraryOptions | None = None
     scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
@@ -100,7 +103,9 @@ def _parse(entry: Any) -> StarlingConfig:
     if heads is not None and (not isinstance(heads, str) or not heads):
         raise OptionError(f"{ENTRY}.{STAR_HEADS}", heads, "it must be a path", "the path of a file, or nothing")
     library = entry.get(STAR_LIBRARY)
+    sizes = entry.get(QUALITY_SIZES)
     return StarlingConfig(
+        quality_sizes=None if sizes is None else parse_quality_sizes(sizes, f"{ENTRY}.{QUALITY_SIZES}"),
         star_heads=heads,
         library=None if library is None else parse_library(library, f"{ENTRY}.{STAR_LIBRARY}"),
         star=parse_options({key: value for key, value in entry.items() if key in FIELD_OF}),

@@ -63,8 +63,8 @@ class StarOptions(BaseModel):
     quality: Quality | None = Field(
         default=None,
         description="the size of star blocks in a word: fast, a sixteenth of the prompt; balanced, an eighth; careful, "
-        "a quarter; rounded up to a power of two, 1024 or more; larger blocks lose less and cost more; documents have "
-        "their own lengths; default: balanced",
+        "a quarter; rounded up to a power of two, 1024 or more; or what the server's --star-quality-sizes says; larger "
+        "blocks lose less and cost more; documents have their own lengths; default: balanced",
     )
     block_size: BlockSize | None = Field(
         default=None,

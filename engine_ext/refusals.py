@@ -400,4 +400,5 @@ def engine_facts(vllm_config: Any, page_size: int | None) -> EngineFacts:
         replica_set(vllm_config),
         vllm_config.model_config.max_model_len - 1,  # a prompt leaves room for one token of output
         divides_kv=default_num_shards(vllm_config) > 1,
+        quality_sizes=_options(vllm_config).quality_sizes,
     )

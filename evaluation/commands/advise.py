@@ -9,28 +9,62 @@ from __future__ import annotations
 import argparse
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from starling.config.entry import ENTRY
+from starling.config.quality import QUALITY_SIZES, size_text
+from starling.config.star import FIELD_OF, PREFIX, num_blocks, parse_options
 from starling.evaluation.client import Client
 from starling.evaluation.commands import tune
 from starling.evaluation.commands.measuring import connect, run_measurement
-from starling.evaluation.plans import DENSE, Plan
+from starling.evaluation.plans import DENSE, Plan, parse_plan
 from starling.evaluation.prompt_options import without_secrets
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.report import percent, points
-from starling.evaluation.tuning.report import TuneReport, how_to_serve
+from starling.evaluation.tuning.measures import Measure
+from starling.evaluation.tuning.report import (
+    Closest,
+    Loss,
+    TuneReport,
+    how_to_serve,
+    make_closest,
+    make_loss,
+    server_flags,
+)
 from starling.evaluation.tuning.search_options import TuneOptions
+from starling.evaluation.tuning.tuner import Tuning
+from starling.scheduler.star.sizes import DEFAULT_QUALITY
 
-BUDGET, MEASURE = 5.0, "logprob"
+MEASURE = "logprob"
+LIMITS = {"careful": 2.0, "balanced": 5.0, "fast": 10.0}
+"""By how many percent less probable the tokens of the answers may become under each word of star_quality."""
 PLANS = ("n/4", "n/8", "n/16")
-"""The candidates: the shares of a prompt that star_quality names, with the default anchor, overlap and dense heads."""
+"""The candidates, with the default anchor, overlap and dense heads."""
 TIMED, TURNS = 2, 2  # the longest prompts, and how often each is timed with either plan
 DEFAULT_FOLDER = "advice"
+
+
+@dataclass(frozen=True)
+class Word:
+    """What a word of star_quality stands for on the user's prompts.
+
+    Attributes:
+        limit: the word by whose limit the plan was found: this one, or one that allows less.
+        num_blocks: into how many star blocks a prompt is cut; 1: it is dense, since no plan is shown to be good enough.
+        loss: on the held-out prompts; None where it is dense.
+        closest: the plan that came closest, where it is dense.
+    """
+
+    limit: str
+    num_blocks: int
+    loss: Loss | None = None
+    closest: Closest | None = None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,13 +89,6 @@ def make_parser() -> argparse.ArgumentParser:
         help='20 or more: JSONL with {"prompt": "..."} or {"messages": [...]}, and "answer" where you know it',
     )
     add(
-        "--budget",
-        type=float,
-        default=BUDGET,
-        metavar="PERCENT",
-        help=f"by how much less probable the tokens of the answers may become: {BUDGET:g}",
-    )
-    add(
         "--out", type=Path, default=Path(DEFAULT_FOLDER), metavar="DIR", help=f"folder of the results: {DEFAULT_FOLDER}"
     )
     return parser
@@ -70,7 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Advise; returns the exit code, as `starling tune` does."""
     args, serve_options = make_parser().parse_known_args(argv)
-    given = ["--budget", str(args.budget), "--measure", MEASURE, "--prompts", str(args.prompts), "--out", str(args.out)]
+    given = ["--budget", str(LIMITS[DEFAULT_QUALITY]), "--measure", MEASURE]
+    given += ["--prompts", str(args.prompts), "--out", str(args.out)]
     given += [word for plan in PLANS for word in ("--plan", plan)]
     given += [] if args.base_url is None else ["--base-url", args.base_url]
     full = tune.make_parser().parse_args([*([] if args.serve is None else [args.serve]), *given])
@@ -86,16 +114,56 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     Raises:
         ServerError, ValueError: as ``tune.search`` raises them.
     """
-    report, prompts, tuning = await tune.search(args, options, target, console)
-    served = without_secrets(tune.served_arguments(args, target, report.server["model"]))
+    found = await tune.search(args, options, target, console, [limit / 100 for limit in LIMITS.values()])
+    tunings = dict(zip(LIMITS, found.tunings, strict=True))
+    words = measured_words(tunings, options.chosen_measure)
+    served = tune.served_arguments(args, target, found.model)
+    report = tune.make_report(options, found, tunings[words[DEFAULT_QUALITY].limit], served)
+    report, served = with_words(report, words), without_secrets(served)
     tune.write(report, args.out, served, console)
     speed = ""
-    if report.succeeded and tuning.chosen is not None:
+    if report.succeeded and report.chosen is not None:
         async with connect(args) as client:
-            speed = await measured_speed(client, prompts, tuning.chosen.candidate.plan)
-    for text in advice(report, served, speed):
+            speed = await measured_speed(client, found.prompts, parse_plan(report.chosen.plan))
+    for text in advice(report, words, served, speed):
         console.print(escape(text), soft_wrap=True)
     return 0 if report.succeeded else tune.NOT_FOUND
+
+
+def measured_words(tunings: Mapping[str, Tuning], measure: Measure) -> dict[str, Word]:
+    """What each word stands for: the cheapest plan that both halves show to be within its limit, or a lower one.
+
+    Args:
+        tunings: word -> the search for its limit.
+    """
+    words: dict[str, Word] = {}
+    shown: Word | None = None
+    for word, limit in LIMITS.items():
+        tuning = tunings[word]
+        closest = make_closest(tuning, measure, limit / 100)
+        if closest is None and tuning.chosen is not None:
+            number = num_blocks(parse_options(tuning.chosen.candidate.plan.options)) or 1
+            if shown is None or number > shown.num_blocks:
+                shown = Word(word, number, make_loss(tuning.held_out, measure))
+        words[word] = shown or Word(word, 1, closest=closest)
+    return words
+
+
+def with_words(report: TuneReport, words: Mapping[str, Word]) -> TuneReport:
+    """The report with a server's options that give the words in place of the plan's size; as it is without a plan."""
+    if report.chosen is None:
+        return report
+    sizes = {word: size_text(found.num_blocks) for word, found in words.items()}
+    plan = parse_plan(report.chosen.plan).options
+    entry = {
+        name: value
+        for name, value in report.chosen.additional_config[ENTRY].items()
+        if name not in plan or name == PREFIX
+    }
+    flags = server_flags({name: value for name, value in entry.items() if name in FIELD_OF})
+    flags += server_flags({QUALITY_SIZES: ",".join(f"{word}={size}" for word, size in sizes.items())})
+    changed = {"flags": flags, "additional_config": {ENTRY: entry | {QUALITY_SIZES: sizes}}}
+    return report.model_copy(update={"chosen": report.chosen.model_copy(update=changed)})
 
 
 async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) -> str:
@@ -114,7 +182,7 @@ async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) 
     )
 
 
-def advice(report: TuneReport, served: Sequence[str], speed: str) -> list[str]:
+def advice(report: TuneReport, words: Mapping[str, Word], served: Sequence[str], speed: str) -> list[str]:
     """What to do, in lines.
 
     Args:
@@ -131,6 +199,7 @@ def advice(report: TuneReport, served: Sequence[str], speed: str) -> list[str]:
             f"  why: no plan is shown to keep the loss within {100 * report.budget:g} %. {report.closest.plan} is the "
             f"closest: {loss} % of the probability of the answers' tokens, on {report.closest.loss.prompts} prompts",
         ]
+    others = [f"  star_quality={word}: {meaning(words[word], LIMITS[word])}" for word in ("fast", "careful")]
     return [
         "Advice:",
         f"  {how_to_serve(report, served)}",
@@ -138,8 +207,23 @@ def advice(report: TuneReport, served: Sequence[str], speed: str) -> list[str]:
         f"  cost: the answers' tokens are {changed(found.confirmed.mean)} on average, and at most "
         f"{100 * found.confirmed.high:.1f} % less with a confidence of 95 % ({found.confirmed.prompts} prompts that "
         "did not choose the plan)",
-        "  a single request can turn it off: star=off",
+        "  a single request can have another quality, or star=off:",
+        *others,
     ]
+
+
+def meaning(word: Word, limit: float) -> str:
+    """What a word stands for, and what that costs.
+
+    Args:
+        limit: percent, of the word.
+    """
+    if word.loss is not None:
+        loss = f"at most {100 * word.loss.high:.1f} % less probable"
+        return f"{size_text(word.num_blocks)}, {loss}, within its limit of {limit:g} %"
+    needed = word.closest.prompts_needed if word.closest else None
+    hint = f"; about {needed} prompts may show {word.closest.plan}" if word.closest and needed else ""
+    return f"dense, since no plan is shown to be within its limit of {limit:g} %{hint}"
 
 
 def changed(loss: float) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from starling.config.entry import STAR_HEADS
+from starling.config.quality import QUALITY_SIZES
 from starling.config.star import FIELDS, flat_name
 from starling.evaluation.commands.measuring import (
     Measurement,
@@ -48,7 +51,10 @@ Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Aw
 """What is done with the options, as of ``measure``."""
 
 NOT_FOUND = 3
-CHOSEN_HERE = {f"--{flat_name(field).replace('_', '-')}" for field in FIELDS if field not in ("replicas", "shards")}
+CHOSEN_HERE = {
+    f"--{name.replace('_', '-')}"
+    for name in (QUALITY_SIZES, *(flat_name(field) for field in FIELDS if field not in ("replicas", "shards")))
+}
 JSON_FILE, HTML_FILE, CONFIG_FILE = "tune.json", "tune.html", "additional-config.json"
 
 
@@ -98,8 +104,10 @@ def prepare(measure: Measure, serve_options: Sequence[str], args: argparse.Names
 
 async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
     """Make the prompts, search, and write the results; returns 0 or NOT_FOUND, and raises what ``search`` does."""
-    report, _, _ = await search(args, options, target, console)
-    write(report, args.out, without_secrets(served_arguments(args, target, report.server["model"])), console)
+    found = await search(args, options, target, console, [options.mean_loss])
+    served = served_arguments(args, target, found.model)
+    report = make_report(options, found, found.tunings[0], served)
+    write(report, args.out, without_secrets(served), console)
     return 0 if report.succeeded else NOT_FOUND
 
 
@@ -108,19 +116,51 @@ def served_arguments(args: argparse.Namespace, target: Sequence[str], model: str
     return target if args.serve is not None else [model]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was found on the prompts of one session.
+
+    Attributes:
+        described: as of ``Session``.
+        model: its name.
+        page_size: tokens.
+        halves: the prompts that were searched, and those held out.
+        num_equal: as of ``Session``.
+        earlier: plans under which held-out prompts had been measured in this folder before.
+        tunings: for each budget.
+    """
+
+    described: dict[str, Any]
+    model: str
+    page_size: int
+    halves: tuple[list[Prompt], list[Prompt]]
+    num_equal: int
+    earlier: list[str]
+    tunings: list[Tuning]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [*self.halves[0], *self.halves[1]]
+
+
 async def search(
-    args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console
-) -> tuple[TuneReport, list[Prompt], Tuning]:
-    """Make the prompts, and search; returns the report, the prompts, and all that was measured.
+    args: argparse.Namespace,
+    options: TuneOptions,
+    target: Sequence[str],
+    console: Console,
+    budgets: Sequence[float],
+) -> Found:
+    """Make the prompts, and search for each budget with the same candidates and prompts.
 
     Args:
         target: the arguments that name the server, for the command in the report.
+        budgets: of the mean loss; 1 is 100 points.
 
     Raises:
         ServerError: a request failed.
         ValueError: the folder has answers of another model, or a prompt can't be made or sent.
     """
-    loss, num_logprobs = options.chosen_measure, options.num_logprobs
+    num_logprobs = options.num_logprobs
     async with open_session(args, options, console, options.plans or ["n/8"], num_logprobs) as session:
         prompts, model = session.prompts, session.facts.model
         if session.store.answers:
@@ -132,29 +172,45 @@ async def search(
         else:
             candidates = default_candidates(prompts, page_size, options.query_tokens, kv_heads)
         halved = halves(prompts)
-        earlier = measured_plans(halved[1], session.store, model, num_logprobs)
-        tuning = await search_candidates(session, options, *halved, candidates, console)
+        return Found(
+            described=session.described(options.command([*target, *repeated(args, model)])),
+            model=model,
+            page_size=page_size,
+            halves=halved,
+            num_equal=session.num_equal,
+            earlier=measured_plans(halved[1], session.store, model, num_logprobs),
+            tunings=[
+                await search_candidates(session, options, *halved, candidates, budget, console) for budget in budgets
+            ],
+        )
+
+
+def make_report(options: TuneOptions, found: Found, tuning: Tuning, served: Sequence[str]) -> TuneReport:
+    """The report of one of the searches, held against the budget of the options.
+
+    Args:
+        served: the model, and further options of the server.
+    """
+    loss, prompts = options.chosen_measure, found.prompts
     lengths = [len(prompt.token_ids) for prompt in prompts]
-    served = served_arguments(args, target, model)
-    report = TuneReport(
-        **session.described(options.command([*target, *repeated(args, model)])),
+    return TuneReport(
+        **found.described,
         measure=options.measure,
         budget=options.mean_loss,
         options=options.model_dump(mode="json"),
-        page_size=page_size,
+        page_size=found.page_size,
         prompts={
-            "searched": len(halved[0]),
-            "held_out": len(halved[1]),
-            "equal_to_others": session.num_equal,
+            "searched": len(found.halves[0]),
+            "held_out": len(found.halves[1]),
+            "equal_to_others": found.num_equal,
             "shortest": min(lengths),
             "longest": max(lengths),
         },
         candidates=candidate_results(tuning, loss),
         chosen=make_chosen(tuning, loss, options.mean_loss, prompts, file_of_scores(served)),
         closest=make_closest(tuning, loss, options.mean_loss),
-        looked_at=other_plans(earlier, tuning),
+        looked_at=other_plans(found.earlier, tuning),
     )
-    return report, prompts, tuning
 
 
 async def search_candidates(
@@ -163,11 +219,16 @@ async def search_candidates(
     search: Sequence[Prompt],
     held_out: Sequence[Prompt],
     candidates: Sequence[Candidate],
+    budget: float,
     console: Console,
 ) -> Tuning:
-    """Search with a bar of progress (raises ServerError: a request failed)."""
+    """Search with a bar of progress (raises ServerError: a request failed).
+
+    Args:
+        budget: of the mean loss; 1 is 100 points.
+    """
     progress = session.progress
-    bar = progress.add_task("answers, at most", total=None)
+    bar = progress.add_task(f"answers, at most, for a budget of {100 * budget:g}", total=None)
 
     def on_round(number: int, left: Sequence[Trial]) -> None:
         """Say what is next. The total falls with each candidate that is dropped."""
@@ -185,7 +246,7 @@ async def search_candidates(
         store=session.store,
         on_answer=lambda answer: progress.advance(bar),
     )
-    tuning = await tuner.search(search, held_out, candidates, options.mean_loss, on_round)
+    tuning = await tuner.search(search, held_out, candidates, budget, on_round)
     progress.update(bar, total=progress.tasks[bar].completed)
     return tuning
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
@@ -190,15 +190,19 @@ def make_chosen(
         return None
     candidate, confirmed = tuning.chosen.candidate, make_loss(tuning.held_out, measure)
     options = served_options(candidate.plan, min(len(prompt.token_ids) for prompt in prompts))
-    flags = [[f"--{name.replace('_', '-')}", str(value)] for name, value in options.items()]
     return Chosen(
         plan=candidate.plan.name,
         attended_keys=candidate.cost,
         confirmed=confirmed,
         within_budget=confirmed.high <= budget,
-        flags=[word for flag in flags for word in flag],
+        flags=server_flags(options),
         additional_config={"starling": options | entry},
     )
+
+
+def server_flags(options: Mapping[str, Any]) -> list[str]:
+    """Options of a server as words of its command line."""
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def make_closest(tuning: Tuning, measure: Measure, budget: float) -> Closest | None:

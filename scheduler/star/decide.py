@@ -27,7 +27,7 @@ from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.kv_demand import with_enough_replicas
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
-from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
+from starling.scheduler.star.sizes import DEFAULT_QUALITY, find_anchor_and_overlap, find_block_size, measured_number
 
 DEFAULT_QUERY_TOKENS = 512
 DEFAULT_DENSE_HEADS = 0.1
@@ -101,7 +101,7 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
         sizes = sized.block_size, sized.anchor_size, sized.overlap_size
         plan = StarPlan(*sizes, context_end, case.prompt.num_tokens, dense_heads=find_dense_heads(sized))
     if len(plan.starts) < 2:
-        return None, f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
+        return None, one_block(sized, plan, context_end)
     return with_replicas(sized, plan), documents.why
 
 
@@ -139,9 +139,18 @@ def too_short(options: StarOptions, num_tokens: int) -> str | None:
     return f"{num_tokens:,} tokens, below star_min_tokens {options.min_tokens:,}"
 
 
+def one_block(case: Case, plan: StarPlan, context_end: int) -> str:
+    """Why a plan of one star block is dense: the server says so of the quality, or the prompt is short."""
+    if not plan.documents and measured_number(case.options, case.engine.quality_sizes) == 1:
+        word = case.options.quality or DEFAULT_QUALITY
+        return f"on this server {flat_name('quality')}={word} is dense"
+    return f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
+
+
 def with_sizes(case: Case, documents: bool) -> Case:
     """The case with B, A and O (raises OptionError: a size or a number of replicas does not fit)."""
-    block_size = find_block_size(case.options, case.prompt.num_tokens, case.page, documents)
+    sizes = case.engine.quality_sizes
+    block_size = find_block_size(case.options, case.prompt.num_tokens, case.page, documents, sizes)
     check(SIZE_RULES[:2], replace(case, block_size=block_size))
     independent = needs_independent_blocks(case.engine) and not case.options.dense_heads
     anchor, overlap = find_anchor_and_overlap(case.options, block_size, case.page, documents, independent=independent)

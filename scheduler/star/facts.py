@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +79,7 @@ class EngineFacts:
         num_pages: KV pages of a replica; 0: not known.
         divides_kv: whether prompts may be longer than the memory of one replica.
         token_of: returns the token that a text is; None: it is none, or several.
+        quality_sizes: as of ``StarlingConfig``.
     """
 
     page_size: int | None
@@ -92,6 +93,7 @@ class EngineFacts:
     num_pages: int = 0
     divides_kv: bool = False
     token_of: Callable[[str], int | None] = lambda text: None
+    quality_sizes: Mapping[str, int] | None = None
 
     @property
     def document_refusals(self) -> tuple[str, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starling.config.star import StarOptions, num_blocks
 
 BLOCKS_OF_PROMPT = {"fast": 16, "balanced": 8, "careful": 4}
 """Into how many blocks a prompt of each quality is cut at most (docs/dense-heads.md has what they lose)."""
+DEFAULT_QUALITY = "balanced"
 MIN_BLOCK_SIZE = 1024
 DOCUMENT_BLOCK_SIZE = 8192
 """B by default where blocks are documents, so that it does not depend on the prompt."""
@@ -13,7 +16,7 @@ ANCHOR_TOKENS = 128
 ANCHORS_OF_BLOCK = 8
 
 
-def default_block_size(num_prompt_tokens: int, page_size: int, quality: str | None = None) -> int:
+def default_block_size(num_prompt_tokens: int, page_size: int, quality: str = DEFAULT_QUALITY) -> int:
     """B of a prompt whose options name none: a share of it, rounded up to a power of two and to whole pages.
 
     So a prompt has more than 4 and at most 8 star blocks, or twice or half as many. B, and with it the borders of the
@@ -21,9 +24,9 @@ def default_block_size(num_prompt_tokens: int, page_size: int, quality: str | No
     prefix cache.
 
     Args:
-        quality: which share; None: balanced.
+        quality: which share.
     """
-    share = max(-(-num_prompt_tokens // BLOCKS_OF_PROMPT[quality or "balanced"]), MIN_BLOCK_SIZE)
+    share = max(-(-num_prompt_tokens // BLOCKS_OF_PROMPT[quality]), MIN_BLOCK_SIZE)
     return _whole_pages(1 << (share - 1).bit_length(), page_size)
 
 
@@ -41,16 +44,36 @@ def has_default_overlap(options: StarOptions, *, independent: bool) -> bool:
     return options.overlap_size is None and options.anchor_size is None and not independent
 
 
-def find_block_size(options: StarOptions, num_prompt_tokens: int, page_size: int, documents: bool) -> int:
-    """B of a prompt; of documents, which no one block size fits, the longest that one may be: no share of a prompt."""
-    share = num_blocks(options)
+def measured_number(options: StarOptions, quality_sizes: Mapping[str, int] | None) -> int | None:
+    """Into how many star blocks the word of the options cuts a prompt on this server, 1: dense.
+
+    None: a size is given, or the server has none for the words.
+    """
+    if options.block_size is not None or quality_sizes is None:
+        return None
+    return quality_sizes[options.quality or DEFAULT_QUALITY]
+
+
+def find_block_size(
+    options: StarOptions,
+    num_prompt_tokens: int,
+    page_size: int,
+    documents: bool,
+    quality_sizes: Mapping[str, int] | None,
+) -> int:
+    """B of a prompt; of documents, which no one block size fits, the longest that one may be: no share of a prompt.
+
+    Args:
+        quality_sizes: as of ``EngineFacts``.
+    """
+    share = num_blocks(options) or measured_number(options, quality_sizes)
     if share is not None and not documents:
         return max(-(-num_prompt_tokens // (share * page_size)), 1) * page_size
     if isinstance(options.block_size, int):
         return options.block_size
     if documents:
         return _whole_pages(DOCUMENT_BLOCK_SIZE, page_size)
-    return default_block_size(num_prompt_tokens, page_size, options.quality)
+    return default_block_size(num_prompt_tokens, page_size, options.quality or DEFAULT_QUALITY)
 
 
 def find_anchor_and_overlap(

@@ -23,6 +23,7 @@ def main() -> None:
     leave_out_compilation()
     sizes = {"block_size": 256, "query_tokens": 37}
     more = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+    more["additional_config"] = {"starling": {"star_quality_sizes": "fast=n/5,balanced=dense,careful=dense"}}
     llm = LLM(sys.argv[1], star=StarOptions(mode="off", anchor_size=0, overlap_size=0), **more)
     params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
     ways = {
@@ -31,6 +32,7 @@ def main() -> None:
         "fields": {"mode": "on", **sizes},
         "flat": {"star": "on", "star_block_size": 256, "star_query_tokens": 37},
         "options": StarOptions(mode="on", **sizes),
+        "quality": StarOptions(mode="on", quality="fast"),
     }
     outputs = {name: llm.generate(PROMPT, params, star=star, use_tqdm=False)[0] for name, star in ways.items()}
     outputs["chat"] = llm.chat(CHAT, params, star=ways["options"], use_tqdm=False)[0]

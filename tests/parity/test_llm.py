@@ -50,10 +50,18 @@ def test_a_call_without_star_options_has_the_engines(result):
 @pytest.mark.engine
 def test_star_options_with_a_list_of_parameters_and_with_none(result):
     block = result["plans"]["word"]
-    assert block["attention"] == "dense" and "one star block" in block["why"]
+    assert (block["attention"], block["why"]) == ("dense", "on this server star_quality=balanced is dense")
     assert result["plans"]["each"] == result["plans"]["default"] == block
     assert result["tokens"]["each"] == 2 and result["tokens"]["default"] > 2
-    assert result["sources"] == [None] * 8
+    assert result["sources"] == [None] * 9
+
+
+@pytest.mark.engine
+def test_a_quality_is_what_the_engine_says(result):
+    plan = result["plans"]["quality"]
+    assert (plan["attention"], plan["block_size"], plan["context_end"]) == ("star", 192, 900 - 450), (
+        "900/5 in whole pages"
+    )
 
 
 @pytest.mark.engine

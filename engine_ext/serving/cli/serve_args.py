@@ -22,6 +22,7 @@ from starling.config.entry import (
 )
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
+from starling.config.quality import QUALITY_SIZES
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 GRPC_PORT_HELP = (  # with its default in no characters: else the formatter would add it
     "Serve gRPC (starling.v1.InferenceService, health, reflection) on this port too, on --host, or on "
     "127.0.0.1 where --host is not given. 0: any free port. Default: no gRPC.%(default).0s"
+)
+QUALITY_SIZES_HELP = (
+    "What the words of --star-quality stand for: fast=n/16,balanced=n/8,careful=dense, say, with equal star blocks, or "
+    "dense. `starling advise` measures it on your model and prompts. (default: as --star-quality says)"
 )
 STAR_HEADS_HELP = (
     "The scores of the model's KV heads, for --star-dense-heads: a file that `starling calibrate` made of it, or "
@@ -129,6 +134,7 @@ EVERYDAY = {PRESET, STAR_LIBRARY, LIVE_PAGE, *map(flat_name, ("mode", "quality",
 FLAGS = (
     Flag(PRESET, (PRESET,), {"metavar": f"{{{','.join(PRESETS)}}}", "help": PRESET_HELP}),
     *star_flags(),
+    Flag(QUALITY_SIZES, (QUALITY_SIZES,), {"metavar": "WORD=SIZE,...", "help": QUALITY_SIZES_HELP}),
     Flag(STAR_HEADS, (STAR_HEADS,), {"metavar": "FILE", "help": STAR_HEADS_HELP}),
     Flag(STAR_LIBRARY, (STAR_LIBRARY,), {"metavar": "DIR[:SIZE]", "help": STAR_LIBRARY_HELP}),
     Flag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_a_wheel_without_a_file(release, names, tracked, name):
 def test_a_wheel_with_another_file(release, names, tracked, name):
     (problem,) = release.wheel_problems([*names, name], tracked)
     assert "has" in problem and Path(name).name in problem
+
+
+def test_an_index_gets_no_link_that_leads_nowhere_and_commands_that_install_from_it(release):
+    """With the substitutions as hatch's plugin makes them, one after the other."""
+    text = (ROOT / "README.md").read_text()
+    assert release.readme_problems(text), "links of the repository, which it looks for"
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    for step in hooks["fancy-pypi-readme"]["substitutions"]:
+        changed = re.sub(step["pattern"], step["replacement"], text)
+        assert changed != text, step
+        text = changed
+    assert release.readme_problems(text) == []
+    assert "pip install 'vllm-starling[cuda]'" in text and "pip install vllm-starling && starling setup-cpu" in text
+    assert text.endswith("The documentation is in docs/ of the repository.\n")
 
 
 def test_every_folder_of_the_checkout_with_modules_of_starling_is_in_the_package(release):

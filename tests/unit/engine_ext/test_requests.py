@@ -112,6 +112,14 @@ def test_every_dense_plan_says_why(options, length, why):
     assert shown == {"attention": "dense", "prompt_tokens": length, "why": why}
 
 
+def test_a_quality_is_what_the_server_says():
+    sizes = {"fast": "n/16", "balanced": "n/8", "careful": "dense"}
+    front = planner({"starling": {"star": "on", "star_quality_sizes": sizes}})
+    plans = [front.describe(plan_of(front, {"star_quality": word}, 4096)) for word in (*sizes, None)]
+    assert [plan.get("block_size") for plan in plans] == [256, 512, None, 512]
+    assert plans[2]["why"] == "on this server star_quality=careful is dense"
+
+
 def test_a_context_of_one_star_block_is_counted_and_shown_as_dense():
     """Its attention is dense, and so are its page keys."""
     counts = {name: front_metrics().requests.labels(name)._value for name in ("dense", "star")}

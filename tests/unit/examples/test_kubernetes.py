@@ -323,7 +323,7 @@ def test_the_docs_name_every_manifest():
 
 
 def test_vllms_production_stack_gets_options_that_exist():
-    """The chart starts `vllm serve` with these arguments; its schema was looked at by hand (docs/kubernetes.md)."""
+    """The chart starts `vllm serve` with these arguments; it was rendered by hand (docs/kubernetes.md)."""
     (values,) = read("production-stack.yaml")
     (model,) = values["servingEngineSpec"]["modelSpec"]
     option, text = model["vllmConfig"]["extraArgs"]
@@ -331,3 +331,6 @@ def test_vllms_production_stack_gets_options_that_exist():
     config = parse_config(json.loads(text))
     assert config is not None
     assert config.star.mode == "auto"
+    image = (ROOT / "examples/docker/Dockerfile.cuda").read_text()
+    assert "HF_HUB_OFFLINE=1" in image, "the image looks for no model on a hub"
+    assert model["env"] == [{"name": "HF_HUB_OFFLINE", "value": "0"}], "the model is one of a hub"

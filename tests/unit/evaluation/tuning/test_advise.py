@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 from types import SimpleNamespace
 
 import pytest
 
-from starling.evaluation.commands.advise import advice, measured_speed, run
+from starling.config.entry import parse_config
+from starling.evaluation.commands.advise import LIMITS, Word, advice, measured_speed, measured_words, run
 from starling.evaluation.plans import parse_plan
+from starling.evaluation.tuning.candidates import Candidate
+from starling.evaluation.tuning.measures import MEASURES
 from starling.evaluation.tuning.report import Chosen, Closest, Loss
+from starling.evaluation.tuning.tuner import Trial, Tuning
+from tests.unit.evaluation.fake_server import served
 
 
 def report(loss: float, budget: float = 0.05):
@@ -27,17 +33,86 @@ def report(loss: float, budget: float = 0.05):
     return SimpleNamespace(chosen=chosen, closest=closest, succeeded=chosen.within_budget, budget=budget)
 
 
+def loss(high: float) -> Loss:
+    return Loss(mean=high / 2, low=0.0, high=high, prompts=10)
+
+
+WORDS = {
+    "careful": Word("careful", 1, closest=Closest(plan="n/4", loss=loss(0.03), prompts_needed=60)),
+    "balanced": Word("balanced", 8, loss(0.03)),
+    "fast": Word("fast", 16, loss(0.08)),
+}
+
+
 def test_a_plan_that_is_good_enough_is_a_command_with_its_gain_and_cost():
-    lines = advice(report(0.02), ["MODEL", "--block-size", "32"], "2.00 times sooner")
+    lines = advice(report(0.02), WORDS, ["MODEL", "--block-size", "32"], "2.00 times sooner")
     command = shlex.split(lines[1])
     assert command == ["starling", "serve", "MODEL", "--block-size", "32", "--star", "auto", "--star-block-size", "n/8"]
     assert "the first token comes 2.00 times sooner; 31.0 % of dense's attention work" in lines[2]
     assert "are 2.0 % less probable on average, and at most 3.0 % less with a confidence of 95 % (10" in lines[3]
-    assert "are 1.0 % more probable on average" in advice(report(-0.01), ["MODEL"], "")[3]
+    assert "are 1.0 % more probable on average" in advice(report(-0.01), WORDS, ["MODEL"], "")[3]
+    assert lines[5:] == [
+        "  star_quality=fast: n/16, at most 8.0 % less probable, within its limit of 10 %",
+        "  star_quality=careful: dense, since no plan is shown to be within its limit of 2 %; "
+        "about 60 prompts may show n/4",
+    ]
+
+
+def tuning(plan: str, held_out: float, searched: float = 0.0) -> Tuning:
+    """A search that found a plan, whose loss was the same on each held-out prompt."""
+    trial = Trial(Candidate(parse_plan(plan), 0.5, {}), [searched] * 10)
+    return Tuning([trial], trial, [held_out] * 10)
+
+
+def test_each_word_is_the_cheapest_plan_within_its_limit():
+    searches = {"careful": tuning("n/4", 0.01), "balanced": tuning("n/8", 0.04), "fast": tuning("n/16", 0.09)}
+    words = measured_words(searches, MEASURES["logprob"])
+    assert {word: found.num_blocks for word, found in words.items()} == {"careful": 4, "balanced": 8, "fast": 16}
+    assert list(words) == [word for word, _ in sorted(LIMITS.items(), key=lambda item: item[1])]
+
+
+@pytest.mark.parametrize(
+    ("losses", "sizes"),
+    [
+        ((0.01, 0.06, 0.09), {"careful": 4, "balanced": 4, "fast": 16}),
+        ((0.01, 0.04, 0.11), {"careful": 4, "balanced": 8, "fast": 8}),
+        ((0.03, 0.04, 0.11), {"careful": 1, "balanced": 8, "fast": 8}),
+        ((0.03, 0.06, 0.11), {"careful": 1, "balanced": 1, "fast": 1}),
+        ((0.03, 0.06, 0.09), {"careful": 1, "balanced": 1, "fast": 16}),
+    ],
+)
+def test_a_plan_that_held_out_prompts_do_not_confirm_gives_way_to_a_more_careful_one(losses, sizes):
+    searches = {
+        word: tuning(plan, lost) for word, plan, lost in zip(LIMITS, ("n/4", "n/8", "n/16"), losses, strict=True)
+    }
+    words = measured_words(searches, MEASURES["logprob"])
+    assert {word: found.num_blocks for word, found in words.items()} == sizes
+    assert [words[word].closest is not None for word in words] == [size == 1 for size in sizes.values()]
+
+
+def test_a_server_that_starts_as_advised_has_the_words(tmp_path, capsys):
+    prompts = tmp_path / "mine.jsonl"
+    lines = [json.dumps({"prompt": f"{number} " + "word " * (200 + number)}) for number in range(24)]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+
+    def lost(prompt: str, xargs: dict) -> float:
+        size = xargs["star_block_size"]  # n/16 is 62 to 64 tokens, n/8 125 to 128, n/4 250 to 257
+        return 0.08 if size < 100 else 0.03 if size < 200 else 0.005
+
+    with served(answer=lambda prompt, xargs: "abcdefgh", loss=lost) as server:
+        assert run(["--base-url", server.url, "--prompts", str(prompts), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    sizes = "--star-quality-sizes careful=n/4,balanced=n/8,fast=n/16"
+    assert f"starling serve fake --star auto --star-min-tokens 1002 {sizes}" in printed.splitlines()[-6]
+    written = json.loads((tmp_path / "out" / "additional-config.json").read_text(encoding="utf-8"))
+    config = parse_config(written)
+    assert config is not None
+    assert config.quality_sizes == {"fast": 16, "balanced": 8, "careful": 4}
+    assert (config.star.mode, config.star.block_size) == ("auto", None)
 
 
 def test_without_one_the_advice_is_dense():
-    lines = advice(report(0.09), ["MODEL"], "")
+    lines = advice(report(0.09), WORDS, ["MODEL"], "")
     assert lines[0] == "Advice: serve without star, or accept a larger loss."
     assert lines[1].split() == ["starling", "serve", "MODEL"]
     assert "no plan is shown to keep the loss within 5 %. n/4 is the closest" in lines[2]
@@ -63,7 +138,7 @@ def test_the_longest_prompts_are_timed_in_turns():
         (["--prompts", "nowhere.jsonl"], "either MODEL"),
         (["MODEL", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["MODEL", "--star-block-size", "512", "--prompts", "nowhere.jsonl"], "--star-block-size is refused"),
-        (["MODEL", "--budget", "0", "--prompts", "nowhere.jsonl"], "budget"),
+        (["MODEL", "--star-quality-sizes", "x", "--prompts", "nowhere.jsonl"], "--star-quality-sizes is refused"),
     ],
 )
 def test_what_cant_be_measured_is_refused_before_a_server_starts(capsys, monkeypatch, tmp_path, argv, says):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from starling.config.parsing import OptionError
+from starling.config.quality import parse_quality_sizes
 from starling.config.star import merge, parse_options
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
@@ -14,10 +15,13 @@ PAGE, TOKENS = 16, 40_000
 ENGINE = EngineFacts(PAGE)
 
 
-def block_size(server: dict, request: dict | None = None, tokens: int = TOKENS) -> int:
+MEASURED = EngineFacts(PAGE, quality_sizes=parse_quality_sizes("fast=n/16,balanced=n/5,careful=dense", "sizes"))
+
+
+def block_size(server: dict, request: dict | None = None, tokens: int = TOKENS, engine: EngineFacts = ENGINE) -> int:
     defaults = parse_options({"star": "on"} | server)
     options = None if request is None else parse_options(request)
-    plan = decide(defaults, options, PromptFacts(tokens, [1] * tokens), ENGINE).plan
+    plan = decide(defaults, options, PromptFacts(tokens, [1] * tokens), engine).plan
     assert plan is not None
     return plan.block_size
 
@@ -29,6 +33,23 @@ def test_a_word_is_a_share_of_the_prompt(quality, size):
     assert block_size({"star_quality": quality}) == size
     assert block_size({}, {"star_quality": quality}) == size
     assert block_size({}) == 8192
+
+
+@pytest.mark.parametrize(("quality", "size"), [("fast", 2512), ("balanced", 8000)])
+def test_a_word_is_what_the_server_says(quality, size):
+    assert block_size({}, {"star_quality": quality}, engine=MEASURED) == size
+    assert block_size({"star_quality": quality}, engine=MEASURED) == size
+    assert block_size({}, engine=MEASURED) == 8000, "the default is balanced"
+    assert block_size({"star_quality": quality}, {"star_block_size": 512}, engine=MEASURED) == 512
+    assert block_size({"star_block_size": 512}, engine=MEASURED) == 512
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_a_word_may_be_dense(mode):
+    options = parse_options({"star": mode, "star_min_tokens": 1000, "star_quality": "careful"})
+    decision = decide(parse_options({}), options, PromptFacts(TOKENS, [1] * TOKENS), MEASURED)
+    assert decision.plan is None
+    assert decision.why == "on this server star_quality=careful is dense"
 
 
 def test_no_block_has_less_than_1024_tokens():
@@ -60,7 +81,8 @@ def test_another_word_is_refused():
 def test_documents_have_their_own_lengths():
     ids = [1] * TOKENS
     star = parse_options({"star": "on", "star_segments": (100, 9000, 20_000), "star_quality": "fast"})
-    plan = decide(parse_options({}), star, PromptFacts(TOKENS, ids), ENGINE).plan
-    assert plan is not None
-    assert plan.documents
-    assert plan.block_size == 8192
+    for engine in (ENGINE, MEASURED):
+        plan = decide(parse_options({}), star, PromptFacts(TOKENS, ids), engine).plan
+        assert plan is not None
+        assert plan.documents
+        assert plan.block_size == 8192

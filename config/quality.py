@@ -1,0 +1,68 @@
+"""What the words of `star_quality` stand for on a server, where its model's losses were measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from starling.config.parsing import OptionError, meant, read_word, words_of
+from starling.config.star import Quality
+
+QUALITY_SIZES = "star_quality_sizes"
+WORDS = tuple(words_of(Quality))
+DENSE = "dense"
+
+SIZE = re.compile(r"n/([1-9][0-9]{0,3})")
+ALLOWED = (
+    f"fast=n/16,balanced=n/8,careful={DENSE}, say: for each word a share of the prompt, or {DENSE}, and no smaller "
+    "share for a more careful word"
+)
+
+
+def parse_quality_sizes(value: Any, name: str) -> dict[str, int]:
+    """Word -> into how many equal star blocks a prompt is cut; 1 is dense.
+
+    Args:
+        value: ``{"fast": "n/16", "balanced": "n/8", "careful": "dense"}``, or the same as a text of WORD=SIZE with
+            commas between them.
+        name: of the option, for messages.
+
+    Raises:
+        OptionError: a word is missing, unknown or given twice; a size is none; a more careful word has smaller blocks.
+    """
+
+    def refused(reason: str) -> OptionError:
+        return OptionError(name, value, reason, ALLOWED)
+
+    if not isinstance(value, (str, Mapping)):
+        raise refused("it must be an object or WORD=SIZE,...")
+    sizes: dict[str, int] = {}
+    for word, size in _pairs(value) if isinstance(value, str) else value.items():
+        if word not in WORDS:
+            raise refused(f"there is no such quality as {word!r}{meant(str(word), WORDS)}")
+        if word in sizes:
+            raise refused(f"{word} is given twice")
+        text = read_word(size) if isinstance(size, str) else ""
+        found = SIZE.fullmatch(text)
+        if found is None and text != DENSE:
+            raise refused(f"{size!r} is no size")
+        sizes[word] = 1 if found is None else int(found[1])
+    missing = [word for word in WORDS if word not in sizes]
+    if missing:
+        raise refused(f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no size")
+    for word, more_careful in pairwise(WORDS):
+        if sizes[more_careful] > sizes[word]:
+            raise refused(f"{more_careful} would have smaller star blocks than {word}")
+    return {word: sizes[word] for word in WORDS}
+
+
+def size_text(num_blocks: int) -> str:
+    """``n/8`` of 8, ``dense`` of 1."""
+    return f"n/{num_blocks}" if num_blocks > 1 else DENSE
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    pairs = (part.partition("=") for part in text.split(","))
+    return [(word.strip().lower(), size.strip()) for word, _, size in pairs]

@@ -1,0 +1,128 @@
+"""The code of the documentation's pages, run as it stands there, against a server as docs/clients.md starts it."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from examples.server import serving
+from tests.forks import run_in_fork
+from tests.parity.harness import OF_ENGINES
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+MODEL = "models/smollm2-135m-instruct"
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+NOT_INSTALLED = ("langchain_openai", "llama_index")  # in no environment of the project; run by hand
+GIVEN = {  # what a page leaves to its reader
+    "docs/documents.md": 'head, documents, question = "Read.\\n", ["A dog barks. " * 60, "A cat. " * 99], "Who?"\n'
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block.
+
+    Attributes:
+        printed: the block that follows it without an information string: what it prints; None: there is none.
+    """
+
+    page: str
+    number: int
+    code: str
+    printed: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.number}"
+
+
+def blocks(page: str, language: str) -> list[Block]:
+    fences = [token for token in MarkdownIt().parse((ROOT / page).read_text(encoding="utf-8")) if token.type == "fence"]
+    return [
+        Block(page, number, one.content, after.content if after is not None and not after.info else None)
+        for number, (one, after) in enumerate(pairwise([*fences, None]))
+        if one.info == language
+    ]
+
+
+PYTHON = [block for page in PAGES for block in blocks(page, "python")]
+OF_CLIENTS = [block for block in PYTHON if "LLM(" not in block.code or "langchain" in block.code]
+OF_ENGINE = [block for block in PYTHON if block not in OF_CLIENTS]
+
+
+def check_printed(block: Block, output: str) -> None:
+    """Hold what a block prints of a plan against the page; what the model answers depends on the processor."""
+    expected = ["8 blocks of 128"] if block.page == "docs/clients.md" else []
+    assert re.findall(r"\d+ blocks of \d+", output) == expected
+    assert block.printed is None or all(line in block.printed for line in expected)
+
+
+@pytest.fixture(scope="module")
+def server(forked, tmp_path_factory):
+    """As the page starts it, with a library, which another page's code fills."""
+    folder = tmp_path_factory.mktemp("docs")
+    (command,) = re.findall(r"\$ starling serve (\S+ --grpc-port .*)", CLIENTS)
+    model, _, _, *options = shlex.split(command)
+    assert model == MODEL
+    options += ["--served-model-name", model, "--star-library", f"{folder / 'library'}:1GiB"]
+    with serving(ROOT / model, *options, log=folder / "log") as server:
+        yield server
+
+
+def addressed(server, code: str) -> str:
+    """The code with the server's own ports, which other programs may have taken."""
+    return re.sub(r"(localhost|127\.0\.0\.1):50051", server.grpc, re.sub(r"http://localhost:8000", server.http, code))
+
+
+def run(*command: str, folder: Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("block", OF_CLIENTS, ids=str)
+def test_python_of_clients(server, tmp_path, block):
+    missing = [name for name in NOT_INSTALLED if name in block.code and importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed")
+    output = run(sys.executable, "-c", GIVEN.get(block.page, "") + addressed(server, block.code), folder=tmp_path)
+    check_printed(block, output)
+    if "print(" in block.code:
+        assert output.strip()
+
+
+@pytest.mark.parametrize("block", OF_ENGINE, ids=str)
+def test_python_with_an_engine_of_its_own(tmp_path, block):
+    file = tmp_path / "program.py"
+    model = str(ROOT / MODEL)
+    # The fork has left out what compiles a model.
+    file.write_text(block.code.replace(MODEL, model).replace('"MODEL"', f"{model!r}, enforce_eager=True"))
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = run_in_fork("tests.e2e.docs_job:main", str(file), imports=OF_ENGINES, env=env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    check_printed(block, done.stdout)
+
+
+def test_curl(server, tmp_path):
+    """The page's commands, one after the other, in one folder."""
+    (block,) = (block for block in blocks("docs/clients.md", "console") if "curl" in block.code)
+    script = re.sub(r"^\$ ", "", block.code, flags=re.MULTILINE).replace("python3", shlex.quote(sys.executable))
+    script = script.replace("localhost:8000", server.http.removeprefix("http://"))
+    output = run("bash", "-ec", script, folder=tmp_path)
+    assert block.printed is not None
+    (header,) = re.findall(r"x-starling-plan: (.*),", block.printed)
+    assert f"x-starling-plan: {header}" in output
+
+
+def test_pages_have_code_that_runs():
+    assert {block.page for block in PYTHON} >= {"docs/clients.md", "docs/grpc.md", "docs/quickstart.md", *GIVEN}
+    assert [block.page for block in OF_ENGINE] == ["docs/clients.md", "docs/quickstart.md"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 from vllm.engine.arg_utils import EngineArgs
@@ -14,10 +15,15 @@ from vllm.platforms import current_platform
 
 KV_SPACE_ENV = "VLLM_CPU_KVCACHE_SPACE"
 OF_FREE_MEMORY = 0.85
+"""Of an engine whose weights are not in a folder, so that their size is not known."""
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
     """The share of all memory with which an engine on a CPU can start; None: vLLM's default can, or the user chose.
+
+    Other programs use such a host too, and grow: an engine takes its weights and half of the memory that is left.
+    A host without any free memory stands still until vLLM takes the engine for dead.
 
     Args:
         args: of `vllm serve`. Several engines or workers on one host are left alone: who starts these divides memory.
@@ -31,4 +37,13 @@ def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
     memory = psutil.virtual_memory()
     if memory.available >= memory.total * args.gpu_memory_utilization:
         return None
-    return round(OF_FREE_MEMORY * memory.available / memory.total, 2)
+    weights = weights_of(Path(args.model_tag or args.model))
+    taken = OF_FREE_MEMORY * memory.available if weights is None else weights + max(memory.available - weights, 0) / 2
+    return round(taken / memory.total, 2)
+
+
+def weights_of(folder: Path) -> int | None:
+    """The bytes of a model's weights; None: they are in no folder of this host."""
+    if not folder.is_dir():
+        return None
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)

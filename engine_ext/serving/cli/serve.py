@@ -29,7 +29,7 @@ from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
-from starling.engine_ext.serving.cli.cpu_memory import OF_FREE_MEMORY, memory_share
+from starling.engine_ext.serving.cli.cpu_memory import memory_share
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 from starling.engine_ext.serving.cli.start_checks import refuse_taken_port
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions
@@ -107,7 +107,8 @@ def fit_memory(args: Namespace) -> None:
     share = memory_share(args, os.environ)
     if share is not None:
         args.gpu_memory_utilization = share
-        logger.info("--gpu-memory-utilization %g: %d %% of the free memory", share, 100 * OF_FREE_MEMORY)
+        reason = "this host's memory is not free, and other programs may need more of it"
+        logger.info("--gpu-memory-utilization %g: %s", share, reason)
 
 
 def is_one_front(args: Namespace) -> bool:

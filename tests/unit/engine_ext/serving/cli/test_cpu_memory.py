@@ -18,13 +18,23 @@ def share(monkeypatch, available: float, environ: dict | None = None, **given) -
     """Of a host with 100 bytes of memory."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=available))
     args = {"data_parallel_size": 1, "tensor_parallel_size": 1, "pipeline_parallel_size": 1}
-    args |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": DEFAULT}
+    args |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": DEFAULT, "model_tag": "some/model", "model": ""}
     return memory_share(Namespace(**args | given), environ or {})
 
 
-def test_an_engine_takes_most_of_what_is_free(monkeypatch):
+def test_an_engine_takes_its_weights_and_half_of_what_is_free_beside_them(monkeypatch, tmp_path):
+    assert share(monkeypatch, 60, model_tag=str(tmp_path)) == 0.3
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        (tmp_path / name).write_bytes(bytes(10))
+    (tmp_path / "tokenizer.json").write_bytes(bytes(10))
+    assert share(monkeypatch, 60, model_tag=str(tmp_path)) == 0.4
+    assert share(monkeypatch, 60, model_tag=None, model=str(tmp_path)) == 0.4
+    assert share(monkeypatch, 10, model_tag=str(tmp_path)) == 0.2, "vLLM says that the weights do not fit"
+    assert share(monkeypatch, 99, model_tag=str(tmp_path)) is None, "vLLM's share is free"
+
+
+def test_an_engine_whose_weights_are_not_known_takes_most_of_what_is_free(monkeypatch):
     assert share(monkeypatch, 60) == 0.51
-    assert share(monkeypatch, 99) is None, "vLLM's share is free"
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
 
 
 def measured_words(tunings: Mapping[str, Tuning], measure: Measure) -> dict[str, Word]:
-    """What each word stands for: the cheapest plan that both halves show to be within its limit, or a lower one.
+    """What each word stands for: the cheapest plan that both halves show to be within its limit, or a stricter one.
 
     Args:
         tunings: word -> the search for its limit.

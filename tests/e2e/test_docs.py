@@ -1,6 +1,7 @@
 """The code of the documentation's pages, run as it stands there, against a server as docs/clients.md starts it."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -100,16 +101,33 @@ def test_python_of_clients(server, tmp_path, block):
         assert output.strip()
 
 
-@pytest.mark.parametrize("block", OF_ENGINE, ids=str)
-def test_python_with_an_engine_of_its_own(tmp_path, block):
-    file = tmp_path / "program.py"
-    model = str(ROOT / MODEL)
+def run_engine(folder: Path, code: str) -> str:
+    """Run a program with an engine of its own; returns what it prints."""
+    file, model = folder / "program.py", str(ROOT / MODEL)
     # The fork has left out what compiles a model.
-    file.write_text(block.code.replace(MODEL, model).replace('"MODEL"', f"{model!r}, enforce_eager=True"))
+    file.write_text(code.replace(MODEL, model).replace('"MODEL"', f"{model!r}, enforce_eager=True"))
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = run_in_fork("tests.e2e.docs_job:main", str(file), imports=OF_ENGINES, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    check_printed(block, done.stdout)
+    return done.stdout
+
+
+@pytest.mark.parametrize("block", OF_ENGINE, ids=str)
+def test_python_with_an_engine_of_its_own(tmp_path, block):
+    check_printed(block, run_engine(tmp_path, block.code))
+
+
+def test_notebook(tmp_path):
+    """All cells, with less text."""
+    cells = json.loads((ROOT / "examples" / "five_minutes.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    modules = re.search(r"^modules = .*$", code, re.MULTILINE)
+    assert modules is not None
+    code = code.replace(modules[0], 'modules = ("getpass", "bisect", "glob")')
+    *answers, refused, shown = run_engine(tmp_path, f"{code}\nprint(answers)").splitlines()[-6:]
+    assert [line.split()[0] for line in answers] == ["dense", "careful", "balanced", "blocks"]
+    assert refused.startswith("star_block_size=100 is refused")
+    assert "'attention': 'star'" in shown.rpartition("'blocks of 512'")[2]
 
 
 def test_curl(server, tmp_path):

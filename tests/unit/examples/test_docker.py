@@ -112,7 +112,8 @@ def test_the_build_context_has_what_the_wheel_is_built_from():
     linked = [link.resolve() for package in packages for link in package.iterdir() if link.is_symlink()]
     folders = {path.relative_to(ROOT).parts[0] for path in [*packages, *linked]}
     assert len(folders) > 5
-    needed = folders | {"pyproject.toml", config["project"]["readme"], *config["project"]["license-files"]}
+    readme = [part["path"] for part in config["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["fragments"]]
+    needed = folders | {"pyproject.toml", *readme, *config["project"]["license-files"]}
     assert {f"!/{name}" for name in needed} <= set(CONTEXT)
 
 

@@ -1,6 +1,6 @@
 """How much of a CPU host's memory an engine takes.
 
-vLLM takes a share of all memory, 92 % by default, and does not start where less is free.
+vLLM takes a share of all memory for the engine's worker, 92 % by default, and does not start where less is free.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from vllm.platforms import current_platform
 KV_SPACE_ENV = "VLLM_CPU_KVCACHE_SPACE"
 OF_FREE_MEMORY = 0.85
 """Of an engine whose weights are not in a folder, so that their size is not known."""
+OTHER_PROCESSES = 4 << 30
+"""Bytes for the server's processes beside the engine's worker, and for the host's."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
-    """The share of all memory with which an engine on a CPU can start; None: vLLM's default can, or the user chose.
+    """The share of all memory with which an engine on a CPU can run; None: vLLM's default can, or the user chose.
 
-    Other programs use such a host too, and grow: an engine takes its weights and half of the memory that is left.
-    A host without any free memory stands still until vLLM takes the engine for dead.
+    Where all memory is free, some of it is left to the server's other processes. Where other programs use the host too,
+    they may grow: an engine takes its weights and half of the memory that is left. A host without free memory kills the
+    engine, or stands still until vLLM takes it for dead.
 
     Args:
         args: of `vllm serve`. Several engines or workers on one host are left alone: who starts these divides memory.
@@ -35,8 +38,10 @@ def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
     if args.gpu_memory_utilization != EngineArgs.gpu_memory_utilization:
         return None
     memory = psutil.virtual_memory()
-    if memory.available >= memory.total * args.gpu_memory_utilization:
-        return None
+    wanted = memory.total * args.gpu_memory_utilization
+    if memory.available >= wanted:
+        taken = memory.available - OTHER_PROCESSES
+        return None if taken >= wanted else round(taken / memory.total, 2)
     weights = weights_of(Path(args.model_tag or args.model))
     taken = OF_FREE_MEMORY * memory.available if weights is None else weights + max(memory.available - weights, 0) / 2
     return round(taken / memory.total, 2)

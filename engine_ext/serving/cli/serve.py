@@ -103,11 +103,11 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
 
 
 def fit_memory(args: Namespace) -> None:
-    """Let an engine on a CPU start where vLLM's share of all memory is not free."""
+    """Let an engine on a CPU run where vLLM's share of all memory is not free, or nearly all that is."""
     share = memory_share(args, os.environ)
     if share is not None:
         args.gpu_memory_utilization = share
-        reason = "this host's memory is not free, and other programs may need more of it"
+        reason = "vLLM's default would leave this host too little memory for other processes"
         logger.info("--gpu-memory-utilization %g: %s", share, reason)
 
 

@@ -14,9 +14,10 @@ from starling.engine_ext.serving.cli.cpu_memory import memory_share
 DEFAULT = EngineArgs.gpu_memory_utilization
 
 
-def share(monkeypatch, available: float, environ: dict | None = None, **given) -> float | None:
-    """Of a host with 100 bytes of memory."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=available))
+def share(monkeypatch, available: float, environ: dict | None = None, total: int = 100, **given) -> float | None:
+    """Of a host with so many GiB of memory."""
+    memory = SimpleNamespace(total=total << 30, available=available * (1 << 30))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     args = {"data_parallel_size": 1, "tensor_parallel_size": 1, "pipeline_parallel_size": 1}
     args |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": DEFAULT, "model_tag": "some/model", "model": ""}
     return memory_share(Namespace(**args | given), environ or {})
@@ -24,17 +25,21 @@ def share(monkeypatch, available: float, environ: dict | None = None, **given) -
 
 def test_an_engine_takes_its_weights_and_half_of_what_is_free_beside_them(monkeypatch, tmp_path):
     assert share(monkeypatch, 60, model_tag=str(tmp_path)) == 0.3
-    for name in ("model-1.safetensors", "model-2.safetensors"):
-        (tmp_path / name).write_bytes(bytes(10))
-    (tmp_path / "tokenizer.json").write_bytes(bytes(10))
+    for name in ("model-1.safetensors", "model-2.safetensors", "tokenizer.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10 << 30)  # a file without blocks on the disk
     assert share(monkeypatch, 60, model_tag=str(tmp_path)) == 0.4
     assert share(monkeypatch, 60, model_tag=None, model=str(tmp_path)) == 0.4
     assert share(monkeypatch, 10, model_tag=str(tmp_path)) == 0.2, "vLLM says that the weights do not fit"
-    assert share(monkeypatch, 99, model_tag=str(tmp_path)) is None, "vLLM's share is free"
 
 
 def test_an_engine_whose_weights_are_not_known_takes_most_of_what_is_free(monkeypatch):
     assert share(monkeypatch, 60) == 0.51
+
+
+def test_on_a_free_host_some_memory_is_left_to_the_other_processes(monkeypatch):
+    assert share(monkeypatch, 99) is None, "vLLM's share leaves enough"
+    assert share(monkeypatch, 23, total=24) == 0.79
 
 
 @pytest.mark.parametrize(

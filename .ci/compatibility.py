@@ -3,7 +3,7 @@
     python .ci/compatibility.py tests FOLDER    add the results of this Python's environment: pytest's XML files
     python .ci/compatibility.py wheels FOLDER   add the results of `make release`: its JSON files
     python .ci/compatibility.py cuda FOLDER     add the results of `make check-cuda`: its lists of packages
-    python .ci/compatibility.py gpus FILE       add the result of `starling selftest --json FILE` on a GPU
+    python .ci/compatibility.py gpus FILE       add report.json of `starling selftest --report FOLDER` on a GPU
     python .ci/compatibility.py                 write the page
 
 Results are kept in .ci/compatibility.json, and replace older ones of the same versions. `make test` and `make

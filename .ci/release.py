@@ -36,6 +36,7 @@ PACKAGES = {  # folder of the repository -> package in the wheel; proto/starling
 REQUIRED = ("starling/engine_ext/serving/http/live_page.html", "starling/py.typed")
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
 RELATIVE_LINK = re.compile(r"\]\((?!https?://)([^)]*)\)")
+SELFTEST, REPORT = ("--quick", "--report", "report"), "report/report.json"
 NO_GPU = 2
 """The exit code of `starling selftest` for a machine without a GPU whose CPU part passed."""
 
@@ -190,8 +191,8 @@ def test_install(python: str, wheel: Path, torch: str) -> dict[str, Any]:
         call(programs / "starling", "setup-cpu", *(["--torch", torch] if torch != "cpu" else []), cwd=folder)
         call(programs / "starling", "doctor", cwd=folder)
         call(programs / "vllm", "--version", cwd=folder)
-        call(programs / "starling", "selftest", "--quick", "--json", "report.json", cwd=folder, allowed=(0, NO_GPU))
-        report = json.loads((folder / "report.json").read_text())
+        call(programs / "starling", "selftest", *SELFTEST, cwd=folder, allowed=(0, NO_GPU))
+        report = json.loads((folder / REPORT).read_text())
     verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
     if not any(verdict == "PASS" for name, verdict in verdicts.items() if name.endswith("engines start")):
         raise ReleaseError(f"Python {version}: no engine of the self-test started")

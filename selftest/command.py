@@ -22,8 +22,8 @@ COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.SKIP: "yellow"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the checks; returns 0, 1 if one failed, or 2 without a GPU, where the CPU part passed."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `starling selftest`."""
     parser = argparse.ArgumentParser(
         prog="starling selftest",
         description="Checks whether Starling computes the right thing on this machine. Takes minutes.",
@@ -36,7 +36,12 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="also write report.json and report.md; goes on where a run ended"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the checks; returns 0, 1 if one failed, or 2 without a GPU, where the CPU part passed."""
+    args = make_parser().parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     from starling.selftest.machine import describe_machine, has_gpu

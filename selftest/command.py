@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     """Run the checks; returns 0, 1 if one failed, or 2 without a GPU, where the CPU part passed."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     from starling.selftest.machine import describe_machine, has_gpu

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from starling.config.parsing import OptionError, meant, read_word, words_of
+from starling.config.parsing import OptionError, meant, read_word, shown, words_of
 from starling.config.star import Quality
 
 QUALITY_SIZES = "star_quality_sizes"
 WORDS = tuple(words_of(Quality))
 DENSE = "dense"
 
-SIZE = re.compile(r"n/([1-9][0-9]{0,3})")
+SIZE = re.compile(r"n/([2-9]|[1-9][0-9]{1,3})")
 ALLOWED = (
     f"fast=n/16,balanced=n/8,careful={DENSE}, say: for each word a share of the prompt, or {DENSE}, and no smaller "
     "share for a more careful word"
@@ -37,21 +39,22 @@ def parse_quality_sizes(value: Any, name: str) -> dict[str, int]:
         return OptionError(name, value, reason, ALLOWED)
 
     if not isinstance(value, (str, Mapping)):
-        raise refused("it must be an object or WORD=SIZE,...")
+        raise refused("it must be an object, or words and sizes")
     sizes: dict[str, int] = {}
-    for word, size in _pairs(value) if isinstance(value, str) else value.items():
+    for name_of_word, size in _pairs(value) if isinstance(value, str) else value.items():
+        word = read_word(name_of_word)
         if word not in WORDS:
-            raise refused(f"there is no such quality as {word!r}{meant(str(word), WORDS)}")
+            raise refused(f"there is no such quality as {shown(name_of_word)}{meant(str(word), WORDS)}")
         if word in sizes:
             raise refused(f"{word} is given twice")
-        text = read_word(size) if isinstance(size, str) else ""
+        text = read_word(size).replace(" ", "") if isinstance(size, str) else ""
         found = SIZE.fullmatch(text)
         if found is None and text != DENSE:
-            raise refused(f"{size!r} is no size")
+            raise refused(f"{shown(size)} is no size")
         sizes[word] = 1 if found is None else int(found[1])
     missing = [word for word in WORDS if word not in sizes]
     if missing:
-        raise refused(f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no size")
+        raise refused(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no size")
     for word, more_careful in pairwise(WORDS):
         if sizes[more_careful] > sizes[word]:
             raise refused(f"{more_careful} would have smaller star blocks than {word}")
@@ -63,6 +66,15 @@ def size_text(num_blocks: int) -> str:
     return f"n/{num_blocks}" if num_blocks > 1 else DENSE
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
+def size_texts(sizes: Mapping[str, int] | None) -> dict[str, str] | None:
+    """The sizes as a server's options give them; None: it has none."""
+    return None if sizes is None else {word: size_text(number) for word, number in sizes.items()}
+
+
+def _pairs(text: str) -> list[tuple[str, Any]]:
+    """The words and sizes of a text: WORD=SIZE with commas, or an object of JSON, which vLLM makes of one in YAML."""
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):
+            return list(json.loads(text).items())
     pairs = (part.partition("=") for part in text.split(","))
-    return [(word.strip().lower(), size.strip()) for word, _, size in pairs]
+    return [(word.strip(), size.strip()) for word, _, size in pairs]

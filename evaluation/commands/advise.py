@@ -27,6 +27,7 @@ from starling.evaluation.plans import DENSE, Plan, parse_plan
 from starling.evaluation.prompt_options import without_secrets
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.report import percent, points
+from starling.evaluation.tuning.candidates import usable_candidates
 from starling.evaluation.tuning.measures import Measure
 from starling.evaluation.tuning.report import (
     Closest,
@@ -46,6 +47,7 @@ LIMITS = {"careful": 2.0, "balanced": 5.0, "fast": 10.0}
 """By how many percent less probable the tokens of the answers may become under each word of star_quality."""
 PLANS = ("n/4", "n/8", "n/16")
 """The candidates, with the default anchor, overlap and dense heads."""
+LEAST_GAIN = 1.05  # below it, four pairs of times say nothing
 TIMED, TURNS = 2, 2  # the longest prompts, and how often each is timed with either plan
 DEFAULT_FOLDER = "advice"
 
@@ -86,7 +88,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help='20 or more: JSONL with {"prompt": "..."} or {"messages": [...]}, and "answer" where you know it',
+        help='20 or more, of 2,000 tokens or more: JSONL with {"prompt": "..."} or {"messages": [...]}, and "answer" '
+        "where you know it",
     )
     add(
         "--out", type=Path, default=Path(DEFAULT_FOLDER), metavar="DIR", help=f"folder of the results: {DEFAULT_FOLDER}"
@@ -102,7 +105,8 @@ def run(argv: Sequence[str]) -> int:
     given += [word for plan in PLANS for word in ("--plan", plan)]
     given += [] if args.base_url is None else ["--base-url", args.base_url]
     full = tune.make_parser().parse_args([*([] if args.serve is None else [args.serve]), *given])
-    return run_measurement("starling advise", full, serve_options, partial(tune.prepare, measure, serve_options))
+    prepare = partial(tune.prepare, measure, serve_options, allowed="none, or `starling tune --plan`")
+    return run_measurement("starling advise", full, serve_options, prepare)
 
 
 async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
@@ -114,7 +118,8 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     Raises:
         ServerError, ValueError: as ``tune.search`` raises them.
     """
-    found = await tune.search(args, options, target, console, [limit / 100 for limit in LIMITS.values()])
+    budgets = [limit / 100 for limit in LIMITS.values()]
+    found = await tune.search(args, options, target, console, budgets, usable_candidates)
     tunings = dict(zip(LIMITS, found.tunings, strict=True))
     words = measured_words(tunings, options.chosen_measure)
     served = tune.served_arguments(args, target, found.model)
@@ -176,8 +181,9 @@ async def measured_speed(client: Client, prompts: Sequence[Prompt], plan: Plan) 
             pairs.append((dense, await client.seconds_to_first_token(prompt.token_ids, plan)))
     ratio = statistics.median(dense / star for dense, star in pairs)
     seconds = [statistics.median(times) for times in zip(*pairs, strict=True)]
+    sooner = f"{ratio:.2f} times sooner" if ratio >= LEAST_GAIN else "no sooner, so serve such prompts without star"
     return (
-        f"{ratio:.2f} times sooner: {seconds[0]:.2f} s dense, {seconds[1]:.2f} s with star, for prompts of "
+        f"{sooner}: {seconds[0]:.2f} s dense, {seconds[1]:.2f} s with star, for prompts of "
         f"{len(longest[-1].token_ids):,} to {len(longest[0].token_ids):,} tokens ({len(pairs)} pairs, nothing cached)"
     )
 

@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from starling.config.entry import STAR_HEADS
+from starling.config.entry import ENTRY, STAR_HEADS
+from starling.config.presets import PRESETS
 from starling.config.quality import QUALITY_SIZES
-from starling.config.star import FIELDS, flat_name
+from starling.config.star import FIELD_OF, FIELDS, flat_name
 from starling.evaluation.commands.measuring import (
     Measurement,
     Session,
@@ -49,6 +50,9 @@ from starling.evaluation.tuning.tuner import Trial, Tuner, Tuning, find_engine
 
 Measure = Callable[[argparse.Namespace, TuneOptions, Sequence[str], Console], Awaitable[int]]
 """What is done with the options, as of ``measure``."""
+
+MakeCandidates = Callable[[Sequence[str], Sequence[Prompt], int, int], list[Candidate]]
+"""As of ``chosen_candidates``."""
 
 NOT_FOUND = 3
 CHOSEN_HERE = {
@@ -93,13 +97,40 @@ def run(argv: Sequence[str]) -> int:
     return run_measurement("starling tune", args, serve_options, partial(prepare, measure, serve_options))
 
 
-def prepare(measure: Measure, serve_options: Sequence[str], args: argparse.Namespace) -> Measurement:
-    """What the arguments ask for (raises ValueError for what can't be found)."""
+def prepare(
+    measure: Measure, serve_options: Sequence[str], args: argparse.Namespace, allowed: str = "--plan and --query-tokens"
+) -> Measurement:
+    """What the arguments ask for (raises ValueError for what can't be found).
+
+    Args:
+        allowed: in place of star options of the server.
+    """
     for option in serve_options:
         if option_name(option) in CHOSEN_HERE:
-            raise ValueError(f"{option} is refused: the search chooses it. Allowed: --plan and --query-tokens")
+            raise ValueError(f"{option} is refused: the search chooses it. Allowed: {allowed}")
+    refuse_star_entry(serve_options, allowed)
     options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
     return partial(measure, args, options)
+
+
+def refuse_star_entry(serve_options: Sequence[str], allowed: str) -> None:
+    """Refuse (ValueError) a preset or an entry of --additional-config that says how prompts are prefilled."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--additional-config", "--additional_config", default="{}")
+    given = parser.parse_known_args(serve_options)[0]
+    if given.preset in PRESETS and flat_name("segments") in PRESETS[given.preset].entry:
+        raise ValueError(
+            f"--preset {given.preset} is refused: its prompts are documents, whose loss is not that of other star "
+            "blocks. Allowed: no preset; or `starling eval` with a plan that has S=, the text that starts a document"
+        )
+    try:
+        entry = json.loads(given.additional_config)[ENTRY]
+        names = [name for name in entry if name in FIELD_OF or name == QUALITY_SIZES]
+    except (ValueError, TypeError, KeyError):
+        return  # the server refuses it, or it has no such entry
+    if names:
+        raise ValueError(f"{names[0]} in --additional-config is refused: the search chooses it. Allowed: {allowed}")
 
 
 async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequence[str], console: Console) -> int:
@@ -142,6 +173,11 @@ class Found:
     def prompts(self) -> list[Prompt]:
         return [*self.halves[0], *self.halves[1]]
 
+    @property
+    def chosen(self) -> set[str]:
+        """The plans that held-out prompts were measured under by these searches."""
+        return {tuning.chosen.candidate.plan.name for tuning in self.tunings if tuning.chosen is not None}
+
 
 async def search(
     args: argparse.Namespace,
@@ -149,12 +185,14 @@ async def search(
     target: Sequence[str],
     console: Console,
     budgets: Sequence[float],
+    make_candidates: MakeCandidates = chosen_candidates,
 ) -> Found:
     """Make the prompts, and search for each budget with the same candidates and prompts.
 
     Args:
         target: the arguments that name the server, for the command in the report.
         budgets: of the mean loss; 1 is 100 points.
+        make_candidates: of the plans of the options, where they name some.
 
     Raises:
         ServerError: a request failed.
@@ -168,7 +206,7 @@ async def search(
         options.refuse_few(len(prompts))
         page_size, kv_heads = await find_engine(session.client, prompts)
         if options.plans:
-            candidates = chosen_candidates(options.plans, prompts, page_size, kv_heads)
+            candidates = make_candidates(options.plans, prompts, page_size, kv_heads)
         else:
             candidates = default_candidates(prompts, page_size, options.query_tokens, kv_heads)
         halved = halves(prompts)
@@ -209,7 +247,7 @@ def make_report(options: TuneOptions, found: Found, tuning: Tuning, served: Sequ
         candidates=candidate_results(tuning, loss),
         chosen=make_chosen(tuning, loss, options.mean_loss, prompts, file_of_scores(served)),
         closest=make_closest(tuning, loss, options.mean_loss),
-        looked_at=other_plans(found.earlier, tuning),
+        looked_at=[name for name in other_plans(found.earlier, tuning) if name not in found.chosen],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,29 @@ def chosen_candidates(
     return by_cost([make_candidate(parse_plan(text), prompts, page_size, kv_heads) for text in texts])
 
 
+def usable_candidates(
+    texts: Sequence[str], prompts: Sequence[Prompt], page_size: int, kv_heads: int = 0
+) -> list[Candidate]:
+    """As ``chosen_candidates``, without those that can't be used (raises ValueError where none can)."""
+    found = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            found.append(make_candidate(parse_plan(text), prompts, page_size, kv_heads))
+    if not found:
+        raise ValueError(too_short(prompts, page_size))
+    return by_cost(found)
+
+
+def too_short(prompts: Sequence[Prompt], page_size: int) -> str:
+    """Why no candidate can be used."""
+    shortest = min(prompts, key=lambda prompt: len(prompt.token_ids))
+    return (
+        f"the prompts are too short for star blocks of whole pages: {shortest.name} has {len(shortest.token_ids)} "
+        f"tokens, and a page {page_size}. Allowed: longer prompts, a smaller --block-size of the server, or a smaller "
+        "query"
+    )
+
+
 def default_candidates(
     prompts: Sequence[Prompt], page_size: int, query_tokens: int | None, kv_heads: int = 0
 ) -> list[Candidate]:
@@ -129,10 +153,7 @@ def default_candidates(
                 continue
             found.setdefault(tuple(candidate.numbers.values()), candidate)
     if not found:
-        raise ValueError(
-            f"the prompts are too short for star blocks of whole pages: {shortest.name} has {length} tokens, and a "
-            f"page {page_size}. Allowed: longer prompts, a smaller --block-size of the server, or a smaller query"
-        )
+        raise ValueError(too_short(prompts, page_size))
     return by_cost(list(found.values()))
 
 

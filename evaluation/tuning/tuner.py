@@ -156,8 +156,9 @@ def check_numbers(answer: Answer, candidate: Candidate) -> None:
         if found.get(name) != expected[name]:
             raise ServerError(
                 f"plan={answer.plan!r} has {name} {found.get(name)} on the prompt {answer.prompt}, and not "
-                f"{expected[name]}: the server's own star options or its replicas change it. "
-                "Start a server without star options, and with one replica"
+                f"{expected[name]}: the server's own star options or its replicas change it, or the folder has answers "
+                "of a server with another --block-size. Start a server without star options, and with one replica, or "
+                "name another --out"
             )
 
 

@@ -27,7 +27,7 @@ from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.kv_demand import with_enough_replicas
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
-from starling.scheduler.star.sizes import DEFAULT_QUALITY, find_anchor_and_overlap, find_block_size, measured_number
+from starling.scheduler.star.sizes import DEFAULT_QUALITY, find_anchor_and_overlap, find_block_size
 
 DEFAULT_QUERY_TOKENS = 512
 DEFAULT_DENSE_HEADS = 0.1
@@ -141,9 +141,8 @@ def too_short(options: StarOptions, num_tokens: int) -> str | None:
 
 def one_block(case: Case, plan: StarPlan, context_end: int) -> str:
     """Why a plan of one star block is dense: the server says so of the quality, or the prompt is short."""
-    if not plan.documents and measured_number(case.options, case.engine.quality_sizes) == 1:
-        word = case.options.quality or DEFAULT_QUALITY
-        return f"on this server {flat_name('quality')}={word} is dense"
+    if not plan.documents and case.is_dense_word:
+        return f"on this server {flat_name('quality')}={case.options.quality or DEFAULT_QUALITY} is dense"
     return f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
 
 

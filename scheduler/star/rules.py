@@ -9,9 +9,11 @@ from typing import Any
 from starling.config.parsing import OptionError
 from starling.config.star import StarOptions, flat_name, num_blocks
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
+from starling.scheduler.star.sizes import DEFAULT_QUALITY, measured_number
 
 FLAT = ("dense_heads", "overlap_size", "replicas", "segments", "shards")
 HEADS, OVERLAP, REPLICAS, SEGMENTS, SHARDS = map(flat_name, FLAT)
+QUALITY = flat_name("quality")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Case:
             return None
         if self.has("block_size") and num_blocks(self.options) is not None:
             return f"{flat_name('block_size')}={self.options.block_size} is a share of the prompt"
+        if self.has("quality") and self.is_dense_word:
+            return f"{QUALITY}={self.options.quality} is dense on this server"
         if self.has("overlap_size") and self.options.overlap_size:
             return f"{OVERLAP}={self.options.overlap_size} is the end of the block before"
         if self.has("dense_heads") and self.options.dense_heads:
@@ -55,6 +59,11 @@ class Case:
         """Whether the request says where documents start; texts do so by themselves."""
         known = self.prompt.segments
         return (self.asks_for_documents and self.has("segments")) or (known is not None and known.source == "texts")
+
+    @property
+    def is_dense_word(self) -> bool:
+        """Whether the server says of the quality that it is dense."""
+        return measured_number(self.options, self.engine.quality_sizes) == 1
 
     @property
     def page(self) -> int:
@@ -260,6 +269,11 @@ def check_defaults(options: StarOptions, engine: EngineFacts) -> None:
     if options.mode == "off":  # a request that turns star on may have no documents
         engine = replace(engine, find_document_refusals=tuple)
     case = Case(options, frozenset(options.model_fields_set), PromptFacts(0), engine)
+    if options.mode != "off" and options.segments in (None, "off") and case.is_dense_word:
+        word = options.quality or DEFAULT_QUALITY
+        raise OptionError(
+            QUALITY, word, f"{QUALITY}_sizes says that it is dense, and so every prompt", "another, or star=off"
+        )
     check((*ENGINE_RULES, *OPTION_RULES) if options.mode != "off" else OPTION_RULES, case)
     size = options.block_size
     sized = replace(case, block_size=size if isinstance(size, int) else 2**62, overlap_size=options.overlap_size or 0)

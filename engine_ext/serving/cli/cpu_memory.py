@@ -5,6 +5,7 @@ vLLM takes a share of all memory for the engine's worker, 92 % by default, and d
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,11 @@ OF_FREE_MEMORY = 0.85
 """Of an engine whose weights are not in a folder, so that their size is not known."""
 OTHER_PROCESSES = 4 << 30
 """Bytes for the server's processes beside the engine's worker, and for the host's."""
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+MOST_LEFT = 32 << 30
+"""Bytes that are left to other programs at most."""
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+NOT_LOADED = ("consolidated", "training_args")
+"""How the names of files begin that have the weights once more, or none."""
 
 
 def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
@@ -41,14 +46,26 @@ def memory_share(args: Namespace, environ: Mapping[str, str]) -> float | None:
     wanted = memory.total * args.gpu_memory_utilization
     if memory.available >= wanted:
         taken = memory.available - OTHER_PROCESSES
-        return None if taken >= wanted else round(taken / memory.total, 2)
+        return None if taken >= wanted else rounded(taken / memory.total)
     weights = weights_of(Path(args.model_tag or args.model))
-    taken = OF_FREE_MEMORY * memory.available if weights is None else weights + max(memory.available - weights, 0) / 2
-    return round(taken / memory.total, 2)
+    if weights is None:
+        return rounded(OF_FREE_MEMORY * memory.available / memory.total)
+    rest = max(memory.available - weights, 0)
+    return rounded(min(weights + max(rest / 2, rest - MOST_LEFT), memory.available) / memory.total)
+
+
+def rounded(share: float) -> float:
+    """A share of the memory in four digits, and no more than it is."""
+    return math.floor(share * 10_000) / 10_000
 
 
 def weights_of(folder: Path) -> int | None:
-    """The bytes of a model's weights; None: they are in no folder of this host."""
+    """The bytes of a model's weights, in the first format that the folder has; None: it is no folder of this host."""
     if not folder.is_dir():
         return None
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
+    for pattern in WEIGHTS:
+        sizes = {file.name: file.stat().st_size for file in folder.glob(pattern) if file.is_file()}
+        loaded = [size for name, size in sizes.items() if not name.startswith(NOT_LOADED)]
+        if sizes:
+            return sum(loaded or sizes.values())
+    return 0

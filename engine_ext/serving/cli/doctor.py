@@ -129,6 +129,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from starling.config.entry import config_of
+    from starling.config.quality import size_texts
     from starling.engine_ext.planning import usable_defaults
     from starling.engine_ext.refusals import engine_facts
     from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
@@ -157,7 +158,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "kv_cache": cache,
         "unprofiled_memory": unprofiled_memory(config),
-        "star_defaults": star.model_dump(),
+        "star_defaults": star.model_dump() | {"quality_sizes": size_texts(starling.quality_sizes)},
         "star_refused": refusals,
         "options_refused": refused_options(star, engine),
         "documents": f"no: {'; '.join(engine.document_refusals)}" if engine.document_refusals else "yes, star_segments",
@@ -335,8 +336,10 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
 
     prompt, has_star = PromptFacts(num_tokens), not engine.refusals
     default = decide(star, None, prompt, engine)
-    with_star = decide(star, parse_options({"star": "on"}), prompt, engine).plan if has_star else None
-    plan = describe(with_star, num_tokens, config.model_config.hf_text_config)
+    decision = decide(star, parse_options({"star": "on"}), prompt, engine) if has_star else None
+    with_star = None if decision is None else decision.plan
+    why = None if decision is None else decision.why
+    plan = describe(with_star, num_tokens, config.model_config.hf_text_config, why)
     specs = attamba_specs(config)
     sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs.values()] or [
         (cache["page_tokens"], None)

@@ -30,7 +30,7 @@ def verdict(report: dict[str, Any]) -> tuple[list[str], int]:
         return [star], OK
     ratio = prompt["attention_work_dense_over_star"]
     if prompt["plan_with_star_on"]["attention"] != "star":
-        return [f"star: no less attention work at {tokens}, which it leaves dense"], OK
+        return [f"star: no less attention work at {tokens}: {prompt['plan_with_star_on']['why']}"], OK
     saved = f"star: {ratio:.1f} times less attention work at {tokens}"
     lines = [f"{saved}; loss on your model: not measured, run starling advise"]
     if prompt["by_default"] == "dense":

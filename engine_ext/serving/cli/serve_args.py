@@ -22,7 +22,7 @@ from starling.config.entry import (
 )
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
-from starling.config.quality import QUALITY_SIZES
+from starling.config.quality import QUALITY_SIZES, parse_quality_sizes
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
@@ -38,8 +38,8 @@ GRPC_PORT_HELP = (  # with its default in no characters: else the formatter woul
     "127.0.0.1 where --host is not given. 0: any free port. Default: no gRPC.%(default).0s"
 )
 QUALITY_SIZES_HELP = (
-    "What the words of --star-quality stand for: fast=n/16,balanced=n/8,careful=dense, say, with equal star blocks, or "
-    "dense. `starling advise` measures it on your model and prompts. (default: as --star-quality says)"
+    "What the words of --star-quality stand for: fast=n/16,balanced=n/8,careful=dense, say, star blocks of a share of "
+    "the prompt, or dense. `starling advise` measures it on your model and prompts. (default: as --star-quality says)"
 )
 STAR_HEADS_HELP = (
     "The scores of the model's KV heads, for --star-dense-heads: a file that `starling calibrate` made of it, or "
@@ -307,6 +307,8 @@ def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any
     star = parse_options({name: value for name, value in values.items() if name in FIELD_OF})
     for flag in FLAGS:
         if flag.dest not in values:
+            continue
+        if flag.dest == QUALITY_SIZES and config.quality_sizes == parse_quality_sizes(values[flag.dest], flag.option):
             continue
         field = FIELD_OF.get(flag.dest)
         value = values[flag.dest] if field is None else getattr(star, field)

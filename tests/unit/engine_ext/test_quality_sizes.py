@@ -18,7 +18,13 @@ def parsed(value):
 
 
 @pytest.mark.parametrize(
-    "value", [SIZES, "fast=n/16,balanced=n/8,careful=dense", " Careful = DENSE , fast=N/16,balanced= n/8"]
+    "value",
+    [
+        SIZES,
+        "fast=n/16,balanced=n/8,careful=dense",
+        " Careful = DENSE , fast=N/16,balanced= n / 8",
+        '{"Fast": "n/16", "balanced": "n/8", "careful": "dense"}',
+    ],
 )
 def test_each_word_has_a_size(value):
     assert parsed(value) == {"fast": 16, "balanced": 8, "careful": 1}
@@ -33,7 +39,7 @@ def test_without_any_the_words_mean_what_the_study_found():
     ("value", "reason"),
     [
         ("fast=n/16,balanced=n/8", "careful has no size"),
-        ({"fast": "n/8"}, "balanced and careful have no size"),
+        ({"fast": "n/8"}, "balanced, careful have no size"),
         (SIZES | {"fats": "n/8"}, "there is no such quality as 'fats', did you mean fast"),
         (SIZES | {"fast": 16}, "16 is no size"),
         (SIZES | {"fast": "n/0"}, "'n/0' is no size"),
@@ -42,8 +48,11 @@ def test_without_any_the_words_mean_what_the_study_found():
         ("fast=n/8,fast=n/4,balanced=n/8,careful=n/8", "fast is given twice"),
         ("", "there is no such quality as ''"),
         ("auto", "there is no such quality as 'auto'"),
-        (8, "it must be an object or WORD=SIZE,..."),
-        ([], "it must be an object or WORD=SIZE,..."),
+        (SIZES | {"fast": "n/1"}, "'n/1' is no size"),
+        ('{"fast": "n/16"', 'there is no such quality as \'{"fast": "n/16"\''),
+        ("x" * 5000, "there is no such quality as 'xxx"),
+        (8, "it must be an object, or words and sizes"),
+        ([], "it must be an object, or words and sizes"),
     ],
 )
 def test_what_is_no_size_of_each_word_is_refused(value, reason):
@@ -51,4 +60,5 @@ def test_what_is_no_size_of_each_word_is_refused(value, reason):
         parsed(value)
     text = str(refused.value)
     assert text.startswith("starling.star_quality_sizes=")
-    assert f"is refused: {reason}. Allowed: fast=n/16,balanced=n/8,careful=dense, say" in text
+    assert f"is refused: {reason}" in text and ". Allowed: fast=n/16,balanced=n/8,careful=dense, say" in text
+    assert len(text) < 700

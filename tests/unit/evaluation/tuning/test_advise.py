@@ -12,7 +12,7 @@ import pytest
 from starling.config.entry import parse_config
 from starling.evaluation.commands.advise import LIMITS, Word, advice, measured_speed, measured_words, run
 from starling.evaluation.plans import parse_plan
-from starling.evaluation.tuning.candidates import Candidate
+from starling.evaluation.tuning.candidates import Candidate, usable_candidates
 from starling.evaluation.tuning.measures import MEASURES
 from starling.evaluation.tuning.report import Chosen, Closest, Loss
 from starling.evaluation.tuning.tuner import Trial, Tuning
@@ -100,8 +100,10 @@ def test_a_server_that_starts_as_advised_has_the_words(tmp_path, capsys):
         return 0.08 if size < 100 else 0.03 if size < 200 else 0.005
 
     with served(answer=lambda prompt, xargs: "abcdefgh", loss=lost) as server:
-        assert run(["--base-url", server.url, "--prompts", str(prompts), "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
+        for _ in range(2):  # the second one finds the answers of all three searches
+            assert run(["--base-url", server.url, "--prompts", str(prompts), "--out", str(tmp_path / "out")]) == 0
+            printed = capsys.readouterr().out
+            assert "have been measured in this folder before" not in printed
     sizes = "--star-quality-sizes careful=n/4,balanced=n/8,fast=n/16"
     assert f"starling serve fake --star auto --star-min-tokens 1002 {sizes}" in printed.splitlines()[-6]
     written = json.loads((tmp_path / "out" / "additional-config.json").read_text(encoding="utf-8"))
@@ -132,13 +134,42 @@ def test_the_longest_prompts_are_timed_in_turns():
     assert text.startswith("2.00 times sooner: 3.00 s dense, 1.50 s with star, for prompts of 2,000 to 4,000 tokens")
 
 
+def test_times_that_are_no_better_are_no_gain():
+    class Client:
+        async def seconds_to_first_token(self, token_ids, plan):
+            return 1.0
+
+    text = asyncio.run(measured_speed(Client(), [SimpleNamespace(token_ids=[1])], parse_plan("n/8")))
+    assert text.startswith("no sooner, so serve such prompts without star: 1.00 s dense, 1.00 s with star")
+
+
+def test_a_plan_that_prompts_are_too_short_for_is_left_out():
+    prompts = [SimpleNamespace(name=f"line {number}", token_ids=[number] * 600) for number in range(2)]
+    assert [one.plan.name for one in usable_candidates(["n/4", "n/8"], prompts, 128)] == ["n/8"]
+    with pytest.raises(ValueError, match=r"the prompts are too short for star blocks.*: line 0 has 600 tokens"):
+        usable_candidates(["n/2"], prompts, 128)
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--prompts", "nowhere.jsonl"], "either MODEL"),
         (["MODEL", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["MODEL", "--star-block-size", "512", "--prompts", "nowhere.jsonl"], "--star-block-size is refused"),
-        (["MODEL", "--star-quality-sizes", "x", "--prompts", "nowhere.jsonl"], "--star-quality-sizes is refused"),
+        (
+            ["MODEL", "--star-quality-sizes", "x", "--prompts", "nowhere.jsonl"],
+            "--star-quality-sizes is refused: the search chooses it. Allowed: none, or `starling tune --plan`",
+        ),
+        (
+            ["MODEL", "--preset", "rag", "--prompts", "nowhere.jsonl"],
+            "--preset rag is refused: its prompts are documents",
+        ),
+        (["MODEL", "--preset=documents", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["MODEL", "--additional-config", '{"starling": {"star": "on"}}', "--prompts", "nowhere.jsonl"],
+            "star in --additional-config is refused: the search chooses it",
+        ),
+        (["MODEL", "--additional-config={", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_what_cant_be_measured_is_refused_before_a_server_starts(capsys, monkeypatch, tmp_path, argv, says):

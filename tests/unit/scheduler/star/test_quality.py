@@ -8,7 +8,7 @@ from starling.config.parsing import OptionError
 from starling.config.quality import parse_quality_sizes
 from starling.config.star import merge, parse_options
 from starling.scheduler.star.decide import decide
-from starling.scheduler.star.facts import EngineFacts, PromptFacts
+from starling.scheduler.star.facts import EngineFacts, KnownSegments, PromptFacts
 from starling.scheduler.star.rules import check_defaults
 
 PAGE, TOKENS = 16, 40_000
@@ -50,6 +50,34 @@ def test_a_word_may_be_dense(mode):
     decision = decide(parse_options({}), options, PromptFacts(TOKENS, [1] * TOKENS), MEASURED)
     assert decision.plan is None
     assert decision.why == "on this server star_quality=careful is dense"
+
+
+def documents(server: dict, request: dict | None, known: KnownSegments | None = None):
+    options = None if request is None else parse_options(request)
+    facts = PromptFacts(TOKENS, [1] * TOKENS, known)
+    return decide(parse_options({"star": "on"} | server), options, facts, MEASURED)
+
+
+def test_a_dense_word_of_a_request_goes_before_the_servers_documents():
+    known = KnownSegments("messages", (100, 9000, 20_000))
+    server = {"star_segments": "auto"}
+    decision = documents(server, {"star_quality": "careful"}, known)
+    assert (decision.plan, decision.why) == (None, "on this server star_quality=careful is dense")
+    for request in (None, {"star_quality": "fast"}, {"star_quality": "careful", "star_segments": "auto"}):
+        plan = documents(server, request, known).plan
+        assert plan is not None and plan.documents
+
+
+def test_a_server_whose_own_word_is_dense_is_refused():
+    for server in ({"star": "on", "star_quality": "careful"}, {"star": "auto", "star_quality": "careful"}):
+        with pytest.raises(OptionError, match="star_quality='careful' is refused: star_quality_sizes says that it is"):
+            check_defaults(parse_options(server), MEASURED)
+    for server in (
+        {"star": "off", "star_quality": "careful"},
+        {"star": "on"},
+        {"star": "on", "star_quality": "careful", "star_segments": "auto"},
+    ):
+        check_defaults(parse_options(server), MEASURED)
 
 
 def test_no_block_has_less_than_1024_tokens():

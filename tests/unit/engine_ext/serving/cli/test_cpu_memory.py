@@ -30,7 +30,15 @@ def test_an_engine_takes_its_weights_and_half_of_what_is_free_beside_them(monkey
             file.truncate(10 << 30)  # a file without blocks on the disk
     assert share(monkeypatch, 60, model_tag=str(tmp_path)) == 0.4
     assert share(monkeypatch, 60, model_tag=None, model=str(tmp_path)) == 0.4
-    assert share(monkeypatch, 10, model_tag=str(tmp_path)) == 0.2, "vLLM says that the weights do not fit"
+    assert share(monkeypatch, 10, model_tag=str(tmp_path)) == 0.1, "vLLM says that the weights do not fit"
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "training_args.bin"):
+        (tmp_path / name).write_bytes(bytes(1000))
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    assert share(monkeypatch, 60, model_tag=str(tmp_path)) == 0.4, "each weight once"
+
+
+def test_a_large_host_has_enough_left(monkeypatch, tmp_path):
+    assert share(monkeypatch, 900, total=1000, model_tag=str(tmp_path)) == 0.868
 
 
 def test_an_engine_whose_weights_are_not_known_takes_most_of_what_is_free(monkeypatch):
@@ -39,7 +47,7 @@ def test_an_engine_whose_weights_are_not_known_takes_most_of_what_is_free(monkey
 
 def test_on_a_free_host_some_memory_is_left_to_the_other_processes(monkeypatch):
     assert share(monkeypatch, 99) is None, "vLLM's share leaves enough"
-    assert share(monkeypatch, 23, total=24) == 0.79
+    assert share(monkeypatch, 23, total=24) == 0.7916
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def prompt(tokens: int = 6000, ratio: float = 2.94, attention: str = "star", def
         "tokens": tokens,
         "max_model_len": 8192,
         "attention_work_dense_over_star": ratio,
-        "plan_with_star_on": {"attention": attention},
+        "plan_with_star_on": {"attention": attention} | ({} if attention == "star" else {"why": "one star block"}),
         "by_default": default,
         "why": "a reason",
     }
@@ -45,7 +45,7 @@ def prompt(tokens: int = 6000, ratio: float = 2.94, attention: str = "star", def
             "loss on your model: not measured, run starling advise",
             0,
         ),
-        (MODEL | {"prompt": prompt(9, 1.0, "dense")}, "star: no less attention work at 9 tokens", 0),
+        (MODEL | {"prompt": prompt(9, 1.0, "dense")}, "star: no less attention work at 9 tokens: one star block", 0),
     ],
 )
 def test_the_first_line_and_the_exit_code(report, first, code):

@@ -106,6 +106,11 @@ def test_bad_star_options_are_refused_by_name(parse_fast, argv, says):
 def test_a_flag_may_repeat_what_additional_config_says():
     config = {"starling": {"star_block_size": 512}}
     assert activate(config, {"star_block_size": "512"}) == config
+    sizes = {"fast": "n/16", "balanced": "n/8", "careful": "dense"}
+    config = {"starling": {"star_quality_sizes": sizes}}
+    assert activate(config, {"star_quality_sizes": "careful=dense,fast=n/16,balanced=n/8"}) == config
+    with pytest.raises(OptionError, match="--star-quality-sizes"):
+        activate(config, {"star_quality_sizes": "careful=dense,fast=n/16,balanced=n/4"})
 
 
 def test_activate_leaves_its_argument_alone():

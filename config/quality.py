@@ -66,9 +66,9 @@ def size_text(num_blocks: int) -> str:
     return f"n/{num_blocks}" if num_blocks > 1 else DENSE
 
 
-def size_texts(sizes: Mapping[str, int] | None) -> dict[str, str] | None:
-    """The sizes as a server's options give them; None: it has none."""
-    return None if sizes is None else {word: size_text(number) for word, number in sizes.items()}
+def size_texts(sizes: Mapping[str, int]) -> dict[str, str]:
+    """The sizes as a server's options give them."""
+    return {word: size_text(number) for word, number in sizes.items()}
 
 
 def _pairs(text: str) -> list[tuple[str, Any]]:

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from starling.config.entry import ENTRY
-from starling.config.quality import QUALITY_SIZES, size_text
-from starling.config.star import FIELD_OF, PREFIX, num_blocks, parse_options
+from starling.config.quality import QUALITY_SIZES, size_text, size_texts
+from starling.config.star import num_blocks, parse_options
 from starling.evaluation.client import Client
 from starling.evaluation.commands import tune
 from starling.evaluation.commands.measuring import connect, run_measurement
@@ -27,7 +27,7 @@ from starling.evaluation.plans import DENSE, Plan, parse_plan
 from starling.evaluation.prompt_options import without_secrets
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.report import percent, points
-from starling.evaluation.tuning.candidates import usable_candidates
+from starling.evaluation.tuning.candidates import served_options, usable_candidates
 from starling.evaluation.tuning.measures import Measure
 from starling.evaluation.tuning.report import (
     Closest,
@@ -124,7 +124,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     words = measured_words(tunings, options.chosen_measure)
     served = tune.served_arguments(args, target, found.model)
     report = tune.make_report(options, found, tunings[words[DEFAULT_QUALITY].limit], served)
-    report, served = with_words(report, words), without_secrets(served)
+    report, served = with_words(report, words, tune.file_of_scores(served)), without_secrets(served)
     tune.write(report, args.out, served, console)
     speed = ""
     if report.succeeded and report.chosen is not None:
@@ -154,20 +154,18 @@ def measured_words(tunings: Mapping[str, Tuning], measure: Measure) -> dict[str,
     return words
 
 
-def with_words(report: TuneReport, words: Mapping[str, Word]) -> TuneReport:
-    """The report with a server's options that give the words in place of the plan's size; as it is without a plan."""
+def with_words(report: TuneReport, words: Mapping[str, Word], entry: Mapping[str, str]) -> TuneReport:
+    """The report with a server's options that give the words in place of the plan's size; as it is without a plan.
+
+    Args:
+        entry: as of ``make_chosen``.
+    """
     if report.chosen is None:
         return report
-    sizes = {word: size_text(found.num_blocks) for word, found in words.items()}
-    plan = parse_plan(report.chosen.plan).options
-    entry = {
-        name: value
-        for name, value in report.chosen.additional_config[ENTRY].items()
-        if name not in plan or name == PREFIX
-    }
-    flags = server_flags({name: value for name, value in entry.items() if name in FIELD_OF})
-    flags += server_flags({QUALITY_SIZES: ",".join(f"{word}={size}" for word, size in sizes.items())})
-    changed = {"flags": flags, "additional_config": {ENTRY: entry | {QUALITY_SIZES: sizes}}}
+    sizes = size_texts({word: found.num_blocks for word, found in words.items()})
+    options = served_options(parse_plan("default"), report.prompts["shortest"])
+    flags = server_flags(options | {QUALITY_SIZES: ",".join(f"{word}={size}" for word, size in sizes.items())})
+    changed = {"flags": flags, "additional_config": {ENTRY: {**options, **entry, QUALITY_SIZES: sizes}}}
     return report.model_copy(update={"chosen": report.chosen.model_copy(update=changed)})
 
 

@@ -115,17 +115,14 @@ def prepare(
 
 def refuse_star_entry(serve_options: Sequence[str], allowed: str) -> None:
     """Refuse (ValueError) a preset or an entry of --additional-config that says how prompts are prefilled."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--additional-config", "--additional_config", default="{}")
-    given = parser.parse_known_args(serve_options)[0]
-    if given.preset in PRESETS and flat_name("segments") in PRESETS[given.preset].entry:
+    preset, config = (given_value(serve_options, name) for name in ("preset", "additional-config"))
+    if preset in PRESETS and flat_name("segments") in PRESETS[preset].entry:
         raise ValueError(
-            f"--preset {given.preset} is refused: its prompts are documents, whose loss is not that of other star "
+            f"--preset {preset} is refused: its prompts are documents, whose loss is not that of other star "
             "blocks. Allowed: no preset; or `starling eval` with a plan that has S=, the text that starts a document"
         )
     try:
-        entry = json.loads(given.additional_config)[ENTRY]
+        entry = json.loads(config or "{}")[ENTRY]
         names = [name for name in entry if name in FIELD_OF or name == QUALITY_SIZES]
     except (ValueError, TypeError, KeyError):
         return  # the server refuses it, or it has no such entry
@@ -291,10 +288,16 @@ async def search_candidates(
 
 def file_of_scores(served: Sequence[str]) -> dict[str, str]:
     """The entry of ``additional_config`` that gives a server the same --star-heads; none where it had none."""
+    given = given_value(served, "star-heads")
+    return {} if given is None else {STAR_HEADS: str(Path(given).resolve())}
+
+
+def given_value(serve_options: Sequence[str], name: str) -> str | None:
+    """The value of an option of the server, which vLLM takes with underscores too; None where it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--star-heads", "--star_heads", type=Path)
-    given = parser.parse_known_args(served)[0].star_heads
-    return {} if given is None else {STAR_HEADS: str(given.resolve())}
+    parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest="value")
+    value: str | None = parser.parse_known_args(serve_options)[0].value
+    return value
 
 
 def write(report: TuneReport, folder: Path, served: Sequence[str], console: Console) -> None:

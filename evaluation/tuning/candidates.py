@@ -107,18 +107,13 @@ def usable_candidates(
         with contextlib.suppress(ValueError):
             found.append(make_candidate(parse_plan(text), prompts, page_size, kv_heads))
     if not found:
-        raise ValueError(too_short(prompts, page_size))
+        shortest = min(prompts, key=lambda prompt: len(prompt.token_ids))
+        raise ValueError(
+            f"the prompts are too short for star blocks of whole pages: {shortest.name} has {len(shortest.token_ids)} "
+            f"tokens, and a page {page_size}. Allowed: longer prompts, a smaller --block-size of the server, or a "
+            "smaller query"
+        )
     return by_cost(found)
-
-
-def too_short(prompts: Sequence[Prompt], page_size: int) -> str:
-    """Why no candidate can be used."""
-    shortest = min(prompts, key=lambda prompt: len(prompt.token_ids))
-    return (
-        f"the prompts are too short for star blocks of whole pages: {shortest.name} has {len(shortest.token_ids)} "
-        f"tokens, and a page {page_size}. Allowed: longer prompts, a smaller --block-size of the server, or a smaller "
-        "query"
-    )
 
 
 def default_candidates(
@@ -140,21 +135,18 @@ def default_candidates(
     shortest = min(prompts, key=lambda prompt: len(prompt.token_ids))
     length = len(shortest.token_ids)
     query = "" if query_tokens is None else f",Q={query_tokens}"
-    found: dict[tuple[StarPlan, ...], Candidate] = {}
+    texts = []
     for number in BLOCKS:
         size = -(-length // (number * page_size)) * page_size
         half = size // page_size // 2 * page_size
         halves = [f",A={half},O={size - half}{',H=0' if kv_heads else ''}"] if half >= page_size else []
         heads = [f",H={share:g}" for share in SHARES.get(number, (0,))] if kv_heads else [""]
-        for text in (*heads, *halves, ",O=0") if length >= number * page_size else ():
-            try:
-                candidate = make_candidate(parse_plan(f"n/{number}{text}{query}"), prompts, page_size, kv_heads)
-            except ValueError:
-                continue
-            found.setdefault(tuple(candidate.numbers.values()), candidate)
-    if not found:
-        raise ValueError(too_short(prompts, page_size))
-    return by_cost(list(found.values()))
+        if length >= number * page_size:
+            texts += [f"n/{number}{text}{query}" for text in (*heads, *halves, ",O=0")]
+    found: dict[tuple[StarPlan, ...], Candidate] = {}
+    for candidate in usable_candidates(texts, prompts, page_size, kv_heads):
+        found.setdefault(tuple(candidate.numbers.values()), candidate)
+    return list(found.values())
 
 
 def by_cost(candidates: list[Candidate]) -> list[Candidate]:

@@ -27,7 +27,7 @@ from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.kv_demand import with_enough_replicas
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.scheduler.star.rules import ENGINE_RULES, OPTION_RULES, PROMPT_RULES, SIZE_RULES, Case, check
-from starling.scheduler.star.sizes import DEFAULT_QUALITY, find_anchor_and_overlap, find_block_size
+from starling.scheduler.star.sizes import find_anchor_and_overlap, find_block_size
 
 DEFAULT_QUERY_TOKENS = 512
 DEFAULT_DENSE_HEADS = 0.1
@@ -101,7 +101,8 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
         sizes = sized.block_size, sized.anchor_size, sized.overlap_size
         plan = StarPlan(*sizes, context_end, case.prompt.num_tokens, dense_heads=find_dense_heads(sized))
     if len(plan.starts) < 2:
-        return None, one_block(sized, plan, context_end)
+        one_block = f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
+        return None, (None if plan.documents else case.dense_word) or one_block
     return with_replicas(sized, plan), documents.why
 
 
@@ -137,13 +138,6 @@ def too_short(options: StarOptions, num_tokens: int) -> str | None:
     if options.mode != "auto" or num_tokens >= options.min_tokens:
         return None
     return f"{num_tokens:,} tokens, below star_min_tokens {options.min_tokens:,}"
-
-
-def one_block(case: Case, plan: StarPlan, context_end: int) -> str:
-    """Why a plan of one star block is dense: the server says so of the quality, or the prompt is short."""
-    if not plan.documents and case.is_dense_word:
-        return f"on this server {flat_name('quality')}={case.options.quality or DEFAULT_QUALITY} is dense"
-    return f"a context of {context_end:,} tokens is one star block of {plan.block_size:,}"
 
 
 def with_sizes(case: Case, documents: bool) -> Case:

@@ -46,8 +46,8 @@ class Case:
             return None
         if self.has("block_size") and num_blocks(self.options) is not None:
             return f"{flat_name('block_size')}={self.options.block_size} is a share of the prompt"
-        if self.has("quality") and self.is_dense_word:
-            return f"{QUALITY}={self.options.quality} is dense on this server"
+        if self.has("quality") and self.dense_word:
+            return self.dense_word
         if self.has("overlap_size") and self.options.overlap_size:
             return f"{OVERLAP}={self.options.overlap_size} is the end of the block before"
         if self.has("dense_heads") and self.options.dense_heads:
@@ -61,9 +61,15 @@ class Case:
         return (self.asks_for_documents and self.has("segments")) or (known is not None and known.source == "texts")
 
     @property
-    def is_dense_word(self) -> bool:
-        """Whether the server says of the quality that it is dense."""
-        return measured_number(self.options, self.engine.quality_sizes) == 1
+    def quality(self) -> str:
+        """The word of the options."""
+        return self.options.quality or DEFAULT_QUALITY
+
+    @property
+    def dense_word(self) -> str | None:
+        """Why the word makes prompts dense, where the server says so; None: it does not."""
+        is_dense = measured_number(self.options, self.engine.quality_sizes) == 1
+        return f"on this server {QUALITY}={self.quality} is dense" if is_dense else None
 
     @property
     def page(self) -> int:
@@ -269,10 +275,9 @@ def check_defaults(options: StarOptions, engine: EngineFacts) -> None:
     if options.mode == "off":  # a request that turns star on may have no documents
         engine = replace(engine, find_document_refusals=tuple)
     case = Case(options, frozenset(options.model_fields_set), PromptFacts(0), engine)
-    if options.mode != "off" and options.segments in (None, "off") and case.is_dense_word:
-        word = options.quality or DEFAULT_QUALITY
+    if options.mode != "off" and options.segments in (None, "off") and case.dense_word:
         raise OptionError(
-            QUALITY, word, f"{QUALITY}_sizes says that it is dense, and so every prompt", "another, or star=off"
+            QUALITY, case.quality, f"{QUALITY}_sizes says that it is dense, and so every prompt", "another, or star=off"
         )
     check((*ENGINE_RULES, *OPTION_RULES) if options.mode != "off" else OPTION_RULES, case)
     size = options.block_size

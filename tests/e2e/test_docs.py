@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from markdown_it import MarkdownIt
 
 from examples.server import serving
 from tests.forks import run_in_fork
+from tests.pages import fences, servers
 from tests.parity.harness import OF_ENGINES
 
 pytestmark = pytest.mark.e2e
@@ -47,10 +47,10 @@ class Block:
 
 
 def blocks(page: str, language: str) -> list[Block]:
-    fences = [token for token in MarkdownIt().parse((ROOT / page).read_text(encoding="utf-8")) if token.type == "fence"]
+    text = (ROOT / page).read_text(encoding="utf-8")
     return [
         Block(page, number, one.content, after.content if after is not None and not after.info else None)
-        for number, (one, after) in enumerate(pairwise([*fences, None]))
+        for number, (one, after) in enumerate(pairwise([*fences(text), None]))
         if one.info == language
     ]
 
@@ -71,7 +71,7 @@ def check_printed(block: Block, output: str) -> None:
 def server(forked, tmp_path_factory):
     """As the page starts it, with a library, which another page's code fills."""
     folder = tmp_path_factory.mktemp("docs")
-    (command,) = re.findall(r"\$ starling serve (\S+ --grpc-port .*)", CLIENTS)
+    (command,) = servers(CLIENTS)
     model, _, _, *options = shlex.split(command)
     assert model == MODEL
     options += ["--served-model-name", model, "--star-library", f"{folder / 'library'}:1GiB"]

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
@@ -16,26 +15,17 @@ from urllib.parse import unquote, urlsplit
 
 import markdown
 import pytest
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 from starling.config.entry import parse_config
 from starling.config.replicas import KEY_ENV
 from starling.config.star import parse_options
 from starling.engine_ext.serving.cli.main import COMMANDS
 from starling.engine_ext.serving.cli.serve_args import parse
+from tests.pages import MARKDOWN, blocks, servers, tokens
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("*.md", ".github/*.md", "docs/**/*.md", "examples/*.md", "examples/*/*.md")
 PAGES = [path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
-MARKDOWN = MarkdownIt("commonmark").enable("table")
-
-
-def tokens(text: str) -> Iterator[Token]:
-    """All tokens of a Markdown text, inline ones too."""
-    for token in MARKDOWN.parse(text):
-        yield token
-        yield from token.children or ()
 
 
 def anchors(text: str) -> set[str]:
@@ -143,11 +133,6 @@ def option_tables() -> ModuleType:
     return ci_module("option_tables")
 
 
-def blocks(text: str, language: str) -> list[str]:
-    """The code blocks of a language."""
-    return [token.content for token in tokens(text) if token.type == "fence" and token.info == language]
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_python_in_pages_compiles(page):
     for code in blocks((ROOT / page).read_text(encoding="utf-8"), "python"):
@@ -203,12 +188,6 @@ def test_the_tables_of_options_are_those_of_the_models():
 
 def test_what_a_rule_allows_is_told_in_words():
     assert not [rule for rule in option_tables().RULES if set("{}") & set(option_tables().allowed_by(rule))]
-
-
-def servers(text: str) -> list[str]:
-    """The arguments of each `starling serve` in a console block."""
-    blocks = [token.content.replace("\\\n", " ") for token in tokens(text) if token.info == "console"]
-    return [found for block in blocks for found in re.findall(r"\$ .*?\bstarling serve ([^#\n]*)", block)]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -150,6 +150,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     star = usable_defaults(starling.star, engine)
     independent = needs_independent_blocks(engine) and not star.dense_heads
     has_overlap = bool(star.overlap_size or star.dense_heads) or has_default_overlap(star, independent=independent)
+    sizes = starling.quality_sizes
     report: dict[str, Any] = {
         "model": model,
         "attention_backend": attention_backend(config),
@@ -158,7 +159,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "kv_cache": cache,
         "unprofiled_memory": unprofiled_memory(config),
-        "star_defaults": star.model_dump() | {"quality_sizes": size_texts(starling.quality_sizes)},
+        "star_defaults": star.model_dump() | {"quality_sizes": sizes and size_texts(sizes)},
         "star_refused": refusals,
         "options_refused": refused_options(star, engine),
         "documents": f"no: {'; '.join(engine.document_refusals)}" if engine.document_refusals else "yes, star_segments",
@@ -336,10 +337,9 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
 
     prompt, has_star = PromptFacts(num_tokens), not engine.refusals
     default = decide(star, None, prompt, engine)
-    decision = decide(star, parse_options({"star": "on"}), prompt, engine) if has_star else None
-    with_star = None if decision is None else decision.plan
-    why = None if decision is None else decision.why
-    plan = describe(with_star, num_tokens, config.model_config.hf_text_config, why)
+    on = decide(star, parse_options({"star": "on"}), prompt, engine) if has_star else default
+    with_star = on.plan
+    plan = describe(with_star, num_tokens, config.model_config.hf_text_config, on.why)
     specs = attamba_specs(config)
     sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs.values()] or [
         (cache["page_tokens"], None)

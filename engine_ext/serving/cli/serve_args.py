@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from starling.config.entry import (
@@ -22,7 +23,7 @@ from starling.config.entry import (
 )
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
-from starling.config.quality import QUALITY_SIZES, parse_quality_sizes
+from starling.config.quality import QUALITY_SIZES
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
@@ -91,11 +92,18 @@ class Flag:
         """
         *section, name = self.path
         owner = entry.get(section[0], {}) if section else entry
-        if name in owner and owner[name] != value:
+        if name not in owner:
+            return {**entry, **self.alone(value, owner)}
+        if parse_config({ENTRY: self.alone(value)}) != parse_config({ENTRY: self.alone(owner[name])}):
             reason = f"--additional-config says {name}={owner[name]!r}"
             raise OptionError(self.option, value, reason, "one of the two, or the same")
+        return dict(entry)
+
+    def alone(self, value: Any, owner: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """An entry with the flag's value, and beside it in its section what ``owner`` has."""
+        *section, name = self.path
         changed = {**owner, name: value}
-        return {**entry, section[0]: changed} if section else changed
+        return {section[0]: changed} if section else changed
 
 
 METAVARS = {
@@ -302,18 +310,12 @@ def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any
     if not isinstance(additional_config, Mapping):
         raise OptionError("additional_config", additional_config, "it must be an object", '{"starling": {...}}')
     entry = additional_config.get(ENTRY, {})
-    config = parse_config({ENTRY: entry})
-    assert config is not None
+    parse_config({ENTRY: entry})
     star = parse_options({name: value for name, value in values.items() if name in FIELD_OF})
     for flag in FLAGS:
-        if flag.dest not in values:
-            continue
-        if flag.dest == QUALITY_SIZES and config.quality_sizes == parse_quality_sizes(values[flag.dest], flag.option):
-            continue
-        field = FIELD_OF.get(flag.dest)
-        value = values[flag.dest] if field is None else getattr(star, field)
-        if field is None or flag.dest not in entry or getattr(config.star, field) != value:
-            entry = flag.merge(entry, value)
+        if flag.dest in values:
+            field = FIELD_OF.get(flag.dest)
+            entry = flag.merge(entry, values[flag.dest] if field is None else getattr(star, field))
     merged = {**additional_config, ENTRY: entry}
     parse_config(merged)
     return merged

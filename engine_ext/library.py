@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 
 from starling.config.entry import ENTRY, STAR_LIBRARY, StarlingConfig
+from starling.config.library import check_place
 from starling.config.parsing import OptionError
 from starling.engine_ext.models.registry import MODELS
 from starling.scheduler.star.request_metadata import BOTH_CONNECTORS, LIBRARY_CONNECTOR
@@ -60,16 +60,19 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
     if config.library is None:
         take_offloading(vllm_config)
         return
-    folder = config.library.folder
-    reason = next(refusals(vllm_config), None) or (None if folder is None else unusable(folder))
+    library, name = config.library, f"{ENTRY}.{STAR_LIBRARY}"
+    folder, given = library.folder, vllm_config.additional_config[ENTRY][STAR_LIBRARY]
+    reason = next(refusals(vllm_config), None)
     if reason is not None:
-        given = f"{folder or ''}:{config.library.host_bytes}"
-        raise OptionError(f"{ENTRY}.{STAR_LIBRARY}", given, reason, f"no {STAR_LIBRARY}")
+        raise OptionError(name, given, reason, f"no {STAR_LIBRARY}")
+    check_place(library, given, name)
+    logger.info("The library of KV pages: %s", library.described)
     events = vllm_config.kv_events_config
     tier = {
         "type": TIER,
         "module_path": "starling.library.tier",
         "root_dir": str(folder),
+        "file_bytes": library.file_bytes,
         "enable_kv_events": events is not None and events.enable_kv_cache_events,
     }
     vllm_config.kv_transfer_config = KVTransferConfig(
@@ -79,7 +82,7 @@ def set_library(config: StarlingConfig, vllm_config: Any) -> None:
         kv_connector_extra_config={
             SPEC_NAME: SPEC,
             SPEC_MODULE: "starling.library.spec",
-            HOST_BYTES: config.library.host_bytes,
+            HOST_BYTES: library.host_bytes,
             "secondary_tiers": [] if folder is None else [tier],
         },
     )
@@ -115,15 +118,3 @@ def take_offloading(vllm_config: Any) -> None:
         return
     transfer.kv_connector = LIBRARY_CONNECTOR
     transfer.kv_connector_module_path = "starling.library.connector"
-
-
-def unusable(folder: Path) -> str | None:
-    """Why pages can't be kept in a folder; None: they can. Makes the folder."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        probe = folder / ".starling"
-        probe.touch(mode=0o600)
-        probe.unlink()
-    except OSError as error:
-        return f"files can't be written to it: {error.strerror or error}"
-    return None

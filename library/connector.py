@@ -132,6 +132,10 @@ class LibraryConnector(OffloadingConnector):
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         self.waiting.pop(request.request_id, None)
+        offloading = self.scheduler
+        assert isinstance(offloading, PageOffloading)
+        for tier in self._file_tiers():
+            tier.note_used(offloading.keys_of(request))
         return super().request_finished_all_groups(request, block_ids)
 
     def _file_tiers(self) -> list[LibraryTier]:

@@ -18,6 +18,9 @@ class LibraryMetrics:
             "starling:library_bad_files",
             "Files of the library that could not be read or were not what was written; their pages were computed.",
         )
+        self.removed_files = Counter(
+            "starling:library_removed_files", "Files of the library that were removed to make room for others."
+        )
         self.failed_writes = Counter(
             "starling:library_failed_writes", "Writes of pages to files that failed, as on a full disk."
         )

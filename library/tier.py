@@ -5,15 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey
+from vllm.v1.kv_offload.base import LookupResult, OffloadingEvent, OffloadKey, make_offload_key
 from vllm.v1.kv_offload.tiering.fs.io import batch_load_block, batch_store_block
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
+from starling.config.library import FORM
+from starling.config.parsing import OptionError
+from starling.library.file_space import FileSpace
 from starling.library.metrics import library_metrics
 from starling.library.stamp import has_stamp, write_stamp
 from starling.vllm_compat.offloading import FileTier, ends_within, say_io_errors_once
@@ -36,12 +43,23 @@ class LibraryTier(FileTier, FileSystemTierManager):
     for each identity: a digest of the weights and of what else the content of a page depends on. Until the engine has
     said its identity, and after it has changed its weights, no file is read or written.
 
-    The files belong to the user that runs the engine: nobody else can read them.
+    The files belong to the user that runs the engine: nobody else can read them. Together they take at most
+    ``file_bytes``, whatever models and servers have written them.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        make_private(Path(settings["root_dir"]))
+    def __init__(self, *, file_bytes: int, **settings: Any) -> None:
+        folder = Path(settings["root_dir"])
+        make_private(folder)
         super().__init__(**settings)
+        if self.block_size_bytes > file_bytes:
+            reason = f"the file of one page of this model takes {self.block_size_bytes} bytes"
+            raise OptionError(
+                "star_library", file_bytes, reason, f"{FORM} with FILES of {self.block_size_bytes} or more"
+            )
+        self.space = FileSpace(folder, file_bytes, self._removed)
+        self.removed: deque[OffloadKey] = deque()
+        self.used: dict[OffloadKey, None] = {}
+        self.lock = threading.Lock()
         self.is_open = False
         self.logged = float("-inf")
         say_io_errors_once()
@@ -73,6 +91,33 @@ class LibraryTier(FileTier, FileSystemTierManager):
     def lookup(self, key: Any, req_context: Any) -> LookupResult:
         return super().lookup(key, req_context) if self.is_open else LookupResult.MISS
 
+    def note_used(self, keys: Iterable[OffloadKey]) -> None:
+        """Note that a request has used pages, from wherever it had them: their files are the last to be removed."""
+        if self.is_open:
+            with self.lock:
+                self.used.update(dict.fromkeys(keys))
+
+    def write_used(self) -> None:
+        """Write what ``note_used`` has noted into the files' times. A thread does it before it makes room."""
+        with self.lock:
+            used, self.used = self.used, {}
+        self.space.note_used(map(self.file_mapper.get_file_name, used))
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        yield from super().take_events()
+        removed = [self.removed.popleft() for _ in range(len(self.removed))]
+        if removed:
+            yield OffloadingEvent(keys=removed, medium=self.medium, removed=True, locality=self.locality)
+
+    def _removed(self, path: str) -> None:
+        """Count a file that has made room for others; where it had a page of this engine, the KV events say so."""
+        self.metrics.removed_files.inc()
+        if self.events is not None and self.is_open and path.startswith(f"{self.file_mapper.base_path}_r{self.file_mapper.rank}/"):
+            file = Path(path)
+            with suppress(ValueError):
+                group = int(file.parent.name.rpartition("_g")[2])
+                self.removed.append(make_offload_key(bytes.fromhex(file.stem), group))
+
     def shutdown(self) -> None:
         """Write what is to be written, as long as the engine may take for that, and end the threads.
 
@@ -83,7 +128,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
             logger.warning(
                 "The library's last pages are not written: the disk has not taken them within %g s", WRITE_SECONDS
             )
-        if not ends_within(super().shutdown, END_SECONDS):
+        if not ends_within(self.write_used, END_SECONDS) or not ends_within(super().shutdown, END_SECONDS):
             raise TimeoutError("the disk of the library's files does not answer")
 
     # What vLLM's tier runs in its threads.
@@ -92,6 +137,7 @@ class LibraryTier(FileTier, FileSystemTierManager):
         """Write chunks into files, unless they exist (raises OSError)."""
         if not self.is_open:
             return
+        self.write_used()
         view, size, path = self.chunks_as_bytes(), self.block_size_bytes, self.file_mapper.base_path
         try:
             for key, chunk in zip(keys, chunk_ids, strict=True):
@@ -99,8 +145,9 @@ class LibraryTier(FileTier, FileSystemTierManager):
                 if os.path.exists(path):
                     continue
                 write_stamp(view[chunk * size : (chunk + 1) * size], key)
-                batch_store_block([path], view, [chunk * size], size, self.uses_o_direct)
-                os.chmod(path, 0o600)
+                with self.space.room_for(size):
+                    batch_store_block([path], view, [chunk * size], size, self.uses_o_direct)
+                    os.chmod(path, 0o600)
         except OSError as error:
             self.metrics.failed_writes.inc()
             hint = " (the disk is full)" if is_full(error, Path(path).parent, size) else ""
@@ -122,8 +169,9 @@ class LibraryTier(FileTier, FileSystemTierManager):
                     remove(path)
                     raise OSError(errno.EBADMSG, "it is not what was written for this page", path)
             except OSError as error:
-                self.metrics.bad_files.inc()
-                self._log("A file of the library is not used, and its page is computed: %s", error)
+                if not isinstance(error, FileNotFoundError):  # else it has made room for others
+                    self.metrics.bad_files.inc()
+                    self._log("A file of the library is not used, and its page is computed: %s", error)
                 error.num_succeeded = index  # type: ignore[attr-defined]
                 raise
 

@@ -18,7 +18,7 @@ QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 EXPRESSIONS = QUERIES + [rule["expr"] for rule in RULES]
 OF_COMPRESSED_CACHES = {"starling:cache_states", "starling:cache_bytes_per_token", "starling:cache_capacity_tokens"}
 """Series that a server of an Attamba model has, and no other: tests/parity/test_attamba.py compares their values."""
-OF_LIBRARIES = {"starling:library_bad_files_total", "starling:library_failed_writes_total"}
+OF_LIBRARIES = {f"starling:library_{name}_total" for name in ("bad_files", "removed_files", "failed_writes")}
 """Series that a server with a library has: tests/unit/library/test_tier.py holds them."""
 NOT_METRICS = {"by", "up"}  # `up` is Prometheus' own
 

@@ -54,6 +54,7 @@ class PageLoad:
     "_current_batch_jobs_to_flush}",
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.RequestOffloadState."
     "{req_context, group_states, transfer_jobs}",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.RequestGroupState.offload_keys",
 )
 class PageOffloading(OffloadingConnectorScheduler):
     """vLLM's scheduler side of offloading, which also loads single pages that no request holds yet.
@@ -82,6 +83,11 @@ class PageOffloading(OffloadingConnectorScheduler):
     def knows(self, request: Any) -> bool:
         """Whether vLLM has told of a request that has not ended."""
         return request.request_id in self._req_status
+
+    def keys_of(self, request: Any) -> list[OffloadKey]:
+        """The keys of a request's pages; none of a request that vLLM has not told of."""
+        status = self._req_status.get(request.request_id)
+        return [] if status is None else [key for group in status.group_states for key in group.offload_keys]
 
     def lookup(self, request: Any, page_hash: bytes, group: int) -> LookupResult:
         """Where a page is: HIT in host memory, MISS nowhere, else on its way there, or not known yet."""

@@ -39,7 +39,7 @@ STAR = options(1, 256, QUERY) | {"star_anchor_size": 256}  # independent blocks,
 DENSE = {"star": "off"}
 LAST_PAGES = QUERY + TOKENS - 1 + PAGE_SIZE
 """What is computed at most where all pages of a prompt are found."""
-FULL_DISK = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+FULL_DISK = 'mount -t tmpfs -o size=1m none "$0" && head -c 700000 /dev/zero > "$0/of_others" && exec "$@"'
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_full_disk_ends_no_request(model: Path, tmp_path: Path) -> None:
     folder, prompts = tmp_path / "pages", [random_prompt(seed, LENGTH) for seed in range(3)]
     folder.mkdir()
     prefix = ["unshare", "--mount", "sh", "-c", FULL_DISK, folder]
-    with library_server(model, folder, tmp_path / "log", prefix=prefix) as server:
+    with library_server(model, folder, tmp_path / "log", size="64MiB:1MiB", prefix=prefix) as server:
         answers = [complete(server, prompt, STAR) for prompt in prompts]
         failed = "starling:library_failed_writes_total"
         assert wait_until(lambda: sum(metrics(server, failed).values()) > 0)
@@ -159,3 +159,21 @@ def test_a_full_disk_ends_no_request(model: Path, tmp_path: Path) -> None:
         for prompt, answer in zip(prompts, answers, strict=True):
             assert_same(complete(server, prompt, STAR), answer)
         assert server.process.poll() is None
+
+
+def test_files_are_bounded_and_a_document_that_is_used_stays(model: Path, tmp_path: Path) -> None:
+    """The first prompt is asked for in every round, from the engine's own memory: its pages are never read."""
+    folder, prompts = tmp_path / "pages", [random_prompt(seed, LENGTH) for seed in range(10)]
+    with library_server(model, folder, tmp_path / "log", size="64MiB:8MiB") as server:
+        first = complete(server, prompts[0], STAR)
+        assert written(folder, pages(LENGTH))
+        for prompt in prompts[1:]:
+            complete(server, prompt, STAR)
+            assert_same(complete(server, prompts[0], STAR), first)
+            assert wait_until(lambda: not metrics(server, "vllm:num_requests_running").get("0"))
+            assert sum(path.stat().st_size for path in files(folder)) <= 8 * 2**20
+        assert sum(metrics(server, "starling:library_removed_files_total").values()) > 0
+    with library_server(model, folder, tmp_path / "again", size="64MiB:8MiB") as server:
+        before = computed(server, 1)
+        assert_same(complete(server, prompts[0], STAR), first)
+        assert sum(computed_since(server, before)) <= LAST_PAGES

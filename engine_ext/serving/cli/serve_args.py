@@ -21,6 +21,7 @@ from starling.config.entry import (
     STAR_LIBRARY,
     parse_config,
 )
+from starling.config.library import FORM
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
 from starling.config.quality import QUALITY_SIZES
@@ -48,9 +49,10 @@ STAR_HEADS_HELP = (
     "--star-dense-heads has to ask for them)"
 )
 STAR_LIBRARY_HELP = (
-    "Keep the KV pages of prompts in host memory, SIZE of it for each engine (4GiB if not given), and in files in the "
-    "folder DIR. Documents and other star blocks are found there wherever they stand in a prompt, after a restart too. "
-    "(default: none; vLLM's --kv-transfer-config can say more)"
+    "Keep the KV pages of prompts in host memory, MEMORY of it for each engine (4GiB if not given), and in files in "
+    "the folder DIR, FILES in all (as much as MEMORY if not given). What was not used for longest makes room. "
+    "Documents and other star blocks are found there wherever they stand in a prompt, after a restart too. (default: "
+    "none; vLLM's --kv-transfer-config can say more)"
 )
 CACHE_SALT_HELP = (
     "Which requests share cached KV pages: request, those with the same cache_salt, or without one, as in vLLM; "
@@ -144,7 +146,7 @@ FLAGS = (
     *star_flags(),
     Flag(QUALITY_SIZES, (QUALITY_SIZES,), {"metavar": "WORD=SIZE,...", "help": QUALITY_SIZES_HELP}),
     Flag(STAR_HEADS, (STAR_HEADS,), {"metavar": "FILE", "help": STAR_HEADS_HELP}),
-    Flag(STAR_LIBRARY, (STAR_LIBRARY,), {"metavar": "DIR[:SIZE]", "help": STAR_LIBRARY_HELP}),
+    Flag(STAR_LIBRARY, (STAR_LIBRARY,), {"metavar": FORM, "help": STAR_LIBRARY_HELP}),
     Flag(
         "star_replica_peers",
         (REPLICAS, "peers"),

@@ -12,6 +12,8 @@ import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from starling.config.entry import ENTRY, STAR_LIBRARY, parse_config
+from starling.config.library import check_place
 from starling.config.parsing import OptionError, meant
 from starling.engine_ext.serving.cli.serve_args import FLAGS, OWN_OPTIONS, activate
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK
@@ -47,7 +49,7 @@ def refuse_mistakes(argv: Sequence[str], *, serves: bool = True) -> None:
     if {"help", "config"} & options.keys() or "-h" in argv:
         return
     refuse_unknown(options, known)
-    refuse_values(options)
+    refuse_values(options, serves)
     model = argv[0] if argv and not argv[0].startswith("-") else options.get("model")
     if model:
         refuse_missing_model(model, options)
@@ -92,7 +94,7 @@ def refuse_unknown(options: Options, known: frozenset[str]) -> None:
         )
 
 
-def refuse_values(options: Options) -> None:
+def refuse_values(options: Options, serves: bool) -> None:
     """Refuse values of Starling's options and of --additional-config (raises ValueError)."""
     if any(name.startswith("additional-config.") for name in options):
         return  # vLLM puts the parts together
@@ -103,7 +105,10 @@ def refuse_values(options: Options) -> None:
         example = """JSON such as '{"starling": {"star": "auto"}}'"""
         raise OptionError("--additional-config", text, f"it is no JSON: {error}", example) from None
     values = {flag.dest: options[flag.option[2:]] for flag in FLAGS if options.get(flag.option[2:]) is not None}
-    activate(config, values)
+    config = activate(config, values)
+    parsed = parse_config(config)
+    if serves and parsed is not None and parsed.library is not None:
+        check_place(parsed.library, config[ENTRY][STAR_LIBRARY], f"--{STAR_LIBRARY.replace('_', '-')}")
 
 
 def refuse_missing_model(model: str, options: Options) -> None:

@@ -18,8 +18,10 @@ from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 from vllm.v1.kv_offload.config import OffloadingGroupConfig
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
+from starling.config.parsing import OptionError
 from starling.library import tier as tier_module
 from starling.library.connector import close_after_change
+from starling.library.file_space import COUNT_FILE
 from starling.library.stamp import STAMP_BYTES, has_stamp, write_stamp
 from starling.library.tier import LibraryTier
 from starling.replicas.core_rpc import add_replica_rpc
@@ -32,7 +34,7 @@ KEYS = [make_offload_key(bytes([number]) * 32, 0) for number in range(CHUNKS)]
 CONTEXT = ReqContext(req_id="a")
 
 
-def spec(model: str = "models/tiny") -> Any:
+def spec(model: str = "models/tiny", events: bool = False) -> Any:
     parallel = SimpleNamespace(
         tp_size=1, pp_size=1, pcp_size=1, dcp_size=1, rank=0, is_parallelism_agnostic=True, world_size=1
     )
@@ -45,21 +47,30 @@ def spec(model: str = "models/tiny") -> Any:
         canonical_layout=False,
         kv_cache_layout=None,
     )
-    events = SimpleNamespace(enable_kv_cache_events=False)
+    events = SimpleNamespace(enable_kv_cache_events=events)
     return SimpleNamespace(config=config, blocks_per_chunk=1, kv_events_config=events)
 
 
 class Library:
     """A tier with host memory of CHUNKS chunks, which have content."""
 
-    def __init__(self, folder: Path, identity: str | None = "one", model: str = "models/tiny") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: str | None = "one",
+        model: str = "models/tiny",
+        room: int = 100,
+        events: bool = False,
+    ) -> None:
         memory = mmap.mmap(-1, CHUNKS * SIZE)  # in whole pages, as direct I/O needs it
         self.memory = np.frombuffer(memory, dtype=np.int8).reshape(CHUNKS, SIZE)
         self.tier = LibraryTier(
-            offloading_spec=spec(model),
+            offloading_spec=spec(model, events),
             primary_kv_view=memoryview(self.memory),
             tier_type="LibraryTier",
             root_dir=str(folder),
+            file_bytes=room * SIZE,
+            enable_kv_events=events,
             n_read_threads=1,
             n_write_threads=1,
         )
@@ -267,3 +278,51 @@ def test_the_files_are_closed_beside_what_replicas_note_of_the_same_call(monkeyp
     core.collective_rpc("reload_weights")
     assert len(closed) == 1
     assert changed_by(core) == "reload_weights"
+
+
+def aged(library: Library) -> None:
+    """Each file was used a second after the one before it, long ago."""
+    for chunk in range(CHUNKS):
+        if library.path(chunk).exists():
+            os.utime(library.path(chunk), times=(1e9 + chunk,) * 2)
+
+
+def test_a_page_that_was_not_used_makes_room_and_one_that_was_used_stays(tmp_path: Path, opened: list[Library]) -> None:
+    opened.append(library := Library(tmp_path, room=3, events=True))
+    library.fill()
+    assert library.store(0, 1, 2).success
+    assert [event.removed for event in library.tier.take_events()] == [False]
+    aged(library)
+    before = library.tier.metrics.removed_files._value.get()
+    library.tier.note_used([KEYS[0], KEYS[3]])  # one of memory, and one that is in no file
+    assert library.store(3).success
+    assert [library.path(chunk).exists() for chunk in range(CHUNKS)] == [True, False, False, True]
+    assert library.tier.metrics.removed_files._value.get() == before + 2
+    stored, removed = library.tier.take_events()
+    assert (stored.removed, removed.removed, removed.keys) == (False, True, [KEYS[1], KEYS[2]])
+
+
+def test_a_file_that_has_made_room_is_a_miss_and_no_bad_file(stored: Library, caplog: pytest.LogCaptureFixture) -> None:
+    stored.path(1).unlink()
+    before = stored.tier.metrics.bad_files._value.get()
+    assert not stored.load(1).success
+    assert stored.tier.metrics.bad_files._value.get() == before
+    assert "is not used" not in caplog.text
+
+
+def test_a_failed_write_takes_no_room(stored: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    stored.path(0).unlink()
+    count = stored.tier.space.folder / COUNT_FILE
+    before = count.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(tier_module, "batch_store_block", fail)
+        assert not stored.store(0).success
+    assert count.read_text() == before
+
+
+def test_files_for_less_than_a_page_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"star_library=0 is refused: the file of one page .* takes {SIZE} bytes"):
+        Library(tmp_path, room=0)

@@ -1,0 +1,140 @@
+"""The bound on the files of a library: at the border, over several servers, and which files stay."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from starling.library import file_space
+from starling.library.file_space import ABANDONED_SECONDS, COUNT_FILE, FileSpace
+
+SIZE = 100
+
+
+def write(folder: Path, name: str, age: float = 0.0, size: int = SIZE) -> Path:
+    path = folder / "model" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x" * size)
+    os.utime(path, times=(time.time() - age,) * 2)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.bin"))
+
+
+def counted(folder: Path) -> int:
+    return int((folder / COUNT_FILE).read_text())
+
+
+def take(space: FileSpace, size: int = SIZE, name: str = "new.bin") -> None:
+    """Write a file, if there is room for it (raises OSError)."""
+    with space.room_for(size):
+        write(space.folder, name, size=size)
+
+
+def fill(space: FileSpace, number: int) -> None:
+    for index in range(number):
+        with space.room_for(SIZE):
+            write(space.folder, f"{index}.bin", age=1000 - index)
+
+
+def test_all_of_the_limit_is_used_before_anything_is_removed(tmp_path: Path) -> None:
+    removed: list[str] = []
+    space = FileSpace(tmp_path, 10 * SIZE, removed.append)
+    fill(space, 10)
+    assert len(names(tmp_path)) == 10 and not removed
+    assert counted(tmp_path) == 10 * SIZE
+    take(space, 1)
+    assert removed == [str(tmp_path / "model" / f"{index}.bin") for index in (0, 1)], "down to nine tenths"
+    assert counted(tmp_path) == 8 * SIZE + 1
+
+
+def test_what_was_used_stays(tmp_path: Path) -> None:
+    space = FileSpace(tmp_path, 10 * SIZE)
+    fill(space, 10)
+    space.note_used([str(tmp_path / "model" / "0.bin"), str(tmp_path / "nowhere.bin")])
+    take(space)
+    assert names(tmp_path) == sorted(["new.bin", *(f"{index}.bin" for index in (0, 3, 4, 5, 6, 7, 8, 9))])
+
+
+def test_files_of_other_models_and_of_before_count(tmp_path: Path) -> None:
+    write(tmp_path, "old.bin", age=100, size=9 * SIZE)
+    space = FileSpace(tmp_path, 10 * SIZE)
+    take(space, name="first.bin")
+    assert counted(tmp_path) == 10 * SIZE
+    take(space, name="second.bin")
+    assert names(tmp_path) == ["first.bin", "second.bin"]
+
+
+def test_files_that_were_removed_by_hand_are_no_reason_to_remove_others(tmp_path: Path) -> None:
+    space = FileSpace(tmp_path, 10 * SIZE)
+    fill(space, 10)
+    for index in range(5):
+        (tmp_path / "model" / f"{index}.bin").unlink()
+    take(space)
+    assert len(names(tmp_path)) == 6
+    assert counted(tmp_path) == 6 * SIZE
+
+
+def test_what_a_killed_server_left_is_removed_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    left = write(tmp_path, "a.bin_1.tmp", age=ABANDONED_SECONDS + 1)
+    written = write(tmp_path, "b.bin_2.tmp", age=1)
+    space = FileSpace(tmp_path, 2 * SIZE)
+    with space.room_for(SIZE):
+        assert not left.exists() and written.exists()
+    with pytest.raises(OSError, match="all that the library's files may take is taken"):
+        take(space, SIZE + 1)
+
+
+def test_a_failed_write_takes_no_room(tmp_path: Path) -> None:
+    space = FileSpace(tmp_path, SIZE)
+    with pytest.raises(RuntimeError), space.room_for(SIZE):
+        assert counted(tmp_path) == SIZE
+        raise RuntimeError
+    assert counted(tmp_path) == 0
+
+
+def test_what_is_being_written_counts_when_room_is_made(tmp_path: Path) -> None:
+    space = FileSpace(tmp_path, 10 * SIZE)
+    fill(space, 8)
+    with space.room_for(SIZE), space.room_for(SIZE):  # and no file yet
+        take(space)
+        assert names(tmp_path) == sorted(["new.bin", *(f"{index}.bin" for index in range(2, 8))])
+
+
+@pytest.mark.parametrize("content", ["", "no number", "-5"])
+def test_a_damaged_count_is_counted_anew(tmp_path: Path, content: str) -> None:
+    write(tmp_path, "a.bin")
+    (tmp_path / COUNT_FILE).write_text(content)
+    take(FileSpace(tmp_path, 10 * SIZE))
+    assert counted(tmp_path) == 2 * SIZE
+
+
+def test_servers_with_one_folder_share_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads the count and writes it behind a switch of threads: without the lock one of them would be lost."""
+    read = file_space.Count.read
+
+    def slow(count: file_space.Count) -> int | None:
+        total = read(count)
+        time.sleep(0.002)
+        return total
+
+    monkeypatch.setattr(file_space.Count, "read", slow)
+    spaces = [FileSpace(tmp_path, 1000 * SIZE) for _ in range(4)]
+
+    def write_ten(space: FileSpace) -> None:
+        for _ in range(10):
+            with space.room_for(SIZE):
+                pass
+
+    threads = [threading.Thread(target=write_ten, args=(space,)) for space in spaces]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted(tmp_path) == 40 * SIZE

@@ -32,6 +32,9 @@ RESET_SECONDS = 3.0
 """A reset waits so long for reads and writes of files. No step is made meanwhile."""
 
 
+MAX_PAUSE_SECONDS = 0.02
+"""vLLM makes steps without a token while a request waits for pages, each a millisecond after the last one."""
+
 GIVEN_UP = float("-inf")
 """In place of the time since which a request waits."""
 
@@ -54,6 +57,11 @@ def close_after_change(core: Any, method: Any) -> None:
         close(f"{name_of(method)} may have changed the model's weights")
 
 
+def pause_after(empty_steps: int) -> float:
+    """Seconds before the next step: longer from step to step, so that a slow disk keeps no core busy."""
+    return min(empty_steps / 1000, MAX_PAUSE_SECONDS)
+
+
 class LibraryConnector(OffloadingConnector):
     """In place of vLLM's OffloadingConnector where star requests may reuse pages.
 
@@ -67,6 +75,7 @@ class LibraryConnector(OffloadingConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self.vllm_config = vllm_config
         self.waiting: dict[str, float] = {}  # request id -> since when vLLM looks for its pages
+        self.empty_steps = 0  # one after another, in which requests waited for pages
         if self.connector_scheduler is not None:
             PageOffloading.become(self.connector_scheduler)
             on_worker_call(close_after_change)
@@ -121,6 +130,8 @@ class LibraryConnector(OffloadingConnector):
         """As vLLM, which loads what a prompt starts with; but a request does not wait for pages for ever."""
         found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if found is not None:
+            if self.waiting.get(request.request_id) != GIVEN_UP:
+                self.waiting.pop(request.request_id, None)
             return found, is_async
         now = time.monotonic()
         if now - self.waiting.setdefault(request.request_id, now) < PATIENCE_SECONDS:
@@ -129,6 +140,13 @@ class LibraryConnector(OffloadingConnector):
             self.waiting[request.request_id] = GIVEN_UP
             logger.warning("%s: its pages in the library don't arrive: they are computed", request.request_id)
         return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens, max_num_new_tokens=0)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        waits = any(since > GIVEN_UP for since in self.waiting.values())
+        waits = waits or (self.page_loads is not None and self.page_loads.is_waited_for)
+        self.empty_steps = self.empty_steps + 1 if waits and not scheduler_output.total_num_scheduled_tokens else 0
+        time.sleep(pause_after(self.empty_steps))
+        return super().build_connector_meta(scheduler_output)
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         self.waiting.pop(request.request_id, None)

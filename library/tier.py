@@ -112,7 +112,11 @@ class LibraryTier(FileTier, FileSystemTierManager):
     def _removed(self, path: str) -> None:
         """Count a file that has made room for others; where it had a page of this engine, the KV events say so."""
         self.metrics.removed_files.inc()
-        if self.events is not None and self.is_open and path.startswith(f"{self.file_mapper.base_path}_r{self.file_mapper.rank}/"):
+        if (
+            self.events is not None
+            and self.is_open
+            and path.startswith(f"{self.file_mapper.base_path}_r{self.file_mapper.rank}/")
+        ):
             file = Path(path)
             with suppress(ValueError):
                 group = int(file.parent.name.rpartition("_g")[2])

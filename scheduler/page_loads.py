@@ -106,6 +106,11 @@ class PageLoads:
         left_out = range(0) if part is None else range(part.anchor_size, part.start)
         return [page for page in range(first, last) if page * self.group.page_size not in left_out]
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a request waits for pages that are on their way."""
+        return any(wanted.pages for wanted in self.wanted.values())
+
     def step(self) -> None:
         """Ask for pages, and load those that are found. Called before a step is scheduled."""
         for request_id, wanted in list(self.wanted.items()):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 from vllm.config import KVEventsConfig
+from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.request import RequestStatus
 
 from starling.scheduler import page_loads
@@ -204,6 +205,26 @@ def test_a_request_does_not_wait_for_ever(config: Any, monkeypatch: pytest.Monke
     engine.add("second", PLAN, ids)
     engine.run()
     assert engine.computed["second"] == LENGTH + NEW - 1
+    engine.close()
+
+
+@pytest.mark.parametrize("is_star", [True, False])
+def test_steps_without_tokens_pause_while_a_disk_is_slow_and_no_other_step_does(
+    config: Any, is_star: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(config)
+    ids = only_in_the_library(engine)
+    pauses: list[float] = []
+    monkeypatch.setattr("starling.library.connector.time.sleep", pauses.append)
+    engine.add("second", PLAN if is_star else None, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.library.manager), "lookup", lambda *_: LookupResult.RETRY)
+        assert not any(engine.step() for _ in range(40))
+    assert pauses == [min(step, 20) / 1000 for step in range(1, 41)]
+    pauses.clear()
+    has_tokens = [engine.step() for _ in range(30)]
+    assert engine.scheduler.get_num_unfinished_requests() == 0
+    assert not any(pause for pause, tokens in zip(pauses, has_tokens, strict=True) if tokens)
     engine.close()
 
 

@@ -28,6 +28,7 @@ MAX_MESSAGE = 4096  # characters of an error, which has words of the server's
 MAX_SERVER_WORDS = 1024  # characters of them
 TOP_LOGPROBS = 20  # vLLM's --max-logprobs by default
 PLAN_HEADER = "x-starling-plan"
+CACHED_PATH = "/starling/cached"
 STAR_NUMBERS = (
     "block_size",
     "anchor_size",
@@ -49,6 +50,10 @@ class ServerError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(plain(message[:MAX_MESSAGE]))
+
+
+class RequestRefused(ServerError):
+    """The server refused a request, and would refuse it again."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +249,18 @@ class Client:
             )
         return replace(completion, logprob=logprob, top_logprobs=top)
 
+    async def send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Send a request of any kind; returns the server's plan of its prompt (raises ServerError)."""
+        response = await self._send("POST", path, {"model": (await self.facts()).model} | body)
+        with understood(response):
+            return dict(json.loads(response.headers.get(PLAN_HEADER, "{}")))
+
+    async def look_up(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What the server has cached of a request's prompt, which is not run (raises ServerError)."""
+        response = await self._send("POST", f"{CACHED_PATH}{path}", {"model": (await self.facts()).model} | body)
+        with understood(response):
+            return dict(answer_json(response))
+
     async def _complete(self, token_ids: Sequence[int], plan: Plan, fields: dict[str, Any]) -> httpx.Response:
         facts = await self.facts()
         if not plan.is_dense:
@@ -306,7 +323,7 @@ class Client:
             if instead and NO_CHAT not in failure:
                 failure += f"\nIf this is not vLLM's {path}, {instead}"
             if response.is_client_error and response.status_code not in REPEATED:
-                raise ServerError(f"{url} refused the request: {failure}")
+                raise RequestRefused(f"{url} refused the request: {failure}")
         raise ServerError(f"{url} failed {ATTEMPTS} times, the last time with {failure}")
 
     async def _answer(self, method: str, path: str, body: Any) -> httpx.Response:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.exceptions import GenerationError, VLLMValidationError
 
+from starling.config.entry import config_of
 from starling.engine_ext.call import Call, this_call
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.requests import PLANNED, SHOWN
@@ -61,6 +62,8 @@ async def _ask(engine: Any, question: tuple[Any, ...], plan: Any, call: Call) ->
         found = await asyncio.gather(*(call_engine_core(engine, rank, CACHED_TOKENS, *question) for rank in ranks))
     if "refusal" in found[0]:
         raise VLLMValidationError(f"No prompt is looked up: {found[0]['refusal']}.", parameter="prompt")
-    call.cached = {"plan": plan, "replicas": found}
+    config = config_of(engine.vllm_config)
+    own = {} if config is None else {"star_segments": config.star.segments, "library": config.library is not None}
+    call.cached = {"plan": plan, "replicas": found} | own
     raise LookedUp("the prompt was looked up, and does not run")
     yield  # makes this a generator

@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from starling.evaluation.client import Client, ServerError
+from starling.evaluation.client import Client, RequestRefused, ServerError
 from starling.evaluation.commands.measuring import (
     FAILED,
     INTERRUPTED,
@@ -29,12 +30,32 @@ from starling.evaluation.commands.measuring import (
     progress_bars,
     signals_as_interrupt,
 )
-from starling.evaluation.plans import Plan
 from starling.evaluation.server import StartError, served
-from starling.evaluation.warm_prompts import QUESTION, in_parallel, warm_prompt
+from starling.evaluation.warm_prompts import (
+    CHAT,
+    FORMS,
+    NO_FORM,
+    NO_HEAD,
+    NO_LIBRARY,
+    OTHER_DOCUMENT,
+    OTHER_QUESTION,
+    QUESTION,
+    TEXTS,
+    documents_of,
+    in_parallel,
+    joined_text,
+    joined_tokens,
+    message,
+    refusal_of_looking_up,
+    tokens_of_first,
+)
 
-LINE = '{"text": "..."}, or a text in quotes'
+LINE = '{"text": "..."}, a text in quotes, or for chats a message {"role": ..., "content": ...}'
+SAYS_CACHED = "--enable-prompt-tokens-details"
 MAX_SHOWN = 10  # documents that failed
+
+
+Message = dict[str, Any]
 
 
 @dataclass
@@ -42,8 +63,9 @@ class Warmed:
     """What has been done.
 
     Attributes:
+        tokens: of the documents, with what their prompts put around each.
         sources: memory, host, storage, peer or computed -> tokens of documents; empty where the server does not say.
-        failures: what was refused, by its line.
+        failures: what was refused or is not found, by its line.
     """
 
     documents: int = 0
@@ -56,18 +78,28 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of `starling warm`."""
     parser = argparse.ArgumentParser(
         prog="starling warm",
-        description="Has a server compute documents, so that they are in its library (serve --star-library).",
+        description="Has a server compute documents, so that they are in its library (serve --star-library), and "
+        "checks that other prompts find them.",
         epilog="With MODEL, all other options are those of `starling serve`, --star-library among them, and MODEL "
         "comes before them. What the library has is found, not computed: the same command goes on after an "
-        "interruption. Exit code: 0 done, 1 a document was refused or the server failed, 2 unusable arguments, 130 "
-        "interrupted. See docs/library.md.",
+        "interruption. Exit code: 0 done, 1 a document was refused or is not found, or the server failed, 2 unusable "
+        "arguments, 130 interrupted. See docs/library.md.",
         allow_abbrev=False,
     )
     add_server_options(parser)
     add = parser.add_argument
     add("--documents", type=Path, required=True, metavar="FILE", help=f"JSONL, a document in each line: {LINE}")
     add(
-        "--head", type=Path, metavar="FILE", help="the text before the documents in every prompt, to the last character"
+        "--head",
+        type=Path,
+        metavar="FILE",
+        help="what is before the documents in every prompt, to the last character; of chats the system message, or a "
+        "message as JSON",
+    )
+    add(
+        "--segments",
+        metavar="HOW",
+        help=f"how your requests have their documents: {FORMS}. Default: the server's --star-segments",
     )
     add("--concurrency", type=int, metavar="N", default=1, help="documents at the same time: 1")
     add("--timeout", type=float, metavar="SECONDS", default=600, help="that a document may take: 600")
@@ -80,10 +112,12 @@ def run(argv: Sequence[str]) -> int:
     console = make_console()
     try:
         check_arguments(args, serve_options)
-        head, documents = "" if args.head is None else read_text(args.head), read_documents(args.documents)
+        head, documents = read_head(args.head), read_documents(args.documents)
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals_as_interrupt())
             if args.serve is not None:
+                if SAYS_CACHED not in serve_options:
+                    serve_options = [*serve_options, SAYS_CACHED]
                 log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / LOG_FILE
                 with console.status(f"starting starling serve {escape(args.serve)}"):
                     args.base_url = stack.enter_context(served(args.serve, serve_options, log))
@@ -109,80 +143,167 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} can't be read: {error}") from None
 
 
-def read_documents(path: Path) -> list[tuple[int, str]]:
-    """(line, text) of each document, equal ones once (raises ValueError: a line has no text)."""
-    found: dict[str, int] = {}
+def read_head(path: Path | None) -> Message | None:
+    """The message of a head; None: there is none (raises ValueError: it can't be read)."""
+    text = "" if path is None else read_text(path)
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        if is_message(given := json.loads(text)):
+            return dict(given)
+    return message("system", text)
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
+
+
+def read_documents(path: Path) -> list[tuple[int, Message]]:
+    """(line, message) of each document, equal ones once (raises ValueError: a line has no text)."""
+    found: dict[str, tuple[int, Message]] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
-            found.setdefault(text_of(line, f"{path}, line {number}"), number)
+            document = document_of(line, f"{path}, line {number}")
+            found.setdefault(json.dumps(document, sort_keys=True), (number, document))
     if not found:
         raise ValueError(f"{path} has no documents")
-    return [(number, text) for text, number in found.items()]
+    return list(found.values())
 
 
-def text_of(line: str, where: str) -> str:
+def document_of(line: str, where: str) -> Message:
+    """The message of a document, from its line."""
     try:
         value = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: {error}. Allowed: {LINE}.") from None
+    if is_message(value):
+        return dict(value)
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str) or not text:
         raise ValueError(f"{where}: there is no text. Allowed: {LINE}.")
-    return text
+    return message("user", text)
 
 
-async def warm(args: argparse.Namespace, head: str, documents: Sequence[tuple[int, str]], console: Console) -> Warmed:
-    """Send a prompt of each document; a document that is refused is noted, and the others go on.
+@dataclass(frozen=True)
+class Prompts:
+    """Makes prompts with documents as the requests of a server's users.
+
+    Attributes:
+        form: CHAT, TEXTS, or the text of the token that starts each document.
+        is_default: whether the server has this form by itself.
+    """
+
+    client: Client
+    form: str
+    is_default: bool
+    head: Message | None
+
+    async def request(self, documents: Sequence[Message], question: str) -> tuple[str, dict[str, Any]]:
+        """The path and the body of a request (raises ValueError: a document is no text)."""
+        star: dict[str, Any] = {"star": "on"} | ({} if self.is_default else {"star_segments": self.form})
+        path, body = "/v1/completions", {"temperature": 0, "vllm_xargs": star}
+        if self.form == CHAT:
+            assert self.head is not None
+            messages = [self.head, *documents, message("user", question)]
+            return "/v1/chat/completions", body | {"messages": messages}
+        head, *texts = map(text_of, ([self.head] if self.head else [message("system", "")]) + [*documents])
+        if self.form != TEXTS:
+            return path, body | {"prompt": joined_text(self.form, head, texts, question)}
+        tokenizer = self.client.tokenizer
+        tokens, starts = joined_tokens(
+            await tokenizer.tokenize_prompt(head) if head else [],
+            [await tokenizer.tokenize(text) for text in texts],
+            await tokenizer.tokenize(question),
+        )
+        return path, body | {"prompt": tokens, "vllm_xargs": star | {"star_segments": starts}}
+
+
+def text_of(given: Message) -> str:
+    """The text of a message (raises ValueError: it has parts)."""
+    if not isinstance(given["content"], str):
+        raise ValueError("a message of parts is no text, and only a chat has such messages")
+    return given["content"]
+
+
+async def prompts_for(client: Client, head: Message | None, form: str | None) -> Prompts:
+    """The prompts of a server.
+
+    Args:
+        form: as of ``Prompts``; None: the server's.
 
     Raises:
-        ServerError: the server failed, or Starling is not activated on it.
+        ServerError: Starling is not activated, the server has no library, or does not say what it has cached.
+        ValueError: the server has no form of its own, and none is given; or a chat has no head.
+    """
+    await client.refuse_without_starling("star_segments")
+    server = await client.look_up("/v1/completions", {"prompt": QUESTION, "max_tokens": 1})
+    if not server.get("library"):
+        raise ServerError(f"{client.base_url}: {NO_LIBRARY}")
+    default = server.get("star_segments", "off")
+    form = form or default
+    if form == "off":
+        raise ValueError(f"segments={form!r} is refused: {NO_FORM}. Allowed: {FORMS}.")
+    if form == CHAT and head is None:
+        raise ValueError(f"head is missing: {NO_HEAD} (--head)")
+    return Prompts(client, form, form == default, head)
+
+
+async def warm(
+    args: argparse.Namespace, head: Message | None, documents: Sequence[tuple[int, Message]], console: Console
+) -> Warmed:
+    """Send a prompt of each document; a document that is refused or not found is noted, and the others go on.
+
+    Raises:
+        ServerError: the server failed, or can't have documents in a library.
+        ValueError: it is not known how requests have their documents.
     """
     done = Warmed()
     async with connect(args) as client:
-        await client.refuse_without_starling("star_segments")
-        start = await client.tokenizer.tokenize_prompt(head) if head else []
-        end = await client.tokenizer.tokenize(QUESTION)
+        prompts = await prompts_for(client, head, args.segments)
         waiting = iter(documents)
         with progress_bars(console) as progress:
             bar = progress.add_task("documents", total=len(documents))
 
             async def work() -> None:
-                for line, text in waiting:
+                for line, document in waiting:
                     try:
-                        await warm_document(client, start, text, end, done)
-                    except DocumentRefused as error:
+                        await warm_document(prompts, document, done)
+                    except (RequestRefused, ValueError) as error:
                         done.failures.append(f"line {line}: {error}")
                     progress.advance(bar)
 
             await in_parallel(work, args.concurrency)
         # vLLM begins to store what a step has computed in the next step.
-        await client.complete(end, Plan("dense", {"star": "off"}), max_tokens=2)
+        await client.send("/v1/completions", {"prompt": QUESTION, "max_tokens": 2, "vllm_xargs": {"star": "off"}})
     return done
 
 
-class DocumentRefused(Exception):
-    """The server refuses a document, and would refuse it again."""
+async def warm_document(prompts: Prompts, document: Message, done: Warmed) -> None:
+    """Have one document computed, and look whether another prompt finds it.
 
-
-async def warm_document(client: Client, head: list[int], text: str, question: list[int], done: Warmed) -> None:
-    """Have one document computed (raises ServerError, or DocumentRefused where only this one is refused)."""
-    document = await client.tokenizer.tokenize(text)
-    prompt, starts = warm_prompt(head, document, question)
-    plan = Plan("documents", {"star": "on", "star_segments": starts})  # type: ignore[dict-item]
-    facts = await client.facts()
-    if facts.max_model_len is not None and len(prompt) >= facts.max_model_len:
-        raise DocumentRefused(f"its prompt has {len(prompt)} tokens, and the model takes {facts.max_model_len - 1}")
-    completion = await client.complete(prompt, plan, max_tokens=1)
+    Raises:
+        RequestRefused: the server refuses it.
+        ServerError: the server failed.
+        ValueError: it is not found.
+    """
+    copies = documents_of(document, prompts.head is not None)
+    path, body = await prompts.request(copies, QUESTION)
+    plan = await prompts.client.send(path, body | {"max_tokens": 1})
+    path, body = await prompts.request([document, message("user", OTHER_DOCUMENT)], OTHER_QUESTION)
+    answer = await prompts.client.look_up(path, body | {"max_tokens": 1})
+    refusal = refusal_of_looking_up(answer)
+    if refusal is not None:
+        raise ValueError(refusal)
     done.documents += 1
-    done.tokens += len(document)
-    sources = (completion.plan or {}).get("document_sources")
-    if sources:
-        done.sources.update({str(kind): int(tokens) for kind, tokens in sources[0].items()})
+    done.tokens += tokens_of_first(answer["replicas"][0])[0]
+    sources = plan.get("document_sources", [])
+    for block in sources[: len(sources) // len(copies)]:
+        done.sources.update({str(kind): int(tokens) for kind, tokens in block.items()})
 
 
 def show(done: Warmed, console: Console) -> None:
     """Print what was done."""
-    console.print(f"{done.documents} documents, {done.tokens:,} tokens")
+    console.print(f"{done.documents} documents, {done.tokens:,} tokens, found by other prompts")
     if done.sources:
         kinds = {"computed": "computed", "memory": "in memory", "host": "in host memory", "storage": "in files"}
         parts = [f"{done.sources[kind]:,} {name}" for kind, name in kinds.items() if done.sources[kind]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.random_llama import make_tiny_llama
+from benchmarks.random_llama import SPECIAL, make_tiny_llama
 from examples.server import Server, serving
 from examples.two_hosts import available
+from starling.client import Client
+from starling.evaluation.commands import warm
 from starling.scheduler.page_loads import PATIENCE_SECONDS
 from tests.e2e.replicas import (
     ENGINE_OPTIONS,
@@ -177,3 +180,44 @@ def test_files_are_bounded_and_a_document_that_is_used_stays(model: Path, tmp_pa
         before = computed(server, 1)
         assert_same(complete(server, prompts[0], STAR), first)
         assert sum(computed_since(server, before)) <= LAST_PAGES
+
+
+HEAD = "You answer from these texts, and say so where they do not have the answer. " * 6
+DOCUMENTS = [" ".join(f"{word} {number}" for number in range(60)) for word in ("one", "two", "three")]
+
+
+def ask(server: Server, path: str, body: dict) -> list[dict[str, int]]:
+    """Where the documents of a prompt came from."""
+    data = json.dumps({"model": server.model, "max_tokens": 1} | body).encode()
+    request = urllib.request.Request(f"{server.http}{path}", data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.loads(response.headers["x-starling-plan"])["document_sources"]
+
+
+@pytest.mark.parametrize("segments", ["auto", SPECIAL])
+def test_what_was_warmed_is_found_by_requests_as_users_send_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], segments: str
+) -> None:
+    """From a chat, or from a text with a token before each document; over HTTP and over gRPC."""
+    (tmp_path / "docs.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in DOCUMENTS[:2]))
+    (tmp_path / "head.txt").write_text(HEAD)
+    with library_server(
+        model, tmp_path / "pages", tmp_path / "log", "--star", "on", "--star-segments", segments
+    ) as server:
+        files = ["--documents", str(tmp_path / "docs.jsonl"), "--head", str(tmp_path / "head.txt")]
+        assert warm.run(["--base-url", server.http, *files]) == 0
+        assert "2 documents" in capsys.readouterr().out
+        with Client(server.grpc) as client:
+            (done,) = client.warm_documents(DOCUMENTS[2:], head=HEAD)
+            assert done.tokens and not done.error
+            (short,) = client.warm_documents(DOCUMENTS[2:], head="Short.")
+            (again,) = client.warm_documents(DOCUMENTS[2:], head="Short.")
+            assert short.source is not None and short.source.computed
+            assert again.source is not None and not again.source.computed, "the head is shorter than a page"
+        texts = [DOCUMENTS[number] for number in (2, 0, 1)] + ["Which number?"]
+        messages = [{"role": "system", "content": HEAD}, *({"role": "user", "content": text} for text in texts)]
+        if segments == "auto":
+            sources = ask(server, "/v1/chat/completions", {"messages": messages})
+        else:
+            sources = ask(server, "/v1/completions", {"prompt": HEAD + "".join(segments + text for text in texts)})
+        assert len(sources) == 3 and all(list(source) == ["memory"] for source in sources)

@@ -34,6 +34,7 @@ from starling.engine_ext.serving.grpc.sampling import TEXT_FIELDS, constraint_pa
 from starling.engine_ext.serving.grpc.tokenizing import Tokenizing
 from starling.engine_ext.serving.grpc.upload import Upload, as_upload_event, upload_quota
 from starling.engine_ext.serving.grpc.warming import Warming
+from starling.evaluation.warm_prompts import NO_LIBRARY
 from starling.reply import Reply
 from starling.v1 import inference_pb2 as pb
 from starling.v1 import inference_pb2_grpc
@@ -63,7 +64,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         self.limit = prompt_limit(engine)
         self.uploads = upload_quota(self.limit.tokens)
         self.tokenizing = Tokenizing(engine.renderer, chat, self.limit)
-        self.warming = Warming(engine.renderer, self.limit, self._warm)
+        self.warming = Warming(self.limit, str(front_state(engine).planner.defaults.segments), self._warm)
         config = engine.model_config
         self.defaults = config.get_diff_sampling_param()
         # As in vLLM's completions: max_tokens of a generation config that the user chose is a cap, else a default.
@@ -121,8 +122,11 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         return self._generate(request, f"grpc-warm-{uuid.uuid4().hex}", Call("documents", lambda: None))
 
     def _check_documents(self) -> None:
-        """Check that the engine runs prompts of documents (raises VLLMValidationError)."""
-        refusals = front_state(self.engine).planner.facts.refusals
+        """Check that the engine runs prompts of documents, and keeps them (raises VLLMValidationError)."""
+        planner = front_state(self.engine).planner
+        refusals = planner.facts.refusals
+        if not refusals and (planner.config is None or planner.config.library is None):
+            refusals = (NO_LIBRARY,)
         if refusals:
             raise VLLMValidationError(f"WarmDocuments is refused: {'; '.join(refusals)}", parameter="documents")
 

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import TextPrompt
 
 from starling.engine_ext.bounds import DOCUMENTS, DOCUMENTS_AT_ONCE, shortened
+from starling.engine_ext.call import current_call, this_call
+from starling.engine_ext.front.cached_tokens import LookedUp
 from starling.engine_ext.serving.grpc.prompts import PromptLimit
-from starling.evaluation.warm_prompts import QUESTION, in_parallel, warm_prompt
+from starling.evaluation.warm_prompts import (
+    CHAT,
+    NO_HEAD,
+    OTHER_DOCUMENT,
+    OTHER_QUESTION,
+    QUESTION,
+    TEXTS,
+    documents_of,
+    in_parallel,
+    joined_text,
+    refusal_of_looking_up,
+    tokens_of_first,
+)
 from starling.v1 import inference_pb2 as pb
 
 Events = AsyncGenerator[pb.GenerateStreamResponse]
+TEXTS_HEAD = "the first text of a prompt of texts is its head, and no document: give the head that your prompts have"
 
 
 @dataclass(frozen=True)
 class Warming:
-    """Computes documents as requests of their own.
+    """Computes documents as requests of their own, and looks whether another prompt finds each.
 
     Attributes:
-        renderer: the engine's.
         limit: the longest prompt.
+        default_form: how the server's requests have their documents, as ``star_segments`` says it.
         generate: has the engine run a request; yields its events.
     """
 
-    renderer: Any
     limit: PromptLimit
+    default_form: str
     generate: Callable[[pb.GenerateRequest], Events]
 
     async def run(
@@ -39,7 +54,7 @@ class Warming:
         """Compute the documents, and send what became of each when it is done.
 
         Raises:
-            VLLMValidationError: too many documents, or none.
+            VLLMValidationError: too many documents, or none; or no head where prompts have one.
             Exception: the engine's, where it can't take a request; then the other documents end too.
         """
         DOCUMENTS.check(len(request.documents))
@@ -47,44 +62,42 @@ class Warming:
         if not request.documents:
             raise VLLMValidationError("There are no documents.", parameter="documents")
         self.limit.check_characters(len(request.head))
-        head = await self._tokens(request.head, is_first=True) if request.head else []
-        question = await self._tokens(QUESTION)
+        form = request.segments or (TEXTS if self.default_form == "off" else self.default_form)
+        if form in (CHAT, TEXTS) and not request.head:
+            raise VLLMValidationError(f"head is empty: {NO_HEAD if form == CHAT else TEXTS_HEAD}.", parameter="head")
         waiting, sending = iter(enumerate(request.documents)), asyncio.Lock()
 
         async def work() -> None:
             for index, text in waiting:
-                done = await self._warmed(index, text, head, question, request)
+                done = await self._warmed(index, text, form, request)
                 async with sending:
                     await send(done)
 
         await in_parallel(work, max(request.concurrency, 1))
         # vLLM begins to store what a step has computed in the next step.
-        await self._plan_of(message_of(question, [], request, max_tokens=2))
+        last = pb.GenerateRequest(text=QUESTION, star=pb.StarOptions(mode=pb.StarOptions.MODE_OFF))
+        await self._plan_of(completed(last, request, max_tokens=2))
 
     async def _warmed(
-        self, index: int, text: str, head: list[int], question: list[int], request: pb.WarmDocumentsRequest
+        self, index: int, text: str, form: str, request: pb.WarmDocumentsRequest
     ) -> pb.WarmDocumentsResponse:
-        """Compute one document; where it is refused, the response says why."""
+        """Compute one document; where it is refused or another prompt does not find it, the response says why."""
+        copies = documents_of(text, bool(request.head))
         try:
             self.limit.check_characters(len(text))
-            document = await self._tokens(text)
-            if not document:
-                raise VLLMValidationError("The document has no tokens.", parameter="documents")
-            tokens, starts = warm_prompt(head, document, question)
-            plan = await self._plan_of(message_of(tokens, starts, request, max_tokens=1))
+            if not text:
+                raise VLLMValidationError("The document has no text.", parameter="documents")
+            plan = await self._plan_of(message_of(form, copies, QUESTION, request))
+            found = await self._looked_up(message_of(form, [text, OTHER_DOCUMENT], OTHER_QUESTION, request))
         except (VLLMValidationError, ValueError) as refused:
             return pb.WarmDocumentsResponse(index=index, error=shortened(str(refused)))
-        source = plan.document_sources[0] if plan.document_sources else None
-        return pb.WarmDocumentsResponse(index=index, tokens=len(document), source=source)
-
-    async def _tokens(self, text: str, is_first: bool = False) -> list[int]:
-        """The tokens of a text; special tokens come before the first one of a prompt."""
-        if not text:
-            return []
-        params = self.renderer.default_cmpl_tok_params
-        params = params if is_first else replace(params, add_special_tokens=False)
-        (made,) = await self.renderer.render_cmpl_async([TextPrompt(prompt=text)], params, prompt_extras=None)
-        return list(made["prompt_token_ids"])
+        refusal = refusal_of_looking_up(found)
+        if refusal is not None:
+            return pb.WarmDocumentsResponse(index=index, error=shortened(refusal))
+        sources = plan.document_sources[: len(plan.document_sources) // len(copies)]
+        return pb.WarmDocumentsResponse(
+            index=index, tokens=tokens_of_first(found["replicas"][0])[0], source=added(sources) if sources else None
+        )
 
     async def _plan_of(self, message: pb.GenerateRequest) -> pb.Plan:
         """Run a request to its end; returns how it was prefilled."""
@@ -95,17 +108,47 @@ class Warming:
                     plan = event.final.plan
         return plan
 
+    async def _looked_up(self, message: pb.GenerateRequest) -> dict[str, Any]:
+        """What is cached of a request's prompt, which is not run. It is a call of its own, inside the client's."""
+        call = replace(this_call(), only_looks_up=True, plans=[], request_ids=[], num_sequences=0)
+        context = copy_context()
+        context.run(current_call.set, call)
+
+        async def ask() -> None:
+            with suppress(LookedUp):
+                await self._plan_of(message)
+
+        await asyncio.create_task(ask(), context=context)
+        return call.cached or {"replicas": [], "plan": {}}
+
 
 def message_of(
-    tokens: list[int], starts: list[int], request: pb.WarmDocumentsRequest, max_tokens: int
+    form: str, documents: Sequence[str], question: str, request: pb.WarmDocumentsRequest
 ) -> pb.GenerateRequest:
-    """A request of these tokens, with documents at ``starts``; dense where there are none."""
-    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON, segment_offsets=starts)
-    message = pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=tokens),
-        star=star if starts else pb.StarOptions(mode=pb.StarOptions.MODE_OFF),
-        sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0),
-    )
+    """The request of a prompt of these documents, as the prompts of the server's users."""
+    star = pb.StarOptions(mode=pb.StarOptions.MODE_ON)
+    message = pb.GenerateRequest(star=star)
+    if form == TEXTS:
+        message.texts.texts.extend([request.head, *documents, question])
+    elif form == CHAT:
+        message.star.segments = CHAT
+        for role, content in (("system", request.head), *(("user", text) for text in (*documents, question))):
+            message.chat.messages.add(role=role, content=content)
+    else:
+        message.star.segments = form
+        message.text = joined_text(form, request.head, documents, question)
+    return completed(message, request, max_tokens=1)
+
+
+def completed(message: pb.GenerateRequest, request: pb.WarmDocumentsRequest, max_tokens: int) -> pb.GenerateRequest:
+    """The request with a short greedy output, and the salt of the call."""
+    message.sampling.CopyFrom(pb.SamplingParams(max_tokens=max_tokens, temperature=0))
     if request.HasField("cache_salt"):
         message.cache_salt = request.cache_salt
     return message
+
+
+def added(sources: Sequence[pb.DocumentSource]) -> pb.DocumentSource:
+    """Where the blocks of a document came from, all together."""
+    names = [field.name for field in pb.DocumentSource.DESCRIPTOR.fields]
+    return pb.DocumentSource(**{name: sum(getattr(source, name) for source in sources) for name in names})

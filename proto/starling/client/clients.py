@@ -128,9 +128,15 @@ class Connection:
         return self._stream(request, timeout=timeout, metadata=self.metadata)
 
     def _start_warming(
-        self, documents: Sequence[str], head: str, concurrency: int, cache_salt: str | None, timeout: float | None
+        self,
+        documents: Sequence[str],
+        head: str,
+        concurrency: int,
+        cache_salt: str | None,
+        segments: str | None,
+        timeout: float | None,
     ) -> Callable[[], Any]:
-        request = warm_request(documents, head, concurrency, cache_salt)
+        request = warm_request(documents, head, concurrency, cache_salt, segments)
         return lambda: self._warm(request, timeout=timeout, metadata=self.metadata)
 
 
@@ -195,6 +201,7 @@ class Client(Connection):
         head: str = "",
         concurrency: int = 1,
         cache_salt: str | None = None,
+        segments: str | None = None,
         timeout: float | None = None,
     ) -> Generator[WarmedDocument, None, None]:
         """Have documents computed, so that they are in the server's library; yields what became of each.
@@ -204,8 +211,10 @@ class Client(Connection):
             head: the text before the documents in every prompt.
             concurrency: documents at the same time, up to 8.
             cache_salt: only prompts with this salt find the documents.
+            segments: how your requests have their documents: "auto" (messages of a chat), the text of the token that
+                starts each, or "texts". Default: the server's --star-segments, or texts where it has none.
         """
-        return self._events(self._start_warming(documents, head, concurrency, cache_salt, timeout), read)
+        return self._events(self._start_warming(documents, head, concurrency, cache_salt, segments, timeout), read)
 
     def tokenize(
         self,
@@ -304,10 +313,11 @@ class AsyncClient(Connection):
         head: str = "",
         concurrency: int = 1,
         cache_salt: str | None = None,
+        segments: str | None = None,
         timeout: float | None = None,
     ) -> AsyncGenerator[WarmedDocument, None]:
         """As Client.warm_documents."""
-        return self._events(self._start_warming(documents, head, concurrency, cache_salt, timeout), read)
+        return self._events(self._start_warming(documents, head, concurrency, cache_salt, segments, timeout), read)
 
     async def tokenize(
         self,

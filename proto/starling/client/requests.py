@@ -75,7 +75,7 @@ def tokenize_request(
 
 
 def warm_request(
-    documents: Sequence[str], head: str, concurrency: int, cache_salt: str | None
+    documents: Sequence[str], head: str, concurrency: int, cache_salt: str | None, segments: str | None
 ) -> pb.WarmDocumentsRequest:
     """Make a request to compute documents.
 
@@ -85,7 +85,13 @@ def warm_request(
     if isinstance(documents, str):
         raise TypeError("documents is refused: it is one text. Allowed: a list of texts.")
     request = pb.WarmDocumentsRequest()
-    values = {"documents": documents, "head": head, "concurrency": concurrency, "cache_salt": cache_salt}
+    values = {
+        "documents": documents,
+        "head": head,
+        "concurrency": concurrency,
+        "cache_salt": cache_salt,
+        "segments": segments,
+    }
     for name, value in values.items():
         if value is not None:
             set_field(request, name, value)

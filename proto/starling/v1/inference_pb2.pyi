@@ -431,16 +431,18 @@ class TokenizeResponse(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class WarmDocumentsRequest(_message.Message):
-    __slots__ = ("head", "documents", "concurrency", "cache_salt")
+    __slots__ = ("head", "documents", "concurrency", "cache_salt", "segments")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     head: str
     documents: _containers.RepeatedScalarFieldContainer[str]
     concurrency: int
     cache_salt: str
-    def __init__(self, head: _Optional[str] = ..., documents: _Optional[_Iterable[str]] = ..., concurrency: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    segments: str
+    def __init__(self, head: _Optional[str] = ..., documents: _Optional[_Iterable[str]] = ..., concurrency: _Optional[int] = ..., cache_salt: _Optional[str] = ..., segments: _Optional[str] = ...) -> None: ...
 
 class WarmDocumentsResponse(_message.Message):
     __slots__ = ("index", "tokens", "source", "error")

@@ -41,6 +41,8 @@ class FakeServer:
         loss: (prompt, vllm_xargs) -> how much less probable star finds each forced token, in nats.
         counts: tokens of a prompt -> those that the server counts.
         sources: where the documents of a prompt came from, which plans with documents say; None: they don't.
+        library: what a look-up says of the server.
+        cached: of each of a document's tokens that are looked up, those that are cached.
     """
 
     answer: Callable[[str, dict], str] = lambda prompt, xargs: " nothing"
@@ -61,9 +63,12 @@ class FakeServer:
     loss: Callable[[str, dict], float] = lambda prompt, xargs: 0.5
     counts: Callable[[int], int] = lambda num_tokens: num_tokens
     sources: list[dict[str, int]] | None = None
+    library: dict = field(default_factory=lambda: {"library": True, "star_segments": "texts"})
+    cached: Callable[[int], int] = lambda tokens: tokens
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
     completions: list[dict] = field(default_factory=list)
+    looked_up: list[dict] = field(default_factory=list)
 
     def reply(self, path: str, body: dict) -> tuple[int, dict, dict[str, str]]:
         if path in self.replies:
@@ -84,11 +89,20 @@ class FakeServer:
             if failure is not None:
                 return failure[0], {"error": {"message": failure[1]}}, dict(*failure[2:])
             return self.complete(body)
+        if path == "/v1/chat/completions":
+            self.completions.append(body)
+            plan = {"attention": "star", "document_sources": self.sources or []}
+            return 200, {}, {"x-starling-plan": json.dumps(plan)}
+        if path.startswith("/starling/cached/"):
+            self.looked_up.append(body)
+            blocks = [{"tokens": tokens, "cached_tokens": self.cached(tokens)} for tokens in (10, 2)]
+            return 200, {"plan": {"why": "a reason"}, "replicas": [{"documents": blocks}]} | self.library, {}
         return 404, {"detail": "Not Found"}, {}
 
     def complete(self, body: dict) -> tuple[int, dict, dict[str, str]]:
         self.completions.append(body)
         tokens, xargs = body["prompt"], {"star": "off"} | body.get("vllm_xargs", {})
+        tokens = list(map(ord, tokens)) if isinstance(tokens, str) else tokens
         try:
             plan = self.plan_header or json.dumps(self.plan(len(tokens), xargs))
         except OptionError as error:
@@ -109,7 +123,7 @@ class FakeServer:
 
     def plan(self, num_tokens: int, xargs: dict) -> dict:
         """The plan that Starling would make, with documents by its numbers only."""
-        if "star_segments" in xargs:
+        if "star_segments" in xargs or (self.library["star_segments"] == "<sep>" and xargs["star"] == "on"):
             shown = {"attention": "star", **dict.fromkeys(STAR_NUMBERS, 1)}
             return shown if self.sources is None else shown | {"document_sources": self.sources}
         plan = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from starling.evaluation.commands import warm
-from tests.unit.evaluation.fake_server import MAX_MODEL_LEN, FakeServer, served
+from tests.unit.evaluation.fake_server import FakeServer, served
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -25,11 +25,16 @@ def write(folder: Path, lines: list[object], head: str = HEAD) -> list[str]:
 
 def prompts(fake: FakeServer) -> list[tuple[str, dict]]:
     """The prompts with documents, and their options."""
-    sent = [("".join(map(chr, body["prompt"])), body.get("vllm_xargs", {})) for body in fake.completions]
-    return [(prompt, options) for prompt, options in sent if options.get("star") == "on"]
+    sent = [(body.get("prompt", ""), body.get("vllm_xargs", {})) for body in fake.completions]
+    read = [(prompt if isinstance(prompt, str) else "".join(map(chr, prompt)), options) for prompt, options in sent]
+    return [(prompt, options) for prompt, options in read if options.get("star") == "on"]
 
 
-def test_each_document_is_computed_behind_the_head(tmp_path, capsys):
+def of_server(segments: str) -> dict:
+    return {"library": True, "star_segments": segments}
+
+
+def test_each_text_is_computed_behind_the_head(tmp_path, capsys):
     arguments = write(tmp_path, [{"text": DOCUMENTS[0]}, DOCUMENTS[1], {"text": DOCUMENTS[2], "id": 3}, DOCUMENTS[1]])
     with served() as fake:
         assert warm.run(["--base-url", fake.url, *arguments, "--concurrency", "2"]) == 0
@@ -37,27 +42,83 @@ def test_each_document_is_computed_behind_the_head(tmp_path, capsys):
     for prompt, options in prompts(fake):
         assert options["star_segments"] == [len(HEAD), len(prompt) - 1]
     assert fake.completions[-1]["vllm_xargs"] == {"star": "off"}, "so that the last pages are stored"
-    assert f"3 documents, {sum(map(len, DOCUMENTS))} tokens" in capsys.readouterr().out
+    assert "3 documents, 30 tokens, found by other prompts" in capsys.readouterr().out
 
 
-def test_without_a_head_a_document_is_in_its_prompt_twice(tmp_path):
+def test_texts_without_a_head_are_in_their_prompt_twice(tmp_path):
     with served() as fake:
         assert warm.run(["--base-url", fake.url, *write(tmp_path, ["abcd"], head="")]) == 0
     assert prompts(fake) == [("abcdabcd?", {"star": "on", "star_segments": [0, 4, 8]})]
 
 
+def test_documents_of_chats_are_messages(tmp_path):
+    tool = {"role": "tool", "content": "a result"}
+    head = json.dumps({"role": "user", "content": HEAD})
+    with served(library=of_server("auto")) as fake:
+        assert warm.run(["--base-url", fake.url, *write(tmp_path, ["a text", tool])]) == 0
+        assert warm.run(["--base-url", fake.url, *write(tmp_path, ["a text"], head=head)]) == 0
+    sent = [body for body in fake.completions if "messages" in body]
+    system = {"role": "system", "content": HEAD}
+    text, question = ({"role": "user", "content": content} for content in ("a text", "?"))
+    assert [body["messages"] for body in sent] == [
+        [system, text, question],
+        [system, tool, question],
+        [{"role": "user", "content": HEAD}, text, question],
+    ]
+    assert all(body["vllm_xargs"] == {"star": "on"} for body in sent), "the server's star_segments"
+    asked = fake.looked_up[1]
+    assert [message["content"] for message in asked["messages"]] == [HEAD, "a text", "Another document.", "Which one?"]
+
+
+@pytest.mark.parametrize("head", [HEAD, ""])
+def test_a_token_starts_each_document(tmp_path, head):
+    with served(library=of_server("<sep>")) as fake:
+        assert warm.run(["--base-url", fake.url, *write(tmp_path, ["abc"], head=head)]) == 0
+        assert warm.run(["--base-url", fake.url, *write(tmp_path, ["abc"]), "--segments", "<other>"]) == 0
+    twice = "" if head else "<sep>abc"
+    assert prompts(fake) == [
+        (f"{head}{twice}<sep>abc<sep>?", {"star": "on"}),
+        (f"{HEAD}<other>abc<other>?", {"star": "on", "star_segments": "<other>"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("library", "head", "code", "says"),
+    [
+        ({"star_segments": "auto", "library": False}, HEAD, 1, "the server has no library (--star-library)"),
+        (of_server("auto"), "", 2, "head is missing: the first message of a chat is its head"),
+        (of_server("off"), HEAD, 2, "segments='off' is refused: the server's requests have no documents by default"),
+    ],
+)
+def test_a_server_or_a_command_that_can_warm_nothing_is_refused(tmp_path, capsys, library, head, code, says):
+    with served(library=library) as fake:
+        assert warm.run(["--base-url", fake.url, *write(tmp_path, DOCUMENTS, head=head)]) == code
+    assert says in capsys.readouterr().err
+    assert not prompts(fake)
+
+
+def test_a_document_that_another_prompt_does_not_find_is_a_failure(tmp_path, capsys):
+    with served(cached=lambda tokens: 4) as fake:
+        assert warm.run(["--base-url", fake.url, *write(tmp_path, DOCUMENTS[:1])]) == 1
+    out = capsys.readouterr().out
+    assert "0 documents" in out and "line 1: another prompt finds only 4 of its 10 tokens" in out
+
+
 def test_it_says_what_was_found(tmp_path, capsys):
-    with served(sources=[{"computed": 4, "storage": 6, "host": 2}]) as fake:
+    sources = [{"computed": 4, "storage": 6}, {"host": 2}]  # a long document has several blocks
+    with served(sources=sources) as fake:
         assert warm.run(["--base-url", fake.url, *write(tmp_path, DOCUMENTS[:2])]) == 0
     assert "8 computed, 4 in host memory, 12 in files" in capsys.readouterr().out
 
 
-def test_a_document_that_is_too_long_is_named_and_the_others_go_on(tmp_path, capsys):
-    arguments = write(tmp_path, [DOCUMENTS[0], "x" * MAX_MODEL_LEN, DOCUMENTS[1]])
-    with served() as fake:
-        assert warm.run(["--base-url", fake.url, *arguments]) == 1
+def test_a_document_that_is_refused_is_named_and_the_others_go_on(tmp_path, capsys):
+    def fail(body):
+        return (400, "too long") if DOCUMENTS[1] in "".join(map(chr, body["prompt"])) else None
+
+    with served(fail=lambda body: (isinstance(body["prompt"], list) and fail(body)) or None) as fake:
+        assert warm.run(["--base-url", fake.url, *write(tmp_path, DOCUMENTS)]) == 1
     assert len(prompts(fake)) == 2
-    assert f"line 2: its prompt has {MAX_MODEL_LEN + len(HEAD) + 1} tokens" in capsys.readouterr().out
+    assert "line 2: " in (out := capsys.readouterr().out) and "HTTP 400: too long" in out
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -180,10 +180,10 @@ def _refuse_token_positions(params: Any) -> None:
             raise VLLMValidationError(str(error), parameter=name)
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_unknown(fields: Mapping[str, Any]) -> None:
     """Refuse star options among the fields of a request's JSON that vLLM ignores (raises VLLMValidationError)."""
     try:
-        refuse_at_top_level(names)
+        refuse_at_top_level(fields)
     except OptionError as error:
         raise rejection(error) from None
 
@@ -196,7 +196,7 @@ def check_openai_request(http_request: Any) -> None:
     Raises:
         VLLMValidationError: as above.
     """
-    check_names(http_request.model_extra or ())
+    check_unknown(http_request.model_extra or {})
     REQUEST_ID.check(len(getattr(http_request, "request_id", None) or ""))
     if not getattr(http_request, "use_beam_search", False):
         return

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 
 from starling.engine_ext.call import Call, this_call
 from starling.engine_ext.front.state import front_state
@@ -16,8 +16,11 @@ from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
 
 
-class LookedUp(GenerationError):
-    """In place of a request's outputs: the call has the answer. vLLM logs such errors in `/v1/messages` alone."""
+class LookedUp(GenerationError, VLLMClientError):
+    """In place of a request's outputs: the call has the answer. vLLM logs no error of these two kinds with its stack.
+
+    vLLM's streams tell a GenerationError from faults, and `/v1/messages` a VLLMClientError (vllm_compat/front.py).
+    """
 
 
 def check_looked_up(http_request: Any) -> None:

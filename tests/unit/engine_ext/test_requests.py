@@ -314,47 +314,6 @@ def test_the_text_of_a_token_starts_documents():
         plan_of(planner(ON, tokenizer=None, **DOCUMENTS), options, len(ids), ids)
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("strar", "star"),
-        ("mode", "star"),
-        ("block_size", "star_block_size"),
-        ("star-block-size", "star_block_size"),
-        ("Star_Blok_Size", "star_block_size"),
-        ("segments", "star_segments"),
-    ],
-)
-def test_a_key_that_is_nearly_an_option_is_refused(key, meant):
-    with pytest.raises(VLLMValidationError, match=f"{key}=.* is refused: .*no such option, did you mean {meant}") as at:
-        plan_of(planner(ON), {"star": "on", key: "on"}, 300)
-    assert at.value.parameter == key
-
-
-def test_keys_of_others_are_left_alone():
-    others = {"start": 1, "stats": 2, "kv_transfer_params": {}, "seed_text": "star", "theirs": None, "s": 1}
-    assert plan_of(planner(ON), STAR | others, 300).plan is not None
-
-
-@pytest.mark.parametrize(
-    ("field", "message"),
-    [
-        ("star", r'star=.*ignores it as a field of the request. Allowed: "vllm_xargs": \{"star": \.\.\.\}'),
-        ("star_block_size", r'Allowed: "vllm_xargs": \{"star_block_size"'),
-        ("star_blocksize", r'Allowed: "vllm_xargs": \{"star_block_size"'),
-        ("extra_args", "it is a parameter of Python's SamplingParams. Allowed: vllm_xargs"),
-    ],
-)
-def test_options_at_the_top_level_of_a_requests_json_are_refused(field, message):
-    with pytest.raises(VLLMValidationError, match=message):
-        check_openai_request(SimpleNamespace(model_extra={"theirs": 1, field: 1}))
-
-
-def test_other_unknown_fields_of_a_requests_json_are_left_to_vllm():
-    for extra in (None, {}, {"theirs": 1, "mode": 2, "segments": 3}):
-        check_openai_request(SimpleNamespace(model_extra=extra))
-
-
 @pytest.mark.parametrize("given", [None, {"theirs": 1}, {"star": "off"}, {"star": "auto", "star_block_size": 64}])
 def test_beam_search_takes_requests_that_do_not_ask_for_star(given):
     check_openai_request(SimpleNamespace(model_extra=None, vllm_xargs=given, use_beam_search=True))

@@ -90,7 +90,7 @@ def _hook_into_front() -> None:
     from starling.engine_ext.call import current_call, sees_cached, with_sources, without_cached
     from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
     from starling.engine_ext.constraints import constraint_error, with_reason
-    from starling.engine_ext.front.cached_tokens import check_looked_up, look_up
+    from starling.engine_ext.front.cached_tokens import look_up, prepare_look_up
     from starling.engine_ext.front.split_prefill import generate_split
     from starling.engine_ext.front.state import abort_split, state_of
     from starling.engine_ext.misplaced import explained
@@ -113,7 +113,7 @@ def _hook_into_front() -> None:
     def openai_request(http_request: Any) -> None:
         if generates(http_request):
             check_openai_request(http_request)
-        check_looked_up(http_request)
+        prepare_look_up(http_request)
         note_chat_options(http_request)
 
     on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)

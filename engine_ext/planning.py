@@ -17,7 +17,7 @@ from starling.engine_ext.bounds import shortened
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.misplaced import nearly, refuse_preset
 from starling.engine_ext.refusals import engine_facts
-from starling.scheduler.star.counts import describe
+from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
 from starling.scheduler.star.documents import refuse_many_offsets
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
@@ -89,6 +89,11 @@ class PromptPlanner:
         return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages, replicas=replicas)
 
     @property
+    def model(self) -> Any:
+        """The text model's configuration."""
+        return self.vllm_config.model_config.hf_text_config
+
+    @property
     def page_size(self) -> int | None:
         """Tokens of a full-attention KV page, known once the engine core has started."""
         return self.vllm_config.cache_config.effective_attention_block_size
@@ -136,8 +141,11 @@ class PromptPlanner:
 
     def describe(self, decision: Decision) -> dict[str, Any]:
         """The decision as a response shows it to the client."""
-        model = self.vllm_config.model_config.hf_text_config
-        return describe(decision.plan, decision.num_tokens, model, decision.why)
+        return describe(decision.plan, decision.num_tokens, self.model, decision.why)
+
+    def model_keys(self, decision: Decision) -> dict[str, Any] | None:
+        """The counts of attended keys of a model that counts them itself; None: the plan's own hold."""
+        return model_keys(decision.plan, decision.num_tokens, self.model)
 
 
 def rejection(error: OptionError) -> VLLMValidationError:

@@ -243,7 +243,10 @@ def test_sizes_of_attamba_are_pages_of_chunk_states_and_have_no_overlap(options,
 def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_keys():
     front, request = planner(ON, **ATTAMBA), processed({"star": "on", "star_block_size": "n/3"}, length=1000)
     front.resolve(request, None)
-    assert request.sampling_params.extra_args == wire(384, 384, 0, 500, 1000, 1, False)
+    plan = StarPlan(384, 384, 0, 500, 1000)
+    keys = prompt_keys(plan, 1000, 8, 16, layers=8)
+    assert request.sampling_params.extra_args == {KEY: wire(384, 384, 0, 500, 1000, 1, False)[KEY] | {"keys": keys}}
+    assert plan_of_request(request) == front.describe(Decision(plan, None, 1000))
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
         shown = front.describe(Decision(plan, None, 1000))
         assert shown == shown | prompt_keys(plan, 1000, 8, 16, layers=8)
@@ -358,10 +361,13 @@ def test_the_key_of_metadata_is_refused_before_the_response_starts():
         planner(ON).prepare({"prompt_token_ids": [1] * 300}, SamplingParams(extra_args={KEY: "mine"}))
 
 
-def test_the_output_of_a_request_says_how_its_prompt_was_prefilled():
+def test_the_output_of_a_request_says_how_its_prompt_was_prefilled(noted):
+    """As a response of a server says it."""
     star, dense = processed(STAR), processed(None)
     for request in (star, dense):
         planner(ON).resolve(request, None)
+    planner(ON).prepare({"prompt_token_ids": [1] * 300}, SamplingParams(extra_args=STAR), "id")
+    assert noted.plans == [plan_of_request(star)] and noted.plans[0]["keys_attended"] < noted.plans[0]["dense_keys"]
     assert plan_of_request(dense) == {"attention": "dense", "prompt_tokens": 300, "why": "star is off"}
     shown = plan_of_request(star)
     assert (shown["attention"], shown["star_blocks"], shown["context_end"]) == ("star", 3, 150)

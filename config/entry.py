@@ -9,16 +9,15 @@ from typing import Any
 from starling.config.library import LibraryOptions, parse_library
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, with_preset
-from starling.config.quality import QUALITY_SIZES, parse_quality_sizes
+from starling.config.quality import parse_quality_sizes
 from starling.config.replicas import SECTION as REPLICAS
 from starling.config.replicas import ReplicaOptions, parse_replicas
 from starling.config.scheduling import SECTION as SCHEDULING
 from starling.config.scheduling import SchedulingOptions, parse_scheduling
-from starling.config.star import FIELD_OF, StarOptions, parse_options
+from starling.config.star import FIELD_OF, QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY, StarOptions, parse_options
 
 ENTRY = "starling"
 CPU_ATTENTION, GPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "gpu_attention", "cache_salt", "live_page"
-STAR_HEADS, STAR_LIBRARY = "star_heads", "star_library"
 
 CHOICES = {  # the first is the default
     # The faster attention op for CPUs, or always vLLM's.

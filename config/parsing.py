@@ -68,9 +68,16 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2 - 3]}...{text[-MAX_SHOWN // 2 :]}"
 
 
-def meant(name: str, names: Iterable[str]) -> str:
-    """ ", did you mean ..." where a name is nearly one of ``names``; else nothing."""
-    close = difflib.get_close_matches(name[:64], list(names), 1)
+def meant(name: str, names: Iterable[str], *, misspelled: bool = True) -> str:
+    """ ", did you mean ..." where one of ``names`` has all words of a name, or is nearly the name; else nothing.
+
+    Args:
+        misspelled: whether the name may be a misspelled one.
+    """
+    words, names = set(re.split("[-_]", name[:64])), list(names)
+    close = [each for each in names if words <= set(re.split("[-_]", each))]
+    if misspelled and not close:
+        close = difflib.get_close_matches(name[:64], names, 1)
     return f", did you mean {close[0]}" if close else ""
 
 
@@ -109,8 +116,10 @@ def parse_fields(
         if name not in names:
             reason = f"there is no such {kind} option{meant(name, names)}"
             raise OptionError(prefix + name, value, reason, ", ".join(names))
-    try:
-        return model(**{names[name]: value for name, value in values.items()})
+    made = model.__new__(model)
+    try:  # a model's own __init__ may name its fields in errors, and options have other names
+        BaseModel.__init__(made, **{names[name]: value for name, value in values.items()})
+        return made
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
         name = next(name for name in values if names[name] == field)

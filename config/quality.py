@@ -12,7 +12,6 @@ from typing import Any
 from starling.config.parsing import OptionError, meant, read_word, shown, words_of
 from starling.config.star import Quality
 
-QUALITY_SIZES = "star_quality_sizes"
 WORDS = tuple(words_of(Quality))
 DENSE = "dense"
 

@@ -11,16 +11,25 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from operator import ge
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from starling.config.parsing import OptionError, Switch, Tokens, parse_fields, read_number, read_switch, read_word
+from starling.config.parsing import (
+    OptionError,
+    Switch,
+    Tokens,
+    meant,
+    parse_fields,
+    read_number,
+    read_switch,
+    read_word,
+)
 
 Mode = Annotated[Literal["off", "on", "auto"], BeforeValidator(read_switch)]
 Quality = Annotated[Literal["fast", "balanced", "careful"], BeforeValidator(read_word)]
 
-SHARE = re.compile(r"n/([1-9][0-9]{0,8})")
+SHARE = re.compile(r"^n/([1-9][0-9]{0,8})$")
 SHARE_TEXT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(%?)")
 MAX_SEGMENT_TEXT = 256
 """Characters of the text of a token that starts a document."""
@@ -48,6 +57,9 @@ Share = Annotated[float, BeforeValidator(read_share), Field(ge=0, le=1, allow_in
 ReplicaCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(read_number)]
 
 PREFIX = "star"
+QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY = "star_quality_sizes", "star_heads", "star_library"
+SERVER_ONLY = (QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY)
+"""Options that a server has and no request."""
 
 
 class StarOptions(BaseModel):
@@ -57,6 +69,13 @@ class StarOptions(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    if not TYPE_CHECKING:  # a type checker knows the fields by pydantic
+
+        def __init__(self, **values: Any) -> None:
+            """Raises OptionError: there is no such option or value."""
+            parse_options(values, flat=False)
+            super().__init__(**values)
 
     mode: Mode = Field(default="off", description="off, on, or auto: on for prompts of at least star_min_tokens")
     min_tokens: Tokens = Field(default=32768, description="with star=auto, shorter prompts stay dense")
@@ -167,6 +186,12 @@ def parse_options(values: Mapping[str, Any], *, flat: bool = True, prefix: str =
     Raises:
         OptionError: an unknown name, a wrong type or value, or offsets of documents that do not ascend.
     """
+    for name in values:
+        if flat and name in SERVER_ONLY:
+            flag = f"--{name.replace('_', '-')}"
+            near = meant(name, FIELD_OF, misspelled=False)
+            reason = f"it is an option of the server, {flag}, and not of a request{near}"
+            raise OptionError(prefix + name, values[name], reason, ", ".join(FIELD_OF))
     options = parse_fields(
         StarOptions,
         values,

@@ -259,12 +259,25 @@ def prepare_server(args: Any) -> None:
     if config.cache_salt == "api-key" and not api_keys(args):
         reason = "the server has no API keys to derive salts from: give --api-key or VLLM_API_KEY"
         raise OptionError(f"{ENTRY}.{CACHE_SALT}", config.cache_salt, reason, "request or required")
+    if config.star.segments not in (None, "off"):
+        show_cached_tokens(args, config)
     wanted = [*MIDDLEWARE]
     if config.live_page == "on":
         wanted.append(PAGE_MIDDLEWARE)
         prepare_live_page(args, config)
     wanted.append(OUTERMOST)
     args.middleware = [*args.middleware, *(name for name in wanted if name not in args.middleware)]
+
+
+def show_cached_tokens(args: Any, config: StarlingConfig) -> None:
+    """Let responses say what was cached: with documents, the time to the first token says it as well."""
+    args.enable_prompt_tokens_details = True
+    if len(api_keys(args)) > 1 and config.cache_salt == "request":
+        logger.warning_once(
+            "star_segments=%s: clients share cached documents, and responses say which were cached. With "
+            "--cache-salt api-key each API key has its own.",
+            config.star.segments,
+        )
 
 
 def prepare_live_page(args: Any, config: StarlingConfig) -> None:

@@ -17,7 +17,8 @@ class Call:
 
     Attributes:
         api_key: that the client sent; empty where it sent none. A front has checked it only where the call needs a key.
-        sees_cached: whether responses may say how many tokens were cached (vLLM's --enable-prompt-tokens-details).
+        sees_cached: whether responses may say how many tokens were cached (vLLM's --enable-prompt-tokens-details,
+            which a server with documents has).
         star: the star options of the chat that is rendered for it, which vLLM's renderer does not get.
         plans: of its prompts, as the header of an HTTP response shows them.
         max_plans: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.

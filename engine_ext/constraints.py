@@ -17,9 +17,11 @@ NO_TOKEN = (
 )
 
 NO_GRAMMAR = (
-    "The engine ended the output: it could not make a grammar of the constraint, or the grammar leaves no token. The "
-    "server's log says which. A rule or schema that refers to nothing but itself is one reason."
+    "the engine could not make a grammar of it, or the grammar leaves no token, as where a rule or schema refers to "
+    "nothing but itself. The server's log says which. Allowed: a constraint that some text satisfies"
 )
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+"""Fields of vLLM's StructuredOutputsParams, of which a request has one."""
 
 
 def check_transfer_params(extra_args: Mapping[str, Any] | None) -> None:
@@ -37,11 +39,14 @@ def constraint_error(params: Any) -> VLLMValidationError | None:
     vLLM's front checks a constraint's syntax. The engine core makes the grammar: it may fail (`root ::= root root`), or
     leave no token (`{"$ref": "#"}`). vLLM then samples one that the grammar rejects. Its server answers 500 to both.
     """
-    if not getattr(params, "structured_outputs", None):
+    structured = getattr(params, "structured_outputs", None)
+    if not structured:
         return None
     if getattr(params, "allowed_token_ids", None):
         return VLLMValidationError(NO_TOKEN, parameter="allowed_token_ids")
-    return VLLMValidationError(NO_GRAMMAR)
+    kinds = [kind for kind in CONSTRAINTS if getattr(structured, kind)]
+    name = ".".join(["structured_outputs", *kinds])
+    return VLLMValidationError(f"{name} is refused: {NO_GRAMMAR}.", parameter=name)
 
 
 async def with_reason(outputs: AsyncGenerator[Any, None], error: Exception) -> AsyncGenerator[Any, None]:

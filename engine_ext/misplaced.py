@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
+from typing import Any
 
+from starling.config.entry import ENTRY
 from starling.config.parsing import OptionError
-from starling.config.star import FIELD_OF, FIELDS, flat_name, is_star_key
+from starling.config.presets import PRESET, PRESETS
+from starling.config.star import ALLOWED, FIELD_OF, FIELDS, SERVER_ONLY, flat_name, is_star_key, parse_options
 
 OTHERS = frozenset({"start", "stats"})
 """Words that are nearly ``star`` and mean something else."""
 CUTOFF = 0.8
+
+XARGS, EXTRA_ARGS = "vllm_xargs", "extra_args"
+HOLDERS = (XARGS, EXTRA_ARGS, ENTRY)
+"""Fields that hold star options: of a request's JSON, of Python's SamplingParams, of a server's additional_config."""
+NOT_READ = {
+    "extra_body": "it is an argument of OpenAI's Python client, which sends the fields in it as fields of the request",
+    "sampling_params": "the parameters are fields of the request themselves",
+    "additional_config": "it is an option of the server",
+    "options": "vLLM ignores it",
+    "parameters": "vLLM ignores it",
+}
+"""Fields of other APIs in which star options stand at times, and why nobody reads them there."""
+WRONG_VALUE = re.compile(rf"body\.{XARGS}\.(star\w*)(\..*)?")
+"""Of the parameter that an error of vLLM names: a star option whose value vLLM's request does not take."""
 
 
 def nearly(key: str) -> str | None:
@@ -23,12 +41,64 @@ def nearly(key: str) -> str | None:
     return next(iter(difflib.get_close_matches(plain, FIELD_OF, 1, CUTOFF)), None)
 
 
-def refuse_at_top_level(fields: Iterable[str]) -> None:
+def is_option(key: str) -> bool:
+    """Whether a key among others is a star option, or a misspelled one: ``mode`` alone means something else there."""
+    return is_star_key(key) or (key not in FIELDS and nearly(key) is not None)
+
+
+def is_preset(key: str, value: Any) -> bool:
+    """Whether a key in a request is the server's option `preset`."""
+    return key == PRESET and isinstance(value, str) and value in PRESETS
+
+
+def refuse_preset(key: str, value: Any) -> None:
+    """Refuse the server's option `preset` in a request (raises OptionError)."""
+    if is_preset(key, value):
+        reason = f"it is an option of the server, --{PRESET}, and not of a request"
+        raise OptionError(key, value, reason, ", ".join(FIELD_OF))
+
+
+def refuse_at_top_level(fields: Mapping[str, Any]) -> None:
     """Refuse star options among the unknown fields of a request's JSON, which vLLM ignores (raises OptionError)."""
-    for name in fields:
-        if name == "extra_args":
-            raise OptionError(name, "...", "it is a parameter of Python's SamplingParams", "vllm_xargs")
-        if is_star_key(name) or (nearly(name) in FIELD_OF and name not in FIELDS):
-            option = name if name in FIELD_OF else nearly(name) or flat_name("mode")
-            reason = "vLLM ignores it as a field of the request"
-            raise OptionError(name, "...", reason, f'"vllm_xargs": {{"{option}": ...}}')
+    for name, value in fields.items():
+        refuse_preset(name, value)
+        if name == EXTRA_ARGS:
+            raise OptionError(name, value, "it is a parameter of Python's SamplingParams", XARGS)
+        if name == ENTRY:
+            raise misplaced(name, value, "vLLM ignores it as a field of the request", value)
+        if difflib.get_close_matches(name[:64], [XARGS], 1, CUTOFF):
+            raise misplaced(name, value, f"there is no such field, did you mean {XARGS}", value)
+        if name in SERVER_ONLY:
+            parse_options({name: value})  # says so
+        if is_option(name):
+            raise misplaced(name, value, "vLLM ignores it as a field of the request", {name: value})
+        if name in NOT_READ and isinstance(value, Mapping) and any(key in HOLDERS or is_option(key) for key in value):
+            raise misplaced(name, value, NOT_READ[name], value)
+
+
+def misplaced(name: str, value: Any, reason: str, holds: Any) -> OptionError:
+    """The error of a field that holds star options where nobody reads them."""
+    return OptionError(name, value, reason, f'"{XARGS}": {{"{first_option(holds)}": ...}} as a field of the request')
+
+
+def first_option(holds: Any) -> str:
+    """The first star option in a field, or in the fields in it; ``star`` where none has such a name."""
+    for key, value in holds.items() if isinstance(holds, Mapping) else ():
+        if key in HOLDERS:
+            return first_option(value)
+        if is_option(key):
+            return key if key in FIELD_OF else nearly(key) or flat_name("mode")
+    return flat_name("mode")
+
+
+def explained(message: str, parameter: str | None) -> str:
+    """The message of an error of vLLM; of a star option whose value vLLM's request does not take, what it takes.
+
+    vLLM says which pydantic types the value has none of.
+    """
+    found = WRONG_VALUE.fullmatch(parameter or "")
+    if found is None:
+        return message
+    allowed = ALLOWED.get(FIELD_OF.get(found[1], ""), "a whole number of tokens, 0 or more")
+    reason = f"a value in {XARGS} is a text, a number or a list of them"
+    return f"{found[1]} is refused: {reason}. Allowed: {allowed}."

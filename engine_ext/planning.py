@@ -15,9 +15,9 @@ from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
 from starling.engine_ext.bounds import shortened
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.misplaced import nearly
+from starling.engine_ext.misplaced import nearly, refuse_preset
 from starling.engine_ext.refusals import engine_facts
-from starling.scheduler.star.counts import describe
+from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
 from starling.scheduler.star.documents import refuse_many_offsets
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
@@ -57,6 +57,7 @@ def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions 
     given = {key: value for key, value in extra_args.items() if is_star_key(key)}
     if len(given) < len(extra_args):
         for key in extra_args:
+            refuse_preset(key, extra_args[key])
             if key not in given and (name := nearly(key)) is not None:
                 raise OptionError(key, extra_args[key], f"there is no such option, did you mean {name}", name)
     if not given:
@@ -86,6 +87,11 @@ class PromptPlanner:
         if self.num_peers is not None:
             replicas = replace(replicas, present=1 + self.num_peers())
         return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages, replicas=replicas)
+
+    @property
+    def model(self) -> Any:
+        """The text model's configuration."""
+        return self.vllm_config.model_config.hf_text_config
 
     @property
     def page_size(self) -> int | None:
@@ -135,8 +141,11 @@ class PromptPlanner:
 
     def describe(self, decision: Decision) -> dict[str, Any]:
         """The decision as a response shows it to the client."""
-        model = self.vllm_config.model_config.hf_text_config
-        return describe(decision.plan, decision.num_tokens, model, decision.why)
+        return describe(decision.plan, decision.num_tokens, self.model, decision.why)
+
+    def model_keys(self, decision: Decision) -> dict[str, Any] | None:
+        """The counts of attended keys of a model that counts them itself; None: the plan's own hold."""
+        return model_keys(decision.plan, decision.num_tokens, self.model)
 
 
 def rejection(error: OptionError) -> VLLMValidationError:

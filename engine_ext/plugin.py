@@ -90,10 +90,11 @@ def _hook_into_front() -> None:
     from starling.engine_ext.call import current_call, sees_cached, with_sources, without_cached
     from starling.engine_ext.chat_segments import add_segments, generates, note_chat_options, wants_segments
     from starling.engine_ext.constraints import constraint_error, with_reason
-    from starling.engine_ext.front.cached_tokens import check_looked_up, look_up
+    from starling.engine_ext.front.cached_tokens import look_up, prepare_look_up
     from starling.engine_ext.front.split_prefill import generate_split
     from starling.engine_ext.front.state import abort_split, state_of
-    from starling.engine_ext.requests import begin_beam_search, check_names, check_openai_request, shown_plan
+    from starling.engine_ext.misplaced import explained
+    from starling.engine_ext.requests import begin_beam_search, check_openai_request, check_unknown, shown_plan
 
     def with_salt(input_processor: Any, prompt: Any) -> Any:
         return state_of(input_processor).planner.with_salt(prompt)
@@ -112,15 +113,15 @@ def _hook_into_front() -> None:
     def openai_request(http_request: Any) -> None:
         if generates(http_request):
             check_openai_request(http_request)
-        check_looked_up(http_request)
+        prepare_look_up(http_request)
         note_chat_options(http_request)
 
     on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
     on_encode(with_salt)
     on_abort(abort_split)
-    on_openai_request(openai_request, check_names)
+    on_openai_request(openai_request, check_unknown)
     on_beam_search(begin_beam_search)
-    on_error_text(shortened)
+    on_error_text(explained, shortened)
     before_tokenizing(bounded_text)
     on_rendered_chat(wants_segments, add_segments)
 

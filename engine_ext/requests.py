@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from starling.engine_ext.constraints import check_transfer_params
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.misplaced import refuse_at_top_level
 from starling.engine_ext.planning import PromptPlanner, rejection
-from starling.scheduler.star.counts import star_shape
+from starling.scheduler.star.counts import describe
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
 from starling.vllm_compat.front import IS_BEAM
@@ -118,7 +118,7 @@ class RequestPlanner(PromptPlanner):
             return
         if decision.plan is not None and decision.plan.documents:
             _refuse_token_positions(params)
-        metadata = replace(metadata, plan=decision.plan, why=decision.why)
+        metadata = replace(metadata, plan=decision.plan, why=decision.why, keys=self.model_keys(decision))
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
         params.extra_args = rest | {KEY: metadata.to_wire()}
         if not request.resumable:  # a session's last piece, without input, is the one that counts
@@ -136,8 +136,7 @@ def plan_of_request(request: Any) -> dict[str, Any] | None:
         return None
     metadata = found if isinstance(found, RequestMetadata) else RequestMetadata.from_wire(found)
     num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-    shown = {"attention": "dense", "prompt_tokens": num_tokens} if metadata.plan is None else star_shape(metadata.plan)
-    return shown if metadata.why is None else shown | {"why": metadata.why}
+    return describe(metadata.plan, num_tokens, why=metadata.why) | (metadata.keys or {})
 
 
 def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
@@ -180,10 +179,10 @@ def _refuse_token_positions(params: Any) -> None:
             raise VLLMValidationError(str(error), parameter=name)
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_unknown(fields: Mapping[str, Any]) -> None:
     """Refuse star options among the fields of a request's JSON that vLLM ignores (raises VLLMValidationError)."""
     try:
-        refuse_at_top_level(names)
+        refuse_at_top_level(fields)
     except OptionError as error:
         raise rejection(error) from None
 
@@ -196,7 +195,7 @@ def check_openai_request(http_request: Any) -> None:
     Raises:
         VLLMValidationError: as above.
     """
-    check_names(http_request.model_extra or ())
+    check_unknown(http_request.model_extra or {})
     REQUEST_ID.check(len(getattr(http_request, "request_id", None) or ""))
     if not getattr(http_request, "use_beam_search", False):
         return

@@ -8,7 +8,8 @@ vLLM's prefix cache; with Star Attention; and with star_segments, where each fil
 document that is reused wherever it stands. Each of these, and each run, has a cache salt of its own, so it starts cold.
 The answers in the conversation are written here, not the model's, so that all three get the same prompts.
 
-The example needs a server of `starling serve` with --enable-prompt-tokens-details, such as `make serve`.
+The example needs a server of `starling serve`, such as `make serve`. Tokens computed are known of one with
+--star-segments, as a preset has it, or --enable-prompt-tokens-details.
 """
 
 import argparse

@@ -16,7 +16,7 @@ class Answer:
 
     Attributes:
         seconds: from the request to the first token.
-        cached_tokens: None from a server without --enable-prompt-tokens-details.
+        cached_tokens: None from a server without --star-segments or --enable-prompt-tokens-details.
         plan: the response's x-starling-plan; empty from a server without Starling.
     """
 

@@ -5,7 +5,8 @@ prompt that it has not cached, which `POST /starling/cached` says, and those of 
 answer. So documents are found in any order. A server that can't be asked, or refuses a request for want of room, is
 left out of that request. A client that leaves ends its request.
 
-The servers run with --enable-prompt-tokens-details. The router passes on paths, headers and bodies as they are.
+The servers run with documents (--preset rag), or with --enable-prompt-tokens-details. The router passes on paths,
+headers and bodies as they are.
 """
 
 from __future__ import annotations

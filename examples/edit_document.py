@@ -6,8 +6,8 @@ Each document starts with a token whose text the request gives as star_segments.
 at positions of its own, wherever it stands. So an edit that makes a document longer leaves the others as they are: the
 server computes only the edited document and the question.
 
-The example needs a server of `starling serve`, such as `make serve`. Only servers started with
---enable-prompt-tokens-details report the number of cached tokens.
+The example needs a server of `starling serve`, such as `make serve`. Only servers with
+--star-segments, as a preset has it, or --enable-prompt-tokens-details report the number of cached tokens.
 """
 
 import argparse

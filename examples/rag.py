@@ -8,7 +8,8 @@ prefix cache does not find it, and with star_segments its KV is reused. The exam
 tokens computed, the time to the first token, and the answer, with a + if it has the expected word. Dense prompts and
 star_segments, and each run, have a cache salt of their own, so they start cold.
 
-The example needs a server of `starling serve` with --enable-prompt-tokens-details, such as `make serve`.
+The example needs a server of `starling serve`, such as `make serve`. Tokens computed are known of one with
+--star-segments, as a preset has it, or --enable-prompt-tokens-details.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from starling.vllm_compat.admission import has_arrived, hide_requests
@@ -103,17 +103,18 @@ def on_encode(prepare: Callable[[Any, Any], Any]) -> None:
         return original(self, prepare(self.input_processor, prompt), *args, **kwargs)
 
 
-def on_openai_request(check: Callable[[Any], None], check_names: Callable[[Iterable[str]], None]) -> None:
+def on_openai_request(check: Callable[[Any], None], check_unknown: Callable[[dict[str, Any]], None]) -> None:
     """Call ``check(http_request)`` for the requests of an OpenAI server, before their prompts are rendered.
 
     Whatever a request is for, vLLM first asks whether the server has its model; only pooling requests are asked about
     elsewhere. vLLM ignores unknown fields of a request's JSON, and its renderer and its BeamSearchParams get nothing of
-    `vllm_xargs`. Its model of an Anthropic request drops unknown fields: ``check_names`` gets the names of that JSON.
-    Goes when vLLM refuses unknown fields, and hands a request on to its renderer and its beam search.
+    `vllm_xargs`. Its model of an Anthropic request drops unknown fields: ``check_unknown`` gets them. And its path of
+    these requests logs an error of the client with its stack: here it is an answer before that. Goes when vLLM refuses
+    unknown fields, hands a request on to its renderer and its beam search, and logs no error of a client.
     """
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.serve.engine.serving import BaseServing
-    from vllm.exceptions import VLLMValidationError
+    from vllm.exceptions import VLLMClientError
 
     @wrap(BaseServing, "_check_model")
     async def _check_model(original: Original, self: Any, request: Any) -> Any:
@@ -125,10 +126,11 @@ def on_openai_request(check: Callable[[Any], None], check_names: Callable[[Itera
     @wrap(AnthropicServingMessages, "create_messages")
     async def create_messages(original: Original, self: Any, request: Any, raw_request: Any = None) -> Any:
         try:
-            check_names(() if raw_request is None else await raw_request.json())
-        except VLLMValidationError as error:
+            sent = {} if raw_request is None else await raw_request.json()
+            check_unknown({name: value for name, value in sent.items() if name not in type(request).model_fields})
+            return await original(self, request, raw_request)
+        except VLLMClientError as error:
             return self.create_error_response(error)
-        return await original(self, request, raw_request)
 
 
 def on_beam_search(callback: Callable[[], None]) -> None:
@@ -145,10 +147,11 @@ def on_beam_search(callback: Callable[[], None]) -> None:
 
 
 @touches("vllm.entrypoints.serve.engine.protocol.ErrorInfo.{message, param}")
-def on_error_text(shorten: Callable[[str], str]) -> None:
-    """Put ``shorten(text)`` for the message, and for the parameter's name, of every error of the HTTP server.
+def on_error_text(explain: Callable[[str, str | None], str], shorten: Callable[[str], str]) -> None:
+    """Put ``explain(message, parameter)`` for the message of every error of the HTTP server, and bound both.
 
-    vLLM's messages quote what a client sent, of any length. Goes when vLLM bounds them.
+    vLLM's messages quote what a client sent, of any length, and name pydantic's types. Both are handed to ``shorten``.
+    Goes when vLLM bounds them, and says in words what a value of `vllm_xargs` may be.
     """
     from vllm.entrypoints.serve.engine.protocol import ErrorInfo
 
@@ -157,8 +160,8 @@ def on_error_text(shorten: Callable[[str], str]) -> None:
     original = ErrorInfo.__init__
 
     def __init__(self: Any, /, **fields: Any) -> None:
-        texts = {name: shorten(fields[name]) for name in ("message", "param") if fields.get(name)}
-        original(self, **fields | texts)
+        fields["message"] = explain(fields["message"], fields.get("param"))
+        original(self, **fields | {name: shorten(fields[name]) for name in ("message", "param") if fields.get(name)})
 
     ErrorInfo.__init__ = __init__  # type: ignore[assignment, method-assign]
 

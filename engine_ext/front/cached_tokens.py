@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 
 from starling.config.entry import config_of
 from starling.engine_ext.call import Call, this_call
@@ -17,14 +17,25 @@ from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
 
 
-class LookedUp(GenerationError):
-    """In place of a request's outputs: the call has the answer. vLLM logs such errors in `/v1/messages` alone."""
+class LookedUp(GenerationError, VLLMClientError):
+    """In place of a request's outputs: the call has the answer. vLLM logs no error of these two kinds with its stack.
+
+    vLLM's server answers a GenerationError, and `/v1/messages` a VLLMClientError (vllm_compat/front.py).
+    """
 
 
-def check_looked_up(http_request: Any) -> None:
-    """Check a request of a call that only looks up (raises VLLMValidationError: it runs when the call has ended)."""
-    if this_call().only_looks_up and getattr(http_request, "background", None):
+def prepare_look_up(http_request: Any) -> None:
+    """Make one answer of a request of a call that only looks up, where it asks for a stream.
+
+    Raises:
+        VLLMValidationError: it runs when the call has ended.
+    """
+    if not this_call().only_looks_up:
+        return
+    if getattr(http_request, "background", None):
         raise VLLMValidationError("A response in the background is not looked up.", parameter="background")
+    if getattr(http_request, "stream", None):
+        http_request.stream = False
 
 
 def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -> AsyncGenerator[Any, None]:

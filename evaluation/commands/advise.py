@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from starling.config.entry import ENTRY
-from starling.config.quality import QUALITY_SIZES, size_text, size_texts
-from starling.config.star import num_blocks, parse_options
+from starling.config.quality import size_text, size_texts
+from starling.config.star import QUALITY_SIZES, num_blocks, parse_options
 from starling.evaluation.client import Client
 from starling.evaluation.commands import tune
 from starling.evaluation.commands.measuring import connect, run_measurement

@@ -15,8 +15,7 @@ from rich.markup import escape
 
 from starling.config.entry import ENTRY, STAR_HEADS
 from starling.config.presets import PRESETS
-from starling.config.quality import QUALITY_SIZES
-from starling.config.star import FIELD_OF, FIELDS, flat_name
+from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
 from starling.evaluation.commands.measuring import (
     Measurement,
     Session,

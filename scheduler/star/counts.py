@@ -49,16 +49,17 @@ def dense_keys(num_tokens: int) -> int:
     return num_tokens * (num_tokens + 1) // 2
 
 
-def star_shape(plan: StarPlan) -> dict[str, Any]:
-    """The sizes of a plan as the client is shown them, who knows nothing of padding."""
-    tokens = num_client_tokens(plan)
+def summary(plan: StarPlan) -> dict[str, Any]:
+    """The plan as a response shows it to the client, who knows nothing of padding: its sizes, and the attended keys."""
+    context, tokens = num_context_tokens(plan), num_client_tokens(plan)
+    in_context = context_pairs(plan)
     return {
         "attention": "star",
         "star_blocks": len(plan.starts),
         "block_size": plan.block_size,
         "anchor_size": plan.anchor_size,
         "overlap_size": plan.overlap_size,
-        "context_end": num_context_tokens(plan),
+        "context_end": context,
         "prompt_tokens": tokens,
         "replicas": plan.replicas,
         "shards": plan.shards,
@@ -66,16 +67,7 @@ def star_shape(plan: StarPlan) -> dict[str, Any]:
         "kv_heads": 0 if plan.dense_heads is None else plan.dense_heads.total,
         "documents": bool(plan.documents),
         "padding_tokens": plan.num_prompt_tokens - tokens,
-    }
-
-
-def summary(plan: StarPlan) -> dict[str, Any]:
-    """The plan as a response shows it: its sizes, and how many keys it attends to."""
-    context, tokens = num_context_tokens(plan), num_client_tokens(plan)
-    queries = tokens - context
-    in_context = context_pairs(plan)
-    return star_shape(plan) | {
-        "keys_attended": in_context + count_pairs(queries, ((0, tokens),)),
+        "keys_attended": in_context + count_pairs(tokens - context, ((0, tokens),)),
         "dense_keys": dense_keys(tokens),
         "keys_per_context_token": round(in_context / max(context, 1), 1),
     }
@@ -91,7 +83,15 @@ def describe(
         why: as a Decision has it.
     """
     dense: dict[str, Any] = {"attention": "dense", "prompt_tokens": num_prompt_tokens}
-    shown = dense if plan is None else summary(plan)
-    count_keys = getattr(model, "prompt_keys", None)
-    shown |= count_keys(plan, num_prompt_tokens) if count_keys else {}
+    shown = (dense if plan is None else summary(plan)) | (model_keys(plan, num_prompt_tokens, model) or {})
     return shown if why is None else shown | {"why": why}
+
+
+def model_keys(plan: StarPlan | None, num_prompt_tokens: int, model: Any) -> dict[str, Any] | None:
+    """The counts of attended keys of a model that counts them itself; None: the plan's own hold.
+
+    Args:
+        model: as in ``describe``.
+    """
+    count_keys = getattr(model, "prompt_keys", None)
+    return count_keys(plan, num_prompt_tokens) if count_keys else None

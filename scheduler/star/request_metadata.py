@@ -141,6 +141,7 @@ class RequestMetadata:
         fetch: pages that this request fetches; None: none.
         remote: KV of this request that stays on other replicas; None: none.
         why: as the prompt's Decision has it.
+        keys: how many keys the prompt attends to, where its model counts them itself; None: the plan says it.
     """
 
     plan: StarPlan | None = None
@@ -148,6 +149,7 @@ class RequestMetadata:
     fetch: PageFetch | None = None
     remote: RemoteShards | None = None
     why: str | None = None
+    keys: dict[str, Any] | None = None
 
     @property
     def is_split(self) -> bool:
@@ -157,8 +159,7 @@ class RequestMetadata:
     def to_wire(self) -> dict[str, Any]:
         """The metadata as msgpack takes it."""
         wire: dict[str, Any] = {} if self.plan is None else {"plan": plan_to_wire(self.plan)}
-        if self.why is not None:
-            wire["why"] = self.why
+        wire |= {name: value for name in ("why", "keys") if (value := getattr(self, name)) is not None}
         tasks = {"part": self.part, "fetch": self.fetch, "remote": self.remote}
         return wire | {name: asdict(task) for name, task in tasks.items() if task is not None}
 
@@ -176,6 +177,7 @@ class RequestMetadata:
             if remote is None
             else RemoteShards(remote["local_name"], tuple(Shard(**shard) for shard in remote["shards"])),
             wire.get("why"),
+            wire.get("keys"),
         )
 
 

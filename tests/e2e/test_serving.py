@@ -260,11 +260,22 @@ def test_the_retrieval_example_reuses_documents(server):
     assert re.fullmatch(rf"block +{block} of \d+ tokens, .* s, {right} of 3 right", printed.splitlines()[-1])
 
 
-@pytest.mark.parametrize("field", ["star", "star_block_size", "extra_args"])
+IGNORED = {
+    "star": "on",
+    "star_block_size": 64,
+    "extra_args": {},
+    "extra_body": {"vllm_xargs": {"star": "on"}},
+    "sampling_params": {"star": "on"},
+    "starling": {"star": "on"},
+    "vllm_xarg": {"star": "on"},
+}
+
+
+@pytest.mark.parametrize("field", IGNORED)
 @pytest.mark.parametrize("path", PATHS)
 def test_an_option_that_vllm_would_ignore_gives_400(http, path, field):
     """At the top level of the request's JSON."""
-    response = http.post(path, json=body(path) | {field: {} if field == "extra_args" else 64})
+    response = http.post(path, json=body(path) | {field: IGNORED[field]})
     assert response.status_code == 400, response.text
     message = response.json()["error"]["message"]
     assert field in message and "vllm_xargs" in message

@@ -24,10 +24,9 @@ from starling.config.entry import (
 from starling.config.library import FORM
 from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
-from starling.config.quality import QUALITY_SIZES
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
-from starling.config.star import FIELD_OF, StarOptions, flat_name, parse_options
+from starling.config.star import FIELD_OF, QUALITY_SIZES, StarOptions, flat_name, parse_options
 from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_missing_plugin, refuse_rust_front
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, is_loopback
 from starling.vllm_compat.config import move_option

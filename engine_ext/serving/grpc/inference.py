@@ -201,16 +201,19 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         star = star_args(request.star)
         note_star(star)
         self._refuse_without_effect(request)
+        wanted = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None
+        context = self.engine.model_config.max_model_len
+        if wanted is not None and wanted > context:  # as over HTTP
+            reason = f"the model's context has {context} tokens, those of the prompt included"
+            message = f"max_tokens={wanted} is refused: {reason}. Allowed: up to {context}."
+            raise VLLMValidationError(message, parameter="max_tokens")
         extras = {"cache_salt": request.cache_salt} if request.HasField("cache_salt") else {}
         validate_cache_salt(extras.get("cache_salt"))
         engine_input = await render(self.engine.renderer, request, self.chat, extras, self.limit)
         num_tokens = len(engine_input["prompt_token_ids"])
         if not num_tokens:
             raise VLLMValidationError("The prompt has no tokens.", parameter=prompt_field(request))
-        wanted = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None
-        max_tokens = get_max_tokens(
-            self.engine.model_config.max_model_len, wanted, num_tokens, self.defaults, self.max_tokens_cap
-        )
+        max_tokens = get_max_tokens(context, wanted, num_tokens, self.defaults, self.max_tokens_cap)
         if max_tokens < 1 and wanted != 0:
             reason = f"The prompt of {num_tokens} tokens fills the model's context, and leaves no token for output."
             raise VLLMValidationError(reason, parameter=prompt_field(request))

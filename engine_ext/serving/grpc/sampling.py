@@ -10,7 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 
 from starling.config.star import is_star_key
 from starling.engine_ext.constraints import TRANSFER_KEYS
-from starling.engine_ext.misplaced import nearly
+from starling.engine_ext.misplaced import is_preset, nearly
 from starling.engine_ext.serving.grpc.messages import given
 from starling.v1 import inference_pb2 as pb
 
@@ -102,6 +102,8 @@ def parse_extra_args(text: str) -> dict[str, Any]:
     for key in values:
         if is_star_key(key) or nearly(key) is not None:
             raise refused(f"{key!r} is an option of Star Attention, which has the request's field `star`")
+        if is_preset(key, values[key]):
+            raise refused(f"{key!r} is an option of the server, --{key}, and not of a request")
         if key in TRANSFER_KEYS:  # which gRPC's responses lack
             raise refused(f"{key!r} belongs to disaggregated serving, which is not served over gRPC")
     return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,20 @@ def may_have_half_pairs(body: bytes) -> bool:
     return not is_utf8(body) or b"\0" in body or b"\\ud" in body or b"\\uD" in body
 
 
+def half_pair_in(body: bytes) -> str | None:
+    """The field of a JSON object that has half of a surrogate pair; None: there is none, or the text is no object."""
+    name = None
+    try:
+        fields = json.loads(body)
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            json.dumps([name, value], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return None if name is None else name.encode(errors="replace").decode()
+    except (ValueError, RecursionError):
+        pass
+    return None
+
+
 def is_utf8(body: bytes) -> bool:
     try:
         return body.isascii() or bool(body.decode())
@@ -148,8 +163,10 @@ def check_body(body: bytes, scope: Any) -> None:
     try:
         content = msgspec.json.decode(body) if most > FEW_VALUES or may_have_half_pairs(body) else None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        reason = f"{error}. It must be UTF-8, without half of a surrogate pair"
-        raise VLLMValidationError(f"The body is no valid JSON: {reason}.") from None
+        if (name := half_pair_in(body)) is not None:
+            reason = "its text has half of a surrogate pair, which is no character. Allowed: text that UTF-8 can say"
+            raise VLLMValidationError(f"{name} is refused: {reason}.", parameter=name) from None
+        raise VLLMValidationError(f"The body is no valid JSON: {error}. It must be UTF-8.") from None
     if most <= FEW_VALUES:
         return
     num_values = check_values(content, tokens)

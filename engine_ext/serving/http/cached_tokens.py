@@ -17,7 +17,7 @@ CACHED_PATH = "/starling/cached"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 
 NOT_FOUND = f"{CACHED_PATH} goes before {', '.join(PATHS[:-1])} or {PATHS[-1]}"
-HIDDEN = "this server does not say what is cached: start it with --enable-prompt-tokens-details"
+HIDDEN = "this server does not say what is cached: start it with --star-segments, or --enable-prompt-tokens-details"
 
 
 class AnswerCachedTokens:
@@ -44,11 +44,7 @@ class AnswerCachedTokens:
                 held.append(message)
 
             inner = scope.get("root_path", "") + path
-            try:
-                await self.app(scope | {"path": inner, "raw_path": inner.encode()}, receive, hold)
-            except Exception:  # of a streamed response that has begun, where vLLM's API does not end it with an event
-                if call.cached is None:
-                    raise
+            await self.app(scope | {"path": inner, "raw_path": inner.encode()}, receive, hold)
             if call.cached is not None:
                 await JSONResponse(call.cached)(scope, receive, send)
                 return

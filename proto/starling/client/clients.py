@@ -54,8 +54,10 @@ class Connection:
                 GetCapabilities' max_request_bytes. The size of its responses has no limit.
 
         Raises:
-            ValueError: ``retries`` is out of its range.
+            ValueError: ``retries`` is out of its range, or the key is not ASCII.
         """
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("api_key is refused: gRPC sends printable ASCII only. Allowed: a key of such characters.")
         self.address = address
         self.max_message_bytes = max_message_bytes
         self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()

@@ -11,11 +11,18 @@ Prompt = str | Sequence[str] | Sequence[int]
 Mode = Literal["off", "on", "auto"]
 
 
+class TextPart(TypedDict):
+    """A part of a message, as OpenAI's API has it."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(TypedDict):
-    """A message of a chat."""
+    """A message of a chat. The texts of several parts become lines of one text."""
 
     role: str
-    content: str
+    content: str | Sequence[TextPart]
 
 
 class Options(Protocol):

@@ -106,9 +106,11 @@ def prompt_field(
     Raises:
         TypeError: the prompt is of an unknown kind, or not one of prompt and messages is given, or
             ``add_generation_prompt`` without messages.
+        ValueError: a message has content other than text.
     """
     if messages is not None and prompt is None:
-        return "chat", {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        chat = [with_text(index, message) for index, message in enumerate(messages)]
+        return "chat", {"messages": chat, "add_generation_prompt": add_generation_prompt}
     if messages is not None or prompt is None:
         given = "both" if messages is not None else "neither"
         raise TypeError(f"The prompt is refused: {given} of prompt and messages are given. Allowed: one of them.")
@@ -125,6 +127,26 @@ def prompt_field(
     if len(prompt) and isinstance(prompt[0], str):
         return "texts", {"texts": prompt}
     return "token_ids", {"ids": prompt}
+
+
+def with_text(index: int, message: ChatMessage) -> Any:
+    """A message of a chat whose content is one text: parts of OpenAI's kind are joined by lines, as vLLM does it.
+
+    Raises:
+        ValueError: a part is no text.
+    """
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, (list, tuple)):
+        return message
+    texts = []
+    for number, part in enumerate(content):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            name, value = f"messages[{index}].content[{number}]", reprlib.repr(part)
+            allowed = 'text, or parts such as {"type": "text", "text": "..."}'
+            raise ValueError(f"{name}={value} is refused: it is no text. Allowed: {allowed}. Send images over HTTP.")
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
 
 
 def make_message(kind: Any, name: str, value: Any) -> Any:

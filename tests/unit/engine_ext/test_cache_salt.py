@@ -10,6 +10,7 @@ from vllm.inputs import EncoderDecoderInput, build_enc_dec_input, split_enc_dec_
 from vllm.sampling_params import SamplingParams
 
 from starling.config.parsing import OptionError
+from starling.engine_ext import activation
 from starling.engine_ext.activation import before_engine_config, prepare_server
 from starling.engine_ext.cache_salt import derived_salt, salt_for
 from starling.engine_ext.call import Call, current_call
@@ -150,3 +151,31 @@ def test_an_engine_without_a_server_has_no_clients(tmp_path, setting):
     with pytest.raises(OptionError, match="only a server has clients"):
         before_engine_config(EngineArgs(model=str(tmp_path), additional_config=config))
     before_engine_config(AsyncEngineArgs(model=str(tmp_path), additional_config=config))
+
+
+@pytest.mark.parametrize(
+    ("entry", "shown"),
+    [
+        ({"preset": "rag"}, True),
+        ({"star_segments": "<doc>"}, True),
+        ({"star": "on"}, False),
+        ({"preset": "rag", "star_segments": "off"}, False),
+    ],
+)
+def test_a_server_with_documents_says_what_was_cached(entry, shown):
+    given = {"middleware": [], "api_key": None, "enable_prompt_tokens_details": False}
+    args = SimpleNamespace(additional_config={"starling": entry}, **given)
+    prepare_server(args)
+    assert args.enable_prompt_tokens_details is shown
+
+
+@pytest.mark.parametrize(
+    ("keys", "salt", "warns"),
+    [(["a", "b"], "request", True), (["a"], "request", False), (["a", "b"], "api-key", False)],
+)
+def test_clients_that_share_cached_documents_are_named_at_the_start(keys, salt, warns, monkeypatch):
+    said = []
+    monkeypatch.setattr(activation.logger, "warning_once", lambda *message: said.append(message))
+    entry = {"star_segments": "auto", "cache_salt": salt}
+    prepare_server(SimpleNamespace(additional_config={"starling": entry}, middleware=[], api_key=keys))
+    assert ["clients share cached documents" in message for message, *_ in said] == [True] * warns

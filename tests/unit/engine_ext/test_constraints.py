@@ -19,6 +19,8 @@ from tests.unit.engine_ext.test_requests import ON, planner
 
 CHOICE = {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])}
 ALLOWED = {"allowed_token_ids": [1]}
+JSON = {"structured_outputs": StructuredOutputsParams(json={"$ref": "#"})}
+GRAMMAR = {"structured_outputs": StructuredOutputsParams(grammar="root ::= root root")}
 
 
 @pytest.mark.parametrize("key", TRANSFER_KEYS)
@@ -55,8 +57,15 @@ def generate_for_client(monkeypatch):
 
 @pytest.mark.parametrize(
     ("fields", "refused"),
-    [(CHOICE | ALLOWED, NO_TOKEN), (CHOICE, NO_GRAMMAR), (ALLOWED, None), ({}, None)],
-    ids=["both", "structured outputs", "allowed tokens", "none"],
+    [
+        (CHOICE | ALLOWED, NO_TOKEN),
+        (CHOICE, f"structured_outputs.choice is refused: {NO_GRAMMAR}."),
+        (JSON, f"structured_outputs.json is refused: {NO_GRAMMAR}."),
+        (GRAMMAR, f"structured_outputs.grammar is refused: {NO_GRAMMAR}."),
+        (ALLOWED, None),
+        ({}, None),
+    ],
+    ids=["both", "choice", "schema", "grammar", "allowed tokens", "none"],
 )
 def test_an_output_for_which_the_constraint_leaves_no_token(generate_for_client, fields, refused):
     """The engine ends it with an error, for which vLLM's server answers 500. So it does where it made no grammar."""
@@ -76,7 +85,8 @@ def test_an_output_for_which_the_constraint_leaves_no_token(generate_for_client,
     if refused:
         with pytest.raises(VLLMValidationError, match=re.escape(refused)) as error:
             asyncio.run(scenario())
-        assert create_error_response(error.value).error.code == 400
+        answer = create_error_response(error.value).error
+        assert (answer.code, bool(answer.param)) == (400, True)
     else:
         assert asyncio.run(scenario()) == [None, "error"]
     assert closed == ["id"]

@@ -50,15 +50,13 @@ def test_a_server_that_only_makes_an_engine_is_hooked(kind, hooked, monkeypatch)
     monkeypatch.setattr(plugin, "on_request_output", lambda plan_of, key: hooks.append(plan_of.__name__))
     monkeypatch.setattr(plugin, "on_generate", lambda prepare, around: hooks.append(around.__name__))
     monkeypatch.setattr(plugin, "on_encode", lambda prepare: hooks.append(prepare.__name__))
-    monkeypatch.setattr(
-        plugin, "on_openai_request", lambda check, names: hooks.extend([check.__name__, names.__name__])
-    )
+    monkeypatch.setattr(plugin, "on_openai_request", lambda *checks: hooks.extend(each.__name__ for each in checks))
     monkeypatch.setattr(plugin, "on_beam_search", lambda callback: hooks.append(callback.__name__))
-    monkeypatch.setattr(plugin, "on_error_text", lambda shorten: hooks.append(shorten.__name__))
+    monkeypatch.setattr(plugin, "on_error_text", lambda *texts: hooks.extend(each.__name__ for each in texts))
     monkeypatch.setattr(plugin, "on_rendered_chat", lambda wanted, add: hooks.append(add.__name__))
     plugin._hook_in()
     callbacks["after"](object.__new__(getattr(arg_utils, kind)), SimpleNamespace(additional_config={}))
-    of_requests = ["openai_request", "check_names", "begin_beam_search", "shortened", "add_segments"]
+    of_requests = ["openai_request", "check_unknown", "begin_beam_search", "explained", "shortened", "add_segments"]
     of_servers = ["generate_for_client", "with_salt", *of_requests]
     assert hooks == ["resolve", "plan_of_request", *(of_servers if hooked else [])]
 

@@ -243,7 +243,10 @@ def test_sizes_of_attamba_are_pages_of_chunk_states_and_have_no_overlap(options,
 def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_keys():
     front, request = planner(ON, **ATTAMBA), processed({"star": "on", "star_block_size": "n/3"}, length=1000)
     front.resolve(request, None)
-    assert request.sampling_params.extra_args == wire(384, 384, 0, 500, 1000, 1, False)
+    plan = StarPlan(384, 384, 0, 500, 1000)
+    keys = prompt_keys(plan, 1000, 8, 16, layers=8)
+    assert request.sampling_params.extra_args == {KEY: wire(384, 384, 0, 500, 1000, 1, False)[KEY] | {"keys": keys}}
+    assert plan_of_request(request) == front.describe(Decision(plan, None, 1000))
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
         shown = front.describe(Decision(plan, None, 1000))
         assert shown == shown | prompt_keys(plan, 1000, 8, 16, layers=8)
@@ -314,47 +317,6 @@ def test_the_text_of_a_token_starts_documents():
         plan_of(planner(ON, tokenizer=None, **DOCUMENTS), options, len(ids), ids)
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("strar", "star"),
-        ("mode", "star"),
-        ("block_size", "star_block_size"),
-        ("star-block-size", "star_block_size"),
-        ("Star_Blok_Size", "star_block_size"),
-        ("segments", "star_segments"),
-    ],
-)
-def test_a_key_that_is_nearly_an_option_is_refused(key, meant):
-    with pytest.raises(VLLMValidationError, match=f"{key}=.* is refused: .*no such option, did you mean {meant}") as at:
-        plan_of(planner(ON), {"star": "on", key: "on"}, 300)
-    assert at.value.parameter == key
-
-
-def test_keys_of_others_are_left_alone():
-    others = {"start": 1, "stats": 2, "kv_transfer_params": {}, "seed_text": "star", "theirs": None, "s": 1}
-    assert plan_of(planner(ON), STAR | others, 300).plan is not None
-
-
-@pytest.mark.parametrize(
-    ("field", "message"),
-    [
-        ("star", r'star=.*ignores it as a field of the request. Allowed: "vllm_xargs": \{"star": \.\.\.\}'),
-        ("star_block_size", r'Allowed: "vllm_xargs": \{"star_block_size"'),
-        ("star_blocksize", r'Allowed: "vllm_xargs": \{"star_block_size"'),
-        ("extra_args", "it is a parameter of Python's SamplingParams. Allowed: vllm_xargs"),
-    ],
-)
-def test_options_at_the_top_level_of_a_requests_json_are_refused(field, message):
-    with pytest.raises(VLLMValidationError, match=message):
-        check_openai_request(SimpleNamespace(model_extra={"theirs": 1, field: 1}))
-
-
-def test_other_unknown_fields_of_a_requests_json_are_left_to_vllm():
-    for extra in (None, {}, {"theirs": 1, "mode": 2, "segments": 3}):
-        check_openai_request(SimpleNamespace(model_extra=extra))
-
-
 @pytest.mark.parametrize("given", [None, {"theirs": 1}, {"star": "off"}, {"star": "auto", "star_block_size": 64}])
 def test_beam_search_takes_requests_that_do_not_ask_for_star(given):
     check_openai_request(SimpleNamespace(model_extra=None, vllm_xargs=given, use_beam_search=True))
@@ -399,10 +361,13 @@ def test_the_key_of_metadata_is_refused_before_the_response_starts():
         planner(ON).prepare({"prompt_token_ids": [1] * 300}, SamplingParams(extra_args={KEY: "mine"}))
 
 
-def test_the_output_of_a_request_says_how_its_prompt_was_prefilled():
+def test_the_output_of_a_request_says_how_its_prompt_was_prefilled(noted):
+    """As a response of a server says it."""
     star, dense = processed(STAR), processed(None)
     for request in (star, dense):
         planner(ON).resolve(request, None)
+    planner(ON).prepare({"prompt_token_ids": [1] * 300}, SamplingParams(extra_args=STAR), "id")
+    assert noted.plans == [plan_of_request(star)] and noted.plans[0]["keys_attended"] < noted.plans[0]["dense_keys"]
     assert plan_of_request(dense) == {"attention": "dense", "prompt_tokens": 300, "why": "star is off"}
     shown = plan_of_request(star)
     assert (shown["attention"], shown["star_blocks"], shown["context_end"]) == ("star", 3, 150)

@@ -7,6 +7,7 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
@@ -180,7 +181,7 @@ def plain_errors(monkeypatch):
 def short_errors(plain_errors):
     """vLLM's errors with the hook, which is asked for twice."""
     for _ in range(2):
-        front.on_error_text(lambda text: f"<{text[:20]}>")
+        front.on_error_text(lambda text, name: f"{name}: {text}", lambda text: f"<{text[:20]}>")
     yield
     del ErrorInfo.__init__
 
@@ -188,13 +189,13 @@ def short_errors(plain_errors):
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
-        (VLLMValidationError("x" * 99, parameter="y" * 99), (f"<{'x' * 20}>", f"<{'y' * 20}>")),
-        ("x" * 99, (f"<{'x' * 20}>", None)),
-        ("short", ("<short>", None)),
+        (VLLMValidationError("x" * 99, parameter="yy"), (f"<yy: {'x' * 16}>", "<yy>")),
+        (VLLMValidationError("x", parameter="y" * 99), (f"<{'y' * 20}>", f"<{'y' * 20}>")),
+        ("short", ("<None: short>", None)),
     ],
-    ids=["exception", "text", "short"],
+    ids=["exception", "long name", "text"],
 )
-def test_the_error_of_a_request_is_shortened(short_errors, error, shown):
+def test_the_error_of_a_request_is_explained_and_shortened(short_errors, error, shown):
     answer = create_error_response(error).error
     assert (answer.message, answer.param) == shown
 
@@ -426,24 +427,27 @@ def test_each_output_of_a_request_has_its_plan_and_where_its_documents_came_from
     assert vars(both) == plain | {"transfer": others, "document_sources": []}
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_an_anthropic_request_is_checked_by_the_names_of_its_json(serving, monkeypatch, refused):
-    """vLLM's model of it drops unknown fields."""
+@pytest.mark.parametrize("refused", [None, "its fields", "its options"])
+def test_an_anthropic_request_is_checked_by_its_unknown_fields(serving, monkeypatch, refused):
+    """vLLM's model of it drops them. An error of the client is an answer: vLLM's path would log it with its stack."""
 
     async def create_messages(self, request, raw_request):
-        return request
+        if refused == "its options":
+            raise VLLMValidationError("star is refused")
+        return request.model
 
     async def read():
-        return {"model": "m", "star": "on"}
+        return {"model": "m", "metadata": {"star": "on"}, "star": "on"}
 
-    def check_names(names):
-        assert set(names) == {"model", "star"}
-        if refused:
+    def check_unknown(fields):
+        assert fields == {"star": "on"}
+        if refused == "its fields":
             raise VLLMValidationError("star is refused")
 
     monkeypatch.setattr(AnthropicServingMessages, "create_messages", create_messages)
     monkeypatch.setattr(AnthropicServingMessages, "create_error_response", lambda self, error: str(error))
-    front.on_openai_request(lambda request: None, check_names)
+    front.on_openai_request(lambda request: None, check_unknown)
     messages = object.__new__(AnthropicServingMessages)
-    answer = asyncio.run(messages.create_messages("request", SimpleNamespace(json=read)))
-    assert answer == ("star is refused" if refused else "request")
+    request = AnthropicMessagesRequest(model="m", messages=[], max_tokens=1)
+    answer = asyncio.run(messages.create_messages(request, SimpleNamespace(json=read)))
+    assert answer == ("star is refused" if refused else "m")

@@ -11,7 +11,7 @@ from starling.config.head_scores import HeadScores, ScoresError, read_scores
 from starling.config.parsing import OptionError
 from starling.config.star import parse_options
 from starling.scheduler.cache_keys import independent_plan, star_page_key
-from starling.scheduler.star.counts import dense_keys, keys_attended, star_shape
+from starling.scheduler.star.counts import dense_keys, keys_attended, summary
 from starling.scheduler.star.decide import decide
 from starling.scheduler.star.facts import EngineFacts, KnownSegments, PromptFacts, ReplicaSet
 from starling.scheduler.star.plan import DenseHeads, StarPlan, plan_from_wire, plan_to_wire
@@ -150,8 +150,8 @@ def test_keys_attended_are_a_mean_over_the_heads():
     assert everything == dense_keys(1000)
     assert half == pytest.approx((star + everything) / 2, abs=1)
     assert star < half
-    assert star_shape(plan_of({"star_dense_heads": 0.4}))["dense_heads"] == 0.3333
-    assert star_shape(plan_of({"star_dense_heads": 0}))["dense_heads"] == 0.0
+    assert summary(plan_of({"star_dense_heads": 0.4}))["dense_heads"] == 0.3333
+    assert summary(plan_of({"star_dense_heads": 0}))["dense_heads"] == 0.0
 
 
 def test_files_of_scores(tmp_path):

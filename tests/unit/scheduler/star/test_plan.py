@@ -112,6 +112,8 @@ REFUSED = [
     ({"star_block_size": 0}, "star_block_size", "1 or more"),
     ({"star_block_size": "n/0"}, "star_block_size", "a share such as n/8"),
     ({"star_block_size": "1.5"}, "star_block_size", "a share such as n/8"),
+    ({"star_block_size": "n/8.5"}, "star_block_size", "a share such as n/8"),
+    ({"star_block_size": "an/8"}, "star_block_size", "a share such as n/8"),
     ({"star_anchor_size": "9" * 40}, "star_anchor_size", "whole number"),
     ({"star_overlap_siz": 16}, "star_overlap_siz", "no such star option, did you mean star_overlap_size"),
     ({"star_block_size": 40}, "star_block_size", "KV page of 16"),
@@ -139,6 +141,25 @@ def test_bad_options_are_refused_by_name_value_reason_and_allowed_set(request_op
     assert message.startswith(f"{name}={request_options[name]!r} is refused: ")
     assert reason in message
     assert "Allowed: " in message
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"block_size": "n/8.5"},
+            "block_size='n/8.5' is refused: it must be a whole number of tokens, 1 or more, or a",
+        ),
+        ({"mode": "maybe"}, "mode='maybe' is refused: it must be one of off, on, auto.*Allowed: off, on, auto."),
+        ({"blok_size": 64}, "blok_size=64 is refused: there is no such star option, did you mean block_size"),
+        ({"segments": (4, 4)}, "segments=.* is refused: 4 follows 4"),
+    ],
+)
+def test_options_of_a_program_are_refused_by_the_names_of_their_fields(options, says):
+    """Not with pydantic's text, whose names and links say nothing to a user."""
+    with pytest.raises(OptionError, match=says):
+        StarOptions(**options)
+    assert StarOptions(block_size="n/8", mode=True) == parse_options({"star_block_size": "n/8", "star": "on"})
 
 
 SHIFTED = ReplicaSet(2, "the model has KV shifting")

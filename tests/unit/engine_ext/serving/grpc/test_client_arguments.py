@@ -64,6 +64,32 @@ def test_prompts_of_unknown_kinds(prompt, says):
         requests.generate_request(prompt, {})
 
 
+TEXT, IMAGE = {"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "http://a"}}
+
+
+def test_parts_of_text_are_lines_of_a_message():
+    """OpenAI's list of parts, for which protobuf says `bad argument type for built-in operation`."""
+    user = {"role": "user", "content": [TEXT, "two"]}
+    request = requests.generate_request(None, {}, messages=[{"role": "system", "content": []}, user])
+    assert [message.content for message in request.chat.messages] == ["", "one\ntwo"]
+    assert [message.role for message in request.chat.messages] == ["system", "user"]
+    assert requests.tokenize_request(None, [user], None).chat.messages == request.chat.messages[1:]
+
+
+def test_a_part_that_is_no_text_is_named():
+    says = r"messages\[1\]\.content\[1\]=\{.*image_url.* is refused: it is no text\. Allowed: text, .* images over HTTP"
+    with pytest.raises(ValueError, match=says):
+        requests.generate_request(None, {}, messages=[*CHAT[:1], {"role": "user", "content": [TEXT, IMAGE]}])
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb"])
+def test_a_key_that_grpc_can_not_send_is_refused(key):
+    """gRPC says `metadata was invalid` at the first call. The key itself is in no message."""
+    with pytest.raises(ValueError, match="api_key is refused: gRPC sends printable ASCII only") as refused:
+        Client("localhost:1", api_key=key)
+    assert key not in str(refused.value)
+
+
 @pytest.mark.parametrize("message", [{"role": "user", "content": 1}, {"say": "x"}, "hi"])
 def test_messages_of_unknown_kinds(message):
     with pytest.raises((TypeError, ValueError), match="is refused"):

@@ -267,6 +267,8 @@ def test_a_refused_form_is_named(error, field):
     [
         ({"token_ids": pb.TokenIds(ids=[999])}, "token_ids"),
         ({"text": "p", "sampling": pb.SamplingParams(n=0)}, "sampling.n"),
+        ({"text": "p", "sampling": pb.SamplingParams(max_tokens=1001)}, "sampling.max_tokens"),
+        ({"text": "p", "sampling": pb.SamplingParams(max_tokens=2**32 - 1)}, "sampling.max_tokens"),
         ({"text": "p", "sampling": pb.SamplingParams(n=2, temperature=0)}, "sampling.n"),
         ({"text": "p", "sampling": pb.SamplingParams(logprobs=-2)}, "sampling.logprobs"),
         ({"text": "p", "sampling": pb.SamplingParams(bad_words=[""])}, "sampling.bad_words"),
@@ -277,6 +279,7 @@ def test_a_refused_form_is_named(error, field):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_input_is_named(fields, named):
+    """The context of the fake engine has 1000 tokens."""
     code, _, got = refusal(FakeEngine(), "Generate", pb.GenerateRequest(**fields))
     assert (code, got) == (grpc.StatusCode.INVALID_ARGUMENT, [named])
 

@@ -112,6 +112,7 @@ REFUSED = {
     "NaN": (pb.SamplingParams(extra_args='{"a": NaN}'), "extra_args", "JSON has no NaN"),
     "a list": (pb.SamplingParams(extra_args="[1]"), "extra_args", "not a JSON object"),
     "a surrogate": (pb.SamplingParams(extra_args=r'{"a": "\ud800"}'), "extra_args", "it is not JSON"),
+    "a preset": (pb.SamplingParams(extra_args='{"preset": "rag"}'), "extra_args", "option of the server, --preset"),
     "65 bits": (pb.SamplingParams(extra_args=f'{{"a": {2**64}}}'), "extra_args", "between -2**63"),
     "deep": (pb.SamplingParams(extra_args='{"a": ' + "[" * 64 + "]" * 64 + "}"), "extra_args", "64 levels"),
     "very deep": (pb.SamplingParams(extra_args="[" * 100_000), "extra_args", "it is not JSON"),

@@ -82,18 +82,27 @@ def test_small_bodies_come_through(http, few, monkeypatch):
 @pytest.mark.parametrize("many", [False, True], ids=["few values", "many values"])
 @pytest.mark.parametrize(
     "text",
-    [
-        rb'"\ud800"',
-        rb'"a\uDC00b"',
-        rb'"\udc00\ud800"',
-        b'"\xed\xa0\x80"',
-        '"a"'.encode("utf-16-le"),
-        b'"\xff"',
-    ],
-    ids=["first half", "second half", "wrong order", "as bytes", "UTF-16", "no UTF-8"],
+    [rb'"\ud800"', rb'"a\uDC00b"', rb'["b", {"c": "\udc00\ud800"}]', b'"\xed\xa0\x80"'],
+    ids=["first half", "second half", "wrong order", "as bytes"],
 )
-def test_half_of_a_surrogate_pair_is_refused_in_any_field(http, text, many):
+def test_half_of_a_surrogate_pair_is_refused_by_the_name_of_its_field(http, text, many):
     """Python's JSON parser takes it, and vLLM's server answers 500 where it sends the text on."""
+    rest = b', "logit_bias": {%s}' % b",".join(b'"%d": 1' % index for index in range(FEW_VALUES)) if many else b""
+    for field in ("stop", "model", "user", "unknown"):
+        content = b'{"model": "m", "prompt": "a", "%s": %s%s}' % (field.encode(), text, rest)
+        refused = http.post(COMPLETIONS, content=content, headers=JSON)
+        assert message_of(refused).startswith(f"{field} is refused: its text has half of a surrogate pair")
+        assert refused.json()["error"]["param"] == field
+
+
+def test_a_name_with_half_of_a_surrogate_pair_is_refused(http):
+    refused = http.post(COMPLETIONS, content=rb'{"model": "m", "a\ud800": 1}', headers=JSON)
+    assert message_of(refused).startswith("a? is refused: its text has half of a surrogate pair")
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few values", "many values"])
+@pytest.mark.parametrize("text", ['"a"'.encode("utf-16-le"), b'"\xff"'], ids=["UTF-16", "no UTF-8"])
+def test_other_encodings_are_refused_in_any_field(http, text, many):
     rest = b', "logit_bias": {%s}' % b",".join(b'"%d": 1' % index for index in range(FEW_VALUES)) if many else b""
     for field in (b"stop", b"model", b"user", b"unknown"):
         content = b'{"model": "m", "prompt": "a", "%s": %s%s}' % (field, text, rest)

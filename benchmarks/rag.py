@@ -144,10 +144,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Two panels: the seconds to the first token, and of how many questions the answer is right."""
     rows = {row["attention"]: row for row in result["rows"] if row["head"] == LONG}
     with saved_figure(path, 1, 2, figsize=(9, 2.4)) as (_, (left, right)):
-        names, colours = (
-            ["dense attention", "documents, the first time", "documents in another order"],
-            ["0.6", "C0", "C0"],
-        )
+        names = ["dense attention", "documents, the first time", "documents in another order"]
         seconds = [result["seconds"][name] for name in (DENSE, FIRST, AGAIN)]
         left.bar_label(left.barh(names, seconds, color=["0.6", "C0", "C0"]), [f" {value:.2f} s" for value in seconds])
         left.set(xlabel=f"time to the first token, six documents, {result['prompt_tokens']:,.0f} tokens")

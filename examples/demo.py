@@ -149,8 +149,8 @@ def main() -> None:
     console.print()
     console.print(picture(answers))
     console.print(
-        "\nDocuments are computed once, alone, and used wherever they stand. That costs answers, most of all with a small "
-        "model:\ndocs/documents.md says how many, and `starling advise` measures it on your prompts."
+        "\nDocuments are computed once, alone, and used wherever they stand. That costs answers, most of all with a "
+        "small model:\ndocs/documents.md says how many, and `starling advise` measures it on your prompts."
     )
 
 

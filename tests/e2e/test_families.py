@@ -42,7 +42,7 @@ def test_both_fronts_give_the_logprobs_of_the_reference(make, tmp_path: Path) ->
     prompt = random_ids(1, LENGTH)
     body = {"model": str(path), "prompt": prompt, "max_tokens": NEW, "temperature": 0, "logprobs": 1}
     body |= {"ignore_eos": True, "return_token_ids": True}
-    options = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "128", "--skip-tokenizer-init"]
+    options = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "128"]
     with serving(path, *options, log=tmp_path / "log") as server:
         sent = urllib.request.Request(
             f"{server.http}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}

@@ -164,7 +164,7 @@ def test_a_plan_that_prompts_are_too_short_for_is_left_out():
             ["MODEL", "--preset", "rag", "--prompts", "nowhere.jsonl"],
             "--preset rag is refused: its prompts are documents",
         ),
-        (["MODEL", "--preset=documents", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["MODEL", "--preset=long", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (
             ["MODEL", "--additional-config", '{"starling": {"star": "on"}}', "--prompts", "nowhere.jsonl"],
             "star in --additional-config is refused: the search chooses it",

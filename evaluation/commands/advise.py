@@ -81,7 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("serve", nargs="?", metavar="MODEL", help="start `starling serve MODEL` for the measurement, and stop it")
+    add(
+        "serve",
+        nargs="?",
+        metavar="MODEL",
+        help="start `starling serve MODEL` for this command, and stop it",
+    )
     add("--base-url", metavar="URL", help="a server that runs, in place of MODEL")
     add(
         "--prompts",

@@ -58,7 +58,12 @@ def comma(text: str) -> tuple[str, ...]:
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, or a server that runs."""
     add = parser.add_argument
-    add("serve", nargs="?", metavar="MODEL", help="start `starling serve MODEL` for the measurement, and stop it")
+    add(
+        "serve",
+        nargs="?",
+        metavar="MODEL",
+        help="start `starling serve MODEL` for this command, and stop it",
+    )
     add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000")
     add("--model", metavar="NAME", help="the model's name on the server; needed where it has several")
     add("--api-key", metavar="KEY", help=f"of the server; default: the environment variable {KEY_ENV}")

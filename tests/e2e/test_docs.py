@@ -74,7 +74,7 @@ def server(forked, tmp_path_factory):
     (command,) = servers(CLIENTS)
     model, _, _, *options = shlex.split(command)
     assert model == MODEL
-    options += ["--served-model-name", model, "--star-library", f"{folder / 'library'}:1GiB"]
+    options += ["--served-model-name", model, model.rpartition("/")[2], "--star-library", f"{folder / 'library'}:1GiB"]
     with serving(ROOT / model, *options, log=folder / "log") as server:
         yield server
 

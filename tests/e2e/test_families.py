@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -44,11 +43,9 @@ def test_both_fronts_give_the_logprobs_of_the_reference(make, tmp_path: Path) ->
     body |= {"ignore_eos": True, "return_token_ids": True}
     options = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "128"]
     with serving(path, *options, log=tmp_path / "log") as server:
-        sent = urllib.request.Request(
-            f"{server.http}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(sent, timeout=300) as response:
-            (choice,) = json.load(response)["choices"]
+        response = httpx.post(f"{server.http}/v1/completions", json=body, timeout=300)
+        assert response.status_code == 200, response.text
+        (choice,) = response.json()["choices"]
         with Client(server.grpc) as client:
             reply = client.generate(prompt, max_tokens=NEW, temperature=0, ignore_eos=True, logprobs=0)
     expected = reference(prompt + choice["token_ids"])[-NEW:]

@@ -26,7 +26,7 @@ Reference = Callable[[list[int]], torch.Tensor]
 
 def kv_shift(folder: Path) -> tuple[Path, Reference]:
     model = Model.random(folder / "kv-shift", CONFIGS["llama"])
-    return model.path, lambda ids: model.logprobs({"ids": ids[:-NEW]}, ids[-NEW:], dense=True)
+    return model.path, lambda ids: model.logprobs({"ids": ids[:-NEW], "extra_args": {}}, ids[-NEW:], dense=True)
 
 
 def attamba(folder: Path) -> tuple[Path, Reference]:
@@ -49,5 +49,5 @@ def test_both_fronts_give_the_logprobs_of_the_reference(make, tmp_path: Path) ->
         with Client(server.grpc) as client:
             reply = client.generate(prompt, max_tokens=NEW, temperature=0, ignore_eos=True, logprobs=0)
     expected = reference(prompt + choice["token_ids"])[-NEW:]
-    assert reply.token_ids == choice["token_ids"]
+    assert reply.choices[0].token_ids == choice["token_ids"]
     assert max_gap(choice["logprobs"]["token_logprobs"], expected) <= 1e-4

@@ -11,6 +11,7 @@ from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationErro
 from starling.config.entry import config_of
 from starling.engine_ext.call import Call, this_call
 from starling.engine_ext.front.state import front_state
+from starling.engine_ext.refusals import has_library
 from starling.engine_ext.requests import PLANNED, SHOWN
 from starling.scheduler.core_rpc import CACHED_TOKENS
 from starling.scheduler.star.request_metadata import RequestMetadata
@@ -74,7 +75,7 @@ async def _ask(engine: Any, question: tuple[Any, ...], plan: Any, call: Call) ->
     if "refusal" in found[0]:
         raise VLLMValidationError(f"No prompt is looked up: {found[0]['refusal']}.", parameter="prompt")
     config = config_of(engine.vllm_config)
-    own = {} if config is None else {"star_segments": config.star.segments, "library": config.library is not None}
+    own = {} if config is None else {"star_segments": config.star.segments, "library": has_library(engine.vllm_config)}
     call.cached = {"plan": plan, "replicas": found} | own
     raise LookedUp("the prompt was looked up, and does not run")
     yield  # makes this a generator

@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.engine_ext.bounds import check_request
 from starling.engine_ext.call import note_star
 from starling.engine_ext.front.state import front_state
+from starling.engine_ext.refusals import has_library
 from starling.engine_ext.requests import SHOWN
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
@@ -123,9 +124,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     def _check_documents(self) -> None:
         """Check that the engine runs prompts of documents, and keeps them (raises VLLMValidationError)."""
-        planner = front_state(self.engine).planner
-        refusals = planner.facts.refusals
-        if not refusals and (planner.config is None or planner.config.library is None):
+        refusals = front_state(self.engine).planner.facts.refusals
+        if not refusals and not has_library(self.engine.vllm_config):
             refusals = (NO_LIBRARY,)
         if refusals:
             raise VLLMValidationError(f"WarmDocuments is refused: {'; '.join(refusals)}", parameter="documents")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
 from starling.client import AsyncClient, StarlingError, WarmedDocument
-from starling.config.entry import parse_config
+from starling.config.star import parse_options
 from starling.engine_ext.call import current_call
 from starling.engine_ext.front.cached_tokens import LookedUp
 from starling.engine_ext.serving.errors import DrainingError
 from starling.scheduler.star.facts import EngineFacts
+from starling.scheduler.star.request_metadata import LIBRARY_CONNECTOR
 from tests.unit.engine_ext.serving.grpc.fakes import PROMPT_TOKENS, FakeEngine, front_of, until
 
 TEN = PROMPT_TOKENS  # of each text
@@ -32,9 +34,8 @@ class Engine(FakeEngine):
         self.sent: list[tuple[int, dict[str, Any], str | None]] = []
         self.looked_up: list[int] = []
         self.finds = finds
-        entry = {"star_library": ":1MiB", "star_segments": segments}
-        self.planner.config = parse_config({"starling": entry})
-        self.planner.defaults = self.planner.config.star
+        self.planner.defaults = parse_options({"segments": segments})
+        self.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector=LIBRARY_CONNECTOR)
 
     async def render_cmpl_async(self, prompts, tok_params, prompt_extras):
         def number_of(prompt: Any) -> int:
@@ -164,7 +165,7 @@ def test_an_engine_without_star_computes_no_documents() -> None:
 
 def test_an_engine_without_a_library_keeps_no_documents() -> None:
     engine = Engine("a")
-    engine.planner.config = parse_config({"starling": {}})
+    engine.vllm_config.kv_transfer_config = None
     with pytest.raises(StarlingError, match=r"WarmDocuments is refused: the server has no library \(--star-library\)"):
         warm(engine, ["one"], head="You answer.")
     assert not engine.sent

@@ -1,4 +1,7 @@
-"""The code of the documentation's pages, run as it stands there, against a server as docs/clients.md starts it."""
+"""The code of the documentation's pages, run as it stands there, against a server as docs/clients.md starts it.
+
+That of docs/quickstart.md has a server as that page starts it.
+"""
 
 import importlib.util
 import json
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+QUICK_START = "docs/quickstart.md"
 MODEL = "models/smollm2-135m-instruct"
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 NOT_INSTALLED = ("langchain_openai", "llama_index")  # in no environment of the project; run by hand
@@ -56,8 +60,9 @@ def blocks(page: str, language: str) -> list[Block]:
 
 
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]
-OF_CLIENTS = [block for block in PYTHON if "LLM(" not in block.code or "langchain" in block.code]
-OF_ENGINE = [block for block in PYTHON if block not in OF_CLIENTS]
+OF_ENGINE = [block for block in PYTHON if "LLM(" in block.code and "langchain" not in block.code]
+(FIRST_ANSWER,) = (block for block in PYTHON if block.page == QUICK_START and block not in OF_ENGINE)
+OF_CLIENTS = [block for block in PYTHON if block not in (*OF_ENGINE, FIRST_ANSWER)]
 
 
 def check_printed(block: Block, output: str) -> None:
@@ -74,7 +79,7 @@ def server(forked, tmp_path_factory):
     (command,) = servers(CLIENTS)
     model, _, _, *options = shlex.split(command)
     assert model == MODEL
-    options += ["--served-model-name", model, "--star-library", f"{folder / 'library'}:1GiB"]
+    options += ["--star-library", f"{folder / 'library'}:1GiB"]
     with serving(ROOT / model, *options, log=folder / "log") as server:
         yield server
 
@@ -101,11 +106,21 @@ def test_python_of_clients(server, tmp_path, block):
         assert output.strip()
 
 
+def test_the_first_answer_of_the_quick_start(forked, tmp_path):
+    """With a server as the page starts it, the second prompt finds the documents of the first in another order."""
+    model, *options = shlex.split(servers((ROOT / QUICK_START).read_text(encoding="utf-8"))[0])
+    with serving(ROOT / model, *options, log=tmp_path / "log") as server:
+        output = run(sys.executable, "-c", addressed(server, FIRST_ANSWER.code), folder=tmp_path)
+    first, second = ([*json.loads(line.replace("'", '"'))] for line in re.findall(r"^star (\[.*\])$", output, re.M))
+    assert [{*sources} for sources in first] == [{"computed"}] * 3
+    assert [{*sources} for sources in second] == [{"memory"}] * 3
+    assert [sources["memory"] for sources in second] == [sources["computed"] for sources in first[::-1]]
+
+
 def run_engine(folder: Path, code: str) -> str:
     """Run a program with an engine of its own; returns what it prints."""
     file, model = folder / "program.py", str(ROOT / MODEL)
-    # The fork has left out what compiles a model.
-    file.write_text(code.replace(MODEL, model).replace('"MODEL"', f"{model!r}, enforce_eager=True"))
+    file.write_text(code.replace(MODEL, model))
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = run_in_fork("tests.e2e.docs_job:main", str(file), imports=OF_ENGINES, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -142,5 +157,5 @@ def test_curl(server, tmp_path):
 
 
 def test_pages_have_code_that_runs():
-    assert {block.page for block in PYTHON} >= {"docs/clients.md", "docs/grpc.md", "docs/quickstart.md", *GIVEN}
-    assert [block.page for block in OF_ENGINE] == ["docs/clients.md", "docs/quickstart.md"]
+    assert {block.page for block in PYTHON} >= {"docs/clients.md", "docs/grpc.md", QUICK_START, *GIVEN}
+    assert [block.page for block in OF_ENGINE] == ["docs/clients.md", QUICK_START]

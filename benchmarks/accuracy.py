@@ -150,13 +150,9 @@ def described(name: str) -> str:
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table of docs/star-accuracy.md: a row for each model, length and plan, over all tasks."""
 
-    def shown(interval: dict[str, float], scale: float, digits: int) -> str:
-        mean, low, high = (scale * interval[name] for name in ("mean", "low", "high"))
-        return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
     lines = [
-        "| model, tokens, dense's points | plan | attention work | points | log-probability | KL | KL over A = B's |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model, tokens, dense's points | plan | attention work | points | KL | KL over A = B's |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
         model, (tokens,) = Path(result["setup"]["model"]).name, result["setup"]["lengths"]
@@ -167,8 +163,9 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
                     f"{model}, {tokens:,}, {100 * cell['dense_score']:.0f}",
                     f"`{cell['plan'].removesuffix(f',Q={QUERY_TOKENS}')}`",
                     f"{100 * cell['attended_keys']:.0f} %",
-                    shown(cell["difference"], 100, 1),
-                    shown(cell["logprob_difference"], 1, 3),
+                    "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+                        *(100 * cell["difference"][end] for end in ("mean", "low", "high"))
+                    ),
                     f"{cell['kl']:.3f}",
                     "{:.2f} [{:.2f}, {:.2f}]".format(*ratios[cell["plan"]]) if cell["plan"] in ratios else "",
                 )

@@ -37,13 +37,10 @@ request ended within {seconds:.0f} s.
 
 {table}
 - `answer`: the whole output, and each of its tokens is the model's.
-- `error`: a status, or an error event in a stream. A gRPC client whose connection ends gets UNAVAILABLE from its own
-  library.
-- `aborted`: some of the output, with `abort` as its finish reason. vLLM ends requests so when a server shuts down, or
-  another replica has ended. An HTTP stream that has no token yet then ends without a finish reason.
+- `error`: a status, or an error event in a stream. A gRPC client whose connection ends gets UNAVAILABLE.
+- `aborted`: some of the output, with `abort` as its finish reason, which an HTTP stream without a token leaves out.
 - `closed`: the connection ended, or was refused, without a status.
-- `short`, `silence`, `wrong`: an output that is not whole, none within the deadline, or other tokens. These three are
-  never expected.
+- Never seen: an output that is not whole, none within the deadline, or other tokens than the model's.
 
 {notes}
 """

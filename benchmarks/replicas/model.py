@@ -109,7 +109,7 @@ def paper_prompt(
 
 
 def paper_table(prompt: Prompt, numbers: Sequence[int] = REPLICAS) -> list[tuple[str, ...]]:
-    """Rows, some of which docs/replicas.md has: replicas, rounds, prefill, moved, transfer, total, speed-up, all as text."""
+    """Rows, some of them in docs/replicas.md: replicas, rounds, prefill, moved, transfer, total, speed-up; texts."""
     alone = predict(prompt, 1).seconds
     rows = []
     for number in numbers:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.attamba import quality_tables
 from benchmarks.report import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -231,7 +230,6 @@ FIGURES = [
     ),
     (BENCHMARKS, "and all of Attamba's: {:.2f}x ({:.2f} to {:.2f})", BATCH),
     (BENCHMARKS, "{:.0f} to {:.0f} % of what the bytes allow", [min(CAPACITY), max(CAPACITY)]),
-    *((BENCHMARKS, row, []) for row in quality_tables.recall_tables(QUALITY["recall"])[0].splitlines()),
     (
         BENCHMARKS,
         "At 64 to 256 tokens, P = 4, L = 32 recalls {:.2f} of the tokens, P = 8, L = 16 recalls {:.2f}, and the "

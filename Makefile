@@ -1,4 +1,4 @@
-# `make` lists the targets. CI runs `make test`. PYTHON=... sets the interpreter of .venv, a Python 3.11.
+# `make` lists the targets. CI runs `make test test-all`. PYTHON=... sets the interpreter of .venv, a Python 3.11.
 SHELL := /bin/bash
 comma := ,
 .DEFAULT_GOAL := help
@@ -26,9 +26,10 @@ LOCKED_BUILD := --build-constraints .ci/requirements-build.lock --require-build-
 CHECKS := lint layers types proto-check docs
 RESULTS := build/tests
 FAILED := build/failed
+STARTED := build/started
 # Each of two workers runs whole files, in the order of their names: those with servers in one worker, beside them the
 # other files; the worker that is through with its own takes of the other's (tests/scheduling.py).
-PYTEST := python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --junitxml=$(RESULTS)
+PYTEST := python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder --junitxml=$(RESULTS)
 MODEL := models/smollm2-135m-instruct/model.safetensors
 EVAL_MODEL := models/qwen2.5-coder-0.5b-instruct/model.safetensors
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto \
@@ -46,7 +47,7 @@ export PYTHONUTF8 := 1
 export no_proxy := localhost,127.0.0.1$(addprefix $(comma),$(no_proxy))
 export NO_PROXY := $(no_proxy)
 
-.PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-installed tests-installed test-next unit stateful lint lint-docker layers types docs names \
+.PHONY: help env env-next demo-model eval-model demo demo-hosts demo-peers serve test test-all tests-first tests-rest test-next unit stateful lint lint-docker layers types docs names \
 	option-tables check-vllm check-cuda compatibility proto proto-check proto-release lock sbom audit bench bench-all bench-llama browser fuzz soak faults wheel release clean
 
 help: ## list the targets
@@ -82,34 +83,41 @@ demo-peers: env demo-model ## two servers on two such hosts, which are peers of 
 serve: env demo-model ## serve the demo model over HTTP and gRPC (examples/serve_demo.py)
 	$(BIN)/python examples/serve_demo.py
 
-test: env demo-model ## everything that CI checks; the last line names what failed
-	$(call each,env-next $(CHECKS),tests-installed test-next)
+test: env demo-model ## lint, types, docs, unit tests, kernels, and each capability's parity and server (tests/parts.py)
+	$(call each,$(CHECKS),tests-first)
 
-test-installed: env demo-model ## lint, types, docs, and all tests with the vLLM of the lock file
-	$(call each,$(CHECKS),tests-installed)
+test-all: env demo-model ## everything else: both vLLMs, attacks, faults, gateways, hosts, emulated GPUs, old processors
+	$(call each,env-next,tests-rest test-next)
 
-# Run all of these targets, whichever of them fail: two of $(1) at a time, then those of $(2) one after the other.
+# Run all of these targets, whichever of them fail: two of $(1) at a time, then those of $(2) one after the other. The
+# last line says how long they took, and which have failed.
 define each
-@mkdir -p $(dir $(FAILED)) && rm -f $(FAILED)
+@mkdir -p $(dir $(FAILED)) && rm -f $(FAILED) && date +%s > $(STARTED)
 +@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(addprefix attempt-,$(1))
 +@$(MAKE) --no-print-directory $(addprefix attempt-,$(2))
-@! test -e $(FAILED) || { echo "make $@: failed: $$(sort $(FAILED) | paste -sd ' ')"; exit 1; }
+@took="$$(( $$(date +%s) - $$(cat $(STARTED)) )) s"; \
+	! test -e $(FAILED) || { echo "make $@: $$took, failed: $$(sort $(FAILED) | paste -sd ' ')"; exit 1; }; \
+	echo "make $@: $$took"
 endef
 
 attempt-%:
 	+@$(MAKE) --no-print-directory $* || echo $* >> $(FAILED)
 
-tests-installed: env demo-model ## all tests with the vLLM of the lock file
-	@$(MAKE) --no-print-directory browser || echo 'make browser has failed: the test in a browser may be skipped'
+tests-first: env demo-model ## the tests of `make test`
 	rm -rf $(RESULTS)/installed
-	$(BIN)/$(PYTEST)/installed/tests.xml tests
+	$(BIN)/$(PYTEST)/installed/first.xml --part first tests
+
+tests-rest: env demo-model ## all other tests with the vLLM of the lock file
+	@$(MAKE) --no-print-directory browser || echo 'make browser has failed: the test in a browser may be skipped'
+	rm -f $(RESULTS)/installed/rest.xml
+	$(BIN)/$(PYTEST)/installed/rest.xml --part rest tests
 
 # NEXT_TESTS leaves out the tests of code that does not call vLLM. `make test-next NEXT_TESTS=tests` runs all tests.
 test-next: env-next demo-model ## tests with the Python files of the next vLLM
 	rm -rf $(RESULTS)/next
 	$(NEXT)/$(PYTEST)/next/tests.xml $(NEXT_TESTS)
 
-compatibility: ## write docs/compatibility.md from the results of the last test, test-next and release
+compatibility: ## write docs/compatibility.md from the results of the last test, test-all and release
 	$(BIN)/python .ci/compatibility.py tests $(RESULTS)/installed
 	$(NEXT)/python .ci/compatibility.py tests $(RESULTS)/next
 	$(BIN)/python .ci/compatibility.py wheels build/release

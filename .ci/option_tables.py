@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from starling.config.replicas import ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
-from starling.config.star import StarOptions, flat_name
+from starling.config.star import FIELD_OF, StarOptions, flat_name
+from starling.engine_ext.serving.cli.serve_args import FLAGS, GROUPS, make_parser
 from starling.scheduler.star.rules import RULES, Rule
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -26,6 +27,7 @@ PLACEHOLDERS = {
 """What a rule's ``allowed`` names in braces, in words."""
 
 CODE = re.compile(r"--[a-z][a-z-]*|<\w+>|\b[A-Za-z]+_\w+(?:=\w+)?|\bstar=\w+|\bn/8\b|\bHOST:PORT\b")
+END = re.compile(r"(.*?)(?: \([Dd]efault: (.*)\)| Default: (.*)\.)?$", re.DOTALL)
 DEFAULT = re.compile(r"; default:? ")
 
 
@@ -70,10 +72,31 @@ def refusal_table(rules: Iterable[Rule]) -> str:
     return table(("option", "refused where", "allowed"), rows)
 
 
+def server_table() -> str:
+    """What `starling serve` has beside the options of the other tables, with the words of its help."""
+    told = {flag.dest for flag in FLAGS if flag.dest in FIELD_OF or len(flag.path) > 1}
+    [commands] = (action for action in make_parser()._actions if action.choices)
+    rows = []
+    for group in commands.choices["serve"]._action_groups:
+        for action in group._group_actions if group.title in GROUPS else ():
+            if action.dest not in told:
+                choices = action.choices and "{" + ",".join(action.choices) + "}"
+                value = (
+                    ""
+                    if action.nargs == 0
+                    else f" {action.metavar or choices or action.dest.rpartition('_')[2].upper()}"
+                )
+                meaning, *defaults = END.match((action.help or "").replace("%(default).0s", "")).groups()
+                default = next(filter(None, defaults), "none")
+                rows.append((f"`{action.option_strings[0]}{value}`", coded(default), coded(meaning)))
+    return table(("option", "default", "meaning"), rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "star": lambda: option_table(StarOptions, flat_name),
     "refusals": lambda: refusal_table(RULES),
     "scheduler": lambda: option_table(SchedulingOptions),
+    "server": server_table,
     "replicas": lambda: option_table(ReplicaOptions),
 }
 MARKED = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- /options -->)", re.DOTALL)

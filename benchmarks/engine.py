@@ -105,7 +105,7 @@ def time_attention(worker: Any) -> None:
     """In a worker: sum up the time of the attention layers from now on."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    impl = AttentionBackendEnum.CPU_ATTN.get_class().get_impl_cls()
+    impl: Any = AttentionBackendEnum.CPU_ATTN.get_class().get_impl_cls()
     forward = impl.forward
     worker.attention_seconds = 0.0
 

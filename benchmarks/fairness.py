@@ -71,7 +71,8 @@ class Engine:
         arguments = ENGINE | {"max_num_seqs": 16, "kv_cache_memory_bytes": 4 << 30, "enable_prefix_caching": False}
         arguments |= options
         llm = LLM(str(model), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **arguments)
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        client: Any = llm.llm_engine.engine_core
+        scheduler = client.engine_core.scheduler
         return cls(llm, scheduler, scheduler.limiter)
 
     def schedule_as(self, name: str) -> None:

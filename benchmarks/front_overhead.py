@@ -85,10 +85,10 @@ async def measure(model: Path, loads: list[int], tokens: int, rounds: int) -> di
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with sock, pool:
         async with build_async_engine_client(args) as engine:
-            front = await start_front(engine, args, grpc_port, NO_ADMIN)
+            front, grpc_address = await start_front(engine, args, grpc_port, NO_ADMIN)
             serving = asyncio.ensure_future(build_and_serve(engine, listen_address, sock, args))
             await wait_until_ready(f"http://127.0.0.1:{http}/health")
-            served = ServedEngine(engine, f"127.0.0.1:{front.port}", f"http://127.0.0.1:{http}", pool)
+            served = ServedEngine(engine, grpc_address, f"http://127.0.0.1:{http}", pool)
             result = {streams: await interleave(served, streams, tokens, rounds) for streams in loads}
             await front.stop(0)
             os.kill(os.getpid(), signal.SIGTERM)

@@ -4,8 +4,10 @@ The documents are those of examples/rag.py: functions of the standard library wi
 the first sentence of a function's documentation, and asks for its name. Of the six documents in its prompt, which a TF-
 IDF score finds, one has the answer. Questions whose function is not found are left out. Each prompt is answered dense
 and with star_segments, behind the instructions alone and behind instructions with two questions that are answered
-already: a longer head is a longer anchor. The server has the preset `rag`, whose pages on CPUs are small. Writes
-results/rag_MODEL.json. Takes about 12 minutes.
+already: a longer head is a longer anchor. Then the documents of a question are asked about once more, in another order
+and with the next question, in turns of dense attention, cached documents and documents that are computed. The server
+has the preset `rag`, whose pages on CPUs are small. Writes results/rag_MODEL.json and .png, the picture of README.md.
+Takes about 12 minutes.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import statistics
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +26,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.report import write_json
-from examples.completions import Completions
+from benchmarks.report import ratio_interval, saved_figure, write_json
+from examples.completions import Answer, Completions
 from examples.server import serving
 from examples.stdlib_documents import MODULES, Index, entries, make_documents
 
@@ -38,6 +42,7 @@ in one of the documents: do not answer from memory. Answer with the name of the 
 """
 EXAMPLE = "{0.document}\nQuestion: {0.text}<|im_end|>\n<|im_start|>assistant\n{0.answer}<|im_end|>\n<|im_start|>user\n"
 DENSE, DOCUMENTS = "dense", "documents"
+FIRST, AGAIN, ROUNDS = "documents first", "documents again", 12
 SHORT, LONG = "instructions", "instructions and two examples"
 
 
@@ -80,23 +85,39 @@ def main() -> None:
     asked = [(each, found) for each in made if each.document in (found := index.search(each.text, RETRIEVED))]
     asked = asked[: args.questions]
     names = [(kind, head) for head in (SHORT, LONG) for kind in (DENSE, DOCUMENTS)]
+    times: dict[str, list[float]] = {DENSE: [], FIRST: [], AGAIN: []}
     right: dict[tuple[str, str], list[bool]] = {name: [] for name in names}
     tokens: dict[tuple[str, str], list[int]] = {name: [] for name in names}
     options = ["--preset", "rag", "--max-model-len", "8192", "--enable-prompt-tokens-details", "--star-segments", MARK]
     with tempfile.TemporaryDirectory() as folder, serving(args.model, *options, log=Path(folder) / "log") as server:
         client = Completions(server.http)
+
+        def ask(kind: str, head: str, found: list[str], question: str, max_tokens: int, salt: str) -> Answer:
+            end = f"\nQuestion: {question}<|im_end|>\n<|im_start|>assistant\n"
+            star: dict[str, Any] = {"star": "off"}
+            if kind == DOCUMENTS:
+                star = {"star": "on", "star_segments": MARK, "star_query_tokens": len(client.tokenize(end))}
+            prompt = head_of(head, examples) + "".join(f"{MARK}{document}" for document in found) + end
+            return client.ask(prompt, star, max_tokens=max_tokens, stop=["\n"], cache_salt=salt)
+
         for question, found in track(asked, description="questions"):
-            end = f"\nQuestion: {question.text}<|im_end|>\n<|im_start|>assistant\n"
-            query = len(client.tokenize(end))
             for kind, head in names:
-                star: dict[str, Any] = {"star": "off"}
-                if kind == DOCUMENTS:
-                    star = {"star": "on", "star_segments": MARK, "star_query_tokens": query}
-                prompt = head_of(head, examples) + "".join(f"{MARK}{document}" for document in found) + end
-                answer = client.ask(prompt, star, max_tokens=MAX_TOKENS, stop=["\n"], cache_salt=f"{kind} {head}")
+                answer = ask(kind, head, found, question.text, MAX_TOKENS, f"{kind} {head}")
                 is_right = re.search(rf"\b{re.escape(question.answer)}\b", answer.text) is not None
                 right[kind, head].append(is_right)
                 tokens[kind, head].append(answer.computed or 0)
+        prompts = []
+        for (_, found), (question, _) in track([*pairwise(asked)][:ROUNDS], description="times"):
+            turned = found[::-1]
+            salts = (
+                (DENSE, DENSE, f"{DENSE} {LONG}"),
+                (FIRST, DOCUMENTS, question.text),
+                (AGAIN, DOCUMENTS, f"{DOCUMENTS} {LONG}"),
+            )
+            for name, kind, salt in salts:
+                answer = ask(kind, LONG, turned, question.text, 1, salt)
+                times[name].append(answer.seconds)
+                prompts.append(answer.prompt_tokens)
     rows = [
         {
             "attention": kind,
@@ -110,7 +131,31 @@ def main() -> None:
         for kind, head in names
     ]
     show(rows)
-    print(write_json(f"rag_{args.model.name}", {"preset": "rag", "rows": rows}))
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    sooner, least, most = ratio_interval(times[AGAIN], times[DENSE])
+    result = {"preset": "rag", "rows": rows, "seconds": seconds, "rounds": len(times[DENSE])}
+    result |= {"prompt_tokens": statistics.median(prompts), "ratio": sooner, "ratio_interval": [least, most]}
+    path = write_json(f"rag_{args.model.name}", result)
+    plot(result, path.with_suffix(".png"))
+    print(f"{path}: the first token {sooner:.1f} times sooner [{least:.1f}, {most:.1f}]")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Two panels: the seconds to the first token, and of how many questions the answer is right."""
+    rows = {row["attention"]: row for row in result["rows"] if row["head"] == LONG}
+    with saved_figure(path, 1, 2, figsize=(9, 2.4)) as (_, (left, right)):
+        names = ["dense attention", "documents, the first time", "documents in another order"]
+        seconds = [result["seconds"][name] for name in (DENSE, FIRST, AGAIN)]
+        left.bar_label(left.barh(names, seconds, color=["0.6", "C0", "C0"]), [f" {value:.2f} s" for value in seconds])
+        left.set(xlabel=f"time to the first token, six documents, {result['prompt_tokens']:,.0f} tokens")
+        left.margins(x=0.2)
+        left.invert_yaxis()
+        numbers = [rows[kind]["right"] for kind in (DENSE, DOCUMENTS)]
+        of = rows[DENSE]["questions"]
+        bars = right.barh(["dense attention", "documents"], numbers, color=["0.6", "C0"])
+        right.bar_label(bars, [f" {number} of {of}" for number in numbers])
+        right.set(xlabel="right answers", xlim=(0, of))
+        right.invert_yaxis()
 
 
 def pairs(right: dict[tuple[str, str], list[bool]], kind: str, head: str) -> Iterator[tuple[bool, bool]]:

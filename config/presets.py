@@ -1,4 +1,4 @@
-"""Sets of options for three kinds of work: `--preset documents`, `rag` or `agents`."""
+"""Sets of options for three kinds of work: `--preset long`, `rag` or `agents`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Preset:
 
 
 PRESETS = {
-    "documents": Preset(
+    "long": Preset(
         "long prompts of any kind: star blocks from 16,384 tokens on",
         {"star": "auto", "star_min_tokens": 16384},
     ),

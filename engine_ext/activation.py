@@ -41,7 +41,7 @@ from starling.scheduler.star.facts import EngineFacts, ReplicaSet
 from starling.scheduler.star.request_metadata import CONNECTOR, ONE_HOST, SHARDS, default_num_shards
 from starling.scheduler.star.rules import check_defaults
 from starling.vllm_compat.config import is_async_engine, share_memory_nodes
-from starling.vllm_compat.engine_core import divide_kv_memory_check, end_coordinator_with_parent
+from starling.vllm_compat.engine_core import divide_kv_memory_check, end_children_with_parent
 from starling.vllm_compat.engine_report import receive_reports
 from starling.vllm_compat.metrics import collect_from_children
 
@@ -171,7 +171,7 @@ def after_engine_config(vllm_config: Any) -> None:
         )
         vllm_config.kv_transfer_config = beside_library(transfer, vllm_config.kv_transfer_config)
         divide_kv_memory_check(default_num_shards)
-    end_coordinator_with_parent()
+    end_children_with_parent()
     parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
     parallel.worker_cls = star_class("worker_cls", parallel.worker_cls, WORKERS)
     chosen = scheduling.get_scheduler_cls()
@@ -179,7 +179,8 @@ def after_engine_config(vllm_config: Any) -> None:
     receive_reports()
     collect_from_children()
     front_metrics()
-    _log_activation(config.star, facts, vllm_config.model_config)
+    preset = vllm_config.additional_config[ENTRY].get(PRESET)
+    _log_activation(config.star, facts, vllm_config.model_config, preset)
     if replicas.split_refusal is not None:
         reason = replicas.split_refusal
         logger.info("star_replicas: every prompt stays on one of %d replicas: %s", replicas.size, reason)
@@ -229,7 +230,7 @@ def max_shards(star: StarOptions, replicas: ReplicaSet) -> int:
     return replicas.size if star.replicas == "auto" else star.replicas
 
 
-def _log_activation(star: StarOptions, facts: EngineFacts, model: Any) -> None:
+def _log_activation(star: StarOptions, facts: EngineFacts, model: Any, preset: str | None) -> None:
     if facts.refusals:
         logger.warning("Star Attention is not available here: %s", "; ".join(facts.refusals))
         return
@@ -238,9 +239,11 @@ def _log_activation(star: StarOptions, facts: EngineFacts, model: Any) -> None:
     logger.info("Starling: %s", summary(star))
     if star.mode == "auto" and model.max_model_len < star.min_tokens:
         logger.warning(
-            "star=auto never engages: max_model_len=%d is below star_min_tokens=%d",
-            model.max_model_len,
+            "No prompt will be star: star_min_tokens=%d%s is above max_model_len=%d. Give --star-min-tokens %d",
             star.min_tokens,
+            f" of preset {preset}" if preset else "",
+            model.max_model_len,
+            model.max_model_len // 4,
         )
 
 

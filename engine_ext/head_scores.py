@@ -34,8 +34,8 @@ WEIGHTS = ("model*.safetensors", "*.safetensors", "*.bin", "*.gguf", "*.pt")
 def checkpoint_digest(folder: Path) -> str | None:
     """A digest of a model's files: the size of each file of weights, and some bytes of it; None: there is none.
 
-    Training changes nearly all weights, so a few bytes at equal distances tell two checkpoints apart. No more is read,
-    whatever the model's size.
+    Training changes nearly all weights, so a few bytes at equal distances tell two checkpoints apart. A change between
+    these bytes alone is not seen. No more is read, whatever the model's size.
     """
     files = next((found for pattern in WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
     if (folder / INDEX).is_file():  # beside the files that it names, there may be others with the same weights

@@ -39,6 +39,11 @@ class PromptOptions(BaseModel):
     prompt_seed: int = Field(0, description="of the tasks' prompts")
 
     @property
+    def compares_text(self) -> bool:
+        """Whether the texts of answers are compared."""
+        return True
+
+    @property
     def chosen_tasks(self) -> list[Task]:
         return choose_tasks(self.tasks)
 

@@ -17,6 +17,7 @@ Format = Literal["chat", "text"]
 NEAR = 0.98  # of the budget, where the search for a task's size may end
 MAX_MEASUREMENTS = 12
 END_CHARACTERS = 600
+LINES = 'JSONL, with one object in each line: {"prompt": "..."} or {"messages": [...]}, and "answer"'
 OWN = "prompts"
 OWN_WITHOUT_ANSWER = "prompts without answers"
 NO_TEMPLATE = (
@@ -51,7 +52,7 @@ class Prompt:
         references: the strings that a right answer contains; empty: the answer is compared with dense's.
         match: how they are counted.
         answer_ids: the tokens of a right answer; empty where there are no references.
-        max_tokens: of the answer.
+        max_tokens: of the answer; 0: its text is not needed, but only the log-probabilities of an answer.
         depth: where the fact begins that the answer needs (``Example.depth``); None for the user's own prompts.
     """
 
@@ -210,27 +211,36 @@ def read_own_prompts(path: Path) -> list[tuple[int, OwnPrompt]]:
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file, and it is read several times. Allowed: a file")
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts={str(path)!r} can't be read: {error}") from None
+    if text.lstrip().startswith("["):
+        raise ValueError(f"prompts={str(path)!r} is refused: it is one JSON array. Allowed: {LINES}")
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                prompts.append((number, OwnPrompt.model_validate(json.loads(line))))
-            except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"]))
-                unknown = first["type"] == "extra_forbidden"
-                allowed = f". Allowed: {', '.join(OwnPrompt.model_fields)}" if unknown else ""
-                raise ValueError(
-                    f"{path}, line {number}: {place + ': ' if place else ''}{first['msg']}{allowed}"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: it is not JSON that can be read: {error}") from None
+            prompts.append((number, read_line(line, f"{path}, line {number}")))
     if not prompts:
         raise ValueError(f"prompts={str(path)!r} is refused: the file has no prompt")
     return prompts
+
+
+def read_line(line: str, place: str) -> OwnPrompt:
+    """The prompt of a line; ``place`` names it in the message of a ValueError for a line that is none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: it is not JSON that can be read: {error}. Allowed: {LINES}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: it is no object. Allowed: {LINES}")
+    try:
+        return OwnPrompt.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        unknown = first["type"] == "extra_forbidden"
+        allowed = f". Allowed: {', '.join(OwnPrompt.model_fields)}" if unknown else ""
+        raise ValueError(f"{place}: {field + ': ' if field else ''}{first['msg']}{allowed}") from None
 
 
 async def own_prompt(own: OwnPrompt, line: int, max_tokens: int, tokenizer: Tokenizer) -> Prompt:

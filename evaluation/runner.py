@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from starling.evaluation.client import Client, ServerError, naming
+from starling.evaluation.client import Client, Completion, ServerError, naming
 from starling.evaluation.plans import DENSE, Plan, with_dense
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.store import Answer, Store, TokenScore, answer_key
@@ -91,21 +91,22 @@ async def evaluate(
 async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs: int, dense: Answer | None) -> Answer:
     """One answer; with ``num_logprobs``, also the distributions along the reference answer or else dense's answer.
 
+    Nothing is generated that is not compared: no text of a prompt with ``max_tokens`` 0 whose answer is known.
+
     Args:
         dense: dense's answer to the prompt; None for dense itself.
     """
-    output = await server.complete(prompt.token_ids, plan, prompt.max_tokens)
-    scores: list[TokenScore] = []
+    output, followed = None, prompt.answer_ids or (dense.token_ids if dense else None)
+    if prompt.max_tokens or not followed:
+        output = await server.complete(prompt.token_ids, plan, prompt.max_tokens or num_logprobs)
+        followed = followed or output.token_ids
+    scored: list[Completion] = []
     if num_logprobs:
-        followed = prompt.answer_ids or (dense.token_ids if dense else output.token_ids)
         if followed is None:
             raise ServerError("--logprobs needs a server that returns token ids (return_token_ids): a vLLM server")
-        for position, token in enumerate(followed[:num_logprobs]):
-            ids = [*prompt.token_ids, *followed[:position]]
-            scored = await server.score_token(ids, same_plan(plan, output.plan, len(ids)), token)
-            check_same_plan(plan, output.plan, scored.plan)
-            assert scored.logprob is not None and scored.top_logprobs is not None
-            scores.append(TokenScore(logprob=scored.logprob, top=scored.top_logprobs))
+        scored = await score_tokens(server, prompt, plan, followed[:num_logprobs], output)
+        output = output or scored[0]
+    assert output is not None
     return Answer(
         key=key,
         prompt=prompt.name,
@@ -114,8 +115,41 @@ async def ask(server: Client, prompt: Prompt, plan: Plan, key: str, num_logprobs
         finish_reason=output.finish_reason,
         token_ids=output.token_ids,
         server_plan=output.plan,
-        scores=scores,
+        scores=[token_score(completion) for completion in scored],
     )
+
+
+def token_score(completion: Completion) -> TokenScore:
+    assert completion.logprob is not None and completion.top_logprobs is not None
+    return TokenScore(logprob=completion.logprob, top=completion.top_logprobs)
+
+
+async def score_tokens(
+    server: Client, prompt: Prompt, plan: Plan, followed: Sequence[int], output: Completion | None
+) -> list[Completion]:
+    """The log-probabilities at each token of an answer.
+
+    The first request computes the prompt, and the others, all at once, find it in the prefix cache.
+
+    Args:
+        followed: the tokens of the answer.
+        output: of the same prompt and plan; None: none was asked for.
+
+    Raises:
+        ServerError: a request failed, or the server changed the plan for a longer prompt.
+    """
+
+    async def score(position: int, output: Completion | None) -> Completion:
+        ids = [*prompt.token_ids, *followed[:position]]
+        same = plan if output is None else same_plan(plan, output.plan, len(ids))
+        found = await server.score_token(ids, same, followed[position])
+        check_same_plan(plan, (output or found).plan, found.plan)
+        return found
+
+    if not followed:
+        return []
+    first = await score(0, output)
+    return [first, *await asyncio.gather(*(score(place, output or first) for place in range(1, len(followed))))]
 
 
 def same_plan(plan: Plan, server_plan: dict[str, Any] | None, num_tokens: int) -> Plan:

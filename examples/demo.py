@@ -1,6 +1,7 @@
-"""Ask a question about a long text with dense attention and with Star Attention, over the OpenAI API and over gRPC.
+"""Questions about eight documents, dense and with cached documents; then a long prompt, dense and with star blocks.
 
-Serves the demo model (`make demo-model`), streams the four answers, and compares their times to first token.
+Serves the demo model (`make demo-model`), streams the answers over the OpenAI API and over gRPC, and compares the times
+to their first tokens.
 
     python examples/demo.py
 """
@@ -8,141 +9,149 @@ Serves the demo model (`make demo-model`), streams the four answers, and compare
 import argparse
 import contextlib
 import importlib
-import json
 import pydoc
+import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import grpc
-import httpx
 from openai import OpenAI
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from server import Server, end_on_signals, serving
 
-from starling.v1 import inference_pb2 as pb
-from starling.v1 import inference_pb2_grpc
+from starling.client import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 LOG = ROOT / "build" / "demo-server.log"
 
-MODULES = ("colorsys", "glob", "textwrap", "heapq", "getpass", "fnmatch", "bisect")  # about 6,000 tokens
-QUESTION = "According to its documentation, what does getpass.getuser return?"
-MAX_TOKENS = 24
+MODULES = ("colorsys", "glob", "textwrap", "heapq", "getpass", "fnmatch", "bisect", "queue")
+CHARACTERS = 2200  # of a document: about 500 tokens
+HEAD = "You answer questions about documents. Answer in one short sentence, with words of the documents."
+FIRST, OTHER = "What does getpass.getuser return?", "What does glob.escape do?"
+EDIT = "\nThis version of the document has one sentence more."
 STAR_BLOCK_SIZE = 1024
+DENSE, DOCUMENTS, STAR = "dense attention", "documents", "star blocks"
+OPTIONS = {
+    DENSE: {"star": "off"},
+    DOCUMENTS: {"star": "on"},
+    STAR: {"star": "on", "star_segments": "off", "star_block_size": STAR_BLOCK_SIZE},
+}
+# An answer ends where its first sentence does: a model of this size has no more to say.
+SAMPLING = {"temperature": 0, "max_tokens": 48, "stop": [". ", ".\n", "\n"]}
 
 console = Console(highlight=False)
+Message = dict[str, str]
 
 
-def document() -> str:
-    """The documentation of MODULES as pydoc renders it, without the file paths."""
-    texts = (pydoc.render_doc(importlib.import_module(name), renderer=pydoc.plaintext) for name in MODULES)
-    return "\n\n".join(text.split("\nFILE\n")[0] for text in texts)
+def document(module: str) -> str:
+    """The documentation of a module as pydoc renders it, without the file's path."""
+    text = pydoc.render_doc(importlib.import_module(module), renderer=pydoc.plaintext)
+    return re.sub(".\b", "", text).split("\nFILE\n")[0][:CHARACTERS]
 
 
-def over_http(server: Server, messages: list[dict[str, str]], star: bool, on_text: Callable[[str], None]) -> Any:
-    """Stream an answer from /v1/chat/completions to ``on_text``; returns the plan from the response header."""
-    client = OpenAI(base_url=f"{server.http}/v1", api_key="none")
-    options = {"star": "on", "star_block_size": STAR_BLOCK_SIZE} if star else {}
-    response = client.chat.completions.with_raw_response.create(
-        model=MODEL.name,
-        messages=messages,
-        temperature=0,
-        max_tokens=MAX_TOKENS,
-        stream=True,
-        extra_body={"vllm_xargs": options, "cache_salt": uuid.uuid4().hex},
+def chat(documents: list[str], question: str) -> list[Message]:
+    """A chat of a head, documents and a question: with the preset rag, each message behind the head is a document."""
+    contents = [*documents, question]
+    return [{"role": "system", "content": HEAD}, *({"role": "user", "content": text} for text in contents)]
+
+
+def over_http(server: Server, messages: list[Message], options: dict[str, object]) -> Iterator[str]:
+    """The texts of an answer of /v1/chat/completions."""
+    stream = OpenAI(base_url=f"{server.http}/v1", api_key="none").chat.completions.create(
+        model=MODEL.name, messages=messages, stream=True, extra_body={"vllm_xargs": options}, **SAMPLING
     )
-    for chunk in response.parse():
-        on_text(chunk.choices[0].delta.content or "")
-    return json.loads(response.headers["x-starling-plan"])
+    for chunk in stream:
+        yield chunk.choices[0].delta.content or ""
 
 
-def over_grpc(server: Server, messages: list[dict[str, str]], star: bool, on_text: Callable[[str], None]) -> Any:
-    """Stream an answer to the same tokens from GenerateStream to ``on_text``; returns the plan of the last event."""
-    chat = {"model": MODEL.name, "messages": messages, "add_generation_prompt": True}
-    tokens = httpx.post(f"{server.http}/tokenize", json=chat, timeout=60).raise_for_status().json()["tokens"]
-    request = pb.GenerateStreamRequest(
-        token_ids=pb.TokenIds(ids=tokens),
-        sampling=pb.SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
-        cache_salt=uuid.uuid4().hex,
-    )
-    if star:
-        request.star.CopyFrom(pb.StarOptions(mode=pb.StarOptions.MODE_ON, block_size=str(STAR_BLOCK_SIZE)))
-    with grpc.insecure_channel(server.grpc) as channel:
-        for event in inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request):
-            on_text(event.delta.text)
-    plan = event.final.plan
-    names = ("prompt_tokens", "keys_per_context_token")
-    attention = "star" if plan.attention == pb.Plan.ATTENTION_STAR else "dense"
-    return {"attention": attention} | {name: getattr(plan, name) for name in names}
+def over_grpc(server: Server, messages: list[Message], options: dict[str, object]) -> Iterator[str]:
+    """The texts of an answer of starling.v1, of whose prompt nothing is cached."""
+    with Client(server.grpc) as client:
+        for event in client.stream(messages=messages, cache_salt=uuid.uuid4().hex, **options, **SAMPLING):
+            yield getattr(event, "text", "")
 
 
 @dataclass
 class Answered:
-    """One answer: what asked for it, the seconds to its first token, and the keys that a token of the text saw."""
+    """One answer: what it was asked with, and the seconds to its first token."""
 
-    name: str
+    step: str
+    way: str
     seconds: float
-    keys: float
 
 
-def stream_answer(name: str, stream: Callable[..., Any], *arguments: Any) -> Answered:
+def stream_answer(step: str, way: str, texts: Iterator[str]) -> Answered:
     """Stream one answer to the terminal."""
-    console.print(f"\n[bold]{name}[/bold]")
-    start, first_token = time.perf_counter(), None
-    with console.status("prefilling") as status:
-
-        def print_text(text: str) -> None:
-            nonlocal first_token
-            if text and first_token is None:
-                first_token = time.perf_counter() - start
+    start, seconds = time.perf_counter(), None
+    with console.status(f"{way}: reading the prompt") as status:
+        for text in texts:
+            if text and seconds is None:
+                seconds = time.perf_counter() - start
                 status.stop()
+                console.print(f"  {way}, after {seconds:.2f} s: ", end="")
             console.print(text, end="", markup=False)
-
-        plan = stream(*arguments, print_text)
     console.print()
-    keys = (plan["prompt_tokens"] + 1) / 2 if plan["attention"] == "dense" else plan["keys_per_context_token"]
-    return Answered(name, first_token or time.perf_counter() - start, keys)
+    return Answered(step, way, time.perf_counter() - start if seconds is None else seconds)
 
 
 def picture(answers: list[Answered]) -> Table:
-    """A bar with the seconds to the first token of each answer."""
-    table = Table("", "time to the first token", "", "tokens seen by each", box=None)
+    """A bar with the seconds to the first token of each answer, all of the same scale."""
+    table = Table("", "", "time to the first token", "", box=None)
     longest = max(answer.seconds for answer in answers)
+    before = ""
     for answer in answers:
-        bar = Bar(longest, 0, answer.seconds, width=40, color="blue" if "star" in answer.name else "white")
-        table.add_row(answer.name, bar, f"{answer.seconds:.1f} s", f"{answer.keys:,.0f}")
+        bar = Bar(longest, 0, answer.seconds, width=40, color="white" if answer.way == DENSE else "blue")
+        table.add_row("" if answer.step == before else answer.step, answer.way, bar, f"{answer.seconds:.2f} s")
+        before = answer.step
     return table
+
+
+def ask_all(server: Server) -> Iterator[Answered]:
+    """All questions, each dense first."""
+    documents = [document(module) for module in MODULES]
+    edited = [documents[0], documents[1] + EDIT, *documents[2:]]
+    others = [*reversed(documents)]
+    steps: list[tuple[str, str, list[str]]] = [
+        ("eight documents, for the first time", FIRST, documents),
+        ("in another order, another question", OTHER, others),
+        ("one document edited", FIRST, edited),
+    ]
+    for step, question, given in steps:
+        console.print(f"\n[bold]{step}[/bold]: {question}")
+        for way in (DENSE, DOCUMENTS):
+            yield stream_answer(step, way, over_http(server, chat(given, question), OPTIONS[way]))
+    step = "one long text, over gRPC"
+    console.print(f"\n[bold]{step}[/bold], nothing cached: {FIRST}")
+    for way in (DENSE, STAR):
+        messages = [{"role": "user", "content": "\n\n".join([*documents, FIRST])}]
+        yield stream_answer(step, way, over_grpc(server, messages, OPTIONS[way]))
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     end_on_signals()
-    text = document()
-    messages = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
-    console.print(f"starting [bold]starling serve {MODEL.name}[/bold], log in {LOG.relative_to(ROOT)}")
+    console.print(f"starting [bold]starling serve {MODEL.name} --preset rag[/bold], log in {LOG.relative_to(ROOT)}")
     with contextlib.ExitStack() as stack:
         with console.status("starting") as status:
-            options = ("--served-model-name", MODEL.name, "--enforce-eager", "--dtype", "bfloat16")
+            options = ("--served-model-name", MODEL.name, "--preset", "rag", "--enforce-eager", "--dtype", "bfloat16")
             server = stack.enter_context(
                 serving(MODEL, *options, log=LOG, on_message=lambda line: status.update(f"starting: {line:.80}"))
             )
-        over_http(server, [{"role": "user", "content": "Hello!"}], False, lambda text: None)  # warm up
-        console.print(f"document: pydoc of {', '.join(MODULES)}; {len(text):,} characters")
-        console.print(f"question: {QUESTION}")
-        answers = [
-            stream_answer(f"{front}, {'star' if star else 'dense'}", stream, server, messages, star)
-            for front, stream in (("OpenAI API", over_http), ("gRPC", over_grpc))
-            for star in (False, True)
-        ]
-    console.print("\nThe same question, four times; nothing is cached between them.\n")
+        for _ in over_http(server, [{"role": "user", "content": "Hello!"}], OPTIONS[DENSE]):
+            pass  # the first request of a server takes longer
+        console.print(f"documents: pydoc of {', '.join(MODULES)}, about 500 tokens each")
+        answers = list(ask_all(server))
+    console.print()
     console.print(picture(answers))
+    console.print(
+        "\nDocuments are computed once, alone, and used wherever they stand. That costs answers, most of all with a "
+        "small model:\ndocs/documents.md says how many, and `starling advise` measures it on your prompts."
+    )
 
 
 if __name__ == "__main__":

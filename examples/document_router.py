@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 ASK_SECONDS = 2.0
+MAX_BODY = 32 << 20  # bytes
 OF_CONNECTION = {
     *(b"connection", b"content-length", b"expect", b"host", b"keep-alive", b"proxy-authorization", b"te", b"trailer"),
     *(b"transfer-encoding", b"upgrade"),
@@ -86,7 +87,12 @@ class Router:
 
     async def forward(self, request: Request) -> Response:
         """Send a request to the best server that takes it, for as long as its client is there."""
-        body = await request.body()
+        received = bytearray()
+        async for piece in request.stream():
+            received += piece
+            if len(received) > MAX_BODY:
+                return JSONResponse({"error": f"the body is refused: it has more than {MAX_BODY} bytes"}, 413)
+        body = bytes(received)
         sending = asyncio.ensure_future(self.send(request, body))
         leaving = asyncio.ensure_future(request.receive())  # after the body comes only that the client is gone
         try:

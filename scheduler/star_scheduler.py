@@ -30,7 +30,7 @@ from starling.scheduler.star.request_metadata import LOST, default_num_shards, m
 from starling.scheduler.star.rules import check_sizes
 from starling.scheduler.step_budget import make_limits
 from starling.scheduler.worker_report import worker_report
-from starling.vllm_compat.engine_core import amend_requests, end_with_parent
+from starling.vllm_compat.engine_core import amend_requests
 from starling.vllm_compat.kv_pages import Page
 from starling.vllm_compat.patching import extends
 from starling.vllm_compat.prefix_cache import add_page_keys, leave_out_of_hit_rate, use_request_hasher
@@ -73,7 +73,6 @@ class StarMixin(SchedulerHooks):
         leave_out_of_hit_rate(is_incomplete)
         add_core_rpc()
         amend_requests(with_padding)
-        end_with_parent()
         super().__init__(vllm_config, *args, **kwargs)
         self.decode_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         config = config_of(vllm_config) or StarlingConfig()

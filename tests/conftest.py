@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import stateful
+from tests.parts import split
 from tests.signals import handlers
 
 # All servers of the tests are on this machine. HTTP clients, and those of gRPC, would ask the user's proxy for them.
@@ -33,6 +34,17 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz-minutes", type=float, default=0.0, help="run tests/e2e/test_fuzz.py for so long, with new examples"
     )
+
+    parser.addoption(
+        "--part", choices=("first", "rest", "all"), default="all", help="tests of make test, all others, or all"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep the tests of ``--part``."""
+    kept = set(split((item.nodeid for item in items), config.getoption("part")))
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
 
 
 @pytest.hookimpl(optionalhook=True)

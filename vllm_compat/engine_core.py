@@ -105,30 +105,35 @@ def amend_requests(amend: Callable[[Any], Any]) -> None:
         return original(self, amend(request))
 
 
-def end_with_parent() -> None:
-    """Called in an engine core: end it soon after the process that started it, which is the API server or its launcher.
+def end_children_with_parent() -> None:
+    """Let engine cores, and the coordinator of replicas, end soon after the process that starts them from now on.
 
-    vLLM ends its engine cores when the API server ends in order. One that is killed leaves them and their workers,
-    with all of their memory. The parent's process id is polled: with fork, a sibling may hold the other end of
-    multiprocessing's own pipe. An engine inside the user's process stays. Goes when vLLM's engine cores look after
-    their parent.
+    That is the API server or its launcher. vLLM ends them when the API server ends in order. One that is killed leaves
+    them and their workers, with all of their memory; an engine core that is starting waits minutes for it. The parent's
+    process id is polled: with fork, a sibling may hold the other end of multiprocessing's own pipe. Goes when vLLM's
+    engine cores and coordinator look after their parent.
     """
-    if multiprocessing.current_process().name.startswith("EngineCore"):
-        _watch_parent()
-
-
-def end_coordinator_with_parent() -> None:
-    """Let the coordinator of replicas end soon after the process that starts it, as ``end_with_parent`` does."""
     from vllm.v1.engine.coordinator import DPCoordinatorProc
+    from vllm.v1.engine.core import EngineCoreProc
 
-    original = DPCoordinatorProc.run_coordinator
-    if original is not run_coordinator:
-        run_coordinator.__wrapped__ = original  # type: ignore[attr-defined]
+    if EngineCoreProc.run_engine_core is not run_engine_core:
+        run_engine_core.__wrapped__ = EngineCoreProc.run_engine_core  # type: ignore[attr-defined]
+        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+    if DPCoordinatorProc.run_coordinator is not run_coordinator:
+        run_coordinator.__wrapped__ = DPCoordinatorProc.run_coordinator  # type: ignore[attr-defined]
         DPCoordinatorProc.run_coordinator = staticmethod(run_coordinator)  # type: ignore[method-assign]
 
 
+def run_engine_core(*args: Any, **kwargs: Any) -> None:
+    """vLLM's EngineCoreProc.run_engine_core. A function of a module, since a spawned process gets its name only."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    _watch_parent()
+    getattr(run_engine_core, "__wrapped__", EngineCoreProc.run_engine_core)(*args, **kwargs)
+
+
 def run_coordinator(*args: Any, **kwargs: Any) -> None:
-    """vLLM's DPCoordinatorProc.run_coordinator. A function of a module, since a spawned process gets its name only."""
+    """vLLM's DPCoordinatorProc.run_coordinator, as ``run_engine_core``."""
     from vllm.v1.engine.coordinator import DPCoordinatorProc
 
     _watch_parent()
@@ -149,4 +154,6 @@ def _end_after(parent: int) -> None:
         shutil.rmtree(os.environ[DIRECTORY_ENV], ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(END_SECONDS)
+    for child in multiprocessing.active_children():  # workers that are still loading do not look after their parent
+        child.kill()
     os._exit(1)

@@ -16,6 +16,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +67,9 @@ class Student(nn.Module):
     def keys_values(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """K and V (heads, T, size) of a layer for its normed input without weights (T, hidden)."""
         offset = self.offsets[layer]
-        rows = split_chunks(x[None], self.chunk, offset)
+        rows, mixers = split_chunks(x[None], self.chunk, offset), cast(nn.ModuleList, self.layers[layer])
         with torch.autocast("cpu", torch.bfloat16):
-            mixed = [join_chunks(mixer(rows), len(x), offset)[0] for mixer in self.layers[layer]]
+            mixed = [join_chunks(mixer(rows), len(x), offset)[0] for mixer in mixers]
         key, value = ((x + one.float()).unflatten(-1, (self.heads, -1)).transpose(0, 1) for one in mixed)
         return key, value
 

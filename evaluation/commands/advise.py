@@ -10,7 +10,6 @@ import argparse
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +29,8 @@ from starling.evaluation.report import percent, points
 from starling.evaluation.tuning.candidates import served_options, usable_candidates
 from starling.evaluation.tuning.measures import Measure
 from starling.evaluation.tuning.report import (
-    Closest,
-    Loss,
     TuneReport,
+    Word,
     how_to_serve,
     make_closest,
     make_loss,
@@ -47,26 +45,10 @@ LIMITS = {"careful": 2.0, "balanced": 5.0, "fast": 10.0}
 """By how many percent less probable the tokens of the answers may become under each word of star_quality."""
 PLANS = ("n/4", "n/8", "n/16")
 """The candidates, with the default anchor, overlap and dense heads."""
+LEAST_REPEATED = 0.1  # of the prompts' tokens, for which documents are worth a line
 LEAST_GAIN = 1.05  # below it, four pairs of times say nothing
 TIMED, TURNS = 2, 2  # the longest prompts, and how often each is timed with either plan
 DEFAULT_FOLDER = "advice"
-
-
-@dataclass(frozen=True)
-class Word:
-    """What a word of star_quality stands for on the user's prompts.
-
-    Attributes:
-        limit: the word by whose limit the plan was found: this one, or one that allows less.
-        num_blocks: into how many star blocks a prompt is cut; 1: it is dense, since no plan is shown to be good enough.
-        loss: on the held-out prompts; None where it is dense.
-        closest: the plan that came closest, where it is dense.
-    """
-
-    limit: str
-    num_blocks: int
-    loss: Loss | None = None
-    closest: Closest | None = None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,14 +56,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="starling advise",
         description="Measures on your model and prompts which star plan is good enough and how much sooner the first "
-        "token comes, and prints one command to serve with. About a minute for each prompt of 10,000 tokens on a CPU.",
+        "token comes, and prints one command to serve with; also what documents would find cached. About a minute for "
+        "each prompt of 10,000 tokens on a CPU.",
         epilog="All other options are those of `starling serve`, and MODEL comes before them. Exit code: 0 a plan is "
         "advised, 3 none is shown to be good enough, else as `starling tune`. `starling tune` has more options "
         "(docs/tune.md).",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("serve", nargs="?", metavar="MODEL", help="start `starling serve MODEL` for the measurement, and stop it")
+    add(
+        "serve",
+        nargs="?",
+        metavar="MODEL",
+        help="start `starling serve MODEL` for this command, and stop it",
+    )
     add("--base-url", metavar="URL", help="a server that runs, in place of MODEL")
     add(
         "--prompts",
@@ -128,9 +116,10 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     tune.write(report, args.out, served, console)
     speed = ""
     if report.succeeded and report.chosen is not None:
-        async with connect(args) as client:
-            speed = await measured_speed(client, found.prompts, parse_plan(report.chosen.plan))
-    for text in advice(report, words, served, speed):
+        with console.status("the longest prompts, dense and with star"):
+            async with connect(args) as client:
+                speed = await measured_speed(client, found.prompts, parse_plan(report.chosen.plan))
+    for text in [*advice(report, words, served, speed), *document_advice(report, served)]:
         console.print(escape(text), soft_wrap=True)
     return 0 if report.succeeded else tune.NOT_FOUND
 
@@ -155,11 +144,12 @@ def measured_words(tunings: Mapping[str, Tuning], measure: Measure) -> dict[str,
 
 
 def with_words(report: TuneReport, words: Mapping[str, Word], entry: Mapping[str, str]) -> TuneReport:
-    """The report with a server's options that give the words in place of the plan's size; as it is without a plan.
+    """The report with the words, and with a server's options that give them in place of the plan's size.
 
     Args:
         entry: as of ``make_chosen``.
     """
+    report = report.model_copy(update={"words": dict(words)})
     if report.chosen is None:
         return report
     sizes = size_texts({word: found.num_blocks for word, found in words.items()})
@@ -213,6 +203,23 @@ def advice(report: TuneReport, words: Mapping[str, Word], served: Sequence[str],
         "did not choose the plan)",
         "  a single request can have another quality, or star=off:",
         *others,
+    ]
+
+
+def document_advice(report: TuneReport, served: Sequence[str]) -> list[str]:
+    """What documents would find of the prompts' texts, in lines; none where that is little.
+
+    Args:
+        served: as of ``advice``.
+    """
+    repeated, tokens = report.prompts["repeated_tokens"], report.prompts["tokens"]
+    if repeated < LEAST_REPEATED * tokens:
+        return []
+    return [
+        f"Or documents, if each is a message: {repeated:,} of the prompts' {tokens:,} tokens "
+        f"({percent(repeated / tokens)}) are texts that an earlier prompt has too, at another place, and documents "
+        "find them cached (docs/recipe-rag.md):",
+        f"  {shlex.join(['starling', 'serve', *served, '--preset', 'rag'])}",
     ]
 
 

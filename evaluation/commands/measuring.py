@@ -11,8 +11,8 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -58,7 +58,12 @@ def comma(text: str) -> tuple[str, ...]:
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, or a server that runs."""
     add = parser.add_argument
-    add("serve", nargs="?", metavar="MODEL", help="start `starling serve MODEL` for the measurement, and stop it")
+    add(
+        "serve",
+        nargs="?",
+        metavar="MODEL",
+        help="start `starling serve MODEL` for this command, and stop it",
+    )
     add("--base-url", metavar="URL", help="a server that runs, such as http://localhost:8000")
     add("--model", metavar="NAME", help="the model's name on the server; needed where it has several")
     add("--api-key", metavar="KEY", help=f"of the server; default: the environment variable {KEY_ENV}")
@@ -267,6 +272,8 @@ async def open_session(
         facts = await checked_facts(client, options, star_plans)
         with Store(args.out, folder_setup(facts.model)) as store, progress_bars(console) as progress:
             made = await make_prompts(options, client.tokenizer, progress)
+            if not options.compares_text:
+                made = [replace(prompt, max_tokens=0) for prompt in made]
             if facts.max_model_len is not None:
                 refuse_long(made, facts.max_model_len, num_logprobs)
             prompts = distinct(made)
@@ -311,7 +318,8 @@ class ProgressLines(Progress):
             self.printed = time.monotonic()
             task = self.tasks[task_id]
             total = "" if task.total is None else f" of {task.total:g}"
-            self.console.print(f"{task.description}: {task.completed:g}{total}")
+            left = "" if not task.time_remaining else f", {timedelta(seconds=task.time_remaining)} left"
+            self.console.print(f"{task.description}: {task.completed:g}{total}{left}")
 
 
 def progress_bars(console: Console) -> Progress:
@@ -346,13 +354,15 @@ async def make_prompts(options: PromptOptions, tokenizer: Tokenizer, progress: P
         for task, length in cells:
             prompts += await task_prompts(task, length, options.prompts_per_cell, **settings)
             progress.advance(bar)
+    progress.update(bar, visible=False)  # one bar at a time
     return prompts
 
 
 def refuse_long(prompts: Sequence[Prompt], max_model_len: int, num_logprobs: int) -> None:
     """Refuse (ValueError) prompts that the server can't take with their answers, or with the expected ones."""
     for prompt in prompts:
-        needed = len(prompt.token_ids) + max(prompt.max_tokens, len(prompt.answer_ids[:num_logprobs]))
+        followed = len(prompt.answer_ids[:num_logprobs]) or (0 if prompt.max_tokens else num_logprobs)
+        needed = len(prompt.token_ids) + max(prompt.max_tokens, followed)
         if needed > max_model_len:
             raise ValueError(
                 f"the prompt {prompt.name} needs {needed} tokens with its answer, and the server's max_model_len is "

@@ -25,10 +25,14 @@ from starling.evaluation.commands.measuring import (
     repeated,
     run_measurement,
 )
+from starling.evaluation.plans import DENSE, Plan
 from starling.evaluation.prompt_options import parse_options, without_secrets
 from starling.evaluation.prompts import Prompt
+from starling.evaluation.repeats import repeated_tokens
 from starling.evaluation.report import terminal_table
+from starling.evaluation.runner import key_of
 from starling.evaluation.server import option_name
+from starling.evaluation.store import Answer
 from starling.evaluation.tuning.candidates import Candidate, chosen_candidates, default_candidates
 from starling.evaluation.tuning.halving import halves, measured_plans
 from starling.evaluation.tuning.measures import MEASURES
@@ -213,9 +217,7 @@ async def search(
             halves=halved,
             num_equal=session.num_equal,
             earlier=measured_plans(halved[1], session.store, model, num_logprobs),
-            tunings=[
-                await search_candidates(session, options, *halved, candidates, budget, console) for budget in budgets
-            ],
+            tunings=await search_all(session, options, halved, candidates, budgets),
         )
 
 
@@ -239,6 +241,8 @@ def make_report(options: TuneOptions, found: Found, tuning: Tuning, served: Sequ
             "equal_to_others": found.num_equal,
             "shortest": min(lengths),
             "longest": max(lengths),
+            "tokens": sum(lengths),
+            "repeated_tokens": repeated_tokens([prompt.token_ids for prompt in prompts]),
         },
         candidates=candidate_results(tuning, loss),
         chosen=make_chosen(tuning, loss, options.mean_loss, prompts, file_of_scores(served)),
@@ -247,30 +251,44 @@ def make_report(options: TuneOptions, found: Found, tuning: Tuning, served: Sequ
     )
 
 
-async def search_candidates(
+async def search_all(
     session: Session,
     options: TuneOptions,
-    search: Sequence[Prompt],
-    held_out: Sequence[Prompt],
+    halved: tuple[Sequence[Prompt], Sequence[Prompt]],
     candidates: Sequence[Candidate],
-    budget: float,
-    console: Console,
-) -> Tuning:
-    """Search with a bar of progress (raises ServerError: a request failed).
+    budgets: Sequence[float],
+) -> list[Tuning]:
+    """Search for each budget, with one bar for all of them (raises ServerError: a request failed).
+
+    The bar's total is what may be left at most, and falls with each candidate that is dropped.
 
     Args:
-        budget: of the mean loss; 1 is 100 points.
+        halved: the prompts to search with, and those to confirm with.
+        budgets: of the mean loss; 1 is 100 points.
     """
-    progress = session.progress
-    bar = progress.add_task(f"answers, at most, for a budget of {100 * budget:g}", total=None)
+    search, held_out = halved
+    plans, answers, model = [candidate.plan for candidate in candidates], session.store.answers, session.facts.model
+    unanswered = {
+        (prompt.name, plan.name)
+        for plan in (DENSE, *plans)
+        for prompt in (*search, *held_out)
+        if key_of(prompt, plan, model, options.num_logprobs) not in answers
+    }
+    progress, tunings = session.progress, []
+    bar = progress.add_task("answers, at most", total=len(unanswered))
 
-    def on_round(number: int, left: Sequence[Trial]) -> None:
-        """Say what is next. The total falls with each candidate that is dropped."""
-        done = min((len(trial.losses) for trial in left), default=0)
-        most = sum(len(search) - len(trial.losses) for trial in left)
-        finished = progress.tasks[bar].completed
-        progress.update(bar, total=finished + most + len(search) - done + 2 * len(held_out))
-        console.print(f"{number} of {len(search)} prompts, candidates left: {len(left)}")
+    def most_left(left: Sequence[Plan], num_confirmed: int) -> int:
+        """What may be asked at most, if these plans are left, and so many of them may be confirmed."""
+
+        def missing(prompts: Sequence[Prompt], plan: Plan) -> int:
+            return sum((prompt.name, plan.name) in unanswered for prompt in prompts)
+
+        confirmed = sorted((missing(held_out, plan) for plan in left), reverse=True)[:num_confirmed]
+        return sum(missing(search, plan) for plan in (DENSE, *left)) + missing(held_out, DENSE) + sum(confirmed)
+
+    def on_answer(answer: Answer) -> None:
+        unanswered.discard((answer.prompt, answer.plan))
+        progress.advance(bar)
 
     tuner = Tuner(
         session.client,
@@ -278,11 +296,19 @@ async def search_candidates(
         num_logprobs=options.num_logprobs,
         concurrency=session.args.concurrency,
         store=session.store,
-        on_answer=lambda answer: progress.advance(bar),
+        on_answer=on_answer,
     )
-    tuning = await tuner.search(search, held_out, candidates, budget, on_round)
-    progress.update(bar, total=progress.tasks[bar].completed)
-    return tuning
+    for number, budget in enumerate(budgets, 1):
+
+        def on_round(left: Sequence[Trial], number: int = number) -> None:
+            more = len(budgets) - number  # searches, which may have use for the plans that this one has dropped
+            most = most_left(plans if more else [trial.candidate.plan for trial in left], 1 + more)
+            task = progress.tasks[bar]
+            progress.update(bar, total=min(task.total or 0, task.completed + most))
+
+        tunings.append(await tuner.search(search, held_out, candidates, budget, on_round))
+    progress.update(bar, visible=False)
+    return tunings
 
 
 def file_of_scores(served: Sequence[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
@@ -93,6 +94,23 @@ class Closest(BaseModel):
     prompts_needed: int | None
 
 
+@dataclass(frozen=True)
+class Word:
+    """What a word of star_quality stands for on the user's prompts.
+
+    Attributes:
+        limit: the word by whose limit the plan was found: this one, or one that allows less.
+        num_blocks: into how many star blocks a prompt is cut; 1: it is dense, since no plan is shown to be good enough.
+        loss: on the held-out prompts; None where it is dense.
+        closest: the plan that came closest, where it is dense.
+    """
+
+    limit: str
+    num_blocks: int
+    loss: Loss | None = None
+    closest: Closest | None = None
+
+
 class TuneReport(BaseModel):
     """What a search found; `tune.json`.
 
@@ -104,7 +122,9 @@ class TuneReport(BaseModel):
         command: repeats the search.
         server: base URL, model, max_model_len, version of vLLM.
         page_size: tokens.
-        prompts: how many were searched and held out, how many were equal to others and left out, and their lengths.
+        prompts: how many were searched and held out, how many were equal to others and left out, their lengths, and how
+            many of their tokens are texts that an earlier one has too (``repeats.repeated_tokens``).
+        words: of `starling advise`: each word of star_quality, and what it stands for.
         looked_at: other plans under which held-out prompts had been measured in this folder before.
     """
 
@@ -124,6 +144,7 @@ class TuneReport(BaseModel):
     candidates: list[CandidateResult]
     chosen: Chosen | None
     closest: Closest | None
+    words: dict[str, Word] = {}
     looked_at: list[str] = []
 
     @property

@@ -33,6 +33,10 @@ class TuneOptions(PromptOptions):
         return MEASURES[self.measure]
 
     @property
+    def compares_text(self) -> bool:
+        return not self.chosen_measure.has_logprobs
+
+    @property
     def mean_loss(self) -> float:
         """The budget as a mean loss: 1 is 100 points."""
         return self.budget / 100

@@ -85,7 +85,7 @@ class Tuner:
         held_out: Sequence[Prompt],
         candidates: Sequence[Candidate],
         budget: float,
-        on_round: Callable[[int, Sequence[Trial]], object] = lambda prompts, trials: None,
+        on_round: Callable[[Sequence[Trial]], object] = lambda trials: None,
     ) -> Tuning:
         """Find the cheapest candidate on ``prompts``, and measure it on ``held_out``.
 
@@ -95,7 +95,7 @@ class Tuner:
 
         Args:
             budget: of the mean loss.
-            on_round: called before each round, with its prompts and the candidates that are left.
+            on_round: called before each round, with the candidates that are left.
 
         Raises:
             ServerError: a request failed, or the server's plan is not that of the candidate.
@@ -104,7 +104,7 @@ class Tuner:
         chosen = None
         for number in rounds(len(prompts)):
             left = [trial for trial in trials if trial.dropped_after is None]
-            on_round(number, left)
+            on_round(left)
             chosen = await self._round(prompts[:number], left, budget)
             if all(trial.dropped_after is not None for trial in left):
                 break

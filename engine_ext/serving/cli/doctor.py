@@ -132,7 +132,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from starling.config.quality import size_texts
     from starling.engine_ext.planning import usable_defaults
     from starling.engine_ext.refusals import engine_facts
-    from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
+    from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompts import chat_params
     from starling.scheduler.star.decide import needs_independent_blocks
@@ -162,14 +162,14 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "star_defaults": star.model_dump() | {"quality_sizes": sizes and size_texts(sizes)},
         "star_refused": refusals,
         "options_refused": refused_options(star, engine),
-        "documents": f"no: {'; '.join(engine.document_refusals)}" if engine.document_refusals else "yes, star_segments",
+        "documents": documents(config, engine.document_refusals),
         "star_block_reuse": block_reuse(config, starling.scheduling, refusals, has_overlap),
     }
     if star.segments == "auto":
         report["star_segments"] = messages_as_segments(config, chat_params(args))
     if engine.replicas.size > 1:
         report["replicas"] = replicas_of(engine.replicas, starling, star.shards) | {
-            "cores": core_binding(args, os.environ) or os.environ.get(CORES_ENV, "vLLM's choice")
+            "cores": core_binding(args, os.environ, bound_cores()) or os.environ.get(CORES_ENV, "vLLM's choice")
         }
     if prompt_tokens is not None:
         report["prompt"] = prompt_cost(prompt_tokens, star, cache, engine, config)
@@ -211,6 +211,19 @@ def messages_as_segments(config: Any, params: Any) -> str:
     except (ValueError, OSError) as error:
         refusal = str(error)
     return f"auto does not work: {refusal}" if refusal else "auto works: the chat template separates messages"
+
+
+def documents(config: Any, refusals: Sequence[str]) -> str:
+    """Whether documents are found in the cache wherever they stand, or why not.
+
+    Args:
+        refusals: why the engine can't attend to documents.
+    """
+    if refusals:
+        return f"no: {'; '.join(refusals)}"
+    if not config.cache_config.enable_prefix_caching:
+        return "no: prefix caching is off, so no document is found again. Allowed: --enable-prefix-caching"
+    return "yes, star_segments"
 
 
 def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: bool) -> str:
@@ -364,9 +377,14 @@ def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, 
 
 
 def measured_loss(plan: Any) -> list[str]:
-    """What the most similar plans of docs/star-accuracy.md cost, on other models and shorter prompts."""
+    """What the most similar plans of docs/star-accuracy.md cost, on other models and shorter prompts.
+
+    All of them are without dense heads, which lose less: of a plan with them they say nothing.
+    """
     from starling.evaluation.measured import closest, read_measured
 
+    if plan.dense_heads is not None:
+        return ["not measured with dense heads on these prompts: `starling eval` measures yours (docs/dense-heads.md)"]
     found = [str(row) for row in closest(plan, read_measured())]
     return [*found, "measured on small models: `starling eval` measures yours (docs/star-accuracy.md)"]
 

@@ -6,11 +6,14 @@ import argparse
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from starling.config.parsing import meant
 from starling.vllm_compat import versions
+from starling.vllm_compat.logs import hide_missing_triton
+
+hide_missing_triton()  # here, before vLLM is imported: processes that a server spawns import this module too
 
 UNUSABLE = 2
 FAILED = 1  # of selftest, whose 2 is a machine without a GPU
@@ -40,17 +43,21 @@ class Command:
 
 
 CLI = "engine_ext.serving.cli"
-COMMANDS = {
+FIRST = {
     "serve": Command(
         f"{CLI}.start", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
     ),
     "doctor": Command(
         f"{CLI}.doctor", "show what works on this machine, which backend is active, and what a prompt would cost"
     ),
-    "selftest": Command("selftest.command", "check whether Starling computes the right thing on this machine", FAILED),
     "advise": Command(
         "evaluation.commands.advise", "measure your prompts, and print one command with what it gains and costs"
     ),
+    "setup-cpu": Command(f"{CLI}.setup_cpu", "install vLLM for CPUs into this environment"),
+}
+"""What a server needs."""
+
+OTHERS = {
     "eval": Command(
         "evaluation.commands.eval", "measure what Star Attention costs in answers, on your model and prompts"
     ),
@@ -60,9 +67,10 @@ COMMANDS = {
     "calibrate": Command(
         "engine_ext.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
     ),
+    "selftest": Command("selftest.command", "check whether Starling computes the right thing on this machine", FAILED),
     "warm": Command("evaluation.commands.warm", "have a server compute documents, so that they are in its library"),
-    "setup-cpu": Command(f"{CLI}.setup_cpu", "install vLLM for CPUs into this environment"),
 }
+COMMANDS = FIRST | OTHERS
 
 
 def version() -> str:
@@ -71,13 +79,19 @@ def version() -> str:
     return f"starling {own} (vLLM {versions.vllm_version() or 'not installed'})"
 
 
+def listed(title: str, commands: Mapping[str, Command]) -> str:
+    """A group of commands, for the help."""
+    return "\n".join([f"{title}:", *(f"  {name:10} {command.summary}" for name, command in commands.items()), "\n"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, 2 where this installation or the arguments are unusable."""
-    commands = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="starling",
-        description="vLLM with Star Attention and a gRPC front.",
-        epilog=f"commands:\n{commands}\n\n`starling COMMAND --help` shows a command's options.",
+        description="vLLM whose prompts find the KV cache of their documents in any order, and whose long prompts have "
+        "their\nfirst token sooner, by star blocks. Over HTTP, and over gRPC beside it.",
+        epilog=f"{listed('commands', FIRST)}{listed('to measure, train and fill', OTHERS)}"
+        "`starling COMMAND --help` shows a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=version())

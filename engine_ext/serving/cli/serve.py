@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.logger import configure_logging_from_args, init_logger
+from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 
 from starling.config.entry import StarlingConfig, config_of
@@ -28,7 +30,7 @@ from starling.engine_ext.environment import ADMIN_KEY_ENV
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.planning import PromptPlanner
-from starling.engine_ext.serving.cli.cores import CORES_ENV, core_binding
+from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext
 from starling.engine_ext.serving.cli.start_checks import refuse_taken_port
@@ -123,11 +125,23 @@ def is_one_front(args: Namespace) -> bool:
 
 
 def bind_cores(args: Namespace) -> None:
-    """Give each replica on this host its own cores, unless the environment already says which."""
-    binding = core_binding(args, os.environ)
+    """Give each replica and server of this host its own cores, unless the environment already says which."""
+    if CORES_ENV in os.environ or not current_platform.is_cpu():
+        return
+    bound = bound_cores()
+    binding = core_binding(args, os.environ, bound)
     if binding is not None:
         os.environ[CORES_ENV] = binding
-        logger.info("%s=%s: each replica has its own cores", CORES_ENV, binding)
+        others = f"; other engines of this host have bound {sorted(bound)}" if bound else ""
+        logger.info("%s=%s: each replica has its own cores%s", CORES_ENV, binding, others)
+    cores = physical_cores() if binding is None else [int(core) for core in re.findall(r"\d+", binding)]
+    if len(free_cores(cores, bound)) < len(cores):
+        logger.warning(
+            "Other engines of this host have bound the cores %s, and too few are left: one engine may wait for another "
+            "for minutes. Set %s for each server, to cores of its own",
+            sorted(bound),
+            CORES_ENV,
+        )
 
 
 async def serve_both(args: Namespace, grpc_port: int | None, admin: AdminOptions) -> int:

@@ -137,6 +137,7 @@ PRESET_HELP = (
     + "; ".join(f"{name}, {preset.meaning}" for name, preset in PRESETS.items())
     + ". (default: none)"
 )
+GROUPS = ("Starling", "Starling advanced")
 EVERYDAY = {PRESET, STAR_LIBRARY, LIVE_PAGE, *map(flat_name, ("mode", "quality", "min_tokens", "segments"))}
 """Names of the flags that most users need; the others are advanced."""
 
@@ -184,12 +185,12 @@ def make_parser() -> FlexibleArgumentParser:
     parser.usage = "starling serve [MODEL] [options]"
     parser.epilog = (parser.epilog or "").replace("vllm serve", "starling serve")
     starling = parser.add_argument_group(
-        "Starling",
+        GROUPS[0],
         "Star Attention (arXiv 2411.17116), as the default for every request, and gRPC (--grpc-port). More of both: "
         "--help='starling advanced'.",
     )
     advanced = parser.add_argument_group(
-        "Starling advanced", "Sizes of star blocks; several replicas; what clients share; and control over gRPC."
+        GROUPS[1], "Sizes of star blocks; several replicas; what clients share; and control over gRPC."
     )
     move_option(parser, "grpc_port", starling, GRPC_PORT_HELP)
     for flag in FLAGS:

@@ -69,6 +69,25 @@ def test_a_server_that_is_started_for_documents_and_can_have_none_says_so(model,
     )
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (
+            {"preset": "long"},
+            "star_min_tokens=16384 of preset long is above max_model_len=4096. Give --star-min-tokens",
+        ),
+        ({"star": "auto"}, "star_min_tokens=32768 is above max_model_len=4096. Give --star-min-tokens 1024"),
+        ({"preset": "long", "star_min_tokens": 1024}, None),
+    ],
+)
+def test_a_server_none_of_whose_prompts_can_be_star_says_so(model, monkeypatch, entry, says):
+    warned = []
+    monkeypatch.setattr(activation.logger, "warning", lambda text, *args: warned.append(text % args))
+    engine_config(model, max_model_len=4096, additional_config={"starling": entry})
+    found = [line for line in warned if line.startswith("No prompt will be star: ")]
+    assert len(found) == (says is not None) and all(says in line for line in found)
+
+
 def test_engines_without_the_entry_are_vllms(model):
     config = engine_config(model, additional_config={"other": 1})
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,3 +184,8 @@ def test_the_files_of_an_index_are_those_of_the_model(model):
 def test_scores_of_uneven_layers_are_refused():
     with pytest.raises(ScoresError, match="layer 1 has 1 scores, and the model has 2"):
         check_shape(HeadScores(scores=[[1, 2], [1]]), 2, 2)
+
+
+def test_the_docs_say_how_much_of_the_weights_the_digest_covers():
+    page = (Path(__file__).parents[3] / "docs" / "dense-heads.md").read_text(encoding="utf-8")
+    assert f"{head_scores.SAMPLES} pieces of {head_scores.SAMPLE_BYTES // 1024} KiB" in page

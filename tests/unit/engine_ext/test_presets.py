@@ -25,7 +25,7 @@ def test_each_preset_turns_star_on_for_long_prompts(name):
 
 
 def test_documents_are_messages_where_they_are_to_be_found_again():
-    assert [config(preset=name).star.segments for name in ("documents", "rag", "agents")] == [None, "auto", "auto"]
+    assert [config(preset=name).star.segments for name in ("long", "rag", "agents")] == [None, "auto", "auto"]
 
 
 def test_single_options_replace_those_of_a_preset():
@@ -39,11 +39,11 @@ def test_single_options_replace_those_of_a_preset():
 def test_another_name_is_refused(value, hint):
     with pytest.raises(OptionError) as refused:
         config(preset=value)
-    assert f"is refused: there is no such preset{hint}. Allowed: documents, rag, agents." in str(refused.value)
+    assert f"is refused: there is no such preset{hint}. Allowed: long, rag, agents." in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "page"), [("rag", None, 32), ("rag", 64, 64), ("agents", None, 32), ("documents", None, None)]
+    ("name", "given", "page"), [("rag", None, 32), ("rag", 64, 64), ("agents", None, 32), ("long", None, None)]
 )
 def test_documents_get_small_pages_on_cpus_and_the_log_says_all(monkeypatch, tmp_path, name, given, page):
     logged: list[str] = []

@@ -38,7 +38,8 @@ class FakeServer:
         page_size: tokens of a page, of which star blocks are whole numbers.
         kv_heads: of the model, whose scores the server has; 0: it has none.
         defaults: the server's own star options.
-        loss: (prompt, vllm_xargs) -> how much less probable star finds each forced token, in nats.
+        loss: (prompt, vllm_xargs with the block size in tokens) -> how much less probable star finds each forced token,
+            in nats.
         counts: tokens of a prompt -> those that the server counts.
         sources: where the documents of a prompt came from, which plans with documents say; None: they don't.
         library: what a look-up says of the server.
@@ -104,14 +105,15 @@ class FakeServer:
         tokens, xargs = body["prompt"], {"star": "off"} | body.get("vllm_xargs", {})
         tokens = list(map(ord, tokens)) if isinstance(tokens, str) else tokens
         try:
-            plan = self.plan_header or json.dumps(self.plan(len(tokens), xargs))
+            made = self.plan(len(tokens), xargs)
         except OptionError as error:
             return 400, {"error": {"message": str(error)}}, {}
-        headers = {"x-starling-plan": plan} if self.starling else {}
+        headers = {"x-starling-plan": self.plan_header or json.dumps(made)} if self.starling else {}
         choice: dict = {"finish_reason": "stop"}
         if "allowed_token_ids" in body:
             [forced] = body["allowed_token_ids"]
-            shift = 0.0 if xargs["star"] == "off" else self.loss("".join(map(chr, tokens)), xargs)
+            sized = xargs | {"star_block_size": made.get("block_size")}
+            shift = 0.0 if xargs["star"] == "off" else self.loss("".join(map(chr, tokens)), sized)
             other = -0.7 if self.raw_logprobs else -9999.0
             top = {f"token_id:{forced}": -0.7 - shift, "token_id:1": other, "token_id:2": -5.0 if shift else other - 4}
             choice |= {"text": chr(forced), "token_ids": [forced]}

@@ -103,11 +103,22 @@ def test_the_command_of_a_report_repeats_the_options_without_secrets():
     assert without_secrets(shown) == shown
 
 
+def test_a_file_that_is_one_json_array_is_refused_as_such(tmp_path):
+    file = tmp_path / "docs.json"
+    file.write_text('[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n')
+    with pytest.raises(ValueError) as refused:
+        read_own_prompts(file)
+    assert str(refused.value).endswith(
+        "docs.json' is refused: it is one JSON array. Allowed: JSONL, with one object in each line: "
+        '{"prompt": "..."} or {"messages": [...]}, and "answer"'
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("{", "it is not JSON"),
-        ("[]", "Input should be"),
+        ("[]", "it is no object. Allowed: JSONL, with one object in each line"),
         ("{}", "either prompt or messages"),
         ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "either prompt or messages"),
         ('{"prompt": ""}', "prompt: "),

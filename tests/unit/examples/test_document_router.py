@@ -11,6 +11,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
+from examples import document_router
 from examples.document_router import Router
 
 FOUND = {"plan": {"prompt_tokens": 100}, "replicas": [{"cached_tokens": 10}]}
@@ -115,3 +116,16 @@ def test_a_server_that_dies_while_it_refuses_costs_nothing():
     router = router_before(answer)
     assert asyncio.run(forward(router))[1] == b"hi"
     assert waiting(router) == [0, 0]
+
+
+def test_a_body_that_is_too_large_is_refused_before_any_server_is_asked(monkeypatch):
+    monkeypatch.setattr(document_router, "MAX_BODY", 1)
+    asked = []
+
+    async def note(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(200)
+
+    response, body = asyncio.run(forward(router_before(note)))
+    assert (response.status_code, asked) == (413, [])
+    assert b"the body is refused: it has more than 1 bytes" in body

@@ -50,3 +50,8 @@ def test_the_long_prompt_is_that_of_the_five_minutes(printed):
     make = next(iter(printed.values())).split(" | ")[0]
     code = shlex.split(make)[-1]
     assert f"$ python3 -c '{code}' > prompt.json" in (ROOT / "docs" / "five-minutes.md").read_text()
+
+
+def test_the_readme_shows_the_program_of_its_quick_start():
+    code = (ROOT / "examples" / "ask_documents.py").read_text()
+    assert f"```python\n{code}```" in (ROOT / "README.md").read_text()

@@ -55,75 +55,44 @@ def own_environment() -> dict[str, str]:
 
 
 PARENT = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
 sys.path[:0] = {path}
+
+from vllm.config import ParallelConfig
+from vllm.v1.engine.coordinator import DPCoordinator
+from vllm.v1.engine.core import EngineCoreProc
+from starling.vllm_compat.engine_core import end_children_with_parent
 
 def core():
-    from starling.vllm_compat.engine_core import end_with_parent
-    end_with_parent()
-    process = multiprocessing.current_process()
-    print(f"{{process.pid}} {{process.name}}\\n", end="", flush=True)
-    time.sleep(600)
+    print(os.getpid(), flush=True)
+    time.sleep(600)  # as an engine core that waits for its front, at its start
+
+EngineCoreProc.run_engine_core = staticmethod(core)
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context({method!r})
-    children = [context.Process(target=core, name=name) for name in {names}]
-    for child in children:
-        child.start()
-    time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_an_engine_core_ends_once_its_parent_is_killed_and_other_processes_go_on(tmp_path, method):
-    names = ["EngineCore_DP0", "another", "EngineCore"]
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(path=sys.path, method=method, names=names))
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=own_environment())
-    lines = [parent.stdout.readline().split() for _ in names]
-    children = {name: psutil.Process(int(pid)) for pid, name in lines}
-    try:
-        parent.kill()
-        parent.wait()
-        _, alive = psutil.wait_procs([child for name, child in children.items() if name != "another"], timeout=300)
-        assert not alive
-        assert children["another"].is_running()
-    finally:
-        for child in children.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        parent.stdout.close()
-
-
-COORDINATED = """
-import sys, time
-sys.path[:0] = {path}
-
-if __name__ == "__main__":
-    from vllm.config import ParallelConfig
-    from vllm.v1.engine.coordinator import DPCoordinator
-    from starling.vllm_compat.engine_core import end_coordinator_with_parent
-
-    end_coordinator_with_parent()
+    end_children_with_parent()
+    end_children_with_parent()
     coordinator = DPCoordinator(ParallelConfig(data_parallel_size=2, data_parallel_size_local=2))
     print(coordinator.proc.pid, flush=True)
+    multiprocessing.get_context({method!r}).Process(target=EngineCoreProc.run_engine_core).start()
     time.sleep(600)
 """
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_the_coordinator_of_replicas_ends_once_its_parent_is_killed(tmp_path, method):
+def test_a_starting_engine_core_and_the_coordinator_end_once_their_parent_is_killed(tmp_path, method):
     script = tmp_path / "parent.py"
-    script.write_text(COORDINATED.format(path=sys.path))
+    script.write_text(PARENT.format(path=sys.path, method=method))
     environment = own_environment() | {"VLLM_WORKER_MULTIPROC_METHOD": method}
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
-    coordinator = psutil.Process(int(parent.stdout.readline()))
+    children = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
     try:
         parent.kill()
         parent.wait()
-        _, alive = psutil.wait_procs([coordinator], timeout=300)
+        _, alive = psutil.wait_procs(children, timeout=300)
         assert not alive
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            coordinator.kill()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         parent.stdout.close()

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from starling.config.entry import parse_config
-from starling.evaluation.commands.advise import LIMITS, Word, advice, measured_speed, measured_words, run
+from starling.evaluation.commands.advise import LIMITS, advice, document_advice, measured_speed, measured_words, run
 from starling.evaluation.plans import parse_plan
 from starling.evaluation.tuning.candidates import Candidate, usable_candidates
 from starling.evaluation.tuning.measures import MEASURES
-from starling.evaluation.tuning.report import Chosen, Closest, Loss
+from starling.evaluation.tuning.report import Chosen, Closest, Loss, Word
 from starling.evaluation.tuning.tuner import Trial, Tuning
 from tests.unit.evaluation.fake_server import served
 
@@ -56,6 +56,17 @@ def test_a_plan_that_is_good_enough_is_a_command_with_its_gain_and_cost():
         "  star_quality=careful: dense, since no plan is shown to be within its limit of 2 %; "
         "about 60 prompts may show n/4",
     ]
+
+
+def test_texts_that_prompts_share_are_a_line_with_the_command_for_documents():
+    def found(repeated: int) -> list[str]:
+        shared = SimpleNamespace(prompts={"tokens": 40_000, "repeated_tokens": repeated})
+        return document_advice(shared, ["MODEL", "--max-model-len", "8192"])
+
+    says, command = found(18_000)
+    assert "18,000 of the prompts' 40,000 tokens (45.0 %) are texts that an earlier prompt has too" in says
+    assert command == "  starling serve MODEL --max-model-len 8192 --preset rag"
+    assert found(3_000) == []
 
 
 def tuning(plan: str, held_out: float, searched: float = 0.0) -> Tuning:
@@ -105,12 +116,30 @@ def test_a_server_that_starts_as_advised_has_the_words(tmp_path, capsys):
             printed = capsys.readouterr().out
             assert "have been measured in this folder before" not in printed
     sizes = "--star-quality-sizes careful=n/4,balanced=n/8,fast=n/16"
-    assert f"starling serve fake --star auto --star-min-tokens 1002 {sizes}" in printed.splitlines()[-6]
+    assert f"starling serve fake --star auto --star-min-tokens 1002 {sizes}" in printed.split("Advice:")[1]
     written = json.loads((tmp_path / "out" / "additional-config.json").read_text(encoding="utf-8"))
     config = parse_config(written)
     assert config is not None
     assert config.quality_sizes == {"fast": 16, "balanced": 8, "careful": 4}
     assert (config.star.mode, config.star.block_size) == ("auto", None)
+    tuned = json.loads((tmp_path / "out" / "tune.json").read_text(encoding="utf-8"))
+    assert {word: found["num_blocks"] for word, found in tuned["words"].items()} == config.quality_sizes
+    assert all(0 < found["loss"]["mean"] <= LIMITS[word] / 100 for word, found in tuned["words"].items())
+
+
+@pytest.mark.parametrize(("answer", "most"), [({"answer": "abcdefghij"}, 1), ({}, 8)])
+def test_no_text_is_generated_that_is_not_compared(tmp_path, capsys, answer, most):
+    """With an answer, each request is for one token; without, dense's tokens are those that are compared."""
+    prompts, out = tmp_path / "mine.jsonl", str(tmp_path / "out")
+    texts = [f"{number} {'word ' * 250}{'another text ' * 20}" for number in range(20)]
+    prompts.write_text("\n".join(json.dumps({"prompt": text} | answer) for text in texts), encoding="utf-8")
+    with served(answer=lambda prompt, xargs: "x" * 500, loss=lambda prompt, xargs: 0.0) as server:
+        assert run(["--base-url", server.url, "--prompts", str(prompts), "--out", out]) == 0
+    asked = [(body["max_tokens"], body.get("vllm_xargs", {}).get("star")) for body in server.completions]
+    assert max(tokens for tokens, _ in asked) == most
+    assert {star for tokens, star in asked if tokens > 1} <= {"off", None}
+    says = "Or documents, if each is a message: "
+    assert says in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_without_one_the_advice_is_dense():
@@ -164,7 +193,7 @@ def test_a_plan_that_prompts_are_too_short_for_is_left_out():
             ["MODEL", "--preset", "rag", "--prompts", "nowhere.jsonl"],
             "--preset rag is refused: its prompts are documents",
         ),
-        (["MODEL", "--preset=documents", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["MODEL", "--preset=long", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (
             ["MODEL", "--additional-config", '{"starling": {"star": "on"}}', "--prompts", "nowhere.jsonl"],
             "star in --additional-config is refused: the search chooses it",

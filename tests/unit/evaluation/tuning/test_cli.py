@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -9,12 +10,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 
 from starling.config.entry import parse_config
 from starling.engine_ext.serving.cli.main import main
 from starling.engine_ext.serving.cli.serve_args import parse as parse_serve
 from starling.evaluation import server
+from starling.evaluation.commands import measuring
 from starling.evaluation.commands import tune as cli
+from starling.evaluation.prompt_options import parse_options
 from starling.evaluation.prompts import Prompt
 from starling.evaluation.tuning.halving import halves
 from starling.evaluation.tuning.report import TuneReport
@@ -55,7 +59,10 @@ def test_a_plan_is_found_and_written_for_a_server(tmp_path, capsys, own):
     with served(loss=loses_by_blocks, page_size=16) as fake:
         assert tune(fake, out, own, *LOGPROB) == 0
     output, report = capsys.readouterr().out, read(out)
-    assert report.prompts == {"searched": 20, "held_out": 20, "equal_to_others": 1, "shortest": 2000, "longest": 2039}
+    counts = {"searched": 20, "held_out": 20, "equal_to_others": 1, "shortest": 2000, "longest": 2039}
+    tokens = sum(range(2000, 2040))
+    assert report.prompts.items() >= (counts | {"tokens": tokens}).items()
+    assert tokens - 3000 < report.prompts["repeated_tokens"] < tokens - 2000, "all but the first prompt and the numbers"
     assert (report.page_size, report.server["model"], report.chosen.plan) == (16, "fake", "n/4")
     assert report.chosen.confirmed.prompts == 20 and 0 < report.chosen.confirmed.high <= 0.05
     outcomes = {row.plan: row.outcome for row in report.candidates}
@@ -262,3 +269,36 @@ def test_help_and_the_page_name_every_option(capsys):
     assert [name for name in options if name not in printed] == []
     assert [name for name in options if f"`{name}`" not in page and name != "--help"] == []
     assert all(f"`{name}`" in page for name in cli.MEASURES)
+
+
+def test_one_bar_for_all_searches_goes_forward_and_ends_where_nothing_is_left(tmp_path, own):
+    """Its total falls with what is not needed, and never rises."""
+    states = []
+
+    class Watched(Progress):
+        def refresh(self) -> None:
+            states.extend((task.total, task.completed) for task in self.tasks if task.description == "answers, at most")
+
+        def advance(self, task_id, advance=1) -> None:
+            super().advance(task_id, advance)
+            self.refresh()
+
+        def update(self, task_id, **fields) -> None:
+            super().update(task_id, **fields)
+            self.refresh()
+
+    args = cli.make_parser().parse_args(["--prompts", str(own), *LOGPROB, "--out", str(tmp_path / "out")])
+    options = parse_options(TuneOptions, {name: getattr(args, name) for name in TuneOptions.model_fields})
+
+    async def searched(fake, monkey):
+        args.base_url = fake.url
+        monkey.setattr(measuring, "progress_bars", lambda console: Watched(disable=True))
+        return await cli.search(args, options, ["--base-url", fake.url], measuring.make_console(), [0.02, 0.05, 0.6])
+
+    with served(loss=loses_by_blocks, page_size=16) as fake, pytest.MonkeyPatch.context() as monkey:
+        found = asyncio.run(searched(fake, monkey))
+    assert len(found.tunings) == 3
+    totals, completed = zip(*states, strict=True)
+    assert list(totals) == sorted(totals, reverse=True) and list(completed) == sorted(completed)
+    assert all(done <= total for total, done in states)
+    assert completed[-1] > 40

@@ -49,7 +49,7 @@ def search(fake, count: int, budget: float, plans=PLANS, measure: str = "score",
                 concurrency=4,
                 store=store or Memory(),
             )
-            return await tuner.search(*halves(prompts), candidates, budget, on_round or (lambda *_: None))
+            return await tuner.search(*halves(prompts), candidates, budget, on_round or (lambda left: None))
 
     return asyncio.run(searched())
 
@@ -94,8 +94,8 @@ def test_without_a_plan_within_the_budget_nothing_is_held_out():
 def test_rounds_are_announced_with_the_candidates_that_are_left():
     rounds = []
     with served(answer=answers({"n/16,A=1": 0.9})) as fake:
-        search(fake, 60, 0.1, on_round=lambda number, left: rounds.append((number, len(left))))
-    assert rounds == [(8, 4), (16, 3), (30, 3)]
+        search(fake, 60, 0.1, on_round=lambda left: rounds.append(len(left)))
+    assert rounds == [4, 3, 3]
 
 
 def test_a_second_search_asks_nothing_again_and_a_smaller_budget_only_what_is_new():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +46,66 @@ def test_what_is_bound_follows_the_arguments(monkeypatch, replicas, local, tenso
         tensor_parallel_size=tensor_parallel,
         pipeline_parallel_size=1,
     )
-    assert cores.core_binding(args, environ) == binding
+    assert cores.core_binding(args, environ, set()) == binding
+
+
+@pytest.mark.parametrize(
+    ("replicas", "bound", "binding"),
+    [
+        (1, {0}, "1,2,3"),
+        (1, {0, 1, 2}, "3"),
+        (1, {0, 1, 2, 3}, None),
+        (1, {9}, "0,1,2,3"),  # a core that this server may not use
+        (2, {0}, "1|2"),
+        (2, {0, 1, 2}, "0,1|2,3"),  # too few are left
+    ],
+)
+def test_cores_that_another_engine_has_bound_are_left_to_it(monkeypatch, replicas, bound, binding):
+    monkeypatch.setattr(cores, "physical_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(cores, "physical", str)
+    monkeypatch.setattr(cores, "node_of", lambda core: "node0")
+    args = SimpleNamespace(data_parallel_size=replicas, data_parallel_size_local=None)
+    args.tensor_parallel_size = args.pipeline_parallel_size = 1
+    assert cores.core_binding(args, {}, bound) == binding
+
+
+def test_another_thread_of_a_bound_core_is_bound_too(monkeypatch, tmp_path):
+    for core, siblings in {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}.items():
+        (tmp_path / str(core)).write_text(siblings)
+    monkeypatch.setattr(cores, "SIBLINGS", str(tmp_path / "{}"))
+    assert cores.free_cores([0, 1], {2}) == [1]
+
+
+def test_a_worker_uses_the_cores_of_one_memory_node(monkeypatch, tmp_path):
+    for core, node in {0: 0, 1: 1, 2: 1}.items():
+        (tmp_path / str(core) / f"node{node}").mkdir(parents=True)
+    monkeypatch.setattr(cores, "NODE", str(tmp_path / "{}"))
+    assert cores.on_one_node([0, 1, 2]) == [1, 2]
+    assert cores.on_one_node([]) == []
+
+
+WORKER = """
+import os, sys, threading, time
+from setproctitle import setproctitle
+
+os.sched_setaffinity(0, {int(sys.argv[1])})
+setproctitle(sys.argv[2])
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_workers_of_this_host_are_bound_to_is_found(monkeypatch):
+    core = max(os.sched_getaffinity(0))
+    monkeypatch.setattr(cores, "WORKER", "VLLM::Test")
+    for title, found in (("VLLM::Test_TP0", {core}), ("another", set())):
+        command = [sys.executable, "-c", WORKER, str(core), title]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            try:
+                assert cores.bound_cores() == found
+            finally:
+                process.kill()
 
 
 def test_threads_of_one_core_count_once(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -19,7 +20,7 @@ from starling.engine_ext import plugin
 from starling.engine_ext.serving.cli import doctor
 from starling.scheduler.star.counts import dense_keys, keys_attended, summary
 from starling.scheduler.star.facts import EngineFacts
-from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.vllm_compat.versions import vllm_version
 from tests.forks import run_in_fork
 from tests.parity.harness import TINY
@@ -83,6 +84,20 @@ def test_a_prompts_plan_memory_and_work(model):
     measured = [tuple(line.split(",")[:2]) for line in prompt["loss_measured_with_such_a_plan"][:-1]]
     assert len(measured) == len(set(measured)) >= 2
     assert {model for model, _ in measured} == {"qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"}
+
+
+def test_without_prefix_caching_no_document_is_found_again(model):
+    for caching, says in ((True, "yes, star_segments"), (False, "no: prefix caching is off")):
+        config = EngineArgs(model=model, dtype="float32", enable_prefix_caching=caching).create_engine_config()
+        assert doctor.documents(config, ()).startswith(says)
+        assert doctor.documents(config, ("no op", "no page")) == "no: no op; no page"
+
+
+def test_a_plan_with_dense_heads_has_no_loss_that_was_measured_without_them():
+    plan = StarPlan(512, 128, 384, 3000 - 512, 3000)
+    assert len(doctor.measured_loss(plan)) > 2
+    (line,) = doctor.measured_loss(replace(plan, dense_heads=DenseHeads(2, 4, "x")))
+    assert line.startswith("not measured with dense heads")
 
 
 @pytest.mark.parametrize(

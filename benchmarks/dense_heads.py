@@ -69,7 +69,7 @@ def shown(name: str, length: int) -> tuple[str, str]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The table of docs/dense-heads.md: a row for each plan, and for each result the plan's work, loss and points."""
+    """A row for each plan, and for each result the plan's work, loss and points; docs/dense-heads.md has some."""
     plans = sorted({shown(name, length_of(result)) for result in results for name in result["plans"]}, key=order)
     rows = [["plan"], ["---"], *([", ".join(plan)] for plan in plans)]
     for result in results:

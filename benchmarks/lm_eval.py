@@ -3,8 +3,7 @@
 Starts one server, and runs `lm_eval` on it once with dense attention and once with each of four plans: the paper's at
 n/8, and the default anchor and overlap without dense heads, with a tenth of them, and at n/16 with a fifth. The plan
 goes with each request, as `vllm_xargs` in `--gen_kwargs`. Writes results/lm_eval_NAME_LENGTH.json, with the tasks in
-its name unless they are the default. docs/eval.md shows its table, with the scores that `benchmarks.accuracy` has for
-these plans, and says how to install lm_eval.
+its name unless they are the default. docs/star-accuracy.md has its table, and docs/eval.md says how to install lm_eval.
 """
 
 from __future__ import annotations
@@ -21,24 +20,17 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.accuracy import ENGINE, plans
+from benchmarks.accuracy import ENGINE, QUERY_TOKENS, plans
 from benchmarks.engine import ROOT
-from benchmarks.report import RESULTS, write_json
+from benchmarks.report import write_json
 from starling.evaluation.plans import DENSE, Plan, parse_plan
 from starling.evaluation.server import served
 from starling.evaluation.statistics import bootstrap
 
 PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"
 FOLDER = ROOT / "benchmarks" / "out" / "lm_eval"
-TASKS = {
-    "niah_single_1": "niah_single_1",
-    "niah_multikey_2": "niah_multikey_2",
-    "niah_multikey_3": "niah_multikey_3",
-    "ruler_vt": "vt",
-    "ruler_fwe": "fwe",
-    "ruler_cwe": "cwe",
-}
-"""Tasks of lm_eval that load nothing from a hub, and those of `starling eval` with the same definition."""
+TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_fwe", "ruler_cwe")
+"""Tasks of lm_eval that load nothing from a hub."""
 
 DEFAULT_TASKS = ("niah_multikey_2", "ruler_vt")
 
@@ -118,33 +110,16 @@ def make_cell(
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of docs/eval.md: both tools' scores on the same plans."""
-    accuracy = json.loads((RESULTS / f"accuracy_{result['model']}_{result['tokens']}.json").read_text())
-    others = {(cell["task"], cell["plan"]): cell for cell in accuracy["cells"]}
-    lines = [
-        f"{result['model']}, {result['tokens']:,} tokens; lm_eval {result['lm_eval']} on {result['date']}, "
-        f"`starling eval` on {accuracy['date']}:",
-        "",
-        "| tool and task | prompts | plan | dense | score | difference [95 %] |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for task, nearest in TASKS.items():
-        of_task = [cell for cell in result["cells"] if cell["task"] == task]
-        rows = [("lm_eval", cell) for cell in of_task]
-        measured = [(nearest, cell["plan"]) for cell in of_task]
-        rows += [("starling eval", others[key]) for key in measured if key in others]
-        for tool, cell in rows:
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/star-accuracy.md: a row for each task and plan of each run."""
+    lines = ["| task, prompts | plan | dense | difference [95 %] |", "| --- | --- | --- | --- |"]
+    for result in results:
+        for cell in result["cells"]:
             mean, low, high = (100 * cell["difference"][name] for name in ("mean", "low", "high"))
-            columns = (
-                f"{tool}, `{cell['task']}`",
-                str(cell["prompts"]),
-                f"`{cell['plan']}`",
-                f"{100 * cell['dense_score']:.0f} %",
-                f"{100 * cell['score']:.0f} %",
-                f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]",
+            lines.append(
+                f"| `{cell['task']}`, {cell['prompts']} | `{cell['plan'].removesuffix(f',Q={QUERY_TOKENS}')}` | "
+                f"{100 * cell['dense_score']:.0f} % | {mean:+.0f} [{low:+.0f}, {high:+.0f}] |"
             )
-            lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -203,7 +178,7 @@ def main() -> int:
     result = measure(args.lm_eval, args.model, args.tasks, args.length, args.prompts, args.serve)
     part = "" if set(args.tasks) == set(DEFAULT_TASKS) else "_" + "_".join(args.tasks)
     path = write_json(f"lm_eval_{result['model']}_{result['tokens']}{part}", result)
-    print(markdown(json.loads(path.read_text())))
+    print(markdown([result]))
     print(f"written to {path}")
     return 0
 

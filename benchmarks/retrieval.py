@@ -220,7 +220,7 @@ def measure(base_url: str, model: str, num_tokens: int, plan: Plan) -> dict[str,
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of docs/star-accuracy.md."""
+    """A table, whose right answers docs/star-accuracy.md has."""
     lines = [
         "| prompt tokens | plan | attention work | right answers | right by definition | questions as defined |",
         "| --- | --- | --- | --- | --- | --- |",

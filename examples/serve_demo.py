@@ -21,7 +21,7 @@ LOG = ROOT / "build" / "serve-server.log"
 LONG_PROMPT = f"""import json; print(json.dumps({{"model": "{MODEL.name}", "max_tokens": 8,
     "prompt": "The quick brown fox jumps over the lazy dog. " * 100 + "In one word, the animal is a",
     "vllm_xargs": {{"star": "on", "star_block_size": 128, "star_query_tokens": 32}}}}))"""
-"""Python code, that of docs/quickstart.md, which prints a request."""
+"""Python code, that of docs/five-minutes.md, which prints a request."""
 
 
 def commands(server: Server) -> dict[str, str]:

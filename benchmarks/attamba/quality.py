@@ -7,7 +7,7 @@ the sequence, which drops no key. All have equally many parameters, and all runs
 same order. Each model has the learning rate that was the best in shorter runs with another seed.
 
 The same command goes on after an interruption, and skips finished runs. It writes results/attamba_quality.json and
-.png, and prints the tables of docs/benchmarks.md.
+.png, and prints their tables.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def text_tables(result: dict[str, Any]) -> list[str]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The tables of docs/benchmarks.md."""
+    """All tables of a result."""
     parts = recall_tables(result["recall"]) if "recall" in result else []
     return "\n".join([*parts, *(text_tables(result["text"]) if "text" in result else [])])
 

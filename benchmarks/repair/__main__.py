@@ -194,7 +194,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table of docs/documents.md for one model: the loss that is left, and in brackets its interval.
+    """A table for one model: the loss that is left, and in brackets its interval.
 
     Work and right answers are those of GATE_SHARE.
     """

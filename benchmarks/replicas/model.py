@@ -109,7 +109,7 @@ def paper_prompt(
 
 
 def paper_table(prompt: Prompt, numbers: Sequence[int] = REPLICAS) -> list[tuple[str, ...]]:
-    """Rows of docs/replicas.md: replicas, rounds, prefill, moved, transfer, total, speed-up; all cells are text."""
+    """Rows, some of them in docs/replicas.md: replicas, rounds, prefill, moved, transfer, total, speed-up; texts."""
     alone = predict(prompt, 1).seconds
     rows = []
     for number in numbers:

@@ -72,7 +72,7 @@ class LiveView:
         self.forgetting: asyncio.TimerHandle | None = None
 
     async def body(self) -> bytes:
-        """The newest snapshot as JSON (docs/live.md), at most SHARE_SECONDS old.
+        """The newest snapshot as JSON (docs/monitoring.md), at most SHARE_SECONDS old.
 
         Raises:
             EngineDeadError: the server's engines are dead.

@@ -1,4 +1,7 @@
-"""The code of the documentation's pages, run as it stands there, against a server as docs/clients.md starts it."""
+"""The code of the documentation's pages, run as it stands there, against a server as docs/clients.md starts it.
+
+The program of the quick start has a server as docs/quickstart.md starts it.
+"""
 
 import importlib.util
 import json
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+QUICK_START = "docs/quickstart.md"
 MODEL = "models/smollm2-135m-instruct"
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 NOT_INSTALLED = ("langchain_openai", "llama_index")  # in no environment of the project; run by hand
@@ -74,7 +78,7 @@ def server(forked, tmp_path_factory):
     (command,) = servers(CLIENTS)
     model, _, _, *options = shlex.split(command)
     assert model == MODEL
-    options += ["--served-model-name", model, model.rpartition("/")[2], "--star-library", f"{folder / 'library'}:1GiB"]
+    options += ["--star-library", f"{folder / 'library'}:1GiB"]
     with serving(ROOT / model, *options, log=folder / "log") as server:
         yield server
 
@@ -101,11 +105,23 @@ def test_python_of_clients(server, tmp_path, block):
         assert output.strip()
 
 
+def test_the_first_answer_of_the_quick_start(forked, tmp_path):
+    """With a server as the page starts it, the second prompt finds the documents of the first in another order."""
+    model, *options = shlex.split(servers((ROOT / QUICK_START).read_text(encoding="utf-8"))[0])
+    code = (ROOT / "examples" / "ask_documents.py").read_text(encoding="utf-8")
+    with serving(ROOT / model, *options, log=tmp_path / "log") as server:
+        output = run(sys.executable, "-c", addressed(server, code), folder=tmp_path)
+    printed = re.findall(r"^\[\{.*?\}\]", output, re.MULTILINE)
+    first, second = (json.loads(sources.replace("'", '"')) for sources in printed)
+    assert [{*sources} for sources in first] == [{"computed"}] * 3
+    assert [{*sources} for sources in second] == [{"memory"}] * 3
+    assert sorted(of["memory"] for of in second) == sorted(of["computed"] for of in first)
+
+
 def run_engine(folder: Path, code: str) -> str:
     """Run a program with an engine of its own; returns what it prints."""
     file, model = folder / "program.py", str(ROOT / MODEL)
-    # The fork has left out what compiles a model.
-    file.write_text(code.replace(MODEL, model).replace('"MODEL"', f"{model!r}, enforce_eager=True"))
+    file.write_text(code.replace(MODEL, model))
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = run_in_fork("tests.e2e.docs_job:main", str(file), imports=OF_ENGINES, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -142,5 +158,5 @@ def test_curl(server, tmp_path):
 
 
 def test_pages_have_code_that_runs():
-    assert {block.page for block in PYTHON} >= {"docs/clients.md", "docs/grpc.md", "docs/quickstart.md", *GIVEN}
-    assert [block.page for block in OF_ENGINE] == ["docs/clients.md", "docs/quickstart.md"]
+    assert {block.page for block in PYTHON} >= {"docs/clients.md", "docs/grpc.md", QUICK_START, *GIVEN}
+    assert [block.page for block in OF_ENGINE] == ["docs/clients.md", QUICK_START]

@@ -70,29 +70,19 @@ HOSTS = {
 }
 """The same for servers over two hosts."""
 
-SERVER_NOTES = {
-    "one engine": "`--tensor-parallel-size 2`: an API server, an engine core and two workers.",
-    "replicas": "`--data-parallel-size 2`, and a `replicas.timeout` of 5 s: each prompt is split over both replicas, "
-    "and one of them fetches the pages of the other.",
-    "shards": "The same with `star_shards` `on`: the KV stays on the replica that computed it.",
-    "two hosts": "As `replicas`, with one replica on each of two hosts (network namespaces), whose monotonic clocks "
-    "differ by 11 days.",
-    "two hosts, shards": "As `shards`, on these hosts.",
-}
 NOTES = {
-    "SIGSTOP, N s": "the process stands for N seconds, and then goes on (SIGCONT). Health does not show it, unless "
-    "it is the API server: vLLM notices processes that end, not those that stand",
+    "SIGSTOP, N s": "the process stands for N seconds. Health does not show it, unless it is the API server: vLLM "
+    "notices processes that end, not those that stand",
     "SIGKILL": "one API server does not notice the end of the coordinator. It goes on, and balances requests by its "
     "own counts. Several API servers end",
-    "slow": "the process runs for 50 ms of each 200 ms until all requests have ended",
+    "slow": "the process runs for 50 ms of each 200 ms",
     "link cut, N s": "the device at one end of the link is down for N seconds",
-    "link slow": "1 Mbit/s both ways, until all requests have ended",
-    "link lossy": "one packet in ten is lost, both ways (a packet filter chooses them; `netem` is not in every kernel)",
-    "full": "no byte is free in the file system until all requests have ended; at `start`: from before the start on",
-    "jump": "the time of day that Python reads in all processes jumps, and jumps back after the requests have ended. "
-    "The machine's clock is left alone",
+    "link slow": "1 Mbit/s both ways",
+    "link lossy": "one packet in ten is lost, both ways",
+    "full": "no byte is free in the file system",
+    "jump": "the time of day jumps by a day in all processes",
 }
-"""What is said of servers and faults in docs/faults.md."""
+"""What is said of faults in docs/faults.md."""
 
 ROLES = {
     "one engine": ("API server", "engine", "worker"),

@@ -1,4 +1,4 @@
-"""CUDA graphs beside Star Attention, as vLLM itself resolves and picks them: docs/documents.md and docs/doctor.md."""
+"""CUDA graphs beside Star Attention, as vLLM itself resolves and picks them (docs/documents.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ASGI middleware: a page that shows the requests while they run, and the JSON that it polls (docs/live.md).
+"""ASGI middleware: a page that shows the requests while they run, and the JSON that it polls (docs/monitoring.md).
 
 The page itself has no data, so it needs no key: a browser can't send one with a link. Its script asks for the key, and
 sends it with each request for the JSON. The responses lack vLLM's CORS headers: only pages of this server read them.

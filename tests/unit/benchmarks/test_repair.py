@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from random import Random
 
 import pytest
@@ -14,7 +13,6 @@ from transformers.masking_utils import sdpa_mask
 from benchmarks.approximations import MaskedAttention
 from benchmarks.repair import __main__ as repair
 from benchmarks.repair import kv, prompts, selection
-from benchmarks.report import RESULTS
 from starling.config.head_scores import HeadScores
 
 VOCABULARY = 100
@@ -222,9 +220,3 @@ def test_documents_have_natural_borders(task):
     assert [chr(prompt.context[start]) for start in prompt.starts] == [text[0] for text in texts]
     question = "".join(map(chr, prompt.question))
     assert question.startswith("\n\n") and "<assistant>" in question and "DOCUMENTS" not in question
-
-
-def test_the_page_has_the_tables_of_the_results():
-    page = (RESULTS.parents[1] / "docs" / "documents.md").read_text(encoding="utf-8")
-    for path in RESULTS.glob("repair_*.json"):
-        assert repair.markdown(json.loads(path.read_text())) in page

@@ -40,7 +40,7 @@ def test_outcomes_are_counted_by_suite(compatibility, tmp_path):
     assert run["suites"] == {"unit": {"passed": 1, "failed": 1}, "e2e": {"failed": 1, "skipped": 1}}
     page = compatibility.page(results)
     assert "| 0.9.0 | overlay | 3.11.7 | 2 | 3 | 5 | 1, 1 failed | - | - | - | 0, 1 failed, 1 skipped |" in page
-    assert "Not run." in page and "No GPU was at hand" in page
+    assert "Not run." in page and "no GPU was at hand" in page
 
 
 def test_wheels_and_gpus_are_added(compatibility, tmp_path):
@@ -54,7 +54,7 @@ def test_wheels_and_gpus_are_added(compatibility, tmp_path):
     compatibility.add(results, "gpus", tmp_path / "report")
     page = compatibility.page(results)
     assert "| 3.12.1 | 0.9.0+cpu | 2 | installed |" in page
-    assert "| H100 | 0.9.0 | 2 | 2 | 0 |" in page and "No GPU was at hand" not in page
+    assert "| H100 | 0.9.0 | 2 | 2 | 0 |" in page and "no GPU was at hand" not in page
 
 
 def test_packages_of_gpu_servers_are_added(compatibility, tmp_path):

@@ -29,22 +29,40 @@ def test_each_result_is_that_of_a_cell_of_the_table():
     assert set(json.loads(RESULTS.read_text())) <= {cell.name for cell in cells()}
 
 
+def result(**fields: object) -> dict:
+    """Of a cell in which each client got the whole answer, but for these fields."""
+    ends = dict.fromkeys(CLIENTS, "answer")
+    return asdict(Result(ends=ends, http_health=["200"], grpc_health=["SERVING"], seconds=2.5)) | fields
+
+
 def test_the_page_says_what_differed():
     first, second, *_ = cells()
-    ends = dict.fromkeys(CLIENTS, "answer")
-    as_expected = asdict(Result(ends=ends, http_health=["200"], grpc_health=["SERVING"], seconds=2.5))
-    differs = as_expected | {"ends": ends | {"gRPC": "silence"}, "faults": ["gRPC: silence", "left: 3 | pages"]}
-    text = page({first.name: as_expected, second.name: differs})
-    head = f"| {first.fault} | {first.target} | {first.moment} | answer within 120 s, serves on |"
-    assert f"{head} answer, all four | 2.5 | 200 | SERVING | as expected |" in text
-    assert "answer: HTTP, HTTP stream, gRPC stream; silence: gRPC" in text
-    assert "**differs**: gRPC: silence; left: 3 \\| pages |" in text
-    assert " cells 2 were run. In 1 of them all was as expected.\nThe others;" in text
-    first_of = (
-        f"| {second.server} | {second.fault} | {second.target} | {second.moment} | gRPC: silence; left: 3 \\| pages |\n"
+    ends = dict.fromkeys(CLIENTS, "answer") | {"gRPC": "silence"}
+    text = page({first.name: result(), second.name: result(ends=ends, faults=["gRPC: silence", "left: 3 | pages"])})
+    assert " cells 2 were run. In 1 of them all was as expected" in text
+    of_second = f"| {second.server} | {second.fault} | {second.target} | {second.moment} |"
+    assert (
+        f"The others:\n\n| server | fault | of | moment | what differs |\n| --- | --- | --- | --- | --- |\n{of_second}"
+        in text
     )
-    assert text.index(first_of) < text.index("## How it is measured") < text.index("**differs**")
-    assert "Cells without a result: " in text
+    assert f"{of_second} gRPC: silence; left: 3 \\| pages |\n" in text
+
+
+def test_the_page_has_the_worst_that_a_client_saw_at_each_moment():
+    found = [cell for cell in cells() if (cell.fault, cell.target) in {("SIGKILL", "engine"), ("SIGKILL", "replica 0")}]
+    results = {cell.name: result() for cell in found}
+    results["one engine / SIGKILL / engine / prefill"]["ends"] |= {"HTTP": "error (500)", "gRPC": "aborted"}
+    results["shards / SIGKILL / replica 0 / decode"]["ends"] = dict.fromkeys(CLIENTS, "aborted")
+    cells_of_row = "|  | answer | error; shards: answer | answer | answer; shards: aborted |"
+    assert f"| SIGKILL | engine or worker {cells_of_row}" in page(results)
+
+
+def test_targets_that_clients_see_alike_share_a_row():
+    found = [cell for cell in cells() if cell.fault == "SIGKILL" and cell.target in ("API server", "coordinator")]
+    found = [cell for cell in found if cell.server == "replicas"]
+    text = page({cell.name: result(seconds=3.0 + number) for number, cell in enumerate(found)})
+    assert "| SIGKILL | API server, coordinator |  | answer | answer | answer | answer |" in text
+    assert f"Every\nrequest ended within {2 + len(found)} s." in text
 
 
 @pytest.mark.skipif(not available(), reason="needs root and namespaces")

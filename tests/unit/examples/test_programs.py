@@ -46,10 +46,10 @@ def test_the_first_command_sends_a_prompt_that_is_prefilled_with_star_attention(
     assert make_plan(num_words, options, None, PAGE_SIZE, ONE_REPLICA) is not None
 
 
-def test_the_long_prompt_is_that_of_the_quick_start(printed):
+def test_the_long_prompt_is_that_of_the_five_minutes(printed):
     make = next(iter(printed.values())).split(" | ")[0]
     code = shlex.split(make)[-1]
-    assert f"$ python3 -c '{code}' > prompt.json" in (ROOT / "docs" / "quickstart.md").read_text()
+    assert f"$ python3 -c '{code}' > prompt.json" in (ROOT / "docs" / "five-minutes.md").read_text()
 
 
 def test_the_readme_shows_the_program_of_its_quick_start():

@@ -6,9 +6,13 @@ import textwrap
 
 from openai import OpenAI
 
+HEAD = (
+    "You answer questions about files of Python's standard library, in one short sentence, with words of the files. "
+    "Where the files do not have the answer, say so."
+)
 client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
 for modules in (queue, shlex, textwrap), (textwrap, queue, shlex):
-    texts = ["You answer from these files.", *map(inspect.getsource, modules), "Which class splits text like a shell?"]
+    texts = [HEAD, *map(inspect.getsource, modules), "Which class splits text like a shell?"]
     messages = [{"role": "user" if number else "system", "content": text[:6000]} for number, text in enumerate(texts)]
     reply = client.chat.completions.with_raw_response.create(
         model="smollm2-135m-instruct", messages=messages, max_tokens=20, temperature=0

@@ -267,16 +267,13 @@ class Run:
         self.saved.unlink()
 
 
-def train(
-    args: argparse.Namespace, text: Text, *, start: dict[str, Tensor] | None = None, until: int | None = None
-) -> nn.Module:
+def train(args: argparse.Namespace, text: Text, *, start: dict[str, Tensor] | None = None) -> nn.Module:
     """Train from the last saved step, or from the start, and return the model.
 
     Args:
         args: of `parse`.
         text: to train and validate on.
         start: weights of the first step; None to draw them from the seed.
-        until: stop at this step, as if the process had been stopped there; None for the whole run.
 
     Raises:
         SystemExit: the saved step has other settings.
@@ -289,7 +286,7 @@ def train(
     with tqdm(
         total=args.steps, initial=run.step, desc=args.out.name, unit="step", dynamic_ncols=True, disable=None
     ) as bar:
-        while run.step < (args.steps if until is None else until):
+        while run.step < args.steps:
             started = time.process_time()
             tokens = training_batch(args, text, run.step)
             lr = learning_rate(run.step, args)
@@ -305,11 +302,10 @@ def train(
                 bits = f"train {train_bits:.3f}, validation {validation_bits:.3f} bits"
                 run.log(f"step {run.step}: {bits}; {run.seconds:.0f} s")
                 run.save()
-    if run.step == args.steps:
-        final = bits_per_byte(run.model, validation_windows(text, args.windows, args.length), text.token_bytes)
-        sizes = f"{args.windows} windows of {args.length}"
-        run.log(f"validation {final:.4f} bits per byte, {sizes}; {run.seconds:.0f} s")
-        run.finish(final)
+    final = bits_per_byte(run.model, validation_windows(text, args.windows, args.length), text.token_bytes)
+    sizes = f"{args.windows} windows of {args.length}"
+    run.log(f"validation {final:.4f} bits per byte, {sizes}; {run.seconds:.0f} s")
+    run.finish(final)
     return run.model
 
 

@@ -51,31 +51,6 @@ def test_the_others_run_after_one_that_fails(tmp_path, monkeypatch, capfd):
     assert "failed: second. " in printed
 
 
-@pytest.mark.parametrize(("code", "expected"), [("pass", 0), ("raise SystemExit(2)", 1)])
-def test_the_exit_code_says_whether_one_has_failed(tmp_path, monkeypatch, code, expected):
-    (tmp_path / "benchmark.py").write_text(code)
-    monkeypatch.setattr(run, "OUT", tmp_path / "out")
-    monkeypatch.setattr(run, "QUICK", {"star_ttft": ""})
-    monkeypatch.setattr(run.subprocess, "run", run_instead(run.subprocess.run, tmp_path / "benchmark.py"))
-    monkeypatch.setattr(sys, "argv", ["run", "--quick"])
-    with pytest.raises(SystemExit) as ended:
-        run.main()
-    assert ended.value.code == expected
-
-
-def run_instead(real, script):
-    """`subprocess.run` of a script instead of the benchmark."""
-    return lambda command, **options: real([command[0], str(script)], **options)
-
-
-def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run", "star_ttf"])
-    with pytest.raises(SystemExit):
-        run.main()
-    message = capsys.readouterr().err
-    assert "star_ttf: no such benchmark" in message and "star_ttft" in message
-
-
 def test_every_benchmark_is_run():
     folder = run.ROOT / "benchmarks"
     programs = {path for path in folder.rglob("*.py") if '__name__ == "__main__"' in path.read_text()}

@@ -67,14 +67,6 @@ def test_a_venv_of_another_python_is_refused(checkout, action):
     assert not (checkout / "calls").exists()
 
 
-def test_a_python_on_path_that_is_not_311_is_passed_over(checkout):
-    add_python(checkout / "bin/python3.11", 3, 12, 0)
-    python = add_python(checkout / "next/python3.11", 3, 11, 4)
-    run_env(checkout, "install", PATH=f"{checkout}/bin:{checkout}/next:/usr/bin:/bin")
-    (made, *_) = (checkout / "calls").read_text().splitlines()
-    assert made == f"venv --quiet --seed --python {python} .venv"
-
-
 @pytest.mark.parametrize(("action", "command"), [("install", "pip install"), ("lock", "pip compile")])
 def test_the_requirements_that_are_left_out_are_those_of_the_file(checkout, action, command):
     add_python(checkout / ".venv/bin/python", 3, 11, 4)

@@ -1,0 +1,46 @@
+"""The tables of the docs, and the rows of `starling doctor`, are those of the JSON files in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks import accuracy, anchors, approximations, lm_eval
+from benchmarks.report import RESULTS
+from starling.evaluation.measured import read_measured
+
+PAGE = (RESULTS.parents[1] / "docs" / "star-accuracy.md").read_text(encoding="utf-8")
+
+
+def stored(pattern: str) -> list[dict]:
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+    assert found
+    return found
+
+
+def first_cells(table: str) -> list[str]:
+    return [row.split(" | ")[0][2:] for row in table.splitlines()[2:]]
+
+
+def test_the_page_has_the_tables_of_the_results():
+    assert accuracy.markdown(stored("accuracy_*.json")) in PAGE
+    assert lm_eval.markdown(stored("lm_eval_*.json")) in PAGE
+
+
+def test_the_tables_of_other_approximations_and_of_anchors_have_a_row_for_each():
+    for result in stored("approximations_*.json"):
+        assert first_cells(approximations.markdown(result)) == [name for name in result["rows"] if name != "dense"]
+    for result in stored("anchors_*.json"):
+        first, second = anchors.markdown(result).split("\n\n")
+        assert (first_cells(first), first_cells(second)) == ([*result["rows"]], [*result["question_rows"]])
+
+
+def test_the_rows_of_doctor_are_those_of_the_results():
+    assert accuracy.all_measured_rows() == [row.model_dump() for row in read_measured()]
+
+
+def test_the_model_made_to_retrieve_finds_what_the_definition_of_star_attention_says():
+    (result,) = stored("retrieval.json")
+    assert all(row["as_expected"] == row["questions"] == 40 for row in result["rows"])
+    default, *paper = (row["right"] for row in result["rows"] if row["plan"] != "dense")
+    text = "{} right answers with the default plan, {}, {} and {} with A = B at n/4, n/8 and n/16."
+    assert text.format(default, *paper) in " ".join(PAGE.split())

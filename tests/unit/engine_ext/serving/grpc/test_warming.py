@@ -34,7 +34,7 @@ class Engine(FakeEngine):
         self.sent: list[tuple[int, dict[str, Any], str | None]] = []
         self.looked_up: list[int] = []
         self.finds = finds
-        self.planner.defaults = parse_options({"segments": segments})
+        self.planner.defaults = parse_options({"star_segments": segments})
         self.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector=LIBRARY_CONNECTOR)
 
     async def render_cmpl_async(self, prompts, tok_params, prompt_extras):

@@ -158,7 +158,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         seconds = [result["seconds"][name] for name in (DENSE, FIRST, AGAIN)]
         left.bar_label(left.barh(names, seconds, color=["0.6", "C0", "C0"]), [f" {value:.2f} s" for value in seconds])
         left.set(xlabel=f"seconds to the first token, {TIMED} documents")
-        left.set_xlim(0, 1.25 * max(seconds))
+        left.set_xlim(0, 1.35 * max(seconds))
         left.invert_yaxis()
         numbers = [rows[kind]["right"] for kind in (DENSE, DOCUMENTS)]
         of = rows[DENSE]["questions"]

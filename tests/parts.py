@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 FIRST_FOLDERS = ("tests/unit/", "tests/kernels/")
+REST = (
+    "tests/kernels/cpu/test_older_processors.py",
+    "tests/e2e/test_serving_grpc.py::test_vllms_benchmark_over_grpc",
+)
+"""Of what would be in `make test`: other processors than this one, and half a minute of vLLM's benchmark."""
 CAPABILITIES = {
     "recipe-rag.md": (
         "tests/parity/test_documents.py::test_logprobs_are_those_of_positions_of_a_blocks_own[v1]",
@@ -55,7 +60,7 @@ PLAIN_VLLM = ("tests/e2e/test_plain_vllm.py::test_a_response_has_the_plan",)
 def is_first(name: str) -> bool:
     """Whether `make test` runs a test, by its name in pytest."""
     chosen = [*PLAIN_VLLM, *(start for starts in CAPABILITIES.values() for start in starts)]
-    return name.startswith(FIRST_FOLDERS) or any(name.startswith(start) for start in chosen)
+    return name.startswith((*FIRST_FOLDERS, *chosen)) and not name.startswith(REST)
 
 
 def split(names: Iterable[str], part: str) -> list[str]:

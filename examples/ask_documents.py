@@ -13,7 +13,7 @@ HEAD = (
 client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
 for modules in (queue, shlex, textwrap), (textwrap, queue, shlex):
     texts = [HEAD, *map(inspect.getsource, modules), "Which class splits text like a shell?"]
-    messages = [{"role": "user" if number else "system", "content": text[:6000]} for number, text in enumerate(texts)]
+    messages = [{"role": "user" if number else "system", "content": text[:4000]} for number, text in enumerate(texts)]
     reply = client.chat.completions.with_raw_response.create(
         model="smollm2-135m-instruct", messages=messages, max_tokens=20, temperature=0
     )

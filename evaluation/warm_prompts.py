@@ -50,22 +50,24 @@ def joined_tokens(
     return tokens, starts
 
 
-def refusal_of_looking_up(answer: dict[str, Any]) -> str | None:
-    """Why a prompt of a document and OTHER_DOCUMENT does not find the first; None: it does.
+def tokens_found(answer: dict[str, Any]) -> int:
+    """The tokens of a document, all of which a prompt of it and OTHER_DOCUMENT finds.
 
     Args:
         answer: of a look-up: ``plan``, and for each replica ``documents`` (scheduler/cached_tokens.py).
+
+    Raises:
+        ValueError: it does not find them, and why.
     """
     if not answer["replicas"] or not answer["replicas"][0]["documents"]:
-        return f"a prompt with it has no documents: {answer['plan'].get('why', answer['plan'].get('attention'))}"
-    tokens, cached = max(map(tokens_of_first, answer["replicas"]), key=lambda counts: counts[1])
-    return None if cached == tokens else f"another prompt finds only {cached} of its {tokens} tokens"
-
-
-def tokens_of_first(replica: dict[str, Any]) -> tuple[int, int]:
-    """(tokens, those that are cached) of all documents but OTHER_DOCUMENT: a long one is cut into several."""
-    blocks = replica["documents"][:-1]
-    return sum(block["tokens"] for block in blocks), sum(block["cached_tokens"] for block in blocks)
+        reason = answer["plan"].get("why", answer["plan"].get("attention"))
+        raise ValueError(f"a prompt with it has no documents: {reason}")
+    blocks = [replica["documents"][:-1] for replica in answer["replicas"]]  # a long document is cut into several
+    tokens = sum(block["tokens"] for block in blocks[0])
+    cached = max(sum(block["cached_tokens"] for block in of_replica) for of_replica in blocks)
+    if cached < tokens:
+        raise ValueError(f"another prompt finds only {cached} of its {tokens} tokens")
+    return tokens
 
 
 async def in_parallel(work: Callable[[], Coroutine[Any, Any, None]], concurrency: int) -> None:

@@ -47,9 +47,7 @@ class FileSpace:
         self.folder = folder
         self.limit = limit
         self.removed = removed
-        self.being_written = (
-            0  # by this process; a look at all files counts it, and perhaps its unfinished files as well
-        )
+        self.being_written = 0  # bytes, by this process
         self.lock = threading.Lock()
 
     @contextmanager

@@ -46,8 +46,7 @@ from starling.evaluation.warm_prompts import (
     joined_text,
     joined_tokens,
     message,
-    refusal_of_looking_up,
-    tokens_of_first,
+    tokens_found,
 )
 
 LINE = '{"text": "..."}, a text in quotes, or for chats a message {"role": ..., "content": ...}'
@@ -291,11 +290,8 @@ async def warm_document(prompts: Prompts, document: Message, done: Warmed) -> No
     plan = await prompts.client.send(path, body | {"max_tokens": 1})
     path, body = await prompts.request([document, message("user", OTHER_DOCUMENT)], OTHER_QUESTION)
     answer = await prompts.client.look_up(path, body | {"max_tokens": 1})
-    refusal = refusal_of_looking_up(answer)
-    if refusal is not None:
-        raise ValueError(refusal)
+    done.tokens += tokens_found(answer)
     done.documents += 1
-    done.tokens += tokens_of_first(answer["replicas"][0])[0]
     sources = plan.get("document_sources", [])
     for block in sources[: len(sources) // len(copies)]:
         done.sources.update({str(kind): int(tokens) for kind, tokens in block.items()})

@@ -25,8 +25,7 @@ from starling.evaluation.warm_prompts import (
     documents_of,
     in_parallel,
     joined_text,
-    refusal_of_looking_up,
-    tokens_of_first,
+    tokens_found,
 )
 from starling.v1 import inference_pb2 as pb
 
@@ -88,16 +87,13 @@ class Warming:
             if not text:
                 raise VLLMValidationError("The document has no text.", parameter="documents")
             plan = await self._plan_of(message_of(form, copies, QUESTION, request))
-            found = await self._looked_up(message_of(form, [text, OTHER_DOCUMENT], OTHER_QUESTION, request))
+            answer = await self._looked_up(message_of(form, [text, OTHER_DOCUMENT], OTHER_QUESTION, request))
+            tokens = tokens_found(answer)
         except (VLLMValidationError, ValueError) as refused:
             return pb.WarmDocumentsResponse(index=index, error=shortened(str(refused)))
-        refusal = refusal_of_looking_up(found)
-        if refusal is not None:
-            return pb.WarmDocumentsResponse(index=index, error=shortened(refusal))
         sources = plan.document_sources[: len(plan.document_sources) // len(copies)]
-        return pb.WarmDocumentsResponse(
-            index=index, tokens=tokens_of_first(found["replicas"][0])[0], source=added(sources) if sources else None
-        )
+        source = added(sources) if sources else None
+        return pb.WarmDocumentsResponse(index=index, tokens=tokens, source=source)
 
     async def _plan_of(self, message: pb.GenerateRequest) -> pb.Plan:
         """Run a request to its end; returns how it was prefilled."""

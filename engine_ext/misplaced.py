@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from starling.config.entry import ENTRY
+from starling.config.entry import CACHE_SALT, ENTRY
 from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, PRESETS
 from starling.config.star import ALLOWED, FIELD_OF, FIELDS, SERVER_ONLY, flat_name, is_star_key, parse_options
@@ -56,6 +56,13 @@ def refuse_preset(key: str, value: Any) -> None:
     if is_preset(key, value):
         reason = f"it is an option of the server, --{PRESET}, and not of a request"
         raise OptionError(key, value, reason, ", ".join(FIELD_OF))
+
+
+def refuse_among_options(key: str, value: Any) -> None:
+    """Refuse a key among a request's star options that has an effect only elsewhere (raises OptionError)."""
+    refuse_preset(key, value)
+    if key == CACHE_SALT:
+        raise OptionError(key, value, f"{XARGS} has no such option", "the field of the request, or of Python's prompt")
 
 
 def refuse_at_top_level(fields: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
 from starling.engine_ext.bounds import shortened
 from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.misplaced import nearly, refuse_preset
+from starling.engine_ext.misplaced import nearly, refuse_among_options
 from starling.engine_ext.refusals import engine_facts
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
@@ -57,7 +57,7 @@ def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions 
     given = {key: value for key, value in extra_args.items() if is_star_key(key)}
     if len(given) < len(extra_args):
         for key in extra_args:
-            refuse_preset(key, extra_args[key])
+            refuse_among_options(key, extra_args[key])
             if key not in given and (name := nearly(key)) is not None:
                 raise OptionError(key, extra_args[key], f"there is no such option, did you mean {name}", name)
     if not given:

@@ -82,7 +82,8 @@ class PromptOptions(BaseModel):
         parts = ["starling", self.subcommand, *without_secrets(target)]
         for field, value in sorted(self, key=lambda item: item[0] != "plans"):
             option = f"--{field.replace('_', '-')}"
-            if value is None or field in (OF_TASKS if self.prompts else OF_OWN_PROMPTS):
+            without_effect = OF_TASKS if self.prompts else OF_OWN_PROMPTS
+            if value is None or field in without_effect or (field in OF_OWN_PROMPTS and not self.compares_text):
                 continue
             if field == "plans":
                 parts += [argument for plan in value for argument in ("--plan", plan)]

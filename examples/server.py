@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -14,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -26,7 +26,7 @@ ENVIRONMENT = {
 class Server:
     """A running `starling serve`."""
 
-    process: subprocess.Popen
+    process: Popen
     http: str  # base URL
     grpc: str  # host:port; meaningless if gRPC is not served
     model: str
@@ -59,7 +59,7 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             return self.process.wait()
 
@@ -138,7 +138,7 @@ def serving(
         # A separate process group, so that Ctrl-C in the terminal reaches only this process, which stops the server in
         # order. Not a separate session: Linux's autogroup schedules each session as a group, and vLLM's spinning
         # processes (one per core) yield only to their own group. They would keep this process from running.
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, process_group=0)
+        process = Popen(command, stdout=output, stderr=output, env=ENVIRONMENT | os.environ, process_group=0)
     server = Server(process, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", str(model), log)
     try:
         server.wait(seconds, on_message)

@@ -1,15 +1,22 @@
-"""Jobs in processes of their own that need not import vLLM: forks of one process for each environment and import."""
+"""Jobs and servers in processes of their own that need not import vLLM: forks of a process that has done so.
+
+There is one such process for each environment and import of jobs, and one for the servers.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTERS = ("PROMETHEUS_MULTIPROC_DIR", "STARLING_METRICS_DIR")  # set in this process if it has made a scheduler
@@ -59,3 +66,82 @@ def fork_server(imports: tuple[str, ...], env: frozenset[tuple[str, str]]) -> su
         cwd=ROOT,
         env=INHERITED | dict(env),
     )
+
+
+FORK_SHIM = ROOT / "tests" / "fork_shim"
+PROGRAMS = {"starling": "starling.engine_ext.serving.cli.main:main", "vllm": "vllm.entrypoints.cli.main:main"}
+OF_SERVERS = (
+    "starling.engine_ext.serving.cli.serve",
+    "starling.attention_backends.star.backend",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+)
+
+
+def forking() -> dict[str, str]:
+    """The environment in which vLLM's processes fork (tests/fork_shim), and its ranks of log-probabilities don't compile.
+
+    vLLM compiles these at their first use, which takes 13 s.
+    """
+    path = os.pathsep.join(filter(None, [str(FORK_SHIM), os.environ.get("PYTHONPATH")]))
+    return {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": path}
+
+
+def start_program(command: Sequence[str | Path], **options: object) -> subprocess.Popen | ForkedServer:
+    """``subprocess.Popen``, in whose place a command of one of ``PROGRAMS`` is a fork."""
+    fork = Path(command[0]).name in PROGRAMS
+    return ForkedServer(command, **options) if fork else subprocess.Popen(command, **options)
+
+
+class ForkedServer:
+    """What a test needs of ``subprocess.Popen``, of a fork of a process that has imported vLLM."""
+
+    def __init__(
+        self, command: Sequence[str | Path], *, stdout: IO, stderr: IO, env: Mapping[str, str], process_group: int
+    ) -> None:
+        self.args = list(map(str, command))
+        self.returncode: int | None = None
+        function = PROGRAMS[Path(self.args[0]).name]
+        request = {"function": function, "argv": self.args, "env": dict(env), "cwd": os.getcwd()}
+        self.connection, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(server_forks(), [b"+"], [theirs.fileno(), stdout.fileno(), stderr.fileno()])
+        self.connection.sendall(json.dumps(request).encode() + b"\n")
+        self.replies = self.connection.makefile()
+        self.pid = int(self.replies.readline())
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, at the end of the process (raises TimeoutExpired)."""
+        if self.returncode is None:
+            if not select.select([self.connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = int(self.replies.readline())
+            self.replies.close()
+            self.connection.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """The exit code; None while the process runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@functools.cache
+def server_forks() -> socket.socket:
+    """Start fork_servers.py, which ends with this process; returns the other end of its standard input."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-W", "ignore", "-m", "tests.fork_servers", *OF_SERVERS]
+        subprocess.Popen(command, stdin=theirs, cwd=ROOT, env=INHERITED | forking())
+    return ours

@@ -57,6 +57,9 @@ class TuneOptions(PromptOptions):
         super().check()
         if self.logprobs is not None and not self.chosen_measure.has_logprobs:
             raise ValueError(f"logprobs={self.logprobs} is refused: it has no effect with --measure {self.measure}")
+        if "max_tokens" in self.model_fields_set and not self.compares_text:
+            reason = f"it has no effect with --measure {self.measure}, which compares no text"
+            raise ValueError(f"max_tokens={self.max_tokens} is refused: {reason}. Allowed: --measure score")
         if self.query_tokens is not None and self.plans:
             raise ValueError(f"query_tokens={self.query_tokens} is refused: with --plan, write Q into the plans")
         for plan in with_dense(map(parse_plan, self.plans)):

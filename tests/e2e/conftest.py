@@ -1,20 +1,18 @@
 """One `starling serve` process for each test file that uses it, with clients of HTTP and gRPC."""
 
 import json
-import os
-from pathlib import Path
 
 import grpc
 import httpx
 import pytest
 
+import examples.server
 from benchmarks.random_llama import make_tiny_llama
 from examples.server import end_on_signals, serving
 from starling.v1 import inference_pb2_grpc
 from tests.e2e.serving import MODEL, NO_REUSE, PAGE_SIZE
+from tests.forks import forking, start_program
 from tests.signals import kept_signals
-
-FORKING = Path(__file__).resolve().parents[1] / "fork_shim"
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -27,14 +25,16 @@ def signals_end_servers():
 
 @pytest.fixture(scope="module")
 def forked():
-    """The servers of a file with this fixture fork their engines and workers, which saves imports of vLLM.
+    """The servers of a file with this fixture, their engines and workers are forks, which saves imports of vLLM.
 
-    Two of one engine, and six of two replicas. The files without it spawn them, as vLLM does on CPU: servers of one
-    engine, of plain vLLM, over two hosts, and those whose tests look at the start or at faults.
+    Of one engine's server two or three, and seven of two replicas'. The files without it start and spawn them, as vLLM
+    does on CPU: servers of one engine, of plain vLLM, over two hosts, and those whose tests look at the start or at
+    faults.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs at their first use: 13 s
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FORKING), os.environ.get("PYTHONPATH")])))
+        for name, value in forking().items():
+            patch.setenv(name, value)
+        patch.setattr(examples.server, "Popen", start_program)
         yield
 
 

@@ -463,7 +463,7 @@ def test_sigterm_lets_streams_end_and_exits_with_0(server, channel, generate):
     def status() -> int:
         return health.Check(health_pb2.HealthCheckRequest()).status
 
-    sampling = pb.SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
+    sampling = pb.SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
     call = generate(request(sampling=sampling))
     first = next(call)
     server.process.send_signal(signal.SIGTERM)
@@ -472,5 +472,5 @@ def test_sigterm_lets_streams_end_and_exits_with_0(server, channel, generate):
         next(generate(request()))
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
     _, tokens, final = read(call)
-    assert len(first.delta.token_ids) + len(tokens) == final.usage.completion_tokens == 3000
+    assert len(first.delta.token_ids) + len(tokens) == final.usage.completion_tokens == 1000
     assert server.process.wait(600) == 0

@@ -16,11 +16,11 @@ import torch
 from filelock import FileLock
 
 from starling.attention_backends.star.reference import Heads, masks_by_head, star_mask
-from tests.forks import ROOT, run_in_fork
+from tests.forks import FORK_SHIM, ROOT, run_in_fork
 from tests.parity.engine_job import RESULT
 
 OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request", "vllm.v1.worker.cpu_worker")
-V2_SHIM, FORK_SHIM = ROOT / "tests" / "v2_shim", ROOT / "tests" / "fork_shim"
+V2_SHIM = ROOT / "tests" / "v2_shim"
 OLDER_PROCESSOR = ROOT / "tests" / "older_processor"
 OLDER_PROCESSORS = [
     name

@@ -103,6 +103,7 @@ def test_other_unknown_fields_of_a_requests_json_are_left_to_vllm(extra):
     ("given", "says"),
     [
         ({"preset": "rag"}, "preset='rag' is refused: it is an option of the server, --preset, and not of a request"),
+        ({"cache_salt": "mine"}, "cache_salt='mine' is refused: vllm_xargs has no such option. Allowed: the field of"),
         (
             {"star_library": "/tmp"},
             "it is an option of the server, --star-library, and not of a request. Allowed: star",

@@ -202,6 +202,10 @@ def test_tasks_are_tuned_on_too(tmp_path, capsys):
         (("--tasks", "vt", "--budget", "50", "--star", "on"), "--star is refused: the search chooses it"),
         (("--tasks", "vt", "--budget", "50", "--star_block_size=64"), "--star_block_size=64 is refused"),
         (("--tasks", "vt", "--budget", "50", "--port", "1"), "--port is refused"),
+        (
+            ("--tasks", "vt", "--budget", "50", "--measure", "logprob", "--max-tokens", "9"),
+            "max_tokens=9 is refused: it has no effect with --measure logprob",
+        ),
     ],
 )
 def test_unusable_arguments_are_refused_before_a_server_starts(tmp_path, capsys, monkeypatch, options, reason):

@@ -15,6 +15,7 @@ from starling.evaluation.prompts import Format, read_own_prompts
 from starling.evaluation.tasks import Task, choose_tasks
 
 SETUP_VERSION = 1
+DEFAULT_MAX_TOKENS = 128
 SECRET_WORDS = {"token", "key", "password"}
 OF_TASKS = ("tasks", "lengths", "prompts_per_cell", "prompt_format", "prompt_seed")
 OF_OWN_PROMPTS = ("max_tokens",)
@@ -34,7 +35,9 @@ class PromptOptions(BaseModel):
     lengths: tuple[Length, ...] = Field((4096,), min_length=1, description="tokens of a prompt and its answer")
     prompts_per_cell: int = Field(20, ge=1, description="prompts of each task and length")
     prompts: Path | None = Field(None, description="the user's own prompts, in place of tasks")
-    max_tokens: int = Field(128, ge=1, description="of answers to the user's own prompts; tasks have their own")
+    max_tokens: int = Field(
+        DEFAULT_MAX_TOKENS, ge=1, description="of answers to the user's own prompts; tasks have their own"
+    )
     prompt_format: Format = Field("chat", description="chat: with the model's chat template; text: without")
     prompt_seed: int = Field(0, description="of the tasks' prompts")
 

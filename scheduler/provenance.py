@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import SOURCES, metadata_of
-from starling.vllm_compat.kv_pages import Page
+
+if TYPE_CHECKING:  # what only counts needs no vLLM
+    from starling.vllm_compat.kv_pages import Page
 
 MEMORY, PEER, COMPUTED = "memory", "peer", "computed"
 KINDS = (MEMORY, "host", "storage", PEER, COMPUTED)

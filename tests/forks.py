@@ -81,7 +81,7 @@ OF_SERVERS = (
 
 
 def forking() -> dict[str, str]:
-    """The environment in which vLLM's processes fork (tests/fork_shim), and its ranks of log-probabilities don't compile.
+    """The environment in which vLLM's processes fork (tests/fork_shim), and log-probabilities' ranks don't compile.
 
     vLLM compiles these at their first use, which takes 13 s.
     """

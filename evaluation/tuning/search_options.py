@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from starling.evaluation.plans import DENSE, parse_plan, with_dense
-from starling.evaluation.prompt_options import PromptOptions
+from starling.evaluation.prompt_options import DEFAULT_MAX_TOKENS, PromptOptions
 from starling.evaluation.prompts import read_own_prompts
 from starling.evaluation.tuning.bounds import LOSSLESS_DRAWS, least_prompts
 from starling.evaluation.tuning.measures import MEASURES, Measure, MeasureName
@@ -57,7 +57,7 @@ class TuneOptions(PromptOptions):
         super().check()
         if self.logprobs is not None and not self.chosen_measure.has_logprobs:
             raise ValueError(f"logprobs={self.logprobs} is refused: it has no effect with --measure {self.measure}")
-        if "max_tokens" in self.model_fields_set and not self.compares_text:
+        if not self.compares_text and self.max_tokens != DEFAULT_MAX_TOKENS:
             reason = f"it has no effect with --measure {self.measure}, which compares no text"
             raise ValueError(f"max_tokens={self.max_tokens} is refused: {reason}. Allowed: --measure score")
         if self.query_tokens is not None and self.plans:

@@ -50,10 +50,16 @@ def lines(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def measured(model, tmp_path_factory):
-    """(folder, output) of a run that served the model itself."""
+def server(model, tmp_path_factory):
+    with serving(model, *ENGINE, log=tmp_path_factory.mktemp("server") / "log", grpc_port=None) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def measured(server, tmp_path_factory):
+    """(folder, output) of a run."""
     folder = tmp_path_factory.mktemp("results")
-    done = evaluate(str(model), *ENGINE, *MEASURED, *PLAN_OPTIONS, "--out", str(folder))
+    done = evaluate("--base-url", server.http, *MEASURED, *PLAN_OPTIONS, "--out", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -81,7 +87,7 @@ def test_star_moves_the_distributions_and_dense_is_its_own_measure(measured):
     for cell in report.cells:
         assert 0 < cell.attended_keys < 1
         assert cell.kl > 1e-4, "star's distributions differ: the mask was engaged"
-    assert {"results.json", "report.html", "setup.json", "server.log"} <= {path.name for path in folder.iterdir()}
+    assert {"results.json", "report.html", "setup.json"} <= {path.name for path in folder.iterdir()}
     assert re.search(r"n/8 scores [\d.]+ % over 8 prompts", output)
     dense = [answer for answer in lines(folder) if answer["plan"] == "dense"]
     for answer in dense:
@@ -91,19 +97,14 @@ def test_star_moves_the_distributions_and_dense_is_its_own_measure(measured):
             assert len(score["top"]) in (20, 21)
 
 
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    with serving(model, *ENGINE, log=tmp_path_factory.mktemp("server") / "log", grpc_port=None) as server:
-        yield server
-
-
-def test_a_second_run_resumes_on_another_server(measured, model, server):
+def test_a_second_run_resumes_on_a_server_that_it_starts_itself(measured, model, server):
     folder, _ = measured
     before = Report.model_validate_json((folder / "results.json").read_text())
     stored = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "results.jsonl").write_bytes(b"".join(stored[:-2]) + stored[-2][:50])
-    done = evaluate("--base-url", server.http, *MEASURED, *PLAN_OPTIONS, "--out", str(folder))
+    done = evaluate(str(model), *ENGINE, *MEASURED, *PLAN_OPTIONS, "--out", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "server.log").exists()
     assert f"found {NUM_ANSWERS - 2} of {NUM_ANSWERS} answers" in done.stdout
     again = Report.model_validate_json((folder / "results.json").read_text())
     assert [(cell.task, cell.same_as_dense) for cell in again.cells] == [

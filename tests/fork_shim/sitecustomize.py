@@ -67,5 +67,11 @@ def _count_in_files(values):
     os.register_at_fork(after_in_child=decide)
 
 
+def _inspect_here(registry):
+    """A process that imports vLLM to look at a model's class keeps CUDA out of this one, which has none."""
+    registry._run_in_subprocess = lambda look: look()
+
+
 amend("vllm.utils.system_utils", _fork)
+amend("vllm.model_executor.models.registry", _inspect_here)
 amend("prometheus_client.values", _count_in_files)

@@ -251,7 +251,7 @@ def test_what_a_server_or_a_prompt_can_not_do(tmp_path, capsys, own, settings, p
 
 
 def test_the_command_of_a_report_repeats_the_search(tmp_path, own):
-    options = ("--measure", "logprob", "--budget", "5", "--logprobs", "2", "--query-tokens", "50", "--max-tokens", "9")
+    options = ("--measure", "logprob", "--budget", "5", "--logprobs", "2", "--query-tokens", "50")
     with served() as fake:
         tune(fake, tmp_path / "out", own, *options)
         first = read(tmp_path / "out")

@@ -4,8 +4,9 @@
 
 Each NAME is imported first: a module, or module:attribute. Importing vLLM takes most of the time of a short job. A line
 of standard input is a request in JSON: {"function": module:function, whose result is the exit code, "argv": its
-arguments, "env": further environment of the fork, "stdout", "stderr": paths for its output, "seconds": its time limit}.
-The reply is a line of standard output, the exit code of the fork. The server ends at the end of its standard input.
+arguments, "env": further environment of the fork, null for what is not set, "stdout", "stderr": paths for its output,
+"seconds": its time limit}. The reply is a line of standard output, the exit code of the fork. The server ends at the
+end of its standard input.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import sys
 
 def become(request: dict) -> None:
     """In the fork: take the job's environment, arguments, output and time limit."""
-    os.environ.update(request["env"])
+    for name, value in request["env"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     sys.argv[1:] = request["argv"]
     signal.alarm(request["seconds"])
     files = [os.open(request[name], os.O_WRONLY | os.O_CREAT) for name in ("stdout", "stderr")]

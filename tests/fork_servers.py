@@ -30,6 +30,7 @@ def become(request: dict, files: list[int]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv[:] = request["argv"]
+    setproctitle.setthreadtitle(os.path.basename(sys.argv[0]))  # the name of the process, as of a program of its own
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), *zip(files, (1, 2), strict=True)):
         os.dup2(source, target)
         os.close(source)

@@ -32,7 +32,7 @@ def run_in_fork(
     *argv: str,
     imports: tuple[str, ...],
     before: Mapping[str, str] | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     seconds: int = 1800,
 ) -> subprocess.CompletedProcess[str]:
     """Run module:function, whose result is the exit code, as the program of a process.
@@ -41,7 +41,7 @@ def run_in_fork(
         argv: the arguments, `sys.argv[1:]`.
         imports: modules, or module:attribute, that are imported once for all jobs with the same ``before``.
         before: environment from before the imports on, beside that of this process.
-        env: environment of this job alone.
+        env: environment of this job alone; None: not set.
         seconds: the time limit.
     """
     server = fork_server(imports, frozenset((before or {}).items()))
@@ -70,14 +70,7 @@ def fork_server(imports: tuple[str, ...], env: frozenset[tuple[str, str]]) -> su
 
 FORK_SHIM = ROOT / "tests" / "fork_shim"
 PROGRAMS = {"starling": "starling.engine_ext.serving.cli.main:main", "vllm": "vllm.entrypoints.cli.main:main"}
-OF_SERVERS = (
-    "starling.engine_ext.serving.cli.serve",
-    "starling.attention_backends.star.backend",
-    "vllm.entrypoints.openai.api_server",
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.llama",
-)
+PRELOADED = "tests.preloaded"
 
 
 def forking() -> dict[str, str]:
@@ -142,6 +135,6 @@ def server_forks() -> socket.socket:
     """Start fork_servers.py, which ends with this process; returns the other end of its standard input."""
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.fork_servers", *OF_SERVERS]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.fork_servers", PRELOADED]
         subprocess.Popen(command, stdin=theirs, cwd=ROOT, env=INHERITED | forking())
     return ours

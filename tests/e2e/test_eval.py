@@ -176,7 +176,7 @@ def test_tune_counts_what_the_server_counts(server, tmp_path):
     file, results = tmp_path / "own.jsonl", tmp_path / "results"
     file.write_text("\n".join(json.dumps({"prompt": f"{number:02}" + PROMPT[2:]}) for number in range(20)))
     plans = ("n/8,A=32,O=0,Q=40", "n/8,Q=40")
-    options = ("--measure", "logprob", "--logprobs", "1", "--max-tokens", "1", "--budget", "99", "--out", str(results))
+    options = ("--measure", "logprob", "--logprobs", "1", "--budget", "99", "--out", str(results))
     options += tuple(part for plan in plans for part in ("--plan", plan))
     done = evaluate("--base-url", server.http, "--prompts", str(file), *options, command="tune")
     report = TuneReport.model_validate_json((results / "tune.json").read_text())

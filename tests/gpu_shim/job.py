@@ -7,6 +7,7 @@ was the first to launch a kernel of Starling's, which would wait for its compila
 from __future__ import annotations
 
 import json
+import sys
 
 STEPS_OF = "starling-steps: "
 
@@ -18,6 +19,7 @@ def main() -> None:
 
     start()
     engine_job.leave_out_compilation()
-    engine_job.main()
+    llm = engine_job.run_job(json.loads(sys.argv[1]))
     assert not kernels_after_the_start(), kernels_after_the_start()
     print("\n" + STEPS_OF + json.dumps(STEPS), flush=True)
+    engine_job.end(llm)

@@ -16,10 +16,11 @@ import torch
 from filelock import FileLock
 
 from starling.attention_backends.star.reference import Heads, masks_by_head, star_mask
-from tests.forks import FORK_SHIM, ROOT, run_in_fork
+from tests.forks import FORK_SHIM, PRELOADED, ROOT, run_in_fork
 from tests.parity.engine_job import RESULT
 
-OF_ENGINES = ("vllm:LLM", "vllm:SamplingParams", "vllm.lora.request", "vllm.v1.worker.cpu_worker")
+OF_ENGINES = (PRELOADED, "vllm:LLM", "vllm:SamplingParams")
+KV_CACHE_BYTES = 1 << 28
 V2_SHIM = ROOT / "tests" / "v2_shim"
 OLDER_PROCESSOR = ROOT / "tests" / "older_processor"
 OLDER_PROCESSORS = [
@@ -61,11 +62,13 @@ def run_engine(
         engine: further arguments of vllm.LLM.
     """
     arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, "block_size": 32}
+    arguments["kv_cache_memory_bytes"] = KV_CACHE_BYTES
     arguments["additional_config"] = {"starling": star or {}}
     job = json.dumps({"engine": arguments | engine, "batches": batches})
     ranks = engine.get("tensor_parallel_size", 1)
     with cores(ranks) as bound:
         of_job = {"VLLM_CPU_OMP_THREADS_BIND": bound, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
+        of_job["VLLM_CPU_KVCACHE_SPACE"] = None  # it is an argument, and fractions of a GiB are enough
         before = env or {"PYTHONPATH": path_with(FORK_SHIM)}
         done = run_in_fork("tests.parity.engine_job:main", job, imports=OF_ENGINES, before=before, env=of_job)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-4000:]}{done.stderr[-8000:]}"

@@ -35,6 +35,7 @@ from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_rust_front
 from starling.engine_ext.head_scores import scores_of
 from starling.engine_ext.library import beside_library, set_library
 from starling.engine_ext.metrics import front_metrics
+from starling.engine_ext.planning import refuse_segment_text
 from starling.engine_ext.refusals import engine_facts, has_dense_heads, other_launcher, star_page_size
 from starling.replicas import network
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet
@@ -150,6 +151,7 @@ def after_engine_config(vllm_config: Any) -> None:
         reason = "; ".join(facts.heads_refusals)
         raise OptionError(f"{ENTRY}.{STAR_HEADS}", config.star_heads, reason, "a server without it")
     check_defaults(config.star, facts)
+    refuse_segment_text(config.star.segments, vllm_config.model_config)
     share_memory_nodes(vllm_config, os.environ)
     peers = config.replicas.peers
     one_host = is_one_host(vllm_config.parallel_config)

@@ -19,7 +19,7 @@ from starling.engine_ext.misplaced import nearly, refuse_among_options
 from starling.engine_ext.refusals import engine_facts
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
-from starling.scheduler.star.documents import refuse_many_offsets
+from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets
 from starling.scheduler.star.facts import EngineFacts, PromptFacts
 from starling.scheduler.star.rules import SEGMENTS
 
@@ -68,6 +68,22 @@ def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions 
     return parse_options(given)
 
 
+def only_token(tokenizer: Any, text: str) -> int | None:
+    """The token that a text is; None: it is none, or several."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return int(ids[0]) if len(ids) == 1 else None
+
+
+def refuse_segment_text(text: Any, model_config: Any) -> None:
+    """Refuse a server's ``star_segments`` that is a text and not one token of the model's tokenizer (OptionError)."""
+    if not isinstance(text, str) or text in ("auto", "off") or model_config.skip_tokenizer_init:
+        return
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    if only_token(cached_tokenizer_from_config(model_config), text) is None:
+        raise OptionError(SEGMENTS, text, NOT_ONE_TOKEN, "auto, off, or the text of one token")
+
+
 class PromptPlanner:
     """Plans the prompts of one engine."""
 
@@ -106,8 +122,7 @@ class PromptPlanner:
 
     def token_of(self, text: str) -> int | None:
         """The token that a text is; None: it is none, or several, or there is no tokenizer."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False) if self.tokenizer is not None else []
-        return int(ids[0]) if len(ids) == 1 else None
+        return None if self.tokenizer is None else only_token(self.tokenizer, text)
 
     def plan(self, extra_args: Mapping[str, Any] | None, prompt: PromptFacts) -> Decision:
         """How a request's prompt is prefilled.

@@ -14,12 +14,15 @@ LENGTH = 16
 
 
 def described(vllm_config: Any, weights: Sequence[str]) -> dict[str, Any]:
-    """What an identity stands for; the model's name and the sizes of pages are in vLLM's name of the folder above.
+    """What an identity stands for. The layout of pages is in the name of the files' folder too (tier.py).
+
+    The model's name is in neither: a path may be written in several ways, and another model has other weights.
 
     Args:
         weights: the digest of each worker's weights, by rank.
     """
     config = vllm_config.model_config.hf_text_config.to_dict()
+    config.pop("_name_or_path", None)
     return {
         "weights": list(weights),
         "model_config": digest(config),

@@ -21,6 +21,7 @@ from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 from starling.config.library import FORM
 from starling.config.parsing import OptionError
 from starling.library.file_space import FileSpace
+from starling.library.identity import LENGTH, digest
 from starling.library.metrics import library_metrics
 from starling.library.stamp import has_stamp, write_stamp
 from starling.vllm_compat.offloading import FileTier, ends_within, say_io_errors_once
@@ -39,16 +40,16 @@ SETTINGS_FILE = "config.json"
 class LibraryTier(FileTier, FileSystemTierManager):
     """Pages in files, which are found under the identity of the engine's model only.
 
-    vLLM names a folder by the model's name and the layout of its pages. In it, the files of this tier are in a folder
-    for each identity: a digest of the weights and of what else the content of a page depends on. Until the engine has
-    said its identity, and after it has changed its weights, no file is read or written.
+    The files are in a folder for each identity, a digest of the weights and of what else the content of a page depends
+    on, and layout of pages. vLLM's own folder, which it names by the model too as the user wrote it, has no pages.
+    Until the engine has said its identity, and after it has changed its weights, no file is read or written.
 
     The files belong to the user that runs the engine: nobody else can read them. Together they take at most
     ``file_bytes``, whatever models and servers have written them.
     """
 
     def __init__(self, *, file_bytes: int, **settings: Any) -> None:
-        folder = Path(settings["root_dir"])
+        self.folder = folder = Path(settings["root_dir"])
         make_private(folder)
         super().__init__(**settings)
         if self.block_size_bytes > file_bytes:
@@ -69,14 +70,15 @@ class LibraryTier(FileTier, FileSystemTierManager):
         """Read and write the files of an identity.
 
         Args:
-            identity: a name for a folder.
+            identity: the start of the folder's name.
             described: what it stands for, to be read by people.
         """
-        folder = Path(self.file_mapper.base_path) / identity
+        layout = {name: value for name, value in self.file_mapper.get_run_config().items() if name != "model_name"}
+        folder = self.folder / f"{identity}_{digest(layout)[:LENGTH]}"
         make_private(folder)
         settings = folder / SETTINGS_FILE
         if not settings.exists():
-            settings.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+            settings.write_text(json.dumps(described | layout, indent=2, sort_keys=True, default=str) + "\n")
         self.file_mapper.base_path = str(folder)
         make_private(Path(f"{folder}_r{self.file_mapper.rank}"))
         self.is_open = True

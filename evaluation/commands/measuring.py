@@ -174,7 +174,7 @@ def check_arguments(args: argparse.Namespace, serve_options: Sequence[str]) -> N
     if args.base_url is not None and serve_options:
         raise ValueError(f"unknown options: {' '.join(serve_options)}. Options of `starling serve` go with MODEL")
     if (args.serve is None) == (args.base_url is None):
-        raise ValueError("either MODEL, which is served for the measurement, or --base-url is needed, and not both")
+        raise ValueError("either MODEL, which is then served, or --base-url is needed, and not both")
     if args.base_url is not None:
         check_base_url(args.base_url)
     if args.serve is not None and args.api_key:
@@ -198,8 +198,8 @@ def check_base_url(url: str) -> None:
     if reason:
         shown = re.sub("//.*@", "//...@", url)
         raise ValueError(
-            f"base_url={shown!r} is refused: {reason}. Allowed: http://HOST or https://HOST, with a port and a path, "
-            "and --api-key"
+            f"base_url={shown!r} is refused: {reason}. Allowed: http://HOST or https://HOST, with a port and a path "
+            "(a key is --api-key)"
         )
 
 

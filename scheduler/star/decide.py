@@ -95,7 +95,7 @@ def _find_plan(case: Case) -> tuple[StarPlan | None, str | None]:
         except TooLong as error:
             if case.has("segments"):
                 raise
-            documents = Documents(why=error.reason)
+            documents = Documents(why=f"no documents: {error.reason}. Allowed: {error.allowed}")
     if plan is None:
         sized = with_sizes(case, documents=False) if of_documents or documents.why else sized
         sizes = sized.block_size, sized.anchor_size, sized.overlap_size

@@ -20,6 +20,7 @@ from starling.config.parsing import OptionError
 from starling.scheduler.star.rules import SEGMENTS, Case
 
 NO_CHAT = "the prompt is not a chat that this server has rendered, so that it has no messages"
+NOT_ONE_TOKEN = "it is not one token of the model's tokenizer"
 NOT_TEXT = "the prompt has images or embeddings, whose positions are not those of a document"
 
 
@@ -84,7 +85,7 @@ def find_documents(case: Case) -> Documents:
         return Documents(known.starts)
     mark = case.engine.token_of(str(value))
     if mark is None:
-        raise _refused(case, "it is not one token of the model's tokenizer", "the text of one token")
+        raise _refused(case, NOT_ONE_TOKEN, "the text of one token")
     starts = positions_of(mark, case.prompt.token_ids)
     return (
         Documents(starts, None, mark)

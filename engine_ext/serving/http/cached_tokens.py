@@ -28,7 +28,7 @@ class AnswerCachedTokens:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = path_of(scope) if scope["type"] == "http" else ""
-        if not path.startswith(f"{CACHED_PATH}/"):
+        if path != CACHED_PATH and not path.startswith(f"{CACHED_PATH}/"):
             await self.app(scope, receive, send)
             return
         path, call = path.removeprefix(CACHED_PATH), this_call()

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 
 from benchmarks.attamba.random_model import make_random_attamba
-from benchmarks.random_llama import make_random_llama
+from benchmarks.random_llama import make_random_llama, make_tiny_llama
 from starling.config.entry import parse_config
 from starling.config.parsing import OptionError
 from starling.engine_ext import activation, plugin
@@ -56,6 +56,15 @@ def test_activated_engines_get_starlings_scheduler_and_worker(model):
     assert config.parallel_config.worker_cls == "starling.engine_ext.worker.StarCPUWorker"
     assert config.scheduler_config.get_scheduler_cls().__name__ == "StarScheduler"
     assert star_refusals(config) == []
+
+
+def test_a_server_whose_documents_start_with_more_than_a_token_does_not_start(tmp_path):
+    """Its tokenizer has a token for each character; that of another engine, without one, is not looked at."""
+    model, entry = make_tiny_llama(tmp_path), {"starling": {"star_segments": "<nope>"}}
+    with pytest.raises(ValueError, match="star_segments='<nope>' is refused: it is not one token of the model's token"):
+        engine_config(model, additional_config=entry)
+    engine_config(model, additional_config={"starling": {"star_segments": "|"}})
+    engine_config(model, additional_config=entry, skip_tokenizer_init=True)
 
 
 @pytest.mark.parametrize(("attention", "warns"), [("vllm", True), ("auto", False)])

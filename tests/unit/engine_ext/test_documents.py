@@ -102,7 +102,9 @@ def test_a_servers_default_leaves_prompts_that_can_not_use_it_without_documents(
     assert plan_of(front, {}).plan.documents
     smaller = plan_of(front, {"star_block_size": 16}, many)
     assert not smaller.plan.documents and smaller.plan.block_size == 16
-    assert smaller.why.startswith("with each document on a KV page of 16 tokens the prompt of 70 takes 304 or more")
+    assert smaller.why.startswith(
+        "no documents: with each document on a KV page of 16 tokens the prompt of 70 takes 304 or more"
+    )
     with pytest.raises(VLLMValidationError, match=r"takes 320 or more\. .*fewer documents"):
         plan_of(front, {"star_segments": "<doc>", "star_query_tokens": 1}, many)
     images = plan_of(front, {"star_block_size": 16}, None)

@@ -150,7 +150,7 @@ def test_own_prompts_with_and_without_answers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ((), "either MODEL, which is served for the measurement, or --base-url is needed"),
+        ((), "either MODEL, which is then served, or --base-url is needed"),
         (("model", "--base-url", "http://x"), "and not both"),
         (("--base-url", "http://x", "--dtype", "float32"), "unknown options: --dtype"),
         (("--base-url", "http://x", "--dtype=float32"), "unknown options: --dtype=float32"),

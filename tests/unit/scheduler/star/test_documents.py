@@ -348,7 +348,9 @@ def test_a_prompt_that_is_too_long_with_its_padding_is_refused():
     by_default = decided(
         ids, None, {"star": "on", "star_segments": "<doc>", "star_block_size": 4}, replace(small, max_prompt_tokens=15)
     )
-    assert not by_default.plan.documents and by_default.why.startswith("with each document on a KV page of 4 tokens")
+    assert not by_default.plan.documents and by_default.why.startswith(
+        "no documents: with each document on a KV page of 4 tokens"
+    )
 
 
 def test_a_long_list_is_refused_in_few_words_and_few_steps():

@@ -259,6 +259,8 @@ async def warm(
     done = Warmed()
     async with connect(args) as client:
         prompts = await prompts_for(client, head, args.segments)
+        path, body = await prompts.request([message("user", OTHER_DOCUMENT)], OTHER_QUESTION)
+        await client.look_up(path, body | {"max_tokens": 1})  # what each document would be refused for is said once
         waiting = iter(documents)
         with progress_bars(console) as progress:
             bar = progress.add_task("documents", total=len(documents))

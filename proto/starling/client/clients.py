@@ -54,10 +54,12 @@ class Connection:
                 GetCapabilities' max_request_bytes. The size of its responses has no limit.
 
         Raises:
-            ValueError: ``retries`` is out of its range, or the key is not ASCII.
+            ValueError: ``retries`` is out of its range, the key is not ASCII, or the address is a URL.
         """
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("api_key is refused: gRPC sends printable ASCII only. Allowed: a key of such characters.")
+        if address.startswith(("http://", "https://")):
+            raise ValueError(f"address={address!r} is refused: it is a URL. Allowed: HOST:PORT.")
         self.address = address
         self.max_message_bytes = max_message_bytes
         self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()

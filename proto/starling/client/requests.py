@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from google.protobuf.message import Message
@@ -19,6 +20,8 @@ SAMPLING = list(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 REQUEST = [name for name in pb.GenerateStreamRequest.DESCRIPTOR.fields_by_name if name not in (*PROMPTS, "sampling")]
 CHAT_FIELD = "add_generation_prompt"
 STAR = list(pb.StarOptions.DESCRIPTOR.fields_by_name)
+MESSAGE = list(pb.ChatMessage.DESCRIPTOR.fields_by_name)
+FIELDS = " and ".join(MESSAGE)
 MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarOptions.Mode.items() if number}
 
 
@@ -53,9 +56,14 @@ def generate_request(
         elif name in own:
             set_field(request, name, value)
         elif name != CHAT_FIELD:
-            allowed = ", ".join([*SAMPLING, *own, CHAT_FIELD])
-            raise TypeError(f"{name} is refused: there is no such parameter. Allowed: {allowed}.")
+            raise TypeError(f"{name} is refused: {no_such('parameter', name, [*SAMPLING, *own, CHAT_FIELD, 'star'])}")
     return request
+
+
+def no_such(kind: str, name: str, allowed: Sequence[str]) -> str:
+    """What is wrong with a name, the one that it may be meant for, and those that there are."""
+    hint = "".join(f", did you mean {close}" for close in get_close_matches(name[:64], allowed, 1, 0.8))
+    return f"there is no such {kind}{hint}. Allowed: {', '.join(allowed)}."
 
 
 def tokenize_request(
@@ -109,6 +117,9 @@ def prompt_field(
         ValueError: a message has content other than text.
     """
     if messages is not None and prompt is None:
+        if isinstance(messages, (str, bytes, Mapping)):
+            what = type(messages).__name__
+            raise TypeError(f"messages of type {what} is refused. Allowed: a list of messages, each with {FIELDS}.")
         chat = [with_text(index, message) for index, message in enumerate(messages)]
         return "chat", {"messages": chat, "add_generation_prompt": add_generation_prompt}
     if messages is not None or prompt is None:
@@ -133,8 +144,12 @@ def with_text(index: int, message: ChatMessage) -> Any:
     """A message of a chat whose content is one text: parts of OpenAI's kind are joined by lines, as vLLM does it.
 
     Raises:
+        TypeError: a field has no such name.
         ValueError: a part is no text.
     """
+    unknown = [name for name in message if name not in MESSAGE] if isinstance(message, Mapping) else []
+    if unknown:
+        raise TypeError(f"messages[{index}].{unknown[0]} is refused: {no_such('field', str(unknown[0]), MESSAGE)}")
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, (list, tuple)):
         return message
@@ -209,7 +224,9 @@ def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
         if field == "segments" and isinstance(value, (list, tuple)):
             field = "segment_offsets"
         if field not in STAR:
-            raise TypeError(f"star option {name!r} is refused: there is no such option. Allowed: {', '.join(STAR)}.")
+            prefix = name[: len(name) - len(field)]  # as the caller writes the names
+            allowed = [prefix + known if known != "mode" or not prefix else "star" for known in STAR]
+            raise TypeError(f"star option {name!r} is refused: {no_such('option', name, allowed)}")
         if field == "mode" and value is not None:
             value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else str(value).lower()
             if value not in MODES:

@@ -66,7 +66,7 @@ def test_documents_of_chats_are_messages(tmp_path):
         [{"role": "user", "content": HEAD}, text, question],
     ]
     assert all(body["vllm_xargs"] == {"star": "on"} for body in sent), "the server's star_segments"
-    asked = fake.looked_up[1]
+    asked = fake.looked_up[2]  # of the server, of this way to have documents, and of the first one
     assert [message["content"] for message in asked["messages"]] == [HEAD, "a text", "Another document.", "Which one?"]
 
 

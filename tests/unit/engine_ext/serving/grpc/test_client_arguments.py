@@ -22,7 +22,11 @@ def test_a_list_of_texts_is_a_prompt_of_texts():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"temprature": 1}, "temprature is refused.*Allowed: temperature, .*cache_salt"),
+        (
+            {"temprature": 1},
+            "temprature is refused.*did you mean temperature. Allowed: temperature, .*, star",
+        ),
+        ({"star_blocksize": 8}, "'star_blocksize' is refused.*did you mean star_block_size. Allowed: star, star_min_t"),
         ({"progress": True}, "progress is refused"),
         ({"text": "x"}, "text is refused"),
         ({"sampling": {}}, "sampling is refused"),
@@ -88,6 +92,18 @@ def test_a_key_that_grpc_can_not_send_is_refused(key):
     with pytest.raises(ValueError, match="api_key is refused: gRPC sends printable ASCII only") as refused:
         Client("localhost:1", api_key=key)
     assert key not in str(refused.value)
+
+
+def test_messages_that_are_no_list_and_other_fields_are_named():
+    with pytest.raises(TypeError, match=r"messages of type str is refused. Allowed: a list of messages, each wi"):
+        requests.generate_request(None, {}, messages="hello")
+    with pytest.raises(TypeError, match=r"messages\[1\]\.text is refused: there is no such field\. Allowed: role, con"):
+        requests.generate_request(None, {}, messages=[CHAT[0], {"role": "user", "text": "x"}])
+
+
+def test_an_address_that_is_a_url_is_refused():
+    with pytest.raises(ValueError, match=r"address='http://127.0.0.1:1' is refused: it is a URL. Allowed: HOST:PORT"):
+        Client("http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("message", [{"role": "user", "content": 1}, {"say": "x"}, "hi"])

@@ -160,9 +160,9 @@ FIGURES = [
     ),
     (
         README,
-        "Of {} questions about six documents, {} are answered right behind instructions with two examples, and {} with "
-        "dense attention; behind instructions alone {} and {}.",
-        [DOCUMENTS["rows"][0]["questions"], *(DOCUMENTS["rows"][row]["right"] for row in (3, 2, 1, 0))],
+        "Of {} questions about six documents, dense attention answers {} right behind instructions with two examples, and "
+        "documents {}; behind instructions alone dense attention {}, and documents {}.",
+        [DOCUMENTS["rows"][0]["questions"], *(DOCUMENTS["rows"][row]["right"] for row in (2, 3, 0, 1))],
     ),
     (
         README,

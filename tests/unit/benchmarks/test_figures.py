@@ -160,8 +160,8 @@ FIGURES = [
     ),
     (
         README,
-        "Of {} questions about six documents, dense attention answers {} right behind instructions with two examples, and "
-        "documents {}; behind instructions alone dense attention {}, and documents {}.",
+        "Of {} questions about six documents, dense attention answers {} right behind instructions with two examples, "
+        "and documents {}; behind instructions alone dense attention {}, and documents {}.",
         [DOCUMENTS["rows"][0]["questions"], *(DOCUMENTS["rows"][row]["right"] for row in (2, 3, 0, 1))],
     ),
     (

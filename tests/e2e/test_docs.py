@@ -111,7 +111,7 @@ def test_the_first_answer_of_the_quick_start(forked, tmp_path):
     code = (ROOT / "examples" / "ask_documents.py").read_text(encoding="utf-8")
     with serving(ROOT / model, *options, log=tmp_path / "log") as server:
         output = run(sys.executable, "-c", addressed(server, code), folder=tmp_path)
-    printed = re.findall(r"^\[\{.*?\}\]", output, re.MULTILINE)
+    printed = re.findall(r"^[\d.]+ s (\[\{.*?\}\])", output, re.MULTILINE)
     first, second = (json.loads(sources.replace("'", '"')) for sources in printed)
     assert [{*sources} for sources in first] == [{"computed"}] * 3
     assert [{*sources} for sources in second] == [{"memory"}] * 3

@@ -179,7 +179,7 @@ def test_the_oracle_retrieves_at_any_distance(tmp_path, engine):
     dense = [cached_prompt([*hay[:7], *needle, *hay[7:], needle[0]]) for hay in haystacks]
     far = [*haystacks[-1][: FAR // 2 - 1], *needle, *haystacks[-1][FAR // 2 - 1 :], needle[0]]
     prompts = [*dense, cached_prompt(far, star(FAR // 16, 1))]
-    sizes = {"max_num_batched_tokens": 4001, "max_model_len": FAR + 32}
+    sizes = {"max_num_batched_tokens": 4001, "max_model_len": FAR + 32, "kv_cache_memory_bytes": 1 << 30}
     outputs = run_engine(make_induction_oracle(tmp_path / "oracle"), [prompts, prompts], **engine | sizes)["batches"]
     for batch in outputs:
         assert [output["token_ids"] for output in batch] == [needle[1:]] * len(prompts)

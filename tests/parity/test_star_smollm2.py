@@ -19,6 +19,7 @@ pytestmark = pytest.mark.engine
 
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 PAGE_SIZE, LIMIT = 128, 1e-4
+ENGINE = {"block_size": PAGE_SIZE, "max_num_batched_tokens": 384, "kv_cache_memory_bytes": 1 << 30}
 # (tokens, options). The steps of 384 tokens cut star blocks.
 CASES = [
     (1117, star(384, 100)),
@@ -63,7 +64,7 @@ def highest_heads() -> list[tuple[int, int]]:
 def test_float32_parity(ids, record_property):
     """Star and dense requests in one batch, and one request alone."""
     prompts = make_prompts(ids)
-    batches = run_engine(MODEL, [prompts, prompts[1:2]], block_size=PAGE_SIZE, max_num_batched_tokens=384)["batches"]
+    batches = run_engine(MODEL, [prompts, prompts[1:2]], **ENGINE)["batches"]
     dense = expected_logprobs(prompts[0] | {"extra_args": {}})  # the other prompts are prefixes of this one
     references = [
         expected_logprobs(prompt) if prompt["extra_args"] else dense[: len(prompt["ids"]) - 1] for prompt in prompts
@@ -87,8 +88,7 @@ def test_bfloat16_error_is_that_of_dense(ids, record_property):
     """
     star_prompt = make_prompts(ids)[0]
     prompts = [star_prompt, star_prompt | {"extra_args": {}}]
-    engine = {"block_size": PAGE_SIZE, "max_num_batched_tokens": 384, "dtype": "bfloat16"}
-    (outputs,) = run_engine(MODEL, [prompts], **engine)["batches"]
+    (outputs,) = run_engine(MODEL, [prompts], dtype="bfloat16", **ENGINE)["batches"]
     errors = []
     for prompt, output in zip(prompts, outputs, strict=True):
         errors.append((torch.tensor(output["prompt_logprobs"]) - expected_logprobs(prompt)).abs())

@@ -73,13 +73,17 @@ PROGRAMS = {"starling": "starling.engine_ext.serving.cli.main:main", "vllm": "vl
 PRELOADED = "tests.preloaded"
 
 
+def path_with(folder: Path) -> str:
+    """This process's PYTHONPATH, with a folder before it."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def forking() -> dict[str, str]:
     """The environment in which vLLM's processes fork (tests/fork_shim), and log-probabilities' ranks don't compile.
 
     vLLM compiles these at their first use, which takes 13 s.
     """
-    path = os.pathsep.join(filter(None, [str(FORK_SHIM), os.environ.get("PYTHONPATH")]))
-    return {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": path}
+    return {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": path_with(FORK_SHIM)}
 
 
 def start_program(command: Sequence[str | Path], **options: object) -> subprocess.Popen | ForkedServer:

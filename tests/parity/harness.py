@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from starling.attention_backends.star.reference import Heads, masks_by_head, star_mask
-from tests.forks import FORK_SHIM, PRELOADED, ROOT, run_in_fork
+from tests.forks import FORK_SHIM, PRELOADED, ROOT, path_with, run_in_fork
 from tests.parity.engine_job import RESULT
 
 OF_ENGINES = (PRELOADED, "vllm:LLM", "vllm:SamplingParams")
@@ -89,11 +89,6 @@ def cores(ranks: int) -> Iterator[str]:
         for core in sorted(set(locked)):
             locks.enter_context(FileLock(Path(tempfile.gettempdir()) / f"starling-tests-core{core}.lock"))
         yield "|".join(map(str, locked))
-
-
-def path_with(folder: Path) -> str:
-    """This process's PYTHONPATH, with a folder before it."""
-    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def v2_env() -> dict[str, str]:

@@ -17,6 +17,22 @@ import os
 import pkgutil
 import signal
 import sys
+from collections.abc import Iterable
+
+
+def preload(names: Iterable[str]) -> None:
+    """Import what all forks need: modules, or module:attribute."""
+    for name in names:
+        pkgutil.resolve_name(name)
+    gc.collect()
+    gc.freeze()  # no collection in a fork goes through all that was imported
+
+
+def redirect(files: Iterable[int]) -> None:
+    """Take nothing as standard input, and two files as standard output and error."""
+    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), *zip(files, (1, 2), strict=True)):
+        os.dup2(source, target)
+        os.close(source)
 
 
 def become(request: dict) -> None:
@@ -29,17 +45,13 @@ def become(request: dict) -> None:
     sys.argv[1:] = request["argv"]
     signal.alarm(request["seconds"])
     files = [os.open(request[name], os.O_WRONLY | os.O_CREAT) for name in ("stdout", "stderr")]
-    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), *zip(files, (1, 2), strict=True)):
-        os.dup2(source, target)
+    redirect(files)
 
 
 def main() -> int | None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the imports print is no reply
-    for name in sys.argv[1:]:
-        pkgutil.resolve_name(name)
-    gc.collect()
-    gc.freeze()  # no collection in a fork goes through all that was imported
+    preload(sys.argv[1:])
     for line in sys.stdin:
         request = json.loads(line)
         fork = os.fork()

@@ -11,7 +11,6 @@ is closed, the program's process group is killed. The process ends with its stan
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pkgutil
@@ -22,6 +21,8 @@ import sys
 
 import setproctitle
 
+from tests.fork_server import preload, redirect
+
 
 def become(request: dict, files: list[int]) -> None:
     """In the fork: take the program's environment, arguments, folder and output, in a process group of its own."""
@@ -31,9 +32,7 @@ def become(request: dict, files: list[int]) -> None:
     os.chdir(request["cwd"])
     sys.argv[:] = request["argv"]
     setproctitle.setthreadtitle(os.path.basename(sys.argv[0]))  # the name of the process, as of a program of its own
-    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), *zip(files, (1, 2), strict=True)):
-        os.dup2(source, target)
-        os.close(source)
+    redirect(files)
 
 
 def run(connection: socket.socket, files: list[int]) -> None:
@@ -53,18 +52,16 @@ def run(connection: socket.socket, files: list[int]) -> None:
         ended = os.pidfd_open(program)
         selector.register(ended, selectors.EVENT_READ)
         selector.register(connection, selectors.EVENT_READ)
-        if all(key.fd != ended for key, _ in selector.select()):
+        if all(key.fd != ended for key, _ in selector.select()):  # nobody is left to be told
             os.killpg(program, signal.SIGKILL)
+            return
     _, status = os.waitpid(program, 0)
     print(os.waitstatus_to_exitcode(status), file=lines, flush=True)
 
 
 def main() -> None:
-    for name in sys.argv[1:]:
-        pkgutil.resolve_name(name)
+    preload(sys.argv[1:])
     setproctitle.getproctitle()  # the first call finds where the title is by the environment, which forks change
-    gc.collect()
-    gc.freeze()  # no collection in a fork goes through all that was imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks that run programs
     with socket.socket(fileno=os.dup(0)) as requests:
         while files := socket.recv_fds(requests, 1, 3)[1]:

@@ -21,7 +21,6 @@ REQUEST = [name for name in pb.GenerateStreamRequest.DESCRIPTOR.fields_by_name i
 CHAT_FIELD = "add_generation_prompt"
 STAR = list(pb.StarOptions.DESCRIPTOR.fields_by_name)
 MESSAGE = list(pb.ChatMessage.DESCRIPTOR.fields_by_name)
-FIELDS = " and ".join(MESSAGE)
 MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarOptions.Mode.items() if number}
 
 
@@ -118,8 +117,8 @@ def prompt_field(
     """
     if messages is not None and prompt is None:
         if isinstance(messages, (str, bytes, Mapping)):
-            what = type(messages).__name__
-            raise TypeError(f"messages of type {what} is refused. Allowed: a list of messages, each with {FIELDS}.")
+            what, fields = type(messages).__name__, " and ".join(MESSAGE)
+            raise TypeError(f"messages of type {what} is refused. Allowed: a list of messages, each with {fields}.")
         chat = [with_text(index, message) for index, message in enumerate(messages)]
         return "chat", {"messages": chat, "add_generation_prompt": add_generation_prompt}
     if messages is not None or prompt is None:
@@ -147,10 +146,12 @@ def with_text(index: int, message: ChatMessage) -> Any:
         TypeError: a field has no such name.
         ValueError: a part is no text.
     """
-    unknown = [name for name in message if name not in MESSAGE] if isinstance(message, Mapping) else []
-    if unknown:
-        raise TypeError(f"messages[{index}].{unknown[0]} is refused: {no_such('field', str(unknown[0]), MESSAGE)}")
-    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping):
+        return message  # protobuf says what is wrong with it
+    for name in message:
+        if name not in MESSAGE:
+            raise TypeError(f"messages[{index}].{name} is refused: {no_such('field', str(name), MESSAGE)}")
+    content = message.get("content")
     if not isinstance(content, (list, tuple)):
         return message
     texts = []

@@ -24,8 +24,8 @@ def engine(path: str, **sizes: int) -> Any:
 def test_a_path_of_the_model_makes_no_difference_and_its_sizes_and_weights_do(monkeypatch: Any) -> None:
     monkeypatch.setattr(identity, "cpu_attention_isa", lambda config: None)
 
-    def found(*engine_of: Any, weights: str = "a", **sizes: int) -> str:
-        return identity_of(described(engine(*engine_of, **sizes), [weights]))
+    def found(path: str, weights: str = "a", **sizes: int) -> str:
+        return identity_of(described(engine(path, **sizes), [weights]))
 
     assert found("models/tiny") == found("/a/path/to/models/tiny")
     assert len({found("tiny"), found("tiny", hidden_size=64), found("tiny", weights="b")}) == 3

@@ -22,7 +22,7 @@ from starling.scheduler.star.counts import dense_keys, keys_attended, summary
 from starling.scheduler.star.facts import EngineFacts
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.vllm_compat.versions import vllm_version
-from tests.forks import FORK_SHIM, run_in_fork
+from tests.forks import FORK_SHIM, path_with, run_in_fork
 from tests.parity.harness import TINY
 from tests.parity.hybrid_models import make_random_hybrid
 from tests.unit.engine_ext.test_chat_segments import COUNTED
@@ -43,7 +43,7 @@ def examine(*arguments: str, **env: str) -> dict:
     """The report. Standard output is one JSON object, although vLLM and its libraries print there."""
     imports = ("vllm.engine.arg_utils", "vllm.renderers", "starling.engine_ext.serving.cli.serve_args")
     command = ("starling.engine_ext.serving.cli.main:main", "doctor", *arguments, "--json")
-    done = run_in_fork(*command, imports=imports, before={"PYTHONPATH": str(FORK_SHIM)}, env=env, seconds=600)
+    done = run_in_fork(*command, imports=imports, before={"PYTHONPATH": path_with(FORK_SHIM)}, env=env, seconds=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from starling.config.replicas import ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
-from starling.config.star import FIELD_OF, StarOptions, flat_name
+from starling.config.star import SHARED, StarOptions, flat_name
 from starling.engine_ext.serving.cli.serve_args import FLAGS, GROUPS, make_parser
 from starling.scheduler.star.rules import RULES, Rule
 
@@ -74,7 +74,7 @@ def refusal_table(rules: Iterable[Rule]) -> str:
 
 def server_table() -> str:
     """What `starling serve` has beside the options of the other tables, with the words of its help."""
-    told = {flag.dest for flag in FLAGS if flag.dest in FIELD_OF or len(flag.path) > 1}
+    told = {flag.dest for flag in FLAGS if flag.dest in SHARED or len(flag.path) > 1}
     [commands] = (action for action in make_parser()._actions if action.choices)
     rows = []
     for group in commands.choices["serve"]._action_groups:

@@ -46,6 +46,7 @@ FULL: dict[str, str] = {
     "routing": "",
     "default_plan": "models/qwen2.5-coder-0.5b-instruct",
     "rag": "models/qwen2.5-coder-0.5b-instruct",
+    "adapter": "models/smollm2-135m-instruct build/adapter",
     "fairness": "",
     "agents": "",
     "accuracy": "models/smollm2-135m-instruct",

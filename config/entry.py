@@ -14,7 +14,16 @@ from starling.config.replicas import SECTION as REPLICAS
 from starling.config.replicas import ReplicaOptions, parse_replicas
 from starling.config.scheduling import SECTION as SCHEDULING
 from starling.config.scheduling import SchedulingOptions, parse_scheduling
-from starling.config.star import FIELD_OF, QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY, StarOptions, parse_options
+from starling.config.star import (
+    FIELD_OF,
+    QUALITY_SIZES,
+    SHARED,
+    STAR_ADAPTER,
+    STAR_HEADS,
+    STAR_LIBRARY,
+    StarOptions,
+    parse_options,
+)
 
 ENTRY = "starling"
 CPU_ATTENTION, GPU_ATTENTION, CACHE_SALT, LIVE_PAGE = "cpu_attention", "gpu_attention", "cache_salt", "live_page"
@@ -40,12 +49,14 @@ class StarlingConfig:
     Attributes:
         quality_sizes: word of ``star_quality`` -> the number of star blocks, 1: dense; None: those of the study.
         star_heads: the file with the scores of the model's KV heads; None: those that Starling knows of the model.
+        star_adapter: the folder of the adapter for prompts with a star plan; None: none.
         library: where pages go beside the engine's memory; None: nowhere.
     """
 
     star: StarOptions = field(default_factory=lambda: parse_options({}))
     quality_sizes: Mapping[str, int] | None = None
     star_heads: str | None = None
+    star_adapter: str | None = None
     library: LibraryOptions | None = None
     scheduling: SchedulingOptions = field(default_factory=SchedulingOptions)
     replicas: ReplicaOptions = field(default_factory=ReplicaOptions)
@@ -98,16 +109,18 @@ def _parse(entry: Any) -> StarlingConfig:
         if value not in CHOICES[name]:
             reason = f"there is no such choice{meant(str(value), CHOICES[name])}"
             raise OptionError(f"{ENTRY}.{name}", value, reason, " or ".join(CHOICES[name]))
-    heads = entry.get(STAR_HEADS)
-    if heads is not None and (not isinstance(heads, str) or not heads):
-        raise OptionError(f"{ENTRY}.{STAR_HEADS}", heads, "it must be a path", "the path of a file, or nothing")
+    for name, of in ((STAR_HEADS, "file"), (STAR_ADAPTER, "folder")):
+        path = entry.get(name)
+        if path is not None and (not isinstance(path, str) or not path):
+            raise OptionError(f"{ENTRY}.{name}", path, "it must be a path", f"the path of a {of}, or nothing")
     library = entry.get(STAR_LIBRARY)
     sizes = entry.get(QUALITY_SIZES)
     return StarlingConfig(
         quality_sizes=None if sizes is None else parse_quality_sizes(sizes, f"{ENTRY}.{QUALITY_SIZES}"),
-        star_heads=heads,
+        star_heads=entry.get(STAR_HEADS),
+        star_adapter=entry.get(STAR_ADAPTER),
         library=None if library is None else parse_library(library, f"{ENTRY}.{STAR_LIBRARY}"),
-        star=parse_options({key: value for key, value in entry.items() if key in FIELD_OF}),
+        star=parse_options({key: value for key, value in entry.items() if key in SHARED}),
         scheduling=parse_scheduling(entry.get(SCHEDULING, {}), f"{ENTRY}.{SCHEDULING}."),
         replicas=parse_replicas(entry.get(REPLICAS, {}), f"{ENTRY}.{REPLICAS}."),
         **chosen,

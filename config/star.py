@@ -58,6 +58,8 @@ ReplicaCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeVa
 
 PREFIX = "star"
 QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY = "star_quality_sizes", "star_heads", "star_library"
+STAR_ADAPTER = "star_adapter"
+"""As a server's option, the folder of an adapter; as a request's, whether it is used."""
 SERVER_ONLY = (QUALITY_SIZES, STAR_HEADS, STAR_LIBRARY)
 """Options that a server has and no request."""
 
@@ -129,6 +131,11 @@ class StarOptions(BaseModel):
         description="on (CPUs only): the KV of a prompt that is split over several replicas stays on the replicas that "
         "computed it, and its query and output attend on each of them; off: one replica fetches all of the KV",
     )
+    adapter: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: the server's --star-adapter, where it was trained for the prompt's plan and the request "
+        "names no LoRA of its own; off: the base model",
+    )
 
 
 Star = StarOptions | Mapping[str, Any] | Literal["off", "on", "auto"]
@@ -144,6 +151,7 @@ EXPECTED = {
     "segments": f"auto, off, the text of one token, or {OFFSETS}",
     "replicas": "auto, or a whole number of replicas, 1 or more",
     "shards": "off or on",
+    "adapter": "auto or off",
 }
 ALLOWED = EXPECTED | {
     "mode": "off, on, auto",
@@ -152,6 +160,7 @@ ALLOWED = EXPECTED | {
     "anchor_size": "a multiple of the KV page from 0 to the block size",
     "overlap_size": "a multiple of the KV page from 0 to the block size",
     "shards": "off, on",
+    "adapter": "auto, off; a folder is an option of the server",
 }
 
 
@@ -161,6 +170,8 @@ def flat_name(field: str) -> str:
 
 
 FIELD_OF = {flat_name(field): field for field in FIELDS}
+SHARED = {name: field for name, field in FIELD_OF.items() if name != STAR_ADAPTER}
+"""The options that mean the same to a server and to a request."""
 
 
 def is_star_key(key: str) -> bool:

@@ -30,6 +30,7 @@ from starling.config.entry import (
 from starling.config.parsing import OptionError
 from starling.config.presets import PRESET, preset_of, with_preset
 from starling.config.star import StarOptions, summary
+from starling.engine_ext.adapter import check_adapter, turn_lora_on
 from starling.engine_ext.clients import api_keys
 from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_rust_front
 from starling.engine_ext.head_scores import scores_of
@@ -106,6 +107,7 @@ def before_engine_config(engine_args: Any) -> None:
     if config.gpu_attention in CLASSES:
         choose_gpu_attention(config.gpu_attention, engine_args)
     use_preset(engine_args)
+    turn_lora_on(config, engine_args)
 
 
 def use_preset(engine_args: Any) -> None:
@@ -151,6 +153,7 @@ def after_engine_config(vllm_config: Any) -> None:
         reason = "; ".join(facts.heads_refusals)
         raise OptionError(f"{ENTRY}.{STAR_HEADS}", config.star_heads, reason, "a server without it")
     check_defaults(config.star, facts)
+    check_adapter(config, vllm_config, facts)
     refuse_segment_text(config.star.segments, vllm_config.model_config)
     share_memory_nodes(vllm_config, os.environ)
     peers = config.replicas.peers

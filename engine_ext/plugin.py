@@ -116,7 +116,10 @@ def _hook_into_front() -> None:
         prepare_look_up(http_request)
         note_chat_options(http_request)
 
-    on_generate(lambda processor, *request: state_of(processor).planner.prepare(*request), generate_for_client)
+    def prepare(input_processor: Any, *request: Any, has_lora: bool) -> Any:
+        return state_of(input_processor).planner.prepare(*request, has_lora=has_lora)
+
+    on_generate(prepare, generate_for_client)
     on_encode(with_salt)
     on_abort(abort_split)
     on_openai_request(openai_request, check_unknown)

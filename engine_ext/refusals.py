@@ -16,6 +16,7 @@ from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE
 from starling.attention_backends.paged.names import CLASSES, NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.config.entry import StarlingConfig, config_of
+from starling.engine_ext.adapter import adapter_of
 from starling.engine_ext.engine_report import BLOCK_POSITIONS, HEADS, HEADS_ORDER, SPLIT, STAR
 from starling.engine_ext.head_scores import scores_of
 from starling.replicas.messages import nixl_problem
@@ -401,4 +402,5 @@ def engine_facts(vllm_config: Any, page_size: int | None) -> EngineFacts:
         vllm_config.model_config.max_model_len - 1,  # a prompt leaves room for one token of output
         divides_kv=default_num_shards(vllm_config) > 1,
         quality_sizes=_options(vllm_config).quality_sizes,
+        adapter=adapter_of(_options(vllm_config)),
     )

@@ -11,6 +11,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from starling.config.parsing import OptionError
 from starling.config.star import flat_name, is_star_key, parse_options
+from starling.engine_ext.adapter import lora_request
 from starling.engine_ext.bounds import REQUEST_ID, check_params, check_prompt_logprobs
 from starling.engine_ext.cache_salt import salted
 from starling.engine_ext.call import current_call
@@ -20,6 +21,7 @@ from starling.engine_ext.misplaced import refuse_at_top_level
 from starling.engine_ext.planning import PromptPlanner, rejection
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.facts import PromptFacts
+from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
 from starling.vllm_compat.front import IS_BEAM
 
@@ -44,11 +46,12 @@ def shown_plan(engine_input: Any) -> dict[str, Any] | None:
 class RequestPlanner(PromptPlanner):
     """Plans the requests of one engine: each prompt once, by the first front that sees its tokens."""
 
-    def prepare(self, engine_input: Any, params: Any, request_id: str | None = None) -> Any:
+    def prepare(self, engine_input: Any, params: Any, request_id: str | None = None, *, has_lora: bool = False) -> Any:
         """Plan an engine input, and note plan and request id, while the response can still be an error with headers.
 
         Args:
             request_id: the one that the engine is about to get; None where it does not have one yet.
+            has_lora: whether the request names a LoRA adapter.
 
         Returns:
             The engine input with its Decision and, with a request id, its salt; without a decision where its tokens
@@ -76,7 +79,7 @@ class RequestPlanner(PromptPlanner):
         call = current_call.get()
         check_prompt_logprobs(len(token_ids), params)
         if PLANNED not in engine_input:
-            decision = self.plan(extra_args, prompt_facts(engine_input, reason))
+            decision = self.plan(extra_args, prompt_facts(engine_input, reason, has_lora))
             engine_input = {**engine_input, PLANNED: decision, SHOWN: self.describe(decision)}
             if call is not None and self.config is not None:
                 call.add_plan(engine_input[SHOWN])
@@ -95,6 +98,8 @@ class RequestPlanner(PromptPlanner):
     def resolve(self, request: Any, prompt: Any) -> None:
         """Replace a processed request's star options by its metadata, in the request's own sampling parameters.
 
+        A prompt whose plan has the server's adapter gets it.
+
         Args:
             prompt: what vLLM made the request of; with its Decision where a front has planned it.
 
@@ -112,17 +117,25 @@ class RequestPlanner(PromptPlanner):
         if decision is None or decision.num_tokens != num_tokens:
             alone = request.prompt_embeds is None and not request.mm_features
             reason = SESSION if request.resumable else why_dense(prompt)
-            facts = PromptFacts(num_tokens, request.prompt_token_ids if alone else None, dense_only=reason)
+            has_lora = request.lora_request is not None
+            token_ids = request.prompt_token_ids if alone else None
+            facts = PromptFacts(num_tokens, token_ids, dense_only=reason, has_lora=has_lora)
             decision = self.plan(params.extra_args, facts)
         if self.config is None:
             return
         if decision.plan is not None and decision.plan.documents:
             _refuse_token_positions(params)
+        request.lora_request = self.lora_of(decision.plan) or request.lora_request
         metadata = replace(metadata, plan=decision.plan, why=decision.why, keys=self.model_keys(decision))
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
         params.extra_args = rest | {KEY: metadata.to_wire()}
         if not request.resumable:  # a session's last piece, without input, is the one that counts
             front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
+
+    def lora_of(self, plan: StarPlan | None) -> Any:
+        """The server's adapter (vLLM's LoRARequest) with which a prompt of a plan runs; None: it runs without it."""
+        adapter = self.facts.adapter
+        return lora_request(adapter) if adapter is not None and plan is not None and plan.adapter else None
 
 
 def plan_of_request(request: Any) -> dict[str, Any] | None:
@@ -159,11 +172,13 @@ def why_dense(prompt: Any) -> str | None:
     return BEAM if isinstance(prompt, Mapping) and IS_BEAM in prompt else None
 
 
-def prompt_facts(engine_input: Mapping[str, Any], dense_only: str | None = None) -> PromptFacts:
+def prompt_facts(engine_input: Mapping[str, Any], dense_only: str | None = None, has_lora: bool = False) -> PromptFacts:
     """What is known of a rendered prompt."""
     token_ids: list[int] = engine_input["prompt_token_ids"]
     alone = engine_input.get("type", "token") == "token" and not engine_input.get("multi_modal_data")
-    return PromptFacts(len(token_ids), token_ids if alone else None, engine_input.get(KNOWN_SEGMENTS), dense_only)
+    return PromptFacts(
+        len(token_ids), token_ids if alone else None, engine_input.get(KNOWN_SEGMENTS), dense_only, has_lora
+    )
 
 
 def _refuse_token_positions(params: Any) -> None:

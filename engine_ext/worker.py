@@ -26,8 +26,9 @@ from starling.attention_backends.star.turned_impl import (
     use_block_positions,
     use_rotations,
 )
-from starling.config.entry import STAR_HEADS, config_of
+from starling.config.entry import STAR_ADAPTER, STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
+from starling.engine_ext.adapter import own_adapter
 from starling.engine_ext.head_scores import ranks_of_layers, scores_of
 from starling.engine_ext.metrics import worker_metrics
 from starling.engine_ext.refusals import (
@@ -128,6 +129,10 @@ def register_backends(vllm_config: Any, refusals: list[str]) -> None:
 
         cpu_impl.use_cpu_attention(config.cpu_attention if config else "vllm")
         cpu_impl.read_all_caches(reads_all_caches(vllm_config))
+        if vllm_config.lora_config is not None:
+            from starling.vllm_compat.cpu_lora import use_masked_lora
+
+            use_masked_lora()
 
 
 def unsplit_layers(builders: Sequence[tuple[Any, Sequence[str]]]) -> str | None:
@@ -209,9 +214,26 @@ class StarWorker:
         self.is_warming_up = True
         try:
             self._warm_up_documents()  # before vLLM watches for kernels that are compiled later
-            return super().compile_or_warm_up_model()  # type: ignore[misc]
+            result = super().compile_or_warm_up_model()  # type: ignore[misc]
         finally:
             self.is_warming_up = False
+        self._load_adapter()
+        return result
+
+    def _load_adapter(self) -> None:
+        """Load the engine's adapter, for good: else the first prompt waits for it, and an error of it ends the engine.
+
+        Raises:
+            RuntimeError: vLLM can't load it.
+        """
+        adapter = own_adapter(self.vllm_config)
+        if adapter is None:
+            return
+        try:
+            self.add_lora(adapter)  # type: ignore[attr-defined]
+            self.pin_lora(adapter.lora_int_id)  # type: ignore[attr-defined]
+        except Exception as error:  # whatever vLLM makes of the files
+            raise RuntimeError(f"{STAR_ADAPTER}={adapter.lora_path}: vLLM can't load it: {error}") from error
 
     def _warm_up_documents(self) -> None:
         """Compile the kernels of steps over documents, where an engine on a GPU may have such steps."""

@@ -14,11 +14,12 @@ LETTERS = {
     "H": "star_dense_heads",
     "Q": "star_query_tokens",
     "S": "star_segments",
+    "L": "star_adapter",
 }
 ALLOWED = (
     "dense; default, the server's own star options; n/8, eight star blocks; or sizes in tokens such as "
-    "B=1024,A=1024,O=0,Q=128; behind either H=0.1, the share of dense KV heads, and S= with the text of the token that "
-    "starts a document"
+    "B=1024,A=1024,O=0,Q=128; behind either H=0.1, the share of dense KV heads, S= with the text of the token that "
+    "starts a document, and L=off, without the server's adapter"
 )
 
 
@@ -48,7 +49,7 @@ def parse_plan(text: str) -> Plan:
     Args:
         text: ``dense``; ``default``; or parts with a comma between them: ``n/8`` or ``B=n/8``; ``B=``, ``A=``, ``O=``,
             ``Q=`` and a number of tokens; ``H=`` and a share of the KV heads; ``S=`` and the text of the token that
-            starts a document.
+            starts a document; ``L=off``, without the server's adapter.
 
     Raises:
         ValueError: the text is no plan, or its options contradict one another.

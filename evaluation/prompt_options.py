@@ -20,13 +20,20 @@ SECRET_WORDS = {"token", "key", "password"}
 OF_TASKS = ("tasks", "lengths", "prompts_per_cell", "prompt_format", "prompt_seed")
 OF_OWN_PROMPTS = ("max_tokens",)
 Length = Annotated[int, Field(ge=256)]
-Options = TypeVar("Options", bound="PromptOptions")
+Options = TypeVar("Options", bound="CommandOptions")
 
 
-class PromptOptions(BaseModel):
-    """The options that decide on which prompts a command measures."""
+class CommandOptions(BaseModel):
+    """The options of a command line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def check(self) -> None:
+        """Refuse what can't be used, beyond the types of single options (raises ValueError)."""
+
+
+class PromptOptions(CommandOptions):
+    """The options that decide on which prompts a command measures."""
 
     subcommand: ClassVar[str]
     """Of `starling`, which has these options."""

@@ -27,8 +27,11 @@ FORGET_SERVERS = "starling_forget_servers"
 WEIGHTS_CHANGED_BY = "starling_weights_changed_by"
 
 
-def _replica_state(core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None) -> Future[dict[str, Any]]:
-    return replica_state(core.scheduler, core.request_block_hasher, token_ids, plan_from_wire(plan), cache_salt)
+def _replica_state(
+    core: Any, token_ids: list[int], plan: list[Any], cache_salt: str | None, adapter: list[Any] | None
+) -> Future[dict[str, Any]]:
+    hasher = core.request_block_hasher
+    return replica_state(core.scheduler, hasher, token_ids, plan_from_wire(plan), cache_salt, adapter)
 
 
 def _open_shard(core: Any, name: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
@@ -19,7 +20,12 @@ _hashing = ThreadPoolExecutor(1, "starling-page-hashes")
 
 
 def replica_state(
-    scheduler: Any, block_hasher: Any, token_ids: list[int], plan: StarPlan, cache_salt: str | None
+    scheduler: Any,
+    block_hasher: Any,
+    token_ids: list[int],
+    plan: StarPlan,
+    cache_salt: str | None,
+    adapter: list[Any] | None = None,
 ) -> Future[dict[str, Any]]:
     """What the replica has cached of a prompt, how busy it is, and what its KV memory is like.
 
@@ -30,6 +36,7 @@ def replica_state(
         scheduler: the replica's scheduler, with the connector between replicas.
         block_hasher: the engine core's hasher of a request's pages.
         token_ids: the prompt; without any, only the load, the memory and the layout are of use.
+        adapter: name, number and path of the LoRA adapter; None: the base model.
 
     Returns:
         ``cached``: a byte for each star block, 1 where its pages are all in the prefix cache (ReplicaState.cached).
@@ -47,8 +54,18 @@ def replica_state(
     }
     params = SamplingParams(max_tokens=1, extra_args={KEY: RequestMetadata(plan=plan).to_wire()})
 
+    lora = None if adapter is None else LoRARequest(*adapter)
+
     def with_cached_blocks() -> dict[str, Any]:
-        request = Request("starling-look", token_ids, params, None, cache_salt=cache_salt, block_hasher=block_hasher)
+        request = Request(
+            "starling-look",
+            token_ids,
+            params,
+            None,
+            cache_salt=cache_salt,
+            lora_request=lora,
+            block_hasher=block_hasher,
+        )
         return load | _cached_blocks(pool, request.block_hashes, plan, scheduler.block_size)
 
     return _hashing.submit(with_cached_blocks)

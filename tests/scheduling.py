@@ -7,6 +7,8 @@ from typing import Any
 from xdist.scheduler import LoadFileScheduling
 
 SERVERS = "tests/e2e/"
+LONGEST = ("tests/e2e/test_two_hosts.py", "tests/e2e/test_peers.py")
+"""Files of minutes, which come first: at the end the other workers would wait for them."""
 
 
 class ServersBesideOthers(LoadFileScheduling):
@@ -18,6 +20,7 @@ class ServersBesideOthers(LoadFileScheduling):
 
     def _assign_work_unit(self, node: Any) -> None:
         with_servers = node is self.nodes[0]
-        own = (scope for scope in self.workqueue if scope.startswith(SERVERS) is with_servers)
-        self.workqueue.move_to_end(next(own, next(iter(self.workqueue))), last=False)
+        own = [scope for scope in self.workqueue if scope.startswith(SERVERS) is with_servers]
+        longest = [scope for scope in own if scope.startswith(LONGEST)]
+        self.workqueue.move_to_end([*longest, *own, *self.workqueue][0], last=False)
         super()._assign_work_unit(node)

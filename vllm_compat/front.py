@@ -51,13 +51,14 @@ def mark_beams() -> None:
 
 
 def on_generate(
-    prepare: Callable[[Any, Any, Any, str | None], Any],
+    prepare: Callable[..., Any],
     around_outputs: Callable[..., Any],
 ) -> None:
-    """Let ``prepare(input_processor, prompt, sampling_params, request_id)`` check and replace a prompt.
+    """Let ``prepare(input_processor, prompt, sampling_params, request_id, has_lora=...)`` check and replace a prompt.
 
-    It is called before a response has started. ``request_id`` is the one that the engine is about to get; None where
-    it does not have one yet. The engine's outputs then come from
+    ``has_lora`` says whether the request names a LoRA adapter. ``prepare`` is called before a response has started.
+    ``request_id`` is the one that the engine is about to get; None where it does not have one yet. The engine's outputs
+    then come from
     ``around_outputs(engine, generate, prompt, sampling_params, request_id, keywords)``.
 
     AsyncLLM.generate is an async generator: its body, and with it every check, runs after a streamed
@@ -71,7 +72,8 @@ def on_generate(
     def generate(
         original: Original, self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> Any:
-        prompt = prepare(self.input_processor, prompt, sampling_params, request_id)
+        has_lora = kwargs.get("lora_request") is not None
+        prompt = prepare(self.input_processor, prompt, sampling_params, request_id, has_lora=has_lora)
         outputs = functools.partial(original, self)
         return around_outputs(self, outputs, prompt, sampling_params, request_id, kwargs)
 
@@ -87,7 +89,8 @@ def on_generate(
     ) -> Any:
         processor = getattr(self.engine_client, "input_processor", None)
         if processor is not None:
-            engine_input = prepare(processor, engine_input, sampling_params, None)
+            has_lora = kwargs.get("lora_request") is not None
+            engine_input = prepare(processor, engine_input, sampling_params, None, has_lora=has_lora)
         return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
 
 

@@ -23,11 +23,12 @@ from rich.progress import track
 from benchmarks.approximations import MaskedAttention, interval, load
 from benchmarks.engine import ROOT
 from benchmarks.repair.kv import Answered, answered, dense_heads_kv, dense_kv, deviation, document_kv, document_mask
-from benchmarks.repair.prompts import TASK_NAMES, Prompt, make_prompt
 from benchmarks.repair.selection import RULES, Facts, Rule, Work, choose, documents_work, pages_of
 from benchmarks.report import mean_ratio, saved_figure, write_json
 from starling.config.head_scores import HeadScores, read_scores
+from starling.evaluation.document_prompts import DocumentPrompt, Encoder, make_prompt
 
+TASK_NAMES = ("code", "nth_note", "moves", "vt", "niah_multikey_2", "niah_multivalue", "association")
 HEADS = 0.1
 """The share of the KV heads that are retrieval heads, or dense: those with the highest scores."""
 
@@ -58,7 +59,7 @@ class Outcome:
     keys: float
 
 
-def outcome(found: Answered, dense: Answered, prompt: Prompt, work: Work) -> Outcome:
+def outcome(found: Answered, dense: Answered, prompt: DocumentPrompt, work: Work) -> Outcome:
     expected, whole = torch.tensor(prompt.answer), documents_work(prompt)
     return Outcome(
         kl=float((dense.logprobs.exp() * (dense.logprobs - found.logprobs)).sum(-1).mean()),
@@ -77,7 +78,9 @@ class Repairs:
         seed: of the random choice.
     """
 
-    def __init__(self, model: Any, attention: MaskedAttention, prompt: Prompt, scores: HeadScores, seed: str) -> None:
+    def __init__(
+        self, model: Any, attention: MaskedAttention, prompt: DocumentPrompt, scores: HeadScores, seed: str
+    ) -> None:
         self.model, self.attention, self.prompt, self.seed = model, attention, prompt, seed
         self.heads = set(scores.order[: scores.count(HEADS)])
         self.none = torch.zeros(len(prompt.context), dtype=torch.bool)
@@ -134,7 +137,7 @@ class Repairs:
         return Work(whole.tokens, share * whole.keys + (1 - share) * own_keys(self.prompt))
 
 
-def own_keys(prompt: Prompt) -> float:
+def own_keys(prompt: DocumentPrompt) -> float:
     """The query-key pairs of documents that see the head and themselves."""
     return float(document_mask(prompt)[len(prompt.head) :].sum())
 
@@ -162,7 +165,9 @@ def rows_of(prompts: Sequence[Mapping[Key, Outcome]]) -> list[dict[str, Any]]:
     return rows
 
 
-def result_of(name: str, tokens: int, prompts: Sequence[Prompt], found: Sequence[Mapping[Key, Outcome]]) -> dict:
+def result_of(
+    name: str, tokens: int, prompts: Sequence[DocumentPrompt], found: Sequence[Mapping[Key, Outcome]]
+) -> dict:
     """What is stored."""
     return {
         "model": name,
@@ -248,11 +253,12 @@ def main() -> None:
         parser.error(f"--shares {args.shares}: {GATE_SHARE} has to be one of them.")
     scores = read_scores(str(args.scores or ROOT / "engine_ext" / "scores" / f"{args.model.name}.json"))
     model, tokenizer, attention = load(args.model)
-    prompts: list[Prompt] = []
+    encoder = Encoder(tokenizer)
+    prompts: list[DocumentPrompt] = []
     found: list[dict[Key, Outcome]] = []
     for number in range(args.rounds):
         for task in track(TASK_NAMES, description=f"round {number + 1} of {args.rounds}"):
-            prompts.append(make_prompt(task, number, args.tokens, tokenizer))
+            prompts.append(make_prompt(task, f"repair/{task}/{number}", args.tokens, encoder))
             repairs = Repairs(model, attention, prompts[-1], scores, f"{task}/{number}")
             found.append(dict(repairs.measured(args.shares)))
         result = result_of(args.model.name, args.tokens, prompts, found)

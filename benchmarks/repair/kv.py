@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.anchors import Layers
 from benchmarks.approximations import Mask, MaskedAttention, same_in_all_layers
-from benchmarks.repair.prompts import Prompt
 from starling.attention_backends.star.reference import Heads, head_masks
+from starling.evaluation.document_prompts import DocumentPrompt
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,26 @@ def turned(model: Any, keys: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return found.to(keys.dtype)
 
 
-def dense_kv(model: Any, attention: MaskedAttention, prompt: Prompt) -> Layers:
+def dense_kv(model: Any, attention: MaskedAttention, prompt: DocumentPrompt) -> Layers:
     """Every token of the context sees all before it."""
     ids = prompt.context
     mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     return computed(model, attention, ids, torch.arange(len(ids)), [], same_in_all_layers(mask))[1]
 
 
-def document_mask(prompt: Prompt) -> torch.Tensor:
+def document_numbers(prompt: DocumentPrompt) -> torch.Tensor:
+    """(context tokens,) 0 for the head's tokens, and 1, 2, ... for those of each document."""
+    lengths = torch.tensor([len(prompt.head), *map(len, prompt.documents)])
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def document_mask(prompt: DocumentPrompt) -> torch.Tensor:
     """(n, n) bool: a document sees the head and itself."""
-    number, places = prompt.number, torch.arange(len(prompt.context))
+    number, places = document_numbers(prompt), torch.arange(len(prompt.context))
     return (places[:, None] >= places) & ((number[:, None] == number) | (number == 0))
 
 
-def document_kv(model: Any, attention: MaskedAttention, prompt: Prompt) -> Layers:
+def document_kv(model: Any, attention: MaskedAttention, prompt: DocumentPrompt) -> Layers:
     """Each document by itself: computed right behind the head, and its keys turned to where it stands."""
     ids, places = prompt.context, torch.arange(len(prompt.context))
     own = torch.cat([places[: len(prompt.head)], *(len(prompt.head) + torch.arange(len(d)) for d in prompt.documents)])
@@ -85,7 +91,7 @@ def document_kv(model: Any, attention: MaskedAttention, prompt: Prompt) -> Layer
     return [(turned(model, keys, places - own), values) for keys, values in layers]
 
 
-def dense_heads_kv(model: Any, attention: MaskedAttention, prompt: Prompt, dense: Heads) -> Layers:
+def dense_heads_kv(model: Any, attention: MaskedAttention, prompt: DocumentPrompt, dense: Heads) -> Layers:
     """Documents whose dense heads see all before them. They are computed where they stand."""
     ids, heads = prompt.context, model.config.num_key_value_heads
     groups, mask = model.config.num_attention_heads // heads, document_mask(prompt)
@@ -97,7 +103,9 @@ def dense_heads_kv(model: Any, attention: MaskedAttention, prompt: Prompt, dense
     return computed(model, attention, ids, torch.arange(len(ids)), [], of_layer)[1]
 
 
-def answered(model: Any, attention: MaskedAttention, prompt: Prompt, layers: Layers, chosen: torch.Tensor) -> Answered:
+def answered(
+    model: Any, attention: MaskedAttention, prompt: DocumentPrompt, layers: Layers, chosen: torch.Tensor
+) -> Answered:
     """Compute the chosen tokens of the context again, then the question and its answer. All see all before them.
 
     Args:

@@ -8,8 +8,8 @@ from random import Random
 
 import torch
 
-from benchmarks.repair.prompts import Prompt
 from starling.attention_backends.star.reference import Heads
+from starling.evaluation.document_prompts import DocumentPrompt
 
 PAGE = 16
 
@@ -61,27 +61,27 @@ def work_of(places: torch.Tensor) -> Work:
     return Work(len(places), float((places + 1).sum()))
 
 
-def documents_work(prompt: Prompt) -> Work:
+def documents_work(prompt: DocumentPrompt) -> Work:
     """The work of computing all documents densely: 1 in all shares."""
     return work_of(torch.arange(len(prompt.head), len(prompt.context)))
 
 
-def question_work(prompt: Prompt, num_layers: int) -> Work:
+def question_work(prompt: DocumentPrompt, num_layers: int) -> Work:
     """One pass of the question, so that its attention is known."""
     length = len(prompt.context)
     return work_of(torch.arange(length, length + len(prompt.question)))
 
 
-def first_layer_work(prompt: Prompt, num_layers: int) -> Work:
+def first_layer_work(prompt: DocumentPrompt, num_layers: int) -> Work:
     """The first layer of all documents' tokens, after which the keys and values of the second one are known."""
     return documents_work(prompt) * (1 / num_layers)
 
 
-def no_work(prompt: Prompt, num_layers: int) -> Work:
+def no_work(prompt: DocumentPrompt, num_layers: int) -> Work:
     return Work()
 
 
-def pages_of(prompt: Prompt) -> list[Page]:
+def pages_of(prompt: DocumentPrompt) -> list[Page]:
     """The pages of all documents but the first, which sees all that stands before it already."""
     pages = []
     for start, document in list(zip(prompt.starts, prompt.documents, strict=True))[1:]:
@@ -151,7 +151,7 @@ class Rule:
     """
 
     scores: Callable[[Facts], torch.Tensor]
-    cost: Callable[[Prompt, int], Work] = question_work
+    cost: Callable[[DocumentPrompt, int], Work] = question_work
     passes: int = 1
 
 

@@ -6,7 +6,7 @@ is prefilled by a star plan. Gates of 0 and 1 are a plan with dense heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
+from starling.engine_ext.plan_attention import Attend, attention_by_plan, recomputed
 from starling.scheduler.star.plan import StarPlan
 
 NAME = "starling_gated"
@@ -71,7 +71,7 @@ class GatedModel:
         self.device, self.state = torch.device(device), Gates()
         self.model.to(self.device).eval().requires_grad_(requires_grad=False)
         for layer in self.model.get_decoder().layers:
-            layer.forward = _recomputed(layer.forward)
+            layer.forward = recomputed(layer.forward)
 
     def log_probs(self, token_ids: Sequence[int], last: int, gates: Gate, plan: StarPlan | None) -> torch.Tensor:
         """(last, vocabulary) float32 log-probabilities in the places of the last tokens and behind the very last one.
@@ -102,7 +102,9 @@ class GatedModel:
             return _by_kind(attend, query, key, value, gate == 1, plan).transpose(1, 2), None
         weight = gate.repeat_interleave(group)[None, :, None, None].to(query.dtype)
         dense = attend(query, key, value, is_causal=True)
-        return (weight * dense + (1 - weight) * _star(attend, query, key, value, plan)).transpose(1, 2), None
+        return (weight * dense + (1 - weight) * attention_by_plan(attend, query, key, value, plan)).transpose(
+            1, 2
+        ), None
 
 
 def layers_of(config: Any) -> tuple[list[bool], int]:
@@ -121,35 +123,6 @@ def layers_of(config: Any) -> tuple[list[bool], int]:
     return is_full, getattr(text, "num_key_value_heads", None) or shared or text.num_attention_heads
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer that keeps its inputs alone for the backward pass, so that memory grows by a layer and not by a model."""
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return recomputed
-
-
-Attend = Callable[..., torch.Tensor]
-
-
-def _star(attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: StarPlan) -> torch.Tensor:
-    """Attention of a prompt by a plan, block by block; what is behind the prompt sees everything.
-
-    Args:
-        query: (1, heads, tokens, head size); ``key`` and ``value`` have KV heads.
-    """
-    parts = []
-    for start, end, keys in plan.split(0, query.shape[2]):
-        index = torch.cat([torch.arange(first, stop, device=query.device) for first, stop in keys])
-        mask = torch.ones(end - start, len(index), dtype=torch.bool, device=query.device)
-        mask = mask.tril(len(index) - (end - start))
-        parts.append(attend(query[:, :, start:end], key[:, :, index], value[:, :, index], attn_mask=mask))
-    return torch.cat(parts, 2)
-
-
 def _by_kind(
     attend: Attend,
     query: torch.Tensor,
@@ -165,5 +138,7 @@ def _by_kind(
         if len(heads):
             of_query = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
             operands = query[:, of_query], key[:, heads], value[:, heads]
-            out[:, of_query] = attend(*operands, is_causal=True) if dense else _star(attend, *operands, plan)
+            out[:, of_query] = (
+                attend(*operands, is_causal=True) if dense else attention_by_plan(attend, *operands, plan)
+            )
     return out

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 
 from starling.config.entry import config_of
+from starling.engine_ext.adapter import adapter_fields
 from starling.engine_ext.call import Call, this_call
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.refusals import has_library
@@ -55,9 +56,9 @@ def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -
         raise VLLMValidationError("Only prompts of text are looked up.", parameter="prompt")
     if len(call.plans) > 1:
         raise VLLMValidationError("One prompt is looked up, and the request has more.", parameter="prompt")
-    lora = keywords.get("lora_request")
-    adapter = None if lora is None else [lora.lora_name, lora.lora_int_id, lora.lora_path]
-    question = (planned.token_ids, RequestMetadata(planned.plan).to_wire(), prompt.get("cache_salt"), adapter)
+    lora = front_state(engine).planner.lora_of(planned.plan) or keywords.get("lora_request")
+    metadata = RequestMetadata(planned.plan).to_wire()
+    question = (planned.token_ids, metadata, prompt.get("cache_salt"), adapter_fields(lora))
     return _ask(engine, question, prompt[SHOWN], call)
 
 

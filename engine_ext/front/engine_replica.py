@@ -15,6 +15,7 @@ import msgspec
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
+from starling.engine_ext.adapter import adapter_fields
 from starling.engine_ext.front.kv_reservations import Reservation
 from starling.engine_ext.front.replica import HeldPart, PartAborted
 from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaTimeout, ReplicaUnavailable, WeightsChanged
@@ -63,11 +64,8 @@ class SplitPrompt:
 
     @cached_property
     def encoded_ids(self) -> msgspec.Raw:
-        """The tokens as msgpack, encoded once for all replicas; none for an adapter.
-
-        Pages that an adapter computed have keys that only its own requests make.
-        """
-        return msgspec.Raw(msgspec.msgpack.encode(self.token_ids if self.keywords.get("lora_request") is None else []))
+        """The tokens as msgpack, encoded once for all replicas."""
+        return msgspec.Raw(msgspec.msgpack.encode(self.token_ids))
 
     @cached_property
     def message(self) -> pb.PrefillPartRequest:
@@ -86,6 +84,7 @@ class SplitPrompt:
                 "cache_salt": self.inputs.get("cache_salt"),
                 "priority": self.keywords.get("priority", 0),
                 "blocks": [{"start": start, "stop": stop} for start, stop in self.plan.documents],
+                "adapter": self.plan.adapter,
             }
         )
 
@@ -171,7 +170,8 @@ class EngineReplica:
 
     async def state(self) -> dict[str, Any]:
         plan, salt = plan_to_wire(self.prompt.plan), self.prompt.inputs.get("cache_salt")
-        state: dict[str, Any] = await self._call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt)
+        adapter = adapter_fields(self._lora())
+        state: dict[str, Any] = await self._call(REPLICA_STATE, self.prompt.encoded_ids, plan, salt, adapter)
         self.has_anchor = state["has_anchor"]
         return state
 
@@ -205,13 +205,14 @@ class EngineReplica:
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={KEY: metadata}
         )
         inputs = {key: value for key, value in self.prompt.inputs.items() if key not in ("prompt", PLANNED, SHOWN)}
-        keywords = {key: value for key, value in self.prompt.keywords.items() if key in ("lora_request", "priority")}
+        keywords = {key: value for key, value in self.prompt.keywords.items() if key == "priority"}
         request = self.engine.input_processor.process_inputs(
             self.prompt.request_id,
             inputs | {"type": "token", "prompt_token_ids": list(self.prompt.token_ids[:stop])},
             params,
             supported_tasks=await self.engine.get_supported_tasks(),
             data_parallel_rank=self.rank,
+            lora_request=self._lora(),
             **keywords,
         )
         running = run_internal_request(self.engine, request, front_state(self.engine).internal_ids)
@@ -220,6 +221,11 @@ class EngineReplica:
         if held is None:
             raise PartAborted
         return HeldPart(held["name"], PageSource(**held["source"]))
+
+    def _lora(self) -> Any:
+        """The LoRA adapter (vLLM's LoRARequest) of the prompt and of its anchor, whose request has no plan; or None."""
+        own = front_state(self.engine).planner.lora_of(self.prompt.plan)
+        return own or self.prompt.keywords.get("lora_request")
 
     async def renew(self) -> float:
         return math.inf  # the pages are held until this front releases them

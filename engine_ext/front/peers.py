@@ -14,7 +14,9 @@ from typing import Any
 import grpc
 from vllm.logger import init_logger
 
+from starling.config.entry import config_of
 from starling.config.replicas import ReplicaOptions, join_address, split_address, split_peers
+from starling.engine_ext.adapter import adapter_of
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
 from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import MAX_SERVERS
@@ -109,6 +111,8 @@ async def own_identity(engine: Any, rpc: ReplicaRPC) -> Identity:
         "weights": hashlib.sha256(found["weights"].encode()).hexdigest()[:16],
         "timeout": f"{rpc.timeout:g}",  # it says how long the other server holds pages that this one may still read
     }
+    if (adapter := adapter_of(config_of(engine.vllm_config))) is not None:
+        properties["adapter"] = adapter.digest
     if '"longrope"' in described:  # its factors depend on the longest prompt that a server takes
         properties["max_model_len"] = str(model.max_model_len)
     return Identity(found["name"], properties)

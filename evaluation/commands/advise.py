@@ -112,7 +112,7 @@ async def measure(args: argparse.Namespace, options: TuneOptions, target: Sequen
     words = measured_words(tunings, options.chosen_measure)
     served = tune.served_arguments(args, target, found.model)
     report = tune.make_report(options, found, tunings[words[DEFAULT_QUALITY].limit], served)
-    report, served = with_words(report, words, tune.file_of_scores(served)), without_secrets(served)
+    report, served = with_words(report, words, tune.files_of(served)), without_secrets(served)
     tune.write(report, args.out, served, console)
     speed = ""
     if report.succeeded and report.chosen is not None:

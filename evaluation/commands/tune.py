@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from starling.config.entry import ENTRY, STAR_HEADS
+from starling.config.entry import ENTRY, STAR_ADAPTER, STAR_HEADS
 from starling.config.presets import PRESETS
 from starling.config.star import FIELD_OF, FIELDS, QUALITY_SIZES, flat_name
 from starling.evaluation.commands.measuring import (
@@ -60,7 +60,10 @@ MakeCandidates = Callable[[Sequence[str], Sequence[Prompt], int, int], list[Cand
 NOT_FOUND = 3
 CHOSEN_HERE = {
     f"--{name.replace('_', '-')}"
-    for name in (QUALITY_SIZES, *(flat_name(field) for field in FIELDS if field not in ("replicas", "shards")))
+    for name in (
+        QUALITY_SIZES,
+        *(flat_name(field) for field in FIELDS if field not in ("replicas", "shards", "adapter")),
+    )
 }
 JSON_FILE, HTML_FILE, CONFIG_FILE = "tune.json", "tune.html", "additional-config.json"
 
@@ -245,7 +248,7 @@ def make_report(options: TuneOptions, found: Found, tuning: Tuning, served: Sequ
             "repeated_tokens": repeated_tokens([prompt.token_ids for prompt in prompts]),
         },
         candidates=candidate_results(tuning, loss),
-        chosen=make_chosen(tuning, loss, options.mean_loss, prompts, file_of_scores(served)),
+        chosen=make_chosen(tuning, loss, options.mean_loss, prompts, files_of(served)),
         closest=make_closest(tuning, loss, options.mean_loss),
         looked_at=[name for name in other_plans(found.earlier, tuning) if name not in found.chosen],
     )
@@ -311,10 +314,10 @@ async def search_all(
     return tunings
 
 
-def file_of_scores(served: Sequence[str]) -> dict[str, str]:
-    """The entry of ``additional_config`` that gives a server the same --star-heads; none where it had none."""
-    given = given_value(served, "star-heads")
-    return {} if given is None else {STAR_HEADS: str(Path(given).resolve())}
+def files_of(served: Sequence[str]) -> dict[str, str]:
+    """The entries of ``additional_config`` that give a server the same --star-heads and --star-adapter, if any."""
+    given = {name: given_value(served, name.replace("_", "-")) for name in (STAR_HEADS, STAR_ADAPTER)}
+    return {name: str(Path(path).resolve()) for name, path in given.items() if path is not None}
 
 
 def given_value(serve_options: Sequence[str], name: str) -> str | None:

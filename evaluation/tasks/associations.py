@@ -76,7 +76,7 @@ QUESTIONS = (
 ASSOCIATIONS = [(needle, answer, question) for question, pairs in QUESTIONS for needle, answer in pairs]
 
 
-def association(rng: Random, size: int) -> Example:
+def association(rng: Random, size: int, ask: Random | None = None) -> Example:
     """Who has been to Paris? In ``size`` sentences of prose, someone lives beside the Eiffel Tower."""
     needle, answer, question = rng.choice(ASSOCIATIONS)
     name = rng.choice(NAMES)

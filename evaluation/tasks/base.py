@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, Protocol
 
 Match = Literal["all", "any"]
 """How an output is scored: the share of references that it contains, or whether it contains one of them."""
@@ -36,14 +36,23 @@ class Example:
         return " " + self.separator.join(self.references)
 
 
+class MakeExample(Protocol):
+    """Makes an example. A larger size gives a longer text.
+
+    The same states of the generators and the same size give the same example. ``ask`` chooses the question where a text
+    has several: with another state, the question is another one about the same text. None: ``rng`` chooses it.
+    """
+
+    def __call__(self, rng: Random, size: int, ask: Random | None = None) -> Example: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """A family of prompts of any length.
 
     Attributes:
         name: for --tasks.
-        make: (random generator, size) -> an example. A larger size gives a longer text. The same state of the generator
-            and the same size give the same example.
+        make: makes an example.
         least: the smallest size.
         max_tokens: of an answer.
         measures: what the task measures, in a line.
@@ -51,7 +60,7 @@ class Task:
     """
 
     name: str
-    make: Callable[[Random, int], Example]
+    make: MakeExample
     least: int
     max_tokens: int
     measures: str

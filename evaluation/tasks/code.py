@@ -20,7 +20,7 @@ FUNCTION = '''def {name}(mode):
 NOUNS = ("queue", "retry", "cache", "upload", "session", "token", "buffer", "worker")
 
 
-def function_value(rng: Random, size: int) -> Example:
+def function_value(rng: Random, size: int, ask: Random | None = None) -> Example:
     """Python files with ``size`` functions. Asks what one of them returns for one argument."""
     names = pseudo_words(rng, size)
     values = distinct(rng, number, 2 * size)
@@ -38,7 +38,8 @@ def function_value(rng: Random, size: int) -> Example:
     ]
     groups = [functions[i : i + FUNCTIONS_OF_A_FILE] for i in range(0, size, FUNCTIONS_OF_A_FILE)]
     files = [f"# file: limits/part_{i}.py\n\n" + "\n\n".join(group) for i, group in enumerate(groups)]
-    asked, branch = rng.randrange(size), rng.randrange(2)
+    chooses = ask or rng
+    asked, branch = chooses.randrange(size), chooses.randrange(2)
     call = f'limit_{names[asked]}("{modes[asked][branch]}")'
     text = (
         "The following files are part of a Python project.\n\n" + "\n\n".join(files) + f"\n\nWhat does `{call}` return?"

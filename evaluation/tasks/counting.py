@@ -12,7 +12,7 @@ NUM_FREQUENT, EXPONENT, FILLER = 3, 2, "..."
 ZETA = 1.6449340668482264  # the sum of 1 / k^2 over all k
 
 
-def common_words(rng: Random, size: int) -> Example:
+def common_words(rng: Random, size: int, ask: Random | None = None) -> Example:
     """Ten words that occur 30 times each, among ``size`` words that occur 3 times each."""
     words = pseudo_words(rng, NUM_COMMON + size)
     common, others = words[:NUM_COMMON], words[NUM_COMMON:]
@@ -29,7 +29,7 @@ def common_words(rng: Random, size: int) -> Example:
     )
 
 
-def frequent_words(rng: Random, size: int) -> Example:
+def frequent_words(rng: Random, size: int, ask: Random | None = None) -> Example:
     """The three most frequent of the pseudo-words in ``size`` words, whose frequencies follow a zeta distribution.
 
     The word of rank k has the share 1 / (k^2 zeta(2)). The first rank is a filler, which the question excludes.

@@ -6,7 +6,6 @@ table of tasks. The words are Starling's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -36,7 +35,7 @@ class Needles:
     num_values: int = 1
     num_queries: int = 1
 
-    def __call__(self, rng: Random, size: int) -> Example:
+    def __call__(self, rng: Random, size: int, ask: Random | None = None) -> Example:
         """An example with ``size`` sentences of haystack."""
         num_keys = self.num_keys + (size if self.haystack == "needles" else 0)
         keys = pseudo_words(rng, num_keys) if self.keys == "words" else distinct(rng, random_uuid, num_keys)
@@ -50,7 +49,7 @@ class Needles:
         else:
             sentences = noise(size) if self.haystack == "noise" else prose(rng, size)
             context = hide(rng, sentences, needles)
-        asked = rng.sample(pairs, self.num_queries)
+        asked = (ask or rng).sample(pairs, self.num_queries)
         names = join([key for key, _ in asked])
         many = self.num_queries * self.num_values > 1
         codes = "passcodes" if many else "passcode"
@@ -73,7 +72,7 @@ def join(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-VARIANTS: dict[str, tuple[Callable[[Random, int], Example], str]] = {
+VARIANTS: dict[str, tuple[Needles, str]] = {
     "niah_single_1": (Needles("noise"), "one number in repeated noise"),
     "niah_single_2": (Needles("prose"), "one number in prose"),
     "niah_single_3": (Needles("prose", values="uuids"), "one UUID in prose"),

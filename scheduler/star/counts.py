@@ -66,6 +66,7 @@ def summary(plan: StarPlan) -> dict[str, Any]:
         "dense_heads": 0.0 if plan.dense_heads is None else round(plan.dense_heads.share, 4),
         "kv_heads": 0 if plan.dense_heads is None else plan.dense_heads.total,
         "documents": bool(plan.documents),
+        "adapter": bool(plan.adapter),
         "padding_tokens": plan.num_prompt_tokens - tokens,
         "keys_attended": in_context + count_pairs(tokens - context, ((0, tokens),)),
         "dense_keys": dense_keys(tokens),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from starling.config.adapter import StarAdapter
 from starling.config.head_scores import HeadScores
 
 
@@ -33,12 +34,14 @@ class PromptFacts:
         token_ids: None where it has images or embeddings.
         segments: what its front knows of its documents; None: nothing.
         dense_only: why it can't have a star plan; None: it can.
+        has_lora: whether its request names a LoRA adapter.
     """
 
     num_tokens: int
     token_ids: list[int] | None = None
     segments: KnownSegments | None = None
     dense_only: str | None = None
+    has_lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class EngineFacts:
         divides_kv: whether prompts may be longer than the memory of one replica.
         token_of: returns the token that a text is; None: it is none, or several.
         quality_sizes: as of ``StarlingConfig``.
+        adapter: for prompts with a star plan; None: there is none.
     """
 
     page_size: int | None
@@ -94,6 +98,7 @@ class EngineFacts:
     divides_kv: bool = False
     token_of: Callable[[str], int | None] = lambda text: None
     quality_sizes: Mapping[str, int] | None = None
+    adapter: StarAdapter | None = None
 
     @property
     def document_refusals(self) -> tuple[str, ...]:

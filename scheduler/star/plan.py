@@ -103,6 +103,8 @@ class StarPlan:
         documents: start and end of each block, where blocks are documents; else none. With an anchor the first block is
             the head, the tokens before the first document.
         padding_token: fills the slots between documents.
+        adapter: the digest of the server's adapter with which the prompt runs; empty: with the base model, or with a
+            LoRA that its request names.
         dense_heads: heads that see the whole prompt before them; None: none do. With them, the KV of a block depends on
             everything before it. Blocks, and what they see, are those of the other heads.
     """
@@ -116,6 +118,7 @@ class StarPlan:
     shards: bool = False
     documents: tuple[tuple[int, int], ...] = ()
     padding_token: int = 0
+    adapter: str = ""
     dense_heads: DenseHeads | None = None
 
     @property
@@ -236,12 +239,15 @@ def count_pairs(num_queries: int, keys: KeyRanges) -> int:
     return num_queries * length - num_queries * (num_queries - 1) // 2
 
 
-NUMBERS = ("block_size", "anchor_size", "overlap_size", "context_end", "num_prompt_tokens", "replicas", "shards")
+SCALARS = (
+    *("block_size", "anchor_size", "overlap_size", "context_end", "num_prompt_tokens", "replicas", "shards"),
+    "adapter",
+)
 
 
 def plan_to_wire(plan: StarPlan) -> list[Any]:
-    """The plan as msgpack takes it: numbers, and behind them the documents or the dense heads, if there are any."""
-    wire: list[Any] = [getattr(plan, name) for name in NUMBERS]
+    """The plan as msgpack takes it: single values, and behind them the documents or the dense heads, if any."""
+    wire: list[Any] = [getattr(plan, name) for name in SCALARS]
     if plan.documents:
         return [*wire, [list(one) for one in plan.documents], plan.padding_token]
     return wire if plan.dense_heads is None else [*wire, list(astuple(plan.dense_heads))]
@@ -249,8 +255,8 @@ def plan_to_wire(plan: StarPlan) -> list[Any]:
 
 def plan_from_wire(wire: Sequence[Any]) -> StarPlan:
     """The plan that ``plan_to_wire`` gave."""
-    fields = dict(zip(NUMBERS, wire, strict=False))
-    match wire[len(NUMBERS) :]:
+    fields = dict(zip(SCALARS, wire, strict=False))
+    match wire[len(SCALARS) :]:
         case [documents, padding_token]:
             fields |= {"documents": tuple((start, end) for start, end in documents), "padding_token": padding_token}
         case [heads]:

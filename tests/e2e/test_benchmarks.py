@@ -35,7 +35,7 @@ LEFT_OUT = {
         ),
         ENGINES,
     ),
-    **dict.fromkeys(("accuracy", "dense_heads", "approximations", "anchors", "repair"), MODEL),
+    **dict.fromkeys(("adapter", "accuracy", "dense_heads", "approximations", "anchors", "repair"), MODEL),
     **dict.fromkeys(("default_plan", "rag"), "it needs the model of 0.5B parameters (`make eval-model`)"),
     **dict.fromkeys(("attamba.quality", "attamba.from_transformer", "attamba.distil"), "it trains models"),
     "lm_eval": "it needs lm_eval and the model of 0.5B parameters",

@@ -163,6 +163,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
         "star_refused": refusals,
         "options_refused": refused_options(star, engine),
         "documents": documents(config, engine.document_refusals),
+        "adapter": "none" if engine.adapter is None else engine.adapter.described,
         "star_block_reuse": block_reuse(config, starling.scheduling, refusals, has_overlap),
     }
     if star.segments == "auto":

@@ -67,6 +67,9 @@ OTHERS = {
     "calibrate": Command(
         "engine_ext.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
     ),
+    "distil": Command(
+        "engine_ext.distillation.command", "train an adapter with which documents, or star blocks, lose less"
+    ),
     "selftest": Command("selftest.command", "check whether Starling computes the right thing on this machine", FAILED),
     "warm": Command("evaluation.commands.warm", "have a server compute documents, so that they are in its library"),
 }

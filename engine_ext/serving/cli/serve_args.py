@@ -17,6 +17,7 @@ from starling.config.entry import (
     LIVE_PAGE,
     REPLICAS,
     SCHEDULING,
+    STAR_ADAPTER,
     STAR_HEADS,
     STAR_LIBRARY,
     parse_config,
@@ -26,7 +27,7 @@ from starling.config.parsing import OptionError, meant
 from starling.config.presets import PRESET, PRESETS
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
-from starling.config.star import FIELD_OF, QUALITY_SIZES, StarOptions, flat_name, parse_options
+from starling.config.star import QUALITY_SIZES, SHARED, StarOptions, flat_name, parse_options
 from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_missing_plugin, refuse_rust_front
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, is_loopback
 from starling.vllm_compat.config import move_option
@@ -46,6 +47,10 @@ STAR_HEADS_HELP = (
     "The scores of the model's KV heads, for --star-dense-heads: a file that `starling calibrate` made of it, or "
     "one of DuoAttention's. (default: those that come with Starling, where the model is one of theirs; on a GPU, "
     "--star-dense-heads has to ask for them)"
+)
+STAR_ADAPTER_HELP = (
+    "A LoRA adapter that `starling distil` made of the model: prompts with documents, or with star blocks, as it was "
+    "trained for, run with it and lose less; all others run with the model alone. (default: none)"
 )
 STAR_LIBRARY_HELP = (
     "Keep the KV pages of prompts in host memory, MEMORY of it for each engine (4GiB if not given), and in files in "
@@ -121,6 +126,8 @@ METAVARS = {
 def star_flags() -> Iterator[Flag]:
     """A flag for each star option; the options' own checks refuse wrong values."""
     for field, info in StarOptions.model_fields.items():
+        if flat_name(field) not in SHARED:
+            continue
         default = "" if info.default is None else f" (default: {info.default})"
         name = flat_name(field)
         yield Flag(name, (name,), {"metavar": METAVARS.get(field, "N"), "help": f"{info.description}{default}"})
@@ -146,6 +153,7 @@ FLAGS = (
     *star_flags(),
     Flag(QUALITY_SIZES, (QUALITY_SIZES,), {"metavar": "WORD=SIZE,...", "help": QUALITY_SIZES_HELP}),
     Flag(STAR_HEADS, (STAR_HEADS,), {"metavar": "FILE", "help": STAR_HEADS_HELP}),
+    Flag(STAR_ADAPTER, (STAR_ADAPTER,), {"metavar": "DIR", "help": STAR_ADAPTER_HELP}),
     Flag(STAR_LIBRARY, (STAR_LIBRARY,), {"metavar": FORM, "help": STAR_LIBRARY_HELP}),
     Flag(
         "star_replica_peers",
@@ -313,10 +321,10 @@ def activate(additional_config: Any, values: Mapping[str, Any]) -> dict[str, Any
         raise OptionError("additional_config", additional_config, "it must be an object", '{"starling": {...}}')
     entry = additional_config.get(ENTRY, {})
     parse_config({ENTRY: entry})
-    star = parse_options({name: value for name, value in values.items() if name in FIELD_OF})
+    star = parse_options({name: value for name, value in values.items() if name in SHARED})
     for flag in FLAGS:
         if flag.dest in values:
-            field = FIELD_OF.get(flag.dest)
+            field = SHARED.get(flag.dest)
             entry = flag.merge(entry, values[flag.dest] if field is None else getattr(star, field))
     merged = {**additional_config, ENTRY: entry}
     parse_config(merged)

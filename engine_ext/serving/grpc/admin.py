@@ -269,6 +269,7 @@ def star_message(star: StarOptions) -> inference_pb2.StarOptions:
         "mode": mode,
         "replicas": 0 if star.replicas == "auto" else star.replicas,
         "shards": star.shards == "on",
+        "adapter": star.adapter == "auto",
     }
     if star.block_size is not None:
         values["block_size"] = str(star.block_size)

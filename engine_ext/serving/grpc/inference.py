@@ -219,7 +219,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             raise VLLMValidationError(reason, parameter=prompt_field(request))
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         planner = front_state(self.engine).planner
-        engine_input = planner.prepare(engine_input, params)
+        engine_input = planner.prepare(engine_input, params, has_lora=request.HasField("lora_name"))
         return engine_input, params, engine_input[SHOWN]
 
     def check_admission(self, choices: int) -> None:

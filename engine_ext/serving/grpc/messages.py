@@ -53,6 +53,8 @@ def star_args(message: pb.StarOptions) -> dict[str, Any]:
         values["segments"] = offsets
     if "shards" in values:
         values["shards"] = "on" if values["shards"] else "off"
+    if "adapter" in values:
+        values["adapter"] = "auto" if values["adapter"] else "off"
     return {flat_name(field): value for field, value in values.items()}
 
 

@@ -80,12 +80,16 @@ def split_prompt(message: pb.Prompt, planner: RequestPlanner) -> SplitPrompt:
     page_size = planner.page_size or 1
     documents = tuple((block.start, block.stop) for block in message.blocks)
     sizes = (message.block_size, message.anchor_size, 0, message.context_end, len(message.token_ids))
-    plan = StarPlan(*sizes, replicas=2, documents=documents)
+    plan = StarPlan(*sizes, replicas=2, documents=documents, adapter=message.adapter)
     if not is_valid(plan, page_size):
         reason = f"a peer sent a plan that does not fit its prompt, or KV pages of {page_size} tokens: {plan}"
         raise VLLMValidationError(reason, parameter="prompt")
     if documents and planner.engine.document_refusals:
         reason = f"a peer sent a prompt of documents: {'; '.join(planner.engine.document_refusals)}"
+        raise VLLMValidationError(reason, parameter="prompt")
+    own = planner.facts.adapter
+    if message.adapter and (own is None or own.digest != message.adapter):
+        reason = f"a peer sent a prompt with the adapter {message.adapter}, which is not this server's"
         raise VLLMValidationError(reason, parameter="prompt")
     inputs = {"cache_salt": message.cache_salt} if message.HasField("cache_salt") else {}
     return SplitPrompt(

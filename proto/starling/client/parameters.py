@@ -83,6 +83,7 @@ class StarFields(TypedDict, total=False):
     star_segments: str | Sequence[int] | None
     star_replicas: int | Literal["auto"] | None
     star_shards: Literal["off", "on"] | bool | None
+    star_adapter: Literal["off", "auto"] | bool | None
 
 
 class GenerateFields(Sampling, StarFields, total=False):

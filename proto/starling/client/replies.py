@@ -75,6 +75,7 @@ class Plan:
     dense_heads: float
     kv_heads: int
     document_sources: list[DocumentSource]
+    adapter: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,7 @@ class StarDefaults:
     shards: bool | None
     dense_heads: float | None
     quality: str | None
+    adapter: bool | None
 
 
 @dataclass(frozen=True, slots=True)

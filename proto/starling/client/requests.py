@@ -21,6 +21,8 @@ REQUEST = [name for name in pb.GenerateStreamRequest.DESCRIPTOR.fields_by_name i
 CHAT_FIELD = "add_generation_prompt"
 STAR = list(pb.StarOptions.DESCRIPTOR.fields_by_name)
 MESSAGE = list(pb.ChatMessage.DESCRIPTOR.fields_by_name)
+SWITCHES = {"shards": "on", "adapter": "auto"}
+"""Star options that the protocol has as a bool, and the word for true."""
 MODES = {name.removeprefix("MODE_").lower(): number for name, number in pb.StarOptions.Mode.items() if number}
 
 
@@ -239,11 +241,12 @@ def set_star(star: pb.StarOptions, options: Mapping[str, Any]) -> None:
             value = str(value)
         if field == "dense_heads" and value is not None:
             value = share_of(name, value)
-        if field == "shards" and isinstance(value, str):
-            value = {"true": "on", "false": "off"}.get(value.lower(), value.lower())
-            if value not in ("off", "on"):
-                raise ValueError(f"star_shards={value!r} is refused. Allowed: off, on.")
-            value = value == "on"
+        for switch, is_on in SWITCHES.items():
+            if field == switch and isinstance(value, str):
+                value = {"true": is_on, "false": "off"}.get(value.lower(), value.lower())
+                if value not in ("off", is_on):
+                    raise ValueError(f"star_{field}={value!r} is refused. Allowed: off, {is_on}.")
+                value = value == is_on
         set_field(star, field, value)
 
 

@@ -167,7 +167,7 @@ class Choices(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StarOptions(_message.Message):
-    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards", "dense_heads", "quality")
+    __slots__ = ("mode", "min_tokens", "block_size", "anchor_size", "overlap_size", "query_tokens", "segments", "segment_offsets", "replicas", "shards", "dense_heads", "quality", "adapter")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[StarOptions.Mode]
@@ -190,6 +190,7 @@ class StarOptions(_message.Message):
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     mode: StarOptions.Mode
     min_tokens: int
     block_size: str
@@ -202,7 +203,8 @@ class StarOptions(_message.Message):
     shards: bool
     dense_heads: float
     quality: str
-    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., dense_heads: _Optional[float] = ..., quality: _Optional[str] = ...) -> None: ...
+    adapter: bool
+    def __init__(self, mode: _Optional[_Union[StarOptions.Mode, str]] = ..., min_tokens: _Optional[int] = ..., block_size: _Optional[str] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., query_tokens: _Optional[int] = ..., segments: _Optional[str] = ..., segment_offsets: _Optional[_Iterable[int]] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., dense_heads: _Optional[float] = ..., quality: _Optional[str] = ..., adapter: _Optional[bool] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("delta", "final", "progress", "prompt_logprobs")
@@ -351,7 +353,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "documents", "why", "dense_heads", "kv_heads", "document_sources")
+    __slots__ = ("attention", "star_blocks", "block_size", "anchor_size", "overlap_size", "context_end", "prompt_tokens", "keys_attended", "dense_keys", "keys_per_context_token", "replicas", "shards", "padding_tokens", "documents", "why", "dense_heads", "kv_heads", "document_sources", "adapter")
     class Attention(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ATTENTION_UNSPECIFIED: _ClassVar[Plan.Attention]
@@ -378,6 +380,7 @@ class Plan(_message.Message):
     DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_SOURCES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     attention: Plan.Attention
     star_blocks: int
     block_size: int
@@ -396,7 +399,8 @@ class Plan(_message.Message):
     dense_heads: float
     kv_heads: int
     document_sources: _containers.RepeatedCompositeFieldContainer[DocumentSource]
-    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., documents: _Optional[bool] = ..., why: _Optional[str] = ..., dense_heads: _Optional[float] = ..., kv_heads: _Optional[int] = ..., document_sources: _Optional[_Iterable[_Union[DocumentSource, _Mapping]]] = ...) -> None: ...
+    adapter: bool
+    def __init__(self, attention: _Optional[_Union[Plan.Attention, str]] = ..., star_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., overlap_size: _Optional[int] = ..., context_end: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., keys_attended: _Optional[int] = ..., dense_keys: _Optional[int] = ..., keys_per_context_token: _Optional[float] = ..., replicas: _Optional[int] = ..., shards: _Optional[bool] = ..., padding_tokens: _Optional[int] = ..., documents: _Optional[bool] = ..., why: _Optional[str] = ..., dense_heads: _Optional[float] = ..., kv_heads: _Optional[int] = ..., document_sources: _Optional[_Iterable[_Union[DocumentSource, _Mapping]]] = ..., adapter: _Optional[bool] = ...) -> None: ...
 
 class DocumentSource(_message.Message):
     __slots__ = ("memory", "host", "storage", "peer", "computed")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19starling/v1/replica.proto\x12\x0bstarling.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x96\x01\n\x10\x44\x65scribeResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x41\n\nproperties\x18\x02 \x03(\x0b\x32-.starling.v1.DescribeResponse.PropertiesEntry\x1a\x31\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb4\x01\n\x12PrefillPartRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.starling.v1.PromptH\x00\x12!\n\x04part\x18\x02 \x01(\x0b\x32\x11.starling.v1.PartH\x00\x12\'\n\x07release\x18\x03 \x01(\x0b\x32\x14.starling.v1.ReleaseH\x00\x12#\n\x05renew\x18\x04 \x01(\x0b\x32\x12.starling.v1.RenewH\x00\x42\x06\n\x04step\"\xea\x01\n\x13PrefillPartResponse\x12)\n\x05state\x18\x01 \x01(\x0b\x32\x18.starling.v1.PromptStateH\x00\x12#\n\x05\x61live\x18\x02 \x01(\x0b\x32\x12.starling.v1.AliveH\x00\x12%\n\x04held\x18\x03 \x01(\x0b\x32\x15.starling.v1.HeldPartH\x00\x12+\n\x07\x61\x62orted\x18\x04 \x01(\x0b\x32\x18.starling.v1.PartAbortedH\x00\x12\'\n\x07renewed\x18\x05 \x01(\x0b\x32\x14.starling.v1.RenewedH\x00\x42\x06\n\x04step\"\xcf\x01\n\x06Prompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x13\n\x0b\x61nchor_size\x18\x04 \x01(\r\x12\x13\n\x0b\x63ontext_end\x18\x05 \x01(\r\x12\x17\n\ncache_salt\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08priority\x18\x07 \x01(\x03\x12&\n\x06\x62locks\x18\x08 \x03(\x0b\x32\x16.starling.v1.BlockSpanB\r\n\x0b_cache_salt\"(\n\tBlockSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"/\n\x04Part\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\x12\n\nstop_block\x18\x02 \x01(\r\"\t\n\x07Release\"\x07\n\x05Renew\"H\n\x0bPromptState\x12\x0e\n\x06\x63\x61\x63hed\x18\x01 \x01(\x0c\x12\x12\n\nhas_anchor\x18\x02 \x01(\x08\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\"\x07\n\x05\x41live\"\r\n\x0bPartAborted\"\t\n\x07Renewed\"L\n\x08HeldPart\x12\r\n\x05start\x18\x01 \x01(\r\x12\x10\n\x08page_ids\x18\x02 \x03(\r\x12\x11\n\taddresses\x18\x03 \x01(\x0c\x12\x0c\n\x04hold\x18\x04 \x01(\x03\x32\xaf\x01\n\x0eReplicaService\x12G\n\x08\x44\x65scribe\x12\x1c.starling.v1.DescribeRequest\x1a\x1d.starling.v1.DescribeResponse\x12T\n\x0bPrefillPart\x12\x1f.starling.v1.PrefillPartRequest\x1a .starling.v1.PrefillPartResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19starling/v1/replica.proto\x12\x0bstarling.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x96\x01\n\x10\x44\x65scribeResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x41\n\nproperties\x18\x02 \x03(\x0b\x32-.starling.v1.DescribeResponse.PropertiesEntry\x1a\x31\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb4\x01\n\x12PrefillPartRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.starling.v1.PromptH\x00\x12!\n\x04part\x18\x02 \x01(\x0b\x32\x11.starling.v1.PartH\x00\x12\'\n\x07release\x18\x03 \x01(\x0b\x32\x14.starling.v1.ReleaseH\x00\x12#\n\x05renew\x18\x04 \x01(\x0b\x32\x12.starling.v1.RenewH\x00\x42\x06\n\x04step\"\xea\x01\n\x13PrefillPartResponse\x12)\n\x05state\x18\x01 \x01(\x0b\x32\x18.starling.v1.PromptStateH\x00\x12#\n\x05\x61live\x18\x02 \x01(\x0b\x32\x12.starling.v1.AliveH\x00\x12%\n\x04held\x18\x03 \x01(\x0b\x32\x15.starling.v1.HeldPartH\x00\x12+\n\x07\x61\x62orted\x18\x04 \x01(\x0b\x32\x18.starling.v1.PartAbortedH\x00\x12\'\n\x07renewed\x18\x05 \x01(\x0b\x32\x14.starling.v1.RenewedH\x00\x42\x06\n\x04step\"\xe0\x01\n\x06Prompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x13\n\x0b\x61nchor_size\x18\x04 \x01(\r\x12\x13\n\x0b\x63ontext_end\x18\x05 \x01(\r\x12\x17\n\ncache_salt\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08priority\x18\x07 \x01(\x03\x12&\n\x06\x62locks\x18\x08 \x03(\x0b\x32\x16.starling.v1.BlockSpan\x12\x0f\n\x07\x61\x64\x61pter\x18\t \x01(\tB\r\n\x0b_cache_salt\"(\n\tBlockSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"/\n\x04Part\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\x12\n\nstop_block\x18\x02 \x01(\r\"\t\n\x07Release\"\x07\n\x05Renew\"H\n\x0bPromptState\x12\x0e\n\x06\x63\x61\x63hed\x18\x01 \x01(\x0c\x12\x12\n\nhas_anchor\x18\x02 \x01(\x08\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\"\x07\n\x05\x41live\"\r\n\x0bPartAborted\"\t\n\x07Renewed\"L\n\x08HeldPart\x12\r\n\x05start\x18\x01 \x01(\r\x12\x10\n\x08page_ids\x18\x02 \x03(\r\x12\x11\n\taddresses\x18\x03 \x01(\x0c\x12\x0c\n\x04hold\x18\x04 \x01(\x03\x32\xaf\x01\n\x0eReplicaService\x12G\n\x08\x44\x65scribe\x12\x1c.starling.v1.DescribeRequest\x1a\x1d.starling.v1.DescribeResponse\x12T\n\x0bPrefillPart\x12\x1f.starling.v1.PrefillPartRequest\x1a .starling.v1.PrefillPartResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,25 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLPARTRESPONSE']._serialized_start=398
   _globals['_PREFILLPARTRESPONSE']._serialized_end=632
   _globals['_PROMPT']._serialized_start=635
-  _globals['_PROMPT']._serialized_end=842
-  _globals['_BLOCKSPAN']._serialized_start=844
-  _globals['_BLOCKSPAN']._serialized_end=884
-  _globals['_PART']._serialized_start=886
-  _globals['_PART']._serialized_end=933
-  _globals['_RELEASE']._serialized_start=935
-  _globals['_RELEASE']._serialized_end=944
-  _globals['_RENEW']._serialized_start=946
-  _globals['_RENEW']._serialized_end=953
-  _globals['_PROMPTSTATE']._serialized_start=955
-  _globals['_PROMPTSTATE']._serialized_end=1027
-  _globals['_ALIVE']._serialized_start=1029
-  _globals['_ALIVE']._serialized_end=1036
-  _globals['_PARTABORTED']._serialized_start=1038
-  _globals['_PARTABORTED']._serialized_end=1051
-  _globals['_RENEWED']._serialized_start=1053
-  _globals['_RENEWED']._serialized_end=1062
-  _globals['_HELDPART']._serialized_start=1064
-  _globals['_HELDPART']._serialized_end=1140
-  _globals['_REPLICASERVICE']._serialized_start=1143
-  _globals['_REPLICASERVICE']._serialized_end=1318
+  _globals['_PROMPT']._serialized_end=859
+  _globals['_BLOCKSPAN']._serialized_start=861
+  _globals['_BLOCKSPAN']._serialized_end=901
+  _globals['_PART']._serialized_start=903
+  _globals['_PART']._serialized_end=950
+  _globals['_RELEASE']._serialized_start=952
+  _globals['_RELEASE']._serialized_end=961
+  _globals['_RENEW']._serialized_start=963
+  _globals['_RENEW']._serialized_end=970
+  _globals['_PROMPTSTATE']._serialized_start=972
+  _globals['_PROMPTSTATE']._serialized_end=1044
+  _globals['_ALIVE']._serialized_start=1046
+  _globals['_ALIVE']._serialized_end=1053
+  _globals['_PARTABORTED']._serialized_start=1055
+  _globals['_PARTABORTED']._serialized_end=1068
+  _globals['_RENEWED']._serialized_start=1070
+  _globals['_RENEWED']._serialized_end=1079
+  _globals['_HELDPART']._serialized_start=1081
+  _globals['_HELDPART']._serialized_end=1157
+  _globals['_REPLICASERVICE']._serialized_start=1160
+  _globals['_REPLICASERVICE']._serialized_end=1335
 # @@protoc_insertion_point(module_scope)

@@ -52,7 +52,7 @@ class PrefillPartResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[PromptState, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., held: _Optional[_Union[HeldPart, _Mapping]] = ..., aborted: _Optional[_Union[PartAborted, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("request_id", "token_ids", "block_size", "anchor_size", "context_end", "cache_salt", "priority", "blocks")
+    __slots__ = ("request_id", "token_ids", "block_size", "anchor_size", "context_end", "cache_salt", "priority", "blocks", "adapter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class Prompt(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     block_size: int
@@ -69,7 +70,8 @@ class Prompt(_message.Message):
     cache_salt: str
     priority: int
     blocks: _containers.RepeatedCompositeFieldContainer[BlockSpan]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., context_end: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockSpan, _Mapping]]] = ...) -> None: ...
+    adapter: str
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., anchor_size: _Optional[int] = ..., context_end: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockSpan, _Mapping]]] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class BlockSpan(_message.Message):
     __slots__ = ("start", "stop")

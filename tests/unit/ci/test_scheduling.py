@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from xdist.remote import Producer
 
-from tests.scheduling import SERVERS, ServersBesideOthers
+from tests.scheduling import LONGEST, SERVERS, ServersBesideOthers
 
 
 class Worker:
@@ -64,3 +64,8 @@ def test_a_worker_helps_the_other_one_once_its_own_files_are_done(speeds):
 @pytest.mark.parametrize("folder", [SERVERS, "tests/unit/"])
 def test_files_of_one_kind_alone_are_run_by_both(folder):
     assert all(run(files(folder, 5), (1, 1)))
+
+
+def test_the_longest_files_with_servers_come_first():
+    servers, _ = run([*files(SERVERS, 4), *(f"{name}::test_it" for name in LONGEST), *files("tests/unit/", 6)], (1, 1))
+    assert servers[: len(LONGEST)] == list(LONGEST)

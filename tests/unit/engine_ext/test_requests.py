@@ -77,6 +77,7 @@ def processed(extra_args, length: int = 300):
         prompt_embeds=None,
         mm_features=None,
         resumable=False,
+        lora_request=None,
     )
 
 
@@ -87,7 +88,7 @@ def test_star_options_are_replaced_by_the_plan_and_others_are_kept():
     mine = {"theirs": 7} | STAR
     request = processed(mine)
     planner(ON).resolve(request, None)
-    assert request.sampling_params.extra_args == {"theirs": 7} | wire(64, 16, 48, 150, 300, 1, False)
+    assert request.sampling_params.extra_args == {"theirs": 7} | wire(64, 16, 48, 150, 300, 1, False, "")
     assert mine == {"theirs": 7} | STAR  # the caller's own, which other prompts may share
 
 
@@ -245,7 +246,7 @@ def test_plans_of_attamba_round_up_to_pages_of_chunk_states_and_count_its_own_ke
     front.resolve(request, None)
     plan = StarPlan(384, 384, 0, 500, 1000)
     keys = prompt_keys(plan, 1000, 8, 16, layers=8)
-    assert request.sampling_params.extra_args == {KEY: wire(384, 384, 0, 500, 1000, 1, False)[KEY] | {"keys": keys}}
+    assert request.sampling_params.extra_args == {KEY: wire(384, 384, 0, 500, 1000, 1, False, "")[KEY] | {"keys": keys}}
     assert plan_of_request(request) == front.describe(Decision(plan, None, 1000))
     for plan in (None, StarPlan(384, 384, 0, 500, 1000)):
         shown = front.describe(Decision(plan, None, 1000))

@@ -49,7 +49,7 @@ def test_the_engine_goes_on_while_a_prompt_is_hashed(scheduler):  # noqa: F811
 
     core = engine_core(scheduler, hasher)
     encoded = msgspec.Raw(msgspec.msgpack.encode(tokens()))  # as the front sends it, once encoded for all replicas
-    call = MsgpackEncoder().encode((0, 7, REPLICA_STATE, (encoded, plan_to_wire(PLAN), None)))
+    call = MsgpackEncoder().encode((0, 7, REPLICA_STATE, (encoded, plan_to_wire(PLAN), None, None)))
     core._handle_client_request(EngineCoreRequestType.UTILITY, MsgpackDecoder().decode(call))
     assert not any(on_steps_thread), "the prompt is hashed between two steps"
     assert core.output_queue.empty()
@@ -67,7 +67,7 @@ def test_the_caller_gets_the_error_of_the_thread(scheduler):  # noqa: F811
 
     core = engine_core(scheduler, hasher)
     core._handle_client_request(
-        EngineCoreRequestType.UTILITY, (0, 8, REPLICA_STATE, (tokens(), plan_to_wire(PLAN), None))
+        EngineCoreRequestType.UTILITY, (0, 8, REPLICA_STATE, (tokens(), plan_to_wire(PLAN), None, None))
     )
     _, outputs = core.output_queue.get(timeout=SECONDS)
     assert "no hash" in outputs.utility_output.failure_message

@@ -73,8 +73,8 @@ def hooked(monkeypatch):
     def with_tools(self, request_id, engine_input, sampling_params, **keywords):
         return self.engine_client.generate(engine_input, sampling_params, "me_0")
 
-    def prepare(processor, prompt, params, request_id):
-        events.append(("prepare", processor, prompt, params, request_id))
+    def prepare(processor, prompt, params, request_id, *, has_lora):
+        events.append(("prepare", processor, prompt, params, request_id, has_lora))
         return f"{prompt} prepared"
 
     def around(engine, generate, prompt, params, request_id, keywords):
@@ -91,9 +91,12 @@ def test_a_prompt_is_prepared_before_its_outputs_are_asked_for(hooked):
     engine = object.__new__(AsyncLLM)
     engine.input_processor = "processor"
     assert engine.generate("prompt", "params", "me", priority=3) == ("around", "outputs")
+    assert engine.generate("prompt", "params", "me", lora_request="an adapter") == ("around", "outputs")
     assert hooked == [
-        ("prepare", "processor", "prompt", "params", "me"),
+        ("prepare", "processor", "prompt", "params", "me", False),
         ("engine", "prompt prepared", "me", {"priority": 3}),
+        ("prepare", "processor", "prompt", "params", "me", True),
+        ("engine", "prompt prepared", "me", {"lora_request": "an adapter"}),
     ]
 
 
@@ -104,8 +107,8 @@ def test_the_responses_api_prepares_a_prompt_before_its_own_generator_is_made(ho
     serving.engine_client = engine
     outputs = serving._generate_with_builtin_tools(request_id="me", engine_input="prompt", sampling_params="params")
     assert outputs == ("around", "outputs")
-    assert hooked[0] == ("prepare", "processor", "prompt", "params", None)
-    assert hooked[1] == ("prepare", "processor", "prompt prepared", "params", "me_0")
+    assert hooked[0] == ("prepare", "processor", "prompt", "params", None, False)
+    assert hooked[1] == ("prepare", "processor", "prompt prepared", "params", "me_0", False)
 
 
 def test_the_responses_api_over_another_engine_client_is_vllms(hooked):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from types import SimpleNamespace
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from starling.engine_ext.front import end_of_reads, engine_replica
@@ -170,7 +170,7 @@ def test_a_busy_replica_gets_no_part(simulate):
     simulate(scenario)
 
 
-def test_a_prompt_of_an_adapter_looks_for_no_cached_pages(simulate, monkeypatch):
+def test_a_prompt_of_an_adapter_looks_for_pages_of_it(simulate, monkeypatch):
     """Pages that an adapter computed have keys that only its own requests make."""
 
     async def scenario(server):
@@ -178,8 +178,8 @@ def test_a_prompt_of_an_adapter_looks_for_no_cached_pages(simulate, monkeypatch)
         monkeypatch.setattr(processor, "_validate_lora", lambda lora_request: None)
         monkeypatch.setattr(engine_replica, "run_internal_request", refuse)
         with pytest.raises(RuntimeError, match="not run"):
-            await server.generate(TOKENS, STAR, lora_request=SimpleNamespace(lora_name="a", adapter_id=1))
-        assert [args[0] for _, args in server.calls(REPLICA_STATE)] == [[], [], []]
+            await server.generate(TOKENS, STAR, lora_request=LoRARequest("a", 1, "/adapter"))
+        assert [args[-1] for _, args in server.calls(REPLICA_STATE)] == [["a", 1, "/adapter"]] * 3
 
     async def refuse(*args):
         raise RuntimeError("not run")

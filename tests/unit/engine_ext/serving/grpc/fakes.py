@@ -44,7 +44,7 @@ class FakePlanner:
         self.defaults = StarOptions()
         self.planned: list[Decision] = []
 
-    def prepare(self, engine_input, params, request_id=None):
+    def prepare(self, engine_input, params, request_id=None, *, has_lora=False):
         ids = engine_input["prompt_token_ids"]
         self.planned.append(Decision(None, "star is off", len(ids), ids))
         return {**engine_input, PLANNED: self.planned[-1], SHOWN: self.describe(self.planned[-1])}

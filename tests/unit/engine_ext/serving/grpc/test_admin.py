@@ -92,6 +92,7 @@ def test_star_defaults_as_a_message():
         block_size="n/4",
         replicas=0,
         shards=False,
+        adapter=True,
     )
     assert star_message(StarOptions(shards="on")).shards
     assert star_message(StarOptions(block_size=64)).block_size == "64"

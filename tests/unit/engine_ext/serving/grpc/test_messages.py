@@ -32,6 +32,7 @@ def test_every_mode_has_a_number():
         (pb.StarOptions(replicas=0), {"star_replicas": "auto"}),
         (pb.StarOptions(replicas=2), {"star_replicas": 2}),
         (pb.StarOptions(shards=False), {"star_shards": "off"}),
+        (pb.StarOptions(adapter=False), {"star_adapter": "off"}),
     ],
     ids=[
         "empty",
@@ -44,6 +45,7 @@ def test_every_mode_has_a_number():
         "auto",
         "replicas",
         "no shards",
+        "no adapter",
     ],
 )
 def test_star_args(message, args):
@@ -55,7 +57,7 @@ def test_star_args_over_the_wire():
     every = {field: index for index, field in enumerate(StarOptions.model_fields) if field != "mode"} | words
     sent = pb.StarOptions(mode="MODE_ON", **every)
     received = messages.star_args(pb.StarOptions.FromString(sent.SerializeToString()))
-    every["shards"] = "on"
+    every |= {"shards": "on", "adapter": "auto"}
     assert received == {"star": "on"} | {f"star_{field}": value for field, value in every.items()}
 
 

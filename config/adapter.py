@@ -1,0 +1,115 @@
+"""The LoRA adapter of a server (``--star-adapter``): what `starling distil` writes beside PEFT's files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+DISTILLED, PEFT_CONFIG, WEIGHTS = "distil.json", "adapter_config.json", "adapter_model.safetensors"
+VERSION = 1
+Purpose = Literal["documents", "star"]
+PURPOSES: tuple[Purpose, ...] = ("documents", "star")
+DIGEST_LENGTH = 16
+
+
+class AdapterError(ValueError):
+    """A folder that is no adapter of `starling distil`."""
+
+
+class Distilled(BaseModel):
+    """How an adapter was made, as its folder says it; what else the file has is for people.
+
+    Attributes:
+        purposes: the plans that it was trained for.
+        model: the base model, as it was named.
+        checkpoint: a digest of the base model's weights; None: it had none.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1]
+    purposes: tuple[Purpose, ...] = Field(min_length=1)
+    model: str
+    checkpoint: str | None = None
+
+
+class PeftConfig(BaseModel):
+    """What is needed of PEFT's adapter_config.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    peft_type: Literal["LORA"]
+    r: int = Field(ge=1)
+    target_modules: tuple[str, ...] = Field(min_length=1)
+
+
+class StarAdapter(BaseModel):
+    """An adapter for prompts with a star plan.
+
+    Attributes:
+        folder: with its files, absolute.
+        rank: of its matrices.
+        target_modules: names of the layers that it changes.
+        digest: of its weights and of how they are used.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    distilled: Distilled
+    rank: int
+    target_modules: tuple[str, ...]
+    digest: str
+
+    @property
+    def described(self) -> str:
+        """In a line."""
+        return f"{self.folder}, for {' and '.join(self.purposes)}, rank {self.rank}, of {self.distilled.model}"
+
+    @property
+    def purposes(self) -> tuple[Purpose, ...]:
+        return self.distilled.purposes
+
+
+@functools.cache
+def read_adapter(folder: str) -> StarAdapter:
+    """The adapter in a folder, as it is when a process first asks for it.
+
+    Raises:
+        AdapterError: the folder has none, or one that `starling distil` has not made.
+    """
+    path = Path(folder).absolute()
+    if not path.is_dir():
+        raise AdapterError("it is no folder")
+    digest = hashlib.sha256()
+    try:
+        distilled = Distilled.model_validate(_json(path / DISTILLED, digest))
+        peft = PeftConfig.model_validate(_json(path / PEFT_CONFIG, digest))
+        digest.update((path / WEIGHTS).read_bytes())
+    except OSError as error:
+        raise AdapterError(f"it has no {Path(error.filename or folder).name} that can be read") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, wrong = ".".join(map(str, first["loc"])), f"{first['msg']}, and it is {first['input']!r:.80}"
+        raise AdapterError(f"{error.title}: {where}: {wrong}") from None
+    return StarAdapter(
+        folder=str(path),
+        distilled=distilled,
+        rank=peft.r,
+        target_modules=tuple(sorted(peft.target_modules)),
+        digest=digest.hexdigest()[:DIGEST_LENGTH],
+    )
+
+
+def _json(path: Path, digest: Any) -> Any:
+    content = path.read_bytes()
+    digest.update(content)
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise AdapterError(f"{path.name} is not JSON: {error}") from None

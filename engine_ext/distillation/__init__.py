@@ -1,0 +1,1 @@
+"""`starling distil`: trains the LoRA adapter of ``--star-adapter``."""

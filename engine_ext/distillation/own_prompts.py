@@ -1,0 +1,82 @@
+"""The user's own prompts as documents with a question: texts with a separator, or chats."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError
+from starling.evaluation.document_prompts import Asked, DocumentPrompt, Encoder, Tokens
+from starling.evaluation.prompts import OwnPrompt, read_own_prompts
+
+OWN = "own"
+ALLOWED = "chats of three messages or more, or texts with --segments TEXT before each document and before the question"
+
+
+def read_prompts(
+    path: Path, segments: str | None, encoder: Encoder, model: AdaptedModel, answer_tokens: int
+) -> list[DocumentPrompt]:
+    """The prompts of a file, in an order that does not follow the file's.
+
+    Args:
+        segments: the text of the token that starts a document; None: prompts are chats.
+        answer_tokens: of an answer. Where a line has none, it is the model's own, with dense attention.
+
+    Raises:
+        ValueError: the file can't be read, or a prompt has no documents.
+    """
+    mark = None if segments is None else only_token(encoder, segments)
+    prompts = [prompt_of(own, line, mark, encoder, model, answer_tokens) for line, own in read_own_prompts(path)]
+    random.Random(OWN).shuffle(prompts)
+    return prompts
+
+
+def only_token(encoder: Encoder, text: str) -> int:
+    """The token that a text is (raises DistilError)."""
+    ids = encoder.encode(text)
+    if len(ids) != 1:
+        raise DistilError(f"segments={text!r} is refused: it is not one token of the model's tokenizer")
+    return ids[0]
+
+
+def prompt_of(
+    own: OwnPrompt, line: int, mark: int | None, encoder: Encoder, model: AdaptedModel, answer_tokens: int
+) -> DocumentPrompt:
+    """A line of the user's file (raises DistilError: it has no documents)."""
+    if own.messages is not None:
+        ids, starts = chat_segments(own.messages, encoder)
+    else:
+        ids = list(encoder.tokenizer(own.prompt)["input_ids"])
+        starts = [index for index, token in enumerate(ids) if token == mark]
+    if len(starts) < 2:
+        raise DistilError(f"line {line} is refused: it has no documents before its question. Allowed: {ALLOWED}")
+    pieces = [tuple(ids[start:stop]) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    text = ", ".join(own.references)
+    if text:
+        answer = encoder.encode(text if own.messages is not None else f" {text}")[:answer_tokens]
+    else:
+        answer = model.answer(ids, answer_tokens, encoder.tokenizer.eos_token_id)
+    return DocumentPrompt(OWN, tuple(ids[: starts[0]]), tuple(pieces[:-1]), (Asked(pieces[-1], answer),))
+
+
+def chat_segments(messages: Sequence[Any], encoder: Encoder) -> tuple[list[int], list[int]]:
+    """The tokens of a chat, and where each message but the first starts, as a server with star_segments=auto has them.
+
+    Raises:
+        DistilError: there is no chat template, or it does not render the first messages as the chat's beginning.
+    """
+    tokenizer = encoder.tokenizer
+    if not tokenizer.chat_template:
+        raise DistilError("the model has no chat template. Allowed: texts with --segments TEXT")
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: Tokens = tuple(encoded["input_ids"])
+    token_at = {start: index for index, (start, _) in reversed([*enumerate(encoded["offset_mapping"])])}
+    starts = []
+    for number in range(1, len(messages)):
+        before = tokenizer.apply_chat_template(list(messages[:number]), tokenize=False)
+        if text.startswith(before) and len(before) in token_at:
+            starts.append(token_at[len(before)])
+    return list(ids), starts

@@ -1,0 +1,120 @@
+"""LoRA's rows on a CPU, against a product for each row."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.lora.layers.utils import LoRAMapping, LoRAMappingType
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from starling.vllm_compat.cpu_lora import MaskedLoRA
+
+ROWS, SIZE, RANK, SLICES, SLOTS = 12, 16, 4, (8, 24), 3
+IDS = [5, None, 9]
+"""The adapter of each slot."""
+MIXED = (5, 5, 0, 0, 9, 5, 0, 9, 9, 0, 0, 5)
+
+
+def wrapped(kind: type, mapping: tuple[int, ...], is_prefill: bool):
+    made = kind(64, 8, device="cpu")
+    of_batch = LoRAMapping(mapping, (0,), is_prefill=is_prefill, type=LoRAMappingType.LANGUAGE)
+    made.update_metadata(of_batch, IDS, SLOTS, 100)
+    return made
+
+
+def weights(dtype: torch.dtype):
+    """(A, B) of each slice: (slots, 1, rank, in) and (slots, 1, out, rank). The last slot has an adapter."""
+    first = tuple(torch.randn(SLOTS, 1, RANK, SIZE, dtype=dtype) for _ in SLICES)
+    return first, tuple(torch.randn(SLOTS, 1, size, RANK, dtype=dtype) for size in SLICES)
+
+
+def expected(x, y, first, second, mapping, scale):
+    found = y.double().clone()
+    for row, number in enumerate(mapping):
+        if number:
+            start, slot = 0, IDS.index(number)
+            for a, b, size in zip(first, second, SLICES, strict=True):
+                low = scale * (a[slot, 0].double() @ x[row].double())
+                found[row, start : start + size] += b[slot, 0].double() @ low
+                start += size
+    return found
+
+
+def linear(made, x, y, first, second, scale):
+    made.add_lora_linear(y, x, first, second, scale, SLICES)
+
+
+def in_two_steps(made, x, y, first, second, scale):
+    """As layers with fully sharded adapters call it."""
+    buffers = torch.empty(len(SLICES), len(x), RANK)
+    made.add_shrink(buffers, x, first, scale)
+    made.add_expand(y, buffers, second, SLICES, add_inputs=True)
+
+
+@pytest.mark.parametrize("steps", [linear, in_two_steps])
+@pytest.mark.parametrize("is_prefill", [True, False])
+@pytest.mark.parametrize("mapping", [MIXED, (5,) * ROWS, (0,) * ROWS, (9,)], ids=["mixed", "one", "none", "one row"])
+def test_rows_have_their_own_adapter_or_none(steps, is_prefill, mapping):
+    first, second = weights(torch.float32)
+    x, y = torch.randn(len(mapping), SIZE), torch.randn(len(mapping), sum(SLICES))
+    right = expected(x, y, first, second, mapping, 0.5)
+    steps(wrapped(MaskedLoRA, mapping, is_prefill), x, y, first, second, 0.5)
+    torch.testing.assert_close(y.double(), right, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_no_further_from_float64_than_vllms():
+    first, second = weights(torch.bfloat16)
+    x, y = torch.randn(ROWS, SIZE).bfloat16(), torch.randn(ROWS, sum(SLICES)).bfloat16()
+    mapping = (5,) * ROWS  # of rows without an adapter, vLLM's are wrong
+    right = expected(x, y, first, second, mapping, 1.0)
+    gaps = []
+    for kind in (PunicaWrapperCPU, MaskedLoRA):
+        found = y.clone()
+        linear(wrapped(kind, mapping, True), x, found, first, second, 1.0)
+        gaps.append(float((found.double() - right).norm()))
+    assert gaps[1] <= 1.5 * gaps[0]
+
+
+def test_vllms_own_gives_rows_without_an_adapter_that_of_the_last_slot():
+    """The reason for MaskedLoRA: it can go once this fails."""
+    first, second = weights(torch.float32)
+    x, y = torch.randn(ROWS, SIZE), torch.zeros(ROWS, sum(SLICES))
+    linear(wrapped(PunicaWrapperCPU, MIXED, True), x, y, first, second, 1.0)
+    assert bool((y[MIXED.index(0)] != 0).any())
+
+
+@pytest.mark.parametrize("add_inputs", [True, False])
+def test_embeddings_and_logits(add_inputs):
+    made = wrapped(MaskedLoRA, MIXED, True)
+    matrices = torch.randn(SLOTS, 1, SIZE, RANK)
+    x, y = torch.randn(ROWS, RANK), torch.randn(ROWS, SIZE)
+    before = y.clone()
+    made.add_lora_embedding(y, x, matrices, add_inputs=add_inputs)
+    for row, number in enumerate(MIXED):
+        added = matrices[IDS.index(number), 0] @ x[row] if number else torch.zeros(SIZE)
+        torch.testing.assert_close(y[row], added + (before[row] if add_inputs else 0), atol=1e-5, rtol=1e-5)
+    made._sampler_indices[:2] = torch.tensor([2, -1])
+    low, high = torch.randn(SLOTS, 1, RANK, SIZE), torch.randn(SLOTS, 1, 50, RANK)
+    x, y = torch.randn(2, SIZE), torch.zeros(2, 50)
+    made.add_lora_logits(y, x, low, high, 2.0)
+    torch.testing.assert_close(y[0], high[2, 0] @ (2.0 * (low[2, 0] @ x[0])), atol=1e-5, rtol=1e-5)
+    assert not y[1].any()
+
+
+def test_it_compiles_for_any_number_of_rows_and_any_adapters():
+    first, second = weights(torch.float32)
+    holder = SimpleNamespace(made=None)
+
+    @torch.compile(dynamic=True, backend="eager", fullgraph=True)
+    def run(x, y):
+        holder.made.add_lora_linear(y, x, first, second, 1.0, SLICES)
+        return y
+
+    holder.made = wrapped(MaskedLoRA, MIXED, True)
+    for mapping in (MIXED, (0,) * ROWS, (9, 0, 5)):
+        holder.made.update_metadata(LoRAMapping(mapping, (0,), is_prefill=True), IDS, SLOTS, 100)
+        x, y = torch.randn(len(mapping), SIZE), torch.randn(len(mapping), sum(SLICES))
+        right = expected(x, y, first, second, mapping, 1.0)
+        torch.testing.assert_close(run(x, y.clone()).double(), right, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,208 @@
+"""`starling distil`: what it refuses, its prompts, and that a training learns, can be taken up, and keeps the best."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from benchmarks.random_llama import make_tiny_llama
+from starling.engine_ext.distillation import command, memory
+from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError
+from starling.engine_ext.distillation.options import DistilOptions
+from starling.engine_ext.distillation.own_prompts import chat_segments
+from starling.engine_ext.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
+from starling.engine_ext.distillation.training_prompts import TEXT, TaskPrompts, python_texts, recalls
+from starling.evaluation.document_prompts import Asked, DocumentPrompt, Encoder
+from starling.evaluation.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def encoder(folder) -> Encoder:
+    return Encoder(AutoTokenizer.from_pretrained(folder))
+
+
+def adapted(folder: Path, recompute: bool = False) -> AdaptedModel:
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    return AdaptedModel(folder, "cpu", torch.float32, config, recompute)
+
+
+def prompt_of(seed: int, questions: int = 3) -> DocumentPrompt:
+    rng = Random(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(250) for _ in range(count))
+
+    asked = tuple(Asked(tokens(10), tokens(6)) for _ in range(questions))
+    return DocumentPrompt("test", tokens(32), tuple(tokens(40) for _ in range(4)), asked)
+
+
+def training_of(folder: Path, steps: int, held_out: int = 2) -> Training:
+    def case(number: int):
+        prompt = prompt_of(number % 4)
+        return prompt, document_plan(prompt)
+
+    held = HeldOut("tasks", [case(number) for number in range(held_out)])
+    return Training(adapted(folder), case, [held], ["tasks"], steps, 2, 3e-3)
+
+
+def test_a_new_adapter_changes_nothing_and_a_training_leaves_less_of_the_loss(folder):
+    training = training_of(folder, 40)
+    first = training.measure()["loss"]["tasks"]
+    prompt, plan = training.make(5)
+    fresh = [losses(training.model, prompt, plan, adapter=adapter).total for adapter in (False, True)]
+    assert float((fresh[0] - fresh[1]).abs()) < 1e-6
+    for _ in range(40):
+        training.make_step()
+    assert training.measure()["loss"]["tasks"] < 0.9 * first
+
+
+def test_dense_attention_has_no_loss_and_layers_computed_again_the_same_one(folder):
+    prompt = prompt_of(1)
+    assert float(losses(adapted(folder), prompt, None, adapter=False).total) < 1e-6
+    found = []
+    for recompute in (False, True):
+        model = adapted(folder, recompute)
+        loss = losses(model, prompt, document_plan(prompt), adapter=True).total
+        loss.backward()
+        found.append((float(loss), [parameter.grad.clone() for parameter in model.parameters]))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_training_that_is_taken_up_ends_with_the_same_adapter(folder, tmp_path):
+    whole, parts = training_of(folder, 6), training_of(folder, 6)
+    for training in (whole, parts):
+        training.measure()
+        for _ in range(3):
+            training.make_step()
+        training.measure()
+    parts.store(tmp_path / "state", {"model": "tiny"})
+    again = training_of(folder, 6)
+    again.restore(tmp_path / "state", {"model": "tiny"})
+    assert (again.step, again.curve) == (3, parts.curve)
+    for training in (whole, again):
+        for _ in range(3):
+            training.make_step()
+    pairs = zip(whole.model.parameters, again.model.parameters, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    with pytest.raises(ValueError, match="of another model or of other options"):
+        training_of(folder, 6).restore(tmp_path / "state", {"model": "other"})
+    (tmp_path / "state").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="of another model or of other options"):
+        training_of(folder, 6).restore(tmp_path / "state", {"model": "tiny"})
+
+
+def test_it_ends_early_and_keeps_the_best(folder):
+    training = training_of(folder, 100)
+    values = iter([1.0, 0.6, 0.5, *[0.5] * PATIENCE])
+    training.held_out = [type("Fixed", (), {"name": "tasks", "loss": lambda self, model, adapter: next(values)})()]
+    for place in range(3 + PATIENCE):
+        assert not training.falls_no_more
+        with torch.no_grad():
+            training.model.parameters[0].fill_(place)
+        training.measure()
+    assert training.falls_no_more
+    training.use_best()
+    assert float(training.model.parameters[0].detach().flatten()[0]) >= 2
+
+
+def test_a_loss_that_is_no_number_is_said(folder):
+    training = training_of(folder, 10)
+    with torch.no_grad():
+        training.model.parameters[0].fill_(float("nan"))
+    with pytest.raises(DistilError, match=r"the loss of step 1 is nan: try a lower --learning-rate"):
+        training.make_step()
+
+
+def test_star_plans_have_blocks_with_an_overlap_or_whole_anchors():
+    plans = [star_plan(prompt_of(number), Random(number)) for number in range(20)]
+    assert {plan.documents for plan in plans} == {()}
+    assert {bool(plan.overlap_size) for plan in plans} == {True, False}
+
+
+@pytest.mark.parametrize("kind", ["code", "niah_multikey_2", "vt", TEXT])
+def test_prompts_depend_on_their_number_alone_and_ask_for_passages(encoder, kind):
+    prompts = TaskPrompts(encoder, ("code",), (3000, 4000), 4, "seed")
+    one, again, other = (prompts.make(number, kind) for number in (1, 1, 2))
+    assert one == again != other
+    assert len(one.asked) == 4
+    assert 2000 < len(one.context) < 5000 and len(one.documents) > 1
+    assert document_plan(one).context_end == len(one.context)
+
+
+@pytest.mark.parametrize(
+    "task", [task for task in TASKS.values() if task.name.startswith(("code", "niah_multikey", "vt"))]
+)
+def test_another_question_is_about_the_same_text(task):
+    first, second = task.make(Random(1), 20), task.make(Random(1), 20, Random(2))
+    assert first.text != second.text
+    assert first.text.rpartition("\n\n")[0] == second.text.rpartition("\n\n")[0]
+    assert first == task.make(Random(1), 20, Random(1)) or first.references != second.references
+
+
+def test_passages_are_in_the_documents(encoder):
+    documents = [encoder.encode(text) for text in python_texts()[:3]]
+    found = recalls(documents, encoder, "\nassistant:", Random(0), 5)
+    texts = [encoder.tokenizer.decode(document) for document in documents]
+    assert len(found) == 5
+    for asked in found:
+        answer = encoder.tokenizer.decode(asked.answer).strip()
+        assert any(answer in text for text in texts), answer
+
+
+def test_a_chat_has_its_messages_as_a_server_has_them(encoder):
+    messages = [{"role": "user", "content": text} for text in ("Read.", "one", "two", "What?")]
+    ids, starts = chat_segments(messages, encoder)
+    texts = [encoder.tokenizer.decode(ids[start:stop]) for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+    assert texts == ["user: one\n", "user: two\n", "user: What?\nassistant:"]
+
+
+def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
+    def needed(recompute: bool = False, **options) -> int:
+        return memory.needed_bytes(folder, DistilOptions(dtype="float32", **options), recompute=recompute)
+
+    assert needed(tokens=4096) > needed(tokens=1024) > needed(recompute=True, tokens=1024)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompts", "{mine}"], "line 1 is a text, which needs --segments TEXT"),
+        (["--prompts", "{mine}", "--segments", "two tokens"], "it is not one token of the model's tokenizer"),
+        (["--prompts", "{mine}", "--segments", "#"], "line 1 is refused: it has no documents before its question"),
+        (["--prompts", "{one}", "--segments", "|"], "it has one prompt. Allowed: two or more"),
+        (["--prompts", "{mine}", "--segments", "|", "--tasks", "vt"], "either --tasks or --prompts"),
+        (["--segments", "|"], "it is for your own prompts"),
+        (["--for", "retrieval"], "'documents' or 'star'"),
+        (["--for", "star,star"], "a purpose is given twice"),
+        (["--tasks", "nothing"], "there is no such task"),
+        (["--rank", "0"], "rank=0 is refused"),
+        (["--modules", "no_such_proj"], "gets no adapter"),
+        (["--tokens", "300"], "is too short"),
+    ],
+)
+def test_what_can_not_be_used_is_refused(folder, tmp_path, capsys, arguments, words):
+    line = json.dumps({"prompt": "Read.|one|two|What?", "answer": "one"})
+    (tmp_path / "mine.jsonl").write_text(f"{line}\n{line}")
+    (tmp_path / "one.jsonl").write_text(line)
+    given = [each.format(mine=tmp_path / "mine.jsonl", one=tmp_path / "one.jsonl") for each in arguments]
+    assert command.run([str(folder), "--out", str(tmp_path / "adapter"), *given]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "adapter" / "distil.json").exists()
+
+
+def test_a_model_that_is_none(tmp_path, capsys):
+    assert command.run(["models/no_such", "--out", str(tmp_path / "adapter")]) == 2
+    assert "MODEL='models/no_such' is refused" in capsys.readouterr().err

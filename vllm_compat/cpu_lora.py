@@ -1,0 +1,130 @@
+"""LoRA on CPUs: rows without an adapter stay as they are, and rows with one cost two small products.
+
+vLLM's own ops for CPUs (vllm/lora/ops/torch_ops) take an adapter's matrices for each row by its index. The index of
+a row without an adapter is -1, which takes those of the last slot: a request of the base model that runs beside one of
+the adapter there gets that adapter. And they copy both matrices for each row. Goes when vLLM masks such rows on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from starling.vllm_compat.patching import Original, extends, touches, wrap
+
+
+def use_masked_lora() -> None:
+    """Let LoRA layers that this process makes on a CPU use MaskedLoRA."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    @wrap(CpuPlatform, "get_punica_wrapper")
+    def get_punica_wrapper(original: Original, cls: Any) -> str:
+        return f"{__name__}.{MaskedLoRA.__name__}"
+
+
+@extends(PunicaWrapperCPU)
+@touches(
+    "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.{_token_lora_indices, _sampler_indices}",
+    "vllm.lora.layers.utils.LoRAMapping.index_mapping",
+)
+class MaskedLoRA(PunicaWrapperCPU):
+    """The same products for all rows, of which each slot keeps those of its own adapter.
+
+    There is a handful of slots (--max-loras). Nothing depends on the values of indices, so that it can be compiled.
+    """
+
+    is_used = True
+    """Whether a row of this step has an adapter."""
+
+    def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
+        super().update_metadata(mapping, *args, **kwargs)
+        self.is_used = any(number > 0 for number in mapping.index_mapping)
+
+    def add_shrink(
+        self, y: Any, x: torch.Tensor, lora_a_stacked: Sequence[torch.Tensor], scale: float, **kwargs: Any
+    ) -> None:
+        """``y[i] = scale * (x @ A[i])``; rows without an adapter are 0. Shapes as of vLLM's method."""
+        x = x.view(-1, x.shape[-1])
+        for out, weights in zip(y, lora_a_stacked, strict=True):
+            out.view(-1, out.shape[-1]).copy_(masked_product(x, weights, self._token_lora_indices) * scale)
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: Any,
+        lora_b_stacked: Sequence[torch.Tensor],
+        output_slices: Sequence[int],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """``y[:, slice i] += x[i] @ B[i]``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
+        y = y.view(-1, y.shape[-1])
+        for rows, weights, size in zip(x, lora_b_stacked, output_slices, strict=True):
+            out = y[:, offset_start : offset_start + size]
+            added = masked_product(rows.to(y.dtype), weights, self._token_lora_indices)
+            out.add_(added) if add_inputs else out.copy_(added)
+            offset_start += size
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Sequence[torch.Tensor],
+        lora_b_stacked: Sequence[torch.Tensor],
+        scale: float,
+        output_slices: Sequence[int],
+        **kwargs: Any,
+    ) -> None:
+        """``y[:, slice i] += scale * (x @ A[i]) @ B[i]``. Shapes as of vLLM's method."""
+        if not torch.compiler.is_compiling() and not self.is_used:
+            return
+        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        indices = self._token_lora_indices[: x.shape[0], None]
+        for slot in range(lora_a_stacked[0].shape[0]):
+            mask = (indices == slot).to(x.dtype) * scale
+            start = 0
+            for first, second, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                low = (x @ first[slot, 0].T) * mask
+                y[:, start : start + size].addmm_(low, second[slot, 0].T)
+                start += size
+
+    def add_lora_embedding(
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """``y += x @ B``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
+        added = masked_product(x.to(y.dtype), lora_b_stacked, self._token_lora_indices)
+        y.add_(added) if add_inputs else y.copy_(added)
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """``y += scale * (x @ A) @ B``, for rows that are sampled. Shapes as of vLLM's method."""
+        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        low = masked_product(x, lora_a_stacked, self._sampler_indices) * scale
+        y.add_(masked_product(low.to(y.dtype), lora_b_stacked, self._sampler_indices))
+
+
+def masked_product(x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(n, out) each row by the matrix of its adapter; 0 for rows without one.
+
+    Args:
+        x: (n, in).
+        weights: (slots, 1, out, in), or (slots, out, in).
+        indices: (n or more,) the slot of each row; -1: none.
+    """
+    of_rows = indices[: x.shape[0], None]
+    found = x.new_zeros(x.shape[0], weights.shape[-2])
+    for slot in range(weights.shape[0]):
+        matrix = weights[slot].view(weights.shape[-2:]).to(x.dtype)
+        found += torch.where(of_rows == slot, x @ matrix.T, 0)
+    return found

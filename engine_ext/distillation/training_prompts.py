@@ -144,15 +144,20 @@ class TaskPrompts:
         tokens = rng.randint(*self.tokens)
         style = Style(rng.choice(SYSTEMS), rng.choice(PIECES), RECALLED_TOKENS)
         name = f"{self.seed}/{number}/{kind}"
-        try:
-            prompt = (
-                self.text_prompt(name, tokens, style, rng)
-                if kind == TEXT
-                else make_prompt(kind, name, tokens, self.encoder, style, self.questions)
-            )
-        except TooLong as error:
-            raise ValueError(f"tokens={self.tokens[1]} is too short for {kind}: {error}") from None
+        if kind == TEXT:
+            prompt = self.text_prompt(name, tokens, style, rng)
+        else:
+            prompt = self.task_prompt(kind, name, tokens, style)
         return with_recalls(prompt, self.encoder, style.system, rng, self.questions)
+
+    def task_prompt(self, task: str, name: str, tokens: int, style: Style) -> DocumentPrompt:
+        """A prompt of a task with so many tokens, or with the most, where the task has none so short."""
+        try:
+            return make_prompt(task, name, tokens, self.encoder, style, self.questions)
+        except TooLong as error:
+            if tokens == self.tokens[1]:
+                raise ValueError(f"tokens={tokens} is too short for {task}: {error}") from None
+            return self.task_prompt(task, name, self.tokens[1], style)
 
     def text_prompt(self, name: str, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
         """Passages of text that comes with Python; another passage stands where the question would."""

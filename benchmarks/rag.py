@@ -7,7 +7,8 @@ and with star_segments, behind the instructions alone and behind instructions wi
 already: a longer head is a longer anchor. Then 24 documents of a question are asked about once more, in another order
 and with the next question, in turns of dense attention, documents that are computed and cached documents. The server
 has the preset `rag`, whose pages on CPUs are small. Writes results/rag_MODEL.json and .png, the picture of README.md.
-Takes about 12 minutes.
+Takes about 12 minutes. With --adapter, an adapter of `starling distil`, no times are measured: each question is also
+answered with the adapter, with documents and dense, and the result is rag_adapter_MODEL.json.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ in one of the documents: do not answer from memory. Answer with the name of the 
 """
 EXAMPLE = "{0.document}\nQuestion: {0.text}<|im_end|>\n<|im_start|>assistant\n{0.answer}<|im_end|>\n<|im_start|>user\n"
 DENSE, DOCUMENTS = "dense", "documents"
+ADAPTER, DENSE_ADAPTER = "documents, adapter", "dense, adapter"
+LORA = "adapter"
+"""The adapter's name as a model of the server, for dense attention with it."""
+
 FIRST, AGAIN = "documents first", "documents again"
 ROUNDS, TIMED = 5, 24  # prompts whose times are measured, and the documents of each
 SHORT, LONG = "instructions", "instructions and two examples"
@@ -79,6 +84,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of a model with <|file_sep|> among its tokens")
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--only-times", action="store_true", help="measure the times, and keep the stored answers")
+    parser.add_argument("--adapter", type=Path, help="a folder that `starling distil` has made of the model")
     args = parser.parse_args()
     documents = make_documents(CHARACTERS)
     index = Index(documents)
@@ -87,21 +93,28 @@ def main() -> None:
     examples, made = made[:2], made[2:]
     asked = [(each, found) for each in made if each.document in (found := index.search(each.text, RETRIEVED))]
     asked = asked[: args.questions]
-    names = [(kind, head) for head in (SHORT, LONG) for kind in (DENSE, DOCUMENTS)]
+    kinds = (DENSE, DOCUMENTS, *((ADAPTER, DENSE_ADAPTER) if args.adapter else ()))
+    names = [(kind, head) for head in (SHORT, LONG) for kind in kinds]
     times: dict[str, list[float]] = {DENSE: [], FIRST: [], AGAIN: []}
     right: dict[tuple[str, str], list[bool]] = {name: [] for name in names}
     tokens: dict[tuple[str, str], list[int]] = {name: [] for name in names}
     options = ["--preset", "rag", "--max-model-len", "8192", "--enable-prompt-tokens-details", "--star-segments", MARK]
+    if args.adapter:
+        options += ["--star-adapter", str(args.adapter), "--enable-lora", "--lora-modules", f"{LORA}={args.adapter}"]
     with tempfile.TemporaryDirectory() as folder, serving(args.model, *options, log=Path(folder) / "log") as server:
         client = Completions(server.http)
 
         def ask(kind: str, head: str, found: list[str], question: str, max_tokens: int, salt: str) -> Answer:
             end = f"\nQuestion: {question}<|im_end|>\n<|im_start|>assistant\n"
             star: dict[str, Any] = {"star": "off"}
-            if kind == DOCUMENTS:
+            if kind in (DOCUMENTS, ADAPTER):
                 star = {"star": "on", "star_segments": MARK, "star_query_tokens": len(client.tokenize(end))}
+                star["star_adapter"] = "auto" if kind == ADAPTER else "off"
             prompt = head_of(head, examples) + "".join(f"{MARK}{document}" for document in found) + end
-            return client.ask(prompt, star, max_tokens=max_tokens, stop=["\n"], cache_salt=salt)
+            more = {"model": LORA} if kind == DENSE_ADAPTER else {}
+            answer = client.ask(prompt, star, max_tokens=max_tokens, stop=["\n"], cache_salt=salt, **more)
+            assert answer.plan.get("adapter", False) == (kind == ADAPTER)
+            return answer
 
         for question, found in track([] if args.only_times else asked, description="questions"):
             for kind, head in names:
@@ -110,7 +123,8 @@ def main() -> None:
                 right[kind, head].append(is_right)
                 tokens[kind, head].append(answer.computed or 0)
         prompts = []
-        for (before, _), (question, _) in track([*pairwise(asked)][:ROUNDS], description="times"):
+        timed = [] if args.adapter else [*pairwise(asked)][:ROUNDS]
+        for (before, _), (question, _) in track(timed, description="times"):
             more = index.search(before.text, TIMED)
             turned = more[::-1]
             ask(DOCUMENTS, LONG, more, before.text, 1, f"{DOCUMENTS} {LONG}")  # now they are cached
@@ -123,7 +137,7 @@ def main() -> None:
                 answer = ask(kind, LONG, turned, question.text, 1, salt)
                 times[way].append(answer.seconds)
                 prompts.append(answer.prompt_tokens)
-    name = f"rag_{args.model.name}"
+    name = f"rag_adapter_{args.model.name}" if args.adapter else f"rag_{args.model.name}"
     rows = (
         json.loads((RESULTS / f"{name}.json").read_text())["rows"]
         if args.only_times
@@ -141,6 +155,9 @@ def main() -> None:
         ]
     )
     show(rows)
+    if args.adapter:
+        print(write_json(name, {"preset": "rag", "rows": rows}))
+        return
     seconds = {name: statistics.median(values) for name, values in times.items()}
     sooner, least, most = ratio_interval(times[AGAIN], times[DENSE])
     result = {"preset": "rag", "rows": rows, "seconds": seconds, "rounds": len(times[DENSE])}

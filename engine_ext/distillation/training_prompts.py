@@ -105,8 +105,7 @@ def recalls(documents: Sequence[Tokens], encoder: Encoder, after: str, rng: Rand
             answer = text[start : words[first + RECALLED_WORDS - 1].end()]
         elif rng.random() < 0.5:  # the answer goes on behind the phrase
             begin, answer = phrase, text[end:]
-        values = {"{phrase}": phrase, "{number}": str(number + 1), "{count}": str(len(documents))}
-        question = re.sub(r"\{\w+\}", lambda found, values=values: values[found[0]], kind)
+        question = kind.format(phrase=phrase, number=number + 1, count=len(documents))
         tokens = encoder.encode(f"\n\n{question}{after}{begin}"), encoder.encode(answer)[:RECALLED_TOKENS]
         found.append(Asked(*tokens, is_recall=True))
     return found

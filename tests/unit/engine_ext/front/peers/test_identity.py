@@ -48,6 +48,21 @@ def test_only_servers_with_the_same_model_weights_and_versions_are_used(run_pods
     run_pods(scenario)
 
 
+def test_servers_with_other_adapters_are_not_used(run_pods, monkeypatch):
+    async def scenario(a, b):
+        found = []
+        for digest in (None, "one", "two"):
+            adapter = None if digest is None else SimpleNamespace(digest=digest)
+            monkeypatch.setattr(peers, "adapter_of", lambda config, adapter=adapter: adapter)
+            found.append(await own_identity(a.server.engine, a.state.replica_rpc))
+        without, one, two = found
+        assert without.mismatch(one) == "adapter None here, 'one' there"
+        assert one.mismatch(two) == "adapter 'one' here, 'two' there"
+        assert one.mismatch(one) is None
+
+    run_pods(scenario)
+
+
 @pytest.mark.parametrize("key", ["another key", "api key", ""])
 def test_a_server_with_another_key_gets_nothing(run_pods, key):
     async def scenario(a, b):

@@ -21,6 +21,7 @@ from tests.unit.engine_ext.front.simulation import PAGE_SIZE, TOKENS
         ({"context_end": 0}, "plan that does not fit"),
         ({"context_end": 520}, "plan that does not fit"),
         ({"token_ids": [10**6] * 520}, "vocabulary"),
+        ({"adapter": "0123"}, "the adapter 0123, which is not this server's"),
         ({"blocks": [(0, 500)]}, "plan that does not fit"),
         ({"blocks": [(0, 64), (96, 160)], "context_end": 160}, "plan that does not fit"),
         ({"blocks": [(0, 64), (65, 100)], "context_end": 128}, "plan that does not fit"),

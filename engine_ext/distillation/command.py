@@ -35,7 +35,7 @@ from starling.evaluation.commands.measuring import (
 )
 from starling.evaluation.document_prompts import DocumentPrompt, Encoder
 from starling.evaluation.prompt_options import parse_options
-from starling.evaluation.store import locked
+from starling.evaluation.store import RESULTS, locked
 from starling.evaluation.tasks import GROUPS, TASKS
 from starling.scheduler.star.plan import StarPlan
 
@@ -141,7 +141,8 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
         train(training, options.evaluations, lambda: training.store(out / STATE, made), progress)
     training.use_best()
     write(out, model, made | result_of(training, options))
-    (out / STATE).unlink(missing_ok=True)
+    for name in (STATE, RESULTS):  # RESULTS is the file by which a folder is locked
+        (out / name).unlink(missing_ok=True)
     for line in summary(training):
         console.print(line)
     console.print(f"written: {out}. Serve it: starling serve {name} --star-adapter {out}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -27,6 +28,9 @@ from starling.scheduler.star.plan import StarPlan
 
 PAGE = 16
 WARM_UP_STEPS = 10
+AVERAGED_STEPS = 40
+"""The adapter is a moving average over about so many steps: a step of one prompt points far beside the way."""
+
 MAX_NORM = 1.0
 RECALL_WEIGHT = 0.5
 """Of the questions for passages, beside the prompt's own questions."""
@@ -135,7 +139,8 @@ class Training:
         step: steps that are made.
         curve: measurements: {"step": N, "loss": {kind: nats}, "training_loss": nats}; the first one is without adapter.
         seconds: that the steps took.
-        best: the adapter's weights at the lowest mean loss of the kinds that count.
+        average: of the weights over the last steps.
+        best: that average at the lowest mean loss of the kinds that count.
     """
 
     def __init__(
@@ -158,17 +163,19 @@ class Training:
         self.optimizer = torch.optim.AdamW(model.parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.seconds, self.recent = 0, 0.0, [0.0]
         self.curve: list[dict[str, Any]] = []
+        self.average = [parameter.detach().clone() for parameter in model.parameters]
         self.best: list[torch.Tensor] = []
 
     def measure(self) -> dict[str, Any]:
-        """Measure the held-out losses, and keep the adapter where it is the best so far."""
-        found = {each.name: each.loss(self.model, adapter=bool(self.curve)) for each in self.held_out}
+        """Measure the held-out losses of the average, and keep it where it is the best so far."""
+        with self._using(self.average):
+            found = {each.name: each.loss(self.model, adapter=bool(self.curve)) for each in self.held_out}
         self.curve.append(
             {"step": self.step, "loss": found, "training_loss": sum(self.recent) / max(len(self.recent), 1)}
         )
         self.recent = []
         if len(self.curve) > 1 and self.mean(-1) <= min(self.mean(place) for place in range(1, len(self.curve))):
-            self.best = [parameter.detach().clone() for parameter in self.model.parameters]
+            self.best = [value.clone() for value in self.average]
         return self.curve[-1]
 
     def mean(self, place: int) -> float:
@@ -203,15 +210,30 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters, MAX_NORM)
         self.optimizer.step()
         self.step += 1
+        share = 1 / min(self.step, AVERAGED_STEPS)
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.model.parameters], share)
         self.seconds += time.monotonic() - began
         self.recent.append(total)
         return total
 
     def use_best(self) -> None:
         """Give the model the best adapter."""
+        self._put(self.best)
+
+    def _put(self, values: Sequence[torch.Tensor]) -> None:
         with torch.no_grad():
-            for parameter, value in zip(self.model.parameters, self.best, strict=True):
+            for parameter, value in zip(self.model.parameters, values, strict=True):
                 parameter.copy_(value)
+
+    @contextmanager
+    def _using(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
+        """While this holds, the model has these weights."""
+        before = [parameter.detach().clone() for parameter in self.model.parameters]
+        self._put(values)
+        try:
+            yield
+        finally:
+            self._put(before)
 
     def store(self, path: Path, setup: dict[str, Any]) -> None:
         """Write the state to a file, whole or not at all."""
@@ -221,6 +243,7 @@ class Training:
             "seconds": self.seconds,
             "curve": self.curve,
             "parameters": [parameter.detach() for parameter in self.model.parameters],
+            "average": self.average,
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
         }
@@ -242,8 +265,7 @@ class Training:
             state = {}
         if state.get("setup") != setup:
             raise ValueError(f"{path} is of another model or of other options: remove it, or take another --out")
-        self.step, self.seconds, self.curve, self.best = state["step"], state["seconds"], state["curve"], state["best"]
-        with torch.no_grad():
-            for parameter, value in zip(self.model.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.average, self.best = state["average"], state["best"]
+        self._put(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -110,8 +110,7 @@ def test_it_ends_early_and_keeps_the_best(folder):
     training.held_out = [type("Fixed", (), {"name": "tasks", "loss": lambda self, model, adapter: next(values)})()]
     for place in range(3 + PATIENCE):
         assert not training.falls_no_more
-        with torch.no_grad():
-            training.model.parameters[0].fill_(place)
+        training.average[0].fill_(place)
         training.measure()
     assert training.falls_no_more
     training.use_best()

@@ -20,6 +20,10 @@ CAPABILITIES = {
         "tests/parity/test_documents.py::test_a_document_is_reused_wherever_it_stands[v1]",
         "tests/e2e/test_serving.py",
     ),
+    "adapter.md": (
+        "tests/parity/test_adapter.py::test_documents_run_with_it_and_others_without[v1]",
+        "tests/e2e/test_adapter.py::test_documents_run_with_it_over_both_fronts_and_others_do_not",
+    ),
     "recipe-agents.md": (
         "tests/parity/test_block_reuse.py::test_reused_blocks_give_the_results_of_a_cold_run[v1]",
         "tests/e2e/test_serving.py::test_the_agent_example_computes_what_has_changed",

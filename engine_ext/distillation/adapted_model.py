@@ -27,6 +27,7 @@ from starling.engine_ext.plan_attention import attention_by_plan, recomputed
 from starling.scheduler.star.plan import StarPlan
 
 NAME = "starling_distilled"
+NO_TURNS = "documents need a model whose layers turn keys by one rotary embedding with fixed frequencies"
 _numbers = itertools.count()
 
 
@@ -116,6 +117,25 @@ class AdaptedModel:
         if recompute:
             for layer in self.decoder.layers:
                 layer.forward = recomputed(layer.forward)
+
+    def check_turns(self) -> None:
+        """Refuse a model whose keys can't be turned, as documents need it.
+
+        Raises:
+            DistilError: its keys are not turned by one rotary embedding, by angles that grow with the position.
+        """
+        try:
+            attention = self.decoder.layers[0].self_attn
+            key = torch.randn(1, 1, 3, attention.head_dim, device=self.device)
+            first, then = torch.arange(3, device=self.device), torch.tensor([5, 0, 700], device=self.device)
+            scale = getattr(self.decoder.rotary_emb, "attention_scaling", 1.0)
+            found = self._turned(attention, self._turned(attention, key, first), then)
+            right = self._turned(attention, key, first + then)
+            moved = not torch.allclose(right, key, atol=1e-3 * scale)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise DistilError(f"{NO_TURNS}: {error}") from None
+        if not (moved and torch.allclose(found, right, atol=1e-3 * scale)):
+            raise DistilError(NO_TURNS)
 
     def load(self, folder: Path) -> None:
         """Take the adapter in a folder, in PEFT's format, which has the configuration that this model's has."""

@@ -131,6 +131,8 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
     )
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=options.target_modules)
     model = AdaptedModel(folder, options.device, DTYPES[options.chosen_dtype], config, recompute)
+    if "documents" in options.purposes:
+        model.check_turns()
     encoder = Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     made = {"model": name, "checkpoint": checkpoint_digest(folder), "setup": options.setup()}
     make, held_out = own_cases(options, encoder, model) if options.prompts else task_cases(options, encoder)

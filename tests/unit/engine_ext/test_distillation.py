@@ -202,6 +202,19 @@ def test_what_can_not_be_used_is_refused(folder, tmp_path, capsys, arguments, wo
     assert not (tmp_path / "adapter" / "distil.json").exists()
 
 
+def test_a_model_whose_keys_are_not_turned_is_refused(folder, monkeypatch):
+    model = adapted(folder)
+    model.check_turns()
+    monkeypatch.setattr(
+        model.decoder, "rotary_emb", lambda key, positions: (torch.ones(1, 3, 32), torch.zeros(1, 3, 32))
+    )
+    with pytest.raises(DistilError, match="one rotary embedding with fixed frequencies$"):
+        model.check_turns()
+    monkeypatch.delattr(model.decoder, "rotary_emb")
+    with pytest.raises(DistilError, match="one rotary embedding with fixed frequencies: "):
+        model.check_turns()
+
+
 def test_a_model_that_is_none(tmp_path, capsys):
     assert command.run(["models/no_such", "--out", str(tmp_path / "adapter")]) == 2
     assert "MODEL='models/no_such' is refused" in capsys.readouterr().err

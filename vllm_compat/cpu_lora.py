@@ -1,8 +1,9 @@
 """LoRA on CPUs: rows without an adapter stay as they are, and rows with one cost two small products.
 
-vLLM's own ops for CPUs (vllm/lora/ops/torch_ops) take an adapter's matrices for each row by its index. The index of
-a row without an adapter is -1, which takes those of the last slot: a request of the base model that runs beside one of
-the adapter there gets that adapter. And they copy both matrices for each row. Goes when vLLM masks such rows on CPUs.
+vLLM's own ops for CPUs (vllm/lora/ops/torch_ops) copy both matrices of an adapter for each row. In vLLM 0.32 they take
+them by the row's index, which is -1 for a row without an adapter. That takes those of the last slot, so a request of the
+base model that runs beside one of the adapter there gets that adapter. Goes when 0.32 is no longer supported, and the
+ops copy nothing.
 """
 
 from __future__ import annotations
@@ -65,8 +66,7 @@ class MaskedLoRA(PunicaWrapperCPU):
         y = y.view(-1, y.shape[-1])
         for rows, weights, size in zip(x, lora_b_stacked, output_slices, strict=True):
             out = y[:, offset_start : offset_start + size]
-            added = masked_product(rows.to(y.dtype), weights, self._token_lora_indices)
-            out.add_(added) if add_inputs else out.copy_(added)
+            put(out, masked_product(rows.to(y.dtype), weights, self._token_lora_indices), self._rows(y), add_inputs)
             offset_start += size
 
     def add_lora_linear(
@@ -83,7 +83,7 @@ class MaskedLoRA(PunicaWrapperCPU):
         if not torch.compiler.is_compiling() and not self.is_used:
             return
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        indices = self._token_lora_indices[: x.shape[0], None]
+        indices = self._rows(x)
         for slot in range(lora_a_stacked[0].shape[0]):
             mask = (indices == slot).to(x.dtype) * scale
             start = 0
@@ -96,8 +96,11 @@ class MaskedLoRA(PunicaWrapperCPU):
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
         """``y += x @ B``, or ``=`` without ``add_inputs``. Shapes as of vLLM's method."""
-        added = masked_product(x.to(y.dtype), lora_b_stacked, self._token_lora_indices)
-        y.add_(added) if add_inputs else y.copy_(added)
+        put(y, masked_product(x.to(y.dtype), lora_b_stacked, self._token_lora_indices), self._rows(y), add_inputs)
+
+    def _rows(self, y: torch.Tensor) -> torch.Tensor:
+        """(n, 1) the slot of each row; -1: none."""
+        return self._token_lora_indices[: y.shape[0], None]
 
     def add_lora_logits(
         self,
@@ -112,6 +115,15 @@ class MaskedLoRA(PunicaWrapperCPU):
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         low = masked_product(x, lora_a_stacked, self._sampler_indices) * scale
         y.add_(masked_product(low.to(y.dtype), lora_b_stacked, self._sampler_indices))
+
+
+def put(out: torch.Tensor, added: torch.Tensor, slots: torch.Tensor, add_inputs: bool) -> None:
+    """Add to rows, or replace those that have an adapter.
+
+    Args:
+        slots: (n, 1) as of MaskedLoRA._rows.
+    """
+    out.add_(added) if add_inputs else out.copy_(torch.where(slots >= 0, added, out))
 
 
 def masked_product(x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

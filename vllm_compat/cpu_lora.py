@@ -1,7 +1,7 @@
 """LoRA on CPUs: rows without an adapter stay as they are, and rows with one cost two small products.
 
 vLLM's own ops for CPUs (vllm/lora/ops/torch_ops) copy both matrices of an adapter for each row. In vLLM 0.32 they take
-them by the row's index, which is -1 for a row without an adapter. That takes those of the last slot, so a request of the
+them by the row's index, which is -1 for a row without an adapter. That takes those of the last slot: a request of the
 base model that runs beside one of the adapter there gets that adapter. Goes when 0.32 is no longer supported, and the
 ops copy nothing.
 """

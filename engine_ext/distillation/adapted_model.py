@@ -94,6 +94,7 @@ class AdaptedModel:
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, config: Any, recompute: bool) -> None:
         from peft import get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         name = f"{NAME}_{next(_numbers)}"  # for Transformers, an attention has a name and no model
         AttentionInterface.register(name, self._attend)
@@ -113,6 +114,10 @@ class AdaptedModel:
             self.model: Any = get_peft_model(base, config)
         except ValueError as error:
             raise DistilError(f"{folder} gets no adapter: {error}") from None
+        if dtype == torch.bfloat16:
+            for module in self.model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.cast_input_dtype_enabled = False  # autocast casts the matrices, which are smaller
         self.parameters = [each for each in self.model.parameters() if each.requires_grad]
         if recompute:
             for layer in self.decoder.layers:

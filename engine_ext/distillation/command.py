@@ -44,6 +44,8 @@ STATE = "training.pt"
 OTHER_TASKS = ("nth_note", "niah_multivalue")
 """Tasks whose held-out prompts show what an adapter does for questions that it was not trained on."""
 
+OTHER = "other tasks"
+
 MEMORY_SHARE = 0.7
 NO_PEFT = "it needs PEFT, which writes adapters: pip install 'vllm-starling[distil]', or peft"
 
@@ -136,15 +138,15 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
     encoder = Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     made = {"model": name, "checkpoint": checkpoint_digest(folder), "setup": options.setup()}
     make, held_out = own_cases(options, encoder, model) if options.prompts else task_cases(options, encoder)
-    counted = [held_out[0].name]
+    counted = [each.name for each in held_out if each.name != OTHER]
     training = Training(model, make, held_out, counted, options.steps, options.batch, options.learning_rate)
     training.restore(out / STATE, made)
     with progress_bars(console) as progress:
         train(training, options.evaluations, lambda: training.store(out / STATE, made), progress)
     training.use_best()
     write(out, model, made | result_of(training, options))
-    for name in (STATE, RESULTS):  # RESULTS is the file by which a folder is locked
-        (out / name).unlink(missing_ok=True)
+    for file in (STATE, RESULTS):  # RESULTS is the file by which a folder is locked
+        (out / file).unlink(missing_ok=True)
     for line in summary(training):
         console.print(line)
     console.print(f"written: {out}. Serve it: starling serve {name} --star-adapter {out}")
@@ -175,7 +177,7 @@ def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int]
 
     others = [task for task in OTHER_TASKS if task not in options.tasks]
     groups = [held("tasks", options.tasks, options.tasks), held("text", [TEXT] * 2, options.tasks)]
-    return make, groups + ([held("other tasks", others, others)] if others else [])
+    return make, groups + ([held(OTHER, others, others)] if others else [])
 
 
 def own_cases(

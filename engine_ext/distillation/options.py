@@ -39,7 +39,7 @@ class DistilOptions(CommandOptions):
     questions: int = Field(8, ge=1, description="about the documents of one prompt")
     steps: int = Field(400, ge=1, description="of training, each with --batch prompts")
     batch: int = Field(1, ge=1, description="prompts of a step")
-    learning_rate: float = Field(5e-4, gt=0, lt=1, description="the highest one")
+    learning_rate: float = Field(3e-4, gt=0, lt=1, description="the highest one")
     rank: int = Field(8, ge=1, le=512, description="of the adapter's matrices")
     modules: tuple[str, ...] = Field(
         ("all",), min_length=1, description="the linear layers that it changes: all, attention, or names"

@@ -115,9 +115,9 @@ class AdaptedModel:
         except ValueError as error:
             raise DistilError(f"{folder} gets no adapter: {error}") from None
         if dtype == torch.bfloat16:
-            for module in self.model.modules():
-                if isinstance(module, BaseTunerLayer):
-                    module.cast_input_dtype_enabled = False  # autocast casts the matrices, which are smaller
+            adapted: list[Any] = [each for each in self.model.modules() if isinstance(each, BaseTunerLayer)]
+            for module in adapted:
+                module.cast_input_dtype_enabled = False  # autocast casts the matrices, which are smaller
         self.parameters = [each for each in self.model.parameters() if each.requires_grad]
         if recompute:
             for layer in self.decoder.layers:

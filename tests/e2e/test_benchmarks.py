@@ -29,19 +29,9 @@ MODEL = "it measures a real model for minutes or hours"
 LEFT_OUT = {
     **dict.fromkeys(
         (
-            *(
-                "star_ttft",
-                "dense_cost",
-                "block_reuse",
-                "block_positions",
-                "library",
-                "routing",
-                "adapter_cost",
-                "fairness",
-                "goodput",
-            ),
+            *("star_ttft", "dense_cost", "block_reuse", "block_positions", "library", "routing", "fairness", "goodput"),
             *("worst_requests", "retrieval", "kernels.cpu_attention", "kv_shift.cost", "attamba.speed"),
-            *("replicas.ttft", "replicas.model", "replicas.shards", "soak"),
+            *("replicas.ttft", "replicas.model", "replicas.shards", "soak", "adapter_cost"),
         ),
         ENGINES,
     ),

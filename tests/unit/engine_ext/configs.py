@@ -50,6 +50,7 @@ def fake_config(**changes):
         model_config=model,
         parallel_config=parallel,
         speculative_config=None,
+        lora_config=None,
         cache_config=SimpleNamespace(
             kv_sharing_fast_prefill=False,
             use_replayssm=False,

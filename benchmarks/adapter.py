@@ -139,9 +139,8 @@ def row_of(kind: str, found: Sequence[dict[str, Outcome]]) -> dict[str, Any]:
 
 
 def show(rows: Sequence[dict[str, Any]], title: str) -> None:
-    table = Table(title=title)
-    for column in ("prompts", "KL of documents", "left by the adapter", "KL of dense with it", "right: dense", *"   "):
-        table.add_column(column.strip() or None)
+    names = ("prompts", "KL of documents", "left by the adapter", "KL of dense with it", "right: dense", "documents")
+    table = Table(*names, "with it", "dense with it", title=title)
     for row in rows:
         left, low, high = row["left"]
         right = [str(row["right"][name]) for name in (DENSE, DOCUMENTS, ADAPTER, DENSE_ADAPTER)]
@@ -154,7 +153,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    with saved_figure(path, 1, (9, 4)) as (axis,):
+    with saved_figure(path, 1, 1, figsize=(9, 4)) as (_, axis):
         names = [row["kind"] for row in rows]
         lefts = np.array([row["left"] for row in rows])
         axis.barh(names, lefts[:, 0], xerr=[lefts[:, 0] - lefts[:, 1], lefts[:, 2] - lefts[:, 0]], capsize=3)
@@ -180,10 +179,10 @@ def main() -> None:
     for kind, prompts in kinds(encoder, args.prompts).items():
         rows.append(row_of(kind, [outcomes(model, prompt) for prompt in track(prompts, description=kind)]))
     title = f"{args.model.name}: rank {config.r}, {', '.join(sorted(config.target_modules))}"
-    show(rows, title)
     name = f"adapter_{args.model.name}"
     row = {"name": args.name, "rank": config.r, "modules": sorted(config.target_modules), "kinds": rows}
     _, path = write_row(name, "adapters", row, ("name",), model=args.model.name, tokens=TOKENS)
+    show(rows, title)
     plot(rows, title, path.with_suffix(".png"))
 
 

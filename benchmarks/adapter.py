@@ -41,7 +41,6 @@ from starling.evaluation.document_prompts import (
     make_prompt,
 )
 
-TRAINED = TRAINED_TASKS
 OTHERS = ("nth_note", "niah_multivalue", "niah_multiquery", "niah_single_3")
 TOKENS = 1024
 DENSE, DOCUMENTS, ADAPTER, DENSE_ADAPTER = "dense", "documents", "documents, adapter", "dense, adapter"
@@ -94,10 +93,10 @@ def kinds(encoder: Encoder, count: int) -> dict[str, list[DocumentPrompt]]:
         return [make_prompt(task, f"adapter/{task}/{n}", tokens, encoder, style) for n in range(each) for task in tasks]
 
     return {
-        "trained tasks": of_tasks(TRAINED, TOKENS, count),
+        "trained tasks": of_tasks(TRAINED_TASKS, TOKENS, count),
         "other tasks": of_tasks(OTHERS, TOKENS, 2 * count),
-        f"trained tasks, {4 * TOKENS:,} tokens": of_tasks(TRAINED, 4 * TOKENS, max(count // 4, 1)),
-        "trained tasks, documents of 400 tokens": of_tasks(TRAINED, TOKENS, count // 2, Style(least_tokens=400)),
+        f"trained tasks, {4 * TOKENS:,} tokens": of_tasks(TRAINED_TASKS, 4 * TOKENS, max(count // 4, 1)),
+        "trained tasks, documents of 400 tokens": of_tasks(TRAINED_TASKS, TOKENS, count // 2, Style(least_tokens=400)),
         "English prose": list(text_prompts(encoder, prose(), 4 * count)),
         "C++ headers": list(text_prompts(encoder, headers(), 4 * count)),
     }

@@ -125,17 +125,21 @@ class RequestPlanner(PromptPlanner):
             return
         if decision.plan is not None and decision.plan.documents:
             _refuse_token_positions(params)
-        request.lora_request = self.lora_of(decision.plan) or request.lora_request
+        request.lora_request = self.lora_of(decision.plan, request.lora_request)
         metadata = replace(metadata, plan=decision.plan, why=decision.why, keys=self.model_keys(decision))
         rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
         params.extra_args = rest | {KEY: metadata.to_wire()}
         if not request.resumable:  # a session's last piece, without input, is the one that counts
             front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
 
-    def lora_of(self, plan: StarPlan | None) -> Any:
-        """The server's adapter (vLLM's LoRARequest) with which a prompt of a plan runs; None: it runs without it."""
+    def lora_of(self, plan: StarPlan | None, named: Any) -> Any:
+        """The LoRA adapter (LoRARequest) with which a prompt runs: the server's, where its plan has it, or ``named``.
+
+        Args:
+            named: by the request; None: none.
+        """
         adapter = self.facts.adapter
-        return lora_request(adapter) if adapter is not None and plan is not None and plan.adapter else None
+        return lora_request(adapter) if adapter is not None and plan is not None and plan.adapter else named
 
 
 def plan_of_request(request: Any) -> dict[str, Any] | None:

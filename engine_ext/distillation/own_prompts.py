@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError
+from starling.engine_ext.planning import only_token
 from starling.evaluation.document_prompts import Asked, DocumentPrompt, Encoder, Tokens
 from starling.evaluation.prompts import OwnPrompt, read_own_prompts
+from starling.scheduler.star.documents import NOT_ONE_TOKEN, positions_of
 
 OWN = "own"
 ALLOWED = "chats of three messages or more, or texts with --segments TEXT before each document and before the question"
@@ -27,18 +29,12 @@ def read_prompts(
     Raises:
         ValueError: the file can't be read, or a prompt has no documents.
     """
-    mark = None if segments is None else only_token(encoder, segments)
+    mark = None if segments is None else only_token(encoder.tokenizer, segments)
+    if segments is not None and mark is None:
+        raise DistilError(f"segments={segments!r} is refused: {NOT_ONE_TOKEN}")
     prompts = [prompt_of(own, line, mark, encoder, model, answer_tokens) for line, own in read_own_prompts(path)]
     random.Random(OWN).shuffle(prompts)
     return prompts
-
-
-def only_token(encoder: Encoder, text: str) -> int:
-    """The token that a text is (raises DistilError)."""
-    ids = encoder.encode(text)
-    if len(ids) != 1:
-        raise DistilError(f"segments={text!r} is refused: it is not one token of the model's tokenizer")
-    return ids[0]
 
 
 def prompt_of(
@@ -49,7 +45,7 @@ def prompt_of(
         ids, starts = chat_segments(own.messages, encoder)
     else:
         ids = list(encoder.tokenizer(own.prompt)["input_ids"])
-        starts = [index for index, token in enumerate(ids) if token == mark]
+        starts = [] if mark is None else positions_of(mark, ids)
     if len(starts) < 2:
         raise DistilError(f"line {line} is refused: it has no documents before its question. Allowed: {ALLOWED}")
     pieces = [tuple(ids[start:stop]) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]

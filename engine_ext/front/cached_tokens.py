@@ -56,7 +56,7 @@ def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -
         raise VLLMValidationError("Only prompts of text are looked up.", parameter="prompt")
     if len(call.plans) > 1:
         raise VLLMValidationError("One prompt is looked up, and the request has more.", parameter="prompt")
-    lora = front_state(engine).planner.lora_of(planned.plan) or keywords.get("lora_request")
+    lora = front_state(engine).planner.lora_of(planned.plan, keywords.get("lora_request"))
     metadata = RequestMetadata(planned.plan).to_wire()
     question = (planned.token_ids, metadata, prompt.get("cache_salt"), adapter_fields(lora))
     return _ask(engine, question, prompt[SHOWN], call)

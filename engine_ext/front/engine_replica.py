@@ -224,8 +224,7 @@ class EngineReplica:
 
     def _lora(self) -> Any:
         """The LoRA adapter (vLLM's LoRARequest) of the prompt and of its anchor, whose request has no plan; or None."""
-        own = front_state(self.engine).planner.lora_of(self.prompt.plan)
-        return own or self.prompt.keywords.get("lora_request")
+        return front_state(self.engine).planner.lora_of(self.prompt.plan, self.prompt.keywords.get("lora_request"))
 
     async def renew(self) -> float:
         return math.inf  # the pages are held until this front releases them

@@ -33,7 +33,6 @@ from starling.engine_ext.distillation.training import document_plan
 from starling.engine_ext.distillation.training_prompts import TRAINED_TASKS, with_recalls
 from starling.evaluation.document_prompts import (
     ANSWER_TOKENS,
-    SYSTEM,
     Asked,
     DocumentPrompt,
     Encoder,
@@ -57,14 +56,15 @@ class Outcome:
 
 def text_prompts(encoder: Encoder, texts: Sequence[str], count: int) -> Iterator[DocumentPrompt]:
     """Prompts of passages, one of which has to be repeated."""
-    head = encoder.encode(encoder.around(SYSTEM)[0])
+    style = Style()
+    head = encoder.encode(encoder.layout(style).head)
     for number in range(count):
         rng = Random(f"text/{number}")
         documents: list[tuple[int, ...]] = []
         while sum(map(len, documents)) < TOKENS:
             documents.append(encoder.encode(rng.choice(texts))[:200])
         prompt = DocumentPrompt("text", head, tuple(documents), (Asked((1,), (1,)),))
-        found = with_recalls(prompt, encoder, SYSTEM, rng, 2).asked[1:]
+        found = with_recalls(prompt, encoder, style, rng, 2).asked[1:]
         if found:
             yield replace(prompt, asked=found)
 

@@ -47,6 +47,7 @@ FULL: dict[str, str] = {
     "default_plan": "models/qwen2.5-coder-0.5b-instruct",
     "rag": "models/qwen2.5-coder-0.5b-instruct",
     "adapter": "models/smollm2-135m-instruct build/adapter",
+    "adapter_options": "models/smollm2-135m-instruct",
     "adapter_cost": "models/smollm2-135m-instruct build/adapter",
     "fairness": "",
     "agents": "",

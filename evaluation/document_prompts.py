@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
-from typing import Any
+from typing import Any, Literal, get_args
+
+from jinja2 import TemplateError
 
 from starling.evaluation.prompts import fit
 from starling.evaluation.tasks import TASKS, Example
@@ -81,6 +83,12 @@ class DocumentPrompt:
         return list(accumulate(map(len, self.documents[:-1]), initial=len(self.head)))
 
 
+Shape = Literal["passages", "marked", "messages"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+FILE_MARKS = ("<|file_sep|>", "<file_sep>")
+"""Tokens with which models for code begin a file."""
+
+
 @dataclass(frozen=True)
 class Style:
     """How an example becomes a prompt.
@@ -89,11 +97,30 @@ class Style:
         system: the message before the documents; empty: none.
         least_tokens: of a document: shorter pieces are joined.
         answer_tokens: of an answer.
+        shape: documents are passages of one message; each begins with a token of FILE_MARKS; or each is a message.
     """
 
     system: str = SYSTEM
     least_tokens: int = LEAST_TOKENS
     answer_tokens: int = ANSWER_TOKENS
+    shape: Shape = "passages"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The texts around documents and a question.
+
+    Attributes:
+        head: before the first document.
+        start, end: around each document.
+        ask, answer: around the question; the answer follows.
+    """
+
+    head: str
+    start: str
+    end: str
+    ask: str
+    answer: str
 
 
 class Encoder:
@@ -110,15 +137,49 @@ class Encoder:
         """The tokens of a text, without special ones."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def around(self, system: str) -> tuple[str, str]:
+    def layout(self, style: Style, about: str = "") -> Layout:
+        """The texts around documents, in the style's shape, or as passages where the model has no such shape.
+
+        Args:
+            about: what the documents are about.
+        """
+        if style.shape == "messages" and (found := self._messages(style.system, about)):
+            return found
+        known = self.tokenizer.get_vocab()
+        marks = [mark for mark in FILE_MARKS if mark in known] if style.shape == "marked" else []
+        before, after = self._around(style.system)
+        return Layout(before + (f"{about}\n\n" if about else ""), *[*marks, ""][:1], "", "\n\n", after)
+
+    def _around(self, system: str) -> tuple[str, str]:
         """What a chat has before the text of the user, and behind it up to the answer. Without a template: little."""
         if not self.tokenizer.chat_template:
             return f"{self.tokenizer.bos_token or ''}{system}\n\n", "\n\n"
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": "DOCUMENTS"})
-        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, _, after = chat.partition("DOCUMENTS")
+        before, _, after = self._chat([*messages, {"role": "user", "content": "DOCUMENTS"}], True).partition(
+            "DOCUMENTS"
+        )
         return before, after
+
+    def _messages(self, system: str, about: str) -> Layout | None:
+        """Of a chat whose documents are messages of the user; None: the template does not have them one by one."""
+        if not (self.tokenizer.chat_template and system):
+            return None
+        messages = [{"role": "system", "content": f"{system}\n\n{about}".rstrip()}]
+        try:
+            head = self._chat(messages, False)
+            user = [{"role": "user", "content": name} for name in ("DOCUMENT", "QUESTION")]
+            chat = self._chat([*messages, *user], True)
+        except TemplateError:  # many templates want an answer behind each message
+            return None
+        start, document, rest = chat.removeprefix(head).partition("DOCUMENT")
+        between, question, answer = rest.partition("QUESTION")
+        if not (chat.startswith(head) and document and question and start and between.endswith(start)):
+            return None
+        return Layout(head, start, between.removesuffix(start), start, answer)
+
+    def _chat(self, messages: Sequence[dict[str, str]], answered: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answered)
+        return text
 
 
 def joined(pieces: Sequence[Tokens], least_tokens: int) -> tuple[Tokens, ...]:
@@ -136,14 +197,18 @@ def as_prompt(examples: Sequence[Example], task: str, encoder: Encoder, style: S
     about, _, rest = examples[0].text.partition("\n\n")
     text = rest.rpartition("\n\n")[0]
     pieces = [encoder.encode(piece) for piece in re.split(BORDERS.get(task, SENTENCES), text) if piece]
-    before, after = encoder.around(style.system)
+    layout = encoder.layout(style, about)
+    documents = joined(pieces, style.least_tokens)
+    start, end = encoder.encode(layout.start), encoder.encode(layout.end)
     return DocumentPrompt(
         task=task,
-        head=encoder.encode(f"{before}{about}\n\n"),
-        documents=joined(pieces, style.least_tokens),
+        head=encoder.encode(layout.head),
+        documents=tuple((*start, *document, *end) for document in documents),
         asked=tuple(
             Asked(
-                encoder.encode(f"\n\n{example.text.rpartition(chr(10) * 2)[2]}{after}{example.answer_prefix}"),
+                encoder.encode(
+                    f"{layout.ask}{example.text.rpartition(chr(10) * 2)[2]}{layout.answer}{example.answer_prefix}"
+                ),
                 encoder.encode(example.answer)[: style.answer_tokens],
             )
             for example in examples

@@ -33,7 +33,7 @@ from starling.evaluation.commands.measuring import (
     progress_bars,
     signals_as_interrupt,
 )
-from starling.evaluation.document_prompts import DocumentPrompt, Encoder
+from starling.evaluation.document_prompts import DocumentPrompt, Encoder, Style
 from starling.evaluation.prompt_options import parse_options
 from starling.evaluation.store import RESULTS, locked
 from starling.evaluation.tasks import GROUPS, TASKS
@@ -194,7 +194,9 @@ def own_cases(
     def make(number: int) -> Case:
         rng = Random(f"{options.seed}/own/{number // len(trained)}")
         prompt = rng.sample(trained, len(trained))[number % len(trained)]
-        more = with_recalls(prompt, encoder, "", Random(f"{options.seed}/own/{number}"), options.questions)
+        more = with_recalls(
+            prompt, encoder, Style(system=""), Random(f"{options.seed}/own/{number}"), options.questions
+        )
         return with_plan(more, options, number)
 
     return make, [HeldOut("own", [with_plan(prompt, options, number) for number, prompt in enumerate(held)])]

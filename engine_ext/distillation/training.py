@@ -220,6 +220,10 @@ class Training:
         """Give the model the best adapter."""
         self._put(self.best)
 
+    def use_average(self) -> None:
+        """Give the model the average over the last steps."""
+        self._put(self.average)
+
     def _put(self, values: Sequence[torch.Tensor]) -> None:
         with torch.no_grad():
             for parameter, value in zip(self.model.parameters, values, strict=True):

@@ -15,10 +15,12 @@ from functools import lru_cache
 from random import Random
 
 from starling.evaluation.document_prompts import (
+    SHAPES,
     SYSTEM,
     Asked,
     DocumentPrompt,
     Encoder,
+    Layout,
     Style,
     Tokens,
     make_prompt,
@@ -58,7 +60,9 @@ GOES_ON = (
     "Continue: {phrase}",
 )
 BEFORE, BEGINS = 'What stands before "{phrase}"?', "Repeat the beginning of document {number} of {count}."
-"""Questions for passages: how a text goes on, in several words; what stands before it; and how a document begins."""
+SEVERAL = 'What stands behind "{phrase}", and what behind "{other}"?'
+"""Questions for passages: how a text goes on, in several words; what stands before it; how a document begins; and how
+two texts go on."""
 
 
 @lru_cache(maxsize=1)
@@ -79,41 +83,48 @@ def python_texts() -> tuple[str, ...]:
     return tuple(passages)
 
 
-def recalls(documents: Sequence[Tokens], encoder: Encoder, after: str, rng: Random, count: int) -> list[Asked]:
-    """So many questions for passages of the documents, or fewer where these are of a few words.
+def recalls(documents: Sequence[Tokens], encoder: Encoder, layout: Layout, rng: Random, count: int) -> list[Asked]:
+    """So many questions for passages of the documents, or fewer where these are of a few words."""
+    before, behind = (len(encoder.encode(text)) for text in (layout.start, layout.end))
 
-    Args:
-        after: what a prompt has between a question and its answer.
-    """
+    def spot() -> tuple[int, list[str]]:
+        """A document's number, and its words, with the space before each, from one of them on."""
+        number = rng.randrange(len(documents))
+        tokens = documents[number][before : len(documents[number]) - behind]
+        words = re.findall(r"\s*\S+", encoder.tokenizer.decode(tokens, skip_special_tokens=True))
+        first = rng.randrange(max(len(words) - PHRASE_WORDS - RECALLED_WORDS + 1, 1))
+        return number, words[0 if kind == BEGINS else first :]
+
     found: list[Asked] = []
     for _ in range(2 * count):
         if len(found) == count:
             break
-        number = rng.randrange(len(documents))
-        text = encoder.tokenizer.decode(documents[number])
-        words = list(re.finditer(r"\S+", text))
-        if len(words) < PHRASE_WORDS + RECALLED_WORDS:
+        kind = rng.choice((*GOES_ON, BEFORE, BEGINS, SEVERAL))
+        spots = [spot() for _ in range(2 if kind == SEVERAL else 1)]
+        if any(len(words) < PHRASE_WORDS + RECALLED_WORDS for _, words in spots):
             continue
-        first = rng.randrange(len(words) - PHRASE_WORDS - RECALLED_WORDS + 1)
-        start, end = words[first].start(), words[first + PHRASE_WORDS - 1].end()
-        kind = rng.choice((*GOES_ON, BEFORE, BEGINS))
-        phrase, begin, answer = text[start:end], "", text[start:]
-        if kind == BEGINS:
-            answer = text[words[0].start() :]
-        elif kind == BEFORE:
-            phrase = text[words[first + RECALLED_WORDS].start() : words[first + RECALLED_WORDS + 4].end()]
-            answer = text[start : words[first + RECALLED_WORDS - 1].end()]
-        elif rng.random() < 0.5:  # the answer goes on behind the phrase
-            begin, answer = phrase, text[end:]
-        question = kind.format(phrase=phrase, number=number + 1, count=len(documents))
-        tokens = encoder.encode(f"\n\n{question}{after}{begin}"), encoder.encode(answer)[:RECALLED_TOKENS]
-        found.append(Asked(*tokens, is_recall=True))
+        number, words = spots[0]
+        phrases, begin, answer = [_text(each[:PHRASE_WORDS]) for _, each in spots], "", _text(words)
+        if kind == BEFORE:
+            phrases = [_text(words[RECALLED_WORDS:][:PHRASE_WORDS])]
+            answer = _text(words[:RECALLED_WORDS])
+        elif kind == SEVERAL:
+            answer = "; ".join(_text(each[PHRASE_WORDS:][:RECALLED_WORDS]) for _, each in spots)
+        elif kind != BEGINS and rng.random() < 0.5:  # the answer goes on behind the phrase
+            begin, answer = phrases[0], "".join(words[PHRASE_WORDS:])
+        question = kind.format(phrase=phrases[0], other=phrases[-1], number=number + 1, count=len(documents))
+        tokens = encoder.encode(f"{layout.ask}{question}{layout.answer}{begin}")
+        found.append(Asked(tokens, encoder.encode(answer)[:RECALLED_TOKENS], is_recall=True))
     return found
 
 
-def with_recalls(prompt: DocumentPrompt, encoder: Encoder, system: str, rng: Random, questions: int) -> DocumentPrompt:
+def _text(words: Sequence[str]) -> str:
+    return "".join(words).lstrip()
+
+
+def with_recalls(prompt: DocumentPrompt, encoder: Encoder, style: Style, rng: Random, questions: int) -> DocumentPrompt:
     """The prompt with so many questions: beside its own, for passages of its documents."""
-    more = recalls(prompt.documents, encoder, encoder.around(system)[1], rng, questions - len(prompt.asked))
+    more = recalls(prompt.documents, encoder, encoder.layout(style), rng, questions - len(prompt.asked))
     return replace(prompt, asked=(*prompt.asked, *more)) if more else prompt
 
 
@@ -141,13 +152,13 @@ class TaskPrompts:
         rng = Random(f"{self.seed}/{number}")
         kind = kind or rng.choice((*self.tasks, *[TEXT] * max(len(self.tasks) // 3, 1)))
         tokens = rng.randint(*self.tokens)
-        style = Style(rng.choice(SYSTEMS), rng.choice(PIECES), RECALLED_TOKENS)
+        style = Style(rng.choice(SYSTEMS), rng.choice(PIECES), RECALLED_TOKENS, rng.choice(SHAPES))
         name = f"{self.seed}/{number}/{kind}"
         if kind == TEXT:
             prompt = self.text_prompt(name, tokens, style, rng)
         else:
             prompt = self.task_prompt(kind, name, tokens, style)
-        return with_recalls(prompt, self.encoder, style.system, rng, self.questions)
+        return with_recalls(prompt, self.encoder, style, rng, self.questions)
 
     def task_prompt(self, task: str, name: str, tokens: int, style: Style) -> DocumentPrompt:
         """A prompt of a task with so many tokens, or with the most, where the task has none so short."""
@@ -160,10 +171,11 @@ class TaskPrompts:
 
     def text_prompt(self, name: str, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
         """Passages of text that comes with Python; another passage stands where the question would."""
-        before, _ = self.encoder.around(style.system)
-        head = self.encoder.encode(before)
+        layout = self.encoder.layout(style)
+        head, start, end = map(self.encoder.encode, (layout.head, layout.start, layout.end))
         documents: list[Tokens] = []
         while sum(map(len, documents)) < tokens - len(head):
-            documents.append(self.encoder.encode(rng.choice(python_texts()))[: rng.choice((100, 200, 400))])
-        passage = self.encoder.encode("\n\n" + rng.choice(python_texts()))[:48]
-        return DocumentPrompt(TEXT, head, tuple(documents), (Asked(passage[:24], passage[24:]),))
+            passage = self.encoder.encode(rng.choice(python_texts()))[: rng.choice((100, 200, 400))]
+            documents.append((*start, *passage, *end))
+        asked = self.encoder.encode(layout.ask + rng.choice(python_texts()))[:48]
+        return DocumentPrompt(TEXT, head, tuple(documents), (Asked(asked[:24], asked[24:]),))

@@ -18,7 +18,7 @@ from starling.engine_ext.distillation.options import DistilOptions
 from starling.engine_ext.distillation.own_prompts import chat_segments
 from starling.engine_ext.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
 from starling.engine_ext.distillation.training_prompts import TEXT, TaskPrompts, python_texts, recalls
-from starling.evaluation.document_prompts import Asked, DocumentPrompt, Encoder
+from starling.evaluation.document_prompts import SHAPES, Asked, DocumentPrompt, Encoder, Style
 from starling.evaluation.tasks import TASKS
 
 
@@ -151,14 +151,18 @@ def test_another_question_is_about_the_same_text(task):
     assert first == task.make(Random(1), 20, Random(1)) or first.references != second.references
 
 
-def test_passages_are_in_the_documents(encoder):
-    documents = [encoder.encode(text) for text in python_texts()[:3]]
-    found = recalls(documents, encoder, "\nassistant:", Random(0), 5)
-    texts = [encoder.tokenizer.decode(document) for document in documents]
-    assert len(found) == 5
+@pytest.mark.parametrize("shape", SHAPES)
+def test_passages_are_in_the_documents(encoder, shape):
+    layout = encoder.layout(Style(shape=shape))
+    texts = python_texts()[:3]
+    documents = [encoder.encode(f"{layout.start}{text}{layout.end}") for text in texts]
+    found = recalls(documents, encoder, layout, Random(0), 40)
+    assert len(found) == 40
     for asked in found:
-        answer = encoder.tokenizer.decode(asked.answer).strip()
-        assert any(answer in text for text in texts), answer
+        question = encoder.tokenizer.decode(asked.question)
+        assert question.startswith(layout.ask) and layout.answer in question
+        parts = encoder.tokenizer.decode(asked.answer).split("; ")  # of a question for two passages, or a text's own
+        assert all(any(part.strip() in text for text in texts) for part in parts), parts
 
 
 def test_a_chat_has_its_messages_as_a_server_has_them(encoder):

@@ -124,13 +124,18 @@ def outcomes(model: AdaptedModel, prompt: DocumentPrompt) -> dict[str, Outcome]:
     }
 
 
-def row_of(kind: str, found: Sequence[dict[str, Outcome]]) -> dict[str, Any]:
-    """A kind's means; what the adapter leaves of the divergence of documents, with an interval."""
+def row_of(kind: str, prompts: Sequence[DocumentPrompt], found: Sequence[dict[str, Outcome]]) -> dict[str, Any]:
+    """A kind's means; what the adapter leaves of the divergence of documents, with an interval; KL by task."""
     kl = {name: np.array([each[name].kl for each in found]) for name in found[0]}
+    tasks = np.array([prompt.task for prompt in prompts])
+    by_task = {
+        task: [float(kl[way][tasks == task].mean()) for way in (DOCUMENTS, ADAPTER)] for task in np.unique(tasks)
+    }
     return {
         "kind": kind,
         "prompts": len(found),
         "kl": {name: float(values.mean()) for name, values in kl.items()},
+        "by_task": by_task,
         "left": mean_ratio(kl[ADAPTER], kl[DOCUMENTS]),
         "logprob": {name: float(np.mean([each[name].logprob for each in found])) for name in found[0]},
         "right": {name: int(sum(each[name].right for each in found)) for name in found[0]},
@@ -176,7 +181,7 @@ def main() -> None:
     encoder = Encoder(AutoTokenizer.from_pretrained(args.model))
     rows = []
     for kind, prompts in kinds(encoder, args.prompts).items():
-        rows.append(row_of(kind, [outcomes(model, prompt) for prompt in track(prompts, description=kind)]))
+        rows.append(row_of(kind, prompts, [outcomes(model, prompt) for prompt in track(prompts, description=kind)]))
     title = f"{args.model.name}: rank {config.r}, {', '.join(sorted(config.target_modules))}"
     name = f"adapter_{args.model.name}"
     row = {"name": args.name, "rank": config.r, "modules": sorted(config.target_modules), "kinds": rows}

@@ -7,6 +7,9 @@ results/dense_heads_NAME_LENGTH.json, and draws all these files as results/dense
 
 With --scores, it measures other scores than those that the server knows: the heads of whole layers (--whole-layers), or
 scores from other prompts. Such a run has a --label of its own, by which its results are named; they are not drawn.
+
+With --adapter, a folder that `starling distil --for star` has made of the model, each plan is measured with the adapter
+and without. Writes results/adapter_star_NAME_LENGTH.json and .png.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ STYLES = {
     "n/8": {"marker": "D", "color": "C2"},
     "n/16": {"marker": "s", "color": "C1"},
 }
+ADAPTER = ", adapter"
 FEW = {8: (0.0, 0.1), 16: (0.1, 0.2)}
 
 
@@ -44,6 +48,11 @@ def named_plans(length: int, few: bool) -> list[str]:
         *found[: 1 if few else None : 2],
         *(f"{name},H={share:g}" for part, name in overlap for share in shares[part]),
     ]
+
+
+def with_and_without(names: list[str]) -> list[str]:
+    """Each plan without the server's adapter, then each with it."""
+    return [f"{name},L={use}" for use in ("off", "auto") for name in names]
 
 
 def rows_of(results: dict[str, Any], ratios: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -63,9 +72,10 @@ def rows_of(results: dict[str, Any], ratios: list[dict[str, Any]]) -> dict[str, 
 
 
 def shown(name: str, length: int) -> tuple[str, str]:
-    """A plan as people write it: ("n/8", "A = B"), ("n/16", "H = 0.1")."""
+    """A plan as people write it: ("n/8", "A = B"), ("n/16", "H = 0.1, adapter")."""
     sizes = dict(part.split("=") for part in name.split(","))
-    return f"n/{length // int(sizes['B'])}", f"H = {sizes['H']}" if "H" in sizes else "A = B"
+    heads = f"H = {sizes['H']}" if "H" in sizes else "A = B"
+    return f"n/{length // int(sizes['B'])}", f"{heads}{ADAPTER if sizes.get('L') == 'auto' else ''}"
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -98,15 +108,17 @@ def draw(axis: Any, result: dict[str, Any]) -> None:
     lines: dict[str, dict[str, dict[str, Any]]] = {}
     for name, row in result["plans"].items():
         part, heads = shown(name, length)
-        lines.setdefault("A = B" if heads == "A = B" else f"{part}, overlap", {})[name] = row
+        label = "A = B" if heads.startswith("A = B") else f"{part}, overlap"
+        lines.setdefault(label + (ADAPTER if heads.endswith(ADAPTER) else ""), {})[name] = row
     for label, rows in sorted(lines.items()):
         work, kl = ([row[field] for row in rows.values()] for field in ("attended_keys", "kl_ratio"))
         error = [[mean - low for mean, low, _ in kl], [high - mean for mean, _, high in kl]]
         percent, means = [100 * share for share in work], [mean for mean, _, _ in kl]
-        axis.errorbar(percent, means, error, **STYLES[label.partition(",")[0]], capsize=3, label=label)
+        line = "--" if label.endswith(ADAPTER) else "-"
+        axis.errorbar(percent, means, error, **STYLES[label.partition(",")[0]], linestyle=line, capsize=3, label=label)
         for x, mean, name in zip(percent, means, rows, strict=True):
             part, heads = shown(name, length)
-            text = part if heads == "A = B" else heads
+            text = part if heads.startswith("A = B") else heads.removesuffix(ADAPTER)
             axis.annotate(text, (x, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axis.set_title(f"{result['model']}, {length:,} tokens, {result['prompts']} prompts", fontsize=10)
 
@@ -155,6 +167,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--scores", type=Path, help="a file of scores, in place of those that the server knows")
     parser.add_argument("--whole-layers", action="store_true", help="dense heads are whole layers, by sums of --scores")
     parser.add_argument("--label", help="ends the names of the results, which are not drawn; needed with --scores")
+    parser.add_argument("--adapter", type=Path, help="measure each plan with this adapter and without")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more options of `starling serve`")
     args = parser.parse_args()
     if (args.scores is None) != (args.label is None):
@@ -171,6 +184,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         scores = by_layers(args.scores, FOLDER / f"{folder.name}.json") if args.whole_layers else args.scores
         serve = ["--star-heads", str(scores), *serve]
     names = named_plans(args.length, args.few)
+    if args.adapter is not None:
+        names, serve = with_and_without(names), ["--star-adapter", str(args.adapter), *serve]
     command = [str(Path(sys.executable).with_name("starling")), "eval", str(args.model)]
     command += ["--tasks", args.tasks, "--lengths", str(args.length), "--prompts-per-cell", str(args.prompts_per_cell)]
     command += [argument for name in names for argument in ("--plan", name)]
@@ -191,7 +206,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     args = options()
     name = f"{args.model.name}_{args.length}"
-    if args.label is None:
+    if args.adapter is not None:
+        results = [measure(args, FOLDER / f"{name}_adapter")]
+        path = write_json(f"adapter_star_{name}", results[0])
+        plot(results, path.with_suffix(".png"))
+    elif args.label is None:
         path = write_json(f"dense_heads_{name}", measure(args, FOLDER / name))
         stored = [json.loads(file.read_text()) for file in path.parent.glob("dense_heads_*.json")]
         results = sorted(stored, key=lambda one: (length_of(one), one["model"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,34 @@ class StarlingConfig:
     gpu_attention: str = CHOICES[GPU_ATTENTION][0]
     cache_salt: str = CHOICES[CACHE_SALT][0]
     live_page: str = CHOICES[LIVE_PAGE][0]
+
+
+class Entries(Mapping[str, Any]):
+    """An engine's additional_config with the `starling` entry alone, which vLLM's key of compiled code does not have.
+
+    vLLM hashes a dict as it is, and asks anything else for ``compute_hash`` (VllmConfig.compute_hash in
+    vllm/config/vllm.py). No compiled code depends on Starling's options: attention is an op that is not compiled, and
+    vLLM hashes backend and LoRA by themselves. So another option or peer does not cost a compilation of minutes.
+    """
+
+    def __init__(self, additional_config: Mapping[str, Any]) -> None:
+        self._entries = dict(additional_config)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
+
+    def compute_hash(self) -> str:
+        """The same for all options: Starling is activated."""
+        return ENTRY
 
 
 MAX_PARSED = 8

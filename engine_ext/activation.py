@@ -23,6 +23,7 @@ from starling.config.entry import (
     LIVE_PAGE,
     REPLICAS,
     STAR_HEADS,
+    Entries,
     StarlingConfig,
     config_of,
     parse_config,
@@ -185,6 +186,8 @@ def after_engine_config(vllm_config: Any) -> None:
     collect_from_children()
     front_metrics()
     preset = vllm_config.additional_config[ENTRY].get(PRESET)
+    if [*vllm_config.additional_config] == [ENTRY]:
+        vllm_config.additional_config = Entries(vllm_config.additional_config)
     _log_activation(config.star, facts, vllm_config.model_config, preset)
     if replicas.split_refusal is not None:
         reason = replicas.split_refusal

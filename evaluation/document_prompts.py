@@ -148,7 +148,8 @@ class Encoder:
         known = self.tokenizer.get_vocab()
         marks = [mark for mark in FILE_MARKS if mark in known] if style.shape == "marked" else []
         before, after = self._around(style.system)
-        return Layout(before + (f"{about}\n\n" if about else ""), *[*marks, ""][:1], "", "\n\n", after)
+        head = before + (f"{about}\n\n" if about else "")
+        return Layout(head, start=marks[0] if marks else "", end="", ask="\n\n", answer=after)
 
     def _around(self, system: str) -> tuple[str, str]:
         """What a chat has before the text of the user, and behind it up to the answer. Without a template: little."""

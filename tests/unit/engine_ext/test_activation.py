@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
+from vllm.config.utils import replace
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -56,6 +58,20 @@ def test_activated_engines_get_starlings_scheduler_and_worker(model):
     assert config.parallel_config.worker_cls == "starling.engine_ext.worker.StarCPUWorker"
     assert config.scheduler_config.get_scheduler_cls().__name__ == "StarScheduler"
     assert star_refusals(config) == []
+
+
+def test_options_do_not_change_vllms_key_of_compiled_code(model):
+    """Also in a worker, which gets the configuration as a copy. With an entry of another's, vLLM's rule holds."""
+    entries = [{"star": "on", "star_block_size": size, "star_replicas": 1} for size in (256, 512)]
+    one, other = (engine_config(model, additional_config={"starling": entry}) for entry in entries)
+    assert one.compute_hash() == other.compute_hash()
+    for copied in (pickle.loads(pickle.dumps(one)), replace(one, instance_id="another")):
+        assert parse_config(copied.additional_config) == parse_config({"starling": entries[0]})
+        assert copied.compute_hash() == one.compute_hash()
+    hashes = {
+        engine_config(model, additional_config={"starling": entry, "more": 1}).compute_hash() for entry in entries
+    }
+    assert len(hashes) == 2
 
 
 def test_a_server_whose_documents_start_with_more_than_a_token_does_not_start(tmp_path):

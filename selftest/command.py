@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"Exit code: 0 passed, 1 a check failed, {NO_GPU} no GPU (the CPU part passed). See docs/selftest.md.",
     )
     parser.add_argument("model", nargs="?", help="a checkpoint for the engine checks; default: tiny random weights")
-    parser.add_argument("--quick", action="store_true", help="one engine setting, and no times")
+    parser.add_argument("--quick", action="store_true", help="one engine setting, and of the times those of a token")
     parser.add_argument("--attention-backend", metavar="NAME", help="vLLM's attention backend; default: its choice")
     parser.add_argument("--gpu-attention", choices=CHOICES[GPU_ATTENTION], help="kernels of all layers on a GPU")
     parser.add_argument(
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
 
 def environments(engines: dict[str, Engines]) -> dict[str, dict[str, str]]:
     """The environment of each setting's activated engine, if it has run."""
-    return {name: made.star.environment() for name, made in engines.items() if made.star.has_run}
+    return {name: made.ours.environment() for name, made in engines.items() if made.ours.has_run}
 
 
 def print_table(console: Console, rows: dict[str, Any]) -> None:

@@ -7,23 +7,23 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from starling.attention_backends.star.reference import star_mask
+from starling.config.entry import ENTRY
 from starling.selftest import prompts as p
-from starling.selftest.engine_run import EngineRun
+from starling.selftest.engine_run import EngineRun, Feature
 from starling.selftest.model import alternating_scores, reference_logprobs, reference_refusal
 from starling.selftest.paged import rms
 from starling.selftest.result import Check, Result, Skip
 
 GAP = 1.5  # of star's distance from the reference to dense's
 TURNED_GAP = 4.0  # where a query is turned twice, by angles that are rounded twice; wrong angles give 30 and more
-NOISE = 8.0  # of dense's RMS gap to the reference: four deviations of a difference of two tokens in two runs
-NOISE_WITHOUT_REFERENCE = 0.1  # nats
+NOISE = 8.0  # of dense's RMS gap: four deviations of a difference of two tokens in two runs
+HEADS, DOCUMENTS = "dense heads", "documents"
 FP8_CAPABILITY = (8, 9)
 
 
@@ -47,12 +47,20 @@ class Setting:
 
 
 def settings(gpu: bool, quick: bool) -> list[Setting]:
-    """The settings to check on a GPU or on a CPU; with ``quick`` one, as vLLM would run."""
+    """The settings to check on a GPU or on a CPU; with ``quick`` one, as vLLM would run.
+
+    On a GPU, each two values of different fields meet in one of four settings.
+    """
     if not gpu:
         return [Setting("V1", eager=True)]
     if quick:
         return [Setting(None, eager=False)]
-    return [Setting(*values) for values in product(("V1", "V2"), (True, False), ("auto", "fp8"))]
+    return [
+        Setting("V2", eager=False),
+        Setting("V2", eager=True, kv_dtype="fp8"),
+        Setting("V1", eager=True),
+        Setting("V1", eager=False, kv_dtype="fp8"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -61,24 +69,34 @@ class Engines:
 
     Attributes:
         model: path or name of the checkpoint.
-        heads: an engine that is made for dense heads.
-        documents: an engine whose documents have positions of their own; None for an fp8 KV cache.
+        plain: without Starling.
+        ours: activated, and made for HEADS and DOCUMENTS; not for documents with an fp8 KV cache.
     """
 
     model: str
     plain: EngineRun
-    star: EngineRun
-    heads: EngineRun
-    documents: EngineRun | None = None
+    ours: EngineRun
 
     @functools.cached_property
     def dense_gap(self) -> float | None:
         """RMS gap of dense logprobs to the reference; None where there is no reference."""
         return None if reference_refusal(self.model) else gap_to_reference(self, "dense")
 
+    @functools.cached_property
+    def own_gap(self) -> float:
+        """RMS gap of dense logprobs to the reference; without one, to those of the same prompt beside others."""
+        if self.dense_gap is not None:
+            return self.dense_gap
+        alone, beside = self.plain.outputs("dense")[0], self.plain.outputs("dense, beside")[-1]
+        return rms(torch.tensor(all_logprobs(alone)) - torch.tensor(all_logprobs(beside)))
+
     def noise(self) -> float:
         """Below which difference in nats two tokens are equally probable to two runs of this setting."""
-        return NOISE * self.dense_gap if self.dense_gap else NOISE_WITHOUT_REFERENCE
+        return NOISE * self.own_gap
+
+    def documents_refusal(self) -> str | None:
+        """Why there are no documents; None where there are."""
+        return self.ours.refusal(DOCUMENTS) if DOCUMENTS in self.ours.features else NO_DOCUMENTS
 
 
 def make_engines(
@@ -114,18 +132,14 @@ def make_engines(
     } | arguments
     env = {} if setting.runner is None else {"VLLM_USE_V2_MODEL_RUNNER": str(int(setting.runner == "V2"))}
     batches = p.star_batches(vocabulary, num_decodes=63 if gpu else 7)
-
-    def activated(**options: Any) -> dict[str, Any]:
-        return engine | {"additional_config": {"starling": dict(starling) | options}}
-
-    plain = EngineRun(engine, p.plain_batches(vocabulary), env)
-    star = EngineRun(activated(), batches, env)
     scores = folder / "scores.json"
     scores.write_text(alternating_scores(model).model_dump_json())
-    with_heads = activated(star_heads=str(scores), star_dense_heads=p.DENSE_HEADS)
-    heads = EngineRun(with_heads, p.head_batches(vocabulary), env)
-    documents = EngineRun(activated(**p.WITH_DOCUMENTS), p.document_batches(vocabulary), env)
-    return Engines(model, plain, star, heads, documents if setting.kv_dtype == "auto" else None)
+    features = {HEADS: Feature({"star_heads": str(scores)}, p.head_batches(vocabulary))}
+    if setting.kv_dtype == "auto":
+        features[DOCUMENTS] = Feature(p.WITH_DOCUMENTS, p.document_batches(vocabulary))
+    activated = engine | {"additional_config": {ENTRY: dict(starling)}}
+    plain = EngineRun(engine, p.plain_batches(vocabulary), env)
+    return Engines(model, plain, EngineRun(activated, batches, env, features))
 
 
 def engine_checks(name: str, engines: Engines) -> list[Check]:
@@ -168,22 +182,22 @@ def check_start(engines: Engines) -> Result:
     """Start both engines and run their batches; the seconds of both, and the environment of the activated one."""
     start = time.monotonic()
     engines.plain.result()
-    engines.star.result()
-    detail = ", ".join(f"{name} {value}" for name, value in engines.star.environment().items())
+    engines.ours.result()
+    detail = ", ".join(f"{name} {value}" for name, value in engines.ours.environment().items())
     return Result(time.monotonic() - start, None, "s", detail)
 
 
 def check_off(engines: Engines) -> Result:
-    return judge_tokens(engines.star.outputs("off"), engines.plain.outputs("off"), engines.noise())
+    return judge_tokens(engines.ours.outputs("off"), engines.plain.outputs("off"), engines.noise())
 
 
 def check_one_block(engines: Engines) -> Result:
     """The RMS distance of all logprobs; NaN where tokens differ too."""
-    (one_block,), (dense,) = engines.star.outputs("one block"), engines.star.outputs("dense")
+    (one_block,), (dense,) = engines.ours.outputs("one block"), engines.ours.outputs("dense")
     difference = torch.tensor(all_logprobs(one_block)) - torch.tensor(all_logprobs(dense))
     tokens = judge_tokens([one_block], [dense], engines.noise())
-    bound = GAP * engines.dense_gap if engines.dense_gap else NOISE_WITHOUT_REFERENCE
-    return Result(math.nan if tokens.measured else rms(difference), bound, "nats RMS", tokens.detail)
+    gap = rms(difference)
+    return Result(math.nan if tokens.measured else gap, GAP * engines.own_gap, "nats RMS", tokens.detail)
 
 
 def all_logprobs(output: dict) -> list[float]:
@@ -198,7 +212,7 @@ def gap_to_reference(engines: Engines, batch: str, **mask: int) -> float:
         batch: of one prompt.
         mask: the sizes that ``star_mask`` takes; none for the causal mask.
     """
-    (output,), (prompt,) = engines.star.outputs(batch), engines.star.batches[batch]
+    (output,), (prompt,) = engines.ours.outputs(batch), engines.ours.batches[batch]
     ids = prompt["ids"] + output["token_ids"]
     allowed = star_mask(len(ids), **mask) if mask else torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     return rms(torch.tensor(all_logprobs(output)) - reference_logprobs(engines.model, ids, allowed))
@@ -222,10 +236,10 @@ def check_mask(engines: Engines, bound: float = GAP, anchor_size: int = p.BLOCK)
 
 def check_heads(engines: Engines) -> Result | Skip:
     """The RMS gap of a plan with dense heads to the reference with a mask for each head, over dense's gap."""
-    refusal, dense_gap = engines.heads.refusal() or reference_refusal(engines.model), engines.dense_gap
+    refusal, dense_gap = engines.ours.refusal(HEADS) or reference_refusal(engines.model), engines.dense_gap
     if refusal or not dense_gap:
         return Skip(str(refusal))
-    (output,), (prompt,) = engines.heads.outputs("heads"), engines.heads.batches["heads"]
+    (output,), (prompt,) = engines.ours.outputs("heads"), engines.ours.all_batches["heads"]
     ids, scores = prompt["ids"] + output["token_ids"], alternating_scores(engines.model)
     mask = star_mask(len(ids), block_size=p.BLOCK, anchor_size=p.BLOCK, overlap_size=0, context_end=p.CONTEXT)
     dense = scores.order[: scores.count(p.DENSE_HEADS)]
@@ -239,13 +253,13 @@ def check_heads(engines: Engines) -> Result | Skip:
 
 def check_heads_beside(engines: Engines) -> Result | Skip:
     """A prompt with dense heads beside one without, and with a cached context, and alone. NaN: it was not cached."""
-    refusal = engines.heads.refusal()
+    refusal = engines.ours.refusal(HEADS)
     if refusal:
         return Skip(refusal)
-    outputs = [engines.heads.outputs("beside")[1], *engines.heads.outputs("cached")]
+    outputs = [engines.ours.outputs("heads, beside")[1], *engines.ours.outputs("heads, cached")]
     cached = outputs[1]["cached"]
     detail = f"{cached} of {p.LENGTH} prompt tokens cached"
-    result = judge_tokens(outputs, 2 * engines.heads.outputs("alone"), engines.noise(), detail)
+    result = judge_tokens(outputs, 2 * engines.ours.outputs("heads, alone"), engines.noise(), detail)
     return result if cached else Result(math.nan, 0, result.unit, f"{detail}: some expected")
 
 
@@ -258,12 +272,10 @@ def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Ski
     Without an anchor, a document's tokens see one another alone, and their distances are those of the prompt. So the
     reference is the explicit mask at the prompt's positions, while the engine turns the question for each document.
     """
-    if engines.documents is None:
-        return Skip(NO_DOCUMENTS)
-    refusal, dense_gap = engines.documents.refusal() or reference_refusal(engines.model), engines.dense_gap
+    refusal, dense_gap = engines.documents_refusal() or reference_refusal(engines.model), engines.dense_gap
     if refusal or not dense_gap:
         return Skip(str(refusal))
-    (output,), (prompt,) = engines.documents.outputs("documents"), engines.documents.batches["documents"]
+    (output,), (prompt,) = engines.ours.outputs("documents"), engines.ours.all_batches["documents"]
     ids, context_end = prompt["ids"] + output["token_ids"], sum(p.DOCUMENTS)
     lengths = [*p.DOCUMENTS, len(ids) - context_end]
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -280,10 +292,10 @@ def check_documents(engines: Engines, bound: float = TURNED_GAP) -> Result | Ski
 
 def check_reordered(engines: Engines) -> Result | Skip:
     """Documents whose KV is cached in another order, and computed anew. NaN where not all were cached."""
-    refusal = NO_DOCUMENTS if engines.documents is None else engines.documents.refusal()
-    if engines.documents is None or refusal:
-        return Skip(str(refusal))
-    (output,), expected = engines.documents.outputs("reordered"), engines.documents.outputs("reordered, cold")
+    refusal = engines.documents_refusal()
+    if refusal:
+        return Skip(refusal)
+    (output,), expected = engines.ours.outputs("reordered"), engines.ours.outputs("reordered, cold")
     cached, length = output["cached"], sum(p.DOCUMENTS)
     result = judge_tokens([output], expected, engines.noise(), f"{cached} of {length + p.QUERY} prompt tokens cached")
     enough = cached >= length and not expected[0]["cached"]
@@ -292,17 +304,17 @@ def check_reordered(engines: Engines) -> Result | Skip:
 
 def check_beside(engines: Engines) -> Result:
     """The star prompt beside prompts that decode, and alone."""
-    outputs = engines.star.outputs("beside")
+    outputs = engines.ours.outputs("beside")
     beside = f"beside {len(outputs) - 1} decodes"
-    return judge_tokens(outputs[-1:], engines.star.outputs("alone"), engines.noise(), beside)
+    return judge_tokens(outputs[-1:], engines.ours.outputs("alone"), engines.noise(), beside)
 
 
 def check_preemption(engines: Engines) -> Result:
     """Prompts that exceed the KV cache together, and in two halves that fit. NaN where nothing was preempted."""
-    calm = engines.star.outputs("calm 1") + engines.star.outputs("calm 2")
-    batches = engines.star.result()["batches"]
+    calm = engines.ours.outputs("calm 1") + engines.ours.outputs("calm 2")
+    batches = engines.ours.result()["batches"]
     preemptions = batches["preempted"]["preemptions"]
-    result = judge_tokens(engines.star.outputs("preempted"), calm, engines.noise(), f"{preemptions:.0f} preemptions")
+    result = judge_tokens(engines.ours.outputs("preempted"), calm, engines.noise(), f"{preemptions:.0f} preemptions")
     if not preemptions or batches["calm 1"]["preemptions"] or batches["calm 2"]["preemptions"]:
         return Result(math.nan, 0, result.unit, f"{result.detail}: expected in this batch, and only in it")
     return result
@@ -314,7 +326,7 @@ def check_cached(engines: Engines, warm: str, cold: str) -> Result:
     Args:
         warm, cold: batches of one prompt. An edited prompt is cached up to the edit and again behind its star block.
     """
-    (output,), expected = engines.star.outputs(warm), engines.star.outputs(cold)
+    (output,), expected = engines.ours.outputs(warm), engines.ours.outputs(cold)
     cached, before_edit = output["cached"], p.EDITED_BLOCK * p.BLOCK + p.BLOCK // 2
     result = judge_tokens([output], expected, engines.noise(), f"{cached} of {p.LENGTH} prompt tokens cached")
     enough = cached > before_edit and not expected[0]["cached"]

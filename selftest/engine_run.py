@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starling.config.entry import ENTRY
 from starling.selftest.engine import RESULT
 
 TIMEOUT = 1800
@@ -28,26 +29,64 @@ class EngineError(RuntimeError):
     """An engine that ended without results; the message has the last lines that it printed."""
 
 
+Batches = dict[str, list[dict[str, Any]]]
+"""Name -> prompts, as engine.py describes them."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What not every model can have: options of an activated engine that is made for it, and prompts that use it."""
+
+    options: dict[str, Any]
+    batches: Batches
+
+
 @dataclass(frozen=True)
 class EngineRun:
     """An engine and its batches. It runs when the results are read first.
 
     Attributes:
         engine: arguments of vllm.LLM.
-        batches: name -> prompts, as engine.py describes them.
+        batches: of prompts.
         env: further environment of the process.
+        features: name -> what the engine is made for. One whose options are refused is left out.
     """
 
     engine: dict[str, Any]
-    batches: dict[str, list[dict[str, Any]]]
+    batches: Batches
     env: dict[str, str] = field(default_factory=dict)
+    features: dict[str, Feature] = field(default_factory=dict)
 
     @functools.cached_property
     def _result_or_error(self) -> dict[str, Any] | EngineError:
-        try:
-            return run_engine({"engine": self.engine, "batches": self.batches}, self.env)
-        except EngineError as error:
-            return error
+        features = dict(self.features)
+        while True:
+            try:
+                return run_engine(self._job(features.values()), self.env) | {"refused": self._refused}
+            except EngineError as error:
+                why = refusal_in(error)
+                of = [name for name, feature in features.items() if why and any(map(why.__contains__, feature.options))]
+                if not of:
+                    return error
+                self._refused |= {name: str(why) for name in of}
+                features = {name: feature for name, feature in features.items() if name not in of}
+
+    @functools.cached_property
+    def _refused(self) -> dict[str, str]:
+        return {}
+
+    def _job(self, features: Iterable[Feature]) -> dict[str, Any]:
+        engine, batches = self.engine, self.batches
+        for feature in features:
+            entries = engine["additional_config"]
+            engine = engine | {"additional_config": entries | {ENTRY: entries[ENTRY] | feature.options}}
+            batches = batches | feature.batches
+        return {"engine": engine, "batches": batches}
+
+    @property
+    def all_batches(self) -> Batches:
+        """The batches, and those of all features."""
+        return dict(self._job(self.features.values())["batches"])
 
     @property
     def has_run(self) -> bool:
@@ -63,14 +102,10 @@ class EngineRun:
             raise self._result_or_error
         return self._result_or_error
 
-    def refusal(self) -> str | None:
-        """What was refused, where the engine did not start because its options can't be used with its model."""
-        try:
-            self.result()
-        except EngineError as error:
-            found = (line.rpartition("Error: ")[2].strip() for line in str(error).splitlines())
-            return next((line for line in found if " is refused: " in line), None)
-        return None
+    def refusal(self, feature: str | None = None) -> str | None:
+        """Why the engine is made without a feature, or did not start because its options can't be used."""
+        error = self._result_or_error
+        return refusal_in(error) if isinstance(error, EngineError) else error.get("refused", {}).get(feature)
 
     def environment(self) -> dict[str, str]:
         """The environment of engine.py, and the steps by their graphs; of an engine that failed, the reason alone."""
@@ -87,6 +122,12 @@ class EngineRun:
     def outputs(self, batch: str) -> list[dict[str, Any]]:
         """The outputs of a batch's prompts (raises EngineError)."""
         return self.result()["batches"][batch]["outputs"]
+
+
+def refusal_in(error: EngineError) -> str | None:
+    """What was refused, where an engine failed because options can't be used with its model."""
+    found = (line.rpartition("Error: ")[2].strip() for line in str(error).splitlines())
+    return next((line for line in found if " is refused: " in line), None)
 
 
 def by_mode(steps: Counter[str]) -> str:

@@ -31,9 +31,10 @@ def make_prompt(seed: int, length: int, vocabulary: int, **fields: Any) -> Promp
 
 
 def plain_batches(vocabulary: int) -> dict[str, list[Prompt]]:
-    """Dense prompts that both a plain and an activated engine run."""
-    lengths = (LENGTH, 1, 33, 300, 20)
-    return {"off": [make_prompt(seed, length, vocabulary, cold=True) for seed, length in enumerate(lengths)]}
+    """Dense prompts that both a plain and an activated engine run: several, and one alone and beside the others."""
+    off = [make_prompt(seed, length, vocabulary, cold=True) for seed, length in enumerate((LENGTH, 1, 33, 300, 20))]
+    prompt = make_prompt(1, LENGTH, vocabulary, prompt_logprobs=True)
+    return {"off": off, "dense": [prompt], "dense, beside": [*off, prompt]}
 
 
 WITH_DOCUMENTS = {"star_segments": "auto"}
@@ -64,10 +65,10 @@ def head_batches(vocabulary: int) -> dict[str, list[Prompt]]:
     other = make_prompt(4, LENGTH, vocabulary, star=STAR | {"star_dense_heads": 0}, cold=True)
     return {
         "heads": [prompt | {"prompt_logprobs": True}],
-        "alone": [prompt | {"cold": True}],
-        "beside": [other, prompt | {"cold": True}],
-        "computed": [prompt],
-        "cached": [prompt],
+        "heads, alone": [prompt | {"cold": True}],
+        "heads, beside": [other, prompt | {"cold": True}],
+        "heads, computed": [prompt],
+        "heads, cached": [prompt],
     }
 
 
@@ -91,7 +92,6 @@ def star_batches(vocabulary: int, num_decodes: int) -> dict[str, list[Prompt]]:
         for seed in range(PREEMPTED)
     ]
     return plain_batches(vocabulary) | {
-        "dense": [prompt | {"prompt_logprobs": True}],
         "star": [star | {"prompt_logprobs": True}],
         "one block": [prompt | {"star": ONE_BLOCK, "prompt_logprobs": True}],
         "alone": [star | {"cold": True}],

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starling.selftest.engine_run import EngineRun
+from starling.config.entry import ENTRY
+from starling.selftest.engine_checks import DOCUMENTS, HEADS
+from starling.selftest.engine_run import Batches, EngineRun, Feature
 from starling.selftest.model import alternating_scores
-from starling.selftest.prompts import QUERY, WITH_DOCUMENTS, Prompt, make_prompt
+from starling.selftest.prompts import QUERY, WITH_DOCUMENTS, make_prompt
 from starling.selftest.result import Check, Result, Skip
 from starling.selftest.usage import usage_checks
-
-Batches = dict[str, list[Prompt]]
 
 LENGTHS = {True: (32_768, 131_072), False: (4_096,)}  # by whether there is a GPU
 DECODED, DECODE_PROMPT, RUNS = 32, 512, 6  # the fastest run counts, as other programs slow the others down
 DECODE_LENGTH = DECODE_PROMPT + DECODED
 BLOCK_FRACTION = 8  # of the prompt
 DENSE_HEADS = 0.1
-DOCUMENTS, DOCUMENT_TOKENS = 16, {True: 256, False: 64}
+COUNT, DOCUMENT_TOKENS = 16, {True: 256, False: 64}  # documents of a prompt
+DOCUMENTS_LENGTH = {gpu: COUNT * tokens + QUERY + DECODED for gpu, tokens in DOCUMENT_TOKENS.items()}
 DOCUMENT_REQUESTS = {True: (1, 8, 64), False: (1, 4)}
 REORDERED = "another order"
 WARM = "warm"  # begins the names of batches that are not timed
@@ -51,18 +52,10 @@ def lengths_within(lengths: Sequence[int], max_length: int) -> dict[int, int | N
 
 @dataclass(frozen=True)
 class SpeedEngines:
-    """The engines whose times are compared.
-
-    Attributes:
-        plain: of vLLM alone.
-        activated: without dense heads and documents.
-        heads, documents: made for these.
-    """
+    """The engines whose times are compared: of vLLM alone, and one that is activated for HEADS and DOCUMENTS."""
 
     plain: EngineRun
-    activated: EngineRun
-    heads: EngineRun
-    documents: EngineRun
+    ours: EngineRun
 
 
 def speed_checks(
@@ -73,38 +66,40 @@ def speed_checks(
     folder: Path,
     *,
     starling: Mapping[str, Any],
+    quick: bool = False,
     note: str = "",
     **arguments: Any,
 ) -> list[Check]:
-    """The measurements, of four engines.
+    """The measurements, of two engines.
 
     Args:
         max_length: tokens that the model takes.
         folder: gets the file of the scores of KV heads.
         starling: options of the activated engines.
+        quick: without long prompts.
         note: what the reader has to know of the model.
         arguments: further arguments of vllm.LLM.
     """
-    lengths = lengths_within(LENGTHS[gpu], max_length)
+    lengths = {} if quick else lengths_within(LENGTHS[gpu], max_length)
     measured = [length for length in lengths.values() if length is not None]
-    engine = {"model": model, "dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu} | arguments
-    engine |= {"max_model_len": min(max([*measured, DECODE_LENGTH]) + STEP, max_length)}
-    engine |= {"max_num_batched_tokens": 8192 if gpu else 2048}
-    scores = folder / "speed_scores.json"
-    scores.write_text(alternating_scores(model).model_dump_json())
-
-    def activated(batches: Batches, **options: Any) -> EngineRun:
-        return EngineRun(engine | {"additional_config": {"starling": dict(starling) | options}}, batches)
-
     decodes = decode_batches(vocabulary, max_length)
     plain_documents, documents = (
         document_batches(vocabulary, measured, gpu, max_length, star) for star in (False, True)
     )
+    longest = max([*measured, DECODE_LENGTH, *([DOCUMENTS_LENGTH[gpu]] if documents else [])])
+    engine = {"model": model, "dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu} | arguments
+    engine |= {"max_model_len": min(longest + STEP, max_length), "max_num_batched_tokens": 8192 if gpu else 2048}
+    scores = folder / "speed_scores.json"
+    scores.write_text(alternating_scores(model).model_dump_json())
+    features = {
+        HEADS: Feature({"star_heads": str(scores)}, prefill_batches(vocabulary, measured, {HEADS: DENSE_HEADS})),
+        DOCUMENTS: Feature(WITH_DOCUMENTS, documents),
+    }
+    features = {name: feature for name, feature in features.items() if feature.batches}
+    activated = engine | {"additional_config": {ENTRY: dict(starling)}}
+    batches = decodes | prefill_batches(vocabulary, measured, {"dense": None, "star": 0})
     engines = SpeedEngines(
-        EngineRun(engine, decodes | plain_documents),
-        activated(decodes | prefill_batches(vocabulary, measured, {"dense": None, "star": 0})),
-        activated(prefill_batches(vocabulary, measured, {"star": DENSE_HEADS}), star_heads=str(scores)),
-        activated(documents, **WITH_DOCUMENTS),
+        EngineRun(engine, decodes | plain_documents), EngineRun(activated, batches, features=features)
     )
     limit = f"the model takes {max_length:,} tokens at most"
     checks = [prefill_check(engines, length, fits, limit, note) for length, fits in lengths.items()]
@@ -114,9 +109,8 @@ def speed_checks(
     checks.append(Check("speed: a token, activated", decode))
     names = [name for name in documents if not name.startswith(WARM)]
     checks += [document_check(engines, name) for name in names]
-    kinds = {"star": engines.activated, "dense heads": engines.heads, "documents": engines.documents}
-    batches = {"star": list(decodes), "documents": [name for name in names if name != REORDERED]}
-    return checks + usage_checks(engines.plain, kinds, batches, gpu)
+    decoded = {"star": list(decodes), DOCUMENTS: [name for name in names if name != REORDERED]}
+    return checks + (usage_checks(engines.plain, engines.ours, decoded, gpu) if decodes else [])
 
 
 def decode_batches(vocabulary: int, max_length: int) -> Batches:
@@ -149,7 +143,7 @@ def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_len
         star: whether documents have positions of their own.
     """
     size = DOCUMENT_TOKENS[gpu]
-    starts = [size * number for number in range(DOCUMENTS + 1)]
+    starts = [size * number for number in range(COUNT + 1)]
     prompt = make_prompt(3, starts[-1] + QUERY, vocabulary, max_tokens=DECODED)
     if len(prompt["ids"]) + DECODED > max_length:
         return {}
@@ -186,21 +180,20 @@ def document_check(engines: SpeedEngines, batch: str) -> Check:
     """The measurement of a batch of prompts with documents: of the first token where their order is another one."""
     if batch == REORDERED:
         return Check(
-            f"speed: first token behind {DOCUMENTS} documents in {batch}",
+            f"speed: first token behind {COUNT} documents in {batch}",
             functools.partial(measure_reordered, engines),
         )
     return Check(
-        f"speed: a token behind {DOCUMENTS} documents, {batch}", functools.partial(measure_documents, engines, batch)
+        f"speed: a token behind {COUNT} documents, {batch}", functools.partial(measure_documents, engines, batch)
     )
 
 
 def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Result:
     """Seconds to the first token of a prompt of ``length`` tokens; ``notes`` end the detail."""
-    (dense,), (star,) = engines.activated.outputs(f"dense {length}"), engines.activated.outputs(f"star {length}")
+    (dense,), (star,) = engines.ours.outputs(f"dense {length}"), engines.ours.outputs(f"star {length}")
     details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8"]
-    refusal = engines.heads.refusal()
-    if refusal is None:
-        (heads,) = engines.heads.outputs(f"star {length}")
+    if engines.ours.refusal(HEADS) is None:
+        (heads,) = engines.ours.outputs(f"{HEADS} {length}")
         ratio = dense["ttft"] / heads["ttft"]
         details.append(f"with {DENSE_HEADS:.0%} dense heads {heads['ttft']:.3g} s, dense {ratio:.2f} times that")
     return Result(star["ttft"], None, "s", "; ".join([*details, *filter(None, notes)]))
@@ -209,28 +202,28 @@ def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Re
 def measure_decode(engines: SpeedEngines) -> Result:
     ours, plains = (
         min(1000 * engine.outputs(f"decode {run}")[0]["seconds_per_token"] for run in range(RUNS))
-        for engine in (engines.activated, engines.plain)
+        for engine in (engines.ours, engines.plain)
     )
     return Result(ours, None, "ms", f"plain vLLM {plains:.3g} ms, after {DECODE_PROMPT} tokens, fastest of {RUNS} runs")
 
 
 def measure_reordered(engines: SpeedEngines) -> Result | Skip:
     """Seconds to the first token of cached documents in another order, and of the same prompt with dense attention."""
-    refusal = engines.documents.refusal()
+    refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
         return Skip(refusal)
-    (ours,), (plains,) = engines.documents.outputs(REORDERED), engines.plain.outputs(REORDERED)
+    (ours,), (plains,) = engines.ours.outputs(REORDERED), engines.plain.outputs(REORDERED)
     detail = f"{ours['cached']} tokens cached; plain vLLM, dense {plains['ttft']:.3g} s, {plains['cached']} cached"
     return Result(ours["ttft"], None, "s", detail)
 
 
 def measure_documents(engines: SpeedEngines, batch: str) -> Result | Skip:
     """Milliseconds between two tokens of a prompt with documents, and of the same prompt with dense attention."""
-    refusal = engines.documents.refusal()
+    refusal = engines.ours.refusal(DOCUMENTS)
     if refusal is not None:
         return Skip(refusal)
     ours, plains = (
         1000 * statistics.median(output["seconds_per_token"] for output in engine.outputs(batch))
-        for engine in (engines.documents, engines.plain)
+        for engine in (engines.ours, engines.plain)
     )
     return Result(ours, None, "ms", f"plain vLLM, dense {plains:.3g} ms")

@@ -55,7 +55,7 @@ def make_suite(
     Args:
         model: a checkpoint for the engine checks; None for random tiny weights.
         gpu: whether to check a GPU, or the CPU part.
-        quick: one setting, and no times.
+        quick: one setting, and of the times those of a token alone.
         backend: vLLM's attention backend; None for vLLM's choice.
         gpu_attention: the option of this name, of activated engines; None for its default.
         results: folder of results that a later run goes on with; None: they are not kept.
@@ -75,14 +75,11 @@ def make_suite(
             made = make_engines(checked, size, longest, setting, gpu, folder, **arguments | memory)
             engines[setting.name()] = made
             checks += engine_checks(setting.name(), made)
-            if gpu and (setting.eager or setting.kv_dtype != "auto"):
-                continue
-            kinds = {"star": made.star, "dense heads": made.heads, "documents": made.documents}
-            activated = {kind: run for kind, run in kinds.items() if run is not None}
-            checks += steady_checks(setting.name(), made.plain, activated, gpu)
+            if not (quick or (gpu and (setting.eager or setting.kv_dtype != "auto"))):
+                checks += steady_checks(setting.name(), made.plain, made.ours, gpu)
         checks += two_gpu_checks(next(iter(engines.values()), None))
+        checks += timed_checks(model, gpu, folder, quick=quick, **arguments)
         if not quick:
-            checks += timed_checks(model, gpu, folder, **arguments)
             evaluated = (results or folder) / "eval"
             checks.append(accuracy_check(model, longest, gpu, evaluated, backend, gpu_attention))
         yield checks, engines
@@ -94,7 +91,11 @@ def make_tiny(folder: Path, gpu: bool) -> str:
 
 
 def timed_checks(model: str | None, gpu: bool, folder: Path, **arguments: Any) -> list[Check]:
-    """The measurements of times, with the model, or with random weights that vLLM makes in a shape that fits."""
+    """The measurements of times, with the model, or with random weights that vLLM makes in a shape that fits.
+
+    Args:
+        arguments: of ``speed_checks``.
+    """
     if model is not None:
         return speed_checks(model, vocabulary(model), max_length(model), gpu, folder, **arguments)
     shape, sizes = timed_shape(torch.cuda.get_device_properties(0).total_memory if gpu else 0)
@@ -140,9 +141,10 @@ def check_tensor_parallel(engines: Engines) -> Result | Skip:
     missing = two_gpus_missing()
     if missing:
         return missing
-    batch = {"star": engines.star.batches["star"]}
-    run = EngineRun(engines.star.engine | {"tensor_parallel_size": 2}, batch, engines.star.env)
-    return judge_tokens(run.outputs("star"), engines.star.outputs("star"), engines.noise())
+    ours = engines.ours
+    batch = {"star": ours.batches["star"]}
+    run = EngineRun(ours.engine | {"tensor_parallel_size": 2}, batch, ours.env)
+    return judge_tokens(run.outputs("star"), ours.outputs("star"), engines.noise())
 
 
 def check_moved_pages() -> Result | Skip:

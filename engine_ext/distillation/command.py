@@ -23,7 +23,7 @@ from starling.engine_ext.distillation.memory import GIB, needed_bytes
 from starling.engine_ext.distillation.options import DTYPES, DistilOptions
 from starling.engine_ext.distillation.own_prompts import read_prompts
 from starling.engine_ext.distillation.training import HeldOut, Training, plan_for
-from starling.engine_ext.distillation.training_prompts import TEXT, TaskPrompts, with_recalls
+from starling.engine_ext.distillation.training_prompts import FUNCTIONS, TEXT, TaskPrompts, with_recalls
 from starling.engine_ext.head_scores import checkpoint_digest, checkpoint_folder
 from starling.evaluation.commands.measuring import (
     INTERRUPTED,
@@ -176,7 +176,7 @@ def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int]
         return HeldOut(name, [with_plan(prompt, options, number) for number, prompt in enumerate(first)])
 
     others = [task for task in OTHER_TASKS if task not in options.tasks]
-    groups = [held("tasks", options.tasks, options.tasks), held("text", [TEXT] * 2, options.tasks)]
+    groups = [held("tasks", options.tasks, options.tasks), held("text", [TEXT, FUNCTIONS], options.tasks)]
     return make, groups + ([held(OTHER, others, others)] if others else [])
 
 

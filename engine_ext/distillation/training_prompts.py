@@ -1,11 +1,14 @@
 """The prompts that an adapter is trained on: tasks of `starling eval`, text that comes with Python, or the user's own.
 
+That text is passages, and documentation of functions, which are asked for by what they do.
+
 Beside its own questions, each prompt is asked for passages of its documents. So a context that is computed once is read
 by several questions, and a prompt without an answer teaches too.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pydoc_data.topics
 import re
@@ -27,7 +30,7 @@ from starling.evaluation.document_prompts import (
 )
 from starling.evaluation.prompts import TooLong
 
-TEXT = "text"
+TEXT, FUNCTIONS = "text", "functions"
 TRAINED_TASKS = (
     *("code", "moves", "vt", "association", "niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
 )
@@ -52,6 +55,21 @@ SOURCES = (
     "mailbox",
 )
 """Modules of the standard library whose code is text to train on."""
+DOCUMENTED = (
+    *("binascii", "cmath", "codecs", "contextlib", "dataclasses", "dis", "filecmp", "gc", "gzip", "importlib.util"),
+    *("io", "linecache", "logging", "mimetypes", "os", "os.path", "pickle", "pkgutil", "platform", "plistlib"),
+    *("select", "signal", "socket", "stat", "string", "struct", "sys", "sysconfig", "threading", "time", "tokenize"),
+    *("unicodedata", "urllib.parse", "warnings", "weakref", "zipfile", "zlib", "ast", "asyncio", "csv", "email.utils"),
+)
+"""Modules of the standard library whose functions are asked for."""
+
+WHICH = (
+    "What is the name of the function that does this: {sentence}?",
+    "Name the function with this description: {sentence}",
+    "Which of the functions fits? {sentence}",
+)
+WHAT = ("What does {name} do?", "Describe {name} in a sentence.")
+FUNCTIONS_OF_A_DOCUMENT = (1, 2, 4)
 RECALLED_WORDS, PHRASE_WORDS, RECALLED_TOKENS = 6, 5, 20
 GOES_ON = (
     'Repeat word for word what follows "{phrase}".',
@@ -70,7 +88,7 @@ def python_texts() -> tuple[str, ...]:
     """Passages of Python's documentation of its language, and of the code of its library."""
     texts = [*pydoc_data.topics.topics.values()]
     for name in SOURCES:
-        texts.append(inspect.getsource(__import__(name)))
+        texts.append(inspect.getsource(importlib.import_module(name)))
     passages = []
     for text in texts:
         parts = re.split(r"\n\n+", text)
@@ -81,6 +99,24 @@ def python_texts() -> tuple[str, ...]:
                 passages.append(passage[:1600])
                 passage = ""
     return tuple(passages)
+
+
+@lru_cache(maxsize=1)
+def documented_functions() -> tuple[tuple[str, str, str], ...]:
+    """(name, first sentence of its documentation, the documentation with the signature) of functions."""
+    found = []
+    for module in DOCUMENTED:
+        for name, member in inspect.getmembers(importlib.import_module(module), inspect.isroutine):
+            documentation = inspect.getdoc(member) or ""
+            sentence = re.split(r"\.\s|\n\n", " ".join(documentation.split("\n\n")[0].split()))[0].rstrip(".")
+            if name.startswith("_") or not 20 <= len(sentence) <= 160 or name in sentence:
+                continue
+            try:
+                signature = str(inspect.signature(member))
+            except ValueError:  # some functions written in C have none
+                signature = "(...)"
+            found.append((name, sentence, f"{module}.{name}{signature}\n{documentation}"[:600] + "\n"))
+    return tuple(found)
 
 
 def recalls(documents: Sequence[Tokens], encoder: Encoder, layout: Layout, rng: Random, count: int) -> list[Asked]:
@@ -150,12 +186,15 @@ class TaskPrompts:
             kind: a task, or TEXT; None: one of all.
         """
         rng = Random(f"{self.seed}/{number}")
-        kind = kind or rng.choice((*self.tasks, *[TEXT] * max(len(self.tasks) // 3, 1)))
+        more = max(len(self.tasks) // 4, 1)
+        kind = kind or rng.choice((*self.tasks, *[TEXT] * more, *[FUNCTIONS] * more))
         tokens = rng.randint(*self.tokens)
         style = Style(rng.choice(SYSTEMS), rng.choice(PIECES), RECALLED_TOKENS, rng.choice(SHAPES))
         name = f"{self.seed}/{number}/{kind}"
         if kind == TEXT:
             prompt = self.text_prompt(name, tokens, style, rng)
+        elif kind == FUNCTIONS:
+            prompt = self.functions_prompt(tokens, style, rng)
         else:
             prompt = self.task_prompt(kind, name, tokens, style)
         return with_recalls(prompt, self.encoder, style, rng, self.questions)
@@ -179,3 +218,20 @@ class TaskPrompts:
             documents.append((*start, *passage, *end))
         asked = self.encoder.encode(layout.ask + rng.choice(python_texts()))[:48]
         return DocumentPrompt(TEXT, head, tuple(documents), (Asked(asked[:24], asked[24:]),))
+
+    def functions_prompt(self, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
+        """Documentation of functions of Python's library; a function is asked for, or what it does."""
+        encode, layout = self.encoder.encode, self.encoder.layout(style)
+        functions = rng.sample(documented_functions(), len(documented_functions()))
+        head, documents, asked = encode(layout.head), [], []
+        while sum(map(len, documents)) < tokens - len(head):
+            count = rng.choice(FUNCTIONS_OF_A_DOCUMENT)
+            chosen, functions = functions[:count], functions[count:]
+            documents.append(encode(f"{layout.start}{''.join(text for *_, text in chosen)}{layout.end}"))
+            name, sentence, _ = rng.choice(chosen)
+            pairs = ((rng.choice(WHICH), name), (rng.choice(WHAT), sentence))
+            question, answer = pairs[rng.random() < 1 / 3]
+            text = f"{layout.ask}{question.format(name=name, sentence=sentence)}{layout.answer}"
+            asked.append(Asked(encode(text), encode(answer)[: style.answer_tokens]))
+        rng.shuffle(asked)
+        return DocumentPrompt(FUNCTIONS, head, tuple(documents), tuple(asked[: max(self.questions // 2, 1)]))

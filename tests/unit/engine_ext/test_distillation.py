@@ -17,7 +17,7 @@ from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilE
 from starling.engine_ext.distillation.options import DistilOptions
 from starling.engine_ext.distillation.own_prompts import chat_segments
 from starling.engine_ext.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
-from starling.engine_ext.distillation.training_prompts import TEXT, TaskPrompts, python_texts, recalls
+from starling.engine_ext.distillation.training_prompts import FUNCTIONS, TEXT, TaskPrompts, python_texts, recalls
 from starling.evaluation.document_prompts import SHAPES, Asked, DocumentPrompt, Encoder, Style
 from starling.evaluation.tasks import TASKS
 
@@ -131,7 +131,7 @@ def test_star_plans_have_blocks_with_an_overlap_or_whole_anchors():
     assert {bool(plan.overlap_size) for plan in plans} == {True, False}
 
 
-@pytest.mark.parametrize("kind", ["code", "niah_multikey_2", "vt", TEXT])
+@pytest.mark.parametrize("kind", ["code", "niah_multikey_2", "vt", TEXT, FUNCTIONS])
 def test_prompts_depend_on_their_number_alone_and_ask_for_passages(encoder, kind):
     prompts = TaskPrompts(encoder, ("code",), (3000, 4000), 4, "seed")
     one, again, other = (prompts.make(number, kind) for number in (1, 1, 2))

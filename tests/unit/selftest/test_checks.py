@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -85,14 +86,14 @@ def fake_engines(**batches: dict) -> SimpleNamespace:
     named = {name.replace("_", " "): out for name, out in batches.items()}
     result = {"batches": {name: {"outputs": [out], "preemptions": out["preemptions"]} for name, out in named.items()}}
     run = SimpleNamespace(outputs=lambda name: [named[name]], result=lambda: result)
-    return SimpleNamespace(star=run, plain=run, noise=lambda: 0.1)
+    return SimpleNamespace(ours=run, plain=run, noise=lambda: 0.1)
 
 
 @pytest.mark.parametrize(("calm", "preempted", "fine"), [(0, 2, True), (0, 0, False), (1, 2, False)])
 def test_a_preemption_check_without_a_preemption_fails(calm, preempted, fine):
     first, second = output("ab", preemptions=calm), output("cd", preemptions=0)
     engines = fake_engines(calm_1=first, calm_2=second, preempted=output("ab", preemptions=preempted))
-    engines.star.outputs = lambda name: {"calm 1": [first], "calm 2": []}.get(name, [output("ab")])
+    engines.ours.outputs = lambda name: {"calm 1": [first], "calm 2": []}.get(name, [output("ab")])
     assert (engine_checks.check_preemption(engines).measured == 0) == fine
 
 
@@ -141,6 +142,42 @@ def test_options_that_the_model_excludes_are_named_and_a_crash_is_not(monkeypatc
     assert EngineRun({"message": "the engine's process ended with -11:"}, {}).refusal() is None
 
 
+def test_an_engine_is_made_without_a_feature_that_is_refused(monkeypatch):
+    """It is started again without it, and its other checks run."""
+    jobs = []
+
+    def run(job, env):
+        jobs.append(job)
+        if "star_heads" in job["engine"]["additional_config"]["starling"]:
+            raise EngineError("the engine ended with 1:\nOptionError: starling.star_heads='a' is refused: a reason")
+        return {"batches": {name: {"outputs": []} for name in job["batches"]}}
+
+    monkeypatch.setattr(engine_run, "run_engine", run)
+    features = {
+        "dense heads": engine_run.Feature({"star_heads": "a"}, {"heads": []}),
+        "documents": engine_run.Feature({"star_segments": "auto"}, {"documents": []}),
+    }
+    made = EngineRun({"additional_config": {"starling": {"star": "on"}}}, {"star": []}, features=features)
+    assert made.refusal() is None and made.refusal("documents") is None
+    assert made.refusal("dense heads") == "starling.star_heads='a' is refused: a reason"
+    assert made.outputs("star") == made.outputs("documents") == []
+    assert [sorted(job["batches"]) for job in jobs] == [["documents", "heads", "star"], ["documents", "star"]]
+    assert jobs[1]["engine"]["additional_config"] == {"starling": {"star": "on", "star_segments": "auto"}}
+    assert sorted(made.all_batches) == ["documents", "heads", "star"]
+
+
+@pytest.mark.parametrize("unit", [0.01, 0.125])
+def test_ties_are_as_wide_as_plain_vllms_own_differences(monkeypatch, unit):
+    """Without a reference: one unit of bfloat16 is 0.125 where logits are 16 or more."""
+    monkeypatch.setattr(engine_checks, "reference_refusal", lambda model: "too large")
+    alone = {"prompt_logprobs": [0.0, unit], "logprobs": [0.0, unit]}
+    beside = {"prompt_logprobs": [unit, 0.0], "logprobs": [0.0, unit]}
+    outputs = {"dense": [alone], "dense, beside": [{}, beside]}
+    plain = SimpleNamespace(outputs=outputs.__getitem__)
+    engines = engine_checks.Engines("a model", plain, plain)
+    assert engines.noise() == pytest.approx(engine_checks.NOISE * unit / 2**0.5)
+
+
 def test_the_message_of_a_crash_is_what_the_process_printed():
     with pytest.raises(EngineError, match="KeyError: 'engine'"):
         engine_run.run_engine({"batches": {}}, {})
@@ -154,8 +191,10 @@ def test_the_longest_prompt_has_room_for_the_padding_of_documents():
 def test_settings():
     assert settings(gpu=False, quick=False) == settings(gpu=False, quick=True) == [Setting("V1", True)]
     assert len(settings(gpu=True, quick=True)) == 1
-    every = settings(gpu=True, quick=False)
-    assert len(every) == 8 and len({setting.name() for setting in every}) == 8
+    every = [(one.runner, one.eager, one.kv_dtype) for one in settings(gpu=True, quick=False)]
+    for first, second in combinations(range(3), 2):
+        pairs = {(setting[first], setting[second]) for setting in every}
+        assert len(pairs) == 4, "each two values meet"
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])
@@ -217,13 +256,13 @@ def test_no_engine_is_asked_for_more_tokens_than_vllm_takes_for_the_model(tmp_pa
     sizes = model.TINY | {"max_position_embeddings": longest}
     path = model.make_model(tmp_path / "model", torch.bfloat16, sizes)
     asked, skipped = engines_asked_for(monkeypatch, str(path))
-    checked = 8 * len(("plain", "star", "heads")) + 4 * len(("documents",))
-    steady = 2 * len(("plain", "star", "heads", "documents"))  # of both model runners, with graphs
-    timed = 1 + (longest > 2048) + (longest > 4200)  # the activated engine, and those for dense heads and documents
-    assert len(asked) == (checked + steady + timed if longest > 500 else 0)
+    settings, steady, timed = (2 * number for number in (4, 1, 1))  # plain and activated
+    timed -= 1  # plain vLLM's times are not asked for where the activated engine has ended
+    assert len(asked) == (settings + steady + timed if longest > 500 else 0)
     for job in asked:
         taken = EngineArgs(skip_tokenizer_init=True, **job["engine"]).create_model_config().max_model_len
         prompts = [one for batch in job["batches"].values() for one in batch]
+        assert prompts
         assert all(len(one["ids"]) + one["max_tokens"] <= taken <= longest for one in prompts)
     reasons = [reason for reason in skipped.values() if f"the model takes {longest:,} tokens at most" in reason]
     assert len(reasons) == {500: 11, 700: 2, 4096: 1}.get(longest, 0), skipped
@@ -246,8 +285,8 @@ def test_prompts_whose_times_are_measured_are_shortened_to_what_the_model_takes(
 
 
 def test_a_shortened_prompt_says_so_and_one_that_is_left_out_says_why():
-    timed = SimpleNamespace(outputs=lambda name: [{"ttft": 1.0}], refusal=lambda: "no dense heads")
-    timed = speed.SpeedEngines(timed, timed, timed, timed)
+    timed = SimpleNamespace(outputs=lambda name: [{"ttft": 1.0}], refusal=lambda feature: "no dense heads")
+    timed = speed.SpeedEngines(timed, timed)
     assert speed.prefill_check(timed, 4096, 4096, "a limit").run().detail.endswith("block of n/8")
     shorter = speed.prefill_check(timed, 4096, 3072, "the model takes 4,096 tokens at most")
     assert shorter.name == "speed: first token of 3,072 tokens, star"
@@ -261,18 +300,15 @@ class Engine:
     """An engine that ends as it is told: with a number of tokens, with an error, or with a refusal."""
 
     def __init__(self, tokens: int = 3, error: str = "", refused: str | None = None) -> None:
-        self.batches, self.tokens, self.error, self.refused = {"one": [], "two": []}, tokens, error, refused
+        self.tokens, self.error, self.refused = tokens, error, refused
 
-    def result(self) -> None:
+    def result(self) -> dict:
         if self.error:
             raise EngineError(f"the engine's process ended with 1:\n{self.error}")
+        return {"batches": {name: {"outputs": [{"token_ids": [0] * self.tokens}]} for name in ("one", "two")}}
 
     def refusal(self) -> str | None:
         return self.refused
-
-    def outputs(self, batch: str) -> list[dict]:
-        self.result()
-        return [{"token_ids": [0] * self.tokens}]
 
 
 def test_a_step_that_waits_or_compiles_fails_the_check_unless_plain_vllm_does_too():
@@ -280,7 +316,7 @@ def test_a_step_that_waits_or_compiles_fails_the_check_unless_plain_vllm_does_to
     with pytest.raises(EngineError, match="synchronizing"):
         steady.check_steady(Engine(), Engine(error="a synchronizing call"))
     assert steady.check_steady(Engine(error="a call"), Engine(error="a call")) == Skip("plain vLLM fails: a call")
-    assert steady.check_steady(Engine(), Engine(refused="no documents")) == Skip("no documents")
+    assert steady.check_steady(Engine(), Engine(refused="no star")) == Skip("no star")
 
 
 def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs(tmp_path):
@@ -294,8 +330,21 @@ def test_engines_that_may_not_wait_are_told_so_and_ask_for_no_logprobs(tmp_path)
     assert strict.batches == {"one": [{"ids": [1], "prompt_logprobs": False, "bare": True}]}
 
 
-def test_without_a_gpu_nothing_is_looked_for():
-    (check,) = steady.steady_checks(
-        "a setting", engine_run.EngineRun({}, {}), {"star": engine_run.EngineRun({}, {})}, False
-    )
-    assert check.run() == Skip(steady.NO_GPU) and check.name == "a setting: no waiting and no compilation, star"
+def activated(**options) -> EngineRun:
+    features = {"documents": engine_run.Feature({"star_segments": "auto"}, {"documents": [{"ids": [2], "star": {}}]})}
+    engine = {"additional_config": {"starling": options}}
+    return EngineRun(engine, {"star": 3 * [{"ids": [1], "star": {"star": "on"}}]}, features=features)
+
+
+def test_a_plain_engine_that_may_not_wait_has_steps_of_the_same_width():
+    dense = steady.without_starling(activated(), EngineRun({"model": "a"}, {"off": []}))
+    assert dense.engine == {"model": "a"}
+    assert dense.batches == {"star": 3 * [{"ids": [1]}], "documents": [{"ids": [2]}]}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "attention", "why"), [(False, "vllm", steady.NO_GPU), (True, "xformers", steady.READS_LENGTHS)]
+)
+def test_nothing_is_looked_for_without_a_gpu_or_where_kernels_need_the_host(gpu, attention, why):
+    (check,) = steady.steady_checks("a setting", EngineRun({}, {}), activated(gpu_attention=attention), gpu)
+    assert check.run() == Skip(why) and check.name == "a setting: no waiting and no compilation"

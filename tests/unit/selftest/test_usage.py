@@ -56,7 +56,7 @@ def engine(steps: dict[str, int], peak: int) -> EngineRun:
 
 def test_graphs_and_memory_of_an_activated_engine_are_shown_beside_those_of_plain_vllm():
     plain, ours = engine({"FULL": 31, "NONE": 1}, 52), engine({"PIECEWISE": 24, "FULL": 8}, 54)
-    checks = usage.usage_checks(plain, {"star": ours}, {"star": ["decode"]}, gpu=True)
+    checks = usage.usage_checks(plain, ours, {"star": ["decode"], "documents": []}, gpu=True)
     graphs, taken = (check.run() for check in checks)
     assert (graphs.measured, graphs.unit) == (25, "%")
     assert graphs.detail == "32 steps: 24 PIECEWISE + 8 FULL; plain vLLM 96.9 %"
@@ -66,11 +66,9 @@ def test_graphs_and_memory_of_an_activated_engine_are_shown_beside_those_of_plai
     assert ours.environment() == {"runner": "V1", "steps by graphs": "24 PIECEWISE + 8 FULL + 7 NONE"}
 
 
-def test_without_a_gpu_nothing_of_it_is_measured_and_an_engine_without_prompts_has_no_check():
-    runs = {"star": engine({}, 0), "documents": EngineRun({}, {})}
-    checks = usage.usage_checks(engine({}, 0), runs, {"star": ["decode"], "documents": []}, gpu=False)
+def test_without_a_gpu_nothing_of_it_is_measured():
+    checks = usage.usage_checks(engine({}, 0), engine({}, 0), {"star": ["decode"]}, gpu=False)
     assert [check.run() for check in checks] == [Skip(usage.NO_GRAPHS), Skip(usage.NO_PROFILE)]
-    assert all(check.name.endswith(", star") for check in checks)
 
 
 @pytest.mark.parametrize(
@@ -149,15 +147,19 @@ def test_an_evaluation_that_fails_is_a_failed_check(tmp_path, monkeypatch):
         accuracy.measure_accuracy(str(tmp_path / "none"), 1024, 0, tmp_path, [])
 
 
-def test_what_is_measured_with_and_without_a_model(tmp_path, monkeypatch):
-    """The quick run has neither times nor accuracy."""
+def test_what_a_quick_run_measures(tmp_path, monkeypatch):
+    """Tokens behind documents, by the number of requests; no long prompts, and no accuracy."""
     for name in ("kernel_checks", "row_checks"):
         monkeypatch.setattr(suite, name, list)
     names = {}
     for quick in (True, False):
         with suite.make_suite(None, gpu=False, quick=quick, results=tmp_path) as (checks, _):
-            names[quick] = [check.name for check in checks]
-    added = names[False][len(names[True]) :]
-    assert names[True] == names[False][: len(names[True])]
-    assert [name for name in added if not name.startswith("speed: ")] == ["accuracy: points that star costs, n/8"]
-    assert {"speed: memory of the GPU, documents", "speed: steps in full CUDA graphs, star"} <= set(added)
+            names[quick] = {check.name for check in checks}
+    assert {f"speed: a token behind {speed.COUNT} documents, {count} requests" for count in (1, 4)} <= names[True]
+    assert {"speed: memory of the GPU", "speed: steps in full CUDA graphs, star"} <= names[True] & names[False]
+    assert names[False] - names[True] == {
+        "V1, eager, KV as the model: no waiting and no compilation",
+        "speed: first token of 4,096 tokens, star",
+        "speed: a token behind 16 documents, 8 requests beside a decode of 4,096 tokens",
+        "accuracy: points that star costs, n/8",
+    }

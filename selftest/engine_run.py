@@ -59,21 +59,17 @@ class EngineRun:
 
     @functools.cached_property
     def _result_or_error(self) -> dict[str, Any] | EngineError:
-        features = dict(self.features)
+        features, refused = dict(self.features), {}
         while True:
             try:
-                return run_engine(self._job(features.values()), self.env) | {"refused": self._refused}
+                return run_engine(self._job(features.values()), self.env) | {"refused": refused}
             except EngineError as error:
                 why = refusal_in(error)
                 of = [name for name, feature in features.items() if why and any(map(why.__contains__, feature.options))]
                 if not of:
                     return error
-                self._refused |= {name: str(why) for name in of}
+                refused |= dict.fromkeys(of, str(why))
                 features = {name: feature for name, feature in features.items() if name not in of}
-
-    @functools.cached_property
-    def _refused(self) -> dict[str, str]:
-        return {}
 
     def _job(self, features: Iterable[Feature]) -> dict[str, Any]:
         engine, batches = self.engine, self.batches

@@ -91,7 +91,7 @@ def test_times_have_the_largest_model_that_fits(tmp_path, gib, name):
 def test_documents_in_another_order_are_the_same_documents():
     batches = speed.document_batches(320, [4096], gpu=False, max_length=8192, star=True)
     (first,), (second,) = batches["warm documents"], batches[speed.REORDERED]
-    size, count = speed.DOCUMENT_TOKENS[False], speed.DOCUMENTS
+    size, count = speed.DOCUMENT_TOKENS[False], speed.COUNT
     cut = [[one["ids"][start : start + size] for start in range(0, size * count, size)] for one in (first, second)]
     assert cut[0] == cut[1][::-1] and first["ids"][size * count :] == second["ids"][size * count :]
     assert first["star"] == second["star"]

@@ -59,7 +59,8 @@ class EngineRun:
 
     @functools.cached_property
     def _result_or_error(self) -> dict[str, Any] | EngineError:
-        features, refused = dict(self.features), {}
+        features = dict(self.features)
+        refused: dict[str, str] = {}
         while True:
             try:
                 return run_engine(self._job(features.values()), self.env) | {"refused": refused}

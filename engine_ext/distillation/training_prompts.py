@@ -223,7 +223,9 @@ class TaskPrompts:
         """Documentation of functions of Python's library; a function is asked for, or what it does."""
         encode, layout = self.encoder.encode, self.encoder.layout(style)
         functions = rng.sample(documented_functions(), len(documented_functions()))
-        head, documents, asked = encode(layout.head), [], []
+        head = encode(layout.head)
+        documents: list[Tokens] = []
+        asked: list[Asked] = []
         while sum(map(len, documents)) < tokens - len(head):
             count = rng.choice(FUNCTIONS_OF_A_DOCUMENT)
             chosen, functions = functions[:count], functions[count:]

@@ -40,6 +40,7 @@ QUICK: dict[str, str] = {
 FULL: dict[str, str] = {
     "star_ttft": "",
     "dense_cost": "",
+    "host_step": "",
     "block_reuse": "",
     "block_positions": "",
     "library": "",

@@ -130,6 +130,10 @@ def split_rows(
         for plan, queries, start, span in zip(plans, query_lens, starts, remote_spans, strict=True)
     ):
         return None
+    if not any(remote_spans) and all(
+        plan is None or start >= plan.context_end for plan, start in zip(plans, starts, strict=True)
+    ):
+        return _behind_documents(plans, query_lens, seq_lens, page_size)
     pieces = _Pieces(page_size)
     for row, (plan, start, end, span) in enumerate(zip(plans, starts, seq_lens, remote_spans, strict=True)):
         whole = [(start, end, ((0, end),))]
@@ -212,6 +216,42 @@ class _Pieces:
             self.star_pairs,
             self.dense_pairs,
         )
+
+
+def _behind_documents(
+    plans: Sequence[StarPlan | None], query_lens: Sequence[int], seq_lens: Sequence[int], page_size: int
+) -> VirtualRows:
+    """The rows of a batch that is behind all contexts, as decodes are: one a batch row, made of arrays of all.
+
+    A row behind documents sees them by ``turned``, and else the keys from its own context's end on.
+    """
+    count, ends = len(plans), np.asarray(seq_lens, dtype=np.int64)
+    documents = [
+        (row, row, plan.document_keys)
+        for row, (plan, queries) in enumerate(zip(plans, query_lens, strict=True))
+        if plan is not None and queries and plan.document_keys is not None
+    ]
+    first, rows = np.zeros(count, dtype=np.int64), np.arange(count)
+    behind = [row for row, _, _ in documents]
+    first[behind] = [plan.context_end for plan in map(plans.__getitem__, behind) if plan is not None]
+    column, stop = first[behind] // page_size, -(-ends[behind] // page_size)
+    columns = column[:, None] + np.arange(int((stop - column).max(initial=0)))
+    has_keys = first < ends
+    return VirtualRows(
+        source=rows,
+        query_lens=np.asarray(query_lens, dtype=np.int64),
+        seq_lens=ends - first,
+        star=np.zeros(count, dtype=bool),
+        block_start=np.zeros(count, dtype=np.int64),
+        gathered=np.asarray(behind, dtype=np.int64),
+        page_columns=np.where(columns < stop[:, None], columns, 0),
+        key_ranges=np.stack([rows, first, ends], 1)[has_keys],
+        remote=(),
+        turned=_turned_keys(documents, page_size),
+        context_tokens=0,
+        star_pairs=0,
+        dense_pairs=0,
+    )
 
 
 def _turned_keys(rows: list[tuple[int, int, DocumentKeys]], page_size: int) -> TurnedKeys | None:

@@ -305,9 +305,8 @@ class StarStep:
         """Note by how many positions each token is computed behind its index in the prompt, where any is."""
         shifts, first = np.zeros(self.num_tokens, dtype=np.int64), 0
         for plan, queries, end in zip(batch.plans, batch.query_lens, batch.seq_lens, strict=False):
-            positions = None if plan is None else plan.positions(end - queries, end)
-            if positions is not None:
-                shifts[first : first + queries] = positions - np.arange(end - queries, end)
+            if plan is not None and plan.documents:
+                shifts[first : first + queries] = plan.shifts(end - queries, end)
                 self._shifts = shifts
             first += queries
         self.has_unset_positions = self._shifts is not None

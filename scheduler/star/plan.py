@@ -211,6 +211,13 @@ class StarPlan:
         own = index - np.asarray(self.starts)[block] + np.where(block > 0, self.anchor_size, 0)
         return np.where(index < self.context_end, own, index - self.context_end + self.client_starts[-1])
 
+    def shifts(self, start: int, end: int) -> np.ndarray | int:
+        """By how many positions each index of ``[start, end)`` is computed behind the index: (end - start,), or one."""
+        if self.documents and start >= self.context_end:
+            return self.client_starts[-1] - self.context_end
+        positions = self.positions(start, end)
+        return 0 if positions is None else positions - np.arange(start, end)
+
     def page_key(self, start: int, end: int) -> str | None:
         """What the KV of the page over ``[start, end)`` depends on beside its tokens and the pages before it.
 

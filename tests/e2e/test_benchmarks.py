@@ -18,6 +18,7 @@ from benchmarks.report import RESULTS
 
 SMALLEST = {
     "front_overhead": "--streams 1 --tokens 4 --rounds 1",
+    "host_step": "--rows 2 --documents 4 --rounds 2",
     "agents": "--sessions 1 --settings Starling",
     "attamba.capacity": "--lengths 1024 --chunks 4",
     "kernels.cpu_kernels": "--budget 0.01 --targets-only",

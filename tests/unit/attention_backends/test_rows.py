@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from starling.attention_backends.kernels.reference import masked_attention
 from starling.attention_backends.star import metadata
 from starling.attention_backends.star.metadata import virtual_metadata
-from starling.attention_backends.star.rows import split_rows
+from starling.attention_backends.star.rows import VirtualRows, _Pieces, split_rows
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.device_copies import AsyncCopies
 from tests.unit.masks import mask_of
@@ -166,3 +166,43 @@ def test_fields_that_can_not_be_split_are_refused(field):
     common = batch_metadata([20], [20], columns=12, **{field: torch.tensor([20])})
     with pytest.raises(RuntimeError, match=field):
         virtual_metadata(common, split_rows([plan], [20], [20], PAGE_SIZE))
+
+
+DOCUMENTS = StarPlan(12, 8, 0, 32, 40, documents=((0, 8), (8, 18), (20, 31)))
+BLOCKS = StarPlan(8, 4, 4, 32, 40)
+
+
+@st.composite
+def decodes(draw) -> tuple[list[StarPlan | None], list[int], list[int]]:
+    """Rows behind their contexts, without a plan, and of padding, with some tokens each."""
+    plans = draw(st.lists(st.sampled_from([DOCUMENTS, BLOCKS, None]), min_size=1, max_size=6))
+    queries = [draw(st.integers(1, 3)) for _ in plans]
+    seq_lens = [draw(st.integers(32, 60)) + count for count in queries]
+    padding = draw(st.integers(0, 2))
+    return [*plans, *[None] * padding], [*queries, *[0] * padding], [*seq_lens, *[0] * padding]
+
+
+@given(decodes())
+def test_rows_behind_contexts_are_those_that_are_made_one_by_one(batch):
+    """Decodes are made together: 64 rows of 128 documents took 2 ms of each step one by one."""
+    plans, query_lens, seq_lens = batch
+    found = split_rows(plans, query_lens, seq_lens, PAGE_SIZE)
+    pieces = _Pieces(PAGE_SIZE)
+    for row, (plan, queries, end) in enumerate(zip(plans, query_lens, seq_lens, strict=True)):
+        whole = [(end - queries, end, ((0, end),))]
+        for piece in whole if plan is None else plan.split(end - queries, end):
+            pieces.add(row, plan, *piece, None)
+    if DOCUMENTS not in plans:
+        assert found is None
+        return
+    assert found is not None
+    assert equal(found, pieces.rows())
+
+
+def equal(one: VirtualRows, other: VirtualRows) -> bool:
+    for name, value in vars(one).items():
+        wanted = vars(other)[name]
+        pairs = zip(vars(value).values(), vars(wanted).values(), strict=True) if name == "turned" else [(value, wanted)]
+        for found, right in pairs:
+            assert np.array_equal(found, right) and np.shape(found) == np.shape(right), name
+    return True

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from random import Random
 from typing import Any, Literal, get_args
@@ -145,11 +146,15 @@ class Encoder:
         """
         if style.shape == "messages" and (found := self._messages(style.system, about)):
             return found
-        known = self.tokenizer.get_vocab()
-        marks = [mark for mark in FILE_MARKS if mark in known] if style.shape == "marked" else []
+        marks = self._marks if style.shape == "marked" else []
         before, after = self._around(style.system)
         head = before + (f"{about}\n\n" if about else "")
         return Layout(head, start=marks[0] if marks else "", end="", ask="\n\n", answer=after)
+
+    @cached_property
+    def _marks(self) -> list[str]:
+        known = self.tokenizer.get_vocab()
+        return [mark for mark in FILE_MARKS if mark in known]
 
     def _around(self, system: str) -> tuple[str, str]:
         """What a chat has before the text of the user, and behind it up to the answer. Without a template: little."""

@@ -22,7 +22,7 @@ from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilE
 from starling.engine_ext.distillation.memory import GIB, needed_bytes
 from starling.engine_ext.distillation.options import DTYPES, DistilOptions
 from starling.engine_ext.distillation.own_prompts import read_prompts
-from starling.engine_ext.distillation.training import HeldOut, Training, plan_for
+from starling.engine_ext.distillation.training import DENSE_SHARE, HeldOut, Training, plan_for
 from starling.engine_ext.distillation.training_prompts import FUNCTIONS, TEXT, TaskPrompts, with_recalls
 from starling.engine_ext.head_scores import checkpoint_digest, checkpoint_folder
 from starling.evaluation.commands.measuring import (
@@ -50,6 +50,7 @@ MEMORY_SHARE = 0.7
 NO_PEFT = "it needs PEFT, which writes adapters: pip install 'vllm-starling[distil]', or peft"
 
 Case = tuple[DocumentPrompt, StarPlan]
+Trained = tuple[DocumentPrompt, StarPlan | None]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -157,7 +158,7 @@ def memory_of(device: str) -> int:
     return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
-def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int], Case], list[HeldOut]]:
+def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int], Trained], list[HeldOut]]:
     """What makes training prompts of tasks and plain text, and those that are held out."""
     sizes = (options.tokens // 3, options.tokens)
 
@@ -166,8 +167,8 @@ def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int]
 
     training = prompts("training", options.tasks)
 
-    def make(number: int) -> Case:
-        return with_plan(training.make(number), options, number)
+    def make(number: int) -> Trained:
+        return sometimes_dense(with_plan(training.make(number), options, number), options, number)
 
     def held(name: str, kinds: Sequence[str], known: Sequence[str]) -> HeldOut:
         source = prompts("held out", known)
@@ -182,7 +183,7 @@ def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int]
 
 def own_cases(
     options: DistilOptions, encoder: Encoder, model: AdaptedModel
-) -> tuple[Callable[[int], Case], list[HeldOut]]:
+) -> tuple[Callable[[int], Trained], list[HeldOut]]:
     """What makes training prompts of the user's own, and those of them that are held out (raises ValueError)."""
     assert options.prompts is not None
     found = read_prompts(options.prompts, options.segments, encoder, model, options.answer_tokens)
@@ -191,13 +192,13 @@ def own_cases(
     if not trained:
         raise DistilError(f"prompts={str(options.prompts)!r} is refused: it has one prompt. Allowed: two or more")
 
-    def make(number: int) -> Case:
+    def make(number: int) -> Trained:
         rng = Random(f"{options.seed}/own/{number // len(trained)}")
         prompt = rng.sample(trained, len(trained))[number % len(trained)]
         more = with_recalls(
             prompt, encoder, Style(system=""), Random(f"{options.seed}/own/{number}"), options.questions
         )
-        return with_plan(more, options, number)
+        return sometimes_dense(with_plan(more, options, number), options, number)
 
     return make, [HeldOut("own", [with_plan(prompt, options, number) for number, prompt in enumerate(held)])]
 
@@ -206,6 +207,12 @@ def with_plan(prompt: DocumentPrompt, options: DistilOptions, number: int) -> Ca
     """A prompt with the plan of one of the adapter's purposes."""
     rng = Random(f"{options.seed}/{number}/plan")
     return prompt, plan_for(rng.choice(options.purposes), prompt, rng)
+
+
+def sometimes_dense(case: Case, options: DistilOptions, number: int) -> Trained:
+    """The case, or its prompt with dense attention, by its number."""
+    prompt, plan = case
+    return prompt, None if Random(f"{options.seed}/{number}/dense").random() < DENSE_SHARE else plan
 
 
 def train(training: Training, evaluations: int, store: Callable[[], None], progress: Progress) -> None:

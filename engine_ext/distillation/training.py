@@ -28,10 +28,14 @@ from starling.scheduler.star.plan import StarPlan
 
 PAGE = 16
 WARM_UP_STEPS = 10
-AVERAGED_STEPS = 40
+AVERAGED_STEPS = 80
 """The adapter is a moving average over about so many steps: a step of one prompt points far beside the way."""
 
 MAX_NORM = 1.0
+DENSE_SHARE = 0.2
+"""Of the steps, those whose prompt has dense attention: there the model with the adapter is to stay as it is. Where
+blocks lack what an answer needs, the loss can't fall, and would drive the adapter away from the model."""
+
 RECALL_WEIGHT = 0.5
 """Of the questions for passages, beside the prompt's own questions."""
 
@@ -146,7 +150,7 @@ class Training:
     def __init__(
         self,
         model: AdaptedModel,
-        make: Callable[[int], tuple[DocumentPrompt, StarPlan]],
+        make: Callable[[int], tuple[DocumentPrompt, StarPlan | None]],
         held_out: Sequence[HeldOut],
         counted: Sequence[str],
         steps: int,
@@ -155,7 +159,7 @@ class Training:
     ) -> None:
         """
         Args:
-            make: number -> a training prompt and its plan.
+            make: number -> a training prompt and its plan; None: dense.
             counted: the kinds of held-out prompts that decide which adapter is best.
         """
         self.model, self.make, self.held_out, self.counted = model, make, held_out, counted

@@ -279,8 +279,10 @@ class StarWorker:
         """
         model = self.model_runner.get_model()
         device_type = self.vllm_config.device_config.device_type
-        hidden_size = self.vllm_config.model_config.get_hidden_size()
-        self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
+        of_model = self.vllm_config.model_config
+        self.block_positions_problem = block_positions_problem(
+            model, layer_names, device_type, of_model.get_hidden_size(), of_model.dtype
+        )
         if self.block_positions_problem is None:
             # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
             before_forward(self.model_runner, set_positions)

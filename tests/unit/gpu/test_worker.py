@@ -66,6 +66,7 @@ class FakeWorker:
 
 def make_worker(mode="off", **changes):
     given = {"parallel_config__data_parallel_index": 7, "model_config__get_hidden_size": lambda: 64}
+    given |= {"model_config__dtype": torch.bfloat16}
     given |= {"additional_config": {"starling": {"star": mode}}}
     return make_star_worker(FakeWorker)(fake_config(**given | changes))
 
@@ -194,7 +195,7 @@ def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, seg
         on_device = FOR_DOCUMENTS | on_device
     worker = make_worker(**on_device)
     worker.initialize_from_config(None)
-    assert len(seen) == looks
+    assert [args[-1] for args in seen] == [torch.bfloat16] * looks, "the dtype of the model"
 
 
 def test_the_tokens_of_vllms_warm_up_are_not_counted():

@@ -274,6 +274,8 @@ class StarWorker:
     def _check_block_positions(self, layer_names: list[str]) -> None:
         """Find out whether these layers can attend to blocks with positions of their own.
 
+        Where they can't, the engine is not made for such blocks: graphs are captured with vLLM's kernels alone.
+
         Raises:
             RuntimeError: they can't, and prompts have such blocks by default.
         """
@@ -288,8 +290,12 @@ class StarWorker:
             before_forward(self.model_runner, set_positions)
             return
         config = config_of(self.vllm_config)
-        if config is not None and block_positions_in_use() and config.star.mode != "off":
+        if config is None or not block_positions_in_use():
+            return
+        if config.star.mode != "off":
             raise RuntimeError(f"star_segments={config.star.segments}: {self.block_positions_problem}")
+        logger.warning("star_segments=%s has no effect here: %s", config.star.segments, self.block_positions_problem)
+        use_block_positions(False)
 
     def _check_heads(self, layer_names: list[str], other_names: list[str]) -> None:
         """Find out whether some heads of these layers can see everything while the others see star blocks.

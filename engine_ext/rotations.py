@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 
 from starling.attention_backends.kernels.rotary import Rotation, turn_back
+from starling.attention_backends.star.backend import takes_star
+from starling.attention_backends.star.turned_impl import turns_queries
 from starling.attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
 from starling.vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 
@@ -16,6 +20,14 @@ TOLERANCES = {torch.float32: 1e-3}
 OTHER_TOLERANCE = 2e-2
 """How much of a query or key may change if it is turned and turned back: rounding takes about 2e-6 in float32, and 5e-3
 in bfloat16, of which a query is rounded once more than without turning."""
+
+
+def turning_layers(vllm_config: Any) -> list[str]:
+    """Names of a loaded model's full-attention layers whose implementation turns queries, on a GPU."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).items()
+    return [
+        name for name, layer in layers if turns_queries(layer.impl) and takes_star(layer.get_kv_cache_spec(vllm_config))
+    ]
 
 
 def block_positions_problem(

@@ -13,11 +13,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from benchmarks.random_llama import make_random_llama
 from tests.gpu_shim.harness import run_gpu_engine
-from tests.gpu_shim.test_engines import LIMIT, decodes, prompt_of
+from tests.gpu_shim.test_engines import LIMIT, check_batch, decodes, prompt_of
 from tests.parity.harness import TINY, max_gap
 
 pytestmark = pytest.mark.engine
 
+PROFILED = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": 256}
+"""Arguments of an engine that captures graphs to learn what they take, before it has a KV cache."""
 HEAD_SIZE = TINY["hidden_size"] // TINY["num_attention_heads"]
 
 
@@ -51,3 +53,24 @@ def test_full_graphs_of_layers_with_attention_sinks_have_vllms_kernels(tmp_path)
         wanted = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         assert max_gap(output["prompt_logprobs"] + output["logprobs"], wanted) <= LIMIT
     assert all(step["replayed"] for step in decodes(result["steps"][0]))
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+"""vLLM turns by the original model's angles where the configuration names no other length of its training."""
+
+
+def test_a_model_whose_angles_are_not_fixed_serves_prompts_without_documents(tmp_path):
+    model = make_random_llama(tmp_path / "dynamic", **TINY, rope_parameters=DYNAMIC)
+    reference = make_random_llama(tmp_path / "reference", **TINY)
+    prompts = [prompt_of(seed, length, 6, prompt_logprobs=True) for seed, length in ((1, 40), (2, 90))]
+    result = run_gpu_engine(model, [prompts], star={"star_segments": "auto"}, **PROFILED)
+    check_batch(reference, prompts, result["batches"][0])
+    assert all(step["replayed"] for step in decodes(result["steps"][0]))
+
+
+def test_a_model_whose_angles_are_not_fixed_does_not_start_with_documents_in_all_prompts(tmp_path):
+    model = make_random_llama(tmp_path / "dynamic", **TINY, rope_parameters=DYNAMIC)
+    with pytest.raises(AssertionError) as failed:
+        run_gpu_engine(model, [], star={"star": "on", "star_segments": "auto"}, **PROFILED)
+    reason = "layer model.layers.0.self_attn.attn has a DynamicNTKScalingRotaryEmbedding, whose angles may not be"
+    assert f"RuntimeError: star_segments=auto is refused: {reason}" in str(failed.value)

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 
 from starling.attention_backends.kernels.rotary import Rotation, turn_back
+from starling.attention_backends.star.backend import takes_star
+from starling.attention_backends.star.turned_impl import turns_queries
 from starling.attention_backends.star.turned_impl import unsupported_reason as unsupported_by_triton
 from starling.vllm_compat.rotary import FIXED_FREQUENCIES, AttentionBlock, angle_table, attention_blocks
 
@@ -18,8 +22,16 @@ OTHER_TOLERANCE = 2e-2
 in bfloat16, of which a query is rounded once more than without turning."""
 
 
+def turning_layers(vllm_config: Any) -> list[str]:
+    """Names of a loaded model's full-attention layers whose implementation turns queries, on a GPU."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).items()
+    return [
+        name for name, layer in layers if turns_queries(layer.impl) and takes_star(layer.get_kv_cache_spec(vllm_config))
+    ]
+
+
 def block_positions_problem(
-    model: torch.nn.Module, layer_names: Iterable[str], device_type: str, hidden_size: int
+    model: torch.nn.Module, layer_names: Iterable[str], device_type: str, hidden_size: int, dtype: torch.dtype
 ) -> str | None:
     """Why a model's layers can't attend to blocks with positions of their own; None: they can.
 
@@ -27,6 +39,7 @@ def block_positions_problem(
         layer_names: the full-attention layers.
         device_type: of the engine.
         hidden_size: of the inputs of an attention block.
+        dtype: of these inputs, the model's.
     """
     if device_type == "cpu":  # imports a backend that GPUs do not need
         from starling.attention_backends.star.cpu_impl import unsupported_reason
@@ -41,23 +54,21 @@ def block_positions_problem(
         if type(block.rotary) not in FIXED_FREQUENCIES:
             kind = type(block.rotary).__name__
             return f"layer {name} has a {kind}, whose angles may not be the same at each position"
-        reason = unsupported_reason(block.attention.impl) or turning_problem(block, rotations[name], hidden_size)
+        reason = unsupported_reason(block.attention.impl) or turning_problem(block, rotations[name], hidden_size, dtype)
         if reason is not None:
             return f"layer {name}: {reason}"
     return None
 
 
 @torch.inference_mode()
-def turning_problem(block: AttentionBlock, rotation: Rotation, hidden_size: int) -> str | None:
+def turning_problem(block: AttentionBlock, rotation: Rotation, hidden_size: int, dtype: torch.dtype) -> str | None:
     """Why the queries and keys of a block at one position are not those at another one, turned; None: they are.
 
     A model may leave the rotary embedding out of a layer, scale queries by their position, or change them behind the
-    rotary embedding. So the same inputs go through the block at position 0 and at others, up to its attention.
+    rotary embedding. So the same inputs go through the block at position 0 and at others, up to its attention. They
+    have the model's dtype: the kernels of quantised layers take no other one, and the weights don't tell it.
     """
     device = rotation.cos.device
-    dtype = next(block.module.parameters()).dtype
-    if not dtype.is_floating_point or dtype.itemsize == 1:  # quantised weights
-        dtype = torch.get_default_dtype()
     positions = torch.tensor(CHECKED_POSITIONS, device=device)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(positions), hidden_size, generator=generator).to(device, dtype)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
@@ -40,7 +41,7 @@ from starling.engine_ext.refusals import (
     reads_all_caches,
     star_refusals,
 )
-from starling.engine_ext.rotations import block_positions_problem, make_rotations
+from starling.engine_ext.rotations import block_positions_problem, make_rotations, turning_layers
 from starling.replicas.metrics import replica_metrics
 from starling.replicas.weights import note_weights
 from starling.scheduler.star.plan import StarPlan
@@ -193,8 +194,13 @@ class StarWorker:
         return result
 
     def load_model(self, **options: Any) -> None:
-        """As vLLM's, and makes what stays in memory for documents: vLLM sizes the KV cache after it."""
+        """As vLLM's, and readies the model for documents: vLLM then captures graphs, and sizes the KV cache by them."""
         super().load_model(**options)  # type: ignore[misc]
+        if self.star_refusals or not block_positions_in_use():
+            return
+        if self.vllm_config.device_config.device_type != "cpu":
+            with set_current_vllm_config(self.vllm_config):
+                self._check_block_positions(turning_layers(self.vllm_config))
         if block_positions_in_use():
             use_rotations(self._made_rotations())
 
@@ -262,7 +268,7 @@ class StarWorker:
             [name for builder, layers in builders if getattr(builder, "takes_star", False) == full for name in layers]
             for full in (True, False)
         )
-        if self.vllm_config.device_config.device_type == "cpu" or block_positions_in_use():
+        if self.vllm_config.device_config.device_type == "cpu":  # on a GPU, load_model has done so
             self._check_block_positions(names)
         self._check_heads(names, others)
         star = sum(len(layers) for builder, layers in builders if getattr(builder, "takes_star", False))
@@ -274,20 +280,29 @@ class StarWorker:
     def _check_block_positions(self, layer_names: list[str]) -> None:
         """Find out whether these layers can attend to blocks with positions of their own.
 
+        Where they can't, the engine is not made for such blocks: graphs are captured with vLLM's kernels alone.
+
         Raises:
             RuntimeError: they can't, and prompts have such blocks by default.
         """
         model = self.model_runner.get_model()
         device_type = self.vllm_config.device_config.device_type
-        hidden_size = self.vllm_config.model_config.get_hidden_size()
-        self.block_positions_problem = block_positions_problem(model, layer_names, device_type, hidden_size)
+        of_model = self.vllm_config.model_config
+        self.block_positions_problem = block_positions_problem(
+            model, layer_names, device_type, of_model.get_hidden_size(), of_model.dtype
+        )
         if self.block_positions_problem is None:
             # In both model runners, the slots of a step's tokens are known before this: they follow from positions.
             before_forward(self.model_runner, set_positions)
             return
         config = config_of(self.vllm_config)
-        if config is not None and block_positions_in_use() and config.star.mode != "off":
-            raise RuntimeError(f"star_segments={config.star.segments}: {self.block_positions_problem}")
+        if config is None or not block_positions_in_use():
+            return
+        if config.star.mode != "off":
+            refused = f"star_segments={config.star.segments} is refused: {self.block_positions_problem}"
+            raise RuntimeError(f"{refused}. Allowed for this model: off")
+        logger.warning("star_segments=%s has no effect here: %s", config.star.segments, self.block_positions_problem)
+        use_block_positions(False)
 
     def _check_heads(self, layer_names: list[str], other_names: list[str]) -> None:
         """Find out whether some heads of these layers can see everything while the others see star blocks.

@@ -62,7 +62,7 @@ def fake_config(**changes):
         aux_output_config=SimpleNamespace(enabled=False),
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, static_forward_context={}),
         device_config=SimpleNamespace(device_type="cuda"),
     )
     for name, value in changes.items():

@@ -60,7 +60,7 @@ def fake_attention(monkeypatch):
 def problem(block: Block) -> str | None:
     model = torch.nn.ModuleDict({"self_attn": block})
     (found,) = attention_blocks(model).values()
-    return turning_problem(found, make_rotations(model, 64)["layer"], HIDDEN)
+    return turning_problem(found, make_rotations(model, 64)["layer"], HIDDEN, block.rotary_emb.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -66,6 +66,7 @@ class FakeWorker:
 
 def make_worker(mode="off", **changes):
     given = {"parallel_config__data_parallel_index": 7, "model_config__get_hidden_size": lambda: 64}
+    given |= {"model_config__dtype": torch.bfloat16}
     given |= {"additional_config": {"starling": {"star": mode}}}
     return make_star_worker(FakeWorker)(fake_config(**given | changes))
 
@@ -102,8 +103,11 @@ def test_a_worker_registers_the_backend_that_gpu_attention_names(setting, name, 
 
 
 @pytest.mark.parametrize(("options", "made"), [({"star_segments": "auto"}, True), ({}, False)])
-def test_tables_of_angles_are_made_with_the_weights_and_so_counted_before_the_kv_cache_is_sized(options, made):
+def test_tables_of_angles_are_made_with_the_weights_and_so_counted_before_the_kv_cache_is_sized(
+    options, made, monkeypatch
+):
     """67 MB at 128k tokens, 537 MB at 1M."""
+    monkeypatch.setattr("starling.engine_ext.worker.before_forward", lambda *args: None)
     worker = make_worker(**FOR_DOCUMENTS | {"additional_config": {"starling": options}})
     assert worker.rotations is None
     worker.load_model()
@@ -193,8 +197,28 @@ def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, seg
     if device == "cuda":
         on_device = FOR_DOCUMENTS | on_device
     worker = make_worker(**on_device)
+    worker.load_model()
+    assert len(seen) == (looks if device == "cuda" else 0), "before graphs are captured"
     worker.initialize_from_config(None)
-    assert len(seen) == looks
+    assert [args[-1] for args in seen] == [torch.bfloat16] * looks, "the dtype of the model"
+
+
+@pytest.mark.parametrize("mode", ["off", "auto", "on"])
+def test_what_layers_can_not_run_is_refused_or_not_captured_once_the_model_is_loaded(mode, monkeypatch):
+    """vLLM captures graphs before there is a KV cache, to learn what they take."""
+    monkeypatch.setattr("starling.engine_ext.worker.block_positions_problem", lambda *args: "a reason")
+    warned = []
+    monkeypatch.setattr("starling.engine_ext.worker.logger.warning", lambda text, *args: warned.append(text % args))
+    config = {"starling": {"star": mode, "star_segments": "auto"}}
+    worker = make_worker(**FOR_DOCUMENTS | {"additional_config": config})
+    refusal = "star_segments=auto is refused: a reason. Allowed for this model: off"
+    with pytest.raises(RuntimeError, match=refusal) if mode != "off" else nullcontext():
+        worker.load_model()
+    assert worker.block_positions_problem == "a reason" and worker.rotations is None
+    if mode == "off":
+        assert warned == ["star_segments=auto has no effect here: a reason"]
+        builder = AttentionBackendEnum.FLASH_ATTN.get_class().get_builder_cls()
+        assert builder.get_cudagraph_support(None, SPEC) is AttentionCGSupport.UNIFORM_BATCH
 
 
 def test_the_tokens_of_vllms_warm_up_are_not_counted():

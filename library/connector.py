@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 
-from starling.library.identity import described, identity_of
+from starling.library.identity import described, identity_of, layouts_of
 from starling.library.tier import LibraryTier
 from starling.replicas.weights import loaded_digest, may_change_weights, name_of
 from starling.scheduler.adapter_keys import adapter_keys
@@ -40,10 +40,16 @@ GIVEN_UP = float("-inf")
 
 
 @dataclass
-class WorkerWeights(KVConnectorHandshakeMetadata):
-    """What a worker says of its weights at the start: their digest; None: it does not know."""
+class WorkerPages(KVConnectorHandshakeMetadata):
+    """What a worker says at the start of what its pages depend on.
+
+    Attributes:
+        digest: of its weights; None: it does not know.
+        layouts: of the pages of its layers, by their names (identity.py).
+    """
 
     digest: str | None
+    layouts: dict[str, str]
 
 
 def close_after_change(core: Any, method: Any) -> None:
@@ -73,7 +79,7 @@ class LibraryConnector(OffloadingConnector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.vllm_config = vllm_config
+        self.vllm_config, self.kv_cache_config = vllm_config, kv_cache_config
         self.waiting: dict[str, float] = {}  # request id -> since when vLLM looks for its pages
         self.empty_steps = 0  # one after another, in which requests waited for pages
         if self.connector_scheduler is not None:
@@ -84,13 +90,14 @@ class LibraryConnector(OffloadingConnector):
     # The scheduler's side.
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        """Open the library's files, now that the workers' weights are known."""
-        weights = [metadata[rank].digest for rank in sorted(metadata)]
+        """Open the library's files, now that the workers have said what their pages depend on."""
+        workers = [metadata[rank] for rank in sorted(metadata)]
+        weights = [worker.digest for worker in workers]
         for tier in self._file_tiers():
             if None in weights:
                 logger.warning("The library's files are not used: the digest of the model's weights is not known")
                 continue
-            description = described(self.vllm_config, weights)
+            description = described(self.vllm_config, weights, [worker.layouts for worker in workers])
             tier.open(identity_of(description), description)
 
     def make_page_loads(self, view: SchedulerView, group: CacheGroup) -> PageLoads:
@@ -161,5 +168,6 @@ class LibraryConnector(OffloadingConnector):
 
     # A worker's side.
 
-    def get_handshake_metadata(self) -> WorkerWeights:
-        return WorkerWeights(loaded_digest())
+    def get_handshake_metadata(self) -> WorkerPages:
+        layers = (name for group in self.kv_cache_config.kv_cache_groups for name in group.layer_names)
+        return WorkerPages(loaded_digest(), layouts_of(self.vllm_config, layers))

@@ -4,36 +4,57 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from starling.vllm_compat.config import cpu_attention_isa
+from starling.vllm_compat.config import attention_layer, page_layout
 
 LENGTH = 16
 
 
-def described(vllm_config: Any, weights: Sequence[str]) -> dict[str, Any]:
-    """What an identity stands for. The layout of pages is in the name of the files' folder too (tier.py).
+def layouts_of(vllm_config: Any, layers: Iterable[str]) -> dict[str, str]:
+    """How a worker's layers lay out their pages inside, as their backends have chosen: by the layer's name.
+
+    What the host could have chosen is no matter: a GPU's pages are the same on each of them.
+    """
+    default = vllm_config.cache_config.cache_dtype
+    found = {}
+    for name in layers:
+        dtype = getattr(attention_layer(vllm_config, name), "kv_cache_dtype", default)
+        stored = vllm_config.model_config.dtype if dtype == "auto" else dtype
+        found[name] = page_layout(vllm_config, name, str(stored).removeprefix("torch."))
+    return found
+
+
+def described(vllm_config: Any, weights: Sequence[str], layouts: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """What an identity stands for. The sizes of pages are in the name of the files' folder too (tier.py).
 
     The model's name is in neither: a path may be written in several ways, and another model has other weights.
 
     Args:
         weights: the digest of each worker's weights, by rank.
+        layouts: what each worker's ``layouts_of`` returned, by rank.
     """
     config = vllm_config.model_config.hf_text_config.to_dict()
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
     return {
         "weights": list(weights),
         "model_config": digest(config),
+        "long_rope": uses_long_rope(config, vllm_config.model_config.max_model_len),
         "vllm": version("vllm"),
         "starling": version("vllm-starling"),
         "key_hash": vllm_config.cache_config.prefix_caching_hash_algo,
-        "attention_backend": str(vllm_config.attention_config.backend),
-        "layout": str(vllm_config.cache_config.kv_cache_layout),
-        "cpu_layout": cpu_attention_isa(vllm_config),
+        "layouts": list(layouts),
         "quantization": str(vllm_config.model_config.quantization),
     }
+
+
+def uses_long_rope(config: dict[str, Any], max_model_len: int) -> bool:
+    """Whether vLLM turns keys by LongRoPE's long factors: it does so where a server takes prompts that need them."""
+    rope = config.get("rope_parameters") or {}
+    return rope.get("rope_type") == "longrope" and max_model_len > rope["original_max_position_embeddings"]
 
 
 def identity_of(description: dict[str, Any]) -> str:

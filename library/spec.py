@@ -13,7 +13,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from starling.config.parsing import OptionError
 from starling.library.host_worker import HostWorker
 from starling.library.stamp import STAMP_BYTES
-from starling.vllm_compat.offloading import disown, region_of
+from starling.vllm_compat.offloading import disown, region_of, worker_region_of
 
 
 class LibrarySpec(TieringOffloadingSpec):
@@ -43,7 +43,9 @@ class LibrarySpec(TieringOffloadingSpec):
 
     def get_worker(self, kv_caches: Any) -> Any:
         if not current_platform.is_cpu():
-            return super().get_worker(kv_caches)
+            worker = super().get_worker(kv_caches)
+            disown(worker_region_of(worker))
+            return worker
         region = SharedOffloadRegion(
             engine_id=self.config.engine_id,
             num_chunks=self.num_chunks,

@@ -82,8 +82,10 @@ class StarConnector(KVConnectorBase_V1, SupportsHMA):
         return self.connector_worker.get_handshake_metadata()
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """Take a step's loads, and note the released pages: vLLM starts the loads once the forward is launched."""
         super().bind_connector_metadata(connector_metadata)
         self.loads = connector_metadata
+        self.connector_worker.note_released(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self.connector_worker.start_loads(self.loads)

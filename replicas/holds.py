@@ -7,8 +7,8 @@ requests have by then. Therefore a reader's last read, after the pages have arri
 says whether they were held until then.
 
 A replica counts its holds from 1. Word ``hold % WORDS`` is the highest number of a released hold with that remainder.
-It is written before a step that may write to the pages. Where two holds share a word, the earlier one counts as
-released with the later one: its reader computes pages that it could have read.
+It is written before a step that may write to the pages is launched. Where two holds share a word, the earlier one
+counts as released with the later one: its reader computes pages that it could have read.
 """
 
 from __future__ import annotations

@@ -83,10 +83,14 @@ class WorkerConnector:
 
     # Pages of other replicas.
 
-    def start_loads(self, loads: PageLoads) -> None:
-        """Begin to read the pages of these loads, and end the cancelled ones. Readers of released pages learn of it."""
+    def note_released(self, loads: PageLoads) -> None:
+        """Let readers learn of the released pages, before the step is launched that may write to them."""
         assert self.reader is not None
         self.reader.holds.note_released(loads.released)
+
+    def start_loads(self, loads: PageLoads) -> None:
+        """Begin to read the pages of these loads, and end the cancelled ones."""
+        assert self.reader is not None
         for request_id in loads.cancelled:
             if request_id in self._transfers:
                 self._fail(*self._transfers[request_id], TransferError("the replica that holds them was lost"))

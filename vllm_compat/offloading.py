@@ -255,7 +255,17 @@ def region_of(spec: Any) -> Any:
     return spec._scheduler_mmap
 
 
+@touches("vllm.v1.kv_offload.cpu.gpu_worker.CPUOffloadingWorker._mmap_region")
+def worker_region_of(worker: Any) -> Any:
+    """The memory in /dev/shm that vLLM's worker on a GPU has mapped."""
+    return worker._mmap_region
+
+
 @touches("vllm.v1.kv_offload.cpu.shared_offload_region.SharedOffloadRegion._creator")
 def disown(region: Any) -> None:
-    """Leave the name of a memory in /dev/shm to who removes it."""
+    """Leave the name of a memory in /dev/shm to who removes it.
+
+    vLLM 0.32 logs a traceback where the name that it would remove is gone. Goes with that version: 0.33 takes it as it
+    is.
+    """
     region._creator = False

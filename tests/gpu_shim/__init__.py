@@ -16,9 +16,11 @@ references of tests/parity, and read what its steps ran.
 - **Waits.** What would wait for the GPU in a captured graph is an error, and so it is in ``execute_model`` and
   ``sample_tokens``: vLLM has a check for it (VLLM_GPU_SYNC_CHECK), which needs torch to say what waits. Here device.py
   says it. Only tensors on "cuda" can wait, so what vLLM reads of the host's own tensors is no matter.
+- **Connectors** (connectors_job.py). NIXL and vLLM's copies between host and GPU move the CPU tensors' memory.
 
-What is replaced, and why, is in three places: torch.cuda and torch.accelerator in cuda.py, names of vLLM and Triton in
-start.py, and the loading of weights in worker.py. checks.py holds the GPU itself to what a GPU does.
+What is replaced, and why, is in four places: torch.cuda and torch.accelerator in cuda.py, names of vLLM and Triton in
+start.py, the loading of weights in worker.py, and what connectors call in connectors_job.py. checks.py holds the GPU
+itself to what a GPU does.
 
 What it leaves out:
 

@@ -50,6 +50,13 @@ class GpuTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def set_(self, *memory: Any) -> GpuTensor:  # type: ignore[override]
+        """As torch's, but the tensor is another one: the sizes of this one are fixed."""
+        return GpuTensor(torch.empty(0, dtype=self.dtype).set_(*memory))
+
     def record_stream(self, stream: Any) -> None:
         """Nothing: memory is not given to another tensor while this one is used."""
 

@@ -38,8 +38,13 @@ ENGINE = {
 }
 
 
-def run_gpu_engine(model: Path, batches: list[Any], *, star: dict | None = None, **engine: Any) -> dict[str, Any]:
+def run_gpu_engine(
+    model: Path, batches: list[Any], *, star: dict | None = None, job: str = "job", **engine: Any
+) -> dict[str, Any]:
     """As ``run_engine`` of tests/parity, on a GPU that is not there.
+
+    Args:
+        job: the module of this package that runs the batches.
 
     Returns:
         {"batches", "metrics", "steps"}: worker.py describes the steps, of which there is a list for each batch of
@@ -47,10 +52,10 @@ def run_gpu_engine(model: Path, batches: list[Any], *, star: dict | None = None,
     """
     arguments = {"model": str(model), "additional_config": {"starling": star or {}}} | ENGINE | engine
     marked = [part for batch in batches for part in ([MARK, batch] if isinstance(batch, list) else [batch])]
-    job, env = json.dumps({"engine": arguments, "batches": marked}), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = run_in_fork("tests.gpu_shim.job:main", job, imports=IMPORTS, before=ENV, env=env, seconds=600)
+    given, env = json.dumps({"engine": arguments, "batches": marked}), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = run_in_fork(f"tests.gpu_shim.{job}:main", given, imports=IMPORTS, before=ENV, env=env, seconds=600)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-8000:]}"
-    found = {
+    found: dict[str, Any] = {STEPS_OF: []} | {
         start: json.loads(line.removeprefix(start))
         for line in done.stdout.splitlines()
         for start in (RESULT, STEPS_OF)

@@ -47,13 +47,23 @@ def _launch_triton() -> None:
 
 
 def _store(
-    keys: torch.Tensor, values: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: Any, *_: Any
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: Any,
+    dtype: str,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
 ) -> None:
     """vLLM's reshape_and_cache_flash: write K and V (tokens, KV heads, D) to the slots of tokens that have one."""
     have_one = slots >= 0
     page, place = slots[have_one] // key_cache.shape[1], slots[have_one] % key_cache.shape[1]
-    for new, cache in ((keys, key_cache), (values, value_cache)):
-        cache[page, place] = new[: len(slots)][have_one]
+    for new, cache, scale in ((keys, key_cache, key_scale), (values, value_cache, value_scale)):
+        new = new[: len(slots)][have_one]
+        if dtype.startswith("fp8"):  # torch can't index float8 on a CPU
+            new, cache = (new / scale).to(torch.float8_e4m3fn).view(torch.uint8), cache.view(torch.uint8)
+        cache[page, place] = new
 
 
 def _launch_compiled_kernels() -> None:

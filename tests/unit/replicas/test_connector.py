@@ -371,6 +371,7 @@ def test_readers_learn_of_released_pages_with_the_step_that_may_write_to_them(sc
     step = scheduler.schedule()
     assert step.total_num_scheduled_tokens
     worker.bind_connector_metadata(step.kv_connector_metadata)
+    assert worker.connector_worker.reader.released == [2]
     worker.start_load_kv(SimpleNamespace())
     assert worker.connector_worker.reader.released == [2]
     assert scheduler.schedule().kv_connector_metadata.released == []

@@ -15,7 +15,7 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from starling.engine_ext.library import beside_library
 from starling.library.beside_replicas import Handshakes, LibraryAndReplicasConnector
-from starling.library.connector import WorkerWeights
+from starling.library.connector import WorkerPages
 from starling.replicas.connector import StarConnector
 from starling.replicas.metadata import WorkerAddress
 from tests.unit.scheduler.simulation import Engine, answer, make_config, make_scheduler
@@ -70,7 +70,7 @@ class LibraryEngine(Engine):
         super().__init__(
             make_scheduler(config, scheduler_type, PAGE_SIZE, num_pages, v2), page_size=PAGE_SIZE, **kwargs
         )
-        connector, handshake = self.scheduler.connector, WorkerWeights("weights")
+        connector, handshake = self.scheduler.connector, WorkerPages("weights", {"layer": "layout"})
         self.has_replicas = isinstance(connector, LibraryAndReplicasConnector)
         said = Handshakes((WorkerAddress({"name": "here"}), handshake)) if self.has_replicas else handshake
         connector.set_xfer_handshake_metadata_pp_aware({(0, 0): said})

@@ -183,7 +183,7 @@ class TaskPrompts:
         """The prompt of a number; it depends on the arguments and the attributes alone.
 
         Args:
-            kind: a task, or TEXT; None: one of all.
+            kind: a task, TEXT or FUNCTIONS; None: one of all.
         """
         rng = Random(f"{self.seed}/{number}")
         more = max(len(self.tasks) // 4, 1)
@@ -192,7 +192,7 @@ class TaskPrompts:
         style = Style(rng.choice(SYSTEMS), rng.choice(PIECES), RECALLED_TOKENS, rng.choice(SHAPES))
         name = f"{self.seed}/{number}/{kind}"
         if kind == TEXT:
-            prompt = self.text_prompt(name, tokens, style, rng)
+            prompt = self.text_prompt(tokens, style, rng)
         elif kind == FUNCTIONS:
             prompt = self.functions_prompt(tokens, style, rng)
         else:
@@ -208,7 +208,7 @@ class TaskPrompts:
                 raise ValueError(f"tokens={tokens} is too short for {task}: {error}") from None
             return self.task_prompt(task, name, self.tokens[1], style)
 
-    def text_prompt(self, name: str, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
+    def text_prompt(self, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
         """Passages of text that comes with Python; another passage stands where the question would."""
         layout = self.encoder.layout(style)
         head, start, end = map(self.encoder.encode, (layout.head, layout.start, layout.end))
@@ -220,13 +220,13 @@ class TaskPrompts:
         return DocumentPrompt(TEXT, head, tuple(documents), (Asked(asked[:24], asked[24:]),))
 
     def functions_prompt(self, tokens: int, style: Style, rng: Random) -> DocumentPrompt:
-        """Documentation of functions of Python's library; a function is asked for, or what it does."""
+        """Documentation of functions of Python's library, at most all; a function is asked for, or what it does."""
         encode, layout = self.encoder.encode, self.encoder.layout(style)
         functions = rng.sample(documented_functions(), len(documented_functions()))
         head = encode(layout.head)
         documents: list[Tokens] = []
         asked: list[Asked] = []
-        while sum(map(len, documents)) < tokens - len(head):
+        while functions and sum(map(len, documents)) < tokens - len(head):
             count = rng.choice(FUNCTIONS_OF_A_DOCUMENT)
             chosen, functions = functions[:count], functions[count:]
             documents.append(encode(f"{layout.start}{''.join(text for *_, text in chosen)}{layout.end}"))

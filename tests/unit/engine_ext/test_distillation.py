@@ -17,7 +17,14 @@ from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilE
 from starling.engine_ext.distillation.options import DistilOptions
 from starling.engine_ext.distillation.own_prompts import chat_segments
 from starling.engine_ext.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
-from starling.engine_ext.distillation.training_prompts import FUNCTIONS, TEXT, TaskPrompts, python_texts, recalls
+from starling.engine_ext.distillation.training_prompts import (
+    FUNCTIONS,
+    TEXT,
+    TaskPrompts,
+    documented_functions,
+    python_texts,
+    recalls,
+)
 from starling.evaluation.document_prompts import SHAPES, Asked, DocumentPrompt, Encoder, Style
 from starling.evaluation.tasks import TASKS
 
@@ -139,6 +146,12 @@ def test_prompts_depend_on_their_number_alone_and_ask_for_passages(encoder, kind
     assert len(one.asked) == 4
     assert 2000 < len(one.context) < 5000 and len(one.documents) > 1
     assert document_plan(one).context_end == len(one.context)
+
+
+def test_a_prompt_of_more_tokens_than_all_functions_have_has_them_all(encoder):
+    prompt = TaskPrompts(encoder, ("code",), (10**7, 10**7), 4, "seed").make(1, FUNCTIONS)
+    text = encoder.tokenizer.decode(prompt.context)
+    assert all(documentation in text for *_, documentation in documented_functions())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,33 @@ from triton.compiler import ASTSource
 
 CAPABILITIES = 80, 86, 90, 100, 120
 STACK_BYTES, SHARED_BYTES = 64, 99 * 1024  # as in triton/test_compile.py
+REGISTERS, REGISTER_UNIT, RESERVED_BYTES = 65_536, 8, 1024
+MULTIPROCESSOR_BYTES = {80: 164 * 1024, 86: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
+"""Shared memory of a multiprocessor by compute capability (CUDA programming guide, as the registers of all of them)."""
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A compiled kernel, and the registers of a thread."""
+
+    kernel: triton.compiler.CompiledKernel
+    capability: int
+    registers: int
+
+    @property
+    def programs(self) -> int:
+        """How many programs a multiprocessor has at once."""
+        per_thread = -(-self.registers // REGISTER_UNIT) * REGISTER_UNIT
+        by_registers = REGISTERS // (per_thread * 32 * self.kernel.metadata.num_warps)
+        by_memory = MULTIPROCESSOR_BYTES[self.capability] // (self.kernel.metadata.shared + RESERVED_BYTES)
+        return min(by_registers, by_memory)
+
+    @property
+    def loads_beside_products(self) -> list[int]:
+        """For each loop over keys, the copies that are still on their way when a product of them is computed."""
+        loops = re.findall(r"scf\.for .*?scf\.yield", self.kernel.asm["ttgir"], re.DOTALL)
+        return [max(map(int, re.findall(r"async_wait .*num = (\d+)", loop)), default=0) for loop in loops]
+
 
 
 def check_resources(
@@ -27,7 +55,7 @@ def check_resources(
     capability: int,
     aligned: bool,
     **options: Any,
-) -> triton.compiler.CompiledKernel:
+) -> MachineCode:
     """Compile a kernel and check that its programs spill no registers and fit the shared memory of small cards.
 
     Args:
@@ -57,4 +85,5 @@ def check_resources(
     print(f"{kernel.fn.__name__} sm_{capability} aligned={aligned} {dict(constants)} stack={stack}")
     assert stack <= STACK_BYTES, (capability, constants, aligned, stack)
     assert made.metadata.shared <= SHARED_BYTES, (capability, constants, aligned, made.metadata.shared)
-    return made
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    return MachineCode(made, capability, registers)

@@ -197,23 +197,27 @@ def interpret_wide() -> None:
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
 
 
-def compile_kernels() -> None:
-    """Those of Llama 3.1 on all GPUs; on two of them, the largest head size and one that is no power of two."""
-    import triton
+PROGRAMS = {1: {80: 3, 86: 2, 90: 4, 100: 3, 120: 2}, 16: {80: 1, 86: 1, 90: 2, 100: 2, 120: 1}}
+"""Programs of a multiprocessor for Llama 3.1, by queries of a tile and compute capability."""
 
+
+def compile_kernels() -> None:
+    """Those of Llama 3.1 on all GPUs; on two of them, the largest head size and one that is no power of two.
+
+    Keys are loaded while products of the keys before are computed, and a multiprocessor has as many programs as it did.
+    """
     from starling.attention_backends.kernels.contract import Sizes
     from starling.attention_backends.kernels.triton import ranges
-    from starling.attention_backends.kernels.triton.decode import LANES
-    from starling.attention_backends.kernels.triton.launch import head_block, make_tile
+    from starling.attention_backends.kernels.triton.launch import head_block
     from tests.kernels.machine_code import CAPABILITIES, check_resources
 
-    llama, others = ("bf16", 128, 4, True), (("fp16", 80, 1, False), ("fp32", 256, 8, True))
+    llama, others = ("bf16", 128, 4, True), (("fp16", 80, 1, False), ("fp32", 256, 8, True), ("bf16", 256, 8, True))
     for capability in CAPABILITIES:
         for dtype, size, group, is_neox in (llama, *(others if capability in (80, 120) else ())):
             element_bytes = 4 if dtype == "fp32" else 2
             sizes = Sizes(1, 1, group, 1, size, size, 16)
             for queries in (1, ranges.prefill_tile_queries(sizes, element_bytes)):
-                tile = make_tile(sizes, element_bytes, max(LANES, triton.next_power_of_2(queries * group)))
+                tile = ranges.range_tile(sizes, element_bytes, queries, divmod(capability, 10))
                 block = head_block(size)
                 shape = {
                     **{"GROUP": group, "QUERIES": queries, "HEAD_SIZE_V": size, "BLOCK_M": tile.lanes},
@@ -232,7 +236,9 @@ def compile_kernels() -> None:
                 options = {"num_warps": tile.warps, "num_stages": tile.stages}
                 attend = ranges.attend_ranges_kernel
                 made = check_resources(attend, types, shape | constants, capability, True, **options)
-                assert "cp.async" in made.asm["ptx"], "keys are not loaded ahead of their products"
+                assert min(made.loads_beside_products) > 0, (capability, dtype, size, queries)
+                if (dtype, size) == ("bf16", 128):
+                    assert made.programs == PROGRAMS[queries][capability], (capability, queries, made.programs)
                 check_resources(ranges.merge_ranges_kernel, types, shape, capability, True, num_warps=tile.warps)
 
 

@@ -16,18 +16,26 @@ E4M3_CAPABILITY = (8, 9)
 # the tensor cores, from registers, of which smaller tiles need fewer (tests/kernels/triton/test_compile.py bounds
 # spilling).
 K_TILE_BYTES = {2: 16 * 1024, 4: 8 * 1024}
+STAGES = {1: 2, 2: 5}
+"""The compiler's stages, by how many tiles of keys a program has room for. It divides the stages among page ids and the
+keys that they lead to. With two to four stages it has room for one tile, and loads it behind the products of the one
+before; with five it has room for two."""
+
 MAX_LANES = {2: 128, 4: 32}
 Q_TILE_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The sizes of one program: lanes (queries x heads of one KV head), keys per step, warps, pipeline stages."""
+    """The sizes of one program: lanes (queries x heads of one KV head), keys per step, warps, pipeline stages.
+
+    With STAGES, products of one step are computed while the keys of the next one are loaded.
+    """
 
     lanes: int
     keys: int
     warps: int
-    stages: int = 2
+    stages: int
 
     def queries(self, group: int) -> int:
         """Queries of a tile, for ``group`` query heads per KV head."""
@@ -39,17 +47,18 @@ def head_block(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-def make_tile(sizes: Sizes, element_bytes: int, lanes: int) -> Tile:
+def make_tile(sizes: Sizes, element_bytes: int, lanes: int, key_tiles: int = 1) -> Tile:
     """A tile whose operands fit the shared memory of every card from compute capability 8.0 on.
 
-    K and V tiles of 16 KB in two stages and a Q tile of 32 KB are 96 KB. The smallest cards have 99 KB (CUDA
-    programming guide, table of compute capabilities: 8.6, 8.9 and 12.0). Triton itself needs almost none.
+    K and V tiles of 16 KB, a Q tile of 32 KB and what the compiler moves between layouts are 64 to 98 KB. The smallest
+    cards have 99 KB (CUDA programming guide, table of compute capabilities: 8.6, 8.9 and 12.0).
 
     Args:
         sizes: of the call.
         element_bytes: of the query's dtype, in which the products are computed.
         lanes: wanted query lanes. The tile has more where one KV head serves more heads, and fewer where that many do
             not fit.
+        key_tiles: a key of STAGES. Two tiles take the bytes of one.
 
     Raises:
         ValueError: the heads of one query do not fit a tile.
@@ -64,8 +73,8 @@ def make_tile(sizes: Sizes, element_bytes: int, lanes: int) -> Tile:
             f"{head_size} leaves room for: use the reference"
         )
     lanes = max(min_lanes, min(lanes, max_lanes))
-    keys = max(16, min(64, K_TILE_BYTES[element_bytes] // row_bytes))
-    return Tile(lanes=lanes, keys=keys, warps=4 if lanes <= 16 else 8)
+    keys = max(16, min(64, K_TILE_BYTES[element_bytes] // key_tiles // row_bytes))
+    return Tile(lanes=lanes, keys=keys, warps=4 if lanes <= 16 else 8, stages=STAGES[key_tiles])
 
 
 def check_dtypes(query: torch.dtype, cache: torch.dtype, capability: tuple[int, int] | None) -> None:

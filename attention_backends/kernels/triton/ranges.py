@@ -9,6 +9,8 @@ division is that of stream-K (arXiv 2301.03598, section 4).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +20,18 @@ from starling.attention_backends.kernels.ranges import PLACE_FIELDS, RANGE_FIELD
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.triton import decode
 from starling.attention_backends.kernels.triton.attend import LN2, LOG2E, attend
-from starling.attention_backends.kernels.triton.launch import check_dtypes, head_block, make_tile
+from starling.attention_backends.kernels.triton.launch import Tile, check_dtypes, head_block, make_tile
 
 PREFILL_LANES = 64
 """Lanes of a tile of many queries. With 128 lanes, programs spill registers."""
+
+PREFILL_WARPS = {(8, 0): 8, (9, 0): 4, (12, 0): 8}
+"""Compute capability from which on -> warps of a program of many queries. With four, two programs fit a multiprocessor
+of 9.0 and 10.0; 8.0 spills their registers then, and the others have no shared memory for two
+(tests/kernels/ranges_job.py compiles them all; ``starling selftest`` times them)."""
+
+MOST_HEAD_SIZE = 128
+"""Of programs of four warps; larger heads spill registers."""
 
 MIN_TILES = 4
 """Tiles of a program at least; with fewer, partial results take more of the memory's time than keys."""
@@ -316,6 +326,23 @@ def prefill_tile_queries(sizes: Sizes, element_bytes: int) -> int:
     return make_tile(sizes, element_bytes, PREFILL_LANES).queries(sizes.group)
 
 
+def range_tile(sizes: Sizes, element_bytes: int, queries: int, capability: tuple[int, int] | None) -> Tile:
+    """The sizes of a program of so many queries.
+
+    Args:
+        capability: compute capability of the card; None without a card.
+
+    Raises:
+        ValueError: the heads of one query do not fit a tile.
+    """
+    lanes = max(decode.LANES, triton.next_power_of_2(queries * sizes.group))
+    tile = make_tile(sizes, element_bytes, lanes, key_tiles=2)
+    if tile.lanes <= decode.LANES or max(sizes.key_size, sizes.value_size) > MOST_HEAD_SIZE:
+        return tile
+    known = [each for each in PREFILL_WARPS if capability is None or each <= capability]
+    return replace(tile, warps=PREFILL_WARPS[max(known, default=min(PREFILL_WARPS))])
+
+
 def partial_bytes(programs: int, kv_heads: int, lanes: int, value_size: int) -> int:
     """What the parts of a call take while it runs."""
     return 4 * 2 * programs * kv_heads * lanes * (value_size + 1)
@@ -331,6 +358,7 @@ def attend_ranges(
     scale: float,
     softcap: float = 0.0,
     programs: int | None = None,
+    tile: Tile | None = None,
 ) -> None:
     """Write the attention of the table's tokens to ``out``; other tokens stay as they are.
 
@@ -343,17 +371,17 @@ def attend_ranges(
         out: (T, H, Dv) in the query's dtype, the last dimension contiguous.
         scale, softcap: as in contract.py.
         programs: for each KV head; by default, so many as fill the card.
+        tile: of a program; by default, that of ``range_tile``. Its keys divide TILE_KEYS.
 
     Raises:
-        ValueError: ``check_dtypes`` or ``make_tile`` refuses the operands.
+        ValueError: ``check_dtypes`` or ``range_tile`` refuses the operands.
     """
     keys, values = caches
     (tokens, heads, size), (page_size, kv_heads), value_size = query.shape, keys.shape[1:3], values.shape[3]
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     check_dtypes(query.dtype, keys.dtype, capability)
     sizes = Sizes(table.max_places, tokens, heads, kv_heads, size, value_size, page_size)
-    lanes = triton.next_power_of_2(max(decode.LANES, table.tile_queries * sizes.group))
-    tile = make_tile(sizes, query.element_size(), lanes)
+    tile = tile or range_tile(sizes, query.element_size(), table.tile_queries, capability)
     places = min(table.max_places, tokens)
     if not places:
         return

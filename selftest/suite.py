@@ -35,6 +35,7 @@ from starling.selftest.result import Check, Result, Skip
 from starling.selftest.rows import row_checks
 from starling.selftest.speed import speed_checks
 from starling.selftest.steady import steady_checks
+from starling.selftest.tiles import tile_checks
 
 MOVE_SECONDS = 300
 GPU_MEMORY = {"gpu_memory_utilization": 0.5}  # for the tiny models; other programs may use the card
@@ -80,6 +81,7 @@ def make_suite(
         checks += two_gpu_checks(next(iter(engines.values()), None))
         checks += timed_checks(model, gpu, folder, quick=quick, **arguments)
         if not quick:
+            checks += tile_checks()
             evaluated = (results or folder) / "eval"
             checks.append(accuracy_check(model, longest, gpu, evaluated, backend, gpu_attention))
         yield checks, engines

@@ -40,12 +40,11 @@ class MachineCode:
         by_memory = MULTIPROCESSOR_BYTES[self.capability] // (self.kernel.metadata.shared + RESERVED_BYTES)
         return min(by_registers, by_memory)
 
-    @property
-    def loads_beside_products(self) -> list[int]:
-        """For each loop over keys, the copies that are still on their way when a product of them is computed."""
-        loops = re.findall(r"scf\.for .*?scf\.yield", self.kernel.asm["ttgir"], re.DOTALL)
-        return [max(map(int, re.findall(r"async_wait .*num = (\d+)", loop)), default=0) for loop in loops]
 
+def loads_beside_products(kernel: triton.compiler.CompiledKernel) -> list[int]:
+    """For each loop over keys, the copies that are still on their way when a product of them is computed."""
+    loops = re.findall(r"scf\.for .*?scf\.yield", kernel.asm["ttgir"], re.DOTALL)
+    return [max(map(int, re.findall(r"async_wait .*num = (\d+)", loop)), default=0) for loop in loops]
 
 
 def check_resources(

@@ -8,6 +8,7 @@ steps       counts the kernels that steps of any size compile, and their launche
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,6 +167,28 @@ def interpret() -> None:
     step.ranges.turn[:] = 0
     difference = (step.run(2) - right).nan_to_num().abs().max()
     assert difference > 0.1, "without a turn the result is another one"
+    time_tiles()
+
+
+def time_tiles() -> None:
+    """`starling selftest` compares the results of all tiles, and names the fastest."""
+    from starling.selftest.tiles import Call, Shape
+    from starling.selftest.tiles import time_tiles as compare
+
+    shape = Shape(rows=1, documents=2, document_tokens=80, kv_heads=1, group=2, size=16)
+    for queries in (1, 9):
+        call = Call(shape, queries, "cpu", torch.float32)
+        default, *others = call.choices()
+        times = [2.0, *[3.0] * (len(others) - 1), 1.0]
+        found = compare(call, functools.partial(take_first, times))
+        assert (found.measured, found.bound, times) == (2, None, []), found
+        assert found.detail == f"{default}: 2000.0 us; best: {others[-1]}: 1000.0 us", found
+
+
+def take_first(times: list[float], run: Any) -> float:
+    """What a call took, as the test has it."""
+    run()
+    return times.pop(0)
 
 
 def room_for_more(step: Step) -> RangeTable:
@@ -209,7 +232,7 @@ def compile_kernels() -> None:
     from starling.attention_backends.kernels.contract import Sizes
     from starling.attention_backends.kernels.triton import ranges
     from starling.attention_backends.kernels.triton.launch import head_block
-    from tests.kernels.machine_code import CAPABILITIES, check_resources
+    from tests.kernels.machine_code import CAPABILITIES, check_resources, loads_beside_products
 
     llama, others = ("bf16", 128, 4, True), (("fp16", 80, 1, False), ("fp32", 256, 8, True), ("bf16", 256, 8, True))
     for capability in CAPABILITIES:
@@ -236,7 +259,7 @@ def compile_kernels() -> None:
                 options = {"num_warps": tile.warps, "num_stages": tile.stages}
                 attend = ranges.attend_ranges_kernel
                 made = check_resources(attend, types, shape | constants, capability, True, **options)
-                assert min(made.loads_beside_products) > 0, (capability, dtype, size, queries)
+                assert min(loads_beside_products(made.kernel)) > 0, (capability, dtype, size, queries)
                 if (dtype, size) == ("bf16", 128):
                     assert made.programs == PROGRAMS[queries][capability], (capability, queries, made.programs)
                 check_resources(ranges.merge_ranges_kernel, types, shape, capability, True, num_warps=tile.warps)

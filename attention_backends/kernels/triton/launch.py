@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +16,25 @@ E4M3_CAPABILITY = (8, 9)
 # Bytes of a K tile, and the maximum of lanes, by bytes of an element. The products of float32 are computed outside of
 # the tensor cores, from registers, of which smaller tiles need fewer (tests/kernels/triton/test_compile.py bounds
 # spilling).
-K_TILE_BYTES = {2: 16 * 1024, 4: 8 * 1024}
-STAGES = {1: 2, 2: 5}
-"""The compiler's stages, by how many tiles of keys a program has room for. It divides the stages among page ids and the
-keys that they lead to. With two to four stages it has room for one tile, and loads it behind the products of the one
-before; with five it has room for two."""
-
+K_TILE_BYTES = {2: 8 * 1024, 4: 4 * 1024}
 MAX_LANES = {2: 128, 4: 32}
 Q_TILE_BYTES = 32 * 1024
+STAGES = 5
+"""Of the compiler, which divides them among page ids and the keys that they lead to. With five it has room for two
+tiles of keys, and loads one while it computes the products of the other. With two to four it has room for one."""
+
+power_of_two = functools.cache(triton.next_power_of_2)
+"""The power of two that a number is padded to. Triton's own takes 2 us a call, which each layer of a step makes."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The sizes of one program: lanes (queries x heads of one KV head), keys per step, warps, pipeline stages.
-
-    With STAGES, products of one step are computed while the keys of the next one are loaded.
-    """
+    """The sizes of one program: lanes (queries x heads of one KV head), keys per step, warps, pipeline stages."""
 
     lanes: int
     keys: int
     warps: int
-    stages: int
+    stages: int = STAGES
 
     def queries(self, group: int) -> int:
         """Queries of a tile, for ``group`` query heads per KV head."""
@@ -44,21 +43,20 @@ class Tile:
 
 def head_block(head_size: int) -> int:
     """The power of two, at least 16, that a head size is padded to in a tile."""
-    return max(16, triton.next_power_of_2(head_size))
+    return max(16, power_of_two(head_size))
 
 
-def make_tile(sizes: Sizes, element_bytes: int, lanes: int, key_tiles: int = 1) -> Tile:
+def make_tile(sizes: Sizes, element_bytes: int, lanes: int) -> Tile:
     """A tile whose operands fit the shared memory of every card from compute capability 8.0 on.
 
-    K and V tiles of 16 KB, a Q tile of 32 KB and what the compiler moves between layouts are 64 to 98 KB. The smallest
-    cards have 99 KB (CUDA programming guide, table of compute capabilities: 8.6, 8.9 and 12.0).
+    Two K and V tiles of 8 KB each, a Q tile of 32 KB and what the compiler moves between layouts are 64 to 83 KB. The
+    smallest cards have 99 KB (CUDA programming guide, table of compute capabilities: 8.6, 8.9 and 12.0).
 
     Args:
         sizes: of the call.
         element_bytes: of the query's dtype, in which the products are computed.
         lanes: wanted query lanes. The tile has more where one KV head serves more heads, and fewer where that many do
             not fit.
-        key_tiles: a key of STAGES. Two tiles take the bytes of one.
 
     Raises:
         ValueError: the heads of one query do not fit a tile.
@@ -66,15 +64,15 @@ def make_tile(sizes: Sizes, element_bytes: int, lanes: int, key_tiles: int = 1) 
     head_size = max(sizes.key_size, sizes.value_size)
     row_bytes = head_block(head_size) * element_bytes
     max_lanes = min(MAX_LANES[element_bytes], Q_TILE_BYTES // row_bytes)
-    min_lanes = max(16, triton.next_power_of_2(sizes.group))
+    min_lanes = max(16, power_of_two(sizes.group))
     if min_lanes > max_lanes:
         raise ValueError(
             f"{sizes.group} query heads a KV head do not fit a tile of {max_lanes} lanes, all that head size "
             f"{head_size} leaves room for: use the reference"
         )
     lanes = max(min_lanes, min(lanes, max_lanes))
-    keys = max(16, min(64, K_TILE_BYTES[element_bytes] // key_tiles // row_bytes))
-    return Tile(lanes=lanes, keys=keys, warps=4 if lanes <= 16 else 8, stages=STAGES[key_tiles])
+    keys = max(16, min(64, K_TILE_BYTES[element_bytes] // row_bytes))
+    return Tile(lanes=lanes, keys=keys, warps=4 if lanes <= 16 else 8)
 
 
 def check_dtypes(query: torch.dtype, cache: torch.dtype, capability: tuple[int, int] | None) -> None:

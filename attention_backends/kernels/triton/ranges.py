@@ -20,7 +20,7 @@ from starling.attention_backends.kernels.ranges import PLACE_FIELDS, RANGE_FIELD
 from starling.attention_backends.kernels.rotary import Rotation
 from starling.attention_backends.kernels.triton import decode
 from starling.attention_backends.kernels.triton.attend import LN2, LOG2E, attend
-from starling.attention_backends.kernels.triton.launch import Tile, check_dtypes, head_block, make_tile
+from starling.attention_backends.kernels.triton.launch import Tile, check_dtypes, head_block, make_tile, power_of_two
 
 PREFILL_LANES = 64
 """Lanes of a tile of many queries. With 128 lanes, programs spill registers."""
@@ -335,8 +335,8 @@ def range_tile(sizes: Sizes, element_bytes: int, queries: int, capability: tuple
     Raises:
         ValueError: the heads of one query do not fit a tile.
     """
-    lanes = max(decode.LANES, triton.next_power_of_2(queries * sizes.group))
-    tile = make_tile(sizes, element_bytes, lanes, key_tiles=2)
+    lanes = max(decode.LANES, power_of_two(queries * sizes.group))
+    tile = make_tile(sizes, element_bytes, lanes)
     if tile.lanes <= decode.LANES or max(sizes.key_size, sizes.value_size) > MOST_HEAD_SIZE:
         return tile
     known = [each for each in PREFILL_WARPS if capability is None or each <= capability]

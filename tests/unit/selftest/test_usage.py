@@ -161,5 +161,7 @@ def test_what_a_quick_run_measures(tmp_path, monkeypatch):
         "V1, eager, KV as the model: no waiting and no compilation",
         "speed: first token of 4,096 tokens, star",
         "speed: a token behind 16 documents, 8 requests beside a decode of 4,096 tokens",
+        "kernel: tile of a token behind documents",
+        "kernel: tile of a question behind documents",
         "accuracy: points that star costs, n/8",
     }

@@ -168,11 +168,12 @@ class StarBuilder:
         table = graph.fill(common_attn_metadata, rows, page_size) if graph is not None else None
         if step is not None and rows is not None:
             step.count(rows)
-            virtual = virtual_metadata(common_attn_metadata, rows)
-            step.keep_block_tables(rows, common_attn_metadata, virtual, page_size, table, self.tile_queries)
-            build = self.head_builders.build if self.head_builders else None
-            step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
-            common_attn_metadata = virtual
+            if not step.keep_ranges(rows, common_attn_metadata, page_size, table, self.tile_queries):
+                virtual = virtual_metadata(common_attn_metadata, rows)
+                step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
+                build = self.head_builders.build if self.head_builders else None
+                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
+                common_attn_metadata = virtual
         return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:

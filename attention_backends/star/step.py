@@ -160,32 +160,44 @@ class StarStep:
             self._remote_attention[page_size] = self.open_remote_attention(queries)
         return self._remote_attention[page_size]
 
-    def keep_block_tables(
+    def keep_ranges(
         self,
         rows: VirtualRows,
         batch: CommonAttentionMetadata,
-        virtual: CommonAttentionMetadata,
         page_size: int,
-        table: RangeTable | None = None,
-        tile_queries: int = 1,
+        table: RangeTable | None,
+        tile_queries: int,
+    ) -> bool:
+        """Note the keys of rows that see blocks with positions of their own, on a GPU.
+
+        Args:
+            batch: the metadata of the batch's rows, with pages of ``page_size`` tokens.
+            table: the keys of all rows, in a step of decodes that may replay a CUDA graph.
+            tile_queries: as of ``make_range_attention``.
+
+        Returns:
+            Whether these keys are all that layers read, so that nobody reads metadata of virtual rows.
+        """
+        if rows.turned is None or not devices.uses_triton(batch.seq_lens.device):
+            return False
+        if table is not None:
+            made = RangeAttention(self.rotations, [table])
+        else:
+            made = make_range_attention(rows, batch, page_size, self.rotations, tile_queries)
+        self._turned_attention[page_size] = made
+        return made.is_whole_step and not self.dense_counts
+
+    def keep_block_tables(
+        self, rows: VirtualRows, batch: CommonAttentionMetadata, virtual: CommonAttentionMetadata, page_size: int
     ) -> None:
-        """Note what the rows' own block tables leave out: blocks with positions of their own.
+        """Note what the rows' own block tables leave out, on a CPU: blocks with positions of their own.
 
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
-            table: the keys of all rows, in a step of decodes that may replay a CUDA graph.
-            tile_queries: as of ``make_range_attention``.
         """
-        if rows.turned is None:
-            return
-        made: TurnedAttention | RangeAttention
-        if table is not None:
-            made = RangeAttention(self.rotations, [table])
-        elif devices.uses_triton(batch.seq_lens.device):
-            made = make_range_attention(rows, batch, page_size, self.rotations, tile_queries)
-        else:
+        if rows.turned is not None and page_size not in self._turned_attention:
             made = make_turned_attention(rows, batch, virtual, page_size, self.rotations)
-        self._turned_attention[page_size] = made
+            self._turned_attention[page_size] = made
 
     def keep_heads(
         self,

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
 
 from starling.attention_backends.kernels import devices  # noqa: E402
+from starling.attention_backends.star import backend as star_backend  # noqa: E402
 from starling.attention_backends.star import range_attention  # noqa: E402
 from starling.attention_backends.star.step import StarStep, open_step  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions, use_rotations  # noqa: E402
@@ -128,6 +129,9 @@ def main() -> None:
     launches: list[int] = []
     attend = range_attention.attend_in_ranges
     range_attention.attend_in_ranges = lambda *args, **options: (launches.append(1), attend(*args, **options))
+    virtual: list[int] = []
+    make_virtual = star_backend.virtual_metadata
+    star_backend.virtual_metadata = lambda batch, rows: (virtual.append(1), make_virtual(batch, rows))[1]
     worst, counts = 0.0, {"documents": 0, "dense": 0, "padded": 0}
     draw = random.Random(0)
     for seed in range(CASES):
@@ -152,4 +156,5 @@ def main() -> None:
         counts["padded"] += 1
         for one in batch:
             counts["documents" if one.plan and one.plan.documents else "dense"] += 1
+    assert not virtual, "metadata was built that no layer of a graph reads"
     print(json.dumps({"job": f"graphs, {name}", "cases": CASES, "worst": worst, **counts}))

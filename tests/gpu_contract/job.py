@@ -196,13 +196,13 @@ def dense_heads(run: Callable[..., Tally], *args: Any, **drawn: Any) -> Tally:
     return run(*args, dense_heads=True, **drawn)
 
 
-def deterministic(function: Callable[..., None]) -> Callable[..., None]:
+def deterministic(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, in which an operation that is not deterministic on a GPU is an error."""
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with OnlyDeterministic():
-            function(*args, **kwargs)
+            return function(*args, **kwargs)
 
     return run
 
@@ -224,7 +224,7 @@ def triton_own_positions(examples: int) -> Tally:
 
     range_attention.attend_in_ranges = counted
     devices.uses_triton = lambda device: True
-    for owner, name in ((range_attention.RangeAttention, "attend"), (StarStep, "keep_block_tables")):
+    for owner, name in ((range_attention.RangeAttention, "attend"), (StarStep, "keep_ranges")):
         setattr(owner, name, deterministic(getattr(owner, name)))
     strategy = cases(
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True

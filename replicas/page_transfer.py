@@ -5,7 +5,7 @@ NIXL uses shared memory on one host, and TCP or RDMA between hosts, as UCX finds
 A page here is one of the scheduler's. An attention kernel may divide it into several pages of its own, which are
 adjacent in memory. NIXL reports when a transfer is done, but not how far it is, and a prompt's pages may be 100 GB on a
 slow link. Therefore pages are read in waves of a few seconds each: on a slow link the waves end, on a cut one they time
-out. Behind the last wave comes a read of whether the source still holds the pages (replicas/holds.py).
+out. The first one is small, and that of a later read as large as the link has shown to carry. Behind the last wave comes a read of whether the source still holds the pages (replicas/holds.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from starling.replicas.holds import Holds
 logger = init_logger("vllm.starling")
 
 FIRST_WAVE_BYTES = 64 * 2**20
+"""Of the first read over a link."""
 
 WAVE_SECONDS = 2.0
 """How long later waves should take: longer than an engine's step, at whose end the next wave begins."""
@@ -137,6 +138,7 @@ class PageReader:
         self.holds = Holds(self.agent)
         self.connected: dict[str, str] = {}  # agents by name, as NIXL calls them
         self.num_reads: Counter[str] = Counter()  # under way, by agent
+        self.waves: dict[str, int] = {}  # pages that arrive in WAVE_SECONDS as far as is known, by agent
         self._gone: set[str] = set()  # agents to disconnect when nothing is read from them any more
         self.stuck: list[StuckRead] = []
         self._stuck_pages: list[int] = []
@@ -172,8 +174,8 @@ class PageReader:
         reason = layout_mismatch(self.layout, address["layout"])
         if reason is not None:
             raise TransferError(reason)
-        first_wave = max(FIRST_WAVE_BYTES // self.page_bytes, 1)
-        read = SourceRead(address, hold, remote_page_ids, local_page_ids, first_wave)
+        wave = self.waves.setdefault(address["name"], max(FIRST_WAVE_BYTES // self.page_bytes, 1))
+        read = SourceRead(address, hold, remote_page_ids, local_page_ids, wave)
         transfer.reads.append(read)
         self.num_reads[read.name] += 1
         self._gone.discard(read.name)
@@ -200,6 +202,8 @@ class PageReader:
                 # A wave that has ended late does not count: if this process has hung, the front has timed out too.
                 raise TransferError(f"no page has arrived from {read.name} for {self.timeout:g} s")
             if state == "DONE":
+                if read.answer is None:
+                    self._note_wave(read, seconds)
                 read.num_arrived = read.num_begun
                 was_held = read.answer is None or self.holds.was_held(read.answer, read.hold)
                 self._release_handle(read)
@@ -211,9 +215,14 @@ class PageReader:
                 elif read.num_begun == len(read.local_page_ids):
                     self._begin_read(read, self._answer)
                 else:
-                    read.wave = next_wave(read.wave, seconds)
+                    read.wave = self.waves[read.name]
                     self._begin_read(read, self._wave)
         return not transfer.reads
+
+    def _note_wave(self, read: SourceRead, seconds: float) -> None:
+        """Let the waves of the link follow one that has arrived. A quick one of few pages says nothing of more."""
+        found = next_wave(read.num_begun - read.num_arrived, seconds)
+        self.waves[read.name] = found if seconds > WAVE_SECONDS else max(found, self.waves.get(read.name, read.wave))
 
     def _begin_read(
         self, read: SourceRead, descriptors: Callable[[SourceRead], tuple[Any, Any]], deadline: float = math.inf
@@ -247,6 +256,7 @@ class PageReader:
         Where NIXL does not end a read, its pages are stuck (``take_stuck_pages``).
         """
         for read in transfer.reads:
+            self.waves.pop(read.name, None)
             if self._release_handle(read):  # else its connection is in use
                 self._disconnect(read.name)
             self._end_read(read.name)
@@ -276,6 +286,7 @@ class PageReader:
 
     def _disconnect(self, name: str) -> None:
         try:
+            self.waves.pop(name, None)
             if self.connected.pop(name, None) is not None:
                 self.agent.remove_remote_agent(name)
         except Exception:

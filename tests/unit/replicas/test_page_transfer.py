@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -231,6 +232,37 @@ def test_a_slow_transfer_that_makes_progress_does_not_time_out(pair, clock, monk
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_waves_of_a_link_follow_what_it_has_carried(pair, clock, monkeypatch):
+    """Of eight pages, read again and again: one page and then the rest; all at once; and fewer when it gets slow."""
+    _, _, reader, other = pair
+    monkeypatch.setattr(page_transfer, "FIRST_WAVE_BYTES", 1)  # a page at a time
+
+    def waves(seconds: float) -> list[int]:
+        """The pages of the waves of a read, of which each takes so long."""
+        transfer, begun = Transfer(), [0]
+        reader.begin(transfer, other.address(), 1, range(PAGES), range(PAGES))
+        (read,) = transfer.reads
+        deadline = time.monotonic() + 300
+        while read.answer is None:
+            if read.num_begun != begun[-1]:
+                begun.append(read.num_begun)
+                clock.now += seconds
+            reader.is_done(transfer)
+            assert time.monotonic() < deadline
+        wait(reader, transfer)
+        return [stop - start for start, stop in itertools.pairwise(begun)]
+
+    assert waves(0.01) == [1, 7]
+    assert waves(0.01) == waves(0.01) == [8]
+    assert waves(16) == [8]
+    assert waves(1) == [1, 2, 4, 1]
+    assert waves(0.01) == [8]
+    transfer = Transfer()
+    reader.begin(transfer, other.address(), 1, range(PAGES), range(PAGES))
+    reader.cancel(transfer)
+    assert waves(0.01) == [1, 7], "a link that has failed begins anew"
+
+
 def test_of_two_sources_the_one_that_times_out_is_found(clock):
     """The pages of one source do not extend the timeout of the other."""
     reader = object.__new__(PageReader)
@@ -242,6 +274,7 @@ def test_of_two_sources_the_one_that_times_out_is_found(clock):
     )
     reader.stuck, reader.holds = [], SimpleNamespace(free_answer=lambda answer: None)
     reader.connected, reader.timeout = {"talks": "talks", "silent": "silent"}, 30.0
+    reader.waves = {}
     reader._descriptors = lambda *_: (None, None)
     transfer = Transfer()
     for name in reader.connected:

@@ -5,7 +5,8 @@ NIXL uses shared memory on one host, and TCP or RDMA between hosts, as UCX finds
 A page here is one of the scheduler's. An attention kernel may divide it into several pages of its own, which are
 adjacent in memory. NIXL reports when a transfer is done, but not how far it is, and a prompt's pages may be 100 GB on a
 slow link. Therefore pages are read in waves of a few seconds each: on a slow link the waves end, on a cut one they time
-out. The first one is small, and that of a later read as large as the link has shown to carry. Behind the last wave comes a read of whether the source still holds the pages (replicas/holds.py).
+out. The first one is small, and that of a later read as large as the link has shown to carry. Behind the last wave
+comes a read of whether the source still holds the pages (replicas/holds.py).
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ references of tests/parity, and read what its steps ran.
 - **Waits.** What would wait for the GPU in a captured graph is an error, and so it is in ``execute_model`` and
   ``sample_tokens``: vLLM has a check for it (VLLM_GPU_SYNC_CHECK), which needs torch to say what waits. Here device.py
   says it. Only tensors on "cuda" can wait, so what vLLM reads of the host's own tensors is no matter.
+- **Copies** from and to pinned memory, for which the host does not wait, may happen at any time until it waits for
+  what was launched behind them. Until then, memory that the GPU reads must not change, and what it writes has numbers
+  that are in no answer. So a host that prepares the next step too early, or reads a result too early, is an error.
 - **Connectors** (connectors_job.py). NIXL and vLLM's copies between host and GPU move the CPU tensors' memory.
 
 What is replaced, and why, is in four places: torch.cuda and torch.accelerator in cuda.py, names of vLLM and Triton in
@@ -24,7 +27,7 @@ itself to what a GPU does.
 
 What it leaves out:
 
-- Streams: work is done when it is launched, so no race between streams or with the host shows.
+- Streams: all are one, and kernels run when they are launched. No race between streams shows.
 - The allocator: memory that a graph holds is never given to another tensor. It is stale, but not overwritten.
 - Compiled Triton kernels, and vLLM's compiled norms and activations, in whose place layers run torch's functions.
 - torch.compile and its piecewise graphs: Dynamo traces no function under a dispatch mode. So ``cudagraph_mode`` is

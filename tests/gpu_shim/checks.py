@@ -83,6 +83,30 @@ def check_waits() -> None:
     assert not found
 
 
+def check_copies() -> None:
+    """The host sees what a copy brings once it has waited, and may write to what it reads then."""
+    x, host, event = numbers(1.0, 2.0), torch.zeros(2, pin_memory=True), torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    read = x.to("cpu", non_blocking=True)
+    event.record()
+    later = x.to("cpu", non_blocking=True)
+    x.fill_(7)
+    assert host.isnan().all() and read.isnan().all()
+    event.synchronize()
+    assert host.tolist() == read.tolist() == [1, 2] and later.isnan().all()
+    torch.accelerator.synchronize()
+    assert later.tolist() == [1, 2]
+    x.copy_(host, non_blocking=True)
+    event.record()
+    event.synchronize()
+    host.fill_(3)
+    x.copy_(host, non_blocking=True)
+    host[1] = 4
+    with pytest.raises(RuntimeError, match=r"the host wrote to memory of a copy .*checks.py"):
+        x.cpu()
+    assert not GPU.copies
+
+
 def check_graphs() -> None:
     """A replay runs what was launched, on the memory of the capture, and no code of the host."""
     x, made_by_host, calls = numbers(1, 2), numbers(10, 10), []
@@ -112,9 +136,11 @@ def main() -> int:
     with GPU.mode:
         check_tensors()
         check_waits()
+        check_copies()
         check_graphs()
     with GPU.mode, torch.inference_mode():
         check_tensors()
         check_waits()
+        check_copies()
         check_graphs()
     return 0

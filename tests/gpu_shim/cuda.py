@@ -22,7 +22,7 @@ MEMORY = 80 << 30
 
 
 class Stream:
-    """All streams are one: work is done when it is launched."""
+    """All streams are one. Its work is done when it is launched, but for copies from and to pinned memory."""
 
     cuda_stream = 0
     device = CUDA
@@ -37,21 +37,37 @@ class Stream:
         pass
 
     def synchronize(self) -> None:
-        pass
+        GPU.finish(GPU.number)
 
-    wait_stream = wait_event = record_event = lambda self, *_: None
+    wait_stream = wait_event = lambda self, *_: None
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record()
+        return event
 
     def query(self) -> bool:
+        self.synchronize()
         return True
 
 
 class Event:
+    """The launches up to ``record``."""
+
     def __init__(self, *_: Any, **__: Any) -> None:
+        self.number = 0
+
+    def record(self, *_: Any) -> None:
+        self.number = GPU.number
+
+    def wait(self, *_: Any) -> None:
         pass
 
-    record = wait = synchronize = lambda self, *_: None
+    def synchronize(self) -> None:
+        GPU.finish(self.number)
 
     def query(self) -> bool:
+        self.synchronize()
         return True
 
     def elapsed_time(self, end: Event) -> float:
@@ -82,6 +98,7 @@ class Graph:
 
     def replay(self) -> None:
         Graph.replayed += len(self.tape)
+        GPU.number += len(self.tape)
         for name, launches in self.calls.items():
             GPU.calls[name] += launches
         with _disable_current_modes():
@@ -131,7 +148,7 @@ OF_ACCELERATOR = {
     "device_count": lambda: 1,
     "current_device_index": lambda: 0,
     "set_device_index": lambda device: None,
-    "synchronize": lambda device=None: None,
+    "synchronize": lambda device=None: STREAM.synchronize(),
     "empty_cache": lambda: None,
     "empty_host_cache": lambda: None,
     "get_memory_info": lambda device=None: (MEMORY, MEMORY),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ WAITS = (
 )
 WAITS_IF_INDEXED_BY_BOOL = ("index", "index_put", "index_put_", "_index_put_impl_")
 MAY_MIX = ("copy_", "to", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_", "type_as", "lift_fresh")
+COPIES = ("to", "_to_copy", "copy_")
+UNREAD = {True: float("nan"), False: 113}
+"""Numbers of memory that a GPU has not written to yet, by whether they are floats."""
+
 ALLOCATES = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 
 PYTHON_OPS: dict[str, Callable[..., Any]] = {}
@@ -77,14 +83,49 @@ class Mode(TorchDispatchMode):
         return GPU.run(func, args, kwargs or {})
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A copy between pinned memory of the host and a GPU, which the host has not waited for.
+
+    Attributes:
+        number: of launches before it.
+        host: the host's side.
+        numbers: those that it had when it was read, or will have when it is written.
+        reads: whether the GPU reads it.
+        caller: the code that asked for it.
+    """
+
+    number: int
+    host: torch.Tensor
+    numbers: torch.Tensor
+    reads: bool
+    caller: str
+
+    def end(self) -> None:
+        """The host has waited for it.
+
+        Raises:
+            RuntimeError: the host has written to memory that the GPU was still to read.
+        """
+        if not self.reads:
+            self.host.copy_(self.numbers)
+        elif not torch.equal(_bytes(self.host), _bytes(self.numbers)):
+            raise RuntimeError(f"the host wrote to memory of a copy that might not have begun, of {self.caller}")
+
+
 class Gpu:
     """Runs the operations of all tensors, and notes what a GPU would be asked to do.
+
+    A GPU may copy from and to pinned memory at any time until the host has waited for it. So what it reads there must
+    not change until then, and what it writes there is UNREAD until then.
 
     Attributes:
         launches: the kernels and copies so far, by name. Views and allocations are none.
         calls: the numbers of launches in each call of vLLM's operators in Python, by name.
         triton: Triton's kernels that were launched, as "module:name".
         tape: what is launched is appended here while a graph is captured; None: no graph is.
+        number: of the launches so far, with those of replays.
+        copies: those that the host has not waited for.
         warns: whether operations that wait for the GPU are reported, as ``torch.cuda.set_sync_debug_mode`` says.
     """
 
@@ -94,7 +135,17 @@ class Gpu:
         self.calls: defaultdict[str, list[int]] = defaultdict(list)
         self.triton: set[str] = set()
         self.tape: list[Callable[[], None]] | None = None
+        self.number = 0
+        self.copies: list[Copy] = []
         self.warns = False
+
+    def finish(self, number: int) -> None:
+        """The host has waited for so many launches (raises RuntimeError: as ``Copy.end``)."""
+        ended = [copy for copy in self.copies if copy.number <= number]
+        self.copies = [copy for copy in self.copies if copy.number > number]
+        with _disable_current_modes(), torch.inference_mode():
+            for copy in ended:
+                copy.end()
 
     def wait(self, name: str) -> None:
         """Report an operation for which the host waits."""
@@ -102,6 +153,7 @@ class Gpu:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
         if self.warns:
             warnings.warn(f"{SYNC_WARNING}: {name}", stacklevel=2)
+        self.finish(self.number)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What __torch_dispatch__ does."""
@@ -127,7 +179,8 @@ class Gpu:
             goes_to = tensors[1].device.type
         if not on_gpu and goes_to == "cpu" and not pins:
             return func(*args, **kwargs)
-        self._check(name, tensors, on_gpu, goes_to, _argument(func, args, kwargs, "non_blocking"))
+        non_blocking = _argument(func, args, kwargs, "non_blocking")
+        self._check(name, tensors, on_gpu, goes_to, non_blocking)
         counts = name == "repeat_interleave" and func._overloadname != "self_int"
         if counts and _argument(func, args, kwargs, "output_size") is None:
             self.wait(name)
@@ -137,7 +190,24 @@ class Gpu:
         moves = name in ("to", "_to_copy") and tensors[0].device.type != goes_to
         kernel = _copying(func) if moves else func
         out = self.launch(name, kernel, args, kwargs, tensors, goes_to, func._schema.is_mutable)
-        return pinned(out) if pins or (moves and goes_to == "cpu") else out
+        if pins or (moves and goes_to == "cpu"):
+            pinned(out)
+        if name in COPIES and non_blocking:
+            self._note_copy(name, tensors, out)
+        return out
+
+    def _note_copy(self, name: str, tensors: list[torch.Tensor], out: torch.Tensor) -> None:
+        """Note a copy for which the host does not wait, if it is one between pinned memory and the GPU."""
+        source, target = (tensors[-1], tensors[0]) if name == "copy_" else (tensors[0], out)
+        host, reads = (source, True) if isinstance(target, GpuTensor) else (target, False)
+        is_other = isinstance(source, GpuTensor) != isinstance(target, GpuTensor)
+        if self.tape is not None or not is_other or not is_pinned(host):
+            return
+        caller = next(str(frame) for frame in reversed(traceback.extract_stack()) if not _is_here(frame.filename))
+        with _disable_current_modes(), torch.inference_mode():
+            self.copies.append(Copy(self.number, host, host.clone(), reads, caller))
+            if not reads:
+                host.fill_(UNREAD[host.dtype.is_floating_point] if host.dtype != torch.bool else True)
 
     def _check(self, name: str, tensors: list[Any], on_gpu: list[Any], goes_to: str, non_blocking: Any) -> None:
         """Refuse operands on two devices, and report operations that wait."""
@@ -152,7 +222,7 @@ class Gpu:
             fills = name != "index" and tensors[-1].numel() == 1  # torch has masked_fill for it
             if mixed or (by_bool and not fills):
                 self.wait(name)
-        if name in ("to", "_to_copy", "copy_"):
+        if name in COPIES:
             source = tensors[-1] if name == "copy_" else tensors[0]
             target = tensors[0].device.type if name == "copy_" else goes_to
             if source.device.type != target and not non_blocking:
@@ -183,6 +253,7 @@ class Gpu:
         new = [leaf for leaf in outs if leaf.untyped_storage()._cdata not in memory]
         if (writes or new) and name not in ALLOCATES:
             self.launches[name] += 1
+            self.number += 1
             if self.tape is not None:
                 self.tape.append(functools.partial(_again, kernel, args, kwargs, out, new))
 
@@ -218,6 +289,14 @@ def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
     """What an operator is given as the argument of this name; None: nothing."""
     places = {argument.name: place for place, argument in enumerate(func._schema.arguments)}
     return args[places[name]] if places.get(name, len(args)) < len(args) else kwargs.get(name)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
+
+
+def _is_here(file: str) -> bool:
+    return file == __file__ or "/torch/" in file
 
 
 def _copying(func: Any) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ class Step:
         turned: whether rows attended to blocks with positions of their own.
         replayed: launches of the full graph that was replayed; 0: none was.
         launches: those of each attention layer, also in a replay.
+        copies: from and to pinned memory, under way at its end.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class Step:
     turned: bool
     replayed: int
     launches: list[int]
+    copies: int
 
 
 STEPS: list[list[dict[str, Any]]] = []
@@ -86,6 +88,7 @@ class GpuWorker(Worker):
                 turned=rows is not None and rows.turned is not None,
                 replayed=Graph.replayed,
                 launches=GPU.calls[ATTENTION],
+                copies=len(GPU.copies),
             )
             STEPS[-1].append(asdict(made))
         return result

@@ -131,3 +131,17 @@ def test_dense_heads_of_star_prompts(tmp_path):
         wanted = expected(model, prompt, output, dense_heads.DENSE[share])
         assert max_gap(got, wanted[-len(got) :]) <= LIMIT
     assert all(step["replayed"] for step in decodes(result["steps"][0]) if not step["rewritten"])
+
+
+def test_layers_with_a_window_beside_layers_without(tmp_path):
+    """As Gemma 3 and gpt-oss have them: two groups of the KV cache, of which star rows are those of one."""
+    model = dense_heads.make_windowed(tmp_path / "model", "WF")
+    prompts = [
+        prompt_of(1, 333, 4, star(96, 37), prompt_logprobs=True),
+        prompt_of(3, 150, 6, prompt_logprobs=True),
+        prompt_of(4, 20, 5),
+    ]
+    result = run_gpu_engine(model, [prompts], max_num_batched_tokens=200)
+    check_batch(model, prompts, result["batches"][0])
+    assert any(step["rewritten"] for step in result["steps"][0])
+    assert all(step["replayed"] for step in decodes(result["steps"][0]) if not step["rewritten"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,9 +193,8 @@ def test_drafts_of_speculative_decoding_are_verified_by_the_same_heads(model, he
 WINDOW = 100
 
 
-@pytest.mark.parametrize("kinds", ["WF", "FFW"])
-def test_layers_with_a_window_keep_it_beside_layers_with_dense_heads(tmp_path, kinds):
-    """A layer with a window has no scores. Two full layers beside one with a window have pages of their own."""
+def make_windowed(path: Path, kinds: str) -> Path:
+    """A random OLMo 3 with a layer for each of ``kinds``, W with a window or F without, and its reference's windows."""
     import transformers
 
     sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 256}
@@ -201,8 +202,25 @@ def test_layers_with_a_window_keep_it_beside_layers_with_dense_heads(tmp_path, k
     layers = {"layer_types": [names[kind] for kind in kinds], "num_hidden_layers": len(kinds), "sliding_window": WINDOW}
     config = transformers.Olmo3Config(**sizes | layers | {"vocab_size": 320, "eos_token_id": 256, "pad_token_id": None})
     torch.manual_seed(0)
-    transformers.Olmo3ForCausalLM(config).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    transformers.Olmo3ForCausalLM(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+
+    def with_window(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+        places = torch.arange((args[0] if args else options["hidden_states"]).shape[1])
+        in_window = (places[None] <= places[:, None]) & (places[None] > places[:, None] - WINDOW)
+        bias = torch.zeros(in_window.shape).masked_fill(~in_window, torch.finfo(torch.float32).min)
+        return args, options | {"attention_mask": bias[None, None]}
+
+    for kind, layer in zip(kinds, load_reference(path, torch.float32).get_decoder().layers, strict=True):
+        if kind == "W":
+            layer.self_attn.register_forward_pre_hook(with_window, with_kwargs=True)
+    return path
+
+
+@pytest.mark.parametrize("kinds", ["WF", "FFW"])
+def test_layers_with_a_window_keep_it_beside_layers_with_dense_heads(tmp_path, kinds):
+    """A layer with a window has no scores. Two full layers beside one with a window have pages of their own."""
+    model = make_windowed(tmp_path / "model", kinds)
     of_layer = [[0.1, 0.4, 0.3, 0.2][layer:] + [0.1, 0.4, 0.3, 0.2][:layer] for layer in range(len(kinds))]
     scores = [row if kind == "F" else [] for kind, row in zip(kinds, of_layer, strict=True)]
     (tmp_path / "scores.json").write_text(json.dumps({"scores": scores}))
@@ -210,15 +228,9 @@ def test_layers_with_a_window_keep_it_beside_layers_with_dense_heads(tmp_path, k
     ids, options = random_ids(6, 500), star(128, 37) | {"star_dense_heads": 0.5}
     prompt = {"ids": ids, "extra_args": options, "prompt_logprobs": True}
     heads = {"star_heads": str(tmp_path / "scores.json")}
-    result = run_engine(tmp_path / "model", [[prompt]], star=heads, max_num_batched_tokens=300)
-    places = torch.arange(len(ids))
-    in_window = (places[None] <= places[:, None]) & (places[None] > places[:, None] - WINDOW)
-    bias = torch.zeros(in_window.shape).masked_fill(~in_window, torch.finfo(torch.float32).min)[None, None]
-    reference = load_reference(tmp_path / "model", torch.float32)
-    layer = reference.get_decoder().layers[kinds.index("W")].self_attn
-    layer.register_forward_pre_hook(lambda _, args, kw: (args, kw | {"attention_mask": bias}), with_kwargs=True)
+    result = run_engine(model, [[prompt]], star=heads, max_num_batched_tokens=300)
     mask = mask_of(star_sizes(options, len(ids)), len(ids))
-    expected = reference_logprobs(tmp_path / "model", ids, mask, dense_heads=dense)
+    expected = reference_logprobs(model, ids, mask, dense_heads=dense)
     assert max_gap(result["batches"][0][0]["prompt_logprobs"], expected) <= LIMIT
-    star_alone = reference_logprobs(tmp_path / "model", ids, mask)
+    star_alone = reference_logprobs(model, ids, mask)
     assert max_gap(expected.tolist(), star_alone) > 100 * LIMIT

@@ -51,7 +51,8 @@ def prompt_of(
     pieces = [tuple(ids[start:stop]) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
     text = ", ".join(own.references)
     if text:
-        answer = encoder.encode(text if own.messages is not None else f" {text}")[:answer_tokens]
+        goes_on = own.prompt is not None and not own.prompt[-1:].isspace()
+        answer = encoder.encode(f" {text}" if goes_on else text)[:answer_tokens]
     else:
         answer = model.answer(ids, answer_tokens, encoder.tokenizer.eos_token_id)
     return DocumentPrompt(OWN, tuple(ids[: starts[0]]), tuple(pieces[:-1]), (Asked(pieces[-1], answer),))

@@ -15,7 +15,7 @@ from benchmarks.random_llama import make_tiny_llama
 from starling.engine_ext.distillation import command, memory
 from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError
 from starling.engine_ext.distillation.options import DistilOptions
-from starling.engine_ext.distillation.own_prompts import chat_segments
+from starling.engine_ext.distillation.own_prompts import chat_segments, read_prompts
 from starling.engine_ext.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
 from starling.engine_ext.distillation.training_prompts import (
     FUNCTIONS,
@@ -183,6 +183,14 @@ def test_a_chat_has_its_messages_as_a_server_has_them(encoder):
     ids, starts = chat_segments(messages, encoder)
     texts = [encoder.tokenizer.decode(ids[start:stop]) for start, stop in zip(starts, [*starts[1:], None], strict=True)]
     assert texts == ["user: one\n", "user: two\n", "user: What?\nassistant:"]
+
+
+@pytest.mark.parametrize(("end", "answer"), [("", " yes"), ("\n", "yes"), (" ", "yes")])
+def test_the_answer_of_an_own_text_is_a_word_behind_it(encoder, tmp_path, end, answer):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps({"prompt": f"head|one|two|question{end}", "answer": "yes"}) + "\n")
+    (prompt,) = read_prompts(mine, "|", encoder, None, 8)
+    assert prompt.answer == encoder.encode(answer) and len(prompt.documents) == 2
 
 
 def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):

@@ -1,7 +1,7 @@
 """Questions about eight documents, dense and with cached documents; then a long prompt, dense and with star blocks.
 
-Serves the demo model (`make demo-model`), streams the answers over the OpenAI API and over gRPC, and compares the times
-to their first tokens.
+Serves the demo model (`make demo-model`) with an adapter for documents, streams the answers over the OpenAI API and
+over gRPC, and compares the times to their first tokens.
 
     python examples/demo.py
 """
@@ -27,6 +27,7 @@ from starling.client import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
+ADAPTER = ROOT / "examples" / "checkpoints" / "adapter-smollm2-135m-instruct"
 LOG = ROOT / "build" / "demo-server.log"
 
 MODULES = ("colorsys", "glob", "textwrap", "heapq", "getpass", "fnmatch", "bisect", "queue")
@@ -135,10 +136,12 @@ def ask_all(server: Server) -> Iterator[Answered]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     end_on_signals()
-    console.print(f"starting [bold]starling serve {MODEL.name} --preset rag[/bold], log in {LOG.relative_to(ROOT)}")
+    command = f"starling serve {MODEL.name} --preset rag --star-adapter {ADAPTER.name}"
+    console.print(f"starting [bold]{command}[/bold], log in {LOG.relative_to(ROOT)}")
     with contextlib.ExitStack() as stack:
         with console.status("starting") as status:
-            options = ("--served-model-name", MODEL.name, "--preset", "rag", "--enforce-eager", "--dtype", "bfloat16")
+            options = ["--served-model-name", MODEL.name, "--preset", "rag", "--star-adapter", str(ADAPTER)]
+            options += ["--enforce-eager", "--dtype", "bfloat16"]
             server = stack.enter_context(
                 serving(MODEL, *options, log=LOG, on_message=lambda line: status.update(f"starting: {line:.80}"))
             )
@@ -150,7 +153,8 @@ def main() -> None:
     console.print(picture(answers))
     console.print(
         "\nDocuments are computed once, alone, and used wherever they stand. That costs answers, most of all with a "
-        "small model:\ndocs/documents.md says how many, and `starling advise` measures it on your prompts."
+        "small model:\ndocs/adapter.md says how many, and what the adapter brings back. `starling advise` measures it "
+        "on your prompts."
     )
 
 

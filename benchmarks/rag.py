@@ -8,7 +8,7 @@ already: a longer head is a longer anchor. Then 24 documents of a question are a
 and with the next question, in turns of dense attention, documents that are computed and cached documents. The server
 has the preset `rag`, whose pages on CPUs are small. Writes results/rag_MODEL.json and .png, the picture of README.md.
 Takes about 12 minutes. With --adapter, an adapter of `starling distil`, no times are measured: each question is also
-answered with the adapter, with documents and dense, and the result is rag_adapter_MODEL.json.
+answered with the adapter, with documents and dense, and the result is rag_FOLDER.json, by the adapter's folder.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
                 answer = ask(kind, LONG, turned, question.text, 1, salt)
                 times[way].append(answer.seconds)
                 prompts.append(answer.prompt_tokens)
-    name = f"rag_adapter_{args.model.name}" if args.adapter else f"rag_{args.model.name}"
+    name = f"rag_{(args.adapter or args.model).resolve().name}"
     rows = (
         json.loads((RESULTS / f"{name}.json").read_text())["rows"]
         if args.only_times

@@ -143,7 +143,7 @@ class AdaptedModel:
             raise DistilError(NO_TURNS)
 
     def load(self, folder: Path) -> None:
-        """Take the adapter in a folder, in PEFT's format, which has the configuration that this model's has."""
+        """Take the weights of the adapter in a folder, in PEFT's format, of this one's rank and layers."""
         self.model.load_adapter(str(folder), "default")
 
     def log_probs(self, rows: Rows, *, adapter: bool) -> torch.Tensor:

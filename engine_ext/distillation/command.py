@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         f"of {', '.join((*GROUPS, *TASKS))} (default: {','.join(fields['tasks'].default)}, unless --prompts is given)"
     )
     add("tasks", type=comma, metavar="A,B", help=tasks)
+    add("start", type=Path, metavar="DIR")
     add("prompts", type=Path, metavar="FILE")
     add("segments", metavar="TEXT")
     for name in ("answer_tokens", "tokens", "questions", "steps", "batch", "rank", "held_out", "evaluations", "seed"):
@@ -124,6 +125,7 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
         raise DistilError(NO_PEFT) from None
     from transformers import AutoTokenizer
 
+    options = options.with_start(checkpoint_digest(folder))
     torch.manual_seed(options.seed)
     needed = {on: needed_bytes(folder, options, recompute=on) for on in (False, True)}
     available = memory_of(options.device)
@@ -136,6 +138,8 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
     model = AdaptedModel(folder, options.device, DTYPES[options.chosen_dtype], config, recompute)
     if "documents" in options.purposes:
         model.check_turns()
+    if options.start is not None:
+        model.load(options.start)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     made = {"model": name, "checkpoint": checkpoint_digest(folder), "setup": options.setup()}
     make, held_out = own_cases(options, encoder, model) if options.prompts else task_cases(options, encoder)

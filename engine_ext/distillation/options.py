@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from starling.config.adapter import Purpose
+from starling.config.adapter import AdapterError, Purpose, read_adapter
 from starling.engine_ext.distillation.training_prompts import TRAINED_TASKS
 from starling.evaluation.prompt_options import CommandOptions
 from starling.evaluation.prompts import read_own_prompts
@@ -28,6 +28,9 @@ class DistilOptions(CommandOptions):
 
     purposes: tuple[Purpose, ...] = Field(
         ("documents",), min_length=1, description="the plans of prompts that it is for: documents, star, or both"
+    )
+    start: Path | None = Field(
+        None, description="an adapter of `starling distil` to go on from, whose rank and layers it has"
     )
     tasks: tuple[str, ...] = Field(TRAINED_TASKS, min_length=1, description="of `starling eval`, beside plain text")
     prompts: Path | None = Field(None, description="the user's own prompts, in place of tasks and plain text")
@@ -75,6 +78,8 @@ class DistilOptions(CommandOptions):
     def check(self) -> None:
         """Refuse what can't be used (raises ValueError)."""
         choose_tasks(self.tasks)
+        for name in sorted({"rank", "modules"} & self.model_fields_set if self.start is not None else ()):
+            raise ValueError(f"{name}={getattr(self, name)!r} is refused: --start has its own. Allowed: one of the two")
         if len(set(self.purposes)) < len(self.purposes):
             raise ValueError(
                 f"for={','.join(self.purposes)!r} is refused: a purpose is given twice. Allowed: each once"
@@ -90,9 +95,31 @@ class DistilOptions(CommandOptions):
         elif self.segments is not None:
             raise ValueError(f"segments={self.segments!r} is refused: it is for your own prompts. Allowed: --prompts")
 
+    def with_start(self, checkpoint: str | None) -> DistilOptions:
+        """The options with rank and layers of the adapter that is gone on from, if there is one.
+
+        Args:
+            checkpoint: the digest of the model's weights.
+
+        Raises:
+            ValueError: the adapter can't be read, or is of another model.
+        """
+        if self.start is None:
+            return self
+        try:
+            found = read_adapter(str(self.start))
+            if found.distilled.checkpoint != checkpoint:
+                raise AdapterError(f"it is an adapter of {found.distilled.model}, with other weights")
+        except AdapterError as error:
+            allowed = "a folder that `starling distil` made of this model"
+            raise ValueError(f"start={str(self.start)!r} is refused: {error}. Allowed: {allowed}") from None
+        return self.model_copy(update={"rank": found.rank, "modules": found.target_modules})
+
     def setup(self) -> dict[str, Any]:
         """What decides the adapter, as JSON."""
-        values = self.model_dump(mode="json", exclude={"prompts", "dtype", "recompute", "device"})
+        values = self.model_dump(mode="json", exclude={"prompts", "dtype", "recompute", "device", "start"})
+        if self.start is not None:
+            values["start"] = read_adapter(str(self.start)).digest
         if self.prompts is not None:
             del values["tasks"]
             values["prompts_sha256"] = hashlib.sha256(self.prompts.read_bytes()).hexdigest()

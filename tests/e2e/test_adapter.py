@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftConfig
+from safetensors.torch import load_file
 
 from benchmarks.random_llama import SPECIAL, make_tiny_llama
 from examples.server import serving
 from starling.client import Client
+from starling.config.adapter import read_adapter
 from tests.adapters import make_adapter
 from tests.e2e.replicas import (
     ENGINE_OPTIONS,
@@ -100,6 +103,21 @@ def test_the_adapter_is_pefts_and_says_how_it_was_made(adapter: Path) -> None:
     names = {path.name for path in adapter.iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "distil.json"}
     assert not names & {"training.pt", "README.md"}
+
+
+def test_a_training_goes_on_from_an_adapter(model: Path, adapter: Path, tmp_path: Path) -> None:
+    """By a step so small that it changes nothing: the adapter is the one that it began with."""
+    given = [model, "--start", adapter, "--prompts", write_prompts(tmp_path / "mine.jsonl"), "--out", tmp_path / "on"]
+    given += ["--segments", "|", "--steps", "1", "--evaluations", "1", "--learning-rate", "1e-12", "--dtype", "float32"]
+    process = distil(*given)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "on"))
+    assert before.keys() == after.keys() and any(values.abs().max() > 0.01 for values in after.values())
+    assert all(torch.allclose(values, after[name], atol=1e-6) for name, values in before.items())
+    assert (
+        json.loads((tmp_path / "on" / "distil.json").read_text())["setup"]["start"] == read_adapter(str(adapter)).digest
+    )
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from starling.engine_ext.distillation.training_prompts import (
 )
 from starling.evaluation.document_prompts import SHAPES, Asked, DocumentPrompt, Encoder, Style
 from starling.evaluation.tasks import TASKS
+from tests.adapters import make_adapter
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,12 @@ def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
         (["--tasks", "nothing"], "there is no such task"),
         (["--rank", "0"], "rank=0 is refused"),
         (["--modules", "no_such_proj"], "gets no adapter"),
+        (
+            ["--start", "nowhere"],
+            "start='nowhere' is refused: it is no folder. Allowed: a folder that",
+        ),
+        (["--start", "nowhere", "--rank", "4"], "rank=4 is refused: --start has its own"),
+        (["--start", "{other}"], "it is an adapter of another, with other weights"),
         (["--tokens", "300"], "is too short"),
     ],
 )
@@ -221,7 +228,9 @@ def test_what_can_not_be_used_is_refused(folder, tmp_path, capsys, arguments, wo
     line = json.dumps({"prompt": "Read.|one|two|What?", "answer": "one"})
     (tmp_path / "mine.jsonl").write_text(f"{line}\n{line}")
     (tmp_path / "one.jsonl").write_text(line)
-    given = [each.format(mine=tmp_path / "mine.jsonl", one=tmp_path / "one.jsonl") for each in arguments]
+    make_adapter(tmp_path / "other", folder, **{"model": "another", "checkpoint": "0"})
+    files = {"mine": tmp_path / "mine.jsonl", "one": tmp_path / "one.jsonl", "other": tmp_path / "other"}
+    given = [each.format(**files) for each in arguments]
     assert command.run([str(folder), "--out", str(tmp_path / "adapter"), *given]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "adapter" / "distil.json").exists()

@@ -175,8 +175,8 @@ class PageReader:
         reason = layout_mismatch(self.layout, address["layout"])
         if reason is not None:
             raise TransferError(reason)
-        wave = self.waves.setdefault(address["name"], max(FIRST_WAVE_BYTES // self.page_bytes, 1))
-        read = SourceRead(address, hold, remote_page_ids, local_page_ids, wave)
+        first_wave = max(FIRST_WAVE_BYTES // self.page_bytes, 1, self.waves.get(address["name"], 0))
+        read = SourceRead(address, hold, remote_page_ids, local_page_ids, first_wave)
         transfer.reads.append(read)
         self.num_reads[read.name] += 1
         self._gone.discard(read.name)
@@ -216,14 +216,14 @@ class PageReader:
                 elif read.num_begun == len(read.local_page_ids):
                     self._begin_read(read, self._answer)
                 else:
-                    read.wave = self.waves[read.name]
                     self._begin_read(read, self._wave)
         return not transfer.reads
 
     def _note_wave(self, read: SourceRead, seconds: float) -> None:
         """Let the waves of the link follow one that has arrived. A quick one of few pages says nothing of more."""
         found = next_wave(read.num_begun - read.num_arrived, seconds)
-        self.waves[read.name] = found if seconds > WAVE_SECONDS else max(found, self.waves.get(read.name, read.wave))
+        read.wave = found if seconds > WAVE_SECONDS else max(found, read.wave)
+        self.waves[read.name] = read.wave
 
     def _begin_read(
         self, read: SourceRead, descriptors: Callable[[SourceRead], tuple[Any, Any]], deadline: float = math.inf

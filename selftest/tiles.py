@@ -132,11 +132,11 @@ class Call:
 
     def run(self, choice: Choice) -> torch.Tensor:
         """The attention of all tokens."""
-        from starling.attention_backends.kernels.triton.decode import multiprocessors
+        from starling.attention_backends.kernels.triton.decode import multiprocessors, rows_that_fill
         from starling.attention_backends.kernels.triton.ranges import attend_ranges
 
         out = torch.empty_like(self.query)
-        programs = -(-choice.programs * multiprocessors(self.query.device) // self.shape.kv_heads)
+        programs = rows_that_fill(multiprocessors(self.query.device), self.shape.kv_heads, choice.programs)
         operands = self.query, self.caches, self.table, self.rotation, out
         attend_ranges(*operands, scale=SCALE, programs=programs, tile=choice.tile)
         return out
@@ -158,7 +158,7 @@ def time_tiles(call: Call, milliseconds: Callable[[Callable[[], object]], float]
     for choice in call.choices():
         try:
             error = (call.run(choice).float() - want).square().mean() / want.square().mean()
-            found[choice] = milliseconds(lambda chosen=choice: call.run(chosen))  # type: ignore[misc]
+            found[choice] = milliseconds(functools.partial(call.run, choice))
         except OutOfResources:
             continue
         if not error.sqrt() <= ROUNDING:

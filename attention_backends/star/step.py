@@ -195,7 +195,7 @@ class StarStep:
         Args:
             batch, virtual: the metadata of the batch's rows, and of ``rows``, with pages of ``page_size`` tokens.
         """
-        if rows.turned is not None and page_size not in self._turned_attention:
+        if rows.turned is not None and not devices.uses_triton(batch.seq_lens.device):
             made = make_turned_attention(rows, batch, virtual, page_size, self.rotations)
             self._turned_attention[page_size] = made
 

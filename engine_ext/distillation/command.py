@@ -125,7 +125,8 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
         raise DistilError(NO_PEFT) from None
     from transformers import AutoTokenizer
 
-    options = options.with_start(checkpoint_digest(folder))
+    checkpoint = checkpoint_digest(folder)
+    options = options.with_start(checkpoint)
     torch.manual_seed(options.seed)
     needed = {on: needed_bytes(folder, options, recompute=on) for on in (False, True)}
     available = memory_of(options.device)
@@ -141,7 +142,7 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
     if options.start is not None:
         model.load(options.start)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    made = {"model": name, "checkpoint": checkpoint_digest(folder), "setup": options.setup()}
+    made = {"model": name, "checkpoint": checkpoint, "setup": options.setup()}
     make, held_out = own_cases(options, encoder, model) if options.prompts else task_cases(options, encoder)
     counted = [each.name for each in held_out if each.name != OTHER]
     training = Training(model, make, held_out, counted, options.steps, options.batch, options.learning_rate)

@@ -43,9 +43,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def rows_that_fill(multiprocessors: int, heads: int) -> int:
-    """The number of rows whose programs, one for each of the KV heads, fill a card of so many multiprocessors."""
-    return -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // heads)
+def rows_that_fill(multiprocessors: int, heads: int, programs: int = PROGRAMS_PER_MULTIPROCESSOR) -> int:
+    """The number of rows whose programs, one for each of the KV heads, fill a card of so many multiprocessors.
+
+    Args:
+        programs: of a multiprocessor.
+    """
+    return -(-programs * multiprocessors // heads)
 
 
 @triton.jit(do_not_specialize=("splits",))

@@ -261,6 +261,10 @@ def test_the_waves_of_a_link_follow_what_it_has_carried(pair, clock, monkeypatch
     reader.begin(transfer, other.address(), 1, range(PAGES), range(PAGES))
     reader.cancel(transfer)
     assert waves(0.01) == [1, 7], "a link that has failed begins anew"
+    monkeypatch.setattr(page_transfer, "FIRST_WAVE_BYTES", 4 * reader.page_bytes)
+    assert waves(0.01) == [8]
+    assert waves(20) == [8]
+    assert waves(0.01) == [4, 4], "steps of many seconds do not make the first wave smaller than that of a new link"
 
 
 def test_of_two_sources_the_one_that_times_out_is_found(clock):

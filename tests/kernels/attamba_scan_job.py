@@ -113,7 +113,7 @@ def compile_kernels() -> None:
                 }
                 warps = scan_kernel.warps(constants["BLOCK_W"])
                 made = check_resources(scan_kernel.scan_kernel, types, constants, capability, aligned, num_warps=warps)
-                assert "mma" in made.asm["ptx"]
+                assert "mma" in made.kernel.asm["ptx"]
 
 
 def count_kernels_of_steps() -> None:

@@ -8,7 +8,8 @@ already: a longer head is a longer anchor. Then 24 documents of a question are a
 and with the next question, in turns of dense attention, documents that are computed and cached documents. The server
 has the preset `rag`, whose pages on CPUs are small. Writes results/rag_MODEL.json and .png, the picture of README.md.
 Takes about 12 minutes. With --adapter, an adapter of `starling distil`, no times are measured: each question is also
-answered with the adapter, with documents and dense, and the result is rag_FOLDER.json, by the adapter's folder.
+answered with the adapter, with documents and dense, and the result is rag_FOLDER.json, by the adapter's folder. With
+--training-prompts, only prompts of this kind are written, about functions of other modules.
 """
 
 from __future__ import annotations
@@ -22,27 +23,30 @@ import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.rag_prompts import (
+    CHARACTERS,
+    LONG,
+    MARK,
+    RETRIEVED,
+    SHORT,
+    Question,
+    context_of,
+    make_questions,
+    question_of,
+    training_prompts,
+)
 from benchmarks.report import RESULTS, ratio_interval, saved_figure, write_json
 from examples.completions import Answer, Completions
 from examples.server import serving
-from examples.stdlib_documents import MODULES, Index, entries, make_documents
+from examples.stdlib_documents import Index, make_documents
 
-MARK = "<|file_sep|>"
-CHARACTERS, RETRIEVED, MAX_TOKENS = 1000, 6, 16
-SYSTEM = """<|im_start|>system
-You answer questions about the standard library of Python. The user's message begins with documents. Each of them has \
-functions of one module: the name of the function behind the name of its module, the signature with the default values \
-of its arguments, and what it does. Some documents have nothing to do with the question; pass over them. The answer is \
-in one of the documents: do not answer from memory. Answer with the name of the function and nothing else.<|im_end|>
-<|im_start|>user
-"""
-EXAMPLE = "{0.document}\nQuestion: {0.text}<|im_end|>\n<|im_start|>assistant\n{0.answer}<|im_end|>\n<|im_start|>user\n"
+MAX_TOKENS = 16
 DENSE, DOCUMENTS = "dense", "documents"
 ADAPTER, DENSE_ADAPTER = "documents, adapter", "dense, adapter"
 LORA = "adapter"
@@ -50,33 +54,6 @@ LORA = "adapter"
 
 FIRST, AGAIN = "documents first", "documents again"
 ROUNDS, TIMED = 5, 24  # prompts whose times are measured, and the documents of each
-SHORT, LONG = "instructions", "instructions and two examples"
-
-
-class Question(NamedTuple):
-    """A question, the name that is its answer, and the document that has it."""
-
-    text: str
-    answer: str
-    document: str
-
-
-def make_questions(documents: list[str]) -> Iterator[Question]:
-    """One for each function whose documentation begins with a sentence that does not name it."""
-    for module in MODULES:
-        for entry in entries(module):
-            name = re.split(r"[(.]", entry.removeprefix(f"{module}."), maxsplit=1)[0]
-            sentence = " ".join(entry.split("\n", 1)[1].split("\n\n")[0].split()).split(". ")[0].rstrip(".")
-            document = next((each for each in documents if f"{module}.{name}(" in each), None)
-            if document is None or not 20 <= len(sentence) <= 160 or name.lower() in sentence.lower():
-                continue
-            yield Question(f'Which function of {module} does this? "{sentence}."', name, document)
-
-
-def head_of(kind: str, examples: list[Question]) -> str:
-    """The text before the documents."""
-    solved = map(EXAMPLE.format, examples)
-    return SYSTEM + ("".join(solved) if kind == LONG else "")
 
 
 def main() -> None:
@@ -85,7 +62,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--only-times", action="store_true", help="measure the times, and keep the stored answers")
     parser.add_argument("--adapter", type=Path, help="a folder that `starling distil` has made of the model")
+    parser.add_argument(
+        "--training-prompts", type=Path, metavar="FILE", help="only write prompts for `starling distil --prompts`"
+    )
     args = parser.parse_args()
+    if args.training_prompts:
+        args.training_prompts.parent.mkdir(parents=True, exist_ok=True)
+        lines = map(json.dumps, training_prompts(random.Random(0)))
+        args.training_prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return
     documents = make_documents(CHARACTERS)
     index = Index(documents)
     made = list(make_questions(documents))
@@ -104,13 +89,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, serving(args.model, *options, log=Path(folder) / "log") as server:
         client = Completions(server.http)
 
-        def ask(kind: str, head: str, found: list[str], question: str, max_tokens: int, salt: str) -> Answer:
-            end = f"\nQuestion: {question}<|im_end|>\n<|im_start|>assistant\n"
+        def ask(kind: str, head: str, found: list[str], question: Question, max_tokens: int, salt: str) -> Answer:
             star: dict[str, Any] = {"star": "off"}
             if kind in (DOCUMENTS, ADAPTER):
-                star = {"star": "on", "star_segments": MARK, "star_query_tokens": len(client.tokenize(end))}
-                star["star_adapter"] = "auto" if kind == ADAPTER else "off"
-            prompt = head_of(head, examples) + "".join(f"{MARK}{document}" for document in found) + end
+                star = {"star": "on", "star_adapter": "auto" if kind == ADAPTER else "off"}
+            prompt = context_of(head, examples, found) + question_of(question)
             more = {"model": LORA} if kind == DENSE_ADAPTER else {}
             answer = client.ask(prompt, star, max_tokens=max_tokens, stop=["\n"], cache_salt=salt, **more)
             assert answer.plan.get("adapter", False) == (kind == ADAPTER)
@@ -118,7 +101,7 @@ def main() -> None:
 
         for question, found in track([] if args.only_times else asked, description="questions"):
             for kind, head in names:
-                answer = ask(kind, head, found, question.text, MAX_TOKENS, f"{kind} {head}")
+                answer = ask(kind, head, found, question, MAX_TOKENS, f"{kind} {head}")
                 is_right = re.search(rf"\b{re.escape(question.answer)}\b", answer.text) is not None
                 right[kind, head].append(is_right)
                 tokens[kind, head].append(answer.computed or 0)
@@ -127,14 +110,14 @@ def main() -> None:
         for (before, _), (question, _) in track(timed, description="times"):
             more = index.search(before.text, TIMED)
             turned = more[::-1]
-            ask(DOCUMENTS, LONG, more, before.text, 1, f"{DOCUMENTS} {LONG}")  # now they are cached
+            ask(DOCUMENTS, LONG, more, before, 1, f"{DOCUMENTS} {LONG}")  # now they are cached
             salts = (
                 (DENSE, DENSE, f"{DENSE} {LONG}"),
                 (FIRST, DOCUMENTS, f"{FIRST} {len(prompts)}"),
                 (AGAIN, DOCUMENTS, f"{DOCUMENTS} {LONG}"),
             )
             for way, kind, salt in salts:
-                answer = ask(kind, LONG, turned, question.text, 1, salt)
+                answer = ask(kind, LONG, turned, question, 1, salt)
                 times[way].append(answer.seconds)
                 prompts.append(answer.prompt_tokens)
     name = f"rag_{(args.adapter or args.model).resolve().name}"

@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 MODULES = (
     *("base64", "bisect", "calendar", "colorsys", "copy", "difflib", "fnmatch", "functools", "getpass", "glob"),
@@ -24,16 +24,16 @@ def entries(module: str) -> Iterator[str]:
         if (member.__module__ or module).removeprefix("_") != module:  # imported from another module
             continue
         try:
-            signature = str(inspect.signature(member))
+            signature = re.sub(r" at 0x\w+", "", str(inspect.signature(member)))  # of defaults without a name
         except ValueError:  # some functions written in C have none
             signature = "(...)"
         yield f"{module}.{name}{signature}\n{documentation}\n"
 
 
-def make_documents(characters: int) -> list[str]:
+def make_documents(characters: int, modules: Sequence[str] = MODULES) -> list[str]:
     """The documents: as many functions of one module as have about so many characters."""
     documents = []
-    for module in MODULES:
+    for module in modules:
         document = ""
         for entry in entries(module):
             if document and len(document) + len(entry) > characters:

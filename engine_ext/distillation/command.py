@@ -143,7 +143,7 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
         model.load(options.start)
     encoder = Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     made = {"model": name, "checkpoint": checkpoint, "setup": options.setup()}
-    make, held_out = own_cases(options, encoder, model) if options.prompts else task_cases(options, encoder)
+    make, held_out = all_cases(options, encoder, model)
     counted = [each.name for each in held_out if each.name != OTHER]
     training = Training(model, make, held_out, counted, options.steps, options.batch, options.learning_rate)
     training.restore(out / STATE, made)
@@ -161,6 +161,20 @@ def distil(name: str, options: DistilOptions, out: Path, console: Console) -> No
 def memory_of(device: str) -> int:
     """Bytes of memory that are free on a device."""
     return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def all_cases(
+    options: DistilOptions, encoder: Encoder, model: AdaptedModel
+) -> tuple[Callable[[int], Trained], list[HeldOut]]:
+    """What makes training prompts, in turns where they are of two sources, and those that are held out."""
+    sources = [task_cases(options, encoder)] if options.has_tasks else []
+    sources += [own_cases(options, encoder, model)] if options.prompts else []
+
+    def make(number: int) -> Trained:
+        turn, which = divmod(number, len(sources))
+        return sources[which][0](turn)
+
+    return make, [held for _, held_out in sources for held in held_out]
 
 
 def task_cases(options: DistilOptions, encoder: Encoder) -> tuple[Callable[[int], Trained], list[HeldOut]]:
@@ -191,11 +205,14 @@ def own_cases(
 ) -> tuple[Callable[[int], Trained], list[HeldOut]]:
     """What makes training prompts of the user's own, and those of them that are held out (raises ValueError)."""
     assert options.prompts is not None
-    found = read_prompts(options.prompts, options.segments, encoder, model, options.answer_tokens)
+    found = read_prompts(options.prompts, options.segments, encoder, model, options.answer_tokens, options.questions)
     count = min(options.held_out * len(options.tasks), max(len(found) // 5, 1))
     held, trained = found[:count], found[count:]
     if not trained:
-        raise DistilError(f"prompts={str(options.prompts)!r} is refused: it has one prompt. Allowed: two or more")
+        raise DistilError(
+            f"prompts={str(options.prompts)!r} is refused: it has questions about the same documents alone. Allowed: "
+            "two prompts or more"
+        )
 
     def make(number: int) -> Trained:
         rng = Random(f"{options.seed}/own/{number // len(trained)}")

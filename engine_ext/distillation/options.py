@@ -33,7 +33,9 @@ class DistilOptions(CommandOptions):
         None, description="an adapter of `starling distil` to go on from, whose rank and layers it has"
     )
     tasks: tuple[str, ...] = Field(TRAINED_TASKS, min_length=1, description="of `starling eval`, beside plain text")
-    prompts: Path | None = Field(None, description="the user's own prompts, in place of tasks and plain text")
+    prompts: Path | None = Field(
+        None, description="the user's own prompts, in place of tasks and plain text, or in turns with --tasks if given"
+    )
     segments: str | None = Field(
         None, min_length=1, description="the text of the token that starts a document, in your own prompts of text"
     )
@@ -71,6 +73,11 @@ class DistilOptions(CommandOptions):
         return "bfloat16" if fast else "float32"
 
     @property
+    def has_tasks(self) -> bool:
+        """Whether it is trained on tasks and plain text."""
+        return self.prompts is None or "tasks" in self.model_fields_set
+
+    @property
     def target_modules(self) -> list[str]:
         """The names of the linear layers."""
         return sorted({name for word in self.modules for name in MODULES.get(word, (word,))})
@@ -84,8 +91,6 @@ class DistilOptions(CommandOptions):
             raise ValueError(
                 f"for={','.join(self.purposes)!r} is refused: a purpose is given twice. Allowed: each once"
             )
-        if self.prompts is not None and "tasks" in self.model_fields_set:
-            raise ValueError("either --tasks or --prompts is needed, and not both")
         if self.prompts is not None:
             texts = [line for line, own in read_own_prompts(self.prompts) if own.prompt is not None]
             if texts and self.segments is None:
@@ -120,7 +125,8 @@ class DistilOptions(CommandOptions):
         values = self.model_dump(mode="json", exclude={"prompts", "dtype", "recompute", "device", "start"})
         if self.start is not None:
             values["start"] = read_adapter(str(self.start)).digest
-        if self.prompts is not None:
+        if not self.has_tasks:
             del values["tasks"]
+        if self.prompts is not None:
             values["prompts_sha256"] = hashlib.sha256(self.prompts.read_bytes()).hexdigest()
         return values | {"dtype": self.chosen_dtype}

@@ -18,13 +18,16 @@ ALLOWED = "chats of three messages or more, or texts with --segments TEXT before
 
 
 def read_prompts(
-    path: Path, segments: str | None, encoder: Encoder, model: AdaptedModel, answer_tokens: int
+    path: Path, segments: str | None, encoder: Encoder, model: AdaptedModel, answer_tokens: int, questions: int
 ) -> list[DocumentPrompt]:
     """The prompts of a file, in an order that does not follow the file's.
+
+    Lines with the same documents are one prompt, so that a training step computes the documents once.
 
     Args:
         segments: the text of the token that starts a document; None: prompts are chats.
         answer_tokens: of an answer. Where a line has none, it is the model's own, with dense attention.
+        questions: of a prompt, at most.
 
     Raises:
         ValueError: the file can't be read, or a prompt has no documents.
@@ -33,8 +36,16 @@ def read_prompts(
     if segments is not None and mark is None:
         raise DistilError(f"segments={segments!r} is refused: {NOT_ONE_TOKEN}")
     prompts = [prompt_of(own, line, mark, encoder, model, answer_tokens) for line, own in read_own_prompts(path)]
-    random.Random(OWN).shuffle(prompts)
-    return prompts
+    asked: dict[tuple[Tokens, tuple[Tokens, ...]], list[Asked]] = {}
+    for prompt in prompts:
+        asked.setdefault((prompt.head, prompt.documents), []).extend(prompt.asked)
+    together = [
+        DocumentPrompt(OWN, head, documents, tuple(every[first : first + questions]))
+        for (head, documents), every in asked.items()
+        for first in range(0, len(every), questions)
+    ]
+    random.Random(OWN).shuffle(together)
+    return together
 
 
 def prompt_of(

@@ -11,8 +11,9 @@ references of tests/parity, and read what its steps ran.
   interpreted. FlashAttention's are emulated and check their contract (tests/gpu_contract/kernels.py). Each is one
   launch.
 - **Graphs** (cuda.py). A CUDA graph is the list of the launches of its capture, each with its operands. A replay runs
-  them again on the memory that they had, and runs no code of the host. So a tensor that was made for the capture alone
-  is read with what is in it now, numbers that the host chose stay as they were, and a plan is not asked for.
+  them again on the memory that they had, and runs no code of the host. So numbers that the host chose stay as they
+  were, and a plan is not asked for. A tensor of before the capture that is gone at the replay is read as NaN: a GPU
+  would have given its memory to another.
 - **Waits.** What would wait for the GPU in a captured graph is an error, and so it is in ``execute_model`` and
   ``sample_tokens``: vLLM has a check for it (VLLM_GPU_SYNC_CHECK), which needs torch to say what waits. Here device.py
   says it. Only tensors on "cuda" can wait, so what vLLM reads of the host's own tensors is no matter.
@@ -28,7 +29,7 @@ itself to what a GPU does.
 What it leaves out:
 
 - Streams: all are one, and kernels run when they are launched. No race between streams shows.
-- The allocator: memory that a graph holds is never given to another tensor. It is stale, but not overwritten.
+- What graphs that share a pool of memory do to one another's: a graph's own memory is never given to another tensor.
 - Compiled Triton kernels, and vLLM's compiled norms and activations, in whose place layers run torch's functions.
 - torch.compile and its piecewise graphs: Dynamo traces no function under a dispatch mode. So ``cudagraph_mode`` is
   FULL_DECODE_ONLY. tests/piecewise.py has piecewise graphs of single layers.

@@ -109,7 +109,7 @@ def check_copies() -> None:
 
 def check_graphs() -> None:
     """A replay runs what was launched, on the memory of the capture, and no code of the host."""
-    x, made_by_host, calls = numbers(1, 2), numbers(10, 10), []
+    x, made_by_host, calls = numbers(1, 2), numbers(10.0, 10.0), []
     out = torch.zeros(2, device="cuda")
 
     def forward() -> None:
@@ -123,10 +123,13 @@ def check_graphs() -> None:
     with torch.cuda.graph(graph, None):
         forward()
     x.copy_(numbers(5, 6))
-    made_by_host = numbers(0, 0)
+    kept, made_by_host = made_by_host[:1], numbers(0, 0)
     cuda.Graph.replayed = 0
     graph.replay()
     assert out.cpu().tolist() == [10, 12 + 22] and calls == [1] and cuda.Graph.replayed == len(graph.tape) > 0
+    del kept
+    graph.replay()
+    assert out.cpu()[1].isnan(), "it reads memory that is another tensor's by now"
     with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph(), None):
         x[0].item()
 

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -33,10 +34,36 @@ PYTHON_OPS: dict[str, Callable[..., Any]] = {}
 """vLLM's custom operators in Python, by qualified name."""
 
 
+class Memory:
+    """What a GPU's tensors share that are views of one another.
+
+    It is freed when the last of them is gone. A graph that was captured with it does not keep it: what a replay reads
+    there is of whoever has it then.
+
+    Attributes:
+        of_graph: whether it was made in a capture, whose graph has it to itself.
+        captured: whether a graph reads or writes it.
+    """
+
+    __slots__ = ("__weakref__", "captured", "of_graph", "storage")
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage, self.of_graph, self.captured = storage, GPU.tape is not None, False
+
+    def __del__(self) -> None:
+        if self.captured and not self.of_graph:
+            self.storage.fill_(0xFF)  # NaN for floats, -1 for integers
+
+
+MEMORIES: WeakValueDictionary[int, Memory] = WeakValueDictionary()
+"""By the address of torch's storage."""
+
+
 class GpuTensor(torch.Tensor):
     """A tensor of cuda:0. ``inner`` is the CPU tensor that has its numbers; views share memory as on a GPU."""
 
     inner: torch.Tensor
+    memory: Memory
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -44,6 +71,9 @@ class GpuTensor(torch.Tensor):
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
         made = torch.Tensor._make_wrapper_subclass(cls, inner.size(), **layout, device=CUDA)
         made.inner = inner
+        storage = inner.untyped_storage()
+        known = MEMORIES.get(storage._cdata)
+        made.memory = MEMORIES.setdefault(storage._cdata, Memory(storage)) if known is None else known
         return made
 
     @classmethod
@@ -255,6 +285,9 @@ class Gpu:
             self.launches[name] += 1
             self.number += 1
             if self.tape is not None:
+                for tensor in tensors:
+                    if isinstance(tensor, GpuTensor):
+                        tensor.memory.captured = True
                 self.tape.append(functools.partial(_again, kernel, args, kwargs, out, new))
 
         def wrapped(leaf: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from benchmarks.random_llama import make_tiny_llama
 from starling.engine_ext.distillation import command, memory
 from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError
 from starling.engine_ext.distillation.options import DistilOptions
-from starling.engine_ext.distillation.own_prompts import chat_segments, read_prompts
+from starling.engine_ext.distillation.own_prompts import OWN, chat_segments, read_prompts
 from starling.engine_ext.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
 from starling.engine_ext.distillation.training_prompts import (
     FUNCTIONS,
@@ -190,8 +190,33 @@ def test_a_chat_has_its_messages_as_a_server_has_them(encoder):
 def test_the_answer_of_an_own_text_is_a_word_behind_it(encoder, tmp_path, end, answer):
     mine = tmp_path / "mine.jsonl"
     mine.write_text(json.dumps({"prompt": f"head|one|two|question{end}", "answer": "yes"}) + "\n")
-    (prompt,) = read_prompts(mine, "|", encoder, None, 8)
+    (prompt,) = read_prompts(mine, "|", encoder, None, 8, 1)
     assert prompt.answer == encoder.encode(answer) and len(prompt.documents) == 2
+
+
+def test_lines_of_the_same_documents_are_questions_of_one_prompt(encoder, tmp_path):
+    lines = [f"head|one|{second}|question {number}" for second in ("two", "three") for number in range(5)]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": text, "answer": text[-1]}) + "\n" for text in reversed(lines)))
+    found = read_prompts(mine, "|", encoder, None, 8, 3)
+    assert sorted(len(prompt.asked) for prompt in found) == [2, 2, 3, 3]
+    decode = encoder.tokenizer.decode
+    texts = [decode([*prompt.context, *asked.question]) for prompt in found for asked in prompt.asked]
+    assert sorted(texts) == sorted(lines)
+    assert all(decode(asked.answer).strip() == decode(asked.question)[-1] for p in found for asked in p.asked)
+
+
+def test_own_prompts_and_tasks_take_turns(encoder, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    texts = [f"{'Read. ' * 20}|{number} {'one ' * 20}|{'two ' * 20}|What?" for number in range(4)]
+    mine.write_text("".join(json.dumps({"prompt": text, "answer": "one"}) + "\n" for text in texts))
+    options = DistilOptions(tasks=("vt",), prompts=mine, segments="|", tokens=4096, held_out=1)
+    make, held_out = command.all_cases(options, encoder, None)
+    assert [make(number)[0].task == OWN for number in range(6)] == [False, True] * 3
+    assert [held.name for held in held_out] == ["tasks", "text", "other tasks", "own"]
+    assert options.setup().keys() >= {"tasks", "prompts_sha256"}
+    make, held_out = command.all_cases(DistilOptions(prompts=mine, segments="|"), encoder, None)
+    assert {make(number)[0].task for number in range(6)} == {OWN} and [held.name for held in held_out] == [OWN]
 
 
 def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
@@ -207,8 +232,10 @@ def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
         (["--prompts", "{mine}"], "line 1 is a text, which needs --segments TEXT"),
         (["--prompts", "{mine}", "--segments", "two tokens"], "it is not one token of the model's tokenizer"),
         (["--prompts", "{mine}", "--segments", "#"], "line 1 is refused: it has no documents before its question"),
-        (["--prompts", "{one}", "--segments", "|"], "it has one prompt. Allowed: two or more"),
-        (["--prompts", "{mine}", "--segments", "|", "--tasks", "vt"], "either --tasks or --prompts"),
+        (
+            ["--prompts", "{one}", "--segments", "|"],
+            "it has questions about the same documents alone",
+        ),
         (["--segments", "|"], "it is for your own prompts"),
         (["--for", "retrieval"], "'documents' or 'star'"),
         (["--for", "star,star"], "a purpose is given twice"),
@@ -226,7 +253,7 @@ def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
 )
 def test_what_can_not_be_used_is_refused(folder, tmp_path, capsys, arguments, words):
     line = json.dumps({"prompt": "Read.|one|two|What?", "answer": "one"})
-    (tmp_path / "mine.jsonl").write_text(f"{line}\n{line}")
+    (tmp_path / "mine.jsonl").write_text(f"{line}\n{line.replace('two', 'three')}")
     (tmp_path / "one.jsonl").write_text(line)
     make_adapter(tmp_path / "other", folder, **{"model": "another", "checkpoint": "0"})
     files = {"mine": tmp_path / "mine.jsonl", "one": tmp_path / "one.jsonl", "other": tmp_path / "other"}

@@ -1,4 +1,4 @@
-"""vLLM's GPU worker and V2 model runner, as they are, on a GPU that is not there.
+"""vLLM's GPU worker and both model runners, as they are, on a GPU that is not there.
 
 An engine starts as on an H100: vLLM's CUDA platform (tests/gpu_contract/cuda_platform.py), its configuration, its
 worker, its CUDA graph manager, FLASH_ATTN with its metadata builders, and Starling's worker and backends around them.
@@ -33,7 +33,6 @@ What it leaves out:
 - Compiled Triton kernels, and vLLM's compiled norms and activations, in whose place layers run torch's functions.
 - torch.compile and its piecewise graphs: Dynamo traces no function under a dispatch mode. So ``cudagraph_mode`` is
   FULL_DECODE_ONLY. tests/piecewise.py has piecewise graphs of single layers.
-- The V1 model runner.
 - Sampling other than greedy, which does not run under Triton's interpreter.
 - Launches inside an operation of torch: one that a GPU runs as several kernels counts as one.
 - Indexing of a GPU's tensor by a list of Python, which is an error here, and a wait on a GPU.

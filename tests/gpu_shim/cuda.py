@@ -171,6 +171,13 @@ def _tensor(data: Any, *, device: Any = None, pin_memory: bool = False, **option
     return made if device is None or torch.device(device) == CPU else made.to(device)
 
 
+class Generator(torch.Generator):
+    """One of the CPU, whatever device it is asked for."""
+
+    def __new__(cls, device: Any = None) -> Generator:
+        return super().__new__(cls)
+
+
 def _guard_nothing() -> None:
     """Compile guard.cpp and load it."""
     torch_folder = Path(torch.__file__).parent
@@ -184,7 +191,7 @@ def _guard_nothing() -> None:
 def install() -> None:
     """Replace the functions. To be called before vLLM is imported, which keeps some of them."""
     _guard_nothing()
-    torch.tensor = _tensor
+    torch.tensor, torch.Generator, torch.Event = _tensor, Generator, Event
     # The backend whose settings vLLM leaves alone.
     torch.cuda.memory.get_allocator_backend = lambda: "none"
     for module, functions in ((torch.cuda, OF_CUDA), (torch.accelerator, OF_ACCELERATOR)):

@@ -39,12 +39,13 @@ ENGINE = {
 
 
 def run_gpu_engine(
-    model: Path, batches: list[Any], *, star: dict | None = None, job: str = "job", **engine: Any
+    model: Path, batches: list[Any], *, star: dict | None = None, job: str = "job", runner: str = "v2", **engine: Any
 ) -> dict[str, Any]:
     """As ``run_engine`` of tests/parity, on a GPU that is not there.
 
     Args:
         job: the module of this package that runs the batches.
+        runner: the model runner, "v1" or "v2".
 
     Returns:
         {"batches", "metrics", "steps"}: worker.py describes the steps, of which there is a list for each batch of
@@ -52,7 +53,8 @@ def run_gpu_engine(
     """
     arguments = {"model": str(model), "additional_config": {"starling": star or {}}} | ENGINE | engine
     marked = [part for batch in batches for part in ([MARK, batch] if isinstance(batch, list) else [batch])]
-    given, env = json.dumps({"engine": arguments, "batches": marked}), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    given = json.dumps({"engine": arguments, "batches": marked})
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0"}
     done = run_in_fork(f"tests.gpu_shim.{job}:main", given, imports=IMPORTS, before=ENV, env=env, seconds=600)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-3000:]}{done.stderr[-8000:]}"
     found: dict[str, Any] = {STEPS_OF: []} | {
@@ -61,4 +63,5 @@ def run_gpu_engine(
         for start in (RESULT, STEPS_OF)
         if line.startswith(start)
     }
+    assert {step["runner"] for steps in found[STEPS_OF] for step in steps} <= {runner}
     return found[RESULT] | {"steps": found[STEPS_OF]}

@@ -75,6 +75,8 @@ def _launch_compiled_kernels() -> None:
 
     # Memory of the host that a GPU reads and writes itself.
     torch.ops._C.get_cuda_view_from_cpu_tensor = GpuTensor
+    # What a graph returns, in memory that is the graph's own.
+    torch.ops._C.weak_ref_tensor = lambda tensor: tensor
     torch.ops._C_cache_ops.reshape_and_cache_flash = functools.partial(GPU.call, "store", _store)
     # Layers look it up also where torch's own functions take its place.
     torch.ops._C.silu_and_mul = None

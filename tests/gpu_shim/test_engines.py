@@ -15,7 +15,7 @@ from tests.parity import test_dense_heads as dense_heads
 from tests.parity.harness import TINY, mask_of, max_gap, reference_logprobs, star, star_sizes
 from tests.parity.test_documents import HEAD, PAGE_SIZE, Prompt, check, document
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.parametrize("runner", ["v1", "v2"])]
 
 LIMIT = 1e-4
 B, C = document(11, 33), document(12, 64)
@@ -54,7 +54,7 @@ def decodes(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [step for step in steps if step["tokens"] == step["requests"]]
 
 
-def test_dense_and_star_decodes_replay_full_graphs_and_split_rows_do_not(model):
+def test_dense_and_star_decodes_replay_full_graphs_and_split_rows_do_not(model, runner):
     """The last batch has a star prompt for whose chunk one token is left while two others decode: it has to wait,
     since such a step would replay a graph of decodes, which has no rows for it.
     """
@@ -68,7 +68,7 @@ def test_dense_and_star_decodes_replay_full_graphs_and_split_rows_do_not(model):
     waiting = prompt_of(11, 60, 2, star(32, 5, anchor_size=0))
     squeezed = [prompt_of(9, 3, 8), prompt_of(10, 3, 8), waiting]
     batches = [mixed, of_decodes, first_block, {"chunk": 3}, squeezed]
-    result = run_gpu_engine(model, batches, max_num_batched_tokens=200)
+    result = run_gpu_engine(model, batches, max_num_batched_tokens=200, runner=runner)
     for prompts, outputs in zip((mixed, of_decodes, first_block, squeezed), result["batches"], strict=True):
         check_batch(model, prompts, outputs)
     for steps in result["steps"]:
@@ -85,7 +85,7 @@ def check_documents(model: Path, outputs: list[dict[str, Any]]) -> None:
         check(model, prompt, output)
 
 
-def test_documents_beside_other_prompts_and_alone(model):
+def test_documents_beside_other_prompts_and_alone(model, runner):
     """Batches whose rows end one after the other, so that each is padded to the sizes of the graphs.
 
     At last, a step may have few documents in a full graph: those of more run in none.
@@ -97,7 +97,7 @@ def test_documents_beside_other_prompts_and_alone(model):
     mixed = [requests[0] | {"prompt_logprobs": True}, *requests[1:], *others]
     limit = {"call": "tests.gpu_shim.worker:leave_room_for_few_ranges"}
     batches = [mixed, dense, requests, limit, requests]
-    result = run_gpu_engine(model, batches, star={"star_segments": "auto"}, max_num_batched_tokens=400)
+    result = run_gpu_engine(model, batches, star={"star_segments": "auto"}, max_num_batched_tokens=400, runner=runner)
     of_mixed, of_dense, of_requests, of_many = result["batches"]
     check_documents(model, of_mixed)
     check_documents(model, of_requests)
@@ -116,7 +116,7 @@ def test_documents_beside_other_prompts_and_alone(model):
         assert max(max(step["launches"]) for step in of_documents) <= LAUNCHES_OF_DOCUMENTS
 
 
-def test_dense_heads_of_star_prompts(tmp_path):
+def test_dense_heads_of_star_prompts(tmp_path, runner):
     model = make_random_llama(tmp_path / "tiny", **dense_heads.SIZES)
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps({"scores": dense_heads.SCORES}))
@@ -125,7 +125,9 @@ def test_dense_heads_of_star_prompts(tmp_path):
         options = star(64, 10) | {"star_dense_heads": share}
         prompts.append(prompt_of(2, 200, 4, options, prompt_logprobs=True))
     shares = [0, 0, 0.25, 0.5]
-    result = run_gpu_engine(model, [prompts], star={"star_heads": str(scores)}, max_num_batched_tokens=300)
+    result = run_gpu_engine(
+        model, [prompts], star={"star_heads": str(scores)}, max_num_batched_tokens=300, runner=runner
+    )
     for prompt, share, output in zip(prompts, shares, result["batches"][0], strict=True):
         got = (output["prompt_logprobs"] or []) + output["logprobs"]
         wanted = expected(model, prompt, output, dense_heads.DENSE[share])
@@ -133,7 +135,7 @@ def test_dense_heads_of_star_prompts(tmp_path):
     assert all(step["replayed"] for step in decodes(result["steps"][0]) if not step["rewritten"])
 
 
-def test_layers_with_a_window_beside_layers_without(tmp_path):
+def test_layers_with_a_window_beside_layers_without(tmp_path, runner):
     """As Gemma 3 and gpt-oss have them: two groups of the KV cache, of which star rows are those of one."""
     model = dense_heads.make_windowed(tmp_path / "model", "WF")
     prompts = [
@@ -141,7 +143,7 @@ def test_layers_with_a_window_beside_layers_without(tmp_path):
         prompt_of(3, 150, 6, prompt_logprobs=True),
         prompt_of(4, 20, 5),
     ]
-    result = run_gpu_engine(model, [prompts], max_num_batched_tokens=200)
+    result = run_gpu_engine(model, [prompts], max_num_batched_tokens=200, runner=runner)
     check_batch(model, prompts, result["batches"][0])
     assert any(step["rewritten"] for step in result["steps"][0])
     assert all(step["replayed"] for step in decodes(result["steps"][0]) if not step["rewritten"])

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from starling.attention_backends.star import graph_ranges
@@ -22,6 +23,7 @@ class Step:
     """What a step of the model runner ran.
 
     Attributes:
+        runner: the model runner, "v1" or "v2".
         tokens, requests: of the step.
         rewritten: whether a row became several, or one that sees less than all keys before it.
         turned: whether rows attended to blocks with positions of their own.
@@ -30,6 +32,7 @@ class Step:
         copies: from and to pinned memory, under way at its end.
     """
 
+    runner: str
     tokens: int
     requests: int
     rewritten: bool
@@ -82,6 +85,7 @@ class GpuWorker(Worker):
             step = current_step()
             rows = step.built_rows(self.cache_config.block_size) if step else None
             made = Step(
+                runner="v1" if isinstance(self.model_runner, GPUModelRunner) else "v2",
                 tokens=scheduler_output.total_num_scheduled_tokens,
                 requests=len(scheduler_output.num_scheduled_tokens),
                 rewritten=rows is not None and _are_others(rows),

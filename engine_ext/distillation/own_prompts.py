@@ -39,13 +39,13 @@ def read_prompts(
     asked: dict[tuple[Tokens, tuple[Tokens, ...]], list[Asked]] = {}
     for prompt in prompts:
         asked.setdefault((prompt.head, prompt.documents), []).extend(prompt.asked)
-    together = [
+    contexts = [*asked.items()]
+    random.Random(OWN).shuffle(contexts)
+    return [
         DocumentPrompt(OWN, head, documents, tuple(every[first : first + questions]))
-        for (head, documents), every in asked.items()
+        for (head, documents), every in contexts
         for first in range(0, len(every), questions)
     ]
-    random.Random(OWN).shuffle(together)
-    return together
 
 
 def prompt_of(

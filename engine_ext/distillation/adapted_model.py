@@ -9,18 +9,18 @@ anchor. The tails see its keys turned to where they stand (``scheduler/star/plan
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
 from starling.engine_ext.plan_attention import attention_by_plan, recomputed
@@ -28,7 +28,7 @@ from starling.scheduler.star.plan import StarPlan
 
 NAME = "starling_distilled"
 NO_TURNS = "documents need a model whose layers turn keys by one rotary embedding with fixed frequencies"
-_numbers = itertools.count()
+_numbers = count()
 
 
 class DistilError(ValueError):
@@ -107,6 +107,7 @@ class AdaptedModel:
             raise DistilError(f"{folder} can't be loaded by Transformers: {error}") from None
         self.device, self.dtype = torch.device(device), dtype
         self.rows: Rows | None = None
+        self.seen = torch.empty(0, 0, dtype=torch.bool)
         self.decoder = base.get_decoder()
         self.head = base.get_output_embeddings()
         base.to(self.device).eval().requires_grad_(requires_grad=False)
@@ -156,21 +157,38 @@ class AdaptedModel:
             logits = self.head(self._hidden(rows))
         return logits.float().log_softmax(-1)
 
-    def answer(self, ids: Sequence[int], tokens: int, end: int | None) -> tuple[int, ...]:
-        """What the base model answers to a prompt with dense attention: so many tokens, or up to its end token."""
-        self.rows, given = None, torch.tensor([list(ids)], device=self.device)
+    def answers(
+        self, context: Sequence[int], questions: Sequence[Sequence[int]], tokens: int, end: int | None
+    ) -> list[tuple[int, ...]]:
+        """What the base model answers to each question behind a context, with dense attention.
+
+        Args:
+            tokens: of an answer, which ends before where the model says ``end``.
+        """
+        rows, lasts = make_rows(context, questions, None), list(accumulate(map(len, questions)))
+        ids, positions = rows.ids, rows.positions
+        seen = torch.cat([torch.ones(rows.context, len(ids), dtype=torch.bool).tril(), rows.tail_mask])
+        each, last = torch.arange(len(questions)), torch.tensor(lasts) + rows.context - 1
+        own, positions_of_last = seen[last], positions[last]
+        found = torch.empty(len(questions), 0, dtype=torch.long)
+        cache, self.rows = DynamicCache(), None
         with self._autocast(), self.model.disable_adapter(), torch.inference_mode():
-            found = self.model.base_model.model.generate(
-                input_ids=given,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=end,
-            )
-        return tuple(found[0, len(ids) :].tolist())
+            for number in range(tokens):
+                self.seen = seen.to(self.device)
+                hidden = self.decoder(
+                    input_ids=ids[None].to(self.device),
+                    position_ids=positions[None].to(self.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state[0]
+                ids = self.head(hidden[last.to(self.device)]).argmax(-1).cpu()
+                found = torch.cat([found, ids[:, None]], 1)
+                if end is not None and bool((found == end).any(1).all()):
+                    break
+                last, positions = each, positions_of_last + 1 + number
+                own = seen = torch.cat([own, each[:, None] == each], 1)
+        whole = [answer.tolist() for answer in found]
+        return [tuple(answer[: answer.index(end) + 1] if end in answer else answer) for answer in whole]
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -188,10 +206,8 @@ class AdaptedModel:
         if options.get("softcap") or options.get("s_aux") is not None or options.get("sliding_window"):
             raise DistilError("the attention of this model has a window, a cap of its scores, or sinks")
         attend = partial(scaled_dot_product_attention, scale=options.get("scaling"), enable_gqa=True)
-        if rows is None:  # it generates
-            length, total = query.shape[2], key.shape[2]
-            seen = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
-            return attend(query, key, value, attn_mask=seen).transpose(1, 2), None
+        if rows is None:  # it answers
+            return attend(query, key, value, attn_mask=self.seen).transpose(1, 2), None
         context = rows.context
         q, k, v = (each[:, :, :context] for each in (query, key, value))
         out = [attend(q, k, v, is_causal=True) if rows.plan is None else attention_by_plan(attend, q, k, v, rows.plan)]

@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from starling.config.adapter import DISTILLED, PURPOSES, VERSION
 from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError
 from starling.engine_ext.distillation.memory import GIB, needed_bytes
 from starling.engine_ext.distillation.options import DTYPES, DistilOptions
-from starling.engine_ext.distillation.own_prompts import read_prompts
+from starling.engine_ext.distillation.own_prompts import OWN, read_prompts, with_answers
 from starling.engine_ext.distillation.training import DENSE_SHARE, HeldOut, Training, plan_for
 from starling.engine_ext.distillation.training_prompts import FUNCTIONS, TEXT, TaskPrompts, with_recalls
 from starling.engine_ext.head_scores import checkpoint_digest, checkpoint_folder
@@ -205,7 +206,7 @@ def own_cases(
 ) -> tuple[Callable[[int], Trained], list[HeldOut]]:
     """What makes training prompts of the user's own, and those of them that are held out (raises ValueError)."""
     assert options.prompts is not None
-    found = read_prompts(options.prompts, options.segments, encoder, model, options.answer_tokens, options.questions)
+    found = read_prompts(options.prompts, options.segments, encoder, options.answer_tokens, options.questions)
     count = min(options.held_out * len(options.tasks), max(len(found) // 5, 1))
     held, trained = found[:count], found[count:]
     if not trained:
@@ -214,15 +215,21 @@ def own_cases(
             "two prompts or more"
         )
 
+    @cache
+    def answered(prompt: DocumentPrompt) -> DocumentPrompt:
+        return with_answers(prompt, model, options.answer_tokens, encoder.tokenizer.eos_token_id)
+
     def make(number: int) -> Trained:
         rng = Random(f"{options.seed}/own/{number // len(trained)}")
-        prompt = rng.sample(trained, len(trained))[number % len(trained)]
+        prompt = answered(rng.sample(trained, len(trained))[number % len(trained)])
         more = with_recalls(
             prompt, encoder, Style(system=""), Random(f"{options.seed}/own/{number}"), options.questions
         )
         return sometimes_dense(with_plan(more, options, number), options, number)
 
-    return make, [HeldOut("own", [with_plan(prompt, options, number) for number, prompt in enumerate(held)])]
+    return make, [
+        HeldOut(OWN, [with_plan(prompt, options, number) for number, prompt in enumerate(map(answered, held))])
+    ]
 
 
 def with_plan(prompt: DocumentPrompt, options: DistilOptions, number: int) -> Case:

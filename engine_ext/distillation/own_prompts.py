@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ ALLOWED = "chats of three messages or more, or texts with --segments TEXT before
 
 
 def read_prompts(
-    path: Path, segments: str | None, encoder: Encoder, model: AdaptedModel, answer_tokens: int, questions: int
+    path: Path, segments: str | None, encoder: Encoder, answer_tokens: int, questions: int
 ) -> list[DocumentPrompt]:
     """The prompts of a file, in an order that does not follow the file's.
 
@@ -26,7 +27,7 @@ def read_prompts(
 
     Args:
         segments: the text of the token that starts a document; None: prompts are chats.
-        answer_tokens: of an answer. Where a line has none, it is the model's own, with dense attention.
+        answer_tokens: of an answer. Where a line has none, the answer is empty.
         questions: of a prompt, at most.
 
     Raises:
@@ -35,7 +36,7 @@ def read_prompts(
     mark = None if segments is None else only_token(encoder.tokenizer, segments)
     if segments is not None and mark is None:
         raise DistilError(f"segments={segments!r} is refused: {NOT_ONE_TOKEN}")
-    prompts = [prompt_of(own, line, mark, encoder, model, answer_tokens) for line, own in read_own_prompts(path)]
+    prompts = [prompt_of(own, line, mark, encoder, answer_tokens) for line, own in read_own_prompts(path)]
     asked: dict[tuple[Tokens, tuple[Tokens, ...]], list[Asked]] = {}
     for prompt in prompts:
         asked.setdefault((prompt.head, prompt.documents), []).extend(prompt.asked)
@@ -48,9 +49,21 @@ def read_prompts(
     ]
 
 
-def prompt_of(
-    own: OwnPrompt, line: int, mark: int | None, encoder: Encoder, model: AdaptedModel, answer_tokens: int
-) -> DocumentPrompt:
+def with_answers(prompt: DocumentPrompt, model: AdaptedModel, tokens: int, end: int | None) -> DocumentPrompt:
+    """The prompt, with the model's own answers by dense attention where it has none.
+
+    Args:
+        tokens: of an answer, which ends before where the model says ``end``.
+    """
+    open_ones = [asked.question for asked in prompt.asked if not asked.answer]
+    if not open_ones:
+        return prompt
+    answers = iter(model.answers(prompt.context, open_ones, tokens, end))
+    asked = [one if one.answer else replace(one, answer=next(answers)) for one in prompt.asked]
+    return replace(prompt, asked=tuple(asked))
+
+
+def prompt_of(own: OwnPrompt, line: int, mark: int | None, encoder: Encoder, answer_tokens: int) -> DocumentPrompt:
     """A line of the user's file (raises DistilError: it has no documents)."""
     if own.messages is not None:
         ids, starts = chat_segments(own.messages, encoder)
@@ -61,11 +74,8 @@ def prompt_of(
         raise DistilError(f"line {line} is refused: it has no documents before its question. Allowed: {ALLOWED}")
     pieces = [tuple(ids[start:stop]) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
     text = ", ".join(own.references)
-    if text:
-        goes_on = own.prompt is not None and not own.prompt[-1:].isspace()
-        answer = encoder.encode(f" {text}" if goes_on else text)[:answer_tokens]
-    else:
-        answer = model.answer(ids, answer_tokens, encoder.tokenizer.eos_token_id)
+    goes_on = own.prompt is not None and not own.prompt[-1:].isspace()
+    answer = encoder.encode(f" {text}" if goes_on else text)[:answer_tokens] if text else ()
     return DocumentPrompt(OWN, tuple(ids[: starts[0]]), tuple(pieces[:-1]), (Asked(pieces[-1], answer),))
 
 

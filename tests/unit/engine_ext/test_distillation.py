@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.random_llama import make_tiny_llama
 from starling.engine_ext.distillation import command, memory
-from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError
+from starling.engine_ext.distillation.adapted_model import AdaptedModel, DistilError, make_rows
 from starling.engine_ext.distillation.options import DistilOptions
-from starling.engine_ext.distillation.own_prompts import OWN, chat_segments, read_prompts
+from starling.engine_ext.distillation.own_prompts import OWN, chat_segments, read_prompts, with_answers
 from starling.engine_ext.distillation.training import PATIENCE, HeldOut, Training, document_plan, losses, star_plan
 from starling.engine_ext.distillation.training_prompts import (
     FUNCTIONS,
@@ -190,7 +190,7 @@ def test_a_chat_has_its_messages_as_a_server_has_them(encoder):
 def test_the_answer_of_an_own_text_is_a_word_behind_it(encoder, tmp_path, end, answer):
     mine = tmp_path / "mine.jsonl"
     mine.write_text(json.dumps({"prompt": f"head|one|two|question{end}", "answer": "yes"}) + "\n")
-    (prompt,) = read_prompts(mine, "|", encoder, None, 8, 1)
+    (prompt,) = read_prompts(mine, "|", encoder, 8, 1)
     assert prompt.answer == encoder.encode(answer) and len(prompt.documents) == 2
 
 
@@ -198,12 +198,46 @@ def test_lines_of_the_same_documents_are_questions_of_one_prompt(encoder, tmp_pa
     lines = [f"head|one|{second}|question {number}" for second in ("two", "three") for number in range(5)]
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"prompt": text, "answer": text[-1]}) + "\n" for text in reversed(lines)))
-    found = read_prompts(mine, "|", encoder, None, 8, 3)
+    found = read_prompts(mine, "|", encoder, 8, 3)
     assert sorted(len(prompt.asked) for prompt in found) == [2, 2, 3, 3]
     decode = encoder.tokenizer.decode
     texts = [decode([*prompt.context, *asked.question]) for prompt in found for asked in prompt.asked]
     assert sorted(texts) == sorted(lines)
     assert all(decode(asked.answer).strip() == decode(asked.question)[-1] for p in found for asked in p.asked)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_answers_are_those_of_dense_attention_to_each_question_alone(folder, recompute):
+    """Some questions are of one token, and some answers end before the others."""
+    model, prompt = adapted(folder, recompute), prompt_of(3)
+    questions = [*(asked.question for asked in prompt.asked), prompt.question[:1]]
+
+    def greedy(question: list[int], tokens: int) -> list[int]:
+        ids = [*prompt.context, *question]
+        for _ in range(tokens):
+            rows = make_rows(ids[:-1], [ids[-1:]], None)
+            ids.append(int(model.log_probs(rows, adapter=False)[-1].argmax()))
+        return ids[-tokens:]
+
+    expected = [greedy([*question], 6) for question in questions]
+    assert model.answers(prompt.context, questions, 6, None) == [tuple(answer) for answer in expected]
+    end = next(token for answer in expected for token in answer[1:4])
+    cut = [tuple(answer[: answer.index(end) + 1] if end in answer else answer) for answer in expected]
+    assert model.answers(prompt.context, questions, 6, end) == cut != expected
+
+
+def test_lines_without_answers_get_the_models_own(folder, encoder, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    lines = [{"prompt": f"head|one|two|question {number}"} for number in range(3)]
+    lines[1]["answer"] = "yes"
+    mine.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (prompt,) = read_prompts(mine, "|", encoder, 5, 8)
+    model = adapted(folder)
+    done = with_answers(prompt, model, 5, None)
+    assert [len(asked.answer) for asked in prompt.asked] == [0, len(encoder.encode(" yes")), 0]
+    first, _, last = model.answers(prompt.context, [asked.question for asked in prompt.asked], 5, None)
+    assert [asked.answer for asked in done.asked] == [first, encoder.encode(" yes"), last]
+    assert with_answers(done, None, 5, None) is done
 
 
 def test_own_prompts_and_tasks_take_turns(encoder, tmp_path):

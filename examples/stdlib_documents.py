@@ -40,7 +40,8 @@ def make_documents(characters: int, modules: Sequence[str] = MODULES) -> list[st
                 documents.append(document)
                 document = ""
             document += entry[:characters]
-        documents.append(document)
+        if document:  # some modules have no functions of their own
+            documents.append(document)
     return documents
 
 

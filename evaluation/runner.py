@@ -18,7 +18,11 @@ PLAN_NUMBERS = {
     "dense_heads": "star_dense_heads",
 }
 """Fields of the server's plan, and the options that ask for exactly these numbers."""
-SEGMENTS = "star_segments"
+KEPT = ("star_segments", "star_adapter")
+"""Options of a plan that a longer prompt has too."""
+
+SAME = (*PLAN_NUMBERS, "context_end", "adapter")
+"""Fields of a server's plan that a longer prompt has too."""
 
 
 class Memory:
@@ -163,15 +167,13 @@ def same_plan(plan: Plan, server_plan: dict[str, Any] | None, num_tokens: int) -
     if plan.is_dense or server_plan is None:
         return DENSE
     numbers = {option: server_plan[field] for field, option in PLAN_NUMBERS.items()}
-    documents = {name: value for name, value in plan.options.items() if name == SEGMENTS}
+    kept = {name: value for name, value in plan.options.items() if name in KEPT}
     query = {"star_query_tokens": num_tokens - int(server_plan["context_end"])}
-    return Plan(plan.name, {"star": "on"} | numbers | query | documents)
+    return Plan(plan.name, {"star": "on"} | numbers | query | kept)
 
 
 def check_same_plan(plan: Plan, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
     """Refuse (ServerError) log-probabilities that belong to another plan than the answer."""
-    differ = [
-        field for field in (*PLAN_NUMBERS, "context_end") if (before or {}).get(field) != (after or {}).get(field)
-    ]
+    differ = [field for field in SAME if (before or {}).get(field) != (after or {}).get(field)]
     if differ:
         raise ServerError(f"plan={plan.name!r}: the server changed {', '.join(differ)} for a longer prompt")

@@ -10,7 +10,7 @@ from starling.evaluation import client as client_module
 from starling.evaluation.client import Client, ServerError
 from starling.evaluation.plans import DENSE, parse_plan
 from starling.evaluation.prompts import Prompt
-from starling.evaluation.runner import Memory, evaluate
+from starling.evaluation.runner import Memory, check_same_plan, evaluate
 from tests.unit.evaluation.fake_server import END, served
 
 STAR = parse_plan("n/8")
@@ -71,6 +71,19 @@ def test_log_probabilities_are_those_of_the_dense_heads_of_the_answer():
         run(fake, [prompt("a" * 100)], plans=(parse_plan("n/8,H=0.08"),), num_logprobs=2)
         forced = [body["vllm_xargs"] for body in fake.completions if "allowed_token_ids" in body]
         assert [xargs.get("star_dense_heads") for xargs in forced] == [None, None, 0.0833, 0.0833]
+
+
+def test_log_probabilities_are_with_the_adapter_of_the_answer_or_without():
+    with served(answer=lambda prompt, xargs: "xy") as fake:
+        run(fake, [prompt("a" * 100)], plans=(parse_plan("n/8,L=off"), parse_plan("n/8")), num_logprobs=2)
+        forced = [body["vllm_xargs"] for body in fake.completions if "allowed_token_ids" in body]
+        assert [xargs.get("star_adapter") for xargs in forced if xargs["star"] == "on"] == ["off", "off", None, None]
+
+
+@pytest.mark.parametrize("field", ["adapter", "context_end", "dense_heads"])
+def test_log_probabilities_of_another_plan_are_refused(field):
+    with pytest.raises(ServerError, match=f"the server changed {field} for a longer prompt"):
+        check_same_plan(STAR, {field: 1}, {field: 0})
 
 
 def test_log_probabilities_after_restrictions_are_refused():

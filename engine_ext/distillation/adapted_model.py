@@ -163,17 +163,16 @@ class AdaptedModel:
         """What the base model answers to each question behind a context, with dense attention.
 
         Args:
-            tokens: of an answer, which ends before where the model says ``end``.
+            tokens: of an answer, which ends earlier behind an ``end`` of the model's.
         """
-        rows, lasts = make_rows(context, questions, None), list(accumulate(map(len, questions)))
-        ids, positions = rows.ids, rows.positions
+        rows = make_rows(context, questions, None)
+        ids, positions, last = rows.ids, rows.positions, torch.tensor([*accumulate(map(len, questions))]) - 1
+        last += rows.context
         seen = torch.cat([torch.ones(rows.context, len(ids), dtype=torch.bool).tril(), rows.tail_mask])
-        each, last = torch.arange(len(questions)), torch.tensor(lasts) + rows.context - 1
-        own, positions_of_last = seen[last], positions[last]
-        found = torch.empty(len(questions), 0, dtype=torch.long)
+        found: list[torch.Tensor] = []
         cache, self.rows = DynamicCache(), None
         with self._autocast(), self.model.disable_adapter(), torch.inference_mode():
-            for number in range(tokens):
+            for _ in range(tokens):
                 self.seen = seen.to(self.device)
                 hidden = self.decoder(
                     input_ids=ids[None].to(self.device),
@@ -182,12 +181,13 @@ class AdaptedModel:
                     use_cache=True,
                 ).last_hidden_state[0]
                 ids = self.head(hidden[last.to(self.device)]).argmax(-1).cpu()
-                found = torch.cat([found, ids[:, None]], 1)
-                if end is not None and bool((found == end).any(1).all()):
+                found.append(ids)
+                if end is not None and bool((torch.stack(found) == end).any(0).all()):
                     break
-                last, positions = each, positions_of_last + 1 + number
-                own = seen = torch.cat([own, each[:, None] == each], 1)
-        whole = [answer.tolist() for answer in found]
+                positions = positions[last] + 1
+                seen = torch.cat([seen[last], torch.eye(len(questions), dtype=torch.bool)], 1)
+                last = torch.arange(len(questions))
+        whole = torch.stack(found, 1).tolist()
         return [tuple(answer[: answer.index(end) + 1] if end in answer else answer) for answer in whole]
 
     def _autocast(self) -> Any:

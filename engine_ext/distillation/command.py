@@ -227,9 +227,8 @@ def own_cases(
         )
         return sometimes_dense(with_plan(more, options, number), options, number)
 
-    return make, [
-        HeldOut(OWN, [with_plan(prompt, options, number) for number, prompt in enumerate(map(answered, held))])
-    ]
+    cases = [with_plan(answered(prompt), options, number) for number, prompt in enumerate(held)]
+    return make, [HeldOut(OWN, cases)]
 
 
 def with_plan(prompt: DocumentPrompt, options: DistilOptions, number: int) -> Case:

@@ -53,7 +53,7 @@ def with_answers(prompt: DocumentPrompt, model: AdaptedModel, tokens: int, end: 
     """The prompt, with the model's own answers by dense attention where it has none.
 
     Args:
-        tokens: of an answer, which ends before where the model says ``end``.
+        tokens: of an answer, which ends earlier behind an ``end`` of the model's.
     """
     open_ones = [asked.question for asked in prompt.asked if not asked.answer]
     if not open_ones:

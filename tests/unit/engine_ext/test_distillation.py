@@ -268,7 +268,7 @@ def test_memory_grows_with_prompts_and_falls_with_layers_computed_again(folder):
         (["--prompts", "{mine}", "--segments", "#"], "line 1 is refused: it has no documents before its question"),
         (
             ["--prompts", "{one}", "--segments", "|"],
-            "it has questions about the same documents alone",
+            "it has questions about the same documents alone. Allowed: two prompts or more",
         ),
         (["--segments", "|"], "it is for your own prompts"),
         (["--for", "retrieval"], "'documents' or 'star'"),

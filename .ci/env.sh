@@ -114,7 +114,7 @@ case "${1:-}" in
     "$uv" pip install --python .venv --compile-bytecode --require-hashes --no-build --override "$OVERRIDES" -r "$LOCK"
     say "installing Starling (editable) and the vllm alias"
     "$uv" pip install --python .venv --quiet --no-deps --build-constraints "$BUILD_LOCK" --require-build-hashes -e .
-    .venv/bin/python -m starling.engine_ext.vllm_alias
+    .venv/bin/python -m starling.engine_ext.serving.cli.vllm_alias
     ;;
   lock)
     compile "$LOCK" --override "$OVERRIDES" --extra cpu --extra xformers --extra dev --extra bench --extra docs pyproject.toml

@@ -44,7 +44,7 @@ for extension in (base / "vllm").rglob("*.so"):
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(extension)
 # vLLM's platform check looks for "cpu" in the version of the distribution `vllm`: the name of the alias, see
-# engine_ext/vllm_alias.py.
+# engine_ext/serving/cli/vllm_alias.py.
 [info] = packages.glob("vllm-*.dist-info")
 version = info.name.removeprefix("vllm-").removesuffix(".dist-info")
 (info / "RECORD").unlink()

@@ -3,7 +3,7 @@
 Runs `starling eval` on one model and length: dense attention, the paper's star blocks (A = B), a small anchor with an
 overlap at the same number of keys, and half an anchor and half an overlap. Goes on where an earlier run of the same
 model and length ended. Writes results/accuracy_NAME_LENGTH.json and .png, which docs/star-accuracy.md shows, and the
-rows of `starling doctor` in evaluation/measured.json, of results with at least 100 prompts.
+rows of `starling doctor` in lab/evaluation/measured.json, of results with at least 100 prompts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from benchmarks.report import OUT, mean_ratio, write_json
 from benchmarks.report import RESULTS as REPORTS
 from starling.config.star import FIELD_OF
-from starling.evaluation.measured import FILE, MeasuredLoss
-from starling.evaluation.plans import DENSE, parse_plan
-from starling.evaluation.statistics import ALL, kl_divergence
-from starling.evaluation.store import RESULTS, Answer, read_answers
+from starling.lab.evaluation.measured import FILE, MeasuredLoss
+from starling.lab.evaluation.plans import DENSE, parse_plan
+from starling.lab.evaluation.statistics import ALL, kl_divergence
+from starling.lab.evaluation.store import RESULTS, Answer, read_answers
 from starling.scheduler.star.sizes import default_anchor_size
 
 FOLDER = Path(__file__).resolve().parent / "out" / "accuracy"

@@ -27,11 +27,11 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.report import mean_ratio, saved_figure, write_row
-from starling.engine_ext.distillation.adapted_model import AdaptedModel, make_rows
-from starling.engine_ext.distillation.options import DTYPES
-from starling.engine_ext.distillation.training import document_plan
-from starling.engine_ext.distillation.training_prompts import TRAINED_TASKS, with_recalls
-from starling.evaluation.document_prompts import (
+from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
+from starling.lab.distillation.options import DTYPES
+from starling.lab.distillation.training import document_plan
+from starling.lab.distillation.training_prompts import TRAINED_TASKS, with_recalls
+from starling.lab.evaluation.document_prompts import (
     ANSWER_TOKENS,
     Asked,
     DocumentPrompt,

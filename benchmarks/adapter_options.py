@@ -22,11 +22,11 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.report import mean_ratio, saved_figure, write_row
-from starling.engine_ext.distillation.adapted_model import AdaptedModel
-from starling.engine_ext.distillation.command import task_cases
-from starling.engine_ext.distillation.options import DTYPES, DistilOptions
-from starling.engine_ext.distillation.training import HeldOut, Training, losses
-from starling.evaluation.document_prompts import Encoder
+from starling.lab.distillation.adapted_model import AdaptedModel
+from starling.lab.distillation.command import task_cases
+from starling.lab.distillation.options import DTYPES, DistilOptions
+from starling.lab.distillation.training import HeldOut, Training, losses
+from starling.lab.evaluation.document_prompts import Encoder
 
 SHARED: dict[str, Any] = {"tokens": 640, "questions": 5, "rank": 6}
 SETS: dict[str, dict[str, Any]] = {

@@ -28,9 +28,9 @@ from transformers.masking_utils import sdpa_mask
 
 from benchmarks.report import mean_ratio, saved_figure, write_json
 from starling.attention_backends.star.reference import star_mask
-from starling.evaluation.tasks.base import hide
-from starling.evaluation.tasks.needles import NEEDLE
-from starling.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
+from starling.lab.evaluation.tasks.base import hide
+from starling.lab.evaluation.tasks.needles import NEEDLE
+from starling.lab.evaluation.tasks.words import PLACES, distinct, number, prose, pseudo_words
 
 TOKENS, BLOCK, PAGE = 2048, 256, 32
 CODES, MOVED = 6, 6

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from benchmarks.report import median_ratio, saved_figure, write_row
 from examples.server import serving
-from starling.evaluation.client import Client
-from starling.evaluation.plans import DENSE, parse_plan
-from starling.evaluation.prompts import task_prompts
-from starling.evaluation.tasks import choose_tasks
+from starling.lab.evaluation.client import Client
+from starling.lab.evaluation.plans import DENSE, parse_plan
+from starling.lab.evaluation.prompts import task_prompts
+from starling.lab.evaluation.tasks import choose_tasks
 
 TASKS = "niah_single_2,niah_multikey_1,niah_multiquery,vt,code"
 TIMED_TASK = "niah_single_2"

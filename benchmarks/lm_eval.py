@@ -23,9 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.accuracy import ENGINE, QUERY_TOKENS, plans
 from benchmarks.engine import ROOT
 from benchmarks.report import write_json
-from starling.evaluation.plans import DENSE, Plan, parse_plan
-from starling.evaluation.server import served
-from starling.evaluation.statistics import bootstrap
+from starling.lab.evaluation.plans import DENSE, Plan, parse_plan
+from starling.lab.evaluation.server import served
+from starling.lab.evaluation.statistics import bootstrap
 
 PROGRAM = ROOT / "build" / "lm-eval" / "bin" / "lm_eval"
 FOLDER = ROOT / "benchmarks" / "out" / "lm_eval"

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from benchmarks.engine import ROOT
 from benchmarks.random_llama import byte_tokenizer
 from benchmarks.report import write_json
-from starling.evaluation.plans import DENSE, Plan
-from starling.evaluation.server import served
+from starling.lab.evaluation.plans import DENSE, Plan
+from starling.lab.evaluation.server import served
 
 HEAD, PAIRS = 128, 64
 THETA, ROTATED = 1e20, 20

@@ -17,7 +17,7 @@ or heads that see everything; None: it can. The last one is the order of the hea
 
 
 def problem_of(worker: Any, name: str) -> str | None:
-    """What a worker's layers can't run, and why (engine_ext/worker.py); None for a worker of vLLM's own."""
+    """What a worker's layers can't run, and why (engine_ext/worker/star_worker.py); None for a worker of vLLM's own."""
     return getattr(worker, name, None)
 
 

@@ -26,3 +26,8 @@ def refuse_rust_front(environ: Mapping[str, str]) -> None:
     """Refuse the front that would not call Starling (raises OptionError)."""
     if (value := environ.get(RUST_FRONT, "0")) not in ("", "0"):
         raise OptionError(RUST_FRONT, value, "the Rust front reads no star options", "0, or unset")
+
+
+LIVE_PATH, LIVE_DATA = "/starling/live", "/starling/live.json"
+SERVES_PEERS = "starling_serves_peers"
+"""The name, in the arguments of a server, that says that it serves gRPC to peers too."""

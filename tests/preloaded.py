@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 import starling.attention_backends.star.backend
 import starling.engine_ext.serving.cli.serve
-import starling.engine_ext.worker
+import starling.engine_ext.worker.star_worker
 import starling.scheduler.star_scheduler  # noqa: F401
 
 current_platform.register_triton_kernel_overrides()

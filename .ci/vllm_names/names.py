@@ -42,9 +42,8 @@ ROOMS = (
     "attention_backends",
     "replicas",
     "library",
-    "evaluation",
-    "selftest",
     "engine_ext",
+    "lab",
 )
 COMPAT = "vllm_compat/"
 ROOT = Path(__file__).resolve().parents[2]

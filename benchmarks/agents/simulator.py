@@ -69,7 +69,7 @@ def make_scheduler(machine: Machine, max_model_len: int, setting: Setting) -> tu
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from starling.engine_ext import plugin
+    from starling.engine_ext.start import plugin
     from starling.scheduler.star_scheduler import StarScheduler
 
     plugin.register()

@@ -25,8 +25,8 @@ from benchmarks.attamba.shapes import Shape, make_models, parse_shape
 from benchmarks.engine import Engine
 from benchmarks.report import OUT, write_json
 from starling.attention_backends.attamba.cache import model_specs
-from starling.engine_ext import plugin
-from starling.engine_ext.serving.cli.doctor import num_pages_held
+from starling.engine_ext.start import plugin
+from starling.lab.doctor.command import num_pages_held
 from starling.vllm_compat.config import kv_cache_capacity
 
 BYTES = 1 << 30

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from benchmarks.anchors import Layers
 from benchmarks.approximations import Mask, MaskedAttention, same_in_all_layers
 from starling.attention_backends.star.reference import Heads, head_masks
-from starling.evaluation.document_prompts import DocumentPrompt
+from starling.lab.evaluation.document_prompts import DocumentPrompt
 
 
 @dataclass(frozen=True)

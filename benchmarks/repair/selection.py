@@ -9,7 +9,7 @@ from random import Random
 import torch
 
 from starling.attention_backends.star.reference import Heads
-from starling.evaluation.document_prompts import DocumentPrompt
+from starling.lab.evaluation.document_prompts import DocumentPrompt
 
 PAGE = 16
 

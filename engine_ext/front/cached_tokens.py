@@ -10,10 +10,10 @@ from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationErro
 
 from starling.config.entry import config_of
 from starling.engine_ext.adapter import adapter_fields
-from starling.engine_ext.call import Call, this_call
+from starling.engine_ext.front.call import Call, this_call
+from starling.engine_ext.front.requests import PLANNED, SHOWN
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.refusals import has_library
-from starling.engine_ext.requests import PLANNED, SHOWN
 from starling.scheduler.core_rpc import CACHED_TOKENS
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores

@@ -18,9 +18,14 @@ from vllm.sampling_params import SamplingParams
 from starling.engine_ext.adapter import adapter_fields
 from starling.engine_ext.front.kv_reservations import Reservation
 from starling.engine_ext.front.replica import HeldPart, PartAborted
-from starling.engine_ext.front.replica_rpc import ReplicaPaused, ReplicaTimeout, ReplicaUnavailable, WeightsChanged
+from starling.engine_ext.front.replica_rpc import (
+    ReplicaPaused,
+    ReplicaTimeout,
+    ReplicaUnavailable,
+    WeightsChanged,
+)
+from starling.engine_ext.front.requests import PLANNED, SHOWN
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.requests import PLANNED, SHOWN
 from starling.replicas.core_rpc import (
     CANCEL_FETCH,
     EXTEND_FETCH,

@@ -17,8 +17,8 @@ from vllm.logger import init_logger
 from starling.config.entry import config_of
 from starling.config.replicas import ReplicaOptions, join_address, split_address, split_peers
 from starling.engine_ext.adapter import adapter_of
+from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
-from starling.engine_ext.metrics import front_metrics
 from starling.engine_ext.refusals import MAX_SERVERS
 from starling.replicas.agents import server_of
 from starling.replicas.core_rpc import IDENTITY

@@ -15,7 +15,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from starling.engine_ext.call import sees_cached
+from starling.engine_ext.front.call import sees_cached
 from starling.scheduler.core_rpc import PREFILL_PROGRESS
 from starling.vllm_compat.front import call_engine_core, engine_request_ids, num_engine_cores, request_state
 

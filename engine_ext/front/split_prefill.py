@@ -28,13 +28,13 @@ from vllm.sampling_params import SamplingParams
 
 from starling.engine_ext.front.end_of_reads import renew_all, until_ended, until_fetched
 from starling.engine_ext.front.engine_replica import EngineReplica, SplitPrompt, while_answering
+from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
+from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
-from starling.engine_ext.metrics import front_metrics
-from starling.engine_ext.requests import PLANNED
 from starling.replicas.page_transfer import layout_mismatch
 from starling.scheduler.star.assignment import Assignment, ReplicaState, assign_blocks
 from starling.scheduler.star.client_tokens import pad, work

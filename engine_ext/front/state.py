@@ -17,8 +17,8 @@ from starling.engine_ext.front.kv_reservations import KVReservations
 from starling.engine_ext.front.peers import PeerDirectory
 from starling.engine_ext.front.progress import ProgressPoller
 from starling.engine_ext.front.replica_rpc import ReplicaRPC, retrieve_error
+from starling.engine_ext.front.requests import RequestPlanner
 from starling.engine_ext.front.split_requests import SplitRequests
-from starling.engine_ext.requests import RequestPlanner
 from starling.replicas.core_rpc import FORGET_SERVERS
 from starling.vllm_compat.front import around_shutdown, refuse_admission
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from starling.config.star import StarOptions
-    from starling.engine_ext.llm import LLM
+    from starling.engine_ext.front.llm import LLM
 
 __all__ = ["LLM", "StarOptions"]
 
-MODULES = {"LLM": "starling.engine_ext.llm", "StarOptions": "starling.config.star"}
+MODULES = {"LLM": "starling.engine_ext.front.llm", "StarOptions": "starling.config.star"}
 
 
 def __getattr__(name: str) -> Any:

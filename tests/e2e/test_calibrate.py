@@ -7,11 +7,11 @@ import torch
 
 from benchmarks.random_llama import make_random_llama
 from starling.config.head_scores import HeadScores
-from starling.engine_ext.calibration.ablation import served_order
-from starling.engine_ext.calibration.gated_model import GatedModel
-from starling.engine_ext.calibration.scoring import ANSWER_TOKENS, Case, ScoredPrompt
-from starling.evaluation.client import TOP_LOGPROBS
-from starling.evaluation.statistics import kl_divergence
+from starling.lab.calibration.ablation import served_order
+from starling.lab.calibration.gated_model import GatedModel
+from starling.lab.calibration.scoring import ANSWER_TOKENS, Case, ScoredPrompt
+from starling.lab.evaluation.client import TOP_LOGPROBS
+from starling.lab.evaluation.statistics import kl_divergence
 
 pytestmark = pytest.mark.engine
 

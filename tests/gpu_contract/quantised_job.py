@@ -23,10 +23,10 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import ( 
 )
 from vllm.scalar_type import scalar_types  # noqa: E402
 
-from starling.engine_ext.rotations import block_positions_problem  # noqa: E402
+from starling.engine_ext.worker.rotations import block_positions_problem  # noqa: E402
 from starling.vllm_compat import rotary  # noqa: E402
 from tests.gpu_contract.kernels import require  # noqa: E402
-from tests.unit.engine_ext.test_rotations import HEADS, KV_HEADS, SIZE, Block, FakeAttention  # noqa: E402
+from tests.unit.engine_ext.worker.test_rotations import HEADS, KV_HEADS, SIZE, Block, FakeAttention  # noqa: E402
 
 INPUTS, OUTPUTS, GROUP_SIZE, TILE = 128, (HEADS + 2 * KV_HEADS) * SIZE, 64, 16
 HALVES = (torch.float16, torch.bfloat16)

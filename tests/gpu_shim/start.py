@@ -102,7 +102,7 @@ def start() -> None:
     """From now on, this thread has a GPU, and Starling's worker is around the one of worker.py."""
     from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 
-    from starling.engine_ext import worker
+    from starling.engine_ext.worker import star_worker as worker
 
     _launch_compiled_kernels()
     worker.BASES["StarGPUWorker"] = "tests.gpu_shim.worker.GpuWorker"

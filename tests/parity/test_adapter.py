@@ -121,9 +121,9 @@ def test_training_computes_what_the_engine_does(model, adapters):
     """The pass that `starling distil` trains with, against the same plain torch."""
     from peft import PeftConfig
 
-    from starling.engine_ext.distillation.adapted_model import AdaptedModel, make_rows
-    from starling.engine_ext.distillation.training import document_plan
-    from starling.evaluation.document_prompts import Asked, DocumentPrompt
+    from starling.lab.distillation.adapted_model import AdaptedModel, make_rows
+    from starling.lab.distillation.training import document_plan
+    from starling.lab.evaluation.document_prompts import Asked, DocumentPrompt
 
     folder, with_it = adapters["documents"]
     config = PeftConfig.from_pretrained(folder)

@@ -92,7 +92,7 @@ except AttributeError as error:
 
 
 def test_the_entry_that_activates_starling():
-    from starling.engine_ext.llm import activated
+    from starling.engine_ext.front.llm import activated
 
     assert activated({}, None) == {"starling": {}}
     assert activated({"other": 1}, "auto") == {"other": 1, "starling": {"star": "auto"}}

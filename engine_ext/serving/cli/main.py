@@ -48,10 +48,10 @@ FIRST = {
         f"{CLI}.start", "start the OpenAI server, and the gRPC server where --grpc-port is given", UNUSABLE
     ),
     "doctor": Command(
-        f"{CLI}.doctor", "show what works on this machine, which backend is active, and what a prompt would cost"
+        "lab.doctor.command", "show what works on this machine, which backend is active, and what a prompt would cost"
     ),
     "advise": Command(
-        "evaluation.commands.advise", "measure your prompts, and print one command with what it gains and costs"
+        "lab.evaluation.commands.advise", "measure your prompts, and print one command with what it gains and costs"
     ),
     "setup-cpu": Command(f"{CLI}.setup_cpu", "install vLLM for CPUs into this environment"),
 }
@@ -59,19 +59,19 @@ FIRST = {
 
 OTHERS = {
     "eval": Command(
-        "evaluation.commands.eval", "measure what Star Attention costs in answers, on your model and prompts"
+        "lab.evaluation.commands.eval", "measure what Star Attention costs in answers, on your model and prompts"
     ),
     "tune": Command(
-        "evaluation.commands.tune", "find the cheapest star plan whose loss on your prompts stays within a budget"
+        "lab.evaluation.commands.tune", "find the cheapest star plan whose loss on your prompts stays within a budget"
     ),
     "calibrate": Command(
-        "engine_ext.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
+        "lab.calibration.command", "find the KV heads that cause star's loss in answers, for star_dense_heads"
     ),
-    "distil": Command(
-        "engine_ext.distillation.command", "train an adapter with which documents, or star blocks, lose less"
+    "distil": Command("lab.distillation.command", "train an adapter with which documents, or star blocks, lose less"),
+    "selftest": Command(
+        "lab.selftest.command", "check whether Starling computes the right thing on this machine", FAILED
     ),
-    "selftest": Command("selftest.command", "check whether Starling computes the right thing on this machine", FAILED),
-    "warm": Command("evaluation.commands.warm", "have a server compute documents, so that they are in its library"),
+    "warm": Command("lab.evaluation.commands.warm", "have a server compute documents, so that they are in its library"),
 }
 COMMANDS = FIRST | OTHERS
 

@@ -24,12 +24,12 @@ from vllm.utils.system_utils import decorate_logs
 
 from starling.config.entry import StarlingConfig, config_of
 from starling.config.replicas import KEY_ENV, join_address
-from starling.engine_ext.bounds import MAX_CHOICES, MAX_CHOICES_ENV
-from starling.engine_ext.clients import api_keys
 from starling.engine_ext.environment import ADMIN_KEY_ENV
+from starling.engine_ext.front.bounds import MAX_CHOICES, MAX_CHOICES_ENV
+from starling.engine_ext.front.clients import api_keys
 from starling.engine_ext.front.peers import PeerDirectory, own_identity
+from starling.engine_ext.front.planning import PromptPlanner
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.planning import PromptPlanner
 from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding, free_cores, physical_cores
 from starling.engine_ext.serving.cli.cpu_memory import memory_share
 from starling.engine_ext.serving.cli.serve_args import admin_options, parse, refuse_open_plaintext

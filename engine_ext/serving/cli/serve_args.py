@@ -28,7 +28,12 @@ from starling.config.presets import PRESET, PRESETS
 from starling.config.replicas import KEY_ENV, ReplicaOptions
 from starling.config.scheduling import SchedulingOptions
 from starling.config.star import QUALITY_SIZES, SHARED, StarOptions, flat_name, parse_options
-from starling.engine_ext.environment import ADMIN_KEY_ENV, refuse_missing_plugin, refuse_rust_front
+from starling.engine_ext.environment import (
+    ADMIN_KEY_ENV,
+    SERVES_PEERS,
+    refuse_missing_plugin,
+    refuse_rust_front,
+)
 from starling.engine_ext.serving.grpc.addresses import LOOPBACK, AdminOptions, is_loopback
 from starling.vllm_compat.config import move_option
 
@@ -289,7 +294,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, int | None]:
         ValueError: options can't be used, alone or together (OptionError is one).
         SystemExit: from argparse, after its own message or help.
     """
-    from starling.engine_ext.activation import SERVES_PEERS
 
     args = make_parser().parse_args(["serve", *argv])
     values = {flag.dest: vars(args).pop(flag.dest) for flag in FLAGS if flag.dest in args}

@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from starling.engine_ext import vllm_alias
+from starling.engine_ext.serving.cli import vllm_alias
 
 FAILED, UNUSABLE = 1, 2
 DISTRIBUTION = "vllm-starling"
@@ -126,7 +126,7 @@ def run(argv: Sequence[str], runner: Runner | None = None) -> int:
         print(f"starling setup-cpu: error: {error}", file=sys.stderr)
         return FAILED
     importlib.invalidate_caches()
-    from starling.engine_ext.serving.cli.doctor import installation, print_report
+    from starling.engine_ext.serving.cli.installation import installation, print_report
 
     print_report({"installation": installation()}, sys.stdout)
     return 0

@@ -19,8 +19,8 @@ from smg_grpc_servicer.vllm.servicer import VllmEngineServicer
 from smg_grpc_servicer.vllm.warmup import WARMUP_ENV
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.bounds import KV_TRANSFER, REQUEST_ID, SAMPLING, shortened
-from starling.engine_ext.call import this_call
+from starling.engine_ext.front.bounds import KV_TRANSFER, REQUEST_ID, SAMPLING, shortened
+from starling.engine_ext.front.call import this_call
 from starling.engine_ext.serving.errors import DuplicateRequestError
 from starling.engine_ext.serving.grpc.inference import Inference
 from starling.engine_ext.serving.grpc.messages import given

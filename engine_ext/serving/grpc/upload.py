@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.bounds import UPLOAD
+from starling.engine_ext.front.bounds import UPLOAD
 from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError, arriving
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES

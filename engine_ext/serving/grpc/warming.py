@@ -11,11 +11,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.bounds import DOCUMENTS, DOCUMENTS_AT_ONCE, shortened
-from starling.engine_ext.call import current_call, this_call
-from starling.engine_ext.front.cached_tokens import LookedUp
-from starling.engine_ext.serving.grpc.prompts import PromptLimit
-from starling.evaluation.warm_prompts import (
+from starling.config.warm_prompts import (
     CHAT,
     NO_HEAD,
     OTHER_DOCUMENT,
@@ -27,6 +23,10 @@ from starling.evaluation.warm_prompts import (
     joined_text,
     tokens_found,
 )
+from starling.engine_ext.front.bounds import DOCUMENTS, DOCUMENTS_AT_ONCE, shortened
+from starling.engine_ext.front.cached_tokens import LookedUp
+from starling.engine_ext.front.call import current_call, this_call
+from starling.engine_ext.serving.grpc.prompts import PromptLimit
 from starling.v1 import inference_pb2 as pb
 
 Events = AsyncGenerator[pb.GenerateStreamResponse]

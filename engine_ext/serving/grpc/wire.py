@@ -9,7 +9,7 @@ from __future__ import annotations
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.descriptor_pool import Default
 
-from starling.engine_ext.bounds import FIELDS
+from starling.engine_ext.front.bounds import FIELDS
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 """Kinds of fields on the wire (protobuf's encoding); 3 and 4 are groups, which no message of starling.v1 has."""

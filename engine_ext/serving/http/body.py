@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.bounds import (
+from starling.engine_ext.front.bounds import (
     BODY,
     OTHER_VALUES,
     REQUEST_ID,

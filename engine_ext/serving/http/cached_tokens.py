@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from starling.engine_ext.call import this_call
-from starling.engine_ext.clients import path_of
+from starling.engine_ext.front.call import this_call
+from starling.engine_ext.front.clients import path_of
 
 CACHED_PATH = "/starling/cached"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")

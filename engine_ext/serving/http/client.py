@@ -9,9 +9,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from starling.engine_ext.bounds import HEAD
-from starling.engine_ext.call import Call, current_call
-from starling.engine_ext.clients import authorization_of, bearer_key
+from starling.engine_ext.front.bounds import HEAD
+from starling.engine_ext.front.call import Call, current_call
+from starling.engine_ext.front.clients import authorization_of, bearer_key
 from starling.engine_ext.front.loop_watch import watch_loop
 from starling.engine_ext.front.state import front_state
 from starling.vllm_compat.server import bound_request_heads

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from starling.engine_ext.call import this_call
+from starling.engine_ext.front.call import this_call
 
 HEADER = b"x-starling-plan"
 MAX_BYTES = 2048

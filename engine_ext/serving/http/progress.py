@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from starling.engine_ext.call import this_call
+from starling.engine_ext.front.call import this_call
 from starling.engine_ext.front.progress import Progress
 from starling.engine_ext.front.state import front_state
 

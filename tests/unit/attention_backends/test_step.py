@@ -19,7 +19,7 @@ from starling.attention_backends.star import step as step_module
 from starling.attention_backends.star.backend import PATHS, WRAPPED, make_star_backend, takes_star, virtual_bounds
 from starling.attention_backends.star.rows import split_rows
 from starling.attention_backends.star.step import StarStep, current_step, open_step, set_positions
-from starling.engine_ext.worker import StarRequests
+from starling.engine_ext.worker.star_worker import StarRequests
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RemoteShards, RequestMetadata, Shard
 from tests.unit.attention_backends.test_rows import batch_metadata

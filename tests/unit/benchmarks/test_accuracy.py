@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy
-from starling.evaluation.store import Answer, TokenScore
+from starling.lab.evaluation.store import Answer, TokenScore
 
 
 def test_ratios_of_losses_are_paired():

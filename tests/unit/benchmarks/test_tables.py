@@ -6,7 +6,7 @@ import json
 
 from benchmarks import accuracy, anchors, approximations, lm_eval
 from benchmarks.report import RESULTS
-from starling.evaluation.measured import read_measured
+from starling.lab.evaluation.measured import read_measured
 
 PAGE = (RESULTS.parents[1] / "docs" / "star-accuracy.md").read_text(encoding="utf-8")
 

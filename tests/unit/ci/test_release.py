@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from starling.selftest import command as selftest
-from starling.selftest import report
+from starling.lab.selftest import command as selftest
+from starling.lab.selftest import report
 
 ROOT = Path(__file__).parents[3]
 

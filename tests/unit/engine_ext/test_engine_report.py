@@ -18,12 +18,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from starling.config.parsing import OptionError
 from starling.engine_ext import engine_core
-from starling.engine_ext.requests import RequestPlanner
+from starling.engine_ext.front.requests import RequestPlanner
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.request_metadata import KEY
 from tests.unit.engine_ext.front.simulation import HASH
-from tests.unit.engine_ext.test_activation import engine_config, model  # noqa: F401
-from tests.unit.engine_ext.test_requests import processed
+from tests.unit.engine_ext.front.test_requests import processed
+from tests.unit.engine_ext.start.test_activation import engine_config, model  # noqa: F401
 from tests.unit.scheduler.simulation import PAGE_SIZE, SHAPE, make_scheduler
 
 PROBLEM = "all layers run on an attention backend that is not wrapped, with the metadata builders TheirBuilder"

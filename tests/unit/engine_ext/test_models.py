@@ -28,7 +28,7 @@ def test_registration_twice_is_no_error_and_loads_no_model():
     """Runs in a separate process, because other tests import the models."""
     code = """
         import sys
-        from starling.engine_ext.plugin import register
+        from starling.engine_ext.start.plugin import register
         register()
         register.__wrapped__()
         from vllm import ModelRegistry

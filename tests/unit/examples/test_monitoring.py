@@ -8,7 +8,7 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.metrics import loggers
 
-import starling.engine_ext.metrics
+import starling.engine_ext.front.metrics
 import starling.library.metrics
 import starling.replicas.metrics
 import starling.scheduler.metrics
@@ -57,15 +57,15 @@ def exported(tmp_path_factory):
             for attribute, kind in (("_counter_cls", Counter), ("_gauge_cls", Gauge), ("_histogram_cls", Histogram)):
                 if hasattr(owner, attribute):
                     patch.setattr(owner, attribute, recorded(kind))
-        modules = (starling.engine_ext, starling.library, starling.replicas, starling.scheduler)
+        modules = (starling.engine_ext.front, starling.library, starling.replicas, starling.scheduler)
         for module in (package.metrics for package in modules):
             for kind in (Counter, Gauge):
                 if hasattr(module, kind.__name__):
                     patch.setattr(module, kind.__name__, recorded(kind).__func__)
         loggers.PrometheusStatLogger(config)
         for metrics in (
-            starling.engine_ext.metrics.FrontMetrics,
-            starling.engine_ext.metrics.WorkerMetrics,
+            starling.engine_ext.front.metrics.FrontMetrics,
+            starling.engine_ext.front.metrics.WorkerMetrics,
             starling.library.metrics.LibraryMetrics,
             starling.replicas.metrics.ReplicaMetrics,
             starling.scheduler.metrics.CacheMetrics,

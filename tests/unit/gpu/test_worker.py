@@ -20,10 +20,12 @@ from starling.attention_backends.paged.names import NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.head_calls import use_dense_heads
 from starling.attention_backends.star.rows import is_split
-from starling.engine_ext.worker import make_star_worker, unsplit_layers
+from starling.engine_ext.worker.star_worker import make_star_worker, unsplit_layers
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_step import SPEC
 from tests.unit.engine_ext.configs import FULL, drafting, fake_config
+
+WORKER = "starling.engine_ext.worker.star_worker"
 
 
 class FakeWorker:
@@ -107,7 +109,7 @@ def test_tables_of_angles_are_made_with_the_weights_and_so_counted_before_the_kv
     options, made, monkeypatch
 ):
     """67 MB at 128k tokens, 537 MB at 1M."""
-    monkeypatch.setattr("starling.engine_ext.worker.before_forward", lambda *args: None)
+    monkeypatch.setattr(f"{WORKER}.before_forward", lambda *args: None)
     worker = make_worker(**FOR_DOCUMENTS | {"additional_config": {"starling": options}})
     assert worker.rotations is None
     worker.load_model()
@@ -168,12 +170,12 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
         _k_scale=torch.tensor(1.0),
         _v_scale=torch.tensor(1.0),
     )
-    worker_module = "starling.engine_ext.worker"
-    monkeypatch.setattr(f"{worker_module}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
-    monkeypatch.setattr(f"{worker_module}.scores_of", lambda config: SimpleNamespace(order_digest="order"))
-    monkeypatch.setattr(f"{worker_module}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
+
+    monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
+    monkeypatch.setattr(f"{WORKER}.scores_of", lambda config: SimpleNamespace(order_digest="order"))
+    monkeypatch.setattr(f"{WORKER}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
     blocks = {"layer": SimpleNamespace(attention=attention)}
-    monkeypatch.setattr(f"{worker_module}.attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(f"{WORKER}.attention_blocks", lambda model: blocks)
     entry = {"star": "auto"} | (dict([started_for.split("=")]) if started_for else {})
     worker = make_worker(additional_config={"starling": entry})
     reason = f"{started_for}: layer layer: its cache is nvfp4"
@@ -188,10 +190,8 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
 def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, segments, looks, monkeypatch):
     """On a GPU a server says at its start whether blocks may have positions of their own."""
     seen = []
-    monkeypatch.setattr(
-        "starling.engine_ext.worker.block_positions_problem", lambda *args: seen.append(args) or "a reason"
-    )
-    monkeypatch.setattr("starling.engine_ext.worker.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
+    monkeypatch.setattr(f"{WORKER}.block_positions_problem", lambda *args: seen.append(args) or "a reason")
+    monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
     config = {"starling": {"star_segments": segments}}
     on_device = {"device_config__device_type": device, "additional_config": config}
     if device == "cuda":
@@ -206,9 +206,9 @@ def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, seg
 @pytest.mark.parametrize("mode", ["off", "auto", "on"])
 def test_what_layers_can_not_run_is_refused_or_not_captured_once_the_model_is_loaded(mode, monkeypatch):
     """vLLM captures graphs before there is a KV cache, to learn what they take."""
-    monkeypatch.setattr("starling.engine_ext.worker.block_positions_problem", lambda *args: "a reason")
+    monkeypatch.setattr(f"{WORKER}.block_positions_problem", lambda *args: "a reason")
     warned = []
-    monkeypatch.setattr("starling.engine_ext.worker.logger.warning", lambda text, *args: warned.append(text % args))
+    monkeypatch.setattr(f"{WORKER}.logger.warning", lambda text, *args: warned.append(text % args))
     config = {"starling": {"star": mode, "star_segments": "auto"}}
     worker = make_worker(**FOR_DOCUMENTS | {"additional_config": config})
     refusal = "star_segments=auto is refused: a reason. Allowed for this model: off"
@@ -240,15 +240,15 @@ def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watc
     device, segments, warmed, monkeypatch
 ):
     """vLLM 0.33 begins to watch at the end of its own warm-up. Layers without a turned implementation are left out."""
-    calls, worker_module = [], "starling.engine_ext.worker"
+    calls = []
     layers = {"full": SimpleNamespace(impl=SimpleNamespace(turns_queries=True)), "window": SimpleNamespace(impl=None)}
     blocks = {name: SimpleNamespace(attention=layer) for name, layer in layers.items()}
     rotations = {"full": "a rotation", "window": "a rotation"}
-    monkeypatch.setattr(f"{worker_module}.attention_blocks", lambda model: blocks)
-    monkeypatch.setattr(f"{worker_module}.block_positions_problem", lambda *args: None)
-    monkeypatch.setattr(f"{worker_module}.make_rotations", lambda *args: rotations)
-    monkeypatch.setattr(f"{worker_module}.before_forward", lambda *args: None)
-    monkeypatch.setattr(f"{worker_module}.metadata_builders", lambda runner: [(SPLITS, ["full"])])
+    monkeypatch.setattr(f"{WORKER}.attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(f"{WORKER}.block_positions_problem", lambda *args: None)
+    monkeypatch.setattr(f"{WORKER}.make_rotations", lambda *args: rotations)
+    monkeypatch.setattr(f"{WORKER}.before_forward", lambda *args: None)
+    monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["full"])])
     monkeypatch.setattr("starling.attention_backends.star.warm_up.warm_up", lambda *args: calls.append(args))
     monkeypatch.setattr(FakeWorker, "compile_or_warm_up_model", lambda self: calls.append("vLLM's"))
     given = {"device_config__device_type": device, "additional_config": {"starling": {"star_segments": segments}}}
@@ -293,7 +293,7 @@ def test_all_full_attention_layers_must_split_their_rows(builders, problem, monk
     """vLLM leaves some layers of a TURBOQUANT model to FLASH_ATTN."""
     layers = [(builder, ["layer"]) for builder in builders]
     assert (unsplit_layers(layers) is None) == (problem is None)
-    monkeypatch.setattr("starling.engine_ext.worker.metadata_builders", lambda runner: layers)
+    monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: layers)
     for mode in ("on", "auto", "off"):
         worker = make_worker(mode)
         with pytest.raises(RuntimeError, match=problem) if problem and mode == "on" else nullcontext():

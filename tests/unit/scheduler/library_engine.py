@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKV
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.v1.outputs import KVConnectorOutput
 
-from starling.engine_ext.library import beside_library
+from starling.engine_ext.start.library import beside_library
 from starling.library.beside_replicas import Handshakes, LibraryAndReplicasConnector
 from starling.library.connector import WorkerPages
 from starling.replicas.connector import StarConnector

@@ -28,7 +28,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.random_llama import make_random_llama
-from starling.engine_ext import plugin
+from starling.engine_ext.start import plugin
 from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 
-from starling.engine_ext.call import Call, current_call
 from starling.engine_ext.front.cached_tokens import LookedUp, prepare_look_up
+from starling.engine_ext.front.call import Call, current_call
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 from vllm.sampling_params import SamplingParams
 
-from starling.engine_ext.requests import RequestPlanner
+from starling.engine_ext.front.requests import RequestPlanner
 from starling.engine_ext.serving.grpc.inference import Inference
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.v1 import inference_pb2 as pb

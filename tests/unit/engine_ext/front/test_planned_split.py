@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.sampling_params import SamplingParams
 
+from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.front.split_prefill import planned_split
-from starling.engine_ext.requests import PLANNED
 from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.plan import StarPlan
 from tests.unit.engine_ext.front.simulation import (

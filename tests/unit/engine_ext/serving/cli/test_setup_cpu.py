@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 
 from starling.engine_ext.serving.cli import setup_cpu
-from starling.engine_ext.vllm_alias import INSTALLER
+from starling.engine_ext.serving.cli.vllm_alias import INSTALLER
 
 PYPROJECT = Path(__file__).parents[5] / "pyproject.toml"
 STARLING = (
@@ -50,7 +50,7 @@ def site_packages(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "site-packages"
     folder.mkdir()
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: find(folder, name))
-    monkeypatch.setattr("starling.engine_ext.vllm_alias.distribution", lambda name: find(folder, name))
+    monkeypatch.setattr("starling.engine_ext.serving.cli.vllm_alias.distribution", lambda name: find(folder, name))
     add(folder, "vllm-starling", "0.1.0", STARLING)
     add(folder, "rich", "15.0")
     for name in ("PIP_FIND_LINKS", "UV_FIND_LINKS", "UV_TORCH_BACKEND"):

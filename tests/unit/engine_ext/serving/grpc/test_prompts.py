@@ -6,7 +6,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams, TokenizeParams
 
-from starling.engine_ext.requests import KNOWN_SEGMENTS
+from starling.engine_ext.front.requests import KNOWN_SEGMENTS
 from starling.engine_ext.serving.grpc import prompts
 from starling.scheduler.star.facts import KnownSegments
 from starling.v1 import inference_pb2 as pb

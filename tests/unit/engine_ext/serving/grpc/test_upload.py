@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
-from starling.engine_ext.bounds import UPLOAD
+from starling.engine_ext.front.bounds import UPLOAD
 from starling.engine_ext.serving.errors import UploadMemoryError
 from starling.engine_ext.serving.grpc.arrivals import SlowMessageError
 from starling.engine_ext.serving.grpc.limits import MAX_REQUEST_BYTES

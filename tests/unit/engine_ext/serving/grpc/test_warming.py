@@ -11,8 +11,8 @@ import pytest
 
 from starling.client import AsyncClient, StarlingError, WarmedDocument
 from starling.config.star import parse_options
-from starling.engine_ext.call import current_call
 from starling.engine_ext.front.cached_tokens import LookedUp
+from starling.engine_ext.front.call import current_call
 from starling.engine_ext.serving.errors import DrainingError
 from starling.scheduler.star.facts import EngineFacts
 from starling.scheduler.star.request_metadata import LIBRARY_CONNECTOR

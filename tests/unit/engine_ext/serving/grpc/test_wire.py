@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 
-from starling.engine_ext.bounds import FIELDS
+from starling.engine_ext.front.bounds import FIELDS
 from starling.engine_ext.serving.grpc import wire
 from starling.engine_ext.serving.grpc.wire import check_num_fields, method_of
 from starling.v1 import inference_pb2 as pb

@@ -6,8 +6,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from starling.engine_ext.activation import HTTP, MIDDLEWARE
 from starling.engine_ext.serving.http.api_docs import DescribeApi
+from starling.engine_ext.start.activation import HTTP, MIDDLEWARE
 
 
 @pytest.mark.parametrize("url", ["/openapi.json", None])

@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.tokenize import api_router as tokenize
 
-from starling.engine_ext.bounds import BODY, OTHER_VALUES, REQUEST_ID, TOKEN_VALUES
+from starling.engine_ext.front.bounds import BODY, OTHER_VALUES, REQUEST_ID, TOKEN_VALUES
 from starling.engine_ext.serving.http import body
 from starling.engine_ext.serving.http.body import FEW_VALUES, INVOCATION_VALUES, BoundBody, validator_of
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI
 
-from starling.engine_ext.call import current_call
+from starling.engine_ext.front.call import current_call
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.http.client import NoteClient
 from tests.unit.engine_ext.serving.grpc.fakes import FakeEngine

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from starling.engine_ext.bounds import HEAD
+from starling.engine_ext.front.bounds import HEAD
 from starling.vllm_compat.server import bound_request_heads
 
 

@@ -1,0 +1,85 @@
+"""The server's option `cache_salt`: which requests share cached KV pages.
+
+Prompts share pages only if their salts are equal. With block reuse a client can look for one star block of another
+client's prompt, without knowing what is before the block: only salts keep clients apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from starling.config.entry import CACHE_SALT
+from starling.config.parsing import OptionError
+from starling.engine_ext.front.call import Call, current_call
+
+
+def derived_salt(api_key: str, salt: str | None) -> str:
+    """The salt of a client's prompts: an HMAC-SHA256 whose key is the API key, over the request's own salt.
+
+    Equal in all processes and on all hosts. The API key does not follow from it.
+    """
+    message = b"" if salt is None else b"\0" + salt.encode(errors="surrogatepass")
+    return hmac.new(
+        api_key.encode(errors="surrogatepass"), b"starling cache_salt" + message, hashlib.sha256
+    ).hexdigest()
+
+
+def salt_for(setting: str, salt: str | None, client: Call | None) -> str | None:
+    """The salt with which a request reaches the engine.
+
+    Args:
+        setting: a value of the option: config/entry.py.
+        salt: the request's own.
+
+    Raises:
+        OptionError: the server requires a salt or an API key, and the request has none.
+    """
+    if setting == "required" and not salt:
+        raise OptionError(
+            CACHE_SALT,
+            salt,
+            "this server runs with --cache-salt required",
+            "a text of 1 to 128 characters that others don't know",
+        )
+    if setting != "api-key":
+        return salt
+    if client is None or not client.api_key:
+        reason = "this server derives it from the API key (--cache-salt api-key), and the request has none"
+        raise OptionError(CACHE_SALT, salt, reason, "any, with `authorization: Bearer <API key>`")
+    return derived_salt(client.api_key, salt)
+
+
+def part_with_salt(engine_input: Mapping[str, Any]) -> str | None:
+    """The key of the part of an engine's input in which vLLM looks for the salt; None: the input itself.
+
+    The prompt of an encoder-decoder model has it in the decoder's prompt, and before it is rendered in the encoder's.
+    """
+    if engine_input.get("type") == "enc_dec":
+        return "decoder_prompt"
+    return "encoder_prompt" if "type" not in engine_input and "encoder_prompt" in engine_input else None
+
+
+def salted(setting: str, engine_input: Any) -> Any:
+    """An engine's input with the salt that it gets on this server.
+
+    Raises:
+        VLLMValidationError: as ``salt_for`` raises OptionError, or a prompt without a place for a salt needs one.
+    """
+    if setting == "request":
+        return engine_input
+    part = part_with_salt(engine_input) if isinstance(engine_input, Mapping) else None
+    holder = engine_input if part is None else engine_input[part]
+    try:
+        if not isinstance(holder, Mapping):  # a text, or a session whose prompt comes in pieces
+            reason = f"prompts of type {type(holder).__name__} have none, with --cache-salt {setting}"
+            raise OptionError(CACHE_SALT, None, reason, "a prompt that is given as a whole, as a mapping")
+        salt = salt_for(setting, holder.get(CACHE_SALT), current_call.get())
+    except OptionError as error:
+        raise VLLMValidationError(str(error), parameter=CACHE_SALT) from None
+    holder = {**holder, CACHE_SALT: salt}
+    return holder if part is None else {**engine_input, part: holder}

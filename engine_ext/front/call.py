@@ -1,0 +1,91 @@
+"""The HTTP request or gRPC call that a front is handling: who sent it, and what is noted of it on the way."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from starling.engine_ext.front.bounds import SEQUENCES
+
+
+@dataclass
+class Call:
+    """One HTTP request or gRPC call.
+
+    Attributes:
+        api_key: that the client sent; empty where it sent none. A front has checked it only where the call needs a key.
+        sees_cached: whether responses may say how many tokens were cached (vLLM's --enable-prompt-tokens-details,
+            which a server with documents has).
+        star: the star options of the chat that is rendered for it, which vLLM's renderer does not get.
+        plans: of its prompts, as the header of an HTTP response shows them.
+        max_plans: how many plans to keep; None for all. Beam search makes a new prompt of each beam and token.
+        request_ids: of the engine requests that were made for it.
+        num_sequences: of them: their choices.
+        only_looks_up: its prompt is not run: what is cached of it is looked up.
+        cached: what was found (front/cached_tokens.py); None: nothing yet.
+    """
+
+    api_key: str = ""
+    sees_cached: bool = True
+    star: Mapping[str, Any] = field(default_factory=dict)
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    max_plans: int | None = None
+    request_ids: list[str] = field(default_factory=list)
+    num_sequences: int = 0
+    only_looks_up: bool = False
+    cached: dict[str, Any] | None = None
+
+    def add_request(self, request_id: str, num_choices: int) -> None:
+        """Note an engine request (raises VLLMValidationError: the call has too many)."""
+        self.num_sequences += num_choices
+        SEQUENCES.check(self.num_sequences)
+        self.request_ids.append(request_id)
+
+    def add_plan(self, plan: dict[str, Any]) -> None:
+        if self.max_plans is None or len(self.plans) < self.max_plans:
+            self.plans.append(plan)
+
+
+# Set by both fronts; None in a program that uses the engine itself.
+current_call: ContextVar[Call | None] = ContextVar("starling_call", default=None)
+
+
+def this_call() -> Call:
+    """The current call, which is made where there is none."""
+    call = current_call.get()
+    if call is None:
+        call = Call()
+        current_call.set(call)
+    return call
+
+
+def note_star(options: Mapping[str, Any]) -> None:
+    """Note the star options of the request whose chat is about to be rendered."""
+    this_call().star = options
+
+
+def sees_cached() -> bool:
+    """Whether the client may learn how many tokens of its prompt were cached."""
+    call = current_call.get()
+    return call is None or call.sees_cached
+
+
+async def without_cached(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """The engine's outputs without their number of cached tokens, which vLLM's Responses API shows in any case."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            output.num_cached_tokens = None
+            yield output
+
+
+async def with_sources(outputs: AsyncGenerator[Any, None], plan: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
+    """The engine's outputs; from the first on, the plan as a response shows it says where its documents came from."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            sources = getattr(output, "document_sources", None)  # an aborted request has an output of no engine
+            if plan is not None and sources is not None:
+                plan["document_sources"] = sources
+            yield output

@@ -1,0 +1,170 @@
+"""The plan of each prompt of an engine: what is known of the engine and of the prompt, handed to ``decide``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from starling.config.entry import ENTRY, StarlingConfig, config_of
+from starling.config.parsing import OptionError
+from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_options
+from starling.engine_ext.front.bounds import shortened
+from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.misplaced import nearly, refuse_among_options
+from starling.engine_ext.refusals import engine_facts
+from starling.scheduler.star.counts import describe, model_keys
+from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
+from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets
+from starling.scheduler.star.facts import EngineFacts, PromptFacts
+from starling.scheduler.star.rules import SEGMENTS
+
+logger = init_logger("vllm.starling")
+
+HOW_TO_ACTIVATE = (
+    f"Starling is not activated on this server: start it with `starling serve`, or give vLLM "
+    f"--additional-config '{{\"{ENTRY}\": {{}}}}'"
+)
+
+
+def usable_defaults(star: StarOptions, engine: EngineFacts) -> StarOptions:
+    """The server's star options without those that its engines, as they found when they started, can't follow.
+
+    What the configuration alone excludes is refused before the start (activation.py).
+    """
+    usable: dict[str, str | int] = {}
+    if engine.replicas.split_refusal:
+        usable |= {"replicas": "auto", "shards": "off"}
+    if engine.overlap_refusal:
+        usable |= {"overlap_size": 0}
+    return star.model_copy(update=usable)
+
+
+def read_request(extra_args: Mapping[str, Any], num_tokens: int) -> StarOptions | None:
+    """The star options of a request; None where it gives none.
+
+    Args:
+        extra_args: of its sampling parameters; keys of others stand there too.
+        num_tokens: of its prompt.
+
+    Raises:
+        OptionError: an option has no such name or value, or a key is nearly one.
+    """
+    given = {key: value for key, value in extra_args.items() if is_star_key(key)}
+    if len(given) < len(extra_args):
+        for key in extra_args:
+            refuse_among_options(key, extra_args[key])
+            if key not in given and (name := nearly(key)) is not None:
+                raise OptionError(key, extra_args[key], f"there is no such option, did you mean {name}", name)
+    if not given:
+        return None
+    offsets = given.get(SEGMENTS)
+    if isinstance(offsets, (list, tuple)):
+        refuse_many_offsets(offsets, num_tokens)
+    return parse_options(given)
+
+
+def only_token(tokenizer: Any, text: str) -> int | None:
+    """The token that a text is; None: it is none, or several."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return int(ids[0]) if len(ids) == 1 else None
+
+
+def refuse_segment_text(text: Any, model_config: Any) -> None:
+    """Refuse a server's ``star_segments`` that is a text and not one token of the model's tokenizer (OptionError)."""
+    if not isinstance(text, str) or text in ("auto", "off") or model_config.skip_tokenizer_init:
+        return
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    if only_token(cached_tokenizer_from_config(model_config), text) is None:
+        raise OptionError(SEGMENTS, text, NOT_ONE_TOKEN, "auto, off, or the text of one token")
+
+
+class PromptPlanner:
+    """Plans the prompts of one engine."""
+
+    def __init__(self, vllm_config: Any, tokenizer: Any = None) -> None:
+        self.config = config_of(vllm_config)
+        self.vllm_config = vllm_config
+        self.tokenizer = tokenizer
+        self.num_peers: Callable[[], int] | None = None  # how many servers there are now to split prompts with
+        facts = EngineFacts(None, (HOW_TO_ACTIVATE,)) if self.config is None else engine_facts(vllm_config, None)
+        self.facts = replace(facts, token_of=lru_cache(maxsize=256)(self.token_of))
+        self.defaults = usable_defaults((self.config or StarlingConfig()).star, facts)
+
+    @property
+    def engine(self) -> EngineFacts:
+        """What is known of the engine now."""
+        replicas = self.facts.replicas
+        if self.num_peers is not None:
+            replicas = replace(replicas, present=1 + self.num_peers())
+        return replace(self.facts, page_size=self.page_size, num_pages=self.num_pages, replicas=replicas)
+
+    @property
+    def model(self) -> Any:
+        """The text model's configuration."""
+        return self.vllm_config.model_config.hf_text_config
+
+    @property
+    def page_size(self) -> int | None:
+        """Tokens of a full-attention KV page, known once the engine core has started."""
+        return self.vllm_config.cache_config.effective_attention_block_size
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages of a replica, known once the engine core has started. vLLM adds up all replicas' and null pages."""
+        engines = self.vllm_config.parallel_config.data_parallel_size
+        return (self.vllm_config.cache_config.num_gpu_blocks or 0) // engines - 1
+
+    def token_of(self, text: str) -> int | None:
+        """The token that a text is; None: it is none, or several, or there is no tokenizer."""
+        return None if self.tokenizer is None else only_token(self.tokenizer, text)
+
+    def plan(self, extra_args: Mapping[str, Any] | None, prompt: PromptFacts) -> Decision:
+        """How a request's prompt is prefilled.
+
+        Args:
+            extra_args: of the request's sampling parameters.
+
+        Raises:
+            VLLMValidationError: the request's options can't be used; HTTP 400, INVALID_ARGUMENT.
+        """
+        try:
+            if self.config is None:
+                for name in filter(is_star_key, extra_args or ()):
+                    value = (extra_args or {})[name]
+                    raise OptionError(name, value, HOW_TO_ACTIVATE, f"no star options without {ENTRY}")
+                return Decision(None, None, prompt.num_tokens, prompt.token_ids)
+            request = read_request(extra_args or {}, prompt.num_tokens)
+            decision = decide(self.defaults, request, prompt, self.engine)
+        except OptionError as error:
+            raise rejection(error) from None
+        logger.debug("a prompt of %d tokens: %s", prompt.num_tokens, decision.plan or decision.why)
+        return decision
+
+    def check_memory_of_one(self, decision: Decision) -> None:
+        """Refuse a prompt that one replica can not hold, although its plan divides it (raises VLLMValidationError)."""
+        plan = decision.plan
+        try:
+            refuse_above_one_replica(decision.num_tokens if plan is None else plan.num_prompt_tokens, self.engine)
+        except OptionError as error:
+            raise rejection(error) from None
+
+    def describe(self, decision: Decision) -> dict[str, Any]:
+        """The decision as a response shows it to the client."""
+        return describe(decision.plan, decision.num_tokens, self.model, decision.why)
+
+    def model_keys(self, decision: Decision) -> dict[str, Any] | None:
+        """The counts of attended keys of a model that counts them itself; None: the plan's own hold."""
+        return model_keys(decision.plan, decision.num_tokens, self.model)
+
+
+def rejection(error: OptionError) -> VLLMValidationError:
+    """The error of a request whose option is refused, which is counted."""
+    # A label for each unknown key would let clients make up labels.
+    front_metrics().rejections.labels(error.name if error.name in FIELD_OF else "unknown").inc()
+    return VLLMValidationError(shortened(str(error)), parameter=shortened(error.name))

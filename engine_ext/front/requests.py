@@ -1,0 +1,235 @@
+"""A request's prompt on its way through a front: its plan is decided, and put into what the engine reads."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+
+from starling.config.parsing import OptionError
+from starling.config.star import flat_name, is_star_key, parse_options
+from starling.engine_ext.adapter import lora_request
+from starling.engine_ext.front.bounds import REQUEST_ID, check_params, check_prompt_logprobs
+from starling.engine_ext.front.cache_salt import salted
+from starling.engine_ext.front.call import current_call
+from starling.engine_ext.front.constraints import check_transfer_params
+from starling.engine_ext.front.metrics import front_metrics
+from starling.engine_ext.front.misplaced import refuse_at_top_level
+from starling.engine_ext.front.planning import PromptPlanner, rejection
+from starling.scheduler.star.counts import describe
+from starling.scheduler.star.facts import PromptFacts
+from starling.scheduler.star.plan import StarPlan
+from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
+from starling.vllm_compat.front import IS_BEAM
+
+SESSION = "the prompt of a streaming-input session comes in pieces, so there is no whole prompt to plan"
+BEAM = "beam search makes a new prompt of each beam and token, whose star blocks would be computed again and again"
+
+PLANNED = "starling_planned"
+"""The key of an engine input that holds its Decision."""
+
+SHOWN = "starling_plan"
+"""The key of an engine input that holds its plan as a response shows it."""
+
+KNOWN_SEGMENTS = "starling_segments"
+"""The key of an engine input that holds its KnownSegments, where its front knows them."""
+
+
+def shown_plan(engine_input: Any) -> dict[str, Any] | None:
+    """The plan of an engine input as a response shows it; None: it was not planned."""
+    return engine_input.get(SHOWN) if isinstance(engine_input, Mapping) else None
+
+
+class RequestPlanner(PromptPlanner):
+    """Plans the requests of one engine: each prompt once, by the first front that sees its tokens."""
+
+    def prepare(self, engine_input: Any, params: Any, request_id: str | None = None, *, has_lora: bool = False) -> Any:
+        """Plan an engine input, and note plan and request id, while the response can still be an error with headers.
+
+        Args:
+            request_id: the one that the engine is about to get; None where it does not have one yet.
+            has_lora: whether the request names a LoRA adapter.
+
+        Returns:
+            The engine input with its Decision and, with a request id, its salt; without a decision where its tokens
+            are not known yet.
+
+        Raises:
+            VLLMValidationError: the request's options or transfer parameters can't be used, a parameter is above its
+                bound, or it lacks the salt that the server requires.
+        """
+        extra_args = getattr(params, "extra_args", None)
+        given_metadata(extra_args)
+        check_transfer_params(extra_args)
+        check_params(params)
+        with_salt = self.with_salt(engine_input)
+        if request_id is not None:  # else the same input comes again, with an id
+            engine_input = with_salt
+        reason = why_dense(engine_input)
+        if reason == SESSION:
+            self.plan(extra_args, PromptFacts(0, dense_only=reason))
+        if not isinstance(engine_input, Mapping) or (self.config is None and not extra_args):
+            return engine_input
+        token_ids = engine_input.get("prompt_token_ids")
+        if token_ids is None:
+            return engine_input
+        call = current_call.get()
+        check_prompt_logprobs(len(token_ids), params)
+        if PLANNED not in engine_input:
+            decision = self.plan(extra_args, prompt_facts(engine_input, reason, has_lora))
+            engine_input = {**engine_input, PLANNED: decision, SHOWN: self.describe(decision)}
+            if call is not None and self.config is not None:
+                call.add_plan(engine_input[SHOWN])
+        if call is not None and request_id is not None:
+            call.add_request(request_id, 0 if engine_input.get(IS_BEAM) else getattr(params, "n", 1))
+        return engine_input
+
+    def with_salt(self, engine_input: Any) -> Any:
+        """An engine input with the salt that the server's option `cache_salt` gives it.
+
+        Raises:
+            VLLMValidationError: the server requires a salt or an API key, and the request has none.
+        """
+        return engine_input if self.config is None else salted(self.config.cache_salt, engine_input)
+
+    def resolve(self, request: Any, prompt: Any) -> None:
+        """Replace a processed request's star options by its metadata, in the request's own sampling parameters.
+
+        A prompt whose plan has the server's adapter gets it.
+
+        Args:
+            prompt: what vLLM made the request of; with its Decision where a front has planned it.
+
+        Raises:
+            VLLMValidationError: the request's options can't be used.
+        """
+        params = request.sampling_params
+        metadata = given_metadata(params.extra_args)
+        if metadata.part is not None:  # made by split prefill, with the plan of the whole prompt
+            params.extra_args = {KEY: metadata.to_wire()}
+            return
+        decision = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
+        num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        # vLLM renders a prompt of Python's that no renderer has seen here: it may truncate it, or expand images.
+        if decision is None or decision.num_tokens != num_tokens:
+            alone = request.prompt_embeds is None and not request.mm_features
+            reason = SESSION if request.resumable else why_dense(prompt)
+            has_lora = request.lora_request is not None
+            token_ids = request.prompt_token_ids if alone else None
+            facts = PromptFacts(num_tokens, token_ids, dense_only=reason, has_lora=has_lora)
+            decision = self.plan(params.extra_args, facts)
+        if self.config is None:
+            return
+        if decision.plan is not None and decision.plan.documents:
+            _refuse_token_positions(params)
+        request.lora_request = self.lora_of(decision.plan, request.lora_request)
+        metadata = replace(metadata, plan=decision.plan, why=decision.why, keys=self.model_keys(decision))
+        rest = {key: value for key, value in (params.extra_args or {}).items() if not is_star_key(key)}
+        params.extra_args = rest | {KEY: metadata.to_wire()}
+        if not request.resumable:  # a session's last piece, without input, is the one that counts
+            front_metrics().requests.labels("dense" if decision.plan is None else "star").inc()
+
+    def lora_of(self, plan: StarPlan | None, named: Any) -> Any:
+        """The LoRA adapter (LoRARequest) with which a prompt runs: the server's, where its plan has it, or ``named``.
+
+        Args:
+            named: by the request; None: none.
+        """
+        adapter = self.facts.adapter
+        return lora_request(adapter) if adapter is not None and plan is not None and plan.adapter else named
+
+
+def plan_of_request(request: Any) -> dict[str, Any] | None:
+    """How the prompt of a processed request is prefilled, as its RequestOutput shows it: None for a pooling request.
+
+    Samples of one prompt (`n` > 1) share their parameters, which an engine in this process has decoded by the second.
+    """
+    params = request.sampling_params
+    found = (params.extra_args or {}).get(KEY) if params is not None else None
+    if found is None:
+        return None
+    metadata = found if isinstance(found, RequestMetadata) else RequestMetadata.from_wire(found)
+    num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    return describe(metadata.plan, num_tokens, why=metadata.why) | (metadata.keys or {})
+
+
+def given_metadata(extra_args: Mapping[str, Any] | None) -> RequestMetadata:
+    """The metadata that split prefill gave a request; empty for requests of clients.
+
+    Raises:
+        VLLMValidationError: a client uses the key.
+    """
+    metadata = (extra_args or {}).get(KEY, NO_METADATA)
+    if not isinstance(metadata, RequestMetadata):
+        error = OptionError(KEY, metadata, "this key is reserved for Starling", "leave it out")
+        raise VLLMValidationError(str(error), parameter=KEY)
+    return metadata
+
+
+def why_dense(prompt: Any) -> str | None:
+    """Why a prompt of AsyncLLM.generate has no star plan; None: it can have one."""
+    if isinstance(prompt, AsyncGenerator):
+        return SESSION
+    return BEAM if isinstance(prompt, Mapping) and IS_BEAM in prompt else None
+
+
+def prompt_facts(engine_input: Mapping[str, Any], dense_only: str | None = None, has_lora: bool = False) -> PromptFacts:
+    """What is known of a rendered prompt."""
+    token_ids: list[int] = engine_input["prompt_token_ids"]
+    alone = engine_input.get("type", "token") == "token" and not engine_input.get("multi_modal_data")
+    return PromptFacts(
+        len(token_ids), token_ids if alone else None, engine_input.get(KNOWN_SEGMENTS), dense_only, has_lora
+    )
+
+
+def _refuse_token_positions(params: Any) -> None:
+    """Refuse parameters that count the client's prompt tokens, where the engine gets padding tokens too."""
+    rows, start = params.prompt_logprob_token_ids, params.routed_experts_prompt_start
+    for name, value, given in (
+        ("prompt_logprob_token_ids", rows and f"{len(rows)} rows", rows is not None),
+        ("routed_experts_prompt_start", start, start > 0),
+    ):
+        if given:
+            reason = "with each document on a KV page the engine's prompt has more tokens"
+            error = OptionError(name, value, reason, f"none, or {flat_name('segments')}=off")
+            raise VLLMValidationError(str(error), parameter=name)
+
+
+def check_unknown(fields: Mapping[str, Any]) -> None:
+    """Refuse star options among the fields of a request's JSON that vLLM ignores (raises VLLMValidationError)."""
+    try:
+        refuse_at_top_level(fields)
+    except OptionError as error:
+        raise rejection(error) from None
+
+
+def check_openai_request(http_request: Any) -> None:
+    """Refuse star options of an OpenAI request where they would have no effect, and an id above its bound.
+
+    vLLM ignores the options as fields of a request, and in `vllm_xargs` of one with beam search.
+
+    Raises:
+        VLLMValidationError: as above.
+    """
+    check_unknown(http_request.model_extra or {})
+    REQUEST_ID.check(len(getattr(http_request, "request_id", None) or ""))
+    if not getattr(http_request, "use_beam_search", False):
+        return
+    given = {key: value for key, value in (http_request.vllm_xargs or {}).items() if is_star_key(key)}
+    try:
+        options = parse_options(given)
+        if given and (options.mode == "on" or "mode" not in options.model_fields_set):  # sizes alone ask for star too
+            name = "star" if "star" in given else next(iter(given))
+            raise OptionError(name, given[name], BEAM, "star=off or star=auto")
+    except OptionError as error:
+        raise rejection(error) from None
+
+
+def begin_beam_search() -> None:
+    """Show one more plan of the current call: beam search makes a new prompt of each beam and token."""
+    call = current_call.get()
+    if call is not None:
+        call.max_plans = (call.max_plans or 0) + 1

@@ -1,0 +1,1 @@
+"""What turns Starling on in an engine, and refuses what it can't run."""

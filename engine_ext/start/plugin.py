@@ -1,0 +1,148 @@
+"""vLLM's entry point into Starling (`vllm.general_plugins`): runs in every vLLM process, maybe twice.
+
+Import-light, and it never raises: vLLM builds its parser with plugins loaded, so an exception here would
+break every `vllm` command.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starling.engine_ext.models.registry import register_model_families
+from starling.vllm_compat.bench import add_bench_backend, is_bench
+from starling.vllm_compat.chat import before_tokenizing, on_rendered_chat
+from starling.vllm_compat.config import is_async_engine, on_engine_config, on_server_args
+from starling.vllm_compat.engine_core import divide_kv_memory_check
+from starling.vllm_compat.front import (
+    on_abort,
+    on_beam_search,
+    on_encode,
+    on_error_text,
+    on_generate,
+    on_openai_request,
+    on_processed_request,
+    on_request_output,
+)
+from starling.vllm_compat.versions import problem
+
+logger = logging.getLogger("vllm.starling")
+
+
+@functools.cache
+def register() -> None:
+    """Hook into vLLM, or warn once and let any Starling option fail with the reason."""
+    reason = problem()
+    if reason is not None:
+        logger.warning("Starling is installed but does nothing: %s", reason)
+        _refuse_options(reason)
+        return
+    _hook_in()
+    register_model_families()
+
+
+def _hook_in() -> None:
+    # Imports are made at the first call: each loads a part of vLLM that not every process needs.
+    def before(engine_args: object) -> None:
+        from starling.engine_ext.start.activation import before_engine_config
+
+        before_engine_config(engine_args)
+
+    def after(engine_args: object, vllm_config: object) -> None:
+        from starling.engine_ext.front.requests import plan_of_request
+        from starling.engine_ext.front.state import state_of
+        from starling.engine_ext.start.activation import after_engine_config
+        from starling.scheduler.star.request_metadata import SOURCES
+
+        def resolve(input_processor: Any, request: Any, prompt: Any) -> None:
+            if request.sampling_params is not None:  # else a pooling request
+                state_of(input_processor).planner.resolve(request, prompt)
+
+        after_engine_config(vllm_config)
+        on_processed_request(resolve)
+        on_request_output(plan_of_request, SOURCES)
+        if is_async_engine(engine_args):  # each of several API servers passes here, in its own process
+            _hook_into_front()
+
+    def server_args(args: object) -> None:
+        if not hasattr(args, "middleware"):  # `vllm bench`, `vllm run-batch`: no HTTP server
+            return
+        from starling.engine_ext.start.activation import prepare_server
+
+        prepare_server(args)
+
+    on_engine_config(before, after)
+    if "vllm.v1.engine.core" in sys.modules:  # an engine core that was not forked from a front, or a front
+        from starling.scheduler.star.request_metadata import default_num_shards
+
+        divide_kv_memory_check(default_num_shards)
+    on_server_args(server_args)
+    if is_bench(sys.argv):
+        add_bench_backend("starling-grpc", _bench_request)
+
+
+def _hook_into_front() -> None:
+    """Hook into the engine as a server has it: what its clients send passes here."""
+    from starling.engine_ext.front.bounds import bounded_text, shortened
+    from starling.engine_ext.front.cached_tokens import look_up, prepare_look_up
+    from starling.engine_ext.front.call import current_call, sees_cached, with_sources, without_cached
+    from starling.engine_ext.front.chat_segments import add_segments, generates, note_chat_options, wants_segments
+    from starling.engine_ext.front.constraints import constraint_error, with_reason
+    from starling.engine_ext.front.misplaced import explained
+    from starling.engine_ext.front.requests import begin_beam_search, check_openai_request, check_unknown, shown_plan
+    from starling.engine_ext.front.split_prefill import generate_split
+    from starling.engine_ext.front.state import abort_split, state_of
+
+    def with_salt(input_processor: Any, prompt: Any) -> Any:
+        return state_of(input_processor).planner.with_salt(prompt)
+
+    def generate_for_client(
+        engine: Any, generate: Any, prompt: Any, params: Any, *request: Any
+    ) -> AsyncGenerator[Any, None]:
+        call = current_call.get()
+        if call is not None and call.only_looks_up:
+            return look_up(engine, prompt, request[-1], call)
+        generated = generate_split(engine, generate, prompt, params, *request)
+        error = constraint_error(params)
+        generated = generated if error is None else with_reason(generated, error)
+        return with_sources(generated, shown_plan(prompt)) if sees_cached() else without_cached(generated)
+
+    def openai_request(http_request: Any) -> None:
+        if generates(http_request):
+            check_openai_request(http_request)
+        prepare_look_up(http_request)
+        note_chat_options(http_request)
+
+    def prepare(input_processor: Any, *request: Any, has_lora: bool) -> Any:
+        return state_of(input_processor).planner.prepare(*request, has_lora=has_lora)
+
+    on_generate(prepare, generate_for_client)
+    on_encode(with_salt)
+    on_abort(abort_split)
+    on_openai_request(openai_request, check_unknown)
+    on_beam_search(begin_beam_search)
+    on_error_text(explained, shortened)
+    before_tokenizing(bounded_text)
+    on_rendered_chat(wants_segments, add_segments)
+
+
+async def _bench_request(*args: Any, **kwargs: Any) -> Any:
+    from starling.engine_ext.serving.grpc.bench import request_starling
+
+    return await request_starling(*args, **kwargs)
+
+
+def _refuse_options(reason: str) -> None:
+    """An engine that asks for Starling fails with the reason, where vLLM can be hooked at all."""
+
+    def before(engine_args: object) -> None:
+        if "starling" in (getattr(engine_args, "additional_config", None) or {}):
+            raise ValueError(f"additional_config asks for Starling, but: {reason}")
+
+    try:
+        on_engine_config(before, lambda *_: None)
+    except (ImportError, AttributeError):
+        logger.warning("this vLLM has no engine configuration that Starling knows; its options are not read")

@@ -1,0 +1,1 @@
+"""Starling in the worker's process."""

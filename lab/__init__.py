@@ -1,0 +1,1 @@
+"""Commands that measure, train and check: clients of the engine."""

@@ -1,0 +1,144 @@
+"""A model of Transformers whose attention can be mixed, head by head, between dense and star.
+
+A gate g for each KV head makes its output g * dense + (1 - g) * star. With all gates at 1 the model is dense, at 0 it
+is prefilled by a star plan. Gates of 0 and 1 are a plan with dense heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
+
+from starling.lab.plan_attention import Attend, attention_by_plan, recomputed
+from starling.scheduler.star.plan import StarPlan
+
+NAME = "starling_gated"
+Gate = torch.Tensor | None
+
+
+class CalibrationError(ValueError):
+    """A model whose heads can't be scored."""
+
+
+@dataclass
+class Gates:
+    """What the attention of a forward pass does.
+
+    Attributes:
+        gates: (layers, KV heads), 1 for dense; None: all are dense.
+        plan: whose blocks the others see.
+    """
+
+    gates: Gate = None
+    plan: StarPlan | None = None
+
+
+class GatedModel:
+    """The model in a folder, on a device.
+
+    Args:
+        dtype: of its weights and of the computation.
+
+    Raises:
+        CalibrationError: Transformers can't load it, or its attention is not causal over one cache.
+    """
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
+        AttentionInterface.register(NAME, self._attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        try:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=NAME, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever Transformers makes of a user's files
+            raise CalibrationError(f"{folder} can't be loaded by Transformers: {error}") from None
+        self.is_full, self.num_kv_heads = layers_of(self.model.config)
+        self.num_layers = len(self.is_full)
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        if kinds - {"full_attention", "sliding_attention"}:
+            names = ", ".join(sorted(kinds))
+            raise CalibrationError(
+                f"{folder} has layers of the kinds {names}, not all attention: take --method ablation"
+            )
+        self.device, self.state = torch.device(device), Gates()
+        self.model.to(self.device).eval().requires_grad_(requires_grad=False)
+        for layer in self.model.get_decoder().layers:
+            layer.forward = recomputed(layer.forward)
+
+    def log_probs(self, token_ids: Sequence[int], last: int, gates: Gate, plan: StarPlan | None) -> torch.Tensor:
+        """(last, vocabulary) float32 log-probabilities in the places of the last tokens and behind the very last one.
+
+        Args:
+            token_ids: of the prompt, and behind it tokens of the answer.
+            gates, plan: as ``Gates`` has them.
+        """
+        self.state = Gates(gates, plan)
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        logits = self.model(ids, logits_to_keep=last, use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+    def _attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        gates, plan, layer = self.state.gates, self.state.plan, module.layer_idx
+        scale, window = options.get("scaling"), options.get("sliding_window")
+        if options.get("softcap") or options.get("s_aux") is not None:
+            raise CalibrationError("the attention of this model has a cap of its scores, or sinks")
+        attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
+        if window is not None or not self.is_full[layer]:
+            return attend(query, key, value, attn_mask=mask, is_causal=mask is None).transpose(1, 2), None
+        if gates is None or plan is None:
+            return attend(query, key, value, is_causal=True).transpose(1, 2), None
+        gate, group = gates[layer].to(query.device), query.shape[1] // key.shape[1]
+        if not gate.requires_grad and bool(((gate == 0) | (gate == 1)).all()):
+            return _by_kind(attend, query, key, value, gate == 1, plan).transpose(1, 2), None
+        weight = gate.repeat_interleave(group)[None, :, None, None].to(query.dtype)
+        dense = attend(query, key, value, is_causal=True)
+        return (weight * dense + (1 - weight) * attention_by_plan(attend, query, key, value, plan)).transpose(
+            1, 2
+        ), None
+
+
+def layers_of(config: Any) -> tuple[list[bool], int]:
+    """For each layer of a model whether it is full attention, and the KV heads of a layer; of Transformers' config.
+
+    Raises:
+        CalibrationError: no layer is.
+    """
+    text = config.get_text_config()
+    kind = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [kind] * text.num_hidden_layers
+    is_full = [kind == "full_attention" for kind in kinds]
+    if not any(is_full):
+        raise CalibrationError(f"the model has no layers of full attention, but {', '.join(sorted(set(kinds)))}")
+    shared = 1 if getattr(text, "multi_query", False) else getattr(text, "multi_query_group_num", None)
+    return is_full, getattr(text, "num_key_value_heads", None) or shared or text.num_attention_heads
+
+
+def _by_kind(
+    attend: Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_dense: torch.Tensor,
+    plan: StarPlan,
+) -> torch.Tensor:
+    """Attention in which each KV head is dense or star; no head is computed twice."""
+    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+    for dense in (True, False):
+        heads = torch.nonzero(is_dense == dense)[:, 0]
+        if len(heads):
+            of_query = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
+            operands = query[:, of_query], key[:, heads], value[:, heads]
+            out[:, of_query] = (
+                attend(*operands, is_causal=True) if dense else attention_by_plan(attend, *operands, plan)
+            )
+    return out

@@ -1,0 +1,1 @@
+"""`starling doctor`: what works on this machine."""

@@ -1,0 +1,360 @@
+"""`starling doctor`: a verdict, then what is installed, what works here with a model, and what a prompt would cost.
+
+It starts no engine and no server. With --json, standard output is one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from starling.engine_ext.serving.cli.installation import installation, print_report
+from starling.engine_ext.serving.cli.start_checks import refuse_mistakes
+from starling.lab.doctor.attention import attention_backend, attention_op, cuda_graphs
+from starling.lab.doctor.machine import machine
+from starling.lab.doctor.memory import decode_step, unprofiled_memory
+from starling.lab.doctor.verdict import verdict
+from starling.scheduler.star.independence import FULL_ATTENTION, HYBRID
+from starling.vllm_compat import versions
+from starling.vllm_compat.config import hybrid_page_size, kv_cache_capacity, page_size_before_start, plain_message
+
+UNUSABLE = 2
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the report; returns the exit code: 0, 1 for a prompt that is refused, 2 for arguments that are."""
+    parser = argparse.ArgumentParser(
+        prog="starling doctor",
+        description="Shows what is installed and works here; with a model, what Star Attention does and costs, and "
+        "which options it refuses.",
+        epilog="All options of `starling serve` are accepted behind the model, with the same effect as for the server.",
+    )
+    parser.add_argument("model", nargs="?", help="a model as `starling serve` takes it; before the server's options")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="show plan, memory and work of such a prompt")
+    args, serve_options = parser.parse_known_args(argv)
+    if args.prompt_tokens is not None and (args.prompt_tokens < 1 or args.model is None):
+        parser.error("--prompt-tokens takes a number from 1, and a model")
+    problem = versions.problem()
+    if args.model is not None and problem is not None:
+        print(f"starling doctor: error: {problem}", file=sys.stderr)
+        return UNUSABLE
+    try:
+        refuse_mistakes([args.model or "", *serve_options], serves=False)
+    except ValueError as error:
+        print(f"starling doctor: error: {error}", file=sys.stderr)
+        return UNUSABLE
+    with reserved_output() as output:
+        report: dict[str, Any] = {"machine": machine(), "installation": installation()}
+        if args.model is not None:
+            try:
+                report |= examine(args.model, serve_options, args.prompt_tokens)
+            # vLLM raises RuntimeError where it finds no device, and ImportError where it misses a package.
+            except (ValueError, OSError, ImportError, RuntimeError) as error:
+                if not args.json:
+                    print_report(report, output)
+                print(f"starling doctor: error: {plain_message(error)}", file=sys.stderr)
+                return UNUSABLE
+        lines, code = verdict(report)
+        report = {"verdict": lines, **report}
+        if args.json:
+            print(json.dumps(report, indent=2), file=output)
+        else:
+            print(*lines, sep="\n", end="\n\n", file=output)
+            print_report({name: section for name, section in report.items() if name != "verdict"}, output)
+    return code
+
+
+@contextlib.contextmanager
+def reserved_output() -> Iterator[TextIO]:
+    """Reserve standard output: what vLLM and its libraries print there goes to standard error."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(real, "w", closefd=False) as output:
+            yield output
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None) -> dict[str, Any]:
+    """What the server would decide for this model.
+
+    Args:
+        serve_options: of `starling serve`.
+        prompt_tokens: the length of a prompt to show the cost of; None: no prompt.
+
+    Raises:
+        ValueError, OSError: the server would not start.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from starling.config.entry import config_of
+    from starling.config.quality import size_texts
+    from starling.engine_ext.front.planning import usable_defaults
+    from starling.engine_ext.refusals import engine_facts
+    from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding
+    from starling.engine_ext.serving.cli.serve_args import parse
+    from starling.engine_ext.serving.grpc.prompts import chat_params
+    from starling.scheduler.star.decide import needs_independent_blocks
+    from starling.scheduler.star.rules import refused_options
+    from starling.scheduler.star.sizes import has_default_overlap
+
+    args, _ = parse([model, *serve_options])
+    args.model = model
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    starling = config_of(config)
+    assert starling is not None
+    cache = kv_cache(config)
+    engine = engine_facts(config, cache["page_tokens"])
+    refusals = list(engine.refusals)
+    star = usable_defaults(starling.star, engine)
+    independent = needs_independent_blocks(engine) and not star.dense_heads
+    has_overlap = bool(star.overlap_size or star.dense_heads) or has_default_overlap(star, independent=independent)
+    sizes = starling.quality_sizes
+    report: dict[str, Any] = {
+        "model": model,
+        "attention_backend": attention_backend(config),
+        "attention_op": attention_op(config, starling.cpu_attention, starling.gpu_attention),
+        "cuda_graphs": cuda_graphs(config),
+        "model_runner": "V2" if config.use_v2_model_runner else "V1",
+        "kv_cache": cache,
+        "unprofiled_memory": unprofiled_memory(config),
+        "star_defaults": star.model_dump() | {"quality_sizes": sizes and size_texts(sizes)},
+        "star_refused": refusals,
+        "options_refused": refused_options(star, engine),
+        "documents": documents(config, engine.document_refusals),
+        "adapter": "none" if engine.adapter is None else engine.adapter.described,
+        "star_block_reuse": block_reuse(config, starling.scheduling, refusals, has_overlap),
+    }
+    if star.segments == "auto":
+        report["star_segments"] = messages_as_segments(config, chat_params(args))
+    if engine.replicas.size > 1:
+        report["replicas"] = replicas_of(engine.replicas, starling, star.shards) | {
+            "cores": core_binding(args, os.environ, bound_cores()) or os.environ.get(CORES_ENV, "vLLM's choice")
+        }
+    if prompt_tokens is not None:
+        report["prompt"] = prompt_cost(prompt_tokens, star, cache, engine, config)
+    return report
+
+
+def replicas_of(replicas: Any, starling: Any, shards: str) -> dict[str, Any]:
+    """How many replicas there are, and what of a prompt can be divided among them.
+
+    Args:
+        replicas: the engine's ReplicaSet, of more than one.
+        shards: the server's default of ``star_shards``.
+    """
+    refusal, peers = replicas.split_refusal, starling.replicas.peers
+    no_shards = "prompts stay on one replica" if refusal else replicas.shards_refusal
+    return {
+        "number": f"at most {replicas.size}: this server and {peers}" if peers else replicas.size,
+        "split": f"no: {refusal}" if refusal else "yes",
+        "shards": f"no: {no_shards}" if no_shards else f"yes, with star_shards=on (default {shards})",
+        "timeout": starling.replicas.timeout,
+    }
+
+
+def messages_as_segments(config: Any, params: Any) -> str:
+    """Whether the messages of a chat can be segments, with the model's tokenizer and the server's template.
+
+    Args:
+        params: vLLM's ChatParams of the server.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers import renderer_from_config
+
+    from starling.engine_ext.front.chat_segments import refusal_of_template
+
+    try:
+        refusal = asyncio.run(refusal_of_template(renderer_from_config(config), params))
+    except VLLMValidationError as error:
+        refusal = str(error.args[0])
+    except (ValueError, OSError) as error:
+        refusal = str(error)
+    return f"auto does not work: {refusal}" if refusal else "auto works: the chat template separates messages"
+
+
+def documents(config: Any, refusals: Sequence[str]) -> str:
+    """Whether documents are found in the cache wherever they stand, or why not.
+
+    Args:
+        refusals: why the engine can't attend to documents.
+    """
+    if refusals:
+        return f"no: {'; '.join(refusals)}"
+    if not config.cache_config.enable_prefix_caching:
+        return "no: prefix caching is off, so no document is found again. Allowed: --enable-prefix-caching"
+    return "yes, star_segments"
+
+
+def block_reuse(config: Any, scheduling: Any, refusals: list[str], has_overlap: bool) -> str:
+    """Whether star blocks are reused behind an edit, or why not.
+
+    Args:
+        has_overlap: whether blocks depend on one another under the server's defaults.
+    """
+    from starling.scheduler.block_reuse import reuse_refusal
+
+    if refusals or scheduling.star_block_reuse == "off":
+        return "no: Star Attention is refused" if refusals else "no: the option scheduler.star_block_reuse is off"
+    refusal = reuse_refusal(config)
+    if refusal:
+        return f"no: {refusal}"
+    return "yes, of prompts without an overlap: star_overlap_size=0, or documents" if has_overlap else "yes"
+
+
+def page_and_token_size(config: Any) -> tuple[int, int]:
+    """(tokens of a KV page, bytes that a token takes in all attention layers of all ranks)."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    kinds = getattr(model.hf_text_config, "layer_types", None) if model.is_hybrid else None
+    layers = (
+        sum(kind in (*FULL_ATTENTION, HYBRID) for kind in kinds)
+        if kinds
+        else model.get_num_layers_by_block_type(parallel, "attention") * parallel.pipeline_parallel_size
+    )
+    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
+    ranks = parallel.tensor_parallel_size
+    per_layer = 2 * model.get_num_kv_heads(parallel) * ranks * model.get_head_size() * dtype.itemsize
+    page_size = hybrid_page_size(config) if model.is_hybrid else page_size_before_start(config)
+    return page_size, layers * per_layer
+
+
+def kv_cache(config: Any) -> dict[str, Any]:
+    """The sizes of a page and of a token, in all layers of all ranks; for Attamba also those of its three caches.
+
+    For Attamba, the report has the tokens that fit in 1 GiB of each rank, as vLLM would report them at its start: as
+    requests of max_model_len, each with pages for the tokens of a step. It has the same number for layers with a K and
+    V for every token.
+    """
+    page_size, bytes_per_token = page_and_token_size(config)
+    specs = attamba_specs(config)
+    if not specs:
+        page_bytes = page_size * bytes_per_token
+        return {"page_tokens": page_size, "page_bytes": page_bytes, "bytes_per_token": bytes_per_token}
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from starling.attention_backends.attamba.cache import model_specs
+
+    model, dtype = config.model_config.hf_config, config.model_config.dtype
+    ranks, layers = config.parallel_config.tensor_parallel_size, model.num_hidden_layers
+    page_bytes = specs["states"].page_size_bytes * layers * ranks  # the same in all three
+    heads = model.num_attention_heads // ranks
+    plain = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=model.head_dim, dtype=dtype)
+    return {
+        "page_tokens": specs["states"].block_size,
+        "page_bytes": page_bytes,
+        "bytes_per_token": page_bytes / specs["states"].block_size,
+        "bytes_per_token_uncompressed": bytes_per_token,
+        "groups": {
+            name: {
+                "page_tokens": spec.block_size,
+                "tokens_per_state": spec.tokens_per_state,
+                "bytes_per_token": page_bytes / spec.block_size,
+                "held_of_a_request": f"its last {spec.sliding_window} tokens"
+                if isinstance(spec, SlidingWindowSpec)
+                else "the whole text",
+            }
+            for name, spec in specs.items()
+        },
+        "tokens_in_1_gib": _tokens_in(config, model_specs(model, dtype, ranks)),
+        "tokens_in_1_gib_uncompressed": _tokens_in(config, {f"layers.{layer}": plain for layer in range(layers)}),
+    }
+
+
+def attamba_specs(config: Any) -> dict[str, Any]:
+    """The specs of a layer's caches on one rank, by name, for an Attamba model; empty for other models."""
+    from starling.engine_ext.models.attamba_config import AttambaConfig
+
+    model = config.model_config.hf_config
+    if not isinstance(model, AttambaConfig):
+        return {}
+    from starling.attention_backends.attamba.cache import layer_specs
+
+    return layer_specs(model, config.model_config.dtype, config.parallel_config.tensor_parallel_size)
+
+
+def num_pages_held(num_tokens: int, page_size: int, window: int | None) -> int:
+    """The pages that a request of ``num_tokens`` tokens holds for its next token.
+
+    Args:
+        window: tokens that the next token attends to, itself included; None: all.
+    """
+    first = 0 if window is None else max(0, num_tokens - window + 1)
+    return -(-num_tokens // page_size) - first // page_size
+
+
+def _tokens_in(config: Any, specs: dict[str, Any], available: int = 1 << 30) -> int | None:
+    """Tokens that fit in ``available`` bytes of each rank; None where not even one request of max_model_len fits."""
+    try:
+        return kv_cache_capacity(config, specs, available)
+    except ValueError:
+        return None
+
+
+def prompt_cost(num_tokens: int, star: Any, cache: dict[str, Any], engine: Any, config: Any) -> dict[str, Any]:
+    """Plan, KV memory and attention work of one prompt of text without documents.
+
+    Args:
+        star: the server's StarOptions.
+        cache: from ``kv_cache``.
+        engine: the server's EngineFacts.
+
+    Raises:
+        OptionError: the server would refuse the prompt.
+    """
+    from starling.config.star import parse_options
+    from starling.scheduler.star.counts import describe
+    from starling.scheduler.star.decide import decide
+    from starling.scheduler.star.facts import PromptFacts
+
+    prompt, has_star = PromptFacts(num_tokens), not engine.refusals
+    default = decide(star, None, prompt, engine)
+    on = decide(star, parse_options({"star": "on"}), prompt, engine) if has_star else default
+    with_star = on.plan
+    plan = describe(with_star, num_tokens, config.model_config.hf_text_config, on.why)
+    specs = attamba_specs(config)
+    sizes = [(spec.block_size, getattr(spec, "sliding_window", None)) for spec in specs.values()] or [
+        (cache["page_tokens"], None)
+    ]
+    num_pages = sum(num_pages_held(num_tokens, *size) for size in sizes)
+    ratio = round(plan["dense_keys"] / plan["keys_attended"], 2) if with_star else 1.0
+    limit = config.model_config.max_model_len
+    return {
+        "tokens": num_tokens,
+        "max_model_len": limit,
+        "accepted": "yes" if num_tokens < limit else f"no: max_model_len is {limit:,}, for prompt and output together",
+        "kv_pages": num_pages,
+        "kv_bytes": num_pages * cache["page_bytes"],
+        "by_default": "dense" if default.plan is None else "star",
+        "why": default.why,
+        "options_given_by": dict(default.given_by),
+        "plan_with_star_on": plan if has_star else None,
+        "attention_work_dense_over_star": ratio if has_star else None,
+        "decode_step": None if specs else decode_step(num_tokens, cache),
+        "loss_measured_with_such_a_plan": None if with_star is None else measured_loss(with_star),
+    }
+
+
+def measured_loss(plan: Any) -> list[str]:
+    """What the most similar plans of docs/star-accuracy.md cost, on other models and shorter prompts.
+
+    All of them are without dense heads, which lose less: of a plan with them they say nothing.
+    """
+    from starling.lab.evaluation.measured import closest, read_measured
+
+    if plan.dense_heads is not None:
+        return ["not measured with dense heads on these prompts: `starling eval` measures yours (docs/dense-heads.md)"]
+    found = [str(row) for row in closest(plan, read_measured())]
+    return [*found, "measured on small models: `starling eval` measures yours (docs/star-accuracy.md)"]

@@ -1,0 +1,169 @@
+"""What a command measures, and on which prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from starling.lab.evaluation.plans import Plan, parse_plan, with_dense
+from starling.lab.evaluation.prompts import Format, read_own_prompts
+from starling.lab.evaluation.tasks import Task, choose_tasks
+
+SETUP_VERSION = 1
+DEFAULT_MAX_TOKENS = 128
+SECRET_WORDS = {"token", "key", "password"}
+OF_TASKS = ("tasks", "lengths", "prompts_per_cell", "prompt_format", "prompt_seed")
+OF_OWN_PROMPTS = ("max_tokens",)
+Length = Annotated[int, Field(ge=256)]
+Options = TypeVar("Options", bound="CommandOptions")
+
+
+class CommandOptions(BaseModel):
+    """The options of a command line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def check(self) -> None:
+        """Refuse what can't be used, beyond the types of single options (raises ValueError)."""
+
+
+class PromptOptions(CommandOptions):
+    """The options that decide on which prompts a command measures."""
+
+    subcommand: ClassVar[str]
+    """Of `starling`, which has these options."""
+
+    tasks: tuple[str, ...] = Field((), description="tasks by name, or groups")
+    lengths: tuple[Length, ...] = Field((4096,), min_length=1, description="tokens of a prompt and its answer")
+    prompts_per_cell: int = Field(20, ge=1, description="prompts of each task and length")
+    prompts: Path | None = Field(None, description="the user's own prompts, in place of tasks")
+    max_tokens: int = Field(
+        DEFAULT_MAX_TOKENS, ge=1, description="of answers to the user's own prompts; tasks have their own"
+    )
+    prompt_format: Format = Field("chat", description="chat: with the model's chat template; text: without")
+    prompt_seed: int = Field(0, description="of the tasks' prompts")
+
+    @property
+    def compares_text(self) -> bool:
+        """Whether the texts of answers are compared."""
+        return True
+
+    @property
+    def chosen_tasks(self) -> list[Task]:
+        return choose_tasks(self.tasks)
+
+    def check(self) -> None:
+        """Refuse what can't be used.
+
+        Raises:
+            ValueError: a task or a file of prompts that can't be used, or not exactly one of tasks and prompts.
+        """
+        if bool(self.tasks) == (self.prompts is not None):
+            raise ValueError("either --tasks or --prompts is needed, and not both")
+        if len(set(self.lengths)) < len(self.lengths):
+            given = ",".join(map(str, self.lengths))
+            raise ValueError(f"lengths={given!r} is refused: a length is given twice. Allowed: each length once")
+        _ = self.chosen_tasks, self.prompts and read_own_prompts(self.prompts)
+
+    def prompts_setup(self) -> dict[str, Any]:
+        """What decides the prompts, as JSON."""
+        if self.prompts is not None:
+            content = hashlib.sha256(self.prompts.read_bytes()).hexdigest()
+            return {"prompts_sha256": content, "max_tokens": self.max_tokens}
+        return {
+            "tasks": [task.name for task in self.chosen_tasks],
+            "lengths": list(self.lengths),
+            "prompts_per_cell": self.prompts_per_cell,
+            "prompt_format": self.prompt_format,
+            "prompt_seed": self.prompt_seed,
+        }
+
+    def command(self, target: Sequence[str]) -> str:
+        """The command that measures the same.
+
+        Args:
+            target: the arguments that name the server or the model to serve.
+        """
+        parts = ["starling", self.subcommand, *without_secrets(target)]
+        for field, value in sorted(self, key=lambda item: item[0] != "plans"):
+            option = f"--{field.replace('_', '-')}"
+            without_effect = OF_TASKS if self.prompts else OF_OWN_PROMPTS
+            if value is None or field in without_effect or (field in OF_OWN_PROMPTS and not self.compares_text):
+                continue
+            if field == "plans":
+                parts += [argument for plan in value for argument in ("--plan", plan)]
+            else:
+                parts += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return shlex.join([*parts, "--out", "DIR"])
+
+
+def folder_setup(model: str) -> dict[str, Any]:
+    """What all answers in a folder have in common, as JSON. An answer's key says the rest: its prompt and plan."""
+    return {"version": SETUP_VERSION, "model": model}
+
+
+class EvalOptions(PromptOptions):
+    """The options of `starling eval` that decide what is measured."""
+
+    subcommand = "eval"
+    plans: tuple[str, ...] = Field((), description="plans beside dense")
+    logprobs: int = Field(0, ge=0, description="tokens of the answer at which the distributions are compared")
+
+    @property
+    def all_plans(self) -> list[Plan]:
+        """Dense, and then the others."""
+        return with_dense(map(parse_plan, self.plans))
+
+    def check(self) -> None:
+        """Refuse what can't be used (raises ValueError), a plan too."""
+        super().check()
+        _ = self.all_plans
+
+    def setup(self, model: str) -> dict[str, Any]:
+        """What is measured, as JSON."""
+        setup = folder_setup(model) | {
+            "plans": {plan.name: plan.options for plan in self.all_plans},
+            "logprobs": self.logprobs,
+        }
+        return setup | self.prompts_setup()
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `...` for the values of options whose names say that they are secret, such as --hf-token.
+
+    vLLM's --api-key takes several values, so all are hidden up to the next option.
+    """
+    shown, hide = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        words = name.replace("_", "-").split("-")  # --max-num-batched-tokens is no secret
+        if name.startswith("--"):
+            secret = not SECRET_WORDS.isdisjoint(words)
+            shown.append(f"{name}=..." if secret and equals else argument)
+            hide = secret and not equals
+        else:
+            shown.append("..." if hide else argument)
+    return shown
+
+
+def parse_options(model: type[Options], values: dict[str, Any]) -> Options:
+    """Options from a command line.
+
+    Args:
+        model: the command's options.
+
+    Raises:
+        ValueError: with the option, its value and what is allowed.
+    """
+    try:
+        options = model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]}={first['input']!r} is refused: {first['msg']}") from None
+    options.check()
+    return options

@@ -1,0 +1,268 @@
+"""The results: a JSON file with a version, tables in the terminal, and one HTML file that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from itertools import zip_longest
+from string import Template
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+from starling.lab.evaluation.depth import DepthCell
+from starling.lab.evaluation.statistics import ALL, Cell, Interval, Pair
+
+VERSION = 1
+NUM_EXAMPLES = 10
+TOO_HARD = 0.1  # a score of dense below which the summary warns
+LEAST_PROMPTS = 10  # for a verdict: the interval of fewer ones leaves out what they happen not to have
+
+
+class DifferentAnswer(BaseModel):
+    """A prompt that a star plan answers otherwise than dense.
+
+    Attributes:
+        prompt_end: the last characters of the prompt.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    plan: str
+    prompt_end: str
+    references: tuple[str, ...]
+    dense: str
+    answer: str
+    dense_score: float
+    score: float
+
+
+class Report(BaseModel):
+    """What an evaluation found; `results.json`.
+
+    Attributes:
+        version: of this format. A field that is removed or changes its meaning raises it.
+        created: UTC, ISO 8601.
+        setup: what was measured (``options.EvalOptions.setup``).
+        command: repeats the evaluation.
+        server: base URL, model, max_model_len, version of vLLM.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal["starling-eval"] = "starling-eval"
+    version: int = VERSION
+    created: str
+    setup: dict[str, Any]
+    command: str
+    server: dict[str, Any]
+    cells: list[Cell]
+    depths: list[DepthCell] = []
+    different: list[DifferentAnswer]
+
+
+def worst(pairs: Sequence[Pair], count: int = NUM_EXAMPLES) -> list[DifferentAnswer]:
+    """The answers that differ from dense's, those that lose the most first."""
+    differ = sorted((pair for pair in pairs if not pair.same), key=lambda pair: pair.difference)
+    return [
+        DifferentAnswer(
+            prompt=pair.prompt.name,
+            plan=pair.answer.plan,
+            prompt_end=pair.prompt.end,
+            references=pair.prompt.references,
+            dense=pair.dense.text,
+            answer=pair.answer.text,
+            dense_score=pair.dense_score,
+            score=pair.score,
+        )
+        for pair in differ[:count]
+    ]
+
+
+def overall(cells: Sequence[Cell]) -> list[Cell]:
+    """For each plan the cells over all tasks; where a plan has none, its only cell of that kind."""
+    found = [cell for cell in cells if cell.task == ALL]
+    have = {(cell.plan, cell.against_reference) for cell in found}
+    return found + [cell for cell in cells if cell.task != ALL and (cell.plan, cell.against_reference) not in have]
+
+
+def summary(cells: Sequence[Cell]) -> list[str]:
+    """A sentence for each plan."""
+    return [sentence(cell) for cell in overall(cells)]
+
+
+def sentence(cell: Cell) -> str:
+    """What a cell says."""
+    over = f"over {cell.prompts} prompts"
+    if cell.difference is None:
+        found = f"Dense scores {percent(cell.dense_score)} {over}"
+        unscored = f"Dense answers {cell.prompts} prompts without expected answers"
+        return f"{found if cell.against_reference else unscored}. No star plan was measured."
+    work = "" if cell.attended_keys is None else f", with {percent(cell.attended_keys)} of dense's attention work"
+    if not cell.against_reference:
+        apart = "" if cell.kl is None else f" Its distributions are {cell.kl:.4f} nats a token from dense's (KL)."
+        equal = f"{percent(cell.score)} of {cell.prompts} prompts"
+        return f"{cell.plan} gives dense's exact answer to {equal}{work}.{apart}"
+    low, high = cell.difference.low, cell.difference.high
+    verdict = "below dense" if high < 0 else "above dense" if low > 0 else "no measured difference to dense"
+    if cell.prompts < LEAST_PROMPTS:
+        verdict = "too few prompts for a verdict"
+    too_hard = " Dense scores so little that there is little to lose." if cell.dense_score < TOO_HARD else ""
+    return (
+        f"{cell.plan} scores {percent(cell.score)} {over}, dense {percent(cell.dense_score)}: "
+        f"{points(cell.difference)} points, {verdict}{work}.{too_hard}"
+    )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def points(interval: Interval) -> str:
+    """A difference of scores with its interval, in points of 100."""
+    return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def nats(change: Interval | None) -> str:
+    """A difference of log-probabilities with its interval; empty where there is none."""
+    return f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" if change else ""
+
+
+COLUMNS = (
+    *("task", "length", "plan", "sizes", "prompts"),
+    *("dense", "score", "difference [95 %]", "same answer", "attention work"),
+)
+LEFT_COLUMNS = ("task", "depth", "plan", "sizes", "result")
+DEPTH_COLUMNS = ("depth", "length", "plan", "prompts", "dense", "score", "difference [95 %]")
+LOGPROB_COLUMNS = ("log-probability [95 %]", "top-1", "KL")
+
+
+def table_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) as texts; the columns of --logprobs only where they were measured."""
+    with_logprobs = any(cell.kl is not None for cell in cells)
+    columns = [*COLUMNS, *(LOGPROB_COLUMNS if with_logprobs else ())]
+    rows = []
+    for cell in cells:
+        row = [
+            cell.task,
+            f"{cell.length:,}" if cell.length else "",
+            cell.plan,
+            str(cell.sizes) if cell.sizes else "",
+            str(cell.prompts),
+            percent(cell.dense_score) if cell.against_reference else "",
+            percent(cell.score) if cell.against_reference else "",
+            points(cell.difference) if cell.difference and cell.against_reference else "",
+            percent(cell.same_as_dense),
+            "" if cell.attended_keys is None else percent(cell.attended_keys),
+        ]
+        if with_logprobs:
+            row.append(nats(cell.logprob_difference))
+            row.append("" if cell.top1_agreement is None else percent(cell.top1_agreement))
+            row.append("" if cell.kl is None else f"{cell.kl:.4f}")
+        rows.append(row)
+    return columns, rows
+
+
+def depth_rows(depths: Sequence[DepthCell]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of the table by depth as texts."""
+    with_logprobs = any(cell.logprob_difference for cell in depths)
+    columns = [*DEPTH_COLUMNS, *(LOGPROB_COLUMNS[:1] if with_logprobs else ())]
+    rows = []
+    for cell in depths:
+        length = f"{cell.length:,}" if cell.length else ""
+        scores = [percent(cell.dense_score), percent(cell.score), points(cell.difference)]
+        change = [nats(cell.logprob_difference)] if with_logprobs else []
+        rows.append([cell.depth, length, cell.plan, str(cell.prompts), *scores, *change])
+    return columns, rows
+
+
+def terminal_tables(report: Report) -> list[Table]:
+    """The tables for rich; that by depth only where prompts have one."""
+    columns, rows = table_rows(report.cells)
+    bold = [cell.task == ALL for cell in report.cells]
+    tables = [terminal_table("Scores, and differences to dense in points", columns, rows, bold)]
+    if report.depths:
+        columns, rows = depth_rows(report.depths)
+        tables.append(terminal_table("By the depth of the fact in the prompt", columns, rows))
+    return tables
+
+
+def terminal_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = (), wrap: str = ""
+) -> Table:
+    """A table of texts for rich.
+
+    Args:
+        bold: of each row; by default none is.
+        wrap: the only column whose texts may take several lines; by default all may.
+    """
+    table = Table(title=title)
+    for name in columns:
+        justify: Literal["left", "right"] = "left" if name in LEFT_COLUMNS else "right"
+        table.add_column(escape_markup(name), justify=justify, no_wrap=bool(wrap) and name != wrap)
+    for row, is_bold in zip_longest(rows, bold):
+        table.add_row(*map(escape_markup, row), style="bold" if is_bold else None)
+    return table
+
+
+def html_report(report: Report, figure: bytes | None) -> str:
+    """A page without scripts and links.
+
+    Args:
+        figure: as PNG.
+    """
+    image = ""
+    if figure is not None:
+        data = base64.b64encode(figure).decode()
+        image = f'<img alt="Differences to dense" src="data:image/png;base64,{data}">'
+    depths = (
+        "<h2>By depth</h2><p>Where in the text the fact begins that the answer needs: 0 % is the beginning. All tasks "
+        f"with one such fact, each prompt with equal weight.</p>{html_table(*depth_rows(report.depths))}"
+        if report.depths
+        else ""
+    )
+    return fill_page(
+        "report.html",
+        model=escape(str(report.server["model"])),
+        created=escape(report.created),
+        summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(report.cells)),
+        table=html_table(*table_rows(report.cells)),
+        figure=image,
+        depths=depths,
+        examples="\n".join(map(html_example, report.different)) or "<p>No answer differs from dense's.</p>",
+        command=escape(report.command),
+        setup=escape(report.model_dump_json(indent=2, include={"setup", "server"})),
+    )
+
+
+def fill_page(template: str, **parts: str) -> str:
+    """A page from one of the templates beside this module.
+
+    Args:
+        parts: HTML for its placeholders.
+    """
+    folder = files(__package__)
+    style = folder.joinpath("report.css").read_text(encoding="utf-8")
+    return Template(folder.joinpath(template).read_text(encoding="utf-8")).substitute(parts, style=style)
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def html_example(example: DifferentAnswer) -> str:
+    """One answer beside dense's."""
+    scores = "" if not example.references else f", {example.score:.2f} (dense {example.dense_score:.2f})"
+    parts = [("End of the prompt", example.prompt_end), ("Dense", example.dense), (example.plan, example.answer)]
+    if example.references:
+        parts.insert(1, ("Expected", "\n".join(example.references)))
+    shown = "".join(f"<dt>{escape(name)}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in parts)
+    return f"<h3>{escape(example.prompt)}, {escape(example.plan)}{scores}</h3><dl>{shown}</dl>"

@@ -1,0 +1,245 @@
+"""Scores, and their differences to dense with intervals: for each task, length and plan, and over all tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from starling.lab.evaluation.plans import DENSE
+from starling.lab.evaluation.prompts import Prompt
+from starling.lab.evaluation.scoring import score
+from starling.lab.evaluation.store import Answer, TokenScore
+
+DRAWS, DRAWS_AT_ONCE, CONFIDENCE = 10_000, 500, 0.95
+ALL = "all"
+
+
+class Interval(BaseModel):
+    """A mean and its 95 % bootstrap interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: float
+    low: float
+    high: float
+
+
+class StarSizes(BaseModel):
+    """Sizes of star plans in tokens: (smallest, largest) over prompts, which have different ones with n/8."""
+
+    model_config = ConfigDict(frozen=True)
+
+    block_size: tuple[int, int]
+    anchor_size: tuple[int, int]
+    overlap_size: tuple[int, int]
+
+    def __str__(self) -> str:
+        ranges = zip("BAO", (self.block_size, self.anchor_size, self.overlap_size), strict=True)
+        return ", ".join(f"{letter} {low}" + (f"-{high}" if high > low else "") for letter, (low, high) in ranges)
+
+
+class Cell(BaseModel):
+    """One plan on the prompts of one task and length, or on all of them.
+
+    Attributes:
+        task: ``all`` for the mean over the tasks and lengths, each with equal weight. Its ``attended_keys`` is the
+            mean over prompts, and its ``top1_agreement`` and ``kl`` are means over positions, whatever task has them.
+        length: None over all lengths, and for the user's own prompts.
+        prompts: how many.
+        sizes: those that the server reports; None for dense, and where the server does not say.
+        against_reference: whether outputs are scored against references; else against dense's outputs.
+        dense_score, score: means, from 0 to 1.
+        difference: of score and dense_score, paired; None for dense.
+        same_as_dense: the share of outputs that equal dense's.
+        attended_keys: query-key pairs of the prefill, as a share of dense's; None without Starling.
+        logprob_difference: of the answer's tokens, in nats for each token, to dense; None without --logprobs.
+        top1_agreement: the share of positions where the most probable token is dense's.
+        kl: Kullback-Leibler divergence from dense, in nats, the mean over all positions of all prompts; a lower bound
+            (``kl_divergence``).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    length: int | None
+    plan: str
+    sizes: StarSizes | None = None
+    prompts: int
+    against_reference: bool
+    dense_score: float
+    score: float
+    difference: Interval | None
+    same_as_dense: float
+    attended_keys: float | None
+    logprob_difference: Interval | None
+    top1_agreement: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt's answer under a plan beside dense's."""
+
+    prompt: Prompt
+    dense: Answer
+    answer: Answer
+
+    @property
+    def dense_score(self) -> float:
+        return answer_score(self.prompt, self.dense, self.dense)
+
+    @property
+    def score(self) -> float:
+        return answer_score(self.prompt, self.answer, self.dense)
+
+    @property
+    def difference(self) -> float:
+        return self.score - self.dense_score
+
+    @property
+    def same(self) -> bool:
+        return self.answer.text == self.dense.text
+
+
+def answer_score(prompt: Prompt, answer: Answer, dense: Answer) -> float:
+    """RULER's score where the prompt has references; else 1 if the output equals dense's, and 0 if not."""
+    if not prompt.references:
+        return float(answer.text == dense.text)
+    return score(answer.text, prompt.references, prompt.match)
+
+
+def make_pairs(prompts: Iterable[Prompt], answers: Iterable[Answer]) -> list[Pair]:
+    """Each answer of each plan, dense too, beside dense's answer to the same prompt."""
+    of_name = {prompt.name: prompt for prompt in prompts}
+    listed = list(answers)
+    dense = {answer.prompt: answer for answer in listed if answer.plan == DENSE.name}
+    return [Pair(of_name[answer.prompt], dense[answer.prompt], answer) for answer in listed]
+
+
+def compare(pairs: Sequence[Pair]) -> list[Cell]:
+    """A cell for each task, length and plan, and one over all tasks and lengths for each plan.
+
+    The cells over all tasks weigh each task and length equally, except where ``Cell`` says otherwise. With more than
+    one plan, there are no cells for dense: its score is in the others.
+    """
+    groups: dict[tuple[str, int | None, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.prompt.task, pair.prompt.length, pair.answer.plan), []).append(pair)
+    plans = list(dict.fromkeys(plan for *_, plan in groups))
+    shown = [plan for plan in plans if plan != DENSE.name] or plans
+    cells = [make_cell(*key, [group]) for key, group in groups.items() if key[2] in shown]
+    for plan in shown:
+        for with_references in (True, False):
+            of_plan = [
+                group
+                for (*_, name), group in groups.items()
+                if name == plan and bool(group[0].prompt.references) == with_references
+            ]
+            if len(of_plan) > 1:
+                cells.append(make_cell(ALL, None, plan, of_plan))
+    return cells
+
+
+def make_cell(task: str, length: int | None, plan: str, groups: Sequence[Sequence[Pair]]) -> Cell:
+    """The cell of a plan over groups of prompts, of which each has the same weight in scores and log-probabilities."""
+    scored = [[pair for pair in group if pair.answer.scores and pair.dense.scores] for group in groups]
+    has_scores = all(scored)
+    pairs = [pair for group in groups for pair in group]
+    positions = [both for group in scored for pair in group for both in zip(*two_scores(pair), strict=True)]
+    is_dense = plan == DENSE.name
+    keys = [key_share(pair.answer) for pair in pairs]
+    return Cell(
+        task=task,
+        length=length,
+        plan=plan,
+        sizes=star_sizes([pair.answer for pair in pairs]),
+        prompts=len(pairs),
+        against_reference=bool(pairs[0].prompt.references),
+        dense_score=mean_of_means([[pair.dense_score for pair in group] for group in groups]),
+        score=mean_of_means([[pair.score for pair in group] for group in groups]),
+        difference=None if is_dense else bootstrap([[pair.difference for pair in group] for group in groups]),
+        same_as_dense=mean_of_means([[float(pair.same) for pair in group] for group in groups]),
+        attended_keys=None if None in keys else float(np.mean([key for key in keys if key is not None])),
+        logprob_difference=(
+            bootstrap([[logprob_difference(pair) for pair in group] for group in scored])
+            if has_scores and not is_dense
+            else None
+        ),
+        top1_agreement=float(np.mean([top(one) == top(two) for one, two in positions])) if has_scores else None,
+        kl=float(np.mean([kl_divergence(one.top, two.top) for one, two in positions])) if has_scores else None,
+    )
+
+
+def two_scores(pair: Pair) -> tuple[list[TokenScore], list[TokenScore]]:
+    """The distributions of dense and of the plan, at the same positions."""
+    return pair.dense.scores, pair.answer.scores
+
+
+def logprob_difference(pair: Pair) -> float:
+    """How much more probable the answer's tokens are than under dense, in nats for each token."""
+    return float(np.mean([two.logprob - one.logprob for one, two in zip(*two_scores(pair), strict=True)]))
+
+
+def top(position: TokenScore) -> int:
+    """The most probable token."""
+    return max(position.top, key=lambda token: position.top[token])
+
+
+def kl_divergence(dense: dict[int, float], other: dict[int, float]) -> float:
+    """KL(dense || other) in nats, of two distributions of which only the most probable tokens are known.
+
+    All tokens that are not in both lists count as one. The result is at least 0, and at most the exact divergence.
+
+    Args:
+        dense, other: token id -> log-probability.
+    """
+    common = dense.keys() & other.keys()
+    terms = [(math.exp(dense[token]), math.exp(other[token])) for token in common]
+    rest = tuple(max(1 - sum(share), 0.0) for share in zip(*terms, strict=True)) if terms else (1.0, 1.0)
+    terms.append((rest[0], max(rest[1], 1e-12)))
+    return max(sum(p * math.log(p / q) for p, q in terms if p > 0), 0.0)
+
+
+def star_sizes(answers: Sequence[Answer]) -> StarSizes | None:
+    """The sizes under which the prompts ran; None where the server does not say it of each."""
+    plans, names = [answer.server_plan or {} for answer in answers], tuple(StarSizes.model_fields)
+    if not all(name in plan for plan in plans for name in names):
+        return None
+    found = {name: [int(plan[name]) for plan in plans] for name in names}
+    return StarSizes(**{name: (min(sizes), max(sizes)) for name, sizes in found.items()})
+
+
+def key_share(answer: Answer) -> float | None:
+    """Query-key pairs of the prefill, as a share of dense's; None where the server does not say."""
+    plan = answer.server_plan
+    if plan is None:
+        return None
+    return 1.0 if plan["attention"] == "dense" else plan["keys_attended"] / plan["dense_keys"]
+
+
+def mean_of_means(groups: Sequence[Sequence[float]]) -> float:
+    return float(np.mean([np.mean(group) for group in groups]))
+
+
+def bootstrap(groups: Sequence[Sequence[float]]) -> Interval:
+    """The mean over groups of each group's mean, with its 95 % percentile interval; the random numbers are fixed.
+
+    The mean lies within the interval: without the last line, rounding can put it outside by 1e-17.
+
+    Args:
+        groups: paired differences, none empty. Prompts are drawn anew within each group.
+    """
+    rng = np.random.default_rng(0)
+    drawn = np.zeros(DRAWS)
+    for group in map(np.asarray, groups):
+        for start in range(0, DRAWS, DRAWS_AT_ONCE):
+            chosen = rng.integers(0, len(group), (DRAWS_AT_ONCE, len(group)))
+            drawn[start : start + DRAWS_AT_ONCE] += group[chosen].mean(axis=1) / len(groups)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    mean = mean_of_means(groups)
+    return Interval(mean=mean, low=min(float(low), mean), high=max(float(high), mean))

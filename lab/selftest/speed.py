@@ -1,0 +1,229 @@
+"""Times without a bound: of the first token, dense and star, and of a token, plain, activated and behind documents."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starling.config.entry import ENTRY
+from starling.lab.selftest.engine_checks import DOCUMENTS, HEADS
+from starling.lab.selftest.engine_run import Batches, EngineRun, Feature
+from starling.lab.selftest.model import alternating_scores
+from starling.lab.selftest.prompts import QUERY, WITH_DOCUMENTS, make_prompt
+from starling.lab.selftest.result import Check, Result, Skip
+from starling.lab.selftest.usage import usage_checks
+
+LENGTHS = {True: (32_768, 131_072), False: (4_096,)}  # by whether there is a GPU
+DECODED, DECODE_PROMPT, RUNS = 32, 512, 6  # the fastest run counts, as other programs slow the others down
+DECODE_LENGTH = DECODE_PROMPT + DECODED
+BLOCK_FRACTION = 8  # of the prompt
+DENSE_HEADS = 0.1
+COUNT, DOCUMENT_TOKENS = 16, {True: 256, False: 64}  # documents of a prompt
+DOCUMENTS_LENGTH = {gpu: COUNT * tokens + QUERY + DECODED for gpu, tokens in DOCUMENT_TOKENS.items()}
+DOCUMENT_REQUESTS = {True: (1, 8, 64), False: (1, 4)}
+REORDERED = "another order"
+WARM = "warm"  # begins the names of batches that are not timed
+BESIDE = 8  # requests with documents beside a long prompt that decodes
+STEP = 1024  # prompts that are shortened have a multiple of this, of which an eighth is whole KV pages
+SHORTEST = 2 * STEP  # a shorter prefill has too little attention to show what star saves
+
+
+def lengths_within(lengths: Sequence[int], max_length: int) -> dict[int, int | None]:
+    """The prompts to measure instead of those of ``lengths`` tokens, for a model that takes ``max_length`` tokens.
+
+    One token is left for the output.
+
+    Args:
+        lengths: ascending.
+
+    Returns:
+        Each length -> the same, or the longest one that fits; None where that is too short, or is another's already.
+    """
+    found: dict[int, int | None] = {}
+    for length in lengths:
+        fits = length if length < max_length else (max_length - 1) // STEP * STEP
+        found[length] = fits if fits >= SHORTEST and fits not in found.values() else None
+    return found
+
+
+@dataclass(frozen=True)
+class SpeedEngines:
+    """The engines whose times are compared: of vLLM alone, and one that is activated for HEADS and DOCUMENTS."""
+
+    plain: EngineRun
+    ours: EngineRun
+
+
+def speed_checks(
+    model: str,
+    vocabulary: int,
+    max_length: int,
+    gpu: bool,
+    folder: Path,
+    *,
+    starling: Mapping[str, Any],
+    quick: bool = False,
+    note: str = "",
+    **arguments: Any,
+) -> list[Check]:
+    """The measurements, of two engines.
+
+    Args:
+        max_length: tokens that the model takes.
+        folder: gets the file of the scores of KV heads.
+        starling: options of the activated engines.
+        quick: without long prompts.
+        note: what the reader has to know of the model.
+        arguments: further arguments of vllm.LLM.
+    """
+    lengths = {} if quick else lengths_within(LENGTHS[gpu], max_length)
+    measured = [length for length in lengths.values() if length is not None]
+    decodes = decode_batches(vocabulary, max_length)
+    plain_documents, documents = (
+        document_batches(vocabulary, measured, gpu, max_length, star) for star in (False, True)
+    )
+    longest = max([*measured, DECODE_LENGTH, *([DOCUMENTS_LENGTH[gpu]] if documents else [])])
+    engine = {"model": model, "dtype": "bfloat16" if gpu else "float32", "enforce_eager": not gpu} | arguments
+    engine |= {"max_model_len": min(longest + STEP, max_length), "max_num_batched_tokens": 8192 if gpu else 2048}
+    scores = folder / "speed_scores.json"
+    scores.write_text(alternating_scores(model).model_dump_json())
+    features = {
+        HEADS: Feature({"star_heads": str(scores)}, prefill_batches(vocabulary, measured, {HEADS: DENSE_HEADS})),
+        DOCUMENTS: Feature(WITH_DOCUMENTS, documents),
+    }
+    features = {name: feature for name, feature in features.items() if feature.batches}
+    activated = engine | {"additional_config": {ENTRY: dict(starling)}}
+    batches = decodes | prefill_batches(vocabulary, measured, {"dense": None, "star": 0})
+    engines = SpeedEngines(
+        EngineRun(engine, decodes | plain_documents), EngineRun(activated, batches, features=features)
+    )
+    limit = f"the model takes {max_length:,} tokens at most"
+    checks = [prefill_check(engines, length, fits, limit, note) for length, fits in lengths.items()]
+    decode: Callable[[], Result | Skip] = functools.partial(measure_decode, engines)
+    if not decodes:
+        decode = functools.partial(Skip, f"{limit}, and {DECODE_LENGTH:,} are needed")
+    checks.append(Check("speed: a token, activated", decode))
+    names = [name for name in documents if not name.startswith(WARM)]
+    checks += [document_check(engines, name) for name in names]
+    decoded = {"star": list(decodes), DOCUMENTS: [name for name in names if name != REORDERED]}
+    return checks + (usage_checks(engines.plain, engines.ours, decoded, gpu) if decodes else [])
+
+
+def decode_batches(vocabulary: int, max_length: int) -> Batches:
+    """A prompt that decodes, several times; none where the model does not take so many tokens."""
+    decode = make_prompt(1, DECODE_PROMPT, vocabulary, max_tokens=DECODED, cold=True)
+    return {f"decode {run}": [decode] for run in range(RUNS)} if max_length >= DECODE_LENGTH else {}
+
+
+def prefill_batches(vocabulary: int, lengths: Iterable[int], plans: Mapping[str, float | None]) -> Batches:
+    """For each length and plan a prompt.
+
+    Args:
+        plans: name -> share of dense heads of a star plan, or None for dense attention.
+    """
+    batches = {}
+    for length in lengths:
+        prompt = make_prompt(2, length, vocabulary, max_tokens=1, cold=True)
+        star = {"star": "on", "star_block_size": length // BLOCK_FRACTION, "star_query_tokens": 512}
+        for name, share in plans.items():
+            options = {} if share is None else {"star": star | {"star_dense_heads": share}}
+            batches[f"{name} {length}"] = [prompt | options]
+    return batches
+
+
+def document_batches(vocabulary: int, lengths: Sequence[int], gpu: bool, max_length: int, star: bool) -> Batches:
+    """Prompts of the same documents, whose context is cached when they are timed; none where they do not fit.
+
+    Args:
+        lengths: of long prompts, of which the last one decodes beside some of them.
+        star: whether documents have positions of their own.
+    """
+    size = DOCUMENT_TOKENS[gpu]
+    starts = [size * number for number in range(COUNT + 1)]
+    prompt = make_prompt(3, starts[-1] + QUERY, vocabulary, max_tokens=DECODED)
+    if len(prompt["ids"]) + DECODED > max_length:
+        return {}
+    if star:
+        prompt |= {"star": {"star": "on", "star_segments": starts}}
+    ids = prompt["ids"]
+    reordered = [token for start in starts[-2::-1] for token in ids[start : start + size]] + ids[starts[-1] :]
+    batches = {f"{WARM} documents": [prompt], REORDERED: [prompt | {"ids": reordered, "max_tokens": 1}]}
+    batches |= {f"{count} requests": count * [prompt] for count in DOCUMENT_REQUESTS[gpu]}
+    if lengths:
+        long = make_prompt(2, lengths[-1], vocabulary, max_tokens=DECODED)
+        name = f"{BESIDE} requests beside a decode of {lengths[-1]:,} tokens"
+        batches |= {f"{WARM} long prompt": [long], name: [*BESIDE * [prompt], long]}
+    return batches
+
+
+def prefill_check(engines: SpeedEngines, wanted: int, length: int | None, limit: str, note: str = "") -> Check:
+    """The measurement of a prompt's first token.
+
+    Args:
+        wanted: tokens of the prompt, if the model takes so many.
+        length: tokens of the prompt; None: it is left out.
+        limit: says how many tokens the model takes.
+        note: ends the detail.
+    """
+    name = f"speed: first token of {length or wanted:,} tokens, star"
+    if length is None:
+        return Check(name, functools.partial(Skip, f"{limit}, and no other prompt of {SHORTEST:,} or more fits"))
+    shortened = "" if length == wanted else f"not {wanted:,} tokens, as {limit}"
+    return Check(name, functools.partial(measure_ttft, engines, length, (shortened, note)))
+
+
+def document_check(engines: SpeedEngines, batch: str) -> Check:
+    """The measurement of a batch of prompts with documents: of the first token where their order is another one."""
+    if batch == REORDERED:
+        return Check(
+            f"speed: first token behind {COUNT} documents in {batch}",
+            functools.partial(measure_reordered, engines),
+        )
+    return Check(
+        f"speed: a token behind {COUNT} documents, {batch}", functools.partial(measure_documents, engines, batch)
+    )
+
+
+def measure_ttft(engines: SpeedEngines, length: int, notes: Iterable[str]) -> Result:
+    """Seconds to the first token of a prompt of ``length`` tokens; ``notes`` end the detail."""
+    (dense,), (star,) = engines.ours.outputs(f"dense {length}"), engines.ours.outputs(f"star {length}")
+    details = [f"dense {dense['ttft']:.3g} s, {dense['ttft'] / star['ttft']:.2f} times star's; block of n/8"]
+    if engines.ours.refusal(HEADS) is None:
+        (heads,) = engines.ours.outputs(f"{HEADS} {length}")
+        ratio = dense["ttft"] / heads["ttft"]
+        details.append(f"with {DENSE_HEADS:.0%} dense heads {heads['ttft']:.3g} s, dense {ratio:.2f} times that")
+    return Result(star["ttft"], None, "s", "; ".join([*details, *filter(None, notes)]))
+
+
+def measure_decode(engines: SpeedEngines) -> Result:
+    ours, plains = (
+        min(1000 * engine.outputs(f"decode {run}")[0]["seconds_per_token"] for run in range(RUNS))
+        for engine in (engines.ours, engines.plain)
+    )
+    return Result(ours, None, "ms", f"plain vLLM {plains:.3g} ms, after {DECODE_PROMPT} tokens, fastest of {RUNS} runs")
+
+
+def measure_reordered(engines: SpeedEngines) -> Result | Skip:
+    """Seconds to the first token of cached documents in another order, and of the same prompt with dense attention."""
+    refusal = engines.ours.refusal(DOCUMENTS)
+    if refusal is not None:
+        return Skip(refusal)
+    (ours,), (plains,) = engines.ours.outputs(REORDERED), engines.plain.outputs(REORDERED)
+    detail = f"{ours['cached']} tokens cached; plain vLLM, dense {plains['ttft']:.3g} s, {plains['cached']} cached"
+    return Result(ours["ttft"], None, "s", detail)
+
+
+def measure_documents(engines: SpeedEngines, batch: str) -> Result | Skip:
+    """Milliseconds between two tokens of a prompt with documents, and of the same prompt with dense attention."""
+    refusal = engines.ours.refusal(DOCUMENTS)
+    if refusal is not None:
+        return Skip(refusal)
+    ours, plains = (
+        1000 * statistics.median(output["seconds_per_token"] for output in engine.outputs(batch))
+        for engine in (engines.ours, engines.plain)
+    )
+    return Result(ours, None, "ms", f"plain vLLM, dense {plains:.3g} ms")

@@ -1,0 +1,173 @@
+"""The checks of a machine, in the order in which they run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starling.config.entry import GPU_ATTENTION
+from starling.lab.selftest.accuracy import accuracy_check
+from starling.lab.selftest.engine import RESULT
+from starling.lab.selftest.engine_checks import (
+    FP8_CAPABILITY,
+    Engines,
+    Setting,
+    engine_checks,
+    judge_tokens,
+    make_engines,
+    settings,
+)
+from starling.lab.selftest.engine_run import EngineRun
+from starling.lab.selftest.kernels import kernel_checks
+from starling.lab.selftest.model import TINY, make_config, make_model, max_length, timed_shape, vocabulary
+from starling.lab.selftest.prompts import LONGEST
+from starling.lab.selftest.result import Check, Result, Skip
+from starling.lab.selftest.rows import row_checks
+from starling.lab.selftest.speed import speed_checks
+from starling.lab.selftest.steady import steady_checks
+from starling.lab.selftest.tiles import tile_checks
+
+MOVE_SECONDS = 300
+GPU_MEMORY = {"gpu_memory_utilization": 0.5}  # for the tiny models; other programs may use the card
+
+
+@contextmanager
+def make_suite(
+    model: str | None,
+    *,
+    gpu: bool,
+    quick: bool,
+    backend: str | None = None,
+    gpu_attention: str | None = None,
+    results: Path | None = None,
+) -> Iterator[tuple[list[Check], dict[str, Engines]]]:
+    """The checks, and the engines of each setting by its name. The random models exist while the context is open.
+
+    Args:
+        model: a checkpoint for the engine checks; None for random tiny weights.
+        gpu: whether to check a GPU, or the CPU part.
+        quick: one setting, and of the times those of a token alone.
+        backend: vLLM's attention backend; None for vLLM's choice.
+        gpu_attention: the option of this name, of activated engines; None for its default.
+        results: folder of results that a later run goes on with; None: they are not kept.
+    """
+    arguments: dict[str, Any] = {"attention_backend": backend} if backend else {}
+    arguments["starling"] = {GPU_ATTENTION: gpu_attention} if gpu_attention else {}
+    with tempfile.TemporaryDirectory(prefix="starling-selftest-") as temporary:
+        folder = Path(temporary)
+        checked, memory = model or make_tiny(folder, gpu), GPU_MEMORY if model is None and gpu else {}
+        size, longest = vocabulary(checked), max_length(checked)
+        checks, engines = [*kernel_checks(), *row_checks()], {}
+        for setting in settings(gpu, quick):
+            reason = setting_refusal(setting) or length_refusal(longest)
+            if reason is not None:
+                checks.append(Check(setting.name(), functools.partial(Skip, reason)))
+                continue
+            made = make_engines(checked, size, longest, setting, gpu, folder, **arguments | memory)
+            engines[setting.name()] = made
+            checks += engine_checks(setting.name(), made)
+            if not (quick or (gpu and (setting.eager or setting.kv_dtype != "auto"))):
+                checks += steady_checks(setting.name(), made.plain, made.ours, gpu)
+        checks += two_gpu_checks(next(iter(engines.values()), None))
+        checks += timed_checks(model, gpu, folder, quick=quick, **arguments)
+        if not quick:
+            checks += tile_checks()
+            evaluated = (results or folder) / "eval"
+            checks.append(accuracy_check(model, longest, gpu, evaluated, backend, gpu_attention))
+        yield checks, engines
+
+
+def make_tiny(folder: Path, gpu: bool) -> str:
+    """A tiny model with random weights for the engine checks."""
+    return str(make_model(folder / "tiny", torch.bfloat16 if gpu else torch.float32, TINY))
+
+
+def timed_checks(model: str | None, gpu: bool, folder: Path, **arguments: Any) -> list[Check]:
+    """The measurements of times, with the model, or with random weights that vLLM makes in a shape that fits.
+
+    Args:
+        arguments: of ``speed_checks``.
+    """
+    if model is not None:
+        return speed_checks(model, vocabulary(model), max_length(model), gpu, folder, **arguments)
+    shape, sizes = timed_shape(torch.cuda.get_device_properties(0).total_memory if gpu else 0)
+    make_config(folder / "timed", torch.bfloat16 if gpu else torch.float32, sizes)
+    timed, weights = str(folder / "timed"), f"random weights in the shape of {shape}"
+    arguments |= {"load_format": "dummy", "note": weights}
+    return speed_checks(timed, vocabulary(timed), max_length(timed), gpu, folder, **arguments)
+
+
+def setting_refusal(setting: Setting) -> str | None:
+    """Why this card can't run a setting; None where it can."""
+    if setting.kv_dtype != "auto" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < FP8_CAPABILITY:
+            return f"compute capability {capability} has no fp8: it needs {FP8_CAPABILITY}"
+    return None
+
+
+def length_refusal(longest: int) -> str | None:
+    """Why a model that takes ``longest`` tokens can't run the engine checks; None where it can."""
+    if longest >= LONGEST:
+        return None
+    return f"the model takes {longest:,} tokens at most, and the prompts of the engine checks have up to {LONGEST:,}"
+
+
+def two_gpu_checks(engines: Engines | None) -> list[Check]:
+    """The checks of two GPUs; ``engines`` is None where no setting can run."""
+    if engines is None:
+        return [Check("two GPUs", functools.partial(Skip, "no engine of one GPU can run to compare with"))]
+    return [
+        Check("two GPUs: TP=2 equals TP=1", functools.partial(check_tensor_parallel, engines)),
+        Check("two GPUs: moved pages are equal", check_moved_pages),
+    ]
+
+
+def two_gpus_missing() -> Skip | None:
+    count = torch.cuda.device_count()
+    return Skip(f"{count} GPUs, and two are needed") if count < 2 else None
+
+
+def check_tensor_parallel(engines: Engines) -> Result | Skip:
+    """The star prompt on two GPUs and on one."""
+    missing = two_gpus_missing()
+    if missing:
+        return missing
+    ours = engines.ours
+    batch = {"star": ours.batches["star"]}
+    run = EngineRun(ours.engine | {"tensor_parallel_size": 2}, batch, ours.env)
+    return judge_tokens(run.outputs("star"), ours.outputs("star"), engines.noise())
+
+
+def check_moved_pages() -> Result | Skip:
+    """Scattered KV pages that one GPU's process reads from another one's."""
+    missing = two_gpus_missing() or (None if find_spec("nixl") else Skip("NIXL is not installed"))
+    return missing or judge_pages("cuda:0", "cuda:1")
+
+
+def judge_pages(source: str, reader: str) -> Result:
+    """Count the pages that differ between two processes, one on each of two devices; the detail has GB/s.
+
+    Raises:
+        RuntimeError: the pages can't be read; the message has the last lines that were printed.
+    """
+    command = [sys.executable, "-m", "starling.lab.selftest.pages", source, reader]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MOVE_SECONDS)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if done.returncode or not lines:
+        printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise RuntimeError(f"the process that reads the pages ended with {done.returncode}:\n{printed}")
+    found = json.loads(lines[-1].removeprefix(RESULT))
+    speed = found["bytes"] / 1e9 / found["seconds"]
+    detail = f"{found['bytes'] / 2**30:.3g} GiB of scattered pages in {found['seconds']:.3g} s, {speed:.3g} GB/s"
+    return Result(found["different"], 0, "pages that differ", detail)

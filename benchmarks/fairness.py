@@ -36,6 +36,7 @@ from benchmarks.report import (
     write_row,
 )
 from benchmarks.star_ttft import ENGINE, QUERY_TOKENS, RANDOM_LLAMA
+from starling.scheduler.prefill_limiter import PrefillLimiter
 
 STEP = ENGINE["max_num_batched_tokens"]
 SHORT, EVERY_SECONDS = 128, 0.83  # not a multiple of a step's time
@@ -60,7 +61,7 @@ class Engine:
 
     llm: Any
     scheduler: Any
-    limiter: Any
+    parts: list[Any]
     count: int = 0
 
     @classmethod
@@ -73,7 +74,7 @@ class Engine:
         llm = LLM(str(model), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **arguments)
         client: Any = llm.llm_engine.engine_core
         scheduler = client.engine_core.scheduler
-        return cls(llm, scheduler, scheduler.limiter)
+        return cls(llm, scheduler, scheduler.parts)
 
     def schedule_as(self, name: str) -> None:
         """Use Starling's scheduling, or one of VLLM, from the next step on."""
@@ -81,7 +82,7 @@ class Engine:
 
     def schedule(self, ours: bool, threshold: int, adaptive: bool) -> None:
         """Use Starling's scheduling or vLLM's, with vLLM's --long-prefill-token-threshold(-adaptive)."""
-        self.scheduler.limiter = self.limiter if ours else None
+        self.scheduler.use_parts(part for part in self.parts if ours or not isinstance(part, PrefillLimiter))
         self.scheduler.scheduler_config.long_prefill_token_threshold = threshold
         self.scheduler.adaptive_long_prefill_threshold = adaptive
 

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 
 from starling.config.entry import config_of
 from starling.engine_ext.engine_report import SPLIT, STAR, engine_report
-from starling.engine_ext.refusals import star_refusals
+from starling.engine_ext.rules.star import star_refusals
 from starling.scheduler.star.request_metadata import REPLICA_CONNECTORS
 from starling.scheduler.star_scheduler import (
     AsyncDiffusionStarScheduler,

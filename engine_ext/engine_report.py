@@ -1,12 +1,11 @@
 """What an engine core reports to its fronts of Star Attention: what its layers and its KV cache do not allow.
 
 Only workers know on which attention backends the layers of the loaded model run, and only the scheduler knows the
-groups of layers in the KV cache. Fronts refuse requests with the reasons (refusals.py).
+groups of layers in the KV cache. Fronts refuse requests with the reasons (rules/).
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from starling.vllm_compat.scheduler_view import SchedulerView
@@ -16,19 +15,20 @@ STAR, SPLIT, BLOCK_POSITIONS, HEADS, HEADS_ORDER = "star", "split", "block_posit
 or heads that see everything; None: it can. The last one is the order of the heads' scores that the workers have."""
 
 
-def problem_of(worker: Any, name: str) -> str | None:
-    """What a worker's layers can't run, and why (engine_ext/worker/star_worker.py); None for a worker of vLLM's own."""
-    return getattr(worker, name, None)
+def report_of_worker(worker: Any) -> dict[str, str | None]:
+    """What a worker's layers can't run, and why, by field; nothing for a worker of vLLM's own."""
+    report = getattr(worker, "star_report", None)
+    return {} if report is None else report()
 
 
 def engine_report(core: Any) -> dict[str, str | None]:
     """The report of an engine core whose scheduler is made."""
-    view = SchedulerView(core.scheduler)
+    view, reports = SchedulerView(core.scheduler), core.model_executor.collective_rpc(report_of_worker)
 
     def found(name: str) -> list[str]:
-        return sorted(set(core.model_executor.collective_rpc(partial(problem_of, name=name))) - {None})
+        return sorted({report[name] for report in reports if report.get(name) is not None})
 
-    problems, block_problems = found("star_problem"), found("block_positions_problem")
+    problems, block_problems = found(STAR), found(BLOCK_POSITIONS)
     if view.only_group is None:
         block_problems.append("the KV cache has several groups of layers")
     if view.full_attention_page_size is None:
@@ -37,8 +37,8 @@ def engine_report(core: Any) -> dict[str, str | None]:
         STAR: "; ".join(problems) or None,
         SPLIT: split_problem(view),
         BLOCK_POSITIONS: "; ".join(block_problems) or None,
-        HEADS: "; ".join(found("heads_problem")) or None,
-        HEADS_ORDER: "; ".join(found("heads_order")) or None,
+        HEADS: "; ".join(found(HEADS)) or None,
+        HEADS_ORDER: "; ".join(found(HEADS_ORDER)) or None,
     }
 
 

@@ -163,7 +163,7 @@ class WorkerConnector:
         return self.server.open(name, page_ids)
 
     def _check_layers(self) -> None:
-        """Check of the layers what engine_ext/refusals.py checks of the configuration."""
+        """Check of the layers what engine_ext/rules/ checks of the configuration."""
         for name in self.kv_caches:
             layer = attention_layer(self.vllm_config, name)
             if not isinstance(layer.impl, CpuImpl) or layer.isa not in CPU_ISAS or unsupported_reason(layer.impl):

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from starling.config.entry import StarlingConfig
+from starling.scheduler.part import CorePart
 from starling.scheduler.star.client_tokens import client_indexes, pad
 from starling.scheduler.star.counts import num_client_tokens
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import metadata_of
+from starling.vllm_compat.engine_core import amend_requests
 
 
 def padded_plan(request: Any) -> StarPlan | None:
@@ -62,3 +65,41 @@ def count_client_tokens(plan: StarPlan, stats: Any) -> None:
     stats.num_external_cached_tokens = min(stats.num_external_cached_tokens, cached)  # fetched from other replicas
     stats.num_local_cached_tokens = cached - stats.num_external_cached_tokens
     stats.num_computed_tokens = computed
+
+
+class BlockPadding(CorePart):
+    """Lets log-probabilities and outputs of padded prompts count the tokens that the client sent.
+
+    Attributes:
+        plans: of the requests whose prompts are padded.
+    """
+
+    def __init__(self, requests: dict[str, Any]) -> None:
+        self.requests = requests
+        self.plans: dict[str, StarPlan] = {}
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> BlockPadding:
+        amend_requests(with_padding)
+        return cls(scheduler.requests)
+
+    def added(self, request: Any) -> None:
+        plan = padded_plan(request)
+        if plan is not None:
+            self.plans[request.request_id] = plan
+
+    def before_outputs(self, output: Any) -> None:
+        logprobs = output.prompt_logprobs_dict
+        for name in self.plans.keys() & logprobs.keys():
+            logprobs[name] = without_padding(self.plans[name], logprobs[name])
+
+    def outputs(self, outputs: dict[int, Any]) -> None:
+        """Count in each first output, and forget the plans of ended requests."""
+        if not self.plans:
+            return
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                plan = self.plans.get(output.request_id)
+                if plan is not None and output.prefill_stats is not None:
+                    count_client_tokens(plan, output.prefill_stats)
+        self.plans = {name: plan for name, plan in self.plans.items() if name in self.requests}

@@ -12,13 +12,22 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler.cache_keys import chain_restarts, independent_plan
+from starling.config.entry import StarlingConfig
+from starling.config.scheduling import MIN_CHUNK
+from starling.scheduler.cache_keys import chain_restarts, independent_block_hasher, independent_plan
+from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.part import CorePart
+from starling.scheduler.provenance import Provenance
 from starling.scheduler.star.independence import dependence
 from starling.scheduler.star.request_metadata import OWN_CONNECTORS, metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
+from starling.vllm_compat.prefix_cache import use_request_hasher
 from starling.vllm_compat.scheduler_view import SchedulerView
+
+logger = init_logger("vllm.starling")
 
 
 def reuse_refusal(vllm_config: Any) -> str | None:
@@ -35,7 +44,26 @@ def reuse_refusal(vllm_config: Any) -> str | None:
     return dependence(vllm_config.model_config)
 
 
-class BlockReuse:
+def has_holes(scheduler: Any, request: Any) -> bool:
+    """Whether cached pages of a request count wherever they stand; else those that the prompt starts with."""
+    return scheduler.part(BlockReuse) is not None and independent_plan(request) is not None
+
+
+def num_cached_tokens(scheduler: Any, request: Any) -> int:
+    """Prompt tokens that need no computing as the cache is now; 0 where the cache has several groups."""
+    view: SchedulerView = scheduler.view
+    group = view.only_group
+    if group is None or not view.may_hit(request):
+        return 0
+    remote = metadata_of(request).remote
+    if remote is not None:
+        return remote.span()[1]
+    if has_holes(scheduler, request):
+        return sum(view.pool.are_cached(request.block_hashes, group.index)) * group.page_size
+    return len(view.pool.find_run(request.block_hashes, group.index)) * group.page_size
+
+
+class BlockReuse(CorePart):
     """Adopts cached pages for the star requests of one scheduler.
 
     The ids of adopted pages are kept here until the step that reports them to the worker.
@@ -55,14 +83,39 @@ class BlockReuse:
         self.unreported: dict[str, list[int]] = {}
         self.on_adopted: Callable[[Any, int, Sequence[Page]], None] = lambda request, first, pages: None
 
-    def add(self, request: Any) -> None:
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> BlockReuse | None:
+        made = cls._made(scheduler) if config.scheduling.star_block_reuse == "on" else None
+        use_request_hasher(None if made is None else independent_block_hasher)
+        return made
+
+    @classmethod
+    def _made(cls, scheduler: Any) -> BlockReuse | None:
+        group = scheduler.view.only_group
+        refusal = reuse_refusal(scheduler.vllm_config) or (
+            None if group else "the KV cache has several groups of layers"
+        )
+        if refusal is not None:
+            logger.info("Reuse of star blocks behind an edit is off: %s", refusal)
+            return None
+        made = cls(scheduler.view, group)
+        provenance = scheduler.part(Provenance)
+        if provenance is not None:
+            made.on_adopted = provenance.take
+        return made
+
+    def added(self, request: Any) -> None:
         """Adopt pages for a request from now on, where it has independent star blocks and may read the cache."""
         if independent_plan(request) is not None and not request.skip_reading_prefix_cache:
             self.requests[request.request_id] = request
 
-    def forget_pages(self, request_id: str) -> None:
-        """A request's pages are freed: there is nothing left to report."""
-        self.unreported.pop(request_id, None)
+    def pages_freed(self, request: Any) -> None:
+        """There is nothing left to report."""
+        self.unreported.pop(request.request_id, None)
+
+    def before_step(self) -> None:
+        if self.requests and not self.view.is_paused:
+            scheduler_metrics().count_hit("block", self.adopt_all())
 
     def adopt_all(self) -> int:
         """Adopt all pages that can be adopted; returns the tokens that need no computing.
@@ -93,16 +146,9 @@ class BlockReuse:
         self.unreported.setdefault(request.request_id, []).extend(page.block_id for page in found)
         return tokens
 
-    def clip(self, request: Any, start: int, num_tokens: int, min_chunk: int) -> int:
-        """End a chunk where the pages of a star block, or of the query, are cached, so that they can be adopted there.
-
-        Args:
-            start: position of the chunk's first token.
-            min_chunk: a chunk is not cut below so many tokens.
-
-        Returns:
-            The tokens of the chunk, at most ``num_tokens``.
-        """
+    def bound(self, request: Any, start: int, num_tokens: int) -> int:
+        """End a chunk where the pages of a star block, or of the query, are cached: they can be adopted there."""
+        min_chunk = MIN_CHUNK if self.view.has_decode_graphs else 1
         if num_tokens <= min_chunk or request.request_id not in self.requests:
             return num_tokens
         plan = independent_plan(request)
@@ -117,7 +163,7 @@ class BlockReuse:
                 return length
         return num_tokens
 
-    def report(self, output: Any) -> None:
+    def scheduled(self, output: Any) -> None:
         """Report the pages that the requests of a step have adopted, in that step."""
         for request_id in [name for name in self.unreported if name in output.num_scheduled_tokens]:
             self.view.report_adopted(output, request_id, self.unreported.pop(request_id))

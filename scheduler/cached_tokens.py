@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from starling.scheduler.cache_keys import independent_plan
+from starling.scheduler.block_reuse import has_holes
 from starling.scheduler.star.client_tokens import pad
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, RequestMetadata
@@ -58,8 +58,8 @@ def cached_tokens(
             block_hasher=core.request_block_hasher,
         )
         cached = core.scheduler.view.pool.are_cached(request.block_hashes, group.index)
-        has_holes = core.scheduler.reuse is not None and independent_plan(request) is not None
-        return counted(plan, group.page_size, cached if has_holes else list(takewhile(bool, cached)))
+        found = cached if has_holes(core.scheduler, request) else list(takewhile(bool, cached))
+        return counted(plan, group.page_size, found)
 
     return _threads.submit(look_up)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from starling.scheduler.cache_state import cache_state, prefill_progress
 from starling.scheduler.cached_tokens import cached_tokens
+from starling.scheduler.live_requests import LiveRequests
 from starling.vllm_compat.engine_core import add_core_utility
 from starling.vllm_compat.worker import attention_backends
 
@@ -33,7 +34,7 @@ def _attention_backends(core: Any) -> list[str]:
 
 
 def _live_requests(core: Any) -> dict[str, Any]:
-    return core.scheduler.look_at_requests()
+    return core.scheduler.part(LiveRequests).look()
 
 
 def add_core_rpc() -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
+from starling.config.entry import StarlingConfig
 from starling.scheduler.cache_state import progress_of
+from starling.scheduler.part import CorePart
 from starling.scheduler.star.counts import describe
 from starling.scheduler.star.request_metadata import SOURCES, metadata_of
 from starling.vllm_compat.scheduler_view import SchedulerView
@@ -36,23 +38,30 @@ def shortened(request_id: str) -> str:
     return request_id if len(request_id) <= MAX_ID else f"{request_id[: MAX_ID - 1]}…"
 
 
-class LiveRequests:
-    """What the live page shows of one scheduler."""
+class LiveRequests(CorePart):
+    """What the live page shows of one scheduler.
+
+    Attributes:
+        looked: when somebody looked last; None: nobody has for a while, and nothing is noted.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.looked = time.monotonic()
+        self._forget()
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> LiveRequests:
+        return cls(scheduler)
+
+    def _forget(self) -> None:
+        self.looked: float | None = None
         self.cached: dict[str, int] = {}  # request -> prompt tokens found in the prefix cache, from its first output on
         self.sources: dict[str, dict[str, int]] = {}  # request -> where its documents came from, from then on too
         self.plans: dict[str, dict[str, Any]] = {}
         self.ended: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=ENDED)  # with the time and the engine's id
 
-    @property
-    def is_watched(self) -> bool:
-        return time.monotonic() - self.looked < WATCH_SECONDS
-
     def look(self) -> dict[str, Any]:
-        """The requests now.
+        """The requests now; from now on, and for a while, what the next look shows is noted.
 
         Returns:
             ``running`` and ``waiting``, the numbers of all requests; ``requests``, the states of the first LISTED ones
@@ -74,12 +83,13 @@ class LiveRequests:
             "ended": [state | {"ended_seconds": now - ended} for ended, _, state in reversed(self.ended)],
         }
 
-    def note_outputs(self, outputs: dict[int, Any]) -> None:
-        """Note the prefix hits of a step's first tokens: vLLM forgets them when it hands them on.
-
-        Args:
-            outputs: of the step, by client.
-        """
+    def outputs(self, outputs: dict[int, Any]) -> None:
+        """Note the prefix hits of a step's first tokens: vLLM forgets them when it hands them on."""
+        if self.looked is None:
+            return
+        if time.monotonic() - self.looked >= WATCH_SECONDS:
+            self._forget()
+            return
         for output in chain.from_iterable(of_client.outputs for of_client in outputs.values()):
             if output.prefill_stats is not None:
                 self.cached[output.request_id] = output.prefill_stats.num_cached_tokens
@@ -92,9 +102,12 @@ class LiveRequests:
             if name in self.cached and not state["split"]:  # it has ended with its first token
                 state["cached"] = self.cached.pop(name)
 
-    def note_end(self, request: Any) -> None:
+    def pages_freed(self, request: Any) -> None:
         """Note a request that has ended. One that prefilled a part of a prompt has not: the prompt goes on."""
-        if metadata_of(request).part is not None or (state := self._state(request)) is None:
+        if self.looked is None or not request.is_finished() or metadata_of(request).part is not None:
+            return
+        state = self._state(request)
+        if state is None:
             return
         ended = state | {"finish_reason": str(request.get_finished_reason())}
         self.ended.append((time.monotonic(), request.request_id, ended))

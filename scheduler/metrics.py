@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge
 
-from starling.scheduler.provenance import KINDS
+from starling.scheduler.source_kinds import KINDS
 from starling.vllm_compat.metrics import report_to_front
 
 

@@ -17,7 +17,8 @@ from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult
 
 from starling.scheduler.cache_keys import independent_plan
-from starling.scheduler.provenance import MEMORY
+from starling.scheduler.part import CorePart
+from starling.scheduler.source_kinds import MEMORY
 from starling.scheduler.star.request_metadata import metadata_of
 from starling.vllm_compat.kv_pages import CacheGroup, Page
 from starling.vllm_compat.offloading import PageLoad, PageOffloading
@@ -46,7 +47,7 @@ class Wanted:
     since: float
 
 
-class PageLoads:
+class PageLoads(CorePart):
     """Loads pages for the star requests of one scheduler.
 
     Args:
@@ -111,8 +112,8 @@ class PageLoads:
         """Whether a request waits for pages that are on their way."""
         return any(wanted.pages for wanted in self.wanted.values())
 
-    def step(self) -> None:
-        """Ask for pages, and load those that are found. Called before a step is scheduled."""
+    def before_step(self) -> None:
+        """Ask for pages, and load those that are found."""
         for request_id, wanted in list(self.wanted.items()):
             if wanted.request.is_finished() or not self.library.knows(wanted.request):
                 del self.wanted[request_id]
@@ -121,9 +122,9 @@ class PageLoads:
             elif wanted.request.num_computed_tokens:
                 del self.wanted[request_id]
 
-    def forget(self, request_id: str) -> None:
-        """A request's pages are freed: if it starts once more, it asks for all of them."""
-        self.wanted.pop(request_id, None)
+    def pages_freed(self, request: Any) -> None:
+        """If it starts once more, it asks for all of them."""
+        self.wanted.pop(request.request_id, None)
 
     def source_of(self, page: Page, request_id: str) -> str:
         """The kind (provenance.py) of a page that a request takes from the prefix cache.
@@ -137,6 +138,13 @@ class PageLoads:
         return kind
 
     def bound(self, request: Any, start: int, num_tokens: int) -> int:
+        return self._before_coming(request, start, num_tokens) or num_tokens
+
+    def refuses(self, request: Any, start: int, num_tokens: int) -> bool:
+        """A chunk waits for its pages."""
+        return not self._before_coming(request, start, num_tokens)
+
+    def _before_coming(self, request: Any, start: int, num_tokens: int) -> int:
         """How many of the tokens from a position on come before the first page that is on its way; 0: none."""
         wanted = self.wanted.get(request.request_id)
         if wanted is None or not wanted.pages:

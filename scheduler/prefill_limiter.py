@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from starling.config.entry import StarlingConfig
 from starling.config.scheduling import MIN_CHUNK
 from starling.scheduler.admission import WAITING, Admission
+from starling.scheduler.block_reuse import num_cached_tokens
+from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.part import CorePart
 from starling.scheduler.star.request_metadata import metadata_of
-from starling.scheduler.step_budget import Limits, LongPrompt, divide_step
+from starling.scheduler.step_budget import Limits, LongPrompt, divide_step, make_limits
 from starling.vllm_compat.scheduler_view import SchedulerView
+
+logger = init_logger("vllm.starling")
 
 
 def adapter_of(request: Any) -> int:
@@ -20,7 +27,7 @@ def adapter_of(request: Any) -> int:
     return request.lora_request.lora_int_id if request.lora_request else 0
 
 
-class PrefillLimiter:
+class PrefillLimiter(CorePart):
     """Bounds the chunks of long prompts in each step of one scheduler.
 
     Costs nothing while every live prompt fits in one step.
@@ -41,22 +48,38 @@ class PrefillLimiter:
         self.long_runs = False  # a long prompt runs
         self.admission = Admission(self.view)
 
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> PrefillLimiter | None:
+        if config.scheduling.fairness != "on":
+            return None
+        if not scheduler.scheduler_config.enable_chunked_prefill:
+            reason = "chunked prefill is off, so a prompt is prefilled in one step"
+            logger.warning("--scheduler-fairness has no effect here: %s", reason)
+            return None
+        step_tokens, unit = scheduler.max_num_scheduled_tokens, scheduler.view.chunk_unit
+        return cls(scheduler, make_limits(config.scheduling, step_tokens, unit))
+
     def may_be_long(self, request: Any) -> bool:
         """Whether an arriving request may be a long prompt; a prompt with images that must not be cut is none."""
         uncut = request.mm_features and self.scheduler.scheduler_config.disable_chunked_mm_input
         return request.num_prompt_tokens > self.limits.long_prompt and not uncut
 
-    def add(self, request: Any, cached_tokens: int) -> None:
+    def added(self, request: Any) -> None:
         """Take in a request that may be a long prompt.
 
         Whether it counts as long follows from its tokens that are not cached as it arrives, and does not change until
         it ends: its last chunks are as deep as those before.
-
-        Args:
-            cached_tokens: prompt tokens that are in the prefix cache now.
         """
-        self.prompts[request.request_id] = request
-        self.cached_tokens[request.request_id] = cached_tokens
+        if self.may_be_long(request):
+            self.prompts[request.request_id] = request
+            self.cached_tokens[request.request_id] = num_cached_tokens(self.scheduler, request)
+
+    def around_step(self) -> AbstractContextManager[Any] | None:
+        return self.step() if self.prompts else None
+
+    def scheduled(self, output: Any) -> None:
+        admitted = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+        self.admission.count(self.scheduler.requests[name] for name in admitted)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -74,12 +97,13 @@ class PrefillLimiter:
             self.deferred_steps = self.deferred_steps + 1 if self.long_runs and not self.prefills else 0
             if held_out and self.prefills:
                 self.view.note_backlog()
+            scheduler_metrics().deferred_tokens.inc(self.deferred)
         finally:
             self.admission.end_step(self.prompts.get(next(iter(self.granted or ()), "")))
             self.granted = None
 
     def bound(self, request: Any, start: int, tokens: int) -> int:
-        """How many of so many tokens, from position ``start`` on, a request may have in this step."""
+        """Its part of this step at most."""
         if self.granted is None:
             return tokens
         is_long = request.status == RequestStatus.RUNNING and self._is_long(request)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+from starling.config.entry import StarlingConfig
+from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.part import CorePart
+from starling.scheduler.source_kinds import COMPUTED, KINDS, MEMORY, PEER
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import SOURCES, metadata_of
-
-if TYPE_CHECKING:  # what only counts needs no vLLM
-    from starling.vllm_compat.kv_pages import Page
-
-MEMORY, PEER, COMPUTED = "memory", "peer", "computed"
-KINDS = (MEMORY, "host", "storage", PEER, COMPUTED)
-"""The engine's own memory; host memory; files or an object store; another replica or server; nowhere before."""
+from starling.vllm_compat.kv_pages import CacheGroup, Page
 
 Span = tuple[int, int, str]
 """(start, stop, kind): what these positions of the padded prompt came from."""
@@ -33,18 +31,32 @@ def document_sources(plan: StarPlan, spans: Iterable[Span]) -> list[dict[str, in
     return found
 
 
-class Provenance:
+class Provenance(CorePart):
     """Notes of one scheduler's requests with documents where their pages came from, until their first output.
 
     Args:
-        page_size: tokens of a page.
+        requests: of the scheduler.
+        group: the only KV cache group.
+
+    Attributes:
         source_of: the kind of a page that a request takes from the prefix cache.
     """
 
-    def __init__(self, page_size: int, source_of: Callable[[Page, str], str]) -> None:
-        self.page_size = page_size
-        self.source_of = source_of
+    def __init__(self, requests: dict[str, Any], group: CacheGroup) -> None:
+        self.requests = requests
+        self.group = group
+        self.page_size = group.page_size
+        self.source_of: Callable[[Page, str], str] = lambda page, request_id: MEMORY
         self.noted: dict[str, tuple[StarPlan, list[Span]]] = {}
+
+    @classmethod
+    def make(cls, scheduler: Any, config: StarlingConfig) -> Provenance | None:
+        group = scheduler.view.only_group
+        return None if group is None else cls(scheduler.requests, group)
+
+    def scheduled(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            self.start(self.requests[new.req_id], self.group.pages(new.req_id), new.num_computed_tokens)
 
     def start(self, request: Any, pages: Sequence[Page], num_tokens: int) -> None:
         """Note the tokens with which a request starts, which it does not compute.
@@ -74,9 +86,19 @@ class Provenance:
             else:
                 spans.append((start, stop, kind))
 
-    def forget(self, request_id: str) -> None:
-        """A request's pages are freed before its first output."""
-        self.noted.pop(request_id, None)
+    def pages_freed(self, request: Any) -> None:
+        if not request.is_finished():  # else its output is still to come
+            self.noted.pop(request.request_id, None)
+
+    def outputs(self, outputs: dict[int, Any]) -> None:
+        """Let first outputs say where the documents of their prompts came from, and count these tokens."""
+        if not self.noted:
+            return
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                for counts in self.give(output):
+                    scheduler_metrics().count_sources(counts)
+        self.noted = {name: spans for name, spans in self.noted.items() if name in self.requests}
 
     def give(self, output: Any) -> list[dict[str, int]]:
         """Add to a request's first output where its documents came from; returns it, or nothing for other outputs."""
@@ -85,11 +107,6 @@ class Provenance:
         sources = document_sources(*self.noted.pop(output.request_id))
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), SOURCES: sources}
         return sources
-
-    def keep(self, request_ids: Container[str]) -> None:
-        """Forget all other requests, which have ended without an output."""
-        for request_id in [name for name in self.noted if name not in request_ids]:
-            del self.noted[request_id]
 
 
 def with_peers(spans: Iterable[Span], start: int, stop: int) -> list[Span]:

@@ -21,6 +21,7 @@ class SchedulerHooks:
 
     kv_cache_manager: Any
     block_size: int
+    connector: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,13 +54,10 @@ class SchedulerHooks:
         """Whether a chunk of this length, the final one, can't run in this step and has to wait."""
         return False
 
-    def before_connector(self, output: Any) -> None:
-        """A step is scheduled, and the KV connector is about to read it; only called where there is one."""
-
     def after_schedule(self, output: Any) -> None:
-        """A step is about to go out to the workers; its requests' computed tokens are still those before it."""
+        """A step is about to go to the KV connector and to the workers; computed tokens are still those before it."""
 
-    def before_pages_freed(self, request_id: str) -> None:
+    def before_pages_freed(self, request: Any) -> None:
         """A request's pages are about to be freed."""
 
     # vLLM's methods.
@@ -90,11 +88,12 @@ class SchedulerHooks:
         return 0 if refused else num_new_tokens
 
     def _build_kv_connector_meta(self, connector: Any, scheduler_output: Any) -> Any:
-        self.before_connector(scheduler_output)
+        self.after_schedule(scheduler_output)
         return super()._build_kv_connector_meta(connector, scheduler_output)  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
-        self.after_schedule(scheduler_output)
+        if self.connector is None:
+            self.after_schedule(scheduler_output)
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
@@ -102,5 +101,5 @@ class SchedulerHooks:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request_blocks(self, request: Any) -> None:
-        self.before_pages_freed(request.request_id)
+        self.before_pages_freed(request)
         super()._free_request_blocks(request)  # type: ignore[misc]

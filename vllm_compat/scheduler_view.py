@@ -220,6 +220,12 @@ class SchedulerView:
         """
         return 1 if self.scheduler.use_v2_model_runner else self.tokens_of_a_decode
 
+    @cached_property
+    def has_decode_graphs(self) -> bool:
+        """Whether batches of decodes replay full CUDA graphs."""
+        mode: Any = self.scheduler.vllm_config.compilation_config.cudagraph_mode
+        return bool(mode.has_full_cudagraphs())
+
     @property
     def max_loras(self) -> int | None:
         """LoRA adapters that a step has slots for; None where LoRA is off."""

@@ -11,9 +11,9 @@ from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationErro
 from starling.config.entry import config_of
 from starling.engine_ext.adapter import adapter_fields
 from starling.engine_ext.front.call import Call, this_call
-from starling.engine_ext.front.requests import PLANNED, SHOWN
+from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.refusals import has_library
+from starling.engine_ext.rules.asked import has_library
 from starling.scheduler.core_rpc import CACHED_TOKENS
 from starling.scheduler.star.request_metadata import RequestMetadata
 from starling.vllm_compat.front import call_engine_core, num_engine_cores
@@ -51,7 +51,7 @@ def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -
     Raises:
         VLLMValidationError: prompts of this kind are not looked up, nor are several at once.
     """
-    planned = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
+    planned = decision_of(prompt)
     if planned is None or planned.token_ids is None:
         raise VLLMValidationError("Only prompts of text are looked up.", parameter="prompt")
     if len(call.plans) > 1:
@@ -59,7 +59,7 @@ def look_up(engine: Any, prompt: Any, keywords: Mapping[str, Any], call: Call) -
     lora = front_state(engine).planner.lora_of(planned.plan, keywords.get("lora_request"))
     metadata = RequestMetadata(planned.plan).to_wire()
     question = (planned.token_ids, metadata, prompt.get("cache_salt"), adapter_fields(lora))
-    return _ask(engine, question, prompt[SHOWN], call)
+    return _ask(engine, question, planned.shown, call)
 
 
 async def _ask(engine: Any, question: tuple[Any, ...], plan: Any, call: Call) -> AsyncGenerator[Any, None]:

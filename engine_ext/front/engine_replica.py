@@ -24,7 +24,7 @@ from starling.engine_ext.front.replica_rpc import (
     ReplicaUnavailable,
     WeightsChanged,
 )
-from starling.engine_ext.front.requests import PLANNED, SHOWN
+from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.front.state import front_state
 from starling.replicas.core_rpc import (
     CANCEL_FETCH,
@@ -209,7 +209,7 @@ class EngineReplica:
         params = SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={KEY: metadata}
         )
-        inputs = {key: value for key, value in self.prompt.inputs.items() if key not in ("prompt", PLANNED, SHOWN)}
+        inputs = {key: value for key, value in self.prompt.inputs.items() if key not in ("prompt", PLANNED)}
         keywords = {key: value for key, value in self.prompt.keywords.items() if key == "priority"}
         request = self.engine.input_processor.process_inputs(
             self.prompt.request_id,

@@ -19,7 +19,7 @@ from starling.config.replicas import ReplicaOptions, join_address, split_address
 from starling.engine_ext.adapter import adapter_of
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.replica_rpc import ReplicaRPC
-from starling.engine_ext.refusals import MAX_SERVERS
+from starling.engine_ext.rules.split import MAX_SERVERS
 from starling.replicas.agents import server_of
 from starling.replicas.core_rpc import IDENTITY
 from starling.replicas.page_transfer import differences

@@ -16,7 +16,7 @@ from starling.config.star import FIELD_OF, StarOptions, is_star_key, parse_optio
 from starling.engine_ext.front.bounds import shortened
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.misplaced import nearly, refuse_among_options
-from starling.engine_ext.refusals import engine_facts
+from starling.engine_ext.rules.facts import engine_facts
 from starling.scheduler.star.counts import describe, model_keys
 from starling.scheduler.star.decide import Decision, decide, refuse_above_one_replica
 from starling.scheduler.star.documents import NOT_ONE_TOKEN, refuse_many_offsets

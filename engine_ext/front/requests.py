@@ -20,6 +20,7 @@ from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.misplaced import refuse_at_top_level
 from starling.engine_ext.front.planning import PromptPlanner, rejection
 from starling.scheduler.star.counts import describe
+from starling.scheduler.star.decide import Decision
 from starling.scheduler.star.facts import PromptFacts
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import KEY, NO_METADATA, RequestMetadata
@@ -31,16 +32,19 @@ BEAM = "beam search makes a new prompt of each beam and token, whose star blocks
 PLANNED = "starling_planned"
 """The key of an engine input that holds its Decision."""
 
-SHOWN = "starling_plan"
-"""The key of an engine input that holds its plan as a response shows it."""
-
 KNOWN_SEGMENTS = "starling_segments"
 """The key of an engine input that holds its KnownSegments, where its front knows them."""
 
 
+def decision_of(engine_input: Any) -> Decision | None:
+    """The decision that a front has made of an engine input; None: it has made none."""
+    return engine_input.get(PLANNED) if isinstance(engine_input, Mapping) else None
+
+
 def shown_plan(engine_input: Any) -> dict[str, Any] | None:
     """The plan of an engine input as a response shows it; None: it was not planned."""
-    return engine_input.get(SHOWN) if isinstance(engine_input, Mapping) else None
+    decision = decision_of(engine_input)
+    return None if decision is None else decision.shown
 
 
 class RequestPlanner(PromptPlanner):
@@ -80,9 +84,10 @@ class RequestPlanner(PromptPlanner):
         check_prompt_logprobs(len(token_ids), params)
         if PLANNED not in engine_input:
             decision = self.plan(extra_args, prompt_facts(engine_input, reason, has_lora))
-            engine_input = {**engine_input, PLANNED: decision, SHOWN: self.describe(decision)}
+            shown = self.describe(decision)
+            engine_input = {**engine_input, PLANNED: replace(decision, shown=shown)}
             if call is not None and self.config is not None:
-                call.add_plan(engine_input[SHOWN])
+                call.add_plan(shown)
         if call is not None and request_id is not None:
             call.add_request(request_id, 0 if engine_input.get(IS_BEAM) else getattr(params, "n", 1))
         return engine_input
@@ -111,7 +116,7 @@ class RequestPlanner(PromptPlanner):
         if metadata.part is not None:  # made by split prefill, with the plan of the whole prompt
             params.extra_args = {KEY: metadata.to_wire()}
             return
-        decision = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
+        decision = decision_of(prompt)
         num_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
         # vLLM renders a prompt of Python's that no renderer has seen here: it may truncate it, or expand images.
         if decision is None or decision.num_tokens != num_tokens:

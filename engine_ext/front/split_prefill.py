@@ -32,7 +32,7 @@ from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.peer_replica import PeerReplica
 from starling.engine_ext.front.replica import HeldPart, Home, PartAborted, Replica
 from starling.engine_ext.front.replica_rpc import ReplicaUnavailable, WeightsChanged
-from starling.engine_ext.front.requests import PLANNED
+from starling.engine_ext.front.requests import decision_of
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.front.whole_request import Task, aborted_output, with_task
 from starling.replicas.page_transfer import layout_mismatch
@@ -74,7 +74,7 @@ def on_one_replica(
         VLLMValidationError: its plan has the KV on several replicas, and one has no room for it. vLLM would never
             schedule the prompt, nor those behind it.
     """
-    planned = prompt.get(PLANNED) if isinstance(prompt, Mapping) else None
+    planned = decision_of(prompt)
     if planned is not None and planned.plan is not None and planned.plan.shards:
         front_state(engine).planner.check_memory_of_one(planned)
     return generate(prompt, params, request_id, **keywords)
@@ -86,7 +86,7 @@ def planned_split(prompt: Any, params: Any, keywords: Mapping[str, Any]) -> Deci
         return None
     if keywords.get("data_parallel_rank") is not None or params.skip_reading_prefix_cache:
         return None  # vLLM sets the latter for prompt_logprobs: one engine has to compute the whole prompt
-    planned: Decision | None = prompt.get(PLANNED)
+    planned = decision_of(prompt)
     return planned if planned is not None and planned.plan is not None and planned.plan.replicas > 1 else None
 
 

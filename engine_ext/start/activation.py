@@ -37,7 +37,9 @@ from starling.engine_ext.front.clients import api_keys
 from starling.engine_ext.front.metrics import front_metrics
 from starling.engine_ext.front.planning import refuse_segment_text
 from starling.engine_ext.head_scores import scores_of
-from starling.engine_ext.refusals import engine_facts, has_dense_heads, other_launcher, star_page_size
+from starling.engine_ext.rules.asked import has_dense_heads
+from starling.engine_ext.rules.facts import engine_facts, star_page_size
+from starling.engine_ext.rules.split import other_launcher
 from starling.engine_ext.start.library import beside_library, set_library
 from starling.replicas import network
 from starling.scheduler.star.facts import EngineFacts, ReplicaSet

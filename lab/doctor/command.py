@@ -101,7 +101,7 @@ def examine(model: str, serve_options: Sequence[str], prompt_tokens: int | None)
     from starling.config.entry import config_of
     from starling.config.quality import size_texts
     from starling.engine_ext.front.planning import usable_defaults
-    from starling.engine_ext.refusals import engine_facts
+    from starling.engine_ext.rules.facts import engine_facts
     from starling.engine_ext.serving.cli.cores import CORES_ENV, bound_cores, core_binding
     from starling.engine_ext.serving.cli.serve_args import parse
     from starling.engine_ext.serving.grpc.prompts import chat_params

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from starling.config.parsing import OptionError
 from starling.config.star import FIELD_OF, StarOptions, flat_name, merge
@@ -45,6 +46,7 @@ class Decision:
         num_tokens: of the prompt, as the client sent it.
         token_ids: these tokens; None where the prompt has images or embeddings.
         given_by: option -> "request", "server" or "default": who gave it.
+        shown: the plan as a response shows it, to which its front adds where documents came from; None: not made.
     """
 
     plan: StarPlan | None
@@ -52,6 +54,7 @@ class Decision:
     num_tokens: int
     token_ids: list[int] | None = None
     given_by: Mapping[str, str] = field(default_factory=dict)
+    shown: dict[str, Any] | None = field(default=None, compare=False)
 
 
 def decide(defaults: StarOptions, request: StarOptions | None, prompt: PromptFacts, engine: EngineFacts) -> Decision:

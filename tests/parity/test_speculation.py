@@ -67,7 +67,7 @@ def prompts() -> list[dict]:
 
 def keep_clear_of_graphs(scheduler) -> None:
     """Cut chunks as where decodes run in full CUDA graphs."""
-    scheduler.decode_graphs = True
+    scheduler.view.has_decode_graphs = True
 
 
 def gap(model, prompt: dict, output: dict, masked: bool = True) -> float:

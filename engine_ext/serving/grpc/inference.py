@@ -21,9 +21,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from starling.config.warm_prompts import NO_LIBRARY
 from starling.engine_ext.front.bounds import check_request
 from starling.engine_ext.front.call import note_star
-from starling.engine_ext.front.requests import SHOWN
+from starling.engine_ext.front.requests import shown_plan
 from starling.engine_ext.front.state import front_state
-from starling.engine_ext.refusals import has_library
+from starling.engine_ext.rules.asked import has_library
 from starling.engine_ext.serving.errors import DuplicateRequestError, root_cause
 from starling.engine_ext.serving.grpc.admin import star_message
 from starling.engine_ext.serving.grpc.arrivals import ClientOf
@@ -220,7 +220,9 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         params = sampling_params(request.sampling, self.defaults, max_tokens, star)
         planner = front_state(self.engine).planner
         engine_input = planner.prepare(engine_input, params, has_lora=request.HasField("lora_name"))
-        return engine_input, params, engine_input[SHOWN]
+        shown = shown_plan(engine_input)
+        assert shown is not None  # a server with a gRPC port has Starling on
+        return engine_input, params, shown
 
     def check_admission(self, choices: int) -> None:
         """Check that the engine can take ``choices`` more requests.

@@ -36,7 +36,7 @@ def start(config, specs, problems=(None,)):
     """Start the engine core, with a worker for each of ``problems``; returns what it sends to each of its fronts."""
     init_none_hash(HASH)
     config.cache_config.num_gpu_blocks = 200
-    workers = [SimpleNamespace(star_problem=problem) for problem in problems]
+    workers = [SimpleNamespace(star_report=lambda problem=problem: {"star": problem}) for problem in problems]
     core = object.__new__(EngineCoreProc)
     core.vllm_config, core.engine_index, core.frontend_stats_publish_address = config, 0, None
     core.addresses = EngineZmqAddresses([], [])

@@ -20,12 +20,17 @@ from starling.attention_backends.paged.names import NAME
 from starling.attention_backends.star.backend import WRAPPED
 from starling.attention_backends.star.head_calls import use_dense_heads
 from starling.attention_backends.star.rows import is_split
-from starling.engine_ext.worker.star_worker import make_star_worker, unsplit_layers
+from starling.engine_ext.worker.backends import unsplit_layers
+from starling.engine_ext.worker.dense_heads import DenseHeads as DenseHeadsPart
+from starling.engine_ext.worker.documents import Documents
+from starling.engine_ext.worker.star_worker import make_star_worker
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from tests.unit.attention_backends.test_step import SPEC
 from tests.unit.engine_ext.configs import FULL, drafting, fake_config
 
 WORKER = "starling.engine_ext.worker.star_worker"
+DOCUMENTS = "starling.engine_ext.worker.documents"
+HEADS = "starling.engine_ext.worker.dense_heads"
 
 
 class FakeWorker:
@@ -109,11 +114,11 @@ def test_tables_of_angles_are_made_with_the_weights_and_so_counted_before_the_kv
     options, made, monkeypatch
 ):
     """67 MB at 128k tokens, 537 MB at 1M."""
-    monkeypatch.setattr(f"{WORKER}.before_forward", lambda *args: None)
+    monkeypatch.setattr(f"{DOCUMENTS}.before_forward", lambda *args: None)
     worker = make_worker(**FOR_DOCUMENTS | {"additional_config": {"starling": options}})
-    assert worker.rotations is None
+    assert worker.part(Documents).rotations is None
     worker.load_model()
-    assert (worker.rotations is not None) == made
+    assert (worker.part(Documents).rotations is not None) == made
 
 
 def test_no_backend_is_registered_where_vllm_chooses():
@@ -172,10 +177,10 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
     )
 
     monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
-    monkeypatch.setattr(f"{WORKER}.scores_of", lambda config: SimpleNamespace(order_digest="order"))
-    monkeypatch.setattr(f"{WORKER}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
+    monkeypatch.setattr(f"{HEADS}.scores_of", lambda config: SimpleNamespace(order_digest="order"))
+    monkeypatch.setattr(f"{HEADS}.ranks_of_layers", lambda *args: ({"layer": [0]}, None))
     blocks = {"layer": SimpleNamespace(attention=attention)}
-    monkeypatch.setattr(f"{WORKER}.attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(f"{HEADS}.attention_blocks", lambda model: blocks)
     entry = {"star": "auto"} | (dict([started_for.split("=")]) if started_for else {})
     worker = make_worker(additional_config={"starling": entry})
     reason = f"{started_for}: layer layer: its cache is nvfp4"
@@ -183,14 +188,15 @@ def test_layers_that_can_not_attend_in_several_calls_end_the_start_of_a_server_f
         worker.initialize_from_config(None)
     attention.kv_cache_dtype = "auto"
     worker.initialize_from_config(None)
-    assert worker.heads_problem is None and worker.head_ranks == {"layer": [0]}
+    heads = worker.part(DenseHeadsPart)
+    assert heads.problem is None and heads.ranks == {"layer": [0]}
 
 
 @pytest.mark.parametrize(("device", "segments", "looks"), [("cuda", "off", 0), ("cuda", "auto", 1), ("cpu", "off", 1)])
 def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, segments, looks, monkeypatch):
     """On a GPU a server says at its start whether blocks may have positions of their own."""
     seen = []
-    monkeypatch.setattr(f"{WORKER}.block_positions_problem", lambda *args: seen.append(args) or "a reason")
+    monkeypatch.setattr(f"{DOCUMENTS}.block_positions_problem", lambda *args: seen.append(args) or "a reason")
     monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["layer"])])
     config = {"starling": {"star_segments": segments}}
     on_device = {"device_config__device_type": device, "additional_config": config}
@@ -206,15 +212,15 @@ def test_layers_are_looked_at_only_where_their_queries_may_be_turned(device, seg
 @pytest.mark.parametrize("mode", ["off", "auto", "on"])
 def test_what_layers_can_not_run_is_refused_or_not_captured_once_the_model_is_loaded(mode, monkeypatch):
     """vLLM captures graphs before there is a KV cache, to learn what they take."""
-    monkeypatch.setattr(f"{WORKER}.block_positions_problem", lambda *args: "a reason")
+    monkeypatch.setattr(f"{DOCUMENTS}.block_positions_problem", lambda *args: "a reason")
     warned = []
-    monkeypatch.setattr(f"{WORKER}.logger.warning", lambda text, *args: warned.append(text % args))
+    monkeypatch.setattr(f"{DOCUMENTS}.logger.warning", lambda text, *args: warned.append(text % args))
     config = {"starling": {"star": mode, "star_segments": "auto"}}
     worker = make_worker(**FOR_DOCUMENTS | {"additional_config": config})
     refusal = "star_segments=auto is refused: a reason. Allowed for this model: off"
     with pytest.raises(RuntimeError, match=refusal) if mode != "off" else nullcontext():
         worker.load_model()
-    assert worker.block_positions_problem == "a reason" and worker.rotations is None
+    assert worker.part(Documents).problem == "a reason" and worker.part(Documents).rotations is None
     if mode == "off":
         assert warned == ["star_segments=auto has no effect here: a reason"]
         builder = AttentionBackendEnum.FLASH_ATTN.get_class().get_builder_cls()
@@ -244,10 +250,10 @@ def test_kernels_of_steps_over_documents_are_warmed_up_on_a_gpu_before_vllm_watc
     layers = {"full": SimpleNamespace(impl=SimpleNamespace(turns_queries=True)), "window": SimpleNamespace(impl=None)}
     blocks = {name: SimpleNamespace(attention=layer) for name, layer in layers.items()}
     rotations = {"full": "a rotation", "window": "a rotation"}
-    monkeypatch.setattr(f"{WORKER}.attention_blocks", lambda model: blocks)
-    monkeypatch.setattr(f"{WORKER}.block_positions_problem", lambda *args: None)
-    monkeypatch.setattr(f"{WORKER}.make_rotations", lambda *args: rotations)
-    monkeypatch.setattr(f"{WORKER}.before_forward", lambda *args: None)
+    monkeypatch.setattr(f"{DOCUMENTS}.attention_blocks", lambda model: blocks)
+    monkeypatch.setattr(f"{DOCUMENTS}.block_positions_problem", lambda *args: None)
+    monkeypatch.setattr(f"{DOCUMENTS}.make_rotations", lambda *args: rotations)
+    monkeypatch.setattr(f"{DOCUMENTS}.before_forward", lambda *args: None)
     monkeypatch.setattr(f"{WORKER}.metadata_builders", lambda runner: [(SPLITS, ["full"])])
     monkeypatch.setattr("starling.attention_backends.star.warm_up.warm_up", lambda *args: calls.append(args))
     monkeypatch.setattr(FakeWorker, "compile_or_warm_up_model", lambda self: calls.append("vLLM's"))

@@ -8,6 +8,8 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from starling.replicas.replica_state import replica_state
+from starling.scheduler.prefill_limiter import PrefillLimiter
+from starling.scheduler.split_prompts import SplitPrompts
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import (
     LOST,
@@ -112,8 +114,12 @@ def test_a_lost_request_ends_with_the_reason_and_its_pages_leave_the_cache(sched
     assert free_pages(scheduler) == 39 and scheduler.reset_prefix_cache()
 
 
+def without_limiter(scheduler):
+    scheduler.use_parts(part for part in scheduler.parts if not isinstance(part, PrefillLimiter))
+
+
 def test_other_requests_of_the_step_go_on(scheduler):
-    scheduler.limiter = None  # the long prompt gets the rest of the step
+    without_limiter(scheduler)  # the long prompt gets the rest of the step
     scheduler.add_request(make_request("dense", None, 40))
     scheduler.add_request(whole("whole"))
     step = scheduler.schedule()
@@ -124,7 +130,7 @@ def test_other_requests_of_the_step_go_on(scheduler):
 
 
 def test_a_request_that_found_pages_of_a_lost_one_in_the_same_step_is_lost_too(scheduler):
-    scheduler.limiter = None
+    without_limiter(scheduler)
     scheduler.add_request(whole("first", ids=IDS[:360]))
     scheduler.add_request(whole("second", ids=IDS[:360]))
     step = scheduler.schedule()
@@ -142,7 +148,7 @@ def test_output_is_bounded_by_the_memory_of_one_replica(scheduler):
     assert scheduler.requests["dense"].max_tokens == 39 * 32 - 400
     scheduler.add_request(whole("whole", max_tokens=5000))
     assert scheduler.requests["whole"].max_tokens == 39 * 32 - 400 + 160
-    scheduler.kv_is_divided = False
+    scheduler.part(SplitPrompts).kv_is_divided = False
     scheduler.add_request(make_request("other", None, 400, max_tokens=5000))
     assert scheduler.requests["other"].max_tokens == 5000
 

@@ -18,6 +18,7 @@ from starling.replicas import clock
 from starling.replicas.connector import StarConnector
 from starling.replicas.page_transfer import PageReader
 from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.split_prompts import SplitPrompts
 from starling.scheduler.star.request_metadata import LOST, PageFetch, PageSource, RequestMetadata
 from starling.scheduler.worker_report import WorkerReport
 from tests.unit.replicas.test_connector import (
@@ -169,7 +170,7 @@ def test_a_request_for_which_no_other_pages_are_free_ends_with_the_reason(replic
 
 
 def test_a_page_is_free_once_the_transfers_of_all_ranks_have_ended(replica):
-    quarantine = replica.scheduler.quarantine
+    quarantine = replica.scheduler.part(SplitPrompts).quarantine
     both = WorkerReport(stuck_pages=[5, 6]).aggregate(WorkerReport(stuck_pages=[5]))
     quarantine.add(both.stuck_pages)
     assert free_pages(replica.scheduler) == 39 - 2

@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import RequestStatus
 
-from starling.scheduler.block_padding import count_client_tokens, with_padding, without_padding
+from starling.scheduler.block_padding import BlockPadding, count_client_tokens, with_padding, without_padding
 from starling.scheduler.cache_state import prefill_progress
 from starling.scheduler.star.client_tokens import blocks_done, client_index, client_indexes, pad
 from starling.scheduler.star.documents import lay_out
@@ -86,7 +86,7 @@ def test_documents_are_computed_once_wherever_they_stand(config, scheduler_type,
         engine.check_pages()
         assert engine.computed[name] == computed + QUERY + 2, name
         assert engine.cached[name] == len(one.ids) - min(computed + QUERY, len(one.ids)), name
-    assert not engine.scheduler.padded
+    assert not engine.scheduler.part(BlockPadding).plans
     assert engine.scheduler.reset_prefix_cache()
     engine.add("after a reset", prompt(A, B, C).plan, prompt(A, B, C).ids)
     engine.run()
@@ -109,7 +109,7 @@ def test_prompts_of_all_kinds_at_once(config):
         engine.check_pages()
         preempted = max([preempted, *(one.num_preemptions for one in engine.scheduler.requests.values())])
     assert preempted > 0
-    assert not engine.scheduler.padded
+    assert not engine.scheduler.part(BlockPadding).plans
 
 
 @pytest.mark.parametrize("steps", range(6))
@@ -125,7 +125,7 @@ def test_an_abort_leaves_no_page_and_no_plan(config, steps):
     assert engine.pool.get_num_free_blocks() == 39
     engine.add("after", prompt(B, A).plan, prompt(B, A).ids)
     engine.run()
-    assert set(engine.scheduler.padded) == set(), "forgotten with the next output"
+    assert set(engine.scheduler.part(BlockPadding).plans) == set(), "forgotten with the next output"
 
 
 def test_progress_counts_the_clients_tokens(config):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from vllm.v1.request import RequestStatus
 
+from starling.scheduler.block_reuse import BlockReuse
 from starling.scheduler.metrics import scheduler_metrics
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
@@ -138,7 +139,7 @@ def test_prompts_with_dependent_pages_reuse_only_their_start(engine, plan, cache
     engine.add("second", plan, edited(ids, 2))
     engine.run()
     assert engine.cached["second"] == cached
-    assert not engine.scheduler.reuse.requests
+    assert not engine.scheduler.part(BlockReuse).requests
     finish(engine)
 
 
@@ -150,7 +151,7 @@ def test_with_the_option_off_a_prompt_hits_only_its_start(config, tmp_path):
     engine.run()
     engine.add("second", PLAN, edited(ids, 2))
     engine.run()
-    assert engine.scheduler.reuse is None
+    assert engine.scheduler.part(BlockReuse) is None
     assert engine.cached["second"] == 2 * BLOCK + BLOCK // 2
     make_engine(config, "v1")  # restores the request hasher for later tests
 
@@ -184,11 +185,11 @@ def test_a_preemption_discards_adopted_pages_that_are_not_reported_yet(engine):
     engine.run()
     request = engine.add("second", PLAN, edited(ids, 1, 4))
     engine.step()
-    engine.scheduler.reuse.adopt_all()  # the adopted pages are not reported to the worker yet
+    engine.scheduler.part(BlockReuse).adopt_all()  # the adopted pages are not reported to the worker yet
     engine.scheduler.running.remove(request)
     engine.scheduler._preempt_request(request, 0.0, drop_stale_output=True)
     engine.scheduler.prev_step_scheduled_req_ids.discard("second")
-    assert not engine.scheduler.reuse.unreported
+    assert not engine.scheduler.part(BlockReuse).unreported
     engine.check_pages()
     engine.run()
     assert engine.first_token["second"]
@@ -209,7 +210,7 @@ def test_a_reset_that_preempts_all_requests_leaves_no_cached_page(engine):
 
 def test_with_decode_graphs_no_chunk_of_one_token_ends_at_a_cached_block(config):
     engine = make_engine(config, "v1")
-    engine.scheduler.decode_graphs = True
+    engine.scheduler.view.has_decode_graphs = True
     ids = random_ids(1, LENGTH)
     engine.add("first", PLAN, ids)
     engine.run()
@@ -328,7 +329,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self):
         if self.engine is not None:
             finish(self.engine)
-            assert not self.engine.scheduler.reuse.unreported
+            assert not self.engine.scheduler.part(BlockReuse).unreported
 
 
 def test_no_page_is_leaked_freed_twice_or_read_in_place_of_another(config):

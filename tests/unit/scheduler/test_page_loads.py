@@ -15,6 +15,7 @@ from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.request import RequestStatus
 
 from starling.scheduler import page_loads
+from starling.scheduler.page_loads import PageLoads
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import PageFetch, PageSource, PromptPart, RequestMetadata
 from starling.scheduler.star_scheduler import AsyncStarScheduler, StarScheduler
@@ -117,7 +118,7 @@ def test_what_is_nowhere_is_computed_while_others_arrive(config: Any) -> None:
     engine.step()
     assert engine.transfers, "the loads have begun"
     began = engine.computed["second"]
-    assert began > 0 or engine.scheduler.page_loads.loading
+    assert began > 0 or engine.scheduler.part(PageLoads).loading
     engine.run()
     assert engine.computed["second"] == BLOCK + QUERY + NEW - 1
     engine.close()
@@ -235,8 +236,8 @@ def test_an_aborted_request_leaves_no_page_in_use(engine: LibraryEngine) -> None
     engine.scheduler.finish_requests(["second"], RequestStatus.FINISHED_ABORTED)
     engine.run()
     engine.check_pages()
-    assert not engine.scheduler.page_loads.wanted
-    assert not engine.scheduler.page_loads.loading
+    assert not engine.scheduler.part(PageLoads).wanted
+    assert not engine.scheduler.part(PageLoads).loading
 
 
 def test_a_reset_of_the_library_while_pages_arrive(config: Any) -> None:
@@ -301,7 +302,7 @@ def test_what_is_fetched_from_another_replica_is_not_asked_for(config: Any) -> N
     (load,) = output.kv_connector_metadata.metadata[0].loads
     assert load.request_id == "whole" and len(load.local_page_ids()) == len(pages)
     assert not output.kv_connector_metadata.metadata[1].load_jobs
-    assert len(engine.loaded) == loaded and not engine.scheduler.page_loads.wanted
+    assert len(engine.loaded) == loaded and not engine.scheduler.part(PageLoads).wanted
     engine.close()
 
 
@@ -375,7 +376,7 @@ class LibraryMachine(CountingMachine):
     @invariant()
     def no_page_is_lost(self) -> None:
         if self.engine is not None:
-            loads = self.engine.scheduler.page_loads
+            loads = self.engine.scheduler.part(PageLoads)
             assert len(loads.loading) == sum(len(load.hashes) for load in self.engine.library.page_loads.values())
 
     def teardown(self) -> None:

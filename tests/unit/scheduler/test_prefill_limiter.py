@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
+from starling.scheduler.prefill_limiter import PrefillLimiter
 from starling.scheduler.star_scheduler import StarScheduler
 from starling.vllm_compat.scheduler_view import SchedulerView
 from tests.unit.scheduler.simulation import SHAPE, Engine, random_ids
@@ -201,9 +202,9 @@ def test_a_long_prompt_is_admitted_in_the_step_in_which_it_fits(config):
     engine.add("long", None, random_ids(0, LONG), max_tokens=1)
     for _ in range(2):  # after one of two steps the long prompt may be passed in the next one
         engine.step()
-        if engine.scheduler.limiter.admission.head_without_room:
+        if engine.scheduler.part(PrefillLimiter).admission.head_without_room:
             break
-    assert engine.scheduler.limiter.admission.head_without_room == "long"
+    assert engine.scheduler.part(PrefillLimiter).admission.head_without_room == "long"
     engine.scheduler.finish_requests(["chat"], RequestStatus.FINISHED_ABORTED)
     engine.step()
     assert engine.steps[-1] == {"long": STEP}
@@ -245,7 +246,7 @@ def test_nothing_is_kept_of_a_long_prompt_that_was_passed_and_aborted(config):
     engine.step()
     others = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 40)
     engine.add("long", None, random_ids(0, LONG), max_tokens=1)
-    admission = engine.scheduler.limiter.admission
+    admission = engine.scheduler.part(PrefillLimiter).admission
     engine.run_until(lambda: admission.head_without_room == "long")
     engine.add("short", None, 100, max_tokens=1)
     engine.step()
@@ -262,7 +263,7 @@ def test_a_waiting_session_is_as_long_as_what_it_has_not_computed(config):
     (name,) = add_long(engine, 1)
     request = engine.scheduler.requests[name]
     request.num_computed_tokens = LONG - 40  # as one that holds its pages while it waits for more input
-    assert engine.scheduler.limiter._left(request) == 40
+    assert engine.scheduler.part(PrefillLimiter)._left(request) == 40
 
 
 def test_a_queue_without_room_is_not_counted_to_its_end(config, monkeypatch):

@@ -49,7 +49,8 @@ def test_what_other_replicas_computed_is_theirs() -> None:
 
 def test_only_the_first_output_has_them() -> None:
     kinds = {1: "memory", 2: "host"}
-    provenance = Provenance(PAGE_SIZE, lambda page, request_id: kinds[page])
+    provenance = Provenance({}, SimpleNamespace(page_size=PAGE_SIZE))
+    provenance.source_of = lambda page, request_id: kinds[page]
     request = SimpleNamespace(request_id="a", sampling_params=None)
     provenance.take(request, 0, [1, 2])
     assert not provenance.noted, "a request without documents"
@@ -63,7 +64,7 @@ def test_only_the_first_output_has_them() -> None:
     assert len(first.kv_transfer_params[SOURCES]) == 3
     assert provenance.give(first) == []
     provenance.noted["b"] = plan_of(), []
-    provenance.keep({"c"})
+    provenance.outputs({})
     assert not provenance.noted
 
 

@@ -82,9 +82,9 @@ def test_vllms_scheduler_has_the_names_that_starling_uses(name):
 def test_with_decode_graphs_no_star_chunk_has_one_token(config, graphs):
     """This holds only in blocks after the first, only with full decode graphs, and not for dense requests."""
     scheduler = make_scheduler(config, StarScheduler)
-    scheduler.decode_graphs = graphs.has_full_cudagraphs()
+    scheduler.view.has_decode_graphs = graphs.has_full_cudagraphs()
     star, dense = make_request("star", PLAN), make_request("dense", None)
-    one = 0 if scheduler.decode_graphs else 1
+    one = 0 if scheduler.view.has_decode_graphs else 1
     for request, start, tokens, allowed in [
         (star, 100, 1, one),
         (star, 100, 2, 2),
@@ -100,7 +100,7 @@ def test_with_decode_graphs_no_star_chunk_has_one_token(config, graphs):
 def test_no_star_chunk_is_taken_for_a_decode_with_drafts(config, v2, refused):
     """With three drafts, V1 takes a chunk of four tokens for a decode. It may be a prompt's last one: it can't wait."""
     scheduler = make_scheduler(config, StarScheduler, v2=v2)
-    scheduler.decode_graphs, scheduler.num_spec_tokens = True, 3
+    scheduler.view.has_decode_graphs, scheduler.num_spec_tokens = True, 3
     star, dense = make_request("star", PLAN), make_request("dense", None)
     for tokens in range(1, 8):
         allowed = tokens - 1 if tokens == refused else tokens

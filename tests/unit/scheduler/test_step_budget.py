@@ -15,6 +15,8 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from starling.config.parsing import OptionError
 from starling.config.scheduling import SchedulingOptions, parse_scheduling
+from starling.scheduler.metrics import scheduler_metrics
+from starling.scheduler.prefill_limiter import PrefillLimiter
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star_scheduler import StarScheduler
 from starling.scheduler.step_budget import Limits, LongPrompt, attended, chunk_within, divide_step, make_limits
@@ -250,14 +252,14 @@ def test_the_limit_of_keys_bounds_late_dense_chunks_and_not_star_chunks(config):
 
 def test_deferred_tokens_are_counted(config):
     engine = make_engine(config)
-    before = engine.scheduler.metrics.deferred_tokens._value.get()
+    before = scheduler_metrics().deferred_tokens._value.get()
     engine.add("chat", None, 20, max_tokens=10)
     engine.step()
     add_long(engine, 1)
     for _ in range(3):
         engine.step()
     # Beside a decode, a step has 255 tokens. The long prompt gets a quarter of a step, in each of its three steps.
-    assert engine.scheduler.metrics.deferred_tokens._value.get() - before == 3 * (255 - 64)
+    assert scheduler_metrics().deferred_tokens._value.get() - before == 3 * (255 - 64)
 
 
 def test_with_fairness_off_steps_are_those_of_vllm(config):
@@ -269,7 +271,7 @@ def test_with_fairness_off_steps_are_those_of_vllm(config):
         return engine.steps
 
     off = make_engine(config, fairness="off")
-    assert off.scheduler.limiter is None
+    assert off.scheduler.part(PrefillLimiter) is None
     assert run(off) == run(make_engine(config, Scheduler))
 
 
@@ -379,4 +381,4 @@ def test_without_chunked_prefill_there_is_no_limiter(config):
     made = copy.copy(config)
     made.scheduler_config = copy.copy(config.scheduler_config)
     made.scheduler_config.enable_chunked_prefill = False
-    assert make_scheduler(made, StarScheduler, PAGE_SIZE).limiter is None
+    assert make_scheduler(made, StarScheduler, PAGE_SIZE).part(PrefillLimiter) is None

@@ -19,11 +19,9 @@ from benchmarks.attamba.random_model import make_random_attamba
 from benchmarks.random_llama import make_random_llama, make_tiny_llama
 from starling.config.entry import parse_config
 from starling.config.parsing import OptionError
-from starling.engine_ext.refusals import (
-    document_refusals,
-    replica_set,
-    star_refusals,
-)
+from starling.engine_ext.rules.documents import document_refusals
+from starling.engine_ext.rules.split import replica_set
+from starling.engine_ext.rules.star import star_refusals
 from starling.engine_ext.start import activation, plugin
 from starling.engine_ext.start.activation import (
     MIDDLEWARE,

@@ -11,6 +11,8 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import RequestStatus
 
+from starling.scheduler.block_reuse import BlockReuse
+from starling.scheduler.prefill_limiter import PrefillLimiter
 from tests.unit.scheduler.stateful.cases import Case
 from tests.unit.scheduler.stateful.runner import MARKS, Runner
 
@@ -87,6 +89,7 @@ class PageKeys:
 def check_empty(scheduler: Any) -> None:
     """Nothing is left of requests that have ended. To be called after the step that reports their end."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    reuse, limiter = scheduler.part(BlockReuse), scheduler.part(PrefillLimiter)
     left = {
         "requests": scheduler.requests,
         "running": scheduler.running,
@@ -102,9 +105,8 @@ def check_empty(scheduler: Any) -> None:
         "encoder inputs": scheduler.encoder_cache_manager.cached,
         "pages": [manager.req_to_blocks for manager in managers if manager.req_to_blocks],
         "hashed": [manager.num_cached_block for manager in managers if manager.num_cached_block],
-        "adopting": scheduler.reuse and (scheduler.reuse.requests or scheduler.reuse.unreported),
-        "long prompts": scheduler.limiter
-        and (scheduler.limiter.prompts or scheduler.limiter.cached_tokens or scheduler.limiter.admission.tokens_before),
+        "adopting": reuse and (reuse.requests or reuse.unreported),
+        "long prompts": limiter and (limiter.prompts or limiter.cached_tokens or limiter.admission.tokens_before),
     }
     if scheduler.connector is not None:
         side = scheduler.connector.connector_scheduler

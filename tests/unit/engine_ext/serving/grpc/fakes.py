@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import grpc
@@ -15,7 +16,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from starling.config.entry import StarlingConfig
 from starling.config.star import StarOptions
-from starling.engine_ext.front.requests import PLANNED, SHOWN
+from starling.engine_ext.front.requests import PLANNED
 from starling.engine_ext.front.state import front_state
 from starling.engine_ext.serving.grpc.server import Front
 from starling.scheduler.star.counts import describe
@@ -46,8 +47,9 @@ class FakePlanner:
 
     def prepare(self, engine_input, params, request_id=None, *, has_lora=False):
         ids = engine_input["prompt_token_ids"]
-        self.planned.append(Decision(None, "star is off", len(ids), ids))
-        return {**engine_input, PLANNED: self.planned[-1], SHOWN: self.describe(self.planned[-1])}
+        decision = Decision(None, "star is off", len(ids), ids)
+        self.planned.append(replace(decision, shown=self.describe(decision)))
+        return {**engine_input, PLANNED: self.planned[-1]}
 
     def describe(self, decision) -> dict:
         return describe(decision.plan, decision.num_tokens)

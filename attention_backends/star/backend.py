@@ -26,8 +26,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from starling.attention_backends.kernels import devices
 from starling.attention_backends.kernels.contract import AMX, CPU_ISAS, Sizes
 from starling.attention_backends.paged.names import CLASSES, NAME
+from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.graph_ranges import GraphRanges
 from starling.attention_backends.star.head_calls import HeadBuilders, dense_heads_in_use, make_heads_impl
+from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.metadata import virtual_block_table, virtual_metadata
 from starling.attention_backends.star.step import current_step
 from starling.attention_backends.star.turned_impl import (
@@ -168,11 +170,17 @@ class StarBuilder:
         table = graph.fill(common_attn_metadata, rows, page_size) if graph is not None else None
         if step is not None and rows is not None:
             step.count(rows)
-            if not step.keep_ranges(rows, common_attn_metadata, page_size, table, self.tile_queries):
+            documents, heads = step.part(DocumentStep), step.part(HeadStep)
+            is_whole = documents is not None and documents.keep_ranges(
+                rows, common_attn_metadata, page_size, table, self.tile_queries
+            )
+            if not is_whole or heads is not None:
                 virtual = virtual_metadata(common_attn_metadata, rows)
-                step.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
-                build = self.head_builders.build if self.head_builders else None
-                step.keep_heads(common_attn_metadata, virtual, page_size, self.layer_names, build)
+                if documents is not None:
+                    documents.keep_block_tables(rows, common_attn_metadata, virtual, page_size)
+                if heads is not None:
+                    build = self.head_builders.build if self.head_builders else None
+                    heads.keep(common_attn_metadata, virtual, page_size, self.layer_names, build)
                 common_attn_metadata = virtual
         return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
 

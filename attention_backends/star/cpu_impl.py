@@ -12,8 +12,11 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from starling.attention_backends.kernels.contract import CPU_ISAS, Layout, Operands, as_fp8
 from starling.attention_backends.kernels.cpu.attention import VECTOR_SIZE, built_op, paged_attention
 from starling.attention_backends.kernels.cpu.selection import CPU_ATTENTION_SETTINGS, Op, Processor, select_op
+from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.head_calls import attend_by_heads
-from starling.attention_backends.star.step import current_step
+from starling.attention_backends.star.head_step import HeadStep
+from starling.attention_backends.star.remote_step import RemoteStep
+from starling.attention_backends.star.step import current_part, current_step
 from starling.vllm_compat.config import kv_scales
 
 _cpu_attention = "auto"
@@ -111,11 +114,12 @@ class CpuImpl(CPUAttentionBackendImpl):
         positions of their own. Where some heads see everything, the step's rows are others for each kind of heads: one
         call of Starling's op computes all of them, or a call of vLLM's each run of heads of one kind.
         """
-        step = current_step()
-        remote = None if step is None else step.remote_attention(kv_cache.shape[2])
-        turned = None if step is None else step.turned_attention(kv_cache.shape[2])
+        step, page_size = current_step(), kv_cache.shape[2]
+        elsewhere, documents, kinds = current_part(RemoteStep), current_part(DocumentStep), current_part(HeadStep)
+        remote = None if step is None or elsewhere is None else elsewhere.attention(step, page_size)
+        turned = None if documents is None else documents.attention(page_size)
         if remote is None and turned is None and not self.uses_op(query, layer, attn_metadata):
-            calls = None if step is None else step.head_calls(layer.layer_name)
+            calls = None if kinds is None else kinds.calls(layer.layer_name)
             if step is None or calls is None:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             tensors = query, key, value, kv_cache, output
@@ -123,7 +127,7 @@ class CpuImpl(CPUAttentionBackendImpl):
                 CPUAttentionBackendImpl, "CPU_ATTN", self, calls, step.num_tokens, layer, *tensors, *args, **kwargs
             )
             return output
-        heads = None if step is None else step.row_heads(layer.layer_name)
+        heads = None if kinds is None else kinds.row_heads(layer.layer_name)
         tokens = attn_metadata.num_actual_tokens
         caches, options = self._caches(layer, kv_cache)
         if turned is not None and turned.is_whole_step and remote is None and heads is None:

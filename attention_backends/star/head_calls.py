@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttentionMetadata
 
-from starling.attention_backends.star.step import HeadCall, current_step
+from starling.attention_backends.star.head_step import HeadCall, HeadStep
+from starling.attention_backends.star.step import current_part, current_step
 from starling.vllm_compat.attention import (
     builder_of_heads,
     builder_of_other_rows,
@@ -151,8 +152,8 @@ def make_heads_impl(base: type[AttentionImpl], backend: str) -> type[AttentionIm
 
             As in vLLM's method, K and V of the step are in the cache already.
             """
-            step = current_step()
-            calls = None if step is None or attn_metadata is None else step.head_calls(layer.layer_name)
+            step, heads = current_step(), current_part(HeadStep)
+            calls = None if heads is None or attn_metadata is None else heads.calls(layer.layer_name)
             if step is None or calls is None:
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             tensors = query, key, value, kv_cache, output

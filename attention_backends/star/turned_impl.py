@@ -14,8 +14,9 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from starling.attention_backends.kernels.ranges import RangeTable
 from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.range_attention import RangeAttention
-from starling.attention_backends.star.step import current_step
+from starling.attention_backends.star.step import current_part
 from starling.vllm_compat.patching import extends, touches
 
 _in_use = False
@@ -98,9 +99,9 @@ def make_turned_impl(base: type[AttentionImpl]) -> type[AttentionImpl]:
             As in vLLM's method, K and V of the step are in the cache already.
             """
             turned = getattr(attn_metadata, "starling_captured", None)
-            step = current_step()
-            if step is not None and attn_metadata is not None:
-                turned = step.turned_attention(kv_cache.shape[2])
+            documents = current_part(DocumentStep)
+            if documents is not None and attn_metadata is not None:
+                turned = documents.attention(kv_cache.shape[2])
             if turned is None or not turned.is_whole_step:
                 super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             if turned is None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from starling.attention_backends.star.head_calls import dense_heads_in_use, unsupported_reason, use_dense_heads
+from starling.attention_backends.star.head_step import HeadStep
 from starling.config.entry import STAR_HEADS, config_of
 from starling.config.head_scores import HeadScores
 from starling.engine_ext.engine_report import HEADS, HEADS_ORDER
@@ -57,16 +58,17 @@ class DenseHeads(WorkerPart):
             asked = f"{STAR_HEADS}={config.star_heads}" if share is None else f"{DENSE_HEADS}={share}"
             raise RuntimeError(f"{asked}: {self.problem}")
 
-    def step_fields(
+    def step_part(
         self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
-    ) -> dict[str, Any]:
+    ) -> HeadStep | None:
         """Raises RuntimeError: a plan's dense heads are not those of this worker's scores."""
-        for heads in filter(None, (plan.dense_heads for plan in plans.values())):
+        asked = [plan.dense_heads for plan in plans.values() if plan.dense_heads]
+        for heads in asked:
             if self.problem is not None:
                 raise RuntimeError(f"a plan has {heads.count} dense heads: {self.problem}")
             if self.scores is None or self.scores.digest(heads.count) != heads.digest:
                 raise RuntimeError(f"a plan has {heads.count} dense heads, which are not those of this worker's scores")
-        return {"head_ranks": self.ranks}
+        return HeadStep(plans.values(), self.ranks) if asked else None
 
     def report(self) -> dict[str, str | None]:
         return {HEADS: self.problem, HEADS_ORDER: None if self.scores is None else self.scores.order_digest}

@@ -9,6 +9,7 @@ from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 
 from starling.attention_backends.kernels.rotary import Rotation
+from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.step import set_positions
 from starling.attention_backends.star.turned_impl import (
     block_positions_in_use,
@@ -96,11 +97,11 @@ class Documents(WorkerPart):
         layers = (blocks[name].attention for name in self.rotations)
         warm_up([layer for layer in layers if turns_queries(layer.impl)], self.rotations)
 
-    def step_fields(
+    def step_part(
         self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
-    ) -> dict[str, Any]:
-        needed = any(plan.documents for plan in plans.values())
-        return {"rotations": self.made_rotations(worker) if needed else self.rotations}
+    ) -> DocumentStep | None:
+        has_documents = any(plan.documents for plan in plans.values())
+        return DocumentStep(self.made_rotations(worker)) if has_documents else None
 
     def made_rotations(self, worker: Any) -> dict[str, Rotation]:
         """Layer name -> how its queries are turned; made at the first use."""

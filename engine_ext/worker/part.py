@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
+from starling.attention_backends.star.step import StepPart
 from starling.scheduler.star.plan import StarPlan
 from starling.scheduler.star.request_metadata import RequestMetadata
 
@@ -43,10 +44,10 @@ class WorkerPart:
     def warmed_up(self, worker: Any) -> None:
         """vLLM has warmed up, and takes no requests yet (raises RuntimeError, as ``loaded``)."""
 
-    def step_fields(
+    def step_part(
         self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
-    ) -> dict[str, Any]:
-        """Arguments of the StarStep of these plans, by request id.
+    ) -> StepPart | None:
+        """What the feature has of the step of these plans, by request id; None: nothing.
 
         Args:
             metadata: of these and of other requests.
@@ -54,7 +55,7 @@ class WorkerPart:
         Raises:
             RuntimeError: the worker can't run a plan.
         """
-        return {}
+        return None
 
     def report(self) -> dict[str, str | None]:
         """Fields of the engine's report (engine_report.py): why the loaded model can't run this, or None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from starling.attention_backends.star.remote_step import RemoteStep
 from starling.engine_ext.rules.asked import has_library, has_peers
 from starling.engine_ext.worker.documents import Documents
 from starling.engine_ext.worker.part import WorkerPart
@@ -25,11 +26,11 @@ class Split(WorkerPart):
         replica_metrics()  # on /metrics also where no page is ever moved
         return cls()
 
-    def step_fields(
+    def step_part(
         self, worker: Any, plans: Mapping[str, StarPlan], metadata: Mapping[str, RequestMetadata]
-    ) -> dict[str, Any]:
+    ) -> RemoteStep | None:
         remote = {name: shards for name in plans if (shards := metadata[name].remote) is not None}
-        return {"remote": remote, "open_remote_attention": kv_connector().remote_attention} if remote else {}
+        return RemoteStep(remote, kv_connector().remote_attention) if remote else None
 
 
 class ReplicaCalls:

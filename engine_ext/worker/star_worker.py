@@ -178,15 +178,13 @@ class StarWorker(ReplicaCalls):
         plans = self.star_requests.update(scheduler_output)
         if not plans:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        fields: dict[str, Any] = {}
-        for part in self.parts:
-            fields |= part.step_fields(self, plans, self.star_requests.metadata)
+        parts = (part.step_part(self, plans, self.star_requests.metadata) for part in self.parts)
         step = StarStep(
             plans,
             scheduler_output.num_scheduled_tokens,
             functools.partial(batch_request_ids, self.model_runner),
             count_rows if self.counts_rows else lambda rows: None,
-            **fields,
+            [part for part in parts if part is not None],
         )
         fits = fits_graphs(plans.values(), len(scheduler_output.num_scheduled_tokens))
         with open_step(step), contextlib.nullcontext() if fits else without_full_graphs(self.model_runner):

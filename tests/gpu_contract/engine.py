@@ -23,8 +23,10 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from starling.attention_backends.star.backend import make_star_backend
+from starling.attention_backends.star.document_step import DocumentStep
+from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.rows import VirtualRows
-from starling.attention_backends.star.step import StarStep, open_step
+from starling.attention_backends.star.step import StarStep, StepPart, open_step, set_positions
 from tests.gpu_contract.cases import HEAD_SIZE, ROTATION, SCALE, Case, Numbers
 from tests.gpu_contract.cuda_platform import CUDA
 
@@ -209,8 +211,11 @@ def run_case(
     plans = {name: request.plan for name, request in zip(ids, case.requests, strict=True) if request.plan is not None}
     scheduled = dict(zip(ids, case.query_lens, strict=True))
     rotations = {group.name: ROTATION for group in groups}
-    ranks = {groups[0].name: np.array(case.ranks)} if case.ranks else None
-    step = StarStep(plans, scheduled, lambda: ids, counted.append, rotations=rotations, head_ranks=ranks)
+    ranks = {groups[0].name: np.array(case.ranks)} if case.ranks else {}
+    documents, heads = DocumentStep(rotations), HeadStep(plans.values(), ranks)
+    parts: list[StepPart] = [documents] if any(plan.documents for plan in plans.values()) else []
+    parts += [heads] if heads.counts else []
+    step = StarStep(plans, scheduled, lambda: ids, counted.append, parts)
     outputs = []
 
     def build() -> dict[str, Any]:
@@ -226,7 +231,7 @@ def run_case(
         build()  # a dense step before this one: the builders have what they make once
     with open_step(step):
         metadata = build()
-        step.set_positions(torch.zeros(case.num_tokens, dtype=torch.int64))
+        set_positions(torch.zeros(case.num_tokens, dtype=torch.int64))
         for group in groups:
             out = torch.full((len(drawn.queries), case.heads, HEAD_SIZE), float("nan"))
             group.impl.forward(group.layer, drawn.queries, None, None, group.cache, metadata[group.name], out)

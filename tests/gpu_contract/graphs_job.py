@@ -24,7 +24,8 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
 from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.star import backend as star_backend  # noqa: E402
 from starling.attention_backends.star import range_attention  # noqa: E402
-from starling.attention_backends.star.step import StarStep, open_step  # noqa: E402
+from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
+from starling.attention_backends.star.step import StarStep, open_step, set_positions  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions, use_rotations  # noqa: E402
 from starling.scheduler.star.plan import StarPlan  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
@@ -106,10 +107,10 @@ def replay(case: Case, graph: Graph, group: LayerGroup, metadata: Any) -> float:
     names = [str(index) for index in range(rows)]
     plans = {name: one.plan for name, one in zip(names, case.requests, strict=True) if one.plan and one.plan.documents}
     rotations = {group.name: ROTATION}
-    step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, rotations=rotations)
+    step = StarStep(plans, dict.fromkeys(names, 1), lambda: names, lambda rows: None, [DocumentStep(rotations)])
     with open_step(step if plans else None):
         build(graph, group, group.slot_mapping(), fields)
-        step.set_positions(torch.zeros(ROWS, dtype=torch.int64))
+        set_positions(torch.zeros(ROWS, dtype=torch.int64))
     group.impl.forward(group.layer, graph.query, None, None, group.cache, metadata, graph.out)
     assert graph.out[rows:].isnan().all(), "an output of padding was written"
     return (graph.out[:rows].double() - expected(case, drawn)).abs().max().item()

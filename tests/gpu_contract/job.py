@@ -26,8 +26,8 @@ from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
 from starling.attention_backends.kernels import devices  # noqa: E402
 from starling.attention_backends.star import range_attention  # noqa: E402
+from starling.attention_backends.star.document_step import DocumentStep  # noqa: E402
 from starling.attention_backends.star.head_calls import use_dense_heads  # noqa: E402
-from starling.attention_backends.star.step import StarStep  # noqa: E402
 from starling.attention_backends.star.turned_impl import use_block_positions  # noqa: E402
 from tests.gpu_contract import kernels  # noqa: E402
 from tests.gpu_contract.cases import PAGES, cases, expected, gathers_pages, numbers  # noqa: E402
@@ -224,7 +224,7 @@ def triton_own_positions(examples: int) -> Tally:
 
     range_attention.attend_in_ranges = counted
     devices.uses_triton = lambda device: True
-    for owner, name in ((range_attention.RangeAttention, "attend"), (StarStep, "keep_ranges")):
+    for owner, name in ((range_attention.RangeAttention, "attend"), (DocumentStep, "keep_ranges")):
         setattr(owner, name, deterministic(getattr(owner, name)))
     strategy = cases(
         fp8=False, sinks=False, max_tokens=180, max_queries=10, max_heads=4, max_requests=3, own_positions=True

@@ -12,7 +12,8 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from starling.attention_backends.star import head_calls
 from starling.attention_backends.star.backend import make_star_backend
 from starling.attention_backends.star.head_calls import make_heads_impl, unsupported_reason, use_dense_heads
-from starling.attention_backends.star.step import HeadCall, StarStep, open_step
+from starling.attention_backends.star.head_step import HeadCall, HeadStep
+from starling.attention_backends.star.step import StarStep, open_step
 from starling.scheduler.star.plan import DenseHeads, StarPlan
 from starling.vllm_compat.attention import impl_of_heads
 from tests.unit.attention_backends.test_rows import batch_metadata
@@ -50,14 +51,14 @@ def heads_builder():
 
 
 def step_with(ranks, plan=PLAN):
-    return StarStep({"r0": plan}, {"r0": 20}, lambda: ["r0"], lambda rows: None, head_ranks=ranks)
+    return StarStep({"r0": plan}, {"r0": 20}, lambda: ["r0"], lambda rows: None, [HeadStep([plan], ranks)])
 
 
 def test_metadata_is_made_once_for_rows_and_a_number_of_heads(in_use):
     step = step_with(RANKS)
     with open_step(step):
         whole = heads_builder().build(0, batch_metadata([20], [20], columns=12))
-        calls = step.head_calls("layer")
+        calls = step.part(HeadStep).calls("layer")
     rows = [8, 16, 12]  # three star blocks; two have the anchor and the overlap before their own tokens
     assert whole == (8, 4, True, rows)
     assert [(call.first, call.stop) for call in calls] == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -70,14 +71,14 @@ def test_a_layer_none_of_whose_heads_is_dense_is_one_call(in_use):
     step = step_with({"layer": RANKS["layer"] + 2})
     with open_step(step):
         heads_builder().build(0, batch_metadata([20], [20], columns=12))
-    assert step.head_calls("layer") is None
+    assert step.part(HeadStep).calls("layer") is None
 
 
 def test_calls_that_no_layer_makes_are_an_error(in_use):
     step = step_with(RANKS)
     with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step):
         heads_builder().build(0, batch_metadata([20], [20], columns=12))
-        assert step.head_calls("a layer with a window") is None
+        assert step.part(HeadStep).calls("a layer with a window") is None
 
 
 def test_a_server_that_is_not_started_for_dense_heads_has_vllms_implementation_and_does_not_run_them():
@@ -112,8 +113,9 @@ class FakeImpl:
 @pytest.mark.parametrize(("backend", "is_copied"), [("FLASH_ATTN", False), ("FLASHINFER", True), ("CPU_ATTN", True)])
 def test_a_call_has_the_slices_of_its_heads(backend, is_copied, monkeypatch):
     """Two of the kernels take the heads of an output to be next to one another. Padding is not written."""
-    step = SimpleNamespace(head_calls=lambda name: [HeadCall(0, 1, 100), HeadCall(1, 4, 200)], num_tokens=3)
-    monkeypatch.setattr(head_calls, "current_step", lambda: step)
+    heads = SimpleNamespace(calls=lambda name: [HeadCall(0, 1, 100), HeadCall(1, 4, 200)])
+    monkeypatch.setattr(head_calls, "current_step", lambda: SimpleNamespace(num_tokens=3))
+    monkeypatch.setattr(head_calls, "current_part", {HeadStep: heads}.get)
     layer = SimpleNamespace(layer_name="layer", calls=[])
     query = torch.arange(4 * 16).view(4, 8, 2).float()
     cache = torch.arange(4.0)[None, :, None, None].expand(3, 4, 5, 4)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.attention_backends.star.head_rows import head_runs
+from starling.attention_backends.star.head_step import HeadStep
 from starling.attention_backends.star.reference import head_masks
 from starling.attention_backends.star.step import StarStep, open_step
 from starling.scheduler.star.plan import DenseHeads, StarPlan
@@ -32,11 +33,17 @@ def built(plans: dict[str, StarPlan], query_lens: list[int], seq_lens: list[int]
     """What a layer reads of a step."""
     names = [f"r{number}" for number in range(len(query_lens))]
     scheduled = dict(zip(names, query_lens, strict=True))
-    step = StarStep(plans, scheduled, lambda: names, lambda rows: None, head_ranks={"layer": RANKS, "star": RANKS + 12})
+    step = StarStep(
+        plans,
+        scheduled,
+        lambda: names,
+        lambda rows: None,
+        [HeadStep(plans.values(), {"layer": RANKS, "star": RANKS + 12})],
+    )
     with open_step(step):
         make_builder().build(0, batch_metadata(query_lens, seq_lens, columns=12))
-        _ = step.row_heads("layer")
-        return step.row_heads(layer)
+        _ = step.part(HeadStep).row_heads("layer")
+        return step.part(HeadStep).row_heads(layer)
 
 
 @given(st.lists(st.tuples(st.sampled_from([None, 0, 1, 3, 6]), st.integers(1, 40)), min_size=1, max_size=4), st.data())
@@ -86,7 +93,13 @@ def test_a_layer_without_dense_heads_has_the_rows_of_all_layers():
 
 
 def test_dense_heads_that_no_layer_reads_are_an_error():
-    step = StarStep({"r0": plan_with(3)}, {"r0": 20}, lambda: ["r0"], lambda rows: None, head_ranks={"layer": RANKS})
+    step = StarStep(
+        {"r0": plan_with(3)},
+        {"r0": 20},
+        lambda: ["r0"],
+        lambda rows: None,
+        [HeadStep([plan_with(3)], {"layer": RANKS})],
+    )
     with pytest.raises(RuntimeError, match="dense heads ran, but no layer took them"), open_step(step):
         make_builder().build(0, batch_metadata([20], [20], columns=12))
 

@@ -18,10 +18,10 @@ from starling.attention_backends.kernels.dispatch import paged_attention
 from starling.attention_backends.kernels.rotary import Rotation, turn_back
 from starling.attention_backends.kernels.triton import decode
 from starling.attention_backends.star import turned
+from starling.attention_backends.star.document_step import DocumentStep
 from starling.attention_backends.star.metadata import virtual_metadata
 from starling.attention_backends.star.range_attention import make_range_attention, make_token_ranges
 from starling.attention_backends.star.rows import VirtualRows, split_rows
-from starling.attention_backends.star.step import StarStep
 from starling.attention_backends.star.turned import make_turned_rows, ranges_as_rows
 from starling.scheduler.star.client_tokens import client_index
 from starling.scheduler.star.documents import lay_out
@@ -130,7 +130,7 @@ class Batch:
         """The step's output, as a layer computes it."""
         virtual = self.split()
         rows = virtual_metadata(self.common, virtual)
-        step = StarStep({}, {}, list, lambda rows: None, rotations={"layer": self.rotation})
+        step = DocumentStep({"layer": self.rotation})
         step.keep_block_tables(virtual, self.common, rows, PAGE_SIZE)
         query = rotate(self.query, torch.cat(self.positions), self.rotary[1], self.rotary[0]).float()
         out = torch.full_like(query, float("nan"))
@@ -138,7 +138,7 @@ class Batch:
         paged_attention(Operands(query, *self.caches, *tables, scale=SCALE, out=out))  # as vLLM's kernel, of all rows
         for number in np.unique(virtual.turned.row):
             out[slice(*rows.query_start_loc_cpu[number : number + 2])] = float("nan")
-        step.turned_attention(PAGE_SIZE).attend("layer", query, out, self.caches, Layout.PAGES, scale=SCALE)
+        step.attention(PAGE_SIZE).attend("layer", query, out, self.caches, Layout.PAGES, scale=SCALE)
         return out
 
     def check(self) -> None:
@@ -254,9 +254,9 @@ def test_blocks_that_are_not_turned_have_plain_attention():
     rows, out = virtual_metadata(common, virtual), torch.empty_like(query)
     angles = torch.randn(NUM_POSITIONS, SIZE // 2)
     angles[0] = 0
-    step = StarStep({}, {}, list, lambda rows: None, rotations={"layer": Rotation(angles.cos(), angles.sin(), True)})
+    step = DocumentStep({"layer": Rotation(angles.cos(), angles.sin(), True)})
     step.keep_block_tables(virtual, common, rows, PAGE_SIZE)
-    step.turned_attention(PAGE_SIZE).attend("layer", query, out, (keys, values), Layout.PAGES, scale=SCALE)
+    step.attention(PAGE_SIZE).attend("layer", query, out, (keys, values), Layout.PAGES, scale=SCALE)
     table, starts, lens = common.block_table_tensor, common.query_start_loc, common.seq_lens
     plain, _ = paged_attention(Operands(query, keys, values, table, starts, lens, scale=SCALE))
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
